@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
@@ -18,7 +17,7 @@ from depthscope.probes.connections.coefficients import Parts, per_token
 from depthscope.probes.connections.logits import SAME
 from depthscope.probes.reading.description import ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, names, walk
-from depthscope.probes.reading.operations import addends, moved
+from depthscope.probes.reading.operations import addends, reordered
 
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 
@@ -40,7 +39,7 @@ def factors_of(graph: Graph, memory: MemoryReading, connection: ConnectionReadin
     """What multiplies the streams between two states or on the way to what a branch reads, or what a branch gives."""
     values, carried = graph.values, memory.carried
     before = memory.states[connection.depth_in].values
-    begin = {of.number for of in walk((values[n] for n in before), partial(moved, graph))}
+    begin = {of.number for of in reordered(graph, (values[n] for n in before))}
 
     def between(found: Iterable[TracedValue]) -> list[TracedValue]:
         return [
@@ -117,13 +116,11 @@ class CoefficientValues:
     def state(self, depth: int) -> list[TracedValue]:
         """The values that are a state, in this order of its elements or another one, the earliest first."""
         values = (self.graph.values[number] for number in self.memory.states[depth].values)
-        return sorted(walk(values, partial(moved, self.graph)), key=lambda value: value.number)
+        return sorted(reordered(self.graph, values), key=lambda value: value.number)
 
     def first_of(self, depth: int) -> list[TracedValue]:
         """For each value of a state, the earliest that has the same elements."""
-        same = (
-            walk([self.graph.values[n]], partial(moved, self.graph)) for n in self.memory.states[depth].values
-        )
+        same = (reordered(self.graph, [self.graph.values[n]]) for n in self.memory.states[depth].values)
         carried = ([value for value in of if value.number in self.memory.carried] for of in same)
         return list(dict.fromkeys(min(of, key=lambda value: value.number) for of in carried))
 
@@ -134,7 +131,7 @@ class CoefficientValues:
 
     def branch_inputs(self, number: int) -> set[int]:
         """The values that are what a connection's branches take."""
-        taken = walk(reads_of(self.graph, self.connections[number]), partial(moved, self.graph))
+        taken = reordered(self.graph, reads_of(self.graph, self.connections[number]))
         return {value.number for value in taken} - self.every
 
     def window(self, number: int) -> tuple[int, int]:

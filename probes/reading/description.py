@@ -101,6 +101,26 @@ class MemoryReading:
     casts: tuple[torch.dtype, ...] = ()
 
     @property
+    def is_plain(self) -> bool:
+        """Whether each state is one stream, made of the one before."""
+        return self.num_streams == 1 and not self.over_depth
+
+    @property
+    def branches(self) -> list[BranchReading]:
+        """All branches, in order."""
+        return [branch for connection in self.connections for branch in connection.branches]
+
+    @property
+    def units(self) -> set[int]:
+        """The calls of its blocks."""
+        return {branch.unit for branch in self.branches} - {-1}
+
+    @property
+    def end(self) -> int:
+        """The number of the last value of its last state."""
+        return self.states[-1].values[-1]
+
+    @property
     def is_proven(self) -> bool:
         """Whether every state and read was recomputed from the parts, and the choice of the states is complete."""
         return self.proof == PROVEN

@@ -9,40 +9,48 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any
 
-import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import DepthWeights, Parts, StreamConnectionError
-from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.layout import LayoutError, canonical, count_streams, parse_layout
-from depthscope.probes.model.modules import module_paths
+from depthscope.probes.model.layout import LayoutError, count_streams, parse_layout
 from depthscope.probes.model.sequence_shards import TokenShards
-from depthscope.probes.reading.description import PROVEN, ConnectionReading, MemoryReading
-from depthscope.probes.reading.graph import INPUT, Graph, TracedValue, container_of
+from depthscope.probes.reading.description import PROVEN, MemoryReading
+from depthscope.probes.reading.graph import INPUT, Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.first_forward import RewrittenError
 from depthscope.probes.session.options import Options
-from depthscope.probes.structure.branch_scales import branch_scales
+from depthscope.probes.structure.branch_scales import branch_scales, gates_the_state
 from depthscope.probes.structure.chain import Chain, ChainError
-from depthscope.probes.structure.model_structure import Structure
+from depthscope.probes.structure.model_structure import (
+    Structure,
+    require_all_sequences,
+    require_plain_tokens,
+)
 from depthscope.probes.structure.named_blocks import (
     ASSERTED,
-    block_labels,
     chain_of_calls,
     likely_blocks,
     linked_calls,
     named_calls,
     states_around,
+    with_named_blocks,
 )
-from depthscope.probes.structure.not_covered import FURTHER_SHARE, LeftOut, missing_state, not_covered
-from depthscope.probes.structure.read_chains import ChainReader, ReadChain, repeats_first
-from depthscope.probes.structure.read_layout import num_fractions, read_layout, shape_layout
+from depthscope.probes.structure.not_covered import (
+    FURTHER_SHARE,
+    LeftOut,
+    missing_state,
+    not_covered,
+    require_all_blocks,
+    states_without_gradients,
+)
+from depthscope.probes.structure.read_chains import ChainReader, ReadChain
+from depthscope.probes.structure.read_layout import num_fractions, read_layout, repeats_first, shape_layout
 from depthscope.probes.structure.read_parts import ReadStructure, depth_family
 from depthscope.probes.structure.sequence_axis import SequenceAxis
 from depthscope.probes.structure.stages import (
+    trunks_of,
     with_ending,
     with_final,
     with_made_state,
@@ -96,7 +104,7 @@ class StructureFinder:
         found = self._chains_of_model()
         chains = tuple(of.chain for of in found)
         read = [memory for of in found for memory in of.memories]
-        is_plain = all(m.num_streams == 1 and not m.over_depth and not m.inner_streams for m in read)
+        is_plain = all(m.is_plain and not m.inner_streams for m in read)
         named = self.options.blocks is not None or self.options.layout is not None
         if read and is_plain and not named and (why := missing_state(self.graph, chains, read)):
             chains = tuple(
@@ -105,13 +113,13 @@ class StructureFinder:
         num_streams = self._num_streams(chains[0], found[0].memories)
         if not chains[0].has_streams:
             for chain in chains:
-                _require_all_sequences(chain.shapes[0], chain.layout, self.batch_size, num_streams)
+                require_all_sequences(chain.shapes[0], chain.layout, self.batch_size, num_streams)
             chains = tuple(_with_asserted_streams(chain, num_streams) for chain in chains)
         if self.options.gradients:
-            self._unread += filter(None, map(_without_gradients, chains))
+            self._unread += filter(None, map(states_without_gradients, chains))
         self.options.selection.require(chains)  # only now is it known which sites the model has
         if shards is not None:
-            _require_plain_tokens(chains)
+            require_plain_tokens(chains)
         # Where calls alone show the states, what the reading says of them.
         first = found[0].memories or self.memories
         return Structure(
@@ -129,7 +137,7 @@ class StructureFinder:
     def _not_covered(self, chains: Sequence[Chain], read: Sequence[MemoryReading]) -> tuple[LeftOut, ...]:
         """What ran and lies in no chain; of a further state that cannot be read the reason for that."""
         others = {
-            name: {self.graph.calls[unit].path for unit in self._units(memory)}
+            name: {self.graph.calls[unit].path for unit in memory.units}
             for name, memory in self._choices.items()
             if memory.is_proven and memory not in read
         }
@@ -152,9 +160,9 @@ class StructureFinder:
     def _further_states(self, read: Sequence[MemoryReading]) -> Iterator[LeftOut]:
         """What is said of proven memories that lie in the blocks of those that are read, and of no chain."""
         known = {part.module for part in self._unread}
-        blocks = set[int]().union(*map(self._units, read))
+        blocks = _units(read)
         for name, memory in self._choices.items():
-            units = self._units(memory)
+            units = memory.units
             if memory in read or not memory.is_proven or memory.name in known or not units & blocks:
                 continue
             why = f"a further state of these blocks; chain={name!r} reads it in their place"
@@ -182,7 +190,7 @@ class StructureFinder:
             )
         taken = self._chosen_memories()
         first = taken[0][0]
-        if first.num_streams > 1 or first.over_depth:
+        if not first.is_plain:
             return [self._chain_with_connections(first)]
         return self._with_names(self._plain_chains(taken))
 
@@ -203,7 +211,7 @@ class StructureFinder:
             else:
                 self._unread.append(self._further_state_left_out(stages, "its states lie between no blocks"))
         for of in found:
-            _require_all_blocks(self.graph, self.model, of.chain)
+            require_all_blocks(self.graph, self.model, of.chain)
         return sorted(found, key=lambda of: of.memories[0].root)
 
     def _linked_blocks(self) -> list[int]:
@@ -211,9 +219,8 @@ class StructureFinder:
         first = next(iter(self.memories), None)
         if self.options.chain is not None or (first is not None and first.is_proven):
             return []
-        joined = () if first is None else first.connections
-        calls = linked_calls(self.graph)
-        return calls if {branch.unit for of in joined for branch in of.branches} < set(calls) else []
+        calls, known = linked_calls(self.graph), [] if first is None else first.branches
+        return calls if {branch.unit for branch in known} < set(calls) else []
 
     def _chosen_memories(self) -> list[list[MemoryReading]]:
         """The memories that are taken, the model's first; stages of one trunk together."""
@@ -224,17 +231,17 @@ class StructureFinder:
                 raise ChainError(f"chain={wanted!r} names no residual memory of the model, which has {names}")
             return [[self._choices[wanted]]]
         first = self.memories[0]
-        if first.num_streams > 1 or first.over_depth:
+        if not first.is_plain:
             return [[first]]
-        plain = [m for m in self.memories if m.num_streams == 1 and not m.over_depth]
-        trunks = self._with_stages(plain)
+        plain = [memory for memory in self.memories if memory.is_plain]
+        trunks = trunks_of(self.graph, plain)
         least = FURTHER_SHARE * sum(memory.weights["branches"] for memory in trunks[0])
         kept = [of for of in trunks[1:] if all(m.is_proven for m in of)]
-        blocks = set[int]().union(*map(self._units, trunks[0]))
+        blocks = _units(trunks[0])
         self._unread += [
             self._further_state_left_out(of, next(m.proof for m in of if not m.is_proven))
             for of in trunks[1:]
-            if of not in kept and set() < set[int]().union(*map(self._units, of)) <= blocks
+            if of not in kept and set() < _units(of) <= blocks
         ]
         return [
             trunks[0],
@@ -242,53 +249,16 @@ class StructureFinder:
                 of
                 for of in kept
                 # A further state of the same blocks is one of the model's, however small.
-                if sum(m.weights["branches"] for m in of) >= least
-                or set[int]().union(*map(self._units, of)) <= blocks
+                if sum(m.weights["branches"] for m in of) >= least or _units(of) <= blocks
             ),
         ]
 
     def _further_state_left_out(self, stages: Sequence[MemoryReading], why: str) -> LeftOut:
         """What is said of a further state that cannot be read."""
-        kinds = sorted(set().union(*map(self._kinds, stages)))
-        blocks = len(set().union(*map(self._units, stages)))
+        units = _units(stages)
+        kinds, blocks = sorted({self.graph.calls[unit].kind for unit in units}), len(units)
         share = sum(memory.weights["branches"] for memory in stages)
         return LeftOut(stages[0].name, blocks, "/".join(kinds), share, f"a further state: {why}")
-
-    def _with_stages(self, memories: Sequence[MemoryReading]) -> list[list[MemoryReading]]:
-        """Memories of blocks of one class, of which each is computed from those before alone, as one trunk."""
-        ordered = sorted(memories, key=lambda memory: memory.root)
-        trunks: list[list[MemoryReading]] = []
-        for memory in ordered:
-            before = next((trunk for trunk in trunks if self._is_next_stage(trunk, memory)), None)
-            if before is None:
-                trunks.append([memory])
-            else:
-                before.append(memory)
-        return sorted(trunks, key=lambda trunk: self.memories[0] not in trunk)
-
-    def _is_next_stage(self, trunk: Sequence[MemoryReading], after: MemoryReading) -> bool:
-        """Whether a memory is the next stage of a trunk: in its container, or of its class of blocks and another shape."""
-        before, root = trunk[-1], self.graph.values[after.root]
-        end = self._end(before)
-        if root.number <= end.number or not self.graph.depends(root, end):
-            return False
-        alike = before.shape != after.shape and bool(self._kinds(before) & self._kinds(after))
-        if not alike and before.name != after.name:
-            return False
-        known = set().union(*(memory.carried for memory in trunk))  # what else comes in is of another tower
-        way = self.graph.earlier([root], known)
-        return not any(
-            way[v.number] and self.graph.depends_on_input(v) for v in self.graph.values if not v.parents
-        )
-
-    @staticmethod
-    def _units(memory: MemoryReading) -> set[int]:
-        """The calls of the blocks of a memory."""
-        return {branch.unit for connection in memory.connections for branch in connection.branches} - {-1}
-
-    def _kinds(self, memory: MemoryReading) -> set[str]:
-        """The classes of the blocks of a memory."""
-        return {self.graph.calls[unit].kind for unit in self._units(memory)}
 
     # --- what the user names
 
@@ -299,11 +269,10 @@ class StructureFinder:
             depths = states_around(self.graph, memory, calls)
             if depths is None:
                 continue
-            if memory.num_streams > 1 or memory.over_depth:
+            if not memory.is_plain:
                 return [self._chain_with_connections(memory)]
-            found += [
-                self._with_named_blocks(of, calls, depths) for of in self._chains_of_stages([memory], depths)
-            ]
+            for of in self._chains_of_stages([memory], depths):
+                found.append(replace(of, chain=with_named_blocks(self.graph, of.chain, calls, depths)))
         if found:
             return self._with_names(found)
         why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
@@ -316,20 +285,6 @@ class StructureFinder:
         assert value is not None  # it was required of the calls
         layout = self.options.layout or shape_layout(value, self.sequences)
         return ReadChain(replace(chain, layout=layout), ())
-
-    def _with_named_blocks(self, found: ReadChain, calls: Sequence[int], depths: Sequence[int]) -> ReadChain:
-        """A chain with the user's blocks, and the states numbered by them where there is one before each."""
-        blocks = [self.graph.calls[call] for call in calls]
-        chain = replace(
-            found.chain,
-            blocks=tuple(dict.fromkeys(call.path for call in blocks)),
-            block_class="/".join(dict.fromkeys(call.kind for call in blocks)),
-        )
-        if len(depths) == len(calls) + 1 == len(chain.points):
-            labels = block_labels(blocks, constant=len(set(chain.shapes)) == 1)
-            points = zip(chain.points, labels, strict=True)
-            chain = replace(chain, points=tuple(replace(p, layer=n, site=site) for p, (n, site) in points))
-        return replace(found, chain=chain)
 
     # --- chains and layouts
 
@@ -348,12 +303,11 @@ class StructureFinder:
                 chain = with_next_stage(chain, with_made_state(self.graph, part, layout_of))
             memories = tuple(memory for part in chains for memory in part.memories)
             chain = with_ending(self.graph, chain, self.sequences) if depths is None else chain
-            joints = [connection for memory in memories for connection in memory.connections]
-            branches = (branch for connection in joints for branch in connection.branches)
+            branches = (branch for memory in memories for branch in memory.branches)
             chain = replace(
                 with_final(self.graph, chain, memories[-1]),
                 scales=branch_scales(self.graph, branches),
-                family="highway" if _gate_the_state(joints) else "",
+                family="highway" if any(map(gates_the_state, memories)) else "",
             )
             found.append(ReadChain(chain, memories))
         return found
@@ -363,7 +317,7 @@ class StructureFinder:
     ) -> ReadChain:
         """The chain of one memory, with its layout."""
         root = self.graph.values[memory.root]
-        named, mixed = self.options.layout or "", self.sequences.is_mixed(root, self._end(memory))
+        named, mixed = self.options.layout or "", self.sequences.is_mixed(root, self.graph.values[memory.end])
         if mixed and not named:
             self._refuse_mixed(root, memory)
         asserted = mixed or ("N" in named and memory.num_streams == 1)  # nothing in the model shows it
@@ -418,12 +372,9 @@ class StructureFinder:
             self._layouts[id(memory), id(numbers)] = known
         return known[1]
 
-    def _end(self, memory: MemoryReading) -> TracedValue:
-        return self.graph.values[memory.states[-1].values[-1]]
-
     def _refuse_mixed(self, root: TracedValue, memory: MemoryReading) -> None:
         """Say along which axis the sequences are, where the branches mix what was taken for them."""
-        end = self._end(memory)
+        end = self.graph.values[memory.end]
         given = [value for value in self.graph.values if value.kind == "input" and len(value.shape) > 1]
         for value in given[:1] if self.batch_axis == 0 else ():
             other = SequenceAxis(self.graph, value.shape[1], 1)
@@ -553,6 +504,11 @@ class StructureFinder:
         return of if isinstance(of, str) else names[of] if of < len(names) else ""
 
 
+def _units(stages: Iterable[MemoryReading]) -> set[int]:
+    """The calls of the blocks of some memories."""
+    return set[int]().union(*(memory.units for memory in stages))
+
+
 def _distinct(paths: Sequence[str]) -> list[str]:
     """Short distinct names: the first component in which all paths differ."""
     if len(paths) == 1:
@@ -564,93 +520,9 @@ def _distinct(paths: Sequence[str]) -> list[str]:
     return list(paths) if len(set(paths)) == len(paths) else [f"chain{i}" for i in range(len(paths))]
 
 
-def _without_gradients(chain: Chain) -> LeftOut | None:
-    """What is said of states of which autograd has a part of the gradient alone."""
-    shown = ((depth, of) for depth, point in enumerate(chain.points) for of in (point.streams or (point,)))
-    depths = dict.fromkeys(depth for depth, of in shown if of.is_read_inside and of.gradient_at is None)
-    if not depths:
-        return None
-    why = (
-        f"no gradients of the states {', '.join(map(str, depths))}: a function of autograd makes each and reads it itself, so "
-        "that autograd has only a part of its gradient"
-    )
-    return LeftOut(chain.points[next(iter(depths))].module, 0, "", 0.0, why)
-
-
 def _with_asserted_streams(chain: Chain, num_streams: int) -> Chain:
     """A chain without known connections; that a part of its state is a stream is not read from the model."""
     if num_streams == 1 or chain.history or chain.proof.startswith("unproven"):
         return chain
     asserted = f"unproven: {num_streams} streams are asserted by layout= and streams=; nothing in the model shows them"
     return replace(chain, proof=asserted)
-
-
-def _require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int, num_streams: int) -> None:
-    """Require that a layout finds as many sequences in a state as the model was called with."""
-    state = torch.empty(shape, device="meta")
-    found = canonical(state, layout, batch_size=batch_size, num_streams=num_streams).shape[0]
-    if found != batch_size:
-        raise LayoutError(
-            f"layout {layout!r} finds {found} sequences in a state of shape {shape}, and the model was called with "
-            f"{batch_size}; expected the axis of the model's sequences as B. Call the model with one sequence in each row of "
-            "the batch"
-        )
-
-
-def _require_plain_tokens(chains: Sequence[Chain]) -> None:
-    """Require a model of which parts of sequences can be measured: one stream, and one axis of tokens."""
-    for chain in chains:
-        if chain.has_streams or chain.over_depth or chain.history:
-            raise CaptureError(
-                "the tokens of each sequence are spread over processes, and the model mixes streams or depths; expected one "
-                "stream that branches are added to. Record it without sequence parallelism"
-            )
-        if "T" not in chain.layout.split():
-            raise CaptureError(
-                f"the tokens of each sequence are spread over processes, and the states have the layout {chain.layout!r}; "
-                "expected one axis of tokens. Record it without sequence parallelism"
-            )
-
-
-def _gate_the_state(connections: Iterable[ConnectionReading]) -> bool:
-    """Whether a state is scaled otherwise at each token, and not only dropped at some, as by a mask."""
-    known: set[tuple[Any, ...]] = set()
-    for parts in (connection.parts for connection in connections):
-        scale = parts["residual_gate"] if "residual_gate" in parts else parts["h_res"]
-        place = scale.data_ptr(), scale.shape, scale.stride()  # equal blocks have one tensor
-        if place in known:
-            continue
-        known.add(place)
-        scale = scale.reshape(len(scale), -1)
-        largest = scale.amax(0)
-        smallest = torch.where(scale == 0, largest, scale).amin(0)
-        if bool(((largest - smallest).abs() > 1e-5 * largest.abs()).any()):
-            return True
-    return False
-
-
-def _require_all_blocks(graph: Graph, model: nn.Module, chain: Chain) -> None:
-    """Refuse a forward that left out some of its blocks: their depths would be given to others."""
-    modules = dict(module_paths(model))
-    ran: set[str] = set()
-    for call in graph.calls:
-        parts = call.path.split(".")
-        ran.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    lists = {
-        (container, type(modules[path]))
-        for path in chain.blocks
-        if path in modules and (container := container_of(path)) is not None
-    }
-    for container, kind in lists:
-        missing = [
-            other
-            for name, child in modules[container].named_children()
-            if name.isdigit()
-            and type(child) is kind
-            and (other := f"{container}.{name}".lstrip(".")) not in ran
-        ]
-        if missing:
-            raise ChainError(
-                f"{', '.join(missing[:3])} did not run in this forward, and blocks like it did (layer drop leaves blocks out "
-                "in training mode, for one); measure in evaluation mode, or name the blocks that run with layers="
-            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.tensors import local_tensor
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
@@ -197,3 +198,30 @@ def _outline(structure: Structure) -> list[Any]:
         for chain in structure.chains
     ]
     return [*chains, structure.num_streams, structure.fractions, structure.family]
+
+
+def require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int, num_streams: int) -> None:
+    """Require that a layout finds as many sequences in a state as the model was called with."""
+    state = torch.empty(shape, device="meta")
+    found = canonical(state, layout, batch_size=batch_size, num_streams=num_streams).shape[0]
+    if found != batch_size:
+        raise LayoutError(
+            f"layout {layout!r} finds {found} sequences in a state of shape {shape}, and the model was called with "
+            f"{batch_size}; expected the axis of the model's sequences as B. Call the model with one sequence in each row of "
+            "the batch"
+        )
+
+
+def require_plain_tokens(chains: Sequence[Chain]) -> None:
+    """Require a model of which parts of sequences can be measured: one stream, and one axis of tokens."""
+    for chain in chains:
+        if chain.has_streams or chain.over_depth or chain.history:
+            raise CaptureError(
+                "the tokens of each sequence are spread over processes, and the model mixes streams or depths; expected one "
+                "stream that branches are added to. Record it without sequence parallelism"
+            )
+        if "T" not in chain.layout.split():
+            raise CaptureError(
+                f"the tokens of each sequence are spread over processes, and the states have the layout {chain.layout!r}; "
+                "expected one axis of tokens. Record it without sequence parallelism"
+            )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from torch import nn
@@ -149,3 +150,18 @@ def likely_blocks(graph: Graph) -> str:
         if times > 1 and not any(of[0].startswith(f"{other}.") for other in patterns)
     }
     return max(outer, key=lambda of: outer[of], default=("", ""))[0]
+
+
+def with_named_blocks(graph: Graph, chain: Chain, calls: Sequence[int], depths: Sequence[int]) -> Chain:
+    """A chain with the user's blocks, and the states numbered by them where there is one before each."""
+    blocks = [graph.calls[call] for call in calls]
+    chain = replace(
+        chain,
+        blocks=tuple(dict.fromkeys(call.path for call in blocks)),
+        block_class="/".join(dict.fromkeys(call.kind for call in blocks)),
+    )
+    if len(depths) == len(calls) + 1 == len(chain.points):
+        labels = block_labels(blocks, constant=len(set(chain.shapes)) == 1)
+        points = zip(chain.points, labels, strict=True)
+        chain = replace(chain, points=tuple(replace(p, layer=n, site=site) for p, (n, site) in points))
+    return chain

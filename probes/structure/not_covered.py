@@ -10,7 +10,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,10 +17,10 @@ from torch import nn
 
 from depthscope.probes.model.modules import all_modules, module_paths, named_parameters
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, walk
-from depthscope.probes.reading.operations import MATRICES, NORMS, moved, weights
+from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, container_of, walk
+from depthscope.probes.reading.operations import MATRICES, NORMS, reordered, weights
 from depthscope.probes.reading.residual_sums import further_residuals
-from depthscope.probes.structure.chain import Chain, HookPoint
+from depthscope.probes.structure.chain import Chain, ChainError, HookPoint
 from depthscope.probes.structure.named_blocks import block_paths
 
 # A further chain, such as a decoder, needs this much of the largest one; smaller ones are parts of heads. A heuristic of ours.
@@ -330,7 +329,7 @@ class _LeftOutParts:
 
 def _around(graph: Graph, memory: MemoryReading) -> set[str]:
     """The modules in one call of which a memory begins and ends: none is one of its blocks."""
-    ends = (graph.values[memory.root], graph.values[memory.states[-1].values[-1]])
+    ends = (graph.values[memory.root], graph.values[memory.end])
     first, last = (set(graph.stack(value)) for value in ends)
     return {graph.calls[call].path for call in first & last}
 
@@ -345,8 +344,8 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     known = {number for memory in memories for state in memory.states for number in state.values}
     known |= {value.number for chain in chains for p in chain.points if (value := p.value_in(graph))}
     # What has the elements of a state in another order is one.
-    known = {of.number for of in walk((graph.values[n] for n in known), partial(moved, graph))}
-    branches = [branch for m in memories for c in m.connections for branch in c.branches]
+    known = {of.number for of in reordered(graph, (graph.values[n] for n in known))}
+    branches = [branch for memory in memories for branch in memory.branches]
     known |= {number for branch in branches for number in branch.way}
     # What a branch reads in the middle of a step, as of a solver's second evaluation, is proven next to the states.
     reads = {value for branch in branches for place in branch.reads if (value := graph.at(place)) is not None}
@@ -407,3 +406,43 @@ def _is_between_states(graph: Graph, read: TracedValue, states: set[int], carrie
         return False
     later = walk([read], lambda value: (of for of in graph.takers(value) if of.number in carried))
     return any(value.number in states for value in later)
+
+
+def require_all_blocks(graph: Graph, model: nn.Module, chain: Chain) -> None:
+    """Refuse a forward that left out some of its blocks: their depths would be given to others."""
+    modules = dict(module_paths(model))
+    ran: set[str] = set()
+    for call in graph.calls:
+        parts = call.path.split(".")
+        ran.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    lists = {
+        (container, type(modules[path]))
+        for path in chain.blocks
+        if path in modules and (container := container_of(path)) is not None
+    }
+    for container, kind in lists:
+        missing = [
+            other
+            for name, child in modules[container].named_children()
+            if name.isdigit()
+            and type(child) is kind
+            and (other := f"{container}.{name}".lstrip(".")) not in ran
+        ]
+        if missing:
+            raise ChainError(
+                f"{', '.join(missing[:3])} did not run in this forward, and blocks like it did (layer drop leaves blocks out "
+                "in training mode, for one); measure in evaluation mode, or name the blocks that run with layers="
+            )
+
+
+def states_without_gradients(chain: Chain) -> LeftOut | None:
+    """What is said of states of which autograd has a part of the gradient alone."""
+    shown = ((depth, of) for depth, point in enumerate(chain.points) for of in (point.streams or (point,)))
+    depths = dict.fromkeys(depth for depth, of in shown if of.is_read_inside and of.gradient_at is None)
+    if not depths:
+        return None
+    why = (
+        f"no gradients of the states {', '.join(map(str, depths))}: a function of autograd makes each and reads it itself, so "
+        "that autograd has only a part of its gradient"
+    )
+    return LeftOut(chain.points[next(iter(depths))].module, 0, "", 0.0, why)

@@ -20,9 +20,8 @@ from depthscope.probes.reading.graph import (
     names,
     values_in,
 )
-from depthscope.probes.reading.operations import MATRICES, VIEWS
+from depthscope.probes.reading.operations import MATRICES, ROW_MAJOR
 
-ROW_MAJOR = VIEWS | names("squeeze unsqueeze")
 TURNS = names("permute transpose t mT movedim")
 REMOVES = names("select unbind sum mean amax amin max min prod any all argmax logsumexp linalg_vector_norm")
 PARTS = names("slice narrow split split_with_sizes chunk index_select")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from depthscope.probes.model.layout import LayoutError
@@ -16,6 +16,32 @@ from depthscope.probes.structure.chain import NO_FINAL_NORM, Chain, HookPoint
 from depthscope.probes.structure.read_chains import ReadChain
 from depthscope.probes.structure.read_layout import shape_layout
 from depthscope.probes.structure.sequence_axis import SequenceAxis
+
+
+def trunks_of(graph: Graph, memories: Sequence[MemoryReading]) -> list[list[MemoryReading]]:
+    """Memories of blocks of one class, of which each is computed from those before alone, as one trunk."""
+    trunks: list[list[MemoryReading]] = []
+    for memory in sorted(memories, key=lambda memory: memory.root):
+        before = next((trunk for trunk in trunks if _is_next_stage(graph, trunk, memory)), None)
+        if before is None:
+            trunks.append([memory])
+        else:
+            before.append(memory)
+    return sorted(trunks, key=lambda trunk: memories[0] not in trunk)
+
+
+def _is_next_stage(graph: Graph, trunk: Sequence[MemoryReading], after: MemoryReading) -> bool:
+    """Whether a memory is the next stage of a trunk: in its container, or of its class of blocks and another shape."""
+    before, root = trunk[-1], graph.values[after.root]
+    if root.number <= before.end or not graph.depends(root, graph.values[before.end]):
+        return False
+    kinds = [{graph.calls[unit].kind for unit in memory.units} for memory in (before, after)]
+    is_like = before.shape != after.shape and not kinds[0].isdisjoint(kinds[1])
+    if not is_like and before.name != after.name:
+        return False
+    known = set().union(*(memory.carried for memory in trunk))  # what else comes in is of another tower
+    way = graph.earlier([root], known)
+    return not any(way[v.number] and graph.depends_on_input(v) for v in graph.values if not v.parents)
 
 
 def _stage_of(path: str) -> str | None:
@@ -198,9 +224,8 @@ def _final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> 
 
     ``shape``: of the last state, as it is captured.
     """
-    end = memory.states[-1].values[-1]
     why, several = NO_FINAL_NORM, memory.num_streams > 1
-    for merged in _after_merge(graph, memory, end):
+    for merged in _after_merge(graph, memory):
         after = follow(graph, replace(start_of(merged), functions=True))
         normed = [graph.values[n] for n in _norms_of(after)]
         places = [(shown, value) for value in normed for shown in graph.shown.get(value.number, ())]
@@ -223,14 +248,14 @@ def _final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> 
     return None, why
 
 
-def _after_merge(graph: Graph, memory: MemoryReading, end: int) -> Iterator[TracedValue]:
+def _after_merge(graph: Graph, memory: MemoryReading) -> Iterator[TracedValue]:
     """The last state, or what its streams are merged to."""
     if memory.num_streams == 1:
-        yield graph.values[end]
+        yield graph.values[memory.end]
         return
     one = math.prod(memory.shape)
     for number, numbers in memory.carried.items():
-        if number > end and numbers.count == numbers.distinct == one:
+        if number > memory.end and numbers.count == numbers.distinct == one:
             yield graph.values[number]
 
 
