@@ -283,8 +283,8 @@ class ChainReader:
         numbers = self.memory.states[depth].values
         counts = {of.count for of in self.memory.states[depth].numbers}
         if len(numbers) == 1 and (self._num_tensors == 1 or counts != {math.prod(self.memory.shape)}):
-            value = self._first() if depth == 0 else self.graph.values[numbers[0]]
-            point, shown = self._point_of(depth, self._taken_in_another_order(depth, value), layout)
+            value = self.graph.values[numbers[0]] if depth else self._first()
+            point, shown = self._point_of(depth, value, layout)
             return self._with_later_joins(depth, point), shown
         found = [self._point_of(depth, self.graph.values[number], layout) for number in numbers]
         if len({self.layout_of(value) for _, value in found}) > 1 or counts != {math.prod(self.memory.shape)}:
@@ -391,39 +391,24 @@ class ChainReader:
         )
         return self._with_gradient(point, shown_value), shown_value
 
-    def _taken_in_another_order(self, depth: int, value: TracedValue) -> TracedValue:
-        """What the first block takes, where that is the first state with its tokens in another order; else the state."""
-        _, after = self._around(depth)
-        if depth or after is None:
-            return value
-        around = self.graph.stack(self.graph.values[after.way[0]])[1:]  # the block, and what holds it
-        layout, seen = self.layout_of(value), {other.number for other in same_elements(self.graph, value)}
-        for other in reordered(self.graph, [value]):
-            taken = any(
-                shown.at == "input" and shown.call in around
-                for shown in self.graph.shown.get(other.number, ())
-            )
-            if (
-                taken
-                and other.number not in seen
-                and other.shape == value.shape
-                and self.layout_of(other) == layout
-            ):
-                return other
-        return value
-
     def _first(self) -> TracedValue:
-        """The first state: before the norm, where the first block of a plain memory begins with one of the state itself."""
-        value = self.graph.values[self.memory.states[0].values[-1]]
-        unit = self._call_of(self.branches[0]) if self.branches else -1
-        if not self.memory.is_plain or unit not in self.graph.stack(value):
+        """The first state: what the first block takes of it, in another order of tokens, or before the norm that it begins with."""
+        graph, value = self.graph, self.graph.values[self.memory.states[0].values[-1]]
+        _, after = self._around(0)
+        if after is None:
             return value
-        for number, shown in self.graph.shown.items():
-            given = self.graph.values[number]
-            takes = any(each.call == unit and each.at == "input" for each in shown)
-            if takes and given.shape == value.shape and self.graph.depends(value, given):
-                passing = follow(self.graph, replace(start_of(given), functions=True), until=value.number)
-                return given if passing.holds(value) else value
+        reordered_of = {of.number for of in reordered(graph, [value])}
+        same, unit = {of.number for of in same_elements(graph, value)}, self._call_of(after)
+        for call in graph.stack(graph.values[after.way[0]])[1:]:  # what holds the block, and the block
+            for given in graph.sides.get((call, "input"), ()):
+                if given.shape != value.shape or given.number in same:
+                    continue
+                if given.number in reordered_of and self.layout_of(given) == self.layout_of(value):
+                    return given
+                is_before = self.memory.is_plain and call == unit and unit in graph.stack(value)
+                if is_before and graph.depends(value, given):
+                    passing = follow(graph, replace(start_of(given), functions=True), until=value.number)
+                    return given if passing.holds(value) else value
         return value
 
     def _rank(self, depth: int, value: TracedValue, other: TracedValue, shown: Shown) -> tuple[object, ...]:
