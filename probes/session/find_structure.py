@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
@@ -25,6 +24,7 @@ from depthscope.probes.structure.branch_scales import branch_scales, gates_the_s
 from depthscope.probes.structure.chain import Chain, ChainError
 from depthscope.probes.structure.model_structure import (
     Structure,
+    chain_names,
     require_all_sequences,
     require_plain_tokens,
 )
@@ -40,8 +40,8 @@ from depthscope.probes.structure.named_blocks import (
 from depthscope.probes.structure.not_covered import (
     FURTHER_SHARE,
     LeftOut,
+    PartsLeftOut,
     missing_state,
-    not_covered,
     require_all_blocks,
     states_without_gradients,
 )
@@ -116,7 +116,7 @@ class StructureFinder:
                 require_all_sequences(chain.shapes[0], chain.layout, self.batch_size, num_streams)
             chains = tuple(_with_asserted_streams(chain, num_streams) for chain in chains)
         if self.options.gradients:
-            self._unread += filter(None, map(states_without_gradients, chains))
+            self._unread += [part for chain in chains for part in states_without_gradients(chain)]
         self.options.selection.require(chains)  # only now is it known which sites the model has
         if shards is not None:
             require_plain_tokens(chains)
@@ -143,7 +143,7 @@ class StructureFinder:
         }
         is_named = self.options.blocks is not None
         self._unread += [] if is_named else self._further_states(read)
-        parts = not_covered(self.graph, self.model, chains, read, others=others, named=is_named)
+        parts = PartsLeftOut(self.graph, self.model, chains, read, others, named=is_named).found()
         unread = {part.module: part for part in self._unread}
         reasons = [unread.pop(part.module).why if part.module in unread else part.why for part in parts]
         return (*(replace(part, why=why) for part, why in zip(parts, reasons, strict=True)), *unread.values())
@@ -166,7 +166,7 @@ class StructureFinder:
             if memory in read or not memory.is_proven or memory.name in known or not units & blocks:
                 continue
             why = f"a further state of these blocks; chain={name!r} reads it in their place"
-            yield LeftOut(memory.name, 0, "", 0.0, why)
+            yield LeftOut(memory.name, why=why)
 
     # --- which memories
 
@@ -199,7 +199,7 @@ class StructureFinder:
         first = taken[0][0]
         found = self._chains_of_stages(taken[0])
         if (why := self.rereading.reading.left_out.get(first.name)) is not None:
-            self._unread.append(LeftOut(first.name, 0, "", 0.0, f"a further state of these blocks: {why}"))
+            self._unread.append(LeftOut(first.name, why=f"a further state of these blocks: {why}"))
         for stages in taken[1:]:
             try:
                 further = self._chains_of_stages(stages)
@@ -408,7 +408,7 @@ class StructureFinder:
             found = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
             return ReadChain(self._without_weights(chain, error), (memory,))
-        of_first = chain.connections[0]
+        of_first = chain.connections[0].path
         numbers = [n for n in range(len(chain.connections)) if n not in read.left_out]
         weights = read.without_other_views(dict(zip(numbers, found, strict=True)))
         outside = {
@@ -429,14 +429,7 @@ class StructureFinder:
                 f"one tensor is each of the {memory.num_streams} streams before it, so that only sums over them are known of "
                 "its weights, and of their gradients"
             )
-            self._unread.append(LeftOut(of_first.path, 0, "", 0.0, why))
-        read_before = [n for n, p in enumerate(points) if any(of.is_read_before for of in p.streams)]
-        if read_before and self.options.gradients:
-            why = (
-                f"no gradients of the states {', '.join(map(str, read_before))}: a branch that is written into each had read "
-                "a tensor of it before, so that autograd gives one sum of both gradients"
-            )
-            self._unread.append(LeftOut(of_first.path, 0, "", 0.0, why))
+            self._unread.append(LeftOut(of_first, why=why))
         if memory.over_depth:
             rows = [of for of, _ in weights.values() if isinstance(of, DepthWeights)]
             chain = replace(chain, family=depth_family(rows))
@@ -456,7 +449,7 @@ class StructureFinder:
         hands_on_another = any(path.startswith(f"{block}.") for path in made for block in chain.blocks)
         if not chain.history or hands_on_another:
             return replace(chain, connections=(), proof=f"unproven: {error}")
-        self._unread.append(LeftOut("weights over depth", 0, "", 0.0, str(error)))
+        self._unread.append(LeftOut("weights over depth", why=str(error)))
         return replace(chain, connections=(), family="depth_history")
 
     def _fractions(self, found: ReadChain) -> int:
@@ -480,44 +473,14 @@ class StructureFinder:
         return streams
 
     def _with_names(self, found: Sequence[ReadChain]) -> list[ReadChain]:
-        """Chains with distinct names: of their memories, shortened, or what blocks call the tracks that they take."""
-        paths = [of.memories[0].name for of in found]
-        short = dict(zip(unique := list(dict.fromkeys(paths)), _distinct(unique), strict=True))
-        names = [
-            short[path] if paths.count(path) == 1 else self._argument(of.chain)
-            for path, of in zip(paths, found, strict=True)
-        ]
-        if len(set(names)) < len(names) or (len(names) > 1 and "" in names):
-            names = _distinct(paths)
-        return [
-            replace(of, chain=replace(of.chain, name=name)) for of, name in zip(found, names, strict=True)
-        ]
-
-    def _argument(self, chain: Chain) -> str:
-        """What the blocks of a chain call its state; empty where they take none."""
-        point = next((point for point in chain.points if point.at == "input"), None)
-        if point is None:
-            return ""
-        call = next(of for of in self.graph.calls if (of.path, of.number) == (point.path, point.index))
-        of = call.arguments[point.item] if point.item < len(call.arguments) else len(call.arguments)
-        names = list(inspect.signature(self.model.get_submodule(point.path).forward).parameters)
-        return of if isinstance(of, str) else names[of] if of < len(names) else ""
+        """The chains with distinct names."""
+        names = chain_names(self.graph, self.model, [(of.memories[0].name, of.chain) for of in found])
+        return [replace(of, chain=replace(of.chain, name=n)) for of, n in zip(found, names, strict=True)]
 
 
 def _units(stages: Iterable[MemoryReading]) -> set[int]:
     """The calls of the blocks of some memories."""
     return set[int]().union(*(memory.units for memory in stages))
-
-
-def _distinct(paths: Sequence[str]) -> list[str]:
-    """Short distinct names: the first component in which all paths differ."""
-    if len(paths) == 1:
-        return [""]
-    parts = [path.split(".") for path in paths]
-    for names in zip(*parts, strict=False):
-        if len(set(names)) == len(paths):
-            return list(names)
-    return list(paths) if len(set(paths)) == len(paths) else [f"chain{i}" for i in range(len(paths))]
 
 
 def _with_asserted_streams(chain: Chain, num_streams: int) -> Chain:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.tensors import local_tensor
+from depthscope.probes.reading.graph import Graph
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.not_covered import LeftOut
 from depthscope.probes.structure.read_parts import ReadStructure
@@ -225,3 +228,36 @@ def require_plain_tokens(chains: Sequence[Chain]) -> None:
                 f"the tokens of each sequence are spread over processes, and the states have the layout {chain.layout!r}; "
                 "expected one axis of tokens. Record it without sequence parallelism"
             )
+
+
+def chain_names(graph: Graph, model: nn.Module, chains: Sequence[tuple[str, Chain]]) -> list[str]:
+    """Distinct names: of their memories (which are given), shortened, or what blocks call the tracks that they take."""
+    paths = [path for path, _ in chains]
+    short = dict(zip(unique := list(dict.fromkeys(paths)), _distinct(unique), strict=True))
+    names = [
+        short[path] if paths.count(path) == 1 else _argument(graph, model, chain) for path, chain in chains
+    ]
+    is_clear = len(set(names)) == len(names) and (len(names) == 1 or "" not in names)
+    return names if is_clear else _distinct(paths)
+
+
+def _argument(graph: Graph, model: nn.Module, chain: Chain) -> str:
+    """What the blocks of a chain call its state; empty where they take none."""
+    point = next((point for point in chain.points if point.at == "input"), None)
+    if point is None:
+        return ""
+    call = graph.calls[graph.call_of(point.path, point.index)]
+    of = call.arguments[point.item] if point.item < len(call.arguments) else len(call.arguments)
+    names = list(inspect.signature(model.get_submodule(point.path).forward).parameters)
+    return of if isinstance(of, str) else names[of] if of < len(names) else ""
+
+
+def _distinct(paths: Sequence[str]) -> list[str]:
+    """Short distinct names: the first component in which all paths differ."""
+    if len(paths) == 1:
+        return [""]
+    parts = [path.split(".") for path in paths]
+    for names in zip(*parts, strict=False):
+        if len(set(names)) == len(paths):
+            return list(names)
+    return list(paths) if len(set(paths)) == len(paths) else [f"chain{i}" for i in range(len(paths))]

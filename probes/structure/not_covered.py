@@ -30,6 +30,11 @@ FURTHER_SHARE = 0.1
 NAMED_SHARE = 0.2
 # A block computes something: it has a matrix to go in and one to come out, unlike a convolution with its norm.
 LEAST_MATRICES = 2
+# Why a state has no gradient.
+READ_BEFORE = "a branch that is written into each had read a tensor of it before, so that autograd gives one sum of both gradients"
+READ_INSIDE = (
+    "a function of autograd makes each and reads it itself, so that autograd has a part of its gradient alone"
+)
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,10 @@ class LeftOut:
     """
 
     module: str
-    blocks: int
-    block: str
-    share: float
-    why: str
+    blocks: int = 0
+    block: str = ""
+    share: float = 0.0
+    why: str = ""
     layers: str = ""
 
     @property
@@ -108,26 +113,13 @@ class UsedParameters:
         return sum(self.sizes[parameter] for parameter in parameters) / (sum(self.sizes.values()) or 1)
 
 
-def not_covered(
-    graph: Graph,
-    model: nn.Module,
-    chains: Sequence[Chain],
-    read: Sequence[MemoryReading],
-    *,
-    others: Mapping[str, set[str]],
-    named: bool,
-) -> tuple[LeftOut, ...]:
-    """The parts of a model that ran and lie in no chain, in the order in which they ran.
+class PartsLeftOut:
+    """A walk through the modules of a model, down to those of which nothing lies in a chain.
 
     ``read``: the memories that the chains were read from.
     ``others``: the blocks of proven memories that are none of the chains, by the names with which `chain=` reads them.
     ``named``: whether the user named the blocks.
     """
-    return tuple(_LeftOutParts(graph, model, chains, read, others, named=named).found())
-
-
-class _LeftOutParts:
-    """A walk through the modules of a model, down to those of which nothing lies in a chain."""
 
     def __init__(
         self,
@@ -172,10 +164,17 @@ class _LeftOutParts:
         return found & self._used.sizes.keys()
 
     def found(self) -> list[LeftOut]:
-        """Every part that is to be named."""
+        """Every part that is to be named, in the order in which they ran."""
         parts = [part for part in self._parts("", self._model) if part is not None]
         parts += self._without_modules()
-        return sorted(parts, key=lambda part: self._first_call(part.module.partition(" ")[0]))
+
+        def first_call(part: LeftOut) -> int:
+            path = part.module.partition(" ")[0]
+            return min(
+                (n for other, n in self._order.items() if f"{other}.".startswith(f"{path}.")), default=0
+            )
+
+        return sorted(parts, key=first_call)
 
     def _without_modules(self) -> Iterator[LeftOut]:
         """What is said of residuals whose parameters belong to no part of the model."""
@@ -193,11 +192,7 @@ class _LeftOutParts:
                     f"{of.sums} sums of a value and of what was computed from it lie between the blocks that are read, and "
                     "are none of their states"
                 )
-                yield LeftOut(of.path or "model", 0, "", 0.0, why)
-
-    def _first_call(self, path: str) -> int:
-        inside = (n for other, n in self._order.items() if other == path or other.startswith(f"{path}."))
-        return min(inside, default=0)
+                yield LeftOut(of.path or "model", why=why)
 
     def _parts(self, path: str, module: nn.Module) -> Iterator[LeftOut | None]:
         """What is to be named of a module of which a part lies in a chain."""
@@ -435,14 +430,14 @@ def require_all_blocks(graph: Graph, model: nn.Module, chain: Chain) -> None:
             )
 
 
-def states_without_gradients(chain: Chain) -> LeftOut | None:
-    """What is said of states of which autograd has a part of the gradient alone."""
-    shown = ((depth, of) for depth, point in enumerate(chain.points) for of in (point.streams or (point,)))
-    depths = dict.fromkeys(depth for depth, of in shown if of.is_read_inside and of.gradient_at is None)
-    if not depths:
-        return None
-    why = (
-        f"no gradients of the states {', '.join(map(str, depths))}: a function of autograd makes each and reads it itself, so "
-        "that autograd has only a part of its gradient"
-    )
-    return LeftOut(chain.points[next(iter(depths))].module, 0, "", 0.0, why)
+def states_without_gradients(chain: Chain) -> Iterator[LeftOut]:
+    """What is said of states of which autograd has another gradient, or a part of it alone."""
+    shown = [(depth, of) for depth, point in enumerate(chain.points) for of in (point.streams or (point,))]
+    reasons = {
+        READ_BEFORE: (depth for depth, of in shown if of.is_read_before and chain.points[depth].streams),
+        READ_INSIDE: (depth for depth, of in shown if of.is_read_inside and of.gradient_at is None),
+    }
+    for why, found in reasons.items():
+        if depths := list(dict.fromkeys(found)):
+            names = ", ".join(map(str, depths))
+            yield LeftOut(chain.points[depths[0]].module, why=f"no gradients of the states {names}: {why}")

@@ -392,7 +392,7 @@ class ChainReader:
         return self._with_gradient(point, shown_value), shown_value
 
     def _first(self) -> TracedValue:
-        """The first state: what the first block takes of it, in another order of tokens, or before the norm that it begins with."""
+        """The first state: what the first block takes of it, with its tokens in another order, or before a norm."""
         graph, value = self.graph, self.graph.values[self.memory.states[0].values[-1]]
         _, after = self._around(0)
         if after is None:
