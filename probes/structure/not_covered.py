@@ -31,7 +31,10 @@ NAMED_SHARE = 0.2
 # A block computes something: it has a matrix to go in and one to come out, unlike a convolution with its norm.
 LEAST_MATRICES = 2
 # Why a state has no gradient.
-READ_BEFORE = "a branch that is written into each had read a tensor of it before, so that autograd gives one sum of both gradients"
+READ_BEFORE = (
+    "a branch that is written into each had read a tensor of it before, so that autograd gives one sum of both "
+    "gradients"
+)
 READ_INSIDE = (
     "a function of autograd makes each and reads it itself, so that autograd has a part of its gradient alone"
 )
