@@ -87,7 +87,8 @@ def capture(
     ChainError, LayoutError, ReconstructionError
         Where the model cannot be read; the message names the override.
     """
-    all_attrs = {**stage_attribute(stage), **storable_attributes(attrs)}
+    of_stage = {} if stage is None else stage_attribute(stage)
+    all_attrs = {**of_stage, **storable_attributes(attrs)}
     return measure(
         model, batch, Options(**options), loss=loss, token_text=token_text, attrs=all_attrs, forwards=settle
     )
@@ -174,8 +175,8 @@ def _measure_batch(
     batch = _with_gradients(batch) if gradients else batch
     session.attach()
     try:
-        scales = Scales(max(first_size(batch), 1))
-        with scales.on(session.model, noting=True) if gradients else nullcontext():
+        scales = Scales(max(first_size(batch), 1)) if gradients else None
+        with scales.on(session.model, noting=True) if scales else nullcontext():
             output = call_observed(session, batch)
             session.raise_first_error()
             value = loss_value(output, batch, loss, required=gradients)
@@ -187,7 +188,12 @@ def _measure_batch(
                     _run_backward(value, session.step.forwards[-1])
                 session.raise_first_error()
         (measured,) = session.fold()  # one forward, hence one set of weights
-        return measured, None if value is None else float(value.detach()), task, scales.sure()
+        return (
+            measured,
+            None if value is None else float(value.detach()),
+            task,
+            scales.sure() if scales else {},
+        )
     finally:
         session.detach()
         session.drop()  # after an error; nothing is left after a fold

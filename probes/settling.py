@@ -151,9 +151,12 @@ def _rescaled(
 ) -> dict[str, Any]:
     """What the loss would be with other scales of what the modules give, of a network that has something to lose."""
     attrs = {str(name): value for name, value in run.attrs.items()}
-    reach, slopes, sequences = to_lose(attrs), attrs.get(SLOPES), first_size(batch)
+    reach = to_lose(attrs)
+    if reach is None or _batch_axis(options):
+        return {}
+    slopes, sequences = attrs.get(SLOPES), first_size(batch)
     begun = age_of(xr.Dataset(attrs=attrs)).begun  # in its first steps no network is at a minimum
-    if reach is None or not begun or sequences < FEWEST or _batch_axis(options):
+    if not begun or sequences < FEWEST:
         return {}
     known = {n: v for n, v in slopes.items() if number_or_none(v)} if isinstance(slopes, Mapping) else None
     if known is not None and not promises(known, reach):

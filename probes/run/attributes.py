@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
@@ -12,14 +13,15 @@ from torch import nn
 
 from depthscope.diagnostics.kernels.memory import StreamMemory, bytes_text
 from depthscope.diagnostics.package_versions import package_versions
+from depthscope.diagnostics.schema import PROVEN, UNPROVEN
 from depthscope.probes.connections.constraint import constraint_of, constraint_words, measured_family
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.run.connection_variables import changes_outside
-from depthscope.probes.run.linear_variables import run_proof
 from depthscope.probes.run.weights_digest import weights_digest
 from depthscope.probes.session.reservoir import Sequence, training_stamp, weights_stamp
 from depthscope.probes.session.session import Session
+from depthscope.probes.structure.chain import Chain
 
 PACKAGES = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
 
@@ -146,3 +148,35 @@ def memory_facts(trace: xr.Dataset, dtype: torch.dtype, measured: dict[str, Any]
     if sentences:
         facts["sentence"] = "; ".join(sentences)
     return facts
+
+
+def chain_proof(chain: Chain, evidence: Evidence) -> str:
+    """Whether a chain's reading is proven: its own statement, or else that of its stream connections; empty for none.
+
+    ``evidence``: of the stream connections, which the first chain has.
+    Returns: ``"proven"``, or ``"unproven: "`` and the reason.
+    """
+    stated = str(getattr(chain, "proof", ""))
+    # A run whose stream connections do not give their next states is refused before this is asked.
+    if stated.startswith(UNPROVEN) or not chain.has_streams or not evidence.proofs:
+        return stated
+    unknown = [j.path for j, p in zip(evidence.joints, evidence.proofs, strict=True) if not p.known]
+    if unknown:
+        return f"{UNPROVEN}no sampled token has finite states around {unknown[0]!r}, so that nothing was recomputed"
+    return PROVEN
+
+
+def run_proof(chains: Many[Chain], evidence: Evidence) -> str:
+    """The proof of a whole run: ``"proven"`` where every chain is, else the reasons of those that are not.
+
+    Returns: Empty where a chain states nothing and none is unproven.
+    """
+    proofs = [(chain.name, chain_proof(chain, evidence)) for chain in chains]
+    reasons = [
+        f"{name}: {proof.removeprefix(UNPROVEN)}" if name else proof.removeprefix(UNPROVEN)
+        for name, proof in proofs
+        if proof.startswith(UNPROVEN)
+    ]
+    if reasons:
+        return UNPROVEN + "; ".join(reasons)
+    return PROVEN if all(proof == PROVEN for _, proof in proofs) else ""

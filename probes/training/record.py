@@ -213,7 +213,7 @@ def record(
     if first_step is None:
         first_step = 0 if recording is None or recording.last_step is None else recording.last_step + 1
     all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
-    all_attrs.update(stage_attribute(stage) | attrs)
+    all_attrs.update(({} if stage is None else stage_attribute(stage)) | attrs)
     session = Session(
         model,
         Options(**options),
