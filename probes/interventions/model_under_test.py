@@ -37,7 +37,7 @@ from depthscope.probes.run.build_run import build_run, sampled_joints
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, call_observed, copied
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.reservoir import Reservoir, Sequence
+from depthscope.probes.session.reservoir import Reservoir
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.model_structure import FINAL
@@ -90,21 +90,15 @@ class ModelUnderTest:
         self.model = model
         self.batch = batch
         self._options, self._chain_name = options or Options(), chain
-        self._session = Session(
-            model,
-            Options(
-                layers=self._options.layers,
-                layout=self._options.layout,
-                streams=self._options.streams,
-                mask=self._options.mask,
-                sites=self._options.sites,
-                max_sequences=EVERY_SEQUENCE,
-            ),
-            scope=Scope(only_own=True, sums=False),
-        )
-        self._find_structure()
+        taken = ("layers", "layout", "streams", "mask", "sites")
+        own = Options(**{name: getattr(self._options, name) for name in taken}, max_sequences=EVERY_SEQUENCE)
+        self._session = Session(model, own, scope=Scope(only_own=True, sums=False))
+        self._read_model()
         self.structure = self._session.structure
-        self.number = _chain_number(self.structure.chains, chain)
+        names = [each.name for each in self.structure.chains]
+        if chain not in (None, *names):
+            raise InterventionError(f"no chain {chain!r} in this model; {did_you_mean(str(chain), names)}")
+        self.number = 0 if chain is None else names.index(chain)
         self.chain: Chain = self.structure.chains[self.number]
         self._places: dict[Depth, StatePlace | None] = {}
         self._branch_tensors: dict[Side, BranchTensors] = {}
@@ -136,7 +130,7 @@ class ModelUnderTest:
 
     # --- what the model is
 
-    def _find_structure(self) -> None:
+    def _read_model(self) -> None:
         session = self._session
         session.attach()
         try:
@@ -428,16 +422,12 @@ class ModelUnderTest:
             self._branch_tensors[side] = found
         return self._branch_tensors[side]
 
-    def _sampled(self) -> list[Sequence]:
-        """All sequences of the last forward, in order."""
-        return sorted(self._session.step.reservoir.stored.values(), key=lambda sequence: sequence.index)
-
     def _parts(self) -> dict[int, Parts]:
         """The coefficients of the last forward by the number of the connection, on the CPU.
 
         Raises ReconstructionError: Where those of the first forward do not give its states.
         """
-        joints = sampled_joints(self._session, self._sampled())
+        joints = sampled_joints(self._session, self._session.step.reservoir.in_order())
         # In the first alone: a changed one does not satisfy its own equation
         if joints and not self._are_proven:
             gather_evidence(joints)
@@ -446,7 +436,7 @@ class ModelUnderTest:
 
     def _given(self) -> dict[int, torch.Tensor]:
         """What the branches of connections over depth gave in the last forward."""
-        sequences = self._sampled()
+        sequences = self._session.step.reservoir.in_order()
         return {
             number: torch.stack([sequence.branches[self.number, number] for sequence in sequences])
             for number in range(len(self.chain.connections))
@@ -457,12 +447,3 @@ class ModelUnderTest:
         return {
             key: place for key, place in self._places.items() if key[0] == self.number and place is not None
         }
-
-
-def _chain_number(chains: tuple[Chain, ...], name: str | None) -> int:
-    names = [chain.name for chain in chains]
-    if name is None:
-        return 0
-    if name not in names:
-        raise InterventionError(f"no chain {name!r} in this model; {did_you_mean(name, names)}")
-    return names.index(name)

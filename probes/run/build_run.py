@@ -39,8 +39,7 @@ def prove(session: Session) -> Proven:
     ``session``: with its chains found and at least one sequence sampled.
     Raises ReconstructionError: Where a connection's coefficients do not give its next state.
     """
-    # Slots of the reservoir are in no order; the samples of a run are in that of the data.
-    sequences = sorted(session.step.reservoir.stored.values(), key=lambda sequence: sequence.index)
+    sequences = session.step.reservoir.in_order()
     joints = sampled_joints(session, sequences)
     return Proven(sequences, gather_evidence(joints) if joints else Evidence())
 

@@ -11,7 +11,7 @@ from itertools import groupby
 
 from torch import nn
 
-from depthscope.probes.connections.coefficients import DepthWeights, Parts, StreamConnectionError
+from depthscope.probes.connections.coefficients import StreamConnectionError
 from depthscope.probes.model.layout import LayoutError, count_streams, parse_layout
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.reading.description import PROVEN, MemoryReading
@@ -27,6 +27,7 @@ from depthscope.probes.structure.model_structure import (
     chain_names,
     require_all_sequences,
     require_plain_tokens,
+    with_asserted_streams,
 )
 from depthscope.probes.structure.named_blocks import (
     ASSERTED,
@@ -47,7 +48,7 @@ from depthscope.probes.structure.not_covered import (
 )
 from depthscope.probes.structure.read_chains import ChainReader, ReadChain
 from depthscope.probes.structure.read_layout import num_fractions, read_layout, repeats_first, shape_layout
-from depthscope.probes.structure.read_parts import ReadStructure, depth_family
+from depthscope.probes.structure.read_parts import ReadStructure
 from depthscope.probes.structure.sequence_axis import SequenceAxis
 from depthscope.probes.structure.stages import (
     trunks_of,
@@ -114,7 +115,7 @@ class StructureFinder:
         if not chains[0].has_streams:
             for chain in chains:
                 require_all_sequences(chain.shapes[0], chain.layout, self.batch_size, num_streams)
-            chains = tuple(_with_asserted_streams(chain, num_streams) for chain in chains)
+            chains = tuple(with_asserted_streams(chain, num_streams) for chain in chains)
         if self.options.gradients:
             self._unread += [part for chain in chains for part in states_without_gradients(chain)]
         self.options.selection.require(chains)  # only now is it known which sites the model has
@@ -383,18 +384,8 @@ class StructureFinder:
                 raise AxisError(
                     "the model takes its tokens first, so the batch is its second axis; call the model once more"
                 )
-        rows = "where the rows are the nodes of a graph, say layout='B D'"
         packed = self._layout_of(memory, "", end).replace("B", "T")
-        packed = packed if packed.split().count("T") == 1 else "T D"
-        if len(root.shape) == 3 and root.shape[self.batch_axis] == self.batch_size:
-            own = "T B D" if self.batch_axis else "B T D"
-            rows = f"where the sequences meet in the branches alone, as in experts of a limited capacity, say layout={own!r}"
-        raise LayoutError(
-            f"the state of shape {root.shape} has its tokens along the axis that the model's first tensor has its sequences "
-            "along: several sequences may be packed into one, and would be measured as one. Call the model with one sequence "
-            f"in each row of the batch, padded where they differ in length; or say with layout={packed!r} that all "
-            f"tokens are to be read as those of one sequence; {rows}"
-        )
+        raise self.sequences.mixed_error(root, packed if packed.split().count("T") == 1 else "T D")
 
     def _chain_with_connections(self, memory: MemoryReading) -> ReadChain:
         """The chain of a memory that has streams or sums over depth."""
@@ -430,17 +421,8 @@ class StructureFinder:
                 "its weights, and of their gradients"
             )
             self._unread.append(LeftOut(of_first, why=why))
-        if memory.over_depth:
-            rows = [of for of, _ in weights.values() if isinstance(of, DepthWeights)]
-            chain = replace(chain, family=depth_family(rows))
-        elif not read.mixes and any(of.read is None for of, _ in weights.values() if isinstance(of, Parts)):
-            chain = replace(chain, family="gated")
-        elif any(branch.less_its_read for of in memory.connections for branch in of.branches):
-            chain = replace(chain, family="altup")
-        else:
-            mixing = "mhc" if part.is_sinkhorn else "hc"
-            chain = replace(chain, family=mixing if read.mixes else "independent_hc")
-        return ReadChain(chain, (memory,))
+        family = read.family(memory, [of for of, _ in weights.values()], is_sinkhorn=part.is_sinkhorn)
+        return ReadChain(replace(chain, family=family), (memory,))
 
     def _without_weights(self, chain: Chain, error: Exception) -> Chain:
         """The chain, where a run has no place for the weights of its connections; over depth it is proven with them."""
@@ -481,11 +463,3 @@ class StructureFinder:
 def _units(stages: Iterable[MemoryReading]) -> set[int]:
     """The calls of the blocks of some memories."""
     return set[int]().union(*(memory.units for memory in stages))
-
-
-def _with_asserted_streams(chain: Chain, num_streams: int) -> Chain:
-    """A chain without known connections; that a part of its state is a stream is not read from the model."""
-    if num_streams == 1 or chain.history or chain.proof.startswith("unproven"):
-        return chain
-    asserted = f"unproven: {num_streams} streams are asserted by layout= and streams=; nothing in the model shows them"
-    return replace(chain, proof=asserted)

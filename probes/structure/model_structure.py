@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -261,3 +261,11 @@ def _distinct(paths: Sequence[str]) -> list[str]:
         if len(set(names)) == len(paths):
             return list(names)
     return list(paths) if len(set(paths)) == len(paths) else [f"chain{i}" for i in range(len(paths))]
+
+
+def with_asserted_streams(chain: Chain, num_streams: int) -> Chain:
+    """A chain without known connections; that a part of its state is a stream is not read from the model."""
+    if num_streams == 1 or chain.history or chain.proof.startswith("unproven"):
+        return chain
+    asserted = f"unproven: {num_streams} streams are asserted by layout= and streams=; nothing in the model shows them"
+    return replace(chain, proof=asserted)

@@ -78,6 +78,21 @@ class ReadStructure:
         parts = (stream_parts(connection, order, mixes=self.mixes) for connection in self.connections(memory))
         return [(of, None) for of in parts]
 
+    def family(
+        self, memory: MemoryReading, weights: Sequence[Parts | DepthWeights], *, is_sinkhorn: bool
+    ) -> str:
+        """What a model of these weights is called.
+
+        ``is_sinkhorn``: whether Sinkhorn's iteration makes every matrix.
+        """
+        if memory.over_depth:
+            return depth_family([of for of in weights if isinstance(of, DepthWeights)])
+        if not self.mixes and any(of.read is None for of in weights if isinstance(of, Parts)):
+            return "gated"
+        if any(branch.less_its_read for branch in memory.branches):
+            return "altup"
+        return ("mhc" if is_sinkhorn else "hc") if self.mixes else "independent_hc"
+
     def connections(self, memory: MemoryReading) -> list[ConnectionReading]:
         """The connections with streams, of which `weights` are."""
         joined = (connection for connection in memory.connections if connection.branches)

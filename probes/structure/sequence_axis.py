@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
+from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.reading.graph import (
     INPUT,
     SHAPE_ONLY,
@@ -38,7 +39,7 @@ class SequenceAxis:
     """
 
     def __init__(self, graph: Graph, batch_size: int, axis: int):
-        self.graph, self.size = graph, batch_size
+        self.graph, self.size, self.axis = graph, batch_size, axis
         self._mixed: set[int] = set()  # operations that add several sequences up, by the number of the value
         # How far the elements of neighbouring sequences are apart, and how many sequences a value has.
         self._found: list[tuple[int, int] | None] = []
@@ -59,6 +60,22 @@ class SequenceAxis:
         """Whether something between two values goes along the sequences, as an attention over tokens does."""
         between = (self.graph.values[n] for n in self._mixed if first.number < n < last.number)
         return any(self.graph.depends(v, first) and self.graph.depends(last, v) for v in between)
+
+    def mixed_error(self, state: TracedValue, packed: str) -> LayoutError:
+        """The refusal of a first state along whose sequences the branches go.
+
+        ``packed``: the layout that reads all tokens as those of one sequence.
+        """
+        rows = "where the rows are the nodes of a graph, say layout='B D'"
+        if len(state.shape) == 3 and state.shape[self.axis] == self.size:
+            own = "T B D" if self.axis else "B T D"
+            rows = f"where the sequences meet in the branches alone, as in experts of a limited capacity, say layout={own!r}"
+        return LayoutError(
+            f"the state of shape {state.shape} has its tokens along the axis that the model's first tensor has its sequences "
+            "along: several sequences may be packed into one, and would be measured as one. Call the model with one sequence "
+            f"in each row of the batch, padded where they differ in length; or say with layout={packed!r} that all "
+            f"tokens are to be read as those of one sequence; {rows}"
+        )
 
     def _given(self, value: TracedValue, axis: int) -> tuple[int, int] | None:
         if value.kind != INPUT or len(value.shape) <= axis or value.shape[axis] != self.size:
