@@ -111,7 +111,7 @@ class CoefficientValues:
             [self.graph.values[n] for n in sorted(self.graph.ancestors(of, stop=self.every))]
             for of in numbers
         ]
-        self.found = [self._found(number) for number in range(len(numbers))]
+        self.found = [self._values_of_weights(number) for number in range(len(numbers))]
 
     def state(self, depth: int) -> list[TracedValue]:
         """The values that are a state, in this order of its elements or another one, the earliest first."""
@@ -124,7 +124,7 @@ class CoefficientValues:
         carried = ([value for value in of if value.number in self.memory.carried] for of in same)
         return list(dict.fromkeys(min(of, key=lambda value: value.number) for of in carried))
 
-    def _found(self, number: int) -> dict[str, list[TracedValue]]:
+    def _values_of_weights(self, number: int) -> dict[str, list[TracedValue]]:
         found = {name: self._matching(number, wanted) for name, wanted in self.weights[number].items()}
         self.rerun.forget(self.numbers[number])
         return found

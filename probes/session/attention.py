@@ -19,7 +19,7 @@ from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.operations import OperationsShown
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.attention_rows import AttentionWatch, measured
+from depthscope.probes.session.attention_rows import AttentionWatch, rows_of_calls
 from depthscope.probes.session.forward import Forward, Key, Tape
 from depthscope.probes.structure.model_structure import Structure
 
@@ -129,7 +129,7 @@ def add_attention(forward: Forward, heads: int, *, sums: bool) -> None:
     ``heads``: the most before one state.
     """
     waiting, forward.attending = forward.attending, []
-    for (key, _), rows in zip(waiting, measured([of for _, of in waiting]), strict=True):
+    for (key, _), rows in zip(waiting, rows_of_calls([of for _, of in waiting]), strict=True):
         known = forward.attention.get(key)
         forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
     for (number, depth), rows in forward.attention.items() if sums else ():

@@ -220,9 +220,9 @@ class CompiledCalls:
             if second is not None:
                 second.follow(output)
             if not self._stack():
-                self._ended(output)
+                self._end_of_call(output)
 
-    def _ended(self, output: Any) -> None:
+    def _end_of_call(self, output: Any) -> None:
         self.is_settled = self.is_settled and self._frames == _frames_compiled()
         self._listen(output)
 
@@ -244,7 +244,7 @@ class CompiledCalls:
         def done(output: Any) -> None:
             if second is not None:
                 second.follow(output)
-            self._ended(output)
+            self._end_of_call(output)
 
         return MethodWatch(self._inside_of(second), done)
 
@@ -296,7 +296,7 @@ class CompiledCalls:
                     retain_graph=True,
                 )
         except RuntimeError as error:
-            raise _advised(error) from None
+            raise _with_advice(error) from None
 
     @contextmanager
     def _own_run(self, module: nn.Module) -> Iterator[None]:
@@ -325,7 +325,7 @@ def _has_foreign_hook(parameter: torch.Tensor) -> bool:
     return any(type(hook) is not Hook for hook in hooks.values())
 
 
-def _advised(error: RuntimeError) -> Exception:
+def _with_advice(error: RuntimeError) -> Exception:
     """An error of torch's in a backward of ours, with what to do where that is known."""
     if "modified by an inplace operation" in str(error):
         return CaptureError(STEPPED)
@@ -354,10 +354,10 @@ def copied_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tup
     for tensor in tensors_in((args, kwargs)):
         if id(tensor) not in memo:
             memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-    return tuple(_copied(value, memo) for value in args), {n: _copied(v, memo) for n, v in kwargs.items()}
+    return tuple(_copy(value, memo) for value in args), {n: _copy(v, memo) for n, v in kwargs.items()}
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, IMMUTABLE):
         return value
     try:

@@ -229,9 +229,9 @@ def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
         ways[number] = {number} if first in parents else set().union(*(ways.get(of, set()) for of in parents))
     steps = [{first} if number == first else ways.get(number, set()) for number in following]
     times = {len(of) for of in steps}  # how often the first value comes into a stream
-    apart = len(steps) == n and len(set().union(*steps)) == sum(map(len, steps))
+    are_distinct = len(steps) == n and len(set().union(*steps)) == sum(map(len, steps))
     again = len(steps) == n and all(steps) and _only_branches_are_added(graph, memory, ways)
-    return again or (apart and times == {n})
+    return again or (are_distinct and times == {n})
 
 
 def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Iterable[int]) -> bool:

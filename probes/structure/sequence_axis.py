@@ -44,7 +44,9 @@ class SequenceAxis:
         # How far the elements of neighbouring sequences are apart, and how many sequences a value has.
         self._found: list[tuple[int, int] | None] = []
         for value in graph.values if batch_size > 1 else ():
-            self._found.append(self._given(value, axis) if value.kind else self._made(value))
+            self._found.append(
+                self._axis_of_input(value, axis) if value.kind else self._axis_of_result(value)
+            )
 
     def stride(self, value: TracedValue) -> int | None:
         """How far the elements of neighbouring sequences are apart; None where that is not known, or there is one sequence."""
@@ -77,24 +79,28 @@ class SequenceAxis:
             f"tokens are to be read as those of one sequence; {rows}"
         )
 
-    def _given(self, value: TracedValue, axis: int) -> tuple[int, int] | None:
+    def _axis_of_input(self, value: TracedValue, axis: int) -> tuple[int, int] | None:
         if value.kind != INPUT or len(value.shape) <= axis or value.shape[axis] != self.size:
             return None
         return math.prod(value.shape[axis + 1 :]), self.size
 
-    def _made(self, value: TracedValue) -> tuple[int, int] | None:
+    def _axis_of_result(self, value: TracedValue) -> tuple[int, int] | None:
         found: list[tuple[int, int]] = []
         if value.name in SHAPE_ONLY:  # a new constant, whose axes are its own
             return None
         for position, argument in enumerate(value.args):
             for operand in values_in(argument):
                 given = self._found[operand.number]
-                after = self._picked if value.name == "index" and len(value.parents) > 2 else self._after
+                after = (
+                    self._axis_of_picked
+                    if value.name == "index" and len(value.parents) > 2
+                    else self._axis_after
+                )
                 own = None if given is None else after(value, position, operand, *given)
                 found += [] if own is None else [own]
         return max(found, key=lambda of: of[1]) if found else None
 
-    def _after(
+    def _axis_after(
         self, value: TracedValue, position: int, operand: TracedValue, stride: int, size: int
     ) -> tuple[int, int] | None:
         """The same of what an operation gives, by one of its operands."""
@@ -122,12 +128,12 @@ class SequenceAxis:
             size = value.shape[new] // inner
         return inner * math.prod(value.shape[new + 1 :]), size
 
-    def _picked(
+    def _axis_of_picked(
         self, value: TracedValue, position: int, operand: TracedValue, stride: int, size: int
     ) -> tuple[int, int] | None:
         """The same of what several tensors of numbers pick out of an operand, by the numbers of its sequences."""
         if position or _place(operand.shape, stride, size) is None:
-            return self._after(value, position, operand, stride, size)
+            return self._axis_after(value, position, operand, stride, size)
         try:
             own = torch.arange(operand.numel).div(stride, rounding_mode="floor").remainder(size)
             picked = [None if of is None else self.graph.tensor(of).cpu() for of in value.args[1]]
@@ -172,7 +178,7 @@ def _new_dim(value: TracedValue, position: int, rank: int, dim: int) -> int | No
     """Which axis of what an operation gives an axis of an operand is; None where that is not known."""
     name, args, new_rank = value.name, value.args, len(value.shape)
     if name in TURNS:
-        return _turned(value, rank, dim)
+        return _transposed_dim(value, rank, dim)
     if name in MATRICES:
         # Of a product of matrices the rows are the first factor's, and the columns the second one's.
         return new_rank - 1 if position == MATRICES[name][1] and dim == rank - 1 else dim + new_rank - rank
@@ -192,7 +198,7 @@ def _new_dim(value: TracedValue, position: int, rank: int, dim: int) -> int | No
     return None
 
 
-def _turned(value: TracedValue, rank: int, dim: int) -> int | None:
+def _transposed_dim(value: TracedValue, rank: int, dim: int) -> int | None:
     if value.name == "permute":
         return [d % rank for d in value.args[1]].index(dim)
     if value.name == "movedim":
