@@ -169,7 +169,7 @@ class Search(CoefficientValues):
         n, first = wanted.shape[-1], wanted[0, 0].flatten().tolist()
         distance = float((wanted - wanted.mT).abs().max())
         # A matrix of two streams is nearly symmetric after Sinkhorn, and what it was before the last round nearly is its
-        # transpose: as near as the square of what is left. Only the very same numbers tell the two distance then, and in
+        # transpose: as near as the square of what is left. Only the very same numbers tell which it is then, and in
         # half precision these are rounded to the same.
         nearly = distance <= UNIFORM
         if distance <= SAME or (nearly and self.precision in CASTS):
