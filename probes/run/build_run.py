@@ -72,9 +72,9 @@ def build_run(
     """
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
     sequences, evidence = proven or prove(session)
-    remarks, logits = [], []
-    if evidence.joints or session.structure.inner_streams:
-        remarks, logits = connection_remarks(session, evidence, [of.index for of in sequences])
+    mixes = bool(evidence.joints) or session.structure.inner_streams > 0
+    indices = [sequence.index for sequence in sequences]
+    remarks, logits = connection_remarks(session, evidence, indices) if mixes else ([], [])
     remarks += module_remarks(session.model, (kept or {}).pop(ZERO_INPUTS, {}))
     covered = coverage(session, evidence, logits)
     chains = session.structure.chains
