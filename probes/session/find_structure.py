@@ -304,7 +304,7 @@ class StructureFinder:
                 chain = with_next_stage(chain, with_made_state(self.graph, part, layout_of))
             memories = tuple(memory for part in chains for memory in part.memories)
             chain = with_ending(self.graph, chain, self.sequences) if depths is None else chain
-            branches = (branch for memory in memories for branch in memory.branches)
+            branches = [branch for memory in memories for branch in memory.branches]
             chain = replace(
                 with_final(self.graph, chain, memories[-1]),
                 scales=branch_scales(self.graph, branches),

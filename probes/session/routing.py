@@ -111,6 +111,8 @@ def placed_routing(tape: Tape, forward: Forward, structure: Structure) -> Routin
         return places
     tape.recorder.listeners.remove(watch)
     tape.routing, graph = None, tape.recorder.graph
+    if not watch.found:
+        return places
     states = [[point.value_in(tape.graph) for point in chain.points] for chain in structure.chains]
     depths = [[(d, value) for d, value in enumerate(of) if value is not None] for of in states]
     keys: list[Key | None] = []
