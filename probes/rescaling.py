@@ -24,6 +24,7 @@ from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.while_needed import eager
+from depthscope.probes.reading.tensor_memory import detached
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, copied
 
@@ -79,7 +80,8 @@ class Scales:
             tensor = tensor * math.exp(factor)
         self.given.append((path, tensor, tensor._version))
         if noting:
-            tensor.register_hook(partial(self.add, path, tensor, tensor._version))
+            # Not the tensor itself: its node of the graph would hold it, and it its node, for ever.
+            tensor.register_hook(partial(self.add, path, detached(tensor), tensor._version))
         if not factor:
             return None
         # A tuple with names, as some modules return, takes its fields one by one.
@@ -90,7 +92,7 @@ class Scales:
         """Add what one gradient says; of what was rewritten since, or has no axis of sequences, it says nothing."""
         if tensor._version != version or not tensor.ndim or not len(tensor) or len(tensor) % self.sequences:
             return
-        product = tensor.detach().float() * gradient.detach().float()
+        product = tensor.float() * gradient.detach().float()
         rows = product.reshape(self.sequences, -1).sum(1, dtype=torch.float64).cpu()
         before = self.of_sequences.get(path)
         self.of_sequences[path] = rows if before is None else before + rows

@@ -51,6 +51,7 @@ from depthscope.probes.reading.known_operations import (
     only_operation,
     operation_of,
 )  # fmt: skip
+from depthscope.probes.reading.let_go import can_end, ended
 from depthscope.probes.reading.operations import MOST_STREAMS, NORMS
 from depthscope.probes.reading.places import circumstances
 from depthscope.probes.reading.tensor_memory import (
@@ -105,7 +106,9 @@ class GraphRecorder(TorchDispatchMode):
         self._begins = {-1: (0, list[int]())}  # by call: its first value, and what it takes
         self._calls: dict[str, int] = {}
         self._orders: dict[tuple[int, str], int] = {}
-        self._entries: dict[int, TensorEntry] = {}
+        self._entries: dict[int, TensorEntry] = {}  # by the identities of tensors
+        self._tensors: dict[int, list[TensorEntry]] = {}  # by the numbers of their values
+        self._large: list[TracedValue] = []  # what is held and may be let go before the forward ends
         self._newly_held: list[TracedValue] = []
         self._held: dict[int, list[TracedValue]] = {}  # by the memory that they share
         self._writes: dict[int, list[tuple[TracedValue, tuple[Any, ...]]]] = {}
@@ -177,11 +180,23 @@ class GraphRecorder(TorchDispatchMode):
         call = self._stack.pop()
         self.graph.made_in[call] = range(self._begins[call][0], len(self.graph.values))
         self._running.pop()
+        if self._large:
+            self._let_go(self.graph.made_in[call])
+
+    def _let_go(self, made: range) -> None:
+        """Hold no longer what no memory can need of what was made in a call that has ended."""
+        held = [value for value in self._large if value.number in made]
+        if not held:
+            return
+        gone = ended(held, self.graph.values[made.start :], lambda of: self.living(of) is not None)
+        for value in gone:
+            value.held = None
+        self._large = [value for value in self._large if value.held is not None]
 
     def _hold_shown(self, path: str, tensors: Sequence[torch.Tensor]) -> None:
         """Hold what an outermost module with a number takes or gives: its states, where no sum shows them."""
         if path in self._numbered and not self._depth_in_blocks and tensors:
-            self._hold(tensors[0], self.known(tensors[0]))
+            self.hold(self.known(tensors[0]), tensors[0])
 
     def _show(self, at: str, tensors: Sequence[torch.Tensor]) -> list[int]:
         numbers = [self.value_of(tensor).number for tensor in tensors]
@@ -226,7 +241,7 @@ class GraphRecorder(TorchDispatchMode):
 
     def living(self, value: TracedValue) -> torch.Tensor | None:
         """The tensor of a value, if anything holds it still."""
-        entries = (entry for entry in self._entries.values() if entry.value is value)
+        entries = (entry for entry in self._tensors.get(value.number, ()) if entry.value is value)
         return next((tensor for entry in entries if (tensor := entry()) is not None), None)
 
     def _entry(self, tensor: torch.Tensor) -> TensorEntry | None:
@@ -287,10 +302,10 @@ class GraphRecorder(TorchDispatchMode):
             if new is entry.value:
                 continue
             if where == own:
-                entry.value = new
+                self._point(entry, new)
                 continue
             old = entry.value
-            entry.value = self._new("patch", patched, (old, new, own, where), {}, (old, new), tensor)
+            self._point(entry, self._new("patch", patched, (old, new, own, where), {}, (old, new), tensor))
             entry.value.geometry, entry.value.order = own, self._order("patch")
             entry.value.remade = Graph.is_kept(old) and Graph.is_kept(new)
         entry.writes = len(writes)
@@ -313,12 +328,17 @@ class GraphRecorder(TorchDispatchMode):
     def enter_value(self, tensor: torch.Tensor, value: TracedValue) -> None:
         """Note which value a tensor has from now on."""
         entry = self._entries[id(tensor)] = TensorEntry(tensor)
-        entry.value = value
+        self._point(entry, value)
         entry.writes = len(self._writes.get(storage_of(tensor), ())) if self._writes else 0
 
+    def _point(self, entry: TensorEntry, value: TracedValue) -> None:
+        entry.value = value
+        self._tensors.setdefault(value.number, []).append(entry)
+
     def hold(self, value: TracedValue, tensor: torch.Tensor) -> None:
-        """Hold a value, whatever takes it."""
+        """Hold a value to the end, whatever takes it."""
         self._hold(tensor, value)
+        self._large = [of for of in self._large if of is not value]
 
     def _hold(self, tensor: torch.Tensor, value: TracedValue, saved: bool = False) -> None:
         """Hold a value that cannot be made again, or is ``saved`` by autograd all the same; or that of which it is a view."""
@@ -333,15 +353,19 @@ class GraphRecorder(TorchDispatchMode):
         is_lent = self._is_lent(tensor)
         if is_lent and tensor.ndim > 1 and min(tensor.shape[-2:]) > MOST_STREAMS:
             return  # the weight of a layer, whose memory is freed after the call
-        if base is value and tensor.grad_fn is None and not is_lent:
+        may_end = can_end(base, tensor)
+        if base is value and tensor.grad_fn is None and not is_lent and not may_end:
             base.held = tensor
         else:
             silent, self._silent = self._silent, True  # in a hook, what is done here would be recorded too
             with unseen_by_modes(tensor):
-                held = tensor if tensor.grad_fn is None else tensor.detach()
+                # Another tensor in the same memory: of its own one it is seen when the model lets it go.
+                held = tensor if tensor.grad_fn is None and not may_end else tensor.detach()
                 held = held.detach().clone() if is_lent else held
                 base.held = held if base is value else held.as_strided(*base.geometry)
             self._silent = silent
+        if may_end:
+            self._large.append(base)
         self._newly_held.append(base)
 
     def _replaced(self, arguments: Iterable[Any], values: list[TracedValue]) -> list[Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import numpy as np
 import pytest
@@ -301,6 +303,22 @@ def test_without_a_state_the_error_says_why_and_names_modules_that_have_some():
         probes.describe(AttentionOverDepth(), image)
     found = str(probes.describe(AttentionOverDepth(), image, layers="layers.{i}.{i}"))
     assert "unproven: the states are asserted by layers=" in found
+
+
+def test_nothing_of_a_graph_outlives_a_capture_with_gradients(models, text_batch):
+    model, given = models["llama"](), []
+    for module in model.modules():
+        module.register_forward_hook(
+            lambda module, args, output: (
+                given.append(weakref.ref(output)) if isinstance(output, torch.Tensor) else None
+            )
+        )
+    run = probes.capture(model, text_batch, gradients=True)
+    gc.collect()
+
+    assert len(given) > 40
+    assert run.trace.gradient.notnull().all()
+    assert [each() for each in given if each() is not None] == []
 
 
 def test_gradients_need_a_loss(models, ids):
