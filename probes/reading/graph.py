@@ -209,7 +209,7 @@ class Graph:
     error: Exception | None = None  # why nothing was recorded from some operation on
     operations: dict[int, list[Any]] = field(default_factory=dict)  # by call, in order
     made_in: dict[int, range] = field(default_factory=dict)  # by call: what was made while it ran
-    circumstances: tuple[Any, ...] = ()  # as in `places`
+    circumstances: tuple[Any, ...] = ()  # of `user_modes.circumstances`
     # By value: how many values there were when autograd first had a graph of it, where gradients are wanted.
     has_graph_from: dict[int, int] = field(default_factory=dict)
 

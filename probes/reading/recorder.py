@@ -18,6 +18,7 @@ from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.operations import Listener
 from depthscope.probes.model.tensors import floats_in, split_over
+from depthscope.probes.model.user_modes import circumstances
 from depthscope.probes.model.while_needed import no_collection
 from depthscope.probes.reading.graph import (
     CONSTANT,
@@ -53,7 +54,6 @@ from depthscope.probes.reading.known_operations import (
 )  # fmt: skip
 from depthscope.probes.reading.let_go import can_end, ended
 from depthscope.probes.reading.operations import MOST_STREAMS, NORMS
-from depthscope.probes.reading.places import circumstances
 from depthscope.probes.reading.tensor_memory import (
     TensorEntry,
     detached,

@@ -28,14 +28,10 @@ from depthscope.probes.model.hooks import (
 )
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.user_modes import circumstances
 from depthscope.probes.model.while_needed import eager
 from depthscope.probes.reading.graph import Graph, TracedValue
-from depthscope.probes.reading.places import (
-    OTHER,
-    KnownPlaces,
-    PlacedRecorder,
-    circumstances,
-)
+from depthscope.probes.reading.places import OTHER, KnownPlaces, PlacedRecorder
 from depthscope.probes.session.compiled_calls import without_exchange
 from depthscope.probes.session.compiled_plan import CompiledPlan, Part, Planner, Target
 from depthscope.probes.session.compiled_regions import CompiledGraph, Passages, Region, Wanted
