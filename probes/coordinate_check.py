@@ -17,8 +17,9 @@ from depthscope.diagnostics.experiments import declared
 from depthscope.diagnostics.experiments.scaling import OUTPUT, POINTS, SCALING, with_exponents
 from depthscope.probes.interventions.model_under_test import EVERY_SEQUENCE
 from depthscope.probes.interventions.predictions import output_values
-from depthscope.probes.model.errors import CaptureError, require_module
-from depthscope.probes.model.losses import Loss, loss_value
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.loss_graph import Loss, loss_value
+from depthscope.probes.model.modules import require_module
 from depthscope.probes.one_shot import measure
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.session.options import ModelOptions, Options, takes_options

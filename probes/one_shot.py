@@ -13,18 +13,16 @@ from torch import nn
 
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.diagnostics.verdicts.off_minimum import SLOPES
-from depthscope.probes.model.errors import CaptureError, require_module
-from depthscope.probes.model.garbage import no_collection
-from depthscope.probes.model.loss_graph import mean_task, read_task
-from depthscope.probes.model.losses import Loss, loss_value
-from depthscope.probes.model.modules import all_parameters
+from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.loss_graph import Loss, loss_value, mean_task, read_task
+from depthscope.probes.model.modules import all_parameters, require_module
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.while_needed import eager, no_collection
 from depthscope.probes.rescaling import Scales, first_size
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.followed_forward import follow
-from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, Measured, own_call
 from depthscope.probes.session.gradient_hooks import backward_to
 from depthscope.probes.session.kept_bytes import kept_bytes
@@ -89,7 +87,8 @@ def capture(
     ChainError, LayoutError, ReconstructionError
         Where the model cannot be read; the message names the override.
     """
-    all_attrs = {**stage_attribute(stage), **storable_attributes(attrs)}
+    of_stage = {} if stage is None else stage_attribute(stage)
+    all_attrs = {**of_stage, **storable_attributes(attrs)}
     return measure(
         model, batch, Options(**options), loss=loss, token_text=token_text, attrs=all_attrs, forwards=settle
     )
@@ -144,7 +143,8 @@ def measure(
     # After the state is restored: the forward draws what the first measured one drew.
     with no_collection():
         of_batch = partial(loss_value, loss=loss, required=True) if gradients else None
-        follow(session, first[0], of_batch)
+        if session.observer.origins is not None:
+            follow(session, session.observer.origins, first[0], of_batch)
         kept = _kept_bytes(session, *first) if gradients else None
         if described:
             return build_run(session, [], [], described=True, digests=False)
@@ -175,8 +175,8 @@ def _measure_batch(
     batch = _with_gradients(batch) if gradients else batch
     session.attach()
     try:
-        scales = Scales(max(first_size(batch), 1))
-        with scales.on(session.model, noting=True) if gradients else nullcontext():
+        scales = Scales(max(first_size(batch), 1)) if gradients else None
+        with scales.on(session.model, noting=True) if scales else nullcontext():
             output = call_observed(session, batch)
             session.raise_first_error()
             value = loss_value(output, batch, loss, required=gradients)
@@ -188,7 +188,12 @@ def _measure_batch(
                     _run_backward(value, session.step.forwards[-1])
                 session.raise_first_error()
         (measured,) = session.fold()  # one forward, hence one set of weights
-        return measured, None if value is None else float(value.detach()), task, scales.sure()
+        return (
+            measured,
+            None if value is None else float(value.detach()),
+            task,
+            scales.sure() if scales else {},
+        )
     finally:
         session.detach()
         session.drop()  # after an error; nothing is left after a fold

@@ -25,10 +25,10 @@ from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.plans import Plan, plan
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
 from depthscope.probes.model.layout import is_packed
-from depthscope.probes.model.losses import Loss
+from depthscope.probes.model.loss_graph import Loss
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.rescaling import FEWEST, STEPS, first_size, promises, rescaled
-from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, copied
 from depthscope.probes.session.options import ModelOptions, takes_options
@@ -151,9 +151,12 @@ def _rescaled(
 ) -> dict[str, Any]:
     """What the loss would be with other scales of what the modules give, of a network that has something to lose."""
     attrs = {str(name): value for name, value in run.attrs.items()}
-    reach, slopes, sequences = to_lose(attrs), attrs.get(SLOPES), first_size(batch)
+    reach = to_lose(attrs)
+    if reach is None or _batch_axis(options):
+        return {}
+    slopes, sequences = attrs.get(SLOPES), first_size(batch)
     begun = age_of(xr.Dataset(attrs=attrs)).begun  # in its first steps no network is at a minimum
-    if reach is None or not begun or sequences < FEWEST or _batch_axis(options):
+    if not begun or sequences < FEWEST:
         return {}
     known = {n: v for n, v in slopes.items() if number_or_none(v)} if isinstance(slopes, Mapping) else None
     if known is not None and not promises(known, reach):

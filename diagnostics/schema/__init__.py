@@ -10,7 +10,6 @@ from depthscope.diagnostics.schema.coefficients import (
     SUMMED,
     SUMS_OF_COEFFICIENTS,
 )
-from depthscope.diagnostics.schema.creation import Parts, create_run
 from depthscope.diagnostics.schema.formats import SUFFIXES, without_suffix
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
 from depthscope.diagnostics.schema.listing import list_runs
@@ -24,8 +23,10 @@ from depthscope.diagnostics.schema.validation import (
     PROVEN,
     SCHEMA_VERSION,
     UNPROVEN,
+    Parts,
     SchemaError,
     check_version,
+    create_run,
     is_proof,
     validate,
 )

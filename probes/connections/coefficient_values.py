@@ -8,18 +8,16 @@ is run again. Shapes: B batch, T token, N stream, D feature; K the sampled seque
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
 from depthscope.probes.connections.coefficients import Parts, per_token
 from depthscope.probes.connections.logits import SAME
 from depthscope.probes.reading.description import ConnectionReading, MemoryReading
-from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, walk
-from depthscope.probes.reading.operations import addends, moved
-from depthscope.probes.reading.rerun import Rerun
+from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, names, walk
+from depthscope.probes.reading.operations import addends, reordered
 
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 
@@ -29,6 +27,36 @@ def vector(weights: torch.Tensor | None) -> torch.Tensor | None:
     if weights is None or 1 not in weights.shape[-2:]:
         return None
     return weights.flatten(-2)
+
+
+def reads_of(graph: Graph, connection: ConnectionReading) -> list[TracedValue]:
+    """What the branches of a connection take."""
+    found = (graph.at(place) for branch in connection.branches for place in branch.reads)
+    return [value for value in found if value is not None]
+
+
+def factors_of(graph: Graph, memory: MemoryReading, connection: ConnectionReading) -> Iterator[TracedValue]:
+    """What multiplies the streams between two states or on the way to what a branch reads, or what a branch gives."""
+    values, carried = graph.values, memory.carried
+    before = memory.states[connection.depth_in].values
+    begin = {of.number for of in reordered(graph, (values[n] for n in before))}
+
+    def between(found: Iterable[TracedValue]) -> list[TracedValue]:
+        return [
+            of for of in found if of.number in carried and of.number > min(begin) and of.number not in begin
+        ]
+
+    ends = [*(values[n] for n in memory.states[connection.depth_out].values), *reads_of(graph, connection)]
+    steps = [
+        of for of in walk(between(ends), lambda of: between(of.parents))
+        if any(p.number in carried for p in of.parents)
+    ]  # fmt: skip
+    ways = [n for branch in connection.branches for n in branch.way]
+    for step in (*steps, *(values[n] for branch in connection.branches for n in branch.way[1:])):
+        given = {of.number for of in addends(step)}.union(ways)
+        yield from (
+            p for p in step.parents if p.is_floating and p.number not in given and p.number not in carried
+        )
 
 
 def _distinguishable(states: Sequence[frozenset[int]]) -> list[frozenset[int]]:
@@ -74,63 +102,36 @@ class CoefficientValues:
         self.numbers = _distinguishable([frozenset(value.number for value in found) for found in self.states])
         self.every = frozenset[int]().union(*self.numbers)
         self.weights = [_weights(parts) for parts in self.parts]
-        self.factors = [list(dict.fromkeys(self._factors_of(each))) for each in self.connections]
+        self.factors = [
+            list(dict.fromkeys(factors_of(self.graph, self.memory, each))) for each in self.connections
+        ]
         numbers = [[of.number for of in factors] for factors in self.factors]
         # What these were computed from, and they.
         self.behind_factors = [
             [self.graph.values[n] for n in sorted(self.graph.ancestors(of, stop=self.every))]
             for of in numbers
         ]
-        self.found = [self._found(number) for number in range(len(numbers))]
+        self.found = [self._values_of_weights(number) for number in range(len(numbers))]
 
     def state(self, depth: int) -> list[TracedValue]:
         """The values that are a state, in this order of its elements or another one, the earliest first."""
         values = (self.graph.values[number] for number in self.memory.states[depth].values)
-        return sorted(walk(values, partial(moved, self.graph)), key=lambda value: value.number)
+        return sorted(reordered(self.graph, values), key=lambda value: value.number)
 
     def first_of(self, depth: int) -> list[TracedValue]:
         """For each value of a state, the earliest that has the same elements."""
-        same = (
-            walk([self.graph.values[n]], partial(moved, self.graph)) for n in self.memory.states[depth].values
-        )
+        same = (reordered(self.graph, [self.graph.values[n]]) for n in self.memory.states[depth].values)
         carried = ([value for value in of if value.number in self.memory.carried] for of in same)
         return list(dict.fromkeys(min(of, key=lambda value: value.number) for of in carried))
 
-    def _found(self, number: int) -> dict[str, list[TracedValue]]:
+    def _values_of_weights(self, number: int) -> dict[str, list[TracedValue]]:
         found = {name: self._matching(number, wanted) for name, wanted in self.weights[number].items()}
         self.rerun.forget(self.numbers[number])
         return found
 
-    def _factors_of(self, connection: ConnectionReading) -> Iterator[TracedValue]:
-        """What multiplies the streams between two states or on the way to what a branch reads, or what a branch gives."""
-        values, carried = self.graph.values, self.memory.carried
-        ends = [values[n] for n in self.memory.states[connection.depth_out].values]
-        ends += [
-            read
-            for read in self.reads(connection)
-            if read.number in carried and read.number not in self.every
-        ]
-        stop = self.every - {value.number for value in self.state(connection.depth_out)}
-        ways = [n for branch in connection.branches for n in branch.way]
-
-        def before(value: TracedValue) -> list[TracedValue]:
-            return [p for p in value.parents if p.number in carried and p.number not in stop]
-
-        steps = [of for of in walk(ends, before) if any(p.number in carried for p in of.parents)]
-        for step in (*steps, *(values[n] for branch in connection.branches for n in branch.way[1:])):
-            given = {of.number for of in addends(step)}.union(ways)
-            yield from (
-                p for p in step.parents if p.is_floating and p.number not in given and p.number not in carried
-            )
-
-    def reads(self, connection: ConnectionReading) -> list[TracedValue]:
-        """What the branches of a connection take."""
-        found = (self.graph.at(place) for branch in connection.branches for place in branch.reads)
-        return [value for value in found if value is not None]
-
     def branch_inputs(self, number: int) -> set[int]:
         """The values that are what a connection's branches take."""
-        taken = walk(self.reads(self.connections[number]), partial(moved, self.graph))
+        taken = reordered(self.graph, reads_of(self.graph, self.connections[number]))
         return {value.number for value in taken} - self.every
 
     def window(self, number: int) -> tuple[int, int]:
@@ -246,3 +247,55 @@ def _weights(parts: Parts) -> dict[str, torch.Tensor]:
     mix = torch.eye(n).expand(*parts.write.shape[:-1], n) if parts.mix is None else parts.mix
     found = {"H_res": mix, "H_pre": vector(parts.read), "H_post": vector(parts.write)}
     return {name: of for name, of in found.items() if of is not None}
+
+
+# What gives other numbers each time.
+RANDOM = names(
+    "rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform multinomial exponential"
+)
+
+
+class Rerun:
+    """The tensors of a forward's values, as long as its graph holds those from which they are made."""
+
+    def __init__(self, graph: Graph):
+        self._graph = graph
+        self._made: dict[int, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def tensor(self, value: TracedValue) -> torch.Tensor:
+        """The tensor of a value.
+
+        Raises ReadingError: Where it comes from what was not held and cannot be run again.
+        """
+
+        def made_of(of: TracedValue) -> Sequence[TracedValue]:
+            return () if of.number in self._made or of.held is not None else of.parents
+
+        for of in sorted(walk([value], made_of), key=lambda of: of.number):
+            if of.number not in self._made:
+                self._made[of.number] = self._run(of) if of.held is None else of.held.detach()
+        return self._made[value.number]
+
+    def through(
+        self, targets: Sequence[TracedValue], begins: Mapping[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """Values that were computed from earlier ones, run again from other tensors for these, with the graph of these."""
+        made, first = dict(begins), min(begins)
+        between = walk(
+            targets, lambda of: (p for p in of.parents if p.number > first and p.number not in begins)
+        )
+        for of in sorted(between, key=lambda of: of.number):
+            if of.number not in made and any(p.number in made for p in of.parents):
+                made[of.number] = self._run(of, made)
+        return {of.number: made[of.number] for of in targets}
+
+    def forget(self, but: Collection[int] = ()) -> None:
+        """Let go of what was made, but for the values with some numbers, from which later ones are made."""
+        self._made = {number: self._made[number] for number in but if number in self._made}
+
+    def _run(self, value: TracedValue, given: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor:
+        if value.func is None or value.name in RANDOM:
+            raise ReadingError(f"the value of {value!r} was not kept")
+        known = given or {}
+        return Graph.run(value, lambda of: known[of.number] if of.number in known else self.tensor(of))

@@ -145,32 +145,34 @@ class Search(CoefficientValues):
         chain = self.graph.ancestors([v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every)
         share, later = self._other_tokens(number)
         return Origin(
-            other_states={name: at for name, values in found.items() if (at := self._others(number, values))},
+            other_states={
+                name: at for name, values in found.items() if (at := self._other_states(number, values))
+            },
             other_tokens=share,
             later=later,
-            unused=self._unused(number),
+            unused=self._unused_matrix(number),
             sigmoids=self._sigmoids(number),
-            axes=tuple(self._axes(number, chain)),
-            turned=self._turned(number, mix),
+            axes=tuple(self._normalised_axes(number, chain)),
+            turned=self._is_transposed(number, mix),
             reads_along=self._reads_along(number, mix),
             **self._before_cast(number),
         )
 
-    def _axes(self, number: int, chain: set[int]) -> Iterator[Reduction]:
+    def _normalised_axes(self, number: int, chain: set[int]) -> Iterator[Reduction]:
         """Along which axes matrices were normalised, or turned, among some values."""
         n = self.weights[number]["H_res"].shape[-1]
         for each in sorted(chain):
             yield from _reductions(self.graph.values[each], self.sizes(n * n), self.sizes(n))
 
-    def _turned(self, number: int, mix: Sequence[TracedValue]) -> bool | None:
+    def _is_transposed(self, number: int, mix: Sequence[TracedValue]) -> bool | None:
         wanted = self.weights[number]["H_res"]
         n, first = wanted.shape[-1], wanted[0, 0].flatten().tolist()
-        apart = float((wanted - wanted.mT).abs().max())
+        distance = float((wanted - wanted.mT).abs().max())
         # A matrix of two streams is nearly symmetric after Sinkhorn, and what it was before the last round nearly is its
-        # transpose: as near as the square of what is left. Only the very same numbers tell the two apart then, and in
+        # transpose: as near as the square of what is left. Only the very same numbers tell which it is then, and in
         # half precision these are rounded to the same.
-        nearly = apart <= UNIFORM
-        if apart <= SAME or (nearly and self.precision in CASTS):
+        nearly = distance <= UNIFORM
+        if distance <= SAME or (nearly and self.precision in CASTS):
             return None
         limit = 0.0 if nearly else SAME
         for value in mix:
@@ -221,7 +223,7 @@ class Search(CoefficientValues):
                     return straight
         return None
 
-    def _others(self, number: int, values: Sequence[TracedValue]) -> tuple[int, ...]:
+    def _other_states(self, number: int, values: Sequence[TracedValue]) -> tuple[int, ...]:
         """The connections whose states some coefficients were computed from, other than by way of their own state."""
         start = [value for value in values if value.number not in self.every][:1]
         reached = self.behind(start)
@@ -255,7 +257,7 @@ class Search(CoefficientValues):
         later = bool((sizes[0, token + 1 :] > SAME * sizes.max()).any())
         return (max(0.0, 1.0 - own / total) if total > 0 else 0.0), later
 
-    def _unused(self, number: int) -> torch.Tensor | None:
+    def _unused_matrix(self, number: int) -> torch.Tensor | None:
         """A matrix that was computed from parameters within a connection, and that no output depends on."""
         graph, mix, (begin, end) = self.graph, self.weights[number]["H_res"], self.window(number)
         n = mix.shape[-1]

@@ -1,13 +1,14 @@
-"""What do the mixing matrices of a model satisfy? Measured over every sampled token, and the family's name that follows."""
+"""What do the mixing matrices of a model satisfy, and does Sinkhorn's iteration make them? The name that follows."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
 from depthscope.diagnostics.kernels.mixing import Constraint, named_constraint
 from depthscope.probes.connections.proof import Evidence
+from depthscope.probes.reading.graph import TracedValue, names
 
 # Up to which error a sum counts as 1, by the precision in which the model computes: some roundings of its last digit.
 # Connections compute their weights in float32 where the states are float64.
@@ -77,3 +78,32 @@ def measured_family(detected: str, constraint: Constraint | None) -> str:
     if constraint.trivial:
         return "streams"
     return "mhc" if constraint.name == "doubly stochastic" else "hc"
+
+
+NORMALISING = names("sum mean logsumexp _softmax _log_softmax")
+LEAST_IN_TURN = 4  # two rounds: a softmax along each axis once is no iteration
+
+
+def times_in_turn(values: Iterable[TracedValue], num_streams: int) -> int:
+    """How often rows and columns of n × n matrices are summed over in turn, on the longest way through some operations.
+
+    ``values``: in the order in which they were made.
+    """
+    found: dict[int, tuple[int, int]] = {}  # by value: how often, and along which axis last
+    for value in values:
+        times, last = max((found.get(parent.number, (0, 0)) for parent in value.parents), default=(0, 0))
+        axis = _axis(value, num_streams)
+        found[value.number] = (times, last) if axis in (0, last) else (times + 1, axis)
+    return max((times for times, _ in found.values()), default=0)
+
+
+def _axis(value: TracedValue, num_streams: int) -> int:
+    """Along which of the two axes of a matrix a value is summed over: -1 or -2; 0 where it is not."""
+    if value.name not in NORMALISING or len(value.args) < 2 or not value.parents:
+        return 0
+    shape, dims = value.parents[0].shape, value.args[1]
+    dims = [dims] if isinstance(dims, int) else list(dims or ())
+    if shape[-2:] != (num_streams, num_streams) or len(dims) != 1:
+        return 0
+    axis = dims[0] - len(shape) if dims[0] >= 0 else dims[0]
+    return axis if axis in (-1, -2) else 0

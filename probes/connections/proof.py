@@ -49,9 +49,8 @@ class Joint:
     parts: Parts
     mask: torch.Tensor
     dtype: torch.dtype
-    casts: tuple[
-        torch.dtype, ...
-    ] = ()  # in which else the memory is carried, or what branches give is scaled
+    # In which else the memory is carried, or what branches give is scaled
+    casts: tuple[torch.dtype, ...] = ()
 
     def tokens(self) -> Joint:
         """At most `PROOF_TOKENS` real tokens with finite states, flattened to (n, …), spread over the sample."""
@@ -106,8 +105,8 @@ def reconstruction_error(joint: Joint, matrix: torch.Tensor) -> float:
 class Evidence:
     """The proofs of all connections of a run."""
 
-    proofs: tuple[Proof, ...]
-    joints: tuple[Joint, ...]
+    proofs: tuple[Proof, ...] = ()
+    joints: tuple[Joint, ...] = ()
 
     @property
     def orientation(self) -> str:
@@ -127,13 +126,12 @@ class Evidence:
 
 
 def gather_evidence(joints: Sequence[Joint]) -> Evidence:
-    """Prove every stream connection on the sampled sequences.
+    """Prove every stream connection on the sampled sequences; there is one at least.
 
     Raises ReconstructionError: Above tolerance, with the worst connection and what it means.
     """
     evidence = Evidence(tuple(prove(joint) for joint in joints), tuple(joints))
-    if joints:
-        _require_proof(evidence, evidence.tolerance)
+    _require_proof(evidence, evidence.tolerance)
     return evidence
 
 

@@ -14,13 +14,15 @@ from depthscope.probes.connections.computation import SAME, UNIFORM
 from depthscope.probes.connections.connection_facts import (
     CLEAR_ERROR,
     EXACT_SUM,
+    FAR,
     Facts,
     Remark,
     Rule,
+    after_rounds,
+    one_sided,
     places,
     short,
 )
-from depthscope.probes.connections.matrix_sums import FAR, after_rounds, one_sided
 
 NO_GRADIENT = 1e-6  # relative to that of the write weights of the same connection: a few roundings of float32
 FOREIGN = 1e-3  # of a gradient, at other tokens; a heuristic

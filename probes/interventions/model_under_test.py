@@ -29,12 +29,11 @@ from depthscope.probes.interventions.state_operations import (
     StateOperations,
     StatePlace,
 )
-from depthscope.probes.model.errors import require_module
+from depthscope.probes.model.modules import require_module
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.reading.tensor_memory import stacked
-from depthscope.probes.run.build_run import build_run
-from depthscope.probes.run.joints import sampled_joints
-from depthscope.probes.session.forced_eager import eager
+from depthscope.probes.run.build_run import build_run, sampled_joints
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, call_observed, copied
 from depthscope.probes.session.options import Options, Scope
@@ -91,27 +90,21 @@ class ModelUnderTest:
         self.model = model
         self.batch = batch
         self._options, self._chain_name = options or Options(), chain
-        self._session = Session(
-            model,
-            Options(
-                layers=self._options.layers,
-                layout=self._options.layout,
-                streams=self._options.streams,
-                mask=self._options.mask,
-                sites=self._options.sites,
-                max_sequences=EVERY_SEQUENCE,
-            ),
-            scope=Scope(only_own=True, sums=False),
-        )
-        self._find_structure()
+        taken = ("layers", "layout", "streams", "mask", "sites")
+        own = Options(**{name: getattr(self._options, name) for name in taken}, max_sequences=EVERY_SEQUENCE)
+        self._session = Session(model, own, scope=Scope(only_own=True, sums=False))
+        self._read_model()
         self.structure = self._session.structure
-        self.number = _chain_number(self.structure.chains, chain)
+        names = [each.name for each in self.structure.chains]
+        if chain not in (None, *names):
+            raise InterventionError(f"no chain {chain!r} in this model; {did_you_mean(str(chain), names)}")
+        self.number = 0 if chain is None else names.index(chain)
         self.chain: Chain = self.structure.chains[self.number]
         self._places: dict[Depth, StatePlace | None] = {}
         self._branch_tensors: dict[Side, BranchTensors] = {}
         self._num_sequences = 0
-        self._connections = AppliedConnections(self._session)
-        self._proven_over_depth = False
+        # Whether the next states were recomputed from the parts of an unchanged forward.
+        self._are_proven = self._proven_over_depth = False
         self.mask: torch.Tensor | None = None  # (B, T), true on real tokens
         operations = StateOperations(model)
         found = self._run(operations.on(), lambda: self._locate(operations))
@@ -137,7 +130,7 @@ class ModelUnderTest:
 
     # --- what the model is
 
-    def _find_structure(self) -> None:
+    def _read_model(self) -> None:
         session = self._session
         session.attach()
         try:
@@ -184,7 +177,7 @@ class ModelUnderTest:
     @property
     def proof(self) -> str:
         """Whether the reading of the chain is proven: ``proven``, or ``unproven: …`` with the reason."""
-        return "proven" if self._connections.are_proven else self.chain.proof or "unproven: no proof was made"
+        return "proven" if self._are_proven else self.chain.proof or "unproven: no proof was made"
 
     # --- running it
 
@@ -302,7 +295,7 @@ class ModelUnderTest:
                 with mode, torch.no_grad(), own_call(session.owner):
                     output = call_model(self.model, copied(self.batch if batch is None else batch))
                 unread = [isinstance(error, StreamConnectionError) for error in session.errors]
-                if self._connections.are_proven and unread and all(unread):
+                if self._are_proven and unread and all(unread):
                     # A state that is changed inside of its connection's own method no longer follows from the weights.
                     return Passed(output)
                 session.raise_first_error()
@@ -314,7 +307,7 @@ class ModelUnderTest:
                     self._proven_over_depth = True
                 passed = Passed(
                     output,
-                    connections={} if self.number else self._connections.of_last_forward(),
+                    connections={} if self.number else self._parts(),
                     given=self._given() if self.chain.over_depth else {},
                 )
                 session.fold()
@@ -429,13 +422,24 @@ class ModelUnderTest:
             self._branch_tensors[side] = found
         return self._branch_tensors[side]
 
+    def _parts(self) -> dict[int, Parts]:
+        """The coefficients of the last forward by the number of the connection, on the CPU.
+
+        Raises ReconstructionError: Where those of the first forward do not give its states.
+        """
+        joints = sampled_joints(self._session, self._session.step.reservoir.in_order())
+        # In the first alone: a changed one does not satisfy its own equation
+        if joints and not self._are_proven:
+            gather_evidence(joints)
+            self._are_proven = True
+        return {number: joint.parts for number, joint in enumerate(joints)}
+
     def _given(self) -> dict[int, torch.Tensor]:
         """What the branches of connections over depth gave in the last forward."""
-        sequences = sorted(self._session.step.reservoir.stored.values(), key=lambda sequence: sequence.index)
-        numbers = range(len(self.chain.connections))
+        sequences = self._session.step.reservoir.in_order()
         return {
             number: torch.stack([sequence.branches[self.number, number] for sequence in sequences])
-            for number in numbers
+            for number in range(len(self.chain.connections))
         }
 
     def _own_places(self) -> dict[Depth, StatePlace]:
@@ -443,39 +447,3 @@ class ModelUnderTest:
         return {
             key: place for key, place in self._places.items() if key[0] == self.number and place is not None
         }
-
-
-def _chain_number(chains: tuple[Chain, ...], name: str | None) -> int:
-    names = [chain.name for chain in chains]
-    if name is None:
-        return 0
-    if name not in names:
-        raise InterventionError(f"no chain {name!r} in this model; {did_you_mean(name, names)}")
-    return names.index(name)
-
-
-class AppliedConnections:
-    """The parts of the connections of a model's first chain, forward by forward.
-
-    ``session``: that stores every sequence of a forward.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self.are_proven = (
-            False  # whether the next states were recomputed from the parts of an unchanged forward
-        )
-
-    def of_last_forward(self) -> dict[int, Parts]:
-        """The parts by the number of the connection, on the CPU; empty where the model has none.
-
-        Raises ReconstructionError: Where those of the first forward do not give its states.
-        """
-        if not self._session.structure.connections:
-            return {}
-        sequences = sorted(self._session.step.reservoir.stored.values(), key=lambda sequence: sequence.index)
-        joints = sampled_joints(self._session, sequences)
-        if not self.are_proven:  # in the first forward alone: a changed one does not satisfy its own equation
-            gather_evidence(joints)
-            self.are_proven = True
-        return {number: joint.parts for number, joint in enumerate(joints)}

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.losses import Loss
+from depthscope.probes.model.loss_graph import Loss
 from depthscope.probes.model.tensors import tensors_in
 
 Pick: TypeAlias = Callable[[Any], torch.Tensor]

@@ -18,22 +18,20 @@ from depthscope.probes.jacobian.frozen_routing import FrozenRouting
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import floats_in, version
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.reading.graph import Graph, TracedValue, ValuePlace
 from depthscope.probes.reading.operations import is_read_early, is_view
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.reading.recording import recording
-from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.structure.chain import Chain
-from depthscope.probes.structure.tape import place_of, value_at
 
 Meet: TypeAlias = Callable[[int, int, torch.Tensor], torch.Tensor]  # with the depth and the stream
 Shown: TypeAlias = dict[tuple[int, int], int]  # depths, by a call of a module and which of its tensors
 
-_Places: TypeAlias = dict[
-    ValuePlace, list[tuple[int, int]]
-]  # the depths, and the streams, that are made there
+# The depths, and the streams, that are made there
+_Places: TypeAlias = dict[ValuePlace, list[tuple[int, int]]]
 _Seen: TypeAlias = dict[tuple[int, int], tuple[torch.Tensor, int | None]]
 
 OPERATION = "operation"  # that alone shows a state
@@ -289,14 +287,11 @@ def _find_places(
         point = chain.points[depth]
         if point.streams:
             assert graph is not None
-            made = [
-                value for of in point.streams if (value := value_at(graph, of)) is not None and value.func
-            ]
+            made = [value for of in point.streams if (value := of.value_in(graph)) is not None and value.func]
             # A tensor that is several streams has one gradient for all of them.
             apart = len(made) == len(point.streams) and (depth == stop or len(set(made)) == len(made))
-            if depth == start and not (
-                apart and not any(map(is_view, made))
-            ):  # torch refuses to begin a graph with a view
+            # Torch refuses to begin a graph with a view
+            if depth == start and not (apart and not any(map(is_view, made))):
                 raise StartError(
                     f"the state at depth {depth} is held by {len(point.streams)} tensors, one for each stream, of which one "
                     "is part of another tensor, several streams at once, or given to the model; choose another depth"
@@ -304,7 +299,7 @@ def _find_places(
             for stream, value in enumerate(made if apart else ()):
                 places.setdefault(graph.place(value), []).append((depth, stream))
         elif point.at == OPERATION:
-            place = place_of(point)
+            place = point.place
             if depth == start:
                 assert graph is not None
                 first, *views = _views_of_memory(graph, place, start)

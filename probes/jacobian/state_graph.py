@@ -24,8 +24,8 @@ from depthscope.probes.jacobian.differentiable_forward import (
 from depthscope.probes.jacobian.frozen_routing import FrozenRouting
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.reading.graph import Graph, TracedValue
-from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.model_call import call_observed
 from depthscope.probes.session.options import Options, Scope

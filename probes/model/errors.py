@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
-
-from depthscope.diagnostics.errors import DepthscopeError, InputError
-from depthscope.probes.model.modules import is_planned
+from depthscope.diagnostics.errors import DepthscopeError
 
 
 class CaptureError(DepthscopeError, RuntimeError):
@@ -26,16 +23,3 @@ def as_capture_error(error: Exception) -> Exception:
     for note in getattr(error, "__notes__", ()):
         wrapped.add_note(note)
     return wrapped
-
-
-def require_module(model: object, *, later: bool = False) -> None:
-    """Refuse what is no model, and one without values; a training may give a model its values later."""
-    if not isinstance(model, nn.Module):
-        raise InputError(
-            f"the model is of type {type(model).__name__}; expected a torch.nn.Module, such as the one that a function calls"
-        )
-    if not later and is_planned(model):
-        raise CaptureError(
-            "the model is on the meta device, which holds no values; build it with values, or see what a capture would take "
-            "with describe(model, batch)"
-        )

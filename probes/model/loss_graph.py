@@ -1,14 +1,15 @@
-"""What does a loss measure? Its classes, and whether probabilities went into a softmax, read off the loss's own graph."""
+"""What is the loss of an output, and what does it measure? Its classes, and a softmax before its own, read off its graph."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch.nn import functional
 
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.tensors import tensors_in
 
 MOST_NODES = 64  # from the scalar back: a mean over tokens, a few masks, the cross entropy
@@ -216,3 +217,33 @@ def _is_softmax_twice(loss: Any) -> bool:
         elif not name.startswith(SHAPES):
             return False
     return False
+
+
+Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
+
+
+def loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -> torch.Tensor | None:
+    """The scalar loss of an output: what the user's function gives, or the output's own.
+
+    ``output, batch``: what the model returned, and for what.
+    Raises CaptureError: Where there must be a loss and there is no scalar.
+    """
+    if loss is not None:
+        value = loss(output, batch)
+    else:
+        value = getattr(output, "loss", None)
+        if value is None and isinstance(output, Mapping):
+            value = output.get("loss")
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value
+    if required or loss is not None:
+        came = (
+            "no loss"
+            if value is None
+            else f"a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
+        )
+        raise CaptureError(
+            f"gradients need a scalar loss, but there is {came}: add labels to the batch, or pass "
+            "loss=lambda output, batch: …"
+        )
+    return None

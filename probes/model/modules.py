@@ -1,10 +1,14 @@
-"""Which modules and parameters does a model have? Each once, without the names, several times as fast as torch's own walk."""
+"""Which modules and parameters does a model have, and are they still the same? Each once, faster than by the walk of torch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 
 from torch import nn
+
+from depthscope.diagnostics.errors import InputError
+from depthscope.probes.model.errors import CaptureError
 
 
 def all_modules(model: nn.Module) -> list[nn.Module]:
@@ -73,3 +77,48 @@ def is_planned(model: nn.Module) -> bool:
     parameters = all_parameters(model)
     offloaded = any(hasattr(module, "_hf_hook") for _, module in module_paths(model))
     return bool(parameters) and all(parameter.is_meta for parameter in parameters) and not offloaded
+
+
+def require_module(model: object, *, later: bool = False) -> None:
+    """Refuse what is no model, and one without values; a training may give a model its values later."""
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"the model is of type {type(model).__name__}; expected a torch.nn.Module, such as the one that a function calls"
+        )
+    if not later and is_planned(model):
+        raise CaptureError(
+            "the model is on the meta device, which holds no values; build it with values, or see what a capture would take "
+            "with describe(model, batch)"
+        )
+
+
+class PresentModules:
+    """The modules of a model as they are now.
+
+    ``above``: paths of modules; only the modules that contain these are compared. All, where it is None.
+    """
+
+    def __init__(self, model: nn.Module, above: Iterable[str] | None = None):
+        modules = dict(module_paths(model, shared=True))
+        if above is None:
+            paths = {path for path, module in modules.items() if module._modules}
+        else:
+            direct = {path.rpartition(".")[0] for path in above}
+            paths = (
+                direct | {path[: dot.start()] for path in direct for dot in re.finditer(r"\.", path)} | {""}
+            )
+        self._children = [(modules[path], [*modules[path]._modules.values()]) for path in sorted(paths)]
+
+    def require_same(self) -> None:
+        """Require that they are the same: a new layer has no hooks."""
+        for module, children in self._children:
+            if [*module._modules.values()] != children:  # modules are equal where they are one object
+                raise CaptureError(
+                    f"layers of {type(module).__name__} came, went or were replaced within the step; change a model between "
+                    "two steps, before recorder.step()"
+                )
+
+
+def module_types(model: nn.Module) -> frozenset[tuple[str, type]]:
+    """Which modules a model has: what changes where layers are added, dropped, wrapped or parametrised."""
+    return frozenset([(path, type(module)) for path, module in module_paths(model, shared=True)])

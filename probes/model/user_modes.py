@@ -6,12 +6,13 @@ A mode of the user's, such as a counter of operations, would see what we compute
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
@@ -156,3 +157,16 @@ def unreadable_mode(tensor: torch.Tensor) -> str | None:
 def in_transformation() -> bool:
     """Whether the running code is inside of a transformation of torch.func, whose tensors stand for others."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def circumstances(model: nn.Module, batch: Sequence[torch.Tensor]) -> tuple[Any, ...]:
+    """What decides which operations a forward of a model runs, as far as it is known before it runs."""
+    shapes = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in batch)
+    device = batch[0].device.type if batch else "cpu"
+    return (
+        shapes,
+        getattr(model, "training", None),  # frozen TorchScript has none
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled(device),
+    )

@@ -16,7 +16,6 @@ from itertools import islice
 
 import numpy as np
 
-from depthscope.probes.reading.beginnings import starts_that_grow, with_further_beginnings
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, walk
 from depthscope.probes.reading.memory import (
@@ -47,7 +46,14 @@ from depthscope.probes.reading.operations import (
     only_moves,
     weights,
 )  # fmt: skip
-from depthscope.probes.reading.roots import FEW_STREAMS, MOST_CANDIDATES, candidates, folded_beginnings
+from depthscope.probes.reading.roots import (
+    FEW_STREAMS,
+    MOST_CANDIDATES,
+    candidates,
+    folded_beginnings,
+    starts_that_grow,
+    with_further_beginnings,
+)
 from depthscope.probes.reading.states import has_feature_axis
 from depthscope.probes.reading.tracks import tracks, with_streams_apart, with_unread_streams
 

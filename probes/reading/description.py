@@ -20,9 +20,8 @@ class StateReading:
     layer: int  # of the block, -1 before the first
     site: str  # embed, pre, mid, post
     values: tuple[int, ...]  # the numbers in the graph of what it consists of
-    numbers: tuple[Numbers, ...] = field(
-        repr=False
-    )  # where the elements of the memory's first value are in each of them
+    # Where the elements of the memory's first value are in each of them
+    numbers: tuple[Numbers, ...] = field(repr=False)
     array: Callable[[], torch.Tensor] = field(repr=False)  # makes ``value``, as long as the forward is held
 
     @property
@@ -45,9 +44,8 @@ class BranchReading:
     layer: int
     reads: tuple[ValuePlace, ...]
     unit: int  # the outermost call, inside of that around all branches, in which it runs; -1 where it runs in none
-    way: tuple[
-        int, ...
-    ]  # numbers of values: the source, and what is moved or scaled of it up to what is added
+    # Numbers of values: the source, and what is moved or scaled of it up to what is added
+    way: tuple[int, ...]
     # Where the elements of the memory's first value are, to which each of these values is added.
     numbers: tuple[Numbers, ...] = field(repr=False)
     parts: Mapping[str, torch.Tensor] = field(repr=False)
@@ -66,9 +64,8 @@ class ConnectionReading:
     depth_out: int
     parts: Mapping[str, torch.Tensor] = field(repr=False)
     branches: tuple[BranchReading, ...]
-    functions: tuple[
-        str, ...
-    ]  # norms and activations of the whole state at the begin and the end of the step
+    # Norms and activations of the whole state at the begin and the end of the step
+    functions: tuple[str, ...]
     error: float  # of the recomputed state, relative to its largest number
     weighs: bool = True  # whether an operation scales or mixes the streams; otherwise h_res is the identity by construction
 
@@ -89,24 +86,39 @@ class MemoryReading:
     root: int  # the number of its first value
     shape: tuple[int, ...]  # of one stream of that
     feature_axis: int
-    carried: Mapping[int, Numbers] = field(
-        repr=False
-    )  # where elements of the first value are, in every value that has some
-    held: frozenset[int] = field(
-        repr=False
-    )  # the numbers of the values that are carried to its last state, and to what branches read
-    parameters: frozenset[str] = field(
-        repr=False
-    )  # names of those that work between its first and last state
+    # Where elements of the first value are, in every value that has some
+    carried: Mapping[int, Numbers] = field(repr=False)
+    # The numbers of the values that are carried to its last state, and to what branches read
+    held: frozenset[int] = field(repr=False)
+    # Names of those that work between its first and last state
+    parameters: frozenset[str] = field(repr=False)
     proof: str  # "proven", or "unproven: why"
     error: float
-    weights: Mapping[
-        str, float
-    ]  # shares of the parameters that reach the output: before, branches, head, elsewhere
+    # Shares of the parameters that reach the output: before, branches, head, elsewhere
+    weights: Mapping[str, float]
     grows: bool = False  # whether each branch adds features of its own to those before, as in DenseNet
-    casts: tuple[
-        torch.dtype, ...
-    ] = ()  # in which it is carried or branches' outputs are scaled, but for that of its first value
+    # In which it is carried or branches' outputs are scaled, but for that of its first value
+    casts: tuple[torch.dtype, ...] = ()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each state is one stream, made of the one before."""
+        return self.num_streams == 1 and not self.over_depth
+
+    @property
+    def branches(self) -> list[BranchReading]:
+        """All branches, in order."""
+        return [branch for connection in self.connections for branch in connection.branches]
+
+    @property
+    def units(self) -> set[int]:
+        """The calls of its blocks."""
+        return {branch.unit for branch in self.branches} - {-1}
+
+    @property
+    def end(self) -> int:
+        """The number of the last value of its last state."""
+        return self.states[-1].values[-1]
 
     @property
     def is_proven(self) -> bool:

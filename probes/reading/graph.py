@@ -63,9 +63,8 @@ class ModuleCall(NamedTuple):
     number: int  # among the calls of the module
     parent: int  # the number of the call around it; -1 for the model's own
     kind: str  # the module's class
-    arguments: tuple[
-        int | str, ...
-    ] = ()  # in which one, by position or keyword, it takes each floating tensor
+    # In which one, by position or keyword, it takes each floating tensor
+    arguments: tuple[int | str, ...] = ()
 
     @property
     def container(self) -> str | None:
@@ -199,27 +198,18 @@ class Graph:
     values: list[TracedValue] = field(default_factory=list)  # by number
     calls: list[ModuleCall] = field(default_factory=list)  # by number; the first one is the model's
     outputs: list[TracedValue] = field(default_factory=list)  # what the model returned
-    parameter_names: dict[int, str] = field(
-        default_factory=dict
-    )  # by the numbers of values that are parameters
-    modules: dict[str, str] = field(
-        default_factory=dict
-    )  # the classes of all modules, called or not, by their paths
-    handed_on: set[int] = field(
-        default_factory=set
-    )  # values that modules with a number, as blocks have, returned
-    shown: dict[int, list[Shown]] = field(
-        default_factory=dict
-    )  # by value: the calls that took or returned it, in order
-    split: dict[int, str] = field(
-        default_factory=dict
-    )  # what is a part of a tensor that is spread over processes, and how
+    parameter_names: dict[int, str] = field(default_factory=dict)  # by the numbers of their values
+    # The classes of all modules, called or not, by their paths
+    modules: dict[str, str] = field(default_factory=dict)
+    handed_on: set[int] = field(default_factory=set)  # what modules with a number, as blocks have, returned
+    # By value: the calls that took or returned it, in order
+    shown: dict[int, list[Shown]] = field(default_factory=dict)
+    # What is a part of a tensor that is spread over processes, and how
+    split: dict[int, str] = field(default_factory=dict)
     error: Exception | None = None  # why nothing was recorded from some operation on
     operations: dict[int, list[Any]] = field(default_factory=dict)  # by call, in order
-    made_in: dict[int, range] = field(
-        default_factory=dict
-    )  # by call: the numbers of what was made while it ran
-    circumstances: tuple[Any, ...] = ()  # as in `places`
+    made_in: dict[int, range] = field(default_factory=dict)  # by call: what was made while it ran
+    circumstances: tuple[Any, ...] = ()  # of `user_modes.circumstances`
     # By value: how many values there were when autograd first had a graph of it, where gradients are wanted.
     has_graph_from: dict[int, int] = field(default_factory=dict)
 
@@ -245,7 +235,8 @@ class Graph:
         if known is None:
             asked = self._asked[on.number] = self._asked.get(on.number, 0) + 1
             if asked <= 3:  # a search is cheaper than marking everything, as long as few ask
-                return self._search(value, on.number)
+                back = walk([value], lambda of: (p for p in of.parents if p.number >= on.number))
+                return on in back
             known = self.later(on)
         return bool(known[value.number])
 
@@ -303,11 +294,6 @@ class Graph:
             self._to_output = self.earlier(self.outputs or self.values)
         return bool(self._to_output[value.number])
 
-    def has_own_weights(self, value: TracedValue) -> bool:
-        """Whether a value that does not reach the output was made by a parameter that works in nothing that does."""
-        made_by = walk([value], lambda of: (p for p in of.parents if not self.reaches_output(p)))
-        return any(of.kind == PARAMETER and not self.reaches_output(of) for of in made_by)
-
     def has_origin(self, value: TracedValue) -> bool:
         """Whether a value was computed from the batch or from a parameter, and is not made of numbers alone."""
         return any(of.kind for of in walk([value], lambda of: of.parents))
@@ -323,11 +309,6 @@ class Graph:
                     marks[number] = 1
                     break
         return marks
-
-    @staticmethod
-    def _search(value: TracedValue, origin: int) -> bool:
-        later = walk([value], lambda of: (p for p in of.parents if p.number >= origin))
-        return any(of.number == origin for of in later)
 
     def call(self, value: TracedValue) -> ModuleCall:
         """The call in which a value was made; what is made before the model is called has one of its own."""
@@ -385,8 +366,7 @@ class Graph:
 
     def ends_of(self, call: int) -> tuple[TracedValue, TracedValue] | None:
         """The first floating value that a call took, and the first that it gave; None where either is missing."""
-        sides = self.sides
-        taken, given = sides.get((call, "input")), sides.get((call, "output"))
+        taken, given = self.sides.get((call, "input")), self.sides.get((call, "output"))
         return (taken[0], given[0]) if taken and given else None
 
     def let_go(self) -> None:
@@ -404,9 +384,8 @@ class Graph:
 
     def takes_over(self, later: Graph) -> bool:
         """Hold the tensors of a later forward, if it ran the same operations; whether it did."""
-        if len(self.values) != len(later.values) or later.error is not None:
-            return False
-        if self.operations != later.operations:
+        is_same = len(self.values) == len(later.values) and self.operations == later.operations
+        if not is_same or later.error is not None:
             return False
         pairs = list(zip(self.values, later.values, strict=True))
         if not all(a.is_like(b) for a, b in pairs):
@@ -444,14 +423,11 @@ class Graph:
         self.read.add(value.number)
         return value.held
 
-    def _is_there(self, value: TracedValue) -> bool:
-        return value.held is not None or value.number in self._made
-
     def _to_make(self, value: TracedValue) -> list[TracedValue]:
         def made_of(of: TracedValue) -> list[TracedValue]:
             if not of.remade:
                 raise ReadingError(f"the value of {of!r} was not kept")
-            return [parent for parent in of.parents if not self._is_there(parent)]
+            return [p for p in of.parents if p.held is None and p.number not in self._made]
 
         return sorted(walk([value], made_of), key=lambda of: of.number)
 

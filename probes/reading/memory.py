@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from depthscope.probes.reading.carrying import Carried, Growth, MayJoin, Rules
-from depthscope.probes.reading.graph import Graph, TracedValue, walk
+from depthscope.probes.reading.graph import PARAMETER, Graph, TracedValue, walk
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -38,9 +38,8 @@ class Start:
     banned: frozenset[int] = frozenset()  # numbers of values that are opaque
     # Branch outputs that the memory keeps as they are, although it is joined by sums of them only later.
     seeds: Mapping[int, Numbers] = field(default_factory=dict)
-    others: Mapping[int, Numbers] = field(
-        default_factory=dict
-    )  # further first values, each a stream of the first state
+    # Further first values, each a stream of the first state
+    others: Mapping[int, Numbers] = field(default_factory=dict)
     grows: int | None = (
         None  # the axis of the shape along which joined pieces are further features, as in DenseNet
     )
@@ -55,9 +54,8 @@ class Memory:
     carried: Carried = field(default_factory=dict)  # where the elements of the first value are
     depth: dict[int, int] = field(default_factory=dict)  # how many writes lie on the longest way to a value
     writes: dict[int, list[TracedValue]] = field(default_factory=dict)  # what branches add, by the sum
-    leaves: list[tuple[TracedValue, TracedValue]] = field(
-        default_factory=list
-    )  # carried, taken by what is opaque
+    # Carried, taken by what is opaque
+    leaves: list[tuple[TracedValue, TracedValue]] = field(default_factory=list)
     born: set[int] = field(default_factory=set)  # branch outputs that are kept next to the memory as they are
     end: TracedValue = None  # type: ignore[assignment]  # the last value of the longest way
     unread: list[TracedValue] = field(default_factory=list)  # streams of the last state that nothing takes
@@ -255,16 +253,22 @@ def _end(memory: Memory) -> TracedValue:
     values = [graph.values[number] for number in memory.carried]
     written = [value for value in values if memory.depth[value.number]]
     ends = [v for v in written if graph.reaches_output(v) or _is_unused_state(graph, v)]
-    ends = ends or [v for v in written if graph.has_own_weights(v)]
+    ends = ends or [v for v in written if _has_own_weights(graph, v)]
     most = max((memory.depth[value.number] for value in ends), default=0)
     latest = [value for value in ends if memory.depth[value.number] == most]
     whole = [value for value in latest if memory.is_whole(value)]
     return max(whole or latest or [memory.root], key=lambda value: value.number)
 
 
+def _has_own_weights(graph: Graph, value: TracedValue) -> bool:
+    """Whether a value that does not reach the output was made by a parameter that works in nothing that does."""
+    made_by = walk([value], lambda of: (p for p in of.parents if not graph.reaches_output(p)))
+    return any(of.kind == PARAMETER and not graph.reaches_output(of) for of in made_by)
+
+
 def _is_unused_state(graph: Graph, value: TracedValue) -> bool:
     """Whether a block hands a value on that weights made which work nowhere else, as the last text state of two streams."""
-    return value.number in graph.handed_on and graph.has_own_weights(value)
+    return value.number in graph.handed_on and _has_own_weights(graph, value)
 
 
 def _joining(memory: Memory) -> MayJoin:

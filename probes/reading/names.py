@@ -302,9 +302,8 @@ def number_blocks(all_names: Sequence[BranchNames]) -> None:
         if root is None or not names.graph.depends(names.memory.root, before.memory.end):
             continue
         units = {before.unit(number) for number in range(len(before.branches))}
-        is_known = bool(
-            units.intersection(names.graph.stack(names.memory.root))
-        )  # the block in which that ended
+        # The block in which that ended
+        is_known = bool(units.intersection(names.graph.stack(names.memory.root)))
         names.first_layer = max(before.layers) + (not is_known)
         own = numbered(names.keys, {})
         names.layers = [names.first_layer + 1 + number - own[0] for number in own]

@@ -33,7 +33,7 @@ class Arrangement(NamedTuple):
     is_sorted: bool  # whether they are in this order already
 
 
-def _runs(vector: np.ndarray) -> list[tuple[int, int]]:
+def _parts_of_axis(vector: np.ndarray) -> list[tuple[int, int]]:
     """An axis as one or two, along each of which the numbers grow by a step, or do not change."""
     ends = np.flatnonzero(np.diff(vector))
     if not len(ends):
@@ -51,7 +51,7 @@ def _runs(vector: np.ndarray) -> list[tuple[int, int]]:
     return [(step, length) for step, length in parts if length > 1]
 
 
-def _once(make: Callable[..., Any]) -> Callable[..., Any]:
+def _computed_once(make: Callable[..., Any]) -> Callable[..., Any]:
     """What is made of one object is made once: what equal blocks do to it is one object too, and is looked up from then on."""
 
     @wraps(make)
@@ -135,7 +135,7 @@ class Numbers:
         parts = [(axis - shift).clip(_HOLE).tobytes() for axis, shift in zip(self.axes, shifts, strict=True)]
         return self.shape, self.offset + sum(shifts), *parts
 
-    @_once
+    @_computed_once
     def first_feature(self, stride: int, size: int) -> tuple[Numbers, list[np.ndarray | None]] | None:
         """The elements of one feature alone, and their places along each axis on which they are not all; None if no box."""
         if self.array is not None or any(not len(axis) or axis.min() <= _HOLE // 2 for axis in self.axes):
@@ -151,14 +151,14 @@ class Numbers:
         cut = zip(places, self.shape, strict=True)
         return found, [place if len(place) < length else None for place, length in cut]
 
-    @_once
+    @_computed_once
     def arrangement(self, shape: tuple[int, ...], feature: int, num_features: int) -> Arrangement | None:
         """How a value becomes (tokens, streams, features) by its axes alone: of a shape's elements, all or one feature."""
         if self.array is not None or any(not len(axis) or axis.min() <= _HOLE // 2 for axis in self.axes):
             return None
         first = Numbers.first(shape)
         stride, size = first.step(feature), shape[feature]
-        parts = [part for axis in self.axes for part in _runs(axis - axis.min())]
+        parts = [part for axis in self.axes for part in _parts_of_axis(axis - axis.min())]
         tokens = [n for n, (step, length) in enumerate(parts) if step and (step, length) != (stride, size)]
         tokens.sort(key=lambda n: -parts[n][0])
         features = [n for n, part in enumerate(parts) if part == (stride, size)]
@@ -193,7 +193,7 @@ class Numbers:
             return self.axes[axis]
         return np.moveaxis(self.array, axis, -1).reshape(-1, self.shape[axis])[0]
 
-    @_once
+    @_computed_once
     def expand(self, shape: Sequence[int]) -> Numbers:
         """The same along new axes and axes of size one."""
         if tuple(shape) == self.shape:
@@ -206,14 +206,14 @@ class Numbers:
             axes.append(axis if len(axis) == size else np.repeat(axis, size))
         return Numbers(tuple(axes), self.offset)
 
-    @_once
+    @_computed_once
     def permute(self, dims: Sequence[int]) -> Numbers:
         """With the axes in another order."""
         if self.array is not None:
             return Numbers(array=self.array.transpose(tuple(dims)))
         return Numbers(tuple(self.axes[dim] for dim in dims), self.offset)
 
-    @_once
+    @_computed_once
     def reshape(self, shape: Sequence[int]) -> Numbers | None:
         """The same elements in another shape."""
         if tuple(shape) == self.shape:
@@ -222,10 +222,10 @@ class Numbers:
             again = self.array.reshape(tuple(shape))
             return Numbers.of(again) or Numbers(array=again)  # zeros hold nothing, and stay next to what does
         axes: list[np.ndarray] = []
-        for group, sizes in _groups(self.shape, shape):
+        for group, sizes in _common_axes(self.shape, shape):
             vectors = [self.axes[dim] for dim in group]
-            merged = _merged(vectors)
-            parts = _split(merged, sizes)
+            merged = _merged_axes(vectors)
+            parts = _split_axis(merged, sizes)
             if parts is None:
                 return Numbers.of(self.dense().reshape(tuple(shape)))
             axes += parts
@@ -233,10 +233,10 @@ class Numbers:
 
     def take(self, axis: int, part: slice | int) -> Numbers:
         """A part along an axis, or one place of it."""
-        return self._taken(axis, part if isinstance(part, int) else (part.start, part.stop, part.step))
+        return self._part(axis, part if isinstance(part, int) else (part.start, part.stop, part.step))
 
-    @_once
-    def _taken(self, axis: int, part: tuple[Any, ...] | int) -> Numbers:
+    @_computed_once
+    def _part(self, axis: int, part: tuple[Any, ...] | int) -> Numbers:
         index = part if isinstance(part, int) else slice(*part)
         if self.array is not None:
             place = (slice(None),) * axis + (index,)
@@ -246,7 +246,7 @@ class Numbers:
             return Numbers(before + after, self.offset + int(own[index]))
         return Numbers((*before, own[index], *after), self.offset)
 
-    @_once
+    @_computed_once
     def collapsed(self, dims: Sequence[int]) -> Numbers | None:
         """One place along some axes; None where the numbers change along them."""
         if self.array is not None:
@@ -303,7 +303,7 @@ def _shift(piece: Numbers, first: Numbers, axis: int) -> int:
     return rest(piece) - rest(first)
 
 
-def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def _common_axes(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Axes of one shape, and sizes of another, that hold the same elements."""
     if not old or not new:
         return [(list(range(len(old))), list(new))]
@@ -316,13 +316,13 @@ def _groups(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int], lis
     return found
 
 
-def _merged(vectors: Sequence[np.ndarray]) -> np.ndarray:
+def _merged_axes(vectors: Sequence[np.ndarray]) -> np.ndarray:
     if not vectors:
         return np.zeros(1, dtype=np.int64)
     return reduce(lambda a, b: (a[:, None] + b).reshape(-1).clip(_HOLE), vectors)
 
 
-def _split(vector: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray] | None:
+def _split_axis(vector: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray] | None:
     """A vector as a sum of one an axis; None where it is none."""
     if len(sizes) == 1:
         return [vector]

@@ -6,14 +6,24 @@ tokens. What is in none of these groups is opaque: a branch begins there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from depthscope.probes.reading.graph import PARAMETER, UNSEEN, Graph, TracedValue, names, values_in
+from depthscope.probes.reading.graph import (
+    PARAMETER,
+    SHAPE_ONLY,
+    UNSEEN,
+    Graph,
+    TracedValue,
+    names,
+    values_in,
+    walk,
+)
 
 MOST_STREAMS = 63  # what is wider has features on its axes
 SAME = names("alias detach clone contiguous _to_copy to lift_fresh lift_fresh_copy neg positive")
 VIEWS = names("view _unsafe_view reshape _reshape_alias flatten unflatten")
+ROW_MAJOR = VIEWS | names("unsqueeze squeeze")  # what leaves all elements in order
 MOVES = VIEWS | names(
     "permute transpose t mT movedim unsqueeze squeeze expand repeat slice narrow split split_with_sizes chunk select "
     "unbind index_select index gather tile repeat_interleave diagonal unfold constant_pad_nd"
@@ -128,6 +138,47 @@ def moved(graph: Graph, value: TracedValue) -> list[TracedValue]:
 
     takers = [taker for taker in graph.takers(value) if moves(value, taker)]
     return [*(before for before in value.parents[:1] if moves(before, value)), *takers]
+
+
+def reordered(graph: Graph, values: Iterable[TracedValue]) -> Iterator[TracedValue]:
+    """Some values, and all that have the same elements as one of them in another order, the nearest first."""
+    return walk(values, lambda value: moved(graph, value))
+
+
+def same_elements(graph: Graph, value: TracedValue) -> list[TracedValue]:
+    """A value, and others with the same elements: copies and views of it, and what it is one of."""
+    before = walk([value], lambda of: of.parents if _is_same(of) else ())
+    after = walk([value], lambda of: filter(_is_same, graph.takers(of)))
+    found = dict.fromkeys([*before, *after])
+    return [other for other in found if other.shape.count(1) <= value.shape.count(1)]
+
+
+def _is_same(value: TracedValue) -> bool:
+    """Whether a value has the elements of the only one that it was made of."""
+    same = value.name in ROW_MAJOR or (value.name in SAME and value.name not in ("neg", "positive"))
+    if not same or len(value.parents) != 1:
+        return False
+    (parent,) = value.parents
+    return (value.numel, value.dtype) == (parent.numel, parent.dtype) and parent.kind != PARAMETER
+
+
+def before_all_readers(graph: Graph, same: Sequence[TracedValue]) -> list[TracedValue]:
+    """The values with the same elements from which everything comes that reads one of them: these have the gradient."""
+    numbers, takers = {of.number for of in same}, graph.takers
+    readers = [of for of in same if any(has_gradient(t) and t.number not in numbers for t in takers(of))]
+    ways: list[set[int]] = []
+    for reader in readers:
+        way = {reader.number}
+        while reader.parents and reader.parents[0].number in numbers:
+            reader = reader.parents[0]
+            way.add(reader.number)
+        ways.append(way)
+    return [of for of in same if all(of.number in way for way in ways)] or list(same[:1])
+
+
+def has_gradient(taker: TracedValue) -> bool:
+    """Whether a gradient comes through an operation."""
+    return taker.is_floating and taker.name not in SHAPE_ONLY and taker.name != "detach"
 
 
 def is_view(value: TracedValue) -> bool:

@@ -14,24 +14,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode, _pop_mode, _push_mode
 
+from depthscope.probes.model.user_modes import circumstances
 from depthscope.probes.reading.graph import FILLS, OUTPUT, Graph, ReadingError, TracedValue
 from depthscope.probes.reading.known_operations import decomposed, operation_of
 from depthscope.probes.reading.tensor_memory import detached
 
 OTHER = "other operations ran in {} than in the forward that was read; the next measured forward is read anew"
-
-
-def circumstances(model: nn.Module, batch: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-    """What decides which operations a forward of a model runs, as far as it is known before it runs."""
-    shapes = tuple((tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in batch)
-    device = batch[0].device.type if batch else "cpu"
-    return (
-        shapes,
-        getattr(model, "training", None),  # frozen TorchScript has none
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled(device),
-    )
 
 
 @dataclass
@@ -45,9 +33,8 @@ class OperationPlaces:
     graph: Graph
     circumstances: tuple[Any, ...]
     wanted: dict[int, dict[int, list[TracedValue]]] = field(default_factory=dict)
-    given: dict[int, TracedValue] = field(
-        default_factory=dict
-    )  # by position among what the model is called with
+    # By position among what the model is called with
+    given: dict[int, TracedValue] = field(default_factory=dict)
     constant: list[tuple[TracedValue, torch.Tensor]] = field(default_factory=list)
     of_model: list[tuple[nn.Module, str, torch.Tensor]] = field(default_factory=list)
 

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.operations import Listener
 from depthscope.probes.model.tensors import floats_in, split_over
+from depthscope.probes.model.user_modes import circumstances
+from depthscope.probes.model.while_needed import no_collection
 from depthscope.probes.reading.graph import (
     CONSTANT,
     FILLS,
@@ -54,7 +55,6 @@ from depthscope.probes.reading.known_operations import (
 )  # fmt: skip
 from depthscope.probes.reading.let_go import can_end, ended
 from depthscope.probes.reading.operations import MOST_STREAMS, NORMS
-from depthscope.probes.reading.places import circumstances
 from depthscope.probes.reading.tensor_memory import (
     TensorEntry,
     detached,

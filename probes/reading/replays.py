@@ -254,9 +254,8 @@ class Replays:
             return False
         if value.name in MATRICES:
             return all(box.cut(axis) is None for axis in range(len(value.shape) - 2))
-        if (
-            value.name in MIXED_ALONG and value.name not in ON_ONE
-        ):  # a matrix of a solve has all axes but these two
+        # A matrix of a solve has all axes but these two
+        if value.name in MIXED_ALONG and value.name not in ON_ONE:
             axes = {*(mixed_axes(value) or ()), *range(len(value.shape) - 2 if value.name in SOLVES else 0)}
             return all(of.cut(axis) is None for of in (box, self.box(operand)) for axis in axes)
         if value.name in ALONG_AN_AXIS:

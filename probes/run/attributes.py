@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence as Many
 from typing import Any
 
 import torch
@@ -12,16 +13,20 @@ from torch import nn
 
 from depthscope.diagnostics.kernels.memory import StreamMemory, bytes_text
 from depthscope.diagnostics.package_versions import package_versions
+from depthscope.diagnostics.schema import PROVEN, UNPROVEN
 from depthscope.probes.connections.constraint import constraint_of, constraint_words, measured_family
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.run.connection_variables import changes_outside
-from depthscope.probes.run.linear_variables import run_proof
 from depthscope.probes.run.weights_digest import weights_digest
 from depthscope.probes.session.reservoir import Sequence, training_stamp, weights_stamp
 from depthscope.probes.session.session import Session
+from depthscope.probes.structure.chain import Chain
 
 PACKAGES = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
+
+PARTS = {"h_res", "h_pre", "h_post"}
+"""The formula counts connections that read, write and mix by one scalar for each stream."""
 
 
 def run_attributes(
@@ -30,26 +35,20 @@ def run_attributes(
     """The attributes of a run; those that do not apply are left out, and the digests where they are not wanted."""
     structure, options = session.structure, session.options
     dtype, precision = session.observer.dtype, session.observer.precision
-    # NaN where nothing was compared, as where all sampled tokens are padding.
-    errors = [error for error in evidence.errors if not math.isnan(error)]
     # Weights that were trained further since are not those that the run was measured with: no digest then.
     stamp = weights_stamp(session.model) if digests else 0
     unchanged = digests and session.step.reservoir.stored_stamp in (stamp, training_stamp(stamp))
     parameters = all_parameters(session.model)
-    constraint, layouts = constraint_of(evidence), [chain.layout for chain in structure.chains]
+    layouts = [chain.layout for chain in structure.chains]
     attributes = {  # None: does not apply; netCDF has no None
         "model": type(session.model).__name__,
-        # By what the matrices are measured to satisfy, at these weights and on these tokens.
-        "family": measured_family(structure.family, constraint),
-        "constraint": constraint_words(evidence, constraint) or None,
+        "family": structure.family,
         "proof": run_proof(structure.chains, evidence) or None,
         "not_covered": [part.as_dict() for part in structure.not_covered] or None,
         "n_streams": structure.num_streams,
         "layout": layouts[0],
         "layouts": layouts if len(set(layouts)) > 1 else None,
-        "orientation": evidence.orientation,
-        "reconstruction_error": max(errors, default=None),
-        "reconstruction_tolerance": evidence.tolerance if evidence.proofs else None,
+        "orientation": "not_applicable",
         "dtype": str(dtype).removeprefix("torch."),
         "autocast": str(precision).removeprefix("torch.") if precision != dtype else None,
         "block": structure.chains[0].block_class,
@@ -70,11 +69,28 @@ def run_attributes(
             **({"first_sequence": options.first_sequence} if options.first_sequence else {}),
         },
         "software": package_versions(PACKAGES),
-        "changes_outside": changes_outside(session, sequences) or None,
         "forwards_skipped": session.skipped or None,
         "evaluations_left_out": session.step.num_left_out or None,
     }
+    if structure.connections:
+        attributes |= _of_connections(session, sequences, evidence)
     return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _of_connections(session: Session, sequences: list[Sequence], evidence: Evidence) -> dict[str, Any]:
+    """What is said of connections with streams, and of how they were proven."""
+    # NaN where nothing was compared, as where all sampled tokens are padding.
+    errors = [error for error in evidence.errors if not math.isnan(error)]
+    constraint = constraint_of(evidence)
+    return {
+        # By what the matrices are measured to satisfy, at these weights and on these tokens.
+        "family": measured_family(session.structure.family, constraint),
+        "constraint": constraint_words(evidence, constraint) or None,
+        "orientation": evidence.orientation,
+        "reconstruction_error": max(errors, default=None),
+        "reconstruction_tolerance": evidence.tolerance if evidence.proofs else None,
+        "changes_outside": changes_outside(session, sequences) or None,
+    }
 
 
 def _not_read(parameters: list[nn.Parameter]) -> str:
@@ -107,10 +123,6 @@ def _data_digest(sequences: list[Sequence]) -> str:
     return digest.hexdigest()
 
 
-PARTS = {"h_res", "h_pre", "h_post"}
-"""The formula counts connections that read, write and mix by one scalar for each stream."""
-
-
 def memory_facts(trace: xr.Dataset, dtype: torch.dtype, measured: dict[str, Any] | None) -> dict[str, Any]:
     """The attribute ``memory`` of a run.
 
@@ -136,3 +148,35 @@ def memory_facts(trace: xr.Dataset, dtype: torch.dtype, measured: dict[str, Any]
     if sentences:
         facts["sentence"] = "; ".join(sentences)
     return facts
+
+
+def chain_proof(chain: Chain, evidence: Evidence) -> str:
+    """Whether a chain's reading is proven: its own statement, or else that of its stream connections; empty for none.
+
+    ``evidence``: of the stream connections, which the first chain has.
+    Returns: ``"proven"``, or ``"unproven: "`` and the reason.
+    """
+    stated = str(getattr(chain, "proof", ""))
+    # A run whose stream connections do not give their next states is refused before this is asked.
+    if stated.startswith(UNPROVEN) or not chain.has_streams or not evidence.proofs:
+        return stated
+    unknown = [j.path for j, p in zip(evidence.joints, evidence.proofs, strict=True) if not p.known]
+    if unknown:
+        return f"{UNPROVEN}no sampled token has finite states around {unknown[0]!r}, so that nothing was recomputed"
+    return PROVEN
+
+
+def run_proof(chains: Many[Chain], evidence: Evidence) -> str:
+    """The proof of a whole run: ``"proven"`` where every chain is, else the reasons of those that are not.
+
+    Returns: Empty where a chain states nothing and none is unproven.
+    """
+    proofs = [(chain.name, chain_proof(chain, evidence)) for chain in chains]
+    reasons = [
+        f"{name}: {proof.removeprefix(UNPROVEN)}" if name else proof.removeprefix(UNPROVEN)
+        for name, proof in proofs
+        if proof.startswith(UNPROVEN)
+    ]
+    if reasons:
+        return UNPROVEN + "; ".join(reasons)
+    return PROVEN if all(proof == PROVEN for _, proof in proofs) else ""

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+import torch
 import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema.groups import group_path
-from depthscope.probes.connections.proof import Evidence, gather_evidence
+from depthscope.probes.connections.coefficients import Parts
+from depthscope.probes.connections.proof import Evidence, Joint, gather_evidence
 from depthscope.probes.run.attributes import memory_facts, run_attributes
 from depthscope.probes.run.connection_remarks import connection_remarks, module_remarks
 from depthscope.probes.run.coverage import coverage, coverage_counts, coverage_dataset
 from depthscope.probes.run.groups import chain_groups
-from depthscope.probes.run.joints import sampled_joints
 from depthscope.probes.run.statistics_dataset import StepStatistics, statistics_dataset, step_variables
 from depthscope.probes.run.trace_dataset import trace_dataset
 from depthscope.probes.run.weight_variables import weight_variables
 from depthscope.probes.session.kept_bytes import ZERO_INPUTS
-from depthscope.probes.session.reservoir import Sequence
+from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
 
@@ -37,9 +39,9 @@ def prove(session: Session) -> Proven:
     ``session``: with its chains found and at least one sequence sampled.
     Raises ReconstructionError: Where a connection's coefficients do not give its next state.
     """
-    # Slots of the reservoir are in no order; the samples of a run are in that of the data.
-    sequences = sorted(session.step.reservoir.stored.values(), key=lambda sequence: sequence.index)
-    return Proven(sequences, gather_evidence(sampled_joints(session, sequences)))
+    sequences = session.step.reservoir.in_order()
+    joints = sampled_joints(session, sequences)
+    return Proven(sequences, gather_evidence(joints) if joints else Evidence())
 
 
 def build_run(
@@ -70,7 +72,9 @@ def build_run(
     """
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
     sequences, evidence = proven or prove(session)
-    remarks, logits = connection_remarks(session, evidence, [sequence.index for sequence in sequences])
+    mixes = bool(evidence.joints) or session.structure.inner_streams > 0
+    indices = [sequence.index for sequence in sequences]
+    remarks, logits = connection_remarks(session, evidence, indices) if mixes else ([], [])
     remarks += module_remarks(session.model, (kept or {}).pop(ZERO_INPUTS, {}))
     covered = coverage(session, evidence, logits)
     chains = session.structure.chains
@@ -128,3 +132,53 @@ def step_numbers(session: Session, row: StepStatistics, proven: Proven) -> dict[
                 if dims[0] == "step":
                     numbers[f"{group_path('statistics', name)}/{label}"] = (dims[1:], values[0], *attrs)
     return numbers
+
+
+def sampled_joints(session: Session, sequences: list[Sequence]) -> list[Joint]:
+    """States and parts around every stream connection, from the sampled sequences.
+
+    Returns: One for each connection, in order; tensors (K, T, …).
+    """
+    return [_joint(session, number, sequences) for number in range(len(session.structure.connections))]
+
+
+def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
+    sampled = [parts for s in sequences if isinstance(parts := s.parts[0, number], Parts)]
+    # Chain 0: only the first chain has stream connections.
+    link, mask = session.structure.connections[number], np.stack(token_masks(sequences, 0))
+    tokens = mask.shape[1]
+
+    def stack(pick: Callable[[Parts], torch.Tensor | None]) -> torch.Tensor | None:
+        """One part of every sequence, (K, T, …); None where some sequence lacks it."""
+        found = [tensor for parts in sampled if (tensor := pick(parts)) is not None]
+        return (
+            torch.stack([padded(tensor, tokens) for tensor in found]) if len(found) == len(sampled) else None
+        )
+
+    def states(depth: int) -> torch.Tensor:
+        return torch.stack([padded(sequence.states[0, depth], tokens) for sequence in sequences])
+
+    write, branch_in, branch_out = (
+        stack(pick) for pick in (lambda p: p.write, lambda p: p.branch_in, lambda p: p.branch_out)
+    )
+    assert write is not None
+    assert branch_in is not None
+    assert branch_out is not None
+    constant = stack(lambda parts: parts.constant)
+    after = states(link.depth_out)
+    return Joint(
+        path=link.path,
+        x_in=states(link.depth_in),
+        x_out=after if constant is None else after - constant,
+        parts=Parts(
+            stack(lambda p: p.mix),
+            stack(lambda p: p.read),
+            write,
+            branch_in,
+            branch_out,
+        ),
+        mask=torch.from_numpy(mask),
+        # In which the model multiplies them, so that the tolerance is that of its rounding: autocast's, where it is on.
+        dtype=session.observer.precision,
+        casts=() if session.structure.read is None else session.structure.read.casts,
+    )

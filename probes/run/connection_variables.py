@@ -269,10 +269,8 @@ def _proof_of(found: PlainFactors) -> str:
 def changes_outside(session: Session, sequences: list[Sequence]) -> list[dict[str, Any]]:
     """Where the streams change outside of the connections and branches, as by a per-layer embedding or noise: ‖change‖ / ‖X‖.
 
-    One dict with ``depth_in, depth_out, module, change`` for each such place; none for a plain model.
+    One dict with ``depth_in, depth_out, module, change`` for each such place.
     """
-    if not session.structure.connections:
-        return []
     numbers = {of.depth_out: number for number, of in enumerate(session.structure.connections)}
     changes = []
     for depth in range(1, len(session.structure.chains[0].points)):

@@ -1,4 +1,4 @@
-"""What is stored of connections that are no streams? Factors of plain ones, weights over depth, lags, and what is proven.
+"""What is stored of connections that are no streams? Factors of plain ones, weights over depth, and the coordinates of both.
 
 Shapes: C connections, K sequences, T tokens, D features, S ≤ C + 1 sources (the embedding, then each sublayer's output).
 """
@@ -13,9 +13,7 @@ import torch
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.schema import PROVEN, UNPROVEN
-from depthscope.probes.connections.proof import Evidence
-from depthscope.probes.structure.chain import Chain, Connection
+from depthscope.probes.structure.chain import Connection
 
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
@@ -99,35 +97,3 @@ def linear_coords(connections: Sequence[Connection], *, over_depth: bool = False
     if any(after):
         coords["after_sum"] = ("connection", np.array(after, dtype=object))
     return coords
-
-
-def chain_proof(chain: Chain, evidence: Evidence) -> str:
-    """Whether a chain's reading is proven: its own statement, or else that of its stream connections; empty for none.
-
-    ``evidence``: of the stream connections, which the first chain has.
-    Returns: ``"proven"``, or ``"unproven: "`` and the reason.
-    """
-    stated = str(getattr(chain, "proof", ""))
-    # A run whose stream connections do not give their next states is refused before this is asked.
-    if stated.startswith(UNPROVEN) or not chain.has_streams or not evidence.proofs:
-        return stated
-    unknown = [j.path for j, p in zip(evidence.joints, evidence.proofs, strict=True) if not p.known]
-    if unknown:
-        return f"{UNPROVEN}no sampled token has finite states around {unknown[0]!r}, so that nothing was recomputed"
-    return PROVEN
-
-
-def run_proof(chains: Sequence[Chain], evidence: Evidence) -> str:
-    """The proof of a whole run: ``"proven"`` where every chain is, else the reasons of those that are not.
-
-    Returns: Empty where a chain states nothing and none is unproven.
-    """
-    proofs = [(chain.name, chain_proof(chain, evidence)) for chain in chains]
-    reasons = [
-        f"{name}: {proof.removeprefix(UNPROVEN)}" if name else proof.removeprefix(UNPROVEN)
-        for name, proof in proofs
-        if proof.startswith(UNPROVEN)
-    ]
-    if reasons:
-        return UNPROVEN + "; ".join(reasons)
-    return PROVEN if all(proof == PROVEN for _, proof in proofs) else ""

@@ -25,13 +25,11 @@ JOINED = ("depth", "connection", "weight")
 CLOSE = 1e-6  # of two states, relative to the largest: the same numbers, but for a cast on the way
 
 
-def stage_attribute(stage: tuple[int, int] | None) -> dict[str, Any]:
-    """The attribute of a run of one stage; empty for a complete model.
+def stage_attribute(stage: tuple[int, int]) -> dict[str, Any]:
+    """The attribute of a run of one stage.
 
     ``stage``: the number of the stage, from 0 on, and how many there are.
     """
-    if stage is None:
-        return {}
     number, stages = stage
     if not 0 <= number < stages:
         raise InputError(

@@ -11,15 +11,15 @@ import xarray as xr
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
+from depthscope.probes.run.attributes import chain_proof
 from depthscope.probes.run.connection_variables import (
     connection_coords,
     connection_variables,
     logit_variables,
 )
-from depthscope.probes.run.equal_blocks import equal_blocks
 from depthscope.probes.run.groups import connections_within, depth_coords, without_gradient
-from depthscope.probes.run.initial_weights import start_facts, untouched_blocks
-from depthscope.probes.run.linear_variables import chain_proof, linear_coords
+from depthscope.probes.run.initial_weights import equal_blocks, start_facts, untouched_blocks
+from depthscope.probes.run.linear_variables import linear_coords
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain

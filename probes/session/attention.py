@@ -19,10 +19,9 @@ from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.operations import OperationsShown
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.attention_rows import AttentionWatch, measured
-from depthscope.probes.session.forward import Forward, Key
+from depthscope.probes.session.attention_rows import AttentionWatch, rows_of_calls
+from depthscope.probes.session.forward import Forward, Key, Tape
 from depthscope.probes.structure.model_structure import Structure
-from depthscope.probes.structure.tape import Tape
 
 OTHER_TOKENS = "its queries are not the tokens of the state"
 OUTSIDE = "it is computed outside of all modules but the model itself, where only a first forward looks"
@@ -103,7 +102,7 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
     tape.recorder.listeners.remove(watch)  # it holds tensors of the forward
     tape.attention, graph = None, tape.recorder.graph
     places.reasons.update(watch.reasons)
-    states = [[tape.recorded(point) for point in chain.points] for chain in structure.chains]
+    states = [[point.value_in(tape.graph) for point in chain.points] for chain in structure.chains]
     depths = [[(d, value) for d, value in enumerate(of) if value is not None] for of in states]
     for seen in watch.found:
         call = graph.calls[graph.values[seen.value].call]
@@ -130,7 +129,7 @@ def add_attention(forward: Forward, heads: int, *, sums: bool) -> None:
     ``heads``: the most before one state.
     """
     waiting, forward.attending = forward.attending, []
-    for (key, _), rows in zip(waiting, measured([of for _, of in waiting]), strict=True):
+    for (key, _), rows in zip(waiting, rows_of_calls([of for _, of in waiting]), strict=True):
         known = forward.attention.get(key)
         forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
     for (number, depth), rows in forward.attention.items() if sums else ():

@@ -52,7 +52,7 @@ class AttentionRows:
 
     ``value``: number of its value in the recorded graph.
     ``rows``: (3, S, H, Q): entropy of the weights in nats, number of keys that the query sees, weight on the first of these;
-    or what these are computed from at the end of the forward, by `measured`.
+    or what these are computed from at the end of the forward, by `rows_of_calls`.
     """
 
     value: int
@@ -124,9 +124,9 @@ class AttentionWatch:
     def _see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         name = operation_of(func).name
         if name in SOFTMAX:
-            self._begin(args, result)
+            self._note_softmax(args, result)
         elif name in FUSED:
-            self._fused(func, args, kwargs, result[0])
+            self._note_fused_call(func, args, kwargs, result[0])
         elif name in CLOSED:
             self._refuse("an operation that is a whole layer shows no weights: capture with gradients=True")
         elif self._waiting and args and isinstance(args[0], torch.Tensor):
@@ -134,22 +134,22 @@ class AttentionWatch:
             if waiting is None:
                 return
             if name in PRODUCTS:
-                self._multiplied(args[0], waiting, result)
+                self._note_product(args[0], waiting, result)
             elif name in PASSING:
-                self._wait(result[0] if isinstance(result, (tuple, list)) else result, waiting)
+                self._follow(result[0] if isinstance(result, (tuple, list)) else result, waiting)
 
     # --- weights that are a tensor
 
-    def _begin(self, args: Any, weights: torch.Tensor) -> None:
+    def _note_softmax(self, args: Any, weights: torch.Tensor) -> None:
         logits, dim = args[0], args[1]
         last = dim in (-1, logits.ndim - 1)
         # Three axes at least: queries and keys, and sequences or heads before them.
         if last and logits.ndim >= 3 and logits.shape[-2] > 1 and logits.shape[-1] > 1:
             # One at a time: the softmax of a router or a head is never multiplied, and would be kept to the end.
             self._waiting.clear()
-            self._wait(weights, _Softmax(logits, weights))
+            self._follow(weights, _Softmax(logits, weights))
 
-    def _wait(self, tensor: torch.Tensor, waiting: _Softmax) -> None:
+    def _follow(self, tensor: torch.Tensor, waiting: _Softmax) -> None:
         self._waiting[id(tensor)] = weakref.ref(tensor), waiting
 
     def _known(self, tensor: torch.Tensor) -> _Softmax | None:
@@ -157,7 +157,7 @@ class AttentionWatch:
         # The identity of a tensor that is gone is given to another one.
         return entry[1] if entry is not None and entry[0]() is tensor else None
 
-    def _multiplied(self, factor: torch.Tensor, waiting: _Softmax, result: torch.Tensor) -> None:
+    def _note_product(self, factor: torch.Tensor, waiting: _Softmax, result: torch.Tensor) -> None:
         """A product with the weights as its first factor: they are attention where each row of it is a query."""
         shape, own = factor.shape, waiting.weights.shape
         # Weights over streams, experts or depths are one row for each token: (B T, 1, n).
@@ -184,7 +184,7 @@ class AttentionWatch:
 
     # --- weights inside of a fused operation
 
-    def _fused(self, func: Any, args: Any, kwargs: Any, result: torch.Tensor) -> None:
+    def _note_fused_call(self, func: Any, args: Any, kwargs: Any, result: torch.Tensor) -> None:
         given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
         query, key = given["query"], given["key"]
         if query.shape[-2] < 2:
@@ -219,7 +219,7 @@ class AttentionWatch:
         self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
 
-def measured(rows: Sequence[torch.Tensor | FusedCall]) -> list[torch.Tensor]:
+def rows_of_calls(rows: Sequence[torch.Tensor | FusedCall]) -> list[torch.Tensor]:
     """What calls of attention did; small ones of the same kind at once, since each operation costs more than its numbers."""
     found: dict[int, torch.Tensor] = {n: of for n, of in enumerate(rows) if isinstance(of, torch.Tensor)}
     of_kind: dict[tuple[Any, ...], list[tuple[int, FusedCall]]] = {}

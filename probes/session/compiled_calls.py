@@ -14,13 +14,14 @@ import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report, in_recomputation
@@ -28,12 +29,11 @@ from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.session.backward_roots import Edge, edges_behind, running_backward
 from depthscope.probes.session.compiled_regions import COMPILED_CALL, is_compiled
-from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import Forward, own_call, own_calls
 from depthscope.probes.session.gradient_hooks import backward_to
-from depthscope.probes.session.own_forwards import require_no_exchange, without_exchange
 
 IMMUTABLE = (int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size, type(None))
 
@@ -220,9 +220,9 @@ class CompiledCalls:
             if second is not None:
                 second.follow(output)
             if not self._stack():
-                self._ended(output)
+                self._end_of_call(output)
 
-    def _ended(self, output: Any) -> None:
+    def _end_of_call(self, output: Any) -> None:
         self.is_settled = self.is_settled and self._frames == _frames_compiled()
         self._listen(output)
 
@@ -244,7 +244,7 @@ class CompiledCalls:
         def done(output: Any) -> None:
             if second is not None:
                 second.follow(output)
-            self._ended(output)
+            self._end_of_call(output)
 
         return MethodWatch(self._inside_of(second), done)
 
@@ -296,7 +296,7 @@ class CompiledCalls:
                     retain_graph=True,
                 )
         except RuntimeError as error:
-            raise _advised(error) from None
+            raise _with_advice(error) from None
 
     @contextmanager
     def _own_run(self, module: nn.Module) -> Iterator[None]:
@@ -325,7 +325,7 @@ def _has_foreign_hook(parameter: torch.Tensor) -> bool:
     return any(type(hook) is not Hook for hook in hooks.values())
 
 
-def _advised(error: RuntimeError) -> Exception:
+def _with_advice(error: RuntimeError) -> Exception:
     """An error of torch's in a backward of ours, with what to do where that is known."""
     if "modified by an inplace operation" in str(error):
         return CaptureError(STEPPED)
@@ -354,10 +354,10 @@ def copied_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tup
     for tensor in tensors_in((args, kwargs)):
         if id(tensor) not in memo:
             memo[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
-    return tuple(_copied(value, memo) for value in args), {n: _copied(v, memo) for n, v in kwargs.items()}
+    return tuple(_copy(value, memo) for value in args), {n: _copy(v, memo) for n, v in kwargs.items()}
 
 
-def _copied(value: Any, memo: dict[int, Any]) -> Any:
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
     if isinstance(value, IMMUTABLE):
         return value
     try:
@@ -367,3 +367,54 @@ def _copied(value: Any, memo: dict[int, Any]) -> Any:
             f"a compiled model is measured by one more forward, and its argument of type {type(value).__name__} cannot be "
             f"copied for it ({type(error).__name__}); record the model without torch.compile"
         ) from None
+
+
+OF_EXCHANGES = ("c10d", "_c10d_functional", "_c10d_functional_autograd", "c10d_functional", "symm_mem")
+"""Namespaces of the operations by which torch's processes exchange tensors."""
+
+
+def _are_several() -> bool:
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
+def require_no_exchange(module: nn.Module) -> None:
+    """Require that a model has no wrapper or weights that exchange something in each of its forwards.
+
+    Raises CaptureError: Where its weights are spread over processes, or DistributedDataParallel is inside of it.
+    """
+    if _are_several() and _is_sharded(module):
+        raise CaptureError(
+            "a compiled model is measured by one more forward, which would gather its sharded weights once more and could "
+            "wait for the other processes for ever; record it uncompiled"
+        )
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in module.modules()):
+        raise CaptureError(
+            "a compiled model is measured by one more forward, which DistributedDataParallel would count as the user's; "
+            "record the module inside of it, or compile that: DistributedDataParallel(torch.compile(model)) can be recorded"
+        )
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    wrapped = any(
+        hasattr(part, "_get_fsdp_state") or type(part).__name__ == "FullyShardedDataParallel"
+        for part in module.modules()
+    )
+    return wrapped or any(hasattr(parameter, "device_mesh") for parameter in module.parameters())
+
+
+class _NoExchange(TorchDispatchMode):
+    """Raises where something is about to be exchanged with other processes, before it is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in OF_EXCHANGES:
+            raise CaptureError(
+                f"a compiled model is measured by one more forward, in which it would exchange something with other processes "
+                f"({func.name()}) and could wait for them for ever; record it uncompiled"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def without_exchange() -> AbstractContextManager[Any]:
+    """What forwards and backwards of ours run in among several processes: an exchange raises `CaptureError`."""
+    return _NoExchange() if _are_several() else nullcontext()

@@ -10,14 +10,17 @@ from torch import nn
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
 from depthscope.probes.reading.places import KnownPlaces
-from depthscope.probes.session.compiled_calls import CompiledCalls, compiled_callers, compiler_is_loaded
+from depthscope.probes.session.compiled_calls import (
+    CompiledCalls,
+    compiled_callers,
+    compiler_is_loaded,
+    require_no_exchange,
+)
 from depthscope.probes.session.compiled_regions import fuses, regions_of
-from depthscope.probes.session.forward import CurrentForward
+from depthscope.probes.session.forward import CurrentForward, Tape
 from depthscope.probes.session.in_graph import InGraph
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.session.own_forwards import require_no_exchange
 from depthscope.probes.structure.model_structure import ShownTensor
-from depthscope.probes.structure.tape import Tape
 
 
 class CompiledModel:

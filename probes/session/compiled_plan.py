@@ -9,9 +9,8 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.reading.graph import OUTPUT, PARAMETER, Graph, TracedValue
 from depthscope.probes.reading.places import OperationPlaces
 from depthscope.probes.session.compiled_regions import Region, Wanted
-from depthscope.probes.session.graph_places import CallInRegion, PlaceInRegion
+from depthscope.probes.session.graph_ops import CallInRegion, PlaceInRegion
 from depthscope.probes.structure.model_structure import ShownTensor, Structure
-from depthscope.probes.structure.tape import value_at
 
 
 @dataclass(frozen=True)
@@ -124,7 +123,7 @@ class Planner:
         targets: dict[int, Target] = {}
         points: list[ShownTensor] = []
         for state in self._structure.shown:
-            value = value_at(self._graph, state.point)
+            value = state.point.value_in(self._graph)
             if value is None:
                 raise CaptureError(f"{state.point.path or 'the model'} did not show its state")
             point = self._seen_outside(state, value)

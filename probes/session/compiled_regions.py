@@ -21,8 +21,7 @@ from torch import nn
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import restore_entry, without_frames
 from depthscope.probes.model.modules import module_paths
-from depthscope.probes.session import graph_ops
-from depthscope.probes.session.graph_places import CallInRegion, PlaceInRegion, insert, without_ticket
+from depthscope.probes.session.graph_ops import CallInRegion, PlaceInRegion, insert, noting, without_ticket
 
 COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call
 COMPILED_FROM = "_torchdynamo_orig_callable"  # on functions that `torch.compile` made
@@ -87,7 +86,7 @@ def regions_of(model: nn.Module, callers: list[nn.Module]) -> list[Region]:
     around = [caller for caller in callers if caller is not model and is_compiled(caller)]
     if around:
         (outer,) = around if len(around) == 1 else (None,)
-        if outer is None or _unwrapped(outer)[0] is not model or is_compiled(model):
+        if outer is None or _inside_of_wrappers(outer)[0] is not model or is_compiled(model):
             raise CaptureError("the model is a part of what was compiled")
         return [_region("", model, outer)]
     found: list[Region] = []
@@ -97,7 +96,7 @@ def regions_of(model: nn.Module, callers: list[nn.Module]) -> list[Region]:
     return found
 
 
-def _unwrapped(module: nn.Module, path: str = "") -> tuple[nn.Module, str]:
+def _inside_of_wrappers(module: nn.Module, path: str = "") -> tuple[nn.Module, str]:
     """The module inside of wrappers of torch's compiler and of data parallelism, and its path."""
     while True:
         is_parallel = isinstance(module, nn.parallel.DistributedDataParallel)
@@ -112,7 +111,7 @@ def _region(path: str, module: nn.Module, compiled: nn.Module) -> Region:
     is_wrapper = "_orig_mod" in compiled._modules
     name = COMPILED_CALL if vars(compiled).get(COMPILED_CALL) is not None else "forward"
     if compiled is module:
-        module, path = _unwrapped(module, path)
+        module, path = _inside_of_wrappers(module, path)
     if is_compiled(module) and module is not compiled:
         raise CaptureError("a module was compiled twice")
     context = vars(compiled).get("dynamo_ctx") if is_wrapper else _context_of(vars(compiled).get(name))
@@ -173,9 +172,9 @@ class CompiledGraph:
     def __post_init__(self) -> None:
         # A code of its own: torch keeps compiled code, and counts how often it compiled, by the code of a function.
         own = FunctionType(_call.__code__.replace(co_firstlineno=1), globals(), "call_of_a_measured_step")
-        self._function = torch.compile(own, backend=self._compiled, dynamic=self.context._dynamic)
+        self._function = torch.compile(own, backend=self._compile, dynamic=self.context._dynamic)
 
-    def _compiled(self, graph_module: Any, inputs: Any) -> Any:
+    def _compile(self, graph_module: Any, inputs: Any) -> Any:
         """The user's compiler, on a graph that hands out what is wanted."""
         backend = _backend_of(self.context)
         self._graphs += 1
@@ -192,7 +191,7 @@ class CompiledGraph:
         except Exception as error:
             self.error = str(without_frames(error)) or type(error).__name__
             without_ticket(graph_module)
-        with graph_ops.noting(self.listened):
+        with noting(self.listened):
             return backend(graph_module, inputs)
 
     def is_for(self, context: Any) -> bool:

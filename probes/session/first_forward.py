@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import DepthWeights, StreamConnectionError
-from depthscope.probes.connections.computed_values import ComputedValues
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, Report
 from depthscope.probes.model.layout import LayoutError
@@ -27,12 +26,12 @@ from depthscope.probes.reading.places import KnownPlaces, PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import watch_attention
 from depthscope.probes.session.coefficient_origins import find_origins
-from depthscope.probes.session.forward import CurrentForward, Forward
+from depthscope.probes.session.forward import CurrentForward, Forward, Tape
 from depthscope.probes.session.gradient_hooks import GradientListener
+from depthscope.probes.session.logit_statistics import ComputedValues
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.routing import watch_routing
 from depthscope.probes.structure.model_structure import ShownTensor
-from depthscope.probes.structure.tape import Tape, place_of, value_at
 
 # Why the connections of a later forward are not read; its states and gradients do not depend on them.
 NOT_READ = (ReadingError, StreamConnectionError, LayoutError)
@@ -68,14 +67,13 @@ class RecordedForward:
     ):
         self._observer, self._known, self._attention, self._routing = observer, known, attention, routing
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
-        self._with_gradient: dict[
-            ValuePlace, list[ShownTensor]
-        ] = {}  # what has the gradient of other tensors
+        # What has the gradient of other tensors
+        self._with_gradient: dict[ValuePlace, list[ShownTensor]] = {}
         for state in observer.structure.shown if observer is not None else ():
             if state.point.at == "operation":
-                self._operations.setdefault(place_of(state.point), []).append(state)
+                self._operations.setdefault(state.point.place, []).append(state)
             if state.point.gradient_at is not None:
-                self._with_gradient.setdefault(place_of(state.point.gradient_at), []).append(state)
+                self._with_gradient.setdefault(state.point.gradient_at.place, []).append(state)
         self._hides = hides
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity
@@ -193,10 +191,10 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     """
     structure, graph = observer.structure, tape.graph
     for state in structure.shown:
-        value = tape.recorded(state.point)
-        kept = _kept(graph, value, state.point.path)
+        value = state.point.value_in(tape.graph)
+        kept = _held_tensor(graph, value, state.point.path)
         instead = state.point.gradient_at
-        given = value if instead is None else value_at(graph, instead)
+        given = value if instead is None else instead.value_in(graph)
         if given is not None:
             of = state if instead is None else state._replace(is_shared=False)
             _expect_gradient(tape, forward, observer, of, given)
@@ -210,7 +208,9 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
         for position, connection in enumerate(chain.connections):
             if connection.branch_path is not None:
                 given = graph.shown_at(connection.branch_path, connection.branch_index, "output", 0)
-                observer.record_branch(forward, number, position, _kept(graph, given, connection.branch_path))
+                observer.record_branch(
+                    forward, number, position, _held_tensor(graph, given, connection.branch_path)
+                )
 
 
 def _expect_gradient(
@@ -221,14 +221,14 @@ def _expect_gradient(
         # The value has a hook since it was met; from now on the hook knows which state it belongs to.
         observer.expect_gradient(forward, of, listener)
     elif not tape.graph.takers(value):  # as a stream that the head does not take
-        tensor = tape.living(value)
+        tensor = tape.recorder.living(value) if isinstance(tape.recorder, GraphRecorder) else None
         if tensor is not None:
             observer.hook_gradient(forward, of, tensor)
         else:
             observer.unread.add(of.key)
 
 
-def _kept(graph: Graph, value: TracedValue | None, path: str) -> torch.Tensor:
+def _held_tensor(graph: Graph, value: TracedValue | None, path: str) -> torch.Tensor:
     if value is None or not graph.is_kept(value):
         raise RewrittenError(
             f"what {path or 'the model'} shows was not kept in the first forward; call the model once more: from the second "
@@ -253,7 +253,7 @@ def record_operations(
             _record_read(tape, forward, observer, read.rereading.again(graph))
             graph = read.rereading.graph
         if known is not None and not isinstance(tape.recorder, PlacedRecorder):
-            needed = _needed(graph, observer)
+            needed = _values_read(graph, observer)
             if needed is not None:
                 known.learn(model, graph, needed)
     except NOT_READ:
@@ -265,13 +265,13 @@ def record_operations(
         graph.let_go()
 
 
-def _needed(graph: Graph, observer: Observer) -> set[int] | None:
+def _values_read(graph: Graph, observer: Observer) -> set[int] | None:
     """The numbers of the values by which a forward was recorded; None where it is not known yet which they are."""
     structure, found = observer.structure, set(graph.read)
     points = [
         point for of in structure.shown for point in (of.point, of.point.gradient_at) if point is not None
     ]
-    states = [value_at(graph, point) for point in points if point.at == "operation"]
+    states = [point.value_in(graph) for point in points if point.at == "operation"]
     found |= {value.number for value in states if value is not None}
     logits = (
         set()
@@ -294,7 +294,7 @@ def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: Memor
             forward.fired.add(("branch", 0, number))
             continue
         observer.record_connection(forward, number, weights)
-        before = tape.recorded(chain.points[chain.connections[number].depth_in])
+        before = chain.points[chain.connections[number].depth_in].value_in(tape.graph)
         if observer.logits is not None and tape.logits is not None and before is not None:
             observer.logits.record(forward, number, weights.mix, tape.logits, before.number)
     if observer.looks_for_origins:

@@ -9,24 +9,23 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.garbage import no_collection
 from depthscope.probes.model.hooks import Report
+from depthscope.probes.model.modules import module_types
+from depthscope.probes.model.while_needed import no_collection
 from depthscope.probes.reading.places import KnownPlaces
 from depthscope.probes.session.attention import AttentionPlaces, placed_attention
 from depthscope.probes.session.compiled_model import CompiledModel
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.find_structure import AxisError, StructureFinder
 from depthscope.probes.session.first_forward import RewrittenError, out_of_sight, replay
-from depthscope.probes.session.forward import Forward, own_call, own_calls
+from depthscope.probes.session.forward import Forward, Tape, own_call, own_calls
 from depthscope.probes.session.logit_statistics import LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.present_modules import module_types
 from depthscope.probes.session.routing import RoutingPlaces, placed_routing
 from depthscope.probes.session.step import Step
 from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.model_structure import Structure, require_same
-from depthscope.probes.structure.tape import Tape, shown_when
 
 
 class FirstReading:
@@ -176,9 +175,7 @@ class FirstReading:
             self._loss_scale,
             self.scope,
             calls=Counter(call.path for call in tape.graph.calls),
-            times={
-                (chain, depth): shown_when(tape.graph, point) for chain, depth, point in structure.captured
-            },
+            times={(chain, depth): point.moment_in(tape.graph) for chain, depth, point in structure.captured},
             parameters=parameters,
             logits=logits,
         )

@@ -17,10 +17,10 @@ from depthscope.probes.connections.mixing_logits import GRADIENTS, CoefficientOr
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.reading.graph import TracedValue, ValuePlace
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.reading.recording import recording
-from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.session.session import Session
@@ -42,14 +42,17 @@ def _all_require_gradients(model: nn.Module) -> Iterator[None]:
 
 
 def follow(
-    session: Session, batch: Any, loss_of: Callable[[Any, Any], torch.Tensor | None] | None = None
+    session: Session,
+    origins: CoefficientOrigins,
+    batch: Any,
+    loss_of: Callable[[Any, Any], torch.Tensor | None] | None = None,
 ) -> None:
     """Run a model once more on its first batch where that forward left open which gradients reach its coefficients.
 
     ``session``: that measured this batch; its hooks are off.
+    ``origins``: of the coefficients; they get the gradients.
     """
-    origins = session.observer.origins
-    if origins is None or not (origins.doubts or origins.pairs):
+    if not (origins.doubts or origins.pairs):
         return
     model = session.model
     recorder = GraphRecorder(model, list(tensors_in(batch)), holds=False)

@@ -15,12 +15,13 @@ from torch.utils.hooks import RemovableHandle
 from depthscope.probes.connections.coefficients import Weights
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.user_modes import in_transformation
-from depthscope.probes.reading.graph import walk
+from depthscope.probes.reading.graph import Graph, walk
+from depthscope.probes.reading.places import PlacedRecorder
+from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention_rows import FusedCall
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
-from depthscope.probes.structure.tape import Tape
 
 if TYPE_CHECKING:
     from depthscope.probes.session.graph_ops import RunningCall
@@ -61,9 +62,8 @@ class Forward:
     # Of states that lack others: the model's own tensor and a copy.
     streams: dict[Key, dict[int, tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
     stream_gradients: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # likewise
-    joined_gradients: dict[Key, torch.Tensor] = field(
-        default_factory=dict
-    )  # that earlier states have a part of
+    # Gradients of which earlier states have a part
+    joined_gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     expected_gradients: dict[TensorKey, GradientListener] = field(default_factory=dict)
     arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
     other_ends: list[GradientListener] = field(default_factory=list)  # of a backward of ours, but for states
@@ -198,6 +198,26 @@ class Measured:
         self.batch_size += forward.batch_size
         self.without_connections = self.without_connections or forward.without_connections
         self.sums = merge_sums(self.sums, forward.sums)
+
+
+class Tape:
+    """What is recorded of a forward of which every operation is looked at: its graph, and who listens to its operations."""
+
+    def __init__(self) -> None:
+        self.recorder: GraphRecorder | PlacedRecorder | None = (
+            None  # from the beginning of the model's own call on
+        )
+        self.attention: Any = None  # what watches it
+        self.routing: Any = None  # what watches the choices of routers
+        self.logits: Any = None  # what watches these
+        self.is_on = False  # whether the model's own forward has begun
+        self.met: set[int] = set()  # numbers of the values that something took
+
+    @property
+    def graph(self) -> Graph:
+        """The graph of the forward."""
+        assert self.recorder is not None
+        return self.recorder.graph
 
 
 class CurrentForward(threading.local):

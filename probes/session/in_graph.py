@@ -28,22 +28,17 @@ from depthscope.probes.model.hooks import (
 )
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.user_modes import circumstances
+from depthscope.probes.model.while_needed import eager
 from depthscope.probes.reading.graph import Graph, TracedValue
-from depthscope.probes.reading.places import (
-    OTHER,
-    KnownPlaces,
-    PlacedRecorder,
-    circumstances,
-)
+from depthscope.probes.reading.places import OTHER, KnownPlaces, PlacedRecorder
+from depthscope.probes.session.compiled_calls import without_exchange
 from depthscope.probes.session.compiled_plan import CompiledPlan, Part, Planner, Target
 from depthscope.probes.session.compiled_regions import CompiledGraph, Passages, Region, Wanted
-from depthscope.probes.session.forced_eager import eager
-from depthscope.probes.session.forward import CurrentForward, Forward, own_call, own_calls
+from depthscope.probes.session.forward import CurrentForward, Forward, Tape, own_call, own_calls
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.graph_ops import RunningCall
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.session.own_forwards import without_exchange
-from depthscope.probes.structure.tape import Tape
 
 MOST_COMPILED = 4  # how often one graph is; from some number on torch runs the code uncompiled
 RANDOM = (
@@ -90,7 +85,7 @@ class InGraph(KnownPlaces):
         self.model, self.regions = model, regions
         self._current, self._owner, self._report = current, owner, report
         self._graphs: list[tuple[type[nn.Module], CompiledGraph]] = []
-        self._passages = Passages(regions, self._is_measured, self._run, self._unseen)
+        self._passages = Passages(regions, self._is_measured, self._run, self._without_our_modes)
         self.plan: CompiledPlan | None = None
         self.failed = ""  # why compiled code cannot be measured
         self._fails_next = ""  # the same from the next step on
@@ -152,7 +147,7 @@ class InGraph(KnownPlaces):
             return False
         return not self.failed
 
-    def _unseen(self) -> AbstractContextManager[Any]:
+    def _without_our_modes(self) -> AbstractContextManager[Any]:
         tape = self._current.tape
         return _outside_of(None if tape is None else tape.recorder)
 
@@ -170,11 +165,11 @@ class InGraph(KnownPlaces):
         part = self.plan.parts.get((region.path, forward.next_index("compiled", region.path)))
         if part is None:
             return self._plain(region, args, kwargs)
-        ready = call_safely(self._report, self._prepared, region, part, forward, tape)
+        ready = call_safely(self._report, self._graph_and_call, region, part, forward, tape)
         if ready is None:
             return self._plain(region, args, kwargs)
         graph, call = ready
-        with self._unseen():
+        with self._without_our_modes():
             output = graph.run(region, args, kwargs, call.open())
         if graph.num_compiled > MOST_COMPILED:
             self._fails_next = f"{region.path or 'the model'} is compiled anew again and again"
@@ -184,7 +179,7 @@ class InGraph(KnownPlaces):
             )
         return self._plain(region, args, kwargs) if output is None and graph.error else output
 
-    def _prepared(
+    def _graph_and_call(
         self, region: Region, part: Part, forward: Forward, tape: Tape | None
     ) -> tuple[CompiledGraph, RunningCall]:
         """The graph of a call that is measured, and what is done with what it hands out."""
@@ -206,7 +201,7 @@ class InGraph(KnownPlaces):
         return self._graphs[-1][1]
 
     def _plain(self, region: Region, args: Any, kwargs: Any) -> Any:
-        with self._unseen():
+        with self._without_our_modes():
             return self._graph_of(region, None).run(region, args, kwargs, torch.tensor([-1]))
 
     def _take_parameters(self, region: Region, part: Part, tape: Tape | None) -> None:
@@ -303,7 +298,7 @@ class InGraph(KnownPlaces):
             stack.enter_context(own_call(self._owner))
             stack.enter_context(without_exchange())
             start = len(ran)
-            with _under(recorder):
+            with _with_mode(recorder):
                 output = type(region.module).forward(region.module, *own_args, **own_kwargs)
             self._own[region.path, recorder.graph.calls[call].number] = start, len(ran)
             if not all(map(torch.equal, random, _random_states())):
@@ -345,7 +340,7 @@ def _random_states() -> list[torch.Tensor]:
 
 
 @contextmanager
-def _under(recorder: Any) -> Iterator[None]:
+def _with_mode(recorder: Any) -> Iterator[None]:
     _push_mode(recorder)
     try:
         yield

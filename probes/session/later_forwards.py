@@ -59,7 +59,9 @@ class LaterForwards:
         for places, later in ((self._attention, later_attention), (self._routing, later_routing)):
             for path in () if places is None else sorted(places.paths):
                 if not self._hides(path):
-                    attachment.around(modules[path], "forward", partial(self._watched, places, later, path))
+                    attachment.around(
+                        modules[path], "forward", partial(self._watch_of_call, places, later, path)
+                    )
         branches = {
             c.branch_path for chain in self._structure.chains for c in chain.connections if c.branch_path
         }
@@ -126,7 +128,7 @@ class LaterForwards:
 
     # --- attention, routing ---
 
-    def _watched(
+    def _watch_of_call(
         self, places: Any, later: Callable[..., Any], path: str, module: nn.Module, args: Any, kwargs: Any
     ) -> MethodWatch | None:
         """What looks at the operations of one call, by ``later(places, forward, path, module)``."""

@@ -48,7 +48,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
     An object is passed as a copy, as a model of graphs may put its states where it found their features.
     """
-    with _padded(model):
+    with _without_nested_tensors(model):
         if isinstance(batch, Mapping):
             return model(**batch)
         if isinstance(batch, (tuple, list)):
@@ -57,7 +57,7 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
 
 @contextmanager
-def _padded(model: nn.Module) -> Iterator[None]:
+def _without_nested_tensors(model: nn.Module) -> Iterator[None]:
     """Let torch's encoders run on a padded batch as it is, of which their kernel would make a nested tensor."""
     was_on = torch.backends.mha.get_fastpath_enabled()
     packs = any(isinstance(part, nn.TransformerEncoder) for part in model.modules())

@@ -218,7 +218,7 @@ class Observer:
         # A backward inside of the forward is of something that is not the loss.
         if gradient is None or not forward.ended:
             return
-        gradient = self._unscaled(gradient.detach())
+        gradient = self._without_loss_scale(gradient.detach())
         if of.num_tensors > 1:
             if of.stream in forward.stream_gradients.get(of.key[:2], ()):  # of another backward
                 self._complete_gradient(forward, *of.key[:2])
@@ -250,7 +250,7 @@ class Observer:
             forward, number, depth, torch.stack([streams.get(key[2], zero) for key in keys])
         )
 
-    def _unscaled(self, gradient: torch.Tensor) -> torch.Tensor:
+    def _without_loss_scale(self, gradient: torch.Tensor) -> torch.Tensor:
         """A gradient without the loss scale."""
         scale = self._loss_scale() if self._loss_scale is not None else None
         if scale is None:

@@ -112,6 +112,10 @@ class Reservoir:
             self.stored, self.stored_stamp = {}, None
         self.stamp = None
 
+    def in_order(self) -> list[Sequence]:
+        """The stored sequences in the order of the data; slots are in none."""
+        return sorted(self.stored.values(), key=lambda sequence: sequence.index)
+
     def store(self, sequences: Iterable[tuple[int, Sequence]], stamp: int) -> None:
         """Put complete sequences into their slots; those of earlier weights are dropped."""
         if stamp != self.stored_stamp:

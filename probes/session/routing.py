@@ -21,9 +21,8 @@ from depthscope.probes.reading.graph import Graph, TracedValue, walk
 from depthscope.probes.reading.operations import LAYERS
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import first_state_after, num_tokens
-from depthscope.probes.session.forward import Forward, Key, Routed
+from depthscope.probes.session.forward import Forward, Key, Routed, Tape
 from depthscope.probes.structure.model_structure import Structure
-from depthscope.probes.structure.tape import Tape
 
 aten = torch.ops.aten
 
@@ -112,7 +111,9 @@ def placed_routing(tape: Tape, forward: Forward, structure: Structure) -> Routin
         return places
     tape.recorder.listeners.remove(watch)
     tape.routing, graph = None, tape.recorder.graph
-    states = [[tape.recorded(point) for point in chain.points] for chain in structure.chains]
+    if not watch.found:
+        return places
+    states = [[point.value_in(tape.graph) for point in chain.points] for chain in structure.chains]
     depths = [[(d, value) for d, value in enumerate(of) if value is not None] for of in states]
     keys: list[Key | None] = []
     for seen in watch.found:

@@ -22,6 +22,7 @@ from depthscope.probes.model.hooks import (
     in_pipeline_inference,
     num_running_calls,
 )
+from depthscope.probes.model.modules import PresentModules
 from depthscope.probes.model.sequence_shards import require_whole_sequences
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode
@@ -36,15 +37,13 @@ from depthscope.probes.session.first_forward import (
     record_operations,
 )
 from depthscope.probes.session.first_reading import FirstReading
-from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
+from depthscope.probes.session.forward import CurrentForward, Forward, Measured, Tape, own_call, own_calls
 from depthscope.probes.session.later_forwards import LaterForwards
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.present_modules import PresentModules
 from depthscope.probes.session.routing import add_routing, placed_routing
 from depthscope.probes.session.step import Step
 from depthscope.probes.structure.model_structure import Structure
-from depthscope.probes.structure.tape import Tape
 
 MOST_ERRORS = 8  # of one step, whose first one is what is said
 

@@ -1,4 +1,4 @@
-"""By which parameters does a plain chain multiply its branches? Found where the recorded forward adds them to the state."""
+"""By what does a plain chain multiply its branches, and its state? Found where the recorded forward adds them up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.reading.description import BranchReading
+from depthscope.probes.reading.description import BranchReading, MemoryReading
 from depthscope.probes.reading.graph import PARAMETER, Graph, TracedValue
 from depthscope.probes.reading.operations import NORMS, PRODUCTS, addends, only_moves
 
@@ -106,3 +106,20 @@ def _origin(graph: Graph, value: TracedValue) -> BranchScale | None:
     return (
         BranchScale(name, tuple(functions)) if name and value.numel == max(value.shape, default=1) else None
     )
+
+
+def gates_the_state(memory: MemoryReading) -> bool:
+    """Whether a state is scaled otherwise at each token, and not only dropped at some, as by a mask."""
+    known: set[tuple[Any, ...]] = set()
+    for parts in (connection.parts for connection in memory.connections):
+        scale = parts["residual_gate"] if "residual_gate" in parts else parts["h_res"]
+        place = scale.data_ptr(), scale.shape, scale.stride()  # equal blocks have one tensor
+        if place in known:
+            continue
+        known.add(place)
+        scale = scale.reshape(len(scale), -1)
+        largest = scale.amax(0)
+        smallest = torch.where(scale == 0, largest, scale).amin(0)
+        if bool(((largest - smallest).abs() > 1e-5 * largest.abs()).any()):
+            return True
+    return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from depthscope.diagnostics.errors import InputError
+from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace
 
 PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a norm of that sum
 NO_FINAL_NORM = "no norm takes the last state"
@@ -44,6 +46,33 @@ class HookPoint:
     # Whether a function of autograd makes the tensor and reads it itself: it has a part of the gradient alone.
     is_read_inside: bool = False
     gradient_at: HookPoint | None = None  # what has the gradient of the state in the place of such a tensor
+
+    @property
+    def place(self) -> ValuePlace:
+        """Where the operation is that shows a state which no call shows."""
+        return ValuePlace(self.path, self.index, self.operation, self.item, self.result)
+
+    def value_in(self, graph: Graph) -> TracedValue | None:
+        """The value that it shows in a recorded forward; None where it shows none."""
+        if self.at == "operation":
+            return graph.at(self.place)
+        try:
+            return graph.shown_at(self.path, self.index, self.at, self.item)
+        except ReadingError:
+            return None
+
+    def moment_in(self, graph: Graph) -> float:
+        """When it shows its state, in numbers of values: with an operation, or as a call begins or ends."""
+        if self.streams:
+            return max(of.moment_in(graph) for of in self.streams)
+        if self.at == "operation":
+            value = graph.at(self.place)
+            return math.inf if value is None else value.number
+        try:
+            made = graph.made_in[graph.call_of(self.path, self.index)]
+        except (ReadingError, KeyError):  # it was not called, or did not end
+            return math.inf
+        return made.start - 0.5 if self.at == "input" else made.stop - 0.5
 
 
 @dataclass(frozen=True)

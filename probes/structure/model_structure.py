@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.layout import canonical
+from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.tensors import local_tensor
+from depthscope.probes.reading.graph import Graph
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.not_covered import LeftOut
 from depthscope.probes.structure.read_parts import ReadStructure
@@ -197,3 +201,71 @@ def _outline(structure: Structure) -> list[Any]:
         for chain in structure.chains
     ]
     return [*chains, structure.num_streams, structure.fractions, structure.family]
+
+
+def require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int, num_streams: int) -> None:
+    """Require that a layout finds as many sequences in a state as the model was called with."""
+    state = torch.empty(shape, device="meta")
+    found = canonical(state, layout, batch_size=batch_size, num_streams=num_streams).shape[0]
+    if found != batch_size:
+        raise LayoutError(
+            f"layout {layout!r} finds {found} sequences in a state of shape {shape}, and the model was called with "
+            f"{batch_size}; expected the axis of the model's sequences as B. Call the model with one sequence in each row of "
+            "the batch"
+        )
+
+
+def require_plain_tokens(chains: Sequence[Chain]) -> None:
+    """Require a model of which parts of sequences can be measured: one stream, and one axis of tokens."""
+    for chain in chains:
+        if chain.has_streams or chain.over_depth or chain.history:
+            raise CaptureError(
+                "the tokens of each sequence are spread over processes, and the model mixes streams or depths; expected one "
+                "stream that branches are added to. Record it without sequence parallelism"
+            )
+        if "T" not in chain.layout.split():
+            raise CaptureError(
+                f"the tokens of each sequence are spread over processes, and the states have the layout {chain.layout!r}; "
+                "expected one axis of tokens. Record it without sequence parallelism"
+            )
+
+
+def chain_names(graph: Graph, model: nn.Module, chains: Sequence[tuple[str, Chain]]) -> list[str]:
+    """Distinct names: of their memories (which are given), shortened, or what blocks call the tracks that they take."""
+    paths = [path for path, _ in chains]
+    short = dict(zip(unique := list(dict.fromkeys(paths)), _distinct(unique), strict=True))
+    names = [
+        short[path] if paths.count(path) == 1 else _argument(graph, model, chain) for path, chain in chains
+    ]
+    is_clear = len(set(names)) == len(names) and (len(names) == 1 or "" not in names)
+    return names if is_clear else _distinct(paths)
+
+
+def _argument(graph: Graph, model: nn.Module, chain: Chain) -> str:
+    """What the blocks of a chain call its state; empty where they take none."""
+    point = next((point for point in chain.points if point.at == "input"), None)
+    if point is None:
+        return ""
+    call = graph.calls[graph.call_of(point.path, point.index)]
+    of = call.arguments[point.item] if point.item < len(call.arguments) else len(call.arguments)
+    names = list(inspect.signature(model.get_submodule(point.path).forward).parameters)
+    return of if isinstance(of, str) else names[of] if of < len(names) else ""
+
+
+def _distinct(paths: Sequence[str]) -> list[str]:
+    """Short distinct names: the first component in which all paths differ."""
+    if len(paths) == 1:
+        return [""]
+    parts = [path.split(".") for path in paths]
+    for names in zip(*parts, strict=False):
+        if len(set(names)) == len(paths):
+            return list(names)
+    return list(paths) if len(set(paths)) == len(paths) else [f"chain{i}" for i in range(len(paths))]
+
+
+def with_asserted_streams(chain: Chain, num_streams: int) -> Chain:
+    """A chain without known connections; that a part of its state is a stream is not read from the model."""
+    if num_streams == 1 or chain.history or chain.proof.startswith("unproven"):
+        return chain
+    asserted = f"unproven: {num_streams} streams are asserted by layout= and streams=; nothing in the model shows them"
+    return replace(chain, proof=asserted)

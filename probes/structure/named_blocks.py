@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 from torch import nn
@@ -80,7 +81,7 @@ def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
     blocks = [graph.calls[call] for call in calls]
     ends = [
         (calls[0], "input"),
-        *(_handed_on(graph, *pair) for pair in pairwise(calls)),
+        *(_state_between(graph, *pair) for pair in pairwise(calls)),
         (calls[-1], "output"),
     ]
     values = [graph.sides[end][0] for end in ends]
@@ -100,7 +101,7 @@ def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
     )
 
 
-def _handed_on(graph: Graph, before: int, after: int) -> tuple[int, str]:
+def _state_between(graph: Graph, before: int, after: int) -> tuple[int, str]:
     taken, given = graph.sides[after, "input"][0], graph.sides[before, "output"][0]
     return (after, "input") if graph.depends(taken, given) else (before, "output")
 
@@ -149,3 +150,18 @@ def likely_blocks(graph: Graph) -> str:
         if times > 1 and not any(of[0].startswith(f"{other}.") for other in patterns)
     }
     return max(outer, key=lambda of: outer[of], default=("", ""))[0]
+
+
+def with_named_blocks(graph: Graph, chain: Chain, calls: Sequence[int], depths: Sequence[int]) -> Chain:
+    """A chain with the user's blocks, and the states numbered by them where there is one before each."""
+    blocks = [graph.calls[call] for call in calls]
+    chain = replace(
+        chain,
+        blocks=tuple(dict.fromkeys(call.path for call in blocks)),
+        block_class="/".join(dict.fromkeys(call.kind for call in blocks)),
+    )
+    if len(depths) == len(calls) + 1 == len(chain.points):
+        labels = block_labels(blocks, constant=len(set(chain.shapes)) == 1)
+        points = zip(chain.points, labels, strict=True)
+        chain = replace(chain, points=tuple(replace(p, layer=n, site=site) for p, (n, site) in points))
+    return chain

@@ -10,16 +10,17 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
 from depthscope.probes.model.modules import all_modules, module_paths, named_parameters
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import Graph, ModuleCall
-from depthscope.probes.reading.operations import MATRICES, weights
+from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, container_of, walk
+from depthscope.probes.reading.operations import MATRICES, NORMS, reordered, weights
 from depthscope.probes.reading.residual_sums import further_residuals
-from depthscope.probes.structure.chain import Chain
+from depthscope.probes.structure.chain import Chain, ChainError, HookPoint
 from depthscope.probes.structure.named_blocks import block_paths
 
 # A further chain, such as a decoder, needs this much of the largest one; smaller ones are parts of heads. A heuristic of ours.
@@ -29,6 +30,14 @@ FURTHER_SHARE = 0.1
 NAMED_SHARE = 0.2
 # A block computes something: it has a matrix to go in and one to come out, unlike a convolution with its norm.
 LEAST_MATRICES = 2
+# Why a state has no gradient.
+READ_BEFORE = (
+    "a branch that is written into each had read a tensor of it before, so that autograd gives one sum of both "
+    "gradients"
+)
+READ_INSIDE = (
+    "a function of autograd makes each and reads it itself, so that autograd has a part of its gradient alone"
+)
 
 
 @dataclass(frozen=True)
@@ -52,10 +61,10 @@ class LeftOut:
     """
 
     module: str
-    blocks: int
-    block: str
-    share: float
-    why: str
+    blocks: int = 0
+    block: str = ""
+    share: float = 0.0
+    why: str = ""
     layers: str = ""
 
     @property
@@ -107,26 +116,13 @@ class UsedParameters:
         return sum(self.sizes[parameter] for parameter in parameters) / (sum(self.sizes.values()) or 1)
 
 
-def not_covered(
-    graph: Graph,
-    model: nn.Module,
-    chains: Sequence[Chain],
-    read: Sequence[MemoryReading],
-    *,
-    others: Mapping[str, set[str]],
-    named: bool,
-) -> tuple[LeftOut, ...]:
-    """The parts of a model that ran and lie in no chain, in the order in which they ran.
+class PartsLeftOut:
+    """A walk through the modules of a model, down to those of which nothing lies in a chain.
 
     ``read``: the memories that the chains were read from.
     ``others``: the blocks of proven memories that are none of the chains, by the names with which `chain=` reads them.
     ``named``: whether the user named the blocks.
     """
-    return tuple(_LeftOutParts(graph, model, chains, read, others, named=named).found())
-
-
-class _LeftOutParts:
-    """A walk through the modules of a model, down to those of which nothing lies in a chain."""
 
     def __init__(
         self,
@@ -171,10 +167,17 @@ class _LeftOutParts:
         return found & self._used.sizes.keys()
 
     def found(self) -> list[LeftOut]:
-        """Every part that is to be named."""
+        """Every part that is to be named, in the order in which they ran."""
         parts = [part for part in self._parts("", self._model) if part is not None]
         parts += self._without_modules()
-        return sorted(parts, key=lambda part: self._first_call(part.module.partition(" ")[0]))
+
+        def first_call(part: LeftOut) -> int:
+            path = part.module.partition(" ")[0]
+            return min(
+                (n for other, n in self._order.items() if f"{other}.".startswith(f"{path}.")), default=0
+            )
+
+        return sorted(parts, key=first_call)
 
     def _without_modules(self) -> Iterator[LeftOut]:
         """What is said of residuals whose parameters belong to no part of the model."""
@@ -192,11 +195,7 @@ class _LeftOutParts:
                     f"{of.sums} sums of a value and of what was computed from it lie between the blocks that are read, and "
                     "are none of their states"
                 )
-                yield LeftOut(of.path or "model", 0, "", 0.0, why)
-
-    def _first_call(self, path: str) -> int:
-        inside = (n for other, n in self._order.items() if other == path or other.startswith(f"{path}."))
-        return min(inside, default=0)
+                yield LeftOut(of.path or "model", why=why)
 
     def _parts(self, path: str, module: nn.Module) -> Iterator[LeftOut | None]:
         """What is to be named of a module of which a part lies in a chain."""
@@ -328,6 +327,120 @@ class _LeftOutParts:
 
 def _around(graph: Graph, memory: MemoryReading) -> set[str]:
     """The modules in one call of which a memory begins and ends: none is one of its blocks."""
-    ends = (graph.values[memory.root], graph.values[memory.states[-1].values[-1]])
+    ends = (graph.values[memory.root], graph.values[memory.end])
     first, last = (set(graph.stack(value)) for value in ends)
     return {graph.calls[call].path for call in first & last}
+
+
+def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[MemoryReading]) -> str:
+    """A block, next to those of plain chains and of their class, that takes or gives no state of them; empty where none is.
+
+    What lies inside of a branch is none, and nothing is missed of what is called for nothing.
+    """
+    if (twice := _named_twice(graph, chains)) is not None:
+        return f"{twice.module}, which is no module, gives a second state after block {twice.layer}"
+    known = {number for memory in memories for state in memory.states for number in state.values}
+    known |= {value.number for chain in chains for p in chain.points if (value := p.value_in(graph))}
+    # What has the elements of a state in another order is one.
+    known = {of.number for of in reordered(graph, (graph.values[n] for n in known))}
+    branches = [branch for memory in memories for branch in memory.branches]
+    known |= {number for branch in branches for number in branch.way}
+    # What a branch reads in the middle of a step, as of a solver's second evaluation, is proven next to the states.
+    reads = {value for branch in branches for place in branch.reads if (value := graph.at(place)) is not None}
+    carried = {number for memory in memories for number in memory.carried}
+    missing = {read.number for read in reads if _is_between_states(graph, read, known, carried)}
+    known |= {read.number for read in reads} - missing
+    # What a branch reads of a state may be carried too, as by a norm in single operations.
+    sources = {branch.way[0] for branch in branches}  # which may be a part of the memory by themselves
+    inside = graph.earlier([graph.values[number] for number in sources], (known | missing) - sources)
+    works = {
+        f"{path}." for b in branches for path in (b.path, graph.calls[b.unit].path if b.unit >= 0 else b.path)
+    }
+    # A layer before the first branch, or between stages, is no block.
+    blocks = {
+        path
+        for chain in chains
+        for path in chain.blocks
+        if path[-1:].isdigit() and any(work.startswith(f"{path}.") for work in works)
+    }
+    like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
+    sides = sorted(graph.sides.items())
+    # Of several values that a block gives, those in whose place blocks that are read give a state or what is added to it.
+    items = {
+        n
+        for (call, _), of in sides
+        if graph.calls[call].path in blocks
+        for n, v in enumerate(of)
+        if v.number in known
+    }
+    for (call, at), values in sides:
+        path = graph.calls[call].path
+        values = [value for n, value in enumerate(values) if n in items or len(values) == 1]
+        is_like = path[-1:].isdigit() and (path.rpartition(".")[0], graph.modules.get(path)) in like
+        counts = not any(inside[v.number] for v in values) and any(map(graph.reaches_output, values))
+        if is_like and counts and not any(v.number in known for v in values):
+            return f"{path} {'takes' if at == 'input' else 'gives'} no state of the chain"
+    return ""
+
+
+def _named_twice(graph: Graph, chains: Sequence[Chain]) -> HookPoint | None:
+    """A state that no module gives, and that is called the state after a block which has one already."""
+    for chain in chains:
+        ends = [point for point in chain.points if point.site == "post"]
+        for before, point in pairwise(ends):
+            if point.layer == before.layer and point.module not in graph.modules:
+                return point
+    return None
+
+
+def _is_between_states(graph: Graph, read: TracedValue, states: set[int], carried: set[int]) -> bool:
+    """Whether a read is no state, and should be one: a norm between blocks makes it of a state, and the next is made of it."""
+    if read.number in states:
+        return False
+    made_of = walk(
+        [read], lambda value: (p for p in value.parents if p.number in carried and p.number not in states)
+    )
+    if not any(value.name in NORMS for value in made_of):
+        return False
+    later = walk([read], lambda value: (of for of in graph.takers(value) if of.number in carried))
+    return any(value.number in states for value in later)
+
+
+def require_all_blocks(graph: Graph, model: nn.Module, chain: Chain) -> None:
+    """Refuse a forward that left out some of its blocks: their depths would be given to others."""
+    modules = dict(module_paths(model))
+    ran: set[str] = set()
+    for call in graph.calls:
+        parts = call.path.split(".")
+        ran.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+    lists = {
+        (container, type(modules[path]))
+        for path in chain.blocks
+        if path in modules and (container := container_of(path)) is not None
+    }
+    for container, kind in lists:
+        missing = [
+            other
+            for name, child in modules[container].named_children()
+            if name.isdigit()
+            and type(child) is kind
+            and (other := f"{container}.{name}".lstrip(".")) not in ran
+        ]
+        if missing:
+            raise ChainError(
+                f"{', '.join(missing[:3])} did not run in this forward, and blocks like it did (layer drop leaves blocks out "
+                "in training mode, for one); measure in evaluation mode, or name the blocks that run with layers="
+            )
+
+
+def states_without_gradients(chain: Chain) -> Iterator[LeftOut]:
+    """What is said of states of which autograd has another gradient, or a part of it alone."""
+    shown = [(depth, of) for depth, point in enumerate(chain.points) for of in (point.streams or (point,))]
+    reasons = {
+        READ_BEFORE: (depth for depth, of in shown if of.is_read_before and chain.points[depth].streams),
+        READ_INSIDE: (depth for depth, of in shown if of.is_read_inside and of.gradient_at is None),
+    }
+    for why, found in reasons.items():
+        if depths := list(dict.fromkeys(found)):
+            names = ", ".join(map(str, depths))
+            yield LeftOut(chain.points[depths[0]].module, why=f"no gradients of the states {names}: {why}")

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-import torch
-
-from depthscope.probes.connections.sinkhorn import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
-from depthscope.probes.reading.description import (
-    BranchReading,
-    ConnectionReading,
-    MemoryReading,
-)
-from depthscope.probes.reading.graph import SHAPE_ONLY, Graph, Shown, TracedValue, walk
+from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
+from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
-from depthscope.probes.reading.names import kind_of, shared_start
-from depthscope.probes.reading.numbers import Numbers
-from depthscope.probes.reading.operations import MOVES, SAME, VIEWS, addends, moved, only_moves
-from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
-
-MOVED_WHOLE = VIEWS | {"unsqueeze", "squeeze"}
+from depthscope.probes.reading.operations import (
+    SAME,
+    addends,
+    before_all_readers,
+    has_gradient,
+    reordered,
+    same_elements,
+)
+from depthscope.probes.structure.chain import Chain, Connection, HookPoint
+from depthscope.probes.structure.read_connections import ConnectionReader
 
 
 @dataclass(frozen=True)
@@ -35,38 +32,6 @@ class ReadChain:
     chain: Chain
     memories: tuple[MemoryReading, ...]  # of its stages; none where calls alone show the states
     is_sinkhorn: bool = False  # whether Sinkhorn's iteration makes every matrix of its connections
-
-
-def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
-    """Whether the first value is every stream of the first state: each next one is made of it once, or of it n times."""
-    if len(memory.states) < 2 or len(memory.states[0].values) > 1:
-        return False
-    (first,), following, n = memory.states[0].values, memory.states[1].values, memory.num_streams
-    while len(takers := graph.takers(graph.values[first])) == 1 and only_moves(takers[0]):
-        if takers[0].number not in memory.carried or takers[0].numel != graph.values[first].numel:
-            break
-        first = takers[0].number
-    ways: dict[
-        int, set[int]
-    ] = {}  # by value: the steps right after the first one through which it is carried there
-    for number in sorted(of for of in memory.carried if of > first):
-        parents = [parent.number for parent in graph.values[number].parents]
-        ways[number] = {number} if first in parents else set().union(*(ways.get(of, set()) for of in parents))
-    steps = [{first} if number == first else ways.get(number, set()) for number in following]
-    times = {len(of) for of in steps}  # how often the first value comes into a stream
-    apart = len(steps) == n and len(set().union(*steps)) == sum(map(len, steps))
-    again = len(steps) == n and all(steps) and _only_branches_are_added(graph, memory, ways)
-    return again or (apart and times == {n})
-
-
-def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Iterable[int]) -> bool:
-    """Whether the first step adds to the first state, as it is, nothing but what its branches give: no further stream."""
-    joined = memory.connections[0]
-    written = {number for branch in joined.branches for number in branch.way}
-    sums = [graph.values[n] for n in numbers if n <= max(memory.states[1].values)]
-    added = {v.number for of in sums for v in addends(of)} - memory.carried.keys()
-    h_res = joined.parts.get("h_res")
-    return added <= written and h_res is not None and bool(torch.isclose(h_res, torch.ones_like(h_res)).all())
 
 
 class ChainReader:
@@ -81,11 +46,9 @@ class ChainReader:
     ):
         self.graph, self.memory, self.layout_of, self.has_shards = graph, memory, layout_of, has_shards
         self.connections = memory.connections
-        self.branches = [branch for connection in self.connections for branch in connection.branches]
-        self._num_tensors = max(
-            len(state.values) for state in memory.states
-        )  # that hold the streams of a state
-        self._is_sinkhorn = not self._is_plain
+        self.branches = memory.branches
+        # How many tensors hold the streams of a state
+        self._num_tensors = max(len(state.values) for state in memory.states)
         self._of_layer: dict[int, list[BranchReading]] = {}
         for branch in self.branches:
             self._of_layer.setdefault(branch.layer, []).append(branch)
@@ -101,27 +64,35 @@ class ChainReader:
         """
         depths = list(range(len(self.memory.states)))
         joined: tuple[Connection, ...] = ()
-        if not self._is_plain:
-            joined = tuple(self._weighed(of) for of in self.connections if of.branches)
-        elif inside:
-            joined = self._plain_connections(depths)
-        if self._is_plain and not inside:
+        is_sinkhorn = False
+        if inside or not self.memory.is_plain:
+            of_state = partial(self._producer, places=())
+            reader = ConnectionReader(self.graph, self.memory, self.layout_of, self._block, of_state)
+            joined = reader.plain(depths) if self.memory.is_plain else reader.weighted()
+            is_sinkhorn = not self.memory.is_plain and bool(joined) and reader.is_sinkhorn
+        if self.memory.is_plain and not inside:
             depths = [depth for depth in depths if not self._is_inside(depth)]
             depths = depths if wanted is None else list(wanted)
         points = [self._point(depth) for depth in depths]
-        layout = self._usual_layout(
-            [value for point, value in points if point.streams or self._num_tensors == 1]
-        )
+        # The layout that most of them have, the first one of equally many.
+        whole = (self.layout_of(value) for point, value in points if point.streams or self._num_tensors == 1)
+        counts = Counter(filter(None, whole))
+        layout = max(counts, key=lambda of: ("F" in of, counts[of]), default="")
         points = [
             (point, value)
             if self.layout_of(value) == layout
             else self._with_layout(depth, point, value, layout)
             for depth, (point, value) in zip(depths, points, strict=True)
         ]
-        if self._num_tensors > 1:
-            layout, points = self._with_streams_first(layout, points)
+        if self._num_tensors > 1:  # the streams of most states are tensors that are put next to each other
+            of_streams = (f"N {p.layout}" if p.layout and p.streams else p.layout for p, _ in points)
+            points = [
+                (replace(p, layout=own if p.streams else own or layout), value)
+                for own, (p, value) in zip(of_streams, points, strict=True)
+            ]
+            layout = f"N {layout}"
         self._require_one_order(points)
-        if self._is_plain:  # what no call hands on that made it lies inside of that
+        if self.memory.is_plain:  # what no call hands on that made it lies inside of that
             points = [
                 (p if self._is_named_rightly(p, value) else replace(p, site="mid"), value)
                 for p, value in points
@@ -141,25 +112,13 @@ class ChainReader:
             history=self.memory.over_depth,
             proof=self.memory.proof,
         )
-        return ReadChain(chain, (self.memory,), bool(joined) and self._is_sinkhorn)
-
-    def _with_streams_first(
-        self, layout: str, points: Sequence[tuple[HookPoint, TracedValue]]
-    ) -> tuple[str, list[tuple[HookPoint, TracedValue]]]:
-        """The layout and the points, where the streams of most states are tensors that are put next to each other."""
-        found = [
-            (replace(point, layout=f"N {point.layout}" if point.layout else ""), value)
-            if point.streams
-            else (replace(point, layout=point.layout or layout), value)
-            for point, value in points
-        ]
-        return f"N {layout}", found
+        return ReadChain(chain, (self.memory,), is_sinkhorn)
 
     def _as_read(self, point: HookPoint, value: TracedValue) -> HookPoint:
         """A state over depth, named after the block that reads it where the block before gives another value."""
         if (made := self._made_elsewhere(point, value)) is not None:
             return replace(point, module=made)
-        following = next((b for b in self.branches if b.layer > point.layer and self._unit(b) >= 0), None)
+        following = next((b for b in self.branches if b.layer > point.layer and self._call_of(b) >= 0), None)
         if point.site != "post" or self._shows(point, value, "output") is not False:
             return point
         if following is None:
@@ -167,7 +126,7 @@ class ChainReader:
             return replace(point, module=made) if self.memory.grows and made else point
         if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
             return point
-        block, made = self.graph.calls[self._unit(following)].path, self.graph.path(value)
+        block, made = self.graph.calls[self._call_of(following)].path, self.graph.path(value)
         if self.memory.grows and not f"{made}.".startswith(f"{block}."):
             return point  # joined after the block before, by neither
         module = made if made.startswith(f"{block}.") else block
@@ -187,7 +146,7 @@ class ChainReader:
 
     def _shows(self, point: HookPoint, value: TracedValue, *ats: str) -> bool | None:
         """Whether the module after which a state is named takes or gives it; None where it takes and gives nothing."""
-        same = {other.number for other in self._same(value)}
+        same = {other.number for other in same_elements(self.graph, value)}
         calls = [number for number, call in enumerate(self.graph.calls) if call.path == point.module]
         shown = [of.number for call in calls for at in ats for of in self.graph.sides.get((call, at), ())]
         return not same.isdisjoint(shown) if shown else None
@@ -196,7 +155,9 @@ class ChainReader:
         """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
         if point.site not in ("post", "pre"):
             return True
-        shown = [of for other in self._same(value) for of in self.graph.shown.get(other.number, ())]
+        shown = [
+            of for other in same_elements(self.graph, value) for of in self.graph.shown.get(other.number, ())
+        ]
         paths = {self.graph.calls[of.call].path for of in shown if of.at == "output"}
         if any(f"{point.module}.".startswith(f"{path}.") for path in paths if path):
             return True
@@ -208,7 +169,7 @@ class ChainReader:
     def _require_one_order(self, points: Sequence[tuple[HookPoint, TracedValue]]) -> None:
         """Refuse states of which some have their tokens in another order: those of one shape and layout have one order."""
         orders: dict[tuple[object, ...], set[object]] = {}
-        for point, value in points if self._is_plain else ():
+        for point, value in points if self.memory.is_plain else ():
             numbers = self.memory.carried.get(value.number)
             if numbers is not None:
                 orders.setdefault((value.shape, point.layout), set()).add(numbers.key)
@@ -224,27 +185,19 @@ class ChainReader:
         usual = next((of for of, (p, _) in zip(shapes, points, strict=True) if not p.layout), shapes[0])
         return tuple(usual if p.layout else of for of, (p, _) in zip(shapes, points, strict=True))
 
-    def _usual_layout(self, values: Sequence[TracedValue]) -> str:
-        """The layout that most values have; the first one of equally many."""
-        counts = Counter(filter(None, map(self.layout_of, values)))
-        return max(counts, key=lambda layout: ("F" in layout, counts[layout])) if counts else ""
-
     def _with_layout(
         self, depth: int, point: HookPoint, value: TracedValue, layout: str
     ) -> tuple[HookPoint, TracedValue]:
         """What shows a state in the layout of the others; where nothing does, what shows it in its own."""
-        moved = [other for other in self._before_all_readers(self._moved(value)) if self.layout_of(other)]
+        same = before_all_readers(self.graph, list(reordered(self.graph, [value])))
+        layouts, own = [of for other in same if (of := self.layout_of(other))], self.layout_of(value)
         # Streams and parts of their features that are one axis elsewhere may come in another order there.
-        alike = ("F" in layout) == ("F" in (self.layout_of(value) or layout))
-        if alike and any(self.layout_of(other) == layout for other in moved):
+        if ("F" in layout) == ("F" in (own or layout)) and layout in layouts:
             return self._point(depth, layout)
-        own = self.layout_of(value) or (self.layout_of(moved[0]) if moved else "")
-        point, value = (point, value) if self.layout_of(value) else self._point(depth, own)
+        if not own:
+            own = next(iter(layouts), "")
+            point, value = self._point(depth, own)
         return replace(point, layout=own), value
-
-    @property
-    def _is_plain(self) -> bool:
-        return self.memory.num_streams == 1 and not self.memory.over_depth
 
     def _units(self) -> dict[int, int]:
         """By the number of a branch's source the call of its block; -1 where it is in none.
@@ -266,7 +219,10 @@ class ChainReader:
         state = self.graph.values[self.memory.states[connection.depth_out].values[-1]]
         around = self.graph.stack(state)
         given = {
-            s.call for v in self._same(state) for s in self.graph.shown.get(v.number, ()) if s.at == "output"
+            s.call
+            for v in same_elements(self.graph, state)
+            for s in self.graph.shown.get(v.number, ())
+            if s.at == "output"
         }
         units = {branch.unit for branch in connection.branches}
         inside = (
@@ -278,17 +234,17 @@ class ChainReader:
         }
         return next((call for call in numbered if call in given & working), None)
 
-    def _unit(self, branch: BranchReading) -> int:
+    def _call_of(self, branch: BranchReading) -> int:
         return self.units[branch.way[0]]
 
     def _block(self, branch: BranchReading) -> str:
         """The path of the block that a branch is in: its call, or what the paths of its branches have in common."""
         own = self._of_layer[branch.layer]
-        calls = {self._unit(other) for other in own}
-        if len(calls) == 1 and self._unit(branch) >= 0:
-            return self.graph.calls[self._unit(branch)].path
+        calls = {self._call_of(other) for other in own}
+        if len(calls) == 1 and self._call_of(branch) >= 0:
+            return self.graph.calls[self._call_of(branch)].path
         if self.is_fine:
-            return self.graph.calls[self._unit(branch)].path
+            return self.graph.calls[self._call_of(branch)].path
         paths = [other.path.split(".") for other in own]
         common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
         while common and not common[-1].isdigit():
@@ -302,7 +258,7 @@ class ChainReader:
         before, after = self._around(depth)
         if self.memory.states[depth].site != "mid" or before is None or after is None:
             return False
-        return self._unit(before) == self._unit(after) >= 0
+        return self._call_of(before) == self._call_of(after) >= 0
 
     def _around(self, depth: int) -> tuple[BranchReading | None, BranchReading | None]:
         """The last branch that was added before a state, and the first one that comes after it."""
@@ -327,8 +283,8 @@ class ChainReader:
         numbers = self.memory.states[depth].values
         counts = {of.count for of in self.memory.states[depth].numbers}
         if len(numbers) == 1 and (self._num_tensors == 1 or counts != {math.prod(self.memory.shape)}):
-            value = self._first() if depth == 0 else self.graph.values[numbers[0]]
-            point, shown = self._point_of(depth, self._taken_in_another_order(depth, value), layout)
+            value = self.graph.values[numbers[0]] if depth else self._first()
+            point, shown = self._point_of(depth, value, layout)
             return self._with_later_joins(depth, point), shown
         found = [self._point_of(depth, self.graph.values[number], layout) for number in numbers]
         if len({self.layout_of(value) for _, value in found}) > 1 or counts != {math.prod(self.memory.shape)}:
@@ -351,7 +307,7 @@ class ChainReader:
         states = [self.graph.values[number] for state in self.memory.states for number in state.values]
         value, following = states[depth], states[depth + 1 : depth + 2]
         later = {t for p in value.parents for t in self.graph.takers(p) if t.number > value.number}
-        later = {taker for taker in later if _has_gradient(taker)}
+        later = {taker for taker in later if has_gradient(taker)}
         if not later:
             return point
         pieces = [addends(of)[: len(addends(value))] for of in (value, *following)]
@@ -363,12 +319,11 @@ class ChainReader:
         graph = self.graph
         begin = graph.has_graph_from.get(value.number)
         early = [of for of in graph.takers(value) if begin is None or of.number < begin]
-        if not graph.has_graph_from or not any(
-            _has_gradient(of) and graph.reaches_output(of) for of in early
-        ):
+        if not graph.has_graph_from or not any(has_gradient(of) and graph.reaches_output(of) for of in early):
             return point
-        addends = (self._only_added(addend, value) for addend in _plain_addends(value))
-        found = next((of for of in addends if of is not None), None)
+        is_plain = value.name == "add" and len(value.args) == 2 and value.kwargs.get("alpha", 1) == 1
+        added = (self._only_added(addend, value) for addend in (addends(value) if is_plain else ()))
+        found = next((of for of in added if of is not None), None)
         if found is None:  # where it has no graph at all, none may be wanted
             return replace(point, is_read_inside=begin is not None)
         return replace(point, is_read_inside=True, gradient_at=self._operation(found, point))
@@ -377,7 +332,7 @@ class ChainReader:
         """A value, or what it is a cast of, that nothing reads but one sum and autograd has a graph of; None for others."""
         graph, taker = self.graph, to
         while value.shape == to.shape and value not in graph.outputs:
-            if [of for of in graph.takers(value) if _has_gradient(of)] != [taker]:
+            if [of for of in graph.takers(value) if has_gradient(of)] != [taker]:
                 return None
             if value.number in graph.has_graph_from:
                 return value
@@ -396,7 +351,7 @@ class ChainReader:
 
     def _is_read_before(self, value: TracedValue, end: int, streams: Sequence[int] = ()) -> bool:
         """Whether a branch that was written before the number ``end``, or another stream, came of one of a state's tensors."""
-        taken = {t.number for t in self.graph.takers(value) if t.number <= end and _has_gradient(t)}
+        taken = {t.number for t in self.graph.takers(value) if t.number <= end and has_gradient(t)}
         sources = [self.graph.values[of.way[0]] for of in self.branches if value.number < of.way[0] < end]
         sources += [self.graph.values[n] for n in streams if n != value.number]
         behind = self.graph.earlier(sources if taken else (), {value.number})
@@ -404,11 +359,12 @@ class ChainReader:
 
     def _point_of(self, depth: int, value: TracedValue, layout: str) -> tuple[HookPoint, TracedValue]:
         """What shows a value that is a state, or a stream of one."""
-        state, same, moved = self.memory.states[depth], self._same(value), self._moved(value)
+        state, same = self.memory.states[depth], same_elements(self.graph, value)
+        moved = list(reordered(self.graph, [value]))
         if self._num_tensors > 1:  # what other streams are copies of has not the gradient of this one
             same = [other for other in same if other.number >= value.number]
         else:
-            moved = self._before_all_readers(moved)
+            moved = before_all_readers(self.graph, moved)
             same = [other for other in same if other in moved] or moved[:1]
         if layout:
             same = [other for other in moved if self.layout_of(other) == layout]
@@ -435,39 +391,24 @@ class ChainReader:
         )
         return self._with_gradient(point, shown_value), shown_value
 
-    def _taken_in_another_order(self, depth: int, value: TracedValue) -> TracedValue:
-        """What the first block takes, where that is the first state with its tokens in another order; else the state."""
-        _, after = self._around(depth)
-        if depth or after is None:
-            return value
-        around = self.graph.stack(self.graph.values[after.way[0]])[1:]  # the block, and what holds it
-        layout, seen = self.layout_of(value), {other.number for other in self._same(value)}
-        for other in self._moved(value):
-            taken = any(
-                shown.at == "input" and shown.call in around
-                for shown in self.graph.shown.get(other.number, ())
-            )
-            if (
-                taken
-                and other.number not in seen
-                and other.shape == value.shape
-                and self.layout_of(other) == layout
-            ):
-                return other
-        return value
-
     def _first(self) -> TracedValue:
-        """The first state: before the norm, where the first block of a plain memory begins with one of the state itself."""
-        value = self.graph.values[self.memory.states[0].values[-1]]
-        unit = self._unit(self.branches[0]) if self.branches else -1
-        if not self._is_plain or unit not in self.graph.stack(value):
+        """The first state: what the first block takes of it, with its tokens in another order, or before a norm."""
+        graph, value = self.graph, self.graph.values[self.memory.states[0].values[-1]]
+        _, after = self._around(0)
+        if after is None:
             return value
-        for number, shown in self.graph.shown.items():
-            given = self.graph.values[number]
-            takes = any(each.call == unit and each.at == "input" for each in shown)
-            if takes and given.shape == value.shape and self.graph.depends(value, given):
-                passing = follow(self.graph, replace(start_of(given), functions=True), until=value.number)
-                return given if passing.holds(value) else value
+        reordered_of = {of.number for of in reordered(graph, [value])}
+        same, unit = {of.number for of in same_elements(graph, value)}, self._call_of(after)
+        for call in graph.stack(graph.values[after.way[0]])[1:]:  # what holds the block, and the block
+            for given in graph.sides.get((call, "input"), ()):
+                if given.shape != value.shape or given.number in same:
+                    continue
+                if given.number in reordered_of and self.layout_of(given) == self.layout_of(value):
+                    return given
+                is_before = self.memory.is_plain and call == unit and unit in graph.stack(value)
+                if is_before and graph.depends(value, given):
+                    passing = follow(graph, replace(start_of(given), functions=True), until=value.number)
+                    return given if passing.holds(value) else value
         return value
 
     def _rank(self, depth: int, value: TracedValue, other: TracedValue, shown: Shown) -> tuple[object, ...]:
@@ -476,44 +417,9 @@ class ChainReader:
         What a block takes is what is really handed on, in autograd too.
         """
         before, after = self._around(depth)
-        takes = after is not None and shown.at == "input" and shown.call == self._unit(after)
-        gives = before is not None and shown.at == "output" and shown.call == self._unit(before)
+        takes = after is not None and shown.at == "input" and shown.call == self._call_of(after)
+        gives = before is not None and shown.at == "output" and shown.call == self._call_of(before)
         return takes, gives, other is value, shown.at == "output", -len(self.graph.calls[shown.call].path)
-
-    def _same(self, value: TracedValue) -> list[TracedValue]:
-        """A value, and others with the same elements: copies and views of it, and what it is one of."""
-        before = walk([value], lambda of: of.parents if self._is_same(of) else ())
-        after = walk([value], lambda of: filter(self._is_same, self.graph.takers(of)))
-        found = dict.fromkeys([*before, *after])
-        return [other for other in found if other.shape.count(1) <= value.shape.count(1)]
-
-    def _moved(self, value: TracedValue) -> list[TracedValue]:
-        """A value, and all that has the same elements in another order, the nearest first."""
-        return list(walk([value], partial(moved, self.graph)))
-
-    def _before_all_readers(self, moved: Sequence[TracedValue]) -> list[TracedValue]:
-        """The values with the same elements from which everything comes that reads one of them: these have the gradient."""
-        numbers, takers = {of.number for of in moved}, self.graph.takers
-        readers = [
-            of for of in moved if any(_has_gradient(t) and t.number not in numbers for t in takers(of))
-        ]
-        ways: list[set[int]] = []
-        for reader in readers:
-            way = {reader.number}
-            while reader.parents and reader.parents[0].number in numbers:
-                reader = reader.parents[0]
-                way.add(reader.number)
-            ways.append(way)
-        return [of for of in moved if all(of.number in way for way in ways)] or list(moved[:1])
-
-    @staticmethod
-    def _is_same(value: TracedValue) -> bool:
-        """Whether a value has the elements of the only one that it was made of."""
-        same = value.name in MOVED_WHOLE or (value.name in SAME and value.name not in ("neg", "positive"))
-        if not same or len(value.parents) != 1:
-            return False
-        (parent,) = value.parents
-        return (value.numel, value.dtype) == (parent.numel, parent.dtype) and parent.kind != "parameter"
 
     def _producer(self, depth: int, places: Sequence[Shown]) -> str:
         """The module that computed a state."""
@@ -527,136 +433,6 @@ class ChainReader:
             return before.path  # later blocks hand it on, in a list of what came before
         if giver and self.memory.states[depth].layer > before.layer and not is_inside:
             return giver  # a block that only scales
-        if self._unit(before) >= 0 and not is_inside and block in self._called:
+        if self._call_of(before) >= 0 and not is_inside and block in self._called:
             return block
         return giver or before.path
-
-    # --- connections
-
-    def _weighed(self, of: ConnectionReading) -> Connection:
-        """A connection of a memory with streams, or over depth."""
-        branch = of.branches[-1]
-        given = self._shown_branch(branch)
-        call = None if given is None else self.graph.calls[given[0]]
-        behind = self._behind_coefficients(of)
-        self._is_sinkhorn &= times_in_turn(behind, self.memory.num_streams) >= LEAST_IN_TURN
-        path = self._module_of(behind, branch) or branch.path or self._producer(of.depth_out, ())
-        kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
-        return Connection(
-            path=path,
-            index=of.depth_in,
-            layer=branch.layer,
-            branch=kind,
-            branch_path=None if call is None else call.path,
-            branch_index=0 if call is None else call.number,
-            style=DEPTH if self.memory.over_depth else READ,
-            depth_in=of.depth_in,
-            depth_out=of.depth_out,
-            parameters=self._parameters(behind),
-        )
-
-    def _behind_coefficients(self, of: ConnectionReading) -> list[TracedValue]:
-        """What the coefficients of a connection are computed from: all that scales and mixes the streams."""
-        carried, values = self.memory.carried, self.graph.values
-        first = max(self.memory.states[of.depth_in].values)
-        given = {number for branch in of.branches for number in branch.way}
-        reads = (self.graph.at(place) for branch in of.branches for place in branch.reads)
-        kept = [
-            *self.memory.states[of.depth_out].values,
-            *(read.number for read in reads if read is not None),
-        ]
-        ends = [
-            parent.number
-            for number in self._carried_to(kept, first)
-            for parent in values[number].parents
-            if parent.number not in carried and parent.number not in given
-        ]
-        ways = [branch.way for branch in of.branches]
-        ends += [
-            p.number for way in ways for n in way[1:] for p in values[n].parents if p.number not in given
-        ]
-        found = self.graph.ancestors(ends, carried.keys() | given)
-        return [values[number] for number in sorted(found) if number not in carried and number not in given]
-
-    def _carried_to(self, numbers: Sequence[int], first: int) -> set[int]:
-        """What carries a state to some values, themselves included."""
-        carried, values = self.memory.carried, self.graph.values
-
-        def counted(found: Iterable[int]) -> list[int]:
-            return [number for number in found if number > first and number in carried]
-
-        return set(walk(counted(numbers), lambda n: counted(parent.number for parent in values[n].parents)))
-
-    def _parameters(self, values: Sequence[TracedValue]) -> tuple[str, ...]:
-        names = (self.graph.parameter_names.get(value.number, "") for value in values)
-        return tuple(dict.fromkeys(filter(None, names)))
-
-    def _module_of(self, values: Sequence[TracedValue], branch: BranchReading) -> str:
-        """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
-        computed = (value for value in values if value.func and value.name not in MOVES | SAME)
-        stacks = [self.graph.stack(value) for value in computed]
-        common = shared_start(stacks)
-        path = self.graph.calls[common[-1]].path if common else ""
-        around = path == self._block(branch) or f"{branch.path}.".startswith(f"{path}.")
-        return "" if around else path
-
-    def _plain_connections(self, depths: Sequence[int]) -> tuple[Connection, ...]:
-        """The branches of plain blocks, where every one of them is the output of some module; else none."""
-        found = [c for of in self.connections for c in self._connections_of(of, depths)]
-        return () if None in found else tuple(c for c in found if c is not None)
-
-    def _connections_of(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
-        for branch in of.branches:
-            for given in self._shown_parts(branch):
-                if given is None or not given[1]:
-                    yield None
-                    continue
-                call, layout = given
-                path, index = self.graph.calls[call].path, self.graph.calls[call].number
-                own = branch.kind if branch.kind in ("attn", "mlp") else "block"
-                yield Connection(
-                    path=path,
-                    index=index,
-                    layer=branch.layer,
-                    branch=own if path == branch.path else kind_of(path, self.graph.modules),
-                    branch_path=path,
-                    branch_index=index,
-                    style="normed" if of.functions else "add",
-                    depth_in=depths.index(of.depth_in),
-                    depth_out=depths.index(of.depth_out),
-                    layout=layout,
-                )
-
-    def _shown_parts(self, branch: BranchReading) -> list[tuple[int, str] | None]:
-        """The calls that give what a branch adds; several where that is a sum of what these give, as in parallel blocks."""
-        given, source = self._shown_branch(branch), self.graph.values[branch.way[0]]
-        if given is not None or source.name != "add":
-            return [given]
-        return [self._shown_by(addend, branch.numbers[0]) for addend in addends(source)]
-
-    def _shown_branch(self, branch: BranchReading) -> tuple[int, str] | None:
-        """The outermost call that gives what a branch adds, that itself or what is moved or scaled of it; and its layout."""
-        way = list(zip(branch.way, branch.numbers, strict=True))
-        shown = (self._shown_by(self.graph.values[number], of) for number, of in reversed(way))
-        return next((given for given in shown if given is not None), None)
-
-    def _shown_by(self, value: TracedValue, numbers: Numbers) -> tuple[int, str] | None:
-        whole = math.prod(self.memory.shape)  # what a branch gives for some of the tokens has other places
-        for other in self._same(value) if value.numel >= whole else ():
-            shown = self.graph.shown.get(other.number, ())
-            calls = [each.call for each in shown if each.at == "output" and not each.item]
-            if calls:
-                own = numbers.reshape(other.shape) if other.numel == value.numel else None
-                return min(calls), "" if own is None else self.layout_of(other, own)
-        return None
-
-
-def _plain_addends(value: TracedValue) -> list[TracedValue]:
-    """What a sum adds up as it is."""
-    is_plain = value.name == "add" and len(value.args) == 2 and value.kwargs.get("alpha", 1) == 1
-    return addends(value) if is_plain else []
-
-
-def _has_gradient(taker: TracedValue) -> bool:
-    """Whether a gradient comes through an operation."""
-    return taker.is_floating and taker.name not in SHAPE_ONLY and taker.name != "detach"

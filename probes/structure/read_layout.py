@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 
 from depthscope.probes.model.layout import LayoutError, canonical, parse_layout
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import TracedValue
+from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
+from depthscope.probes.reading.operations import addends, only_moves
 from depthscope.probes.structure.sequence_axis import SequenceAxis
 
 Part = tuple[str, int, int]  # a letter, its size, and how far the numbers of neighbours along it are apart
@@ -61,9 +62,8 @@ def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[
         named.append(letters)
     streams = [axis for axis in named if "N" in axis]
     features = next((axis for axis in named if "D" in axis), [])
-    if (
-        len(streams) == 2
-    ):  # parts of the features of each stream, or further streams, that are connected separately
+    # Parts of the features of each stream, or further streams, that are connected separately
+    if len(streams) == 2:
         inner = features if "N" in features else streams[1]
         inner[inner.index("N")] = "F"
     if "B" in single:  # one sequence, of which the state has no axis
@@ -211,3 +211,34 @@ def _tokens(memory: MemoryReading, elements: np.ndarray) -> np.ndarray:
     places = np.unravel_index(elements, memory.shape)
     kept = [index for dim, index in enumerate(places) if dim != memory.feature_axis]
     return np.asarray(np.ravel_multi_index(kept, memory.token_shape)) if kept else np.zeros_like(elements)
+
+
+def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
+    """Whether the first value is every stream of the first state: each next one is made of it once, or of it n times."""
+    if len(memory.states) < 2 or len(memory.states[0].values) > 1:
+        return False
+    (first,), following, n = memory.states[0].values, memory.states[1].values, memory.num_streams
+    while len(takers := graph.takers(graph.values[first])) == 1 and only_moves(takers[0]):
+        if takers[0].number not in memory.carried or takers[0].numel != graph.values[first].numel:
+            break
+        first = takers[0].number
+    # By value: the steps right after the first one through which it is carried there
+    ways: dict[int, set[int]] = {}
+    for number in sorted(of for of in memory.carried if of > first):
+        parents = [parent.number for parent in graph.values[number].parents]
+        ways[number] = {number} if first in parents else set().union(*(ways.get(of, set()) for of in parents))
+    steps = [{first} if number == first else ways.get(number, set()) for number in following]
+    times = {len(of) for of in steps}  # how often the first value comes into a stream
+    are_distinct = len(steps) == n and len(set().union(*steps)) == sum(map(len, steps))
+    again = len(steps) == n and all(steps) and _only_branches_are_added(graph, memory, ways)
+    return again or (are_distinct and times == {n})
+
+
+def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Iterable[int]) -> bool:
+    """Whether the first step adds to the first state, as it is, nothing but what its branches give: no further stream."""
+    joined = memory.connections[0]
+    written = {number for branch in joined.branches for number in branch.way}
+    sums = [graph.values[n] for n in numbers if n <= max(memory.states[1].values)]
+    added = {v.number for of in sums for v in addends(of)} - memory.carried.keys()
+    h_res = joined.parts.get("h_res")
+    return added <= written and h_res is not None and bool(torch.isclose(h_res, torch.ones_like(h_res)).all())

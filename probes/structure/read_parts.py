@@ -15,9 +15,8 @@ from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.read_layout import token_order, tokens_of
 
-Weighed = tuple[
-    Parts | DepthWeights, torch.Tensor | None
-]  # of a connection, and what its branch gave, where that is apart
+# Of a connection, and what its branch gave, where that is apart
+ConnectionWeights = tuple[Parts | DepthWeights, torch.Tensor | None]
 
 
 class ReadStructure:
@@ -47,7 +46,7 @@ class ReadStructure:
         # That, and those that read or write other numbers of streams at once than most: their step is one between connections.
         self.left_out = frozenset({0} if self.is_first_shared else ())
 
-    def without_other_views(self, weights: Mapping[int, Weighed]) -> dict[int, Weighed]:
+    def without_other_views(self, weights: Mapping[int, ConnectionWeights]) -> dict[int, ConnectionWeights]:
         """The connections but for those whose branches read or write other numbers of streams at once than those of most."""
         views = {
             number: (of.branch_in.shape[-2], of.write.shape[-1])
@@ -64,7 +63,7 @@ class ReadStructure:
             self.rereading.keep(self.first)
         self.first = None
 
-    def weights(self, memory: MemoryReading, batch_size: int) -> list[Weighed]:
+    def weights(self, memory: MemoryReading, batch_size: int) -> list[ConnectionWeights]:
         """The coefficients of every connection.
 
         Raises StreamConnectionError, LayoutError: Where they have no place in these.
@@ -78,6 +77,21 @@ class ReadStructure:
             return list(depth_weights(memory, order))
         parts = (stream_parts(connection, order, mixes=self.mixes) for connection in self.connections(memory))
         return [(of, None) for of in parts]
+
+    def family(
+        self, memory: MemoryReading, weights: Sequence[Parts | DepthWeights], *, is_sinkhorn: bool
+    ) -> str:
+        """What a model of these weights is called.
+
+        ``is_sinkhorn``: whether Sinkhorn's iteration makes every matrix.
+        """
+        if memory.over_depth:
+            return depth_family([of for of in weights if isinstance(of, DepthWeights)])
+        if not self.mixes and any(of.read is None for of in weights if isinstance(of, Parts)):
+            return "gated"
+        if any(branch.less_its_read for branch in memory.branches):
+            return "altup"
+        return ("mhc" if is_sinkhorn else "hc") if self.mixes else "independent_hc"
 
     def connections(self, memory: MemoryReading) -> list[ConnectionReading]:
         """The connections with streams, of which `weights` are."""
@@ -122,8 +136,8 @@ def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: b
         mix=mix if mixes else None,
         read=_reads(branches, order),
         write=_writes(branches, order, mix),
-        branch_in=_given(branches, order, "in"),
-        branch_out=_given(branches, order, "out"),
+        branch_in=_branch_tensors(branches, order, "in"),
+        branch_out=_branch_tensors(branches, order, "out"),
         constant=None if constant is None else constant[order],
     )
 
@@ -144,7 +158,7 @@ def _writes(branches: Sequence[BranchReading], order: torch.Tensor, mix: torch.T
     return torch.cat(columns, -1) if columns else torch.zeros_like(mix[..., :1])
 
 
-def _given(branches: Sequence[BranchReading], order: torch.Tensor, name: str) -> torch.Tensor:
+def _branch_tensors(branches: Sequence[BranchReading], order: torch.Tensor, name: str) -> torch.Tensor:
     missing = [branch.path or "a branch" for branch in branches if name not in branch.parts]
     if missing or not branches:
         what = "takes" if name == "in" else "gives"

@@ -1,18 +1,47 @@
-"""How do the stages of one trunk become one chain? With what blocks take and give where the width or the tokens change."""
+"""How do the stages of one trunk become one chain? With what blocks take and give in other shapes, and its last norm."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from depthscope.probes.model.layout import LayoutError
-from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue
-from depthscope.probes.structure.chain import Chain, HookPoint
+from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.graph import Graph, ModuleCall, Shown, TracedValue
+from depthscope.probes.reading.memory import Memory, follow, start_of
+from depthscope.probes.reading.operations import FUNCTIONS, NORMS
+from depthscope.probes.structure.chain import NO_FINAL_NORM, Chain, HookPoint
 from depthscope.probes.structure.read_chains import ReadChain
 from depthscope.probes.structure.read_layout import shape_layout
 from depthscope.probes.structure.sequence_axis import SequenceAxis
-from depthscope.probes.structure.tape import value_at
+
+
+def trunks_of(graph: Graph, memories: Sequence[MemoryReading]) -> list[list[MemoryReading]]:
+    """Memories of blocks of one class, of which each is computed from those before alone, as one trunk."""
+    trunks: list[list[MemoryReading]] = []
+    for memory in sorted(memories, key=lambda memory: memory.root):
+        before = next((trunk for trunk in trunks if _is_next_stage(graph, trunk, memory)), None)
+        if before is None:
+            trunks.append([memory])
+        else:
+            before.append(memory)
+    return sorted(trunks, key=lambda trunk: memories[0] not in trunk)
+
+
+def _is_next_stage(graph: Graph, trunk: Sequence[MemoryReading], after: MemoryReading) -> bool:
+    """Whether a memory is the next stage of a trunk: in its container, or of its class of blocks and another shape."""
+    before, root = trunk[-1], graph.values[after.root]
+    if root.number <= before.end or not graph.depends(root, graph.values[before.end]):
+        return False
+    kinds = [{graph.calls[unit].kind for unit in memory.units} for memory in (before, after)]
+    is_like = before.shape != after.shape and not kinds[0].isdisjoint(kinds[1])
+    if not is_like and before.name != after.name:
+        return False
+    known = set().union(*(memory.carried for memory in trunk))  # what else comes in is of another tower
+    way = graph.earlier([root], known)
+    return not any(way[v.number] and graph.depends_on_input(v) for v in graph.values if not v.parents)
 
 
 def _stage_of(path: str) -> str | None:
@@ -26,7 +55,7 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
     chain = part.chain
     containers = {_stage_of(path) for path in chain.blocks} - {None}
     kinds = set(chain.block_class.split("/"))
-    state, limit = value_at(graph, chain.points[0]), len(graph.calls)
+    state, limit = chain.points[0].value_in(graph), len(graph.calls)
     while state is not None:
         call = _block_of(graph, state, containers, limit)
         if call is None:
@@ -40,7 +69,7 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
         if taken.shape == state.shape or not _has_layout(taken, chain.layout, sequences):
             break
         given = any(of.at == "output" and of.call == call for of in graph.shown.get(state.number, ()))
-        chain = _opened(chain, block, taken, given=given)
+        chain = _with_state_before(chain, block, taken, given=given)
         state = taken
     return chain
 
@@ -59,7 +88,7 @@ def _has_layout(taken: TracedValue, layout: str, sequences: SequenceAxis) -> boo
         return False
 
 
-def _opened(chain: Chain, block: ModuleCall, taken: TracedValue, *, given: bool) -> Chain:
+def _with_state_before(chain: Chain, block: ModuleCall, taken: TracedValue, *, given: bool) -> Chain:
     """The chain with what a block takes before its first state, which that block makes.
 
     ``given``: whether it gives that state; otherwise it lies inside of the block.
@@ -90,7 +119,7 @@ def with_ending(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
     """The chain with what blocks of its classes, in places like theirs, give after its last state, in another shape."""
     kinds = set(chain.block_class.split("/"))
     places = {_without_numbers(path) for path in chain.blocks}
-    last = value_at(graph, chain.points[-1])
+    last = chain.points[-1].value_in(graph)
     for number, call in enumerate(graph.calls):
         ends = graph.ends_of(number)
         if call.kind not in kinds or _without_numbers(call.path) not in places:
@@ -140,14 +169,13 @@ def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedVa
     return chain
 
 
-def joined(chain: Chain, stage: Chain) -> Chain:
+def with_next_stage(chain: Chain, stage: Chain) -> Chain:
     """A chain with the states of its next stage, whose blocks are numbered after those before."""
     offset, last = len(chain.points), max(point.layer for point in chain.points)
     begin, *later = stage.points
     number = min((point.layer for point in stage.points if point.layer >= 0), default=0)
-    number -= (
-        begin.site == "embed" and bool(later) and later[0].site == "pre"
-    )  # what its first block reads is that
+    # What its first block reads is the embedding
+    number -= begin.site == "embed" and bool(later) and later[0].site == "pre"
     shift, before = last + 1 - number if number <= last else 0, chain.points
     if stage.points[0].module == before[-1].module:  # a block in which one ends and the other begins
         shift, before = last - number, (*before[:-1], replace(before[-1], site="mid"))
@@ -163,7 +191,7 @@ def joined(chain: Chain, stage: Chain) -> Chain:
     first_blocks = [first] if stage.points[0].site == "post" and _stage_of(first) in places else []
     return replace(
         chain,
-        points=(*before, *(_of_stage(point, number, shift) for point in stage.points)),
+        points=(*before, *(_point_of_stage(point, number, shift) for point in stage.points)),
         connections=(*chain.connections, *moved) if chain.connections and stage.connections else (),
         blocks=tuple(dict.fromkeys([*chain.blocks, *first_blocks, *stage.blocks])),
         block_class="/".join(kinds),
@@ -172,10 +200,75 @@ def joined(chain: Chain, stage: Chain) -> Chain:
     )
 
 
-def _of_stage(point: HookPoint, first: int, shift: int) -> HookPoint:
+def _point_of_stage(point: HookPoint, first: int, shift: int) -> HookPoint:
     """A state of a later stage, whose blocks begin with a number, in the whole chain."""
     if point.site != "embed":
         return replace(point, layer=point.layer + shift)
     if point.at == "input":  # what the first block takes
         return replace(point, layer=first + shift, site="pre", module=point.path)
     return replace(point, layer=first + shift)
+
+
+def with_final(graph: Graph, chain: Chain, memory: MemoryReading) -> Chain:
+    """The chain with the hook point after its last norm: the call that gives it, whatever the module is called."""
+    shown, why = _final_norm(graph, memory, chain.shapes[-1])
+    if shown is None:
+        return replace(chain, without_final=why)
+    call, layer = graph.calls[shown.call], chain.points[-1].layer
+    point = HookPoint(call.path, call.number, "output", layer, "final", call.path, item=shown.item)
+    return replace(chain, final=point)
+
+
+def _final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> tuple[Shown | None, str]:
+    """Where a call gives the norm of the last state, or of what its streams are merged to; or None, and why none does.
+
+    ``shape``: of the last state, as it is captured.
+    """
+    why, several = NO_FINAL_NORM, memory.num_streams > 1
+    for merged in _after_merge(graph, memory):
+        after = follow(graph, replace(start_of(merged), functions=True))
+        normed = [graph.values[n] for n in _norms_of(after)]
+        places = [(shown, value) for value in normed for shown in graph.shown.get(value.number, ())]
+        given = [
+            (shown, value)
+            for shown, value in places
+            if shown.at == "output"
+            and shown.call
+            and after.is_whole(value)
+            and (several or value.shape == shape)
+        ]
+        if given:
+            return min(given, key=lambda of: of[0].order)[0], ""
+        if normed:
+            path = graph.path(normed[0])
+            why = (
+                f"a norm takes the last state before the end of {path or 'the model'}, and no module returns what it gives "
+                "for every token"
+            )
+    return None, why
+
+
+def _after_merge(graph: Graph, memory: MemoryReading) -> Iterator[TracedValue]:
+    """The last state, or what its streams are merged to."""
+    if memory.num_streams == 1:
+        yield graph.values[memory.end]
+        return
+    one = math.prod(memory.shape)
+    for number, numbers in memory.carried.items():
+        if number > memory.end and numbers.count == numbers.distinct == one:
+            yield graph.values[number]
+
+
+def _norms_of(after: Memory) -> list[int]:
+    """The values that a norm lies before, and to which nothing was added."""
+    found: set[int] = set()
+    for number in sorted(after.carried):
+        value = after.graph.values[number]
+        inside = after.inside(value)
+        if after.depth[number] == 0 and (_is_norm(after, value) or any(p.number in found for p in inside)):
+            found.add(number)
+    return sorted(found)
+
+
+def _is_norm(memory: Memory, value: TracedValue) -> bool:
+    return memory.passes_function(value) and (value.name in NORMS or value.name not in FUNCTIONS)

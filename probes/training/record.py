@@ -12,7 +12,7 @@ from torch import nn
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import storable_attributes
-from depthscope.probes.model.errors import require_module
+from depthscope.probes.model.modules import require_module
 from depthscope.probes.model.sequence_shards import TokenShards, token_shards
 from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
@@ -213,7 +213,7 @@ def record(
     if first_step is None:
         first_step = 0 if recording is None or recording.last_step is None else recording.last_step + 1
     all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
-    all_attrs.update(stage_attribute(stage) | attrs)
+    all_attrs.update(({} if stage is None else stage_attribute(stage)) | attrs)
     session = Session(
         model,
         Options(**options),

@@ -11,13 +11,8 @@ import torch
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.proof import Evidence, Joint, Proof
-from depthscope.probes.run.linear_variables import (
-    chain_proof,
-    depth_variables,
-    factor_variables,
-    linear_coords,
-    run_proof,
-)
+from depthscope.probes.run.attributes import chain_proof, run_proof
+from depthscope.probes.run.linear_variables import depth_variables, factor_variables, linear_coords
 from depthscope.probes.structure.chain import Chain, Connection
 
 LINKS = tuple(Connection(f"blocks.{i}", 0, i, "block", None, 0, "add", i, i + 1) for i in range(3))

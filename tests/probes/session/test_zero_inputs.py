@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.operations import OperationsShown
-from depthscope.probes.session.zero_inputs import ZeroInputs
+from depthscope.probes.session.kept_bytes import ZeroInputs
 
 WIDTH = 40
 
