@@ -105,8 +105,9 @@ def memories(graph: Graph) -> list[Memory]:
             replace(of, memory=without_inner(of.memory, merge)) if merge else of
             for of, merge in zip(ranked, merges, strict=True)
         ]
-    first_memory = _after_first_norm(_with_picked_tokens(_with_empty_streams(best)))
-    for track in tracks(with_unread_streams(_between_expansions(_with_hidden_sums(first_memory)))):
+    first_memory = _after_first_norm(_with_picked_tokens(_after_spread(_with_empty_streams(best))))
+    first_memory = _without_local_sums(_with_hidden_sums(first_memory))
+    for track in tracks(with_unread_streams(_between_expansions(first_memory))):
         taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
@@ -267,7 +268,9 @@ def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:
 def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
     """Whether all that is added to one of two memories lies inside of a branch of the other one."""
     for (inner, _), (outer, branches) in ((one, other), (other, one)):
-        first = graph.values[min(inner.writes.keys() & inner.trunk)]
+        if not (writes := inner.writes.keys() & inner.trunk):
+            continue  # its sums alone are on the way to its end, as where all are products of joined values
+        first = graph.values[min(writes)]
         if graph.depends(first, outer.root) and any(
             graph.depends(b.source, inner.end) and graph.depends(first, b.read) for b in branches
         ):
@@ -338,6 +341,7 @@ def _between_expansions(memory: Memory) -> Memory:
         if (
             number not in memory.trunk
             or len(born) < 2 - is_begin
+            or any(memory.carried[of.number].count <= memory.count for of in memory.after(join))  # a sum
             or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken)
         ):
             continue
@@ -375,6 +379,51 @@ def _with_empty_streams(memory: Memory) -> Memory:
     return memory
 
 
+def _after_spread(memory: Memory) -> Memory:
+    """The memory from where its first value is spread over streams, if that is added to all of these again, as in a loop."""
+    values, trunk = memory.graph.values, memory.trunk
+    first = min(memory.writes.keys() & trunk, default=0)
+    wide = [n for n in sorted(trunk) if n < first and memory.carried[n].count > memory.count]
+    ends = [memory.end, *(read for branch in branches_of(memory) for read in branch.reads)] if wide else []
+    for number in reversed(wide):
+        if memory.root.number not in memory.back([memory.end], {number}):
+            break  # nothing comes around it
+        later = memory.graph.later(values[number])
+        joins = (
+            values[n]
+            for n in trunk
+            if later[n] and not all(later[p.number] for p in memory.inside(values[n]))
+        )
+        is_added = all(of.name in SUMS and memory.carried[of.number].count > memory.count for of in joins)
+        if is_added and all(number in memory.back([end]) for end in ends):
+            start = replace(memory.start, root=values[number], numbers=memory.carried[number])
+            again = without_forks(memory.graph, start)
+            return again if again.num_writes == memory.num_writes else memory
+    return memory
+
+
+def _without_local_sums(memory: Memory) -> Memory:
+    """The memory without sums of a state that one branch alone reads: what is added there is a part of that branch."""
+    branches, local, readers = branches_of(memory), dict[int, Branch](), dict[int, set[int]]()
+    for at, branch in enumerate(branches):
+        for read in (branch.read, *branch.reads):
+            readers.setdefault(read.number, set()).add(at)
+    for branch in branches:
+        found = set[int]()
+        if not all(of.number in memory.trunk for write in branch.writes for of in memory.inside(write)):
+            continue  # it is the next state of a side track
+        for value in walk(branch.writes, lambda of: filter(memory.holds, memory.graph.takers(of))):
+            found |= {-1} if value.number in memory.trunk else readers.get(value.number, set())
+            if len(found) > 1 or -1 in found:
+                break
+        else:
+            local |= {write.number: branches[next(iter(found))] for write in branch.writes if found}
+    chained = any(write.number in local for reader in local.values() for write in reader.writes)
+    if not local or chained or memory.num_writes < 2:  # sums that follow one another are the states
+        return memory
+    return without_inner(memory, set(local))
+
+
 def _fills_one_place(numbers: Numbers, axis: int) -> bool:
     """Whether all that a value holds of a memory lies at one place along an axis."""
     held = np.moveaxis(numbers.dense(), axis, 0) != NOTHING
@@ -401,10 +450,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
             roots += [of for of in _norms_after(plain) if of not in roots][:2]
     for start in (
-        *[
-            start_with_streams(root, axis, streams, root.shape[axis] // streams)
-            for root, axis, streams in folded_beginnings(graph)
-        ],
+        *(start_with_streams(*of) for of in folded_beginnings(graph)),
         *_with_streams(found),
         *starts_that_grow([of.memory for of in found]),
     ):
@@ -412,6 +458,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
+    found = [of for of in found if not _is_condition(of.memory)] or found
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     sums = max((of.share for of in found if of.memory.num_writes > 1 and not of.grows), default=0)
     found = [of for of in found if not of.grows or (of.memory.num_writes > 1 and sums < of.share / 2)]
@@ -506,6 +553,18 @@ def _differs_between_streams(numbers: Numbers, shape: tuple[int, ...]) -> bool:
     for axis in range(-len(shape), 0):
         if shape[axis] > 1 and numbers.collapsed([len(numbers.shape) + axis]) is not None:
             return True
+    return False
+
+
+def _is_condition(memory: Memory) -> bool:
+    """Whether a memory begins with what is spread over something larger of the input, as gates that a condition gives."""
+    graph, root = memory.graph, memory.root
+    for number in memory.trunk:
+        value, spread = graph.values[number], memory.carried[number].count > memory.count
+        if spread and value.name in SUMS and not memory.depth[number]:
+            added = (v for v in addends(value) if v.numel > memory.count and not graph.depends(v, root))
+            if any(map(graph.depends_on_input, added)):
+                return True
     return False
 
 

@@ -29,6 +29,7 @@ SCATTERS: dict[str, tuple[int, ...]] = {
     "index_add": (0, 3), "index_copy": (0, 3), "scatter_add": (0, 3), "scatter": (0, 3), "index_put": (0, 2),
     "slice_scatter": (0, 1), "select_scatter": (0, 1), "patch": (0, 1), "copy": (1,), "masked_scatter": (0, 2),
 }  # fmt: skip
+ADDING = names("index_add scatter_add")  # of these, what adds to what was there
 PRODUCTS: dict[str, tuple[int, ...]] = {"mul": (0, 1), "div": (0,), "native_dropout": (0, 1)}
 MATRICES: dict[str, tuple[int, int]] = {
     "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "mv": (0, 1), "dot": (0, 1),

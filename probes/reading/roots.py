@@ -162,9 +162,12 @@ class _Sums:
         return a is not b and self._root[b.number] is not root and self._graph.depends(b, root)
 
 
-def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int, int]]:
-    """Values that may hold streams from the beginning: the axis of the features, which is taken apart later, and how many."""
-    found: list[tuple[TracedValue, int, int]] = []
+def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int, int, int]]:
+    """Values that may hold streams from the beginning: the axis of the features, which is taken apart later; how many.
+
+    Last is how many places of the axis each stream takes in a row.
+    """
+    found: list[tuple[TracedValue, int, int, int]] = []
     # What a weight made, its axis of features, and into how many parts this is taken apart, by what is viewed of it.
     made: dict[int, tuple[TracedValue, int, int]] = {}
     for value in _tensors(graph):
@@ -189,7 +192,9 @@ def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int, int]]:
             made[value.number] = known
         elif more := _takes_apart(value, at, width):
             made[value.number] = origin, axis, parts * more  # of streams, and of fractions of each
-            found.append(made[value.number])
+            found.append((*made[value.number], width // more))
+            if width < more**2:  # the fewer are the streams
+                found.append((origin, axis, parts * (width // more), 1))
     return list(dict.fromkeys(found))[:12]
 
 
