@@ -34,6 +34,7 @@ from depthscope.probes.reading.operations import (
     centred,
     factors,
     is_along_features,
+    linear_in,
     mixed_axes,
     only_moves,
     part_of,
@@ -91,7 +92,7 @@ class Rules:
             return None  # an operation that does not take numbers, as one of another kind of tensor
 
     def _inside(self, value: TracedValue) -> list[TracedValue]:
-        return [parent for parent in value.parents if parent.number in self._carried]
+        return [operand for operand in linear_in(value) if operand.number in self._carried]
 
     def _of(self, argument: Any) -> Numbers | None:
         return self._carried.get(argument.number) if isinstance(argument, TracedValue) else None

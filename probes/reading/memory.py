@@ -24,6 +24,7 @@ from depthscope.probes.reading.operations import (
     addends,
     centred,
     is_statistic,
+    linear_in,
     only_moves,
 )  # fmt: skip
 
@@ -103,7 +104,7 @@ class Memory:
         """The values of the memory that a value of it carries on."""
         if value is self.root or value.number in self.born or value.number in self.start.others:
             return []
-        return [parent for parent in value.parents if parent.number in self.carried]
+        return [operand for operand in linear_in(value) if operand.number in self.carried]
 
     def line(self, value: TracedValue) -> Iterator[TracedValue]:
         """A value and, the latest first, those that it is carried from, as far as each is carried from one alone."""
@@ -297,7 +298,7 @@ def _note_write(memory: Memory, value: TracedValue, inside: list[TracedValue]) -
 
 
 def _fills_empty_places(memory: Memory, value: TracedValue) -> bool:
-    """Whether something is written where a value, as a buffer, holds nothing of the memory: what is added to it comes later."""
+    """Whether something is written where a value, as a buffer, holds nothing yet: the memory is added to it later."""
     if value.name not in SCATTERS or memory.carried[value.number].count == value.numel:
         return False
     places = places_in(memory.graph, value, value.args[SCATTERS[value.name][-1]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue
@@ -22,6 +23,7 @@ from depthscope.probes.reading.operations import (
 )  # fmt: skip
 
 MOST_CANDIDATES = 14
+MOST_FIRST = 6  # of each kind that may hold streams
 FIRST_VALUES = (
     "mm",
     "addmm",
@@ -170,17 +172,15 @@ def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int, int, int]]:
     found: list[tuple[TracedValue, int, int, int]] = []
     # What a weight made, its axis of features, and into how many parts this is taken apart, by what is viewed of it.
     made: dict[int, tuple[TracedValue, int, int]] = {}
+    first: Counter[bool] = Counter()  # by whether it is an image
     for value in _tensors(graph):
         is_image = value.name == "convolution"
         if (value.name in FIRST_VALUES or is_image) and len(value.shape) > 1:
-            if (
-                len({origin for origin, *_ in made.values() if (origin.name == "convolution") is is_image})
-                > 5
-            ):
-                if not is_image:
-                    break
-                continue
-            made[value.number] = value, 1 if is_image else len(value.shape) - 1, 1
+            first[is_image] += 1
+            if first[False] > MOST_FIRST:
+                break
+            if first[is_image] <= MOST_FIRST:
+                made[value.number] = value, 1 if is_image else len(value.shape) - 1, 1
             continue
         passes = only_moves(value) or value.name == "add"
         known = made.get(value.parents[0].number) if value.parents and passes else None
