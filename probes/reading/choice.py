@@ -389,11 +389,8 @@ def _after_spread(memory: Memory) -> Memory:
         if memory.root.number not in memory.back([memory.end], {number}):
             break  # nothing comes around it
         later = memory.graph.later(values[number])
-        joins = (
-            values[n]
-            for n in trunk
-            if later[n] and not all(later[p.number] for p in memory.inside(values[n]))
-        )
+        after = (values[n] for n in trunk if later[n] and n > number)
+        joins = [of for of in after if not all(later[p.number] for p in memory.inside(of))]
         is_added = all(of.name in SUMS and memory.carried[of.number].count > memory.count for of in joins)
         if is_added and all(number in memory.back([end]) for end in ends):
             start = replace(memory.start, root=values[number], numbers=memory.carried[number])

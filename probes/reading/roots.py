@@ -17,6 +17,7 @@ from depthscope.probes.reading.operations import (
     PRODUCTS,
     TURNS,
     VIEWS,
+    ZEROS,
     addends,
     only_moves,
     spreads,
@@ -128,7 +129,7 @@ class _Sums:
                 made_of or operands,
                 key=lambda p: (self._merges[p.number], p.numel, -self._root[p.number].number),
             ), False
-        added = [p for p in dict.fromkeys(addends(value)) if p in operands]
+        added = [p for p in dict.fromkeys(addends(value)) if p in operands and p.name not in ZEROS]
         if len(added) < 2:
             return (added[0] if added else None), False
         depending = [a for a in added if any(self._is_added(a, b) for b in added)]
@@ -192,10 +193,18 @@ def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int, int, int]]:
             made[value.number] = known
         elif more := _takes_apart(value, at, width):
             made[value.number] = origin, axis, parts * more  # of streams, and of fractions of each
-            found.append((*made[value.number], width // more))
-            if width < more**2:  # the fewer are the streams
-                found.append((origin, axis, parts * (width // more), 1))
+            found += _as_streams(*made[value.number], more)
     return list(dict.fromkeys(found))[:12]
+
+
+def _as_streams(
+    origin: TracedValue, axis: int, parts: int, more: int
+) -> Iterator[tuple[TracedValue, int, int, int]]:
+    """The parts of an axis as its streams; or the places of each of the ``more`` last ones, where they are fewer."""
+    width = origin.shape[axis] // parts
+    yield origin, axis, parts, width
+    if width < more:
+        yield origin, axis, parts // more * width, 1
 
 
 def _tensors(graph: Graph) -> Iterator[TracedValue]:
