@@ -39,11 +39,8 @@ LAYERS = names("linear convolution") | {*MATRICES}
 REDUCES = names("sum mean")
 # What is linear in one operand and mixes it along an axis: the positions of that operand.
 SOLVES = {"_linalg_solve_ex": 1, "linalg_solve_triangular": 1, "triangular_solve": 0, "cholesky_solve": 0}
-# Attention mixes its values, also those of earlier depths, with weights that it hands on to nobody.
-ATTENTIONS = names(
-    "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention "
-    "_scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable"
-)
+# Attention mixes its values, which may be those of earlier depths; kernels that take half precision alone cannot be run again.
+ATTENTIONS = names("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention")
 MIXED_ALONG = {
     **dict.fromkeys(ATTENTIONS, 2),
     **dict.fromkeys((*REDUCES, *TURNS, "cumsum", "convolution"), 0),
