@@ -521,11 +521,13 @@ def _is_condition(memory: Memory) -> bool:
     """Whether a memory begins with what is spread over something larger of the input, as gates that a condition gives."""
     graph, root = memory.graph, memory.root
     for number in memory.trunk:
-        value, spread = graph.values[number], memory.carried[number].count > memory.count
-        if spread and value.name in SUMS and not memory.depth[number]:
-            added = (v for v in addends(value) if v.numel > memory.count and not graph.depends(v, root))
-            if any(map(graph.depends_on_input, added)):
-                return True
+        value = graph.values[number]
+        if value.name not in SUMS or memory.depth[number]:
+            continue
+        least = min(graph.values[n].numel for n in memory.back([value]))  # before it was spread
+        others = (v for v in addends(value) if not memory.holds(v) and least < v.numel == value.numel)
+        if any(graph.depends_on_input(v) and not graph.depends(v, root) for v in others):
+            return True
     return False
 
 

@@ -15,6 +15,7 @@ from depthscope.probes.reading.operations import (
     MOST_STREAMS,
     PARTS,
     PRODUCTS,
+    SCATTERS,
     TURNS,
     VIEWS,
     ZEROS,
@@ -129,7 +130,8 @@ class _Sums:
                 made_of or operands,
                 key=lambda p: (self._merges[p.number], p.numel, -self._root[p.number].number),
             ), False
-        added = [p for p in dict.fromkeys(addends(value)) if p in operands and p.name not in ZEROS]
+        empty = ZEROS if value.name in SCATTERS else ()  # as a buffer, before anything is written into it
+        added = [p for p in dict.fromkeys(addends(value)) if p in operands and p.name not in empty]
         if len(added) < 2:
             return (added[0] if added else None), False
         depending = [a for a in added if any(self._is_added(a, b) for b in added)]

@@ -20,17 +20,16 @@ def after_spread(memory: Memory) -> Memory:
     first = min(memory.writes.keys() & trunk, default=0)
     wide = [n for n in sorted(trunk) if n < first and memory.carried[n].count > memory.count]
     ends = [memory.end, *(read for branch in branches_of(memory) for read in branch.reads)] if wide else []
-    for number in reversed(wide):
-        if memory.root.number not in memory.back([memory.end], {number}):
-            break  # nothing comes around it
-        later = memory.graph.later(values[number])
-        after = (values[n] for n in trunk if later[n] and n > number)
-        joins = [of for of in after if not all(later[p.number] for p in memory.inside(of))]
-        is_added = all(of.name in SUMS and memory.carried[of.number].count > memory.count for of in joins)
-        if is_added and all(number in memory.back([end]) for end in ends):
-            start = replace(memory.start, root=values[number], numbers=memory.carried[number])
-            again = without_forks(memory.graph, start)
-            return again if again.num_writes == memory.num_writes else memory
+    number = next((n for n in wide if all(n in memory.back([end]) for end in ends)), None)
+    if number is None or memory.root.number not in memory.back([memory.end], {number}):
+        return memory  # nothing comes around it
+    later = memory.graph.later(values[number])
+    after = (values[n] for n in trunk if later[n] and n > number)
+    joins = [of for of in after if not all(later[p.number] for p in memory.inside(of))]
+    if all(of.name in SUMS and memory.carried[of.number].count > memory.count for of in joins):
+        start = replace(memory.start, root=values[number], numbers=memory.carried[number])
+        again = without_forks(memory.graph, start)
+        return again if again.num_writes == memory.num_writes else memory
     return memory
 
 
