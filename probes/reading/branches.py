@@ -8,14 +8,16 @@ from itertools import pairwise
 
 import numpy as np
 
-from depthscope.probes.reading.carrying import Rules, transposed
+from depthscope.probes.reading.carrying import places_in, transposed
 from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, TracedValue, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
+    ADDING,
     MOST_STREAMS,
     PRODUCTS,
     SAME,
+    SCATTERS,
     SUMS,
     VIEWS,
     addends,
@@ -196,6 +198,8 @@ def _way(memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int
     while True:
         value, _, numbers = way[-1]
         back, coefficient = _before(memory, value, gates)
+        if back is None:
+            back = _before_written(memory, value, numbers)
         if back is not None:
             before = _before_step(memory, value, back, numbers)
         else:
@@ -203,7 +207,7 @@ def _way(memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int
         if (
             back is None
             or before is None
-            or memory.holds(back)
+            or _is_held(memory, back, before)
             or not memory.graph.depends(back, memory.root)
         ):
             break
@@ -243,10 +247,26 @@ def _before_step(memory: Memory, after: TracedValue, before: TracedValue, number
         return numbers.reshape(before.shape)
     if after.name in ("transpose", "t"):
         return transposed(numbers, after)
-    first = Numbers.first(before.shape)
-    carried = {before.number: first}
-    moved = Rules(memory.graph, carried, functions=False, may_join=lambda piece, model: False).numbers(after)
+    moved = places_in(memory.graph, after, before)
     return None if moved is None else _inverted(moved.dense(), numbers.dense(), before)
+
+
+def _is_held(memory: Memory, value: TracedValue, numbers: Numbers) -> bool:
+    """Whether the memory holds what has numbers of a value, of which the rest may be a buffer."""
+    own = memory.carried.get(value.number)
+    if own is None or own.count == value.numel:
+        return own is not None
+    return bool((own.dense()[numbers.dense() != NOTHING] != NOTHING).any())
+
+
+def _before_written(memory: Memory, value: TracedValue, numbers: Numbers) -> TracedValue | None:
+    """What was written into a value, if nothing else of it has numbers."""
+    if value.name not in SCATTERS or value.name in ADDING:
+        return None
+    put = value.args[SCATTERS[value.name][-1]]
+    places = places_in(memory.graph, value, put)
+    alone = places is not None and not (numbers.dense()[places.dense() == NOTHING] != NOTHING).any()
+    return put if alone else None
 
 
 def _without_new_axes(numbers: Numbers, shape: tuple[int, ...]) -> Numbers | None:

@@ -16,6 +16,7 @@ import torch
 from depthscope.probes.reading.graph import Graph, TracedValue, filled, values_in
 from depthscope.probes.reading.numbers import NOTHING, Numbers, joined
 from depthscope.probes.reading.operations import (
+    ADDING,
     FUNCTIONS,
     JOINS,
     MATRICES,
@@ -33,6 +34,7 @@ from depthscope.probes.reading.operations import (
     centred,
     factors,
     is_along_features,
+    linear_in,
     mixed_axes,
     only_moves,
     part_of,
@@ -90,7 +92,7 @@ class Rules:
             return None  # an operation that does not take numbers, as one of another kind of tensor
 
     def _inside(self, value: TracedValue) -> list[TracedValue]:
-        return [parent for parent in value.parents if parent.number in self._carried]
+        return [operand for operand in linear_in(value) if operand.number in self._carried]
 
     def _of(self, argument: Any) -> Numbers | None:
         return self._carried.get(argument.number) if isinstance(argument, TracedValue) else None
@@ -196,12 +198,19 @@ class Rules:
             return None
         if self._holds_nothing(piece):
             return Numbers(array=np.full(piece.shape, NOTHING))
-        if value.name == "stack":
+        if value.name == "stack" or (piece.shape == model.shape and self._is_stacked(value, axis)):
             return model
         if self._growth is not None:
             return self._growth.further(model, axis, piece.shape[axis])
         one = model.collapsed([axis])
         return None if one is None else one.expand(piece.shape)
+
+    def _is_stacked(self, value: TracedValue, axis: int) -> bool:
+        """Whether pieces of one shape are joined along an axis that is taken apart into them at once."""
+        pieces = list(values_in(value.args[0]))
+        apart = (*value.shape[:axis], len(pieces), value.shape[axis] // len(pieces), *value.shape[axis + 1 :])
+        takers = self._graph.takers(value)
+        return bool(takers) and all(of.name in VIEWS and of.shape == apart for of in takers)
 
     def _holds_nothing(self, piece: TracedValue) -> bool:
         """Whether a piece is zeros, or a part of the memory into which nothing was written yet."""
@@ -225,9 +234,7 @@ class Rules:
             return under
         beneath = under.dense() if under is not None else np.full(value.shape, NOTHING)
         put = self._put(value, source, beneath, given.dense())
-        adds = value.name in ("index_add", "scatter_add") or (
-            len(value.args) > 3 and value.name == "index_put" and value.args[3]
-        )
+        adds = value.name in ADDING or (len(value.args) > 3 and value.name == "index_put" and value.args[3])
         if not adds:
             return Numbers.of(put)
         found, old = Numbers.of(put), Numbers.of(beneath)
@@ -253,6 +260,12 @@ class Rules:
     def _function(self, value: TracedValue) -> Numbers | None:
         alone = self._functions and value.item == 0 and len(self._inside(value)) == 1
         return self._of(value.args[0]) if alone else None
+
+
+def places_in(graph: Graph, value: TracedValue, operand: TracedValue) -> Numbers | None:
+    """Which elements of an operand lie where in what an operation gives."""
+    carried = {operand.number: Numbers.first(operand.shape)}
+    return Rules(graph, carried, functions=False, may_join=lambda piece, model: False).numbers(value)
 
 
 def _part(own: Numbers, value: TracedValue) -> Numbers:

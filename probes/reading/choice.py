@@ -55,7 +55,13 @@ from depthscope.probes.reading.roots import (
     with_further_beginnings,
 )
 from depthscope.probes.reading.states import has_feature_axis
-from depthscope.probes.reading.tracks import tracks, with_streams_apart, with_unread_streams
+from depthscope.probes.reading.tracks import (
+    after_spread,
+    tracks,
+    with_streams_apart,
+    with_unread_streams,
+    without_local_sums,
+)
 
 LEAST_SHARE = 0.002  # of the weights
 MOST_FURTHER = 24
@@ -111,8 +117,9 @@ def memories(graph: Graph) -> list[Memory]:
             replace(of, memory=without_inner(of.memory, merge)) if merge else of
             for of, merge in zip(ranked, merges, strict=True)
         ]
-    first_memory = _after_first_norm(_with_picked_tokens(_with_empty_streams(best)))
-    for track in tracks(with_unread_streams(_between_expansions(_with_hidden_sums(first_memory)))):
+    first_memory = _after_first_norm(_with_picked_tokens(after_spread(_with_empty_streams(best))))
+    first_memory = without_local_sums(_with_hidden_sums(first_memory))
+    for track in tracks(with_unread_streams(_between_expansions(first_memory))):
         taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
@@ -273,7 +280,9 @@ def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:
 def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
     """Whether all that is added to one of two memories lies inside of a branch of the other one."""
     for (inner, _), (outer, branches) in ((one, other), (other, one)):
-        first = graph.values[min(inner.writes.keys() & inner.trunk)]
+        if not (writes := inner.writes.keys() & inner.trunk):
+            continue  # its sums alone are on the way to its end, as where all are products of joined values
+        first = graph.values[min(writes)]
         if graph.depends(first, outer.root) and any(
             graph.depends(b.source, inner.end) and graph.depends(first, b.read) for b in branches
         ):
@@ -344,6 +353,7 @@ def _between_expansions(memory: Memory) -> Memory:
         if (
             number not in memory.trunk
             or len(born) < 2 - is_begin
+            or any(memory.carried[of.number].count <= memory.count for of in memory.after(join))  # a sum
             or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken)
         ):
             continue
@@ -407,10 +417,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
             roots += [of for of in _norms_after(plain) if of not in roots][:2]
     for start in (
-        *[
-            start_with_streams(root, axis, streams, root.shape[axis] // streams)
-            for root, axis, streams in folded_beginnings(graph)
-        ],
+        *(start_with_streams(*of) for of in folded_beginnings(graph)),
         *_with_streams(found),
         *starts_that_grow([of.memory for of in found]),
     ):
@@ -418,6 +425,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
+    found = [of for of in found if not _is_condition(of.memory)] or found
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     sums = max((of.share for of in found if of.memory.num_writes > 1 and not of.grows), default=0)
     found = [of for of in found if not of.grows or (of.memory.num_writes > 1 and sums < of.share / 2)]
@@ -511,6 +519,20 @@ def _differs_between_streams(numbers: Numbers, shape: tuple[int, ...]) -> bool:
     """Whether what has a shape, and is added to a memory, is another for each of its streams along an axis of these."""
     for axis in range(-len(shape), 0):
         if shape[axis] > 1 and numbers.collapsed([len(numbers.shape) + axis]) is not None:
+            return True
+    return False
+
+
+def _is_condition(memory: Memory) -> bool:
+    """Whether a memory begins with what is spread over something larger of the input, as gates that a condition gives."""
+    graph, root = memory.graph, memory.root
+    for number in memory.trunk:
+        value = graph.values[number]
+        if value.name not in SUMS or memory.depth[number]:
+            continue
+        least = min(graph.values[n].numel for n in memory.back([value]))  # before it was spread
+        others = (v for v in addends(value) if not memory.holds(v) and least < v.numel == value.numel)
+        if any(graph.depends_on_input(v) and not graph.depends(v, root) for v in others):
             return True
     return False
 

@@ -257,7 +257,7 @@ class _Life:
             alive = [other for other in alive if self.last[other.number] > number]
             alive.append(memory.graph.values[number])
             if size_of(memory, alive) == size_of(memory, following) and all(
-                value.number in streams and memory.root in memory.line(value) and memory.is_whole(value)
+                value.number in streams and not memory.depth[value.number] and memory.is_whole(value)
                 for value in alive
             ):
                 found = alive  # the latest ones: before that the first value itself may wait to be scaled once more

@@ -10,19 +10,21 @@ from typing import Any
 
 import numpy as np
 
-from depthscope.probes.reading.carrying import Carried, Growth, MayJoin, Rules
+from depthscope.probes.reading.carrying import Carried, Growth, MayJoin, Rules, places_in
 from depthscope.probes.reading.graph import PARAMETER, Graph, TracedValue, walk
-from depthscope.probes.reading.numbers import Numbers
+from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
     JOINS,
     MIXES,
     MOVES,
     PRODUCTS,
+    SCATTERS,
     SUMS,
     addends,
     centred,
     is_statistic,
+    linear_in,
     only_moves,
 )  # fmt: skip
 
@@ -100,7 +102,7 @@ class Memory:
         """The values of the memory that a value of it carries on."""
         if value is self.root or value.number in self.born or value.number in self.start.others:
             return []
-        return [parent for parent in value.parents if parent.number in self.carried]
+        return [operand for operand in linear_in(value) if operand.number in self.carried]
 
     def line(self, value: TracedValue) -> Iterator[TracedValue]:
         """A value and, the latest first, those that it is carried from, as far as each is carried from one alone."""
@@ -294,9 +296,18 @@ def _note_write(memory: Memory, value: TracedValue, inside: list[TracedValue]) -
         _note_pieces(memory, value, inside)
         return
     new = [v for v in addends(value) if not memory.holds(v) and memory.graph.depends(_put(v), memory.root)]
-    if new and not memory.passes_function(value):
+    if new and not memory.passes_function(value) and not _fills_empty_places(memory, value):
         memory.writes[value.number] = new
         memory.depth[value.number] += 1
+
+
+def _fills_empty_places(memory: Memory, value: TracedValue) -> bool:
+    """Whether something is written where a value, as a buffer, holds nothing yet: the memory is added to it later."""
+    if value.name not in SCATTERS or memory.carried[value.number].count == value.numel:
+        return False
+    places = places_in(memory.graph, value, value.args[SCATTERS[value.name][-1]])
+    held = memory.carried[value.number].dense()
+    return places is not None and bool((held[places.dense() != NOTHING] == NOTHING).all())
 
 
 def _put(value: TracedValue) -> TracedValue:
@@ -328,11 +339,24 @@ def without_forks(graph: Graph, start: Start) -> Memory:
     for _ in range(7):
         forks = {number for number in memory.trunk if _is_fork(memory, graph.values[number])}
         forks |= {n for n in memory.carried.keys() - memory.trunk if _is_part(memory, graph.values[n])}
+        forks |= _sums_around_norms(memory)
         if not forks:
             break
         start = replace(start, banned=start.banned | forks)
         memory = follow(graph, start)
     return memory
+
+
+def _sums_around_norms(memory: Memory) -> set[int]:
+    """What branches read of several values of which some came through a norm on the way of the memory and others did not."""
+    found, passed = set[int](), dict[int, int]()  # through how many norms each value came
+    for number in sorted(memory.carried) if memory.start.functions else ():
+        value = memory.graph.values[number]
+        before = [passed[of.number] for of in memory.inside(value)]
+        passed[number] = max(before, default=0) + (number in memory.trunk and memory.passes_function(value))
+        if len(set(before)) > 1 and number not in memory.trunk:
+            found.add(number)
+    return found
 
 
 def _is_part(memory: Memory, value: TracedValue) -> bool:

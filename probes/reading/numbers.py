@@ -117,6 +117,8 @@ class Numbers:
         """How many elements are of the memory."""
         if self.array is not None:
             return int((self.array >= 0).sum())
+        if self.offset <= _HOLE // 2:  # one place was taken, which holds nothing
+            return 0
         return math.prod(int((axis > _HOLE // 2).sum()) for axis in self.axes)
 
     @cached_property
@@ -124,6 +126,8 @@ class Numbers:
         """How many elements of the first value they are."""
         if self.array is not None:
             return len(np.unique(self.array[self.array >= 0]))
+        if not self.count:
+            return 0
         return math.prod(len(np.unique(axis[axis > _HOLE // 2])) for axis in self.axes)
 
     @cached_property

@@ -39,6 +39,7 @@ SCATTERS: dict[str, tuple[int, ...]] = {
     "index_add": (0, 3), "index_copy": (0, 3), "scatter_add": (0, 3), "scatter": (0, 3), "index_put": (0, 2),
     "slice_scatter": (0, 1), "select_scatter": (0, 1), "patch": (0, 1), "copy": (1,), "masked_scatter": (0, 2),
 }  # fmt: skip
+ADDING = names("index_add scatter_add")  # of these, what adds to what was there
 PRODUCTS: dict[str, tuple[int, ...]] = {"mul": (0, 1), "div": (0,), "native_dropout": (0, 1)}
 MATRICES: dict[str, tuple[int, int]] = {
     "mm": (0, 1), "bmm": (0, 1), "matmul": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2), "mv": (0, 1), "dot": (0, 1),
@@ -48,8 +49,19 @@ LAYERS = names("linear convolution") | {*MATRICES}
 REDUCES = names("sum mean")
 # What is linear in one operand and mixes it along an axis: the positions of that operand.
 SOLVES = {"_linalg_solve_ex": 1, "linalg_solve_triangular": 1, "triangular_solve": 0, "cholesky_solve": 0}
-MIXED_ALONG = {**dict.fromkeys((*REDUCES, *TURNS, "cumsum", "convolution"), 0), **SOLVES}
-MIXES = names("convolution cumsum") | {*MATRICES, *REDUCES, *SOLVES}  # of what a memory carries: its streams
+# Attention mixes its values, which may be those of earlier depths; kernels that take half precision alone cannot be run again.
+ATTENTIONS = names("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention")
+MIXED_ALONG = {
+    **dict.fromkeys(ATTENTIONS, 2),
+    **dict.fromkeys((*REDUCES, *TURNS, "cumsum", "convolution"), 0),
+    **SOLVES,
+}
+MIXES = names("convolution cumsum") | {
+    *MATRICES,
+    *REDUCES,
+    *SOLVES,
+    *ATTENTIONS,
+}  # of what a memory carries: its streams
 JOINS = names("cat stack")
 ZEROS = names("zeros zeros_like new_zeros empty empty_like new_empty")
 # Norms and activations: they may lie on the way of the memory itself, as in post-norm blocks.
@@ -77,12 +89,19 @@ def only_moves(value: TracedValue) -> bool:
     return value.name in SAME or value.name in MOVES
 
 
+def linear_in(value: TracedValue) -> list[TracedValue]:
+    """The operands that an operation may carry: of attention its values, for given queries and keys."""
+    return [value.args[2]] if value.name in ATTENTIONS else list(value.parents)
+
+
 def mixed_axes(value: TracedValue) -> list[int] | None:
     """Along which axes one of `MIXED_ALONG` mixes its operand; None where it adds something, or gives something else."""
     args, of = value.args, value.args[MIXED_ALONG[value.name]]
     rank = len(of.shape)
     if value.name == "convolution":
         return None if args[2] is not None else [1, *_mixed_places(value)]
+    if value.name in ATTENTIONS:
+        return [rank - 2] if value.item == 0 else None
     if value.name in SOLVES:
         is_vector = len(args[1 - SOLVES[value.name]].shape) > rank
         axes = [rank - (1 if is_vector or not value.kwargs.get("left", True) else 2)]

@@ -205,8 +205,8 @@ class WeightCoverage:
     def _between(self, carried: set[int]) -> set[TracedValue]:
         """The weights of branches, and of the coefficients with which the memory is mixed, read and written."""
         memory, values = self.memory, self.graph.values
-        taken = (p for number in carried - memory.begins for p in values[number].parents)
-        ends = [p for p in taken if not memory.holds(p)]
+        steps = (values[number] for number in carried - memory.begins)
+        ends = [p for of in steps for p in set(of.parents).difference(memory.inside(of))]
         ends += [values[number] for number in memory.born & carried]
         ends += [branch.source for branch in self.branches]
         marks = self.graph.earlier(ends, carried - memory.born)

@@ -13,6 +13,7 @@ import torch
 from depthscope.probes.reading.graph import ReadingError, TracedValue, names, values_in, walk
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
+    ATTENTIONS,
     JOINS,
     MATRICES,
     MIXED_ALONG,
@@ -251,6 +252,8 @@ class Replays:
         box = self.box(value)
         known = self._states
         if any(not known.memory.holds(v) and v.number not in known.linked for v in addends(value)):
+            return False
+        if value.name in ATTENTIONS:  # their kernels take as many features of the values as of the keys
             return False
         if value.name in MATRICES:
             return all(box.cut(axis) is None for axis in range(len(value.shape) - 2))

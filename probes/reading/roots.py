@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
@@ -19,8 +20,10 @@ from depthscope.probes.reading.operations import (
     PARTS,
     PRODUCTS,
     SAME,
+    SCATTERS,
     TURNS,
     VIEWS,
+    ZEROS,
     addends,
     only_moves,
     spreads,
@@ -28,6 +31,7 @@ from depthscope.probes.reading.operations import (
 from depthscope.probes.reading.states import feature_axis
 
 MOST_CANDIDATES = 14
+MOST_FIRST = 6  # of each kind that may hold streams
 # Of what weights made, or the model was called with.
 FIRST_VALUES = ("mm", "addmm", "linear", "embedding", "bmm", LEAF)
 FEW_STREAMS = 4  # of a parameter that mixes them; what is larger is taken for the weight of a layer here, and looked at later
@@ -127,7 +131,8 @@ class _Sums:
                 made_of or operands,
                 key=lambda p: (self._merges[p.number], p.numel, -self._root[p.number].number),
             ), False
-        added = [p for p in dict.fromkeys(addends(value)) if p in operands]
+        empty = ZEROS if value.name in SCATTERS else ()  # as a buffer, before anything is written into it
+        added = [p for p in dict.fromkeys(addends(value)) if p in operands and p.name not in empty]
         if len(added) < 2:
             return (added[0] if added else None), False
         depending = [a for a in added if any(self._is_added(a, b) for b in added)]
@@ -163,22 +168,23 @@ class _Sums:
         return a is not b and self._root[b.number] is not root and self._graph.depends(b, root)
 
 
-def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int, int]]:
-    """Values that may hold streams from the beginning: the axis of the features, which is taken apart later, and how many."""
-    found: list[tuple[TracedValue, int, int]] = []
+def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int, int, int]]:
+    """Values that may hold streams from the beginning: the axis of the features, which is taken apart later; how many.
+
+    Last is how many places of the axis each stream takes in a row.
+    """
+    found: list[tuple[TracedValue, int, int, int]] = []
     # What a weight made, its axis of features, and into how many parts this is taken apart, by what is viewed of it.
     made: dict[int, tuple[TracedValue, int, int]] = {}
+    first: Counter[bool] = Counter()  # by whether it is an image
     for value in _tensors(graph):
         is_image = value.name == "convolution"
         if (value.name in FIRST_VALUES or is_image) and len(value.shape) > 1:
-            if (
-                len({origin for origin, *_ in made.values() if (origin.name == "convolution") is is_image})
-                > 5
-            ):
-                if not is_image:
-                    break
-                continue
-            made[value.number] = value, 1 if is_image else len(value.shape) - 1, 1
+            first[is_image] += 1
+            if first[False] > MOST_FIRST:
+                break
+            if first[is_image] <= MOST_FIRST:
+                made[value.number] = value, 1 if is_image else len(value.shape) - 1, 1
             continue
         passes = only_moves(value) or value.name == "add"
         known = made.get(value.parents[0].number) if value.parents and passes else None
@@ -190,8 +196,18 @@ def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int, int]]:
             made[value.number] = known
         elif more := _takes_apart(value, at, width):
             made[value.number] = origin, axis, parts * more  # of streams, and of fractions of each
-            found.append(made[value.number])
+            found += _as_streams(*made[value.number], more)
     return list(dict.fromkeys(found))[:12]
+
+
+def _as_streams(
+    origin: TracedValue, axis: int, parts: int, more: int
+) -> Iterator[tuple[TracedValue, int, int, int]]:
+    """The parts of an axis as its streams; or the places of each of the ``more`` last ones, where they are fewer."""
+    width = origin.shape[axis] // parts
+    yield origin, axis, parts, width
+    if width < more:
+        yield origin, axis, parts // more * width, 1
 
 
 def _tensors(graph: Graph) -> Iterator[TracedValue]:

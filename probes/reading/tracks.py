@@ -1,14 +1,58 @@
-"""Which parts of a memory are memories of their own? Tracks that are never mixed again, a part of the depth with streams."""
+"""Which parts of a memory are memories of their own? Tracks that are never mixed again, a part of the depth with streams.
+
+And which sums are none of its states?
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from depthscope.probes.reading.branches import branches_of
-from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.branches import Branch, branches_of
+from depthscope.probes.reading.graph import Graph, TracedValue, walk
 from depthscope.probes.reading.memory import Memory, Start, start_of, without_forks, without_inner
-from depthscope.probes.reading.operations import JOINS, MOST_STREAMS, moved
+from depthscope.probes.reading.operations import JOINS, MOST_STREAMS, SUMS, moved
+
+
+def after_spread(memory: Memory) -> Memory:
+    """The memory from where its first value is spread over streams, if that is added to all of these again, as in a loop."""
+    values, trunk = memory.graph.values, memory.trunk
+    first = min(memory.writes.keys() & trunk, default=0)
+    wide = [n for n in sorted(trunk) if n < first and memory.carried[n].count > memory.count]
+    ends = [memory.end, *(read for branch in branches_of(memory) for read in branch.reads)] if wide else []
+    number = next((n for n in wide if all(n in memory.back([end]) for end in ends)), None)
+    if number is None or memory.root.number not in memory.back([memory.end], {number}):
+        return memory  # nothing comes around it
+    later = memory.graph.later(values[number])
+    after = (values[n] for n in trunk if later[n] and n > number)
+    joins = [of for of in after if not all(later[p.number] for p in memory.inside(of))]
+    if all(of.name in SUMS and memory.carried[of.number].count > memory.count for of in joins):
+        start = replace(memory.start, root=values[number], numbers=memory.carried[number])
+        again = without_forks(memory.graph, start)
+        return again if again.num_writes == memory.num_writes else memory
+    return memory
+
+
+def without_local_sums(memory: Memory) -> Memory:
+    """The memory without sums of a state that one branch alone reads: what is added there is a part of that branch."""
+    branches, local, readers = branches_of(memory), dict[int, Branch](), dict[int, set[int]]()
+    for at, branch in enumerate(branches):
+        for read in (branch.read, *branch.reads):
+            readers.setdefault(read.number, set()).add(at)
+    for branch in branches:
+        found = set[int]()
+        if not all(of.number in memory.trunk for write in branch.writes for of in memory.inside(write)):
+            continue  # it is the next state of a side track
+        for value in walk(branch.writes, lambda of: filter(memory.holds, memory.graph.takers(of))):
+            found |= {-1} if value.number in memory.trunk else readers.get(value.number, set())
+            if len(found) > 1 or -1 in found:
+                break
+        else:
+            local |= {write.number: branches[next(iter(found))] for write in branch.writes if found}
+    chained = any(write.number in local for reader in local.values() for write in reader.writes)
+    if not local or chained or memory.num_writes < 2:  # sums that follow one another are the states
+        return memory
+    return without_inner(memory, set(local))
 
 
 def with_unread_streams(memory: Memory) -> Memory:

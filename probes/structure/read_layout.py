@@ -29,7 +29,10 @@ def read_layout(memory: MemoryReading, numbers: Numbers, sequences: SequenceAxis
     if named is None:
         return _shuffled_layout(numbers.dense(), parts)
     flat = [letter for axis in named for letter in axis]
-    if len(set(flat)) < len(flat) or "D" not in flat:
+    merged = any(
+        len(set(axis) - set("BNF")) > 1 for axis in named
+    )  # tokens with features: no size tells them apart
+    if len(set(flat)) < len(flat) or "D" not in flat or merged:
         return ""
     return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in named)
 
