@@ -103,6 +103,9 @@ class MemoryReading:
     weights: Mapping[
         str, float
     ]  # shares of the parameters that reach the output: before, branches, head, elsewhere
+    mixed_for_head: str = (
+        ""  # where the head's sum of its last state and earlier ones ends, if the head alone reads one
+    )
     grows: bool = False  # whether each branch adds features of its own to those before, as in DenseNet
     casts: tuple[
         torch.dtype, ...

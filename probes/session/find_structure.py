@@ -132,6 +132,9 @@ class StructureFinder:
         }
         is_named = self.options.blocks is not None
         self._unread += [] if is_named else self._further_states(read)
+        if read and (path := read[-1].mixed_for_head):
+            why = f"the head reads a weighted sum of the last state and of earlier ones, made in {path}, which is not measured"
+            self._unread.append(LeftOut("weights over depth", 0, "", 0.0, why))
         parts = not_covered(self.graph, self.model, chains, read, others=others, named=is_named)
         unread = {part.module: part for part in self._unread}
         reasons = [unread.pop(part.module).why if part.module in unread else part.why for part in parts]
