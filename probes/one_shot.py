@@ -200,10 +200,13 @@ def _measure_batch(
 
 
 def _with_gradients(batch: Any) -> Any:
-    """The batch with aliases of its floating leaves that require gradients, so that the first state has one too."""
+    """The batch with copies of its floating leaves that require gradients, so that the first state has one too."""
     if isinstance(batch, torch.Tensor):
-        # An alias, since the flag would stay on the user's tensor; one with a history of its own carries a gradient already.
-        return batch.detach().requires_grad_() if batch.is_floating_point() and batch.is_leaf else batch
+        # A copy, since the flag would stay on the user's tensor, and no leaf, which a model that writes into its input may not
+        # write into; one with a history of its own carries a gradient already.
+        return (
+            batch.detach().requires_grad_().clone() if batch.is_floating_point() and batch.is_leaf else batch
+        )
     if isinstance(batch, Mapping):
         # A mask that requires gradients would switch fused attention off.
         masks = {name for name in batch if "mask" in str(name)}

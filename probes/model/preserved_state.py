@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +17,11 @@ MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Restore the random states, the buffers and the training flags of a model after a forward of our own."""
+    """Restore the random states, the buffers and the training flags of a model after a forward of our own.
+
+    Of a module whose buffers it wrote, also the attributes: a cache of positions whose buffer is put back, and whose length
+    stays, would be read as if it were filled.
+    """
     modules = all_modules(model)
     buffers = [
         (module, name, buffer)
@@ -31,6 +34,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     # The devices of the model only: by default fork_rng takes every device, and warns where there are several.
     devices = sorted({p.device.index or 0 for p in own_parameters(modules) if p.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)
+    noted, given = {module: _Attributes(module) for module, *_ in buffers}, dict[int, int]()
     with torch.random.fork_rng(devices=devices):
         try:
             # The forward gets copies to write into: a write raises a buffer's version counter, even one that puts the
@@ -39,9 +43,13 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
             for module, name, buffer in buffers:
                 if not buffer.is_meta:
                     module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
+            given |= {number: _version(copy) for number, copy in copies.items()}
             yield
         finally:
             for module, name, buffer in buffers:
+                now, copy = module._buffers.get(name), copies.get(id(buffer))
+                if copy is not None and (now is not copy or _version(copy) != given.get(id(buffer))):
+                    noted[module].restore()
                 module._buffers[name] = buffer
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
@@ -53,28 +61,40 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def preserved_attributes(model: nn.Module) -> Iterator[None]:
     """Restore what a forward of our own notes in the attributes of modules: counters, caches, the lists and dicts in them."""
-    before = [(module, dict(vars(module)), _contents(module)) for module in all_modules(model)]
+    before = [_Attributes(module) for module in all_modules(model)]
     try:
         yield
     finally:
-        for module, attributes, contents in before:
-            entries = vars(module)
-            for name in entries.keys() - attributes.keys():
-                del entries[name]
-            entries.update(attributes)
-            for container, content in contents:
-                if isinstance(container, list):
-                    container[:] = content
-                else:
-                    container.clear()
-                    container.update(content)
+        for of in before:
+            of.restore()
 
 
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The lists, dicts and sets among a module's own attributes, each with a copy."""
-    return [
-        (value, value.copy())
-        for name, value in vars(module).items()
-        # Not those of `nn.Module` itself: hooks come and go, and `preserved_state` restores the buffers.
-        if type(value) in (list, dict, set) and name not in MODULE_ATTRIBUTES
-    ]
+def _version(tensor: torch.Tensor) -> int:
+    """How often a tensor was written; −1 where PyTorch does not count it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class _Attributes:
+    """The attributes of a module, and what is in the lists, dicts and sets among them."""
+
+    def __init__(self, module: nn.Module):
+        self._module, self._values = module, dict(vars(module))
+        self._contents = [
+            (value, value.copy())
+            for name, value in vars(module).items()
+            # Not those of `nn.Module` itself: hooks come and go, and `preserved_state` restores the buffers.
+            if type(value) in (list, dict, set) and name not in MODULE_ATTRIBUTES
+        ]
+
+    def restore(self) -> None:
+        """Put them back."""
+        entries = vars(self._module)
+        for name in entries.keys() - self._values.keys():
+            del entries[name]
+        entries.update(self._values)
+        for container, content in self._contents:
+            if isinstance(container, list):
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)

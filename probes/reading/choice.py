@@ -291,11 +291,16 @@ def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
 
 
 def _with_picked_tokens(memory: Memory) -> Memory:
-    """The memory from where some of its tokens alone go on, as those that a mask leaves, if no branch was added before."""
+    """The memory from where some of its tokens alone go on, as those that a mask leaves, if no branch was added before.
+
+    Also where several parts are put together again, as of the frames of a film, whose class tokens become one.
+    """
     values = memory.graph.values
     begin = [values[n] for n in sorted(memory.trunk) if not memory.depth[n]]
-    part = next((value for value in begin if not memory.is_whole(value)), None)
-    if part is None or memory.root.number in memory.back([memory.end], {part.number}):
+    parts = [value for value in begin if not memory.is_whole(value)]
+    ends = (of for of in parts if memory.root.number not in memory.back([memory.end], {of.number}))
+    part = next(ends, None)
+    if part is None:
         return memory
     for value in memory.after(part):
         if memory.depth[value.number] or not only_moves(value):

@@ -96,6 +96,8 @@ class MemoryReading:
     error: float
     # Shares of the parameters that reach the output: before, branches, head, elsewhere
     weights: Mapping[str, float]
+    # Where the head's sum of its last state and earlier ones ends, if the head alone reads one
+    mixed_for_head: str = ""
     grows: bool = False  # whether each branch adds features of its own to those before, as in DenseNet
     # In which it is carried or branches' outputs are scaled, but for that of its first value
     casts: tuple[torch.dtype, ...] = ()

@@ -286,6 +286,9 @@ class Graph:
         if self._from_input is None:
             given = [v for v in self.values if v.kind == INPUT]
             self._from_input = self._marked(given) if given else bytearray(b"\1" * len(self.values))
+            if not any(self._from_input[output.number] for output in self.outputs):
+                # What came went through another library, as numpy, and comes back as tensors that nothing made.
+                self._from_input = self._marked([v for v in self.values if v.kind in (INPUT, CONSTANT)])
         return bool(self._from_input[value.number])
 
     def reaches_output(self, value: TracedValue) -> bool:

@@ -143,7 +143,9 @@ class _Reader:
         if found.over_depth or self.states.num_streams(found.cuts[-1]) > 1:
             self._take_own_gates()
         if found.over_depth and (plain := self._before_last_mixture()) is not None:
-            return self._instead(plain)
+            read = self._instead(plain)
+            path = self.graph.path(self.memory.end) or "the model"
+            return replace(read, mixed_for_head=path) if read.is_proven else read
         outer = without_inner(self.memory, found.inner) if found.inner else self.memory
         if outer.carried.keys() < self.memory.carried.keys():
             if not branches_of(outer) and self._inner_streams(found.cuts) > 1:

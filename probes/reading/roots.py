@@ -136,21 +136,25 @@ class _Sums:
         if len(added) < 2:
             return (added[0] if added else None), False
         depending = [a for a in added if any(self._is_added(a, b) for b in added)]
-        if value.name == "cat" and not depending and len({self._root[a.number] for a in added}) > 1:
-            return None, False
         # Where each depends on the other's root, as a gated output and a gated state do: what comes from further back.
         both = len(depending) > 1
         carrier = max(
             depending or added,
             key=lambda a: (self._merges[a.number], -self._root[a.number].number if both else 0),
         )
-        whole = self._root[carrier.number].numel >= value.numel or value.name == "cat"
-        if not depending and not whole and all(self._graph.depends_on_input(a) for a in added):
-            return (
-                None,
-                False,
-            )  # as of a block with a shortcut of its own, whose output was put together of parts
+        if not depending and self._is_put_together(value, added, carrier):
+            return None, False
         return carrier, bool(depending)
+
+    def _is_put_together(self, value: TracedValue, parts: list[TracedValue], carrier: TracedValue) -> bool:
+        """Whether a value is made of several parts, none of which was computed from another, and begins anew."""
+        root = self._root[carrier.number]
+        if value.name == "cat":
+            return len({self._root[part.number] for part in parts}) > 1
+        if value.name in SCATTERS and (root.name in SCATTERS or not (root.kind or root.parents)):
+            return True  # of an empty buffer that is filled part by part
+        # As of a block with a shortcut of its own, whose output was put together of parts.
+        return root.numel < value.numel and all(map(self._graph.depends_on_input, parts))
 
     def _is_of_layer(self, value: TracedValue) -> bool:
         if value.name == "convolution":
@@ -165,6 +169,8 @@ class _Sums:
     def _is_added(self, a: TracedValue, b: TracedValue) -> bool:
         """Whether one addend was computed from the root of the other, and not carried from it."""
         root = self._root[a.number]
+        while b.name == "copy":  # of what it was copied into nothing is left
+            b = b.parents[-1]
         return a is not b and self._root[b.number] is not root and self._graph.depends(b, root)
 
 

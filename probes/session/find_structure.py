@@ -144,6 +144,9 @@ class StructureFinder:
         }
         is_named = self.options.blocks is not None
         self._unread += [] if is_named else self._further_states(read)
+        if read and (path := read[-1].mixed_for_head):
+            why = f"the head reads a weighted sum of the last state and of earlier ones, made in {path}, which is not measured"
+            self._unread.append(LeftOut("weights over depth", 0, "", 0.0, why))
         parts = PartsLeftOut(self.graph, self.model, chains, read, others, named=is_named).found()
         unread = {part.module: part for part in self._unread}
         reasons = [unread.pop(part.module).why if part.module in unread else part.why for part in parts]
@@ -184,16 +187,19 @@ class StructureFinder:
                 if self.memories or self.graph.sides[calls[0], "input"][0].kind != INPUT:
                     raise
         if not self.memories:
-            pattern = likely_blocks(self.graph)
-            raise ChainError(
-                f"{self.rereading.reading.refused}; name the modules whose states are wanted with layers="
-                f"{pattern or 'model.layers.{i}'!r}"
-            )
+            raise ChainError(f"{self.rereading.reading.refused}{self._or_layers.replace(', or', ';')}")
         taken = self._chosen_memories()
         first = taken[0][0]
         if not first.is_plain:
             return [self._chain_with_connections(first)]
         return self._with_names(self._plain_chains(taken))
+
+    @property
+    def _or_layers(self) -> str:
+        """The advice to name blocks, with a pattern that fits the model, for a user who did not."""
+        pattern = likely_blocks(self.graph) or "model.layers.{i}"
+        named = self.options.blocks is not None
+        return "" if named else f", or name the modules whose states are wanted with layers={pattern!r}"
 
     def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[ReadChain]:
         """The chains of some plain memories, in order; further ones that cannot be read are named."""
@@ -284,7 +290,10 @@ class StructureFinder:
         chain = chain_of_calls(self.graph, calls, proof)
         value = chain.points[0].value_in(self.graph)
         assert value is not None  # it was required of the calls
-        layout = self.options.layout or shape_layout(value, self.sequences)
+        try:
+            layout = self.options.layout or shape_layout(value, self.sequences)
+        except LayoutError as error:
+            raise LayoutError(f"{error}{self._or_layers}") from None
         return ReadChain(replace(chain, layout=layout), ())
 
     # --- chains and layouts
@@ -347,7 +356,7 @@ class StructureFinder:
         if not part.chain.layout:
             raise LayoutError(
                 f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
-                "no order that a layout can name; say how they are read with layout="
+                f"no order that a layout can name; say how they are read with layout={self._or_layers}"
             )
         return part
 

@@ -384,3 +384,64 @@ def test_streams_may_begin_with_a_linear_map():
     for state, after in zip(ends, given, strict=True):
         streams = after.unflatten(0, (2, STREAMS)).transpose(1, 2)
         assert (torch.as_tensor(state) - streams).abs().max() < 1e-5
+
+
+class PutTogether(nn.Module):
+    """Blocks on a sequence that is put together in several ways, and a head on the last state or on a sum of all."""
+
+    def __init__(self, way: str):
+        super().__init__()
+        torch.manual_seed(0)
+        self.way, self.embed, self.other = (
+            way,
+            nn.Embedding(40, WIDTH),
+            nn.Parameter(torch.randn(1, 4, WIDTH)),
+        )
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.weights = nn.Parameter(torch.rand(4))
+        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
+
+    def begin(self, ids):
+        if self.way == "another library":
+            return self.embed(torch.from_numpy(ids.numpy() + 0))
+        x = self.embed(ids)
+        if self.way == "parts of a buffer":
+            whole = x.new_zeros(len(x), x.shape[1] + 4, WIDTH)
+            whole[:, : x.shape[1]] = x
+            whole[:, x.shape[1] :] = self.other.expand(len(x), -1, -1)
+            return whole
+        if self.way == "frames":  # each with a class token, of which the first frame's stays
+            frames = torch.cat(
+                [self.other[:, :1].expand(len(x) * 3, -1, -1), x.unflatten(1, (3, -1)).flatten(0, 1)], 1
+            )
+            first = frames.unflatten(0, (-1, 3))[:, 0, :1]
+            return torch.cat([first, frames[:, 1:].unflatten(0, (-1, 3)).flatten(1, 2)], 1)
+        return x
+
+    def forward(self, ids):
+        states = [self.begin(ids)]
+        for block in self.blocks:
+            states.append(block(states[-1]))
+        last = states[-1]
+        if self.way == "a sum for the head":
+            last = sum(weight * state for weight, state in zip(self.weights, states, strict=True))
+        return self.head(self.norm(last))
+
+
+@pytest.mark.parametrize("way", ["another library", "parts of a buffer", "frames", "a sum for the head"])
+def test_a_sequence_may_be_put_together_in_any_way(way):
+    model = PutTogether(way).eval()
+    ids = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    run = ds.capture(model, ids, gradients=True, loss=lambda output, _: output.square().mean())
+    assert (run.attrs["proof"], run.trace.sizes["depth"]) == ("proven", 4)
+    given = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda *of: given.append(of[2]) or of[2].retain_grad())
+    model(ids).square().mean().backward()
+    for state, gradient, after in zip(
+        run.trace.residual.values[1:], run.trace.gradient.values[1:], given, strict=True
+    ):
+        assert (torch.as_tensor(state[:, :, 0]) - after.detach()).abs().max() < 1e-5
+        assert (torch.as_tensor(gradient[:, :, 0]) - after.grad).abs().max() < 1e-6
+    said = [part["why"] for part in run.attrs.get("not_covered", ())]
+    assert any("the head reads a weighted sum" in why for why in said) is (way == "a sum for the head")

@@ -308,3 +308,47 @@ def test_a_step_with_nothing_but_validation_says_so():
             probes.ProbeWarning, match="none arrived: every forward of the step ran without a graph"
         ):
             recorder.step()
+
+
+class Positions(nn.Module):
+    """A table of positions that is filled when it is first asked for; how far it is filled is an attribute."""
+
+    def __init__(self, most: int):
+        super().__init__()
+        self.filled = 0
+        self.register_buffer("table", torch.zeros(most, 16), persistent=False)
+
+    def forward(self, length: int):
+        if length > self.filled:
+            self.table[:length] = torch.arange(length)[:, None] / torch.arange(1, 17)
+            self.filled = length
+        return self.table[:length].sin()
+
+
+class Filling(nn.Module):
+    """Blocks after such a table, whose input is written into."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.positions, self.embed = Positions(32), nn.Linear(5, 16)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(3))
+
+    def forward(self, x):
+        x[x.isnan()] = 0
+        h = self.embed(x) + self.positions(x.shape[1])
+        for block in self.blocks:
+            h = h + block(h)
+        return h
+
+
+def test_a_cache_and_what_says_that_it_is_filled_are_put_back_together():
+    model, untouched = Filling().eval(), Filling().eval()
+    batch = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(1))
+    batch[0, 0, 0] = torch.nan
+    run = probes.capture(model, batch.clone(), gradients=True, loss=lambda output, _: output.square().mean())
+    expected = untouched(batch.clone())
+    assert model.positions.filled == 0
+    assert torch.equal(model(batch.clone()), expected)
+    assert run.attrs["proof"] == "proven"
+    assert torch.allclose(torch.as_tensor(run.trace.residual.values[-1][:, :, 0]), expected)
