@@ -63,4 +63,4 @@ def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
         f"({DEFAULT})."
     )
     words = "of what the loss can be below that of a constant answer, other scales regain"
-    yield Profile(xr.DataArray(share), words, sentence=sentence, begun=True)
+    yield Profile(xr.DataArray(share), words, sentence=sentence, age="begun")
