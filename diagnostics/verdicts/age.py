@@ -21,8 +21,8 @@ YOUNG = 0.15
 # Each step moves a gain and a weight of the head by about the learning rate, and a head of 64 features or more needs less than
 # this of each to know how often every class comes.
 BEGUN = 0.05
-# By which factor the loss exceeds what the predictions expect, their entropy, where a network is sure of wrong answers: in its first
-# steps it is about as unsure as it is wrong.
+# By which factor the loss exceeds what the predictions expect, their entropy, where a network is sure of wrong answers: in its
+# first steps it is about as unsure as it is wrong.
 SURE = 1.3
 # A network that nobody trained may be sure of anything: some gain has to have moved.
 TOUCHED = 0.01
@@ -83,15 +83,16 @@ def age_of(analysis: xr.Dataset) -> Age:
     known_as = ((trained, words) for is_so, trained, words in facts if is_so)
     trained, words = next(known_as, (None, gains if near else "how long it has trained is not known"))
     # Not by its loss, which is below that of guessing as soon as it knows how often each class comes.
-    sure = (moved or 0.0) > TOUCHED and not 0 < step < FIRST_STEPS and _is_sure_of_wrong_answers(attrs)
+    far = number_or_none(attrs.get("drawn_moved")) or 0.0 if moved is None else moved
+    sure = far > TOUCHED and not 0 < step < FIRST_STEPS and _is_sure_of_wrong_answers(attrs)
     went = (
         step > FIRST_STEPS
         and "update_ratio" in analysis
         and step * float(analysis["update_ratio"].median()) > WAY
     )
     knows = (share_of_constant(attrs) or 1.0) < KNOWS
-    begun = (moved or 0.0) > BEGUN or step >= MANY_STEPS or distance > MOVED or sure or went or knows
-    return Age(trained, words, begun, (moved or 0.0) > YOUNG or went)
+    begun = far > BEGUN or step >= MANY_STEPS or distance > MOVED or sure or went or knows
+    return Age(trained, words, begun, far > YOUNG or went)
 
 
 def _is_sure_of_wrong_answers(attrs: Mapping[str, Any]) -> bool:

@@ -123,7 +123,7 @@ LEAST_CLAIM = 0.2
 
 @verdict(
     metric="loss",
-    limits=Limits(warn=0.15, fail=0.5),
+    limits=Limits(warn=0.1, fail=0.5),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "worse_than_constant"), anywhere
     ),

@@ -178,7 +178,7 @@ def _compared_at_numbers(node: Any) -> dict[str, float]:
 def squares_by_gradient(
     loss: torch.Tensor, predicted: torch.Tensor, gradient: torch.Tensor
 ) -> dict[str, float]:
-    """The same of a mean squared error, read off the gradient of the predictions; empty where that is not how it came about."""
+    """The same of a mean squared error, read off the gradient of the predictions; empty where it came about otherwise."""
     node = loss.grad_fn
     if (
         node is None

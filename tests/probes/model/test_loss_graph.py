@@ -111,7 +111,7 @@ def test_the_gradient_of_the_logits_says_the_same():
 
 @pytest.mark.parametrize(
     ("gain", "offset", "beyond"),
-    # By hand, of targets of variance 1: the error is (1 − gain)² + offset², and predictions that vary by gain² expect 1 − gain².
+    # By hand, of targets of variance 1: the error is (1 − gain)² + offset²; what varies by gain² expects 1 less that.
     [(0.9, 0.0, -0.18), (0.5, 0.0, -0.5), (2.0, 0.0, 4.0), (-1.0, 0.0, 4.0), (1.0, 0.7, 0.49)],
 )
 def test_squared_errors_say_what_a_constant_answer_loses_and_what_the_predictions_expect(
