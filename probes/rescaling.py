@@ -22,6 +22,7 @@ from depthscope.probes.model.losses import Loss, loss_value
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.reading.tensor_memory import detached
 from depthscope.probes.session.forced_eager import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, copied
@@ -78,7 +79,8 @@ class Scales:
             tensor = tensor * math.exp(factor)
         self.given.append((path, tensor, tensor._version))
         if noting:
-            tensor.register_hook(partial(self.add, path, tensor, tensor._version))
+            # Not the tensor itself: its node of the graph would hold it, and it its node, for ever.
+            tensor.register_hook(partial(self.add, path, detached(tensor), tensor._version))
         if not factor:
             return None
         # A tuple with names, as some modules return, takes its fields one by one.

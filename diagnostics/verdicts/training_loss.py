@@ -82,6 +82,8 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 
 WORSE = 1.05
+# Of a loss with a larger standard error, relative to that of a constant answer, it is not known whether it is the same.
+WELL_KNOWN = 0.05
 
 
 # A constant answer knows how often each class comes and nothing of the input. Networks learn that in their first steps: one
@@ -105,11 +107,11 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
         return
     error = (number_or_none(task.get("uncertainty")) or 0.0) / float(task["constant"])
     words = "the loss, relative to that of always answering with how often each class comes, is"
-    # A loss that may be that of a constant answer all the same is that of a network that never learned.
     if share > WORSE and share - ONE_SIDED * error > 1.0:
         yield Profile(xr.DataArray(share), words, age="begun")
-    else:
-        yield Profile(xr.DataArray(share), words, age="grown", limits=Limits(fail=NOTHING_LEARNED))
+    else:  # a loss that may be that of a constant answer all the same is that of a network that never learned
+        known = Limits(fail=NOTHING_LEARNED) if error < WELL_KNOWN else None
+        yield Profile(xr.DataArray(min(share, WORSE)), words, age="grown", limits=known)
 
 
 ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
@@ -123,7 +125,7 @@ LEAST_CLAIM = 0.2
 
 @verdict(
     metric="loss",
-    limits=Limits(warn=0.1, fail=0.5),
+    limits=Limits(warn=0.15, fail=0.5),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "worse_than_constant"), anywhere
     ),

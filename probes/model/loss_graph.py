@@ -129,15 +129,15 @@ def _compared_classes(
 ) -> dict[str, float]:
     """What a cross entropy has to beat, see `_compared`; empty of one class. ``some``: the probabilities of some predictions.
 
-    The constant answer is how often each class comes, its loss the entropy (Miller and Madow); of few targets that of equal
-    probabilities, which is no less.
+    The constant answer is how often each class comes, its loss the entropy (Miller and Madow); of too few targets to know that,
+    as of most text with a large vocabulary, that of equal probabilities of all classes, which is no less.
     """
     found, places = torch.unique(target, return_inverse=True)
     counts = torch.bincount(places).double()
     total = float(counts.sum())
     if len(counts) < 2:
         return {}
-    of_each, bias = torch.full_like(counts, math.log(classes if total < FEWEST_TARGETS else len(found))), 0.0
+    of_each, bias = torch.full_like(counts, math.log(classes)), 0.0
     if total >= FEWEST_TARGETS and total >= ENOUGH * len(counts):
         of_each, bias = -(counts / total).log(), (len(counts) - 1) / (2 * total)
     entropy = torch.special.entr(some.float().clamp(min=0.0)).sum(-1)

@@ -332,14 +332,15 @@ def test_a_loud_finding_is_a_failure_where_nothing_is_left_of_what_was_learned(t
     ("loss", "uncertainty", "moved", "severity"),
     [
         (2.8, 0.1, 0.1, FAIL),
-        (2.8, 0.3, 0.1, WARN),
+        (2.8, 0.3, 0.1, None),
         (2.5, 0.01, 0.1, WARN),
         (2.5, 0.01, 0.04, INFO),
         (2.3, 0.01, 0.1, None),
         # Whose gains have moved far: it has learned nothing, and will not.
         (2.4, 0.01, 0.2, FAIL),
         (2.5, 0.01, 0.2, FAIL),
-        (2.3, 0.2, 0.2, None),
+        (2.4, 0.1, 0.2, FAIL),
+        (2.3, 0.1, 0.2, None),
     ],
 )
 def test_a_loss_is_worse_than_a_constant_answer_beyond_its_error(loss, uncertainty, moved, severity):

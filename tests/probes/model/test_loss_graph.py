@@ -82,6 +82,9 @@ def test_the_loss_of_an_answer_that_never_changes():
     # Of many classes with few targets each, equal probabilities lose no less.
     many = read_task(functional.cross_entropy(logits(120, 60), torch.arange(120) % 60), None)
     assert many["constant"] == pytest.approx(math.log(60))
+    # Which of many more come is not known from a few.
+    unseen = read_task(functional.cross_entropy(logits(120, 5000), torch.arange(120) % 60), None)
+    assert unseen["constant"] == unseen["guessing"] == pytest.approx(math.log(5000))
     assert "constant" not in mean_task([task, {k: v for k, v in task.items() if k != "constant"}], 0.5)
 
 
