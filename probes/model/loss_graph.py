@@ -129,10 +129,10 @@ def _compared_classes(
 ) -> dict[str, float]:
     """What a cross entropy has to beat, see `_compared`; empty of one class. ``some``: the probabilities of some predictions.
 
-    The constant answer is how often each class comes, its loss the entropy (Miller and Madow); of too few targets to know that,
+    The constant answer is how often each class comes, its loss the entropy (Miller and Madow); of too few targets for that,
     as of most text with a large vocabulary, that of equal probabilities of all classes, which is no less.
     """
-    found, places = torch.unique(target, return_inverse=True)
+    _, places = torch.unique(target, return_inverse=True)
     counts = torch.bincount(places).double()
     total = float(counts.sum())
     if len(counts) < 2:
