@@ -118,7 +118,7 @@ def test_capture_tries_what_it_suspects_and_leaves_the_model_as_it_was():
 @pytest.mark.parametrize(
     ("loss", "rescaled", "half_width", "moved", "severity"),
     [
-        (2.5, 2.46, None, 0.3, None),  # a twelfth of what it then is below a constant answer
+        (2.5, 2.46, None, 0.3, None),  # a sixteenth of what it then is below a constant answer
         (2.5, 2.2, None, 0.3, WARN),
         (2.5, 2.2, 0.25, 0.3, None),
         (2.5, 1.2, 0.1, 0.3, FAIL),
