@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 from depthscope.diagnostics.experiments import estimate
-from depthscope.diagnostics.verdicts.age import number_or_none
 from depthscope.probes.model.loss_graph import Loss, loss_value
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state
@@ -118,110 +117,101 @@ class _Descent:
     """Steps along scales, each with a length of its own, and the best place that they came to."""
 
     logs: dict[str, float] = field(default_factory=dict)
-    best: tuple[float, dict[str, float]] = field(default_factory=lambda: (math.inf, {}))
+    best: tuple[float, dict[str, float], torch.Tensor | float] = (math.inf, {}, 0.0)
+    """Its loss, its factors, and the way of each sequence's loss to it, by the derivatives at its places."""
     waited: int = 0
+    _way: torch.Tensor | float = 0.0
+    _made: dict[str, float] = field(default_factory=dict)  # the last step
+    _rows: Mapping[str, torch.Tensor] = field(default_factory=dict)
     _lengths: dict[str, float] = field(default_factory=dict)
     _slopes: dict[str, float] = field(default_factory=dict)
 
-    def arrive(self, loss: float) -> None:
-        """Note the loss of the present place."""
+    def arrive(self, loss: float, rows: Mapping[str, torch.Tensor]) -> None:
+        """Note the loss of the present place, and its derivatives for each sequence."""
+        for path, moved in self._made.items():
+            if path in rows and path in self._rows:
+                self._way = self._way + 0.5 * moved * (rows[path] + self._rows[path])
+        self._rows = rows
         self.waited += 1
         if loss < self.best[0]:
-            self.best, self.waited = (loss, dict(self.logs)), 0
+            self.best, self.waited = (loss, dict(self.logs), self._way), 0
 
     def step(self, slopes: Mapping[str, float]) -> None:
         """Go down along the derivatives that are known."""
+        self._made = {}
         for path, slope in slopes.items():
             turned = self._slopes.get(path, 0.0) * slope
             grown = FASTER if turned > 0 else SLOWER if turned < 0 else 1.0
             self._lengths[path] = min(self._lengths.get(path, FIRST) * grown, LONGEST)
             self._slopes[path] = slope
-            moved = self.logs.get(path, 0.0) - math.copysign(self._lengths[path], slope)
+            before = self.logs.get(path, 0.0)
+            moved = before - math.copysign(self._lengths[path], slope)
             self.logs[path] = max(-FARTHEST, min(FARTHEST, moved))
+            self._made[path] = self.logs[path] - before
 
 
 def rescaled(
-    model: nn.Module,
-    batch: Any,
-    loss: Loss | None,
-    *,
-    reach: float,
-    sequences: int,
-    steps: int = STEPS,
-    by_sequence: Loss | None = None,
+    model: nn.Module, batch: Any, loss: Loss | None, *, reach: float, sequences: int, steps: int = STEPS
 ) -> dict[str, Any]:
     """What the loss would be with other scales of what the modules give, and which; empty where none is lower.
 
     ``reach``: what there is to lose, in the units of the loss.
     ``sequences``: number of sequences of the batch, which are the first axis of what modules give.
     ``steps``: at most so many forwards with their backward.
-    ``by_sequence``: the loss of each sequence, for the interval.
+    Returns: With ``half_width``, that of a 95 % interval over the sequences.
     """
     descent, base = _Descent(), math.nan
     for number in range(steps):
-        value, slopes = _derivatives(model, batch, loss, sequences, descent.logs)
+        value, scales = _derivatives(model, batch, loss, sequences, descent.logs)
         if value is None or not math.isfinite(value):
             break
+        slopes = scales.sure()
         if not number:
             base = value
             if not promises(slopes, reach):
                 return {}
-        descent.arrive(value)
+        descent.arrive(value, scales.of_sequences)
         if descent.waited >= PATIENCE:
             break
         descent.step(slopes)
-    lowest, logs = descent.best
+    lowest, logs, way = descent.best
     if not lowest < base:
         return {}
     named = sorted(logs.items(), key=lambda each: -abs(each[1]))[:NAMED]
-    found = {
+    return {
         "loss": base,
         "rescaled": lowest,
         "modules": sum(each != 0.0 for each in logs.values()),
         "most": [[path, math.exp(each)] for path, each in named],
+        "half_width": _half_width(way, lowest - base),
     }
-    reaches = _half_width(model, batch, by_sequence, sequences, logs)
-    return found if reaches is None else {**found, "half_width": reaches}
+
+
+def _half_width(way: torch.Tensor | float, change: float) -> float:
+    """Of the change of the loss, over the ways of the sequences, whose sum is that change but for the length of the steps."""
+    total = float(way.sum()) if isinstance(way, torch.Tensor) else 0.0
+    if not isinstance(way, torch.Tensor) or not total * change > 0.0:
+        return abs(change)  # the derivatives do not explain it
+    found = estimate((way * len(way) * change / total).numpy())
+    return min((found.high - found.low) / 2, abs(change))
 
 
 def _derivatives(
-    model: nn.Module,
-    batch: Any,
-    loss: Loss | None,
-    sequences: int,
-    logs: Mapping[str, float],
-) -> tuple[float | None, dict[str, float]]:
-    """The loss with these factors, and the derivatives that chance does not explain; nothing is written to the model."""
+    model: nn.Module, batch: Any, loss: Loss | None, sequences: int, logs: Mapping[str, float]
+) -> tuple[float | None, Scales]:
+    """The loss with these factors, and its derivatives; nothing is written to the model."""
     scales = Scales(sequences, logs)
     with _as_measured(model), torch.enable_grad(), scales.on(model):
         given = copied(batch)
         value = loss_value(call_model(model, given), given, loss, required=False)
         made = list(scales.given)
         if value is None or not value.requires_grad or not made:
-            return None, {}
+            return None, scales
         gradients = torch.autograd.grad(value, [tensor for _, tensor, _ in made], allow_unused=True)
         for (path, tensor, version), gradient in zip(made, gradients, strict=True):
             if gradient is not None:
                 scales.add(path, tensor, version, gradient)
-    return float(value.detach()), scales.sure()
-
-
-def _half_width(
-    model: nn.Module, batch: Any, by_sequence: Loss | None, sequences: int, logs: Mapping[str, float]
-) -> float | None:
-    """Of the change of the loss, over the sequences; None where their losses are not known one by one."""
-    losses = []
-    for factors in ({}, logs):
-        # The factors are put on where a gradient is carried.
-        with _as_measured(model), torch.enable_grad(), Scales(sequences, factors).on(model):
-            given = copied(batch)
-            output = call_model(model, given)
-            value = None if by_sequence is None else by_sequence(output, given)
-        if value is None or value.ndim != 1 or len(value) != sequences:
-            return None
-        losses.append(value.detach().double().cpu())
-    found = estimate((losses[1] - losses[0]).numpy())
-    return number_or_none((found.high - found.low) / 2)
+    return float(value.detach()), scales
 
 
 @contextmanager

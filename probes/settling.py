@@ -162,15 +162,8 @@ def _rescaled(
     if known is not None and not promises(known, reach):
         return {}
     try:
-        return rescaled(
-            model,
-            batch,
-            loss,
-            reach=reach,
-            sequences=sequences,
-            steps=min(STEPS, forwards),
-            by_sequence=_by_sequence(loss),
-        )
+        steps = min(STEPS, forwards)
+        return rescaled(model, batch, loss, reach=reach, sequences=sequences, steps=steps)
     except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
         return {}
 

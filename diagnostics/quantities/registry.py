@@ -59,6 +59,7 @@ FACTS = (
     "proof",
     "constraint",
     "norms_moved",
+    "drawn_moved",
     "small_start",
     "untouched",
     "untouched_blocks",
@@ -66,7 +67,7 @@ FACTS = (
 )
 """Attributes of a run that its quantities and its analysis depend on; those of a chain's own trace win."""
 
-ROW_FACTS = ("norms_moved", "small_start", "untouched")
+ROW_FACTS = ("norms_moved", "drawn_moved", "small_start", "untouched")
 """Those of them that change with the weights: in a training every row has its own, as a number of the same name."""
 
 ATTRS = "attrs"

@@ -21,8 +21,8 @@ YOUNG = 0.15
 # Each step moves a gain and a weight of the head by about the learning rate, and a head of 64 features or more needs less than
 # this of each to know how often every class comes.
 BEGUN = 0.05
-# By which factor the loss exceeds the entropy of the predictions where a network is sure of wrong answers: in its first
-# steps it is about as unsure as it is wrong.
+# By which factor the loss exceeds what the predictions expect, their entropy, where a network is sure of wrong answers: in its
+# first steps it is about as unsure as it is wrong.
 SURE = 1.3
 # A network that nobody trained may be sure of anything: some gain has to have moved.
 TOUCHED = 0.01
@@ -41,11 +41,13 @@ class Age(NamedTuple):
     """Whether a network is past its start; None where no fact tells. Heuristics of ours, each named in the words.
 
     ``begun``: whether it is past its first steps, in which it learns how often each class comes, or is sure of wrong ones.
+    ``grown``: whether its weights have gone so far that it has learned something of its input, if it ever does.
     """
 
     trained: bool | None
     words: str
     begun: bool = False
+    grown: bool = False
 
 
 def age_of(analysis: xr.Dataset) -> Age:
@@ -81,24 +83,24 @@ def age_of(analysis: xr.Dataset) -> Age:
     known_as = ((trained, words) for is_so, trained, words in facts if is_so)
     trained, words = next(known_as, (None, gains if near else "how long it has trained is not known"))
     # Not by its loss, which is below that of guessing as soon as it knows how often each class comes.
-    sure = (moved or 0.0) > TOUCHED and not 0 < step < FIRST_STEPS and _is_sure_of_wrong_answers(attrs)
+    far = number_or_none(attrs.get("drawn_moved")) or 0.0 if moved is None else moved
+    sure = far > TOUCHED and not 0 < step < FIRST_STEPS and _is_sure_of_wrong_answers(attrs)
     went = (
         step > FIRST_STEPS
         and "update_ratio" in analysis
         and step * float(analysis["update_ratio"].median()) > WAY
     )
     knows = (share_of_constant(attrs) or 1.0) < KNOWS
-    begun = (moved or 0.0) > BEGUN or step >= MANY_STEPS or distance > MOVED or sure or went or knows
-    return Age(trained, words, begun)
+    begun = far > BEGUN or step >= MANY_STEPS or distance > MOVED or sure or went or knows
+    return Age(trained, words, begun, far > YOUNG or went)
 
 
 def _is_sure_of_wrong_answers(attrs: Mapping[str, Any]) -> bool:
-    loss, entropy, error = (
-        number_or_none(task_of(attrs).get(name)) for name in ("loss", "entropy", "uncertainty")
-    )
-    if loss is None or entropy is None or error is None:
+    task = task_of(attrs)
+    loss, expected, error = (number_or_none(task.get(name)) for name in ("loss", "expected", "uncertainty"))
+    if loss is None or expected is None or error is None or "classes" not in task:
         return False
-    return loss - 2.0 * error > SURE * entropy
+    return loss - 2.0 * error > SURE * expected
 
 
 # What one step of training ends: streams with 1 − cosine below this are the same numbers but for the rounding of float64, and
@@ -141,6 +143,14 @@ def share_of_guessing(attrs: Mapping[str, Any]) -> float | None:
 def share_of_constant(attrs: Mapping[str, Any]) -> float | None:
     """The loss over that of an answer that never changes; None where either is not known."""
     return _share(attrs, "constant")
+
+
+def knows_frequencies_alone(task: Mapping[str, Any], loss: float | None) -> bool:
+    """Whether a network with this loss knows how often each class comes, and nothing of its input."""
+    guessing, constant = (number_or_none(task.get(name)) for name in ("guessing", "constant"))
+    if loss is None or constant is None or loss < NOTHING_LEARNED * constant:
+        return False
+    return guessing is None or loss < KNOWS * guessing
 
 
 def _share(attrs: Mapping[str, Any], of: str) -> float | None:

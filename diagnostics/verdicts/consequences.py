@@ -20,8 +20,10 @@ from typing import Any
 from depthscope.diagnostics.experiments import consequence_words
 from depthscope.diagnostics.numbers import number
 from depthscope.diagnostics.verdicts.age import (
+    KNOWS,
     NOTHING_LEARNED,
     Age,
+    knows_frequencies_alone,
     number_or_none,
     share_of_constant,
     task_of,
@@ -37,8 +39,7 @@ SHOWN, REFUTED, OPEN = "shown", "refuted", "not settled"
 COSTS, LEAST_COST = 0.05, 0.01
 # Of what a network could do without the harm: from this share on next to nothing is left.
 LOST = 0.5
-# Of a network whose loss is not below this share of guessing, the loss shows nothing: then the output must stay.
-INFORMED = 0.9
+# Of a network whose loss shows nothing, the output must stay.
 SAME_OUTPUT = 0.15
 
 ADVICE = "settle it with depthscope.settle(run, model, batch)"
@@ -77,7 +78,8 @@ def unsettled(finding: Finding, attrs: Mapping[str, Any], chain: str) -> Finding
 def graded(finding: Finding, attrs: Mapping[str, Any], age: Callable[[], Age]) -> Finding:
     """A loud finding about a network of which nothing is left that it learned is a failure, and says so."""
     share = share_of_constant(attrs)
-    is_loud = finding.severity == Severity.WARN and finding.about == "network"
+    # What weighs the loss itself has done so.
+    is_loud = finding.severity == Severity.WARN and finding.about == "network" and finding.metric != "loss"
     if not is_loud or share is None or share < NOTHING_LEARNED or not age().begun:
         return finding
     told = f"The loss is {100 * share:.0f} % of that of a constant answer: nothing is left of what the network learned."
@@ -118,13 +120,10 @@ def _is_harm(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> tuple[bool 
     """
     cost, base = result.get("loss_change"), result.get("loss")
     task = task_of(attrs)
-    guessing, constant = task.get("guessing"), task.get("constant")
-    informed = base is not None and (guessing is None or base < INFORMED * guessing)
-    # It knows how often each class comes, and nothing else.
-    frequencies = (
-        informed and constant is not None and base is not None and base >= NOTHING_LEARNED * constant
-    )
-    if cost is not None and base is not None and informed and not frequencies:
+    guessing = number_or_none(task.get("guessing"))
+    frequencies = knows_frequencies_alone(task, base)
+    informed = base is not None and (guessing is None or base < KNOWS * guessing) and not frequencies
+    if cost is not None and base is not None and informed:
         scale = abs(base) if guessing is None else guessing - base
         return cost <= max(LEAST_COST, COSTS * scale), ""
     at_chance = (

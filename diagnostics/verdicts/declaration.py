@@ -102,8 +102,9 @@ class Profile:
     start : str
         Why such a number is normal before training; empty where no design starts so. Whether the network is past its start
         is asked of the facts in `age`.
-    begun : bool
-        Whether it says nothing of a network in its first steps: a note where no fact shows that it is past them.
+    age : {"", "begun", "grown"}
+        What a network has to be, by the facts of `age.Age`: one that has not begun gets a note; where it should be grown, it
+        fails only then.
     template : str
         The sentence up to the limit, in place of words, number and place: with ``{value}``, ``{percent}`` and ``{where}``.
     sentence : str
@@ -122,7 +123,7 @@ class Profile:
     ceiling: Severity = Severity.FAIL
     note: str = ""
     start: str = ""
-    begun: bool = False
+    age: str = ""
     template: str = ""
     sentence: str = ""
     limits: Limits | None = None
@@ -244,7 +245,9 @@ class Verdict:
         # After the limit is known: the sentence names the limit that was crossed, whatever the severity becomes.
         severity = min(severity, profile.ceiling)
         of_start = _words_of_start(profile, age()) if severity > Severity.INFO else ""
-        if (of_start and age().trained is False) or (profile.begun and severity and not age().begun):
+        if profile.age == "grown" and not age().grown:
+            severity = min(severity, Severity.WARN)
+        if severity and ((of_start and age().trained is False) or (profile.age and not age().begun)):
             severity = Severity.INFO
         if not severity:  # a passed verdict is at its worst value, for no position is beyond the limits
             beyond = np.array([at])

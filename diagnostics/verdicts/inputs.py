@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.age import KNOWS, NOTHING_LEARNED, share_of_constant, share_of_guessing
+from depthscope.diagnostics.verdicts.age import knows_frequencies_alone, number_or_none, task_of
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
@@ -48,13 +48,13 @@ def constant_branch(
     if tokens is None or tokens >= FEWEST:
         spread = step_spread.sel(stream="mean", drop=True)
         # Of a network whose answer is as good as a constant one the blocks have nothing to tell the tokens apart for.
-        frequencies = (share_of_guessing(attrs) or 1.0) < KNOWS
-        answers = not frequencies or (share_of_constant(attrs) or 0.0) < NOTHING_LEARNED
+        task = task_of(attrs)
+        nothing = knows_frequencies_alone(task, number_or_none(task.get("loss")))
         yield Profile(
             spread,
             "the share of what the step adds that depends on the token is",
             metric="step_spread",
-            ceiling=Severity.FAIL if answers else Severity.INFO,
+            ceiling=Severity.INFO if nothing else Severity.FAIL,
         )
 
 

@@ -20,6 +20,8 @@ from depthscope.diagnostics.verdicts.references import below_input, distinct, on
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
 # layers with the smallest angles of a trained model, and give no limit. Heuristic.
 IDLE = 0.01
+# One step of many that healthy networks need little, down to 0.0037 of π of streams whose mean it turns, is a note.
+DOES_NOTHING = 0.003
 # Steps that get smaller with depth, or are all small, are a start; one that is a tenth of the usual one is an idle layer.
 OUT_OF_LINE = 0.1
 
@@ -231,7 +233,7 @@ def common_vector(token_cosine: xr.DataArray, attrs: Mapping[str, Any]) -> Itera
 
 @verdict(
     metric="angular_distance",
-    limits=Limits(warn=IDLE, above=False),
+    limits=Limits(info=IDLE, warn=DOES_NOTHING, above=False),
     follows_from={
         "single_gain_explosion": from_there_on,
         "gain_explosion": overlapping,

@@ -81,37 +81,45 @@ def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
         )
 
 
+WORSE = 1.05
+# Of a loss with a larger standard error, relative to that of a constant answer, it is not known whether it is the same.
+WELL_KNOWN = 0.05
+
+
 # A constant answer knows how often each class comes and nothing of the input. Networks learn that in their first steps: one
 # that loses more, beyond the noise of a sample, has nothing left of what it learned, or sees what it was never trained on.
 @verdict(
     metric="loss",
-    limits=Limits(fail=1.05),
+    limits=Limits(fail=WORSE),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "diverged_loss"), anywhere
     ),
 )
 def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The network is trained, and worse than an answer that never changes.
+    """The network is trained, and no better than an answer that never changes.
 
-    See whether every weight is in its place and the labels belong to the inputs, and read the other findings: one of them may
-    say where it breaks. On data of another kind than it was trained on it says only that they are foreign to it.
+    See whether every weight is in its place, the labels belong to the inputs, and the learning rate is right, and read the
+    other findings: one of them may say where it breaks. On data of another kind than it was trained on it says only that they
+    are foreign to it.
     """
     share, task = share_of_constant(attrs), task_of(attrs)
     if share is None or attrs.get("untouched"):  # of which `untrained_weights` says so
         return
     error = (number_or_none(task.get("uncertainty")) or 0.0) / float(task["constant"])
     words = "the loss, relative to that of always answering with how often each class comes, is"
-    # Of a loss that may be that of a constant answer all the same it is not known.
-    yield Profile(
-        xr.DataArray(share if share - ONE_SIDED * error > 1.0 else min(share, 1.0)), words, begun=True
-    )
+    if share > WORSE and share - ONE_SIDED * error > 1.0:
+        yield Profile(xr.DataArray(share), words, age="begun")
+    else:  # a loss that may be that of a constant answer all the same is that of a network that never learned
+        known = Limits(fail=NOTHING_LEARNED) if error < WELL_KNOWN else None
+        yield Profile(xr.DataArray(min(share, WORSE)), words, age="grown", limits=known)
 
 
 ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
 
 
-# Healthy trained networks have a loss of the entropy of their predictions, or less. What these claim to know is no less than
-# a fifth of all that there is to know. Heuristics.
+# Healthy trained networks lose what their predictions expect, or less: the entropy of classes; of numbers, the variance of the
+# targets less that of the predictions. What these claim to know is no less than a fifth of all that there is to know.
+# Heuristics.
 LEAST_CLAIM = 0.2
 
 
@@ -129,18 +137,18 @@ def surer_than_right(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     belong to them, and every weight is in its place; on new data it may be that the network has learned the old by heart.
     """
     task = task_of(attrs)
-    known = [number_or_none(task.get(name)) for name in ("loss", "entropy", "constant", "uncertainty")]
+    known = [number_or_none(task.get(name)) for name in ("loss", "expected", "constant", "expected_error")]
     if None in known or attrs.get("untouched"):
         return
-    loss, entropy, constant, error = (float(value or 0.0) for value in known)
-    claimed = max(constant - entropy, LEAST_CLAIM * constant)
+    loss, expected, constant, error = (float(value or 0.0) for value in known)
+    claimed = max(constant - expected, LEAST_CLAIM * constant)
     sentence = (
-        f"The loss, {number(loss)}, is above the entropy of the predictions, {number(entropy)}, which claim to know "
-        f"{number(constant - entropy)} more than a constant answer ({DEFAULT})."
+        f"The loss, {number(loss)}, is above what the predictions themselves expect, {number(expected)}: they claim to know "
+        f"{number(constant - expected)} more than a constant answer ({DEFAULT})."
     )
     words = "of what the predictions claim to know, the part that is wrong is"
-    wrong = (loss - ONE_SIDED * error - entropy) / claimed
-    yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", begun=True)
+    wrong = (loss - ONE_SIDED * error - expected) / claimed
+    yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", age="begun")
 
 
 # A block that no gradient reaches, or whose output nothing uses, stays as it was drawn.

@@ -1,4 +1,4 @@
-"""What is the loss of an output, and what does it measure? Its classes, and a softmax before its own, read off its graph."""
+"""What is the loss of an output, and what does it measure? Its classes, and what a constant answer loses, off its graph."""
 
 from __future__ import annotations
 
@@ -31,14 +31,17 @@ SHAPES = (
 
 
 def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
-    """What the graph of a loss says of its task; empty where it is no cross entropy that torch computes.
+    """What the graph of a loss says of its task; empty where it is no cross entropy and no squared error that torch computes.
 
     Returns: ``classes``, their number; ``guessing``, the loss of equal probabilities in nats; ``softmax_twice``, whether the
     numbers that the loss takes the softmax of come from one already; ``predicts_next``, whether its targets are the next
     tokens of the batch, whatever that of the last token of a sequence is; ``repeats_input``, whether they are those tokens;
-    ``targets_per_sequence``, 1 where a sequence has one class; and of a mean what `_compared` says.
+    ``targets_per_sequence``, 1 where a sequence has one class; and of a mean what `_compared` says. Of squared errors and
+    of yes or no, the latter alone.
     """
     start = None if loss is None else loss.grad_fn
+    if start is not None and start.name() in (SQUARES, YES_OR_NO) and start._saved_reduction == 1:
+        return _compared_at_numbers(start)
     for node in _nodes(start):
         if not node.name().startswith(("NllLoss", "NLLLoss")):
             continue
@@ -83,7 +86,7 @@ PREDICTIONS = 256
 # The smallest probability that one less than it still shows in float32, and how near two ways to the same loss come.
 LEAST, SAME_LOSS = 1e-7, 0.01
 # Of one mean over batches: what is measured, and no fact of the task.
-MEASURED = ("constant", "entropy", "uncertainty")
+MEASURED = ("constant", "expected", "uncertainty", "expected_error")
 
 
 def _compared_at_node(node: Any, classes: int) -> dict[str, float]:
@@ -93,8 +96,8 @@ def _compared_at_node(node: Any, classes: int) -> dict[str, float]:
         return {}
     rows, target = predicted.movedim(1, -1).reshape(-1, classes), target.flatten()
     counted = torch.nonzero(target != IGNORED)[:, 0]
-    some = counted[:: max(1, len(counted) // PREDICTIONS)]
-    return _compared(-rows[counted, target[counted]], target[counted], rows[some].float().exp(), classes)
+    some = rows[counted[_some(counted)]].exp()
+    return _compared_classes(-rows[counted, target[counted]], target[counted], some, classes)
 
 
 def compared_by_gradient(gradient: torch.Tensor | None, classes: int, loss: float) -> dict[str, float]:
@@ -113,36 +116,103 @@ def compared_by_gradient(gradient: torch.Tensor | None, classes: int, loss: floa
     least = 0.5 * loss if most > -0.8 * math.log(LEAST) else (1.0 - SAME_LOSS) * loss
     if not least <= mean <= (1.0 + SAME_LOSS) * loss:
         return {}
-    some = slice(None, None, max(1, len(rows) // PREDICTIONS))
-    chosen = functional.one_hot(target[some], classes)
-    return _compared(losses, target, len(rows) * rows[some].float() + chosen, classes)
+    some = len(rows) * rows[_some(rows)] + functional.one_hot(target[_some(rows)], classes)
+    return _compared_classes(losses, target, some, classes)
 
 
-def _compared(
+def _some(values: torch.Tensor) -> slice:
+    """Which predictions their entropy is taken of."""
+    return slice(None, None, max(1, len(values) // PREDICTIONS))
+
+
+def _compared_classes(
     losses: torch.Tensor, target: torch.Tensor, some: torch.Tensor, classes: int
 ) -> dict[str, float]:
-    """What a cross entropy has to beat, and how sure the predictions are, in nats; empty of one class.
+    """What a cross entropy has to beat, see `_compared`; empty of one class. ``some``: the probabilities of some predictions.
 
-    ``losses``, ``target``: of each target; ``some``: the probabilities of some predictions.
-    Returns: ``constant``: the loss of always answering with how often each class comes, its entropy (Miller and Madow); of few
-    targets that of equal probabilities, which is no less. ``uncertainty``: the standard error of the loss beyond it.
-    ``entropy``: that of the predictions, which a network that knows how little it knows has as its loss.
+    The constant answer is how often each class comes, its loss the entropy (Miller and Madow); of too few targets for that,
+    as of most text with a large vocabulary, that of equal probabilities of all classes, which is no less.
     """
-    found, places = torch.unique(target, return_inverse=True)
+    _, places = torch.unique(target, return_inverse=True)
     counts = torch.bincount(places).double()
     total = float(counts.sum())
     if len(counts) < 2:
         return {}
-    of_each = torch.full_like(counts, math.log(classes if total < FEWEST_TARGETS else len(found)))
-    constant = float(of_each[0])
+    of_each, bias = torch.full_like(counts, math.log(classes)), 0.0
     if total >= FEWEST_TARGETS and total >= ENOUGH * len(counts):
-        of_each = -(counts / total).log()
-        constant = float((counts / total * of_each).sum()) + (len(counts) - 1) / (2 * total)
+        of_each, bias = -(counts / total).log(), (len(counts) - 1) / (2 * total)
+    entropy = torch.special.entr(some.float().clamp(min=0.0)).sum(-1)
+    return _compared(losses, of_each[places] + bias, entropy, losses[_some(losses)])
+
+
+def _compared(
+    losses: torch.Tensor, constant: torch.Tensor, expected: torch.Tensor, of_expected: torch.Tensor
+) -> dict[str, float]:
+    """What a loss has to beat, and what the predictions themselves expect it to be, from both for each target.
+
+    Returns: ``constant``: the loss of the best answer that never changes. ``uncertainty``: the standard error of the loss
+    beyond it. ``expected``: what the loss would be if the predictions were as right as they are sure, which training makes
+    them. ``expected_error``: the standard error of the loss beyond that.
+    """
+    beyond, surprise = losses.double() - constant, of_expected.double() - expected.double()
     return {
-        "constant": constant,
-        "entropy": float(torch.special.entr(some.clamp(min=0.0)).sum(-1).mean()),
-        "uncertainty": float((losses.double() - of_each[places]).std()) / math.sqrt(total),
+        "constant": float(constant.mean()),
+        "expected": float(expected.double().mean()),
+        "uncertainty": float(beyond.std()) / math.sqrt(len(beyond)),
+        "expected_error": float(surprise.std()) / math.sqrt(len(surprise)),
     }
+
+
+SQUARES, YES_OR_NO = "MseLossBackward0", "BinaryCrossEntropyWithLogitsBackward0"
+FEWEST_ROWS = 8  # of which each number has a mean and a variance of its own
+
+
+def _compared_at_numbers(node: Any) -> dict[str, float]:
+    """What the node of a mean squared error, or one of yes or no, says of a constant answer, see `_compared_rows`."""
+    target, predicted = _target_of(node), _saved(node, "_saved_self")
+    weights = [_saved(node, f"_saved_{name}") for name in ("weight", "pos_weight")]
+    if target is None or predicted is None or weights != [None, None] or target.shape != predicted.shape:
+        return {}
+    return _compared_rows(node.name(), target, predicted)
+
+
+def squares_by_gradient(
+    loss: torch.Tensor, predicted: torch.Tensor, gradient: torch.Tensor
+) -> dict[str, float]:
+    """The same of a mean squared error, read off the gradient of the predictions; empty where it came about otherwise."""
+    node = loss.grad_fn
+    if (
+        node is None
+        or node.name() != SQUARES
+        or node._saved_reduction != 1
+        or gradient.shape != predicted.shape
+    ):
+        return {}
+    errors = 0.5 * gradient.numel() * gradient.detach().double()
+    if not math.isclose(float(errors.square().mean()), float(loss.detach()), rel_tol=SAME_LOSS):
+        return {}
+    return _compared_rows(SQUARES, predicted - errors, predicted)
+
+
+def _compared_rows(kind: str, target: torch.Tensor, predicted: torch.Tensor) -> dict[str, float]:
+    """What a mean squared error, or one of yes or no, has to beat, see `_compared`; empty where all targets are equal.
+
+    The constant answer has a number for each place of a row, of few rows one for all. Squares expect, if predictions are right
+    on average, the variance of the targets less that of the predictions.
+    """
+    y, p = (each.double().reshape(len(each) if each.ndim else 1, -1) for each in (target, predicted))
+    y, p = (y, p) if len(y) >= FEWEST_ROWS else (y.reshape(-1, 1), p.reshape(-1, 1))
+    if len(y) < FEWEST_ROWS or not bool((y != y[0]).any()):
+        return {}
+    mean, unbiased = y.mean(0), len(y) / (len(y) - 1)
+    if kind == SQUARES:
+        constant = (y - mean).square().mean(1) * unbiased
+        losses, claimed = (p - y).square().mean(1), (p - p.mean(0)).square().mean(1) * unbiased
+        return _compared(losses, constant, constant - claimed, losses)
+    binary = functional.binary_cross_entropy_with_logits
+    losses, constant = (binary(each.expand_as(y), y, reduction="none") for each in (p, mean.logit(eps=LEAST)))
+    entropy = torch.special.entr(p.sigmoid()) + torch.special.entr((-p).sigmoid())
+    return _compared(*((each.mean(1)) for each in (losses, constant, entropy, losses)))
 
 
 def _targets_per_sequence(target: torch.Tensor | None, batch: Any) -> dict[str, int]:
@@ -189,8 +259,8 @@ def mean_task(tasks: Sequence[dict[str, Any]], loss: float | None) -> dict[str, 
         name: [task[name] for task in tasks] for name in MEASURED if all(name in task for task in tasks)
     }
     means = {name: sum(values) / len(values) for name, values in measured.items()}
-    if "uncertainty" in means:
-        means["uncertainty"] = math.hypot(*measured["uncertainty"]) / len(tasks)
+    for error in {"uncertainty", "expected_error"} & set(means):
+        means[error] = math.hypot(*measured[error]) / len(tasks)
     return {**facts[0], **means, "loss": loss}
 
 

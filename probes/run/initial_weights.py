@@ -40,8 +40,9 @@ def start_facts(model: nn.Module, chain: Chain, *, is_touched: bool = False) -> 
 
     ``is_touched``: whether they are known not to be as initialisers leave them.
     Returns: Those that are known: ``untouched``, 1 where every vector is as initialisers leave it; ``norms_moved``, the
-    largest distance of a weight of a norm from 1, of the median norm; ``small_start``, a sentence. Empty where the
-    matrices of one block are far larger than those of the others.
+    largest distance of a weight of a norm from 1, of the median norm; without norms ``drawn_moved``, see
+    `_beyond_their_draw`; ``small_start``, a sentence. Empty where the matrices of one block are far larger than those of the
+    others.
     """
     with torch.no_grad():
         blocks = _weights_of_blocks(model, chain)
@@ -54,8 +55,9 @@ def start_facts(model: nn.Module, chain: Chain, *, is_touched: bool = False) -> 
         every = [weight for of in blocks.values() for weight in of]
         facts: dict[str, Any] = {"untouched": 1} if not is_touched and all(_untouched([every])) else {}
         moved = _distance_from_one([p for block in by_block for p in block])
-        if moved is not None:
-            facts["norms_moved"] = moved
+        beyond = _beyond_their_draw(every) if moved is None else None
+        facts |= {"norms_moved": moved} if moved is not None else {}
+        facts |= {"drawn_moved": beyond} if beyond is not None else {}
         # Connections of several streams have small factors of their own. Without norms nothing tells the age.
         if not chain.has_streams and (moved is None or moved <= YOUNG):
             why = _small_by_construction(model, by_block, chain.scales, moved)
@@ -180,6 +182,27 @@ def _is_drawn_by_torch(bias: nn.Parameter, own: list[nn.Parameter]) -> bool:
     bound = (matrices[0].numel() / bias.numel()) ** -0.5 * (1.0 + 1e-6)
     largest = _largest(matrices[0])
     return 0.9 * bound < largest <= bound and _largest(bias) <= bound
+
+
+# The root mean square of numbers between ±b is b/√3: what differs by more was drawn otherwise, or has left it far. Heuristic.
+LIKE_THE_DRAW = (0.8, 1.5)
+
+
+def _beyond_their_draw(weights: Sequence[_Weight]) -> float | None:
+    """How far the matrices that torch drew within ±1/√fan_in reach beyond that, the median; None where most are no such.
+
+    Every step moves some of their numbers by about the learning rate, as it does the gains of norms.
+    """
+    biases = [w for w in weights if w.parameter.ndim == 1 and w.parameter.numel() >= FEWEST]
+    matrices = [[p for p in w.own if p.ndim > 1 and p.shape[0] == w.parameter.numel()] for w in biases]
+    pairs = [(w.parameter, of[0]) for w, of in zip(biases, matrices, strict=True) if len(of) == 1]
+    reaches = []
+    for bias, matrix in pairs:
+        bound = (matrix.numel() / bias.numel()) ** -0.5
+        alike = (3**0.5 * _root_mean_square(each) / bound for each in (matrix, bias))
+        if all(LIKE_THE_DRAW[0] < each < LIKE_THE_DRAW[1] for each in alike):
+            reaches.append(max(0.0, _largest(matrix) - bound))
+    return statistics.median(reaches) if 2 * len(reaches) > len(pairs) else None
 
 
 def _largest(parameter: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import partial
 from types import FrameType
 from typing import Any, TypeAlias
 
@@ -12,7 +13,7 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.model.hooks import Hook, Report
-from depthscope.probes.model.loss_graph import compared_by_gradient, read_task
+from depthscope.probes.model.loss_graph import compared_by_gradient, read_task, squares_by_gradient
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.reading.graph import walk
 from depthscope.probes.session.forward import own_calls
@@ -82,12 +83,12 @@ class StepLoss:
 
     def listen(self, output: Any) -> None:
         """Put hooks on what a call of the model returned; they leave at the end of the step."""
-        hook = Hook(self._note, self._report)
         for tensor in tensors_in(output):
             if tensor.grad_fn is not None and own_calls.owner is None:
+                hook = Hook(partial(self._note, tensor.detach()), self._report)
                 self._handles.append(tensor.register_hook(hook))
 
-    def _note(self, gradient: torch.Tensor | None) -> None:
+    def _note(self, given: torch.Tensor, gradient: torch.Tensor | None) -> None:
         """Note the roots of the backward that runs: once, however many outputs it reaches."""
         frame, backward = _running_frame(), torch._C._current_graph_task_id()
         if (
@@ -109,14 +110,14 @@ class StepLoss:
             value = root.detach().float().reshape(())
             self._roots.append(value.clone() if scale is None else value / scale.to(value.device))
         # The graph of a loss that the loop computes is gone when the gradient reaches the output.
-        if (
-            len(self._roots) == 1
-            and "classes" in self.task
-            and "constant" not in self.task
-            and gradient is not None
-        ):
-            unscaled = gradient if scale is None else gradient / scale.to(gradient.device)
-            self.task |= compared_by_gradient(unscaled, self.task["classes"], float(self._roots[0]))
+        if len(self._roots) != 1 or "constant" in self.task or gradient is None:
+            return
+        unscaled = gradient if scale is None else gradient / scale.to(gradient.device)
+        self.task |= (
+            compared_by_gradient(unscaled, self.task["classes"], float(self._roots[0]))
+            if "classes" in self.task
+            else squares_by_gradient(root, given, unscaled)
+        )
 
     def value(self) -> float | None:
         """Of the present step; None where no backward reached the model, or by what its loss was scaled is not known."""

@@ -118,7 +118,7 @@ def test_capture_tries_what_it_suspects_and_leaves_the_model_as_it_was():
 @pytest.mark.parametrize(
     ("loss", "rescaled", "half_width", "moved", "severity"),
     [
-        (2.5, 2.4, None, 0.3, None),  # a twelfth of what it then is below a constant answer
+        (2.5, 2.46, None, 0.3, None),  # a sixteenth of what it then is below a constant answer
         (2.5, 2.2, None, 0.3, WARN),
         (2.5, 2.2, 0.25, 0.3, None),
         (2.5, 1.2, 0.1, 0.3, FAIL),
@@ -141,7 +141,7 @@ def test_a_loss_that_other_scales_would_lower(loss, rescaled, half_width, moved,
 
 
 @pytest.mark.parametrize(
-    ("loss", "entropy", "uncertainty", "moved", "severity"),
+    ("loss", "expected", "error", "moved", "severity"),
     [
         (2.0, 2.2, 0.05, 0.3, None),
         (2.0, 1.9, 0.05, 0.3, None),  # a part of it may be chance
@@ -152,13 +152,14 @@ def test_a_loss_that_other_scales_would_lower(loss, rescaled, half_width, moved,
         (3.5, 1.0, 0.05, 0.3, INFO),  # follows from a loss that is worse than a constant answer
     ],
 )
-def test_predictions_that_are_surer_than_right(loss, entropy, uncertainty, moved, severity):
+def test_predictions_that_are_surer_than_right(loss, expected, error, moved, severity):
     analysis = diagnostics.analyze(residual_run(walk(12)))
-    task = {"classes": 30, "guessing": 3.4, "constant": 3.0, "loss": loss, "entropy": entropy}
-    analysis.attrs |= {"task": task | {"uncertainty": uncertainty}, "norms_moved": moved}
+    task = {"classes": 30, "guessing": 3.4, "constant": 3.0, "loss": loss, "expected": expected}
+    errors = dict.fromkeys(("uncertainty", "expected_error"), error)
+    analysis.attrs |= {"task": task | errors, "norms_moved": moved}
     found = [each for each in diagnostics.judge(analysis) if each.verdict == "surer_than_right"]
     assert [each.severity for each in found] == ([] if severity is None else [severity])
-    assert all(f"claim to know {3.0 - entropy:.2g} more" in each.sentence for each in found)
+    assert all(f"claim to know {3.0 - expected:.2g} more" in each.sentence for each in found)
 
 
 @pytest.mark.parametrize(("base", "severity"), [(2.0, FAIL), (2.99, WARN)])
@@ -314,9 +315,9 @@ def test_gains_tell_the_age_whatever_they_were_multiplied_by(scale, spread, move
         ({"loss": 2.0, "constant": 2.4}, 0.1, WARN),
         ({"loss": 2.4, "constant": 2.4}, 0.01, WARN),  # its first steps: nothing is learned yet
         # Sure and wrong: no network is so in its first steps, but one that nobody trained may be.
-        ({"loss": 2.4, "constant": 2.4, "entropy": 1.0, "uncertainty": 0.1}, 0.0, WARN),
-        ({"loss": 2.4, "constant": 2.4, "entropy": 1.0, "uncertainty": 0.1}, 0.02, FAIL),
-        ({"loss": 2.4, "constant": 2.4, "entropy": 1.0, "uncertainty": 0.9}, 0.02, WARN),
+        ({"classes": 12, "loss": 2.4, "constant": 2.4, "expected": 1.0, "uncertainty": 0.1}, 0.0, WARN),
+        ({"classes": 12, "loss": 2.4, "constant": 2.4, "expected": 1.0, "uncertainty": 0.1}, 0.02, FAIL),
+        ({"classes": 12, "loss": 2.4, "constant": 2.4, "expected": 1.0, "uncertainty": 0.9}, 0.02, WARN),
     ],
 )
 def test_a_loud_finding_is_a_failure_where_nothing_is_left_of_what_was_learned(task, moved, severity):
@@ -328,11 +329,23 @@ def test_a_loud_finding_is_a_failure_where_nothing_is_left_of_what_was_learned(t
 
 
 @pytest.mark.parametrize(
-    ("loss", "uncertainty", "severity"), [(2.8, 0.1, FAIL), (2.8, 0.3, None), (2.5, 0.01, None)]
+    ("loss", "uncertainty", "moved", "severity"),
+    [
+        (2.8, 0.1, 0.1, FAIL),
+        (2.8, 0.3, 0.1, None),
+        (2.5, 0.01, 0.1, WARN),
+        (2.5, 0.01, 0.04, INFO),
+        (2.3, 0.01, 0.1, None),
+        # Whose gains have moved far: it has learned nothing, and will not.
+        (2.4, 0.01, 0.2, FAIL),
+        (2.5, 0.01, 0.2, FAIL),
+        (2.4, 0.1, 0.2, FAIL),
+        (2.3, 0.1, 0.2, None),
+    ],
 )
-def test_a_loss_is_worse_than_a_constant_answer_beyond_its_error(loss, uncertainty, severity):
+def test_a_loss_is_worse_than_a_constant_answer_beyond_its_error(loss, uncertainty, moved, severity):
     task = {"guessing": 4.4, "constant": 2.4, "loss": loss, "uncertainty": uncertainty}
-    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task, norms_moved=0.1)
+    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task, norms_moved=moved)
     found = [each for each in diagnostics.judge(analysis) if each.verdict == "worse_than_constant"]
     assert [each.severity for each in found] == ([] if severity is None else [severity])
 

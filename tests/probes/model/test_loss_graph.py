@@ -8,7 +8,12 @@ import pytest
 import torch
 from torch.nn import functional
 
-from depthscope.probes.model.loss_graph import compared_by_gradient, mean_task, read_task
+from depthscope.probes.model.loss_graph import (
+    compared_by_gradient,
+    mean_task,
+    read_task,
+    squares_by_gradient,
+)
 
 IDS = torch.randint(0, 7, (3, 5), generator=torch.Generator().manual_seed(0))
 
@@ -77,6 +82,9 @@ def test_the_loss_of_an_answer_that_never_changes():
     # Of many classes with few targets each, equal probabilities lose no less.
     many = read_task(functional.cross_entropy(logits(120, 60), torch.arange(120) % 60), None)
     assert many["constant"] == pytest.approx(math.log(60))
+    # Which of many more come is not known from a few.
+    unseen = read_task(functional.cross_entropy(logits(120, 5000), torch.arange(120) % 60), None)
+    assert unseen["constant"] == unseen["guessing"] == pytest.approx(math.log(5000))
     assert "constant" not in mean_task([task, {k: v for k, v in task.items() if k != "constant"}], 0.5)
 
 
@@ -84,7 +92,7 @@ def test_how_sure_the_predictions_are_and_how_well_their_loss_is_known():
     out, target = logits(200, 5), torch.arange(200) % 4
     task = read_task(functional.cross_entropy(out, target), None)
     chosen = torch.distributions.Categorical(logits=out.detach())
-    assert task["entropy"] == pytest.approx(float(chosen.entropy().mean()), rel=1e-5)
+    assert task["expected"] == pytest.approx(float(chosen.entropy().mean()), rel=1e-5)
     # Every class comes as often: the loss of the constant answer is that of each target.
     error = float(chosen.log_prob(target).std())
     assert task["uncertainty"] == pytest.approx(error / math.sqrt(200), rel=1e-4)
@@ -99,9 +107,46 @@ def test_the_gradient_of_the_logits_says_the_same():
     (gradient,) = torch.autograd.grad(loss, out)
     found = compared_by_gradient(gradient, 5, value)
     assert found == pytest.approx({name: task[name] for name in found}, rel=1e-3)
-    assert set(found) == {"constant", "entropy", "uncertainty"}
+    assert set(found) == {"constant", "expected", "uncertainty", "expected_error"}
     assert compared_by_gradient(2.0 * gradient, 5, value) == {}  # a sum of two losses, or another one
     assert compared_by_gradient(gradient.flatten(), 5, value) == compared_by_gradient(None, 5, 1.0) == {}
+
+
+@pytest.mark.parametrize(
+    ("gain", "offset", "beyond"),
+    # By hand, of targets of variance 1: the error is (1 − gain)² + offset²; what varies by gain² expects 1 less that.
+    [(0.9, 0.0, -0.18), (0.5, 0.0, -0.5), (2.0, 0.0, 4.0), (-1.0, 0.0, 4.0), (1.0, 0.7, 0.49)],
+)
+def test_squared_errors_say_what_a_constant_answer_loses_and_what_the_predictions_expect(
+    gain, offset, beyond
+):
+    target = torch.tensor([-1.0, 1.0]).repeat(500)[:, None] * torch.tensor([1.0, -1.0])
+    predicted = (gain * target + offset).requires_grad_()
+    loss = functional.mse_loss(predicted, target)
+    task = read_task(loss, target)
+    assert task["constant"] == pytest.approx(1.0, rel=0.01)
+    assert float(loss.detach()) - task["expected"] == pytest.approx(beyond, abs=0.01)
+    (gradient,) = torch.autograd.grad(loss, predicted)
+    assert squares_by_gradient(loss, predicted.detach(), gradient) == pytest.approx(task, abs=1e-5)
+    assert squares_by_gradient(loss, predicted.detach(), 2.0 * gradient) == {}  # a sum of two losses
+
+
+def test_yes_or_no_is_compared_with_how_often_each_comes():
+    target = torch.tensor([0.0, 0.0, 0.0, 1.0] * 100)[:, None]
+    out = logits(400, 1)
+    task = read_task(functional.binary_cross_entropy_with_logits(out, target), None)
+    assert task["constant"] == pytest.approx(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)), rel=1e-6)
+    entropy = torch.distributions.Bernoulli(logits=out.detach()).entropy()
+    assert task["expected"] == pytest.approx(float(entropy.mean()), rel=1e-5)
+
+
+def test_equal_targets_few_rows_sums_and_weights_have_no_constant_answer():
+    few, many = logits(3, 2), logits(40, 2)
+    assert read_task(functional.mse_loss(few, torch.randn(3, 2)), None) == {}
+    assert read_task(functional.mse_loss(many, torch.ones(40, 2)), None) == {}
+    assert read_task(functional.mse_loss(many, torch.randn(40, 2), reduction="sum"), None) == {}
+    weighted = functional.binary_cross_entropy_with_logits(many, torch.rand(40, 2), torch.ones(2))
+    assert read_task(weighted, None) == {}
 
 
 def test_what_is_no_cross_entropy_says_nothing():

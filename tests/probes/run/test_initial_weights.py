@@ -222,3 +222,38 @@ def test_the_scale_is_that_of_the_present_weights():
                     for alpha in block.alphas:
                         alpha.fill_(0.7)
     assert not any(start and "scale" in start for start in starts(recorder.run))
+
+
+class _Step(nn.Module):
+    """x + b(relu(a(x))), without a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.b(self.a(x).relu())
+
+
+@pytest.mark.parametrize(
+    ("moved", "drawn", "facts"),
+    [
+        (0.0, None, {"untouched": 1, "drawn_moved": 0.0}),
+        (0.07, None, {"drawn_moved": 0.07}),
+        # Of weights that were drawn otherwise it is not known from where they have moved.
+        (0.0, 0.5, {"drawn_moved": None}),
+    ],
+)
+def test_without_norms_the_bounds_of_the_draw_tell_how_far_weights_have_moved(moved, drawn, facts):
+    def make():
+        model = nn.Sequential(*(_Step() for _ in range(4)))
+        with torch.no_grad():
+            for layer in (each for each in model.modules() if isinstance(each, nn.Linear)):
+                bound = layer.in_features**-0.5
+                layer.weight[0, 0] = bound + moved if moved else layer.weight[0, 0]
+                layer.weight.normal_(std=drawn) if drawn else None
+        return model
+
+    found = diagnostics.analyze(capture(make, torch.randn(8, 16))).attrs
+    assert found.get("drawn_moved") == pytest.approx(facts["drawn_moved"], abs=1e-6)
+    assert found.get("untouched") == facts.get("untouched")
