@@ -88,7 +88,7 @@ def settle(
         For a negative number of forwards.
     """
     if forwards < 0:
-        raise InputError(f"came forwards={forwards}; expected 0 or more")
+        raise InputError(f"got forwards={forwards}; expected 0 or more")
     places = _places(run) if forwards > FIRST_FORWARDS else []
     results: list[dict[str, Any]] = []
     for chain in dict.fromkeys(chain for chain, _, _ in places):

@@ -149,7 +149,7 @@ def _recorded(args: argparse.Namespace) -> tuple[Path | None, dict[str, Any]]:
     if not args.checkpoint.endswith(tuple(run_endings())):
         if args.model is not None:
             raise InputError(
-                f"--model names the checkpoint of a run, but {quoted(args.checkpoint)} is no run file; leave --model out"
+                f"--model names the checkpoint of a run, but {quoted(args.checkpoint)} is not a run file; leave --model out"
             )
         return None, {}
     from depthscope.diagnostics import schema

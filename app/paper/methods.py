@@ -217,7 +217,10 @@ def _slices(
         jackknife = any(
             "jackknife" in str(of.attrs.get("estimator", "")) for _, _, of in errors if of is not None
         )
-        how = "; that of a metric which is no mean over sequences is from the jackknife over them" * jackknife
+        how = (
+            "; that of a metric which is not a mean over sequences is from the jackknife over them"
+            * jackknife
+        )
         yield f"An error, where a number has one, is {intervals}{how}", (), ""
     if any(_has_null(readings, name) for name in metrics):
         yield (

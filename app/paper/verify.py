@@ -180,7 +180,7 @@ def _difference(old: Path, new: Path) -> str:
     try:
         before, after = old.read_text(encoding="utf-8"), new.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        return "is no text any more"
+        return "is not text any more"
     if old.suffix == ".csv":
         return _table_difference(before, after)
     pairs = zip(before.splitlines(), after.splitlines(), strict=False)

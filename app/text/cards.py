@@ -110,9 +110,7 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
         title=title,
         where=place_of(finding),
         why=cited(finding.sentence.replace(unproven_sentence(finding.proof), "").rstrip()),
-        limit=""
-        if finding.source in finding.sentence
-        else f"The limit is from {source_words(finding.source)}.",
+        limit="" if finding.source in finding.sentence else f"Limit: {source_words(finding.source)}.",
         unproven=finding.proof.removeprefix(UNPROVEN) if finding.proof.startswith(UNPROVEN) else "",
         next=finding.advice,
         experiment=experiment,

@@ -82,17 +82,17 @@ _OF_STREAMS = (
 _REMEDIES = {
     "gradient": "capture it with gradients=True",
     **{of.name: of.remedy for of in COEFFICIENTS if of.remedy},
-    "initial_logits": "add them with diagnostics.with_replay(run, probes.initial_logits(checkpoint), decay=…)",
-    "mixing_logits": "H_res is no softmax or Sinkhorn of logits that were recognised, see /coverage",
+    "initial_logits": "add them with ds.with_replay(run, ds.initial_logits(checkpoint), decay=…)",
+    "mixing_logits": "H_res is not a softmax or Sinkhorn of logits that were recognised, see /coverage",
     **dict.fromkeys(
         ("logit_gradient_norm", "mixing_gradient_norm"),
-        "capture it with gradients=True; and where H_res is no softmax or Sinkhorn of logits, it has none: see /coverage",
+        "capture it with gradients=True; and where H_res is not a softmax or Sinkhorn of logits, it has none: see /coverage",
     ),
     **dict.fromkeys(
         OF_ATTENTION,
         "no forward showed attention weights that could be read, see /coverage",
     ),
-    **dict.fromkeys(OF_WEIGHTS, "record it with probes.record(model, weights=True)"),
+    **dict.fromkeys(OF_WEIGHTS, "record it with ds.record(model, weights=True)"),
     **dict.fromkeys(OF_STREAMING, "capture it with streaming=True"),
     **dict.fromkeys(
         (*OF_CHECKPOINTS, "weight_first_square_distance", "weight_first_square_norm"),

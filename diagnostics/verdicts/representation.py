@@ -81,7 +81,7 @@ def rank_collapse(
         limits=ONE_ANSWER if one_answer(attrs) else None,
         words="the remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and "
         "three times the effective rank over its noise baseline) is",
-        template="only {percent} of the differences between the tokens of a sequence are left {where}",
+        template="{percent} of the differences between the tokens of a sequence are left {where}",
         note=_equal_tokens(judged, residual, value, float(null)),
     )
 

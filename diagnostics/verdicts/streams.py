@@ -167,7 +167,7 @@ def stream_collapse(
     yield Profile(
         left,
         "the surviving fraction of the initial differences between streams, against what all have in common, is",
-        template="only {percent} of the initial differences between streams survive {where}",
+        template="{percent} of the initial differences between streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
         limits=Limits(info=COLLAPSED, above=False) if parted else None,

@@ -94,7 +94,9 @@ def ablate(
     settings = _Settings(Options(**options), chain, loss, logits)
     rows: list[_BatchRows] = [_run_batch(model, item, plans, settings) for item in batches(batch)]
     if not rows:
-        raise InterventionError("no batch came: expected a mapping, a tensor, a tuple, or several of these")
+        raise InterventionError(
+            "no batch was given; expected a mapping, a tensor, a tuple, or several of these"
+        )
     return _dataset(rows, type(model).__name__, token_text)
 
 

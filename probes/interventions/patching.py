@@ -180,7 +180,7 @@ def _paired(clean: Any, corrupted: Any) -> Iterator[tuple[Any, Any]]:
         count += 1
         yield one, other
     if not count:
-        raise InputError("no batch came: expected a mapping, a tensor, a tuple, or several of these")
+        raise InputError("no batch was given; expected a mapping, a tensor, a tuple, or several of these")
 
 
 # --- two forwards

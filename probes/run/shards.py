@@ -120,7 +120,7 @@ def _require_one_whole(runs: Sequence[xr.DataTree]) -> None:
     for run in runs:
         if "sequences_seen" not in _sampling(run):
             raise InputError(
-                "a run does not say which sequences it has seen (attribute sampling); expected runs of probes.capture"
+                "a run does not say which sequences it has seen (attribute sampling); expected runs of ds.capture"
             )
     _require_same_facts([_sampling(run) for run in runs], ["max_sequences", "seed"])
     shards = [run.attrs[SHARD] for run in runs if SHARD in run.attrs]

@@ -159,7 +159,7 @@ def _usable(rows: Sequence[Dialect], context: Context) -> tuple[list[Dialect], l
         if named not in known:
             names = ", ".join(row.name for row in rows if not row.head)
             raise CheckpointError(
-                f"{printable(named)!r} is no dialect and no model type of one; expected one of {names}"
+                f"{printable(named)!r} is neither a dialect nor a model type of one; expected one of {names}"
             )
         types = frozenset({named})
     usable = [row for row in possible if context.allows(row, types)]

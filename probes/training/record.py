@@ -182,12 +182,12 @@ def record(
     model = inner_model(model)
     if settle < 0 or (settle and together is not None):
         raise InputError(
-            f"settle={settle} came{' with several processes' * (together is not None)}; expected 0 or more forwards in one "
+            f"got settle={settle}{' with several processes' * (together is not None)}; expected 0 or more forwards in one "
             "process: settle a run of several afterwards, depthscope.settle(run, model, batch)"
         )
     if weights and together is not None and has_flat_weights(model):
         raise InputError(
-            "weights=True came with FullyShardedDataParallel, which keeps the weights of many modules in one flat vector; "
+            "got weights=True with FullyShardedDataParallel, which keeps the weights of many modules in one flat vector; "
             "leave it out, or shard the model by fully_shard, whose weights are measured"
         )
     given: dict[str, Any] = {
@@ -284,7 +284,7 @@ def _ranks(
     options = session.options
     if options.streaming:
         raise InputError(
-            "streaming=True came with several processes, whose streamed sums are too large to be added at every step; "
+            "got streaming=True with several processes, whose streamed sums are too large to be added at every step; "
             "evaluate with streaming in each process on its part of the data (group='none'), and add the runs by merge_runs"
         )
     if timeout <= 0:
@@ -317,7 +317,7 @@ def _live_names(
         unused = [name for name, value in given.items() if value]
         if unused:
             raise InputError(
-                f"{', '.join(unused)} came without metrics; add metrics='live', whose rows and findings they are about"
+                f"got {', '.join(unused)} without metrics; add metrics='live', whose rows and findings they are about"
             )
         return ()
     if live_tokens < 4:  # below, no debiased CKA exists

@@ -152,7 +152,7 @@ class Recorder:
         with self._lock:
             if self._state in ("new", "closed"):
                 raise CaptureError(
-                    "step() outside the block: use it inside `with probes.record(model) as recorder:`"
+                    "step() outside the block: use it inside `with ds.record(model) as recorder:`"
                 )
             if self._state == "open":
                 if self.measuring:

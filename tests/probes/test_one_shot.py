@@ -306,7 +306,7 @@ def test_without_a_state_the_error_says_why_and_names_modules_that_have_some():
 def test_gradients_need_a_loss(models, ids):
     with pytest.raises(probes.CaptureError, match=r"add labels to the batch, or pass loss="):
         probes.capture(models["llama"](), {"input_ids": ids}, gradients=True)
-    with pytest.raises(probes.CaptureError, match="no batch came"):
+    with pytest.raises(probes.CaptureError, match="no batch was given"):
         probes.capture(models["llama"](), [])
 
 

@@ -167,7 +167,7 @@ def _show_differences(
         return
     if not found:
         st.info(
-            "No difference can be tested for this measure: it is no mean over sequences, or the runs have no states of "
+            "No difference can be tested for this measure: it is not a mean over sequences, or the runs have no states of "
             "single sequences.",
             icon="ℹ️",
         )

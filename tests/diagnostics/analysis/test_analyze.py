@@ -158,7 +158,7 @@ def test_one_name_is_one_metric(residual_run):
 
 @pytest.mark.parametrize("metrics", [[None], [3], 3])
 def test_what_is_no_name_of_a_metric_is_refused(residual_run, metrics):
-    with pytest.raises(ValueError, match=r"came .*(None|3).*; expected .*'effective_rank'"):
+    with pytest.raises(ValueError, match=r"got .*(None|3).*; expected .*'effective_rank'"):
         diagnostics.analyze(residual_run, metrics=metrics)
 
 
