@@ -29,7 +29,7 @@ from depthscope.diagnostics.errors import AbsentError, InputError
 
 ALONG = ("depth", "connection")
 
-ONE_RUN_EACH = "This compares checkpoints. To compare designs, give several seeds of each: --by ATTRIBUTE."
+ONE_RUN_EACH = "This compares checkpoints. To compare designs, give several seeds of each"
 
 
 def between_runs(

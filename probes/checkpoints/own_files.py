@@ -151,7 +151,7 @@ def read_json(file: Path, expected: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise CheckpointError(
-            f"'{file}' is not JSON ({reason}), which a {expected} is; copy or download it again"
+            f"'{file}' is not JSON ({reason}), so it is not a {expected}; copy or download it again"
         ) from error
     except OSError as error:
         raise CheckpointError(f"'{file}' cannot be read: {_reason(error)}") from error

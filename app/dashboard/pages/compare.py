@@ -184,7 +184,7 @@ def _show_differences(
     for each in found:
         st.markdown(f"- {escaped(in_words(each))}")
     if by is None:
-        st.caption(ONE_RUN_EACH)
+        st.caption(f"{ONE_RUN_EACH}.")
     paths = [Path(path) for path in dict.fromkeys(reading.path for reading in readings)]
     extra = ["--by", by] if by else []
     command = command_line("compare", *paths, "--metrics", kind.metric, *extra)

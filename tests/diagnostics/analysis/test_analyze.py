@@ -164,11 +164,9 @@ def test_what_is_no_name_of_a_metric_is_refused(residual_run, metrics):
 
 def test_what_is_no_run_is_refused(residual_run):
     wrong = {
-        "came a NoneType; expected a run, a DataTree; capture one with": None,
-        r"came the path 'w.nc'; expected a run, .*analyze\(diagnostics.open_run": "w.nc",
-        r"came a Dataset; expected a run, .*diagnostics.create_run\(trace": residual_run[
-            "trace"
-        ].to_dataset(),
+        "got a NoneType; expected a run, a DataTree; capture one with": None,
+        r"got the path 'w.nc'; expected a run, .*ds.analyze\(ds.open_run": "w.nc",
+        r"got a Dataset; expected a run, .*diagnostics.create_run\(trace": residual_run["trace"].to_dataset(),
     }
     for said, came in wrong.items():
         with pytest.raises(ValueError, match=said):
