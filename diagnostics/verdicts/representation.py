@@ -144,7 +144,7 @@ def _limits_of_rank(null: float) -> Limits | None:
     ),
 )
 def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
-    """A block empties directions of the state: what they held cannot come back.
+    """A block loses directions of the state, which no later block can restore.
 
     Look in that block for a projection, features that are dropped or set to zero, units that no token passes, or a bottleneck
     without a skip.
@@ -153,7 +153,7 @@ def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
     most = np.fmax.accumulate(rank.values)
     yield Profile(
         rank / np.where(most > 2.0 * FEW_DIRECTIONS, most, np.nan),
-        "the number of directions that are not empty, relative to the most that an earlier state has, is",
+        "the number of directions in use, relative to the most that an earlier state uses, is",
         note=f"The most are {number(float(np.nanmax(most)))}." if np.isfinite(most).any() else "",
     )
 
