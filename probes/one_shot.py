@@ -181,7 +181,7 @@ def _measure_batch(
             session.raise_first_error()
             value = loss_value(output, batch, loss, required=gradients)
             if not session.step.forwards and gradients:
-                session.fold()  # says why nothing was seen
+                session.fold()  # gives the reason why nothing was seen
             task = read_task(value, batch)  # before the backward, which frees the graph
             if gradients and value is not None:
                 with own_call(session.owner):

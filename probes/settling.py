@@ -1,4 +1,4 @@
-"""Does what is suspected of a network do harm? The few experiments that the suspicions of a run name, kept in the run."""
+"""Does what is suspected of a network do harm? The few experiments that the suspicions of a run name, saved in the run."""
 
 from __future__ import annotations
 

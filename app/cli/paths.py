@@ -27,7 +27,7 @@ def require_ordinary(text: str, option: str, expected: str = "a file or a folder
     Raises OSError: For a path that is missing, or that a link of a circle leads to.
     """
     path = Path(require_text(text)).expanduser()
-    # stat and not exists: of a circle of links exists says that it is missing, or raises a RuntimeError.
+    # stat and not exists: of a circle of links `exists` is False, or raises a RuntimeError.
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise InputError(
@@ -82,7 +82,7 @@ class InputPath(Checked):
     def check(self, value: str, option: str, args: argparse.Namespace) -> None:
         """Refuse what cannot be read; see `Checked.check`."""
         require_text(value)
-        # lexists: a link to nothing is an error of its own, which says so.
+        # lexists: a link to nothing has an error of its own.
         if self.must_exist or os.path.lexists(Path(value)):
             require_ordinary(value, option)
 

@@ -64,7 +64,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a range; whole unless `whole` is false.
+    """A number in a range; an integer unless `whole` is false.
 
     ``lowest``, ``highest``: the range, ends included.
     ``whole``: whether fractions are refused.
@@ -97,7 +97,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Spans(Text):
-    """Whole numbers from 0 on and spans of them, such as ``3,5-7``, as a list without repetitions.
+    """Integers from 0 on and spans of them, such as ``3,5-7``, as a list without repetitions.
 
     ``highest``: the largest number.
     """

@@ -94,7 +94,7 @@ def findings_table(readings: Sequence[Reading]) -> Table:
 
 
 def sentences_table(readings: Sequence[Reading]) -> Table | None:
-    """What each finding of `findings_table` says; None without one."""
+    """The sentence of each finding of `findings_table`; None without one."""
     rows = [
         {"run": run, "verdict": spoken(finding.verdict), "finding": finding.sentence}
         for run, finding in _worst_first(readings)

@@ -29,7 +29,7 @@ MOST_LINES = 12
 """A card that is longer is not read."""
 
 WIDTH, LABELS = 100, 15
-"""Columns of a card where nothing says how many there are, and those of its labels."""
+"""Columns of a card where their number is unknown, and those of its labels."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ COLUMNS = ("loss_change", "kl", "output_change")
 
 
 def result_path(run: str | os.PathLike[str], what: str) -> Path:
-    """Where the result of an experiment on a run is kept: ``a.nc`` and ``ablate`` give ``a.ablate.h5``.
+    """Where the result of an experiment on a run is saved: ``a.nc`` and ``ablate`` give ``a.ablate.h5``.
 
     Examples
     --------

@@ -291,14 +291,14 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
 
 
 def with_facts(trace: xr.Dataset, attrs: Mapping[Any, Any]) -> xr.Dataset:
-    """A trace with what the run says about all of its chains, where the chain does not say it itself."""
+    """A trace with the run's attributes about all of its chains, where the chain has none of its own."""
     return trace.assign_attrs(
         {name: attrs[name] for name in FACTS if name in attrs and name not in trace.attrs}
     )
 
 
 def with_row_facts(analysis: xr.Dataset) -> xr.Dataset:
-    """An analysis of one step with what its row says of the weights at that step, in place of what holds at another one."""
+    """An analysis of one step with its row's values of the weights at that step, in place of what holds at another one."""
     # Of a row of a training that lacks one of them, its weights have left their start.
     known = [name for name in ROW_FACTS if name in analysis]
     if not known:

@@ -67,12 +67,12 @@ def _mapping(content: Any, what: str) -> dict[str, Any]:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value of a file is a whole number from 0 on that a file can have."""
+    """Whether a value of a file is an integer from 0 on that a file can have."""
     return type(value) is int and 0 <= value < 1 << 48
 
 
 def step_of(value: Any) -> int:
-    """A step: a whole number of 64 bits."""
+    """A step: an integer of 64 bits."""
     if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
         raise InputError(f"the step is {value!r}, expected a whole number")
     return value

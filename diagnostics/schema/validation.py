@@ -132,7 +132,7 @@ def _validate_trace(trace: xr.Dataset, path: str) -> None:
 
 
 def _validate_statements(attrs: Mapping[Any, Any], path: str) -> None:
-    """Check what a run or a chain says about its reading: whether it is proven, and what its matrices satisfy."""
+    """Check the statements of a run or a chain about its reading: whether it is proven, and what its matrices satisfy."""
     proof = attrs.get("proof", PROVEN)
     if not is_proof(proof):
         raise SchemaError(

@@ -72,7 +72,7 @@ def ablate(
         error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``token_…`` by sequence and token.
         ``branch_change`` by experiment and later block is the relative change of what that block adds to the state. The
         attribute ``left_out`` has the experiments that could not be made, and other chains; ``no_loss`` why there is no loss;
-        ``other_paths`` says where something leads around a changed state.
+        ``other_paths`` lists where something leads around a changed state.
 
     Raises
     ------

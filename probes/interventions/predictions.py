@@ -174,7 +174,7 @@ def sees_later_tokens(
 def _looks_ahead(
     batch: Any, ids: torch.Tensor, logits: torch.Tensor, again: Callable[[Any], torch.Tensor]
 ) -> str:
-    """Why the output does not predict the next id; empty where nothing says so."""
+    """Why the output does not predict the next id; empty where there is no reason."""
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % logits.shape[-1]
     changed = again(_with(batch, ids, other))

@@ -1,4 +1,4 @@
-"""How does each block, and the whole chain, stretch small changes of the state? Singular values and their spread, by depth."""
+"""How do each block and all together stretch small changes of the state? Singular values and their spread, by depth."""
 
 from __future__ import annotations
 

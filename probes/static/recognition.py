@@ -212,7 +212,7 @@ def _settled(
 ) -> list[Found]:
     """One row for each group of tensors; what they leave open is said."""
     sizes = _sizes_of_model(tensors, context)
-    # A rare row shares its shapes with others: what the configuration says of the sizes rules it out.
+    # A rare row shares its shapes with others: the sizes of the configuration rule it out.
     fitting = [
         one for one in fitting if not one.dialect.rare or any(_agrees(each, sizes) for each in one.sizes)
     ]

@@ -94,7 +94,7 @@ def record(
         are there when `step` returns, whatever happens to the process afterwards; the raw sequences and pooled sums are
         saved as often as it takes 1 % of the time. A name that ends in ``.nc`` or ``.zarr`` is written when
         the block ends, in the place of an earlier run; until then the steps are in a folder ``NAME.live`` next to it.
-        `open_run` opens a growing, a killed and a finished folder, whose attribute ``live`` says which it is.
+        `open_run` opens a growing, a killed and a finished folder, whose attribute ``live`` tells which of them.
     resume : bool
         Go on in the folder of an earlier attempt; where there is none, begin one. The rows of the earlier attempt from
         `first_step` on are superseded when the first new row comes, and the attribute ``resumed_at`` has that step.
@@ -126,7 +126,7 @@ def record(
         Compute metrics at the end of each measured step, which become the ``/metrics`` of the run, by step: ``"live"``, the
         set that costs a few percent of a step; ``"all"`` default metrics; or names of the catalogue. Norms, cosines, gains,
         shares, massive activations and gradients are exact over every token, ranks, CKA, angles and what is left of products
-        are of the sampled tokens; the attribute ``estimator`` of each says which. ``"live"`` has the ranks in the mean over
+        are of the sampled tokens; see the attribute ``estimator`` of each. ``"live"`` has the ranks in the mean over
         streams alone, the others those of each stream too. One complete sequence is then stored raw, unless ``max_sequences``
         asks for more.
     live_tokens : int

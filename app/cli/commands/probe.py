@@ -179,7 +179,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _forwards(batch: dict[str, Any], args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The batches to run, one per forward; and of a shard the number of its first sequence and what the run says of it."""
+    """The batches to run, one per forward; and of a shard the number of its first sequence and the run's attributes."""
     if args.batch is None and args.shard is None:
         return batch, {}
     from depthscope.probes.checkpoints.text_batch import batches_of, shard_span, token_ids

@@ -38,7 +38,7 @@ def answer_to(question: str, analysis: xr.Dataset, results: Mapping[str, xr.Data
 
 
 def _least_needed(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
-    """The blocks that turn the state least, and what the loss says of leaving them out."""
+    """The blocks that turn the state least, and the loss without them."""
     influence = _profile(analysis, "block_influence")
     if influence is None or not np.isfinite(influence).any():
         return ""

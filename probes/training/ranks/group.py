@@ -1,4 +1,4 @@
-"""Which processes measure together? Those that train one model on parts of the data, as the model or the user says."""
+"""Which processes measure together? Those that train one model on parts of the data, as the model or the user defines it."""
 
 from __future__ import annotations
 
