@@ -135,7 +135,7 @@ def probe_checkpoints(
         **{name: value if value is None else str(value) for name, value in options.items()},
         "text": hashlib.sha256(text.encode()).hexdigest(),
     }
-    prober = _Prober(text, settings, options, device, attrs)
+    prober = _Prober(text, settings, {**options}, device, attrs)
     progress = progress or (lambda name, done, total: None)
     done = _measure_all(prober, ordered, folder, left_out, progress)
     paths, last = dict(ordered), max(done)

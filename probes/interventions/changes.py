@@ -57,7 +57,7 @@ def _places(kind: ExperimentKind, model: ModelUnderTest) -> str:
     last = len(model.chain.points) - 1
     return (
         f"the model has blocks {min(model.layers)} … {max(model.layers)}, depths 0 (embedding) … {last}, "
-        f"{len(model.chain.connections)} connections and {model.num_streams} streams"
+        f"{len(model.chain.connections)} connections and {model.num_streams} stream{'s' * (model.num_streams != 1)}"
         + ("; massive activations are those above 100 and 1000 medians" if kind.name == "massive" else "")
     )
 
