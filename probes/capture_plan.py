@@ -348,7 +348,7 @@ def _seconds_by_part(work: Mapping[str, float], rates: Mapping[str, float]) -> d
     wrong = [name for name in rates if name not in RATES or not rates[name] > 0]
     if wrong:
         raise InputError(
-            f"came the rate {wrong[0]}={rates[wrong[0]]!r}; expected {' and '.join(RATES)} a second, above 0"
+            f"got the rate {wrong[0]}={rates[wrong[0]]!r}; expected {' and '.join(RATES)} a second, above 0"
         )
     return {name: value / rates[rate] for name, value in work.items() if (rate := name.split()[0]) in rates}
 

@@ -133,7 +133,7 @@ def measure(
             step = merge_sums(step, measured.sums)
     if not sequences:
         raise CaptureError(
-            "no batch came: expected a mapping, a tensor, a tuple, or an iterable with at least one of these"
+            "no batch was given; expected a mapping, a tensor, a tuple, or an iterable with at least one of these"
         )
     # Without gradients a batch needs no loss, and some batches may carry one all the same.
     known = [value for value in losses if value is not None]
@@ -181,7 +181,7 @@ def _measure_batch(
             session.raise_first_error()
             value = loss_value(output, batch, loss, required=gradients)
             if not session.step.forwards and gradients:
-                session.fold()  # says why nothing was seen
+                session.fold()  # gives the reason why nothing was seen
             task = read_task(value, batch)  # before the backward, which frees the graph
             if gradients and value is not None:
                 with own_call(session.owner):
@@ -221,7 +221,9 @@ def _run_backward(value: torch.Tensor, forward: Forward) -> None:
             "gradients were asked for where PyTorch keeps no graph; call this outside of torch.no_grad() and inference_mode()"
         )
     if not value.requires_grad or not forward.first_states:
-        raise CaptureError("the loss does not depend on any residual state that carries a gradient")
+        raise CaptureError(
+            "the loss does not depend on any residual state that carries a gradient; look for detach() or no_grad() before it"
+        )
     backward_to(forward, forward.backward_ends(), [value])
 
 

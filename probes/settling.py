@@ -1,4 +1,4 @@
-"""Does what is suspected of a network do harm? The few experiments that the suspicions of a run name, kept in the run."""
+"""Does what is suspected of a network do harm? The few experiments that the suspicions of a run name, saved in the run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def settle(
         For a negative number of forwards.
     """
     if forwards < 0:
-        raise InputError(f"came forwards={forwards}; expected 0 or more")
+        raise InputError(f"got forwards={forwards}; expected 0 or more")
     places = _places(run) if forwards > FIRST_FORWARDS else []
     results: list[dict[str, Any]] = []
     for chain in dict.fromkeys(chain for chain, _, _ in places):

@@ -62,7 +62,7 @@ MOST_SEEDS = 100
 
 
 def add_seeds(parser: argparse.ArgumentParser, *, about: str, default: int | None = 1) -> None:
-    """``--seeds`` as ``args.seeds``: how many; `about` says the default where it is None."""
+    """``--seeds`` as ``args.seeds``: how many; `about` names the default where it is None."""
     parser.add_argument(
         "--seeds",
         type=Number(1, MOST_SEEDS),

@@ -34,7 +34,9 @@ class Device(Checked):
     def check(self, value: str, option: str, args: argparse.Namespace) -> None:
         """Refuse the name of no device that a model can run on; see `Checked.check`."""
         if not _DEVICE.fullmatch(value):
-            raise InputError(f"{option} {quoted(value)} is no device; expected cpu, cuda, cuda:1, xpu or mps")
+            raise InputError(
+                f"{option} {quoted(value)} is not a device; expected cpu, cuda, cuda:1, xpu or mps"
+            )
 
 
 def require_device(device: str) -> None:

@@ -145,11 +145,11 @@ def read_text(source: str | None) -> str:
 
 
 def _recorded(args: argparse.Namespace) -> tuple[Path | None, dict[str, Any]]:
-    """The run file among the arguments, and what it says of its making; nothing for a checkpoint."""
+    """The run file among the arguments, and its attributes; nothing for a checkpoint."""
     if not args.checkpoint.endswith(tuple(run_endings())):
         if args.model is not None:
             raise InputError(
-                f"--model names the checkpoint of a run, but {quoted(args.checkpoint)} is no run file; leave --model out"
+                f"--model names the checkpoint of a run, but {quoted(args.checkpoint)} is not a run file; leave --model out"
             )
         return None, {}
     from depthscope.diagnostics import schema
@@ -196,7 +196,7 @@ def measured(
     doing: str,
     measure: Callable[[Subject, dict[str, Any], Progress], xr.Dataset],
 ) -> tuple[xr.Dataset, Path | None]:
-    """The result of an experiment, saved where ``--out`` says, or next to its run; no path where neither is given.
+    """The result of an experiment, saved at ``--out``, or next to its run; no path where neither is given.
 
     ``what``: the experiment's name, which the name of its file has; ``doing``: what is printed meanwhile.
     ``measure``: takes the subject, how its model is read, and what shows the progress.

@@ -27,11 +27,11 @@ def require_ordinary(text: str, option: str, expected: str = "a file or a folder
     Raises OSError: For a path that is missing, or that a link of a circle leads to.
     """
     path = Path(require_text(text)).expanduser()
-    # stat and not exists: of a circle of links exists says that it is missing, or raises a RuntimeError.
+    # stat and not exists: of a circle of links `exists` is False, or raises a RuntimeError.
     mode = path.stat().st_mode
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise InputError(
-            f"{option} {quoted(text)} is a pipe, a device or a socket, so it is no regular file; expected {expected}"
+            f"{option} {quoted(text)} is a pipe, a device or a socket, so it is not a regular file; expected {expected}"
         )
     if f"{os.path.realpath(path)}/".startswith(("/proc/", "/sys/")):
         # Regular files by their kind, but reading some of them waits for ever, or has no end.
@@ -82,7 +82,7 @@ class InputPath(Checked):
     def check(self, value: str, option: str, args: argparse.Namespace) -> None:
         """Refuse what cannot be read; see `Checked.check`."""
         require_text(value)
-        # lexists: a link to nothing is an error of its own, which says so.
+        # lexists: a link to nothing has an error of its own.
         if self.must_exist or os.path.lexists(Path(value)):
             require_ordinary(value, option)
 
@@ -125,7 +125,7 @@ class InputRun(Checked):
             return
         if not path.name.endswith(tuple(run_endings())):
             raise InputError(
-                f"{quoted(value)} is no run; expected a name that ends in {', '.join(run_endings())}"
+                f"{quoted(value)} is not a run; expected a live store, or a name that ends in {', '.join(run_endings())}"
             )
 
 
@@ -147,7 +147,9 @@ class OutputFile(Checked):
         if not value.endswith(tuple(self.endings())):
             expected = self.example and f"such as {self.example}"
             expected = expected or f"a name that ends in {', '.join(self.endings())}"
-            raise InputError(f"{option} {quoted(value)} is no {self.noun}; expected {expected}")
+            raise InputError(
+                f"{option} {quoted(value)} is not the name of a {self.noun}; expected {expected}"
+            )
         require_text(value)
         path = Path(value)
         if path.name in self.endings():
@@ -179,7 +181,7 @@ class OutputFolder(Checked):
         """Refuse what is no folder, or cannot be written to; see `Checked.check`."""
         path = Path(require_text(value))
         if os.path.lexists(path) and not path.is_dir():
-            raise InputError(f"{option} {quoted(value)} is no folder; name one, or a new one")
+            raise InputError(f"{option} {quoted(value)} is not a folder; name one, or a new one")
         require_writable(path, option)
         # Into it and next to it: a folder is replaced completely, or filled.
         if path.is_dir():

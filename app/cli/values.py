@@ -64,7 +64,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Number:
-    """A number in a range; whole unless `whole` is false.
+    """A number in a range; an integer unless `whole` is false.
 
     ``lowest``, ``highest``: the range, ends included.
     ``whole``: whether fractions are refused.
@@ -86,7 +86,7 @@ class Number:
         if self.meaning:
             expected += f" ({self.meaning})"
         if not (_WHOLE if self.whole else _NUMBER).fullmatch(text):
-            raise argparse.ArgumentTypeError(f"{quoted(text)} is no {kind}; {expected}")
+            raise argparse.ArgumentTypeError(f"{quoted(text)} is not a {kind}; {expected}")
         # Python refuses to read more than 4300 digits; forty are beyond every range here.
         value = float(text) if not self.whole or len(text) > 40 else int(text)
         if not self.lowest <= value <= self.highest:
@@ -97,7 +97,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Spans(Text):
-    """Whole numbers from 0 on and spans of them, such as ``3,5-7``, as a list without repetitions.
+    """Integers from 0 on and spans of them, such as ``3,5-7``, as a list without repetitions.
 
     ``highest``: the largest number.
     """
@@ -132,7 +132,7 @@ class Part(Text):
         found = _PART.fullmatch(text[:40])
         if found is None or not 1 <= int(found[1]) <= int(found[2]) <= self.highest:
             raise argparse.ArgumentTypeError(
-                f"{quoted(text)} is no part; give such as 2/8, the second of eight, from 1/1 to {self.highest}/{self.highest}"
+                f"{quoted(text)} is not a part; expected such as 2/8, from 1/1 to {self.highest}/{self.highest}"
             )
         return int(found[1]), int(found[2])
 
@@ -146,7 +146,7 @@ class ByteCount:
         found = _SIZE.fullmatch(text) if len(text) <= 40 else None
         if found is None:
             raise argparse.ArgumentTypeError(
-                f"{quoted(text)} is no number of bytes; give such as 500MB or 2GiB"
+                f"{quoted(text)} is not a number of bytes; give such as 500MB or 2GiB"
             )
         number, prefix, binary = found.groups()
         power = " kmgt".index((prefix or " ").lower())

@@ -282,7 +282,7 @@ class FigureKind(ABC):
         return replace(figure, caption=" ".join(filter(None, sentences)))
 
     def _evidence(self, analyses: Analyses, figure: Figure) -> tuple[str, str]:
-        """What the caption says of the evidence: unproven readings, and of mixing what the matrices satisfy."""
+        """What the caption tells of the evidence: unproven readings, and of mixing what the matrices satisfy."""
         shown = [figure.run] if isinstance(figure, Heatmap) and figure.run in analyses else list(analyses)
         attrs = {run: analyses[run].attrs for run in shown}
         return constraint_sentence(attrs) if self.question == "mixing" else "", proof_sentence(attrs)

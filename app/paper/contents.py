@@ -115,7 +115,7 @@ def _drawn(kind: FigureKind, analyses: Mapping[str, xr.Dataset], view: Selection
     if not isinstance(kind, MatrixFigure):
         # Of all runs, those that cannot feed it included: the others keep the colours that they have everywhere.
         figure = kind.build(analyses, **asdict(view))
-        # A run may feed a figure in another slice than the one asked for; an empty frame says nothing on paper.
+        # A run may feed a figure in another slice than the one asked for; an empty frame is of no use on paper.
         if isinstance(figure, Lines) and any(line.role == "measured" for line in figure.lines):
             yield figure
         return

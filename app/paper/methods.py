@@ -102,7 +102,7 @@ def _described(reading: Reading) -> str:
 
 
 def _training_words(attrs: Mapping[str, Any]) -> str:
-    """How a run's model was trained, where its maker says so; of other runs a seed may be that of anything."""
+    """How a run's model was trained, where its maker recorded it; of other runs a seed may be that of anything."""
     training = attrs.get("training")
     if not isinstance(training, Mapping):
         return ""
@@ -111,7 +111,7 @@ def _training_words(attrs: Mapping[str, Any]) -> str:
 
 
 def _sample_words(attrs: Mapping[str, Any]) -> str:
-    """How many of the sequences were kept, where it was not all of them."""
+    """How many of the sequences were stored, where it was not all of them."""
     sampling = attrs.get("sampling")
     if not isinstance(sampling, Mapping):
         return ""
@@ -217,7 +217,10 @@ def _slices(
         jackknife = any(
             "jackknife" in str(of.attrs.get("estimator", "")) for _, _, of in errors if of is not None
         )
-        how = "; that of a metric which is no mean over sequences is from the jackknife over them" * jackknife
+        how = (
+            "; that of a metric which is not a mean over sequences is from the jackknife over them"
+            * jackknife
+        )
         yield f"An error, where a number has one, is {intervals}{how}", (), ""
     if any(_has_null(readings, name) for name in metrics):
         yield (
@@ -249,7 +252,7 @@ def _definition(name: str, has_null: bool) -> Sentence:
     metric = CATALOGUE[name]
     label = spoken(name)
     title, _, rest = metric.description.removesuffix(".").partition(":")
-    # "Effective rank: effective rank, how many …" says it twice.
+    # "Effective rank: effective rank, how many …" repeats itself.
     parts = [rest.strip() if title.casefold() == label.casefold() and rest else title, rest.strip()]
     meaning = ", ".join(dict.fromkeys(filter(None, parts)))
     if meaning[1:2].islower() and not meaning.startswith(_CAPITALS):

@@ -86,7 +86,7 @@ def _written(target: Path) -> Mapping[str, str | None]:
     try:
         described = path.lstat()
         if not stat.S_ISREG(described.st_mode) or described.st_size > MANIFEST_LIMIT:
-            raise InputError(f"{MANIFEST} is no small file")
+            raise InputError(f"{MANIFEST} is not a small file")
         manifest = json.loads(path.read_text(encoding="utf-8"))
         # Other programs have manifests too.
         if manifest["made_by"] != MADE_BY:

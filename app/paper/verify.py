@@ -34,7 +34,7 @@ class Verification:
     ``redrawn``: drawings with other bytes, whose numbers are the same: another version of a library or other fonts
     draw them.
     ``changed``: files whose numbers or words do not follow, with what was written and what follows now.
-    ``edited``: files that are not what the manifest says was written.
+    ``edited``: files that differ from what the manifest lists.
     ``missing, new``: files that follow and are not there; files in the manifest that do not follow any more.
     ``runs``: runs that are not those of the manifest, with what differs.
     ``facts``: statements of the manifest that do not follow, such as a caption.
@@ -180,7 +180,7 @@ def _difference(old: Path, new: Path) -> str:
     try:
         before, after = old.read_text(encoding="utf-8"), new.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        return "is no text any more"
+        return "is not text any more"
     if old.suffix == ".csv":
         return _table_difference(before, after)
     pairs = zip(before.splitlines(), after.splitlines(), strict=False)

@@ -71,6 +71,6 @@ def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:
             left += [os.path.join(name, below) for below in os.listdir(name)]
         elif not stat.S_ISREG(entry.st_mode):
             raise StorageError(
-                f"{name} is no ordinary file, which a saved run is; remove it, or name another run"
+                f"{name} is not an ordinary file, which a saved run is; remove it, or name another run"
             )
         yield name, entry

@@ -55,7 +55,7 @@ class FirstFindings:
     """
 
     def __init__(self, history: TrainingHistory) -> None:
-        # Weak: it is kept for as long as the history is.
+        # Weak: it lives as long as the history.
         self._history: TrainingHistory = weakref.proxy(history)
         self._judged: dict[Moment, dict[Key, Finding]] = {}
 

@@ -19,7 +19,7 @@ ARRAYS = ("value", "half_width", "p")
 def keep_differences(
     versions: Mapping[Path, FileVersion], question: str, differences: Sequence[Difference]
 ) -> None:
-    """Keep what was tested; where no folder can be written to, nothing is kept.
+    """Save what was tested; nothing where no folder can be written to.
 
     ``versions``: the runs in the order in which they were compared, and the files that were read.
     ``question``: what was compared: another text is another test.
@@ -30,7 +30,7 @@ def keep_differences(
 def kept_differences(versions: Mapping[Path, FileVersion], question: str) -> list[Difference] | None:
     """What was tested of these very files.
 
-    Returns: None where nothing is kept, or it cannot be read.
+    Returns: None where nothing was saved, or it cannot be read.
     """
     return kept_document(
         *_place(versions, question),
@@ -42,7 +42,7 @@ def kept_differences(versions: Mapping[Path, FileVersion], question: str) -> lis
 
 
 def _place(versions: Mapping[Path, FileVersion], question: str) -> tuple[Path, FileVersion, str]:
-    """Under the name of the first run: removed with what is kept of it when its file changes."""
+    """Under the name of the first run: removed with what was saved of it when its file changes."""
     first = next(iter(versions))
     of_all = repr([*((str(path), version.digest) for path, version in versions.items()), question])
     digest = hashlib.sha256(of_all.encode("utf-8", "surrogatepass")).hexdigest()[:32]

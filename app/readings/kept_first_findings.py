@@ -1,4 +1,4 @@
-"""At which step of a training did each finding begin, as it was found before? Kept with the analysis of the run."""
+"""At which step of a training did each finding begin, as it was found before? Saved with the analysis of the run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def keep_first_findings(path: Path, version: FileVersion, readings: Sequence[Rea
 def kept_first_findings(path: Path, version: FileVersion, chain: str) -> KnownFindings | None:
     """Where the findings of a run began.
 
-    Returns: None where that is not kept of these very files, or cannot be read.
+    Returns: None where that was not saved of these very files, or cannot be read.
     """
     return kept_document(path, version, _ending(chain), _read)
 

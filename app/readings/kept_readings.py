@@ -41,7 +41,7 @@ MOST_POSITIONS = 1024
 """Of a curve in a summary: with more, 500 runs would take megabytes. A heuristic of ours."""
 
 NAME_LENGTH = 80
-"""Letters of a run's name in the name of what is kept: file systems allow 255 bytes."""
+"""Letters of a run's name in the name of the cached file: file systems allow 255 bytes."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def summary_of(reading: Reading) -> Summary:
 
 
 def keep(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
-    """Keep the readings of a run; where no folder can be written to, nothing is kept."""
+    """Save the readings of a run; nothing where no folder can be written to."""
     text = json.dumps([_summary_document(summary_of(reading)) for reading in readings], default=str)
     for folder in folders_of(path):
         with suppress(OSError, ValueError):
@@ -77,9 +77,9 @@ def keep(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
 
 
 def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | None:
-    """The readings of a run that were kept of these very files.
+    """The readings of a run that were saved of these very files.
 
-    Returns: None where nothing is kept, or it cannot be read: it is then made anew.
+    Returns: None where nothing was saved, or it cannot be read: it is then made anew.
     """
     for folder in folders_of(path):
         place = folder / f"{stem_of(path, version)}.npz"
@@ -95,7 +95,7 @@ def kept_summaries(path: Path, version: FileVersion) -> list[Summary] | None:
 
 
 def keep_document(path: Path, version: FileVersion, ending: str, document: Any) -> None:
-    """Keep a further answer about a run; where no folder can be written to, nothing is kept."""
+    """Save a further answer about a run; nothing where no folder can be written to."""
     text = json.dumps(document, default=str)
     for folder in folders_of(path):
         with suppress(OSError):
@@ -106,7 +106,7 @@ def keep_document(path: Path, version: FileVersion, ending: str, document: Any) 
 
 
 def kept_document(path: Path, version: FileVersion, ending: str, read: Callable[[Any], T]) -> T | None:
-    """What ``read`` makes of an answer that was kept of these very files; None where there is none that it can read."""
+    """What ``read`` makes of an answer that was saved of these very files; None where there is none that it can read."""
     for folder in folders_of(path):
         place = folder / f"{stem_of(path, version)}{ending}"
         # Damaged, or of somebody else: it is made anew.
@@ -237,7 +237,7 @@ def folders_of(path: Path) -> list[Path]:
 def stem_of(path: Path, version: FileVersion) -> str:
     """What the names of files begin with that are valid for a version of a run, and for this code.
 
-    Returns: What begins with another one for the same run is removed when an analysis is kept.
+    Returns: What begins with another one for the same run is removed when an analysis is saved.
     """
     digest = hashlib.sha256(f"{version.digest} {_code_version()}".encode()).hexdigest()
     return f"{_prefix(path)}{digest[:32]}"

@@ -211,7 +211,7 @@ def _analyses(
         fresh = by_chain(analyze(run, progress=progress))
         known = {chain: _with_stored(dataset, known.get(chain)) for chain, dataset in fresh.items()}
     return [
-        # Stored metrics may lack what the run says of its reading, which every finding and figure repeats.
+        # Stored metrics may lack the run's attributes of its reading, which every finding and figure repeats.
         (chain, with_facts(dataset.load(), run.attrs))
         for chain, dataset in with_joined_stages(known).items()
     ]

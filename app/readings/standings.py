@@ -96,7 +96,7 @@ def _standing(verdict: Verdict, finding: Finding | None, reading: Reading) -> St
         return Standing(NOT_JUDGED, reason="its numbers are not defined")
     if verdict.needs == ("attrs",) and verdict.about == "network":
         # The capture looks for it in the code; of weight files alone, or where it cannot look, it writes nothing either.
-        return Standing(NOT_JUDGED, reason="the capture noted nothing of the kind")
+        return Standing(NOT_JUDGED, reason="nothing of the kind was seen in the forward")
     return Standing(DOES_NOT_APPLY, reason="the question does not arise")
 
 

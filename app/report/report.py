@@ -94,7 +94,7 @@ def require_report(path: Path) -> None:
         head = file.read(4096)
     if MARK.encode() not in head:
         raise TakenError(
-            f"{path} exists and is no report of depthscope; name another file, delete it, or replace it with --force"
+            f"{path} exists and is not a report of depthscope; name another file, delete it, or replace it with --force"
         )
 
 

@@ -36,7 +36,7 @@ class StudyError(InputError):
 
 
 def run_seeds(out: Path, *, seeds: int, seconds: float, **options: Any) -> dict[str, Path]:
-    """Run the study with several seeds, one after the other: one run says nothing about chance.
+    """Run the study with several seeds, one after the other: one run tells nothing about chance.
 
     ``out``: folder for the runs: ``residual-seed0.nc`` and so on; of one seed ``residual.nc``, as `run_study` names it.
     ``seeds``: how many; the seeds are 0, 1, ….

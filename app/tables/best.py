@@ -22,9 +22,9 @@ def best_of(
 ) -> set[int]:
     """Which of some numbers are the best: the extreme one, and those that do not differ from it.
 
-    ``metric``: name in the catalogue, whose declaration says what is better.
+    ``metric``: name in the catalogue, whose declaration has which is better.
     ``values, margins, nulls``: numbers, half of their intervals, and what noise would give; NaN where there is none.
-    Returns: Empty where the metric says of no number that it is better, where all are equal, and where nulls differ: a
+    Returns: Empty where no number of the metric is better, where all are equal, and where nulls differ: a
     rank of 107 where noise has 240 is no better than one of 15 where it has 84.
     """
     better = better or (CATALOGUE[metric].better if metric in CATALOGUE else "")

@@ -29,7 +29,7 @@ from depthscope.diagnostics.errors import AbsentError, InputError
 
 ALONG = ("depth", "connection")
 
-ONE_RUN_EACH = "This compares checkpoints. To compare designs, give several seeds of each: --by ATTRIBUTE."
+ONE_RUN_EACH = "This compares checkpoints. To compare designs, give several seeds of each"
 
 
 def between_runs(
@@ -177,7 +177,7 @@ def profiles_of(readings: Sequence[Reading], metric: str, view: Selection) -> li
 
 
 def in_words(difference: Difference) -> str:
-    """What a test says, in one sentence.
+    """The result of a test in one sentence.
 
     Returns: Such as ``effective rank: mhc is above residual at depth 2–6, by 5.0 ± 1.4 at depth 4 (…)``.
     """

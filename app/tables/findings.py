@@ -94,7 +94,7 @@ def findings_table(readings: Sequence[Reading]) -> Table:
 
 
 def sentences_table(readings: Sequence[Reading]) -> Table | None:
-    """What each finding of `findings_table` says; None without one."""
+    """The sentence of each finding of `findings_table`; None without one."""
     rows = [
         {"run": run, "verdict": spoken(finding.verdict), "finding": finding.sentence}
         for run, finding in _worst_first(readings)
@@ -132,7 +132,16 @@ def _row(run: str, finding: Finding) -> dict[str, str]:
         "verdict": spoken(finding.verdict),
         "severity": finding.severity.name.lower(),
         "where": place_of(finding),
-        "value": number(float(finding.value)),
-        "threshold": number(float(finding.threshold)),
+        **dict(zip(("value", "threshold"), _distinct(finding.value, finding.threshold), strict=True)),
         "source": finding.source,
     }
+
+
+def _distinct(value: float, threshold: float) -> tuple[str, str]:
+    """A number and its threshold, with three digits or as many as show a difference, as between cosines near 1."""
+    printed = ("", "")
+    for digits in range(3, 14):
+        printed = number(float(value), digits=digits), number(float(threshold), digits=digits)
+        if printed[0] != printed[1] or value == threshold:
+            break
+    return printed

@@ -235,7 +235,9 @@ def _numeric(text: str, *, bold: bool = False, after: str = "") -> str:
         return f"{tex(text)} & {tex(after)}"
     whole, rest, exponent, more = (part or "" for part in found.groups())
     power = rf"$\times10^{{{exponent}}}$" if exponent else ""
-    left, right = tex(whole), f"{rest}{power}{tex(more)}"
+    # A space at the begin of a cell is none to LaTeX.
+    tie = "~" if more and not rest + power else ""
+    left, right = tex(whole), f"{rest}{power}{tie}{tex(more.lstrip() if tie else more)}"
     if bold:
         left, right = Latex(rf"\textbf{{{left}}}"), rf"\textbf{{{right}}}" if right else ""
     return f"{left} & {right}{tex(after)}"

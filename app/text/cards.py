@@ -29,7 +29,7 @@ MOST_LINES = 12
 """A card that is longer is not read."""
 
 WIDTH, LABELS = 100, 15
-"""Columns of a card where nothing says how many there are, and those of its labels."""
+"""Columns of a card where their number is unknown, and those of its labels."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,7 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
         title=title,
         where=place_of(finding),
         why=cited(finding.sentence.replace(unproven_sentence(finding.proof), "").rstrip()),
-        limit=""
-        if finding.source in finding.sentence
-        else f"The limit is from {source_words(finding.source)}.",
+        limit="" if finding.source in finding.sentence else f"Limit: {source_words(finding.source)}.",
         unproven=finding.proof.removeprefix(UNPROVEN) if finding.proof.startswith(UNPROVEN) else "",
         next=finding.advice,
         experiment=experiment,

@@ -34,7 +34,7 @@ def proof_sentence(attrs: Mapping[str, Attributes]) -> str:
 
 
 def constraint_sentence(attrs: Mapping[str, Attributes]) -> str:
-    """What the mixing matrices of some runs were measured to satisfy; empty where no run says it.
+    """What the mixing matrices of some runs were measured to satisfy; empty where no run has it.
 
     ``attrs``: run name → attributes of the run or of its analysis.
 

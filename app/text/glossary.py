@@ -118,7 +118,7 @@ def help_on(*texts: str) -> str | None:
     """
     text = " ".join(texts)
     found = [term for term, entry in GLOSSARY.items() if _occurs(text, (term, *entry.forms))]
-    # "Effective rank" says more than "rank", and one that is part of another needs no line of its own.
+    # "Effective rank" tells more than "rank", and one that is part of another needs no line of its own.
     shown = [term for term in found if not any(term != other and term in other for other in found)]
     return "\n\n".join(f"**{term}**: {GLOSSARY[term].meaning}" for term in shown) or None
 

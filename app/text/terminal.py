@@ -93,7 +93,7 @@ def encodable(text: str) -> str:
 def say(text: str = "") -> None:
     """Print text for people on stdout; severities are coloured on a terminal.
 
-    ``text``: plain text; rich's markup in square brackets is printed as it is. Line feeds are kept: a value of somebody
+    ``text``: plain text; rich's markup in square brackets is printed as it is. Line feeds stay: a value of somebody
     else goes through `printable` before it becomes part of the text.
     """
     text = encodable(printable(text, lines=True))
@@ -150,7 +150,7 @@ def working(what: str) -> Iterator[Progress]:
     Yields: Call it with (part, number done, number in all) to show how far it is.
     """
     if not sys.stderr.isatty():
-        # Later, so that bad input, which is refused by then, gets the one line that says so.
+        # Later, so that bad input, which is refused by then, gets its one line.
         line = threading.Timer(QUIET_SECONDS, remark, [what])
         line.daemon = True  # nothing waits for it at the end
         line.start()

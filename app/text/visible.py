@@ -21,7 +21,7 @@ LONGEST_TEXT = 2000
 # Cc control, Cf format (bidirectional, zero width, tags), Cs surrogate, Co private use, Cn unassigned, Zl and Zp line and
 # paragraph separators. Zs are spaces; all but the plain one look like it.
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs"})
-# Letters and marks that Unicode says to show as nothing (Default_Ignorable_Code_Point), and the blank Braille pattern.
+# Letters and marks that Unicode shows as nothing (Default_Ignorable_Code_Point), and the blank Braille pattern.
 _BLANKS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
 # Inside an emoji these two choose and join pictures: 👩 + joiner + 🔬 is one sign.
 _EMOJI_PARTS = frozenset({0x200D, 0xFE0F})
@@ -132,7 +132,7 @@ def shortened(text: str, longest: int, *, counted: bool = True) -> str:
     """
     if len(text) <= longest:
         return text
-    # The beginning says what it is; the end is where names of one series differ.
+    # The beginning names the kind; the end is where names of one series differ.
     end = longest // 4
     kept = f"{text[: longest - end]} … {text[len(text) - end :]}"
     return f"{kept} ({len(text)} characters)" if counted else kept

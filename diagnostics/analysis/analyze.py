@@ -193,7 +193,7 @@ def saved_run(run: xr.DataTree | str | os.PathLike[str], scheduler: Any) -> Iter
     _require_run(run)
     if scheduler not in ("threads", "processes"):
         raise InputError(
-            "came a run in memory, which the workers of a cluster do not see; save it where all of them read it, and give its "
+            "got a run in memory, which the workers of a cluster do not see; save it where all of them read it, and give its "
             "path: analyze(path, scheduler=…)"
         )
     with TemporaryDirectory(prefix="depthscope-") as folder:
@@ -206,27 +206,27 @@ def _metric_names(metrics: str | Iterable[str] | None) -> list[str]:
     if isinstance(metrics, str):  # an iterable too, of its letters
         return [metrics]
     if not isinstance(metrics, Iterable):
-        raise InputError(f"came metrics={metrics!r}; expected names, such as ['effective_rank', 'cka']")
+        raise InputError(f"got metrics={metrics!r}; expected names, such as ['effective_rank', 'cka']")
     return list(metrics)
 
 
 def _require_run(run: Any) -> None:
     if isinstance(run, xr.DataTree):
         return
-    came = f"a {type(run).__name__}"
-    advice = "capture one with probes.capture(...)"
+    given = f"a {type(run).__name__}"
+    advice = "capture one with ds.capture(...)"
     if isinstance(run, (str, os.PathLike)):
-        came = f"the path {os.fspath(run)!r}"
-        advice = "open it: analyze(diagnostics.open_run(path))"
+        given = f"the path {os.fspath(run)!r}"
+        advice = "open it: ds.analyze(ds.open_run(path))"
     elif isinstance(run, xr.Dataset):
-        advice = "make one of a trace: analyze(diagnostics.create_run(trace, attrs={...}))"
-    raise InputError(f"came {came}; expected a run, a DataTree; {advice}")
+        advice = "make one of a trace: ds.analyze(ds.diagnostics.create_run(trace, attrs={...}))"
+    raise InputError(f"got {given}; expected a run, a DataTree; {advice}")
 
 
 def find_metric(name: str) -> Metric:
     """A metric by name."""
     if not isinstance(name, str):
-        raise InputError(f"came {name!r} as a metric; expected its name, such as 'effective_rank'")
+        raise InputError(f"got {name!r} as a metric; expected its name, such as 'effective_rank'")
     if name in CATALOGUE:
         return CATALOGUE[name]
     raise InputError(f"no metric {name!r}; {did_you_mean(name, CATALOGUE)}")
@@ -369,6 +369,6 @@ def _curves_alone(run: xr.DataTree, chain: str, chosen: Mapping[str, Metric]) ->
     curves = training_curves(run, chain=chain)
     # The loss is no metric, and always among the curves.
     found = curves[[name for name in curves.data_vars if name in chosen or name not in CATALOGUE]]
-    reason = "the run has no trace: capture one with probes.capture(...)"
+    reason = "the run has no trace: capture one with ds.capture(...)"
     missing = {name: reason for name in chosen if name not in found}
     return found.assign_attrs({**run.attrs, "not_computed": missing})

@@ -67,7 +67,7 @@ def by_sequence(trace: xr.Dataset, metric: Metric, *, scope: str = "sequence") -
         found = metric.unfolded(Quantities(trace, choices={"scope": scope}))
     except Unavailable:
         return None
-    value = found[0] if isinstance(found, tuple) else found  # an error of its own says nothing of pairs
+    value = found[0] if isinstance(found, tuple) else found  # an error of its own is none of pairs
     if "group" in value.dims and scope == "sequence":
         value = value.isel(group=value["scope"].values == scope).rename(group="sequence")
     if "sequence" in value.dims:
@@ -90,7 +90,7 @@ def same_sequences(first: xr.Dataset, second: xr.Dataset, digests: tuple[object,
     masks = [Quantities(trace)["mask"].transpose("sample", "token") for trace in (first, second)]
     if masks[0].shape != masks[1].shape or not np.array_equal(masks[0].values, masks[1].values):
         return False
-    # Two runs of one text may have kept other sequences of it.
+    # Two runs of one text may have stored other sequences of it.
     names = [name for name in ("token_id", "token_text") if name in first or name in second]
     return all(name in first and name in second and first[name].equals(second[name]) for name in names)
 

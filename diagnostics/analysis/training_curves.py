@@ -59,7 +59,7 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
     statistics = chain_dataset(run, "statistics", chain)
     if statistics is None:
         raise InputError(
-            "the run has no statistics; record it with probes.record(...), or analyze a run with a trace"
+            "the run has no statistics; record it with ds.record(...), or analyze a run with a trace"
         )
     curves = dict(curves_of_sums(statistics).data_vars)
     return xr.Dataset(curves | (_streamed_ranks(statistics) if "eigenvalue" in statistics else {}))

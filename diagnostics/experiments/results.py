@@ -36,7 +36,7 @@ COLUMNS = ("loss_change", "kl", "output_change")
 
 
 def result_path(run: str | os.PathLike[str], what: str) -> Path:
-    """Where the result of an experiment on a run is kept: ``a.nc`` and ``ablate`` give ``a.ablate.h5``.
+    """Where the result of an experiment on a run is saved: ``a.nc`` and ``ablate`` give ``a.ablate.h5``.
 
     Examples
     --------
@@ -118,14 +118,14 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
     # The HDF5 library may crash on a torn file, and would take this process with it.
     if compare_file_digest(file) != "intact":
         raise InputError(
-            f"{file} is no result of experiments as it was saved; run the command that made it again"
+            f"{file} is not a result of experiments as it was saved; run the command that made it again"
         )
     check_hdf5(file, None)
     with xr.open_dataset(file, engine="h5netcdf") as opened:
         found = decode_dataset(opened.load())
     if found.attrs.get("kind_of_file") != EXPERIMENTS:
         raise InputError(
-            f"{file} is no result of experiments; expected one that `depthscope ablate`, `patch`, `lens` or `jacobian` wrote"
+            f"{file} is not a result of experiments; expected one of `depthscope ablate`, `patch`, `lens` or `jacobian`"
         )
     return found
 

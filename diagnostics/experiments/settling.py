@@ -1,4 +1,4 @@
-"""Which experiment settles a finding? A table from verdict to change, the command that runs it, and what its result says."""
+"""Which experiment settles a finding? A table from verdict to change, the command that runs it, and what its result means."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SETTLED_BY: dict[str, str] = {
     ),
     "massive_activations": "massive",
 }
-"""Verdict name → the experiment that tells whether what it says matters to the model's output."""
+"""Verdict name → the experiment that tells whether it matters to the model's output."""
 
 HARMFUL = ("attention_entropy_collapse", "massive_activations", "common_vector", "attenuation")
 """Verdicts that say that something does harm; all others say that it does nothing."""

@@ -56,7 +56,7 @@ def as_array(x: Array, *, name: str = "x") -> Array:
 
 
 def as_count(value: Any, *, name: str, least: int = 1) -> int:
-    """A count (of neighbours, rounds, rows) as a Python int; refused where it is no whole number or below ``least``."""
+    """A count (of neighbours, rounds, rows) as a Python int; refused where it is not an integer or below ``least``."""
     try:
         # operator.index takes numpy's and torch's integers, and refuses 3.0, which int() would take.
         count = operator.index(value)

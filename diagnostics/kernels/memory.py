@@ -247,5 +247,5 @@ def _require_sizes(*sizes: int) -> None:
     for size in sizes:
         if size < 1:
             raise InputError(
-                f"a size of {size} came; expected a width, a number of streams, or of sublayers from 1"
+                f"got a size of {size}; expected a width, a number of streams, or of sublayers from 1"
             )

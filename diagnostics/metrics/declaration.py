@@ -300,7 +300,7 @@ class Metric:
         return value.assign_attrs(self.facts(what)).rename(self.name)
 
     def facts(self, what: str = "") -> dict[str, str | float]:
-        """What the declaration says about a variable, as its attributes; ``what`` as of `stamp`."""
+        """The declaration of a variable, as its attributes; ``what`` as of `stamp`."""
         facts: dict[str, str | float] = {
             "long_name": f"{self.description.rstrip('.')}{', ' if what else ''}{what}",
             "units": self.units,

@@ -164,7 +164,7 @@ def least_stream_cka(state_views: Views) -> xr.Variable:
 def trimmed_cka(state_views: Views) -> xr.Variable:
     """Linear CKA between depths without the few features that are 10 times as large as the median one.
 
-    Such features may be all that the CKA of whole states sees.
+    Such features may be all that the CKA of full states sees.
     """
     return state_views.compare(without_large_features)
 

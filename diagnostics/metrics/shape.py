@@ -140,6 +140,7 @@ def _energy_of_noise(token_masks: xr.Variable) -> xr.Variable:
 
 
 @metric(
+    label="Dirichlet energy",
     symbol=r"\mathcal{E}(X)",
     dims="tokens depth stream",
     cite=OURS,

@@ -23,7 +23,7 @@ BLOCK = 4_000_000
 
 # Matrices that are measured in one call: with few tokens, calls would take longer than what they compute.
 AT_ONCE = 4096
-# Bytes of matrices that are kept between metrics: 60 connections of 32 768 tokens and 4 streams. Heuristic.
+# Bytes of matrices that are cached between metrics: 60 connections of 32 768 tokens and 4 streams. Heuristic.
 KEPT_BYTES = 256_000_000
 # Tokens of one block of products, so that those of all connections need not be in memory at once.
 TOKENS = 1024
@@ -58,7 +58,7 @@ class Mixing:
 
     @property
     def fits(self) -> bool:
-        """Whether all matrices are kept in memory; else they are read again by each metric, a few connections at a time."""
+        """Whether all matrices are cached in memory; else they are read again by each metric, a few connections at a time."""
         return 8 * len(self) * self.num_tokens * self.num_streams**2 <= KEPT_BYTES
 
     @cached_property
@@ -80,7 +80,7 @@ class Mixing:
         # run along the tokens and vectorise.
         ordered = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
         ordered.flags.writeable = (
-            False  # they are kept: a metric that wrote to them would change all later ones
+            False  # they are cached: a metric that wrote to them would change all later ones
         )
         return ordered
 
@@ -109,7 +109,7 @@ class Mixing:
     def finite(self) -> np.ndarray:
         """Which connections are finite, (C,)."""
         if self.fits:
-            _ = self.matrices  # read here where no metric has, and kept
+            _ = self.matrices  # read here where no metric has, and cached
         for position in np.flatnonzero(~self._seen).tolist():
             self._read(slice(position, position + 1))
         found = np.ones(len(self), dtype=bool)
@@ -164,7 +164,7 @@ class Mixing:
         """Products from the embedding on (c, N, n, n) and their log scales (c, N), a few connections at a time."""
         before: tuple[np.ndarray, np.ndarray] | None = None
         for number, block in enumerate(self.blocks()):
-            if self.fits:  # kept for the next metric
+            if self.fits:  # cached for the next metric
                 products, scales = (of_all[self._parts[number]] for of_all in self.prefix)
             else:
                 products, scales = kernel.prefix_composites(block, return_log_scale=True, after=before)

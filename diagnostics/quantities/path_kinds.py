@@ -2,7 +2,7 @@
 
     X_{k+1} = Σ_j A_kj X_j + B_k ⊗ F_k(Σ_j C_kj X_j)
 
-M_kj says how much of source j sublayer k reads, at frozen coefficients. Shapes: ``C`` connections, ``N`` real tokens, ``n``
+M_kj is how much of source j sublayer k reads, at frozen coefficients. Shapes: ``C`` connections, ``N`` real tokens, ``n``
 streams, ``V`` views (inputs or outputs of one branch, mostly one), ``D`` features.
 """
 

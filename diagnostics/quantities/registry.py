@@ -83,17 +83,17 @@ _OF_STREAMS = (
 _REMEDIES = {
     "gradient": "capture it with gradients=True",
     **{of.name: of.remedy for of in COEFFICIENTS if of.remedy},
-    "initial_logits": "add them with diagnostics.with_replay(run, probes.initial_logits(checkpoint), decay=…)",
-    "mixing_logits": "H_res is no softmax or Sinkhorn of logits that were recognised, see /coverage",
+    "initial_logits": "add them with ds.with_replay(run, ds.initial_logits(checkpoint), decay=…)",
+    "mixing_logits": "H_res is not a softmax or Sinkhorn of logits that were recognised, see /coverage",
     **dict.fromkeys(
         ("logit_gradient_norm", "mixing_gradient_norm"),
-        "capture it with gradients=True; and where H_res is no softmax or Sinkhorn of logits, it has none: see /coverage",
+        "capture it with gradients=True; and where H_res is not a softmax or Sinkhorn of logits, it has none: see /coverage",
     ),
     **dict.fromkeys(
         OF_ATTENTION,
         "no forward showed attention weights that could be read, see /coverage",
     ),
-    **dict.fromkeys(OF_WEIGHTS, "record it with probes.record(model, weights=True)"),
+    **dict.fromkeys(OF_WEIGHTS, "record it with ds.record(model, weights=True)"),
     **dict.fromkeys(OF_STREAMING, "capture it with streaming=True"),
     **dict.fromkeys(
         (*OF_CHECKPOINTS, "weight_first_square_distance", "weight_first_square_norm"),
@@ -292,14 +292,14 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
 
 
 def with_facts(trace: xr.Dataset, attrs: Mapping[Any, Any]) -> xr.Dataset:
-    """A trace with what the run says about all of its chains, where the chain does not say it itself."""
+    """A trace with the run's attributes about all of its chains, where the chain has none of its own."""
     return trace.assign_attrs(
         {name: attrs[name] for name in FACTS if name in attrs and name not in trace.attrs}
     )
 
 
 def with_row_facts(analysis: xr.Dataset) -> xr.Dataset:
-    """An analysis of one step with what its row says of the weights at that step, in place of what holds at another one."""
+    """An analysis of one step with its row's values of the weights at that step, in place of what holds at another one."""
     # Of a row of a training that lacks one of them, its weights have left their start.
     known = [name for name in ROW_FACTS if name in analysis]
     if not known:

@@ -28,7 +28,7 @@ class States:
 
     ``states``: dims (depth, sample, token, stream, feature).
     ``mask``: dims (sample, token), true on real tokens.
-    ``cache_bytes``: most bytes of depths that are kept for the next metric.
+    ``cache_bytes``: most bytes of depths that are cached for the next metric.
     ``finite``: where these are some sequences of more: which streams of each depth (L, n) are finite in all of them.
     """
 

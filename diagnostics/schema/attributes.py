@@ -106,7 +106,7 @@ def storable_attributes(attrs: Mapping[str, Any] | None) -> dict[str, Any]:
             json.dumps(value, default=json_default)
         except (TypeError, ValueError, RecursionError) as error:
             raise InputError(
-                f"attrs came with {name!r}, which no file takes ({error}); give text, numbers, and lists and dicts of them"
+                f"attrs contain {name!r}, which no file takes ({error}); give text, numbers, and lists and dicts of them"
             ) from None
     return dict(attrs or {})
 

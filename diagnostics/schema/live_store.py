@@ -73,7 +73,7 @@ def require_live_place(path: str | os.PathLike[str], *, resume: bool = False, fo
     names, foreign = files_of(place)
     if foreign is not None:
         raise TakenError(
-            f"{place} contains {foreign}, which is no part of a live run; move it away, or name another path"
+            f"{place} contains {foreign}, which is not a part of a live run; move it away, or name another path"
         )
     if names and not is_live_store(place) and not force:
         raise TakenError(
@@ -235,7 +235,7 @@ class LiveStore:
         declared, added = {}, {}
         for name in [name for name in numbers if name not in known.variables]:
             if not isinstance(numbers[name], tuple):
-                raise InputError(f"{name} came for the first time without its dims; give (dims, array)")
+                raise InputError(f"{name} is new and has no dims; give (dims, array)")
             dims, values, *attrs = numbers[name]
             array = np.asarray(values)
             dtype = "<f4" if array.dtype == np.float32 else "<f8"
@@ -257,7 +257,7 @@ class LiveStore:
             array = np.asarray(given[1] if isinstance(given, tuple) else given, known.numpy_dtype)
             if array.shape != known.shape:
                 raise InputError(
-                    f"{name} came with the shape {array.shape}, expected {known.shape} as in the rows before; "
+                    f"{name} has the shape {array.shape}, expected {known.shape} as in the rows before; "
                     "a changed model needs a store of its own"
                 )
             data.append(array.tobytes())

@@ -236,7 +236,7 @@ class History:
 
     def _take_file(self, name: Any) -> None:
         if not isinstance(name, str) or not NUMBERED.fullmatch(name):
-            raise InputError(f"{name!r} is no file of a live store")
+            raise InputError(f"{name!r} is not a file of a live store")
         self.files.add(name)
         if len(self.files) > MAX_FILES:
             raise InputError(f"more than {MAX_FILES} files")

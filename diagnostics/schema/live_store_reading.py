@@ -126,7 +126,7 @@ def open_live(
 def refuse_foreign(name: str | None) -> None:
     """Refuse a folder with something in it that no live store has."""
     if name is not None:
-        raise SchemaError(f"it contains {name}, which is no part of a live run; move it away")
+        raise SchemaError(f"it contains {name}, which is not a part of a live run; move it away")
 
 
 def require_own_files(names: Iterable[str], history: History) -> None:

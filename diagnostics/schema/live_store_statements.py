@@ -67,12 +67,12 @@ def _mapping(content: Any, what: str) -> dict[str, Any]:
 
 
 def is_count(value: Any) -> bool:
-    """Whether a value of a file is a whole number from 0 on that a file can have."""
+    """Whether a value of a file is an integer from 0 on that a file can have."""
     return type(value) is int and 0 <= value < 1 << 48
 
 
 def step_of(value: Any) -> int:
-    """A step: a whole number of 64 bits."""
+    """A step: an integer of 64 bits."""
     if type(value) is not int or not -(1 << 63) <= value < 1 << 63:
         raise InputError(f"the step is {value!r}, expected a whole number")
     return value
@@ -135,7 +135,7 @@ def declared_of(name: str, fields: Any) -> Declared:
 
 def _dims(name: str, dims: Any, number: int) -> tuple[str, ...]:
     if not _NAME.fullmatch(name) or name.endswith("/step"):
-        raise InputError(f"{name!r} is no name of a variable in {', '.join(GROUPS)}")
+        raise InputError(f"{name!r} is not a name of a variable in {', '.join(GROUPS)}")
     if not isinstance(dims, (list, tuple)) or not all(isinstance(dim, str) for dim in dims):
         raise InputError(f"{name} has the dims {dims!r}")
     if len(dims) != number or len({*dims, "step"}) != number + 1:
@@ -167,7 +167,7 @@ def coordinate_of(name: str, fields: Any) -> dict[str, Any]:
 def attributes_of(path: str, attrs: Any) -> dict[str, Any]:
     """Attributes of a group, or of the variable of that name."""
     if not (_PATH.fullmatch(path) or _NAME.fullmatch(path)):
-        raise InputError(f"{path!r} is no group of a run")
+        raise InputError(f"{path!r} is not a group of a run")
     if len(_mapping(attrs, f"the attributes of {path or 'the run'}")) > MAX_ATTRIBUTES:
         raise InputError(f"{len(attrs)} attributes of {path or 'the run'}, expected at most {MAX_ATTRIBUTES}")
     return dict(attrs)

@@ -47,7 +47,7 @@ def open_run(
 ) -> xr.DataTree:
     """Open a saved run; arrays are read when they are used.
 
-    Only what `save_run` writes is opened, whatever the file says about itself: plain arrays of numbers and text, in the
+    Only what `save_run` writes is opened, whatever the file claims about itself: plain arrays of numbers and text, in the
     file or folder itself, without filters but checksums. This is checked in the metadata before any array is read.
 
     Parameters

@@ -53,7 +53,7 @@ def require_run(place: Path, suffix: str, *, force: bool = False) -> None:
         foreign = next(files_of_others(place, any_store=force), None)
         if foreign is not None:
             raise TakenError(
-                f"{place} contains {foreign}, which is no part of a run; move it away, or name another path"
+                f"{place} contains {foreign}, which is not a part of a run; move it away, or name another path"
             )
         if not os.listdir(place):
             return  # an empty folder belongs to nobody
@@ -65,7 +65,7 @@ def require_run(place: Path, suffix: str, *, force: bool = False) -> None:
     except Exception as error:
         reason = str(error) if isinstance(error, SchemaError) else f"{type(error).__name__}: {error}"
         raise TakenError(
-            f"{place} exists and is no run that this depthscope may replace ({' '.join(reason.split())[:300]}); "
+            f"{place} exists and is not a run that this depthscope may replace ({' '.join(reason.split())[:300]}); "
             "name another path, delete it, or replace it with force=True (--force)"
         ) from None
 

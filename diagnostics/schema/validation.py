@@ -69,7 +69,7 @@ def check_version(attrs: Mapping[Any, Any]) -> None:
     if version is None:
         raise SchemaError(
             "not a depthscope run: the attribute schema_version is missing; "
-            "make one with probes.capture(...) and diagnostics.save_run(...)"
+            "make one with ds.capture(...) and ds.save_run(...)"
         )
     try:
         # Newer minor versions add variables only, which are not checked; numbers, not text: 10 is above 9.
@@ -133,7 +133,7 @@ def _validate_trace(trace: xr.Dataset, path: str) -> None:
 
 
 def _validate_statements(attrs: Mapping[Any, Any], path: str) -> None:
-    """Check what a run or a chain says about its reading: whether it is proven, and what its matrices satisfy."""
+    """Check the statements of a run or a chain about its reading: whether it is proven, and what its matrices satisfy."""
     proof = attrs.get("proof", PROVEN)
     if not is_proof(proof):
         raise SchemaError(
@@ -222,7 +222,7 @@ def _validate_replay(attrs: Mapping[Any, Any], path: str) -> None:
         )
         raise SchemaError(
             f"{path}/initial_logits has {found}; expected a "
-            "decay in (0, 1], at least 1 step, 'row' or 'column', and a floor of 0 or more: see diagnostics.with_replay"
+            "decay in (0, 1], at least 1 step, 'row' or 'column', and a floor of 0 or more: see ds.with_replay"
         )
 
 

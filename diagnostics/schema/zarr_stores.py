@@ -98,7 +98,7 @@ def check_zarr_folder(path: Path, max_bytes: int | None) -> None:
 def _check_entries(entries: Mapping[str, _Entry], max_bytes: int | None) -> None:
     """Check the metadata files, then every other file against the array that it belongs to."""
     if METADATA not in entries:
-        raise SchemaError(f"it has no {METADATA}: it is no Zarr store of version 3")
+        raise SchemaError(f"it has no {METADATA}: it is not a Zarr store of version 3")
     arrays = _checked_arrays(entries)
     limit = Limit.of(sum(entry.size for entry in entries.values()), max_bytes)
     limit.check(sum(math.prod(array.shape) * array.item_bytes for array in arrays.values()))
@@ -141,7 +141,7 @@ def _document(name: str, entry: _Entry) -> dict[str, Any]:
     try:
         document = json.loads(entry.read(entry.size), object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
-        raise SchemaError(f"{name} is no JSON that can be read ({error})") from error
+        raise SchemaError(f"{name} is not JSON that can be read ({error})") from error
     if not isinstance(document, dict):
         raise SchemaError(f"{name} is a {type(document).__name__}; expected metadata of Zarr 3")
     if _depth(document) > MAX_JSON_DEPTH:
@@ -188,7 +188,7 @@ def _require_keys(path: str, document: Mapping[str, Any], known: set[str]) -> No
     if unknown:
         raise SchemaError(f"the metadata of /{path} have {', '.join(unknown[:3])}, which a run has not")
     if not isinstance(document.get("attributes", {}), dict):
-        raise SchemaError(f"the attributes of /{path} are no JSON object")
+        raise SchemaError(f"the attributes of /{path} are not a JSON object")
 
 
 def _checked_array(path: str, document: Mapping[str, Any]) -> _Array:

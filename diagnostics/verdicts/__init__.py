@@ -255,5 +255,5 @@ def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Datas
     return {chain: with_definitions_of_today(part) for chain, part in found.items()}
 
 
-def _no_analysis(came: str) -> InputError:
-    return InputError(f"came {came}; expected what diagnostics.analyze returns: judge(analyze(run))")
+def _no_analysis(given: str) -> InputError:
+    return InputError(f"got {given}; expected what ds.analyze returns: ds.judge(ds.analyze(run))")

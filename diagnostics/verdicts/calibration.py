@@ -11,9 +11,9 @@ from importlib.resources import files
 DEFAULT = "depthscope's default"
 """The source of a limit that no publication states."""
 
-# The declared source of limits that lie beyond what 99 % of these networks have; `source_of` says how many there were.
+# The declared source of limits that lie beyond what 99 % of these networks have; `source_of` gives their number.
 CALIBRATED = "calibrated on healthy networks"
-FEWEST = 50  # networks: of fewer, 99 % says nothing
+FEWEST = 50  # networks: of fewer, 99 % means nothing
 ENOUGH_TO_TELL = 20  # networks among which a number is told to be rare
 SHARE = 0.99
 # By which factor a limit lies beyond what 99 % of the networks have.
@@ -55,7 +55,7 @@ def limit_with_margin(values: tuple[float, ...], *, above: bool) -> float:
 
 
 def source_of(verdict: str, *, mildest: float, above: bool) -> str:
-    """Who says the limits of a verdict that cites the calibration.
+    """The source of the limits of a verdict that cites the calibration.
 
     Returns: Such as ``"calibrated on 212 healthy networks of 53 kinds"``; ``"depthscope's default"`` where the limit is not
     by the margin beyond what 99 % of them have, or there were too few.

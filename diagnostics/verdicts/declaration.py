@@ -203,7 +203,7 @@ class Verdict:
         return [self._with_reference(finding) for finding in merged]
 
     def _with_reference(self, finding: Finding) -> Finding:
-        """A finding about the network that says how many healthy ones have such a number."""
+        """A finding about the network with how many healthy ones have such a number."""
         # Their numbers along an axis are others than one of the run.
         if not finding.severity or self.about != "network" or (self.drawn_on and finding.axis == "run"):
             return finding

@@ -267,7 +267,7 @@ def attenuation(
         weakest = composite_attenuation.sel(direction=direction, reduction="p1", drop=True)
         side = "row" if direction == "forward" else "column"
         # Signed entries can cancel in a sum although no stream fades: then the smallest singular value is larger, and the sum
-        # says nothing. Where no entry is negative it is below every sum.
+        # means nothing. Where no entry is negative it is below every sum.
         yield Profile(
             weakest.where(weakest.values >= (1.0 - ROUNDED) * least.values),
             f"the weakest {side} sum of the mixing from the embedding on ({direction}) is",

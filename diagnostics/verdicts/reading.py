@@ -24,7 +24,7 @@ def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     read the reason: what it names is in no finding and no figure.
     """
     proof = str(attrs.get("proof", ""))
-    if not proof.startswith((PROVEN, UNPROVEN)):  # a run of an earlier version says nothing
+    if not proof.startswith((PROVEN, UNPROVEN)):  # a run of an earlier version has no such attribute
         return None
     sentence = (
         "" if proof == PROVEN else f"{unproven_sentence(proof)} Every reading should be proven ({DEFAULT})."
@@ -63,7 +63,7 @@ def unproven_sentence(proof: str) -> str:
 
 
 def with_proof(finding: Finding, attrs: Mapping[str, Any]) -> Finding:
-    """A finding that says where the reading that it is about is unproven."""
+    """A finding with where the reading that it is about is unproven."""
     proof = str(attrs.get("proof", ""))
     if not proof.startswith(UNPROVEN):
         return replace(finding, proof=proof)
@@ -74,7 +74,7 @@ def with_proof(finding: Finding, attrs: Mapping[str, Any]) -> Finding:
 
 
 def with_inferred_reads(finding: Finding, attrs: Mapping[str, Any]) -> Finding:
-    """A finding that says where it rests on read weights which no module gives, and how well they give what was read."""
+    """A finding with where it rests on read weights that no module gives, and how well they fit what was read."""
     metric = CATALOGUE.get(finding.metric)
     inferred = attrs.get("inferred_reads")
     if not inferred or metric is None or not {"h_pre", "read"} & set(metric.roots):

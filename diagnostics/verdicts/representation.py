@@ -83,7 +83,7 @@ def rank_collapse(
         limits=ONE_ANSWER if one_answer(attrs) else None,
         words="the remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and "
         "three times the effective rank over its noise baseline) is",
-        template="only {percent} of the differences between the tokens of a sequence are left {where}",
+        template="{percent} of the differences between the tokens of a sequence are left {where}",
         note=_equal_tokens(judged, residual, value, float(null)),
     )
 
@@ -146,7 +146,7 @@ def _limits_of_rank(null: float) -> Limits | None:
     ),
 )
 def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
-    """A block empties directions of the state: what they held cannot come back.
+    """A block loses directions of the state, which no later block can restore.
 
     Look in that block for a projection, features that are dropped or set to zero, units that no token passes, or a bottleneck
     without a skip.
@@ -155,7 +155,7 @@ def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
     most = np.fmax.accumulate(rank.values)
     yield Profile(
         rank / np.where(most > 2.0 * FEW_DIRECTIONS, most, np.nan),
-        "the number of directions that are not empty, relative to the most that an earlier state has, is",
+        "the number of directions in use, relative to the most that an earlier state uses, is",
         note=f"The most are {number(float(np.nanmax(most)))}." if np.isfinite(most).any() else "",
     )
 

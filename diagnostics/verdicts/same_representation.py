@@ -121,7 +121,7 @@ def same_representation(
         if last - first >= max(FEWEST_STEPS, share * steps):
             words = _views(alike, views, slice(first, last + 1))
             found = _one_representation(alike, angles, first, last, attrs, num_tokens, words, failing=failing)
-            # On the axis of all depths: the finding is where it says, and undefined inside a block.
+            # On the axis of all depths: undefined inside a block.
             yield replace(found, values=found.values.reindex(depth=np.arange(cka.sizes["depth"])))
             return
     # Nothing found: the two ends are what a reader asks for.
@@ -195,7 +195,7 @@ def _start(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:
 
 
 def _prediction(attrs: Mapping[str, Any], first: int, last: int) -> tuple[str, bool]:
-    """What a lens says of the range, where one was read, and whether the prediction still moves within it.
+    """What a lens reads in the range, where one was read, and whether the prediction still moves within it.
 
     States that differ by little may differ in what the head reads: where the interval of the depth from which on the
     prediction no longer changes begins in the later half of the range, the range does work, and is no failure.

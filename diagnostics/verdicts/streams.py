@@ -167,7 +167,7 @@ def stream_collapse(
     yield Profile(
         left,
         "the surviving fraction of the initial differences between streams, against what all have in common, is",
-        template="only {percent} of the initial differences between streams survive {where}",
+        template="{percent} of the initial differences between streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
         limits=Limits(info=COLLAPSED, above=False) if parted else None,
@@ -293,7 +293,7 @@ def copied_streams(
     # They are copies at the embedding by construction: only the later half is judged.
     late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
     judged = stream_cosine.where(xr.DataArray(late, dims="depth"))
-    # Exact ones that are read alike are symmetric, and stay so.
+    # Exact ones that are read the same way are symmetric, and stay so.
     parting = (1.0 - stream_cosine > SAME_STREAMS).any() or streams_are_one(stream_cosine, read_share)
     apart = 1.0 - float(judged.max())
     yield Profile(

@@ -131,7 +131,7 @@ LEAST_CLAIM = 0.2
     ),
 )
 def surer_than_right(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The predictions are surer than they are right.
+    """The predictions are overconfident: they are surer than they are right.
 
     Training makes them as sure as they are right. See whether inputs come as in training (scale, order, padding, ids), labels
     belong to them, and every weight is in its place; on new data it may be that the network has learned the old by heart.
@@ -201,7 +201,7 @@ def _are_left_out(blocks: Any, residual_norm: xr.DataArray, share: float | None)
 
 @verdict(metric="loss", limits=Limits(warn=0.0), follows_from={"untrained_weights": overlapping})
 def equal_blocks(attrs: Mapping[str, Any], residual_norm: xr.DataArray) -> Iterator[Profile]:
-    """Blocks hold the same weights as another block, to the last digit.
+    """Several blocks have identical weights.
 
     They are not shared, so that training would have parted them: look for a checkpoint whose keys are mapped to the wrong
     blocks, or blocks that were copied to make a network deeper. Layers that are made by copying one begin so.

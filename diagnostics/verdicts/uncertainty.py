@@ -25,7 +25,7 @@ def findings(verdict: Verdict, analysis: xr.Dataset) -> list[Finding]:
 
     Every number that the verdict takes and that has a standard error over sequences is moved to both ends of its 95 %
     interval, together and one by one, and the verdict is asked again. What passes at one of the ends is not decided: the
-    same network may pass with other sequences. It becomes a note that says how many sequences would decide it.
+    same network may pass with other sequences. It becomes a note with how many sequences would decide it.
     """
     found = verdict.findings(analysis)
     names = [name for name in (*verdict.needs, *verdict.wants) if _has_interval(analysis, name)]

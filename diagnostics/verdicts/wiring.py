@@ -155,7 +155,7 @@ def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 @verdict(metric="weight_gradient_norm", limits=Limits(warn=0.0))
 def zero_input(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """A module gets hardly anything but zeros: no token passes what is before it.
+    """The input of a module is almost all zeros: no token passes what is before it.
 
     Look for a ReLU whose inputs are all negative, as after too high a learning rate, a closed gate, or a product with zero.
     The weights of such features get no gradient, and what is left of the module's output is little more than its bias.

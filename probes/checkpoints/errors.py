@@ -46,7 +46,7 @@ def errors_of(
 
     ``message``: beginning of the sentence; the library's own first line follows in brackets.
     """
-    # Its log repeats what the sentence says, in many lines and before it: what matters in it is checked or raised.
+    # Its log repeats the sentence, in many lines and before it: what matters in it is checked or raised.
     log = logging.getLogger(library)
     level = log.level
     log.setLevel(logging.CRITICAL)

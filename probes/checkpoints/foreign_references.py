@@ -101,7 +101,7 @@ _installed = threading.Lock()
 def offline() -> Iterator[None]:
     """Refuse connections to a network from this thread, as long as a checkpoint is loaded.
 
-    ``local_files_only`` says the same to transformers, but not to every library that an architecture or a tokenizer calls.
+    ``local_files_only`` asks the same of transformers, but not to every library that an architecture or a tokenizer calls.
     """
     if _installed.acquire(blocking=False):  # once: an audit hook stays for the life of the process
         sys.addaudithook(_refuse_network)

@@ -100,7 +100,7 @@ class _Cursor:
         try:
             return self.data[begin : self.at].decode()
         except UnicodeDecodeError as error:
-            raise _torn(self.file, "a name is no UTF-8") from error
+            raise _torn(self.file, "a name is not UTF-8") from error
 
     def value(self, kind: int, depth: int = 0) -> float | str | None:
         """Move over a value; returns it where it is a number or a short text."""

@@ -35,7 +35,9 @@ def gguf_tensors(file: Path) -> tuple[list[StoredTensor], dict[str, Any]]:
         raise CheckpointError(f"'{file}' has a tensor's name twice; copy or download it again")
     for name in names:
         if not name.isprintable():  # names are printed, and an escape sequence would reach the terminal
-            raise CheckpointError(f"'{file}' has the name {ascii(name)[:80]}, which is no name of a tensor")
+            raise CheckpointError(
+                f"'{file}' has the name {ascii(name)[:80]}, which is not a name of a tensor"
+            )
     return tensors, _settings(contents)
 
 

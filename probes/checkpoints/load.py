@@ -166,7 +166,7 @@ def meta_model(spec: str, *, dtype: str | torch.dtype | None = None) -> nn.Modul
         path = hub_files(spec, weights=False).path
     if not (exists(path) and path.is_dir()):
         raise CheckpointError(
-            f"'{printable(spec)}' is no folder with a config.json and no 'package.module:function'; a plan needs one of them"
+            f"'{printable(spec)}' is neither a folder with a config.json nor 'package.module:function'; a plan needs one"
         )
     check_folder(path)
     settings = _settings(path)
@@ -221,7 +221,7 @@ def _advice_for_file(path: Path) -> str:
             f"'{path}' contains weights without an architecture; give the code that builds the model as "
             "'package.module:function' and this file as its weights"
         )
-    return f"'{path}' is no checkpoint that is known here; {EXPECTED}"
+    return f"'{path}' is not a checkpoint that is known here; {EXPECTED}"
 
 
 def _from_folder(folder: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
@@ -294,7 +294,7 @@ def _model_class(config: Any, folder: Path) -> Any:
         ):
             return found
         raise CheckpointError(
-            f"'{folder}/config.json' names '{name}' as its architecture, which is no model of transformers; correct it"
+            f"'{folder}/config.json' names '{name}' as its architecture, which is not a model of transformers; correct it"
         )
     # A config without architectures: with a language-model head where there is one, so that it can give a loss.
     causal = transformers.AutoModelForCausalLM
@@ -304,12 +304,22 @@ def _model_class(config: Any, folder: Path) -> Any:
 def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Module:
     # Nothing is fetched, no pickled code runs, and the report lists the weights that are missing.
     options: dict[str, Any] = {"local_files_only": True, "weights_only": True, "output_loading_info": True}
+    # What does not fit is then listed, in place of a sentence that refers to a log.
+    options["ignore_mismatched_sizes"] = True
     if dtype is not None:
         options["dtype"] = dtype
     with errors_of("transformers", f"'{folder}' does not load"):
         model, report = _model_class(config, folder).from_pretrained(str(folder), config=config, **options)
     # transformers initialises missing weights at random and only warns; a spectrum of them would mean nothing.
-    random = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    other = [
+        f"{name}: {tuple(has)}, not {tuple(want)}" for name, has, want in sorted(report["mismatched_keys"])
+    ]
+    if other:
+        raise CheckpointError(
+            f"'{folder}' has {len(other)} weights of another shape than its config.json asks for ({'; '.join(other[:3])}): "
+            "one of the two is of another checkpoint, or was edited"
+        )
+    random = sorted(report["missing_keys"])
     if random:
         raise CheckpointError(
             f"'{folder}' lacks {len(random)} weights of {type(model).__name__} ({', '.join(random[:5])}), "
@@ -404,7 +414,9 @@ def _call_factory(spec: str, factory: Any) -> nn.Module:
     with errors_of_user_code(f"'{spec}'"):
         model = factory()
     if not isinstance(model, nn.Module):
-        raise CheckpointError(f"'{spec}' returned a {type(model).__name__}; expected an nn.Module")
+        raise CheckpointError(
+            f"'{spec}' returned an object of type {type(model).__name__}; expected an nn.Module"
+        )
     return model
 
 

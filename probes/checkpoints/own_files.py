@@ -151,12 +151,12 @@ def read_json(file: Path, expected: str) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else first_line(error)
         raise CheckpointError(
-            f"'{file}' is no JSON ({reason}) and so no {expected}; copy or download it again"
+            f"'{file}' is not JSON ({reason}), so it is not a {expected}; copy or download it again"
         ) from error
     except OSError as error:
         raise CheckpointError(f"'{file}' cannot be read: {_reason(error)}") from error
     if not isinstance(content, dict):
         raise CheckpointError(
-            f"'{file}' is no {expected}: it holds a {type(content).__name__}; copy or download it again"
+            f"'{file}' is not a {expected}: it holds a {type(content).__name__}; copy or download it again"
         )
     return content

@@ -121,7 +121,7 @@ def _check_opcodes(pickled: Any, file: Path) -> None:
             _follow(opcode, argument, stack, memo)
             if stack and (stack[-1] or 0) > LARGEST_TUPLE:
                 raise CheckpointError(
-                    f"'{file}' has tuples of tuples without end; it is no file of torch.save"
+                    f"'{file}' has tuples of tuples without end; it is not a file of torch.save"
                 )
     except (ValueError, IndexError, KeyError, TypeError) as error:
         raise CheckpointError(

@@ -67,7 +67,7 @@ def read_header(file: Path, *, complete: bool = True) -> list[StoredTensor]:
             raise InputError(f"it is a {type(entries).__name__}, not an object")
         notes = entries.get("__metadata__", {})
         if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
-            raise InputError("its metadata are no texts")
+            raise InputError("its metadata are not texts")
         tensors = [
             _tensor(name, entry, file, first) for name, entry in entries.items() if name != "__metadata__"
         ]
@@ -86,9 +86,9 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(name: str, entry: Any, file: Path, first: int) -> StoredTensor:
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
-        raise InputError(f"{ascii(name)[:80]} is no entry of a tensor")
+        raise InputError(f"{ascii(name)[:80]} is not an entry of a tensor")
     if not name.isprintable():  # names are printed, and an escape sequence would reach the terminal
-        raise InputError(f"{ascii(name)[:80]} is no name of a tensor")
+        raise InputError(f"{ascii(name)[:80]} is not a name of a tensor")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not dtype or not _are_sizes(shape) or not _are_sizes(offsets):
         raise InputError(f"the type, shape or offsets of {ascii(name)[:80]} are no such")

@@ -57,10 +57,10 @@ def encode_text(
 
     ``loaded``: the model that will read the batch.
     ``sequences, length``: number of windows, and of tokens in each.
-    Returns: ``input_ids`` (sequence, token) int64 and, where the model's forward takes them, ``attention_mask`` (1 = a
-    real token) and ``labels`` (the ids, -100 on padding; the model shifts them itself).
+    Returns: Token ids (sequence, token) int64 under the name of `token_argument` and, where the model's forward takes
+    them, ``attention_mask`` (1 = a real token) and ``labels`` (the ids, -100 on padding; the model shifts them itself).
     Raises InputError: If the text is empty, a number is not positive, the length exceeds the model's positions, or the
-    model has neither a tokenizer nor an entry for every byte.
+    model has neither a tokenizer nor an entry for every byte, or no argument for token ids.
     """
     if sequences < 1 or length < 2:
         raise InputError(f"got {sequences} sequences of {length} tokens; expected at least 1 of at least 2")
@@ -68,17 +68,43 @@ def encode_text(
     ids = _token_ids(loaded, text)
     if len(ids) < 2:
         raise InputError(f"the text has {len(ids)} tokens; expected at least 2")
-    with errors_of_user_code(f"the model '{loaded.name}'"):
-        accepted = set(inspect.signature(loaded.model.forward).parameters)
+    name_of_ids, accepted = token_argument(loaded), _parameters(loaded)
     if "attention_mask" not in accepted:  # padding cannot be masked: only full windows are used
         length = min(length, len(ids))
         ids = ids[: len(ids) // length * length]
     windows = _windows(ids, sequences, length, seed)
     padding = getattr(loaded.tokenizer, "pad_token_id", None)
-    batch = _padded(windows, length, padding if isinstance(padding, int) else 0)
-    batch = {name: value for name, value in batch.items() if name == "input_ids" or name in accepted}
+    ids, more = _padded(windows, length, padding if isinstance(padding, int) else 0)
+    batch = {name_of_ids: ids, **{name: value for name, value in more.items() if name in accepted}}
     device = next((parameter.device for parameter in loaded.model.parameters()), torch.device("cpu"))
     return {name: value.to(device) for name, value in batch.items()}
+
+
+def _parameters(loaded: LoadedModel) -> Mapping[str, inspect.Parameter]:
+    with errors_of_user_code(f"the model '{loaded.name}'"):
+        return inspect.signature(loaded.model.forward).parameters
+
+
+def token_argument(loaded: LoadedModel) -> str:
+    """The argument of a model's forward that takes token ids: ``input_ids``, or else the only one that it requires.
+
+    ``loaded``: the model that will read them.
+    Raises InputError: Where the forward requires several arguments, or none by name.
+    """
+    parameters = _parameters(loaded)
+    if "input_ids" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return "input_ids"
+    required = [
+        name
+        for name, p in parameters.items()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if len(required) != 1:
+        raise InputError(
+            f"the forward of '{loaded.name}' takes ({', '.join(parameters)}); expected an argument input_ids, or one required "
+            "argument, for token ids; make the batch yourself and call ds.capture(model, batch)"
+        )
+    return required[0]
 
 
 def encode_pairs(
@@ -98,7 +124,7 @@ def encode_pairs(
         clean, corrupted = (_prompt_ids(loaded, text) for text in pair)
         if len(clean) != len(corrupted):
             counts = "; ".join(
-                f"{len(ids)}: {' | '.join(token_texts(loaded, {'input_ids': ids[None]})[0])}"
+                f"{len(ids)}: {' | '.join(token_texts(loaded, {'ids': ids[None]})[0])}"
                 for ids in (clean, corrupted)
             )
             raise InputError(
@@ -137,7 +163,7 @@ def single_token(loaded: LoadedModel, text: str) -> int:
     ids = _token_ids(loaded, text)
     if len(ids) != 1:
         parts = (
-            " | ".join(token_texts(loaded, {"input_ids": torch.from_numpy(np.array(ids))[None]})[0])
+            " | ".join(token_texts(loaded, {"ids": torch.from_numpy(np.array(ids))[None]})[0])
             if len(ids)
             else ""
         )
@@ -147,12 +173,17 @@ def single_token(loaded: LoadedModel, text: str) -> int:
     return int(ids[0])
 
 
+def token_ids(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The token ids of a batch of `encode_text`: its first entry, whatever the model calls them."""
+    return next(iter(batch.values()))
+
+
 def batches_of(batch: Mapping[str, torch.Tensor], size: int | None) -> list[dict[str, torch.Tensor]]:
     """A batch in parts for one forward each, in order.
 
     ``size``: sequences in each part, fewer in the last one; None for all in one.
     """
-    count = len(batch["input_ids"])
+    count = len(token_ids(batch))
     size = size or count
     return [
         {name: value[first : first + size] for name, value in batch.items()}
@@ -184,7 +215,7 @@ def token_texts(loaded: LoadedModel, batch: Mapping[str, torch.Tensor]) -> np.nd
 
     ``loaded``: the model whose tokenizer made the batch.
     """
-    ids = batch["input_ids"].cpu().numpy()
+    ids = token_ids(batch).cpu().numpy()
     # Each token on its own: decoding a sequence at once may join tokens, as for a character of several bytes.
     decode = chr if loaded.tokenizer is None else lambda token: str(loaded.tokenizer.decode([token]))
     with errors_of("transformers", f"the tokenizer of '{loaded.name}' does not decode its own ids", REPAIR):
@@ -202,13 +233,13 @@ def _token_ids(loaded: LoadedModel, text: str) -> np.ndarray:
         with errors_of("transformers", f"the tokenizer of '{loaded.name}' does not encode the text", REPAIR):
             ids = loaded.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             if not all(isinstance(token, int) for token in ids):
-                raise TypeError("its ids are no whole numbers")
+                raise TypeError("its ids are not whole numbers")
             return np.array(ids, dtype=np.int64)
     size = _vocabulary_size(loaded.model)  # bytes as ids: any vocabulary of 256 or more has an entry for each
     if size is None or size < NUM_BYTES:
         raise InputError(
             f"'{loaded.name}' has no tokenizer and a vocabulary of {size or 'unknown'} entries, fewer than "
-            f"the {NUM_BYTES} bytes; make the batch yourself and call probes.capture(model, batch)"
+            f"the {NUM_BYTES} bytes; make the batch yourself and call ds.capture(model, batch)"
         )
     if size > 2 * NUM_BYTES:
         logger.warning("%s has no tokenizer: bytes are read as its %d token ids", loaded.name, size)
@@ -251,10 +282,12 @@ def _windows(ids: np.ndarray, sequences: int, length: int, seed: int) -> list[np
     return [ids[start : start + length] for start in np.sort(chosen)]
 
 
-def _padded(windows: list[np.ndarray], length: int, padding: int) -> dict[str, torch.Tensor]:
+def _padded(
+    windows: list[np.ndarray], length: int, padding: int
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     ids = torch.full((len(windows), length), padding, dtype=torch.long)
     mask = torch.zeros_like(ids)
     for row, window in enumerate(windows):
         ids[row, : len(window)] = torch.from_numpy(window)
         mask[row, : len(window)] = 1
-    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED_LABEL)}
+    return ids, {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORED_LABEL)}

@@ -99,11 +99,11 @@ def find_index(path: Path) -> Path | None:
 
 def read_index(index: Path) -> dict[str, str]:
     """File name of every tensor that an index lists."""
-    expected = "safetensors index" if index.name.endswith(INDEX_ENDING) else "index of weight files"
+    expected = "safetensors index" if index.name.endswith(INDEX_ENDING) else "list of weight files"
     entries = read_json(index, expected).get("weight_map")
     if not isinstance(entries, dict) or not all(isinstance(file, str) for file in entries.values()):
         raise CheckpointError(
-            f"'{index}' is no {expected}: its weight_map gives no file by tensor; download it again"
+            f"'{index}' is not a {expected}: its weight_map gives no file by tensor; download it again"
         )
     return entries
 

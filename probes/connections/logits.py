@@ -34,12 +34,12 @@ COMPARED_TOKENS = 64  # a wrong tensor, or the wrong orientation, differs at nea
 # logits before a temperature, it is all that there is. Heuristics.
 ENOUGH, NEARLY_ALL = 0.1, 0.9
 
-NOT_POSITIVE = "H_res has entries that are not positive: it is no scaled exponential of logits"
+NOT_POSITIVE = "H_res has entries that are not positive: it is not a scaled exponential of logits"
 NO_GRAPH = "the forward kept no graph, in which logits are recognised"
 NOT_FOUND = (
     "no tensor whose exponential was taken gives H_res by scaling its rows and columns, and nothing else"
 )
-NOT_SEEN = "the matrix itself is no tensor that the module's own code handles"
+NOT_SEEN = "the matrix itself is not a tensor that the module's own code handles"
 
 
 class FoundLogits(NamedTuple):

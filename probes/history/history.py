@@ -65,7 +65,7 @@ def probe_checkpoints(
     length: int = 256,
     batch: int | None = None,
     seed: int = 0,
-    gradients: bool = True,
+    gradients: bool | None = None,
     metrics: Sequence[str] | None = None,
     dtype: str | None = None,
     device: str = "cpu",
@@ -95,8 +95,8 @@ def probe_checkpoints(
         As of `encode_text`.
     batch : int, optional
         Sequences a forward; all in one by default.
-    gradients : bool
-        Also the gradient of the loss.
+    gradients : bool, optional
+        Also the gradient of the loss; by default where the model takes labels.
     metrics : sequence of str, optional
         Those of an analysis; its default ones by default.
     dtype, device : str
@@ -135,7 +135,7 @@ def probe_checkpoints(
         **{name: value if value is None else str(value) for name, value in options.items()},
         "text": hashlib.sha256(text.encode()).hexdigest(),
     }
-    prober = _Prober(text, settings, {"gradients": gradients, **options}, device, attrs)
+    prober = _Prober(text, settings, {**options}, device, attrs)
     progress = progress or (lambda name, done, total: None)
     done = _measure_all(prober, ordered, folder, left_out, progress)
     paths, last = dict(ordered), max(done)
@@ -190,7 +190,7 @@ def _require_place(place: Path, *, force: bool) -> None:
             is_history = False
         if not is_history:
             raise TakenError(
-                f"{place} exists and is no history of checkpoints; name another file, or replace it with force"
+                f"{place} exists and is not a history of checkpoints; name another file, or replace it with force"
             )
     schema.require_replaceable(place, force=True)
 
@@ -255,9 +255,11 @@ class _Prober:
         batch = encode_text(
             loaded, self.text, sequences=wanted["sequences"], length=wanted["length"], seed=wanted["seed"]
         )
+        asked = wanted["gradients"]
         run = capture(
             loaded.model,
             batches_of(batch, wanted["batch"]),
+            gradients="labels" in batch if asked is None else asked,
             max_sequences=wanted["sequences"],
             seed=wanted["seed"],
             token_text=token_texts(loaded, batch),
@@ -336,7 +338,7 @@ def parts_folder(out: Path) -> Path:
     )
     if foreign:
         raise TakenError(
-            f"{folder} contains {foreign[0]}, which is no part of a history; move it away, or name another --out"
+            f"{folder} contains {foreign[0]}, which is not a part of a history; move it away, or name another --out"
         )
     return folder
 

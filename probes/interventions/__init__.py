@@ -1,4 +1,4 @@
-"""What happens when something in the forward is changed? Experiments that settle what a finding only says."""
+"""What happens when something in the forward is changed? Experiments that settle what a finding only suspects."""
 
 from depthscope.diagnostics.experiments import KINDS, open_result, save_result, table
 from depthscope.probes.interventions.effects import ablate

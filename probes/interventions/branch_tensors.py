@@ -82,7 +82,7 @@ class BranchTensors:
         )
         if number not in self._found:
             raise InterventionError(
-                f"{where} is no tensor that torch shows by itself; patch the state before it"
+                f"{where} is not a tensor that torch shows by itself; patch the state before it"
             )
         if number in self._several:
             raise InterventionError(

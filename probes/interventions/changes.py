@@ -48,7 +48,7 @@ def changes(wanted: Plan, model: ModelUnderTest) -> list[Change]:
     found = list(made)
     if not found:
         raise InterventionError(
-            f"{kind.name}: the model has no place that was asked for; {_places(kind, model)}"
+            f"{kind.name}: none of the {kind.unit}s that were asked for exists; {_places(kind, model)}"
         )
     return [_together(kind, found)] if wanted.together and len(found) > 1 else found
 
@@ -56,8 +56,8 @@ def changes(wanted: Plan, model: ModelUnderTest) -> list[Change]:
 def _places(kind: ExperimentKind, model: ModelUnderTest) -> str:
     last = len(model.chain.points) - 1
     return (
-        f"it has blocks {min(model.layers)} … {max(model.layers)}, depths 0 (embedding) … {last}, "
-        f"{len(model.chain.connections)} connections and {model.num_streams} streams"
+        f"the model has blocks {min(model.layers)} … {max(model.layers)}, depths 0 (embedding) … {last}, "
+        f"{len(model.chain.connections)} connections and {model.num_streams} stream{'s' * (model.num_streams != 1)}"
         + ("; massive activations are those above 100 and 1000 medians" if kind.name == "massive" else "")
     )
 

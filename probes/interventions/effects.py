@@ -72,7 +72,7 @@ def ablate(
         error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``token_…`` by sequence and token.
         ``branch_change`` by experiment and later block is the relative change of what that block adds to the state. The
         attribute ``left_out`` has the experiments that could not be made, and other chains; ``no_loss`` why there is no loss;
-        ``other_paths`` says where something leads around a changed state.
+        ``other_paths`` lists where something leads around a changed state.
 
     Raises
     ------
@@ -94,7 +94,9 @@ def ablate(
     settings = _Settings(Options(**options), chain, loss, logits)
     rows: list[_BatchRows] = [_run_batch(model, item, plans, settings) for item in batches(batch)]
     if not rows:
-        raise InterventionError("no batch came: expected a mapping, a tensor, a tuple, or several of these")
+        raise InterventionError(
+            "no batch was given; expected a mapping, a tensor, a tuple, or several of these"
+        )
     return _dataset(rows, type(model).__name__, token_text)
 
 

@@ -265,7 +265,7 @@ class ModelUnderTest:
                 return native
             if changed.shape != state.shape:
                 raise InterventionError(
-                    f"depth {at[1]}: a state of shape {tuple(changed.shape)} came for one of {tuple(state.shape)} (sequence, "
+                    f"depth {at[1]}: got a state of shape {tuple(changed.shape)} for one of {tuple(state.shape)} (sequence, "
                     "token, stream, feature); expected the same shape"
                 )
             states[at[1]] = changed.to(state.dtype).clone()

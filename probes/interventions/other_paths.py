@@ -1,4 +1,4 @@
-"""Is a state that is changed all that the later ones get? If not, a sentence that says what leads around it."""
+"""Is a state that is changed all that the later ones get? If not, a sentence about what leads around it."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ class Measure:
         first: int,
     ) -> None:
         if against is not None and answer is None:
-            raise InputError("against= came without answer=; expected the right token too")
+            raise InputError("got against= without answer=; expected the right token too")
         if answer is not None and loss is not None:
             raise InputError("answer= and loss= both say what is measured; expected one of them")
         self._clean, self._loss, self._pick = clean, loss, pick

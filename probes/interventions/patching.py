@@ -102,7 +102,7 @@ def patch(
         error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``patched``, ``clean`` and ``corrupted`` are the
         measures of each sequence. Without `answer` and `loss` the measure is the loss of the next clean token where the output
         is proven to predict it, else KL(clean ‖ patched), else the relative change of the output. Token and stream −1 are
-        all at once. The attribute ``no_effect`` says why the effect is undefined (NaN) where the two inputs differ by no more
+        all at once. The attribute ``no_effect`` tells why the effect is undefined (NaN) where the two inputs differ by no more
         than chance, ``left_out`` which places could not be patched, ``other_paths`` whether something leads around a state.
 
     Raises
@@ -180,7 +180,7 @@ def _paired(clean: Any, corrupted: Any) -> Iterator[tuple[Any, Any]]:
         count += 1
         yield one, other
     if not count:
-        raise InputError("no batch came: expected a mapping, a tensor, a tuple, or several of these")
+        raise InputError("no batch was given; expected a mapping, a tensor, a tuple, or several of these")
 
 
 # --- two forwards
@@ -404,6 +404,6 @@ def _measured(
         place.checked = True
     else:
         found = corrupted.clone()
-    # Patched as a whole, a state of a later stage has no padding that is known.
+    # Patched at all tokens, a state of a later stage has no padding that is known.
     is_real = pair.real.any(1) if bool(chosen.any(1).all()) else (pair.real & chosen.any(1)).any(1)
     return found.masked_fill(~is_real, torch.nan) if len(found) == len(is_real) else found

@@ -174,7 +174,7 @@ def sees_later_tokens(
 def _looks_ahead(
     batch: Any, ids: torch.Tensor, logits: torch.Tensor, again: Callable[[Any], torch.Tensor]
 ) -> str:
-    """Why the output does not predict the next id; empty where nothing says so."""
+    """Why the output does not predict the next id; empty where there is no reason."""
     other = ids.clone()
     other[:, -1] = (other[:, -1] + 1) % logits.shape[-1]
     changed = again(_with(batch, ids, other))
@@ -183,7 +183,7 @@ def _looks_ahead(
     # A few roundings: another id may be routed to other experts, in another order of sums.
     limit = 1e-3 * scale
     if float(moved[:, :-1].max()) > limit:
-        return f"{SEES_LATER}, so that its output is no prediction of the next one: pass loss="
+        return f"{SEES_LATER}, so that its output is not a prediction of the next one: pass loss="
     if float(moved[:, -1].max()) == 0:
         return "the output at a token does not depend on that token's id: pass loss="
     return ""

@@ -1,4 +1,4 @@
-"""How does each block, and the whole chain, stretch small changes of the state? Singular values and their spread, by depth."""
+"""How do each block and all together stretch small changes of the state? Singular values and their spread, by depth."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def jacobians_by_depth(
     ([[2.0, 0.5], [2.0, 0.5]], [4.0, 0.25])
     """
     if values < 1:
-        raise InputError(f"came values={values}; expected how many singular values are wanted, 1 or more")
+        raise InputError(f"got values={values}; expected how many singular values are wanted, 1 or more")
     selection = Selection(Options(**options, max_sequences=1), chain, tokens, positions, routing)
     graph = state_graph(model, batch, None, None, selection)
     depths = range(graph.start + 1, graph.stop + 1)

@@ -212,7 +212,7 @@ def _linked_states(
             and is_read_early(recorder.graph, [recorder.known(t) for t in tensors])
         ):
             raise StartError(
-                f"a stream of the state at depth {depth} is read before the others are made, by what is no part of this "
+                f"a stream of the state at depth {depth} is read before the others are made, by what is not a part of this "
                 "state; choose another depth"
             )
         states[depth] = State.of(*tensors)

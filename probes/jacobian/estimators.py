@@ -392,12 +392,12 @@ def _unbiased_variance(first: torch.Tensor, second: torch.Tensor) -> torch.Tenso
 def require_least(name: str, count: int, least: int) -> None:
     """Refuse a count below the least that makes sense."""
     if count < least:
-        raise InputError(f"{name} = {count} came; expected at least {least}")
+        raise InputError(f"got {name} = {count}; expected at least {least}")
 
 
 def require_rank(k: int, op: LinearMap) -> None:
     """Refuse more values than the map has."""
     if not 1 <= k <= min(op.shape):
         raise InputError(
-            f"k = {k} came for a map of shape {op.shape}; expected 1 … {min(op.shape)}: ask for fewer singular values"
+            f"got k = {k} for a map of shape {op.shape}; expected 1 … {min(op.shape)}: ask for fewer singular values"
         )

@@ -256,7 +256,7 @@ class JacobianOperator:
         size, wanted = shape
         if vector.shape != (wanted,):
             raise JacobianError(
-                f"a vector of shape {tuple(vector.shape)} came; expected ({wanted},): one entry for every stream and feature "
+                f"got a vector of shape {tuple(vector.shape)}; expected ({wanted},): one entry for every stream and feature "
                 f"of the {self.num_tokens} selected tokens"
             )
         # scipy hands over float64 and gets it back; the products are in the model's precision.

@@ -217,7 +217,7 @@ def _require_readable(model: nn.Module, batch: Any, selection: Selection) -> Non
     # A list or a loader means several batches elsewhere; a Jacobian is that of one forward.
     if not isinstance(batch, (Mapping, torch.Tensor, tuple)):
         raise JacobianError(
-            f"a batch of type {type(batch).__name__} came; expected one mapping, tensor or tuple"
+            f"got a batch of type {type(batch).__name__}; expected one mapping, tensor or tuple"
         )
     # batch statistics make every token depend on every other one
     mixing = [

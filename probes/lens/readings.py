@@ -93,7 +93,7 @@ def lens(
         readings = [_prepare(model, item, Options(**options), head, logits, chain) for item in batches(batch)]
         if not readings:
             raise InterventionError(
-                "no batch came: expected a mapping, a tensor, a tuple, or several of these"
+                "no batch was given; expected a mapping, a tensor, a tuple, or several of these"
             )
         maps, steps = _tuned_maps(readings, seed) if tuned else ({}, 0)
         for reading in readings:

@@ -74,7 +74,7 @@ def _is_reported(report: Report, error: BaseException) -> bool:
 
 
 def without_frames(error: BaseException) -> Exception:
-    """An error that no longer refers to the frames it passed, whose variables are the user's tensors; a note says where."""
+    """An error that no longer refers to the frames it passed, whose variables are the user's tensors; a note tells where."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next

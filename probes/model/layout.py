@@ -74,7 +74,9 @@ def _arrangement(
     """Of a state of a shape: the sizes of all axes, their order as (B, T, N, D), and the sizes of these."""
     groups = parse_layout(layout)
     if len(groups) != len(shape):
-        raise LayoutError(f"layout {layout!r} has {len(groups)} axes, the state has shape {shape}")
+        raise LayoutError(
+            f"layout {layout!r} has {len(groups)} axes, the state has {len(shape)}, of shape {shape}; name each of them"
+        )
     known = {"B": batch_size, "N": num_streams // fractions, "F": fractions}
     sizes: dict[str, int] = {}
     for group, size in zip(groups, shape, strict=True):
@@ -101,7 +103,7 @@ def count_streams(shape: Sequence[int], layout: str, batch_size: int, asserted: 
     # Of a layout with more or fewer axes than the state, `canonical` says so.
     if asserted not in (None, counted) and len(groups) == len(shape):
         raise LayoutError(
-            f"streams={asserted} came, but a state of shape {tuple(shape)} has {counted} in the layout {layout!r}; leave "
+            f"got streams={asserted}, but a state of shape {tuple(shape)} has {counted} in the layout {layout!r}; leave "
             "streams= out, or name with layout= the axis that they are merged into, as 'B T (N D)' does"
         )
     return counted

@@ -313,7 +313,7 @@ def loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) ->
             else f"a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
         )
         raise CaptureError(
-            f"gradients need a scalar loss, but there is {came}: add labels to the batch, or pass "
-            "loss=lambda output, batch: …"
+            f"gradients need a scalar loss, but got {came}: add labels to the batch, or pass "
+            "loss=lambda output, batch: … (on the command line: --no-gradients)"
         )
     return None

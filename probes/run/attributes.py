@@ -105,7 +105,7 @@ def _not_read(parameters: list[nn.Parameter]) -> str:
 
 
 def _distinct_tokens(sequences: list[Sequence]) -> dict[str, float] | None:
-    """How many different tokens came in; None where the model's input is no row of whole numbers per sequence."""
+    """How many different tokens came in; None where the model's input is no row of integers per sequence."""
     rows = [sequence.row.reshape(-1) for sequence in sequences if sequence.row is not None]
     if not rows or any(row.is_floating_point() or row.is_complex() or row.numel() < 2 for row in rows):
         return None

@@ -75,7 +75,7 @@ def join_shards(runs: Sequence[xr.DataTree], add_streamed: AddStreamed) -> xr.Da
     sums are added by ``add_streamed``, from the statistics of all parts and the chain's name.
 
     ``runs``: in any order; of one model, with the same seed and number of sampled sequences.
-    ``add_streamed``: adds what was streamed, and says why something of it is left out.
+    ``add_streamed``: adds what was streamed, and gives the reason where something of it is left out.
     Raises InputError: Where a part is missing or there twice, or a part is of other data or was measured in another
     way.
     """
@@ -120,7 +120,7 @@ def _require_one_whole(runs: Sequence[xr.DataTree]) -> None:
     for run in runs:
         if "sequences_seen" not in _sampling(run):
             raise InputError(
-                "a run does not say which sequences it has seen (attribute sampling); expected runs of probes.capture"
+                "a run does not say which sequences it has seen (attribute sampling); expected runs of ds.capture"
             )
     _require_same_facts([_sampling(run) for run in runs], ["max_sequences", "seed"])
     shards = [run.attrs[SHARD] for run in runs if SHARD in run.attrs]
@@ -261,7 +261,7 @@ def _worst_proof(proofs: Sequence[str]) -> str:
 
 
 def _worst_proofs(rows: Sequence[np.ndarray]) -> np.ndarray:
-    """By connection: proven only where every part says so."""
+    """By connection: proven only where it is proven in every part."""
     return np.array(
         [_worst_proof([str(proof) for proof in of_one]) for of_one in zip(*rows, strict=True)], object
     )

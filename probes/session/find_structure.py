@@ -459,7 +459,7 @@ class StructureFinder:
         streams = memories[0].num_streams
         if asserted not in (None, streams):
             raise LayoutError(
-                f"streams={asserted} came, but the connections of this model have {streams}; leave streams= out"
+                f"got streams={asserted}, but the connections of this model have {streams}; leave streams= out"
             )
         return streams
 

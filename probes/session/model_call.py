@@ -29,7 +29,7 @@ def batches(batch: Any) -> Iterator[Any]:
         yield from batch
     else:
         raise CaptureError(
-            f"a batch of type {type(batch).__name__} came; expected a mapping, a tensor, a tuple, a dataclass or "
+            f"got a batch of type {type(batch).__name__}; expected a mapping, a tensor, a tuple, a dataclass or "
             "an object with a method to() that holds tensors, or an iterable of these"
         )
 

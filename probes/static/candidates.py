@@ -144,7 +144,7 @@ def _checked(group: Candidate) -> Candidate:
     missing = sorted(row.required - group.roles.keys())
     if missing:
         return replace(group, misfit=f"it lacks {', '.join(missing)}")
-    # An empty tensor has no shape to go by; reading it says so.
+    # An empty tensor has no shape to go by; reading it shows that.
     sizes = row.sizes({role: tensor.shape for role, tensor in group.roles.items() if math.prod(tensor.shape)})
     if not sizes:
         expected = ", ".join(f"{role} ({row.shape_texts[role]})" for role in sorted(group.roles))

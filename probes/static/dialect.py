@@ -214,7 +214,7 @@ def _with_copied_keys(row: Mapping[str, Any], known: Mapping[str, Any]) -> Mappi
         return row
     if row["like"] not in known:
         raise FormulaError(
-            f"like = {printable(row['like'])!r} is no earlier row; expected one of {', '.join(known)}"
+            f"like = {printable(row['like'])!r} is not an earlier row; expected one of {', '.join(known)}"
         )
     base = known[row["like"]]
     if "like" in base:
@@ -231,7 +231,9 @@ def _content(path: Path) -> list[Any]:
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"'{path}' is no TOML file ({first_line(error)}); correct that line") from error
+        raise CheckpointError(
+            f"'{path}' is not a TOML file ({first_line(error)}); correct that line"
+        ) from error
     rows = content.get("dialect")
     if not isinstance(rows, list) or not rows or set(content) != {"dialect"}:
         raise CheckpointError(
@@ -285,10 +287,10 @@ def _dialect(row: Mapping[str, Any], *, users: bool) -> Dialect:
 
 def _check_types(row: Any) -> None:
     if not isinstance(row, dict):
-        raise FormulaError("it is no table")
+        raise FormulaError("it is not a table")
     for key, value in row.items():
         if key not in KEYS:
-            raise FormulaError(f"{printable(key)!r} is no key of a row; expected {', '.join(KEYS)}")
+            raise FormulaError(f"{printable(key)!r} is not a key of a row; expected {', '.join(KEYS)}")
         # True is an int too
         if not isinstance(value, KEYS[key]) or (KEYS[key] is int and isinstance(value, bool)):
             raise FormulaError(f"{key} is {_type_name(type(value))}; expected {_type_name(KEYS[key])}")
@@ -343,7 +345,7 @@ def _check_formulas(one: Dialect) -> None:
             f"{taken[0]!r} is the name of a function; call the tensor, constant or part otherwise"
         )
     if unknown := sorted(one.gates.keys() - set(PARTS)):
-        raise FormulaError(f"gates.{unknown[0]} is no part; expected {', '.join(PARTS)}")
+        raise FormulaError(f"gates.{unknown[0]} is not a part; expected {', '.join(PARTS)}")
     for where, formula in (*one.parts.items(), *one.gates.items()):
         _require_known(where, formula, known)
     for where, formula in one.formulas.items():
@@ -355,7 +357,7 @@ def _check_formulas(one: Dialect) -> None:
 def _require_known(where: str, formula: Formula, known: AbstractSet[str]) -> None:
     if missing := sorted(formula.names - known):
         raise FormulaError(
-            f"{where} uses {missing[0]!r}, which is no tensor, symbol of a shape, constant or part of the row; "
+            f"{where} uses {missing[0]!r}, which is not a tensor, symbol of a shape, constant or part of the row; "
             f"known are {', '.join(sorted(known))}"
         )
 
@@ -370,7 +372,7 @@ def _role(entry: str) -> str:
     """What formulas call a tensor: its first name, with ``_`` for every dot."""
     role = entry.split("|")[0].strip().replace(".", "_")
     if not ROLE.fullmatch(role):
-        raise FormulaError(f"{printable(entry)!r} is no name of a tensor")
+        raise FormulaError(f"{printable(entry)!r} is not a name of a tensor")
     return role
 
 

@@ -90,7 +90,7 @@ def square(values: np.ndarray) -> np.ndarray:
     """n² values as an n × n matrix, row after row."""
     side = math.isqrt(values.size)
     if side * side != values.size:
-        raise FormulaError(f"square of {values.size} values, which is no square number")
+        raise FormulaError(f"square of {values.size} values, which is not a square number")
     return values.reshape(side, side)
 
 
@@ -147,7 +147,7 @@ class Formula:
         except FormulaError:
             raise
         except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
-            raise FormulaError(f"{text[:80]!r} is no formula") from error
+            raise FormulaError(f"{text[:80]!r} is not a formula") from error
         self._tree = tree.body
 
     def value(self, names: Mapping[str, Any]) -> Any:
@@ -160,7 +160,7 @@ class Formula:
         except FormulaError:
             raise
         except NameError as error:
-            raise FormulaError(f"{self.text!r}: {error.name!r} is no name that it can use") from error
+            raise FormulaError(f"{self.text!r}: {error.name!r} is not a name that it can use") from error
         except (ValueError, TypeError, IndexError, ArithmeticError) as error:
             raise FormulaError(f"{self.text!r} cannot be computed ({error})") from error
 
@@ -182,7 +182,7 @@ def _names(tree: ast.AST, text: str) -> set[str]:
         if isinstance(node, ast.Call):
             if not isinstance(node.func, ast.Name) or node.func.id not in FUNCTIONS:
                 raise FormulaError(
-                    f"{text[:80]!r} calls what is no function; expected {', '.join(FUNCTIONS)}"
+                    f"{text[:80]!r} calls what is not a function; expected {', '.join(FUNCTIONS)}"
                 )
         elif isinstance(node, ast.Name):
             found.add(node.id)
@@ -191,6 +191,6 @@ def _names(tree: ast.AST, text: str) -> set[str]:
                 raise FormulaError(f"{text[:80]!r} contains {node.value!r}; expected numbers")
         elif not isinstance(node, GRAMMAR):
             raise FormulaError(
-                f"{text[:80]!r} contains a {type(node).__name__}, which is no part of a formula"
+                f"{text[:80]!r} contains a {type(node).__name__}, which is not a part of a formula"
             )
     return found - FUNCTIONS.keys()

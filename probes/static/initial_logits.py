@@ -43,7 +43,7 @@ def initial_logits(initial: str | Path | nn.Module) -> xr.DataArray:
     if not found:
         raise CheckpointError(
             f"{name} holds no static logits of mHC connections that are known; give them as an array (connection, "
-            "stream_out, stream_in) to diagnostics.with_replay"
+            "stream_out, stream_in) to ds.with_replay"
         )
     # one array has one shape, and its attributes one Sinkhorn for all connections
     kinds = {(each.values.shape, *each.how.items()) for each in found}

@@ -159,7 +159,7 @@ def _usable(rows: Sequence[Dialect], context: Context) -> tuple[list[Dialect], l
         if named not in known:
             names = ", ".join(row.name for row in rows if not row.head)
             raise CheckpointError(
-                f"{printable(named)!r} is no dialect and no model type of one; expected one of {names}"
+                f"{printable(named)!r} is neither a dialect nor a model type of one; expected one of {names}"
             )
         types = frozenset({named})
     usable = [row for row in possible if context.allows(row, types)]
@@ -212,7 +212,7 @@ def _settled(
 ) -> list[Found]:
     """One row for each group of tensors; what they leave open is said."""
     sizes = _sizes_of_model(tensors, context)
-    # A rare row shares its shapes with others: what the configuration says of the sizes rules it out.
+    # A rare row shares its shapes with others: the sizes of the configuration rule it out.
     fitting = [
         one for one in fitting if not one.dialect.rare or any(_agrees(each, sizes) for each in one.sizes)
     ]

@@ -338,7 +338,7 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     What lies inside of a branch is none, and nothing is missed of what is called for nothing.
     """
     if (twice := _named_twice(graph, chains)) is not None:
-        return f"{twice.module}, which is no module, gives a second state after block {twice.layer}"
+        return f"{twice.module}, which is not a module, gives a second state after block {twice.layer}"
     known = {number for memory in memories for state in memory.states for number in state.values}
     known |= {value.number for chain in chains for p in chain.points if (value := p.value_in(graph))}
     # What has the elements of a state in another order is one.

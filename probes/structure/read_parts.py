@@ -122,7 +122,7 @@ def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: b
     """
     if "h_res" not in connection.parts:
         raise StreamConnectionError(
-            "H_res differs between the features of a stream: it is no matrix over streams"
+            "H_res differs between the features of a stream: it is not a matrix over streams"
         )
     if connection.functions:
         names = ", ".join(connection.functions)

@@ -313,7 +313,7 @@ def _blocks_named(name: str, text: str) -> frozenset[int] | None:
         first, last = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (0, -1)
         if not first <= last < MOST_BLOCKS:
             raise SiteError(
-                f"{text!r} in the site {name!r} is no number of a block; expected such as 3, *, {{0,4,8-11}} or (0|4|8)"
+                f"{text!r} in the site {name!r} is not a number of a block; expected such as 3, *, {{0,4,8-11}} or (0|4|8)"
             )
         found |= set(range(first, last + 1))
     return frozenset(found)

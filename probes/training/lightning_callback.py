@@ -10,7 +10,7 @@ from depthscope.probes.training.recorder import Recorder
 
 try:
     from lightning.pytorch import Callback
-except ImportError:  # the class below says so when it is used
+except ImportError:  # the class below raises an error when it is used
     Callback = None
 
 

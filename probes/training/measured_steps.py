@@ -230,7 +230,7 @@ class MeasuredSteps:
         except (TypeError, ValueError, RuntimeError) as error:
             shape = f"of shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else repr(loss)
             self._say(
-                f"the loss of step {step} was not stored: a {type(loss).__name__} {shape} came; expected one number",
+                f"the loss of step {step} was not stored: got a {type(loss).__name__} {shape}; expected one number",
                 error,
             )
             return None

@@ -94,7 +94,7 @@ def record(
         are there when `step` returns, whatever happens to the process afterwards; the raw sequences and pooled sums are
         saved as often as it takes 1 % of the time. A name that ends in ``.nc`` or ``.zarr`` is written when
         the block ends, in the place of an earlier run; until then the steps are in a folder ``NAME.live`` next to it.
-        `open_run` opens a growing, a killed and a finished folder, whose attribute ``live`` says which it is.
+        `open_run` opens a growing, a killed and a finished folder, whose attribute ``live`` tells which of them.
     resume : bool
         Go on in the folder of an earlier attempt; where there is none, begin one. The rows of the earlier attempt from
         `first_step` on are superseded when the first new row comes, and the attribute ``resumed_at`` has that step.
@@ -126,7 +126,7 @@ def record(
         Compute metrics at the end of each measured step, which become the ``/metrics`` of the run, by step: ``"live"``, the
         set that costs a few percent of a step; ``"all"`` default metrics; or names of the catalogue. Norms, cosines, gains,
         shares, massive activations and gradients are exact over every token, ranks, CKA, angles and what is left of products
-        are of the sampled tokens; the attribute ``estimator`` of each says which. ``"live"`` has the ranks in the mean over
+        are of the sampled tokens; see the attribute ``estimator`` of each. ``"live"`` has the ranks in the mean over
         streams alone, the others those of each stream too. One complete sequence is then stored raw, unless ``max_sequences``
         asks for more.
     live_tokens : int
@@ -182,12 +182,12 @@ def record(
     model = inner_model(model)
     if settle < 0 or (settle and together is not None):
         raise InputError(
-            f"settle={settle} came{' with several processes' * (together is not None)}; expected 0 or more forwards in one "
+            f"got settle={settle}{' with several processes' * (together is not None)}; expected 0 or more forwards in one "
             "process: settle a run of several afterwards, depthscope.settle(run, model, batch)"
         )
     if weights and together is not None and has_flat_weights(model):
         raise InputError(
-            "weights=True came with FullyShardedDataParallel, which keeps the weights of many modules in one flat vector; "
+            "got weights=True with FullyShardedDataParallel, which keeps the weights of many modules in one flat vector; "
             "leave it out, or shard the model by fully_shard, whose weights are measured"
         )
     given: dict[str, Any] = {
@@ -284,7 +284,7 @@ def _ranks(
     options = session.options
     if options.streaming:
         raise InputError(
-            "streaming=True came with several processes, whose streamed sums are too large to be added at every step; "
+            "got streaming=True with several processes, whose streamed sums are too large to be added at every step; "
             "evaluate with streaming in each process on its part of the data (group='none'), and add the runs by merge_runs"
         )
     if timeout <= 0:
@@ -317,7 +317,7 @@ def _live_names(
         unused = [name for name, value in given.items() if value]
         if unused:
             raise InputError(
-                f"{', '.join(unused)} came without metrics; add metrics='live', whose rows and findings they are about"
+                f"got {', '.join(unused)} without metrics; add metrics='live', whose rows and findings they are about"
             )
         return ()
     if live_tokens < 4:  # below, no debiased CKA exists

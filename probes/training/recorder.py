@@ -39,7 +39,7 @@ class Recorder:
     uniform sample of all that ran with the *present* weights: over an evaluation all batches, in training the last
     measured step. Memory does not grow with the number of batches, except for the few numbers of each row.
 
-    `record` makes one, and says what its arguments are.
+    `record` makes one, and documents its arguments.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class Recorder:
         with self._lock:
             if self._state in ("new", "closed"):
                 raise CaptureError(
-                    "step() outside the block: use it inside `with probes.record(model) as recorder:`"
+                    "step() outside the block: use it inside `with ds.record(model) as recorder:`"
                 )
             if self._state == "open":
                 if self.measuring:

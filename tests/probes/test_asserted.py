@@ -36,13 +36,13 @@ def test_streams_that_only_the_user_knows_are_asserted_and_not_proven():
 @pytest.mark.parametrize("layout", [None, "B T D"])
 def test_streams_that_the_states_do_not_have_are_refused(layout):
     for verb in (ds.capture, ds.describe):
-        with pytest.raises(ds.LayoutError, match="streams=3 came, but a state of shape"):
+        with pytest.raises(ds.LayoutError, match="got streams=3, but a state of shape"):
             verb(plain(), IDS, streams=3, layout=layout)
 
 
 def test_streams_that_the_connections_do_not_have_are_refused():
     model = lucidrains("mhc", streams=4)
-    with pytest.raises(ds.LayoutError, match="streams=3 came, but the connections of this model have 4"):
+    with pytest.raises(ds.LayoutError, match="got streams=3, but the connections of this model have 4"):
         ds.capture(model, IDS, streams=3)
     run = ds.capture(model, IDS, streams=4)
     assert run.attrs["n_streams"] == 4
@@ -52,7 +52,7 @@ def test_streams_that_the_connections_do_not_have_are_refused():
 @pytest.mark.parametrize("value", [object(), {"made": [object()]}, nn.Linear(1, 1), {(1, 2): 3}])
 def test_attributes_that_no_file_takes_are_refused_before_anything_is_measured(value, tmp_path):
     attrs = {"model": "mine", "config": value}
-    expected = pytest.raises(ds.DepthscopeError, match="attrs came with 'config', which no file takes")
+    expected = pytest.raises(ds.DepthscopeError, match="attrs contain 'config', which no file takes")
     with expected:
         ds.record(plain(), attrs=attrs)
     with expected:

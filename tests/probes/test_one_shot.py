@@ -324,7 +324,7 @@ def test_nothing_of_a_graph_outlives_a_capture_with_gradients(models, text_batch
 def test_gradients_need_a_loss(models, ids):
     with pytest.raises(probes.CaptureError, match=r"add labels to the batch, or pass loss="):
         probes.capture(models["llama"](), {"input_ids": ids}, gradients=True)
-    with pytest.raises(probes.CaptureError, match="no batch came"):
+    with pytest.raises(probes.CaptureError, match="no batch was given"):
         probes.capture(models["llama"](), [])
 
 

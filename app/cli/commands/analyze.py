@@ -89,16 +89,16 @@ def _run(args: argparse.Namespace) -> int:
 
     if args.decay is not None and args.initial is None:
         raise InputError(
-            "came --decay alone; expected --initial CHECKPOINT too: the decay is that of its logits"
+            "got --decay alone; expected --initial CHECKPOINT too: the decay is that of its logits"
         )
     if args.workers or args.scheduler:
         return _run_on_workers(args)
     if len(args.runs) > 1:
         raise InputError(
-            f"came {len(args.runs)} runs; expected one, or --workers N to measure several (depthscope compare shows them)"
+            f"got {len(args.runs)} runs; expected one, or --workers N to measure several (depthscope compare shows them)"
         )
     if args.memory:
-        raise InputError("came --memory alone; expected --workers N too, whose memory it limits")
+        raise InputError("got --memory alone; expected --workers N too, whose memory it limits")
     args.run = args.runs[0]
     # The metrics are written into the run itself: that its folder cannot be written to is said before they are computed.
     if args.out is None and schema.is_live_store(args.run):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from depthscope.app.cli.arguments import add_json, add_runs
 from depthscope.app.cli.command import Command
@@ -60,10 +60,8 @@ def _run(args: argparse.Namespace) -> int:
         # The limits are part of the document: a log shows why a check passed.
         emit({"failed": failed, "fail_on": args.fail_on, "runs": runs, "left_out": left_out})
     else:
-        _print_findings(readings, failed, args.fail_on)
-        if left_out:
-            names = ", ".join(printable(run["run"]) for run in left_out)
-            say(f"not judged, so this check does not pass: {names}")
+        _print_findings(readings)
+        say(f"check --fail-on {','.join(args.fail_on)}: {_outcome(failed, left_out)}")
     return exit_code(left_out, found=bool(failed))
 
 
@@ -94,7 +92,7 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
     return lowest is not None and finding.severity >= lowest
 
 
-def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on: Sequence[str]) -> None:
+def _print_findings(readings: Sequence[Reading]) -> None:
     from depthscope.app.readings.readings import live_sentence, memory_sentence
     from depthscope.app.tables.findings import NOTHING, cards_of, count_words
     from depthscope.app.text.cards import cards_text
@@ -117,8 +115,16 @@ def _print_findings(readings: Sequence[Reading], failed: Sequence[str], fail_on:
         say()
         say(cards_text(cards_of(reading), width=columns(), shown=encodable) or NOTHING)
         say()
-    result = f"failed: {', '.join(map(printable, failed))}" if failed else "passed"
-    say(f"check --fail-on {','.join(fail_on)}: {result}")
+
+
+def _outcome(failed: Sequence[str], left_out: Sequence[Mapping[str, Any]]) -> str:
+    """The result of the check in words: what was not judged has not passed."""
+    if failed or not left_out:
+        words = f"failed: {', '.join(map(printable, failed))}" if failed else "passed"
+    else:
+        words = "not passed"
+    names = ", ".join(printable(run["run"]) for run in left_out)
+    return f"{words}; not judged: {names}" if names else words
 
 
 def _judged_words(reading: Reading) -> str:

@@ -69,7 +69,7 @@ def _run(args: argparse.Namespace) -> int:
     for difference in tested:
         say(textwrap.fill(in_words(difference), 100, subsequent_indent="  "))
     if tested and not args.by:
-        say(textwrap.fill(ONE_RUN_EACH, 100))
+        say(textwrap.fill(f"{ONE_RUN_EACH}, with --by ATTRIBUTE.", 100))
     if tested:
         say()
     say(textwrap.fill(summary.caption, 100))

@@ -36,7 +36,7 @@ def _run(args: argparse.Namespace) -> int:
         return FINE
     say(
         f"{printable(path)}: {len(runs)} runs of {printable(merged.attrs.get('model'))}, "
-        f"{sampling.get('sequences_seen')} sequences, {sampling.get('sequences_kept')} of them kept"
+        f"{sampling.get('sequences_seen')} sequences, the states of {sampling.get('sequences_kept')} of them"
     )
     if "merged_without" in merged.attrs:
         say(f"  without {printable(merged.attrs['merged_without'])}")

@@ -72,10 +72,11 @@ def _run(args: argparse.Namespace) -> int:
     pairs, answers = _pairs(args)
     loaded = load(args)
     from depthscope.diagnostics.experiments import save_result
-    from depthscope.probes.checkpoints.text_batch import encode_pairs, single_token
+    from depthscope.probes.checkpoints.text_batch import encode_pairs, single_token, token_argument
     from depthscope.probes.interventions import patch
 
     order, batches = encode_pairs(loaded, pairs)
+    ids = token_argument(loaded)
     columns = [
         None if texts is None else [single_token(loaded, texts[number]) for number in order]
         for texts in answers
@@ -83,8 +84,8 @@ def _run(args: argparse.Namespace) -> int:
     with working(f"patching {loaded.name}") as progress, capture_errors_for_users():
         result = patch(
             loaded.model,
-            [{"input_ids": clean} for clean, _ in batches],
-            [{"input_ids": corrupted} for _, corrupted in batches],
+            [{ids: clean} for clean, _ in batches],
+            [{ids: corrupted} for _, corrupted in batches],
             sites=site_names(args) or "residual",
             depths=args.depths,
             tokens=args.tokens,
@@ -142,7 +143,7 @@ def _token_texts(loaded: LoadedModel, batches: Sequence[tuple[Any, Any]]) -> lis
 
     rows = []
     for pair in batches:
-        clean, corrupted = (token_texts(loaded, {"input_ids": ids}) for ids in pair)
+        clean, corrupted = (token_texts(loaded, {"ids": ids}) for ids in pair)
         rows += [
             [
                 one if one == other else f"{one.strip()} → {other.strip()}"

@@ -75,8 +75,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--gradients",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also record the gradient of the loss",
+        help="also record the gradient of the loss (default: where the model takes labels)",
     )
     parser.add_argument(
         "--settle",
@@ -147,12 +146,15 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.probes.checkpoints.text_batch import encode_text, token_texts
 
     batch = encode_text(loaded, text, sequences=args.sequences, length=args.length, seed=args.seed)
+    gradients = "labels" in batch if args.gradients is None else args.gradients
+    if args.gradients is None and not gradients:
+        remark(f"no gradients: {printable(loaded.name)} takes no labels, so that there is no loss")
     forwards, of_shard = _forwards(batch, args)
     with working(f"probing {loaded.name}"), capture_errors_for_users():
         run = probes.capture(
             loaded.model,
             forwards,
-            gradients=args.gradients,
+            gradients=gradients,
             **read_as(args),
             sites=site_names(args),
             max_sequences=args.keep or args.sequences,
@@ -177,10 +179,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _forwards(batch: dict[str, Any], args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    """The batches to run, one per forward; and of a shard the number of its first sequence and what the run says of it."""
+    """The batches to run, one per forward; and of a shard the number of its first sequence and the run's attributes."""
     if args.batch is None and args.shard is None:
         return batch, {}
-    from depthscope.probes.checkpoints.text_batch import batches_of, shard_span
+    from depthscope.probes.checkpoints.text_batch import batches_of, shard_span, token_ids
     from depthscope.probes.run.shards import SHARD
 
     size = args.batch or SHARD_BATCH
@@ -192,7 +194,7 @@ def _forwards(batch: dict[str, Any], args: argparse.Namespace) -> tuple[Any, dic
     facts = {
         "number": number,
         "of": of,
-        "sequences": len(batch["input_ids"]),
+        "sequences": len(token_ids(batch)),
         "batch": size,
         "length": args.length,
     }

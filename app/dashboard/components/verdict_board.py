@@ -58,7 +58,7 @@ _board_component = component("board", "back", more_css=card_style())
 def show_verdict_board() -> None:
     """The table of every listed run. Runs that were never analysed are analysed by other processes, and fill their rows."""
     listed = run_library.list_runs()
-    if listed:  # else the page says that there is none
+    if listed:  # else the page shows that there is none
         runs = _Runs.of(listed)
         # A fragment runs again by itself only if it was asked to when it was drawn.
         # Hundreds of rows take tenths of a second to look at and to send.

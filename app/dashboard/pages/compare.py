@@ -167,7 +167,7 @@ def _show_differences(
         return
     if not found:
         st.info(
-            "No difference can be tested for this measure: it is no mean over sequences, or the runs have no states of "
+            "No difference can be tested for this measure: it is not a mean over sequences, or the runs have no states of "
             "single sequences.",
             icon="ℹ️",
         )
@@ -184,7 +184,7 @@ def _show_differences(
     for each in found:
         st.markdown(f"- {escaped(in_words(each))}")
     if by is None:
-        st.caption(ONE_RUN_EACH)
+        st.caption(f"{ONE_RUN_EACH}.")
     paths = [Path(path) for path in dict.fromkeys(reading.path for reading in readings)]
     extra = ["--by", by] if by else []
     command = command_line("compare", *paths, "--metrics", kind.metric, *extra)

@@ -109,7 +109,7 @@ def show_table(table: Table) -> None:
         st.markdown(f"**{escaped(table.title)}**")
         show_frame(data, height=min(38 + 35 * len(data), 380))
         undefined = int(data.isna().to_numpy().sum())
-        gaps = f"{undefined} cells are undefined" if undefined else ""
+        gaps = f"{undefined} cells have no value" if undefined else ""
         size = "; ".join(filter(None, [f"{data.shape[0]} rows", gaps, cut_words(data)]))
         st.caption(f"{size}. {escaped(table.caption)}")
         with st.container(horizontal=True):

@@ -71,7 +71,7 @@ def _say_state(reading: Reading) -> Reading:
         st.badge(state.words, color=state.colour)
     found = growing_runs.read_again(reading)
     if found is None or (state is not None and not state.is_growing):
-        st.rerun()  # of the whole page: this stops the fragment's clock, and says what has become of the run
+        st.rerun()  # of the whole page: this stops the fragment's clock, and shows what has become of the run
     assert found is not None  # `rerun` does not return
     step = found.attrs.get(schema.LIVE, {}).get("last_step")
     st.caption(

@@ -181,7 +181,7 @@ def _end(process: subprocess.Popen[str] | None) -> None:
 
 
 def _answers(process: subprocess.Popen[str], request: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the process says of one request, until it is done.
+    """What the process reports of one request, until it is done.
 
     Raises OSError, ValueError: Where it dies before that.
     """

@@ -166,7 +166,7 @@ def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
 
 
 def _opened_history(reading: Reading) -> TrainingHistory:
-    """A history, with its first findings where they were kept of a training that has ended."""
+    """A history, with its first findings where they were saved of a training that has ended."""
     history = read_history(reading)
     path = Path(reading.path)
     known = None if is_growing(path) else kept_first_findings(path, version_of(path), reading.chain)

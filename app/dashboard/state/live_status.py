@@ -1,4 +1,4 @@
-"""Does a run still grow, and when was its last step? As a phrase, which also says where steps are missing."""
+"""Does a run still grow, and when was its last step? As a phrase, also where steps are missing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LEAST_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class LiveState:
-    """What a page says of a run that is or was written step by step.
+    """What a page shows of a run that is or was written step by step.
 
     ``words``: such as ``step 4 200, 3 s ago``.
     ``colour``: of Streamlit's badges.

@@ -34,14 +34,14 @@ class ReadingCache:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all values that are kept."""
+        """Bytes of all cached values."""
         with self._lock:
             return sum(size for _, size in self._kept.values())
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value of a key, made where it is not kept.
+        """The value of a key, made where it is not cached.
 
-        ``make``: makes it; what it raises is raised, and nothing is kept.
+        ``make``: makes it; what it raises is raised, and nothing is cached.
         """
         kept = self._find(key)
         if kept is not None:
@@ -64,7 +64,7 @@ class ReadingCache:
         return made
 
     def peek(self, key: Hashable) -> Any:
-        """The value of a key, None where it is not kept; nothing is made."""
+        """The value of a key, None where it is not cached; nothing is made."""
         return self._find(key)
 
     def _find(self, key: Hashable) -> Any:

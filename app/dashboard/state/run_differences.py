@@ -31,14 +31,14 @@ def differences_between(
     *,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[Difference]:
-    """Every run against the first, sequence by sequence; what was tested is kept until a file changes.
+    """Every run against the first, sequence by sequence; what was tested is saved until a file changes.
 
     ``progress``: called with (metric, number done, number in all) while another process tests.
     Raises ValueError, OSError: Where they cannot be tested.
     """
     paths = list(dict.fromkeys(Path(each.path) for each in readings))
     versions = {path: FileVersion.of(path) for path in paths}
-    # With the names: what is kept says which run is above which.
+    # With the names: what is saved names which run is above which.
     question = f"{metric} {view} {[reading.name for reading in readings]}"
     key = (tuple(versions.items()), question)
 

@@ -164,9 +164,9 @@ def read_run(
 def measure(
     reading: Reading, metrics: Sequence[str], *, progress: Callable[[str, int, int], None] | None = None
 ) -> str:
-    """Measure the run of a reading by further metrics, which are kept with its analysis.
+    """Measure the run of a reading by further metrics, which are saved with its analysis.
 
-    ``metrics``: names of the catalogue; of one that the run cannot feed the reason is kept.
+    ``metrics``: names of the catalogue; of one that the run cannot feed the reason is saved.
     ``progress``: called with (metric, number done, number in all).
     Returns: Why it is not possible; empty where it was done.
     """
@@ -215,7 +215,7 @@ def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
         return _summaries[path][1]
     found = kept_summaries(path, version) if known is None else [summary_of(each) for each in known]
     if found is None and _beside and _beside[0].result_of(path, version) is not None:
-        # It cannot be read, or what was found could not be kept: then it is analysed here.
+        # It cannot be read, or what was found could not be saved: then it is analysed here.
         return _summarised(read_run(name, {name: path}))
     if found is not None:
         _summaries[path] = (version, found)

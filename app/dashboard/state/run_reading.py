@@ -62,7 +62,7 @@ def read(
 
 
 def sentence(error: Exception) -> str:
-    """What an error says, with everything in it visible.
+    """The text of an error, with everything in it visible.
 
     ``error``: of a file, whose names and texts may be anybody's.
     """

@@ -49,7 +49,7 @@ def work() -> None:
 
 
 def _analyse(request: Mapping[str, Any], progress: Callable[[str, int, int], None]) -> str:
-    """Why a run cannot be analysed; empty where its analysis is kept."""
+    """Why a run cannot be analysed; empty where its analysis is saved."""
     path = Path(request["path"])
     version = version_of(path)
     found = read(request["name"], path, progress)
@@ -62,7 +62,7 @@ def _analyse(request: Mapping[str, Any], progress: Callable[[str, int, int], Non
 
 
 def _test(request: Mapping[str, Any]) -> str:
-    """Why runs cannot be tested; empty where the tests are kept."""
+    """Why runs cannot be tested; empty where the tests are saved."""
     readings: list[Reading] = []
     for name, path in request["runs"].items():
         found = read_run(name, {name: Path(path)})

@@ -62,7 +62,7 @@ def plot_heatmap(axes: Axes, figure: Heatmap, *, dense: int = DENSE) -> QuadMesh
         axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(True)
     for axis, values in ((axes.xaxis, figure.x), (axes.yaxis, figure.y)):
-        # Of a single position there is one tick, and none between whole numbers.
+        # Of a single position there is one tick, and none between integers.
         axis.set_major_locator(
             MaxNLocator("auto", steps=[1, 2, 5, 10], integer=are_whole(values), min_n_ticks=1)
         )

@@ -161,7 +161,7 @@ def inches_of(axes: Axes) -> tuple[float, float]:
 
 
 def are_whole(values: np.ndarray) -> bool:
-    """Whether positions are whole numbers, so that their axis has no ticks between them."""
+    """Whether positions are integers, so that their axis has no ticks between them."""
     return bool(np.all(np.mod(values, 1) == 0))
 
 

@@ -42,14 +42,12 @@ def draw_lines(figure: Lines) -> go.Figure:
             )
         )
         if line.role == "threshold":
-            _name_level(drawn, float(line.y[0]), line.label, figure)
+            _name_level(drawn, line, line.label, figure)
     baseline = next(
         (line for line in figure.lines if line.role == "null" and np.isfinite(line.y).any()), None
     )
     if baseline is not None:
-        _name_level(
-            drawn, float(baseline.y[np.isfinite(baseline.y)][-1]), baseline.label.rpartition(" · ")[2], figure
-        )
+        _name_level(drawn, baseline, baseline.label.rpartition(" · ")[2], figure)
     if crowded:
         drawn.add_traces(_key(figure.lines, looks))
     drawn.add_traces([_legend_entry(name, {"color": GREY, "width": 1.3, "dash": THEORY}) for name in laws])
@@ -60,12 +58,14 @@ def draw_lines(figure: Lines) -> go.Figure:
     return drawn
 
 
-def _name_level(drawn: go.Figure, value: float, label: str, figure: Lines) -> None:
+def _name_level(drawn: go.Figure, line: Line, label: str, figure: Lines) -> None:
     """Label of a level line at that end where the curves are farther away, instead of an entry in the legend."""
-    level = _on_axis(np.array([value]), figure.log_y)[0]
-    if not np.isfinite(level):
+    levels = {side: _level_at(line, side, figure) for side in ("right", "left")}
+    if not np.isfinite(list(levels.values())).all():
         return
-    side = "right" if _clearance(figure, level, -1) >= _clearance(figure, level, 0) else "left"
+    far = _clearance(figure, levels["right"], -1) >= _clearance(figure, levels["left"], 0)
+    side = "right" if far else "left"
+    level = levels[side]
     drawn.add_annotation(
         x=1 if side == "right" else 0,
         xref="paper",
@@ -78,6 +78,15 @@ def _name_level(drawn: go.Figure, value: float, label: str, figure: Lines) -> No
         font={"size": 11},
         opacity=0.8,
     )
+
+
+def _level_at(line: Line, side: str, figure: Lines) -> float:
+    """How high a line is at most in the third of its axis at one end: a label there is above all of it."""
+    x, y = _on_axis(np.asarray(line.x, float), figure.log_x), _on_axis(line.y, figure.log_y)
+    known = np.isfinite(x) & np.isfinite(y)
+    x, y = x[known], y[known]
+    from_end = (x.max(initial=-np.inf) - x) if side == "right" else (x - x.min(initial=np.inf))
+    return float(y[from_end <= np.ptp(x) / 3].max(initial=-np.inf)) if len(y) else np.nan
 
 
 def _clearance(figure: Lines, level: float, end: int) -> float:

@@ -38,7 +38,7 @@ def answer_to(question: str, analysis: xr.Dataset, results: Mapping[str, xr.Data
 
 
 def _least_needed(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
-    """The blocks that turn the state least, and what the loss says of leaving them out."""
+    """The blocks that turn the state least, and the loss without them."""
     influence = _profile(analysis, "block_influence")
     if influence is None or not np.isfinite(influence).any():
         return ""
@@ -149,8 +149,10 @@ def _survivors(analysis: xr.Dataset) -> str:
     where = _place(analysis, "deflated_gain", last)
     if share > 1.5:
         return f"The initial differences between streams have grown {number(share)} × {where}."
-    only = "" if share > 0.5 else "Only "
-    return f"{only}{percent(share)} of the initial differences between streams survive {where}."
+    written = percent(share)
+    # "Only 4 %", and "Less than 0.001 %".
+    written = f"Only {written}" if share < 0.5 and written[0].isdigit() else written.capitalize()
+    return f"{written} of the initial differences between streams survive {where}."
 
 
 def _gradients(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
@@ -167,7 +169,7 @@ def _gradients(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
     )
     if norms[high] == 0:
         return "There is no gradient at any depth."
-    faded = f"it fades to {percent(ratio)} of its largest" if ratio < FADED else "it vanishes nowhere"
+    faded = f"it fades to {percent(ratio)} of its largest" if ratio < FADED else "it does not vanish"
     return f"Gradient: largest {largest}, smallest {smallest}; {faded}."
 
 

@@ -244,12 +244,19 @@ def judged_limits(metric: str, analyses: Analyses) -> dict[str, frozenset[Limits
 def limit_labels(judged: dict[str, frozenset[Limits]]) -> list[tuple[float, str]]:
     """Every limit with its label, such as ``warn: 10``, once."""
     levels = {
-        (value, f"{_WORDS[severity]}: {number(value)}")
+        (value, f"{_WORDS[severity]}: {_limit(value)}")
         for limits in judged.values()
         for each in limits
         for severity, value in each.levels
     }
     return sorted(levels)
+
+
+def _limit(value: float) -> str:
+    """A limit in three digits; where these are 1 and it is not, its distance from 1."""
+    if value != 1 and number(value) == number(1.0):
+        return f"1 {'−' if value < 1 else '+'} {number(abs(1 - value))}"
+    return number(value)
 
 
 def passing_range(judged: dict[str, frozenset[Limits]]) -> tuple[float, float] | None:

@@ -96,7 +96,7 @@ class MatrixFigure(FigureKind):
         }
         return Heatmap(
             name=self.name,
-            # Of several runs the matrix is of one: the title says which.
+            # Of several runs the matrix is of one: which the title names.
             title=self.title if len(analyses) == 1 else f"{self.title}: {run}",
             x=positions(array, self.columns, choice.axis),
             y=positions(array, self.rows, choice.axis),

@@ -37,7 +37,7 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
     for dim in LABELLED:
         if dim not in array.dims:
             continue
-        # `fixed` wins: a curve of one direction asks for it where the selection says both.
+        # `fixed` wins: a curve of one direction asks for it where the selection has both.
         label, labels = fixed.get(dim, getattr(choice, dim)), array[dim].values.tolist()
         if label not in labels:
             return None

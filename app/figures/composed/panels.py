@@ -128,7 +128,7 @@ class Curves:
             }:
                 return f"no run has connections called {self.branch!r}"
             return subjects.why_not(self.kind.metric)
-        # The title says what is fixed, such as the direction: the plain line of a run is that one.
+        # The title names what is fixed, such as the direction: the plain line of a run is that one.
         lines = tuple(
             replace(line, label=line.group)
             if line.label in {f"{line.group} · {label}" for label in self.fixed.values()}

@@ -72,7 +72,7 @@ HC_PAPER, MHC_PAPER, ATTNRES_PAPER = "Zhu et al. 2025, 2409.19606", "Xie et al.,
 def measure(settings: Mapping[str, Any], weights: Path) -> MeasuredCell:
     """Train one network, or read its weights, and ask which of its states are the same and what its blocks are worth.
 
-    ``weights``: where they are kept.
+    ``weights``: where they are saved.
     Returns: States are those between blocks; of attention residuals, what the first sublayer of a block reads.
     """
     build = partial(_build, scale=settings["branch_scale"])

@@ -36,7 +36,7 @@ def run_path(out: Path, cell: Cell) -> Path:
 
 
 def weights_path(out: Path, cell: Cell) -> Path:
-    """Where a cell's weights are kept, if they are."""
+    """Where a cell's weights are saved, if they are."""
     return out / "weights" / f"{cell.name}-{cell.digest}.safetensors"
 
 
@@ -139,7 +139,7 @@ def _measured(study: Study, cell: Cell, out: Path) -> Row:
     if cell.keeps_run and found.run is not None:
         schema.save_run(found.run, run_path(out, cell))
     row = Row(cell.settings, found.numbers, found.curves)
-    # Last: the row says that the cell is done.
+    # Last: the row shows that the cell is done.
     keep(out, cell, row)
     return row
 

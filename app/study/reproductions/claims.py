@@ -35,7 +35,7 @@ class Claim:
 
     ``statement``: what is claimed, as a sentence without its full stop; ``{depth}`` is replaced by the largest number of
     layers.
-    ``source``: who says so; «this project» where the test is ours.
+    ``source``: where it is claimed; «this project» where the test is ours.
     ``measured``: what the number is.
     ``values``: one for each seed; NaN is unknown and does not count. In the table of a study: what takes them from
     its networks.

@@ -157,14 +157,14 @@ class Study:
     ``sources``: papers, as people cite them.
     ``families``: title by family.
     ``scale, quick``: its size, and that of its tests.
-    ``measure``: from a cell's settings to what was measured; with the path of its weights where these are kept.
+    ``measure``: from a cell's settings to what was measured; with the path of its weights where these are saved.
     ``numbers``: columns of the table and figures over depth.
     ``curves``: figures along the deepest networks.
     ``table``: what is tested.
     ``limits``: what is not tested here, in sentences.
     ``figures``: further figures, from the rows.
     ``trained``: whether networks are trained: else it has no depths, seeds and runs.
-    ``keeps_weights``: whether they are kept: what took minutes to train is not trained again when it is measured anew.
+    ``keeps_weights``: whether they are saved: what took minutes to train is not trained again when it is measured anew.
     """
 
     name: str

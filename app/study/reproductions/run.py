@@ -58,7 +58,7 @@ def run_reproduction(
     minutes: float | None = None,
     page: Path | None = None,
 ) -> Outcome:
-    """Run a study, or go on with one: cells that are kept in the folder with the same settings are not measured again.
+    """Run a study, or go on with one: cells that are saved in the folder with the same settings are not measured again.
 
     ``out``: folder for ``cells/``, ``runs/``, ``results/``, ``paper/`` and ``summary.md``. Files of others in it stay.
     ``quick``: tiny networks and a few steps: to see that it runs, not to learn from.

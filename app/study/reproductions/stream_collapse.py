@@ -1,4 +1,4 @@
-"""Do trained streams collapse onto one? Streams that start alike against streams whose symmetry is broken."""
+"""Do trained streams collapse onto one? Streams that start equal against streams whose symmetry is broken."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ class StreamConnection(nn.Module):
     ``layer_index``: taken as the package's connections take it; nothing depends on it.
     ``mixing``: a key of `MAPS`.
     ``diagonal``: of H_res at the start.
-    ``broken``: spread of the read and write logits at the start over the streams: 0 treats all alike.
+    ``broken``: spread of the read and write logits at the start over the streams: 0 treats all the same.
     """
 
     def __init__(

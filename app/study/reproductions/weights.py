@@ -1,4 +1,4 @@
-"""Was a network of a study trained already? Its weights, kept with the settings that they came from."""
+"""Was a network of a study trained already? Its weights, saved with the settings that they came from."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def _facts(
     found: dict[int, Facts] = {}
     for number in dict.fromkeys(owners):
         of_chain = [part for owner, part in zip(owners, parts, strict=True) if owner == number]
-        # Without it each task of the chain looks for itself, and says why it cannot.
+        # Without it each task of the chain looks for itself, and gives the reason where it cannot.
         if all(isinstance(part, Facts) for part in of_chain):
             found[number] = Facts.joined(of_chain)
     return found

@@ -162,7 +162,7 @@ def _pair_tasks(chain: Chain, names: list[str]) -> Iterator[Task]:
 
 def _connection_tasks(chain: Chain, names: list[str]) -> Iterator[Task]:
     count = chain.trace.sizes.get("connection", 0)
-    if not count:  # each says why it has no value
+    if not count:  # each with the reason why it has no value
         yield chain.task(WHOLE, names)
         return
     beside = BESIDE_CONNECTIONS * chain.one_connection
@@ -181,7 +181,7 @@ def _sequence_tasks(chain: Chain, names: list[str]) -> Iterator[Task]:
     one = 8 * NUMBERS_OF_STEP * depths * num_views * tokens + 3 * chain.views // chain.trace.sizes["sample"]
     _require(chain, one, "one sequence at all depths")
     real = chain.trace["mask"].transpose("sample", "token").values.any(axis=1)
-    # A sequence of padding alone has no value; where all are, one task says so.
+    # A sequence of padding alone has no value; where all are, one task reports it.
     counted = np.flatnonzero(real) if real.any() else np.arange(1)
     for block in blocks_of(len(counted), max(1, chain.budget // one)):
         sequences = counted[block].tolist()

@@ -74,9 +74,9 @@ class Task:
     # what is read: positions on the axis of depths, connections or sequences; of a pair both blocks. Empty
     # for all
     positions: tuple[int, ...] = ()
-    # positions whose values are kept; of a pair of blocks those of the first one
+    # positions whose values are stored; of a pair of blocks those of the first one
     keep: tuple[int, ...] = ()
-    cache_bytes: int = 0  # most bytes of states that are kept from one metric to the next
+    cache_bytes: int = 0  # most bytes of states that are cached from one metric to the next
 
     def __str__(self) -> str:
         what = "depth" if self.kind == PAIR else self.kind

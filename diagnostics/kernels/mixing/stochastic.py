@@ -27,7 +27,7 @@ def sinkhorn(logits: Array, steps: int = 20, last: str = "row") -> Array:
     Raises
     ------
     InputError
-        If ``last`` is not one of those, ``steps`` not a whole number of 1 or more, or logits are not finite.
+        If ``last`` is not one of those, ``steps`` not an integer of 1 or more, or logits are not finite.
 
     Examples
     --------

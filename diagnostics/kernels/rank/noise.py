@@ -58,7 +58,7 @@ def marchenko_pastur(n: int, d: int) -> MarchenkoPastur:
     Raises
     ------
     ValueError
-        If ``n`` or ``d`` is below 1 or not a whole number.
+        If ``n`` or ``d`` is below 1 or not an integer.
 
     Examples
     --------

@@ -60,7 +60,7 @@ def mutual_knn(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | N
     Raises
     ------
     InputError
-        If ``k`` is not a whole number between 1 and N − 1, or rows do not match.
+        If ``k`` is not an integer between 1 and N − 1, or rows do not match.
 
     Examples
     --------
@@ -113,7 +113,7 @@ def cknna(x: Array, y: Array | None = None, k: int = 10, *, mask: Array | None =
     Raises
     ------
     InputError
-        If ``k`` is not a whole number between 2 and N − 1, or rows do not match.
+        If ``k`` is not an integer between 2 and N − 1, or rows do not match.
 
     Examples
     --------

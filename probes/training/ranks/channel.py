@@ -136,7 +136,7 @@ class Channel:
         self.close()
         reason = str(error).partition("\n")[0]
         return LostError(
-            f"not all of the {self._group.size} processes came within {self._timeout.total_seconds():g} s ({reason}): every "
-            "process has to open the recorder and to call recorder.step() equally often. The training goes on, and nothing "
-            "is measured any more"
+            f"not all of the {self._group.size} processes answered within {self._timeout.total_seconds():g} s ({reason}): "
+            "every process has to open the recorder and to call recorder.step() equally often. The training goes on, and "
+            "nothing is measured any more"
         )

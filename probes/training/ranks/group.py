@@ -1,4 +1,4 @@
-"""Which processes measure together? Those that train one model on parts of the data, as the model or the user says."""
+"""Which processes measure together? Those that train one model on parts of the data, as the model or the user defines it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def data_group(model: nn.Module, group: Any = None) -> DataGroup | None:
     if not initialised:
         if group is None or isinstance(group, str):
             return None  # one process, which is the world
-        raise InputError("group came and torch.distributed is not initialised; call init_process_group first")
+        raise InputError(
+            "got group=, and torch.distributed is not initialised; call init_process_group first"
+        )
     if group == NONE or torch.distributed.get_world_size() == 1:
         return None
     if group is not None:

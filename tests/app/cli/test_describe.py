@@ -70,9 +70,9 @@ def test_no_connection_is_fine_and_said(tmp_path, capsys):
         (["FOLDER/config.json"], "contains no safetensors"),
         (["FOLDER"], "the model type unheard_of is not known to any dialect"),
         (["FOLDER", "--as", "kromhc"], "no tensors have the names of the dialect 'kromhc'"),
-        (["FOLDER", "--as", "nothing"], "'nothing' is no dialect and no model type of one"),
+        (["FOLDER", "--as", "nothing"], "'nothing' is neither a dialect nor a model type of one"),
         (["FOLDER", "--dialect", "FOLDER/nowhere.toml"], "nowhere.toml"),
-        (["FOLDER", "--dialect", "FOLDER/config.json"], "is no TOML file"),
+        (["FOLDER", "--dialect", "FOLDER/config.json"], "is not a TOML file"),
         (
             ["FOLDER", "--layers", "layers", "--dtype", "float32"],
             "--layers, --dtype and --weights-only do not go together",

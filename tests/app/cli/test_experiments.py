@@ -75,8 +75,8 @@ def test_lens_tells_what_each_depth_reads(text, capsys):
 def test_of_a_run_its_checkpoint_and_its_text_are_asked_for(text, tmp_path, capsys):
     run = tmp_path / "a.nc"
     sizes = ("--length", 16, "--sequences", 3)
-    assert call("probe", FACTORY, "--text", text, *sizes, "--out", run, "--no-gradients") == FINE
-    capsys.readouterr()
+    assert call("probe", FACTORY, "--text", text, *sizes, "--out", run) == FINE
+    assert "no gradients: build takes no labels" in capsys.readouterr().err
     assert call("ablate", run, "--text", text) == USAGE
     error = capsys.readouterr().err
     assert "name the checkpoint with --model" in error
@@ -112,7 +112,7 @@ def test_what_does_not_go_together_is_one_line(text, capsys):
     assert call(*words, "--do", "patch") == USAGE
     assert "--do patch and --from RUN go together" in capsys.readouterr().err
     assert call(*words, "--model", FACTORY) == USAGE
-    assert "is no run file; leave --model out" in capsys.readouterr().err
+    assert "is not a run file; leave --model out" in capsys.readouterr().err
     assert call(*words, "--do", "identity", "--length", 16) == USAGE
     assert "needs several residual streams" in capsys.readouterr().err
     assert call(*words, "--sites", "mid") == USAGE

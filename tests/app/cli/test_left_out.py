@@ -47,7 +47,7 @@ def test_check_says_in_words_that_a_run_was_not_judged(mixed, capsys):
     assert main(["check", str(mixed)]) == FOUND
     out = capsys.readouterr().out
     assert "good (synthetic-residual, residual)" in out
-    assert r"not judged, so this check does not pass: foreign\x1b[2J, torn" in out
+    assert r"not passed; not judged: foreign\x1b[2J, torn" in out
 
 
 def test_a_run_whose_analysis_fails_is_left_out(unmeasured, monkeypatch, capsys):

@@ -124,7 +124,7 @@ def test_a_text_that_is_a_pipe_is_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "t.txt")
     words = ["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.nc")]
     assert main(words) == USAGE
-    assert "is no regular file; expected one with text, or - for stdin" in capsys.readouterr().err
+    assert "is not a regular file; expected one with text, or - for stdin" in capsys.readouterr().err
 
 
 def test_probe_says_what_the_run_leaves_out_and_what_is_not_proven(monkeypatch, tmp_path, make_run, capsys):

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from depthscope.app.figures import FIGURES
+from depthscope.app.figures.build.curve_figure import limit_labels
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables import tables
@@ -23,6 +24,7 @@ from depthscope.app.text.latex import tex
 from depthscope.app.text.numbers import number, quantity
 from depthscope.app.text.venues import VENUES
 from depthscope.diagnostics import CATALOGUE, Finding, Severity
+from depthscope.diagnostics.verdicts.declaration import Limits
 
 
 @pytest.fixture(scope="module")
@@ -208,6 +210,13 @@ def test_undefined_threshold_prints_a_dash(readings):
     assert findings_table([found]).printed["threshold"][0] == "–"
 
 
+def test_a_value_and_a_threshold_that_differ_are_printed_as_different(readings):
+    near = replace(FINDING, value=1.0 - 4e-14, threshold=1.0 - 1e-9)
+    table = findings_table([replace(readings[0], findings=(near,))])
+    assert table.printed[["value", "threshold"]].to_numpy().tolist() == [["1.00000000", "0.999999999"]]
+    assert limit_labels({"a": frozenset({Limits(info=1.0 - 1e-9)})}) == [(1.0 - 1e-9, "note: 1 − 1e-9")]
+
+
 def test_slugs_are_safe_and_differ():
     assert slug("a-1.b") == "a-1.b"
     names = [slug(name) for name in ("a/b", "a b", "a_b", "模型", "../x", "")]
@@ -221,6 +230,11 @@ def test_rows_are_even():
     assert evenly(3, 5) == [0, 1, 2]
     assert evenly(101, 3) == [0, 50, 100]
     assert spoken("adjacent_cka") == "adjacent CKA"
+
+
+def test_a_number_without_places_is_apart_from_its_error():
+    data = pd.DataFrame({"run": ["a", "b"], "rank": ["107 ± 24", "3.37 ± 0.48"]})
+    assert r"107 & ~$\pm$ 24" in to_latex(Table("t", "T", "A caption.", data, data), {})
 
 
 def test_numbers_meet_at_their_points_and_nulls_have_a_row(readings):

@@ -158,17 +158,15 @@ def test_one_name_is_one_metric(residual_run):
 
 @pytest.mark.parametrize("metrics", [[None], [3], 3])
 def test_what_is_no_name_of_a_metric_is_refused(residual_run, metrics):
-    with pytest.raises(ValueError, match=r"came .*(None|3).*; expected .*'effective_rank'"):
+    with pytest.raises(ValueError, match=r"got .*(None|3).*; expected .*'effective_rank'"):
         diagnostics.analyze(residual_run, metrics=metrics)
 
 
 def test_what_is_no_run_is_refused(residual_run):
     wrong = {
-        "came a NoneType; expected a run, a DataTree; capture one with": None,
-        r"came the path 'w.nc'; expected a run, .*analyze\(diagnostics.open_run": "w.nc",
-        r"came a Dataset; expected a run, .*diagnostics.create_run\(trace": residual_run[
-            "trace"
-        ].to_dataset(),
+        "got a NoneType; expected a run, a DataTree; capture one with": None,
+        r"got the path 'w.nc'; expected a run, .*ds.analyze\(ds.open_run": "w.nc",
+        r"got a Dataset; expected a run, .*diagnostics.create_run\(trace": residual_run["trace"].to_dataset(),
     }
     for said, came in wrong.items():
         with pytest.raises(ValueError, match=said):

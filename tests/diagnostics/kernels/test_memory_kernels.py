@@ -52,5 +52,5 @@ def test_the_block_of_recomputation_is_within_a_tenth_of_the_best(n, sublayers):
 
 def test_sizes_below_one_are_refused():
     for call in (lambda: memory.elements_read(0, 4), lambda: memory.kept_elements(8, 4, 10, block=0)):
-        with pytest.raises(ValueError, match="a size of 0 came"):
+        with pytest.raises(ValueError, match="got a size of 0"):
             call()

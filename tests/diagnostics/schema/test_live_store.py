@@ -111,11 +111,11 @@ def test_a_variable_may_come_later_and_be_missing_later(one_step, tmp_path):
         5, late, coords={"metrics/depth": ("depth", [0, 1, 2]), "metrics/site": ("depth", ["a", "b", "c"])}
     )
     store.append(6, row(6.0))
-    with pytest.raises(ValueError, match=r"metrics/mine came with the shape \(4,\), expected \(3,\)"):
+    with pytest.raises(ValueError, match=r"metrics/mine has the shape \(4,\), expected \(3,\)"):
         store.append(7, {**row(7.0), "metrics/mine": np.zeros(4)})
-    with pytest.raises(ValueError, match="metrics/other came for the first time without its dims"):
+    with pytest.raises(ValueError, match="metrics/other is new and has no dims"):
         store.append(7, {"metrics/other": np.zeros(4)})
-    with pytest.raises(ValueError, match=r"'elsewhere/x' is no name"):
+    with pytest.raises(ValueError, match=r"'elsewhere/x' is not a name"):
         store.append(7, {"elsewhere/x": ((), 1.0)})
     store.note({"complete": True}, "metrics")
     store.close()
@@ -267,7 +267,7 @@ def test_damage_before_the_end_is_named_and_what_is_before_it_can_be_read(one_st
             {"variables": {"statistics/x": {"dims": [], "shape": [], "dtype": "O", "attrs": {}}}},
             "has the dtype 'O'",
         ),
-        ({"variables": {"/etc/x": {"dims": [], "shape": [], "dtype": "<f8", "attrs": {}}}}, "is no name"),
+        ({"variables": {"/etc/x": {"dims": [], "shape": [], "dtype": "<f8", "attrs": {}}}}, "is not a name"),
         ({"columns": [["../../x", 4, 0, 0, 4, 0, 3]]}, "described as"),
         ({"columns": [[7, 4]]}, "is none that depthscope writes"),
         ({"columns": [[7, 4, 0, 0, 4, -9, -3]]}, r"000007\.cols is not among its files"),
@@ -275,7 +275,7 @@ def test_damage_before_the_end_is_named_and_what_is_before_it_can_be_read(one_st
             {"columns": [[7, 4, 0, 0, 4, -9, -3]], "files": ["columns/000007.cols", "states/000001.nc"]},
             "a file of its older rows is missing",
         ),
-        ({"files": ["../../x"]}, "is no file of a live store"),
+        ({"files": ["../../x"]}, "is not a file of a live store"),
         ({"attempts": 3}, "is none that depthscope writes"),
         ({"run": "7"}, "the run's id is '7'"),
         ({"created": 3}, "is none that depthscope writes"),

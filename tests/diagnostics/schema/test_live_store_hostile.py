@@ -73,10 +73,10 @@ def test_a_folder_that_is_a_link_is_neither_read_nor_emptied(pair, tmp_path, fol
     before = {entry.name: entry.read_bytes() for entry in outside.iterdir()}
     (store / folder).symlink_to(outside)
     for door in READERS:
-        with pytest.raises(SchemaError, match=f"contains {folder}, which is no part"):
+        with pytest.raises(SchemaError, match=f"contains {folder}, which is not a part"):
             door(store)
     for options in ({"resume": True}, {"force": True}):
-        with pytest.raises(FileExistsError, match=f"contains {folder}, which is no part"):
+        with pytest.raises(FileExistsError, match=f"contains {folder}, which is not a part"):
             LiveStore(store, **options)
     assert {entry.name: entry.read_bytes() for entry in outside.iterdir()} == before
 

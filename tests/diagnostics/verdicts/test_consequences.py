@@ -218,7 +218,7 @@ def test_a_recording_is_settled_afterwards(tmp_path):
     run = settle(recorder.run, model, batch)
     path = diagnostics.save_run(run, tmp_path / "a.nc")
     assert one(findings(diagnostics.open_run(path)), "same_representation").settled == "shown"
-    with pytest.raises(InputError, match="came forwards=-1; expected 0 or more"):
+    with pytest.raises(InputError, match="got forwards=-1; expected 0 or more"):
         settle(run, model, batch, forwards=-1)
 
 

@@ -915,7 +915,7 @@ def test_what_is_no_analysis_is_refused(mhc_run):
         "a dataset without any metric at encoder": xr.DataTree.from_dict({"/encoder": trace}),
     }
     for said, came in wrong.items():
-        with pytest.raises(ValueError, match=rf"came {said}.*judge\(analyze\(run\)\)"):
+        with pytest.raises(ValueError, match=rf"got {said}.*judge\(ds\.analyze\(run\)\)"):
             diagnostics.judge(came)
 
 

@@ -147,14 +147,14 @@ def test_no_file_of_a_folder_may_block(folder, name, make):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is no JSON"),
-        (b"{", "is no JSON"),
-        (b"\xff\xfe\x00", "is no JSON"),
+        (b"", "is not JSON"),
+        (b"{", "is not JSON"),
+        (b"\xff\xfe\x00", "is not JSON"),
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a":' * 100_000, "nested too deeply"),
         (b"[1]", "holds a list"),
         (b"null", "holds a NoneType"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "is no JSON"),
+        (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
     ],
 )
 def test_json_that_is_none(tmp_path, content, message):

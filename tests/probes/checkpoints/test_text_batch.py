@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.checkpoints.load import LoadedModel
-from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
+from depthscope.probes.checkpoints.text_batch import batches_of, encode_text, sample_text, token_texts
 
 
 class Reader(nn.Module):
@@ -81,6 +82,27 @@ def test_model_that_takes_no_mask_gets_whole_windows_only():
     batch = encode_text(loaded(BareReader(), Letters()), "abcdefg", sequences=4, length=4)
     assert {name: value.tolist() for name, value in batch.items()} == {"input_ids": [[1, 2, 3, 4]]}
     assert encode_text(loaded(BareReader(), Letters()), "abc", length=4)["input_ids"].tolist() == [[1, 2, 3]]
+
+
+class Ids(Reader):
+    def forward(self, ids, targets=None):
+        return self.table(ids)
+
+
+class Pair(Reader):
+    def forward(self, question, answer):
+        return self.table(question)
+
+
+def test_token_ids_go_to_the_only_required_argument():
+    batch = encode_text(loaded(Ids(), Letters()), "abcdefg", sequences=4, length=3)
+    assert {name: value.tolist() for name, value in batch.items()} == {"ids": [[1, 2, 3], [4, 5, 6]]}
+    assert token_texts(loaded(Ids(), Letters()), batch).tolist() == [["a", "b", "c"], ["d", "e", "f"]]
+    assert [part["ids"].shape for part in batches_of(batch, 1)] == [(1, 3), (1, 3)]
+    with pytest.raises(
+        InputError, match=r"takes \(question, answer\); expected an argument input_ids, or one"
+    ):
+        encode_text(loaded(Pair(), Letters()), "abcdefg", length=3)
 
 
 def test_bytes_without_a_tokenizer(caplog):

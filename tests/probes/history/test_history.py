@@ -112,7 +112,6 @@ def test_a_broken_checkpoint_is_told_and_the_exit_code_says_so(checkpoints, tmp_
         *words,
         "--sequences",
         "2",
-        "--no-gradients",
         "--json",
     ]
     assert main(words) == FOUND

@@ -214,7 +214,7 @@ def test_a_result_is_saved_beside_its_run_and_told_in_sentences(tmp_path):
     np.testing.assert_array_equal(again.token_loss, result.token_loss)
     assert experiments.describe_results(again) == experiments.describe_results(result)
     assert len(experiments.describe_results(again)) == 3
-    with pytest.raises(ValueError, match="is no result of experiments"):
+    with pytest.raises(ValueError, match="is not a result of experiments"):
         experiments.open_result(tmp_path / "a.nc")
 
 

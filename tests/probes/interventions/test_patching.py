@@ -409,7 +409,7 @@ def test_inputs_that_do_not_fit_are_refused():
         InterventionError, match=r"shapes \[\(2, 6\)\] and corrupted \[\(2, 5\)\]; expected the same"
     ):
         patch(model, clean, corrupted[:, :5])
-    with pytest.raises(ValueError, match="against= came without answer="):
+    with pytest.raises(ValueError, match="got against= without answer="):
         patch(model, clean, corrupted, against=3)
     with pytest.raises(ValueError, match="the output has entries 0 … 40"):
         patch(model, clean, corrupted, answer=41)

@@ -332,7 +332,7 @@ def test_what_cannot_be_asked(points, options, message):
 
 def test_what_cannot_be_multiplied(points):
     op = jacobian(stack(), points)
-    with pytest.raises(JacobianError, match=r"shape \(3,\) came; expected \(10,\)"):
+    with pytest.raises(JacobianError, match=r"shape \(3,\); expected \(10,\)"):
         op.matvec(torch.ones(3))
     with pytest.raises(JacobianError, match="one mapping, tensor or tuple"):
         jacobian(stack(), [points])

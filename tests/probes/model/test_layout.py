@@ -59,5 +59,5 @@ def test_a_count_that_is_not_in_the_state_is_refused():
     assert count_streams((2, 3, 12), "B T (N D)", 2, asserted=4) == 4
     assert count_streams((2, 3, 4, 5), "B T N D", 2, asserted=4) == 4
     for shape, layout in [((2, 3, 12), "B T D"), ((2, 3, 4, 5), "B T N D"), ((8, 3, 5), "(B N) T D")]:
-        with pytest.raises(LayoutError, match="streams=3 came, but a state of shape"):
+        with pytest.raises(LayoutError, match="got streams=3, but a state of shape"):
             count_streams(shape, layout, 2, asserted=3)

@@ -492,8 +492,8 @@ def written(name: str, text: str):
         (lambda folder: pickled(folder) / "pytorch_model.bin", "contains pickles"),
         (quantised, "stored as I8"),
         (written("notes.txt", ""), "1 of 3 shards and no index"),
-        (written("model.safetensors.index.json", "{"), "no safetensors index"),
-        (written("model.safetensors.index.json", '{"weight_map": []}'), "no safetensors index"),
+        (written("model.safetensors.index.json", "{"), "not a safetensors index"),
+        (written("model.safetensors.index.json", '{"weight_map": []}'), "not a safetensors index"),
         (lambda folder: written("x.gguf", "GGUF")(folder) / "x.gguf", "as GGUF: it is torn"),
     ],
 )
@@ -527,7 +527,7 @@ def test_values_that_are_not_finite_name_the_tensor(tmp_path):
 
 def test_broken_configuration_is_an_error(tmp_path):
     (checkpoint(tmp_path, torch.zeros(24)) / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json' is no JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json' is not JSON"):
         probes.describe_weights(tmp_path)
 
 

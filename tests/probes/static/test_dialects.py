@@ -127,7 +127,7 @@ def test_an_unknown_model_type_needs_a_name(tmp_path):
         assert len(probes.describe_weights(folder, as_dialect=name).connections) == 6
     with pytest.raises(CheckpointError, match="no tensors have the names of the dialect 'kromhc'"):
         probes.describe_weights(folder, as_dialect="kromhc")
-    with pytest.raises(CheckpointError, match="'deepseek' is no dialect"):
+    with pytest.raises(CheckpointError, match="'deepseek' is neither a dialect"):
         probes.describe_weights(folder, as_dialect="deepseek")
 
 

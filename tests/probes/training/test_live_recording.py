@@ -289,7 +289,7 @@ def test_attributes_that_cannot_be_saved_are_refused_at_the_start(value, tmp_pat
         lambda attrs: probes.capture(stack(), IDS, gradients=False, attrs=attrs),
     ):
         with pytest.raises(
-            ValueError, match=r"attrs came with 'config', which no file takes .*; give text, numbers"
+            ValueError, match=r"attrs contain 'config', which no file takes .*; give text, numbers"
         ):
             start({"commit": "1", "config": value})
     assert not list(tmp_path.iterdir())

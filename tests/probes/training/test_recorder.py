@@ -199,7 +199,7 @@ def test_the_store_is_written_even_when_the_loop_breaks(models, tmp_path):
 
 def test_a_store_that_is_taken_is_refused_before_the_loop(models, tmp_path):
     (tmp_path / "a.nc").write_text("somebody's notes")
-    with pytest.raises(FileExistsError, match=r"a\.nc exists and is no run"):
+    with pytest.raises(FileExistsError, match=r"a\.nc exists and is not a run"):
         probes.record(models["llama"](), store=tmp_path / "a.nc")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(NotADirectoryError, match="is a file, but"):
@@ -213,7 +213,7 @@ def test_a_store_that_is_taken_meanwhile_loses_nothing(models, tmp_path):
     recorder.step()
     (tmp_path / "a.nc").write_text("somebody's notes")
     with pytest.warns(
-        probes.ProbeWarning, match=r"not saved: .*a\.nc exists and is no run.* still in recorder\.run"
+        probes.ProbeWarning, match=r"not saved: .*a\.nc exists and is not a run.* still in recorder\.run"
     ):
         recorder.__exit__(None, None, None)
     assert (tmp_path / "a.nc").read_text() == "somebody's notes"
