@@ -358,7 +358,7 @@ def _between_expansions(memory: Memory) -> Memory:
         if (
             number not in memory.trunk
             or len(born) < 2 - is_begin
-            or any(memory.carried[of.number].count <= memory.count for of in memory.after(join))  # a sum
+            or _is_sum(memory, join)
             or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken)
         ):
             continue
@@ -394,6 +394,16 @@ def _with_empty_streams(memory: Memory) -> Memory:
         if wide.num_writes >= memory.num_writes:
             return wide
     return memory
+
+
+def _is_sum(memory: Memory, join: TracedValue) -> bool:
+    """Whether a state, no part of several streams, and branches are put next to one another only to be added up."""
+    for piece in addends(join):
+        while memory.holds(piece) and only_moves(piece):
+            piece = piece.parents[0]
+        if memory.holds(piece) and memory.carried[piece.number].count > memory.count:
+            return False
+    return any(memory.carried[of.number].count <= memory.count for of in memory.after(join))
 
 
 def _fills_one_place(numbers: Numbers, axis: int) -> bool:
