@@ -129,7 +129,7 @@ def memories(graph: Graph) -> list[Memory]:
 
 
 def _with_products_as_branches(graph: Graph) -> list[Ranked]:
-    """Memories to which nothing is added but themselves, scaled feature by feature by a function of them: a branch each.
+    """Memories to which nothing is added but themselves, scaled by a function of them: a branch each.
 
     As in the cross networks of recommenders, and in blocks that add their gated input.
     """
@@ -137,7 +137,7 @@ def _with_products_as_branches(graph: Graph) -> list[Ranked]:
     for value in graph.values:
         both = value.parents if value.name in PRODUCTS and len(value.parents) == 2 else ()
         first, *others = sorted(both, key=lambda of: of.number) or (None,)
-        if first is not None and len(first.shape) > 1 and all(of.numel == first.numel for of in others):
+        if first is not None and len(first.shape) > 1 and all(of.numel <= first.numel for of in others):
             roots |= {first: None} if graph.depends(others[0], first) else {}
     for root in [*roots][:MOST_CANDIDATES]:
         memory = follow(graph, start_of(root))
@@ -153,10 +153,10 @@ def _with_products_as_branches(graph: Graph) -> list[Ranked]:
 
 
 def _is_scaled_by_itself(memory: Memory, value: TracedValue) -> bool:
-    """Whether a value is the memory times something as large that weights computed from it."""
+    """Whether a value is the memory times what was computed from it: a number for each feature, or one for all."""
     if value.name not in PRODUCTS or len(memory.inside(value)) != 1 or memory.passes_function(value):
         return False
-    others = [of for of in value.parents if not memory.holds(of) and of.numel == value.numel]
+    others = [of for of in value.parents if not memory.holds(of)]
     return any(memory.graph.depends(of, memory.root) for of in others)
 
 

@@ -371,3 +371,33 @@ def test_features_of_one_number_a_step_are_features(given, width):
     assert run.attrs["proof"] == "proven"
     states = torch.stack([state.detach() for state in model.passed]).unsqueeze(-2)
     assert difference(run.trace.residual.values, states) < 1e-6
+
+
+class Crossed(nn.Module):
+    """A cross network: the first value times one number of each row, or of each feature, is added to what there is."""
+
+    def __init__(self, *, of_each: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(40, 4), nn.Linear(24, 1)
+        self.layers = nn.ModuleList(nn.Linear(24, 24 if of_each else 1) for _ in range(3))
+
+    def states(self, ids):
+        first = state = self.embed(ids).flatten(1)
+        yield state
+        for layer in self.layers:
+            state = state + first * layer(state)
+            yield state
+
+    def forward(self, ids):
+        return self.head([*self.states(ids)][-1])
+
+
+@pytest.mark.parametrize("of_each", [True, False])
+def test_a_first_value_that_is_added_again_by_what_came_of_it_is_a_branch(of_each):
+    model = Crossed(of_each=of_each).eval()
+    ids = torch.randint(0, 40, (3, 6), generator=torch.Generator().manual_seed(0))
+    run = ds.capture(model, ids)
+    assert run.attrs["proof"] == "proven"
+    for found, state in zip(run.trace.residual.values, model.states(ids), strict=True):
+        assert (torch.as_tensor(found[:, 0, 0]) - state.detach()).abs().max() < 1e-6
