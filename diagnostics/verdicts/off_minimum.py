@@ -8,7 +8,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.numbers import number, percent
-from depthscope.diagnostics.verdicts.age import KNOWS, NOTHING_LEARNED, YOUNG, number_or_none, task_of
+from depthscope.diagnostics.verdicts.age import BEGUN, KNOWS, NOTHING_LEARNED, YOUNG, number_or_none, task_of
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
@@ -24,7 +24,7 @@ RESCALED = "rescaled"
 LEAST_REACH = 0.2
 # A young network is right more often than sure, by more than this share of what its predictions claim to know: its scales
 # still grow. Heuristic.
-UNSURE = 0.8
+UNSURE, UNSURE_AT_FIRST = 0.8, 0.3
 
 
 def to_lose(attrs: Mapping[str, Any]) -> float | None:
@@ -78,4 +78,5 @@ def _still_gets_surer(attrs: Mapping[str, Any], loss: float, constant: float) ->
     )
     if moved is None or expected is None or moved > YOUNG:
         return False
-    return expected - loss > UNSURE * max(constant - expected, LEAST_REACH * constant)
+    least = UNSURE if moved > BEGUN else UNSURE_AT_FIRST
+    return expected - loss > least * max(constant - expected, LEAST_REACH * constant)
