@@ -79,7 +79,8 @@ def graded(finding: Finding, attrs: Mapping[str, Any], age: Callable[[], Age]) -
     """A loud finding about a network of which nothing is left that it learned is a failure, and says so."""
     share = share_of_constant(attrs)
     # What weighs the loss itself has done so.
-    is_loud = finding.severity == Severity.WARN and finding.about == "network" and finding.metric != "loss"
+    weighs_the_loss = finding.metric == "loss" and finding.axis == "run"
+    is_loud = finding.severity == Severity.WARN and finding.about == "network" and not weighs_the_loss
     if not is_loud or share is None or share < NOTHING_LEARNED or not age().begun:
         return finding
     told = f"The loss is {100 * share:.0f} % of that of a constant answer: nothing is left of what the network learned."

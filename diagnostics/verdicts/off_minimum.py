@@ -8,10 +8,11 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.numbers import number, percent
-from depthscope.diagnostics.verdicts.age import KNOWS, NOTHING_LEARNED, number_or_none, task_of
+from depthscope.diagnostics.verdicts.age import BEGUN, KNOWS, NOTHING_LEARNED, YOUNG, number_or_none, task_of
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.finding import Severity
 
 SLOPES = "scale_slopes"
 """Attribute of a run: the derivatives of the loss along the scale of what modules give that chance does not explain."""
@@ -21,6 +22,9 @@ RESCALED = "rescaled"
 # What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
 # anything a small change of the loss would be much of it. Heuristic.
 LEAST_REACH = 0.2
+# A young network is right more often than sure, by more than this share of what its predictions claim to know: its scales
+# still grow. Heuristic.
+UNSURE, UNSURE_AT_FIRST = 0.8, 0.3
 
 
 def to_lose(attrs: Mapping[str, Any]) -> float | None:
@@ -63,4 +67,16 @@ def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
         f"({DEFAULT})."
     )
     words = "of what the loss can be below that of a constant answer, other scales regain"
-    yield Profile(xr.DataArray(share), words, sentence=sentence, age="begun")
+    ceiling = Severity.INFO if _still_gets_surer(attrs, loss, constant) else Severity.FAIL
+    yield Profile(xr.DataArray(share), words, sentence=sentence, age="begun", ceiling=ceiling)
+
+
+def _still_gets_surer(attrs: Mapping[str, Any], loss: float, constant: float) -> bool:
+    """Whether a network whose norms are near 1 is right far more often than its predictions expect."""
+    moved, expected = (
+        number_or_none(each) for each in (attrs.get("norms_moved"), task_of(attrs).get("expected"))
+    )
+    if moved is None or expected is None or moved > YOUNG:
+        return False
+    least = UNSURE if moved > BEGUN else UNSURE_AT_FIRST
+    return expected - loss > least * max(constant - expected, LEAST_REACH * constant)
