@@ -109,6 +109,14 @@ def test_the_axis_reaches_the_next_threshold_and_no_further():
     assert 1.0 < high < 2.0
 
 
+def test_the_name_of_a_falling_baseline_is_above_it():
+    x = np.arange(1.0, 10.0)
+    lines = (Line(x, np.full(9, 1.0), "a"), Line(x, 20.0 - x, "noise baseline", "null"))
+    (note,) = to_plotly(Lines("rank", "Rank", "x", "y", lines)).layout.annotations
+    on_its_side = 20.0 - (x[-3:] if note.xanchor == "right" else x[:3])
+    assert note.y == on_its_side.max()
+
+
 def test_a_band_leaves_out_what_a_log_axis_cannot_show():
     x = np.arange(3.0)
     line = Line(x, np.full(3, 2.0), "a", lower=np.array([-1.0, 1.0, 1.0]), upper=np.full(3, 3.0))
