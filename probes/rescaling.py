@@ -91,7 +91,7 @@ class Scales:
         """Add what one gradient says; of what was rewritten since, or has no axis of sequences, it says nothing."""
         if tensor._version != version or not tensor.ndim or not len(tensor) or len(tensor) % self.sequences:
             return
-        product = tensor.float() * gradient.detach().float()
+        product = tensor.detach().float() * gradient.detach().float()
         rows = product.reshape(self.sequences, -1).sum(1, dtype=torch.float64).cpu()
         before = self.of_sequences.get(path)
         self.of_sequences[path] = rows if before is None else before + rows

@@ -349,10 +349,13 @@ def without_forks(graph: Graph, start: Start) -> Memory:
 
 def _sums_around_norms(memory: Memory) -> set[int]:
     """What branches read of several values of which some came through a norm on the way of the memory and others did not."""
-    found, passed = set[int](), dict[int, int]()  # through how many norms each value came
+    # Through how many norms each value came from the first one; what a branch gives came from none.
+    found, passed = set[int](), dict[int, int]()
     for number in sorted(memory.carried) if memory.start.functions else ():
         value = memory.graph.values[number]
-        before = [passed[of.number] for of in memory.inside(value)]
+        before = [passed[of.number] for of in memory.inside(value) if of.number in passed]
+        if not before and value is not memory.root:
+            continue
         passed[number] = max(before, default=0) + (number in memory.trunk and memory.passes_function(value))
         if len(set(before)) > 1 and number not in memory.trunk:
             found.add(number)
