@@ -99,8 +99,7 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The network is trained, and no better than an answer that never changes.
 
     See whether every weight is in its place, the labels belong to the inputs, and the learning rate is right, and read the
-    other findings: one of them may say where it breaks. On data of another kind than it was trained on it says only that they
-    are foreign to it.
+    other findings. On data of another kind than it was trained on this says only that they are new to it.
     """
     share, task = share_of_constant(attrs), task_of(attrs)
     if share is None or attrs.get("untouched"):  # of which `untrained_weights` says so

@@ -72,7 +72,7 @@ def test_version_is_one_line(capsys):
         (["zzz"], "expected one of demo, probe"),
         (["export", "a.nc"], "the following arguments are required: --out"),
         (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "0"], "0 is not positive"),
-        (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "ten"], "'ten' is no whole number"),
+        (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "ten"], "'ten' is not a whole number"),
         (["analyze", "a.nc", "--metrics", ""], "argument --metrics: '' names nothing; give one name or"),
         (["compare", "a.nc", "--metrics", " , "], "argument --metrics: ' , ' names nothing"),
         (["check", "a.nc", "--fail-on", ""], "argument --fail-on: '' names nothing"),

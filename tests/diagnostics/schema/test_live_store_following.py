@@ -116,7 +116,7 @@ def test_half_a_row_waits_for_its_end_and_damage_is_refused(begun):
 def test_what_is_no_live_store_is_refused(begun, tmp_path):
     _, path = begun
     (path / "notes.txt").write_text("mine")
-    with pytest.raises(SchemaError, match="no part of a live run"):
+    with pytest.raises(SchemaError, match="is not a part of a live run"):
         FollowedStore(path)
     with pytest.raises(FileNotFoundError):
         FollowedStore(tmp_path / "nothing")

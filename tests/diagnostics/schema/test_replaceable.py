@@ -96,7 +96,7 @@ def test_what_is_no_run_is_replaced_with_force_alone(make_run, tmp_path, name):
     shutil.move(tmp_path / name, path)
     run = make_run("residual", layers=1)
     # The arrays of another program are files of others in a folder, until force says that they are not wanted.
-    require_refused(run, path, "no run that this|no part of a run")
+    require_refused(run, path, "is not a run that this|is not a part of a run")
     with schema.open_run(schema.save_run(run, path, force=True)) as back:
         xr.testing.assert_identical(back.load(), run)
     assert os.listdir(alone) == [name]
@@ -113,7 +113,7 @@ def test_a_newer_and_a_torn_run_are_replaced_with_force_alone(make_run, tmp_path
     schema.save_run(run, path, force=True)
     torn = path / "trace" / "zarr.json" if path.is_dir() else path
     torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
-    require_refused(run, path, "no run that this depthscope may replace")
+    require_refused(run, path, "is not a run that this depthscope may replace")
     schema.save_run(run, path, force=True)
     with schema.open_run(path) as back:
         xr.testing.assert_identical(back.load(), run)
@@ -155,4 +155,4 @@ def test_nested_json_is_no_run_and_no_traceback(make_run, tmp_path):
     path = tmp_path / "run.zarr"
     path.mkdir()
     (path / "zarr.json").write_text('{"a": ' * 100_000 + json.dumps(1) + "}" * 100_000)
-    require_refused(make_run("residual", layers=1), path, "no run that this depthscope may replace")
+    require_refused(make_run("residual", layers=1), path, "is not a run that this depthscope may replace")

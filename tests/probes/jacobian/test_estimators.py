@@ -307,12 +307,12 @@ def test_orthogonal_blocks_are_an_isometry_of_the_chain():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda op: sigma_max(op, steps=0), "steps = 0 came; expected at least 1"),
-        (lambda op: top_singular_values(op, 0), r"k = 0 came for a map of shape \(40, 30\); expected 1 … 30"),
+        (lambda op: sigma_max(op, steps=0), "got steps = 0; expected at least 1"),
+        (lambda op: top_singular_values(op, 0), r"got k = 0 for a map of shape \(40, 30\); expected 1 … 30"),
         (lambda op: top_singular_values(op, 31), "ask for fewer"),
         (lambda op: top_singular_values(op, 2, power=-1), "power = -1"),
         (lambda op: squared_frobenius(op, probes=0), "probes = 0"),
-        (lambda op: spectral_density(op, steps=1), "steps = 1 came; expected at least 2"),
+        (lambda op: spectral_density(op, steps=1), "got steps = 1; expected at least 2"),
         (lambda op: lyapunov_exponents([], 1), "blocks = 0"),
         (lambda op: lyapunov_exponents([op], 2, sweeps=0), "sweeps = 0"),
         (lambda op: lyapunov_exponents([op, op], 2), "map 0 gives 40 entries and map 1 takes 30"),

@@ -273,7 +273,7 @@ def test_a_pattern_is_the_names_that_it_stands_for(models, ids, pattern, names):
     ],
 )
 def test_a_pattern_that_is_none_is_refused(name):
-    with pytest.raises(SiteError, match=r"no number of a block|no site is called"):
+    with pytest.raises(SiteError, match=r"is not a number of a block|no site is called"):
         select(name)
 
 
