@@ -292,8 +292,11 @@ def _whole_sites(turned: xr.DataArray) -> bool:
     return bool(kinds) and all(kind.all() and len(kind) > 1 for kind in kinds)
 
 
-# What is massive is defined by Sun et al. 2024; that more than 5 % of the tokens are too many is ours. Of a short sequence a
-# single sink is more: whether it does harm is tried.
+# What is massive is defined by Sun et al. 2024, who find it on one or two tokens a sequence; that more than 5 % of the tokens are
+# too many is ours, and of short sequences one or two are more.
+SINKS = 2
+
+
 @verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05), suspicion=True)
 def massive_activations(
     massive_token_fraction: xr.DataArray, massive_activation: xr.DataArray
@@ -314,6 +317,7 @@ def massive_activations(
         share,
         "the share of tokens with a massive activation is",
         note=_massive_locations(attrs, largest) + expected,
+        limits=Limits(info=0.0) if per_sequence <= SINKS else None,
     )
 
 

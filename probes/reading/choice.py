@@ -66,7 +66,7 @@ from depthscope.probes.reading.tracks import (
 LEAST_SHARE = 0.002  # of the weights
 MOST_FURTHER = 24
 Taken = tuple[Memory, list[Branch]]
-NO_MEMORY = "no value was found that is carried on through sums to which something computed from it is added"
+NO_MEMORY = "no residual stream was found: no value is carried on through sums to which something computed from it is added"
 
 
 @dataclass

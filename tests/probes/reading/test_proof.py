@@ -68,4 +68,4 @@ def test_what_is_no_residual_network_is_refused_with_the_reason():
     found = read_model(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(2, 4))
 
     assert not found.memories
-    assert found.refused.startswith("no value was found that is carried on")
+    assert found.refused.startswith("no residual stream was found")
