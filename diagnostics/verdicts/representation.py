@@ -292,8 +292,8 @@ def _whole_sites(turned: xr.DataArray) -> bool:
     return bool(kinds) and all(kind.all() and len(kind) > 1 for kind in kinds)
 
 
-# What is massive is defined by Sun et al. 2024, who find it on one or two tokens a sequence; that more than 5 % of the tokens are
-# too many is ours, and of short sequences one or two are more.
+# What is massive is defined by Sun et al. 2024, who find it on one or two tokens a sequence. That more than 5 % of the tokens
+# are too many is ours; of short sequences one or two are more than that.
 SINKS = 2
 
 
