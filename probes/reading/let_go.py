@@ -17,6 +17,8 @@ from depthscope.probes.reading.graph import INPUT, PARAMETER, TracedValue, walk
 from depthscope.probes.reading.known_operations import CARRYING, KnownOperation, is_layer, operation_of
 from depthscope.probes.reading.operations import FUNCTIONS, MIXES, MOST_STREAMS
 
+# What these take may go on in what they give, or that is made again from it.
+PASSED_ON = CARRYING | FUNCTIONS | MIXES
 FEWEST_BYTES = 2**16  # smaller tensors weigh less than what is noted of them
 
 
@@ -71,7 +73,7 @@ def _carried(value: TracedValue) -> Sequence[TracedValue]:
     if value.func is None or _is_layer(value):
         return ()
     operation = _operation(value)
-    if operation is None or operation.views or operation.name in CARRYING | FUNCTIONS | MIXES:
+    if operation is None or operation.views or operation.name in PASSED_ON:
         return [parent for parent in value.parents if not _is_fixed(parent)]
     return ()
 
@@ -119,6 +121,6 @@ def _works(value: TracedValue) -> bool:
     operation = _operation(value)
     if operation is None:
         return value.func is None
-    if operation.views or operation.name in CARRYING | FUNCTIONS:
-        return is_layer(operation, value.parents)
+    if operation.views or operation.carries or operation.name in FUNCTIONS:
+        return _is_layer(value)
     return torch.Tag.pointwise not in operation.func.tags
