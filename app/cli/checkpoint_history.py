@@ -29,7 +29,7 @@ def is_history(args: argparse.Namespace) -> bool:
 
 @dataclass(frozen=True)
 class ProbedRun(OutputFile):
-    """Where `depthscope probe` writes: a history goes on where it is, without ``--force``."""
+    """Where `depthscope probe` writes: a history is renewed without ``--force``."""
 
     def check(self, value: str, option: str, args: argparse.Namespace) -> None:
         """Refuse a name that cannot be written or is taken; see `Checked.check`."""
@@ -46,12 +46,12 @@ def probe_history(args: argparse.Namespace) -> int:
 
     Returns: `FOUND` where a checkpoint was left out.
     """
-    given = [name for name in ("shard", "keep", "streaming", "weights") if getattr(args, name)]
+    given = [name for name in ("shard", "keep", "weights") if getattr(args, name)]
     if given:
         raise InputError(f"--{given[0]} is for one checkpoint; leave it out, or name one")
     text = read_text(args.text)
     with working("importing torch"):
-        from depthscope.probes.history.history import probe_checkpoints
+        from depthscope.probes.history import probe_checkpoints
     require_device(args.device)
     with working("probing") as progress:
         found = probe_checkpoints(
@@ -81,7 +81,6 @@ def probe_history(args: argparse.Namespace) -> int:
             {
                 "run": str(found.path),
                 "checkpoints": checkpoints,
-                "probed": found.num_probed,
                 "left_out": left_out,
             }
         )
@@ -89,7 +88,7 @@ def probe_history(args: argparse.Namespace) -> int:
     steps = [str(of["step"]) for of in checkpoints]
     say(
         f"{printable(found.path)}: {len(steps)} checkpoint{'s' * (len(steps) != 1)} of "
-        f"{printable(found.run.attrs.get('block'))} models, step {steps[0]} to {steps[-1]}; {found.num_probed} probed now"
+        f"{printable(found.run.attrs.get('block'))} models, step {steps[0]} to {steps[-1]}"
     )
     say()
     say(f"Next: {command_line('check', found.path)}")

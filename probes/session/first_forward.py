@@ -30,7 +30,6 @@ from depthscope.probes.session.forward import CurrentForward, Forward, Tape
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.logit_statistics import ComputedValues
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.session.routing import watch_routing
 from depthscope.probes.structure.model_structure import ShownTensor
 
 # Why the connections of a later forward are not read; its states and gradients do not depend on them.
@@ -48,7 +47,6 @@ class RecordedForward:
     ``known``: where a later forward shows what is measured: then no other operation of it is looked at.
     ``attention``: of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not
     looked for.
-    ``routing``: whether it is looked at what routers choose.
     ``hides``: whether the module of a path runs inside of compiled code.
     """
 
@@ -62,10 +60,9 @@ class RecordedForward:
         observer: Observer | None = None,
         known: KnownPlaces | None = None,
         attention: int | None = None,
-        routing: bool = False,
         hides: Callable[[str], bool] | None = None,
     ):
-        self._observer, self._known, self._attention, self._routing = observer, known, attention, routing
+        self._observer, self._known, self._attention = observer, known, attention
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
         # What has the gradient of other tensors
         self._with_gradient: dict[ValuePlace, list[ShownTensor]] = {}
@@ -130,8 +127,6 @@ class RecordedForward:
         if self._attention is not None and isinstance(recorder, GraphRecorder):
             rows = forward.rows[: self._attention]
             tape.attention = watch_attention(recorder, self._model, forward, rows)
-        if self._routing and isinstance(recorder, GraphRecorder):
-            tape.routing = watch_routing(recorder)
         if self._observer is not None and self._observer.logits is not None:
             tape.logits = ComputedValues(recorder.graph, self._observer.structure.num_streams)
         return MethodWatch(recorder, recorder.end)

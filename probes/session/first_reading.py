@@ -22,7 +22,6 @@ from depthscope.probes.session.forward import Forward, Tape, own_call, own_calls
 from depthscope.probes.session.logit_statistics import LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.routing import RoutingPlaces, placed_routing
 from depthscope.probes.session.step import Step
 from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.model_structure import Structure, require_same
@@ -50,7 +49,6 @@ class FirstReading:
         self._step, self._compiled, self._loss_scale, self._report = step, compiled, loss_scale, report
         self.observer: Observer | None = None
         self.attention = AttentionPlaces()
-        self.routing = RoutingPlaces()
         # Forwards of ours are changed on purpose, as in interventions: each is recorded in full.
         self._places = None if scope.only_own else KnownPlaces()
         self._attention_is_known = True  # or the second one, where the first was counted along the wrong axis
@@ -108,7 +106,6 @@ class FirstReading:
                 require_same(structure, self.observer.structure)
             # Before the states: where these have to be copied in one more forward, it is not traced again.
             self._place_attention(tape, forward, structure)
-            self.routing = placed_routing(tape, forward, structure)
             observer = self._new_observer(structure, tape)
             try:
                 with own_call(observer):  # what it runs once more is nobody's forward

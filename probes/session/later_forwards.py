@@ -15,7 +15,6 @@ from depthscope.probes.model.tensors import first_float, floats_in
 from depthscope.probes.session.attention import AttentionPlaces, later_attention
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.session.routing import RoutingPlaces, later_routing
 from depthscope.probes.structure.model_structure import ShownTensor
 
 
@@ -25,7 +24,6 @@ class LaterForwards:
     ``observer``: records what passes; it knows the structure.
     ``ended``: gives the forwards that ended, whose checkpoints a backward recomputes.
     ``attention``: which calls attend, where that is looked at.
-    ``routing``: which calls route, where that is looked at.
     ``hides``: whether the module of a path runs inside of compiled code.
     ``points``: the states that hooks show, where these are not all.
     """
@@ -37,7 +35,6 @@ class LaterForwards:
         current: CurrentForward,
         ended: Callable[[], list[Forward]],
         attention: AttentionPlaces | None = None,
-        routing: RoutingPlaces | None = None,
         hides: Callable[[str], bool] | None = None,
         points: Sequence[ShownTensor] | None = None,
     ):
@@ -46,7 +43,7 @@ class LaterForwards:
         self._structure = observer.structure
         self._current = current
         self._ended = ended
-        self._attention, self._routing = attention, routing
+        self._attention = attention
         self._hides = hides or (lambda path: False)
         self._points = self._structure.shown if points is None else points
 
@@ -56,12 +53,9 @@ class LaterForwards:
         inputs, outputs = self._states_seen_at("input"), self._states_seen_at("output")
         for path, states in inputs.items():
             attachment.before(modules[path], partial(self._record_states, "input", path, states))
-        for places, later in ((self._attention, later_attention), (self._routing, later_routing)):
-            for path in () if places is None else sorted(places.paths):
-                if not self._hides(path):
-                    attachment.around(
-                        modules[path], "forward", partial(self._watch_of_call, places, later, path)
-                    )
+        for path in () if self._attention is None else sorted(self._attention.paths):
+            if not self._hides(path):
+                attachment.around(modules[path], "forward", partial(self._watch_attention, path))
         branches = {
             c.branch_path for chain in self._structure.chains for c in chain.connections if c.branch_path
         }
@@ -126,14 +120,13 @@ class LaterForwards:
                 for forward in waiting:
                     self._observer.hook_gradient(forward, state, tensors[item])
 
-    # --- attention, routing ---
+    # --- attention ---
 
-    def _watch_of_call(
-        self, places: Any, later: Callable[..., Any], path: str, module: nn.Module, args: Any, kwargs: Any
-    ) -> MethodWatch | None:
-        """What looks at the operations of one call, by ``later(places, forward, path, module)``."""
+    def _watch_attention(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         forward = self._current.recorded
-        found = None if forward is None else later(places, forward, path, module)
+        if forward is None or self._attention is None:
+            return None
+        found = later_attention(self._attention, forward, path, module)
         return None if found is None else MethodWatch(*found)
 
     # --- branches ---

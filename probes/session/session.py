@@ -26,7 +26,7 @@ from depthscope.probes.model.modules import PresentModules
 from depthscope.probes.model.sequence_shards import require_whole_sequences
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode
-from depthscope.probes.session.attention import add_attention, placed_attention
+from depthscope.probes.session.attention import add_attention_sums, placed_attention
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_calls import CompiledCalls
 from depthscope.probes.session.compiled_model import CompiledModel
@@ -41,7 +41,6 @@ from depthscope.probes.session.forward import CurrentForward, Forward, Measured,
 from depthscope.probes.session.later_forwards import LaterForwards
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.routing import add_routing, placed_routing
 from depthscope.probes.session.step import Step
 from depthscope.probes.structure.model_structure import Structure
 
@@ -155,7 +154,6 @@ class Session:
                 gradients=self.options.gradients,
                 report=self.report,
                 attention=first.first_attention,
-                routing=self.scope.sums and self.scope.shards is None,
             ).attach(attachment)
         else:
             places, open_graph = first.places, self.compiled.open_graph
@@ -171,7 +169,6 @@ class Session:
                     observer=self.observer,
                     known=places,
                     attention=None if is_placed else first.later_attention,
-                    routing=bool(first.routing.calls) and not is_placed,
                     hides=hides,
                 ).attach(attachment)
             by_calls = is_placed or not first.is_recorded
@@ -181,7 +178,6 @@ class Session:
                 self._current,
                 lambda: self.step.forwards,
                 first.attention if by_calls else None,
-                first.routing if by_calls else None,
                 hides=hides,
                 points=self.compiled.points_outside,
             ).attach(attachment)
@@ -306,9 +302,8 @@ class Session:
                 self._end_first(tape, forward)
             elif tape is not None:
                 self._end_traced(tape, forward)
-            most = max(self.first.attention.heads.values(), default=0)
-            add_attention(forward, most, sums=self.scope.sums)
-            add_routing(forward)
+            if self.scope.sums:
+                add_attention_sums(forward, max(self.first.attention.heads.values(), default=0))
             self.step.loss.listen(output)
             for sums in forward.sums:
                 sums.end_forward()
@@ -330,7 +325,6 @@ class Session:
             if not self.step.keeps_rest or (self.step.is_empty and not self.step.reservoir.stored):
                 raise
             forward.without_connections = str(error)
-        placed_routing(tape, forward, self.structure)
         if tape.attention is not None:
             self.first.attention.seen.update(placed_attention(tape, forward, self.structure).heads.keys())
 

@@ -12,7 +12,6 @@ COMMANDS: tuple[Command, ...] = tuple(
     for name in (
         "demo",
         "probe",
-        "merge",
         "watch",
         "describe",
         "analyze",

@@ -8,14 +8,11 @@ from depthscope.app.cli.arguments import add_json
 from depthscope.app.cli.checkpoints import add_checkpoint, capture_errors_for_users, load, read_as, site_names
 from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.paths import InputPath
-from depthscope.app.cli.values import Number
 from depthscope.app.text.terminal import emit, say, show_rows, working
 from depthscope.diagnostics.errors import InputError
 
 # One small forward: it finds the structure and proves the connections, and measures nothing.
 SEQUENCES, LENGTH = 2, 32
-
-OF_PLAN = ("batch", "tokens", "processes", "bandwidth", "speed")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,31 +34,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="with --weights-only: the dialect or model type to read the checkpoint as, where its own type is not known",
     )
-    parser.add_argument(
-        "--plan",
-        action="store_true",
-        help="what recording a training would cost, from shapes alone: of a folder only config.json is read, nothing is "
-        "allocated",
-    )
-    for name, highest, metavar, about in (
-        ("batch", 100_000, "B", "sequences per forward (default 8)"),
-        ("tokens", 2**20, "T", "tokens per sequence (default 256)"),
-        ("processes", 10**6, "R", "processes that measure together (default 1)"),
-        ("bandwidth", 10**9, "GB/S", "bytes that the machine of the training reads a second, for a time"),
-        ("speed", 10**9, "GFLOP/S", "operations that it does a second, for a time"),
-    ):
-        parser.add_argument(
-            f"--{name}", type=Number(1, highest), metavar=metavar, help=f"with --plan: {about}"
-        )
     add_json(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    if args.plan:
-        return _plan(args)
-    of_plan = [name for name in OF_PLAN if getattr(args, name) is not None]
-    if of_plan:
-        raise InputError(f"--{of_plan[0]} is of a plan; add --plan, or leave it out")
     if args.weights_only:
         return _describe_weights(args)
     _refuse_options_of_weight_files(args)
@@ -74,32 +50,6 @@ def _run(args: argparse.Namespace) -> int:
         found = probes.describe(loaded.model, batch, sites=site_names(args), **read_as(args))
     if args.json:
         emit({"checkpoint": args.checkpoint, "name": loaded.name, "digest": loaded.digest, **found.as_dict()})
-    else:
-        say(str(found))
-    return FINE
-
-
-def _plan(args: argparse.Namespace) -> int:
-    """Print what a capture would take, without the weights."""
-    others = ("weights", "layers", "layout", "streams", "sites", "weights_only", "dialect", "as_dialect")
-    given = [name for name in others if getattr(args, name)]
-    if given:
-        raise InputError(
-            f"--{given[0].replace('_', '-')} does not go with --plan, which reads no weights; leave one out"
-        )
-    with working("importing torch"):
-        import torch
-
-        from depthscope.probes.capture_plan import capture_plan
-        from depthscope.probes.checkpoints.load import meta_model
-    model = meta_model(args.checkpoint, dtype=args.dtype)
-    ids = torch.empty(args.batch or 8, args.tokens or 256, dtype=torch.long, device="meta")
-    with capture_errors_for_users():
-        per_second = {"bytes": args.bandwidth, "operations": args.speed}
-        rates = {name: rate * 1e9 for name, rate in per_second.items() if rate is not None}
-        found = capture_plan(model, (ids,), processes=args.processes or 1, rates=rates)
-    if args.json:
-        emit({"checkpoint": args.checkpoint, **found.as_dict()})
     else:
         say(str(found))
     return FINE

@@ -62,15 +62,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         required=False,
     )
     parser.add_argument(
-        "--streaming",
-        action="store_true",
-        help="also compute spectra and the similarity of depths over every token (metrics streamed_…)",
-    )
-    parser.add_argument(
         "--shard",
         type=Part(),
         metavar="k/N",
-        help="run only the k-th of N parts of the sequences; `depthscope merge` joins the runs of all parts",
+        help="run only the k-th of N parts of the sequences; a folder with the runs of all parts opens as one run",
     )
     parser.add_argument(
         "--gradients",
@@ -159,7 +154,6 @@ def _run(args: argparse.Namespace) -> int:
             sites=site_names(args),
             max_sequences=args.keep or args.sequences,
             seed=args.seed,
-            streaming=args.streaming,
             first_sequence=of_shard.get("first_sequence", 0),
             settle=args.settle,
             token_text=token_texts(loaded, batch),
@@ -183,7 +177,7 @@ def _forwards(batch: dict[str, Any], args: argparse.Namespace) -> tuple[Any, dic
     if args.batch is None and args.shard is None:
         return batch, {}
     from depthscope.probes.checkpoints.text_batch import batches_of, shard_span, token_ids
-    from depthscope.probes.run.shards import SHARD
+    from depthscope.probes.run.attributes import SHARD
 
     size = args.batch or SHARD_BATCH
     forwards = batches_of(batch, size)
