@@ -25,7 +25,6 @@ COMMANDS: tuple[Command, ...] = tuple(
         "dashboard",
         "report",
         "export",
-        "study",
     )
 )
 """Every command, in the order of ``depthscope --help``."""

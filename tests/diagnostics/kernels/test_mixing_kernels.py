@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from depthscope.app.study.reproductions.figure_8 import matrices
+from benchmarks.published.figure_8 import matrices
 from depthscope.diagnostics.kernels import mixing, rank
 
 FIGURE = {family: matrices(family) for family in ("HC", "mHC")}
