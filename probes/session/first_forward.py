@@ -7,7 +7,7 @@ alike where an operation alone shows what is to be measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -47,7 +47,6 @@ class RecordedForward:
     ``known``: where a later forward shows what is measured: then no other operation of it is looked at.
     ``attention``: of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not
     looked for.
-    ``hides``: whether the module of a path runs inside of compiled code.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class RecordedForward:
         observer: Observer | None = None,
         known: KnownPlaces | None = None,
         attention: int | None = None,
-        hides: Callable[[str], bool] | None = None,
     ):
         self._observer, self._known, self._attention = observer, known, attention
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
@@ -71,7 +69,6 @@ class RecordedForward:
                 self._operations.setdefault(state.point.place, []).append(state)
             if state.point.gradient_at is not None:
                 self._with_gradient.setdefault(state.point.gradient_at.place, []).append(state)
-        self._hides = hides
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity
         self._current = current
@@ -82,8 +79,6 @@ class RecordedForward:
         """Put hooks on every module."""
         for path, module in module_paths(self._model):
             self._paths[id(module)] = path
-            if self._hides is not None and self._hides(path):
-                continue
             attachment.before(module, self._before_call, computes=False)
             attachment.after(module, self._after_call, computes=False)
             if module is self._model:

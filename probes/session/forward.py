@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -21,9 +21,6 @@ from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
-
-if TYPE_CHECKING:
-    from depthscope.probes.session.graph_ops import RunningCall
 
 Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINAL`) or a connection of it
 TensorKey: TypeAlias = tuple[int, int, int]  # a chain, a depth, and a stream where each is its own tensor
@@ -70,7 +67,6 @@ class Forward:
     first_states: list[TensorKey] = field(default_factory=list)
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)  # of other gradient hooks
-    calls: list[RunningCall] = field(default_factory=list)  # of compiled parts
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
     nested: int = 0  # calls of the model that are running inside of this one
     ended: bool = False
@@ -103,10 +99,9 @@ class Forward:
     def release(self) -> None:
         """Remove the gradient hooks, and let go of the graph."""
         self.end()
-        for handle in (*self.handles, *self.calls):
+        for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        self.calls.clear()
         for listener in (*self.expected_gradients.values(), *self.other_ends):
             listener.release()
 

@@ -24,8 +24,6 @@ class LaterForwards:
     ``observer``: records what passes; it knows the structure.
     ``ended``: gives the forwards that ended, whose checkpoints a backward recomputes.
     ``attention``: which calls attend, where that is looked at.
-    ``hides``: whether the module of a path runs inside of compiled code.
-    ``points``: the states that hooks show, where these are not all.
     """
 
     def __init__(
@@ -35,8 +33,6 @@ class LaterForwards:
         current: CurrentForward,
         ended: Callable[[], list[Forward]],
         attention: AttentionPlaces | None = None,
-        hides: Callable[[str], bool] | None = None,
-        points: Sequence[ShownTensor] | None = None,
     ):
         self._model = model
         self._observer = observer
@@ -44,8 +40,6 @@ class LaterForwards:
         self._current = current
         self._ended = ended
         self._attention = attention
-        self._hides = hides or (lambda path: False)
-        self._points = self._structure.shown if points is None else points
 
     def attach(self, attachment: Attachment) -> None:
         """Put the hooks on; those of one module run in this order, so its input is read before it may rewrite it."""
@@ -54,12 +48,11 @@ class LaterForwards:
         for path, states in inputs.items():
             attachment.before(modules[path], partial(self._record_states, "input", path, states))
         for path in () if self._attention is None else sorted(self._attention.paths):
-            if not self._hides(path):
-                attachment.around(modules[path], "forward", partial(self._watch_attention, path))
+            attachment.around(modules[path], "forward", partial(self._watch_attention, path))
         branches = {
             c.branch_path for chain in self._structure.chains for c in chain.connections if c.branch_path
         }
-        for path in filter(lambda path: not self._hides(path), branches):
+        for path in branches:
             attachment.after(modules[path], partial(self._after_branch, path))
         for path, states in outputs.items():
             attachment.after(modules[path], partial(self._record_states, "output", path, states))
@@ -67,7 +60,7 @@ class LaterForwards:
     def _states_seen_at(self, side: str) -> dict[str, list[ShownTensor]]:
         """The states that the inputs or the outputs of calls show, by module path."""
         found: dict[str, list[ShownTensor]] = {}
-        for state in self._points:
+        for state in self._structure.shown:
             if state.point.at == side:
                 found.setdefault(state.point.path, []).append(state)
         return found

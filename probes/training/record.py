@@ -15,6 +15,7 @@ from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.modules import require_module
 from depthscope.probes.model.sequence_shards import TokenShards, token_shards
 from depthscope.probes.run.attributes import stage_attribute
+from depthscope.probes.session.compiled_model import inner_model
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
@@ -27,7 +28,6 @@ from depthscope.probes.training.ranks.group import (
     DataGroup,
     data_group,
     has_flat_weights,
-    inner_model,
     weight_share,
 )
 from depthscope.probes.training.recorder import Recorder
