@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from depthscope.diagnostics.schema.file_digest import compare_file_digest
 from depthscope.diagnostics.schema.formats import suffix_of
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.schema.hdf5_files import check_hdf5
+from depthscope.diagnostics.schema.joining import PARTS, join_parts, parts_of
 from depthscope.diagnostics.schema.limits import require_ordinary
 from depthscope.diagnostics.schema.live_store_files import (
     COLUMNS,
@@ -76,6 +77,8 @@ def open_run(
     source = Path(path)
     if is_live_store(source):
         return _open_live(source, verify=verify, max_bytes=max_bytes)
+    if parts := parts_of(source):
+        return _open_parts(source, parts, lambda part: open_run(part, verify=verify, max_bytes=max_bytes))
     if not source.suffix and not source.exists():
         raise AbsentError(f"no run at {source}; a live store is there from its first measured step on")
     suffix = suffix_of(source)
@@ -101,6 +104,29 @@ def open_run(
     if run.encoding[_INTEGRITY] == WITHOUT_DIGEST:
         logger.warning("%s: %s", source, WITHOUT_DIGEST)
     return run
+
+
+def _open_parts(source: Path, parts: Sequence[Path], open_part: Callable[[Path], xr.DataTree]) -> xr.DataTree:
+    """The run whose parts are in a folder; a part that cannot be opened is named, and the others are shown."""
+    runs: dict[str, xr.DataTree] = {}
+    unreadable: dict[str, str] = {}
+    for part in parts:
+        try:
+            runs[part.name] = open_part(part)
+        except (SchemaError, AbsentError) as error:
+            unreadable[part.name] = str(error)
+    if not runs:
+        raise SchemaError(f"{source}: no part of it can be opened: {next(iter(unreadable.values()))}")
+    try:
+        joined = join_parts(runs).load()
+        joined.attrs[PARTS] = {**joined.attrs[PARTS], **({"unreadable": unreadable} if unreadable else {})}
+        validate(joined)
+    except SchemaError as error:
+        raise SchemaError(f"{source}: {error}") from None
+    finally:
+        for run in runs.values():
+            run.close()
+    return joined
 
 
 def open_group(

@@ -176,8 +176,8 @@ def _forwards(batch: dict[str, Any], args: argparse.Namespace) -> tuple[Any, dic
     """The batches to run, one per forward; and of a shard the number of its first sequence and the run's attributes."""
     if args.batch is None and args.shard is None:
         return batch, {}
+    from depthscope.diagnostics.schema.joining import SHARD
     from depthscope.probes.checkpoints.text_batch import batches_of, shard_span, token_ids
-    from depthscope.probes.run.attributes import SHARD
 
     size = args.batch or SHARD_BATCH
     forwards = batches_of(batch, size)
