@@ -9,8 +9,7 @@ import torch
 import xarray as xr
 
 from depthscope import probes
-from depthscope.app.cli.command import FINE, USAGE
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import FINE, USAGE, main
 from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import schema
 from tests.models.stream_models import deepseek_v4

@@ -1,33 +1,45 @@
-"""`depthscope compare`: runs side by side, a summary first, then metrics at the same relative depth."""
+"""`depthscope compare`: do runs differ, and at which depths? Tests first, then a summary, then metrics by relative depth."""
 
 from __future__ import annotations
 
-import argparse
 import textwrap
+from typing import Annotated
 
-from depthscope.app.cli.arguments import add_json, add_metrics, add_runs, add_selection, selection_of
-from depthscope.app.cli.command import Command
-from depthscope.app.cli.several_runs import exit_code, read_several
-from depthscope.app.cli.values import Number
+import typer
+
+from depthscope.app.cli.main import FINE, FOUND
+from depthscope.app.cli.options import (
+    Json,
+    MaxBytes,
+    Metrics,
+    Runs,
+    Select,
+    names,
+    read_several,
+    selection_of,
+)
 from depthscope.app.text.terminal import emit, remark, say, show_rows
+from depthscope.diagnostics.errors import InputError
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_runs(parser)
-    add_metrics(parser, about="metrics along depth or connections")
-    parser.add_argument(
-        "--points", type=Number(1, 1000), default=6, metavar="N", help="relative depths shown (default 6)"
-    )
-    parser.add_argument(
-        "--by",
-        metavar="ATTRIBUTE",
-        help="test groups of runs, such as the seeds of each 'family', and not every run against the first",
-    )
-    add_selection(parser)
-    add_json(parser)
-
-
-def _run(args: argparse.Namespace) -> int:
+def compare(
+    runs: Runs,
+    metrics: Metrics = None,
+    points: Annotated[
+        int, typer.Option(min=1, max=1000, metavar="N", help="Relative depths that are shown.")
+    ] = 6,
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="ATTRIBUTE",
+            help="Test groups of runs, such as the seeds of each family, and not every run against the first.",
+        ),
+    ] = "",
+    select: Select = None,
+    json: Json = False,
+    max_bytes: MaxBytes = None,
+) -> int:
+    """Compare runs at the same relative depth."""
     from depthscope.app.tables.comparison import (
         COMPARED_METRICS,
         comparison_table,
@@ -42,20 +54,22 @@ def _run(args: argparse.Namespace) -> int:
         in_words,
     )
 
-    metrics = args.metrics or COMPARED_METRICS
-    selection = selection_of(args)
-    readings, left_out = read_several(args, "analysing")
+    chosen = names(metrics) or COMPARED_METRICS
+    selection = selection_of(select)
+    readings, left_out = read_several(runs, max_bytes, "analysing")
+    if len(readings) < 2:
+        raise InputError(f"got {len(readings)} run to compare; expected two or more, or a folder of them")
     summary = summary_table(readings, selection)
-    aligned = comparison_table(readings, metrics, selection, points=args.points)
+    aligned = comparison_table(readings, chosen, selection, points=points)
     warnings = differences(readings, selection)
-    if args.by:
-        tested = between_groups(readings, metrics, selection, by=args.by)
+    if by:
+        tested = between_groups(readings, chosen, selection, by=by)
     else:
-        tested = between_runs(readings, metrics, selection, max_bytes=args.max_bytes)
+        tested = between_runs(readings, chosen, selection, max_bytes=max_bytes)
     # On stderr, also with --json: a comparison of unlike runs is still printed, and stdout stays one document.
     for text in warnings:
         remark(text)
-    if args.json:
+    if json:
         emit(
             {
                 "warnings": warnings,
@@ -65,10 +79,10 @@ def _run(args: argparse.Namespace) -> int:
                 "left_out": left_out,
             }
         )
-        return exit_code(left_out)
+        return FOUND if left_out else FINE
     for difference in tested:
         say(textwrap.fill(in_words(difference), 100, subsequent_indent="  "))
-    if tested and not args.by:
+    if tested and not by:
         say(textwrap.fill(f"{ONE_RUN_EACH}, with --by ATTRIBUTE.", 100))
     if tested:
         say()
@@ -85,7 +99,4 @@ def _run(args: argparse.Namespace) -> int:
     say()
     say(textwrap.fill(aligned.caption, 100))
     show_rows([str(column) for column in aligned.printed], aligned.printed.astype(str).to_numpy().tolist())
-    return exit_code(left_out)
-
-
-COMMAND = Command("compare", "compare runs at the same relative depth", _add_arguments, _run)
+    return FOUND if left_out else FINE
