@@ -18,11 +18,9 @@ from depthscope.diagnostics.metrics import (
     propagation,
     replay,
     representation,
-    routing,
     shape,
     similarity,
     spectrum,
-    streamed,
     weight_updates,
 )
 from depthscope.diagnostics.metrics.declaration import Metric
@@ -53,8 +51,6 @@ DECLARED: tuple[Metric, ...] = (
     spectrum.singular_value,
     attention.attention_entropy,
     attention.sink_mass,
-    routing.expert_load,
-    routing.router_entropy,
     similarity.cka,
     similarity.adjacent_cka,
     similarity.angular_distance,
@@ -66,8 +62,6 @@ DECLARED: tuple[Metric, ...] = (
     representation.least_stream_cka,
     representation.trimmed_cka,
     representation.whitened_cka,
-    # Those of every token, where the run was captured with streaming=True, are shown before it: `streamed.variants`.
-    streamed.streamed_cka_error,
     # Expensive: an analysis computes these when they are named.
     alignment.rbf_cka,
     alignment.svcca,
@@ -146,18 +140,7 @@ DECLARED: tuple[Metric, ...] = (
     weight_updates.weight_gradient_ratio,
     weight_updates.update_ratio,
     # From a history of checkpoints.
-    checkpoints.first_checkpoint_cka,
-    checkpoints.last_checkpoint_cka,
-    checkpoints.first_checkpoint_distance,
     checkpoints.first_weight_distance,
 )
 
-_of_every_token = DECLARED.index(streamed.streamed_cka_error)
-CATALOGUE: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        *DECLARED[:_of_every_token],
-        *streamed.variants(DECLARED),
-        *DECLARED[_of_every_token:],
-    )
-}
+CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in DECLARED}

@@ -10,7 +10,7 @@ MARCHENKO_PASTUR = Law(
     r"\lambda_\pm = (1 \pm \sqrt{\gamma})^2, \quad \gamma = d/N",
     cite="marchenko1967distribution",
     assumption="independent entries of equal variance, at the same number of tokens and features",
-    metrics=(*RANKS, *(f"streamed_{name}" for name in RANKS), "singular_value"),
+    metrics=(*RANKS, "singular_value"),
     description="Ranks of noise: the null of these metrics, which every analysis contains.",
     function=None,  # every analysis contains its values as the metrics' nulls: nothing to compute again
 )

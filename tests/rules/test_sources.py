@@ -18,12 +18,10 @@ KEYS = set(entries(bibliography()))
 STATED_LIMITS: dict[str, str] = {}
 # What the cited publication does not define, whatever else it measures.
 OUR_DEFINITIONS = {
-    "first_checkpoint_distance",
     "first_weight_distance",
     *(
         "num_tokens",
         "top_energy",
-        "streamed_top_energy",
         "identity_distance",
         "effective_path_depth",
         "mixing_entropy",

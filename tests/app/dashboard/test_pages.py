@@ -20,7 +20,6 @@ from depthscope.app.dashboard.server import CONFIG, free_port, launch
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.figures import FIGURES, available
 from depthscope.app.text.bibliography import source_words
-from depthscope.app.text.numbers import number
 from depthscope.diagnostics import analyze, create_run, save_run
 from tests.app.dashboard.opening import ENTRY, charts, open_page, words
 
@@ -156,19 +155,6 @@ def test_what_costs_more_is_computed_when_it_is_asked_for_and_kept(opened, runs,
     assert "one stream" in again.analysis.attrs["not_computed"]["numerical_radius"]
     assert "rbf_cka" in again.analysis
     assert "numerical_radius" not in again.analysis.attrs["on_request"]
-
-
-def test_what_was_streamed_is_in_the_tables(opened, mhc_run):
-    analysis = analyze(mhc_run)
-    facts = opened("", "mhc.nc").table[0].value
-    shown = facts.loc["… of every token, streamed"].iloc[0].replace("\\", "")
-    expected = float(
-        analysis["streamed_effective_rank"].isel(step=-1, depth=-1).sel(centering="raw", stream="mean")
-    )
-    assert shown.startswith(f"{expected:.1f} (baseline ")
-    pair = opened("similarity", "mhc.nc", a="2", b="7").table[0].value
-    value = float(analysis["streamed_cka"].isel(step=-1, depth=2, other_depth=7))
-    assert pair.loc["linear CKA, every token"].iloc[0].startswith(number(value))
 
 
 def test_depths_of_spectra_can_be_chosen(runs, opened, whole_run, whole):

@@ -260,7 +260,7 @@ def test_a_run_without_a_token_says_so(make_run):
     of_tokens = {
         name: reason
         for name, reason in found.attrs["not_computed"].items()
-        if CATALOGUE[name].question not in ("weight_updates", "streamed", "checkpoints", "routing")
+        if CATALOGUE[name].question not in ("weight_updates", "checkpoints")
     }
     assert all("leaves no token" in reason for reason in of_tokens.values())
     assert [finding.verdict for finding in diagnostics.judge(found)] == ["nothing_measured"]

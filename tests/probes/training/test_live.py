@@ -88,9 +88,6 @@ def test_a_row_is_what_an_analysis_gives_of_the_same_tokens(models, ids, name, a
     assert require_same(last, diagnostics.analyze(run).isel(step=-1), missing=OF_MEAN) > 100
     streams = history.sizes["stream"] > 1
     expected = {metric for metric in LIVE if streams or not live_of_streams(metric)}
-    expected -= {
-        metric for metric in LIVE if CATALOGUE[metric].question == "routing"
-    }  # of models with experts
     if (name, *arguments) not in (("deepseek",), ("lucidrains", "mhc")):  # others make H_res of no logits
         expected -= {metric for metric in LIVE if CATALOGUE[metric].question == "logits"}
     assert expected <= set(history.data_vars)
