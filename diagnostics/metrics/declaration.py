@@ -18,7 +18,6 @@ from depthscope.diagnostics.quantities import (
     initial_logits,
     mean_states,
     mixing_matrices,
-    neighbour_dimensions,
     over_sequences,
     registry,
     states,
@@ -30,7 +29,7 @@ from depthscope.diagnostics.quantities.registry import DIMS, Quantities
 
 # Importing these declares their quantities, so that a metric finds them whichever files are imported before it.
 QUANTITY_MODULES = (
-    *(states, tokens, token_spectra, token_steps, neighbour_dimensions, mean_states, mixing_matrices),
+    *(states, tokens, token_spectra, token_steps, mean_states, mixing_matrices),
     *(depth_paths, initial_logits),
 )
 

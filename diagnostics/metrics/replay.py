@@ -41,25 +41,6 @@ def initial_distance(mixing: Mixing, initial_matrices: np.ndarray) -> xr.Variabl
 
 
 @metric(
-    symbol=r"\|H - H_{\eta\lambda}\|_F / \sqrt{n}",
-    dims="connection reduction",
-    cite="xie2025mhc",
-    basis="stream",
-    null=0.0,
-    estimator=PER_TOKEN,
-    separable=True,
-)
-def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.Variable:
-    r"""Distance of a connection from what weight decay alone makes of its initial static logits.
-
-    .. math:: H_{\eta\lambda} = \mathrm{Sinkhorn}\Big(b_0 \textstyle\prod_t (1 - \eta_t \lambda)\Big)
-
-    0 where nothing was learned.
-    """
-    return _distance(mixing, replayed_matrices)
-
-
-@metric(
     symbol=r"\sigma_1(P_{\eta\lambda}|_{1^\perp})",
     # No dim `reduction`: static matrices are the same for every token.
     dims="connection",

@@ -38,7 +38,6 @@ SKETCHED = (
 )
 
 SYMBOLS = {
-    "top_energy": r"\textstyle\sum_{i \le 10} \lambda_i / \sum_i \lambda_i",
     "cka": r"\widehat{\mathrm{CKA}}",
 }
 """As runs have stored them; of every other metric it is its own, of Σ."""

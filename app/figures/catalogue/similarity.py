@@ -72,35 +72,11 @@ streamed_cka = _matrix(
     counts=False,
     note="From streamed sums over every token seen.",
 )
-rbf_cka = _matrix(
-    "rbf_cka",
-    "RBF CKA of every two depths",
-    "RBF CKA",
-    limits=_BOUNDED,
-)
-svcca = _matrix(
-    "svcca",
-    "SVCCA of every two depths",
-    "mean canonical correlation",
-    limits=_BOUNDED,
-)
-pwcca = _matrix(
-    "pwcca",
-    "PWCCA of every two depths",
-    "weighted canonical correlation",
-    limits=_BOUNDED,
-)
 procrustes = _matrix(
     "procrustes",
     "Procrustes distance of every two depths",
     "Procrustes distance",
     limits=(0.0, None),
-)
-rsa = _matrix(
-    "rsa",
-    "RSA of every two depths",
-    "correlation of distances",
-    limits=(None, 1.0),
 )
 mutual_knn = _matrix(
     "mutual_knn",

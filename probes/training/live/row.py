@@ -33,8 +33,8 @@ LIVE = (
     *("stream_cosine", "closest_stream_cosine", "expert_load", "router_entropy"),
     *("mixing_gain", "composite_gain", "read_share", "write_share"),
     *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
-    *("effective_rank", "entropy_rank", "participation_ratio", "corrected_participation_ratio"),
-    *("stable_rank", "cka", "adjacent_cka", "angular_distance", "block_influence", "num_tokens"),
+    *("effective_rank", "participation_ratio", "corrected_participation_ratio"),
+    *("cka", "adjacent_cka", "angular_distance", "block_influence", "num_tokens"),
     *("deflated_gain", "relative_deflated_gain", "identity_distance", "composite_identity_distance"),
     *("doubly_stochastic_violation", "composite_attenuation", "composite_singular_value", "signal_share"),
 )

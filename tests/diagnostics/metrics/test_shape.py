@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import skdim
 import xarray as xr
+from depthscope.diagnostics.quantities.neighbour_dimensions import neighbour_dimension
 from scipy.stats import kurtosis
 
 from depthscope import diagnostics
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.quantities.neighbour_dimensions import neighbour_dimension
 
 NAMES = ["numerical_rank", "top_energy", "alpha_req", "alpha_req_error", "dirichlet_energy", "curvature"]
 PLAIN = {"tokens": "all", "stream": "mean", "step": 0}
