@@ -36,8 +36,8 @@ QUANTITY_MODULES = (
 Values = xr.Variable | xr.DataArray
 """What a formula gives: an array with named dims; the labels that it lacks are put on afterwards."""
 Null = Callable[..., Values] | float | str
-Function = Callable[..., Values | tuple[Values, Values]]
-"""Quantities in; the value out, or the value with the standard error that the function has estimated."""
+Function = Callable[..., Values]
+"""Quantities in, the value out."""
 
 # Dims that a figure is drawn along, the first that a metric has.
 AXES = ("depth", "connection", "weight", "component")
@@ -124,7 +124,7 @@ class Metric:
     needs : tuple of str
         The quantities, by name, that the function takes.
     function : function
-        Quantities in, an array with named dims out; or two, where it estimates its standard error over sequences itself.
+        Quantities in, an array with named dims out.
     default : bool
         Whether an analysis without ``metrics=`` computes it; false for expensive ones, which are requested by name.
     headline : bool
@@ -206,21 +206,7 @@ class Metric:
 
         Raises Unavailable: Where the run lacks what the metric needs.
         """
-        return self.finished(self.unfolded(source), source)
-
-    def unfolded(self, source: Quantities) -> xr.DataArray | tuple[xr.DataArray, xr.DataArray]:
-        """What the function measures, labelled: of each sequence where it has a value of each."""
-        measured = source.call(self.function)
-        if isinstance(measured, tuple):
-            value, error = measured
-            return source.labelled(value), source.labelled(error)
-        return source.labelled(measured)
-
-    def finished(
-        self, measured: xr.DataArray | tuple[xr.DataArray, xr.DataArray], source: Quantities
-    ) -> dict[str, xr.DataArray]:
-        """What `unfolded` returned, as `evaluate` gives it; ``source`` is for the null."""
-        value, stderr = self._folded(measured)
+        value, stderr = self.measure(source)
         # A metric that knows a closer reason has stated it, as those of streamed sums do.
         if value.isnull().all() and "undefined_because" not in value.attrs:
             value = value.assign_attrs(undefined_because=UNDEFINED)
@@ -234,16 +220,13 @@ class Metric:
             found[f"{self.name}_stderr"] = self.stamp_error(stderr)
         return found
 
+    def unfolded(self, source: Quantities) -> xr.DataArray:
+        """What the function measures, labelled: of each sequence where it has a value of each."""
+        return source.labelled(source.call(self.function))
+
     def measure(self, source: Quantities) -> tuple[xr.DataArray, xr.DataArray | None]:
         """The value without attributes, and its standard error; None where there is no value of each sequence."""
-        return self._folded(self.unfolded(source))
-
-    @staticmethod
-    def _folded(
-        measured: xr.DataArray | tuple[xr.DataArray, xr.DataArray],
-    ) -> tuple[xr.DataArray, xr.DataArray | None]:
-        # A number over all sequences together, with the error that its function has estimated from them.
-        return measured if isinstance(measured, tuple) else over_sequences.fold(measured)
+        return over_sequences.fold(self.unfolded(source))
 
     def __call__(
         self, *data: xr.DataArray | xr.Dataset | xr.DataTree, mask: Any = None, **options: Any

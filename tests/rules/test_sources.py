@@ -20,19 +20,11 @@ STATED_LIMITS: dict[str, str] = {}
 OUR_DEFINITIONS = {
     "first_checkpoint_distance",
     "first_weight_distance",
-    *(
-        "num_tokens",
-        "top_energy",
-        "streamed_top_energy",
-        "identity_distance",
-        "effective_path_depth",
-        "mixing_entropy",
-    ),
-    *("relative_gradient", "branch_share", "dirichlet_energy", "signal_share", "relative_deflated_gain"),
+    *("num_tokens", "identity_distance"),
+    *("relative_gradient", "branch_share", "signal_share", "relative_deflated_gain"),
     *("composite_identity_distance", "closest_stream_cosine"),
     *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
     *("relative_turn", "effective_depth"),
-    *("intrinsic_dimension_bias", "zero_fraction"),
     *("sequence_share", "step_spread", "variance_growth"),
 }
 CALIBRATED = "calibrated on "

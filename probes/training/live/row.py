@@ -116,12 +116,10 @@ class LiveMetrics:
         reasons: dict[str, str] = {}
         for name, metric in _applicable(self.names, bool(group.connections)).items():
             try:
-                measured = source.call(metric.function)
+                value = source.call(metric.function)
             except Unavailable as reason:
                 reasons[name] = str(reason)
                 continue
-            # Its own error over sequences has no meaning for tokens that were drawn one by one.
-            value = measured[0] if isinstance(measured, tuple) else measured
             is_exact = set(metric.needs) <= {*EXACT_QUANTITIES, *CHOICES}
             attrs = dict(value.attrs) if is_exact else {}
             attrs["estimator"] = value.attrs.get(

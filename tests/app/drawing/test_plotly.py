@@ -71,7 +71,7 @@ def test_a_law_is_dashed_in_the_colour_of_its_line_and_named_once(both):
 
 
 def test_a_baseline_is_named_once_on_the_plot(both):
-    drawn = to_plotly(FIGURES["stable_rank"].build(both))
+    drawn = to_plotly(FIGURES["participation_ratio"].build(both))
     assert [note.text for note in drawn.layout.annotations] == ["noise baseline"]
     assert not to_plotly(FIGURES["residual_norm"].build({"mhc": both["mhc"]})).layout.annotations
 

@@ -101,12 +101,14 @@ def test_a_block_is_as_large_as_a_task_may_be():
 def test_what_fits_in_no_part_is_refused_with_its_bytes():
     run = synthetic_run("mhc", layers=4)
     one_depth = run.trace.residual.nbytes // run.trace.sizes["depth"]
-    found, refused = _split(run, ["residual_norm", "intrinsic_dimension", "composite_gain"], 9 * one_depth)
+    found, refused = _split(
+        run, ["residual_norm", "corrected_participation_ratio", "composite_gain"], 9 * one_depth
+    )
     assert {name for task in found for name in task.metrics} == {"residual_norm", "composite_gain"}
-    assert list(refused) == ["intrinsic_dimension"]
+    assert list(refused) == ["corrected_participation_ratio"]
     assert re.fullmatch(
         r"it takes about \S+ GiB for one depth, and a worker has \S+ GiB for a task: .*",
-        refused["intrinsic_dimension"],
+        refused["corrected_participation_ratio"],
     )
 
 
@@ -122,9 +124,9 @@ def test_what_a_lost_worker_measured_is_named_and_the_rest_is_kept(client, monke
         return [LostWorker("killed") if lost else of for lost, of in zip(is_lost, results, strict=True)]
 
     monkeypatch.setattr(scheduled, "run_all", losing)
-    found = analyze(path, scheduler=client, metrics=["token_cosine", "dirichlet_energy"])
+    found = analyze(path, scheduler=client, metrics=["token_cosine", "dong_residual"])
     assert {str(name).partition("_null")[0].partition("_stderr")[0] for name in found.data_vars} == {
-        "dirichlet_energy"
+        "dong_residual"
     }
     reason = found.attrs["not_computed"]["token_cosine"]
     assert "the worker was lost" in reason

@@ -33,35 +33,6 @@ def test_gradient_norm_neither_over_nor_underflows(array):
     assert float(gradients.gradient_norm(array([[0.0, 0.0]]))) == 0.0
 
 
-def test_backward_gain_profile(array):
-    got = np.asarray(gradients.backward_gain_profile(array([[4.0, 1.0], [2.0, 0.0]])))
-    assert got[:, 0].tolist() == [2.0, 1.0]
-    assert np.isnan(got[:, 1]).all()
-
-
-def test_noise_scale_from_batches(rng):
-    """Gradients with mean 1 and variance 4 in each of 50 dims: tr Σ = 200, |G|² = 50, B = 4."""
-    samples = rng.normal(1.0, 2.0, size=(400, 64, 50))
-    small = (samples[:, :4].mean(1) ** 2).sum(-1).mean() ** 0.5
-    large = (samples.mean(1) ** 2).sum(-1).mean() ** 0.5
-    two = gradients.noise_scale(small, large, batch_small=4, batch_large=64)
-    assert float(two.scale) == pytest.approx(4, rel=0.05)
-    with pytest.raises(ValueError, match="expected 0 < small < large"):
-        gradients.noise_scale(1.0, 1.0, batch_small=8, batch_large=8)
-
-
-def test_noise_scale_is_exact_on_expected_norms(array):
-    """E‖g_B‖² = |G|² + tr Σ / B."""
-    small, large = (array((9.0 + 5.0 / b) ** 0.5) for b in (2, 32))
-    found = gradients.noise_scale(small, large, batch_small=2, batch_large=32)
-    assert [float(v) for v in found] == pytest.approx([5 / 9, 5.0, 9.0], rel=1e-12)
-
-
-def test_cosine_across_samples(array):
-    g = array([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
-    assert float(gradients.cosine_across_samples(g)) == pytest.approx(-1 / 3)
-
-
 def test_signal_propagation(array, rng):
     x = rng.normal(size=(2, 30, 5)) * 3 + np.arange(5)
     found = gradients.signal_propagation(array(x))

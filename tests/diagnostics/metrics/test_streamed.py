@@ -16,7 +16,7 @@ NAMES = [name for name, metric in CATALOGUE.items() if metric.question == "strea
 @pytest.mark.parametrize("family", ["residual", "mhc"])
 def test_they_equal_the_metrics_of_a_trace_that_holds_every_token(make_run, family):
     found = diagnostics.analyze(make_run(family, layers=3))
-    for name in (*RANKS, "top_energy", "alpha_req"):
+    for name in RANKS:
         exact = found[name].sel(scope="data", tokens="all", drop=True)
         np.testing.assert_allclose(found[f"streamed_{name}"].transpose(*exact.dims), exact, rtol=1e-6)
     exact = found.cka.sel(estimator="unbiased", tokens="all")
@@ -69,13 +69,13 @@ def test_a_rank_that_rounding_decides_is_undefined_and_says_why():
     np.testing.assert_allclose(found.sel(centering="raw", stream="mean"), [8, 4])
     np.testing.assert_allclose(found.sel(centering="centred", stream="mean"), [8, np.nan])
     assert "centred at depth 9" in found.attrs["undefined_because"]
-    energies = of("streamed_entropy_rank", 1e-8)  # λ of 1e-8 are nothing beside 1
+    energies = of("streamed_participation_ratio", 1e-8)  # λ of 1e-8 are nothing beside 1
     np.testing.assert_allclose(energies.sel(centering="centred", stream="mean"), [8, 4])
     assert "undefined_because" not in energies.attrs
 
 
 def test_one_kind_of_centring_may_be_asked_for():
-    assert of("streamed_stable_rank", 0.0, ("centred",)).centering.values.tolist() == ["centred"]
+    assert of("streamed_participation_ratio", 0.0, ("centred",)).centering.values.tolist() == ["centred"]
 
 
 def test_the_error_is_the_jackknife_by_hand(make_run):
