@@ -12,13 +12,11 @@ import torch
 from benchmarks.analysis.comparison import Comparison, Step, Tool
 from benchmarks.analysis.inputs import KINDS, mixing
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.kernels.mixing._compiled_jacobi import compiled_rotations
 
 # --- singular values ---
 
 
 def own_values(matrices: np.ndarray, *, convert: Callable[[np.ndarray], Any]) -> Step:
-    compiled_rotations()  # loads numba where it is installed, as it is in a training
     return partial(kernel.singular_values, convert(matrices))
 
 
