@@ -21,6 +21,7 @@ def _of_noise(name: str) -> Null:
     """The same rank of iid noise at the same number of tokens and features."""
 
     def expectation(noise_rows: xr.Variable, num_features: int) -> xr.Variable:
+        """Independent noise of the same shape by the Marchenko-Pastur law."""
         return for_each_count(noise_rows, lambda n: noise_ranks(n, num_features)[name])
 
     return expectation
@@ -32,6 +33,7 @@ def _of_noise(name: str) -> Null:
     cite="roy2007effective",
     basis="stream",
     null=_of_noise("effective_rank"),
+    null_cite="marchenko1967distribution",
     estimator=SPECTRAL,
     null_error=0.02,
     headline=True,
@@ -54,6 +56,7 @@ def effective_rank(singular_values: xr.Variable) -> xr.Variable:
     cite="chun2026estimating",
     basis="stream",
     null=_of_noise("participation_ratio"),
+    null_cite="marchenko1967distribution",
     estimator=SPECTRAL,
     null_error=0.03,
     better="higher",

@@ -119,6 +119,8 @@ class Metric:
     null_error : float
         Largest relative error of the null as the mean over finite samples of noise, as where it is a limit of large
         matrices or drawn once; 0 where it is exact.
+    null_cite : str
+        Key of ``references.bib`` for the law that gives the null; empty where it needs none.
     estimator : str
         How the number is computed from tokens and sequences.
     needs : tuple of str
@@ -163,6 +165,7 @@ class Metric:
     scale: str = "linear"
     units: str = "1"
     healthy: Range | None = None
+    null_cite: str = ""
     null_error: float = 0.0
     default: bool = True
     headline: bool = False

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection, available
-from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
+from depthscope.app.figures.axis_limits import visible_limits
 from depthscope.app.figures.catalogue.similarity import build_cut
 from depthscope.app.text.latex import tex
 from depthscope.diagnostics import analyze
@@ -84,60 +84,6 @@ def test_the_null_and_the_standard_error_stand_beside_the_rank(plain):
         float(plain["effective_rank_null"].sel(scope="sequence", tokens="all", centering="raw"))
     }
     assert "the baseline" in figure.caption
-
-
-def theory(figure: Lines):
-    return [line for line in figure.lines if line.role == "theory"]
-
-
-def test_a_law_stands_behind_its_line_with_its_source_and_assumption(both):
-    figure = FIGURES["residual_norm"].build(both, axis="relative")
-    (law,) = theory(figure)
-    line = measured(figure)[0]
-    assert [line.role for line in figure.lines] == ["measured", "theory", "measured"]
-    assert (law.group, law.label) == ("plain", "plain · fresh Pre-LN growth law")
-    np.testing.assert_array_equal(law.x, line.x)
-    np.testing.assert_allclose(law.y[:2], line.y[:2])
-    np.testing.assert_allclose(np.diff(law.y**2), law.y[1] ** 2 - law.y[0] ** 2)
-    assert figure.sources == ("xiong2020layer",)
-    assert "fresh Pre-LN growth law (Xiong et al. 2020); it holds for branches" in figure.caption
-
-
-def test_a_law_that_does_not_apply_is_missing_with_its_reason(both):
-    figure = FIGURES["residual_norm"].build(both)
-    assert any("growth law» for mhc: the law is of one residual stream" in why for why in figure.missing)
-    assert any("length map» for plain, mhc: the run does not say" in why for why in figure.missing)
-    assert "length map" not in figure.caption
-
-
-def test_every_singular_value_has_its_own_line_of_the_law(mixed):
-    figure = FIGURES["composite_singular_value"].build({"mhc": mixed})
-    assert [line.role for line in figure.lines] == ["measured", "theory"] * 4
-    np.testing.assert_array_equal(theory(figure)[0].y, 1.0)
-    np.testing.assert_allclose(theory(figure)[1].y[:3], measured(figure)[1].y[:3], rtol=0.1)
-    assert not theory(FIGURES["composite_singular_value"].build({"mhc": mixed}, reduction="max"))
-
-
-def test_angles_to_the_depth_before_have_the_law_of_the_chosen_step(plain):
-    data = xr.concat(
-        [plain, plain.assign_coords(step=[100])],
-        "step",
-        data_vars="minimal",
-        compat="override",
-        coords="minimal",
-    )
-    first = FIGURES["adjacent_angle"].build({"plain": data}, step=0)
-    assert len(theory(first)) == 1
-    trained = FIGURES["adjacent_angle"].build({"plain": data})
-    assert "training step 100" in trained.missing[0]
-    assert len(measured(trained)) == 1
-
-
-def test_laws_move_an_axis_by_half_its_span_or_a_decade():
-    known = np.array([2.0, 4.0])
-    assert limits_with_theory(known, np.array([-50.0, 50.0]), False) == (1.0, 5.0)
-    assert limits_with_theory(known, np.array([1e-9, 5.0]), True) == (0.2, 5.0)
-    assert limits_with_theory(known, np.zeros(0), True) == (2.0, 4.0)
 
 
 def test_the_null_of_a_rank_names_its_law(plain):
