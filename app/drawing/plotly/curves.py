@@ -138,7 +138,7 @@ def _curve(line: Line, drawn: _Drawn, *, most_marks: int, named: bool) -> go.Sca
         marker=_mark(look) | {"maxdisplayed": most_marks} if look else None,
         error_y=_whiskers(line, drawn.colour),
         opacity=1.0 if look else 0.7,
-        # Lines of one legend group are hidden together: all those of a law, or a line with its null and band.
+        # Lines of one legend group are hidden together: a line with its null and band.
         legendgroup=line.label if named else line.group,
         text=None if line.text is None else list(map(words, line.text)),
         hovertemplate="%{y:.4~g}  (%{text})" if line.text is not None else "%{y:.4~g}",

@@ -15,7 +15,7 @@ from depthscope.app.figures.specification import Analyses, Line, Lines, Selectio
 
 _matrix = partial(MatrixFigure, question="similarity")
 _steps = partial(CurveFigure, question="similarity")
-# The full range of an index, so that the colours of two runs can be compared; RSA and CKNNA may be negative.
+# The full range of an index, so that the colours of two runs can be compared; CKNNA may be negative.
 _BOUNDED = (0.0, 1.0)
 
 

@@ -60,7 +60,7 @@ def test_a_null_is_dashed_in_the_colour_of_its_run(both):
 
 
 def test_a_baseline_is_named_once_on_the_plot(both):
-    drawn = to_plotly(FIGURES["participation_ratio"].build(both))
+    drawn = to_plotly(FIGURES["numerical_rank"].build(both))
     assert [note.text for note in drawn.layout.annotations] == ["noise baseline"]
     assert not to_plotly(FIGURES["residual_norm"].build({"mhc": both["mhc"]})).layout.annotations
 
@@ -107,7 +107,7 @@ def test_many_lines_get_a_legend_of_runs_and_of_variants(both):
     runs = {"a": both["mhc"], "b": both["mhc"]}
     drawn = to_plotly(FIGURES["mixing_singular_value"].build(runs))
     named = [trace.name for trace in drawn.data if trace.showlegend is not False]
-    assert named == ["a", "b", "σ1", "σ2", "σ3", "σ4", "random connection"]
+    assert named == ["a", "b", "σ1", "σ2", "σ3", "σ4"]
 
 
 def test_whiskers_are_the_standard_error_where_the_band_is_a_spread():

@@ -416,9 +416,3 @@ def test_an_axis_does_not_blow_rounding_up():
     assert visible_limits(1.0, 1.5) == (1.0, 1.5)
     low, high = visible_limits(1.0, 1.0 + 1e-7)
     assert low < 0.96 < 1.04 < high
-    z = np.array([[1.0, np.nan], [1.0 + 1e-9, 1.0]])
-    data = xr.Dataset(
-        {"depth_kernel": (("connection", "other_connection"), z.T)},
-        {"connection": [0, 1], "other_connection": [0, 1]},
-    )
-    assert FIGURES["depth_kernel"].build({"a": data}).limits == visible_limits(1.0, 1.0 + 1e-9)
