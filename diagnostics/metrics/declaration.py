@@ -139,8 +139,6 @@ class Metric:
         Whether it compares tokens of one sequence, or sequences: a sample of single tokens does not give it.
     of_steps : bool
         Whether the value at a depth compares it with the depth before: NaN at the first.
-    separable : bool
-        Whether the value at a connection depends on that connection alone, so that it can be measured without the others.
     infinite : bool
         Whether ±∞ is a value (the logarithm of zero, the condition of a singular matrix), not only an overflow.
     per_step : bool
@@ -173,7 +171,6 @@ class Metric:
     most_tokens: Callable[[int], int] | None = None
     of_sequences: bool = False
     of_steps: bool = False
-    separable: bool = False
     infinite: bool = False
     per_step: bool = True
     better: str = ""

@@ -64,7 +64,6 @@ def product_gains(mixing: Mixing) -> xr.Variable:
     estimator=PER_TOKEN,
     headline=True,
     better="nearer 1",
-    separable=True,
 )
 def mixing_gain(connection_gains: xr.Variable) -> xr.Variable:
     r"""Amax gain of one connection: the largest signed row sum forward, column sum backward.
@@ -110,7 +109,6 @@ def composite_gain(product_gains: xr.Variable) -> xr.Variable:
     estimator=PER_TOKEN,
     headline=True,
     better="lower",
-    separable=True,
 )
 def doubly_stochastic_violation(mixing: Mixing) -> xr.Variable:
     """Distance from doubly stochastic: worst row sum, worst column sum, most negative entry.
@@ -176,7 +174,6 @@ def composite_attenuation(mixing: Mixing) -> xr.Variable:
     null=0.0,
     estimator=PER_TOKEN,
     headline=True,
-    separable=True,
 )
 def identity_distance(mixing: Mixing) -> xr.Variable:
     """Distance of a connection from the identity: 0 where the streams do not mix."""

@@ -24,7 +24,6 @@ NORMS = {"infinity": math.inf, "one": 1, "two": 2}
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
-    separable=True,
 )
 def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.Variable:
     """Singular values of one connection, the largest first.
@@ -55,7 +54,6 @@ def composite_singular_value(mixing: Mixing) -> xr.Variable:
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
-    separable=True,
 )
 def mixing_eigenvalue_modulus(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.Variable:
     """Magnitudes of the eigenvalues of one connection, the largest first.
@@ -99,7 +97,6 @@ def _by_norm(mixing: Mixing, gains: np.ndarray, *, depends_on: str) -> xr.Variab
     null=1.0,
     estimator=PER_TOKEN,
     better="nearer 1",
-    separable=True,
 )
 def operator_gain(mixing: Mixing) -> xr.Variable:
     r"""Operator norms of one connection: what signed sums can hide by cancellation.

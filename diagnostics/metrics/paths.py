@@ -65,7 +65,6 @@ def write_sizes(mixing: Mixing, write_weights: np.ndarray) -> xr.Variable:
     basis="stream",
     null=_equal_share,
     estimator="ratio of sums over tokens",
-    separable=True,
 )
 def read_share(read_sizes: xr.Variable) -> xr.Variable:
     """Share of each stream in what a connection reads.
@@ -82,7 +81,6 @@ def read_share(read_sizes: xr.Variable) -> xr.Variable:
     basis="stream",
     null=_equal_share,
     estimator="ratio of sums over tokens",
-    separable=True,
 )
 def write_share(write_sizes: xr.Variable) -> xr.Variable:
     """Share of each stream in what a connection writes."""
@@ -96,7 +94,6 @@ def write_share(write_sizes: xr.Variable) -> xr.Variable:
     basis="stream",
     null=_equal_share,
     estimator="ratio of sums over tokens",
-    separable=True,
 )
 def signal_share(signal_sizes: xr.Variable) -> xr.Variable:
     r"""Share of each stream in the signal that a connection reads: its weight times its size.

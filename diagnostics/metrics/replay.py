@@ -33,7 +33,6 @@ def _distance(mixing: Mixing, matrices: np.ndarray) -> xr.Variable:
     basis="stream",
     null=0.0,
     estimator=PER_TOKEN,
-    separable=True,
 )
 def initial_distance(mixing: Mixing, initial_matrices: np.ndarray) -> xr.Variable:
     """Distance of a connection from the matrix of its initial static logits: 0 where it has not moved."""

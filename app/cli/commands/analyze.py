@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from depthscope.app.cli.command import FINE, Command
 from depthscope.app.cli.paths import InputPath, InputRun, require_writable
 from depthscope.app.cli.values import ByteCount, Number
 from depthscope.app.text.terminal import emit, working
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,11 +29,10 @@ if TYPE_CHECKING:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "runs",
-        nargs="+",
+        "run",
         metavar="RUN",
         type=InputRun(),
-        help="run file (.nc, .zarr) or live store; several with --workers or --scheduler",
+        help="run file (.nc, .zarr) or live store",
     )
     add_max_bytes(parser)
     add_metrics(parser, about="only these metrics (default: all that the run has data for)")
@@ -55,27 +55,21 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default 1: no decay)",
     )
     parser.add_argument(
-        "--workers",
-        type=Number(1, 4096),
-        metavar="N",
-        help="measure on N processes of this machine, which read what they need: for runs larger than memory (needs dask)",
-    )
-    parser.add_argument(
         "--memory",
         type=ByteCount(),
         metavar="BYTES",
-        help="with --workers: memory limit of each process, such as 2GiB",
+        help="measure part by part in threads that take no more than this, such as 8GiB: for runs larger than memory",
     )
     parser.add_argument(
         "--scheduler",
         metavar="ADDRESS",
-        help="measure on the workers of a dask cluster, such as tcp://10.0.0.1:8786, which read the runs under the same path",
+        help="measure part by part on the workers of a dask cluster, such as tcp://10.0.0.1:8786, which read RUN themselves",
     )
     add_out(
         parser,
         RUN_FILE,
         metavar="RUN",
-        about="save the metrics alone here, and leave the run as it is (with workers by default NAME.metrics.nc next to it)",
+        about="save the metrics alone here, and leave the run as it is",
         required=False,
     )
     add_selection(parser)
@@ -91,15 +85,8 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(
             "got --decay alone; expected --initial CHECKPOINT too: the decay is that of its logits"
         )
-    if args.workers or args.scheduler:
-        return _run_on_workers(args)
-    if len(args.runs) > 1:
-        raise InputError(
-            f"got {len(args.runs)} runs; expected one, or --workers N to measure several (depthscope compare shows them)"
-        )
-    if args.memory:
-        raise InputError("got --memory alone; expected --workers N too, whose memory it limits")
-    args.run = args.runs[0]
+    if args.memory or args.scheduler:
+        return _run_in_parts(args)
     # The metrics are written into the run itself: that its folder cannot be written to is said before they are computed.
     if args.out is None and schema.is_live_store(args.run):
         raise InputError(
@@ -130,77 +117,57 @@ def _run(args: argparse.Namespace) -> int:
     return FINE
 
 
-def _run_on_workers(args: argparse.Namespace) -> int:
-    """Measure saved runs on the workers of a cluster, and save the metrics next to them."""
-    _require_options_of_workers(args)
+def _run_in_parts(args: argparse.Namespace) -> int:
+    """Measure a run that is larger than memory, and save the metrics next to it: it is not written again."""
     from depthscope.app.cli.analysis_output import analysis_as_dict, print_analysis, tabulate
     from depthscope.app.readings.readings import read_runs
-    from depthscope.diagnostics import schema
-    from depthscope.diagnostics.analysis.analyze import analyze_saved
+    from depthscope.diagnostics import analyze, schema
 
-    places = {run: Path(args.out) if args.out else _beside(run, force=args.force) for run in args.runs}
-    for place in places.values():
-        schema.require_replaceable(place, force=args.force)
-    with working(f"analysing {len(args.runs)} run{'s' * (len(args.runs) > 1)}") as progress:
-        analyses = analyze_saved(
-            {run: run for run in args.runs},
-            scheduler=args.scheduler or "processes",
-            workers=args.workers,
-            memory=args.memory,
-            metrics=args.metrics,
-            progress=progress,
+    given = [name for name in ("jackknife", "initial") if getattr(args, name)]
+    if given:
+        raise InputError(f"--{given[0]} does not go with --memory and --scheduler; leave one of them out")
+    if args.memory and args.scheduler:
+        raise InputError(
+            "--memory is of threads of this process, and --scheduler names a cluster; give one of them"
         )
+    if args.out is None:
+        raise InputError(
+            "expected --out RUN: the metrics are saved alone, a run of this size is not written again"
+        )
+    schema.require_replaceable(args.out, force=args.force)
     selection = selection_of(args)
-    printed = []
-    for run, analysis in analyses.items():
-        groups = _metric_groups(analysis)
-        measured = _tree(analysis.attrs, groups)
-        written = schema.save_run(
-            _tree(analysis.attrs, _complete(groups, args)), places[run], force=args.force
-        )
-        tables = [
-            tabulate(reading, selection, args.metrics or ())
-            for reading in read_runs({schema.without_suffix(Path(run).name): measured})
-        ]
-        if args.json:
-            printed.append(analysis_as_dict(tables, selection, written))
-        else:
-            print_analysis(tables, written)
+    with working(f"analysing {args.run}") as progress, _scheduler(args.scheduler) as scheduler:
+        analysis = analyze(args.run, args.metrics, scheduler=scheduler, memory=args.memory, progress=progress)
+    groups = _metric_groups(analysis)
+    written = schema.save_run(_tree(analysis.attrs, _complete(groups, args)), args.out, force=args.force)
+    name = schema.without_suffix(Path(args.run).name)
+    tables = [
+        tabulate(reading, selection, args.metrics or ())
+        for reading in read_runs({name: _tree(analysis.attrs, groups)})
+    ]
     if args.json:
-        emit(printed[0] if len(printed) == 1 else {"runs": printed})
+        emit(analysis_as_dict(tables, selection, written))
+    else:
+        print_analysis(tables, written)
     return FINE
 
 
-def _require_options_of_workers(args: argparse.Namespace) -> None:
-    if args.workers and args.scheduler:
-        raise InputError(
-            "--workers starts processes here, and --scheduler names a cluster that is there; give one of them"
-        )
-    if args.memory and not args.workers:
-        raise InputError(
-            "--memory limits the processes of --workers; those of a cluster have limits of their own"
-        )
-    given = [name for name, value in (("jackknife", args.jackknife), ("initial", args.initial)) if value]
-    if given:
-        raise InputError(
-            f"--{given[0]} does not go with workers; leave it out, or analyse the run in this process"
-        )
-    if args.out and len(args.runs) > 1:
-        raise InputError(
-            "--out names one file for several runs; leave it out: each gets NAME.metrics.nc next to it"
-        )
-    if len(set(args.runs)) < len(args.runs):
-        raise InputError("a run is given twice; expected each once")
+@contextmanager
+def _scheduler(address: str | None) -> Iterator[Any]:
+    """The client of a cluster of dask; threads of this process without an address."""
+    if address is None:
+        yield "threads"
+        return
+    import distributed
 
-
-def _beside(run: str, *, force: bool) -> Path:
-    """Where the metrics of a run go by default; an existing file is refused without ``--force``."""
-    from depthscope.diagnostics.schema import without_suffix
-
-    place = Path(run).with_name(f"{without_suffix(Path(run).name)}.metrics.nc")
-    if place.exists() and not force:
-        raise InputError(f"{place} exists; name another file with --out, or add --force to replace it")
-    return place
+    try:
+        client = distributed.Client(address, timeout=20)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"no scheduler answers at {address} within 20 s ({error}); start one with: dask scheduler"
+        ) from error
+    with client:
+        yield client
 
 
 def _with_initial_logits(run: xr.DataTree, args: argparse.Namespace) -> xr.DataTree:
