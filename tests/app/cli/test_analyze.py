@@ -12,7 +12,7 @@ from depthscope import probes
 from depthscope.app.cli.command import FINE, USAGE
 from depthscope.app.cli.main import main
 from depthscope.app.readings.readings import read_runs
-from depthscope.diagnostics import schema
+from depthscope.diagnostics import analyze, schema
 from tests.models.stream_models import deepseek_v4
 
 
@@ -182,3 +182,17 @@ def test_partial_metrics_in_a_run_are_not_taken_for_all(unmeasured, tmp_path, ca
     capsys.readouterr()
     assert main(["compare", str(path), "--metrics", "composite_gain", "--json"]) == FINE
     assert json.loads(capsys.readouterr().out)["aligned"][0]["metric"] == "composite_gain"
+
+
+def test_a_run_larger_than_memory_is_measured_in_parts(unmeasured, tmp_path, capsys):
+    run, out = str(unmeasured / "mhc.nc"), tmp_path / "m.nc"
+    asked = ["analyze", run, "--metrics", "cka,residual_norm", "--memory", "8GiB"]
+    assert main(asked) == USAGE
+    assert "expected --out RUN" in capsys.readouterr().err
+    assert main([*asked, "--out", str(out)]) == FINE
+    found = schema.open_run(out)["metrics"].to_dataset()
+    expected = analyze(schema.open_run(run), ["cka", "residual_norm"])
+    xr.testing.assert_allclose(found["residual_norm"], expected["residual_norm"], rtol=1e-8)
+    assert {"cka", "residual_norm"} <= set(found.data_vars)
+    assert main([*asked, "--out", str(out), "--jackknife"]) == USAGE
+    assert main([*asked, "--out", str(out), "--scheduler", "tcp://127.0.0.1:1"]) == USAGE
