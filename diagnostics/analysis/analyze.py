@@ -143,6 +143,7 @@ def _analyze_scheduled(
     chosen = {name: find_metric(name) for name in _metric_names(metrics)}
     with open_run(path, verify=False) if is_saved else nullcontext(run) as opened:
         _require_run(opened)
+        assert isinstance(opened, xr.DataTree)
         analyses = {}
         for chain in chains(opened):
             if chain_dataset(opened, "trace", chain) is None:

@@ -61,7 +61,9 @@ class Source:
 
 def trace_of(run: xr.DataTree, chain: str) -> xr.Dataset:
     """The trace of a chain as metrics take it, with a label for every depth, which parts keep."""
-    trace = registry.with_facts(chain_dataset(run, "trace", chain), run.attrs)
+    stored = chain_dataset(run, "trace", chain)
+    assert stored is not None
+    trace = registry.with_facts(stored, run.attrs)
     found = registry.sources(trace, chain_dataset(run, "statistics", chain))
     is_numbered = "depth" in found.coords or "depth" not in found.dims
     return found if is_numbered else found.assign_coords(depth=np.arange(found.sizes["depth"]))
@@ -178,7 +180,7 @@ def _joined(parts: Sequence[xr.DataArray], of_all: Quantities) -> xr.DataArray:
     of_depths = [dim for dim in ("depth", "other_depth") if dim in first.dims]
     whole = first
     if of_depths and len(parts) > 1:
-        sizes = {**first.sizes, **dict.fromkeys(of_depths, of_all.trace.sizes["depth"])}
+        sizes: dict[Any, int] = {**first.sizes, **dict.fromkeys(of_depths, of_all.trace.sizes["depth"])}
         empty = xr.Variable(first.dims, np.zeros([sizes[dim] for dim in first.dims], first.dtype))
         others = {
             name: of for name, of in first.coords.items() if not set(of.dims) & {"depth", "other_depth"}
