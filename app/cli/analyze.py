@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from depthscope.app.cli.main import FINE
-from depthscope.app.cli.options import Force, Json, MaxBytes, Metrics, Select, names, selection_of
+from depthscope.app.cli.options import Force, Json, MaxBytes, Metrics, Select, byte_count, names, selection_of
 from depthscope.app.text.terminal import emit, working
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.errors import InputError, StorageError
 
 
 def analyze(
@@ -29,6 +31,21 @@ def analyze(
         typer.Option(metavar="RUN", help="Save the metrics alone here, and leave the run as it is (.zarr)."),
     ] = None,
     select: Select = None,
+    memory: Annotated[
+        int | None,
+        typer.Option(
+            parser=byte_count,
+            metavar="BYTES",
+            help="Measure part by part in threads that take no more than this, such as 8GiB: for runs larger than memory.",
+        ),
+    ] = None,
+    scheduler: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Measure on a dask cluster, such as tcp://10.0.0.1:8786, which reads RUN itself.",
+        ),
+    ] = None,
     force: Force = False,
     json: Json = False,
     max_bytes: MaxBytes = None,
@@ -47,7 +64,9 @@ def analyze(
     # What cannot be written is refused before anything is computed.
     if out is not None:
         if os.path.realpath(out) == os.path.realpath(run):
-            raise InputError(f"--out {out} is the run itself, whose trace it would replace; name another place, or leave it out")
+            raise InputError(
+                f"--out {out} is the run itself, whose trace it would replace; name another place, or leave it out"
+            )
         schema.require_replaceable(out, force=force)
     elif schema.is_live_store(run):
         raise InputError(
@@ -55,12 +74,22 @@ def analyze(
         )
     selection = selection_of(select)
     asked = names(metrics)
-    opened = schema.open_run(run, max_bytes=max_bytes)
-    with working(f"analysing {run}") as progress:
-        # Into memory, since the run is replaced by a new one below.
-        opened.load()
-        opened.close()
-        analysis = measure(opened, metrics=asked, jackknife=jackknife, progress=progress)
+    if memory or scheduler:
+        if jackknife or out is None or (memory and scheduler):
+            raise InputError(
+                "--memory (threads of this process) or --scheduler (a cluster) goes with --out RUN, since a run of this size is "
+                "not written again, and without --jackknife"
+            )
+        with working(f"analysing {run}") as progress, _client(scheduler) as client:
+            analysis = measure(run, asked, scheduler=client, memory=memory, progress=progress)
+        opened = xr.DataTree(xr.Dataset(attrs=analysis.attrs))
+    else:
+        opened = schema.open_run(run, max_bytes=max_bytes)
+        with working(f"analysing {run}") as progress:
+            # Into memory, since the run is replaced by a new one below.
+            opened.load()
+            opened.close()
+            analysis = measure(opened, metrics=asked, jackknife=jackknife, progress=progress)
     groups = {"/metrics": analysis} if isinstance(analysis, xr.Dataset) else {
         f"/metrics/{chain}": node.to_dataset() for chain, node in analysis.children.items()
     }  # fmt: skip
@@ -95,3 +124,21 @@ def _with_metrics(run: Any, groups: dict[str, Any], *, complete: bool) -> Any:
         stored = schema.chain_dataset(run, "metrics", path.removeprefix("/metrics").strip("/"))
         nodes[path] = renewed(metrics, stored, complete=complete)
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=run.attrs), **nodes})
+
+
+@contextmanager
+def _client(address: str | None) -> Iterator[Any]:
+    """The client of a dask cluster; threads of this process without an address."""
+    if address is None:
+        yield "threads"
+        return
+    import distributed
+
+    try:
+        client = distributed.Client(address, timeout=20)
+    except (OSError, ValueError) as error:
+        raise StorageError(
+            f"no scheduler answers at {address} ({error}); start one with: dask scheduler"
+        ) from error
+    with client:
+        yield client

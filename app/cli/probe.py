@@ -211,7 +211,7 @@ def _probe_history(
         )
     text = model.read_text()
     with working("importing torch"):
-        from depthscope.probes.history.history import probe_checkpoints
+        from depthscope.probes.history import probe_checkpoints
     with working("probing") as progress:
         found = probe_checkpoints(
             [model.checkpoint, *model.others],
@@ -240,7 +240,6 @@ def _probe_history(
             {
                 "run": str(found.path),
                 "checkpoints": checkpoints,
-                "probed": found.num_probed,
                 "left_out": left_out,
             }
         )
@@ -248,7 +247,7 @@ def _probe_history(
     steps = [str(of["step"]) for of in checkpoints]
     say(
         f"{printable(found.path)}: {len(steps)} checkpoint{'s' * (len(steps) != 1)} of "
-        f"{printable(found.run.attrs.get('block'))} models, step {steps[0]} to {steps[-1]}; {found.num_probed} probed now"
+        f"{printable(found.run.attrs.get('block'))} models, step {steps[0]} to {steps[-1]}"
     )
     say()
     say(f"Next: {command_line('check', found.path)}")

@@ -11,7 +11,7 @@ import xarray as xr
 from depthscope import probes
 from depthscope.app.cli.main import FINE, USAGE, main
 from depthscope.app.readings.readings import read_runs
-from depthscope.diagnostics import schema
+from depthscope.diagnostics import analyze, schema
 from tests.models.stream_models import deepseek_v4
 
 
@@ -78,14 +78,14 @@ def test_metrics_that_a_run_contains_stay_with_those_measured_again(unmeasured, 
     path = schema.save_run(schema.open_run(unmeasured / "residual.nc"), tmp_path / "m.nc")
     assert main(["analyze", str(path), "--jackknife"]) == FINE
     first = schema.open_run(path)["metrics"].to_dataset().load()
-    assert main(["analyze", str(path), "--metrics", "effective_rank,token_cosine,rbf_cka"]) == FINE
+    assert main(["analyze", str(path), "--metrics", "effective_rank,token_cosine,cknna"]) == FINE
     second = schema.open_run(path)["metrics"].to_dataset().load()
-    assert set(second.data_vars) - set(first.data_vars) == {"rbf_cka"}
-    xr.testing.assert_allclose(second.drop_vars("rbf_cka"), first)
+    assert set(second.data_vars) - set(first.data_vars) == {"cknna"}
+    xr.testing.assert_allclose(second.drop_vars("cknna"), first)
     assert second.attrs["complete"] is True
     assert second["effective_rank_stderr"].sel(scope="data").notnull().any()
-    assert "rbf_cka" in first.attrs["on_request"]
-    assert "rbf_cka" not in second.attrs["on_request"]
+    assert "cknna" in first.attrs["on_request"]
+    assert "cknna" not in second.attrs["on_request"]
     for attr in ("not_computed", "notes"):
         assert second.attrs[attr] == first.attrs[attr]
 
@@ -103,11 +103,11 @@ def test_every_chain_keeps_its_metrics(make_run, tmp_path):
     part = make_run("residual", layers=2)["trace"].to_dataset()
     run = schema.create_run({"encoder": part, "decoder": part}, attrs={"family": "residual", "n_streams": 1})
     path = schema.save_run(run, tmp_path / "r.nc")
-    for name in ("residual_norm", "curvature"):
+    for name in ("residual_norm", "dong_residual"):
         assert main(["analyze", str(path), "--metrics", name]) == FINE
     stored = schema.open_run(path)
     for chain in ("encoder", "decoder"):
-        assert {"residual_norm", "curvature"} <= set(stored[f"metrics/{chain}"].data_vars)
+        assert {"residual_norm", "dong_residual"} <= set(stored[f"metrics/{chain}"].data_vars)
         assert "residual" in stored[f"trace/{chain}"]
 
 
@@ -123,27 +123,27 @@ def test_metrics_of_another_trace_are_not_mixed(unmeasured, tmp_path, capsys):
 
 def test_analyze_says_where_the_tables_over_pairs_are(unmeasured, tmp_path, capsys):
     path = schema.save_run(schema.open_run(unmeasured / "mhc.nc"), tmp_path / "m.nc")
-    asked = ["analyze", str(path), "--metrics", "cka,pair_gain,curvature"]
+    asked = ["analyze", str(path), "--metrics", "cka,depth_kernel,dong_residual"]
     assert main(asked) == FINE
     said = " ".join(capsys.readouterr().out.split())
-    assert "not printed: cka (estimator × tokens × depth × other depth), pair_gain (" in said
-    assert "curvature (" in said
+    assert "not printed: cka (estimator × tokens × depth × other depth), depth_kernel (" in said
+    assert "dong_residual (" in said
     assert f"they are in /metrics of {path}, in --json, and in: depthscope dashboard {path}" in said
     assert main([*asked, "--json"]) == FINE
     printed = json.loads(capsys.readouterr().out)["apart"]["m"]
     assert printed["cka"]["dims"] == ["depth", "other_depth"]
     stored = schema.open_run(path)["metrics"]["cka"].sel(estimator="unbiased", tokens="all")
     assert printed["cka"]["values"][1] == pytest.approx(stored[0, 1].values.tolist())
-    assert printed["pair_gain"]["labels"]["other_connection"] == [0, 1, 2, 3, 4, 5]
+    assert printed["depth_kernel"]["labels"]["other_connection"] == [0, 1, 2, 3, 4, 5]
 
 
 def test_metrics_computed_on_request_are_added_to_the_others(unmeasured, tmp_path):
     path = schema.save_run(schema.open_run(unmeasured / "residual.nc"), tmp_path / "r.nc")
-    assert main(["analyze", str(path), "--metrics", "intrinsic_dimension"]) == FINE
+    assert main(["analyze", str(path), "--metrics", "procrustes"]) == FINE
     (reading,) = read_runs({"r": schema.open_run(path)})
-    assert {"effective_rank", "intrinsic_dimension"} <= set(reading.analysis)
-    assert "intrinsic_dimension" not in reading.analysis.attrs["on_request"]
-    assert "rbf_cka" in reading.analysis.attrs["on_request"]
+    assert {"effective_rank", "procrustes"} <= set(reading.analysis)
+    assert "procrustes" not in reading.analysis.attrs["on_request"]
+    assert "cknna" in reading.analysis.attrs["on_request"]
 
 
 def test_errors_of_pooled_metrics_are_a_choice(unmeasured, tmp_path, capsys):
@@ -160,13 +160,13 @@ def test_the_logits_that_training_began_with_stand_in_a_run(tmp_path, capsys):
     model.save_pretrained(tmp_path / "initial")
     ids = torch.arange(24).reshape(2, 12) + 1
     path = str(schema.save_run(probes.capture(model, {"input_ids": ids}), tmp_path / "r.nc"))
-    asked = ["analyze", path, "--metrics", "initial_distance,replay_distance"]
+    asked = ["analyze", path, "--metrics", "initial_distance,replayed_deflated_gain"]
     assert main([*asked, "--decay", "0.5"]) == USAGE
     assert "expected --initial CHECKPOINT too" in capsys.readouterr().err
     assert main([*asked, "--initial", str(tmp_path / "initial"), "--decay", "0.5"]) == FINE
     run = schema.open_run(path)
     assert run["trace"]["initial_logits"].attrs["decay"] == 0.5
-    assert set(run["metrics"].data_vars) == {"initial_distance", "replay_distance"}
+    assert set(run["metrics"].data_vars) == {"initial_distance", "replayed_deflated_gain"}
     assert set(run.children) == {"trace", "statistics", "coverage", "metrics"}
     again = ["analyze", path, "--metrics", "mixing_gain", "--initial", str(tmp_path / "initial")]
     assert main(again) == FINE  # with another decay: what rested on the old one no longer holds
@@ -181,3 +181,17 @@ def test_partial_metrics_in_a_run_are_not_taken_for_all(unmeasured, tmp_path, ca
     capsys.readouterr()
     assert main(["compare", str(path), "--metrics", "composite_gain", "--json"]) == FINE
     assert json.loads(capsys.readouterr().out)["aligned"][0]["metric"] == "composite_gain"
+
+
+def test_a_run_larger_than_memory_is_measured_in_parts(unmeasured, tmp_path, capsys):
+    run, out = str(unmeasured / "mhc.nc"), tmp_path / "m.nc"
+    asked = ["analyze", run, "--metrics", "cka,residual_norm", "--memory", "8GiB"]
+    assert main(asked) == USAGE
+    assert "expected --out RUN" in capsys.readouterr().err
+    assert main([*asked, "--out", str(out)]) == FINE
+    found = schema.open_run(out)["metrics"].to_dataset()
+    expected = analyze(schema.open_run(run), ["cka", "residual_norm"])
+    xr.testing.assert_allclose(found["residual_norm"], expected["residual_norm"], rtol=1e-8)
+    assert {"cka", "residual_norm"} <= set(found.data_vars)
+    assert main([*asked, "--out", str(out), "--jackknife"]) == USAGE
+    assert main([*asked, "--out", str(out), "--scheduler", "tcp://127.0.0.1:1"]) == USAGE
