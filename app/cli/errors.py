@@ -33,7 +33,7 @@ def sentence(error: BaseException) -> tuple[str, int]:
 
 def one_line(error: BaseException) -> str:
     """An error as one line for people."""
-    # str() of an OSError is "[Errno 2] No such file or directory: 'a.nc'".
+    # str() of an OSError is "[Errno 2] No such file or directory: 'a.zarr'".
     if isinstance(error, OSError) and error.strerror:
         reason = error.strerror.lower()
         name = "" if error.filename is None else f"{printable(error.filename, longest=200)}: "

@@ -34,7 +34,7 @@ def _endings() -> list[str]:
     return [SUFFIX]
 
 
-RESULT_FILE = OutputFile("result", _endings, "result.h5")
+RESULT_FILE = OutputFile("result", _endings, "result.zip")
 """The result of experiments that is written."""
 
 
@@ -84,7 +84,10 @@ def add_subject(parser: argparse.ArgumentParser) -> None:
         help=f"tokens per sequence (default {LENGTH}, or the run's)",
     )
     parser.add_argument(
-        "--out", type=RESULT_FILE, metavar="FILE", help="where to save (.h5); of a run: next to it by default"
+        "--out",
+        type=RESULT_FILE,
+        metavar="FILE",
+        help="where to save (.zip); of a run: next to it by default",
     )
     parser.add_argument("--force", action="store_true", help="replace the file of --out where it exists")
     add_json(parser)

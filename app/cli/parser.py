@@ -21,10 +21,10 @@ and where it dies, explodes or collapses: residual, hyper-connection (HC) and mH
 
 _EXAMPLES = """start here:
   depthscope demo                                          a real model, a dashboard, no arguments
-  depthscope probe ./checkpoint --text corpus.txt --out runs/a.nc
-  depthscope check runs/a.nc                               exit 1 where the signal fails
+  depthscope probe ./checkpoint --text corpus.txt --out runs/a.zarr
+  depthscope check runs/a.zarr                               exit 1 where the signal fails
   depthscope dashboard runs/
-  depthscope export runs/a.nc runs/b.nc --out paper/
+  depthscope export runs/a.zarr runs/b.zarr --out paper/
 
 exit codes:
   0 fine; 1 findings above the limit, or a run that was left out; 2 a wrong argument or a file that cannot be read;

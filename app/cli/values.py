@@ -44,7 +44,7 @@ def require_text(text: str) -> str:
         raise InputError(f"{quoted(text)} has {len(text)} characters; give at most {MAX_CHARACTERS}")
     try:
         text.encode()
-    # Neither HDF5 nor JSON can store such a name, and every one of them would be a special case further on.
+    # JSON cannot store such a name, and every one of them would be a special case further on.
     except UnicodeEncodeError:
         raise InputError(f"{quoted(text)} is not UTF-8; rename the file, or type the name again") from None
     return text

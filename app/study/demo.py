@@ -60,7 +60,7 @@ def run_demo(out: Path, *, browser: bool = True, quick: bool = False, seeds: int
     """
     # Before the minutes that follow; the study looks at its own files.
     if not quick:
-        schema.require_replaceable(out / "runs" / f"{SMOLLM2}.nc")
+        schema.require_replaceable(out / "runs" / f"{SMOLLM2}.zarr")
     started = time.perf_counter()
     steps = Steps(total=3 if quick else 6)
     folder = out / "runs"
@@ -119,7 +119,7 @@ def _probe_smollm2(steps: Steps, folder: Path) -> dict[str, Path]:
                 "loss_reduction": "mean",
             },
         )
-        return {SMOLLM2: schema.save_run(run, folder / f"{SMOLLM2}.nc")}
+        return {SMOLLM2: schema.save_run(run, folder / f"{SMOLLM2}.zarr")}
 
 
 def _train_small_models(steps: Steps, folder: Path, seconds: float, seeds: int) -> dict[str, Path]:

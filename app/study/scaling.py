@@ -241,7 +241,7 @@ def require_replaceable(over: str, folder: Path) -> None:
 
 
 def _paths(over: str, folder: Path) -> dict[str, Path]:
-    return {name: folder / f"{over}-{name}.h5" for name in STUDIES[over][1]}
+    return {name: folder / f"{over}-{name}.zip" for name in STUDIES[over][1]}
 
 
 def _require_figure(path: Path) -> None:

@@ -38,7 +38,7 @@ class StudyError(InputError):
 def run_seeds(out: Path, *, seeds: int, seconds: float, **options: Any) -> dict[str, Path]:
     """Run the study with several seeds, one after the other: one run tells nothing about chance.
 
-    ``out``: folder for the runs: ``residual-seed0.nc`` and so on; of one seed ``residual.nc``, as `run_study` names it.
+    ``out``: folder for the runs: ``residual-seed0.zarr`` and so on; of one seed ``residual.zarr``, as `run_study` names it.
     ``seeds``: how many; the seeds are 0, 1, ….
     ``seconds``: training time of each seed's three models together.
     Returns: The saved runs by name, seed by seed.
@@ -62,7 +62,7 @@ def run_study(
 ) -> dict[str, Path]:
     """Train a residual, an HC and an mHC model side by side, probe each, save runs and weights.
 
-    ``out``: folder for ``residual.nc``, ``hc.nc``, ``mhc.nc``, their weights, and ``residual-training`` and so on,
+    ``out``: folder for ``residual.zarr``, ``hc.zarr``, ``mhc.zarr``, their weights, and ``residual-training`` and so on,
     where each training is recorded while it runs; those of an earlier study are replaced.
     ``seconds``: training time of the three together; probing comes on top.
     ``seed``: of the weights and of the order of the data.
@@ -83,7 +83,7 @@ def run_study(
     learners = [create_learner(kind, recipe) for kind in CONNECTIONS]
     # Before the training: minutes of it would be lost.
     for learner in learners:
-        schema.require_replaceable(out / f"{learner.kind}{suffix}.nc")
+        schema.require_replaceable(out / f"{learner.kind}{suffix}.zarr")
         weights = out / f"{learner.kind}{suffix}.safetensors"
         require_replaceable_file(weights, partial(require_weights_of, learner.model))
 
@@ -94,7 +94,7 @@ def run_study(
                 learner.recorder = recorders.enter_context(_recorder(learner, recipe, store))
             spent = train_side_by_side(learners, corpus, recipe, progress=progress)
         return {
-            f"{each.kind}{suffix}": _save(each, corpus, recipe, out / f"{each.kind}{suffix}.nc", spent)
+            f"{each.kind}{suffix}": _save(each, corpus, recipe, out / f"{each.kind}{suffix}.zarr", spent)
             for each in learners
         }
 

@@ -149,8 +149,7 @@ def analyze_saved(
 
     chosen = {name: find_metric(name) for name in _metric_names(metrics)}
     with ExitStack() as stack:
-        # Not verified: that reads everything, and complete arrays at once.
-        runs = {name: stack.enter_context(open_run(path, verify=False)) for name, path in paths.items()}
+        runs = {name: stack.enter_context(open_run(path)) for name, path in paths.items()}
         measured = [
             scheduled.ChainOfRun(
                 name, os.path.abspath(paths[name]), chain, {str(key): of for key, of in run.attrs.items()}

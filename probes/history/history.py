@@ -184,7 +184,7 @@ def _require_place(place: Path, *, force: bool) -> None:
     """A history is renewed without being asked; anything else is only replaced with force."""
     if place.exists() and not force:
         try:
-            with schema.open_run(place, verify=False) as found:
+            with schema.open_run(place) as found:
                 is_history = CHECKPOINTS in found.attrs
         except schema.SchemaError:
             is_history = False
@@ -325,7 +325,7 @@ ENDING = ".checkpoints"
 HISTORY_OPTIONS = "history_options"
 """Attribute of a part: how it was measured. One that was measured in another way is measured again."""
 
-_PART = re.compile(r"step-(\d{15})\.nc")
+_PART = re.compile(r"step-(\d{15})\.zarr")
 
 
 def parts_folder(out: Path) -> Path:
@@ -345,7 +345,7 @@ def parts_folder(out: Path) -> Path:
 
 def part_path(folder: Path, step: int) -> Path:
     """The file of one checkpoint."""
-    return folder / f"step-{step:015d}.nc"
+    return folder / f"step-{step:015d}.zarr"
 
 
 def open_part(path: Path, options: Mapping[str, Any]) -> xr.DataTree | None:

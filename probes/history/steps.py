@@ -13,7 +13,7 @@ TRAINER_STATE = "trainer_state.json"
 # The number after one of these words, wherever it is; else the last number of the name.
 _WORDED = re.compile(r"(?:global_?step|step|iteration|iter|checkpoint|ckpt)[-_=. ]*(\d{1,15})", re.IGNORECASE)
 _NUMBER = re.compile(r"\d{1,15}")
-# Endings have numbers of their own (.h5).
+# Endings have numbers of their own (.mp4).
 _ENDINGS = re.compile(r"(\.(safetensors|gguf|pt|pth|bin|ckpt|zip))+$", re.IGNORECASE)
 
 

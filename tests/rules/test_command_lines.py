@@ -29,8 +29,8 @@ PARSER, PARSERS = parsing._build(COMMANDS)
 ALWAYS_WRONG = {
     "empty": "",
     "blank": " \t ",
-    "NUL": "a\0.nc",
-    "bytes that are not UTF-8": os.fsdecode(b"\xff\xfe.nc"),
+    "NUL": "a\0.zarr.zip",
+    "bytes that are not UTF-8": os.fsdecode(b"\xff\xfe.zarr.zip"),
     "a megabyte": "x" * 10**6,
 }
 NO_NUMBER = (
@@ -50,33 +50,33 @@ NO_NUMBER = (
 )
 SPECIAL = (
     "FIFO",
-    "FIFO.nc",
-    "SOCKET.nc",
+    "FIFO.zarr.zip",
+    "SOCKET.zarr.zip",
     "/dev/zero",
     "/dev/full",
     "/proc/kmsg",
     "/proc/self/mem",
-    "LOOP.nc",
+    "LOOP.zarr.zip",
     "TEXT/",
 )
 UNWRITABLE = (
     "/dev/full",
-    "/dev/null/x.nc",
-    "TEXT/x.nc",
-    "FIFO.nc",
-    "LOOP.nc",
-    "SOCKET.nc",
-    "y" * 300 + ".nc",
-    "/proc/x/y.nc",
+    "/dev/null/x.zarr.zip",
+    "TEXT/x.zarr.zip",
+    "FIFO.zarr.zip",
+    "LOOP.zarr.zip",
+    "SOCKET.zarr.zip",
+    "y" * 300 + ".zarr.zip",
+    "/proc/x/y.zarr.zip",
 )
 # What is wrong for an argument by its type; for a new type, add what it must refuse.
 WRONG = {
     Number: NO_NUMBER,
     ByteCount: (*NO_NUMBER, "0", "5 apples", "10XB"),
     InputPath: SPECIAL,
-    InputText: (*SPECIAL, "FOLDER", "nowhere.txt", "DANGLING.nc"),
-    InputRun: (*SPECIAL, "TEXT", "nowhere.nc", "DANGLING.nc"),
-    OutputFile: (*UNWRITABLE, "RUN", "PAGE", "FOLDER", "FOLDER.nc", "DANGLING.nc"),
+    InputText: (*SPECIAL, "FOLDER", "nowhere.txt", "DANGLING.zarr.zip"),
+    InputRun: (*SPECIAL, "TEXT", "nowhere.zarr.zip", "DANGLING.zarr.zip"),
+    OutputFile: (*UNWRITABLE, "RUN", "PAGE", "FOLDER", "FOLDER.zarr.zip", "DANGLING.zarr.zip"),
     OutputFolder: (*UNWRITABLE, "RUN", "TEXT"),
 }
 ODD = (
@@ -92,7 +92,7 @@ ODD = (
     ".",
     "..",
     "/",
-    "NOWHERE/../x.nc",
+    "NOWHERE/../x.zarr.zip",
     "*",
 )
 """May be taken or refused, but never answered by a traceback."""
@@ -106,7 +106,7 @@ VALID = {
     "text": "TEXT",
     "script": "TEXT",
     "names": "rank_collapse",
-    "out": {"probe": "NEW.nc", "merge": "NEW.nc", "report": "NEW.html"},
+    "out": {"probe": "NEW.zarr.zip", "merge": "NEW.zarr.zip", "report": "NEW.html"},
 }
 
 
@@ -126,20 +126,20 @@ NAMES = [f"{name} {action.dest}" for name, action in ARGUMENTS]
 def folder(tmp_path_factory, make_run) -> Path:
     """Files of every kind, under the names that stand for them above."""
     folder = tmp_path_factory.mktemp("files")
-    schema.save_run(make_run("residual", layers=1), folder / "run.nc")
+    schema.save_run(make_run("residual", layers=1), folder / "run.zarr.zip")
     (folder / "text.txt").write_text("some words")
     (folder / "page.html").write_text("<p>of somebody else")
-    for ending in ("", ".nc"):
+    for ending in ("", ".zarr.zip"):
         os.mkfifo(folder / f"fifo{ending}")
         (folder / f"folder{ending}").mkdir()
         (folder / f"folder{ending}" / "notes.txt").write_text("of somebody else")
-    (folder / "loop.nc").symlink_to("loop.nc")
-    (folder / "dangling.nc").symlink_to("nowhere.nc")
+    (folder / "loop.zarr.zip").symlink_to("loop.zarr.zip")
+    (folder / "dangling.zarr.zip").symlink_to("nowhere.zarr.zip")
     place = os.getcwd()
     # The address of a socket is at most 107 characters long.
     os.chdir(folder)
     with socket.socket(socket.AF_UNIX) as server:
-        server.bind("socket.nc")
+        server.bind("socket.zarr.zip")
     os.chdir(place)
     return folder
 
@@ -149,7 +149,13 @@ def call(folder, monkeypatch, capsys):
     """Check a command line as `main` does, with nothing after the checks; gives the exit code and what is on stderr."""
     monkeypatch.setattr(parsing, "COMMANDS", STOPPED)
     monkeypatch.chdir(folder)
-    named = {"RUN": "run.nc", "TEXT": "text.txt", "PAGE": "page.html", "FIFO": "fifo", "FOLDER": "folder"}
+    named = {
+        "RUN": "run.zarr.zip",
+        "TEXT": "text.txt",
+        "PAGE": "page.html",
+        "FIFO": "fifo",
+        "FOLDER": "folder",
+    }
     named |= {"SOCKET": "socket", "LOOP": "loop", "DANGLING": "dangling", "NEW": "new"}
 
     def call(words: list[str]) -> tuple[int, str]:

@@ -32,7 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="RUN",
         type=InputRun(),
-        help="run file (.nc, .zarr) or live store; several with --workers or --scheduler",
+        help="run file (.zarr, .zarr.zip) or live store; several with --workers or --scheduler",
     )
     add_max_bytes(parser)
     add_metrics(parser, about="only these metrics (default: all that the run has data for)")
@@ -75,7 +75,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         RUN_FILE,
         metavar="RUN",
-        about="save the metrics alone here, and leave the run as it is (with workers by default NAME.metrics.nc next to it)",
+        about="save the metrics alone here, and leave the run as it is (with workers by default NAME.metrics.zarr next to it)",
         required=False,
     )
     add_selection(parser)
@@ -187,7 +187,7 @@ def _require_options_of_workers(args: argparse.Namespace) -> None:
         )
     if args.out and len(args.runs) > 1:
         raise InputError(
-            "--out names one file for several runs; leave it out: each gets NAME.metrics.nc next to it"
+            "--out names one file for several runs; leave it out: each gets NAME.metrics.zarr next to it"
         )
     if len(set(args.runs)) < len(args.runs):
         raise InputError("a run is given twice; expected each once")
@@ -197,7 +197,7 @@ def _beside(run: str, *, force: bool) -> Path:
     """Where the metrics of a run go by default; an existing file is refused without ``--force``."""
     from depthscope.diagnostics.schema import without_suffix
 
-    place = Path(run).with_name(f"{without_suffix(Path(run).name)}.metrics.nc")
+    place = Path(run).with_name(f"{without_suffix(Path(run).name)}.metrics.zarr")
     if place.exists() and not force:
         raise InputError(f"{place} exists; name another file with --out, or add --force to replace it")
     return place
@@ -260,7 +260,7 @@ def _write(run: xr.DataTree, groups: dict[str, xr.Dataset], args: argparse.Names
     for path, metrics in groups.items():
         stored = schema.chain_dataset(run, "metrics", path.removeprefix("/metrics").strip("/"))
         nodes[path] = renewed(metrics, stored, complete=complete, outdated=outdated)
-    return schema.save_run(xr.DataTree.from_dict(nodes), args.run)
+    return schema.save_run(xr.DataTree.from_dict(nodes), args.run, force=True)
 
 
 COMMAND = Command("analyze", "compute the metrics of a run", _add_arguments, _run)

@@ -45,7 +45,6 @@ def _run(args: argparse.Namespace) -> int:
         runs = [
             {
                 "run": reading.name,
-                "integrity": reading.integrity,
                 **({"live_store": reading.attrs["live_store"]} if live_sentence(reading.attrs) else {}),
                 "proof": reading.attrs.get("proof"),
                 "constraint": reading.attrs.get("constraint"),
@@ -101,7 +100,6 @@ def _print_findings(readings: Sequence[Reading]) -> None:
         facts = [reading.attrs[key] for key in ("model", "family") if reading.attrs.get(key)]
         about = ", ".join(map(printable, facts))
         say(f"{printable(reading.name)}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
-        say(f"  file {printable(reading.integrity)}")
         live = live_sentence(reading.attrs)
         if live:
             say(f"  live store {printable(live)}")

@@ -15,7 +15,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs", nargs="+", metavar="RUN", type=InputRun(), help="the runs of all parts, in any order"
     )
     add_max_bytes(parser)
-    add_out(parser, RUN_FILE, metavar="RUN", about="where to save (.nc or .zarr)")
+    add_out(parser, RUN_FILE, metavar="RUN", about="where to save (.zarr or .zarr.zip)")
     add_json(parser)
 
 

@@ -55,7 +55,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         ("stream", "only these streams, next to all at once"),
     ):
         parser.add_argument(f"--{name}", type=Spans(), metavar="N,N-N", help=words)
-    parser.add_argument("--out", type=RESULT_FILE, metavar="FILE", help="where to save (.h5)")
+    parser.add_argument("--out", type=RESULT_FILE, metavar="FILE", help="where to save (.zip)")
     parser.add_argument(
         "--figure",
         type=OutputFile("figure", lambda: (".pdf", ".svg", ".png"), "patch.svg"),

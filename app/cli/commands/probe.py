@@ -58,7 +58,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         parser,
         PROBED_RUN,
         metavar="RUN",
-        about="where to save (.nc or .zarr; default the checkpoint's name and .nc, in this folder)",
+        about="where to save (.zarr or .zarr.zip; default the checkpoint's name and .zarr, in this folder)",
         required=False,
     )
     parser.add_argument(
@@ -204,7 +204,7 @@ def _forwards(batch: dict[str, Any], args: argparse.Namespace) -> tuple[Any, dic
 def _default_name(checkpoint: str) -> str:
     """A name for the run in the working folder: that of the checkpoint, of a factory that of its module and function."""
     name = Path(checkpoint).resolve().name.removesuffix(".gguf").replace(":", "-").replace("@", "-")
-    return f"{name or 'run'}.nc"
+    return f"{name or 'run'}.zarr"
 
 
 def _judged(path: Path) -> list[Reading]:

@@ -176,7 +176,7 @@ def _analyze_commands(
     ]
     metrics = ["--metrics", kind.metric] if kind else []
     return [
-        command_line("analyze", path, *metrics, *options, "--out", f"metrics_{i}.nc", "--json")
+        command_line("analyze", path, *metrics, *options, "--out", f"metrics_{i}.zarr", "--json")
         for i, path in enumerate(_paths(readings), start=1)
     ]
 

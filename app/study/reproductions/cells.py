@@ -32,7 +32,7 @@ def row_path(out: Path, cell: Cell) -> Path:
 
 def run_path(out: Path, cell: Cell) -> Path:
     """Where a cell's run is saved, if it is."""
-    return out / "runs" / f"{cell.name}-{cell.digest}.nc"
+    return out / "runs" / f"{cell.name}-{cell.digest}.zarr"
 
 
 def weights_path(out: Path, cell: Cell) -> Path:

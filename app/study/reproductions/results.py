@@ -170,13 +170,11 @@ def _deepest_readings(study: Study, scale: Scale, rows: Sequence[Row], out: Path
             assert analysis is not None
             title = study.families[cell.settings["family"]]
             attrs: Mapping[str, object] = shown_attributes(dict(run.attrs))
-            integrity = schema.integrity(run)
             found.append(
                 judged(
                     title,
                     attrs,
                     analysis.load(),
-                    integrity,
                     chain="",
                     path=str(path),
                     results={},

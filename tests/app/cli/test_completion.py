@@ -15,12 +15,12 @@ from depthscope.app.cli.main import main
 CASES = [
     ("depthscope chec", {"check"}),
     ("depthscope check --fail", {"--fail-on"}),
-    ("depthscope check ", {"a.nc", "two words.nc"}),
-    ("depthscope probe model --text ", {"a.nc", "notes.txt"}),
+    ("depthscope check ", {"a.zarr.zip", "two words.zarr.zip"}),
+    ("depthscope probe model --text ", {"a.zarr.zip", "notes.txt"}),
     ("depthscope probe model --dtype b", {"bfloat16"}),
-    ("depthscope export a.nc --venue ", {"icml", "neurips", "iclr", "acl", "cvpr", "ieee", "plain"}),
-    ("depthscope analyze a.nc --metrics token_c", {"token_cosine"}),
-    ("depthscope compare a.nc --scope ", {"sequence", "data"}),
+    ("depthscope export a.zarr.zip --venue ", {"icml", "neurips", "iclr", "acl", "cvpr", "ieee", "plain"}),
+    ("depthscope analyze a.zarr.zip --metrics token_c", {"token_cosine"}),
+    ("depthscope compare a.zarr.zip --scope ", {"sequence", "data"}),
     ("depthscope --completion ", {"bash", "zsh", "fish"}),
 ]
 _BASH = r"""
@@ -42,7 +42,7 @@ def script(shell: str, capsys) -> str:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    for name in ("a.nc", "two words.nc", "notes.txt"):
+    for name in ("a.zarr.zip", "two words.zarr.zip", "notes.txt"):
         (tmp_path / name).touch()
     monkeypatch.chdir(tmp_path)
     return tmp_path

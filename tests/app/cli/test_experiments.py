@@ -73,7 +73,7 @@ def test_lens_tells_what_each_depth_reads(text, capsys):
 
 
 def test_of_a_run_its_checkpoint_and_its_text_are_asked_for(text, tmp_path, capsys):
-    run = tmp_path / "a.nc"
+    run = tmp_path / "a.zarr.zip"
     sizes = ("--length", 16, "--sequences", 3)
     assert call("probe", FACTORY, "--text", text, *sizes, "--out", run) == FINE
     assert "no gradients: build takes no labels" in capsys.readouterr().err
@@ -88,13 +88,13 @@ def test_of_a_run_its_checkpoint_and_its_text_are_asked_for(text, tmp_path, caps
     assert call("ablate", run, "--model", FACTORY, "--text", other) == USAGE
     assert "another text than the run's (notes.txt" in capsys.readouterr().err
     assert call("ablate", run, "--model", FACTORY, "--text", text, "--do", "skip") == FINE
-    saved = experiments.open_result(tmp_path / "a.ablate.h5")
+    saved = experiments.open_result(tmp_path / "a.ablate.zip")
     assert (saved.sizes["sample"], saved.sizes["token"]) == (3, 16)  # as in the run
     assert (
         call("ablate", run, "--model", FACTORY, "--text", text, "--do", "patch", "--from", run, "--force")
         == FINE
     )
-    patched = experiments.open_result(tmp_path / "a.ablate.h5")
+    patched = experiments.open_result(tmp_path / "a.ablate.zip")
     assert float(abs(patched.output_change).max()) == 0  # its own states
     capsys.readouterr()
     assert call("jacobian", run, "--model", FACTORY, "--text", text, "--values", 3, "--json") == FINE

@@ -70,12 +70,18 @@ def test_version_is_one_line(capsys):
     [
         (["chek"], "did you mean check"),
         (["zzz"], "expected one of demo, probe"),
-        (["export", "a.nc"], "the following arguments are required: --out"),
-        (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "0"], "0 is not positive"),
-        (["probe", "x", "--text", "t", "--out", "r.nc", "--length", "ten"], "'ten' is not a whole number"),
-        (["analyze", "a.nc", "--metrics", ""], "argument --metrics: '' names nothing; give one name or"),
-        (["compare", "a.nc", "--metrics", " , "], "argument --metrics: ' , ' names nothing"),
-        (["check", "a.nc", "--fail-on", ""], "argument --fail-on: '' names nothing"),
+        (["export", "a.zarr.zip"], "the following arguments are required: --out"),
+        (["probe", "x", "--text", "t", "--out", "r.zarr.zip", "--length", "0"], "0 is not positive"),
+        (
+            ["probe", "x", "--text", "t", "--out", "r.zarr.zip", "--length", "ten"],
+            "'ten' is not a whole number",
+        ),
+        (
+            ["analyze", "a.zarr.zip", "--metrics", ""],
+            "argument --metrics: '' names nothing; give one name or",
+        ),
+        (["compare", "a.zarr.zip", "--metrics", " , "], "argument --metrics: ' , ' names nothing"),
+        (["check", "a.zarr.zip", "--fail-on", ""], "argument --fail-on: '' names nothing"),
     ],
 )
 def test_wrong_usage_is_one_line_and_two(words, said, capsys):
@@ -90,14 +96,14 @@ def test_wrong_usage_is_one_line_and_two(words, said, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["check", "missing.nc"], "missing.nc"),
-        (["check", "RUNS/hc.nc", "--fail-on", "rank_colapse"], "closest: 'rank_collapse'"),
-        (["analyze", "RUNS/hc.nc", "--metrics", "efective_rank"], "closest: 'effective_rank'"),
+        (["check", "missing.zarr.zip"], "missing.zarr.zip"),
+        (["check", "RUNS/hc.zarr.zip", "--fail-on", "rank_colapse"], "closest: 'rank_collapse'"),
+        (["analyze", "RUNS/hc.zarr.zip", "--metrics", "efective_rank"], "closest: 'effective_rank'"),
         (["compare", "RUNS", "--tokens", "some"], "expected one of all, ordinary"),
         (["export", "RUNS", "--out", "OUT/paper", "--venue", "a4"], "expected one of icml, neurips, iclr"),
         (["report", "RUNS", "--out", "OUT/report.pdf"], "expected such as report.html"),
-        (["probe", "x", "--text", "missing.txt", "--out", "r.nc"], "missing.txt: no such file"),
-        (["probe", "x", "--text", "missing.txt", "--out", "r.npy"], "ends in .nc, .zarr"),
+        (["probe", "x", "--text", "missing.txt", "--out", "r.zarr.zip"], "missing.txt: no such file"),
+        (["probe", "x", "--text", "missing.txt", "--out", "r.npy"], "ends in .zarr, .zarr.zip"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_two(words, said, saved, tmp_path, capsys):
@@ -109,8 +115,8 @@ def test_bad_input_is_one_clear_line_and_two(words, said, saved, tmp_path, capsy
 
 
 def test_foreign_file_is_no_run(tmp_path, capsys):
-    (tmp_path / "torn.nc").write_bytes(b"not a netCDF file")
-    assert main(["check", str(tmp_path / "torn.nc")]) == USAGE
+    (tmp_path / "torn.zarr.zip").write_bytes(b"not a netCDF file")
+    assert main(["check", str(tmp_path / "torn.zarr.zip")]) == USAGE
     assert "cannot be read" in capsys.readouterr().err
 
 
@@ -190,8 +196,8 @@ def test_dashboard_hands_its_arguments_on(monkeypatch, saved):
 @pytest.mark.slow(but=1, more=1)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)])
 def test_a_command_that_is_ended_while_it_writes_removes_what_it_wrote(saved, tmp_path, number, code):
-    run = tmp_path / "hc.nc"
-    shutil.copy(saved / "hc.nc", run)
+    run = tmp_path / "hc.zarr.zip"
+    shutil.copy(saved / "hc.zarr.zip", run)
     before = run.read_bytes()
     # The writer stops in the middle of the new file, and waits to be ended.
     program = (
@@ -215,4 +221,4 @@ def test_a_command_that_is_ended_while_it_writes_removes_what_it_wrote(saved, tm
     assert process.returncode == code
     assert "Traceback" not in errors
     assert run.read_bytes() == before
-    assert os.listdir(tmp_path) == ["hc.nc"]
+    assert os.listdir(tmp_path) == ["hc.zarr.zip"]

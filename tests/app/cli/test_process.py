@@ -37,7 +37,7 @@ def _shell(line: str, **options) -> subprocess.CompletedProcess:
     ],
 )
 def test_output_that_is_lost_is_an_error_in_one_line(words, end, said, saved):
-    done = _shell(f"$D {words.replace('RUN', str(saved / 'residual.nc'))} {end}")
+    done = _shell(f"$D {words.replace('RUN', str(saved / 'residual.zarr.zip'))} {end}")
     assert done.returncode == USAGE
     assert said in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
@@ -55,20 +55,20 @@ def test_a_reader_that_leaves_is_a_line_and_141():
 
 
 def test_closed_streams_are_no_reason_for_a_traceback(saved):
-    assert _shell("$D check nowhere.nc >&- 2>&- <&-").returncode == USAGE
-    done = _shell("$D probe some.module:factory --text - --out new.nc <&-", cwd=saved)
+    assert _shell("$D check nowhere.zarr.zip >&- 2>&- <&-").returncode == USAGE
+    done = _shell("$D probe some.module:factory --text - --out new.zarr.zip <&-", cwd=saved)
     assert done.returncode == USAGE
     assert "standard input is closed" in done.stderr
 
 
 def test_an_endless_standard_input_is_read_up_to_a_limit(saved):
-    done = _shell("$D probe some.module:factory --text - --out new.nc </dev/zero", cwd=saved)
+    done = _shell("$D probe some.module:factory --text - --out new.zarr.zip </dev/zero", cwd=saved)
     assert done.returncode == USAGE
     assert "more than 100000000 bytes" in done.stderr
 
 
 def test_a_terminal_in_ascii_shows_escapes(saved):
-    done = _shell(f"PYTHONIOENCODING=ascii $D check {saved / 'hc.nc'}")
+    done = _shell(f"PYTHONIOENCODING=ascii $D check {saved / 'hc.zarr.zip'}")
     assert done.stdout.isascii()
     assert "check --fail-on fail" in done.stdout
 

@@ -176,11 +176,11 @@ def test_what_lies_beside_the_runs_changes_nothing(make_run, tmp_path):
     """An unrelated file in their folder recoloured the runs, and 72 of 184 files did not follow any more."""
     from depthscope.diagnostics import save_run
 
-    paths = [tmp_path / "mhc.nc", tmp_path / "zz.nc"]
+    paths = [tmp_path / "mhc.zarr.zip", tmp_path / "zz.zarr.zip"]
     save_run(make_run("mhc", layers=2), paths[0])
     save_run(make_run("residual", layers=2), paths[1])
     bundle = write_bundle(read_paths([*map(str, paths)])[0], tmp_path / "paper", formats=("pdf",))
-    save_run(make_run("hc", layers=2), tmp_path / "a.nc")
+    save_run(make_run("hc", layers=2), tmp_path / "a.zarr.zip")
     checked = verify_bundle(bundle, read_paths([*map(str, paths)])[0])
     assert checked.follows, checked.in_words()
     assert not checked.redrawn

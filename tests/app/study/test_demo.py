@@ -51,14 +51,14 @@ def tiny(monkeypatch):
 def test_quick_demo_ends_with_everything_written_and_replaces_an_earlier_one(
     tmp_path, capsys, tiny, make_run
 ):
-    schema.save_run(make_run("mhc"), tmp_path / "runs" / "hc.nc")
+    schema.save_run(make_run("mhc"), tmp_path / "runs" / "hc.zarr.zip")
     (tmp_path / "runs" / "mine.txt").write_text("notes")
     assert main(["demo", "--out", str(tmp_path), "--no-browser", "--quick"]) == 0
     assert (tmp_path / "runs" / "mine.txt").read_text() == "notes"
-    assert schema.open_run(tmp_path / "runs" / "hc.nc").attrs["family"] == "hc"
+    assert schema.open_run(tmp_path / "runs" / "hc.zarr.zip").attrs["family"] == "hc"
     runs = schema.list_runs(tmp_path / "runs")
     families = ["hc", "mhc", "residual"]
-    recorded = [f"{family}{ending}" for family in families for ending in ("-training", ".nc")]
+    recorded = [f"{family}{ending}" for family in families for ending in ("-training", ".zarr.zip")]
     assert sorted(path.name for path in runs.values()) == sorted(recorded)
     for path in runs.values():
         run = schema.open_run(path).load()
@@ -93,7 +93,7 @@ def test_without_the_weights_and_where_the_bundle_was_edited_the_rest_goes_on(
         raise ValueError("tables/summary.tex was edited")
 
     def trained(out, *, seconds):
-        return {"hc": schema.save_run(make_run("hc"), out / "hc.nc")}
+        return {"hc": schema.save_run(make_run("hc"), out / "hc.zarr.zip")}
 
     monkeypatch.setattr(study, "run_study", trained)
     monkeypatch.setattr(load, "load_checkpoint", absent)

@@ -214,19 +214,19 @@ def test_weights_saved_with_the_runs_load_again(saved, monkeypatch):
 
 
 def test_a_second_study_replaces_the_first(saved, make_run, tmp_path, monkeypatch):
-    schema.save_run(make_run("hc"), tmp_path / "hc.nc")
+    schema.save_run(make_run("hc"), tmp_path / "hc.zarr.zip")
     shutil.copy(saved["hc"].with_suffix(".safetensors"), tmp_path)
     monkeypatch.setattr(study, "CONNECTIONS", ("hc",))
     again = study.run_study(tmp_path, progress=False, recipe=replace(RECIPE))
     first, second = (schema.open_run(paths["hc"]).load() for paths in (saved, again))
     assert np.array_equal(first["trace"]["residual"].values, second["trace"]["residual"].values)
-    assert sorted(os.listdir(tmp_path)) == ["hc-training", "hc.nc", "hc.safetensors"]
+    assert sorted(os.listdir(tmp_path)) == ["hc-training", "hc.zarr.zip", "hc.safetensors"]
     assert (
         schema.open_run(tmp_path / "hc-training").attrs["live_store"]["num_rows"] == 3
     )  # and not twice as many
 
 
-@pytest.mark.parametrize("name", ["mhc.nc", "mhc.safetensors"])
+@pytest.mark.parametrize("name", ["mhc.zarr.zip", "mhc.safetensors"])
 def test_a_file_of_somebody_else_is_refused_before_the_training(tmp_path, monkeypatch, name):
     (tmp_path / name).write_bytes(b"measurements of a colleague")
     monkeypatch.setattr(study, "train_side_by_side", lambda *_, **__: pytest.fail("trained first"))
@@ -241,12 +241,12 @@ def test_command_prints_the_runs(monkeypatch, capsys, tmp_path):
 
     def run_study(out, *, seconds):
         asked.update(out=out, seconds=seconds)
-        return {"hc": out / "hc.nc"}
+        return {"hc": out / "hc.zarr.zip"}
 
     monkeypatch.setattr(study, "run_study", run_study)
     assert main(["study", "--out", str(tmp_path), "--minutes", "1.5"]) == 0
     assert asked == {"out": tmp_path, "seconds": 90.0}
-    assert capsys.readouterr().out == f"{tmp_path / 'hc.nc'}\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'hc.zarr.zip'}\n"
 
 
 def test_command_with_seeds_shares_the_time(monkeypatch, capsys, tmp_path):
@@ -254,12 +254,15 @@ def test_command_with_seeds_shares_the_time(monkeypatch, capsys, tmp_path):
 
     def run_study(out, *, seconds, seed, suffix):
         asked.append((seconds, seed, suffix))
-        return {f"hc{suffix}": out / f"hc{suffix}.nc"}
+        return {f"hc{suffix}": out / f"hc{suffix}.zarr.zip"}
 
     monkeypatch.setattr(study, "run_study", run_study)
     assert main(["study", "--out", str(tmp_path), "--minutes", "1", "--seeds", "2"]) == 0
     assert asked == [(30.0, 0, "-seed0"), (30.0, 1, "-seed1")]
-    assert capsys.readouterr().out.split() == [str(tmp_path / "hc-seed0.nc"), str(tmp_path / "hc-seed1.nc")]
+    assert capsys.readouterr().out.split() == [
+        str(tmp_path / "hc-seed0.zarr.zip"),
+        str(tmp_path / "hc-seed1.zarr.zip"),
+    ]
     with pytest.raises(SystemExit, match="2"):
         main(["study", "--out", str(tmp_path), "--seeds", "0"])
     assert "0 is not positive" in capsys.readouterr().err
@@ -271,7 +274,7 @@ def test_runs_of_two_seeds_lie_side_by_side_and_differ(tmp_path, monkeypatch):
     saved = study.run_seeds(tmp_path, seeds=2, seconds=1.0, progress=False, recipe=recipe)
     assert list(saved) == ["residual-seed0", "residual-seed1"]
     assert all(
-        path.name == f"{name}.nc" and path.with_suffix(".safetensors").exists()
+        path.name == f"{name}.zarr.zip" and path.with_suffix(".safetensors").exists()
         for name, path in saved.items()
     )
     runs = [schema.open_run(saved[f"residual-seed{seed}"]).load() for seed in (0, 1)]

@@ -61,7 +61,7 @@ def test_every_metric_in_blocks_is_the_metric_of_the_whole(family, client, monke
 
 def test_several_runs_and_a_run_in_memory(client, tmp_path):
     runs = {name: synthetic_run("residual", layers=2, seed=seed) for name, seed in (("a", 0), ("b", 1))}
-    paths = {name: save_run(run, tmp_path / f"{name}.nc") for name, run in runs.items()}
+    paths = {name: save_run(run, tmp_path / f"{name}.zarr.zip") for name, run in runs.items()}
     done = []
     found = analyze_saved(
         paths, scheduler=client, metrics=["residual_norm", "cka"], progress=lambda *state: done.append(state)
@@ -111,7 +111,7 @@ def test_what_fits_in_no_part_is_refused_with_its_bytes():
 
 
 def test_what_a_lost_worker_measured_is_named_and_the_rest_is_kept(client, monkeypatch, tmp_path):
-    path = save_run(synthetic_run("residual", layers=2), tmp_path / "a.nc")
+    path = save_run(synthetic_run("residual", layers=2), tmp_path / "a.zarr.zip")
 
     def losing(client, function, arguments, report):
         results = run_all(client, function, arguments, report)
@@ -145,8 +145,8 @@ def test_a_cluster_without_workers_or_of_another_version_is_told(client, monkeyp
     with pytest.raises(OSError, match=r"the cluster has had no worker for 0\.1 s"):
         run_all(client, _sleep, [(0.5,)], lambda done: None)
     monkeypatch.undo()
-    missing = scheduled.ChainOfRun("a", str(tmp_path / "a.nc"), "", {})
-    with pytest.raises(FileNotFoundError, match=r"a worker does not find the run .*a\.nc"):
+    missing = scheduled.ChainOfRun("a", str(tmp_path / "a.zarr.zip"), "", {})
+    with pytest.raises(FileNotFoundError, match=r"a worker does not find the run .*a\.zarr.zip"):
         run_all(client, tasks.find_facts, [(missing.path, "", {}, [0], False)], lambda done: None)
 
 

@@ -91,7 +91,7 @@ def test_a_run_keeps_the_commit_and_an_experiment_finds_its_checkpoint_again(ser
     attrs = json.loads(capsys.readouterr().out)["attrs"]
     assert (attrs["repository"], attrs["repository_commit"]) == ("org/tiny", COMMIT)
     assert attrs["model"] == "tiny"
-    assert main(["ablate", "tiny.nc", "--blocks", "0"]) == FINE
+    assert main(["ablate", "tiny.zarr.zip", "--blocks", "0"]) == FINE
     assert "skip block 0" in capsys.readouterr().out
     assert main(["describe", "org/tiny", "--plan", "--json"]) == FINE
     assert main(["describe", "org/tiny", "--weights-only", "--json"]) == FINE

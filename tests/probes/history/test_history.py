@@ -41,9 +41,9 @@ def checkpoints(tmp_path):
 
 def test_a_history_has_the_numbers_of_each_checkpoint(checkpoints, tmp_path):
     paths, start, away = checkpoints
-    found = probe_checkpoints(reversed(paths), TEXT, tmp_path / "h.nc", factory=FACTORY, **SIZES)
+    found = probe_checkpoints(reversed(paths), TEXT, tmp_path / "h.zarr.zip", factory=FACTORY, **SIZES)
     assert (found.left_out, found.num_probed) == ({}, 3)
-    run = open_run(tmp_path / "h.nc")
+    run = open_run(tmp_path / "h.zarr.zip")
     metrics = run.metrics.to_dataset()
     assert metrics.step.values.tolist() == [0, 20, 100]
     states = []
@@ -87,7 +87,7 @@ def test_a_history_has_the_numbers_of_each_checkpoint(checkpoints, tmp_path):
 @pytest.mark.slow(one_in=5)
 def test_only_what_is_new_is_probed_and_the_last_one_is_the_newest(checkpoints, tmp_path):
     paths, *_ = checkpoints
-    out = tmp_path / "h.nc"
+    out = tmp_path / "h.zarr.zip"
     first = probe_checkpoints(paths[:2], TEXT, out, factory=FACTORY, **SIZES)
     assert float(first.run.metrics.last_checkpoint_cka.isel(step=1, depth=0)) == pytest.approx(1.0)
     again = probe_checkpoints(paths, TEXT, out, factory=FACTORY, **SIZES)
@@ -103,7 +103,7 @@ def test_a_broken_checkpoint_is_told_and_the_exit_code_says_so(checkpoints, tmp_
     paths, *_ = checkpoints
     (tmp_path / "t.txt").write_text(TEXT)
     paths[1].write_bytes(paths[1].read_bytes()[:99])
-    words = ["--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "h.nc"), "--length", "16"]
+    words = ["--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "h.zarr.zip"), "--length", "16"]
     words = [
         "probe",
         *map(str, paths),
@@ -130,9 +130,9 @@ def test_what_is_no_history_stays(checkpoints, tmp_path):
     (tmp_path / "h.checkpoints").mkdir()
     (tmp_path / "h.checkpoints" / "thesis.tex").write_text("mine")
     with pytest.raises(FileExistsError, match=r"contains thesis\.tex"):
-        probe_checkpoints(paths, TEXT, tmp_path / "h.nc", factory=FACTORY, **SIZES)
+        probe_checkpoints(paths, TEXT, tmp_path / "h.zarr.zip", factory=FACTORY, **SIZES)
     with pytest.raises(ValueError, match="no checkpoint could be probed"):
-        probe_checkpoints([tmp_path / "step-1"], TEXT, tmp_path / "x.nc", **SIZES)
+        probe_checkpoints([tmp_path / "step-1"], TEXT, tmp_path / "x.zarr.zip", **SIZES)
 
 
 def test_steps_are_numbers_and_of_one_checkpoint_each(tmp_path):

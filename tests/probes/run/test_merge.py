@@ -41,7 +41,8 @@ def split(request):
 def test_runs_added_are_the_run_of_everything(split, tmp_path):
     single, runs = split
     opened = [
-        diagnostics.open_run(diagnostics.save_run(run, tmp_path / f"{i}.nc")) for i, run in enumerate(runs)
+        diagnostics.open_run(diagnostics.save_run(run, tmp_path / f"{i}.zarr.zip"))
+        for i, run in enumerate(runs)
     ]
     merged = merge_runs(opened)
     assert merged.attrs["merged_tokens"] == float(single.statistics.streamed_count[0]) == 24 * 18

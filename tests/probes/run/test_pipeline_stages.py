@@ -70,7 +70,7 @@ def test_joined_stages_are_the_whole_model(cuts, numbered, tmp_path):
     runs = captured(stages_of(blocks, cuts, numbered=numbered), x)
     joined = probes.merge_runs(
         [
-            diagnostics.open_run(diagnostics.save_run(run, tmp_path / f"{at}.nc"))
+            diagnostics.open_run(diagnostics.save_run(run, tmp_path / f"{at}.zarr.zip"))
             for at, run in enumerate(reversed(runs))
         ]
     )

@@ -602,7 +602,7 @@ def test_off_by_default(models):
 
 def test_a_saved_run_keeps_what_was_streamed(models, tmp_path):
     run = probes.capture(models["llama"](), batches(2), streaming=True)
-    opened = diagnostics.open_run(diagnostics.save_run(run, tmp_path / "a.nc"))
+    opened = diagnostics.open_run(diagnostics.save_run(run, tmp_path / "a.zarr.zip"))
     for name in ("eigenvalue", "hsic_without"):
         np.testing.assert_array_equal(opened.statistics[name].values, run.statistics[name].values)
 
