@@ -58,7 +58,6 @@ if TYPE_CHECKING:
         settle,
     )
     from depthscope.probes.checkpoints.load import load_checkpoint as load
-    from depthscope.probes.coordinate_check import coordinate_check
     from depthscope.probes.jacobian import jacobian
     from depthscope.probes.lens import lens
 
@@ -96,7 +95,6 @@ __all__ = [
     "analyze",
     "app",
     "capture",
-    "coordinate_check",
     "describe",
     "describe_weights",
     "diagnostics",
@@ -140,11 +138,7 @@ if not TYPE_CHECKING:
     def _load(name: str) -> Any:
         if name in _ROOMS:
             return importlib.import_module(f"depthscope.{name}")
-        if name in (
-            "coordinate_check",
-            "jacobian",
-            "lens",
-        ):  # `probes.jacobian` is the room, and its verb is in it
+        if name in ("jacobian", "lens"):  # `probes.jacobian` is the room, and its verb is in it
             return getattr(importlib.import_module(f"depthscope.probes.{name}"), name)
         if name == "load":
             return importlib.import_module("depthscope.probes.checkpoints.load").load_checkpoint

@@ -211,9 +211,7 @@ class Trial:
 
     def __init__(self, options: argparse.Namespace):
         self.options, self.killed, self.tried = options, 0, 0
-        # What numba compiles is no code that could be exchanged.
-        paths = [path for path in sorted(ROOT.glob(ROOMS[options.room][0])) if "_compiled" not in path.name]
-        files = [str(path.relative_to(ROOT)) for path in paths]
+        files = [str(path.relative_to(ROOT)) for path in sorted(ROOT.glob(ROOMS[options.room][0]))]
         every = mutants(files)
         self.chosen = Random(options.seed).sample(every, min(options.number, len(every)))
         self.before = earlier(options.again) if options.again else {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,6 @@ from depthscope.app.paper.latex_snippets import (
     tables_tex,
 )
 from depthscope.app.paper.methods import methods_latex, methods_text
-from depthscope.app.paper.replaced_folder import replaced_folder, write_manifest
 from depthscope.app.readings.provenance import file_digest, numbers_digest, software, source_commit
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.comparison import comparison_table
@@ -38,8 +39,11 @@ from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut
 from depthscope.app.text.latex import pictured_words
 from depthscope.app.text.venues import Venue, venue_of
+from depthscope.diagnostics import atomic_writes
+from depthscope.diagnostics.errors import InputError
 
 VECTOR = ("pdf", "svg")
+MANIFEST, MADE_BY = "manifest.json", "depthscope export"
 MOST_COMPARED = 8
 """Runs up to which a table has them side by side; the table of runs has all. A heuristic of ours: a column each."""
 
@@ -110,7 +114,7 @@ def write_bundle(
     runs : mapping of str to DataTree, or sequence of Reading
         Runs by the names to print, or what `read_runs` made of them.
     out : Path
-        Missing, empty, or written by an earlier export. Files of others in it stay.
+        A new folder, or an empty one.
     venue : str
         ``"icml"``, ``"neurips"``, ``"iclr"``, ``"acl"``, ``"cvpr"``, ``"ieee"`` or ``"plain"``.
     view : Selection, optional
@@ -120,7 +124,7 @@ def write_bundle(
     formats : sequence of str
         Formats of the figures; PGF needs a LaTeX installation. PDF is always among them: the snippets include it.
     force : bool
-        Replace files of an earlier export that were edited; files of others are never replaced.
+        Replace a folder that an earlier export wrote, with all that is in it; a folder of anything else never is.
     second_process : bool
         Draw in two processes: the same files, sooner.
 
@@ -132,15 +136,52 @@ def write_bundle(
     Raises
     ------
     ValueError
-        For an unknown venue, no run, a foreign folder, or a bundle with edited files.
+        For an unknown venue, no run, or a folder that has files in it.
     """
     # Before the runs are analysed, which takes far longer.
     page = venue_of(venue)
-    # Analysed inside: a folder of somebody else is refused before anything is computed.
-    with replaced_folder(Path(out), force=force) as folder:
+    # Analysed inside: a folder that is taken is refused before anything is computed.
+    with atomic_writes.replaced_folder(Path(out), others=partial(require_place, force=force)) as folder:
         bundle = make_bundle(runs, page, view=view, by=by, formats=formats)
         write_files(bundle, folder, second_process=second_process)
     return Path(out)
+
+
+def require_place(target: Path, *, force: bool = False) -> tuple[()]:
+    """Refuse a folder that a bundle cannot be written to.
+
+    Raises InputError: For a file, and a folder with files in it; with ``force`` unless an export wrote it.
+    """
+    if not target.is_dir():
+        raise InputError(f"{target} is a file; name a folder to write to")
+    if not os.listdir(target):
+        return ()
+    if not force:
+        raise InputError(
+            f"{target} has files in it; name a new folder with --out, or replace a folder of an earlier export with --force"
+        )
+    try:
+        with (target / MANIFEST).open(
+            "rb"
+        ) as file:  # ours begins with this; a manifest of another program does not
+            is_ours = MADE_BY in file.read(200).decode(errors="replace")
+    except OSError:
+        is_ours = False
+    if not is_ours:
+        raise InputError(
+            f"{target} is not a folder that depthscope export wrote; name a new folder with --out"
+        )
+    return ()
+
+
+def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """The facts and the SHA-256 of every file, sorted: the order of a listing differs between systems."""
+    names = sorted(entry.relative_to(folder) for entry in folder.rglob("*") if entry.is_file())
+    files = {name.as_posix(): hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    text = json.dumps(
+        {"made_by": MADE_BY, **facts, "files": files}, indent=2, default=str, ensure_ascii=False
+    )
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def make_bundle(
@@ -187,7 +228,7 @@ def write_files(bundle: Bundle, folder: Path, *, second_process: bool = False) -
         write_word(word, folder / "words" / f"{codes}.pdf")
     if not any((folder / "words").iterdir()):
         (folder / "words").rmdir()
-    write_manifest(folder, _facts(bundle))
+    _write_manifest(folder, _facts(bundle))
 
 
 def _paths(folder: Path, name: str, formats: Sequence[str]) -> list[Path]:

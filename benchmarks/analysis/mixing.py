@@ -14,7 +14,6 @@ from benchmarks.analysis.comparison import Comparison, Step, Tool
 from benchmarks.analysis.inputs import KINDS, mixing
 from depthscope.diagnostics import analyze, create_run, schema
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.kernels.mixing._compiled_jacobi import compiled_rotations
 
 # In the order of the catalogue's reductions: median, p1, p99.
 QUANTILES = (0.5, 0.01, 0.99)
@@ -23,7 +22,6 @@ QUANTILES = (0.5, 0.01, 0.99)
 
 
 def own_values(matrices: np.ndarray, *, convert: Callable[[np.ndarray], Any]) -> Step:
-    compiled_rotations()  # loads numba where it is installed, as it is in a training
     return partial(kernel.singular_values, convert(matrices))
 
 

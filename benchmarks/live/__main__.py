@@ -63,9 +63,7 @@ def main() -> None:
             if getattr(arguments, what):
                 answer = process.ask("benchmarks.live", {**task, what: getattr(arguments, what)})
                 results.setdefault(what, {})[name] = answer
-    results |= tables.circumstances(
-        "benchmarks.live", ("torch", "transformers", "hyper-connections", "numba")
-    )
+    results |= tables.circumstances("benchmarks.live", ("torch", "transformers", "hyper-connections"))
     print(json.dumps(results, indent=1) if arguments.json else text(results, cases))
     if arguments.markdown:
         names = {name: title for name, (title, _) in cases.items()}

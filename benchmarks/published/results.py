@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import numpy as np
 
 from benchmarks.published import dense_connections, gains
+from benchmarks.published.figure_8 import matrices, order_errors
 from benchmarks.published.row import Row
-from depthscope.app.study.reproductions.figure_8 import matrices, order_errors
 from depthscope.diagnostics.kernels import mixing, rank, similarity
 
 LAYERS = 8

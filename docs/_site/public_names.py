@@ -32,7 +32,7 @@ GROUPS = {
     ),
     "Measure and judge": ("analyze", "judge", "Finding", "Severity", "training_curves", "with_replay"),
     "Runs on disk": ("open_run", "save_run", "validate"),
-    "Experiments": ("interventions", "lens", "jacobian", "coordinate_check"),
+    "Experiments": ("interventions", "lens", "jacobian"),
 }
 # Of the rooms only what is named elsewhere on this page; the metrics have a page of their own.
 ROOMS = ("app", "diagnostics", "probes", "metrics", "CATALOGUE", "kernels")

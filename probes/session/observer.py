@@ -114,7 +114,7 @@ class Observer:
         sums = forward.chain_sums(number)
         if sums.streaming is None:
             sums.streaming = self.options.new_streaming(forward.first_index)
-        sums.is_exact, sums.compiles = self._scope.exact_sums, self._scope.is_loop
+        sums.is_exact = self._scope.exact_sums
         self._begin_live(sums)
         if self.structure.shards is not None and WHOLE_TOKENS not in sums.sums:
             sums.add_values(depth, {WHOLE_TOKENS: forward.whole_tokens[number]})

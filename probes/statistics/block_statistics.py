@@ -1,6 +1,6 @@
 """What does torch give of a state that lies in memory? Norms, directions and sums, in blocks that fit into the cache.
 
-Shapes: B batch, T token, t the tokens of one block, N stream, D feature. `compiled_state` gives the same in one pass.
+Shapes: B batch, T token, t the tokens of one block, N stream, D feature.
 """
 
 from __future__ import annotations

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from depthscope.probes.statistics.compiled_gains import Product, compiled_gains, is_available
-from depthscope.probes.statistics.compiled_state import compiled_tokens
 from depthscope.probes.statistics.histograms import Histogram
 
 PADDING = -1.0  # in values of every token that cannot be negative
@@ -24,6 +22,16 @@ class Places(NamedTuple):
 
     position_K: torch.Tensor
     real_K: torch.Tensor | None
+
+
+class Product(NamedTuple):
+    """The product of the matrices of every token up to a connection, the later ones on the left.
+
+    ``matrix``: (t, N, N), float64, with its largest entry at 1; ``scale``: (t,), the logarithm of what it was divided by.
+    """
+
+    matrix: torch.Tensor
+    scale: torch.Tensor
 
 
 @lru_cache(maxsize=16)
@@ -82,18 +90,13 @@ class LiveSums:
             self._drawn[shape] = Places(position.to(tensor_BT.device), real)
         return self._drawn[shape]
 
-    def sample_state(
-        self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None, *, compiled: bool = False
-    ) -> None:
-        """Copy the sampled tokens of a state, in float32; ``compiled``: by the pass of `compiled_state`."""
+    def sample_state(self, depth: int, state_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
+        """Copy the sampled tokens of a state, in float32."""
         if not state_BTND.numel():
             return
         places = self._places(state_BTND, mask_BT)
         self.places[depth] = places
-        if compiled:
-            self.states[depth] = compiled_tokens(state_BTND, places.position_K)
-        else:
-            self.states[depth] = _tokens(state_BTND, places).float()
+        self.states[depth] = _tokens(state_BTND, places).float()
 
     def sample_gradient(self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
         """Norms of the gradient at the sampled tokens, of each stream."""
@@ -102,10 +105,6 @@ class LiveSums:
         places = self._places(gradient_BTND, mask_BT)
         gradient = _tokens(gradient_BTND, places)
         self.gradient_norms[depth] = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float64)
-
-    def take_gradient_norms(self, depth: int, norm_BTN: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
-        """The same, where the norms of every token are known already."""
-        self.gradient_norms[depth] = _tokens(norm_BTN, self._places(norm_BTN, mask_BT))
 
     def add(self, name: str, key: int, value: torch.Tensor) -> None:
         """Add to a sum."""
@@ -165,8 +164,7 @@ class LiveSums:
             before = known[1]
         elif number != 0:  # a connection in between was not seen: no product from the first on is known
             before = Product(torch.full_like(mix_tNN, torch.nan), torch.zeros_like(mix_tNN[:, 0, 0]))
-        compiles = mix_tNN.device.type == "cpu" and is_available()
-        gains, product = (compiled_gains if compiles else _gains)(mix_tNN, before)
+        gains, product = _gains(mix_tNN, before)
         self._product = number, product
         if mask_BT is not None:
             gains = gains.masked_fill(~mask_BT.flatten()[:, None], PADDING)
@@ -236,7 +234,11 @@ def amax_gains(matrix_tNN: torch.Tensor) -> torch.Tensor:
 
 
 def _gains(mix_tNN: torch.Tensor, before: Product | None) -> tuple[torch.Tensor, Product]:
-    """As `compiled_gains`, by torch."""
+    """The largest signed sums of rows and of columns, of the matrices of one connection and of the product up to it.
+
+    ``before``: up to the connection before; None for the first one.
+    Returns: (2, t, 2): of the matrix, and of the product; each over the last axis, and over the one before.
+    """
     if before is None:
         matrix, scale = _scaled(mix_tNN, torch.zeros_like(mix_tNN[:, 0, 0]))
     else:

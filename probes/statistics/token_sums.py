@@ -1,7 +1,7 @@
 """Which sums over every real token does a step give? Norms, directions, gains and gradients, in constant memory.
 
-Shapes: B batch, T token, t the tokens of one block, N stream, D feature. A state is read from memory once, by a compiled pass
-(`compiled_state`) or in blocks that fit into the processor's cache. Vectors are added in float32 over the tokens of a block,
+Shapes: B batch, T token, t the tokens of one block, N stream, D feature. A state is read from memory once, in
+blocks that fit into the processor's cache. Vectors are added in float32 over the tokens of a block,
 and in float64 over the blocks: relative to the sum of sizes, the error over 1e6 tokens was at most 1.2e-8. Everything stays on
 the device; only `array` reads it back.
 """
@@ -25,7 +25,6 @@ from depthscope.probes.statistics.block_statistics import (
     scaled_tokens,
     stream_cosines,
 )
-from depthscope.probes.statistics.compiled_state import compiled_squares, compiled_state, is_available
 from depthscope.probes.statistics.live_sums import LiveSums, stream_cosine_sums, with_mean
 from depthscope.probes.statistics.streamed_sums import StreamedSums
 
@@ -50,8 +49,6 @@ class TokenSums:
         # Whether vectors are added in float64 over the tokens of a block too: then they do not depend on how tokens are
         # divided over processes.
         self.is_exact = False
-        # Whether one compiled pass takes the place of torch's: in a training, where many steps pay for the compilation.
-        self.compiles = live is not None
         self._owns_streaming = False  # whether `streaming` was made here, so that it may be written to
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.maxima: dict[str, dict[int, torch.Tensor]] = {}
@@ -75,18 +72,14 @@ class TokenSums:
         if not state_BTND.numel():  # an empty batch, of which no maximum exists
             return
         previous = self._units_before(depth, state_BTND)
-        compiles = self._compiles(state_BTND)
-        if compiles:
-            profile = self._compiled_profile(depth, state_BTND, mask_BT, previous)
-        else:
-            profile = joined(self._block_statistics(depth, state_BTND, mask_BT, previous))
+        profile = joined(self._block_statistics(depth, state_BTND, mask_BT, previous))
         # Counted without reading the mask back from the device, which would wait for it.
         if mask_BT is None:
             count = torch.tensor(float(state_BTND.shape[0] * state_BTND.shape[1]), dtype=torch.float64)
         else:
             count = mask_BT.sum().double()
         if self.live is not None:
-            self.live.sample_state(depth, state_BTND, mask_BT, compiled=compiles)
+            self.live.sample_state(depth, state_BTND, mask_BT)
             self.live.add_values("largest", depth, profile.largest_tN)
         self._add_profile(depth, count, profile, state_BTND.shape[2])
         if self.streaming is not None:
@@ -130,23 +123,6 @@ class TokenSums:
         self._last = depth, *place[1:]
         return previous
 
-    def _compiled_profile(
-        self,
-        depth: int,
-        state_BTND: torch.Tensor,
-        mask_BT: torch.Tensor | None,
-        previous: deque[torch.Tensor],
-    ) -> Profile:
-        """The same of all tokens as `_block_statistics`, in one pass."""
-        before = previous.popleft() if previous else None
-        found = compiled_state(
-            state_BTND, mask_BT, before, with_mean=self.live is not None, is_exact=self.is_exact
-        )
-        self._units.append(found.unit_tVD)
-        if self.live is not None and state_BTND.shape[2] > 1:
-            self.live.add_stream_cosines(depth, found.stream_cosine_sums, found.pair_cosine_sum_NN)
-        return Profile(*found[:5])
-
     def _block_statistics(
         self,
         depth: int,
@@ -162,9 +138,6 @@ class TokenSums:
             self._units.append(blocks[-1].unit_tND)
             self._spare = of_block  # used up by the cosines
         return blocks
-
-    def _compiles(self, tensor: torch.Tensor) -> bool:
-        return self.compiles and tensor.device.type == "cpu" and is_available()
 
     def _block(self, depth: int, x_tND: torch.Tensor, previous: torch.Tensor | None) -> BlockStatistics:
         """Statistics of some tokens, for a live row with the mean over streams and their cosines."""
@@ -190,9 +163,6 @@ class TokenSums:
         if not gradient_BTND.numel():
             return
         is_float64 = self.is_exact and gradient_BTND.dtype is torch.float64
-        if self._compiles(gradient_BTND) and not is_float64:
-            self._add_compiled_squares(depth, gradient_BTND, mask_BT)
-            return
         if self.live is not None:
             self.live.sample_gradient(depth, gradient_BTND, mask_BT)
         add = self._add_float64_squares if is_float64 else self._add_squares_of_blocks
@@ -205,17 +175,6 @@ class TokenSums:
         for x_tND in blocks_of(gradient_BTND, mask_BT):
             _, largest, size = scaled_tokens(x_tND if self.live is None else with_mean(x_tND))
             self._add_squares(depth, largest.double().mul_(size).square_().sum((0, 2)), x_tND.shape[1])
-
-    def _add_compiled_squares(
-        self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None
-    ) -> None:
-        """By one pass, which gives the norms of the sampled tokens as well."""
-        num_streams = gradient_BTND.shape[2]
-        squares_tV = compiled_squares(gradient_BTND, mask_BT, with_mean=self.live is not None)
-        self._add_squares(depth, squares_tV.sum(0), num_streams)
-        if self.live is not None:
-            norms_tN = squares_tV[:, -num_streams:].sqrt_()
-            self.live.take_gradient_norms(depth, norms_tN.unflatten(0, gradient_BTND.shape[:2]), mask_BT)
 
     def _add_float64_squares(
         self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None

@@ -29,7 +29,7 @@ class Package:
 
 
 def test_everything_that_is_installed_may_be(licences, capsys):
-    assert licences.main(["capture", "models", "app", "paper", "demo", "dask", "fast"]) == 0
+    assert licences.main(["capture", "models", "app", "paper", "demo", "dask"]) == 0
     lines = capsys.readouterr().out.splitlines()
     names = [line.split()[0] for line in lines]
     assert {"numpy", "torch", "transformers", "streamlit"} <= set(names)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.app.study import small_lm
+from depthscope.app.demo import small_lm
 from tests.verdicts.networks import FAMILIES, STREAMED, built
 from tests.verdicts.plans import Plan, drawn_plan, short
 

@@ -26,7 +26,6 @@ COMMANDS: tuple[Command, ...] = tuple(
         "dashboard",
         "report",
         "export",
-        "study",
     )
 )
 """Every command, in the order of ``depthscope --help``."""

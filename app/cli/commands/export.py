@@ -15,7 +15,7 @@ from depthscope.app.text.terminal import emit, say, working
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_runs(parser)
-    add_out_folder(parser, about="output folder; files in it that no export wrote are left as they are")
+    add_out_folder(parser, about="output folder: a new one, or an empty one")
     parser.add_argument(
         "--venue",
         type=OneOf(_venues),
@@ -32,12 +32,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="replace edited files of an earlier export, never other files",
-    )
-    parser.add_argument(
-        "--verify",
-        action="store_true",
-        help="write nothing: recompute the bundle in --out and report what still matches",
+        help="replace a folder that an earlier export wrote",
     )
     add_selection(parser)
     add_json(parser)
@@ -50,14 +45,11 @@ def _venues() -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from depthscope.app.paper.export import VECTOR, write_bundle
-    from depthscope.app.paper.replaced_folder import foreign_files
+    from depthscope.app.paper.export import VECTOR, require_place, write_bundle
 
-    if args.verify:
-        return _verify(args)
-    # A folder of somebody else is refused before anything is computed.
-    if Path(args.out).is_dir():
-        foreign_files(Path(args.out), force=args.force)
+    # A folder that is taken is refused before anything is computed.
+    if Path(args.out).exists():
+        require_place(Path(args.out), force=args.force)
     # PGF is drawn by running LaTeX, which many machines lack.
     formats = (*VECTOR, "pgf") if args.pgf else VECTOR
     readings, left_out = read_several(args, "analysing")
@@ -82,21 +74,6 @@ def _run(args: argparse.Namespace) -> int:
     say(f"In LaTeX: \\newcommand{{\\depthscopepath}}{{{folder}}} \\input{{{folder}/figures.tex}}")
     say(f"As it is: cd {shlex.quote(str(folder))} && latexmk -pdf main.tex")
     return exit_code(left_out)
-
-
-def _verify(args: argparse.Namespace) -> int:
-    from depthscope.app.paper.replaced_folder import manifest_of
-    from depthscope.app.paper.verify import verify_bundle
-
-    manifest_of(Path(args.out))  # a folder that is no bundle is refused before any run is read
-    readings, left_out = read_several(args, "analysing")
-    with working("recomputing"):
-        checked = verify_bundle(Path(args.out), readings)
-    if args.json:
-        emit({**checked.as_dict(), "left_out": left_out})
-    else:
-        say(checked.in_words())
-    return exit_code(left_out, found=not checked.follows)
 
 
 COMMAND = Command("export", "write figures, tables and sources for a paper", _add_arguments, _run)

@@ -22,7 +22,6 @@ from depthscope.diagnostics.quantities.mixing_matrices import ONE_STREAM, Mixing
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import Massive
 from depthscope.diagnostics.schema import STATE
-from depthscope.probes.statistics.compiled_sample import token_sizes, unit_tokens
 from depthscope.probes.statistics.histograms import BINS
 from depthscope.probes.statistics.live_sums import with_mean
 from depthscope.probes.statistics.token_sums import TokenSums
@@ -71,7 +70,7 @@ class SampledTokens:
         # (K, N, D) by depth.
         self.states = [self._of_real(self._live.states[depth]) for depth in group.depths]
         self.count, self._num_streams, self._width = self.states[0].shape
-        sizes = [token_sizes(states_KND) for states_KND in self.states]
+        sizes = [_token_sizes(states_KND) for states_KND in self.states]
         self._mean_LKD, self._norms_LKV, self._medians_LV = (
             np.stack(parts) for parts in zip(*sizes, strict=True)
         )
@@ -401,7 +400,12 @@ class Cloud:
 
     @cached_property
     def _directions(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        return unit_tokens(self._states)
+        """Unit vectors (K, L, D), zero where the state is; whether a token has a direction; 1 − cos to the depth before."""
+        tokens = self._states.swapaxes(0, 1).astype(np.float64)
+        length = np.linalg.norm(tokens, axis=-1, keepdims=True)
+        unit = tokens / np.where(length > 0, length, 1.0)
+        # By the difference of unit vectors, which does not cancel for blocks that turn states by little.
+        return unit, length[..., 0] > 0, np.square(unit[:, 1:] - unit[:, :-1]).sum(axis=-1) / 2.0
 
     @property
     def angle_sums(self) -> np.ndarray:
@@ -426,3 +430,23 @@ class Cloud:
 
     def _of_finite_pairs(self, tables: np.ndarray) -> np.ndarray:
         return np.where(self._finite[:, None] & self._finite[None, :], tables, np.nan)
+
+
+def _token_sizes(states_KND: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The mean over streams of some tokens, and how large they are.
+
+    Returns: The mean (K, D), float32; norms (K, V) of the views; and the median (V,) of the magnitudes that are not
+    zero, NaN where all are.
+    """
+    views = with_mean(torch.from_numpy(states_KND)).numpy()
+    norms = np.sqrt(np.square(views, dtype=np.float64).sum(axis=-1))
+    medians = np.full(views.shape[1], np.nan)
+    for v, sizes in enumerate(np.abs(views).swapaxes(0, 1).reshape(len(medians), -1)):
+        number = np.count_nonzero(sizes)
+        if number:
+            # Zeros are the smallest: of a state after a ReLU most entries are, and so would the median be.
+            middle = len(sizes) - number + number // 2
+            ranked = np.partition(sizes, middle)
+            upper = float(ranked[middle])
+            medians[v] = upper if number % 2 else (upper + float(ranked[:middle].max())) / 2.0
+    return views[:, 0], norms, medians

@@ -114,8 +114,8 @@ def test_text_must_be_text(content, said, tmp_path, capsys):
 def test_probe_describe_check_for_real(tmp_path, capsys):
     """One small model through the true probes: factory, capture, check."""
     (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
-    spec, out = "depthscope.app.study.small_lm:residual", tmp_path / "r.zarr.zip"
-    pytest.importorskip("depthscope.app.study.small_lm")
+    spec, out = "depthscope.app.demo.small_lm:residual", tmp_path / "r.zarr.zip"
+    pytest.importorskip("depthscope.app.demo.small_lm")
     sizes = ["--sequences", "2", "--length", "32"]
     assert main(["probe", spec, "--text", str(tmp_path / "t.txt"), "--out", str(out), *sizes]) == FINE
     assert main(["describe", spec, "--json"]) == FINE

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import depthscope as ds
-from depthscope.app.study.small_lm import Size, build
+from depthscope.app.demo.small_lm import Size, build
 from depthscope.diagnostics import save_run
 from tests.app.dashboard.first_visit import first_visit, seconds
 from tests.app.dashboard.serving import serving_process, wait_for

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from benchmarks.published import figure_8
 from depthscope import diagnostics
-from depthscope.app.study.reproductions import figure_8
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics import contraction, mixing, paths
 from depthscope.diagnostics.quantities.mixing_matrices import over_last

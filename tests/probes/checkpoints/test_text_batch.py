@@ -146,7 +146,7 @@ def test_sample_text():
 
 def test_text_reaches_a_run_with_its_mask():
     from depthscope import probes
-    from depthscope.app.study.small_lm import Size, build
+    from depthscope.app.demo.small_lm import Size, build
 
     model = build("residual", size=Size(layers=2, width=8, heads=2))
     small = loaded(model)

@@ -10,8 +10,8 @@ import xarray as xr
 from depthscope import diagnostics, probes
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.probes.statistics import block_statistics, compiled_state, live_sums, token_sums
-from depthscope.probes.statistics.live_sums import LiveSums, draw_places, with_mean
+from depthscope.probes.statistics import token_sums
+from depthscope.probes.statistics.live_sums import LiveSums, draw_places
 from depthscope.probes.training.live.live import live_names
 from depthscope.probes.training.live.row import LIVE
 
@@ -168,74 +168,14 @@ def test_micro_batches_add_up_and_another_shape_is_told(models, ids):
     assert history["same_sampled_tokens"].values.tolist() == [1.0, 0.0]
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("streams", [1, 3])
-def test_one_compiled_pass_gives_what_torch_gives(streams, masked):
-    if not compiled_state.is_available():
-        pytest.skip("numba is not installed")
-    # Streams are merged with the batch, as of lucidrains: neighbours in memory are of other tokens.
-    x = torch.randn(2 * streams, 5, 16, generator=torch.Generator().manual_seed(0))
-    x = x.unflatten(0, (2, streams)).movedim(1, 2)  # (2, 5, N, 16)
-    x[0, 2], x[0, 3], x[0, 4] = 0.0, 1e-25, 1e25
-    real = torch.ones(2, 5, dtype=torch.bool)
-    real[1, 1] = not masked
-    before = with_mean(x.flatten(0, 1).flip(0))
-    before = before / before.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-    (tokens,) = block_statistics.blocks_of(x, real)
-    plain = block_statistics.block_statistics(with_mean(tokens), before.clone(), None)
-    sums, pairs = live_sums.stream_cosine_sums(
-        block_statistics.stream_cosines(tokens), plain.norm_tN[:, -streams:]
-    )
-    compiled = compiled_state.compiled_state(x, real if masked else None, before.clone())
-    expected = (*plain[:4], plain.cosine_tN.sum(0), plain.unit_tND)
-    for one, other in zip(expected, compiled, strict=False):
-        torch.testing.assert_close(other.double(), one.double(), rtol=1e-6, atol=1e-6)
-    if streams > 1:
-        torch.testing.assert_close(compiled.pair_cosine_sum_NN, pairs, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(torch.tensor(compiled.stream_cosine_sums).double(), torch.stack(sums))
-    squares = compiled_state.compiled_squares(x, real if masked else None)
-    torch.testing.assert_close(squares, with_mean(tokens).double().square().sum(2), rtol=1e-6, atol=0.0)
-    position = torch.tensor([1, 7])
-    assert torch.equal(compiled_state.compiled_tokens(x, position), x.flatten(0, 1)[position])
-    x[1, 0, 0, 0] = torch.nan
-    broken = compiled_state.compiled_state(x, None, None)
-    assert broken.norm_tV[5].isnan().any()
-    assert broken.largest_tV[5].isnan().any()
-
-
-def test_sums_of_many_tokens_by_the_compiled_pass():
-    if not compiled_state.is_available():
-        pytest.skip("numba is not installed")
-    x = torch.randn(3, 500, 1, 8, generator=torch.Generator().manual_seed(0)) + 100.0
-    for is_exact, allowed in ((False, 1e-6), (True, 1e-14)):
-        found = compiled_state.compiled_state(x, None, None, is_exact=is_exact).feature_sum_VD
-        torch.testing.assert_close(found, x.double().sum((0, 1)), rtol=allowed, atol=0.0)
-
-
-@pytest.mark.parametrize("compiled", [True, False])
-def test_streams_that_are_copies_have_a_cosine_of_one_to_the_last_digits(compiled, monkeypatch):
+def test_streams_that_are_copies_have_a_cosine_of_one_to_the_last_digits():
     # Verdicts ask whether streams have parted by a millionth of the rounding of float32.
-    if not compiled:
-        monkeypatch.setattr(token_sums, "is_available", lambda: False)
     x = torch.randn(2, 5, 1, 32, generator=torch.Generator().manual_seed(0)).expand(2, 5, 3, 32)
     live = LiveSums(4, 0)
     sums = token_sums.TokenSums(live=live)
     sums.add_state(0, x.contiguous(), None)
     mean = live.sums["stream_cosine_sum"][0] / live.sums["stream_cosine_count"][0]
     assert abs(1 - float(mean)) < 1e-14
-
-
-def test_without_numba_the_numbers_are_the_same(models, ids, monkeypatch):
-    rows = []
-    for available in (True, False):
-        torch.manual_seed(0)
-        for module in (token_sums, live_sums):
-            known = compiled_state.is_available()
-            monkeypatch.setattr(module, "is_available", lambda value=available and known: value)
-        recorder = train(models["lucidrains"]("mhc"), ids, steps=1, live_tokens=16)
-        rows.append(schema.chain_dataset(recorder.run, "metrics"))
-    for name in rows[0].data_vars:
-        np.testing.assert_allclose(rows[0][name], rows[1][name], rtol=1e-6, atol=1e-6, err_msg=str(name))
 
 
 def test_every_default_metric_or_some_by_name(models, ids):

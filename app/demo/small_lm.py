@@ -1,4 +1,4 @@
-"""What do the study's small language models look like? One decoder, three connections."""
+"""What do the demo's small language models look like? One decoder, three connections."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hyper_connections import (
 )
 from torch import nn
 
+from depthscope.app.demo import TITLES
 from depthscope.diagnostics.errors import InputError
 
 # Shapes: B sequences, T tokens, D features, H heads, V vocabulary, N streams.
 
-# Bytes need no tokenizer: the study trains without any download.
+# Bytes need no tokenizer: the demo trains without any download.
 NUM_BYTES = 256
 NUM_STREAMS = 4
 # Of the paper on rotary embeddings (Su et al. 2021).
 ROPE_BASE = 10_000.0
-TITLES = {"residual": "residual", "hc": "HC", "mhc": "mHC"}
 CONNECTIONS = tuple(TITLES)
 
 
@@ -35,7 +35,7 @@ class Size:
     """How large each of the three models is."""
 
     layers: int = 8
-    width: int = 96
+    width: int = 64
     heads: int = 4
     streams: int = NUM_STREAMS
 
@@ -206,15 +206,15 @@ def build(kind: str, *, size: Size = Size(), seed: int = 0) -> SmallLM:
 
 
 def residual() -> SmallLM:
-    """The study's residual model, for ``depthscope probe depthscope.app.study.small_lm:residual --weights FILE``."""
+    """The demo's residual model, for ``depthscope probe depthscope.app.demo.small_lm:residual --weights FILE``."""
     return build("residual")
 
 
 def hc() -> SmallLM:
-    """The study's hyper-connection model, for ``depthscope probe depthscope.app.study.small_lm:hc --weights FILE``."""
+    """The demo's hyper-connection model, for ``depthscope probe depthscope.app.demo.small_lm:hc --weights FILE``."""
     return build("hc")
 
 
 def mhc() -> SmallLM:
-    """The study's mHC model, for ``depthscope probe depthscope.app.study.small_lm:mhc --weights FILE``."""
+    """The demo's mHC model, for ``depthscope probe depthscope.app.demo.small_lm:mhc --weights FILE``."""
     return build("mhc")

@@ -1,1 +1,0 @@
-"""How do small models of each family compare? The demo and the study."""

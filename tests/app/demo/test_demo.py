@@ -1,0 +1,56 @@
+"""The demo as a user meets it: a line for each model, the dashboard's command, and earlier results replaced."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("hyper_connections")
+
+import depthscope as ds
+from depthscope.app.cli.main import main
+from depthscope.app.demo import demo
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """The folder and the output of `depthscope demo`, run twice in a pipe: the second one replaces what the first wrote."""
+    folder = tmp_path_factory.mktemp("demo")
+    words = [sys.executable, "-m", "depthscope", "demo", "--out", str(folder), "--no-browser"]
+    for _ in range(2):
+        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
+    return folder, done.stdout
+
+
+def test_a_line_for_each_model_and_the_command_of_the_dashboard(shown):
+    folder, out = shown
+    *models, last = out.strip().splitlines()
+    assert [line.split()[0] for line in models] == ["residual", "HC", "mHC"]
+    assert all(re.search(r"loss \d\.\d\d  (nothing found|(INFO|WARN|FAIL): )", line) for line in models)
+    assert last == f"open the dashboard with: depthscope dashboard {folder}/runs"
+
+
+def test_runs_and_trainings_are_judged_and_can_be_browsed(shown):
+    folder, _ = shown
+    runs = sorted(path.name for path in (folder / "runs").iterdir())
+    assert runs == sorted(f"{kind}{end}.zarr" for kind in demo.TITLES for end in ("", "-training"))
+    for kind in demo.TITLES:
+        run = ds.open_run(folder / "runs" / f"{kind}.zarr")
+        assert run.attrs["family"] == kind
+        assert "effective_rank" in run["metrics"]
+        history = ds.open_run(folder / "runs" / f"{kind}-training.zarr")
+        assert history["metrics"].sizes["step"] > 5
+
+
+def test_what_ships_is_small():
+    total = sum(path.stat().st_size for path in demo.SHIPPED.rglob("*") if path.is_file())
+    assert 0 < total < 3e6
+
+
+def test_without_a_package_that_it_needs_the_reason_is_said(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(demo, "SHIPPED", tmp_path / "nothing")
+    assert main(["demo", "--out", str(tmp_path), "--no-browser"]) == 2
+    assert "could not measure its models" in capfd.readouterr().err
