@@ -29,7 +29,7 @@ def call(*words) -> int:
 
 
 def test_ablate_tells_what_each_block_does(text, tmp_path, capsys):
-    out = tmp_path / "result.h5"
+    out = tmp_path / "result.zip"
     words = ("ablate", FACTORY, "--text", text, "--length", 16, "--sequences", 3, "--out", out)
     assert call(*words, "--do", "skip,repeat", "--blocks", "0-1", "--json") == FINE
     told = json.loads(capsys.readouterr().out)
@@ -123,7 +123,7 @@ def test_what_does_not_go_together_is_one_line(text, capsys):
 
 
 def test_patch_puts_the_clean_text_into_the_corrupted_one(tmp_path, capsys):
-    out, figure = tmp_path / "patch.h5", tmp_path / "patch.svg"
+    out, figure = tmp_path / "patch.zip", tmp_path / "patch.svg"
     words = ("patch", FACTORY, "--clean", "the quick fox", "--corrupted", "the thick fox")
     assert call(*words, "--answer", "x", "--against", "y", "--out", out, "--figure", figure, "--json") == FINE
     told = json.loads(capsys.readouterr().out)

@@ -327,7 +327,7 @@ def test_the_effect_on_later_blocks_is_told_and_kept(plain, tmp_path):
     found = ds.interventions.ablate(model, [batch[:2], batch[2:]], ["skip", "skip-past"])
     whole = ds.interventions.ablate(model, batch, ["skip", "skip-past"])
     np.testing.assert_allclose(found.branch_change, whole.branch_change, rtol=1e-4)
-    kept = experiments.open_result(experiments.save_result(found, tmp_path / "a.h5"))
+    kept = experiments.open_result(experiments.save_result(found, tmp_path / "a.zip"))
     rows = experiments.table_rows(kept)
     assert [later["block"] for later in rows[0]["later_blocks"]] == [1, 2, 3]
     assert rows[3]["later_blocks"] == []

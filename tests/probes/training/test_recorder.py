@@ -199,7 +199,7 @@ def test_the_store_is_written_even_when_the_loop_breaks(models, tmp_path):
 
 def test_a_store_that_is_taken_is_refused_before_the_loop(models, tmp_path):
     (tmp_path / "a.zarr.zip").write_text("somebody's notes")
-    with pytest.raises(FileExistsError, match=r"a\.zarr.zip exists and is not a run"):
+    with pytest.raises(FileExistsError, match=r"a\.zarr\.zip exists; replace it with force=True"):
         probes.record(models["llama"](), store=tmp_path / "a.zarr.zip")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(NotADirectoryError, match="is a file, but"):
