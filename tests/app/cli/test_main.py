@@ -82,12 +82,12 @@ def test_wrong_usage_is_two(words, said, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["check", "missing.nc"], "missing.nc"),
-        (["check", "RUNS/hc.nc", "--fail-on", "rank_colapse"], "closest: 'rank_collapse'"),
-        (["analyze", "RUNS/hc.nc", "--metrics", "efective_rank"], "closest: 'effective_rank'"),
+        (["check", "missing.zarr"], "missing.zarr"),
+        (["check", "RUNS/hc.zarr", "--fail-on", "rank_colapse"], "closest: 'rank_collapse'"),
+        (["analyze", "RUNS/hc.zarr", "--metrics", "efective_rank"], "closest: 'effective_rank'"),
         (["compare", "RUNS", "--select", "tokens=some"], "expected one of all, ordinary"),
         (["compare", "RUNS", "--select", "data"], "expected KEY=VALUE"),
-        (["compare", "RUNS/hc.nc"], "got 1 run to compare; expected two or more"),
+        (["compare", "RUNS/hc.zarr"], "got 1 run to compare; expected two or more"),
         (["export", "RUNS", "--out", "OUT/paper", "--venue", "a4"], "expected one of icml, neurips, iclr"),
         (["ablate", "x", "--blocks", "5-3"], "expected numbers such as 3 or 3,5-7"),
         (["watch", "nowhere.py"], "no script at nowhere.py"),
@@ -111,8 +111,8 @@ def test_a_text_that_cannot_be_run_is_refused(text, tmp_path, capsys):
 
 
 def test_foreign_file_is_no_run(tmp_path, capsys):
-    (tmp_path / "torn.nc").write_bytes(b"not a netCDF file")
-    assert main(["check", str(tmp_path / "torn.nc")]) == USAGE
+    (tmp_path / "torn.zarr").write_bytes(b"not a netCDF file")
+    assert main(["check", str(tmp_path / "torn.zarr")]) == USAGE
     assert "cannot be read" in capsys.readouterr().err
 
 
@@ -192,8 +192,8 @@ def test_dashboard_hands_its_arguments_on(monkeypatch, saved):
 @pytest.mark.skipif(os.name != "posix", reason="processes are ended in another way there")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, INTERRUPTED), (signal.SIGTERM, TERMINATED)])
 def test_a_command_that_is_ended_while_it_writes_removes_what_it_wrote(saved, tmp_path, number, code):
-    run = tmp_path / "hc.nc"
-    shutil.copy(saved / "hc.nc", run)
+    run = tmp_path / "hc.zarr"
+    shutil.copy(saved / "hc.zarr", run)
     before = run.read_bytes()
     # The writer stops in the middle of the new file, and waits to be ended.
     program = (
@@ -217,4 +217,4 @@ def test_a_command_that_is_ended_while_it_writes_removes_what_it_wrote(saved, tm
     assert process.returncode == code
     assert "Traceback" not in errors
     assert run.read_bytes() == before
-    assert os.listdir(tmp_path) == ["hc.nc"]
+    assert os.listdir(tmp_path) == ["hc.zarr"]
