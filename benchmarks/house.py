@@ -188,7 +188,7 @@ def tasks() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "analyze", lambda: ds.analyze(run)
     yield "judge", lambda: ds.judge(analysis)
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "run.nc"
+        file = Path(folder) / "run.zarr"
         ds.save_run(run, file)
         for name in ("export", "report"):
             out = str(Path(folder) / f"{name}{'.html' if name == 'report' else ''}")

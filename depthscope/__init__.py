@@ -125,7 +125,7 @@ if not TYPE_CHECKING:
         try:
             return _load(name)
         except ModuleNotFoundError as error:
-            from depthscope.app.cli.outcome import missing_extra
+            from depthscope.app.cli.main import missing_extra
             from depthscope.diagnostics.errors import MissingExtraError
 
             needed = missing_extra(f"depthscope.{name}", error)

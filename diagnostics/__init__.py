@@ -23,7 +23,6 @@ if TYPE_CHECKING:
         chain_dataset,
         chains,
         create_run,
-        integrity,
         list_runs,
         open_run,
         save_run,
@@ -47,7 +46,7 @@ _HOMES = {
     "DepthscopeError": "errors",
 } | dict.fromkeys(
     (
-        *("SCHEMA_VERSION", "SchemaError", "chain_dataset", "chains", "create_run", "integrity", "list_runs"),
+        *("SCHEMA_VERSION", "SchemaError", "chain_dataset", "chains", "create_run", "list_runs"),
         *("open_run", "save_run", "validate"),
     ),
     "schema",
@@ -67,7 +66,6 @@ __all__ = [
     "chains",
     "create_run",
     "decay_factor",
-    "integrity",
     "judge",
     "kernels",
     "list_runs",

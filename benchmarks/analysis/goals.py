@@ -146,12 +146,6 @@ GOALS = (
         for n in (2, 3, 4)
     ),
     Goal(
-        "all pairs with every reduction: over one prefix pass",
-        "all pairs",
-        ratio("depthscope, pair_gain of a run"),
-        10,
-    ),
-    Goal(
         "measured step with every default metric, residual: over plain",
         "training step, residual",
         ratio(MEASURED),

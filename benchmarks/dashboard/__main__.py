@@ -68,7 +68,7 @@ def main() -> None:
         print(words, file=sys.stderr)
         with TemporaryDirectory(prefix="depthscope-pages-") as folder:
             for number in range(count):
-                save_run(made_run(**sizes, seed=number), Path(folder) / f"run{number:02}.nc")
+                save_run(made_run(**sizes, seed=number), Path(folder) / f"run{number:02}.zarr")
             task = {"folder": folder, "pages": pages}
             # In turn: the second process finds what the first has kept.
             results["cases"][case] = [process.ask("benchmarks.dashboard", task) for _ in range(2)]
@@ -79,7 +79,7 @@ def main() -> None:
 def visits(folder: str, pages: list[str]) -> dict[str, dict[str, tuple[float, float]]]:
     """Processor and wall seconds of each page by what was done: first visit, second visit, one control changed."""
     run_library.allow([Path(folder)])
-    names = [path.stem for path in sorted(Path(folder).glob("*.nc"))]
+    names = [path.stem for path in sorted(Path(folder).glob("*.zarr"))]
     chosen = names if len(names) <= 3 else names[:3]
     # Streamlit, pandas and plotly are imported by the server when it starts, before the first visitor.
     AppTest.from_string("import streamlit as st\nimport plotly.graph_objects\nst.dataframe([1])").run()

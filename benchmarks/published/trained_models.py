@@ -40,7 +40,7 @@ def measured(path: Path) -> xr.Dataset:
 def gains(folder: Path) -> Iterator[Row]:
     """mHC Fig. 3 and 7 on small trained models: largest gain over the depth, mean over tokens."""
     for family, order in ORDERS.items():
-        found = measured(folder / f"{family}.nc").sel(reduction="mean")
+        found = measured(folder / f"{family}.zarr").sel(reduction="mean")
         yield Row(f"{family}: steps of training", None, found.attrs["training"]["steps"])
         for direction in found.direction.values:
             single, product = (found[name].sel(direction=direction) for name in METRICS[:2])
@@ -55,7 +55,7 @@ def gains(folder: Path) -> Iterator[Row]:
 def cosines(folder: Path) -> Iterator[Row]:
     """HC Fig. 3 on small trained models: cosine of a state with the one before, 5-95 % band, mean of the streams."""
     for family in ("residual", *ORDERS):
-        band = measured(folder / f"{family}.nc")["adjacent_cosine_band"]
+        band = measured(folder / f"{family}.zarr")["adjacent_cosine_band"]
         # The middle and the end of the curve stand for the figure.
         for depth in (band.sizes["depth"] // 2, band.sizes["depth"] - 1):
             for quantile in band["quantile"].values:
@@ -66,5 +66,5 @@ def cosines(folder: Path) -> Iterator[Row]:
 def drawn(folder: Path) -> str:
     """HC Fig. 7: the dense connection matrices of the trained models, without the embedding."""
     return side_by_side(
-        {family: measured(folder / f"{family}.nc")["depth_kernel"].values for family in ORDERS}
+        {family: measured(folder / f"{family}.zarr")["depth_kernel"].values for family in ORDERS}
     )

@@ -10,15 +10,18 @@ from depthscope.diagnostics.schema.coefficients import (
     SUMMED,
     SUMS_OF_COEFFICIENTS,
 )
-from depthscope.diagnostics.schema.formats import SUFFIXES, without_suffix
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
-from depthscope.diagnostics.schema.listing import list_runs
 from depthscope.diagnostics.schema.live_store_files import LOG, is_being_written, is_live_store, newest_state
 from depthscope.diagnostics.schema.live_store_following import FollowedStore
 from depthscope.diagnostics.schema.live_store_reading import LIVE, POOLED_STEP, RESUMED_AT, Status
-from depthscope.diagnostics.schema.opening import integrity, open_group, open_run
-from depthscope.diagnostics.schema.replaceable import require_replaceable
-from depthscope.diagnostics.schema.saving import save_run
+from depthscope.diagnostics.schema.opening import list_runs, open_group, open_run, open_tree
+from depthscope.diagnostics.schema.saving import (
+    SUFFIXES,
+    require_replaceable,
+    save_run,
+    without_suffix,
+    write_zip,
+)
 from depthscope.diagnostics.schema.validation import (
     PROVEN,
     SCHEMA_VERSION,
@@ -94,7 +97,6 @@ __all__ = [
     "chains",
     "check_version",
     "create_run",
-    "integrity",
     "is_being_written",
     "is_live_store",
     "is_proof",
@@ -102,9 +104,11 @@ __all__ = [
     "newest_state",
     "open_group",
     "open_run",
+    "open_tree",
     "require_replaceable",
     "save_run",
     "storable_attributes",
     "validate",
     "without_suffix",
+    "write_zip",
 ]

@@ -3,8 +3,8 @@
 Every process of a training, and every capture of a part of a corpus, writes a part of its own into one folder. Parts over
 different data (data parallelism, sharded weights, a corpus) add their sums; processes that saw the same data (tensor
 parallelism), as a digest of their batches tells, count once. With n_r of N terms of the loss in a part, its loss counts
-n_r/N and its squared gradients (n_r/N)². What follows from sums is computed again from the joined ones; what is of the sampled tokens
-of each part is the mean over parts, with its standard error.
+n_r/N and its squared gradients (n_r/N)². What follows from sums is computed again from the joined ones; what is of the
+sampled tokens of each part is the mean over parts, with its standard error.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from depthscope.diagnostics.schema.variables import (
     WITHOUT_GRADIENT,
 )
 
-PART, SHARD, STAGE = "part", "shard", "pipeline_stage"
-"""Attributes of a run that is a part: of the processes of a training, of a corpus (``number`` of ``of``), of a pipeline."""
+PART, STAGE = "part", "pipeline_stage"
+"""Attributes of a run that is a part: of the processes of a training (``number`` of ``of``), of a pipeline."""
 
 PARTS = "parts"
 """Attribute of a joined run: how many parts it has, which are missing or behind, and how they were joined."""
@@ -58,7 +58,6 @@ SAME = (
 )
 DROPPED = (
     PART,
-    SHARD,
     STAGE,
     "consequences",
     "rescaled",
@@ -118,7 +117,7 @@ def _joined_data(runs: Mapping[str, xr.DataTree]) -> xr.DataTree:
     if len({run.attrs.get("step") for run in runs.values()}) == 1:
         _require_same("weights_digest", {part: of for part, of in digests.items() if of is not None})
     _require_same("the chains", {part: chains(run) for part, run in runs.items()})
-    is_corpus = SHARD in first.attrs
+    is_corpus = PART not in first.attrs  # captures, each of a part of the data
     statistics = {
         chain: [_of(run, "statistics", chain, part) for part, run in runs.items()] for chain in chains(first)
     }
@@ -171,19 +170,13 @@ def _of(run: xr.DataTree, group: str, chain: str, part: str) -> xr.Dataset:
 
 def _missing_parts(runs: Mapping[str, xr.DataTree]) -> dict[str, Any]:
     """Which parts of those that there should be are not there."""
-    told = [run.attrs.get(PART, run.attrs.get(SHARD)) for run in runs.values()]
-    known = [
-        (int(of["number"]), int(of["of"]), PART in run.attrs)
-        for of, run in zip(told, runs.values(), strict=True)
-        if of
-    ]
-    twice = {number for number, _, _ in known if [n for n, _, _ in known].count(number) > 1}
-    if twice:
-        raise SchemaError(f"two parts have the number {min(twice)}; expected each part once")
+    known = [run.attrs[PART] for run in runs.values() if PART in run.attrs]
+    numbers = [int(of["number"]) for of in known]
+    if len(set(numbers)) < len(numbers):
+        raise SchemaError(f"the parts have the numbers {sorted(numbers)}; expected each part once")
     if not known or STAGE in next(iter(runs.values())).attrs:
         return {}
-    first = 0 if known[0][2] else 1
-    missing = sorted(set(range(first, first + known[0][1])) - {number for number, _, _ in known})
+    missing = sorted(set(range(int(known[0]["of"]))) - set(numbers))
     return {"missing": missing} if missing else {}
 
 

@@ -55,7 +55,7 @@ def run_attributes(
     unchanged = digests and session.step.reservoir.stored_stamp in (stamp, training_stamp(stamp))
     parameters = all_parameters(session.model)
     layouts = [chain.layout for chain in structure.chains]
-    attributes = {  # None: does not apply; netCDF has no None
+    attributes = {  # None: does not apply
         "model": type(session.model).__name__,
         "family": structure.family,
         "proof": run_proof(structure.chains, evidence) or None,

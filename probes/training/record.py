@@ -90,7 +90,7 @@ def record(
     store : path-like, optional
         Where the run is written while the loop runs: a folder where the name has no ending. The numbers of every measured step
         are there when `step` returns, whatever happens to the process afterwards; the raw sequences and pooled sums are
-        saved as often as it takes 1 % of the time. A name that ends in ``.nc`` or ``.zarr`` is written when
+        saved as often as it takes 1 % of the time. A name that ends in ``.zarr`` or ``.zarr.zip`` is written when
         the block ends, in the place of an earlier run; until then the steps are in a folder ``NAME.live`` next to it.
         `open_run` opens a growing, a killed and a finished folder, whose attribute ``live`` tells which of them.
     resume : bool

@@ -92,7 +92,7 @@ def test_trained_models_are_shown_with_their_own_numbers(
     monkeypatch.setattr(results, "RESULTS", ())
     runs = {"residual": residual_run, "hc": hc_run, "mhc": mhc_run}
     for family, run in runs.items():
-        schema.save_run(with_training(run), tmp_path / f"{family}.nc")
+        schema.save_run(with_training(run), tmp_path / f"{family}.zarr.zip")
     published.main(["--json", "--runs", str(tmp_path)])
     tables = json.loads(capsys.readouterr().out)
     found = {row["name"]: row["found"] for row in tables["trained_gains"]}
@@ -107,8 +107,8 @@ def test_trained_models_are_shown_with_their_own_numbers(
 def test_runs_of_something_else_are_refused(hc_run, tmp_path, capsys):
     with pytest.raises(SystemExit):
         published.main(["--runs", str(tmp_path)])
-    assert "no hc.nc" in capsys.readouterr().err
-    schema.save_run(hc_run, tmp_path / "hc.nc")
+    assert "no hc.zarr.zip" in capsys.readouterr().err
+    schema.save_run(hc_run, tmp_path / "hc.zarr.zip")
     with pytest.raises(SystemExit):
         published.main(["--runs", str(tmp_path)])
     assert "expected a run that depthscope study wrote" in capsys.readouterr().err

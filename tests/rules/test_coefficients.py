@@ -59,7 +59,7 @@ for name in ("h_res", "h_pre", "h_post"):
     total = trace[name].where(trace["mask"]).sum(("sample", "token")).expand_dims("step")
     counted[f"{name}_sum"] = total.transpose(*schema.STATISTICS[f"{name}_sum"].dims)
 made = diagnostics.create_run(trace.assign(h_gate=gates), statistics=counted, attrs=run.attrs)
-path = diagnostics.save_run(made, Path(sys.argv[1]) / "a.nc")
+path = diagnostics.save_run(made, Path(sys.argv[1]) / "a.zarr.zip")
 opened = diagnostics.open_run(path)
 np.testing.assert_allclose(mean_gate(opened), 0.5)
 np.testing.assert_allclose(mean_gate(opened.trace["h_gate"]), 0.5)

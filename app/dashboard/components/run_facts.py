@@ -46,7 +46,6 @@ def _facts(reading: Reading) -> dict[str, Any]:
         "Seed": attrs.get("seed"),
         "Commit": attrs.get("commit"),
         "Data": _shortened(str(attrs.get("data_digest") or "")),
-        "Integrity": reading.integrity,
         "Created": attrs.get("created"),
         "Software": _versions(attrs.get("software")),
     }

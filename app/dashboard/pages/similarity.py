@@ -164,7 +164,7 @@ def _explain_missing(reading: Reading, measure: str, side: str) -> None:
         words = f"has no such measure: {reason}" if reason else "has no such measure"
     st.info(escaped(f"{reading.name} {words}."), icon="ℹ️")
     if measure not in data:
-        st.code(f"depthscope analyze RUN.nc --metrics {measure}", "bash")
+        st.code(f"depthscope analyze RUN.zarr --metrics {measure}", "bash")
 
 
 def map_difference(left: Heatmap, right: Heatmap) -> Heatmap:

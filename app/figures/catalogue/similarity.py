@@ -15,7 +15,7 @@ from depthscope.app.figures.specification import Analyses, Line, Lines, Selectio
 
 _matrix = partial(MatrixFigure, question="similarity")
 _steps = partial(CurveFigure, question="similarity")
-# The full range of an index, so that the colours of two runs can be compared; RSA and CKNNA may be negative.
+# The full range of an index, so that the colours of two runs can be compared; CKNNA may be negative.
 _BOUNDED = (0.0, 1.0)
 
 
@@ -50,35 +50,11 @@ angular_distance = _matrix(
     limits=(0.0, None),
     note="Mean over tokens.",
 )
-rbf_cka = _matrix(
-    "rbf_cka",
-    "RBF CKA of every two depths",
-    "RBF CKA",
-    limits=_BOUNDED,
-)
-svcca = _matrix(
-    "svcca",
-    "SVCCA of every two depths",
-    "mean canonical correlation",
-    limits=_BOUNDED,
-)
-pwcca = _matrix(
-    "pwcca",
-    "PWCCA of every two depths",
-    "weighted canonical correlation",
-    limits=_BOUNDED,
-)
 procrustes = _matrix(
     "procrustes",
     "Procrustes distance of every two depths",
     "Procrustes distance",
     limits=(0.0, None),
-)
-rsa = _matrix(
-    "rsa",
-    "RSA of every two depths",
-    "correlation of distances",
-    limits=(None, 1.0),
 )
 mutual_knn = _matrix(
     "mutual_knn",

@@ -9,7 +9,15 @@ from depthscope.diagnostics import analyze, schema
 
 # Three hundred variables take a second to write, and to open: commands read what there is.
 METRICS = (
-    *("effective_rank", "residual_norm", "token_cosine", "cka", "adjacent_cka", "num_tokens", "curvature"),
+    *(
+        "effective_rank",
+        "residual_norm",
+        "token_cosine",
+        "cka",
+        "adjacent_cka",
+        "num_tokens",
+        "dong_residual",
+    ),
     *("gradient_norm", "composite_gain", "mixing_gain", "stream_cosine"),
 )
 
@@ -19,7 +27,7 @@ def unmeasured(tmp_path_factory, make_run):
     """A folder with a run of each family as a capture leaves it."""
     folder = tmp_path_factory.mktemp("unmeasured") / "runs"
     for family in ("residual", "hc", "mhc"):
-        schema.save_run(make_run(family, layers=3), folder / f"{family}.nc")
+        schema.save_run(make_run(family, layers=3), folder / f"{family}.zarr.zip")
     return folder
 
 
