@@ -133,21 +133,49 @@ def _joined_data(runs: Mapping[str, xr.DataTree]) -> xr.DataTree:
             if kept:
                 nodes[group_path(group, chain)] = join(kept)
     nodes["coverage"] = _of(first, "coverage", "", names[0])
-    attrs = {str(name): value for name, value in first.attrs.items() if name not in DROPPED}
-    errors = [
-        run.attrs["reconstruction_error"] for run in runs.values() if "reconstruction_error" in run.attrs
-    ]
-    unproven = [run.attrs["proof"] for run in runs.values() if run.attrs.get("proof") not in (None, "proven")]
-    attrs |= {"reconstruction_error": max(errors)} if errors else {}
-    attrs |= {"proof": unproven[0]} if unproven else {}
-    remarks = {
-        str((of["kind"], of.get("connections"))): of
-        for run in runs.values()
-        for of in run.attrs.get("remarks", ())
-    }
-    attrs |= {"remarks": list(remarks.values())} if remarks else {}
     facts = {"number": len(runs), "how": weights.how, **_missing_parts(runs), **weights.facts(names)}
-    return xr.DataTree.from_dict({"/": xr.Dataset(attrs={**attrs, PARTS: facts}), **nodes})
+    attrs = {**_joined_attributes(runs), PARTS: facts}
+    if is_corpus and len(runs) > 1:
+        attrs["sampling"] = _joined_sampling(runs)
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **nodes})
+
+
+def _joined_attributes(runs: Mapping[str, xr.DataTree]) -> dict[str, Any]:
+    """Those of the first part; of proofs the worst, of remarks each once: a part may have too few tokens to show one."""
+    of_all = [run.attrs for run in runs.values()]
+    attrs = {str(name): value for name, value in of_all[0].items() if name not in DROPPED}
+    errors = [of["reconstruction_error"] for of in of_all if "reconstruction_error" in of]
+    unproven = [of["proof"] for of in of_all if of.get("proof") not in (None, "proven")]
+    remarks = {
+        str((each["kind"], each.get("connections"))): each for of in of_all for each in of.get("remarks", ())
+    }
+    return {
+        **attrs,
+        **({"reconstruction_error": max(errors)} if errors else {}),
+        **({"proof": unproven[0]} if unproven else {}),
+        **({"remarks": list(remarks.values())} if remarks else {}),
+    }
+
+
+def _joined_sampling(runs: Mapping[str, xr.DataTree]) -> dict[str, Any]:
+    """Which sequences the parts of a corpus have together; each in one part."""
+    spans = {}
+    for name, run in runs.items():
+        sampling = run.attrs.get("sampling", {})
+        first = int(sampling.get("first_sequence", 0))
+        spans[name] = (first, first + int(sampling.get("sequences_seen", 0)))
+    ordered = sorted(spans.items(), key=lambda of: of[1])
+    for (name, (_, end)), (other, (start, _)) in pairwise(ordered):
+        if start < end:
+            raise SchemaError(
+                f"{name} and {other} both have the sequence {start}; expected each in one part: capture(first_sequence=) "
+                "numbers those of a part within the whole"
+            )
+    return {
+        **next(iter(runs.values())).attrs["sampling"],
+        "first_sequence": ordered[0][1][0],
+        "sequences_seen": sum(end - start for start, end in spans.values()),
+    }
 
 
 def _require_same(what: str, by_part: Mapping[str, Any]) -> None:
