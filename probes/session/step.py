@@ -36,6 +36,9 @@ class Step:
         self.num_forwards = 0  # of all steps
         self.num_left_out = 0  # evaluations within steps of training
         self.gradients_undefined = False  # of forwards since the last fold but one
+        self.without_gradients = (
+            False  # whether a backward ran in the last fold's forwards, and no state had a graph
+        )
         # Whether a forward whose connections cannot be read counts without them, and why some of the last fold's did.
         self.keeps_rest, self.without_connections = not only_own, ""
         self._measured: list[Measured] = []
@@ -132,6 +135,7 @@ class Step:
         Returns: One for each change of the weights, mostly one.
         Raises CaptureError: Where no gradient arrived, or nothing was called; none of these forwards counts then.
         """
+        self.without_gradients = False
         self.gradients_undefined = any(forward.gradients_undefined for forward in self.forwards)
         self._absorb()
         done, self._measured, self._num_measured = self._measured, [], 0
@@ -197,6 +201,9 @@ class Step:
         if not self.options.gradients:
             return
         if not forward.arrivals:
+            if not self._only_own and not forward.expected_gradients and self.loss.was_run_backward:
+                self.without_gradients = True
+                return
             if self._only_own:
                 raise CaptureError(
                     "no gradient of the loss arrives at any state: the graph is cut between the last block and the loss; look "

@@ -30,6 +30,8 @@ from depthscope.probes.training.step_sums import (
     num_tokens,
 )
 
+FROZEN = "no gradient of the loss reaches the residual states: no weight before them is trained, as where a head alone learns"
+
 
 class MeasuredSteps:
     """The measured steps of a recorder.
@@ -58,6 +60,7 @@ class MeasuredSteps:
         self.trained = False  # whether the last measured step was one of a training
         self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why
         self._sampled_step = 0  # the step of the raw sequences
+        self._without_gradients = ""  # why a step has none, where they were asked for
         self._undefined_said = False  # that several backwards through one forward leave no gradients
         self._task: dict[str, Any] = {}  # what the loss of the last measured step is of
         self._pooled = PooledSums()
@@ -84,6 +87,8 @@ class MeasuredSteps:
             attrs["task"] = task
         if self.overflowed:
             attrs["overflowed_steps"] = list(self.overflowed)
+        if self._without_gradients:
+            attrs["without_gradients"] = self._without_gradients
         if missing := self._without_connections:
             attrs["without_connections"] = {
                 "steps": list(missing),
@@ -112,6 +117,11 @@ class MeasuredSteps:
         self.trained = self._session.step.trains
         self._say_undefined_gradients(step)
         self._say_missing_connections(step)
+        if self._session.step.without_gradients and not self._without_gradients:
+            self._without_gradients = FROZEN
+            self._say(
+                f"step {step} was measured without gradients, and so is every further one like it: {FROZEN}"
+            )
         complete = added_up(parts)
         if self._is_part:
             forget_shared_gradients(self._session, complete)
