@@ -45,26 +45,8 @@ SUMMED = frozenset((
 ))  # fmt: skip
 LARGEST = frozenset(("norm_max", "abs_max", "gain_max", "logit_range_max", "loss_not_finite"))
 FIRST = frozenset(("loss_scale", "connection_parameter", "cell_parameter"))  # equal in all parts
-SAME = (
-    "family",
-    "n_streams",
-    "layout",
-    "dtype",
-    "block",
-    "num_blocks",
-    "num_parameters",
-    "seed",
-    "loss_reduction",
-)
-DROPPED = (
-    PART,
-    STAGE,
-    "consequences",
-    "rescaled",
-    "scale_slopes",
-    "distinct_tokens",
-    "data_digest",
-)  # of one part
+SAME = ["family", "n_streams", "layout", "dtype", "block", "num_blocks", "num_parameters", "seed", "loss_reduction"]
+OF_ONE_PART = f"{PART} {STAGE} consequences rescaled scale_slopes distinct_tokens data_digest".split()
 ESTIMATED_PAIRS = "pairs within each part; those between parts are taken to have the same mean"
 CLOSE = 1e-6  # of two states, relative to the largest: the same numbers, but for a cast on the way
 _NAME = re.compile(r"part-\d{5}(\.zarr(\.zip)?)?")
@@ -121,7 +103,8 @@ def _joined_data(runs: Mapping[str, xr.DataTree]) -> xr.DataTree:
     statistics = {
         chain: [_of(run, "statistics", chain, part) for part, run in runs.items()] for chain in chains(first)
     }
-    weights = _PartWeights(next(iter(statistics.values())), first.attrs, is_corpus=is_corpus)
+    told = {str(name): value for name, value in first.attrs.items()}
+    weights = _PartWeights(next(iter(statistics.values())), told, is_corpus=is_corpus)
     nodes: dict[str, xr.Dataset] = {}
     for chain, parts in statistics.items():
         nodes[group_path("statistics", chain)] = _added(parts, weights)
@@ -143,7 +126,7 @@ def _joined_data(runs: Mapping[str, xr.DataTree]) -> xr.DataTree:
 def _joined_attributes(runs: Mapping[str, xr.DataTree]) -> dict[str, Any]:
     """Those of the first part; of proofs the worst, of remarks each once: a part may have too few tokens to show one."""
     of_all = [run.attrs for run in runs.values()]
-    attrs = {str(name): value for name, value in of_all[0].items() if name not in DROPPED}
+    attrs = {str(name): value for name, value in of_all[0].items() if name not in OF_ONE_PART}
     errors = [of["reconstruction_error"] for of in of_all if "reconstruction_error" in of]
     unproven = [of["proof"] for of in of_all if of.get("proof") not in (None, "proven")]
     remarks = {
@@ -256,11 +239,11 @@ class _PartWeights:
     def _is_new(self, number: int, digests: Sequence[np.ndarray | None]) -> bool:
         """Whether a part saw other data than all before it."""
         own = digests[number]
-        earlier = [of for of in digests[:number] if of is not None and own is not None]
-        both = [~np.isnan(of) & ~np.isnan(own) for of in earlier]
-        return not any(
-            known.any() and (of == own)[known].all() for of, known in zip(earlier, both, strict=True)
-        )
+        for other in digests[:number] if own is not None else ():
+            known = ~np.isnan(own) & ~np.isnan(own if other is None else other)
+            if other is not None and known.any() and (other == own)[known].all():
+                return False
+        return True
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
         """Which parts saw the data of others, and which ended before the last step."""
@@ -276,15 +259,15 @@ class _PartWeights:
         counts = (self.present & np.array(self.counted)[:, None]).reshape(lead)
         if name in LARGEST:
             return np.where(counts, values, -np.inf).max(0)
+        if name in FIRST:
+            return values[0]
         factor = np.ones_like(self.share)
         if name == "loss":
             factor = self.of_loss
         elif name in GRADIENT_SUMS:
             factor = self.share**2
-        elif name not in SUMMED and name not in FIRST:
+        elif name not in SUMMED:
             return None
-        if name in FIRST:
-            return values[0]
         return np.where(counts, values * factor.reshape(lead), 0.0).sum(0)
 
 
@@ -292,6 +275,7 @@ def _added(parts: Sequence[xr.Dataset], weights: _PartWeights) -> xr.Dataset:
     """The statistics of all parts."""
     first = parts[0]
     found: dict[str, Any] = {}
+    counted = [part for part, counts in zip(parts, weights.counted, strict=True) if counts]
     for name in [str(name) for name in first.data_vars if all(name in part for part in parts)]:
         like = first[name]
         _require_same(f"the size of {name}", {str(i): _sizes(part[name]) for i, part in enumerate(parts)})
@@ -304,13 +288,13 @@ def _added(parts: Sequence[xr.Dataset], weights: _PartWeights) -> xr.Dataset:
             if added is not None:
                 found[name] = (("step", *(dim for dim in like.dims if dim != "step")), added, like.attrs)
         elif name in SUMMED:
-            counted = [
-                part[name].values for part, counts in zip(parts, weights.counted, strict=True) if counts
-            ]
-            found[name] = (like.dims, np.sum(counted, axis=0, dtype=np.float64), like.attrs)
+            found[name] = (
+                like.dims,
+                np.sum([p[name].values for p in counted], axis=0, dtype=float),
+                like.attrs,
+            )
         else:
             found[name] = like.variable
-    counted = [part for part, counts in zip(parts, weights.counted, strict=True) if counts]
     found["unit_pair_sum"] = _pair_sum(counted, weights)
     if "loss" in found:
         course = LossCourse()
@@ -369,8 +353,10 @@ def _padded(trace: xr.Dataset, tokens: int) -> xr.Dataset:
     missing = tokens - trace.sizes["token"]
     if not missing:
         return trace
-    empty = {"b": False, "O": "", "U": "", "T": "", "i": -1, "f": 0.0}
-    fill = {name: empty[of.dtype.kind] for name, of in trace.data_vars.items() if "token" in of.dims}
+    empty: dict[str, Any] = {"b": False, "O": "", "U": "", "T": "", "i": -1, "f": 0.0}
+    fill: dict[Any, Any] = {
+        name: empty[of.dtype.kind] for name, of in trace.data_vars.items() if "token" in of.dims
+    }
     return trace.pad(token=(0, missing), constant_values=fill).assign_coords(token=np.arange(tokens))
 
 

@@ -72,11 +72,6 @@ class Forward:
     cancelled: bool = False  # its step ended, or its hooks left, before it did
     without_connections: str = ""  # why the connections were not read; empty where they were
 
-    @property
-    def sequence_length(self) -> int:
-        """Number of tokens of each sequence in the model's first tensor."""
-        return self.lead_shape[1 - self.batch_axis]
-
     def next_index(self, kind: str, path: str) -> int:
         """Index of this call among the calls of one module in this forward; a block may run several times."""
         index = self.call_counts.get((kind, path), 0)
