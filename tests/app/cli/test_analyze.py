@@ -81,8 +81,8 @@ def test_metrics_that_a_run_contains_stay_with_those_measured_again(unmeasured, 
     assert second["effective_rank_stderr"].sel(scope="data").notnull().any()
     assert "cknna" in first.attrs["on_request"]
     assert "cknna" not in second.attrs["on_request"]
-    for attr in ("not_computed", "notes"):
-        assert second.attrs[attr] == first.attrs[attr]
+    assert second.attrs["not_computed"] == first.attrs["not_computed"]
+    assert first.attrs["notes"].items() <= second.attrs["notes"].items()
 
 
 def test_what_a_part_leaves_is_not_complete(unmeasured, tmp_path):
@@ -118,18 +118,16 @@ def test_metrics_of_another_trace_are_not_mixed(unmeasured, tmp_path, capsys):
 
 def test_analyze_says_where_the_tables_over_pairs_are(unmeasured, tmp_path, capsys):
     path = schema.save_run(schema.open_run(unmeasured / "mhc.zarr.zip"), tmp_path / "m.zarr.zip")
-    asked = ["analyze", str(path), "--metrics", "cka,pair_gain,curvature"]
+    asked = ["analyze", str(path), "--metrics", "cka,token_cosine"]
     assert main(asked) == FINE
     said = " ".join(capsys.readouterr().out.split())
-    assert "not printed: cka (estimator × tokens × depth × other depth), pair_gain (" in said
-    assert "curvature (" in said
+    assert "not printed: cka (estimator × tokens × depth × other depth)" in said
     assert f"they are in /metrics of {path}, in --json, and in: depthscope dashboard {path}" in said
     assert main([*asked, "--json"]) == FINE
     printed = json.loads(capsys.readouterr().out)["apart"]["m"]
     assert printed["cka"]["dims"] == ["depth", "other_depth"]
     stored = schema.open_run(path)["metrics"]["cka"].sel(estimator="unbiased", tokens="all")
     assert printed["cka"]["values"][1] == pytest.approx(stored[0, 1].values.tolist())
-    assert printed["pair_gain"]["labels"]["other_connection"] == [0, 1, 2, 3, 4, 5]
 
 
 def test_errors_of_pooled_metrics_are_a_choice(unmeasured, tmp_path, capsys):
@@ -145,5 +143,6 @@ def test_partial_metrics_in_a_run_are_not_taken_for_all(unmeasured, tmp_path, ca
     path = schema.save_run(schema.open_run(unmeasured / "hc.zarr.zip"), tmp_path / "h.zarr.zip")
     assert main(["analyze", str(path), "--metrics", "effective_rank"]) == FINE
     capsys.readouterr()
-    assert main(["compare", str(path), "--metrics", "composite_gain", "--json"]) == FINE
+    other = str(unmeasured / "hc.zarr.zip")
+    assert main(["compare", str(path), other, "--metrics", "composite_gain", "--json"]) == FINE
     assert json.loads(capsys.readouterr().out)["aligned"][0]["metric"] == "composite_gain"

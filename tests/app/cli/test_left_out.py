@@ -12,7 +12,6 @@ from depthscope.app.readings import readings
 
 COMMANDS = {
     "check": [],
-    "compare": [],
     "export": ["--out", "paper"],
 }  # those that draw last
 
