@@ -37,7 +37,10 @@ def report(document: dict) -> tuple[list[str], int]:
     known = [(entry, found) for entry in asked for found in entry.get("vulns", ())]
     lines, code = [f"audited {len(asked)} of {len(asked) + len(skipped)} packages"], 0
     if not asked:
-        return ["AUDIT WITHOUT DATA: the index knows no vulnerabilities of any installed package", *lines], NO_DATA
+        return [
+            "AUDIT WITHOUT DATA: the index knows no vulnerabilities of any installed package",
+            *lines,
+        ], NO_DATA
     if skipped:
         lines.append(f"SKIPPED, the index has no answer for: {', '.join(skipped)}")
     for entry, found in known:
@@ -88,7 +91,9 @@ def main(python: str) -> int:
         )
         document = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
-        sys.stdout.write("AUDIT WITHOUT DATA: the package index could not be asked for known vulnerabilities\n")
+        sys.stdout.write(
+            "AUDIT WITHOUT DATA: the package index could not be asked for known vulnerabilities\n"
+        )
         return NO_DATA
     lines, code = report(document)
     sys.stdout.write("\n".join(lines) + "\n")

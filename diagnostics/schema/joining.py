@@ -45,7 +45,17 @@ SUMMED = frozenset((
 ))  # fmt: skip
 LARGEST = frozenset(("norm_max", "abs_max", "gain_max", "logit_range_max", "loss_not_finite"))
 FIRST = frozenset(("loss_scale", "connection_parameter", "cell_parameter"))  # equal in all parts
-SAME = ["family", "n_streams", "layout", "dtype", "block", "num_blocks", "num_parameters", "seed", "loss_reduction"]
+SAME = [
+    "family",
+    "n_streams",
+    "layout",
+    "dtype",
+    "block",
+    "num_blocks",
+    "num_parameters",
+    "seed",
+    "loss_reduction",
+]
 OF_ONE_PART = f"{PART} {STAGE} consequences rescaled scale_slopes distinct_tokens data_digest".split()
 ESTIMATED_PAIRS = "pairs within each part; those between parts are taken to have the same mean"
 CLOSE = 1e-6  # of two states, relative to the largest: the same numbers, but for a cast on the way
