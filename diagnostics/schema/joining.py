@@ -239,10 +239,11 @@ class _PartWeights:
     def _is_new(self, number: int, digests: Sequence[np.ndarray | None]) -> bool:
         """Whether a part saw other data than all before it."""
         own = digests[number]
-        for other in digests[:number] if own is not None else ():
-            known = ~np.isnan(own) & ~np.isnan(own if other is None else other)
-            if other is not None and known.any() and (other == own)[known].all():
-                return False
+        for other in digests[:number]:
+            if own is not None and other is not None:
+                known = ~np.isnan(own) & ~np.isnan(other)
+                if known.any() and (other == own)[known].all():
+                    return False
         return True
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
