@@ -45,7 +45,17 @@ SUMMED = frozenset((
 ))  # fmt: skip
 LARGEST = frozenset(("norm_max", "abs_max", "gain_max", "logit_range_max", "loss_not_finite"))
 FIRST = frozenset(("loss_scale", "connection_parameter", "cell_parameter"))  # equal in all parts
-SAME = ["family", "n_streams", "layout", "dtype", "block", "num_blocks", "num_parameters", "seed", "loss_reduction"]
+SAME = [
+    "family",
+    "n_streams",
+    "layout",
+    "dtype",
+    "block",
+    "num_blocks",
+    "num_parameters",
+    "seed",
+    "loss_reduction",
+]
 OF_ONE_PART = f"{PART} {STAGE} consequences rescaled scale_slopes distinct_tokens data_digest".split()
 ESTIMATED_PAIRS = "pairs within each part; those between parts are taken to have the same mean"
 CLOSE = 1e-6  # of two states, relative to the largest: the same numbers, but for a cast on the way
@@ -117,6 +127,7 @@ def _joined_data(runs: Mapping[str, xr.DataTree]) -> xr.DataTree:
                 nodes[group_path(group, chain)] = join(kept)
     nodes["coverage"] = _of(first, "coverage", "", names[0])
     facts = {"number": len(runs), "how": weights.how, **_missing_parts(runs), **weights.facts(names)}
+    facts["sentence"] = _sentence(facts)
     attrs = {**_joined_attributes(runs), PARTS: facts}
     if is_corpus and len(runs) > 1:
         attrs["sampling"] = _joined_sampling(runs)
@@ -185,10 +196,25 @@ def _missing_parts(runs: Mapping[str, xr.DataTree]) -> dict[str, Any]:
     numbers = [int(of["number"]) for of in known]
     if len(set(numbers)) < len(numbers):
         raise SchemaError(f"the parts have the numbers {sorted(numbers)}; expected each part once")
+    # Such as of an earlier attempt in the same folder.
+    _require_same(
+        "the number of processes", {name: run.attrs.get(PART, {}).get("of") for name, run in runs.items()}
+    )
     if not known or STAGE in next(iter(runs.values())).attrs:
         return {}
     missing = sorted(set(range(int(known[0]["of"]))) - set(numbers))
     return {"missing": missing} if missing else {}
+
+
+def _sentence(facts: Mapping[str, Any]) -> str:
+    """What is missing of a joined run, for people."""
+    said = [f"{facts['number']} parts; {facts['how']}"]
+    if "missing" in facts:
+        said.append(f"no part of the processes {', '.join(map(str, facts['missing']))} is there")
+    said += [f"{name} ended with step {step}" for name, step in facts.get("last_step", {}).items()]
+    if "same_data" in facts:
+        said.append(f"{', '.join(facts['same_data'])} saw the data of others, and count once")
+    return "; ".join(said)
 
 
 class _PartWeights:
@@ -425,7 +451,8 @@ def _joined_stages(stages: Sequence[xr.DataTree]) -> xr.DataTree:
     }
     attrs |= {name: stages[-1].attrs[name] for name in ("loss_reduction",) if name in stages[-1].attrs}
     attrs |= {name: sum(int(run.attrs[name]) for run in stages) for name in ("num_blocks", "num_parameters")}
-    return xr.DataTree.from_dict({"/": xr.Dataset(attrs={**attrs, "pipeline_stages": len(stages)}), **nodes})
+    attrs[PARTS] = {"number": len(stages), "sentence": f"{len(stages)} stages of a pipeline"}
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **nodes})
 
 
 def _along_depth(parts: Sequence[xr.Dataset]) -> xr.Dataset:
