@@ -22,6 +22,7 @@ from depthscope.diagnostics.experiments.results import (
     with_lens,
 )
 from depthscope.diagnostics.experiments.settling import HARMFUL, SETTLED_BY, consequence_words, experiment_for
+from depthscope.diagnostics.experiments.variables import CELLS, EFFECTS, LENS, PATCHES, declared
 
 __all__ = [
     "CELLS",
