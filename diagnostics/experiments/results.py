@@ -79,9 +79,7 @@ def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
     known = {name: found for name, found in prediction_depths(lens).items() if math.isfinite(found.mean)}
     if not known:
         return analysis
-    # A trained map is not fooled by a basis that turns with the depth, which the head alone cannot read.
-    name = "tuned" if "tuned" in known else next(iter(known))
-    found = known[name]
+    name, found = next(iter(known.items()))
     evidence = {"lens": name, "mean": found.mean, "low": found.low, "high": found.high, "last": last}
     return analysis.assign_attrs(prediction_depth=evidence)
 
@@ -259,7 +257,7 @@ def lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
                 one = result[list(_lens_columns())].sel(lens=lens, depth=depth, stream=stream)
                 values = {name: float(one[name]) for name in _lens_columns()}
                 if math.isnan(values["entropy"]):
-                    continue  # a tuned lens reads all streams together
+                    continue  # no token counts
                 row: dict[str, Any] = {"lens": str(lens), "depth": int(depth), "stream": str(stream)}
                 rows.append(
                     row | {name: value if math.isfinite(value) else None for name, value in values.items()}
