@@ -16,12 +16,9 @@ import torch
 from torch import nn
 
 from depthscope.diagnostics.atomic_writes import one_at_a_time, remove_litter, replaced_folder
-from depthscope.probes.checkpoints.building_limits import StoredSize, building_limits, check_numbers
 from depthscope.probes.checkpoints.digests import file_digest
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of
-from depthscope.probes.checkpoints.foreign_references import CONFIGURATIONS, offline
-from depthscope.probes.checkpoints.gguf_header import check_gguf
-from depthscope.probes.checkpoints.own_files import exists, require_file
+from depthscope.probes.checkpoints.own_files import offline, require_file
 
 logger = logging.getLogger(__name__)
 
@@ -149,17 +146,11 @@ def _convert(file: Path) -> tuple[nn.Module, Any]:
         raise CheckpointError(
             f"a GGUF file needs {' and '.join(missing)}; run: pip install {' '.join(missing)}"
         )
-    contents = check_gguf(file)
-    stored = StoredSize(contents.num_elements, contents.num_tensors, contents.largest_dimension)
-    check_numbers(contents.numbers, stored, f"'{file}'")
-    # transformers looks for some of these next to the file.
-    for name in (*CONFIGURATIONS, "adapter_config.json"):
-        if exists(file.parent / name):
-            require_file(file.parent / name)
+    require_file(file)
     source = {"gguf_file": file.name, "local_files_only": True}
     message = f"transformers cannot read '{file}' as GGUF"
     advice = "check that the download is complete and that its architecture is one that transformers converts"
-    with offline(), building_limits(stored, str(file)), errors_of("transformers", message, advice):
+    with offline(), errors_of("transformers", message, advice):
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **source)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
     # save_pretrained refuses a model whose config is marked as quantised; the weights are plain float32 by now. The config
