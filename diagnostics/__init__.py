@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from depthscope.diagnostics.errors import DepthscopeError
     from depthscope.diagnostics.metrics.catalogue import CATALOGUE
     from depthscope.diagnostics.metrics.declaration import Metric, Range
-    from depthscope.diagnostics.quantities.initial_logits import decay_factor, with_replay
     from depthscope.diagnostics.schema import (
         SCHEMA_VERSION,
         SchemaError,
@@ -41,8 +40,6 @@ _HOMES = {
     "Severity": "verdicts.finding",
     "Metric": "metrics.declaration",
     "Range": "metrics.declaration",
-    "decay_factor": "quantities.initial_logits",
-    "with_replay": "quantities.initial_logits",
     "judge": "verdicts",
     "DepthscopeError": "errors",
 } | dict.fromkeys(
@@ -66,7 +63,6 @@ __all__ = [
     "chain_dataset",
     "chains",
     "create_run",
-    "decay_factor",
     "integrity",
     "judge",
     "kernels",
@@ -76,7 +72,6 @@ __all__ = [
     "schema",
     "training_curves",
     "validate",
-    "with_replay",
 ]
 
 

@@ -9,7 +9,6 @@ from depthscope.probes.one_shot import capture
 from depthscope.probes.run.merge import merge_runs
 from depthscope.probes.settling import settle
 from depthscope.probes.static.describe import describe_weights
-from depthscope.probes.static.initial_logits import initial_logits
 from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.sites import SiteError
 from depthscope.probes.training.live.findings import TrainingStopped
@@ -30,7 +29,6 @@ __all__ = [
     "capture",
     "describe",
     "describe_weights",
-    "initial_logits",
     "merge_runs",
     "probe_checkpoints",
     "record",

@@ -75,7 +75,7 @@ ATTRS = "attrs"
 
 # Parts of connections with streams, which a run of one stream cannot have.
 _OF_STREAMS = (
-    *(*OF_STREAMS, "read_known", "initial_logits"),
+    *(*OF_STREAMS, "read_known"),
     *("mixing_logits", "logit_gradient_norm", "mixing_gradient_norm"),
 )
 
@@ -83,7 +83,6 @@ _OF_STREAMS = (
 _REMEDIES = {
     "gradient": "capture it with gradients=True",
     **{of.name: of.remedy for of in COEFFICIENTS if of.remedy},
-    "initial_logits": "add them with ds.with_replay(run, ds.initial_logits(checkpoint), decay=…)",
     "mixing_logits": "H_res is not a softmax or Sinkhorn of logits that were recognised, see /coverage",
     **dict.fromkeys(
         ("logit_gradient_norm", "mixing_gradient_norm"),

@@ -32,7 +32,7 @@ MEANINGLESS: dict[str, tuple[str, ...]] = {
          "dominant_stream", "loud_stream", "silent_stream"),
         ("altup",),
     ),
-    **dict.fromkeys(("stuck_at_identity", "some_connections_stuck"), ("residual", "highway", "independent_hc", "gated")),
+    "stuck_at_identity": ("residual", "highway", "independent_hc", "gated"),
 }  # fmt: skip
 
 

@@ -175,7 +175,7 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
 @verdict(
     metric="composite_gain",
     limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED),
-    follows_from={"single_gain_explosion": from_there_on, "constant_mixing": anywhere},
+    follows_from={"constant_mixing": anywhere},
     drawn_on=("composite_gain", "composite_operator_gain"),
 )
 def gain_explosion(
@@ -190,22 +190,7 @@ def gain_explosion(
     yield from _gain_profiles(composite_gain, composite_operator_gain, words)
 
 
-@verdict(
-    metric="mixing_gain",
-    limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED),
-    drawn_on=("mixing_gain", "operator_gain"),
-)
-def single_gain_explosion(
-    mixing_gain: xr.DataArray, operator_gain: xr.DataArray | None = None
-) -> Iterator[Profile]:
-    """One mixing matrix alone amplifies the streams.
-
-    Look at the dynamic part of that connection: its scale, and the norm of what it is computed from.
-    """
-    yield from _gain_profiles(mixing_gain, operator_gain, "the {} of one connection")
-
-
-GAIN_LIMIT = 10.0  # of both verdicts on gains
+GAIN_LIMIT = 10.0
 TOKEN_LIMIT = 100.0  # of a single token, since the largest of many is larger than that of few
 
 
@@ -247,7 +232,7 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
 @verdict(
     metric="composite_attenuation",
     limits=Limits(warn=FADED, fail=0.05, above=False),
-    follows_from={"sinkhorn_not_converged": from_there_on, "one_sided_mixing": anywhere},
+    follows_from={"sinkhorn_not_converged": from_there_on},
     drawn_on=("composite_attenuation",),
     suspicion=True,
 )

@@ -29,14 +29,6 @@ def distinct(attrs: Mapping[str, Any], scope: str) -> float | None:
     return float(found) if isinstance(found, (int, float)) else None
 
 
-def reference_rank(null: float, rank: xr.DataArray, attrs: Mapping[str, Any]) -> float:
-    """The largest rank about the mean that these states can have: of noise, the first state, tokens and classes."""
-    classes = task_of(attrs).get("classes")
-    tokens = distinct(attrs, "in_all")
-    bounds = [null, float(rank.isel(depth=0)), *(n - 1.0 for n in (tokens, classes) if n is not None)]
-    return null if math.isnan(null) else min(bound for bound in bounds if not math.isnan(bound))
-
-
 def one_answer(attrs: Mapping[str, Any]) -> bool:
     """Whether the labels are one a sequence."""
     return task_of(attrs).get("targets_per_sequence") == 1

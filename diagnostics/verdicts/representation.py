@@ -15,7 +15,7 @@ from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.references import below_input, distinct, one_answer, reference_rank
+from depthscope.diagnostics.verdicts.references import below_input, distinct, one_answer
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
 # layers with the smallest angles of a trained model, and give no limit. Heuristic.
@@ -29,15 +29,6 @@ OUT_OF_LINE = 0.1
 def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
     """A rank as a share of its null, both counted from the smallest possible rank of 1."""
     return (value - 1.0) / (null - 1.0).where(null > 1.0)
-
-
-def _rank_and_most(value: xr.DataArray, share: xr.DataArray, most: float) -> str:
-    """A sentence with the rank where its share is smallest, and the largest one that there could be."""
-    at = int(np.argmin(share.fillna(np.inf).values))
-    return (
-        f"The effective rank itself is {number(float(value[at]))}, of {number(most)} for noise of that size, bounded by the "
-        "first state, the different tokens and the classes."
-    )
 
 
 # A Dong residual of 0.15 and a share of 0.05: for 64 tokens of 64 features, whose noise has an effective rank of 52, one of
@@ -84,7 +75,8 @@ def rank_collapse(
         words="the remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and "
         "three times the effective rank over its noise baseline) is",
         template="{percent} of the differences between the tokens of a sequence are left {where}",
-        note=_equal_tokens(judged, residual, value, float(null)),
+        note=_equal_tokens(judged, residual, value, float(null))
+        + _directions(effective_rank, effective_rank_null),
     )
 
 
@@ -100,40 +92,21 @@ def _equal_tokens(judged: xr.DataArray, residual: xr.DataArray, rank: xr.DataArr
     )
 
 
-# It fails later than within a sequence: pooled tokens of a trained model use a small part of a wide space. Three directions
-# are a failure in a space of any width, of which a share of a small null would not tell.
+def _directions(rank: xr.DataArray, null: xr.DataArray) -> str:
+    """How many directions all tokens together use where they use the fewest."""
+    pick = {"scope": "data", "tokens": "ordinary", "centering": "centred"}
+    pooled = rank.sel(pick | {"stream": "mean"}, drop=True)
+    if pooled.isnull().all():
+        return ""
+    at = int(np.nanargmin(pooled.values))
+    return (
+        f" Over all data the states use {number(float(pooled[at]))} directions at depth {at}, where noise of that size has "
+        f"{number(float(null.sel(pick)))}."
+    )
+
+
+# A space of fewer directions has none to lose. Heuristic.
 FEW_DIRECTIONS = 3.0
-
-
-@verdict(
-    metric="effective_rank",
-    limits=Limits(warn=0.05, fail=0.005, above=False),
-    follows_from={"rank_collapse": from_there_on},
-    suspicion=True,
-)
-def dimensional_collapse(
-    effective_rank: xr.DataArray, effective_rank_null: xr.DataArray, attrs: Mapping[str, Any]
-) -> Iterator[Profile]:
-    """The representation uses few directions over the data.
-
-    Look for the block where it falls. A head with few classes explains it at the end; elsewhere try less
-    weight decay or decorrelation, and look at more data: N is given with the number.
-    """
-    pick = {"scope": "data", "tokens": "ordinary", "centering": "centred", "stream": "mean"}
-    value = effective_rank.sel(pick, drop=True)
-    null = float(effective_rank_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True))
-    most = reference_rank(null, value, attrs)
-    share = (value - 1.0) / (most - 1.0 if most > 1.0 else np.nan)
-    words = "the effective rank over the data, as a fraction of the largest possible here, is"
-    yield Profile(share, words, note=_rank_and_most(value, share, most), limits=_limits_of_rank(most))
-
-
-def _limits_of_rank(null: float) -> Limits | None:
-    """Limits on the share of a null under which a rank of three fails; None where noise has hardly more."""
-    if not null > 2.0 * FEW_DIRECTIONS:
-        return None
-    fail = max(0.005, (FEW_DIRECTIONS - 1.0) / (null - 1.0))
-    return Limits(warn=max(0.05, 1.5 * fail), fail=fail, above=False)
 
 
 # What a block leaves out of a sum that passes everything on is not lost: in networks that are trained the rank hardly falls.
@@ -141,7 +114,7 @@ def _limits_of_rank(null: float) -> Limits | None:
     metric="numerical_rank",
     limits=Limits(warn=0.6, above=False),
     follows_from=dict.fromkeys(
-        ("dead_state", "rank_collapse", "dimensional_collapse", "one_direction", "common_vector"),
+        ("dead_state", "rank_collapse", "common_vector"),
         from_there_on,
     ),
 )
@@ -157,39 +130,6 @@ def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
         rank / np.where(most > 2.0 * FEW_DIRECTIONS, most, np.nan),
         "the number of directions in use, relative to the most that an earlier state uses, is",
         note=f"The most are {number(float(np.nanmax(most)))}." if np.isfinite(most).any() else "",
-    )
-
-
-# A participation ratio of 1.5 is 80 % of the variance in one direction over a floor, one of 1.1 is 95 %.
-@verdict(
-    metric="participation_ratio",
-    limits=Limits(warn=1.5, fail=1.1, above=False, source=CALIBRATED),
-    follows_from={"rank_collapse": from_there_on, "dimensional_collapse": overlapping},
-    drawn_on=("participation_ratio",),
-    suspicion=True,
-)
-def one_direction(
-    participation_ratio: xr.DataArray, participation_ratio_null: xr.DataArray, attrs: Mapping[str, Any]
-) -> Iterator[Profile]:
-    """Nearly all variance over the data is in one direction.
-
-    The effective rank hardly sees it where many small directions are left. Look at what the block writes into that direction:
-    a bias or a feature that grows with the depth, a single unit with a huge weight, or a target of one number.
-    """
-    pick = {"scope": "data", "tokens": "ordinary", "centering": "centred", "stream": "mean"}
-    value = participation_ratio.sel(pick, drop=True)
-    null = float(
-        participation_ratio_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True)
-    )
-    # Of few tokens or features, noise itself has few directions; and none are lost that did not come in.
-    if not null > 2.0 * FEW_DIRECTIONS or not reference_rank(null, value, attrs) > FEW_DIRECTIONS:
-        return
-    # From the ratio r of one direction with share p over many small ones: r = 1/p².
-    yield Profile(
-        value,
-        "the number of directions that share the variance over the data (participation ratio) is",
-        metric="participation_ratio",
-        note=f"One direction then has about {100.0 * float(value.min()) ** -0.5:.0f} % of it; noise has {number(null)}.",
     )
 
 
@@ -235,7 +175,6 @@ def common_vector(token_cosine: xr.DataArray, attrs: Mapping[str, Any]) -> Itera
     metric="angular_distance",
     limits=Limits(info=IDLE, warn=DOES_NOTHING, above=False),
     follows_from={
-        "single_gain_explosion": from_there_on,
         "gain_explosion": overlapping,
         "wasted_layer": within,
         "same_representation": within,

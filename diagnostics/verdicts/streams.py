@@ -6,7 +6,6 @@ Limits without a comment or a source are heuristics of ours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,6 @@ from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, over
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.wiring import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies, told
-from depthscope.diagnostics.verdicts.wiring import ROUNDING as ROUNDED
 
 # Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`. Heuristic.
 PARTED = 0.99
@@ -228,19 +226,6 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(metric="identity_distance", limits=Limits(info=STUCK, above=False), drawn_on=("identity_distance",))
-def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile] | None:
-    """Some connections do not mix the streams.
-
-    Nothing to repair if others mix; a connection that never leaves the identity has a vanishing gradient on
-    its logits (off-diagonal ones near −8) or a zero dynamic scale.
-    """
-    typical = identity_distance.sel(reduction="median", drop=True)
-    if bool((typical < STUCK).all()):  # then it is a question of their product, see `stuck_at_identity`
-        return None
-    return [Profile(typical, "the distance of H_res from the identity is", metric="identity_distance")]
-
-
 @verdict(
     metric="composite_identity_distance",
     limits=Limits(warn=STUCK, above=False),
@@ -363,17 +348,25 @@ def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     yield Profile(mass, words, metric="read_mass", template=told)
 
 
-# Numbers of bfloat16 have 8 bits: a sum of four of them is 1 within 0.004, and every connection of the depth adds its own.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(info=ROUNDED, warn=1e-3))
-def rounded_coefficients(
-    attrs: Mapping[str, Any],
-    composite_gain: xr.DataArray | None = None,
-    composite_attenuation: xr.DataArray | None = None,
-) -> Iterator[Profile]:
-    """The mixing matrices are computed in half precision.
+# Saturation of a projection whose logits are too far apart: those of −8 off the diagonal have 0.998. Heuristic.
+NEARLY_PERMUTATIONS = 0.99
 
-    Compute the logits and Sinkhorn in float32, whatever the states are: the errors of the sums multiply over the depth.
+
+# Off-diagonal logits of −8 let at most 1.3e-3 through, those of −6 at most 1e-2; a uniform H_res of four streams 0.25. A note,
+# since an optimizer that divides by the size of the gradient moves such logits all the same, only slowly.
+@verdict(metric="logit_gradient_share", limits=Limits(info=2e-3, above=False))
+def saturated_logits(logit_gradient_share: xr.DataArray, logit_saturation: xr.DataArray) -> Iterator[Profile]:
+    """H_res can hardly learn: almost none of its gradient reaches its logits.
+
+    Softmax and Sinkhorn of logits that are far apart (off-diagonal ones near −8) let no gradient through. Begin with logits
+    nearer to each other, such as −3 off the diagonal, or leave them out of weight decay and give them a higher learning rate.
     """
-    harm = harm_of_sums(*sums_of_the_product(composite_attenuation, composite_gain))
-    for profile in told(attrs, "rounded_coefficients"):
-        yield replace(profile, ceiling=min(profile.ceiling, harm))
+    saturation = float(logit_saturation.sel(reduction="median", drop=True).min("connection"))
+    # The gradient may be small for another reason: where streams are equal, as in the first connection, or are averaged
+    # behind the last one, it lies along what the projection takes away.
+    if saturation >= NEARLY_PERMUTATIONS:
+        yield Profile(
+            logit_gradient_share.max("connection"),
+            "the largest fraction of the gradient of H_res that reaches its logits at any connection is",
+            note=f"Every projection lets through less than {number(1 - saturation)} of what a uniform one does.",
+        )

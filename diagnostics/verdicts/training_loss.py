@@ -63,24 +63,6 @@ def loss_spike(loss_spike: xr.DataArray, loss_rise: xr.DataArray) -> Iterable[Pr
     ]
 
 
-@verdict(metric="loss", limits=Limits(fail=0.0))
-def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The softmax is applied twice: by the model and again by the loss.
-
-    Give a cross entropy the logits, or take the logarithm of the probabilities and a loss that expects it. Between
-    probabilities the gradient is small, and the loss cannot fall to zero.
-    """
-    task = task_of(attrs)
-    if "softmax_twice" in task:
-        twice = bool(task["softmax_twice"])
-        sentence = f"The model's output is already a softmax, and the loss applies another one; expected one ({DEFAULT})."
-        yield Profile(
-            xr.DataArray(float(twice)),
-            "the number of superfluous softmaxes is",
-            sentence=sentence if twice else "",
-        )
-
-
 WORSE = 1.05
 # Of a loss with a larger standard error, relative to that of a constant answer, it is not known whether it is the same.
 WELL_KNOWN = 0.05

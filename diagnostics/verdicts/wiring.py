@@ -92,19 +92,9 @@ def constant_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "constant_mixing")
 
 
-# Over 60 connections an error of 0.01 in every sum is a gain of 1.8.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(info=1e-3, warn=1e-2))
-def one_sided_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The mixing matrices are normalised along one axis only.
-
-    Sinkhorn takes both in turn: check the two axes of its sums. A softmax alone keeps either the signal or its gradient.
-    """
-    yield from told(attrs, "one_sided_mixing")
-
-
 # The largest gradient of a logit against that of a write weight, for a random combination of the outputs: a few
 # roundings.
-@verdict(metric="initial_distance", limits=Limits(warn=1e-6, above=False))
+@verdict(metric="mixing_gradient", limits=Limits(warn=1e-6, above=False))
 def unlearnable_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The mixing matrices get no gradient.
 
@@ -121,16 +111,6 @@ def swapped_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     The branch reads with what the documented design writes with: check their order where they are split, returned and applied.
     """
     yield from told(attrs, "swapped_weights")
-
-
-# bfloat16 rounds a number below 1 by up to 0.002, eight-bit types by up to 0.06.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(info=ROUNDING, warn=1e-2))
-def rounded_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The mixing matrix that is applied is a rounded one.
-
-    Its sums are no longer 1, and the error multiplies over depth: apply it in float32, and cast the result.
-    """
-    yield from told(attrs, "rounded_mixing")
 
 
 @verdict(metric="mixing_gain", limits=Limits(warn=1e-3))

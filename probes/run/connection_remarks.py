@@ -72,7 +72,7 @@ def _completed(facts: Facts, origin: Origin) -> Facts:
     if origin.stored is None:
         return facts
     # A matrix that the trace read is the one that is applied: only the computation shows what it was before.
-    return replace(facts, stored=_with(facts.stored, origin.stored), rounded_to=origin.rounded_to)
+    return replace(facts, stored=_with(facts.stored, origin.stored))
 
 
 def _with(matrices: torch.Tensor, known: torch.Tensor) -> torch.Tensor:

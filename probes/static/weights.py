@@ -73,21 +73,6 @@ def _configured(constant: Constant, config: Mapping[str, Any]) -> tuple[str, flo
     return constant.name, None
 
 
-def settings_of_module(dialect: Dialect, module: Any) -> dict[str, float]:
-    """The constants of a row for a module that was built, which has them as attributes; the defaults of the others."""
-    return {
-        name: next(
-            (
-                float(value)
-                for path in (*constant.attributes, *constant.keys)
-                if _is_number(value := _attribute(module, path))
-            ),
-            constant.default,
-        )
-        for name, constant in dialect.constants.items()
-    }
-
-
 def _attribute(module: Any, path: str) -> Any:
     """A dotted attribute; of a functools.partial its keywords."""
 

@@ -18,8 +18,8 @@ from depthscope.app.cli.arguments import (
     selection_of,
 )
 from depthscope.app.cli.command import FINE, Command
-from depthscope.app.cli.paths import InputPath, InputRun, require_writable
-from depthscope.app.cli.values import ByteCount, Number
+from depthscope.app.cli.paths import InputRun, require_writable
+from depthscope.app.cli.values import ByteCount
 from depthscope.app.text.terminal import emit, working
 from depthscope.diagnostics.errors import InputError, StorageError
 
@@ -40,19 +40,6 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--jackknife",
         action="store_true",
         help="standard errors of pooled metrics too, by leaving out one sequence at a time (slow)",
-    )
-    parser.add_argument(
-        "--initial",
-        type=InputPath(must_exist=False),
-        metavar="CHECKPOINT",
-        help="the model before training: shows how far training moved the mixing of an mHC, corrected for weight decay",
-    )
-    parser.add_argument(
-        "--decay",
-        type=Number(1e-9, 1, whole=False),
-        metavar="FACTOR",
-        help="factor by which weight decay shrank the initial logits, ∏(1 − learning rate × weight decay) over the steps "
-        "(default 1: no decay)",
     )
     parser.add_argument(
         "--memory",
@@ -81,10 +68,6 @@ def _run(args: argparse.Namespace) -> int:
     from depthscope.app.readings.readings import read_runs
     from depthscope.diagnostics import analyze, schema
 
-    if args.decay is not None and args.initial is None:
-        raise InputError(
-            "got --decay alone; expected --initial CHECKPOINT too: the decay is that of its logits"
-        )
     if args.memory or args.scheduler:
         return _run_in_parts(args)
     # The metrics are written into the run itself: that its folder cannot be written to is said before they are computed.
@@ -102,7 +85,6 @@ def _run(args: argparse.Namespace) -> int:
         # Into memory, since the file is replaced by a new one below.
         run.load()
         run.close()  # before the metrics are written into the same file
-        run = _with_initial_logits(run, args)
         analysis = analyze(run, metrics=args.metrics, jackknife=args.jackknife, progress=progress)
     groups = _metric_groups(analysis)
     written = _write(run, groups, args)
@@ -123,9 +105,8 @@ def _run_in_parts(args: argparse.Namespace) -> int:
     from depthscope.app.readings.readings import read_runs
     from depthscope.diagnostics import analyze, schema
 
-    given = [name for name in ("jackknife", "initial") if getattr(args, name)]
-    if given:
-        raise InputError(f"--{given[0]} does not go with --memory and --scheduler; leave one of them out")
+    if args.jackknife:
+        raise InputError("--jackknife does not go with --memory and --scheduler; leave one of them out")
     if args.memory and args.scheduler:
         raise InputError(
             "--memory is of threads of this process, and --scheduler names a cluster; give one of them"
@@ -170,18 +151,6 @@ def _scheduler(address: str | None) -> Iterator[Any]:
         yield client
 
 
-def _with_initial_logits(run: xr.DataTree, args: argparse.Namespace) -> xr.DataTree:
-    """The run with the mixing logits of ``--initial``, decayed by ``--decay``; the run itself without them."""
-    if args.initial is None:
-        return run
-    from depthscope import probes
-    from depthscope.diagnostics import with_replay
-
-    # None and not 1.0 as the default of the option: only so is --decay without --initial recognised.
-    decay = 1.0 if args.decay is None else args.decay
-    return with_replay(run, probes.initial_logits(args.initial), decay=decay)
-
-
 def _metric_groups(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
     """The analysis as groups of a run: one, or one for each chain."""
     import xarray as xr
@@ -210,23 +179,20 @@ def _write(run: xr.DataTree, groups: dict[str, xr.Dataset], args: argparse.Names
     import xarray as xr
 
     from depthscope.app.readings.stored_metrics import renewed
-    from depthscope.diagnostics import CATALOGUE, schema
-    from depthscope.diagnostics.quantities.initial_logits import LOGITS
+    from depthscope.diagnostics import schema
 
     # Metrics that were named are a part of those that the run can feed: other commands then compute the rest.
     complete = not args.metrics
     nodes = {"/": xr.Dataset(attrs=run.attrs)}
     if args.out:
         return schema.save_run(_tree(run.attrs, _complete(groups, args)), args.out, force=args.force)
-    # Other initial logits change the metrics that read them, so their stored values no longer apply.
-    outdated = [name for name, metric in CATALOGUE.items() if args.initial and LOGITS in metric.roots]
     # Trace and statistics are written again as they are: saving replaces the file.
     for node in run.subtree:
         if node.path not in groups:
             nodes[node.path] = node.to_dataset()
     for path, metrics in groups.items():
         stored = schema.chain_dataset(run, "metrics", path.removeprefix("/metrics").strip("/"))
-        nodes[path] = renewed(metrics, stored, complete=complete, outdated=outdated)
+        nodes[path] = renewed(metrics, stored, complete=complete)
     return schema.save_run(xr.DataTree.from_dict(nodes), args.run)
 
 

@@ -55,8 +55,6 @@ class CurveFigure(FigureKind):
         Tokens that a metric without scopes is taken from: those of all "data" or of a "sequence".
     around : str
         Metric with the band: along ``quantile``, or as ± of the value.
-    reference : tuple of str
-        Metric along the same axis to compare with, and its label; empty where there is none.
     note : str
         Sentence that ends the remarks of the caption.
     derive : function, optional
@@ -71,7 +69,6 @@ class CurveFigure(FigureKind):
     thresholds: tuple[tuple[float, str], ...] = ()
     scope: str = "data"
     around: str = ""
-    reference: tuple[str, str] | tuple[()] = ()
     note: str = ""
     derive: Callable[[xr.Dataset], xr.Dataset] | None = None
     derived_from: tuple[str, ...] = ()
@@ -79,9 +76,7 @@ class CurveFigure(FigureKind):
     @property
     def also(self) -> tuple[str, ...]:
         """Further variables that it draws where the analysis has them."""
-        return tuple(
-            name for name in (self.around, *self.derived_from, self.twin, *self.reference[:1]) if name
-        )
+        return tuple(name for name in (self.around, *self.derived_from, self.twin) if name)
 
     @property
     def twin(self) -> str:
@@ -104,7 +99,6 @@ class CurveFigure(FigureKind):
             analyses = {run: self.derive(data) for run, data in analyses.items()}
         measurement = Measurement(self.metric, analyses, choice)
         curves = [*self._measured(measurement), *self._streamed(analyses, choice)]
-        curves += self._references(analyses, choice)
         runs = list(analyses)
         # By run, and `sorted` is stable: a null takes the colour of the measured line before it.
         ordered = sorted(curves, key=lambda curve: runs.index(curve.line.group))
@@ -188,15 +182,6 @@ class CurveFigure(FigureKind):
             reason = data[self.twin].attrs.get("undefined_because")
             gap = [f"A gap in it: {reason}."] if reason else []
             yield Curve(curve.line, curve.null, remarks=(_STREAMED, *gap))
-
-    def _references(self, analyses: Analyses, choice: Selection) -> Iterator[Curve]:
-        """The curve that the measured one is compared with, of every run that has it."""
-        # Its line only: bands are those of the measured curve.
-        if self.reference:
-            name, label = self.reference
-            reference = Measurement(name, analyses, choice)
-            for run, _, values in reference.slices():
-                yield Curve(reference.curve(run, values, axis=str(values.dims[0]), label=label).line)
 
 
 def _threshold_lines(lines: Sequence[Line], labelled: Sequence[tuple[float, str]]) -> list[Line]:
