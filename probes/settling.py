@@ -155,8 +155,8 @@ def _rescaled(
     if reach is None or _batch_axis(options):
         return {}
     slopes, sequences = attrs.get(SLOPES), first_size(batch)
-    begun = age_of(xr.Dataset(attrs=attrs)).begun  # in its first steps no network is at a minimum
-    if not begun or sequences < FEWEST:
+    # As it was drawn no network is at a minimum.
+    if age_of(xr.Dataset(attrs=attrs)).trained is False or sequences < FEWEST:
         return {}
     known = {n: v for n, v in slopes.items() if number_or_none(v)} if isinstance(slopes, Mapping) else None
     if known is not None and not promises(known, reach):

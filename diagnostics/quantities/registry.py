@@ -58,16 +58,13 @@ FACTS = (
     "family",
     "proof",
     "constraint",
-    "norms_moved",
-    "drawn_moved",
-    "small_start",
     "untouched",
     "untouched_blocks",
     "equal_blocks",
 )
 """Attributes of a run that its quantities and its analysis depend on; those of a chain's own trace win."""
 
-ROW_FACTS = ("norms_moved", "drawn_moved", "small_start", "untouched")
+ROW_FACTS = ("untouched",)
 """Those of them that change with the weights: in a training every row has its own, as a number of the same name."""
 
 ATTRS = "attrs"
@@ -307,7 +304,7 @@ def with_row_facts(analysis: xr.Dataset) -> xr.Dataset:
     for name in known:
         value = float(analysis[name])
         if value == value:  # no NaN
-            attrs[name] = analysis[name].attrs.get("sentence", value) if name == "small_start" else value
+            attrs[name] = value
     found = analysis.drop_vars(known)
     found.attrs = attrs
     return found

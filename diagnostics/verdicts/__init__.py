@@ -102,6 +102,7 @@ VERDICTS: dict[str, Verdict] = {
         representation.small_sample,
         weight_updates.large_update,
         weight_updates.lost_update,
+        weight_updates.slow_updates,
         weight_updates.frozen_module,
         weight_updates.silent_module,
         reading.unproven_reading,

@@ -95,22 +95,14 @@ class Profile:
         The stream that it belongs to.
     begins : bool
         Whether the sentence has the number with which it begins beside the worst: of what spreads from there on.
-    ceiling : Severity
-        The worst severity that it may get.
+    note_only : bool
+        Whether it is a note however far beyond: what is known to be harmless, or may well be meant.
     note : str
         A further sentence.
-    start : str
-        Why such a number is normal before training; empty where no design starts so. Whether the network is past its start
-        is asked of the facts in `age`.
-    age : {"", "begun", "grown"}
-        What a network has to be, by the facts of `age.Age`: one that has not begun gets a note; where it should be grown, it
-        fails only then.
     template : str
         The sentence up to the limit, in place of words, number and place: with ``{value}``, ``{percent}`` and ``{where}``.
     sentence : str
         The complete sentence, in place of the one made of `words`, number and position.
-    limits : Limits, optional
-        In place of the verdict's, where another kind of network has others; its source is the verdict's.
     metric : str
         The metric of which `values` are a slice as it is: its figures show the limits. Empty for numbers that are made of
         several, or compared with another position.
@@ -120,13 +112,10 @@ class Profile:
     words: str
     stream: str | None = None
     begins: bool = False
-    ceiling: Severity = Severity.FAIL
+    note_only: bool = False
     note: str = ""
-    start: str = ""
-    age: str = ""
     template: str = ""
     sentence: str = ""
-    limits: Limits | None = None
     metric: str = ""
 
     @property
@@ -160,6 +149,9 @@ class Verdict:
         What it is about, see `Finding`.
     drawn_on : tuple of str
         Metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
+    before_training : bool
+        Whether such a number is normal in a network that is not trained: it is then a note, and where the age of the network
+        is not known it warns, with both readings.
     suspicion : bool
         Whether its number alone is a suspicion, of which the experiment of `SETTLED_BY` shows whether it does harm; of the
         others the number is the harm.
@@ -176,6 +168,7 @@ class Verdict:
     follows_from: Mapping[str, Relation] = field(default_factory=dict)
     about: str = "network"
     drawn_on: tuple[str, ...] = ()
+    before_training: bool = False
     suspicion: bool = False
 
     @property
@@ -224,10 +217,8 @@ class Verdict:
 
     def limits_on(self, metric: str, analysis: xr.Dataset) -> list[Limits]:
         """The limits that one chain's values of a metric are compared with, for its figures."""
-        if metric not in self.drawn_on:
-            return []
-        found = [each.limits or self.limits for each in self.profiles(analysis) if each.metric == metric]
-        return list(dict.fromkeys(found))
+        is_judged = metric in self.drawn_on and any(each.metric == metric for each in self.profiles(analysis))
+        return [self.limits] if is_judged else []
 
     def missing(self, analysis: xr.Dataset) -> list[str]:
         """Variables without which it cannot judge, and that an analysis does not have."""
@@ -237,18 +228,18 @@ class Verdict:
         values = np.atleast_1d(profile.values.values.astype(float))
         if np.isnan(values).all():  # undefined is neither passed nor failed
             return None
-        limits = profile.limits or self.limits
+        limits = self.limits
         mildest = limits.levels[0][1]
         beyond = np.flatnonzero(limits.beyond(values, mildest))
         at = int(np.nanargmax(values) if limits.above else np.nanargmin(values))
         severity, limit = limits.severity(values[at])
         # After the limit is known: the sentence names the limit that was crossed, whatever the severity becomes.
-        severity = min(severity, profile.ceiling)
-        of_start = _words_of_start(profile, age()) if severity > Severity.INFO else ""
-        if profile.age == "grown" and not age().grown:
-            severity = min(severity, Severity.WARN)
-        if severity and ((of_start and age().trained is False) or (profile.age and not age().begun)):
+        readings = ""
+        if severity > Severity.INFO and profile.note_only:
             severity = Severity.INFO
+        if severity > Severity.INFO and self.before_training and not age().trained:
+            severity = Severity.INFO if age().trained is False else Severity.WARN
+            readings = _both_readings(age())
         if not severity:  # a passed verdict is at its worst value, for no position is beyond the limits
             beyond = np.array([at])
         axis = str(profile.values.dims[0]) if profile.values.dims else "run"
@@ -256,7 +247,7 @@ class Verdict:
         return Finding(
             verdict=self.name,
             severity=severity,
-            sentence=f"{self._sentence(profile, values[at], limit, severity, at, beyond)}{of_start}",
+            sentence=f"{self._sentence(profile, values[at], limit, severity, at, beyond)}{readings}",
             metric=profile.metric or self.metric,
             value=float(values[at]),
             threshold=float(limit),
@@ -279,7 +270,7 @@ class Verdict:
     ) -> str:
         if profile.sentence:
             return profile.sentence
-        limits = profile.limits or self.limits
+        limits = self.limits
         side = "above" if limits.above else "below"
         where = place(profile.values, at) if profile.values.dims else ""
         written = number
@@ -308,6 +299,7 @@ def verdict(
     follows_from: Mapping[str, Relation] | None = None,
     about: str = "network",
     drawn_on: tuple[str, ...] = (),
+    before_training: bool = False,
     suspicion: bool = False,
 ) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
     """Declare the function below as a verdict; its parameters name variables of an analysis.
@@ -320,7 +312,7 @@ def verdict(
         From which value on it reports.
     follows_from : mapping of str to function, optional
         See `Verdict`.
-    about, drawn_on, suspicion
+    about, drawn_on, before_training, suspicion
         See `Verdict`.
 
     Returns
@@ -344,22 +336,18 @@ def verdict(
             follows_from=follows_from or {},
             about=about,
             drawn_on=drawn_on,
+            before_training=before_training,
             suspicion=suspicion,
         )
 
     return declare
 
 
-def _words_of_start(profile: Profile, age: Age) -> str:
-    """How a number that is normal before training reads at this age; empty where the network is past its start."""
-    if not profile.start or age.trained:
-        return ""
+def _both_readings(age: Age) -> str:
+    """How a number that is normal before training reads in a network that is not trained, or may not be."""
     if age.trained is False:
-        return f" Expected near the start of training: {profile.start}, and {age.words}."
-    return (
-        f" {age.words[0].upper()}{age.words[1:]}. If it has trained for more than a few hundred steps, read this as a "
-        f"warning; before that it is expected: {profile.start}."
-    )
+        return f" Normal before training: {age.words}."
+    return f" If the network is trained, this is a fault; before training it is normal, and {age.words}."
 
 
 def _sourced(name: str, limits: Limits) -> Limits:

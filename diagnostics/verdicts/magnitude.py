@@ -57,17 +57,25 @@ def residual_not_finite(residual_norm: xr.DataArray) -> Iterable[Profile]:
 
 
 @verdict(metric="mixing_gain", limits=Limits(fail=0.0), follows_from={"residual_not_finite": deeper})
-def mixing_not_finite(mixing_gain: xr.DataArray) -> Iterator[Profile]:
+def mixing_not_finite(
+    mixing_gain: xr.DataArray, residual_norm: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """Mixing matrices have NaN or infinities.
 
     Look at the logits of that connection, and at the norm of what they are computed from: overflow in half
     precision, or a division by zero. No product with it is known, so later composites are undefined.
     """
-    yield Profile(
-        _not_finite(mixing_gain.sel(reduction="mean"), "connection"),  # training curves have no quantiles
-        "the number of tokens whose mixing matrix is not finite is",
-        begins=True,
-    )
+    gain = mixing_gain.sel(reduction="mean")  # training curves have no quantiles
+    # A matrix that is not finite leaves no state after it that is: where all states are, gains are missing because the
+    # matrices of that step were not read.
+    all_finite = residual_norm is not None and bool(_not_finite(residual_norm, "depth").max() == 0)
+    was_read = NOT_FINITE in mixing_gain.attrs or not (gain.isnull().all() or all_finite)
+    if was_read or not gain.isnull().any():
+        yield Profile(
+            _not_finite(gain, "connection"),
+            "the number of tokens whose mixing matrix is not finite is",
+            begins=True,
+        )
 
 
 @verdict(metric="residual_norm", limits=Limits(fail=0.0))
@@ -244,8 +252,13 @@ def attenuation(
     Backward: more Sinkhorn iterations, or end them on columns; all error of stopping early sits in one of the
     two sums. Forward: some stream is no longer fed; look at its row of H_res.
     """
-    limits = (
-        None if satisfies(attrs, ONE_EXACT_SUM) else _free_limits(composite_attenuation.sizes["connection"])
+    expected = (
+        1.0 if satisfies(attrs, ONE_EXACT_SUM) else _fade_of_free(composite_attenuation.sizes["connection"])
+    )
+    beside = (
+        ""
+        if expected == 1.0
+        else f", relative to the {_in_words(expected)} that free matrices may well leave,"
     )
     least = composite_singular_value.isel(component=-1, drop=True).sel(reduction="p1", drop=True)
     for direction in DIRECTIONS:
@@ -254,21 +267,19 @@ def attenuation(
         # Signed entries can cancel in a sum although no stream fades: then the smallest singular value is larger, and the sum
         # means nothing. Where no entry is negative it is below every sum.
         yield Profile(
-            weakest.where(weakest.values >= (1.0 - ROUNDED) * least.values),
-            f"the weakest {side} sum of the mixing from the embedding on ({direction}) is",
-            limits=limits,
-            metric="composite_attenuation",
+            weakest.where(weakest.values >= (1.0 - ROUNDED) * least.values) / expected,
+            f"the weakest {side} sum of the mixing from the embedding on ({direction}){beside} is",
+            metric="composite_attenuation" if expected == 1.0 else "",
         )
 
 
-def _free_limits(connections: int) -> Limits:
-    """Limits of matrices without a constraint, whose sums are around 1 by nothing but training.
+def _fade_of_free(connections: int) -> float:
+    """What a sum of matrices without a constraint may well be, which is around 1 by nothing but training.
 
     A composite row sum of 0.3 over 12 connections is what free matrices do, and a state fades by the root of the depth beside
     what is added to it, as in any Pre-LN stack.
     """
-    warn = min(0.1, connections**-0.5)
-    return Limits(warn=warn, fail=warn / 10.0, above=False)
+    return min(0.1, float(connections) ** -0.5) / FADED
 
 
 # Deep networks without norms begin with 10 to 20 at the embedding, and train. The gradient alone is 10 to 120 times as large
@@ -314,14 +325,14 @@ def vanishing_gradient(
         return
     alone = _over_the_last(gradient)
     relative = _over_the_last(_relative_gradient(gradient_norm, residual_norm, relative_gradient))
+    # A state that only a weighted mean over all depths reads gets its share of the gradient.
+    share = alone.sizes["depth"] if str(attrs.get("family", "")).startswith("depth_") else 1
+    beside = " (times the number of depths, whose mean is read)" if share > 1 else ""
     # Both must be small: of states that shrink with depth the gradient is smaller where they are larger, and loses nothing.
     yield Profile(
-        xr.where(relative > alone, relative, alone, keep_attrs=False).assign_coords(alone.coords),
-        "the gradient, relative to that at the last block (alone, or times the size of the state where that is more), is",
-        # A state that only a weighted mean over all depths reads gets its share of the gradient.
-        limits=Limits(warn=0.1 / alone.sizes["depth"], fail=1e-3 / alone.sizes["depth"], above=False)
-        if str(attrs.get("family", "")).startswith("depth_")
-        else None,
+        share * xr.where(relative > alone, relative, alone, keep_attrs=False).assign_coords(alone.coords),
+        "the gradient, relative to that at the last block (alone, or times the size of the state where that is more)"
+        f"{beside}, is",
     )
 
 

@@ -22,8 +22,6 @@ from depthscope.diagnostics.verdicts.references import below_input, distinct, on
 IDLE = 0.01
 # One step of many that healthy networks need little, down to 0.0037 of π of streams whose mean it turns, is a note.
 DOES_NOTHING = 0.003
-# Steps that get smaller with depth, or are all small, are a start; one that is a tenth of the usual one is an idle layer.
-OUT_OF_LINE = 0.1
 
 
 def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
@@ -36,9 +34,9 @@ def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
 RESIDUAL_OF_SHARE = 3.0
 
 
-# Where a sequence has one answer, its tokens are averaged in the end, and are nearly equal before that in networks that have
-# solved their task: 0.1 for two classes.
-ONE_ANSWER = Limits(warn=0.03, above=False)
+# Where a sequence has one answer, its tokens are averaged in the end, and a fifth of the differences is enough before: 0.1 is
+# what networks of two classes have left that have solved their task.
+OF_ONE_ANSWER = 5.0
 
 
 @verdict(
@@ -69,12 +67,14 @@ def rank_collapse(
     judged = below_input(both.where(share.notnull()), attrs, "per_sequence")
     if judged is None:
         return
+    one = one_answer(attrs)
     yield Profile(
-        judged,
-        limits=ONE_ANSWER if one_answer(attrs) else None,
+        OF_ONE_ANSWER * judged if one else judged,
         words="the remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and "
-        "three times the effective rank over its noise baseline) is",
-        template="{percent} of the differences between the tokens of a sequence are left {where}",
+        f"three times the effective rank over its noise baseline{', times 5 for one answer a sequence' if one else ''}) is",
+        template=""
+        if one
+        else "{percent} of the differences between the tokens of a sequence are left {where}",
         note=_equal_tokens(judged, residual, value, float(null))
         + _directions(effective_rank, effective_rank_null),
     )
@@ -181,11 +181,10 @@ def common_vector(token_cosine: xr.DataArray, attrs: Mapping[str, Any]) -> Itera
         # Beside a large vector that all tokens share, nothing that is added turns them.
         "common_vector": from_there_on,
     },
+    before_training=True,
     suspicion=True,
 )
-def idle_layer(
-    angular_distance: xr.DataArray, block_influence: xr.DataArray, attrs: Mapping[str, Any]
-) -> Iterator[Profile]:
+def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
     """A layer barely changes the residual stream.
 
     It can be left out at little cost (Gromov et al. 2025; Men et al. 2025). Normal at the start where
@@ -204,31 +203,7 @@ def idle_layer(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
         template="the step {where} barely changes the residual stream: it turns it by {percent} of a half turn",
-        start=_start_of_small_steps(turned, attrs),
     )
-
-
-def _start_of_small_steps(turned: xr.DataArray, attrs: Mapping[str, Any]) -> str:
-    """Why such steps are a start; empty where one of them is far smaller than the others of its kind."""
-    if not (turned >= IDLE).any():
-        degrees = number(180.0 * float(turned.max()))
-        return (
-            f"no block turns the state by more than {degrees}°, normal before training; after it, all layers hold one "
-            "representation"
-        )
-    if attrs.get("small_start") or _whole_sites(turned):
-        return "branches that begin near zero turn the states by little"
-    out_of_line = bool((turned < OUT_OF_LINE * turned.median()).any())
-    return "" if out_of_line else "the steps of a fresh network get smaller with the depth"
-
-
-def _whole_sites(turned: xr.DataArray) -> bool:
-    """Whether idle steps are all steps of their site, such as all of the second halves of blocks, and only those."""
-    if "site" not in turned.coords:
-        return False
-    site, idle = turned["site"].values.astype(object).astype(str), turned.values < IDLE
-    kinds = [idle[(site == kind) & turned.notnull().values] for kind in set(site[idle])]
-    return bool(kinds) and all(kind.all() and len(kind) > 1 for kind in kinds)
 
 
 # What is massive is defined by Sun et al. 2024, who find it on one or two tokens a sequence. That more than 5 % of the tokens
@@ -256,7 +231,7 @@ def massive_activations(
         share,
         "the share of tokens with a massive activation is",
         note=_massive_locations(attrs, largest) + expected,
-        limits=Limits(info=0.0) if per_sequence <= SINKS else None,
+        note_only=per_sequence <= SINKS,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.age import SAME_STATES
+from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
@@ -69,6 +69,7 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
         "exploding_state": overlapping,
         "dead_state": overlapping,
     },
+    before_training=True,
     suspicion=True,
 )
 def same_representation(
@@ -166,13 +167,12 @@ def _one_representation(
     told, moving = _prediction(attrs, begins, ends)
     sentence += told
     values = np.full(len(alike), np.nan)
-    values[part] = least
+    # Of states that turn against each other, or of which the head reads something else, it is no more than a warning.
+    values[part] = least if failing and not moving else min(least, SAME)
     return Profile(
         alike.isel(other_depth=0, drop=True).copy(data=values),
         f"{WORDS} of the two least similar states is",
         sentence=sentence,
-        limits=None if failing and not moving else Limits(warn=ALIKE, scale="cosine"),
-        start=_start(turned, attrs),
     )
 
 
@@ -182,14 +182,6 @@ def _views(alike: xr.DataArray, views: Mapping[str, xr.DataArray], part: slice) 
     least = {VIEWS[name]: float(of.values[part, part].min()) for name, of in views.items()}
     told = [f"{words} {value:.3f}" for words, value in least.items() if abs(value - mean) >= 5e-4]
     return f"; {', '.join(told)}" if told else ""
-
-
-def _start(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:
-    """Why the states may be as similar before training; empty where no design begins so."""
-    if bool((turned < SAME_STATES).all()):
-        return "its branches begin at zero"
-    # Small branches are a start that many designs have; ones that do hardly anything are not.
-    return "its branches begin small" if attrs.get("small_start") or turned.max() >= FIXED else ""
 
 
 def _prediction(attrs: Mapping[str, Any], first: int, last: int) -> tuple[str, bool]:
@@ -227,3 +219,19 @@ def _null(num_tokens: xr.DataArray | None) -> str:
         return ""
     count = num_tokens.sel(scope="data", tokens="ordinary").isel(depth=0, stream=0)
     return f"; of unrelated states 0 ± {number(2.0**0.5 / float(count))}"
+
+
+def _turn_of_later_half(relative_turn: xr.DataArray | None) -> str:
+    """How far the later half of the steps turns the state, beside what independent branches of their size would."""
+    if relative_turn is None:
+        return ""
+    turned = relative_turn.sel(stream="mean", drop=True)
+    steps = np.flatnonzero(turned.notnull().values)
+    if len(steps) < FEWEST_STEPS:
+        return ""
+    late = steps[len(steps) // 2 :]
+    share = float(np.minimum(turned.values[late], 1.0).mean())
+    return (
+        f" The steps from depth {late[0]} to {late[-1]} turn the state {percent(share)} as far as independent branches of the "
+        "same size would."
+    )

@@ -24,27 +24,26 @@ def _mean_shares(share: xr.DataArray) -> xr.DataArray:
     return _of_streams(share).mean("connection")
 
 
-def _unused_streams(share: xr.DataArray, verb: str, start: str = "") -> Iterator[Profile]:
+def _unused_streams(share: xr.DataArray, verb: str) -> Iterator[Profile]:
     shares = _mean_shares(share)
     for stream in shares["stream"].values.tolist():
         relative = shares.sel(stream=stream, drop=True) * shares.sizes["stream"]
         words = f"the {verb} weight of stream {stream}, relative to an equal share, is"
-        yield Profile(relative, words, stream=str(stream), start=start)
+        yield Profile(relative, words, stream=str(stream))
 
 
 @verdict(
     metric="read_share",
     limits=Limits(warn=0.1, above=False, source=CALIBRATED),
     follows_from={"dominant_stream": anywhere},
+    before_training=True,
 )
 def unread_stream(read_share: xr.DataArray) -> Iterator[Profile]:
     """A stream is hardly read by any connection.
 
     Fewer streams would do, or a start that reads them all; check the gradient of H_pre.
     """
-    one_each = bool((read_share.max("stream") > 0.99).all())
-    start = "each connection begins by reading one of the streams" if one_each else ""
-    yield from _unused_streams(read_share, "read", start)
+    yield from _unused_streams(read_share, "read")
 
 
 @verdict(metric="write_share", limits=Limits(warn=0.1, above=False, source=CALIBRATED))

@@ -12,11 +12,9 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.verdicts.age import SAME_STREAMS, streams_are_one
 from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.wiring import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies, told
 
 # Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`. Heuristic.
@@ -29,7 +27,6 @@ COPIED = 0.999
 # 1 − cosine of streams that differ by more than the rounding of float32: (6e-8)² and its growth over the depth.
 DIFFER = 1e-9
 EXACT = 1.0 - DIFFER
-PAIR = Limits(warn=EXACT, scale="cosine")  # of one pair, which may well be close while the others are not
 
 # Of the differences between streams: what is smaller is what rounding leaves of 1.
 ROUNDING = 1e-14
@@ -47,18 +44,14 @@ SUM_ERROR = 1e-2
 ADDED_UP, FAILING = 1.25, 4.0
 
 
-# An error alone is a suspicion: twenty rounds leave some tokens of trained networks with 0.07, whose logits are some 8 apart.
-# Its consequence is what the errors of all connections make of the sums of their product.
-@verdict(
-    metric="doubly_stochastic_violation",
-    limits=Limits(warn=SUM_ERROR, fail=1e-1),
-    drawn_on=("doubly_stochastic_violation",),
-)
+# An error of single sums alone does no harm: twenty rounds leave some tokens of trained networks with 0.07, whose logits are
+# some 8 apart. What the errors of all connections make of the sums of their product does.
+@verdict(metric="doubly_stochastic_violation", limits=Limits(info=1.05, warn=ADDED_UP, fail=FAILING))
 def sinkhorn_not_converged(
     doubly_stochastic_violation: xr.DataArray,
+    composite_gain: xr.DataArray,
+    composite_attenuation: xr.DataArray,
     attrs: Mapping[str, Any],
-    composite_gain: xr.DataArray | None = None,
-    composite_attenuation: xr.DataArray | None = None,
 ) -> Iterable[Profile] | None:
     """The mixing matrices are not doubly stochastic: one sum is exact and the other is not.
 
@@ -66,39 +59,25 @@ def sinkhorn_not_converged(
     bound them. One exact sum and one bad one is truncation, or a softmax along one axis; two bad ones mean that another
     matrix is applied.
     """
-    if not satisfies(attrs, ONE_EXACT_SUM):
+    if not satisfies(attrs, ONE_EXACT_SUM) or "p99" not in doubly_stochastic_violation["reduction"]:
         return None
-    worst = doubly_stochastic_violation.sel(reduction="p99", drop=True)
+    worst = doubly_stochastic_violation.sel(reduction="p99", kind=["row", "column"], drop=True).max("kind")
     # Iterations and axes are the same at every connection: of free matrices one may have exact rows by chance.
-    typical = worst.sel(kind=["row", "column"]).max("kind").median("connection")
-    if not satisfies(attrs, DOUBLY) and typical < SUM_ERROR:
+    if not satisfies(attrs, DOUBLY) and worst.median("connection") < SUM_ERROR:
         return None
-    low, high = sums_of_the_product(composite_attenuation, composite_gain)
+    most = composite_gain.sel(reduction="p99", drop=True).max("direction")
+    least = composite_attenuation.sel(reduction="p1", drop=True).min("direction")
+    with np.errstate(divide="ignore"):
+        factor = np.fmax(most, 1.0 / least)
+    # Sums that are exact add up to rounding.
+    factor = factor.where(worst.max() > SUM_ERROR, 1.0)
     return [
         Profile(
-            worst.sel(kind=kind, drop=True),
-            f"the worst error of a {kind} sum is",
-            metric="doubly_stochastic_violation",
-            ceiling=harm_of_sums(low, high),
-            note=""
-            if np.isnan(low)
-            else f"Over all connections together the sums are between {number(low)} and {number(high)}.",
+            factor,
+            "the factor by which a row or column sum of the mixing from the embedding on is off 1 is",
+            note=f"The worst error of a sum of one connection is {number(float(worst.max()))}.",
         )
-        for kind in ("row", "column")
     ]
-
-
-def harm_of_sums(low: float, high: float) -> Severity:
-    """How bad errors of single sums are at most, by the sums of the product of all; FAIL where these are not known."""
-    factor = np.fmax(high, 1.0 / low if low > 0 else np.inf)
-    return Severity.INFO if factor < ADDED_UP else Severity.WARN if factor < FAILING else Severity.FAIL
-
-
-def sums_of_the_product(least: xr.DataArray | None, most: xr.DataArray | None) -> tuple[float, float]:
-    """The smallest and the largest sum of the composite at any connection; NaN where they are not known."""
-    if least is None or most is None or "p1" not in least["reduction"] or "p99" not in most["reduction"]:
-        return float("nan"), float("nan")
-    return float(least.sel(reduction="p1").min()), float(most.sel(reduction="p99").max())
 
 
 # exp and a division cannot give a negative number: 1e-6 allows for float32 sums of a matrix that was recovered from states.
@@ -151,6 +130,7 @@ def expansive_mixing(
     limits=Limits(warn=COLLAPSED, above=False),
     follows_from={"uniform_mixing": from_there_on},
     drawn_on=("relative_deflated_gain",),
+    before_training=True,
 )
 def stream_collapse(
     relative_deflated_gain: xr.DataArray, stream_cosine: xr.DataArray | None = None
@@ -168,25 +148,9 @@ def stream_collapse(
         template="{percent} of the initial differences between streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
-        limits=Limits(info=COLLAPSED, above=False) if parted else None,
+        note_only=bool(parted),
         note=parted,
-        start=_slow_start(left, stream_cosine),
     )
-
-
-# What a connection leaves of the differences, the geometric mean until 1 % is left. Matrices near the identity, as designs
-# begin with, leave more than the one, so that only the depth adds up; streams that begin as copies have nothing to lose, but a
-# connection that leaves less than the other lets no training ever see a difference. What leaves less is no start at any age.
-SLOW, FAST = 0.8, 0.2
-
-
-def _slow_start(left: xr.DataArray, stream_cosine: xr.DataArray | None) -> str:
-    """Why a design may begin so, by many connections near the identity or with streams that are copies; else empty."""
-    collapsed = np.flatnonzero(left.values < COLLAPSED)
-    rate = float(left[collapsed[0]]) ** (1.0 / (int(collapsed[0]) + 1)) if len(collapsed) else 0.0
-    copies = stream_cosine is not None and bool(1.0 - stream_cosine.isel(depth=0) < DIFFER)
-    slow = rate > (FAST if copies else SLOW)
-    return f"each connection leaves {number(rate)} of the differences, and the depth adds up" if slow else ""
 
 
 def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
@@ -230,6 +194,7 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
     metric="composite_identity_distance",
     limits=Limits(warn=STUCK, above=False),
     follows_from={"discarded_mixing": anywhere},
+    before_training=True,
     suspicion=True,
 )
 def stuck_at_identity(
@@ -248,8 +213,7 @@ def stuck_at_identity(
     # copies: what training can move and has not put to use is a note, what it cannot is a warning.
     held = single < (SATURATED if satisfies(attrs, ONE_EXACT_SUM) else ONE_STEP)
     words = "the largest distance from the identity of any product of H_res from the embedding on is"
-    start = "" if held and single > 0 else "H_res begins near the identity"
-    return [Profile(most, words, start=start, limits=None if held else Limits(info=STUCK, above=False))]
+    return [Profile(most, words, note_only=not held)]
 
 
 # Near copies are a note, whatever merging them costs: training has parted them, and what they are worth is the task's. Exact
@@ -264,11 +228,10 @@ def stuck_at_identity(
         "loud_stream": anywhere,
     },
     drawn_on=("stream_cosine", "closest_stream_cosine"),
+    before_training=True,
 )
 def copied_streams(
-    stream_cosine: xr.DataArray,
-    read_share: xr.DataArray | None = None,
-    closest_stream_cosine: xr.DataArray | None = None,
+    stream_cosine: xr.DataArray, closest_stream_cosine: xr.DataArray | None = None
 ) -> Iterator[Profile]:
     """The streams are still copies of one another deep in the network.
 
@@ -278,25 +241,22 @@ def copied_streams(
     # They are copies at the embedding by construction: only the later half is judged.
     late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
     judged = stream_cosine.where(xr.DataArray(late, dims="depth"))
-    # Exact ones that are read the same way are symmetric, and stay so.
-    parting = (1.0 - stream_cosine > SAME_STREAMS).any() or streams_are_one(stream_cosine, read_share)
     apart = 1.0 - float(judged.max())
     yield Profile(
         judged,
         "the mean cosine between streams is",
         metric="stream_cosine",
         sentence=_copies("The streams are copies: 1 − cosine of any two of them", apart),
-        start="the streams begin as copies, and part with every step" if parting else "",
     )
     # Two of several streams: copies that the mean over all pairs hides. The others have parted, so that nothing excuses a pair
     # that has not.
     if closest_stream_cosine is None or not judged.notnull().any():
         return
     two = closest_stream_cosine.where(judged.notnull())
-    if apart > DIFFER:
+    if apart > DIFFER and bool(two.max() > EXACT):
         said = _copies("Two of the streams are copies: their 1 − cosine", 1.0 - float(two.max()))
         words = "the cosine of the two streams that are most alike is"
-        yield Profile(two, words, limits=PAIR, sentence=said, metric="closest_stream_cosine")
+        yield Profile(two, words, sentence=said, metric="closest_stream_cosine")
 
 
 def _copies(what: str, apart: float) -> str:

@@ -48,7 +48,7 @@ def frozen_module(update_ratio: xr.DataArray) -> Iterator[Profile]:
         frozen.astype(float).assign_coords(update_ratio.coords).where(trained | frozen),
         "the number of modules that are not trained is",
         sentence=_frozen_words(frozen, trained) if bool(frozen.any()) else "",
-        limits=Limits(info=0.0) if _is_meant(frozen, trained) else None,
+        note_only=_is_meant(frozen, trained),
     )
 
 
@@ -79,30 +79,41 @@ def _names(chosen: xr.DataArray) -> str:
 FEWEST_STEPS = 5
 
 
+PAST_WARM_UP = 50
+
+
 # A hundredth of the rule of thumb: ten thousand such steps replace a tenth of the weights or less. No warm-up is as slow after
 # its first steps.
-SLOW = Limits(warn=1e-5, fail=1e-7, above=False)
-PAST_WARM_UP = 50
+@verdict(metric="update_ratio", limits=Limits(warn=1e-5, fail=1e-7, above=False))
+def slow_updates(update_ratio: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """Nothing is learned, and the optimizer hardly moves the weights.
+
+    Raise the learning rate; see whether a schedule, a clip of the gradient or a loss scale divides it by more than is meant.
+    """
+    learned = share_of_constant(attrs)
+    step = float(update_ratio.coords["step"]) if "step" in update_ratio.coords else 0.0
+    if (
+        learned is not None
+        and learned >= NOTHING_LEARNED
+        and step >= PAST_WARM_UP
+        and update_ratio.notnull().any()
+    ):
+        note = f"The loss is {100 * learned:.0f} % of that of a constant answer after {step:.0f} steps."
+        words = "of half of the modules the change of the weights in one step, relative to the weights, is"
+        yield Profile(update_ratio.median(), words, note=note)
 
 
 # About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
 @verdict(metric="update_ratio", limits=Limits(warn=1e-7, above=False), drawn_on=("update_ratio",))
-def lost_update(
-    update_ratio: xr.DataArray, attrs: Mapping[str, Any], unmoved_steps: xr.DataArray | None = None
-) -> Iterator[Profile]:
+def lost_update(update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None) -> Iterator[Profile]:
     """An optimizer step leaves a module unchanged.
 
     Normal where the learning rate is zero. Else see whether the module gets a gradient, the optimizer has it, and half
     precision rounds the update away; where all hardly move, raise the learning rate.
     """
     words = "the change of the weights in one step, relative to the weights, is"
-    learned = share_of_constant(attrs)
     if update_ratio.notnull().any():
         yield Profile(update_ratio, words, metric="update_ratio")
-        step = float(update_ratio.coords["step"]) if "step" in update_ratio.coords else 0.0
-        if learned is not None and learned >= NOTHING_LEARNED and step >= PAST_WARM_UP:
-            note = f"The loss is {100 * learned:.0f} % of that of a constant answer after {step:.0f} steps."
-            yield Profile(update_ratio.median(), f"of half of the modules {words}", limits=SLOW, note=note)
     # Where no optimizer was seen to touch a weight no single update is known, and the norms show it.
     elif unmoved_steps is not None and float(unmoved_steps) >= FEWEST_STEPS:
         sentence = (

@@ -14,7 +14,6 @@ import xarray as xr
 
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
 
 # --- what the matrices claim to be: the constraints that they satisfy, or are meant to ---
 
@@ -48,16 +47,14 @@ def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator
     for remark in remarks if isinstance(remarks, (list, tuple)) else ():
         if not isinstance(remark, Mapping) or remark.get("kind") != kind:
             continue
-        sentence, value, start = remark.get("sentence"), remark.get("value"), remark.get("start")
+        sentence, value = remark.get("sentence"), remark.get("value")
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if _is_text(sentence) and number:
-            sure = remark.get("sure") is True
             yield Profile(
                 xr.DataArray(float(value)),  # type: ignore[arg-type]
                 "",
                 sentence=f"{sentence} ({source}).",
-                ceiling=Severity.FAIL if sure else Severity.INFO,
-                start=start if _is_text(start) else "",
+                note_only=remark.get("sure") is not True,
             )
 
 
@@ -133,7 +130,7 @@ def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "stale_statistics")
 
 
-@verdict(metric="weight_gradient_norm", limits=Limits(warn=0.0))
+@verdict(metric="weight_gradient_norm", limits=Limits(warn=0.0), before_training=True)
 def zero_input(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The input of a module is almost all zeros: no token passes what is before it.
 

@@ -111,27 +111,10 @@ def module_remarks(model: nn.Module, seen: Mapping[str, Sequence[str]]) -> list[
         "0 for every token",
     }
     counts = {"stale_statistics": len(stale or foreign), "zero_input": len(zero)}
-    closed = _zero_weights(model) if zero else []
-    starts = {
-        "zero_input": f"weights that begin at zero let nothing through ({_named(closed)})" if closed else ""
-    }
     return [
         {"kind": kind, "sentence": sentences[kind], "value": float(count), "connections": [], "sure": True}
-        | ({"start": starts[kind]} if starts.get(kind) else {})
         for kind, count in counts.items()
         if count
-    ]
-
-
-def _zero_weights(model: nn.Module) -> list[str]:
-    """The parameters that are zero everywhere and no biases."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if "bias" not in name
-        and type(parameter) is nn.Parameter  # of a sharded one each process has a part
-        and not parameter.is_meta
-        and not bool(parameter.detach().any())
     ]
 
 

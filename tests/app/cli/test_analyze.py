@@ -5,15 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 import xarray as xr
 
-from depthscope import probes
 from depthscope.app.cli.command import FINE, USAGE
 from depthscope.app.cli.main import main
 from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import analyze, schema
-from tests.models.stream_models import deepseek_v4
 
 
 def test_analyze_writes_metrics_into_the_run(unmeasured, tmp_path, capsys):
@@ -154,26 +151,6 @@ def test_errors_of_pooled_metrics_are_a_choice(unmeasured, tmp_path, capsys):
     assert "cka_stderr" in schema.open_run(out)["metrics"]
     assert main([*asked, "--force"]) == FINE
     assert "cka_stderr" not in schema.open_run(out)["metrics"]
-
-
-def test_the_logits_that_training_began_with_stand_in_a_run(tmp_path, capsys):
-    model = deepseek_v4(2)
-    model.save_pretrained(tmp_path / "initial")
-    ids = torch.arange(24).reshape(2, 12) + 1
-    path = str(schema.save_run(probes.capture(model, {"input_ids": ids}), tmp_path / "r.nc"))
-    asked = ["analyze", path, "--metrics", "initial_distance,replayed_deflated_gain"]
-    assert main([*asked, "--decay", "0.5"]) == USAGE
-    assert "expected --initial CHECKPOINT too" in capsys.readouterr().err
-    assert main([*asked, "--initial", str(tmp_path / "initial"), "--decay", "0.5"]) == FINE
-    run = schema.open_run(path)
-    assert run["trace"]["initial_logits"].attrs["decay"] == 0.5
-    assert set(run["metrics"].data_vars) == {"initial_distance", "replayed_deflated_gain"}
-    assert set(run.children) == {"trace", "statistics", "coverage", "metrics"}
-    again = ["analyze", path, "--metrics", "mixing_gain", "--initial", str(tmp_path / "initial")]
-    assert main(again) == FINE  # with another decay: what rested on the old one no longer holds
-    assert set(schema.open_run(path)["metrics"].data_vars) == {"mixing_gain"}
-    assert main([*asked, "--initial", str(tmp_path / "nowhere")]) == USAGE
-    assert "no checkpoint at" in capsys.readouterr().err
 
 
 def test_partial_metrics_in_a_run_are_not_taken_for_all(unmeasured, tmp_path, capsys):
