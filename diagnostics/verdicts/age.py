@@ -10,6 +10,9 @@ import xarray as xr
 TASK = "task"
 """Attribute of a run: what its loss is of: the ``classes``, the loss of ``guessing`` among them, and the ``loss`` itself."""
 
+RESCALED = "rescaled"
+"""Attribute of a run: the loss with other scales, and which; see `depthscope.probes.rescaling`."""
+
 # Share of the loss of a constant answer, from which on nothing is learned of the input, or nothing of it left.
 NOTHING_LEARNED = 0.97
 # The same share of a network that has surely learned something of the input.
@@ -29,7 +32,7 @@ class Age(NamedTuple):
 
 def age_of(analysis: xr.Dataset) -> Age:
     """What the facts say, the surest first."""
-    share = share_of_constant(analysis.attrs)
+    share, repaired = share_of_constant(analysis.attrs), _repaired_share(analysis.attrs)
     step = (number_or_none(analysis["step"].values) if "step" in analysis.coords else None) or 0.0
     # No `get`: for a name that it lacks xarray looks for similar ones, which took half of the time of all verdicts.
     name = "first_weight_distance"
@@ -40,6 +43,7 @@ def age_of(analysis: xr.Dataset) -> Age:
             True,
             f"its loss is {100 * (share or 0):.0f} % of a constant answer's",
         ),
+        (repaired < KNOWS, True, f"with other scales its loss is {100 * repaired:.0f} % of a constant answer's"),
         (step >= MANY_STEPS, True, f"it has trained for {step:.0f} steps"),
         (distance > MOVED, True, f"its weights have moved by up to {100 * distance:.0f} %"),
         (analysis.attrs.get("untouched"), False, "its weights are as they were drawn"),
@@ -47,6 +51,14 @@ def age_of(analysis: xr.Dataset) -> Age:
     )
     known = (Age(trained, words) for is_so, trained, words in facts if is_so)
     return next(known, Age(None, "whether it is trained is not known"))
+
+
+def _repaired_share(attrs: Mapping[str, Any]) -> float:
+    """The share of what the loss is with the scales that it would be lowest with; 1 where they were not tried."""
+    result = attrs.get(RESCALED)
+    loss = number_or_none(result.get("rescaled")) if isinstance(result, Mapping) else None
+    constant = number_or_none(task_of(attrs).get("constant"))
+    return loss / constant if loss is not None and constant else 1.0
 
 
 def task_of(attrs: Mapping[str, Any]) -> Mapping[str, Any]:

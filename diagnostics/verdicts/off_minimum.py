@@ -8,22 +8,17 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.numbers import number, percent
-from depthscope.diagnostics.verdicts.age import KNOWS, number_or_none, task_of
+from depthscope.diagnostics.verdicts.age import KNOWS, RESCALED, number_or_none, task_of
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 
 SLOPES = "scale_slopes"
 """Attribute of a run: the derivatives of the loss along the scale of what modules give that chance does not explain."""
-RESCALED = "rescaled"
-"""Attribute of a run: the loss with other scales, and which; see `depthscope.probes.rescaling`."""
 
 # What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
 # anything a small change of the loss would be much of it. Heuristic.
 LEAST_REACH = 0.2
-# A young network is right more often than sure, by more than this share of what its predictions claim to know: its scales
-# still grow. Heuristic.
-UNSURE = 0.8
 
 
 def to_lose(attrs: Mapping[str, Any]) -> float | None:
@@ -66,13 +61,4 @@ def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
         f"({DEFAULT})."
     )
     words = "of what the loss can be below that of a constant answer, other scales regain"
-    still_young = _still_gets_surer(attrs, loss, constant)
-    yield Profile(xr.DataArray(share), words, sentence=sentence, note_only=still_young)
-
-
-def _still_gets_surer(attrs: Mapping[str, Any], loss: float, constant: float) -> bool:
-    """Whether a network is right far more often than its predictions expect, as in the first steps of its training."""
-    expected = number_or_none(task_of(attrs).get("expected"))
-    return expected is not None and expected - loss > UNSURE * max(
-        constant - expected, LEAST_REACH * constant
-    )
+    yield Profile(xr.DataArray(share), words, sentence=sentence)

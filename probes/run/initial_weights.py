@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from depthscope.probes.model.modules import all_parameters, module_paths
+from depthscope.probes.model.modules import module_paths
 from depthscope.probes.structure.chain import Chain
 
 SAMPLED = 4096  # numbers of a matrix by which two blocks are compared first
@@ -39,10 +39,9 @@ def untouched_blocks(model: nn.Module, chain: Chain) -> dict[str, Any]:
         untouched = zip(blocks, _untouched(blocks.values()), strict=True)
         fresh = [number for number, is_untouched in untouched if is_untouched]
         inside = {id(weight.parameter) for of in blocks.values() for weight in of}
-        outside = [p for p in all_parameters(model) if id(p) not in inside and is_readable(p) and p.ndim == 1]
-        if len(fresh) == len(chain.blocks) and all(
-            _of_each(outside, lambda rows: rows.amin(1) == rows.amax(1))
-        ):
+        outside = [weight for weight in _weights(model) if id(weight.parameter) not in inside]
+        # Without a vector outside there is nothing that training would have left.
+        if len(fresh) == len(chain.blocks) and (not _vectors(outside) or all(_untouched([outside]))):
             return {}
     return {"untouched_blocks": fresh} if fresh else {}
 
@@ -62,24 +61,23 @@ def is_readable(parameter: nn.Parameter) -> bool:
 class _Weight(NamedTuple):
     """A parameter of a block, and those of the module that owns it."""
 
-    name: str
     parameter: nn.Parameter
     own: list[nn.Parameter]
 
 
 def _weights_of_blocks(model: nn.Module, chain: Chain) -> dict[int, list[_Weight]]:
-    """The parameters that can be read of each block of a chain, by its number; their names are those inside of the block."""
+    """The parameters that can be read of each block of a chain, by its number."""
     # A block may have been taken out since it was measured, such as by layer drop of the user's own.
     known = dict(module_paths(model))
-    found: dict[int, list[_Weight]] = {}
-    for number, block in enumerate(chain.blocks):
-        if block not in known:
-            continue
-        weights = found.setdefault(number, [])
-        for path, part in module_paths(known[block]):
-            named = [(name, p) for name, p in part._parameters.items() if p is not None and is_readable(p)]
-            own = [p for _, p in named]
-            weights += [_Weight(f"{path}.{name}", p, own) for name, p in named]
+    return {number: _weights(known[block]) for number, block in enumerate(chain.blocks) if block in known}
+
+
+def _weights(model: nn.Module) -> list[_Weight]:
+    """The parameters that can be read of a module, each with those of the module that owns it."""
+    found: list[_Weight] = []
+    for _, part in module_paths(model):
+        own = [p for p in part._parameters.values() if p is not None and is_readable(p)]
+        found += [_Weight(p, own) for p in own]
     return found
 
 
@@ -92,7 +90,7 @@ def _untouched(blocks: Iterable[Sequence[_Weight]]) -> list[bool]:
 
     Matrices alone are not asked: drawn from a normal distribution they look the same before and after.
     """
-    vectors = [[w for w in of if w.parameter.ndim == 1 and w.parameter.numel() >= FEWEST] for of in blocks]
+    vectors = [_vectors(of) for of in blocks]
     every = [weight.parameter for of in vectors for weight in of]
     constant = iter(_of_each(every, lambda rows: rows.amin(1) == rows.amax(1)))
     moved = [[weight for weight in of if not next(constant)] for of in vectors]
@@ -100,6 +98,10 @@ def _untouched(blocks: Iterable[Sequence[_Weight]]) -> list[bool]:
         bool(of) and all(_is_drawn_by_torch(weight.parameter, weight.own) for weight in trained)
         for of, trained in zip(vectors, moved, strict=True)
     ]
+
+
+def _vectors(weights: Sequence[_Weight]) -> list[_Weight]:
+    return [w for w in weights if w.parameter.ndim == 1 and w.parameter.numel() >= FEWEST]
 
 
 def _of_each(vectors: Sequence[torch.Tensor], measure: Callable[[torch.Tensor], torch.Tensor]) -> list[Any]:

@@ -8,7 +8,9 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
+from typing import Any
 
+import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import StreamConnectionError
