@@ -155,7 +155,9 @@ def _rescaled(
     if reach is None or _batch_axis(options):
         return {}
     slopes, sequences = attrs.get(SLOPES), first_size(batch)
-    traces = [node.attrs for node in run["trace"].subtree if node.data_vars] if "trace" in run.children else []
+    traces = (
+        [node.attrs for node in run["trace"].subtree if node.data_vars] if "trace" in run.children else []
+    )
     if traces and all("untouched" in of for of in traces):
         attrs["untouched"] = 1
     # As it was drawn no network is at a minimum.

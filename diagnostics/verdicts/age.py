@@ -43,7 +43,11 @@ def age_of(analysis: xr.Dataset) -> Age:
             True,
             f"its loss is {100 * (share or 0):.0f} % of a constant answer's",
         ),
-        (repaired < KNOWS, True, f"with other scales its loss is {100 * repaired:.0f} % of a constant answer's"),
+        (
+            repaired < KNOWS,
+            True,
+            f"with other scales its loss is {100 * repaired:.0f} % of a constant answer's",
+        ),
         (step >= MANY_STEPS, True, f"it has trained for {step:.0f} steps"),
         (distance > MOVED, True, f"its weights have moved by up to {100 * distance:.0f} %"),
         (analysis.attrs.get("untouched"), False, "its weights are as they were drawn"),

@@ -15,7 +15,7 @@ import xarray as xr
 from depthscope.diagnostics import numbers
 from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.age import Age, age_of
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT, as_far, source_of
+from depthscope.diagnostics.verdicts.calibration import DEFAULT, NOT_CONTRADICTED, as_far, source_of
 from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
@@ -47,7 +47,7 @@ class Limits:
     above : bool
         Whether values above the limits are bad, or values below.
     source : str
-        A key of ``references.bib``, `calibration.DEFAULT`, or `calibration.CALIBRATED`.
+        A key of ``references.bib``, `calibration.DEFAULT`, or `calibration.NOT_CONTRADICTED`.
     scale : {"ratio", "cosine"}
         On which scale a number is far from its limit, see `Finding.excess`.
     """
@@ -69,7 +69,7 @@ class Limits:
     def words(self) -> str:
         """From which values on each severity is reported, such as ``WARN above 0.95, FAIL above 0.99``."""
         side = "above" if self.above else "below"
-        return ", ".join(f"{severity.name} {side} {number(limit)}" for severity, limit in self.levels)
+        return ", ".join(f"{severity.name} {side} {limit_words(limit)}" for severity, limit in self.levels)
 
     def beyond(self, values: np.ndarray, limit: float) -> np.ndarray:
         """Which values are beyond a limit; NaN is beyond none."""
@@ -79,6 +79,25 @@ class Limits:
         """How bad a value is, and the limit that it crosses: the mildest one where it crosses none."""
         crossed = [level for level in self.levels if self.beyond(np.asarray(value), level[1])]
         return crossed[-1] if crossed else (Severity.PASS, self.levels[0][1])
+
+
+@dataclass(frozen=True)
+class Number:
+    """The number that a verdict compares with its limits, as every page tells it.
+
+    Parameters
+    ----------
+    name : str
+        In words.
+    formula : str
+        In plain signs; empty for a count and for what a sentence says.
+    range : str
+        The values that it can have: ``"0 to 1"``.
+    """
+
+    name: str
+    formula: str = ""
+    range: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,6 +154,8 @@ class Verdict:
         The function's name, the first line of its docstring, and the rest of it.
     metric : str
         The metric that the number comes from.
+    judges : Number
+        The number itself: it may be made of several metrics, or compared with another position.
     limits : Limits
         Stated here and nowhere else.
     needs : tuple of str
@@ -161,6 +182,7 @@ class Verdict:
     title: str
     advice: str
     metric: str
+    judges: Number
     limits: Limits
     needs: tuple[str, ...]
     function: Callable[..., Iterable[Profile] | None]
@@ -170,6 +192,12 @@ class Verdict:
     drawn_on: tuple[str, ...] = ()
     before_training: bool = False
     suspicion: bool = False
+
+    @property
+    def judged(self) -> str:
+        """What is compared with which limits: name, formula and range of the number, then each severity with its side."""
+        formula = f", {self.judges.formula}" if self.judges.formula else ""
+        return f"{self.judges.name}{formula} ({self.judges.range}): {self.limits.words}"
 
     @property
     def not_for(self) -> tuple[str, ...]:
@@ -295,6 +323,7 @@ class Verdict:
 def verdict(
     *,
     metric: str,
+    judges: Number,
     limits: Limits,
     follows_from: Mapping[str, Relation] | None = None,
     about: str = "network",
@@ -308,6 +337,8 @@ def verdict(
     ----------
     metric : str
         The metric that the number comes from.
+    judges : Number
+        What is compared with the limits.
     limits : Limits
         From which value on it reports.
     follows_from : mapping of str to function, optional
@@ -329,6 +360,7 @@ def verdict(
             title=title,
             advice=" ".join(advice.split()),
             metric=metric,
+            judges=judges,
             limits=_sourced(function.__name__, limits),
             needs=tuple(each.name for each in parameters if each.default is not None),
             function=function,
@@ -351,8 +383,8 @@ def _both_readings(age: Age) -> str:
 
 
 def _sourced(name: str, limits: Limits) -> Limits:
-    """The limits with the source as it is told: how many networks they were calibrated on."""
-    if limits.source != CALIBRATED:
+    """The limits with the source as it is told: how many networks do not contradict them."""
+    if limits.source != NOT_CONTRADICTED:
         return limits
     return replace(limits, source=source_of(name, mildest=limits.levels[0][1], above=limits.above))
 
@@ -371,6 +403,13 @@ def _merged_by_stream(found: list[Finding]) -> list[Finding]:
         sentences += [f"Also: {each.sentence[0].lower()}{each.sentence[1:]}" for each in others]
         merged.append(replace(worst, sentence=" ".join(sentences)))
     return merged
+
+
+def limit_words(value: float) -> str:
+    """A limit in three digits; where these are 1 and it is not, its distance from 1."""
+    if value != 1 and number(value) == number(1.0):
+        return f"1 {'−' if value < 1 else '+'} {number(abs(1 - value))}"
+    return number(value)
 
 
 def number(value: float) -> str:

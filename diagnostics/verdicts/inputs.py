@@ -13,7 +13,7 @@ import xarray as xr
 
 from depthscope.diagnostics.verdicts.age import knows_frequencies_alone, number_or_none, task_of
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 from depthscope.diagnostics.verdicts.references import FEWEST, distinct
 from depthscope.diagnostics.verdicts.wiring import told
 
@@ -25,6 +25,9 @@ WORDS = "the share of the states' variance between sequences is"
 # A block that does nothing is no failure of the network, unless the loss says so.
 @verdict(
     metric="step_spread",
+    judges=Number(
+        "share of what a step adds that depends on the token", "‖added − mean added‖² / ‖added‖²", "0 to 1"
+    ),
     limits=Limits(warn=1e-3, above=False),
     follows_from={
         "rank_collapse": from_there_on,
@@ -57,6 +60,11 @@ def constant_branch(
 
 @verdict(
     metric="sequence_share",
+    judges=Number(
+        "share of the variance of the states that is between sequences at the same position",
+        "mean_t Var_s(u) / Var(u), u = x / ‖x‖",
+        "0 to 1",
+    ),
     limits=Limits(warn=1e-4, fail=1e-8, above=False),
     follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on, "common_vector": overlapping},
 )
@@ -75,7 +83,13 @@ def equal_sequences(sequence_share: xr.DataArray, attrs: Mapping[str, Any]) -> I
         yield Profile(share.where(later), WORDS, begins=True)
 
 
-@verdict(metric="gradient_norm", limits=Limits(fail=1e-3))
+@verdict(
+    metric="gradient_norm",
+    judges=Number(
+        "share of an output's gradient, or of its change, that comes from later tokens", range="0 to 1"
+    ),
+    limits=Limits(fail=1e-3),
+)
 def looks_ahead(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The network sees the tokens that it has to predict.
 

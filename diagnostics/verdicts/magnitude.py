@@ -16,9 +16,9 @@ import xarray as xr
 from depthscope.diagnostics.metrics.gradients import NUM_FEATURES
 from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
 from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRADIENT
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
+from depthscope.diagnostics.verdicts.calibration import DEFAULT, NOT_CONTRADICTED
 from depthscope.diagnostics.verdicts.causes import anywhere, deeper, from_there_on
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 from depthscope.diagnostics.verdicts.declaration import number as _in_words
 from depthscope.diagnostics.verdicts.locations import place, span
 from depthscope.diagnostics.verdicts.wiring import ONE_EXACT_SUM, satisfies
@@ -44,7 +44,12 @@ def _not_finite(values: xr.DataArray, axis: str) -> xr.DataArray:
     return missing.copy(data=np.array(numbers, dtype=float)).where(missing > 0, 0.0)
 
 
-@verdict(metric="residual_norm", limits=Limits(fail=0.0), follows_from={"mixing_not_finite": from_there_on})
+@verdict(
+    metric="residual_norm",
+    judges=Number("number of tokens whose state is not finite", range="0 or more"),
+    limits=Limits(fail=0.0),
+    follows_from={"mixing_not_finite": from_there_on},
+)
 def residual_not_finite(residual_norm: xr.DataArray) -> Iterable[Profile]:
     """The residual has NaN or infinities.
 
@@ -56,7 +61,12 @@ def residual_not_finite(residual_norm: xr.DataArray) -> Iterable[Profile]:
     )
 
 
-@verdict(metric="mixing_gain", limits=Limits(fail=0.0), follows_from={"residual_not_finite": deeper})
+@verdict(
+    metric="mixing_gain",
+    judges=Number("number of tokens whose mixing matrix is not finite", range="0 or more"),
+    limits=Limits(fail=0.0),
+    follows_from={"residual_not_finite": deeper},
+)
 def mixing_not_finite(
     mixing_gain: xr.DataArray, residual_norm: xr.DataArray | None = None
 ) -> Iterator[Profile]:
@@ -78,7 +88,11 @@ def mixing_not_finite(
         )
 
 
-@verdict(metric="residual_norm", limits=Limits(fail=0.0))
+@verdict(
+    metric="residual_norm",
+    judges=Number("number of depths at which the state is zero", range="0 or more"),
+    limits=Limits(fail=0.0),
+)
 def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     """The state is zero: nothing is passed on.
 
@@ -99,7 +113,11 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
 
 # Heuristic: a hundred independent unit branches grow by 10 and agreeing ones by 100, so that 1e4 leaves room for a small
 # embedding. Beyond 1e8 the sum no longer resolves the embedding in float32, whose spacing is 1.2e-7.
-@verdict(metric="residual_norm", limits=Limits(warn=1e4, fail=1e8, source=CALIBRATED))
+@verdict(
+    metric="residual_norm",
+    judges=Number("size of the state over that at the embedding", "rms ‖x_l‖ / rms ‖x_0‖", "0 or more"),
+    limits=Limits(warn=1e4, fail=1e8, source=NOT_CONTRADICTED),
+)
 def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The state grows by orders of magnitude through the depth.
 
@@ -109,7 +127,11 @@ def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> It
 
 
 # The inverse of those of an exploding state.
-@verdict(metric="residual_norm", limits=Limits(warn=1e-4, fail=1e-8, above=False, source=CALIBRATED))
+@verdict(
+    metric="residual_norm",
+    judges=Number("size of the state over that at the embedding", "rms ‖x_l‖ / rms ‖x_0‖", "0 or more"),
+    limits=Limits(warn=1e-4, fail=1e-8, above=False, source=NOT_CONTRADICTED),
+)
 def vanishing_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The state shrinks towards zero through the depth.
 
@@ -134,6 +156,7 @@ def _relative_size(norm: xr.DataArray, before: float) -> Iterator[Profile]:
 
 @verdict(
     metric="gradient_norm",
+    judges=Number("number of tokens whose gradient is not finite", range="0 or more"),
     limits=Limits(fail=0.0),
     follows_from={"residual_not_finite": anywhere, "mixing_not_finite": anywhere},
 )
@@ -149,7 +172,11 @@ def gradient_not_finite(gradient_norm: xr.DataArray) -> Iterable[Profile]:
     )
 
 
-@verdict(metric="gradient_norm", limits=Limits(fail=0.0))
+@verdict(
+    metric="gradient_norm",
+    judges=Number("number of states that no gradient reaches below a cut", range="0 or more"),
+    limits=Limits(fail=0.0),
+)
 def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
     """A block stops the gradient: nothing below it is trained.
 
@@ -182,7 +209,12 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
 # connection.
 @verdict(
     metric="composite_gain",
-    limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED),
+    judges=Number(
+        "gain of the product of all mixing matrices, forward or backward, or its norm",
+        "max_i |Σ_j P_ij|, max_j |Σ_i P_ij|, ‖P‖₂; p99 over tokens",
+        "0 or more",
+    ),
+    limits=Limits(warn=10.0, fail=100.0, source=NOT_CONTRADICTED),
     follows_from={"constant_mixing": anywhere},
     drawn_on=("composite_gain", "composite_operator_gain"),
 )
@@ -239,6 +271,11 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
 
 @verdict(
     metric="composite_attenuation",
+    judges=Number(
+        "weakest row or column sum of the product of all mixing matrices; of free matrices over what these may leave",
+        "min_i |Σ_j P_ij|, min_j |Σ_i P_ij|; p1 over tokens",
+        "0 or more",
+    ),
     limits=Limits(warn=FADED, fail=0.05, above=False),
     follows_from={"sinkhorn_not_converged": from_there_on},
     drawn_on=("composite_attenuation",),
@@ -286,7 +323,12 @@ def _fade_of_free(connections: int) -> float:
 # at the embedding of a healthy Pre-LN network as at its end, whose states are as much larger: a number, no finding.
 @verdict(
     metric="relative_gradient",
-    limits=Limits(warn=30.0, fail=1000.0, source=CALIBRATED),
+    judges=Number(
+        "gradient times size of the state, over that at the last block",
+        "√Σ ‖∂L/∂x_l‖² ‖x_l‖², over that of the last l",
+        "0 or more",
+    ),
+    limits=Limits(warn=30.0, fail=1000.0, source=NOT_CONTRADICTED),
     follows_from={"gain_explosion": anywhere},
 )
 def exploding_gradient(
@@ -306,6 +348,11 @@ def exploding_gradient(
 
 @verdict(
     metric="gradient_norm",
+    judges=Number(
+        "gradient over that at the last block, alone or times the size of the state, the larger",
+        "max(‖∂L/∂x_l‖, ‖∂L/∂x_l‖ ‖x_l‖), each over that of the last l",
+        "0 or more",
+    ),
     limits=Limits(warn=0.1, fail=1e-3, above=False),
     follows_from={"dead_state": anywhere},
 )

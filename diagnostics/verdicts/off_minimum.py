@@ -11,7 +11,7 @@ from depthscope.diagnostics.numbers import number, percent
 from depthscope.diagnostics.verdicts.age import KNOWS, RESCALED, number_or_none, task_of
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 
 SLOPES = "scale_slopes"
 """Attribute of a run: the derivatives of the loss along the scale of what modules give that chance does not explain."""
@@ -31,6 +31,11 @@ def to_lose(attrs: Mapping[str, Any]) -> float | None:
 # Beyond the interval, trained networks of more than 100 kinds regain 0.05 at most.
 @verdict(
     metric="loss",
+    judges=Number(
+        "share of what the loss can be below that of a constant answer that other scales regain",
+        "gained / (constant − loss + gained)",
+        "0 to 1",
+    ),
     limits=Limits(warn=0.08, fail=0.5),
     follows_from=dict.fromkeys(("loss_not_finite", "residual_not_finite", "mixing_not_finite"), anywhere),
 )

@@ -12,9 +12,9 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED
+from depthscope.diagnostics.verdicts.calibration import NOT_CONTRADICTED
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
 from depthscope.diagnostics.verdicts.references import below_input, distinct, one_answer
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
@@ -41,7 +41,12 @@ OF_ONE_ANSWER = 5.0
 
 @verdict(
     metric="effective_rank",
-    limits=Limits(warn=0.15, fail=0.03, above=False, source=CALIBRATED),
+    judges=Number(
+        "share left of the differences between the tokens of a sequence; times 5 where a sequence has one answer",
+        "max(Dong residual, 3 (erank − 1) / (erank of noise − 1)), raw, within a sequence",
+        "0 to about 3",
+    ),
+    limits=Limits(warn=0.15, fail=0.03, above=False, source=NOT_CONTRADICTED),
     follows_from={"dead_state": from_there_on},
     suspicion=True,
 )
@@ -112,6 +117,11 @@ FEW_DIRECTIONS = 3.0
 # What a block leaves out of a sum that passes everything on is not lost: in networks that are trained the rank hardly falls.
 @verdict(
     metric="numerical_rank",
+    judges=Number(
+        "number of directions in use over the most that an earlier state uses",
+        "numerical rank at l / max over earlier",
+        "0 or more",
+    ),
     limits=Limits(warn=0.6, above=False),
     follows_from=dict.fromkeys(
         ("dead_state", "rank_collapse", "common_vector"),
@@ -140,7 +150,10 @@ MOST_ALIKE = 0.98
 # positive, have cosines up to 0.97 in a fresh ResNet.
 @verdict(
     metric="token_cosine",
-    limits=Limits(warn=MOST_ALIKE, fail=0.995, source=CALIBRATED, scale="cosine"),
+    judges=Number(
+        "mean cosine between any two tokens of the data", "mean over pairs of cos(x_i, x_j), raw", "−1 to 1"
+    ),
+    limits=Limits(warn=MOST_ALIKE, fail=0.995, source=NOT_CONTRADICTED, scale="cosine"),
     follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on},
     drawn_on=("token_cosine",),
     suspicion=True,
@@ -173,6 +186,11 @@ def common_vector(token_cosine: xr.DataArray, attrs: Mapping[str, Any]) -> Itera
 
 @verdict(
     metric="angular_distance",
+    judges=Number(
+        "angle by which a layer turns the states, as a share of a half turn",
+        "arccos cos(x_{l−1}, x_l) / π, mean over tokens",
+        "0 to 1",
+    ),
     limits=Limits(info=IDLE, warn=DOES_NOTHING, above=False),
     follows_from={
         "gain_explosion": overlapping,
@@ -211,7 +229,14 @@ def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) ->
 SINKS = 2
 
 
-@verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05), suspicion=True)
+@verdict(
+    metric="massive_token_fraction",
+    judges=Number(
+        "share of the tokens with a massive activation", "|a| > 100 and |a| > 1000 median |a|", "0 to 1"
+    ),
+    limits=Limits(info=0.0, warn=0.05),
+    suspicion=True,
+)
 def massive_activations(
     massive_token_fraction: xr.DataArray, massive_activation: xr.DataArray
 ) -> Iterator[Profile]:
@@ -245,7 +270,12 @@ def _massive_locations(attrs: Mapping[str, Any], largest: float) -> str:
 
 
 # Half of the range of CKA: fewer tokens than features. Heuristic.
-@verdict(metric="cka_null", limits=Limits(info=0.5), about="reading")
+@verdict(
+    metric="cka_null",
+    judges=Number("biased CKA of unrelated noise of that size", "d / (d + N)", "0 to 1"),
+    limits=Limits(info=0.5),
+    about="reading",
+)
 def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
     """There are too few tokens for the biased CKA.
 
@@ -258,7 +288,12 @@ def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
     return [Profile(null, "unrelated noise of that size would have a biased CKA of")]
 
 
-@verdict(metric="num_tokens", limits=Limits(info=0.0), about="reading")
+@verdict(
+    metric="num_tokens",
+    judges=Number("number of metrics that the sample is small for", range="0 or more"),
+    limits=Limits(info=0.0),
+    about="reading",
+)
 def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """The sample is small for some of the questions.
 

@@ -12,9 +12,9 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
+from depthscope.diagnostics.verdicts.calibration import DEFAULT, NOT_CONTRADICTED
 from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
 from depthscope.diagnostics.verdicts.wiring import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies, told
 
 # Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`. Heuristic.
@@ -46,7 +46,15 @@ ADDED_UP, FAILING = 1.25, 4.0
 
 # An error of single sums alone does no harm: twenty rounds leave some tokens of trained networks with 0.07, whose logits are
 # some 8 apart. What the errors of all connections make of the sums of their product does.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(info=1.05, warn=ADDED_UP, fail=FAILING))
+@verdict(
+    metric="doubly_stochastic_violation",
+    judges=Number(
+        "factor by which a row or column sum of the product of all mixing matrices is off 1",
+        "max(max Σ P, 1 / min Σ P); p99 and p1 over tokens",
+        "1 or more",
+    ),
+    limits=Limits(info=1.05, warn=ADDED_UP, fail=FAILING),
+)
 def sinkhorn_not_converged(
     doubly_stochastic_violation: xr.DataArray,
     composite_gain: xr.DataArray,
@@ -82,7 +90,11 @@ def sinkhorn_not_converged(
 
 # exp and a division cannot give a negative number: 1e-6 allows for float32 sums of a matrix that was recovered from states.
 # A tenth is no error of rounding or of a formula any more.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-6, fail=0.1))
+@verdict(
+    metric="doubly_stochastic_violation",
+    judges=Number("size of the most negative entry of a mixing matrix", "max(0, −min_ij H_ij)", "0 or more"),
+    limits=Limits(warn=1e-6, fail=0.1),
+)
 def negative_mixing(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -103,6 +115,11 @@ def negative_mixing(
 # is a note; the limits are ours.
 @verdict(
     metric="composite_singular_value",
+    judges=Number(
+        "spectral norm of one mixing matrix, or of the product of all",
+        "σ₁(H), σ₁(P); p99 over tokens",
+        "0 or more",
+    ),
     limits=Limits(info=1.05, warn=ADDED_UP, fail=2.0),
     follows_from={"sinkhorn_not_converged": from_there_on, "negative_mixing": from_there_on},
 )
@@ -127,6 +144,11 @@ def expansive_mixing(
 
 @verdict(
     metric="relative_deflated_gain",
+    judges=Number(
+        "share of the first differences between streams that is left, relative to what they have in common",
+        "σ₁(P on 1⊥) / p; median over tokens",
+        "0 or more",
+    ),
     limits=Limits(warn=COLLAPSED, above=False),
     follows_from={"uniform_mixing": from_there_on},
     drawn_on=("relative_deflated_gain",),
@@ -171,6 +193,11 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
 
 @verdict(
     metric="relative_deflated_gain",
+    judges=Number(
+        "share of the differences between streams that one connection leaves",
+        "r_c / r_{c−1}, r as the relative deflated gain",
+        "0 or more",
+    ),
     limits=Limits(warn=COLLAPSED, above=False),
     follows_from={"constant_mixing": anywhere},
 )
@@ -192,6 +219,11 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
 
 @verdict(
     metric="composite_identity_distance",
+    judges=Number(
+        "largest distance from the identity of any product of mixing matrices from the embedding on",
+        "max_c ‖P_c/p − I‖_F / √n; median over tokens",
+        "0 or more",
+    ),
     limits=Limits(warn=STUCK, above=False),
     follows_from={"discarded_mixing": anywhere},
     before_training=True,
@@ -220,6 +252,11 @@ def stuck_at_identity(
 # ones are no other network than one with a single stream.
 @verdict(
     metric="stream_cosine",
+    judges=Number(
+        "mean cosine between streams in the later half, or of the two most alike",
+        "mean or max over pairs of cos(x_i, x_j)",
+        "−1 to 1",
+    ),
     limits=Limits(info=COPIED, warn=EXACT, scale="cosine"),
     follows_from={
         "uniform_mixing": from_there_on,
@@ -266,7 +303,15 @@ def _copies(what: str, apart: float) -> str:
     return f"{what} is {number(max(apart, 0.0))} in the later half of the depth, below {number(DIFFER)} ({DEFAULT})."
 
 
-@verdict(metric="stream_cosine", limits=Limits(warn=0.001, above=False, source=CALIBRATED))
+@verdict(
+    metric="stream_cosine",
+    judges=Number(
+        "largest 1 − cosine of the streams between blocks, where they differ inside",
+        "max (1 − cos(x_i, x_j)) at the ends of blocks",
+        "0 to 2",
+    ),
+    limits=Limits(warn=0.001, above=False, source=NOT_CONTRADICTED),
+)
 def passing_streams(
     attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
 ) -> Iterable[Profile] | None:
@@ -292,7 +337,10 @@ def passing_streams(
 
 @verdict(
     metric="read_mass",
-    limits=Limits(warn=0.01, above=False, source=CALIBRATED),
+    judges=Number(
+        "weight with which all later connections together read a sublayer's output", "Σ_k |M_kj|", "0 or more"
+    ),
+    limits=Limits(warn=0.01, above=False, source=NOT_CONTRADICTED),
     suspicion=True,
     drawn_on=("read_mass",),
 )
@@ -314,7 +362,15 @@ NEARLY_PERMUTATIONS = 0.99
 
 # Off-diagonal logits of −8 let at most 1.3e-3 through, those of −6 at most 1e-2; a uniform H_res of four streams 0.25. A note,
 # since an optimizer that divides by the size of the gradient moves such logits all the same, only slowly.
-@verdict(metric="logit_gradient_share", limits=Limits(info=2e-3, above=False))
+@verdict(
+    metric="logit_gradient_share",
+    judges=Number(
+        "largest share of the gradient of H_res that reaches its logits at any connection",
+        "max_c ‖∂L/∂H̃‖ / ‖∂L/∂H‖",
+        "0 or more",
+    ),
+    limits=Limits(info=2e-3, above=False),
+)
 def saturated_logits(logit_gradient_share: xr.DataArray, logit_saturation: xr.DataArray) -> Iterator[Profile]:
     """H_res can hardly learn: almost none of its gradient reaches its logits.
 

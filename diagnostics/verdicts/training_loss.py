@@ -16,11 +16,12 @@ from depthscope.diagnostics.verdicts.age import (
 )
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, overlapping
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
 
 
 @verdict(
     metric="loss",
+    judges=Number("number of losses that are not finite", range="0 or more"),
     limits=Limits(fail=0.0),
     follows_from={"residual_not_finite": anywhere, "mixing_not_finite": anywhere},
 )
@@ -35,7 +36,16 @@ def loss_not_finite(loss_not_finite: xr.DataArray) -> Iterable[Profile]:
 
 # Heuristics: a quarter of the loss at the start is more than the noise of batches and a warm-up; three quarters are nearly all
 # that a training can learn.
-@verdict(metric="loss", limits=Limits(warn=0.25, fail=0.75), follows_from={"loss_not_finite": anywhere})
+@verdict(
+    metric="loss",
+    judges=Number(
+        "rise of the loss above its lowest value, relative to the start",
+        "(loss now − lowest) / first",
+        "0 or more",
+    ),
+    limits=Limits(warn=0.25, fail=0.75),
+    follows_from={"loss_not_finite": anywhere},
+)
 def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profile]:
     """The loss diverged: it has risen far above its lowest value.
 
@@ -49,7 +59,16 @@ def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profi
 
 
 # Half of the loss at the start is what text models learn in all.
-@verdict(metric="loss", limits=Limits(info=0.25, warn=0.5), follows_from={"diverged_loss": anywhere})
+@verdict(
+    metric="loss",
+    judges=Number(
+        "largest rise of the loss above its lowest value before, relative to the start",
+        "max (loss − lowest) / first",
+        "0 or more",
+    ),
+    limits=Limits(info=0.25, warn=0.5),
+    follows_from={"diverged_loss": anywhere},
+)
 def loss_spike(loss_spike: xr.DataArray, loss_rise: xr.DataArray) -> Iterable[Profile] | None:
     """The loss spiked: it rose far above its lowest value, and came down again.
 
@@ -70,6 +89,11 @@ WORSE = 1.05
 # that loses more, beyond the noise of a sample, has nothing left of what it learned, or sees what it was never trained on.
 @verdict(
     metric="loss",
+    judges=Number(
+        "loss, less the noise of the sample, over that of a constant answer",
+        "(loss − 1.645 se) / H(classes)",
+        "0 or more",
+    ),
     limits=Limits(warn=NOTHING_LEARNED, fail=WORSE),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "diverged_loss"), anywhere
@@ -103,6 +127,11 @@ LEAST_CLAIM = 0.2
 
 @verdict(
     metric="loss",
+    judges=Number(
+        "part of what the predictions claim to know that is wrong",
+        "(loss − 1.645 se − expected) / max(constant − expected, constant / 5)",
+        "0 and below where they are right",
+    ),
     limits=Limits(warn=0.15, fail=0.5),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "worse_than_constant"), anywhere
@@ -133,6 +162,7 @@ def surer_than_right(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 # A block that no gradient reaches, or whose output nothing uses, stays as it was drawn.
 @verdict(
     metric="loss",
+    judges=Number("number of blocks, or of checkpoints, that look untrained", range="0 or more"),
     limits=Limits(warn=0.0),
     follows_from=dict.fromkeys(
         ("cut_gradient", "vanishing_gradient", "idle_layer", "same_representation"), overlapping
@@ -180,6 +210,7 @@ def _are_left_out(blocks: Any, residual_norm: xr.DataArray, share: float | None)
 
 @verdict(
     metric="loss",
+    judges=Number("number of blocks with the weights of another one", range="0 or more"),
     limits=Limits(warn=0.0),
     follows_from={"untrained_weights": overlapping},
     before_training=True,

@@ -14,14 +14,19 @@ from depthscope.diagnostics.schema import FROZEN_MODULES
 from depthscope.diagnostics.verdicts.age import NOTHING_LEARNED, share_of_constant
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 
 NUM_NAMED = 3  # modules in a sentence
 
 
 # The rule of thumb is 1e-3 a step, see the metric. The ratio is to the weights after the step: a step that replaces a
 # module completely has 1.
-@verdict(metric="update_ratio", limits=Limits(warn=0.1, fail=0.5), drawn_on=("update_ratio",))
+@verdict(
+    metric="update_ratio",
+    judges=Number("change of a module's weights in one step over the weights", "‖ΔW‖ / ‖W‖", "0 or more"),
+    limits=Limits(warn=0.1, fail=0.5),
+    drawn_on=("update_ratio",),
+)
 def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """One optimizer step rewrites much of a module.
 
@@ -35,7 +40,11 @@ def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(metric="update_ratio", limits=Limits(warn=0.0))
+@verdict(
+    metric="update_ratio",
+    judges=Number("number of modules that are not trained while others are", range="0 or more"),
+    limits=Limits(warn=0.0),
+)
 def frozen_module(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """A module is frozen while the rest is trained.
 
@@ -84,7 +93,15 @@ PAST_WARM_UP = 50
 
 # A hundredth of the rule of thumb: ten thousand such steps replace a tenth of the weights or less. No warm-up is as slow after
 # its first steps.
-@verdict(metric="update_ratio", limits=Limits(warn=1e-5, fail=1e-7, above=False))
+@verdict(
+    metric="update_ratio",
+    judges=Number(
+        "change of the weights of half of the modules in one step over the weights",
+        "median over modules of ‖ΔW‖ / ‖W‖",
+        "0 or more",
+    ),
+    limits=Limits(warn=1e-5, fail=1e-7, above=False),
+)
 def slow_updates(update_ratio: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """Nothing is learned, and the optimizer hardly moves the weights.
 
@@ -104,7 +121,12 @@ def slow_updates(update_ratio: xr.DataArray, attrs: Mapping[str, Any]) -> Iterat
 
 
 # About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
-@verdict(metric="update_ratio", limits=Limits(warn=1e-7, above=False), drawn_on=("update_ratio",))
+@verdict(
+    metric="update_ratio",
+    judges=Number("change of a module's weights in one step over the weights", "‖ΔW‖ / ‖W‖", "0 or more"),
+    limits=Limits(warn=1e-7, above=False),
+    drawn_on=("update_ratio",),
+)
 def lost_update(update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None) -> Iterator[Profile]:
     """An optimizer step leaves a module unchanged.
 
@@ -128,7 +150,12 @@ def lost_update(update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None =
 SMALL_SHARE = 1e-3
 
 
-@verdict(metric="weight_gradient_norm", limits=Limits(warn=0.0), follows_from={"cut_gradient": anywhere})
+@verdict(
+    metric="weight_gradient_norm",
+    judges=Number("number of modules whose gradient is exactly zero while others get one", range="0 or more"),
+    limits=Limits(warn=0.0),
+    follows_from={"cut_gradient": anywhere},
+)
 def silent_module(
     weight_gradient_norm: xr.DataArray, weight_norm: xr.DataArray | None = None
 ) -> Iterator[Profile]:

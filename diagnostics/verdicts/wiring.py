@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 
 # --- what the matrices claim to be: the constraints that they satisfy, or are meant to ---
 
@@ -58,7 +58,13 @@ def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator
             )
 
 
-@verdict(metric="identity_distance", limits=Limits(warn=ROUNDING))
+@verdict(
+    metric="identity_distance",
+    judges=Number(
+        "distance of the computed matrix from the one that is applied", "‖H − H applied‖", "0 or more"
+    ),
+    limits=Limits(warn=ROUNDING),
+)
 def discarded_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """A mixing matrix is computed and discarded.
 
@@ -68,7 +74,13 @@ def discarded_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "discarded_mixing")
 
 
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=ROUNDING))
+@verdict(
+    metric="doubly_stochastic_violation",
+    judges=Number(
+        "error of the sums over the sources, which should be exact", "max_i |Σ_j H_ij − 1|", "0 or more"
+    ),
+    limits=Limits(warn=ROUNDING),
+)
 def transposed_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """A mixing matrix is applied transposed.
 
@@ -79,7 +91,11 @@ def transposed_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 
 # Every connection multiplies the sum of the streams by n, which is at least 2: no other value comes here.
-@verdict(metric="mixing_gain", limits=Limits(fail=1.0))
+@verdict(
+    metric="mixing_gain",
+    judges=Number("factor by which each connection multiplies the sum of the streams", "n", "1 or more"),
+    limits=Limits(fail=1.0),
+)
 def constant_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """Every entry of the mixing matrices is 1, whatever their parameters.
 
@@ -91,7 +107,15 @@ def constant_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 # The largest gradient of a logit against that of a write weight, for a random combination of the outputs: a few
 # roundings.
-@verdict(metric="mixing_gradient", limits=Limits(warn=1e-6, above=False))
+@verdict(
+    metric="mixing_gradient",
+    judges=Number(
+        "largest gradient of a logit of the mixing over that of a write weight",
+        "‖∂L/∂H̃‖ / ‖∂L/∂H_post‖",
+        "0 or more",
+    ),
+    limits=Limits(warn=1e-6, above=False),
+)
 def unlearnable_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The mixing matrices get no gradient.
 
@@ -101,7 +125,11 @@ def unlearnable_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "unlearnable_mixing")
 
 
-@verdict(metric="read_share", limits=Limits(info=1.0))
+@verdict(
+    metric="read_share",
+    judges=Number("weight with which the branch reads where the design writes with it", range="0 or more"),
+    limits=Limits(info=1.0),
+)
 def swapped_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """Read and write weights look swapped.
 
@@ -110,7 +138,14 @@ def swapped_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "swapped_weights")
 
 
-@verdict(metric="mixing_gain", limits=Limits(warn=1e-3))
+@verdict(
+    metric="mixing_gain",
+    judges=Number(
+        "change of the coefficients with what they should not depend on, relative to themselves",
+        range="0 or more",
+    ),
+    limits=Limits(warn=1e-3),
+)
 def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """Coefficients are computed from something other than the streams they are applied to.
 
@@ -120,7 +155,13 @@ def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "foreign_coefficients")
 
 
-@verdict(metric="channel_variance", limits=Limits(fail=0.0))
+@verdict(
+    metric="channel_variance",
+    judges=Number(
+        "number of batch norms whose running statistics are not those of the data", range="0 or more"
+    ),
+    limits=Limits(fail=0.0),
+)
 def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The running statistics of BatchNorm are not those of its data, or were never updated.
 
@@ -130,7 +171,12 @@ def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "stale_statistics")
 
 
-@verdict(metric="weight_gradient_norm", limits=Limits(warn=0.0), before_training=True)
+@verdict(
+    metric="weight_gradient_norm",
+    judges=Number("number of modules whose input is zero for 95 % of the features", range="0 or more"),
+    limits=Limits(warn=0.0),
+    before_training=True,
+)
 def zero_input(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The input of a module is almost all zeros: no token passes what is before it.
 

@@ -14,7 +14,7 @@ from depthscope.app.figures.build.values import LABELLED, defined_labels, stream
 from depthscope.app.figures.specification import Analyses, FigureKind, Line, Lines, Selection
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Limits, Severity, last_step
-from depthscope.diagnostics.verdicts.declaration import number
+from depthscope.diagnostics.verdicts.declaration import limit_words
 
 _AXES = {
     ("depth", "depth"): "depth (0 = embedding)",
@@ -218,19 +218,12 @@ def judged_limits(metric: str, analyses: Analyses) -> dict[str, frozenset[Limits
 def limit_labels(judged: dict[str, frozenset[Limits]]) -> list[tuple[float, str]]:
     """Every limit with its label, such as ``warn: 10``, once."""
     levels = {
-        (value, f"{_WORDS[severity]}: {_limit(value)}")
+        (value, f"{_WORDS[severity]}: {limit_words(value)}")
         for limits in judged.values()
         for each in limits
         for severity, value in each.levels
     }
     return sorted(levels)
-
-
-def _limit(value: float) -> str:
-    """A limit in three digits; where these are 1 and it is not, its distance from 1."""
-    if value != 1 and number(value) == number(1.0):
-        return f"1 {'−' if value < 1 else '+'} {number(abs(1 - value))}"
-    return number(value)
 
 
 def passing_range(judged: dict[str, frozenset[Limits]]) -> tuple[float, float] | None:

@@ -360,7 +360,8 @@ CASES: dict[str, Case] = {
         lambda: with_attrs(captured(pre_norm()), checkpoint="new"), WARN, says="checkpoint has its initial value"
     ),
     "equal_blocks": case(
-        lambda: plain(lambda i: copied_block(i, 2)), FAIL, "depth", 3, 4, says="Blocks 2, 3", beside=("worse_than_constant",), step=1000
+        lambda: plain(lambda i: copied_block(i, 2)), FAIL, "depth", 3, 4, says="Blocks 2, 3",
+        beside=("worse_than_constant",), step=1000
     ),
     "looks_ahead": case(
         lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, says="the outputs depend on later tokens"

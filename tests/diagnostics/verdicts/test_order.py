@@ -31,6 +31,7 @@ def judged(values, *, begins=False, **limits) -> Finding:
         "V.",
         "",
         "residual_norm",
+        Number("size"),
         Limits(**limits),
         (),
         lambda: [Profile(given, "the number is", begins=begins)],

@@ -8,6 +8,7 @@ import xarray as xr
 
 from depthscope import diagnostics
 from depthscope.app.text.bibliography import bibliography, entries
+from depthscope.app.text.explanations import explanation
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.experiments import with_lens
@@ -686,10 +687,13 @@ def test_every_verdict_is_declared_whole():
         assert len(each.advice) > 40
         assert each.limits.levels
         assert each.limits.source in keys | {"depthscope's default"} or each.limits.source.startswith(
-            "calibrated on "
+            "set by hand, not contradicted by "
         )
         known = {*diagnostics.CATALOGUE, *OF_LOSSES}
         assert each.metric.removesuffix("_null") in known
+        assert each.judges.name
+        assert each.judges.range
+        assert each.judged.endswith(each.limits.words)
         for need in (*each.needs, *each.wants):
             assert need == "attrs" or need.removesuffix("_null") in known
 
@@ -910,3 +914,35 @@ def test_one_representation_names_the_views_that_differ():
     states[..., 0] = 300 * np.random.default_rng(5).standard_normal(states.shape[1:3])
     (found,) = findings(residual_run(states))["same_representation"]
     assert "debiased CKA 1.000 or more; without large features 0.99" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rank_collapse", "max(Dong residual, 3 (erank − 1) / (erank of noise − 1))"),
+        ("copied_streams", "INFO above 0.999, WARN above 1 − 1e-9"),
+        ("exploding_state", "rms ‖x_l‖ / rms ‖x_0‖ (0 or more): WARN above 10000"),
+    ],
+)
+def test_the_explanation_of_a_verdict_is_of_the_number_that_it_judges(name, words):
+    """«effective_rank: WARN below 0.15» is no limit of the effective rank, which is never below 1."""
+    text = " ".join(explanation(name).split())
+    assert words in text
+    assert f"Limits of {VERDICTS[name].metric}" not in text
+
+
+def test_matrices_that_were_not_read_are_absent_and_those_that_were_are_judged(make_run):
+    """A live row of a step whose connections were not seen has no gains, and states that are all finite."""
+    run = make_run("mhc", layers=4)
+    analysis = diagnostics.analyze(run, metrics=["mixing_gain", "residual_norm"])
+    unread = analysis.assign(mixing_gain=(analysis["mixing_gain"] * np.nan).drop_attrs())
+    assert "mixing_not_finite" not in {each.verdict for each in diagnostics.judge(unread, passed=True)}
+    some = analysis["mixing_gain"].copy(deep=True).drop_attrs()
+    some[..., 3:, :] = np.nan
+    partly = analysis.assign(mixing_gain=some)
+    assert "mixing_not_finite" not in {each.verdict for each in diagnostics.judge(partly, passed=True)}
+    trace = run["trace"].to_dataset().load().copy(deep=True)
+    trace["h_res"].values[2, 0, 1] = np.nan
+    broken = diagnostics.analyze(schema.create_run(trace, attrs=run.attrs))
+    (found,) = [each for each in diagnostics.judge(broken) if each.verdict == "mixing_not_finite"]
+    assert (found.severity, found.first, found.last, found.value) == (Severity.FAIL, 2, 2, 1.0)
