@@ -12,6 +12,7 @@ from depthscope.app.text.causes import place_of
 from depthscope.diagnostics import Finding, Severity, schema
 from depthscope.diagnostics.verdicts import VERDICTS, Findings, Limits, Profile, Verdict
 from depthscope.diagnostics.verdicts.causes import worst_depth
+from depthscope.diagnostics.verdicts.declaration import Number
 from tests.diagnostics.verdicts.test_verdicts import residual_run, walk
 from tests.models.shown_harm import with_result
 
