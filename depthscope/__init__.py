@@ -50,7 +50,6 @@ if TYPE_CHECKING:
         describe,
         describe_weights,
         interventions,
-        merge_runs,
         probe_checkpoints,
         record,
         settle,
@@ -103,7 +102,6 @@ __all__ = [
     "kernels",
     "lens",
     "load",
-    "merge_runs",
     "metrics",
     "open_run",
     "probe_checkpoints",
@@ -123,7 +121,7 @@ if not TYPE_CHECKING:
         try:
             return _load(name)
         except ModuleNotFoundError as error:
-            from depthscope.app.cli.outcome import missing_extra
+            from depthscope.app.cli.main import missing_extra
             from depthscope.diagnostics.errors import MissingExtraError
 
             needed = missing_extra(f"depthscope.{name}", error)

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
         chain_dataset,
         chains,
         create_run,
-        integrity,
         list_runs,
         open_run,
         save_run,
@@ -44,7 +43,7 @@ _HOMES = {
     "DepthscopeError": "errors",
 } | dict.fromkeys(
     (
-        *("SCHEMA_VERSION", "SchemaError", "chain_dataset", "chains", "create_run", "integrity", "list_runs"),
+        *("SCHEMA_VERSION", "SchemaError", "chain_dataset", "chains", "create_run", "list_runs"),
         *("open_run", "save_run", "validate"),
     ),
     "schema",
@@ -63,7 +62,6 @@ __all__ = [
     "chain_dataset",
     "chains",
     "create_run",
-    "integrity",
     "judge",
     "kernels",
     "list_runs",

@@ -45,23 +45,17 @@ DEFINED: dict[str, FigureKind] = {
         collapse.massive_token_fraction,
         collapse.attention_entropy,
         collapse.sink_mass,
-        collapse.expert_load,
-        collapse.router_entropy,
         collapse.spectrum,
         collapse.spectrum_map,
         collapse.spectral_density,
         similarity.cka,
         similarity.angular_distance,
-        similarity.streamed_cka,
         similarity.procrustes,
         similarity.mutual_knn,
         similarity.cknna,
         similarity.adjacent_cka,
         similarity.adjacent_cosine,
         similarity.block_influence,
-        similarity.first_checkpoint_cka,
-        similarity.last_checkpoint_cka,
-        similarity.first_checkpoint_distance,
         similarity.relative_turn,
         similarity.effective_depth,
         similarity.variance_growth,
@@ -108,7 +102,7 @@ DEFINED: dict[str, FigureKind] = {
 }
 """Every figure of the catalogue by name, in display order."""
 
-# `also` too: a band or a streamed twin is in the figure of its metric and needs none of its own.
+# `also` too: a band is in the figure of its metric and needs none of its own.
 DRAWN = frozenset(name for kind in DEFINED.values() for name in (*kind.needs, *kind.also))
 """Metrics that a figure of the catalogue draws."""
 

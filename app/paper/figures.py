@@ -284,7 +284,7 @@ def _listed(runs: Sequence[str | PathLike[str] | Reading]) -> list[Reading]:
     if left_out:
         raise InputError("; ".join(f"{name} cannot be read: {reason}" for name, reason in left_out.items()))
     if not (found or read):
-        raise InputError("no run was given; name at least one, such as runs/a.nc")
+        raise InputError("no run was given; name at least one, such as runs/a.zarr")
     return [*found, *read]
 
 

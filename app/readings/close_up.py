@@ -395,7 +395,6 @@ def read_close_up(path: Path, chain: str = "", *, max_bytes: int | None = None) 
     ``chain``: its chain, empty where there is one.
     Returns: None for a run without states, such as one of weights alone.
     """
-    # Its analysis has been made of a verified file; reading gigabytes again only to compare them would cost seconds.
     with schema.open_group(path, "trace", chain, max_bytes=max_bytes) as trace:
         if "residual" not in trace:
             return None

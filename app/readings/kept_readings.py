@@ -129,7 +129,6 @@ def _write_readings(place: Path, readings: Sequence[Reading]) -> None:
             {
                 "name": reading.name,
                 "attrs": reading.attrs,
-                "integrity": reading.integrity,
                 "chain": reading.chain,
                 "num_steps": reading.num_steps,
                 "analysis": reading.analysis.to_dict(data=False),
@@ -160,7 +159,6 @@ def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
                 document["name"],
                 document["attrs"],
                 xr.Dataset.from_dict(described),
-                document["integrity"],
                 chain=document["chain"],
                 path=str(path),
                 results=results_beside(

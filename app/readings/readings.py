@@ -35,7 +35,6 @@ class Reading:
     ``attrs``: the run's attributes: model, family, seed, …
     ``analysis``: what `diagnostics.analyze` returns, or the stored /metrics of the run.
     ``findings``: worst first.
-    ``integrity``: whether the run is what was saved; see `schema.integrity`.
     ``path``: the file or folder that the run was opened from; empty for a run in memory.
     ``passed``: verdicts that were judged and found nothing.
     ``chain``: the chain's name in the run, empty where it has one.
@@ -49,7 +48,6 @@ class Reading:
     attrs: Mapping[str, Any]
     analysis: xr.Dataset
     findings: tuple[Finding, ...]
-    integrity: str = ""
     path: str = ""
     passed: tuple[Finding, ...] = ()
     chain: str = ""
@@ -87,7 +85,7 @@ def read_runs(
     Raises InputError: For no run at all, or a run without a trace and without metrics.
     """
     if not runs:
-        raise InputError("no run was given; name at least one, such as runs/a.nc")
+        raise InputError("no run was given; name at least one, such as runs/a.zarr")
     results = {
         name: results_beside(path, *(runs[name].attrs.get(of) for of in ("weights_digest", "data_digest")))
         for name, path in (paths or {}).items()
@@ -101,7 +99,6 @@ def read_runs(
                 {**run.attrs, **{name: analysis.attrs[name] for name in FACTS if name in analysis.attrs}}
             ),
             analysis,
-            schema.integrity(run),
             chain=chain,
             path=str((paths or {}).get(name, "")),
             results=results.get(name, {}),
@@ -118,7 +115,6 @@ def judged(
     name: str,
     attrs: Mapping[str, Any],
     analysis: xr.Dataset,
-    integrity: str,
     *,
     chain: str,
     path: str,
@@ -128,7 +124,7 @@ def judged(
 ) -> Reading:
     """A reading of an analysis: the verdicts are asked here.
 
-    ``name, attrs, analysis, integrity, chain, path, results, num_steps``: see `Reading`.
+    ``name, attrs, analysis, chain, path, results, num_steps``: see `Reading`.
     ``is_alone``: whether the run has no other chain: the result of a lens is evidence then.
     """
     found = judge(_with_evidence(analysis, results if is_alone else {}), passed=True)
@@ -137,7 +133,6 @@ def judged(
         attrs,
         analysis,
         tuple(finding for finding in found if finding.severity),
-        integrity,
         path,
         passed=tuple(finding for finding in found if not finding.severity),
         chain=chain,
@@ -353,7 +348,7 @@ def _runs_at(path: Path) -> list[Path]:
     if not below:
         raise InputError(
             f"no run in {path}: expected files or folders ending in {', '.join(schema.SUFFIXES)}; "
-            "make one with: depthscope probe CHECKPOINT --text FILE --out RUN.nc"
+            "make one with: depthscope probe CHECKPOINT --text FILE --out RUN.zarr"
         )
     return below
 
@@ -367,5 +362,5 @@ def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
         names = [schema.without_suffix("/".join(path.parts[-parts:])) for path in unique]
         if len(set(names)) == len(unique):
             return dict(zip(names, unique, strict=True))
-    # Reached only where endings alone differ, such as a.nc and a.zarr: the ending then stays.
+    # Reached only where endings alone differ, such as a.zarr and a.zarr.zip: the ending then stays.
     return {path.name: path for path in unique}

@@ -33,7 +33,6 @@ def with_requested(
                 reading.name,
                 reading.attrs,
                 renewed(fresh[reading.chain].load(), reading.analysis, complete=False),
-                reading.integrity,
                 chain=reading.chain,
                 path=reading.path,
                 results=reading.results,

@@ -67,8 +67,8 @@ def command_line(*words: str | Path) -> str:
 
     Examples
     --------
-    >>> command_line("check", Path("a b;c.nc"))
-    "depthscope check 'a b;c.nc'"
+    >>> command_line("check", Path("a b;c.zarr"))
+    "depthscope check 'a b;c.zarr'"
     """
     # A path that begins with a dash would be read as an option.
     plain = [

@@ -19,15 +19,11 @@ from depthscope.diagnostics.experiments.intervals import Estimate, estimate
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
 from depthscope.diagnostics.experiments.variables import CELLS, ESTIMATES
 from depthscope.diagnostics.numbers import number, percent
-from depthscope.diagnostics.schema import without_suffix
-from depthscope.diagnostics.schema.attributes import decode_dataset, encode_dataset
-from depthscope.diagnostics.schema.file_digest import compare_file_digest, write_with_digest
-from depthscope.diagnostics.schema.hdf5_files import check_hdf5
-from depthscope.diagnostics.schema.limits import require_ordinary
-from depthscope.diagnostics.schema.netcdf_image import netcdf_image
+from depthscope.diagnostics.schema import open_tree, without_suffix, write_zip
+from depthscope.diagnostics.schema.attributes import encode_dataset
 
-# Not `.nc`: a folder of runs is listed by the endings of runs, and this is none.
-SUFFIX = ".h5"
+# A zipped Zarr as of a run, but not `.zarr.zip`: a folder of runs is listed by the endings of runs, and this is none.
+SUFFIX = ".zip"
 EXPERIMENTS = "depthscope experiments"
 RESULTS = ("ablate", "lens", "jacobian")
 """The commands whose results are saved next to a run."""
@@ -36,12 +32,12 @@ COLUMNS = ("loss_change", "kl", "output_change")
 
 
 def result_path(run: str | os.PathLike[str], what: str) -> Path:
-    """Where the result of an experiment on a run is saved: ``a.nc`` and ``ablate`` give ``a.ablate.h5``.
+    """Where the result of an experiment on a run is saved: ``a.zarr`` and ``ablate`` give ``a.ablate.zip``.
 
     Examples
     --------
-    >>> result_path("runs/a.nc", "ablate").name
-    'a.ablate.h5'
+    >>> result_path("runs/a.zarr", "ablate").name
+    'a.ablate.zip'
     """
     path = Path(run)
     return path.with_name(f"{without_suffix(path.name)}.{what}{SUFFIX}")
@@ -91,14 +87,14 @@ def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
 
 
 def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
-    """Write a result to one file (netCDF-4), which takes an earlier one's place when it is complete.
+    """Write a result to one file (a zipped Zarr), which takes an earlier one's place when it is complete.
 
     ``result``: of `depthscope.interventions.ablate` or `patch`, `depthscope.lens` or `jacobians_by_depth`.
     ``path``: where to.
     """
     plain = result.assign_attrs({**result.attrs, "kind_of_file": EXPERIMENTS})
     with replaced_file(path) as fresh:
-        write_with_digest(fresh, netcdf_image(xr.DataTree(encode_dataset(plain)), {}))
+        write_zip(xr.DataTree(encode_dataset(plain)), fresh)
     return Path(path)
 
 
@@ -114,15 +110,8 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
         raise AbsentError(
             f"no result of experiments at {file}; make one with `depthscope ablate`, `patch`, `lens` or `jacobian`"
         )
-    require_ordinary(file, folder=False)
-    # The HDF5 library may crash on a torn file, and would take this process with it.
-    if compare_file_digest(file) != "intact":
-        raise InputError(
-            f"{file} is not a result of experiments as it was saved; run the command that made it again"
-        )
-    check_hdf5(file, None)
-    with xr.open_dataset(file, engine="h5netcdf") as opened:
-        found = decode_dataset(opened.load())
+    with open_tree(file) as opened:
+        found = opened.to_dataset().load()
     if found.attrs.get("kind_of_file") != EXPERIMENTS:
         raise InputError(
             f"{file} is not a result of experiments; expected one of `depthscope ablate`, `patch`, `lens` or `jacobian`"

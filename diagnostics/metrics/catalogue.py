@@ -17,10 +17,8 @@ from depthscope.diagnostics.metrics import (
     paths,
     propagation,
     representation,
-    routing,
     similarity,
     spectrum,
-    streamed,
     weight_updates,
 )
 from depthscope.diagnostics.metrics.declaration import Metric
@@ -40,8 +38,6 @@ DECLARED: tuple[Metric, ...] = (
     spectrum.singular_value,
     attention.attention_entropy,
     attention.sink_mass,
-    routing.expert_load,
-    routing.router_entropy,
     similarity.cka,
     similarity.adjacent_cka,
     similarity.angular_distance,
@@ -53,8 +49,6 @@ DECLARED: tuple[Metric, ...] = (
     representation.least_stream_cka,
     representation.trimmed_cka,
     representation.whitened_cka,
-    # Those of every token, where the run was captured with streaming=True, are shown before it: `streamed.variants`.
-    streamed.streamed_cka_error,
     # Expensive: an analysis computes these when they are named.
     alignment.procrustes,
     alignment.mutual_knn,
@@ -104,18 +98,7 @@ DECLARED: tuple[Metric, ...] = (
     weight_updates.weight_gradient_norm,
     weight_updates.update_ratio,
     # From a history of checkpoints.
-    checkpoints.first_checkpoint_cka,
-    checkpoints.last_checkpoint_cka,
-    checkpoints.first_checkpoint_distance,
     checkpoints.first_weight_distance,
 )
 
-_of_every_token = DECLARED.index(streamed.streamed_cka_error)
-CATALOGUE: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        *DECLARED[:_of_every_token],
-        *streamed.variants(DECLARED),
-        *DECLARED[_of_every_token:],
-    )
-}
+CATALOGUE: dict[str, Metric] = {metric.name: metric for metric in DECLARED}

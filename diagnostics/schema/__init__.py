@@ -10,15 +10,18 @@ from depthscope.diagnostics.schema.coefficients import (
     SUMMED,
     SUMS_OF_COEFFICIENTS,
 )
-from depthscope.diagnostics.schema.formats import SUFFIXES, without_suffix
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
-from depthscope.diagnostics.schema.listing import list_runs
 from depthscope.diagnostics.schema.live_store_files import LOG, is_being_written, is_live_store, newest_state
 from depthscope.diagnostics.schema.live_store_following import FollowedStore
 from depthscope.diagnostics.schema.live_store_reading import LIVE, POOLED_STEP, RESUMED_AT, Status
-from depthscope.diagnostics.schema.opening import integrity, open_group, open_run
-from depthscope.diagnostics.schema.replaceable import require_replaceable
-from depthscope.diagnostics.schema.saving import save_run
+from depthscope.diagnostics.schema.opening import list_runs, open_group, open_run, open_tree
+from depthscope.diagnostics.schema.saving import (
+    SUFFIXES,
+    require_replaceable,
+    save_run,
+    without_suffix,
+    write_zip,
+)
 from depthscope.diagnostics.schema.validation import (
     PROVEN,
     SCHEMA_VERSION,
@@ -33,24 +36,18 @@ from depthscope.diagnostics.schema.validation import (
 from depthscope.diagnostics.schema.variables import (
     COVERAGE,
     CUT_GRADIENT,
-    DEPTH_STEP,
     FROZEN_MODULES,
     GAIN,
     INFERRED,
     MOTION,
     NOT_FINITE,
     OF_ATTENTION,
-    OF_CHECKPOINTS,
-    OF_ROUTERS,
-    OF_STREAMING,
     OF_WEIGHTS,
     PROFILE,
     QUERY,
     SITES,
-    SPECTRUM,
     STATE,
     STATISTICS,
-    STREAM_SPECTRUM,
     TRACE,
     TRACE_COORDS,
     WITHOUT_GRADIENT,
@@ -61,7 +58,6 @@ __all__ = [
     "COEFFICIENTS",
     "COVERAGE",
     "CUT_GRADIENT",
-    "DEPTH_STEP",
     "FROZEN_MODULES",
     "GAIN",
     "GROUPS",
@@ -71,9 +67,6 @@ __all__ = [
     "MOTION",
     "NOT_FINITE",
     "OF_ATTENTION",
-    "OF_CHECKPOINTS",
-    "OF_ROUTERS",
-    "OF_STREAMING",
     "OF_STREAMS",
     "OF_WEIGHTS",
     "OVER_DEPTH",
@@ -86,10 +79,8 @@ __all__ = [
     "ROUTE",
     "SCHEMA_VERSION",
     "SITES",
-    "SPECTRUM",
     "STATE",
     "STATISTICS",
-    "STREAM_SPECTRUM",
     "SUFFIXES",
     "SUMMED",
     "SUMS_OF_COEFFICIENTS",
@@ -106,7 +97,6 @@ __all__ = [
     "chains",
     "check_version",
     "create_run",
-    "integrity",
     "is_being_written",
     "is_live_store",
     "is_proof",
@@ -114,9 +104,11 @@ __all__ = [
     "newest_state",
     "open_group",
     "open_run",
+    "open_tree",
     "require_replaceable",
     "save_run",
     "storable_attributes",
     "validate",
     "without_suffix",
+    "write_zip",
 ]

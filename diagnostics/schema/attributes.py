@@ -11,7 +11,6 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.schema.content_digest import CONTENT_DIGEST, content_digest
 
 # netCDF attributes take no None, bool or dict, and an empty text comes back as None from h5netcdf. A prefix marks what
 # was encoded, so that text written by the user is never parsed.
@@ -47,16 +46,6 @@ def storable_texts(content: Any) -> Any:
     if isinstance(content, list):
         return [storable_texts(value) for value in content]
     return _storable(content)
-
-
-def with_content_digest(encoded: xr.DataTree) -> xr.DataTree:
-    """A run that `encode_dataset` made, with the digest of what is read from it."""
-    run = encoded.copy()
-    # Of the decoded run, which is what is compared: tuples come back as lists.
-    decoded = encoded.map_over_datasets(decode_dataset)
-    decoded.attrs = decode_attrs(encoded.attrs)
-    run.attrs |= _encode_attrs({CONTENT_DIGEST: content_digest(decoded)})
-    return run
 
 
 def decode_dataset(dataset: xr.Dataset) -> xr.Dataset:

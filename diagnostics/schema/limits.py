@@ -23,9 +23,9 @@ MAX_TEXT = 16 << 20
 MAX_ATTRIBUTES = 4096
 """Attributes of one group or variable."""
 
-# A run is stored without compression and needs 1 × its size.
+# States hardly get smaller by compression; rows of NaN, of what was not measured in most steps, do.
 _FREE_BYTES = 256 << 20
-_RATIO = 8
+_RATIO = 32
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Limit:
 
 def require_dense(path: Path, entry: os.stat_result) -> None:
     """Refuse a file with far more bytes than the disk holds of it: a hole of a terabyte takes no room there."""
-    # Windows does not know. 16 MiB and 8 times: a file system may compress what is in it.
+    # Windows does not know. 16 MiB and 32 times: a file system may compress what is in it.
     held = 512 * getattr(entry, "st_blocks", entry.st_size)
     if entry.st_size > (16 << 20) + _RATIO * held:
         raise SchemaError(f"{path} has {entry.st_size} bytes, of which the disk holds {held}; copy it again")

@@ -280,7 +280,7 @@ class LiveStore:
         """Save a run with the arrays of its last step: raw sequences, pooled sums, coverage and attributes."""
         self._log.require_present()
         require_no_link(self.path, STATES)
-        name = f"{STATES}/{self._next_number(STATES):06d}.nc"
+        name = f"{STATES}/{self._next_number(STATES):06d}.zarr.zip"
         self._name_file(name)
         state = run.map_over_datasets(lambda of: of.isel(step=[-1]) if of.sizes.get("step", 1) > 1 else of)
         state.attrs = {**run.attrs, RUN_ID: self._history.run}

@@ -25,7 +25,7 @@ LOCK = "writer.lock"
 COLUMNS, STATES = "columns", "states"
 """Folders of the files with older rows, and of the runs with the arrays of one step."""
 
-NUMBERED = re.compile(rf"({COLUMNS}/(\d{{6,9}})\.cols|{STATES}/(\d{{6,9}})\.nc)")
+NUMBERED = re.compile(rf"({COLUMNS}/(\d{{6,9}})\.cols|{STATES}/(\d{{6,9}})\.zarr\.zip)")
 _ON_WINDOWS = os.name == "nt"
 
 
@@ -44,7 +44,7 @@ def live_log_of(path: Path) -> Path:
 
 def number_of(name: str) -> int:
     """The number of a file of columns or of a state, from its path below the store."""
-    return int(Path(name).stem)
+    return int(Path(name).name.partition(".")[0])
 
 
 def newest_state(store: Path) -> Path | None:

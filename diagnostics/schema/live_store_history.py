@@ -428,10 +428,4 @@ def refuse_damage(history: History) -> None:
     """Refuse a log in which frames follow after bytes that are none, or after frames that are missing."""
     if not history.torn or not is_damaged(history.content, history.end):
         return
-    known = (
-        f"the {history.num_rows} rows up to step {history.last_step} before it can be read with "
-        "open_run(path, verify=False)"
-        if history.num_rows
-        else "no row is before it"
-    )
-    raise SchemaError(f"its {LOG} is damaged at byte {history.end}, in row {history.num_rows}; {known}")
+    raise SchemaError(f"its {LOG} is damaged at byte {history.end}, in row {history.num_rows}")

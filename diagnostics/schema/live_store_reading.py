@@ -87,12 +87,11 @@ class Status:
 
 
 def open_live(
-    store: Path, open_state: Callable[[Path], xr.DataTree], *, verify: bool, max_bytes: int | None
+    store: Path, open_state: Callable[[Path], xr.DataTree], *, max_bytes: int | None
 ) -> xr.DataTree:
     """Open a live store; its columns are read when they are used, each compared with its checksum.
 
     ``open_state``: opens a run of one step, with all checks of `open_run`.
-    ``verify``: refuse a log that is damaged before its end; else what is before the damage is opened.
     Raises SchemaError: For a damaged store, one in which no step was finished, and one with anything in it that no live
     store has.
     """
@@ -102,7 +101,7 @@ def open_live(
     # Before the log: a writer saves the arrays of a step before its row.
     state = _newest_state(store, names, open_state)
     try:
-        history = read_history(store, despite_damage=not verify)
+        history = read_history(store)
         require_own_files(names, history)
         status = status_of(store, history, None if state is None else _step_of(state))
         if state is None or not history.num_rows:

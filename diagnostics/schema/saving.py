@@ -1,40 +1,74 @@
-"""How does a run get to disk? It is written completely next to the earlier one, which it then replaces in one step."""
+"""How does a run get to disk? As Zarr, a folder or one zipped file, that is complete before it gets its name."""
 
 from __future__ import annotations
 
+import json
 import math
 import os
-from collections.abc import Callable
+import re
+import stat
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.atomic_writes import replaced_file, replaced_folder
-from depthscope.diagnostics.schema.attributes import encode_dataset, with_content_digest
-from depthscope.diagnostics.schema.file_digest import write_with_digest
-from depthscope.diagnostics.schema.formats import suffix_of
+from depthscope.diagnostics.atomic_writes import (
+    entries_below,
+    kind_of,
+    replaced_file,
+    replaced_folder,
+    require_writable,
+)
+from depthscope.diagnostics.errors import TakenError
+from depthscope.diagnostics.schema.attributes import encode_dataset
+from depthscope.diagnostics.schema.groups import GROUPS
+from depthscope.diagnostics.schema.limits import MAX_TEXT
 from depthscope.diagnostics.schema.live_store_reading import LIVE
-from depthscope.diagnostics.schema.netcdf_image import netcdf_image
-from depthscope.diagnostics.schema.replaceable import require_replaceable, require_run
-from depthscope.diagnostics.schema.validation import validate
+from depthscope.diagnostics.schema.validation import SchemaError, validate
+from depthscope.diagnostics.schema.zarr_stores import MAX_CHUNK, METADATA
+
+SUFFIXES = (".zarr", ".zarr.zip")
+"""Endings of saved runs: a folder, and one file to send."""
+
+
+def suffix_of(path: Path) -> str:
+    """Which of `SUFFIXES` a path ends in.
+
+    Raises SchemaError: Where it ends in none of them, or has nothing before the ending.
+    """
+    if path.name in SUFFIXES:  # a hidden file, which no list of runs shows
+        raise SchemaError(f"{path.name!r} is an ending without a name; put one before it")
+    for suffix in SUFFIXES:
+        if path.name.endswith(suffix):
+            return suffix
+    if path.suffix == ".nc":
+        raise SchemaError(
+            f"{path.name}: runs are Zarr, and netCDF is neither read nor written; name it {path.with_suffix('.zarr').name}, "
+            "or write netCDF by run.to_netcdf(...) of xarray"
+        )
+    raise SchemaError(
+        f"a run has a name that ends in {', '.join(SUFFIXES)}, or it is the folder of a live store; got {path.name!r}"
+    )
+
+
+def without_suffix(name: str) -> str:
+    """The name of a run without the ending of its format; that of a live store has none."""
+    return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
 
 
 def save_run(run: xr.DataTree, path: str | os.PathLike[str], *, force: bool = False) -> Path:
-    """Write a run to one file or store. An earlier run there is replaced in one step, when the new one is complete.
-
-    Whatever happens meanwhile (an error, a full disk, a killed process), the path has the earlier run or the new one. Only a
-    run is replaced; of a link, what it points to.
+    """Write a run to a folder or file, which has its name once it is complete.
 
     Parameters
     ----------
     run : DataTree
         A run.
     path : path-like
-        Ends in ``.nc`` (netCDF-4) or ``.zarr`` (folder).
+        Ends in ``.zarr`` (a folder) or ``.zarr.zip`` (one file, to send).
     force : bool
-        Replace a file that is no run as well: a torn one, one of a newer schema, or of another program. A folder with files
-        of others in it is refused all the same.
+        Replace an earlier run, when the new one is complete. A folder that is no run, or has files of others in it, is refused
+        all the same.
 
     Returns
     -------
@@ -46,90 +80,120 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str], *, force: bool = Fa
     SchemaError
         Where the run breaks the contract or the ending is unknown.
     OSError
-        Where the path cannot be written to; FileExistsError where what is there is no run.
-    MemoryError
-        Where there is no room in memory for a ``.nc`` file, which is made there first. ``.zarr`` is written array by array.
+        Where the path cannot be written to; FileExistsError where what is there must stay.
     """
     target = Path(path)
-    # All are refused before anything is written.
-    suffix = suffix_of(target)
-    validate(run)
     require_replaceable(target, force=force)
+    validate(run)
     if LIVE in run.attrs:  # what a store was when it was opened; a copy of it does not grow
         run = run.copy()
         run.attrs = {name: value for name, value in run.attrs.items() if name != LIVE}
-    encoded = with_content_digest(run.map_over_datasets(encode_dataset))
+    encoded = run.map_over_datasets(encode_dataset)
 
     def check(place: Path) -> tuple[Path, ...]:
-        require_run(place, suffix, force=force)
+        _require_run(place, force=force)
         return ()  # no file of others goes along: where there is one, the folder is refused
 
-    replaced = (
-        replaced_folder(target, others=check) if suffix == ".zarr" else replaced_file(target, check=check)
-    )
-    with replaced as fresh:
-        _write(encoded, fresh, suffix)
+    if suffix_of(target) == ".zarr":
+        with replaced_folder(target, others=check) as fresh:
+            _write_folder(encoded, fresh)
+    else:
+        with replaced_file(target, check=check) as fresh:
+            write_zip(encoded, fresh)
     return target
 
 
-def _write(run: xr.DataTree, path: Path, suffix: str) -> None:
-    """Write an encoded run in one format; every array with a checksum, and none compressed.
+def write_zip(tree: xr.DataTree, path: Path) -> None:
+    """Write an encoded tree as one file: a zip of the files of its Zarr folder, as they are.
 
-    What is stored is what is read: a damaged or hostile file cannot grow on its way into memory. States of float32 would
-    lose a tenth of their size by compression.
+    ``path``: in a folder of its own, in which the Zarr folder is written too.
     """
-    if suffix == ".nc":
-        write_with_digest(path, netcdf_image(run, _encodings(run, _netcdf_encoding)))
-    else:
-        _write_zarr(run, path)
+    folder = path.with_name("members")
+    _write_folder(tree, folder)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name in entries_below(folder):
+            archive.write(folder / name, name.as_posix())
 
 
-def _write_zarr(run: xr.DataTree, folder: Path) -> None:
-    # Imported here: most runs are netCDF, and zarr takes a quarter of a second to import.
-    from zarr.codecs import Crc32cCodec
-
-    def encoding(variable: xr.Variable) -> dict[str, Any]:
-        # Chunks of fill values are written too: one that is missing is known to be lost.
-        settings = {"compressors": (Crc32cCodec(),), "write_empty_chunks": True}
-        return settings | ({"chunks": _chunk_shape(variable, _ZARR_CHUNK)} if variable.size else {})
-
-    run.to_zarr(folder, consolidated=False, zarr_format=3, encoding=_encodings(run, encoding))
-
-
-def _netcdf_encoding(variable: xr.Variable) -> dict[str, Any]:
-    # A scalar has no chunks, without which HDF5 takes no checksum; the digest of the run is of its value too.
-    if not variable.ndim or not variable.size:
-        return {}
-    # Text as rows of bytes: HDF5 takes no checksum of texts of variable length, and stores them elsewhere in the file.
-    if variable.dtype.kind == "O":
-        return {"dtype": "S1", "fletcher32": True}
-    return {"fletcher32": True, "chunksizes": _chunk_shape(variable, _HDF5_CHUNK)}
+def _write_folder(tree: xr.DataTree, folder: Path) -> None:
+    encodings = {
+        node.path: {
+            str(name): _encoding(variable)
+            for name, variable in node.to_dataset(inherit=False).variables.items()
+        }
+        for node in tree.subtree
+    }
+    tree.to_zarr(folder, consolidated=False, zarr_format=3, encoding=encodings)
 
 
-# Bytes. HDF5 reads a chunk at a time and keeps 1 MiB of them; of Zarr each is a file.
-_HDF5_CHUNK = 1 << 20
-_ZARR_CHUNK = 16 << 20
+def _encoding(variable: xr.Variable) -> dict[str, Any]:
+    from zarr.codecs import Crc32cCodec, ZstdCodec  # 0.25 s
+
+    # Texts as they are: how many there are is looked at before they are decoded.
+    codecs = (Crc32cCodec(),) if variable.dtype.kind in "OUT" else (ZstdCodec(level=1), Crc32cCodec())
+    # Chunks of fill values are written too: one that is missing is known to be lost.
+    settings = {"compressors": codecs, "write_empty_chunks": True, "_FillValue": None}
+    return settings | ({"chunks": _chunk_shape(variable)} if variable.size else {})
 
 
-def _chunk_shape(variable: xr.Variable, size: int) -> tuple[int, ...]:
-    """Parts of the leading axes, so that the rows that are read together are stored together."""
-    shape = list(variable.shape)
+def _chunk_shape(variable: xr.Variable) -> tuple[int, ...]:
+    """A depth each; else parts of the leading axes, so that the rows that are read together are stored together."""
+    shape, item_bytes = list(variable.shape), 64 if variable.dtype.kind in "OUT" else variable.dtype.itemsize
+    if variable.nbytes > 1 << 20 and variable.dims[0] in ("depth", "connection"):
+        shape[0] = 1
     for axis in range(len(shape)):
-        inner = variable.dtype.itemsize * math.prod(shape[axis + 1 :])
-        shape[axis] = max(1, min(shape[axis], size // inner))
-        if shape[axis] > 1:
+        inner = item_bytes * math.prod(shape[axis + 1 :])
+        shape[axis] = max(1, min(shape[axis], MAX_CHUNK // inner))
+        if inner * shape[axis] <= MAX_CHUNK:
             break
     return tuple(shape)
 
 
-def _encodings(
-    run: xr.DataTree, encoding: Callable[[xr.Variable], dict[str, Any]]
-) -> dict[str, dict[str, dict[str, Any]]]:
-    """Path of a group → variable → how it is stored."""
-    return {
-        node.path: {
-            str(name): encoding(variable)
-            for name, variable in node.to_dataset(inherit=False).variables.items()
-        }
-        for node in run.subtree
-    }
+def require_replaceable(path: str | os.PathLike[str], *, force: bool = False) -> None:
+    """Refuse a path where no run can or may be saved, before anything expensive is computed; writes nothing.
+
+    ``path``: where a run is going to be saved.
+    ``force``: allow an earlier run there. Never allowed are a folder that is no run, or that has files of others in it, and
+    what is neither a file nor a folder.
+    Raises OSError: Where nothing can be written there; FileExistsError where what is there must stay.
+    """
+    suffix_of(Path(path))
+    place = require_writable(path)
+    if os.path.lexists(place):
+        _require_run(place, force=force)
+
+
+# A chunk of a Zarr 3 array: c/0/3 of an array with two dimensions, c of one with none.
+_FILE = re.compile(rf"({METADATA}|({'|'.join(GROUPS)})/(.+/)?{METADATA}|({'|'.join(GROUPS)})/.+/c(/\d+)*)")
+
+
+def _require_run(place: Path, *, force: bool) -> None:
+    mode = place.lstat().st_mode
+    # Special files first: opening a pipe would wait for its other end, and reading a device may never end.
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise TakenError(f"{place} is {kind_of(mode)}, which no run replaces; name another path")
+    if stat.S_ISDIR(mode) != (suffix_of(place) == ".zarr"):
+        raise TakenError(f"{place} is {kind_of(mode)}, but a run of that ending is none; name another path")
+    if stat.S_ISDIR(mode):
+        if not os.listdir(place):
+            return  # an empty folder belongs to nobody
+        for entry in entries_below(place):
+            if not (_FILE.fullmatch(entry.as_posix()) and stat.S_ISREG((place / entry).lstat().st_mode)):
+                raise TakenError(
+                    f"{place} contains {entry}, which is not a part of a run; move it away, or name another path"
+                )
+        _require_root_of_run(place)
+    if not force:
+        raise TakenError(f"{place} exists; replace it with force=True (--force), or name another path")
+
+
+def _require_root_of_run(place: Path) -> None:
+    try:
+        with open(place / METADATA, "rb") as file:
+            is_run = "schema_version" in json.loads(file.read(MAX_TEXT))["attributes"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        is_run = False
+    if not is_run:
+        raise TakenError(
+            f"{place} exists and is not a run: its {METADATA} has no schema_version; delete it, or name another path"
+        )

@@ -1,297 +1,234 @@
-"""Is a Zarr store built only of what a run is written with? Its files, metadata, codecs and sizes, before any is decoded."""
+"""Is a Zarr store built only of what a run is written with? Its files, metadata, codecs, sizes and checksums."""
 
 # Metadata of a store names the code that decodes it: with version 2 of the format the codec `pickle` runs any program. Only
-# version 3 is read, and of its codecs those that a run is written with.
+# version 3 is read, and of its codecs those that a run is written with. A chunk that is missing would be read as NaN, and
+# one with a flipped bit as a number: both are refused, with the name of the variable.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
 import stat
-import struct
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+import zipfile
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any, NamedTuple
 
-from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.schema.limits import (
-    MAX_DEPTH,
-    MAX_FILES,
-    MAX_GROUPS,
-    MAX_JSON_DEPTH,
-    MAX_TEXT,
-    MAX_VARIABLES,
-    Limit,
-)
+from depthscope.diagnostics.schema.limits import MAX_FILES, MAX_TEXT, Limit, require_dense
 from depthscope.diagnostics.schema.validation import SchemaError
 
 METADATA = "zarr.json"
-# Bytes of a number, by the name of its type.
-_ITEM_BYTES = {
-    "bool": 1,
-    **{f"{sign}int{bits}": bits // 8 for sign in ("", "u") for bits in (8, 16, 32, 64)},
-    **{f"float{bits}": bits // 8 for bits in (16, 32, 64)},
-    **{f"complex{bits}": bits // 8 for bits in (64, 128)},
+MAX_CHUNK = 64 << 20
+"""Bytes of a chunk in memory: as many as are decoded for one number of it."""
+
+_ITEM_BYTES = {"bool": 1, "string": 64} | {  # a text of Python takes about 64 bytes, however short it is
+    f"{kind}{bits}": bits // 8
+    for kind, sizes in {"int": (8, 16, 32, 64), "float": (16, 32, 64), "complex": (64, 128)}.items()
+    for bits in sizes
 }
-_TEXT = "string"
-# A text of Python takes about 50 bytes and a reference, however short it is.
-_TEXT_BYTES = 64
-_ARRAY_KEYS = {
-    *("zarr_format", "node_type", "shape", "data_type", "chunk_grid", "chunk_key_encoding", "fill_value"),
-    *("codecs", "attributes", "dimension_names", "storage_transformers"),
-}
-_GROUP_KEYS = {"zarr_format", "node_type", "attributes", "consolidated_metadata"}
-_CRC_BYTES = 4
+_ITEM_BYTES |= {f"u{name}": size for name, size in _ITEM_BYTES.items() if name.startswith("int")}
+# Texts are not compressed: their number, for which the decoder makes room at once, is in the first bytes of a chunk.
+_CODECS = (["bytes", "zstd", "crc32c"], ["bytes", "crc32c"], ["vlen-utf8", "crc32c"])
+_ARRAY = (
+    "shape data_type chunk_grid chunk_key_encoding fill_value codecs dimension_names storage_transformers"
+)
+_BOTH = ["zarr_format", "node_type", "attributes"]
+_KEYS = {"group": {*_BOTH, "consolidated_metadata"}, "array": {*_BOTH, *_ARRAY.split()}}
 
 
-@dataclass(frozen=True)
-class _Entry:
+class _Entry(NamedTuple):
     """One file of a store."""
 
-    path: str
     size: int
-
-    def read(self, count: int) -> bytes:
-        """Its first bytes."""
-        with open(self.path, "rb") as file:
-            return file.read(count)
+    open: Callable[[], IO[bytes]]
 
 
-@dataclass(frozen=True)
-class _Array:
-    """The metadata of an array, as far as they are needed to check its chunks."""
+class _Array(NamedTuple):
+    """What the metadata of an array say of its chunks: each is decoded completely, however small the array is."""
 
-    path: str
-    shape: tuple[int, ...]
-    chunk: tuple[int, ...]
-    item_bytes: int
     is_text: bool
-    has_checksum: bool
+    is_compressed: bool
+    shape: list[int]
+    chunk: list[int]
+    item_bytes: int
+
+    @property
+    def counts(self) -> list[int]:
+        """How many chunks there are along each dim."""
+        return [-(-size // chunk) for size, chunk in zip(self.shape, self.chunk, strict=True)]
 
 
-def check_zarr_folder(path: Path, max_bytes: int | None) -> None:
-    """Refuse a folder that has anything in it but arrays and groups of Zarr 3 as a run has them."""
+def check_zarr(path: Path, max_bytes: int | None = None, *, chunks: bool = True) -> None:
+    """Refuse a folder or zip file that has anything in it but arrays and groups of Zarr 3 as a run has them.
+
+    ``max_bytes``: that all arrays may need; see `Limit`.
+    ``chunks``: read each chunk once, a part at a time, and compare it with its checksum.
+    """
+    if path.is_dir():
+        _check_entries(_folder_entries(path), max_bytes, chunks)
+        return
+    with zipfile.ZipFile(path) as archive:
+        _check_entries(_zip_entries(path, archive), max_bytes, chunks)
+
+
+def _folder_entries(path: Path) -> dict[str, _Entry]:
     entries: dict[str, _Entry] = {}
     waiting = [path]
     while waiting:
         with os.scandir(waiting.pop()) as listing:
             for found in listing:
                 name = Path(found.path).relative_to(path).as_posix()
-                mode = found.stat(follow_symlinks=False).st_mode
-                # A link would show a file of another place under the name of this run.
-                if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                status = found.stat(follow_symlinks=False)
+                if stat.S_ISDIR(status.st_mode):
+                    waiting.append(Path(found.path))
+                elif stat.S_ISREG(status.st_mode):
+                    require_dense(Path(found.path), status)
+                    entries[name] = _Entry(status.st_size, partial(Path(found.path).open, "rb"))
+                else:  # a link would show a file of another place under the name of this run
                     raise SchemaError(
                         f"{name} in it is a link, a pipe or a device; expected files and folders"
                     )
-                if stat.S_ISDIR(mode):
-                    waiting.append(Path(found.path))
-                else:
-                    entries[name] = _Entry(found.path, found.stat().st_size)
                 if len(entries) + len(waiting) > MAX_FILES:
                     raise SchemaError(f"it has more than {MAX_FILES} files in it, which no run has")
-    _check_entries(entries, max_bytes)
+    return entries
 
 
-def _check_entries(entries: Mapping[str, _Entry], max_bytes: int | None) -> None:
+def _zip_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, _Entry]:
+    entries: dict[str, _Entry] = {}
+    for info in archive.infolist():
+        name = info.filename
+        if name in entries or str(PurePosixPath(name)) != name or name.startswith("/") or ".." in name:
+            raise SchemaError(
+                f"the member {name!r} of the zip file is there twice, or has no name of a file in a run"
+            )
+        if (
+            info.compress_type != zipfile.ZIP_STORED
+            or info.file_size != info.compress_size
+            or info.flag_bits & 1
+        ):
+            raise SchemaError(
+                f"the member {name} is compressed or encrypted; expected members as they are (stored)"
+            )
+        entries[name] = _Entry(info.file_size, partial(archive.open, info))
+    if len(entries) > MAX_FILES or sum(entry.size for entry in entries.values()) > path.stat().st_size:
+        raise SchemaError(f"it has more than {MAX_FILES} members, or members that share their bytes")
+    return entries
+
+
+def _check_entries(entries: Mapping[str, _Entry], max_bytes: int | None, chunks: bool) -> None:
     """Check the metadata files, then every other file against the array that it belongs to."""
     if METADATA not in entries:
         raise SchemaError(f"it has no {METADATA}: it is not a Zarr store of version 3")
-    arrays = _checked_arrays(entries)
-    limit = Limit.of(sum(entry.size for entry in entries.values()), max_bytes)
-    limit.check(sum(math.prod(array.shape) * array.item_bytes for array in arrays.values()))
-    num_chunks: Counter[str] = Counter()
-    for name, entry in entries.items():
-        if PurePosixPath(name).name != METADATA:
-            num_chunks[_check_chunk(name, entry, arrays, limit).path] += 1
-    for array in arrays.values():
-        expected = math.prod(-(-size // chunk) for size, chunk in zip(array.shape, array.chunk, strict=True))
-        if num_chunks[array.path] != expected:
-            raise SchemaError(
-                f"/{array.path} has {num_chunks[array.path]} chunks; expected {expected}: some are missing"
-            )
-
-
-def _checked_arrays(entries: Mapping[str, _Entry]) -> dict[str, _Array]:
-    """The arrays by their paths; groups are checked on the way."""
-    arrays: dict[str, _Array] = {}
-    num_groups = 0
-    for name, entry in entries.items():
-        if PurePosixPath(name).name != METADATA:
-            continue
-        path = name.removesuffix(METADATA).rstrip("/")
-        document = _document(name, entry)
-        if document["node_type"] == "array":
-            arrays[path] = _checked_array(path, document)
-        else:
-            _check_group(path, document)
-            num_groups += 1
-        if num_groups > MAX_GROUPS or len(arrays) > MAX_VARIABLES:
-            raise SchemaError(
-                f"it has more than {MAX_VARIABLES} variables or {MAX_GROUPS} groups, which no run has"
-            )
-    return arrays
+    known = {name for name in entries if PurePosixPath(name).name == METADATA}
+    documents = {name.removesuffix(METADATA).rstrip("/"): _document(name, entries[name]) for name in known}
+    arrays = {
+        path: _checked_array(f"/{path}", document)
+        for path, document in documents.items()
+        if document["node_type"] == "array"
+    }
+    Limit.of(sum(entry.size for entry in entries.values()), max_bytes).check(
+        sum(math.prod(array.shape) * array.item_bytes for array in arrays.values())
+    )
+    if sum(math.prod(array.counts) for array in arrays.values()) > len(entries):
+        raise SchemaError("its variables have more chunks than it has files: some are missing")
+    for path, array in arrays.items():
+        for place in itertools.product(*map(range, array.counts)):
+            name = "/".join([path, "c", *map(str, place)])
+            if name not in entries:
+                raise SchemaError(f"/{path} has no chunk {name}: some of it is missing")
+            known.add(name)
+            _check_chunk(name, entries[name], array, complete=chunks)
+    if unknown := sorted(set(entries) - known):
+        raise SchemaError(f"{unknown[0]} in it belongs to no variable; remove it")
 
 
 def _document(name: str, entry: _Entry) -> dict[str, Any]:
-    if entry.size > MAX_TEXT:
-        raise SchemaError(f"{name} has {entry.size} bytes; at most {MAX_TEXT} are read")
     try:
-        document = json.loads(entry.read(entry.size), object_pairs_hook=_without_duplicates)
+        with entry.open() as file:
+            document = json.loads(file.read(MAX_TEXT))
     except (ValueError, RecursionError) as error:
-        raise SchemaError(f"{name} is not JSON that can be read ({error})") from error
-    if not isinstance(document, dict):
-        raise SchemaError(f"{name} is a {type(document).__name__}; expected metadata of Zarr 3")
-    if _depth(document) > MAX_JSON_DEPTH:
-        raise SchemaError(f"{name} is nested more than {MAX_JSON_DEPTH} deep")
-    if document.get("zarr_format") != 3 or document.get("node_type") not in ("group", "array"):
+        raise SchemaError(f"{name} is not JSON of at most {MAX_TEXT} bytes ({error})") from error
+    kind = document.get("node_type") if isinstance(document, dict) else None
+    if kind not in ("group", "array") or document.get("zarr_format") != 3:
+        raise SchemaError(f"{name} is not metadata of a group or an array with zarr_format 3")
+    unknown = sorted(set(document) - _KEYS[kind])
+    # Consolidated metadata would be a second copy of all, which nobody has checked.
+    if unknown or document.get("consolidated_metadata") or document.get("storage_transformers"):
         raise SchemaError(
-            f"{name} has zarr_format {document.get('zarr_format')!r} and node_type {document.get('node_type')!r}; "
-            "expected 3, and 'group' or 'array'"
+            f"{name} has {unknown or 'consolidated metadata or storage transformers'}; a run has none"
         )
     return document
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    # Of two values of one key another reader may take the other one.
-    if len({key for key, _ in pairs}) < len(pairs):
-        raise InputError("a key occurs twice")
-    return dict(pairs)
-
-
-def _depth(document: Any) -> int:
-    """How deep lists and objects are nested; without recursion, which is what is limited here."""
-    deepest, waiting = 0, [(document, 1)]
-    while waiting:
-        value, depth = waiting.pop()
-        deepest = max(deepest, depth)
-        if isinstance(value, dict):
-            waiting += [(each, depth + 1) for each in value.values()]
-        elif isinstance(value, list):
-            waiting += [(each, depth + 1) for each in value]
-    return deepest
-
-
-def _check_group(path: str, document: Mapping[str, Any]) -> None:
-    _require_keys(path, document, _GROUP_KEYS)
-    if len(PurePosixPath(path).parts) > MAX_DEPTH:
-        raise SchemaError(f"/{path} is more than {MAX_DEPTH} groups deep")
-    # A second copy of all metadata, which nobody has checked.
-    if document.get("consolidated_metadata") is not None:
-        raise SchemaError(f"/{path} has consolidated metadata; a run has none")
-
-
-def _require_keys(path: str, document: Mapping[str, Any], known: set[str]) -> None:
-    unknown = sorted(set(document) - known)
-    if unknown:
-        raise SchemaError(f"the metadata of /{path} have {', '.join(unknown[:3])}, which a run has not")
-    if not isinstance(document.get("attributes", {}), dict):
-        raise SchemaError(f"the attributes of /{path} are not a JSON object")
-
-
 def _checked_array(path: str, document: Mapping[str, Any]) -> _Array:
-    _require_keys(path, document, _ARRAY_KEYS)
-    if document.get("storage_transformers"):
-        raise SchemaError(f"/{path} has storage transformers; a run has none")
-    data_type = document.get("data_type")
-    is_text = data_type == _TEXT
-    if not isinstance(data_type, str) or not (is_text or data_type in _ITEM_BYTES):
-        raise SchemaError(f"/{path} has the type {data_type!r}; expected numbers or text")
-    grid, keys = document.get("chunk_grid"), document.get("chunk_key_encoding")
-    if not isinstance(grid, dict) or grid.get("name") != "regular":
-        raise SchemaError(f"/{path} has the chunk grid {grid!r}; expected a regular one")
-    if (
-        not isinstance(keys, dict)
-        or keys.get("name") != "default"
-        or _configuration(keys).get("separator", "/") != "/"
-    ):
-        raise SchemaError(f"/{path} has the chunk keys {keys!r}; expected the default ones")
-    shape = _sizes(path, "shape", document.get("shape"), least=0)
-    chunk = _sizes(path, "chunk_shape", _configuration(grid).get("chunk_shape"), least=1)
-    if len(chunk) != len(shape):
-        raise SchemaError(f"/{path} has the shape {shape} and chunks of the shape {chunk}")
-    names = document.get("dimension_names") or []  # absent for a scalar
-    if (
-        not isinstance(names, list)
-        or len(names) != len(shape)
-        or not all(isinstance(name, str) for name in names)
-    ):
-        raise SchemaError(f"/{path} has the dimension names {names!r} for the shape {shape}")
-    item_bytes = _TEXT_BYTES if is_text else _ITEM_BYTES[data_type]
-    has_checksum = _has_checksum(path, document.get("codecs"), is_text)
-    return _Array(path, shape, chunk, item_bytes, is_text, has_checksum)
-
-
-def _configuration(part: Mapping[str, Any]) -> Mapping[str, Any]:
-    configuration = part.get("configuration", {})
-    return configuration if isinstance(configuration, dict) else {}
-
-
-def _sizes(path: str, what: str, sizes: Any, *, least: int) -> tuple[int, ...]:
-    # bool is an int in Python.
-    valid = isinstance(sizes, list) and all(type(size) is int and least <= size < 2**63 for size in sizes)
-    if not valid:
-        raise SchemaError(f"/{path} has the {what} {sizes!r}; expected whole numbers from {least} on")
-    return tuple(sizes)
-
-
-def _has_checksum(path: str, codecs: Any, is_text: bool) -> bool:
-    names = (
-        [codec.get("name") if isinstance(codec, dict) else None for codec in codecs]
-        if isinstance(codecs, list)
-        else []
-    )
-    first = "vlen-utf8" if is_text else "bytes"
-    if names[:1] != [first] or names[1:] not in ([], ["crc32c"]):
+    kind, shape, codecs = (document.get(key) for key in ("data_type", "shape", "codecs"))
+    if not isinstance(kind, str) or kind not in _ITEM_BYTES:
+        raise SchemaError(f"{path} has the type {kind!r}; expected numbers or text")
+    try:
+        chunk = document["chunk_grid"]["configuration"]["chunk_shape"]
+        names = [codec["name"] for codec in codecs]
+        # bool is an int in Python.
+        is_shape = (
+            all(type(size) is int and 0 <= size < 2**63 for size in [*shape, *chunk]) and 0 not in chunk
+        )
+    except (KeyError, TypeError):
+        raise SchemaError(f"{path} has no shape, no regular chunks or no codecs") from None
+    if not is_shape or not len(shape) == len(chunk) == len(document.get("dimension_names") or []):
         raise SchemaError(
-            f"/{path} has the codecs {codecs!r}; expected {first} and a checksum crc32c".replace("\n", " ")
+            f"{path} has the shape {shape} in chunks of {chunk}; expected whole numbers, and named dims"
         )
-    return names[1:] == ["crc32c"]
+    if names not in _CODECS or (kind == "string") != (names[0] == "vlen-utf8"):
+        raise SchemaError(f"{path} has the codecs {names}; expected one of {_CODECS}")
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+    keys = {"name": "default", "configuration": {"separator": "/"}}
+    if (document["chunk_grid"], document.get("chunk_key_encoding")) != (grid, keys):
+        raise SchemaError(f"{path} has another chunk grid or other chunk keys than {grid} and {keys}")
+    num_bytes = math.prod(chunk) * _ITEM_BYTES[kind]
+    if num_bytes > MAX_CHUNK:
+        raise SchemaError(f"{path} has chunks of {num_bytes} bytes; at most {MAX_CHUNK} are read")
+    return _Array(kind == "string", "zstd" in names, shape, chunk, _ITEM_BYTES[kind])
 
 
-def _check_chunk(name: str, entry: _Entry, arrays: Mapping[str, _Array], limit: Limit) -> _Array:
-    array = _array_of(name, arrays)
-    if array is None:
-        raise SchemaError(f"{name} in it belongs to no variable; remove it")
-    expected = math.prod(array.chunk) * array.item_bytes
-    # A chunk is decoded completely, however small the array is.
-    limit.check(expected)
-    stored = entry.size - (_CRC_BYTES if array.has_checksum else 0)
-    if not array.is_text and stored != expected:
-        raise SchemaError(f"{name} has {stored} bytes of data; expected {expected}: it is torn")
-    # Labels are read by xarray when it opens the store, and its error names no variable.
-    if array.has_checksum and len(array.shape) <= 1:
-        _check_crc(name, entry.read(entry.size))
-    if array.is_text:
-        limit.check(stored)
-        # Texts begin with their number, for which the decoder makes room before it reads them.
-        (count,) = struct.unpack("<L", entry.read(4).ljust(4, b"\0"))
-        if count != math.prod(array.chunk):
-            raise SchemaError(f"{name} has {count} texts; expected {math.prod(array.chunk)}: it is torn")
-    return array
+def _check_chunk(name: str, entry: _Entry, array: _Array, *, complete: bool) -> None:
+    from google_crc32c import extend
+
+    with entry.open() as file:
+        expected = math.prod(array.chunk) * (1 if array.is_text else array.item_bytes)
+        if array.is_compressed:
+            found = _size_of_frame(file, entry.size - 4)
+        else:
+            found = int.from_bytes(file.read(4), "little") if array.is_text else entry.size - 4
+        if found != expected:
+            raise SchemaError(f"{name} has {found} texts or bytes of data; expected {expected}: it is torn")
+        checksum, last = 0, b""
+        file.seek(0)
+        while complete and (part := file.read(1 << 20)):
+            checksum = extend(checksum, last[:-4])
+            last = last[-4:] + part
+        if complete and extend(checksum, last[:-4]) != int.from_bytes(last[-4:], "little"):
+            raise SchemaError(f"{name} is damaged: its checksum is another one")
 
 
-def _check_crc(name: str, data: bytes) -> None:
-    from google_crc32c import value as crc32c
+def _size_of_frame(file: IO[bytes], end: int) -> int:
+    """Bytes that one frame of zstd decodes to, as it declares; -1 where it does not, or does not end at that byte.
 
-    if crc32c(data[:-_CRC_BYTES]) != int.from_bytes(data[-_CRC_BYTES:], "little"):
-        raise SchemaError(f"{name} is damaged: its checksum is another one")
-
-
-def _array_of(name: str, arrays: Mapping[str, _Array]) -> _Array | None:
-    """The array that a chunk belongs to: ``trace/residual/c/0/0`` is the first one of trace/residual."""
-    parts = name.split("/")
-    for length in range(len(parts) - 1, 0, -1):
-        array = arrays.get("/".join(parts[:length]))
-        if array is None:
-            continue
-        index = parts[length + 1 :]
-        valid = parts[length] == "c" and len(index) == len(array.shape) and all(map(str.isdecimal, index))
-        inside = valid and all(
-            place == str(int(place)) and int(place) < -(-size // chunk)
-            for place, size, chunk in zip(index, array.shape, array.chunk, strict=True)
-        )
-        return array if inside else None
-    return None
+    A decoder goes on with whatever follows, and two frames decode to more than the first one declares.
+    """
+    begin = file.read(14)
+    if begin[:4] != b"\x28\xb5\x2f\xfd" or len(begin) < 9:
+        return -1
+    is_single, has_checksum = begin[4] >> 5 & 1, begin[4] >> 2 & 1
+    width = (is_single, 2, 4, 8)[begin[4] >> 6]
+    start = 6 - is_single + (0, 1, 2, 4)[begin[4] & 3]
+    at, block = start + width, 0
+    while not block & 1:  # the last block has this bit
+        file.seek(at)
+        block = int.from_bytes(file.read(3), "little")
+        at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)  # of a repeated byte there is one
+        if at > end:
+            return -1
+    size = int.from_bytes(begin[start : start + width], "little") + 256 * (width == 2)
+    return size if width and at + 4 * has_checksum == end else -1

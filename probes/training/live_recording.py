@@ -43,7 +43,7 @@ class LiveRecording:
         self._file = path if path.name.endswith(schema.SUFFIXES) else None
         self._folder = path if self._file is None else live_log_of(path)
         self._options: dict[str, bool] = {"resume": resume, "force": force}
-        self._keep_states = keep_states
+        self._force, self._keep_states = force, keep_states
         self._store: LiveStore | None = None
         self._is_open, self._is_taken = False, False
         self._num_written = 0  # of the recorder's rows
@@ -51,7 +51,7 @@ class LiveRecording:
         self._state_began = self._state_ended = 0.0
         self._said = self._error = self._state_error = ""
         if self._file is not None:
-            schema.require_replaceable(self._file)
+            schema.require_replaceable(self._file, force=force)
             if resume and self._file.exists() and not is_live_store(self._folder):
                 raise TakenError(
                     f"{self._file} is a finished run, to which nothing can be added; resume a store without an ending, "
@@ -219,11 +219,11 @@ class LiveRecording:
     ) -> None:
         assert self._file is not None
         if store is None or not is_complete or self.last_step is None:
-            schema.save_run(build(), self._file)
+            schema.save_run(build(), self._file, force=self._force)
         else:
             # Earlier attempts have rows that this recorder never had.
             store.save_state(build())
             with schema.open_run(self._folder) as whole:
-                schema.save_run(whole, self._file)
+                schema.save_run(whole, self._file, force=self._force)
         if store is not None and is_complete:
             store.remove()

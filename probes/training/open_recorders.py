@@ -43,9 +43,9 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 @cache
 def close_at_exit() -> None:
     """Close what is open when the interpreter ends: a generator that nobody closed leaves its block too late to save."""
-    # The last one registered runs first. HDF5's own, which ends the library, and that of thread pools, which saving needs,
-    # come with their imports: so import them now.
-    for name in ("h5py", "h5netcdf", "concurrent.futures.thread"):
+    # The last one registered runs first. That of thread pools, which saving needs, and that of zarr's event loop come with
+    # their imports: so import them now.
+    for name in ("zarr", "concurrent.futures.thread"):
         with suppress(ImportError):
             import_module(name)
     # Thread pools end before `atexit` begins, with the threads; the private name is the one that they use themselves.

@@ -14,7 +14,8 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.modules import require_module
 from depthscope.probes.model.sequence_shards import TokenShards, token_shards
-from depthscope.probes.run.pipeline_stages import stage_attribute
+from depthscope.probes.run.attributes import stage_attribute
+from depthscope.probes.session.compiled_model import inner_model
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
@@ -27,7 +28,6 @@ from depthscope.probes.training.ranks.group import (
     DataGroup,
     data_group,
     has_flat_weights,
-    inner_model,
     weight_share,
 )
 from depthscope.probes.training.recorder import Recorder
@@ -92,7 +92,7 @@ def record(
     store : path-like, optional
         Where the run is written while the loop runs: a folder where the name has no ending. The numbers of every measured step
         are there when `step` returns, whatever happens to the process afterwards; the raw sequences and pooled sums are
-        saved as often as it takes 1 % of the time. A name that ends in ``.nc`` or ``.zarr`` is written when
+        saved as often as it takes 1 % of the time. A name that ends in ``.zarr`` or ``.zarr.zip`` is written when
         the block ends, in the place of an earlier run; until then the steps are in a folder ``NAME.live`` next to it.
         `open_run` opens a growing, a killed and a finished folder, whose attribute ``live`` tells which of them.
     resume : bool
@@ -282,11 +282,6 @@ def _ranks(
 ) -> Ranks:
     """The part of a recorder in the measurement of several processes."""
     options = session.options
-    if options.streaming:
-        raise InputError(
-            "got streaming=True with several processes, whose streamed sums are too large to be added at every step; "
-            "evaluate with streaming in each process on its part of the data (group='none'), and add the runs by merge_runs"
-        )
     if timeout <= 0:
         raise InputError(f"group_timeout is {timeout}; expected a positive number of seconds")
     shared = {

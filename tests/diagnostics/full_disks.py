@@ -79,8 +79,8 @@ def _command(*words: str) -> Work:
     run = synthetic_run("hc", **SMALL)
 
     def call(small: Path, roomy: Path) -> int:
-        schema.save_run(run, roomy / "run.nc")
-        places = {"SMALL": str(small), "RUN": str(roomy / "run.nc")}
+        schema.save_run(run, roomy / "run.zarr.zip")
+        places = {"SMALL": str(small), "RUN": str(roomy / "run.zarr.zip")}
         filled = [word for word in words]
         for name, place in places.items():
             filled = [word.replace(name, place) for word in filled]
@@ -90,10 +90,12 @@ def _command(*words: str) -> Work:
 
 
 KINDS: dict[str, Callable[[], Work]] = {
-    "nc": partial(_save, ".nc"),
+    "zip": partial(_save, ".zarr.zip"),
     "zarr": partial(_save, ".zarr"),
     "record": partial(_training, "run"),
-    "analyze": partial(_command, "analyze", "RUN", "--metrics", "stream_cosine", "--out", "SMALL/metrics.nc"),
+    "analyze": partial(
+        _command, "analyze", "RUN", "--metrics", "stream_cosine", "--out", "SMALL/metrics.zarr.zip"
+    ),
 }
 
 
@@ -180,7 +182,7 @@ def try_size(work: Work, limit: str, size: int) -> dict[str, Any]:
                 for path in sorted(small.rglob("*"))
                 if path.is_file() or not any(path.iterdir())
             }
-            damaged = [name for name in left if name.endswith(".nc") and not _is_intact(small / name)]
+            damaged = [name for name in left if name.endswith(".zarr.zip") and not _is_intact(small / name)]
             used = os.statvfs(small)
         said.seek(0)
         return {
@@ -196,9 +198,13 @@ def try_size(work: Work, limit: str, size: int) -> dict[str, Any]:
 
 
 def _is_intact(path: Path) -> bool:
-    from depthscope.diagnostics.schema.file_digest import compare_file_digest
+    from depthscope.diagnostics import schema
 
-    return compare_file_digest(path) == "intact"
+    try:
+        schema.open_run(path).close()
+    except schema.SchemaError:
+        return False
+    return True
 
 
 def try_sizes(kind: str, limit: str, number: int) -> list[dict[str, Any]]:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from depthscope.app.cli.command import USAGE
 from torch import nn
 
 import depthscope as ds
-from depthscope.app.cli.command import USAGE
 from depthscope.app.cli.main import main
-from depthscope.probes.history.history import probe_checkpoints
+from depthscope.probes.history import probe_checkpoints
 from tests.models.plain_stack import Block, Stack
 from tests.models.small_models import lucidrains
 
@@ -60,13 +60,13 @@ def test_attributes_that_no_file_takes_are_refused_before_anything_is_measured(v
     with expected:
         ds.capture(plain(), IDS, attrs=attrs)
     with expected:
-        probe_checkpoints([tmp_path / "none"], "text", tmp_path / "h.nc", attrs=attrs)
+        probe_checkpoints([tmp_path / "none"], "text", tmp_path / "h.zarr.zip", attrs=attrs)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_has_a_name_before_its_ending(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    for ending in (".nc", ".zarr"):
+    for ending in (".zarr.zip", ".zarr"):
         with pytest.raises(ds.SchemaError, match="is an ending without a name"):
             ds.record(plain(), store=ending)
         # Before a checkpoint is looked for.
@@ -98,7 +98,7 @@ def test_settings_that_a_model_does_not_run_with_are_no_bug_of_ours(
         (tmp_path / file.name).write_bytes(file.read_bytes())
     config = json.loads((llama / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
-    words = ["probe", str(tmp_path), "--out", str(tmp_path / "a.nc"), "--length", "16", gradients]
+    words = ["probe", str(tmp_path), "--out", str(tmp_path / "a.zarr.zip"), "--length", "16", gradients]
     for command in (words, ["describe", str(tmp_path)]):
         assert main(command) == USAGE
         assert "the model stops with" in capsys.readouterr().err

@@ -42,16 +42,16 @@ def test_every_error_has_the_common_base_and_one_of_python():
 
 
 def test_what_users_get_wrong_is_caught_by_the_common_base(residual_run, tmp_path):
-    (tmp_path / "mine.nc").write_text("no run")
+    (tmp_path / "mine.zarr.zip").write_text("no run")
     wrong = [
         lambda: ds.analyze(residual_run, ["effectiv_rank"]),
-        lambda: ds.analyze("a.nc"),
+        lambda: ds.analyze("a.zarr.zip"),
         lambda: ds.judge(xr.Dataset()),
-        lambda: ds.open_run(tmp_path / "none.nc"),
-        lambda: ds.open_run(tmp_path / "mine.nc"),
+        lambda: ds.open_run(tmp_path / "none.zarr.zip"),
+        lambda: ds.open_run(tmp_path / "mine.zarr.zip"),
         lambda: ds.save_run(residual_run, tmp_path / "run.txt"),
-        lambda: ds.save_run(residual_run, tmp_path / ".nc"),
-        lambda: ds.save_run(residual_run, tmp_path / "mine.nc"),
+        lambda: ds.save_run(residual_run, tmp_path / ".zarr.zip"),
+        lambda: ds.save_run(residual_run, tmp_path / "mine.zarr.zip"),
         lambda: ds.metrics.effective_rank(3),
         lambda: ds.kernels.mixing.sinkhorn([[1.0]], last="x"),
     ]

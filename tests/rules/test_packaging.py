@@ -52,8 +52,8 @@ import torch
 from mymodel import make
 
 run = ds.capture(make(), torch.arange(24).reshape(2, 12), max_sequences=2)
-ds.save_run(run, "a.nc")
-assert ds.open_run("a.nc").trace.residual.sizes["depth"] == 4
+ds.save_run(run, "a.zarr.zip")
+assert ds.open_run("a.zarr.zip").trace.residual.sizes["depth"] == 4
 """
 # Our rooms have these names in the checkout, and a user's project may well have them too.
 OWN_FOLDERS = ("app", "probes", "diagnostics", "tests")
@@ -148,24 +148,24 @@ def test_each_extra_installs_what_it_promises_beside_a_users_own_folders(install
     from depthscope.diagnostics import analyze
     from depthscope.diagnostics.schema import save_run
 
-    save_run(residual_run, folder / "saved.nc")
+    save_run(residual_run, folder / "saved.zarr.zip")
     # With two metrics and no trace: a few figures, which are drawn at once.
     metrics = analyze(residual_run, metrics=["effective_rank", "residual_norm"]).assign_attrs(
         {COMPLETE: True}
     )
     measured = {"/": xr.Dataset(attrs=residual_run.attrs), "/metrics": metrics}
-    save_run(xr.DataTree.from_dict(measured), folder / "measured.nc")
+    save_run(xr.DataTree.from_dict(measured), folder / "measured.zarr.zip")
     command = binary / "depthscope"
-    run(command, "check", "saved.nc", folder=folder)
-    assert "depth" in run(command, "analyze", "saved.nc", folder=folder)
+    run(command, "check", "saved.zarr.zip", folder=folder)
+    assert "depth" in run(command, "analyze", "saved.zarr.zip", folder=folder)
     assert f"pip install 'depthscope[capture] @ {built['wheel'].as_uri()}'" in run(
         command, "describe", "mymodel:make", folder=folder, fails=True
     )
     assert f"pip install 'depthscope[paper] @ {built['wheel'].as_uri()}'" in run(
-        command, "export", "saved.nc", "--out", "paper", folder=folder, fails=True
+        command, "export", "saved.zarr.zip", "--out", "paper", folder=folder, fails=True
     )
     assert f"pip install 'depthscope[app] @ {built['wheel'].as_uri()}'" in run(
-        command, "dashboard", "saved.nc", folder=folder, fails=True
+        command, "dashboard", "saved.zarr.zip", folder=folder, fails=True
     )
 
     run(binary / "pip", "install", "-q", f"{built['wheel']}[capture]", folder=folder)
@@ -173,12 +173,12 @@ def test_each_extra_installs_what_it_promises_beside_a_users_own_folders(install
         binary / "python", "-m", "depthscope", "describe", "mymodel:make", folder=folder
     )
     run(binary / "python", "train.py", folder=folder)
-    run(command, "analyze", "a.nc", folder=folder)
+    run(command, "analyze", "a.zarr.zip", folder=folder)
 
     run(binary / "pip", "install", "-q", f"{built['wheel']}[app,paper]", folder=folder)
-    run(command, "export", "measured.nc", "--out", "paper", folder=folder)
-    run(command, "report", "measured.nc", "--out", "report.html", folder=folder)
-    assert "http://127.0.0.1" in served(command, "dashboard", "saved.nc", "--no-browser", folder=folder)
+    run(command, "export", "measured.zarr.zip", "--out", "paper", folder=folder)
+    run(command, "report", "measured.zarr.zip", "--out", "report.html", folder=folder)
+    assert "http://127.0.0.1" in served(command, "dashboard", "saved.zarr.zip", "--no-browser", folder=folder)
     assert (folder / "paper" / "main.tex").exists()
     assert (folder / "report.html").exists()
 

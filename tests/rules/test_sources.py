@@ -17,7 +17,6 @@ KEYS = set(entries(bibliography()))
 STATED_LIMITS: dict[str, str] = {}
 # What the cited publication does not define, whatever else it measures.
 OUR_DEFINITIONS = {
-    "first_checkpoint_distance",
     "first_weight_distance",
     *("num_tokens", "identity_distance"),
     *("relative_gradient", "branch_share", "signal_share", "relative_deflated_gain"),

@@ -121,7 +121,7 @@ def require_chosen_runs(*, explain: bool = True) -> ChosenRuns:
             st.markdown(escaped(run.reason))
             st.caption("Measure the model again, then reload this page:")
             # Another name: of a run that a newer version wrote, this one must not destroy what it cannot read.
-            st.code("depthscope probe CHECKPOINT --text FILE --out NEW.nc", "bash")
+            st.code("depthscope probe CHECKPOINT --text FILE --out NEW.zarr", "bash")
     if not chosen.readings:
         if not chosen.unreadable and (explain or not run_library.list_runs()):
             _explain_none()
@@ -145,7 +145,7 @@ def _explain_none() -> None:
             "There is no run here yet. Measure a model, then start the dashboard on the result.", icon="ℹ️"
         )
         st.code(
-            "depthscope demo\ndepthscope probe CHECKPOINT --text FILE --out runs/a.nc\ndepthscope dashboard runs",
+            "depthscope demo\ndepthscope probe CHECKPOINT --text FILE --out runs/a.zarr\ndepthscope dashboard runs",
             "bash",
         )
     else:

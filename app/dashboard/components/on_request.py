@@ -43,7 +43,7 @@ def offer_metrics(readings: Iterable[Reading], metrics: Sequence[str], *, key: s
             )
         asked = st.button("Compute", key=f"{key}_compute", disabled=not chosen)
     st.caption("Saved next to the run until its file changes. To have them in the file itself:")
-    st.code(f"depthscope analyze RUN.nc --metrics {','.join(names)}", "bash")
+    st.code(f"depthscope analyze RUN.zarr --metrics {','.join(names)}", "bash")
     if asked:
         _compute(readings, {run: [name for name in each if name in chosen] for run, each in lacking.items()})
 

@@ -39,7 +39,6 @@ def _facts(reading: Reading) -> dict[str, Any]:
         "Reading": attrs.get("proof"),
         **_sizes(reading.analysis),
         "Effective rank of the last state": _last_value(reading, "effective_rank", Selection(scope="data")),
-        "… of every token, streamed": _last_value(reading, "streamed_effective_rank", Selection()),
         **_evidence(attrs),
         "Memory": memory_sentence(attrs),
         "Precision": attrs.get("dtype"),
@@ -47,7 +46,6 @@ def _facts(reading: Reading) -> dict[str, Any]:
         "Seed": attrs.get("seed"),
         "Commit": attrs.get("commit"),
         "Data": _shortened(str(attrs.get("data_digest") or "")),
-        "Integrity": reading.integrity,
         "Created": attrs.get("created"),
         "Software": _versions(attrs.get("software")),
     }

@@ -15,7 +15,7 @@ from depthscope.app.figures.build.jacobian_figures import jacobian_figures, jaco
 
 SECTION = "Jacobians"
 
-COMMAND = "depthscope jacobian RUN.nc --model CHECKPOINT --text FILE"
+COMMAND = "depthscope jacobian RUN.zarr --model CHECKPOINT --text FILE"
 
 
 def _show_jacobians(chosen: ChosenRuns) -> None:
@@ -54,6 +54,6 @@ PAGE = Page(
     question="gradients",
     needs=("gradient_norm",),
     missing="None of the chosen runs has gradients: they were captured without a backward pass.",
-    command="depthscope probe CHECKPOINT --text FILE --gradients --out RUN.nc",
+    command="depthscope probe CHECKPOINT --text FILE --gradients --out RUN.zarr",
     show=partial(show_figures, question="gradients", after={SECTION: _show_jacobians}),
 )

@@ -140,7 +140,7 @@ def _explain_no_states(reading: Reading) -> None:
         "changed. Measure the model on a text, then reload this page:",
         icon="ℹ️",
     )
-    st.code("depthscope probe CHECKPOINT --text FILE --out NEW.nc", "bash")
+    st.code("depthscope probe CHECKPOINT --text FILE --out NEW.zarr", "bash")
 
 
 def token_figure(close_up: CloseUp, measure: str, sequence: int, stream: str, run: str) -> Heatmap:

@@ -28,7 +28,6 @@ _AXES = {
 }
 # Labels of the analysis that people write with a sign.
 _SIGNS = {"infinity": "∞-norm", "one": "1-norm", "two": "2-norm"}
-_STREAMED = "Streamed: from sums over every token that was seen, not over the sampled ones."
 
 
 def axis_title(dim: str, axis: str) -> str:
@@ -58,7 +57,7 @@ class CurveFigure(FigureKind):
     note : str
         Sentence that ends the remarks of the caption.
     derive : function, optional
-        Takes an analysis and returns one in which the metric, or its twin, is what is drawn.
+        Takes an analysis and returns one in which the metric is what is drawn.
     derived_from : tuple of str
         Further metrics that `derive` reads.
     """
@@ -76,13 +75,7 @@ class CurveFigure(FigureKind):
     @property
     def also(self) -> tuple[str, ...]:
         """Further variables that it draws where the analysis has them."""
-        return tuple(name for name in (self.around, *self.derived_from, self.twin) if name)
-
-    @property
-    def twin(self) -> str:
-        """The same metric of every token, from streamed sums; empty where there is none."""
-        name = f"streamed_{self.metric}"
-        return name if name in CATALOGUE else ""
+        return tuple(name for name in (self.around, *self.derived_from) if name)
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -98,7 +91,7 @@ class CurveFigure(FigureKind):
             # Before anything is selected: a derived variable is picked, labelled and captioned as a measured one.
             analyses = {run: self.derive(data) for run, data in analyses.items()}
         measurement = Measurement(self.metric, analyses, choice)
-        curves = [*self._measured(measurement), *self._streamed(analyses, choice)]
+        curves = list(self._measured(measurement))
         runs = list(analyses)
         # By run, and `sorted` is stable: a null takes the colour of the measured line before it.
         ordered = sorted(curves, key=lambda curve: runs.index(curve.line.group))
@@ -167,21 +160,6 @@ class CurveFigure(FigureKind):
         if self.over == "component":
             names = [self.component.format(i + 1) for i in range(len(names))]
         return [(_SIGNS.get(name, name), values.isel({self.over: i})) for i, name in enumerate(names)]
-
-    def _streamed(self, analyses: Analyses, choice: Selection) -> Iterator[Curve]:
-        """The same of every token; streamed sums know neither single sequences nor massive activations."""
-        within = "scope" in Measurement(self.metric, analyses, choice).dims and choice.scope == "sequence"
-        if not self.twin or within or choice.tokens != "all":
-            return
-        twin = Measurement(self.twin, analyses, choice)
-        for run, data, values in twin.slices():
-            # Without streams the sums are those of the mean stream; they are no answer about another one.
-            if "stream" not in data[self.twin].dims and choice.stream != "mean":
-                continue
-            curve = twin.curve(run, values, axis="depth", label="every token, streamed")
-            reason = data[self.twin].attrs.get("undefined_because")
-            gap = [f"A gap in it: {reason}."] if reason else []
-            yield Curve(curve.line, curve.null, remarks=(_STREAMED, *gap))
 
 
 def _threshold_lines(lines: Sequence[Line], labelled: Sequence[tuple[float, str]]) -> list[Line]:

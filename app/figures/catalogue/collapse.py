@@ -81,16 +81,6 @@ sink_mass = _heads(
     "Attention on the first token by head",
     "weight on the first token",
 )
-expert_load = MatrixFigure(
-    "expert_load",
-    "Load of the experts",
-    "times an equal share",
-    columns="expert",
-    question="collapse",
-    section="Tokens",
-    note="0 where no token chooses an expert.",
-)
-router_entropy = _tokens("router_entropy", "Entropy of routers across depth", "share of uniform")
 spectrum = _singular_values(
     "spectrum",
     "Singular values of the states",

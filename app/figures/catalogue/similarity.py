@@ -28,19 +28,6 @@ def _from_depth_before(matrix: xr.DataArray) -> xr.DataArray:
     return matrix.isel(other_depth=0, drop=True).copy(data=values)
 
 
-def _with_streamed_twin(data: xr.Dataset) -> xr.Dataset:
-    """The analysis with the streamed CKA of each depth with the one before, and its error."""
-    twins = {"streamed_cka": "streamed_adjacent_cka", "streamed_cka_error": "streamed_adjacent_cka_stderr"}
-    # Streamed sums give the unbiased estimator: the twin carries that label, and is undefined under the other one.
-    return data.assign(
-        {
-            twin: _from_depth_before(data[name]).expand_dims(estimator=["unbiased"])
-            for name, twin in twins.items()
-            if name in data
-        }
-    )
-
-
 def _with_step_angles(data: xr.Dataset) -> xr.Dataset:
     """The analysis with the angle to the depth before in place of those between every two."""
     if "angular_distance" not in data:
@@ -62,15 +49,6 @@ angular_distance = _matrix(
     "arccos(cos) / π",
     limits=(0.0, None),
     note="Mean over tokens.",
-)
-streamed_cka = _matrix(
-    "streamed_cka",
-    "CKA of every two depths, every token",
-    "linear CKA",
-    limits=_BOUNDED,
-    error="streamed_cka_error",
-    counts=False,
-    note="From streamed sums over every token seen.",
 )
 procrustes = _matrix(
     "procrustes",
@@ -94,8 +72,6 @@ adjacent_cka = _steps(
     "adjacent_cka",
     "CKA with the depth before",
     "linear CKA with depth − 1",
-    derive=_with_streamed_twin,
-    derived_from=("streamed_cka", "streamed_cka_error"),
 )
 adjacent_cosine = _steps(
     "adjacent_cosine",
@@ -119,24 +95,6 @@ closest_stream_cosine = _steps(
     "closest_stream_cosine",
     "Cosine of the two most similar streams across depth",
     "largest mean cosine of two streams",
-)
-first_checkpoint_cka = _steps(
-    "first_checkpoint_cka",
-    "CKA with the same depth of the first checkpoint",
-    "linear CKA with the first checkpoint",
-    note="Of a history of checkpoints.",
-)
-last_checkpoint_cka = _steps(
-    "last_checkpoint_cka",
-    "CKA with the same depth of the last checkpoint",
-    "linear CKA with the last checkpoint",
-    note="Of a history of checkpoints: its last one has 1.",
-)
-first_checkpoint_distance = _steps(
-    "first_checkpoint_distance",
-    "Distance from the states of the first checkpoint",
-    "distance, relative to the first",
-    note="Of a history of checkpoints.",
 )
 stream_cka = _steps(
     "stream_cka",

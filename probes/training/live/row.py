@@ -30,7 +30,7 @@ from depthscope.probes.training.live.sampled_quantities import CHOSEN, SampledTo
 LIVE = (
     *("residual_norm", "gradient_norm", "backward_gain", "relative_gradient"),
     *("adjacent_cosine", "token_cosine", "massive_token_fraction", "massive_activation"),
-    *("stream_cosine", "closest_stream_cosine", "expert_load", "router_entropy"),
+    *("stream_cosine", "closest_stream_cosine"),
     *("mixing_gain", "composite_gain", "read_share", "write_share"),
     *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
     *("effective_rank", "participation_ratio", "corrected_participation_ratio"),

@@ -27,7 +27,7 @@ def unmeasured(tmp_path_factory, make_run):
     """A folder with a run of each family as a capture leaves it."""
     folder = tmp_path_factory.mktemp("unmeasured") / "runs"
     for family in ("residual", "hc", "mhc"):
-        schema.save_run(make_run(family, layers=3), folder / f"{family}.nc")
+        schema.save_run(make_run(family, layers=3), folder / f"{family}.zarr.zip")
     return folder
 
 

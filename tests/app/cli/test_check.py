@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from depthscope.app.cli.command import FINE, FOUND
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import FINE, FOUND, main
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.verdicts import VERDICTS
 
@@ -15,9 +14,9 @@ from depthscope.diagnostics.verdicts import VERDICTS
 @pytest.fixture(scope="module")
 def exploding(unmeasured, tmp_path_factory) -> str:
     """The HC run with every connection half as large again: 1.5 to the power of 6 is a gain above 10."""
-    run = schema.open_run(unmeasured / "hc.nc").load()
+    run = schema.open_run(unmeasured / "hc.zarr.zip").load()
     run["trace"].dataset = run["trace"].to_dataset().assign(h_res=1.5 * run["trace"]["h_res"])
-    return str(schema.save_run(run, tmp_path_factory.mktemp("runs") / "exploding.nc"))
+    return str(schema.save_run(run, tmp_path_factory.mktemp("runs") / "exploding.zarr.zip"))
 
 
 def test_check_judges_and_exits_one_at_the_limit(exploding, saved, capsys):
@@ -26,7 +25,7 @@ def test_check_judges_and_exits_one_at_the_limit(exploding, saved, capsys):
     severities = {each["severity"] for each in printed["runs"][0]["findings"]}
     assert severities & {"WARN", "FAIL"}
     assert printed["failed"] == ["exploding"]
-    code = main(["check", str(saved / "residual.nc"), "--fail-on", "warn", "--json"])
+    code = main(["check", str(saved / "residual.zarr.zip"), "--fail-on", "warn", "--json"])
     printed = json.loads(capsys.readouterr().out)
     severe = [each for each in printed["runs"][0]["findings"] if each["severity"] in ("WARN", "FAIL")]
     assert (code == FOUND) == bool(severe) == bool(printed["failed"])

@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from depthscope.app.cli.command import FINE
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import FINE, main
 from depthscope.diagnostics import schema
 
 
@@ -16,7 +15,7 @@ def test_compare_aligns_by_relative_depth(saved, capsys):
     printed = json.loads(capsys.readouterr().out)
     assert [row["relative depth"] for row in printed["aligned"]] == [0.0, 0.5, 1.0]
     assert {row["run"] for row in printed["summary"]} == {"residual", "hc", "mhc"}
-    with schema.open_run(saved / "hc.nc") as run:
+    with schema.open_run(saved / "hc.zarr.zip") as run:
         from depthscope.diagnostics import analyze
 
         last = analyze(run)["residual_norm"].sel(stream="mean").isel(step=-1, depth=-1)
@@ -24,14 +23,14 @@ def test_compare_aligns_by_relative_depth(saved, capsys):
 
 
 def test_compare_warns_of_other_token_counts(saved, tmp_path, make_run, capsys):
-    other = schema.save_run(make_run("residual", layers=2, tokens=24), tmp_path / "long.nc")
-    assert main(["compare", str(saved / "residual.nc"), str(other)]) == FINE
+    other = schema.save_run(make_run("residual", layers=2, tokens=24), tmp_path / "long.zarr.zip")
+    assert main(["compare", str(saved / "residual.zarr.zip"), str(other)]) == FINE
     assert "different numbers of tokens" in capsys.readouterr().err
 
 
 def test_same_names_in_two_folders_stay_distinct(saved, tmp_path, make_run, capsys):
     (tmp_path / "b").mkdir()
-    other = schema.save_run(make_run("residual", layers=2), tmp_path / "b" / "hc.nc")
-    assert main(["compare", str(saved / "hc.nc"), str(other), "--json"]) == FINE
+    other = schema.save_run(make_run("residual", layers=2), tmp_path / "b" / "hc.zarr.zip")
+    assert main(["compare", str(saved / "hc.zarr.zip"), str(other), "--json"]) == FINE
     names = {row["run"] for row in json.loads(capsys.readouterr().out)["summary"]}
     assert names == {f"{saved.name}/hc", "b/hc"}

@@ -9,8 +9,7 @@ import pytest
 import xarray as xr
 
 from depthscope import probes
-from depthscope.app.cli.command import FINE, FOUND, USAGE
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import FINE, FOUND, USAGE, main
 from depthscope.diagnostics import schema
 from depthscope.probes.checkpoints.load import LoadedModel
 
@@ -41,7 +40,7 @@ def _stand_in(monkeypatch, run: xr.DataTree):
 def test_probe_passes_everything_on_and_records_the_data(monkeypatch, tmp_path, make_run, capsys):
     seen = _stand_in(monkeypatch, make_run("residual", layers=2))
     (tmp_path / "t.txt").write_text("some words")
-    out = tmp_path / "r.nc"
+    out = tmp_path / "r.zarr.zip"
     words = [
         "probe",
         "tiny",
@@ -71,15 +70,15 @@ def test_a_checkpoint_alone_is_probed_on_a_built_in_text_and_judged(monkeypatch,
     assert len(seen["text"]) > 100_000
     said = capsys.readouterr().out
     # What `check` says of the same run, without its summary.
-    assert main(["check", "tiny.nc"]) in (FINE, FOUND)
+    assert main(["check", "tiny.zarr"]) in (FINE, FOUND)
     checked = capsys.readouterr().out
     assert [
         line for line in said.splitlines() if line.startswith(("INFO", "WARN", "FAIL", "Nothing found"))
     ] == [line for line in checked.splitlines() if line.startswith(("INFO", "WARN", "FAIL", "Nothing found"))]
-    with schema.open_run("tiny.nc") as run:
+    with schema.open_run("tiny.zarr") as run:
         assert run.attrs["data"] == "pydoc_data.topics"
     assert main(["probe", "models/tiny.gguf"]) == USAGE
-    assert "tiny.nc' exists; name another file" in capsys.readouterr().err
+    assert "tiny.zarr.zip' exists; name another file" in capsys.readouterr().err
     assert main(["probe", "models/tiny.gguf", "--force", "--json"]) == FINE
     assert isinstance(json.loads(capsys.readouterr().out)["findings"], list)
     assert main(["probe", "models/tiny.gguf", "--force", "--json", "--no-verdict"]) == FINE
@@ -96,22 +95,25 @@ def test_refused_capture_is_a_line(monkeypatch, tmp_path, make_run, capsys):
 
     monkeypatch.setattr(probes, "capture", refuse)
     (tmp_path / "t.txt").write_text("some words")
-    assert main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.nc")]) == USAGE
+    assert (
+        main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.zarr.zip")])
+        == USAGE
+    )
     assert "no residual stream was found" in capsys.readouterr().err
-    assert not (tmp_path / "r.nc").exists()
+    assert not (tmp_path / "r.zarr.zip").exists()
 
 
 @pytest.mark.parametrize(("content", "said"), [(b"\xff\xfe", "not UTF-8"), (b" \n", "contains no text")])
 def test_text_must_be_text(content, said, tmp_path, capsys):
     (tmp_path / "t.txt").write_bytes(content)
-    assert main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", "r.nc"]) == USAGE
+    assert main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", "r.zarr.zip"]) == USAGE
     assert said in capsys.readouterr().err
 
 
 def test_probe_describe_check_for_real(tmp_path, capsys):
     """One small model through the true probes: factory, capture, check."""
     (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
-    spec, out = "depthscope.app.demo.small_lm:residual", tmp_path / "r.nc"
+    spec, out = "depthscope.app.demo.small_lm:residual", tmp_path / "r.zarr.zip"
     pytest.importorskip("depthscope.app.demo.small_lm")
     sizes = ["--sequences", "2", "--length", "32"]
     assert main(["probe", spec, "--text", str(tmp_path / "t.txt"), "--out", str(out), *sizes]) == FINE
@@ -122,9 +124,9 @@ def test_probe_describe_check_for_real(tmp_path, capsys):
 
 def test_a_text_that_is_a_pipe_is_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "t.txt")
-    words = ["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.nc")]
+    words = ["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.zarr.zip")]
     assert main(words) == USAGE
-    assert "is not a regular file; expected one with text, or - for stdin" in capsys.readouterr().err
+    assert "is no file; name one, or pipe the text into --text -" in capsys.readouterr().err
 
 
 def test_probe_says_what_the_run_leaves_out_and_what_is_not_proven(monkeypatch, tmp_path, make_run, capsys):
@@ -134,8 +136,11 @@ def test_probe_says_what_the_run_leaves_out_and_what_is_not_proven(monkeypatch, 
     run.attrs["not_covered"] = [{"module": "vision", "sentence": sentence}]
     _stand_in(monkeypatch, run)
     (tmp_path / "t.txt").write_text("some words")
-    assert main(["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.nc")]) == FINE
+    assert (
+        main(["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.zarr.zip")])
+        == FINE
+    )
     printed = capsys.readouterr().out
     assert f"not covered: {sentence}" in printed
     assert run.attrs["proof"] in printed
-    assert schema.open_run(tmp_path / "r.nc").attrs["not_covered"] == run.attrs["not_covered"]
+    assert schema.open_run(tmp_path / "r.zarr.zip").attrs["not_covered"] == run.attrs["not_covered"]

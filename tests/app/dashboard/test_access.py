@@ -108,7 +108,7 @@ def test_the_policy_names_the_inline_scripts_of_the_installed_page(tmp_path):
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, make_run) -> Iterator[str]:
     root: Path = tmp_path_factory.mktemp("served")
-    save_run(make_run("residual", layers=2), root / "plain.nc")
+    save_run(make_run("residual", layers=2), root / "plain.zarr.zip")
     with serving(root) as served:
         yield served
 
@@ -169,7 +169,7 @@ def test_sessions_give_their_memory_back(tmp_path, make_run):
     """A small version of `python -m tests.app.dashboard.load`: reloads and open pages within a few megabytes each."""
     from tests.app.dashboard.load import measured
 
-    save_run(make_run("residual", layers=2), tmp_path / "plain.nc")
+    save_run(make_run("residual", layers=2), tmp_path / "plain.zarr.zip")
     found = measured(tmp_path, reloads=15, pages=5)
     assert found.open_files == 0
     assert found.after_reloads - found.warm < 40 * 2**20

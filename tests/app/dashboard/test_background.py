@@ -20,8 +20,8 @@ from depthscope.diagnostics.errors import InputError
 
 @pytest.fixture
 def root(tmp_path, make_run, monkeypatch):
-    save_run(make_run("residual", layers=2, gradients=False, weights=False), tmp_path / "a.nc")
-    (tmp_path / "torn.nc").write_bytes(b"nonsense")
+    save_run(make_run("residual", layers=2, gradients=False, weights=False), tmp_path / "a.zarr.zip")
+    (tmp_path / "torn.zarr.zip").write_bytes(b"nonsense")
     monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
     run_library._cache.clear()
     return tmp_path.resolve()
@@ -58,7 +58,7 @@ def test_a_run_is_analysed_elsewhere_and_found_here(root, monkeypatch):
 
 
 def test_large_runs_are_compared_elsewhere_and_the_tests_are_found_here(root, make_run, monkeypatch):
-    save_run(make_run("mhc", layers=2, gradients=False, weights=False), root / "b.nc")
+    save_run(make_run("mhc", layers=2, gradients=False, weights=False), root / "b.zarr.zip")
     readings = [run_library.read_run(name)[0] for name in ("a", "b")]
     here = run_differences.differences_between(readings, "effective_rank", Selection())
     assert here
@@ -76,7 +76,7 @@ def test_large_runs_are_compared_elsewhere_and_the_tests_are_found_here(root, ma
     assert [as_dict(each)["in_words"] for each in found] == [as_dict(each)["in_words"] for each in here]
     assert said
     # Why it cannot be done is said here.
-    (root / "b.nc").write_bytes(b"nonsense")
+    (root / "b.zarr.zip").write_bytes(b"nonsense")
     with pytest.raises(InputError, match="torn or of another format"):
         run_differences.differences_between(readings, "effective_rank", Selection())
 
@@ -112,7 +112,7 @@ def test_a_process_that_gives_no_answer_is_said_and_others_go_on(root, monkeypat
     begin = iter([*ENDS.values(), BEGIN])
     monkeypatch.setattr(background, "_process", lambda: next(begin)())
     analyses = Analyses(most=1)
-    path = root / "a.nc"
+    path = root / "a.zarr.zip"
     for number, said in enumerate([*ENDS, None]):
         os.utime(path, ns=(0, 10**18 + number))  # another version is another chance
         analyses.ask({"a": path})

@@ -34,8 +34,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow(one_in=5)]
 @pytest.fixture(scope="module")
 def runs_root(tmp_path_factory, residual_run, mhc_run) -> Path:
     root = tmp_path_factory.mktemp("served")
-    save_run(residual_run, root / "plain.nc")
-    save_run(mhc_run, root / "mhc.nc")
+    save_run(residual_run, root / "plain.zarr.zip")
+    save_run(mhc_run, root / "mhc.zarr.zip")
     return root
 
 

@@ -20,7 +20,7 @@ from depthscope.diagnostics import save_run
 from depthscope.diagnostics.experiments import result_path, save_result
 from tests.app.dashboard.opening import charts, open_page, words
 
-SUFFIXES = (".nc", ".zarr")
+SUFFIXES = (".zarr.zip", ".zarr")
 
 
 @pytest.fixture(scope="module")
@@ -64,19 +64,19 @@ def depth_of(found: object) -> int:
 
 
 def test_a_result_that_appears_beside_a_run_is_shown(saved, root):
-    put(saved[".nc"][0], root / "a.nc")
+    put(saved[".zarr.zip"][0], root / "a.zarr.zip")
     (before,) = read_run("a")
     assert before.results == {}
     depths = xr.DataArray(np.full((1, 1, 2, 3), 1.0), dims=("lens", "stream", "sample", "token"))
     lens = xr.Dataset({"prediction_depth": depths}, {"lens": ["logit"], "depth": np.arange(3)})
-    save_result(lens, result_path(root / "a.nc", "lens"))
+    save_result(lens, result_path(root / "a.zarr.zip", "lens"))
     (after,) = read_run("a")
     assert set(after.results) == {"lens"}
 
 
 def test_a_run_that_is_deleted_while_its_page_is_open_is_said(saved, root):
-    place = root / "a.nc"
-    put(saved[".nc"][0], place)
+    place = root / "a.zarr.zip"
+    put(saved[".zarr.zip"][0], place)
     test = open_page("tokens", [root], runs=["a"])
     place.unlink()
     test.run()
@@ -164,7 +164,7 @@ def test_a_run_that_becomes_something_else_is_explained_at_once(becomes, suffix,
     found = read_run("a")
     assert isinstance(found, UnreadableRun)
     assert found.reason
-    if suffix == ".nc":
+    if suffix == ".zarr.zip":
         # The page of the other runs is as it was, also where its address still names the one that has gone.
         test = open_page("collapse", [root], runs=["a", "good"])
         assert "effective_rank" in charts(test)
@@ -212,13 +212,13 @@ def test_a_run_that_is_replaced_while_it_is_read_is_one_of_both(suffix, saved, r
 
 
 def test_a_run_that_changes_during_both_readings_is_said_to_change(saved, root, monkeypatch):
-    place = root / "a.nc"
-    put(saved[".nc"][0], place)
+    place = root / "a.zarr.zip"
+    put(saved[".zarr.zip"][0], place)
     read = run_reading.read_runs
     turn = iter(range(1, 100))
 
     def read_while_it_is_replaced(runs: dict[str, xr.DataTree], **options):
-        put(saved[".nc"][next(turn) % 2], place)
+        put(saved[".zarr.zip"][next(turn) % 2], place)
         return read(runs, **options)
 
     monkeypatch.setattr(run_reading, "read_runs", read_while_it_is_replaced)
@@ -230,7 +230,7 @@ def test_a_run_that_changes_during_both_readings_is_said_to_change(saved, root, 
 def test_a_file_is_closed_whatever_happens(saved, root):
     for suffix in SUFFIXES:
         put(saved[suffix][0], root / f"{suffix[1:]}{suffix}")
-    (root / "torn.nc").write_bytes(saved[".nc"][0].read_bytes()[:5000])
+    (root / "torn.zarr.zip").write_bytes(saved[".zarr.zip"][0].read_bytes()[:5000])
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0
     for _ in range(3):
         run_library._cache.clear()

@@ -78,8 +78,8 @@ def hostile_root(tmp_path_factory, make_run) -> Path:
         text = CASES[case].replace("\x00", "").encode("utf-8", "ignore").decode()
         for key in ("model", "commit", "created", "data_digest", "software"):
             run.attrs[key] = text
-        save_run(run, root / "run.nc")
-        (root / "run.nc").rename(root / f"{name}.nc")
+        save_run(run, root / "run.zarr.zip")
+        (root / "run.zarr.zip").rename(root / f"{name}.zarr.zip")
     return root
 
 

@@ -85,8 +85,8 @@ VALUES = {case: value.encode("utf-8", "replace").decode() for case, value in VAL
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, make_run) -> Path:
     root = tmp_path_factory.mktemp("runs")
-    save_run(make_run("residual", layers=2), root / "plain.nc")
-    save_run(make_run("mhc", layers=2), root / "mhc.nc")
+    save_run(make_run("residual", layers=2), root / "plain.zarr.zip")
+    save_run(make_run("mhc", layers=2), root / "mhc.zarr.zip")
     return root
 
 
@@ -178,9 +178,9 @@ def save_measured(run: xr.DataTree, path: Path) -> None:
 
 def test_all_runs_of_a_large_folder_are_bounded_and_the_limit_is_said(tmp_path, make_run):
     names = [f"run{number:03}" for number in range(200)]
-    save_measured(make_run("residual", layers=2), tmp_path / "run000.nc")
+    save_measured(make_run("residual", layers=2), tmp_path / "run000.zarr.zip")
     for name in names[1:]:
-        shutil.copy(tmp_path / "run000.nc", tmp_path / f"{name}.nc")
+        shutil.copy(tmp_path / "run000.zarr.zip", tmp_path / f"{name}.zarr.zip")
     start = time.monotonic()
     test = open_page("collapse", [tmp_path], runs=names)
     assert len(test.multiselect(key="runs").value) == MOST_RUNS
@@ -190,7 +190,7 @@ def test_all_runs_of_a_large_folder_are_bounded_and_the_limit_is_said(tmp_path, 
 
 def test_all_depths_of_a_deep_run_are_bounded_and_the_limit_is_said(tmp_path, make_run):
     run = make_run("residual", layers=300, samples=1, tokens=3, features=2, gradients=False, weights=False)
-    save_measured(run, tmp_path / "deep.nc")
+    save_measured(run, tmp_path / "deep.zarr.zip")
     test = open_page("collapse", [tmp_path], depths=[str(depth) for depth in range(301)])
     for data in charts(test).values():
         assert len(data["figure"]) < 2_000_000

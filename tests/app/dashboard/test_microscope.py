@@ -15,10 +15,10 @@ from tests.app.dashboard.opening import board, charts, numbers, open_page, parts
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, residual_run, mhc_run, make_run):
     root = tmp_path_factory.mktemp("runs")
-    save_run(residual_run, root / "plain.nc")
-    save_run(mhc_run, root / "mhc.nc")
-    save_run(make_run("residual", seed=1), root / "other.nc")
-    save_run(make_run("residual", seed=2), root / "third.nc")
+    save_run(residual_run, root / "plain.zarr.zip")
+    save_run(mhc_run, root / "mhc.zarr.zip")
+    save_run(make_run("residual", seed=1), root / "other.zarr.zip")
+    save_run(make_run("residual", seed=2), root / "third.zarr.zip")
     return root
 
 
@@ -138,7 +138,7 @@ def test_the_table_finds_runs_by_everything_that_it_shows(opened, mhc_run):
 def test_a_column_is_named_for_health_and_a_name_is_whole(runs, monkeypatch, tmp_path, residual_run):
     monkeypatch.setattr(run_library, "_roots", [])
     long = "sweep_" + "learning_rate_1e-3_" * 5 + "s1"
-    save_run(residual_run, tmp_path / f"{long}.nc")
+    save_run(residual_run, tmp_path / f"{long}.zarr.zip")
     test = open_page("", [tmp_path])
     assert list(board(test)) == [long]
     (sent,) = parts(test, "board")

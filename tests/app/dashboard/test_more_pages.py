@@ -35,19 +35,19 @@ RLO = "\u202e"
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, residual_run, mhc_run, make_run) -> Path:
     root = tmp_path_factory.mktemp("more")
-    save_run(residual_run, root / "plain.nc")
-    save_run(mhc_run, root / "mhc.nc")
+    save_run(residual_run, root / "plain.zarr.zip")
+    save_run(mhc_run, root / "mhc.zarr.zip")
     trace = residual_run["trace"].to_dataset().load()
     broken = trace["residual"].copy(deep=True)
     broken[3] = np.nan
-    save_run(create_run(trace.assign(residual=broken), attrs=residual_run.attrs), root / "nan.nc")
+    save_run(create_run(trace.assign(residual=broken), attrs=residual_run.attrs), root / "nan.zarr.zip")
     shape = trace["mask"].shape
     texts = np.array([[f"t{s}.{t}" for t in range(shape[1])] for s in range(shape[0])], dtype=object)
     texts[0, 0] = f"<b>{RLO}evil</b>"
     named = trace.assign(token_text=(trace["mask"].dims, texts))
-    save_run(create_run(named, attrs=residual_run.attrs), root / "<i>named.nc")
+    save_run(create_run(named, attrs=residual_run.attrs), root / "<i>named.zarr.zip")
     padding = trace.assign(mask=trace["mask"] & False)
-    save_run(create_run(padding, attrs=residual_run.attrs), root / "padding.nc")
+    save_run(create_run(padding, attrs=residual_run.attrs), root / "padding.zarr.zip")
     return root
 
 
@@ -64,14 +64,14 @@ def opened(runs, monkeypatch):
 def test_every_page_opens_on_what_is_undefined_and_on_padding_alone(opened):
     for page in ("collapse", "similarity", "mixing", "gradients", "tokens", "compare", "data"):
         # Both at once, and the one that is looked at alone on some pages: padding.
-        for names in (("nan.nc", "padding.nc"), ("padding.nc",)):
+        for names in (("nan.zarr.zip", "padding.zarr.zip"), ("padding.zarr.zip",)):
             test = opened(page, *names)
             assert not test.error, (page, names, test.error)
             assert charts(test) or test.info, (page, names)
 
 
 def test_the_table_of_tokens_is_searched_and_shows_what_is_hidden(opened, runs):
-    test = opened("tokens", "<i>named.nc")
+    test = opened("tokens", "<i>named.zarr.zip")
     assert len(test.dataframe) == 1
     table = test.dataframe[0].value
     assert RLO not in "".join(table["text"])
@@ -80,7 +80,7 @@ def test_the_table_of_tokens_is_searched_and_shows_what_is_hidden(opened, runs):
     assert "\\u202e" in text
     test.text_input(key="tokens_find").set_value("no such token").run()
     assert "No token with" in words(test) or "No token with" in test.info[0].value
-    close_up = read_close_up(runs / "<i>named.nc")
+    close_up = read_close_up(runs / "<i>named.zarr.zip")
     depth = test.number_input(key="tokens_depth").value
     np.testing.assert_allclose(
         np.sort(table["norm"]),
@@ -89,15 +89,15 @@ def test_the_table_of_tokens_is_searched_and_shows_what_is_hidden(opened, runs):
 
 
 def test_gaps_are_counted_and_missing_texts_are_said(opened):
-    said = words(opened("tokens", "nan.nc", tokens_depth="3"))
+    said = words(opened("tokens", "nan.zarr.zip", tokens_depth="3"))
     assert re.search(r"\d+ of its numbers are undefined", said)
     assert "are not finite" in said
-    assert "has no text of its tokens" in words(opened("tokens", "plain.nc"))
+    assert "has no text of its tokens" in words(opened("tokens", "plain.zarr.zip"))
 
 
 @pytest.mark.parametrize(("a", "b"), [(0, 5), (5, 0), (2, 2)])
 def test_the_bench_multiplies_any_two_connections(a, b, opened, runs, mhc_run):
-    test = opened("mixing", "mhc.nc", from_connection=str(a), to_connection=str(b))
+    test = opened("mixing", "mhc.zarr.zip", from_connection=str(a), to_connection=str(b))
     h = mhc_run["trace"]["h_res"].values.astype(np.float64)
     first, last = min(a, b), max(a, b)
     product = np.eye(h.shape[-1])
@@ -122,9 +122,9 @@ def test_the_bench_multiplies_any_two_connections(a, b, opened, runs, mhc_run):
 
 
 def test_two_runs_by_one_measure_have_a_difference(opened, runs):
-    test = opened("similarity", "plain.nc", "mhc.nc")
+    test = opened("similarity", "plain.zarr.zip", "mhc.zarr.zip")
     assert {"cka", "cka_right", "cka_difference"} <= set(charts(test))
-    readings, _ = read_paths([str(runs / "plain.nc"), str(runs / "mhc.nc")])
+    readings, _ = read_paths([str(runs / "plain.zarr.zip"), str(runs / "mhc.zarr.zip")])
     maps = [FIGURES["cka"].build({each.name: each.analysis}) for each in readings]
     same = map_difference(maps[0], maps[0])
     assert np.nanmax(np.abs(same.z)) == 0
@@ -135,8 +135,8 @@ def test_two_runs_by_one_measure_have_a_difference(opened, runs):
 
 
 def test_the_map_of_differences_has_the_largest_first_and_no_units(opened, runs):
-    assert "difference_map" in charts(opened("compare", "plain.nc", "mhc.nc"))
-    readings, _ = read_paths([str(runs / "plain.nc"), str(runs / "mhc.nc")])
+    assert "difference_map" in charts(opened("compare", "plain.zarr.zip", "mhc.zarr.zip"))
+    readings, _ = read_paths([str(runs / "plain.zarr.zip"), str(runs / "mhc.zarr.zip")])
     one, other = readings
     metrics = ["residual_norm", "effective_rank", "composite_gain"]
     view = Selection()
@@ -156,18 +156,20 @@ def test_the_map_of_differences_has_the_largest_first_and_no_units(opened, runs)
 
 
 def test_a_measure_on_request_is_offered_and_explained(opened):
-    test = opened("similarity", "plain.nc", measure_b="Procrustes")
+    test = opened("similarity", "plain.zarr.zip", measure_b="Procrustes")
     assert "--metrics procrustes" in words(test)
 
 
 def test_runs_are_grouped_by_what_several_share(runs):
-    readings, _ = read_paths([str(runs / name) for name in ("plain.nc", "nan.nc", "mhc.nc")])
+    readings, _ = read_paths(
+        [str(runs / name) for name in ("plain.zarr.zip", "nan.zarr.zip", "mhc.zarr.zip")]
+    )
     assert "family" in groups_of(readings)
     assert "seed" not in groups_of(readings)
 
 
 def test_compared_runs_are_tested_and_the_command_is_named(opened, monkeypatch):
-    test = opened("compare", "plain.nc", "<i>named.nc")
+    test = opened("compare", "plain.zarr.zip", "<i>named.zarr.zip")
     said = words(test)
     assert "difference" in said
     assert any(name.startswith("difference_") for name in charts(test))
@@ -175,7 +177,7 @@ def test_compared_runs_are_tested_and_the_command_is_named(opened, monkeypatch):
     # Kept beside the first run: another process does not test them again.
     run_differences._tested.clear()
     monkeypatch.setattr(run_differences, "between_runs", None)
-    again = charts(opened("compare", "plain.nc", "<i>named.nc"))
+    again = charts(opened("compare", "plain.zarr.zip", "<i>named.zarr.zip"))
     assert again == charts(test)
 
 
@@ -184,7 +186,7 @@ def saved(figure_or_table) -> pd.DataFrame:
 
 
 def test_a_figure_for_a_paper_comes_with_the_entries_that_it_cites(opened):
-    codes = [block.value for block in opened("data", "plain.nc").code]
+    codes = [block.value for block in opened("data", "plain.zarr.zip").code]
     (latex,) = [code for code in codes if "includegraphics" in code]
     (bibtex,) = [code for code in codes if code.startswith("@")]
     (cited,) = re.findall(r"\\citep\{([^}]*)\}", latex)
@@ -194,7 +196,7 @@ def test_a_figure_for_a_paper_comes_with_the_entries_that_it_cites(opened):
 
 
 def test_every_format_has_what_is_shown(runs):
-    readings, _ = read_paths([str(runs / "mhc.nc")])
+    readings, _ = read_paths([str(runs / "mhc.zarr.zip")])
     figure = FIGURES["cka"].build({"mhc": readings[0].analysis})
     table = data_page.measure_table(figure)
     plain = data_page.plain_frame(table.data)
@@ -215,7 +217,7 @@ def test_columns_of_one_name_and_hidden_signs_can_be_saved():
 def test_the_command_and_the_python_of_a_measure_run_and_give_what_is_shown(
     opened, tmp_path, monkeypatch, capsys
 ):
-    test = opened("data", "mhc.nc", data_measure="effective_rank", scope="data")
+    test = opened("data", "mhc.zarr.zip", data_measure="effective_rank", scope="data")
     shown = test.dataframe[0].value
     command, python = (block.value for block in test.code[:2])
     found = subprocess.run(
@@ -237,7 +239,7 @@ def test_the_command_and_the_python_of_a_measure_run_and_give_what_is_shown(
     "what", [data_page.DEPTH, data_page.CONNECTION, data_page.SUMMARY, data_page.FINDINGS]
 )
 def test_the_python_of_every_table_gives_what_is_shown(what, opened, capsys):
-    test = opened("data", "mhc.nc", data_of=what)
+    test = opened("data", "mhc.zarr.zip", data_of=what)
     shown = test.dataframe[0].value
     commands = test.code[0].value.splitlines()
     assert all(shlex.split(each)[0] == "depthscope" for each in commands)
@@ -248,12 +250,12 @@ def test_the_python_of_every_table_gives_what_is_shown(what, opened, capsys):
 
 def test_a_run_of_sums_alone_says_what_it_lacks(opened, runs, monkeypatch):
     monkeypatch.setattr(run_library, "close_up_of", lambda reading: None)
-    assert "has no states of single tokens" in words(opened("tokens", "plain.nc"))
-    assert "matrices of single tokens" in words(opened("mixing", "mhc.nc"))
+    assert "has no states of single tokens" in words(opened("tokens", "plain.zarr.zip"))
+    assert "matrices of single tokens" in words(opened("mixing", "mhc.zarr.zip"))
 
 
 def test_a_card_opens_the_microscope_at_its_depth(opened, runs):
-    test = opened("", "nan.nc")
+    test = opened("", "nan.zarr.zip")
     (button, *_) = [each for each in test.button if each.label.startswith("Microscope")]
     depth = re.search(r"depth (\d+)", button.label)
     button.click().run()

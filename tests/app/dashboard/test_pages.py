@@ -20,16 +20,15 @@ from depthscope.app.dashboard.server import CONFIG, free_port, launch
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.figures import FIGURES, available
 from depthscope.app.text.bibliography import source_words
-from depthscope.app.text.numbers import number
-from depthscope.diagnostics import analyze, create_run, save_run
+from depthscope.diagnostics import analyze, create_run, save_run, schema
 from tests.app.dashboard.opening import ENTRY, charts, open_page, words
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, residual_run, mhc_run, make_run) -> Path:
     root = tmp_path_factory.mktemp("runs")
-    save_run(residual_run, root / "plain.nc")
-    save_run(mhc_run, root / "mhc.nc")
+    save_run(residual_run, root / "plain.zarr.zip")
+    save_run(mhc_run, root / "mhc.zarr.zip")
     save_run(make_run("residual", layers=3, gradients=False), root / "blind.zarr")
     return root
 
@@ -46,12 +45,14 @@ def opened(runs, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page.url_path for page in PAGES])
-@pytest.mark.parametrize("names", [("plain.nc",), ("mhc.nc",), ("plain.nc", "mhc.nc", "blind.zarr")])
+@pytest.mark.parametrize(
+    "names", [("plain.zarr.zip",), ("mhc.zarr.zip",), ("plain.zarr.zip", "mhc.zarr.zip", "blind.zarr")]
+)
 def test_every_page_opens_on_runs_of_any_kind(page, names, opened):
     test = opened(page, *names)
     shown = charts(test)
     # A history needs several steps, and these runs have one; streams have to be there to be mixed.
-    assert bool(shown) == (page != "training" and (page != "mixing" or "mhc.nc" in names))
+    assert bool(shown) == (page != "training" and (page != "mixing" or "mhc.zarr.zip" in names))
     for data in shown.values():
         assert len(data["alt"]) > 20
     assert not [
@@ -60,7 +61,7 @@ def test_every_page_opens_on_runs_of_any_kind(page, names, opened):
 
 
 def test_a_chart_contains_the_numbers_of_the_analysis(opened, mhc_run):
-    data = charts(opened("mixing", "mhc.nc", part="Streams"))["deflated_gain"]
+    data = charts(opened("mixing", "mhc.zarr.zip", part="Streams"))["deflated_gain"]
     traces = json.loads(data["figure"])["data"]
     (sent,) = [t for t in traces if t.get("name") == "mhc"]
     values = np.frombuffer(base64.b64decode(sent["y"]["bdata"]), dtype=sent["y"]["dtype"])
@@ -72,9 +73,9 @@ def test_the_overview_begins_with_the_verdict_and_ends_with_the_facts(monkeypatc
     trace = mhc_run["trace"].to_dataset().load()
     copies = trace["residual"].isel(stream=[0]).values.repeat(trace.sizes["stream"], axis=3)
     copied = create_run(trace.assign(residual=trace["residual"].copy(data=copies)), attrs=mhc_run.attrs)
-    save_run(copied, tmp_path / "copies.nc")
+    save_run(copied, tmp_path / "copies.zarr.zip")
     monkeypatch.setattr(run_library, "_roots", [])
-    test = open_page("", [tmp_path / "copies.nc"])
+    test = open_page("", [tmp_path / "copies.zarr.zip"])
     said = words(test)
     assert "The streams are still copies of one another deep in the network." in said
     assert "1 − cosine of any two of them is" in said
@@ -87,7 +88,7 @@ def test_the_overview_begins_with_the_verdict_and_ends_with_the_facts(monkeypatc
 
 
 def test_a_page_that_nothing_feeds_explains_why_and_what_to_do(opened):
-    mixing = words(opened("mixing", "plain.nc"))
+    mixing = words(opened("mixing", "plain.zarr.zip"))
     assert "has streams to mix" in mixing
     assert "depthscope demo" in mixing
     gradients = words(opened("gradients", "blind.zarr"))
@@ -110,7 +111,7 @@ def test_a_depth_that_a_shallower_run_lacks_is_brought_into_it(opened):
 
 
 def test_a_control_changes_the_chart(opened):
-    test = opened("collapse", "plain.nc")
+    test = opened("collapse", "plain.zarr.zip")
     before = charts(test)["effective_rank"]["figure"]
     test.segmented_control(key="scope").set_value("data").run()
     assert not test.exception
@@ -124,22 +125,22 @@ def test_the_parts_of_a_page_show_every_figure_that_the_run_feeds_once(question,
     }
     for part in dict.fromkeys(kind.section for kind in fed.values()):
         expected = {name for name, kind in fed.items() if kind.section == part}
-        assert set(charts(opened(question, "mhc.nc", part=part))) == expected
+        assert set(charts(opened(question, "mhc.zarr.zip", part=part))) == expected
 
 
 def test_a_part_of_another_page_opens_the_first_one(opened):
-    assert "gradient_norm" in charts(opened("gradients", "mhc.nc", part="Paths"))
+    assert "gradient_norm" in charts(opened("gradients", "mhc.zarr.zip", part="Paths"))
 
 
 def test_what_costs_more_is_computed_when_it_is_asked_for_and_kept(opened, runs, residual_run):
-    test = opened("similarity", "plain.nc", measure_b="CKNNA")
-    before = {path: path.stat().st_mtime_ns for path in runs.glob("plain.nc")}
+    test = opened("similarity", "plain.zarr.zip", measure_b="CKNNA")
+    before = {path: path.stat().st_mtime_ns for path in runs.glob("plain.zarr.zip")}
     (button,) = [each for each in test.button if each.key == "request_right_compute"]
     button.click().run()
     assert not test.exception
     assert not test.error
     assert "cknna" in charts(test)
-    assert before == {path: path.stat().st_mtime_ns for path in runs.glob("plain.nc")}
+    assert before == {path: path.stat().st_mtime_ns for path in runs.glob("plain.zarr.zip")}
     run_library._cache.clear()
     (kept,) = run_library.read_run("plain")
     expected = analyze(residual_run, metrics="cknna")
@@ -147,24 +148,11 @@ def test_what_costs_more_is_computed_when_it_is_asked_for_and_kept(opened, runs,
     assert "cknna" not in kept.analysis.attrs["on_request"]
 
 
-def test_what_was_streamed_is_in_the_tables(opened, mhc_run):
-    analysis = analyze(mhc_run)
-    facts = opened("", "mhc.nc").table[0].value
-    shown = facts.loc["… of every token, streamed"].iloc[0].replace("\\", "")
-    expected = float(
-        analysis["streamed_effective_rank"].isel(step=-1, depth=-1).sel(centering="raw", stream="mean")
-    )
-    assert shown.startswith(f"{expected:.1f} (baseline ")
-    pair = opened("similarity", "mhc.nc", a="2", b="7").table[0].value
-    value = float(analysis["streamed_cka"].isel(step=-1, depth=2, other_depth=7))
-    assert pair.loc["linear CKA, every token"].iloc[0].startswith(number(value))
-
-
 def test_depths_of_spectra_can_be_chosen(runs, opened, whole_run, whole):
     nodes = {"/trace": whole_run["plain"]["trace"].to_dataset(), "/metrics": whole["plain"]}
     run = xr.DataTree.from_dict({"/": xr.Dataset(attrs=whole_run["plain"].attrs), **nodes})
-    save_run(run, runs.parent / "whole.nc")
-    test = opened("collapse", "../whole.nc", part="Spectrum")
+    save_run(run, runs.parent / "whole.zarr.zip")
+    test = opened("collapse", "../whole.zarr.zip", part="Spectrum")
     assert "depth 4" in charts(test)["spectrum"]["alt"]
     test.multiselect(key="depths").set_value([1, 2]).run()
     assert not test.exception
@@ -184,20 +172,22 @@ def broken(path: Path) -> None:
     path.write_bytes(b"nonsense")
 
 
+def put(tree: xr.DataTree, path: Path) -> None:
+    schema.write_zip(tree, path)
+
+
 def newer(path: Path) -> None:
-    xr.DataTree.from_dict({"/": xr.Dataset(attrs={"schema_version": "9.0"})}).to_netcdf(
-        path, engine="h5netcdf"
-    )
+    put(xr.DataTree.from_dict({"/": xr.Dataset(attrs={"schema_version": "9.0"})}), path)
 
 
 def foreign(path: Path) -> None:
-    xr.Dataset({"a": ("x", [1.0])}).to_netcdf(path, engine="h5netcdf")
+    put(xr.DataTree(xr.Dataset({"a": ("x", [1.0])})), path)
 
 
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (broken, "torn or of another format"),
+        (broken, "cannot be read"),
         (newer, "read it with a newer depthscope"),
         (foreign, "not a depthscope run"),
     ],
@@ -205,8 +195,8 @@ def foreign(path: Path) -> None:
 def test_a_bad_run_explains_itself_and_leaves_the_good_ones(
     spoil, reason, opened, tmp_path, runs, monkeypatch
 ):
-    spoil(tmp_path / "bad.nc")
-    shutil.copy(runs / "plain.nc", tmp_path / "good.nc")
+    spoil(tmp_path / "bad.zarr.zip")
+    shutil.copy(runs / "plain.zarr.zip", tmp_path / "good.zarr.zip")
     run_library.allow([tmp_path])
     monkeypatch.setattr(run_library, "allow", lambda paths: None)
     monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
@@ -230,7 +220,7 @@ def test_an_empty_folder_gives_the_next_command(monkeypatch, tmp_path):
 def test_the_chains_of_a_run_are_shown_together(monkeypatch, tmp_path, make_run):
     parts = {"encoder": make_run("residual", layers=2), "decoder": make_run("residual", layers=3)}
     traces = {name: run["trace"].to_dataset() for name, run in parts.items()}
-    save_run(create_run(traces, attrs=dict(parts["encoder"].attrs)), tmp_path / "two.nc")
+    save_run(create_run(traces, attrs=dict(parts["encoder"].attrs)), tmp_path / "two.zarr.zip")
     monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
     test = AppTest.from_file(str(ENTRY), default_timeout=120).run()
     assert not test.exception
@@ -244,8 +234,8 @@ def test_the_chains_of_a_run_are_shown_together(monkeypatch, tmp_path, make_run)
 def test_only_what_lies_below_the_roots_is_listed(monkeypatch, tmp_path, runs):
     inside = tmp_path / "inside"
     inside.mkdir()
-    shutil.copy(runs / "plain.nc", inside / "a.nc")
-    (inside / "link.nc").symlink_to(runs / "mhc.nc")
+    shutil.copy(runs / "plain.zarr.zip", inside / "a.zarr.zip")
+    (inside / "link.zarr.zip").symlink_to(runs / "mhc.zarr.zip")
     monkeypatch.setattr(run_library, "_roots", [inside.resolve()])
     assert list(run_library.list_runs()) == ["a"]
     outside = run_library.read_run("../../etc/passwd")
@@ -256,17 +246,19 @@ def test_only_what_lies_below_the_roots_is_listed(monkeypatch, tmp_path, runs):
 def test_runs_of_the_same_name_get_distinct_names(monkeypatch, tmp_path, runs):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
-        shutil.copy(runs / "plain.nc", tmp_path / folder / "a.nc")
-    monkeypatch.setattr(run_library, "_roots", [tmp_path / "one" / "a.nc", tmp_path / "two" / "a.nc"])
+        shutil.copy(runs / "plain.zarr.zip", tmp_path / folder / "a.zarr.zip")
+    monkeypatch.setattr(
+        run_library, "_roots", [tmp_path / "one" / "a.zarr.zip", tmp_path / "two" / "a.zarr.zip"]
+    )
     assert list(run_library.list_runs()) == ["a", "two/a"]
 
 
 def test_a_run_is_analysed_again_only_when_its_file_changes(monkeypatch, tmp_path, runs, make_run):
-    shutil.copy(runs / "plain.nc", tmp_path / "a.nc")
+    shutil.copy(runs / "plain.zarr.zip", tmp_path / "a.zarr.zip")
     monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
     first = run_library.read_run("a")
     assert run_library.read_run("a") is first
-    save_run(make_run("residual", layers=2), tmp_path / "a.nc")
+    save_run(make_run("residual", layers=2), tmp_path / "a.zarr.zip")
     second = run_library.read_run("a")
     assert second is not first
     assert second[0].analysis.sizes["depth"] == 3

@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.browser, pytest.mark.slow]
 def runs_root(tmp_path_factory, residual_run, mhc_run) -> Path:
     """Two runs, and a training with hyper-connections."""
     root = tmp_path_factory.mktemp("walked")
-    save_run(residual_run, root / "plain.nc")
-    save_run(mhc_run, root / "mhc.nc")
+    save_run(residual_run, root / "plain.zarr.zip")
+    save_run(mhc_run, root / "mhc.zarr.zip")
     model = build("hc", size=Size(layers=2, width=16, heads=2))
     ids = torch.arange(64).reshape(2, 32) % 50
     with ds.record(model, every=1, metrics="live", store=root / "training") as recorder:
@@ -92,7 +92,7 @@ def test_a_view_is_shared_by_its_address(page, walked):
 @pytest.mark.slow(one_in=5)
 def test_a_first_visit_gets_an_answer_soon(page, runs_root, tmp_path):
     runs = shutil.copytree(
-        runs_root, tmp_path / "runs", ignore=shutil.ignore_patterns(".depthscope", "training", "mhc.nc")
+        runs_root, tmp_path / "runs", ignore=shutil.ignore_patterns(".depthscope", "training", "mhc.zarr.zip")
     )
     taken = first_visit(page, runs)
     assert 0 < taken["first answer"] <= taken["all runs"]

@@ -103,7 +103,7 @@ def test_several_runs_are_drawn_on_the_same_axes_and_their_seeds_as_one_band(sto
             add(other, step, 6)
         other.finish()
         other.close()
-    save_run(make_run("residual", layers=2), folder / "plain.nc")
+    save_run(make_run("residual", layers=2), folder / "plain.zarr.zip")
     chosen = {"runs": ["run", "second", "third", "plain"], "measures": "residual_norm", "over_depths": "last"}
     test = open_page("training", [folder], **chosen)
     assert "and not shown: plain" in words(test)
@@ -152,7 +152,7 @@ def test_trainings_of_a_group_are_a_band_at_their_shared_steps():
 
 def test_a_run_without_a_history_says_how_to_record_one(tmp_path, make_run, monkeypatch):
     monkeypatch.setattr(run_library, "_roots", [])
-    save_run(make_run("residual", layers=2), tmp_path / "plain.nc")
+    save_run(make_run("residual", layers=2), tmp_path / "plain.zarr.zip")
     test = open_page("training", [tmp_path])
     assert "one measured step" in words(test)
     assert "ds.record" in words(test)
@@ -162,7 +162,7 @@ def test_only_trainings_with_two_measured_steps_are_offered(store, tmp_path, mak
     short = begin(tmp_path / "short", make_run("residual", layers=5))
     add(short, 0, 6)
     short.finish()
-    save_run(make_run("residual", layers=2), tmp_path / "plain.nc")
+    save_run(make_run("residual", layers=2), tmp_path / "plain.zarr.zip")
     test = open_page("training", [tmp_path], runs=["plain"])
     offered = [button.label for button in test.button]
     assert "run" in offered
@@ -174,7 +174,7 @@ def test_a_saved_copy_shows_the_same_history(store, tmp_path):
     live = numbers(heat_map(opened(store, measures="residual_norm"))["customdata"])
     (tmp_path / "copies").mkdir()
     with schema.open_run(store.path) as run:
-        save_run(run, tmp_path / "copies" / "copy.nc")
+        save_run(run, tmp_path / "copies" / "copy.zarr.zip")
     test = open_page("training", [tmp_path / "copies"], measures="residual_norm")
     np.testing.assert_array_equal(numbers(heat_map(test)["customdata"]), live)
     assert "ended" not in words(test)
@@ -211,7 +211,7 @@ def test_a_resumed_training_shows_where_and_forgets_what_it_superseded(store):
 
 
 def test_the_table_of_runs_says_what_is_written_and_stale(store, make_run):
-    save_run(make_run("residual", layers=2), store.path.parent / "saved.nc")
+    save_run(make_run("residual", layers=2), store.path.parent / "saved.zarr.zip")
     test = open_page("", [store.path.parent])
     status = {name: row["status"] for name, row in board(test).items()}
     assert status["saved"] == "saved"

@@ -233,34 +233,7 @@ def test_the_register_needs_no_renderer_and_no_torch():
     assert done.stdout.strip() == "[]"
 
 
-# --- streamed sums, bands, errors, words
-
-
-def test_the_streamed_rank_of_every_token_stands_beside_the_pooled_one(whole):
-    data = whole["plain"]
-    figure = FIGURES["effective_rank"].build({"plain": data}, scope="data", centering="centred")
-    sampled, line = measured(figure)
-    assert line.label == "plain · every token, streamed"
-    expected = data["streamed_effective_rank"].isel(step=-1).sel(centering="centred", stream="mean")
-    np.testing.assert_array_equal(line.y, expected)
-    np.testing.assert_array_equal(line.x, sampled.x)
-    assert "Streamed: from sums over every token" in figure.caption
-
-
-@pytest.mark.parametrize("choice", [{"scope": "sequence"}, {"scope": "data", "tokens": "ordinary"}])
-def test_streamed_sums_cannot_tell_sequences_or_massive_tokens_apart(whole, choice):
-    assert len(measured(FIGURES["effective_rank"].build({"plain": whole["plain"]}, **choice))) == 1
-
-
-def test_the_streamed_cka_with_the_depth_before_has_its_error(whole):
-    data = whole["plain"].copy()
-    data["streamed_cka_error"] = data["streamed_cka_error"] + 0.01
-    _, line = measured(FIGURES["adjacent_cka"].build({"plain": data}))
-    table = data["streamed_cka"].isel(step=-1).values
-    np.testing.assert_array_equal(line.y[1:], [table[i, i - 1] for i in range(1, len(table))])
-    np.testing.assert_allclose(line.upper[1:] - line.y[1:], 0.01, atol=1e-6)
-    assert len(measured(FIGURES["adjacent_cka"].build({"plain": data}, estimator="biased"))) == 1
-    assert "at most 0.0100" in FIGURES["streamed_cka"].build({"plain": data}).caption
+# --- bands, errors, words
 
 
 def test_the_cosine_with_the_depth_before_has_a_band_of_tokens(whole):
@@ -327,12 +300,8 @@ def test_a_sample_that_is_too_small_is_told(plain):
     assert "a: 10 sequences are few." in both
 
 
-def test_a_gap_and_a_missing_error_have_their_reasons(whole):
+def test_a_missing_error_has_its_reason(whole):
     data = whole["plain"].copy()
-    name = "streamed_participation_ratio"
-    data[name] = data[name].where(data["depth"] > 0).assign_attrs(undefined_because="too coarse at depth 0")
-    caption = FIGURES["participation_ratio"].build({"a": data}, scope="data").caption
-    assert "A gap in it: too coarse at depth 0." in caption
     lone = data["dong_residual_stderr"].where(False).assign_attrs(undefined_because="one sequence")
     data["dong_residual_stderr"] = lone
     (line,) = measured(figure := FIGURES["dong_residual"].build({"a": data}))

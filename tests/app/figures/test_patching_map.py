@@ -45,7 +45,7 @@ def test_cells_are_those_of_the_result(result):
 def test_it_is_drawn_and_what_it_lacks_is_refused(result, tmp_path):
     drawn = ds.figures.patching(result, venue="icml")
     assert [text.get_text() for text in drawn.axes[0].get_xticklabels()] == ["0 a", "1 b", r"2 \$", "3 d"]
-    saved = ds.interventions.save_result(result, tmp_path / "a.h5")
+    saved = ds.interventions.save_result(result, tmp_path / "a.zip")
     assert ds.figures.patching(saved, site="h_res").axes
     with pytest.raises(ValueError, match="no site 'h_pre' was patched"):
         ds.figures.patching(result, site="h_pre")

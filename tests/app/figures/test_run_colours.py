@@ -108,12 +108,13 @@ def test_marks_are_seen_on_white_and_on_the_dark_page(page):
 
 def test_what_lies_in_the_folder_recolours_nothing(readings, tmp_path):
     chosen = [
-        replace(reading, path=str(tmp_path / f"{reading.name}.nc")) for reading in (readings[7], readings[4])
+        replace(reading, path=str(tmp_path / f"{reading.name}.zarr.zip"))
+        for reading in (readings[7], readings[4])
     ]
     before = colours_of(chosen)
     assert before == {"run07": RUN_COLOURS[0], "run04": RUN_COLOURS[1]}
     for name in ("aaa", "run04", "run05", "run07"):
-        (tmp_path / f"{name}.nc").touch()
+        (tmp_path / f"{name}.zarr.zip").touch()
     assert colours_of(chosen) == before
     assert colours_of(readings[:10]) == {f"run{number:02}": RUN_COLOURS[number] for number in range(10)}
 

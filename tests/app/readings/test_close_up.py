@@ -17,7 +17,7 @@ def trace(mhc_run):
     return mhc_run["trace"].to_dataset().load()
 
 
-@pytest.fixture(scope="module", params=[".nc", ".zarr"])
+@pytest.fixture(scope="module", params=[".zarr.zip", ".zarr"])
 def close_up(request, tmp_path_factory, mhc_run):
     path = tmp_path_factory.mktemp("runs") / f"a{request.param}"
     save_run(mhc_run, path)
@@ -75,8 +75,8 @@ def test_a_state_that_is_not_finite_is_the_largest(make_run, tmp_path):
     data = run["trace"].to_dataset().load().copy(deep=True)
     sequence, position = real_tokens(data)[-1]
     data["residual"].values[2, sequence, position, 0, 4] = np.inf
-    save_run(schema.create_run(data, attrs=run.attrs), tmp_path / "a.nc")
-    found = read_close_up(tmp_path / "a.nc")
+    save_run(schema.create_run(data, attrs=run.attrs), tmp_path / "a.zarr.zip")
+    found = read_close_up(tmp_path / "a.zarr.zip")
     largest = found.largest_tokens(2)[0]
     assert (largest.sequence, largest.position) == (sequence, position)
     assert found.largest_entries(2)[0].feature == 4
@@ -108,9 +108,9 @@ def test_a_product_has_the_later_connection_on_the_left(close_up, trace):
 
 
 def test_of_a_run_that_is_too_large_the_first_sequences_are_read(mhc_run, tmp_path, monkeypatch):
-    save_run(mhc_run, tmp_path / "a.nc")
+    save_run(mhc_run, tmp_path / "a.zarr.zip")
     monkeypatch.setattr(reading, "MOST_BYTES", 1)
-    found = read_close_up(tmp_path / "a.nc")
+    found = read_close_up(tmp_path / "a.zarr.zip")
     assert (found.num_sequences, found.sequences) == (1, 2)
 
 
@@ -125,7 +125,7 @@ def test_a_live_store_has_the_states_of_its_newest_step(make_run, tmp_path):
         schema.open_group(tmp_path / "live", "coverage")
 
 
-@pytest.mark.parametrize("suffix", [".nc", ".zarr"])
+@pytest.mark.parametrize("suffix", [".zarr.zip", ".zarr"])
 def test_a_group_that_a_run_lacks_is_said_in_every_format(suffix, mhc_run, tmp_path):
     save_run(mhc_run, tmp_path / f"a{suffix}")
     with pytest.raises(AbsentError, match="it has no group metrics"):
@@ -134,9 +134,9 @@ def test_a_group_that_a_run_lacks_is_said_in_every_format(suffix, mhc_run, tmp_p
 
 def test_a_run_without_states_has_none(mhc_run, tmp_path):
     trace = mhc_run["trace"].to_dataset().drop_vars(["residual", "gradient"], errors="ignore")
-    with pytest.raises(FileNotFoundError, match=r"missing\.nc"):
-        schema.open_group(tmp_path / "missing.nc", "trace")
+    with pytest.raises(FileNotFoundError, match=r"missing\.zarr.zip"):
+        schema.open_group(tmp_path / "missing.zarr.zip", "trace")
     run = schema.create_run(metrics=trace[["mask"]].assign(x=("depth", np.zeros(3))), attrs={})
-    save_run(run, tmp_path / "m.nc")
+    save_run(run, tmp_path / "m.zarr.zip")
     with pytest.raises(AbsentError, match="no group trace"):
-        read_close_up(tmp_path / "m.nc")
+        read_close_up(tmp_path / "m.zarr.zip")

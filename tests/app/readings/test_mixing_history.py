@@ -22,7 +22,7 @@ from tests.models.logit_models import LogitModel, ids, loss
 def test_the_means_of_each_step_are_those_of_the_model(store, tmp_path, monkeypatch):
     model, expected = LogitModel(), []
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
-    path = tmp_path / ("run" if store else "run.nc")
+    path = tmp_path / ("run" if store else "run.zarr.zip")
     options = {"store": path} if store else {}
     with ds.record(model, max_sequences=8, **options) as recorder:
         for step in range(3):
@@ -62,5 +62,8 @@ def test_more_elements_than_a_page_holds_are_refused():
 
 
 def test_a_run_of_one_step_has_no_history(tmp_path, mhc_run):
-    ds.save_run(mhc_run, tmp_path / "one.nc")
-    assert run_library.mixing_history_of(run_library.read_run("one", {"one": tmp_path / "one.nc"})[0]) is None
+    ds.save_run(mhc_run, tmp_path / "one.zarr.zip")
+    assert (
+        run_library.mixing_history_of(run_library.read_run("one", {"one": tmp_path / "one.zarr.zip"})[0])
+        is None
+    )

@@ -189,12 +189,12 @@ def test_a_report_does_not_say_where_its_runs_are(make_run, tmp_path):
     folder.mkdir()
     run = make_run("hc", layers=2)
     run["trace"]["residual"].load().values[2:, :, :, 2] *= 1e5
-    save_run(run, folder / "loud run.nc")
-    readings, _ = read_paths([str(folder / "loud run.nc")])
+    save_run(run, folder / "loud run.zarr.zip")
+    readings, _ = read_paths([str(folder / "loud run.zarr.zip")])
     page = to_html(readings)
     assert "depthscope" in page
     commands = re.findall(r"<code>(depthscope [^<]*)</code>", html.unescape(page))
-    assert any("'loud run.nc'" in command for command in commands)
+    assert any("'loud run.zarr.zip'" in command for command in commands)
     assert str(tmp_path) not in html.unescape(page)
     assert folder.name not in html.unescape(page)
 

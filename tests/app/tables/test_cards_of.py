@@ -41,7 +41,7 @@ def test_a_result_from_elsewhere_says_nothing(depths):
 
 
 def test_cards_show_the_command_and_then_its_result(tmp_path):
-    path = tmp_path / "a run.nc"
+    path = tmp_path / "a run.zarr.zip"
     reading = Reading("a", {}, xr.Dataset(), (IDLE,), path=str(path))
     (card,) = cards_of(reading)
     assert card.experiment == f"depthscope ablate '{path}' --do bypass --depths 2-3"
@@ -52,7 +52,7 @@ def test_cards_show_the_command_and_then_its_result(tmp_path):
 
 
 def test_the_lens_says_from_which_depth_on_the_prediction_stands(tmp_path):
-    path = tmp_path / "a.nc"
+    path = tmp_path / "a.zarr.zip"
     depths = xr.DataArray(np.full((1, 1, 2, 3), 4.0), dims=("lens", "stream", "sample", "token"))
     lens = xr.Dataset({"prediction_depth": depths}, {"lens": ["logit"], "depth": np.arange(7)})
     save_result(lens.assign_attrs(kind_of_file="depthscope experiments"), result_path(path, "lens"))
@@ -62,7 +62,7 @@ def test_the_lens_says_from_which_depth_on_the_prediction_stands(tmp_path):
 
 
 def test_a_file_of_somebody_else_in_its_place_is_passed_over(tmp_path):
-    path = tmp_path / "a.nc"
+    path = tmp_path / "a.zarr.zip"
     result_path(path, "ablate").write_bytes(b"not a result")
     assert results_beside(path, None) == {}
     save_result(result().assign_attrs(weights_digest="sha256:1"), path=result_path(path, "lens"))

@@ -22,7 +22,7 @@ def reading(tmp_path_factory, mhc_run):
     trace = mhc_run["trace"].to_dataset().load()
     states = trace["residual"].copy(deep=True)
     states.values[4:] = states.values[4:].mean(axis=2, keepdims=True)
-    path = tmp_path_factory.mktemp("same") / "same.nc"
+    path = tmp_path_factory.mktemp("same") / "same.zarr.zip"
     save_run(create_run(trace.assign(residual=states), attrs=mhc_run.attrs), path)
     (found,), _ = read_paths([str(path)])
     return found

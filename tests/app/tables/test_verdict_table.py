@@ -48,7 +48,7 @@ def test_the_counts_are_those_of_the_terminal_and_a_connection_opens_the_depth_i
 ):
     from depthscope.app.cli.main import main
 
-    path = tmp_path / "mhc.nc"
+    path = tmp_path / "mhc.zarr.zip"
     save_run(make_run("mhc"), path)
     main(["check", str(path)])
     (said,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  verdicts ")]

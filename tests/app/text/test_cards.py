@@ -76,7 +76,8 @@ def test_a_card_fits_a_narrow_terminal_and_says_the_same(width):
             FINDING, verdict=verdict, advice=VERDICTS[verdict].advice, because="gain_explosion", profile=(0.1, 0.5, 0.02)
         )  # fmt: skip
         card = card_of(
-            found, experiment="depthscope ablate run.nc --do skip --depths 5-7 --out 'my effects.nc'"
+            found,
+            experiment="depthscope ablate run.zarr.zip --do skip --depths 5-7 --out 'my effects.zarr.zip'",
         )
         lines = card_lines(card, width=width)
         assert max(map(len, lines)) <= width
@@ -85,7 +86,7 @@ def test_a_card_fits_a_narrow_terminal_and_says_the_same(width):
 
 
 def test_a_command_on_several_lines_is_one_for_a_shell():
-    command = "depthscope ablate 'my runs/a b.nc' --do skip --depths 5-7"
+    command = "depthscope ablate 'my runs/a b.zarr.zip' --do skip --depths 5-7"
     lines = card_lines(card_of(FINDING, experiment=command), width=50)
     script = "\n".join(line.strip() for line in lines[lines.index(next(x for x in lines if "ablate" in x)) :])
     assert "\\\n" in script
@@ -135,7 +136,7 @@ def test_a_number_carries_the_name_of_what_it_is(mhc_run):
 
 
 def test_the_json_is_what_the_published_schema_says(mhc_run, tmp_path, capsys):
-    path = tmp_path / "mhc.nc"
+    path = tmp_path / "mhc.zarr.zip"
     save_run(mhc_run, path)
     main(["check", str(path), "--json"])
     findings = json.loads(capsys.readouterr().out)["runs"][0]["findings"]

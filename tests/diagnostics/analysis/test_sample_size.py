@@ -90,6 +90,6 @@ def test_how_well_an_error_is_known_is_what_simulation_gives():
 def test_notes_survive_the_disk(run_of, tmp_path):
     run = run_of(3, 10, 8, 8)
     run["metrics"] = diagnostics.analyze(run, metrics=["gradient_rank"])
-    with schema.open_run(schema.save_run(run, tmp_path / "run.nc")) as back:
+    with schema.open_run(schema.save_run(run, tmp_path / "run.zarr.zip")) as back:
         stored = schema.chain_dataset(back, "metrics")
         assert "3 sequences" in stored.attrs["notes"]["gradient_rank"]

@@ -107,12 +107,12 @@ def test_what_the_experiment_of_a_finding_gave_is_found_by_kind_and_place():
 
 
 def test_a_result_is_kept_whole_and_only_as_it_was_saved(tmp_path):
-    place = save_result(_result(), tmp_path / "a.ablate.h5")
+    place = save_result(_result(), tmp_path / "a.ablate.zip")
     again = open_result(place)
     assert again.attrs["left_out"] == ["a: b"]
     xr.testing.assert_equal(again, _result())
     place.write_bytes(place.read_bytes()[:-3])
-    with pytest.raises(ValueError, match="is not a result of experiments as it was saved"):
+    with pytest.raises(ValueError, match="cannot be read"):
         open_result(place)
     with pytest.raises(FileNotFoundError, match="make one with `depthscope ablate`"):
-        open_result(tmp_path / "b.h5")
+        open_result(tmp_path / "b.zip")

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from depthscope.diagnostics import analyze, schema, training_curves
+from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.schema import live_store, live_store_frames
 from depthscope.diagnostics.schema.live_store import LiveStore
 from depthscope.diagnostics.schema.live_store_frames import frames_from
@@ -56,7 +56,6 @@ def test_a_growing_a_killed_and_a_finished_store_are_told_apart(one_step, tmp_pa
             assert (status["state"], status["last_step"], status["num_rows"]) == (state, 4, 5)
             assert status["pid"] == os.getpid()
             assert 0 <= status["age_seconds"] < 60
-            assert schema.integrity(run) == "verified"
             # What has no step is of the saved state.
             np.testing.assert_array_equal(run.trace.residual.values, one_step.trace.residual.values)
     store = written(tmp_path / "a", one_step, [5], resume=True)
@@ -66,7 +65,7 @@ def test_a_growing_a_killed_and_a_finished_store_are_told_apart(one_step, tmp_pa
         assert status_of(run)["state"] == "finished"
         assert run.attrs[schema.RESUMED_AT] == [5]
         # A copy is a run like any other.
-        copy = schema.save_run(run, tmp_path / "a.nc")
+        copy = schema.save_run(run, tmp_path / "a.zarr.zip")
     with schema.open_run(copy) as run:
         require_rows(run, range(6))
         assert schema.LIVE not in run.attrs
@@ -92,7 +91,7 @@ def test_a_store_without_a_finished_step_says_so(one_step, tmp_path):
 
 def test_live_stores_are_listed_and_judged_like_other_runs(one_step, tmp_path):
     written(tmp_path / "runs" / "a", one_step).close()
-    schema.save_run(one_step, tmp_path / "runs" / "b.nc")
+    schema.save_run(one_step, tmp_path / "runs" / "b.zarr.zip")
     assert list(schema.list_runs(tmp_path / "runs")) == ["a", "b"]
     assert list(schema.list_runs(tmp_path / "runs" / "a")) == ["a"]
     with schema.open_run(tmp_path / "runs" / "a") as run:
@@ -174,27 +173,6 @@ def test_a_resumed_training_has_no_step_twice(one_step, tmp_path, monkeypatch):
         assert run.attrs[schema.RESUMED_AT] == [6, 0]
 
 
-def test_the_step_of_pooled_sums_is_that_of_the_saved_state(make_run, tmp_path):
-    run = make_run("residual", **SMALL)
-    labels = {"centering": ["raw", "centred"], "component": np.arange(3)}
-    pooled = {
-        "streamed_count": ("depth", np.full(3, 40.0)),
-        "eigenvalue": (("centering", "depth", "component"), np.ones((2, 3, 3))),
-        "eigenvalue_shaken": (("centering", "depth", "component"), np.ones((2, 3, 3))),
-        "stream_eigenvalue": (("centering", "depth", "stream", "component"), np.ones((2, 3, 1, 3))),
-        "stream_eigenvalue_shaken": (("centering", "depth", "stream", "component"), np.ones((2, 3, 1, 3))),
-    }
-    statistics = run.statistics.to_dataset().assign(pooled).assign_coords(labels)
-    run["statistics"] = xr.DataTree(statistics)
-    first = int(statistics.step.values[-1])
-    store = written(tmp_path / "a", run, range(first, first + 4))
-    with schema.open_run(tmp_path / "a") as opened:
-        curves = training_curves(opened)["streamed_effective_rank"]
-    known = np.isfinite(curves.values.reshape(4, -1)).any(1)
-    np.testing.assert_array_equal(curves.step.values[known], [first])
-    store.close()
-
-
 # --- torn, damaged, hostile
 
 
@@ -233,11 +211,9 @@ def test_damage_before_the_end_is_named_and_what_is_before_it_can_be_read(one_st
         log.write_bytes(damaged)
         with pytest.raises(
             schema.SchemaError,
-            match=rf"damaged at byte {third}, in row 2; the 2 rows up to step 1 .*verify=False",
+            match=rf"damaged at byte {third}, in row 2",
         ):
             schema.open_run(tmp_path / "a")
-    with schema.open_run(tmp_path / "a", verify=False) as run:
-        require_rows(run, range(2))
     with pytest.raises(schema.SchemaError, match="damaged at byte"):
         LiveStore(tmp_path / "a", resume=True)
 
@@ -272,7 +248,10 @@ def test_damage_before_the_end_is_named_and_what_is_before_it_can_be_read(one_st
         ({"columns": [[7, 4]]}, "is none that depthscope writes"),
         ({"columns": [[7, 4, 0, 0, 4, -9, -3]]}, r"000007\.cols is not among its files"),
         (
-            {"columns": [[7, 4, 0, 0, 4, -9, -3]], "files": ["columns/000007.cols", "states/000001.nc"]},
+            {
+                "columns": [[7, 4, 0, 0, 4, -9, -3]],
+                "files": ["columns/000007.cols", "states/000001.zarr.zip"],
+            },
             "a file of its older rows is missing",
         ),
         ({"files": ["../../x"]}, "is not a file of a live store"),
@@ -319,15 +298,15 @@ def test_links_pipes_and_files_of_others_are_refused(one_step, tmp_path):
     with pytest.raises(schema.SchemaError, match=r"contains notes\.txt"):
         schema.open_run(tmp_path / "a")
     (tmp_path / "a" / "notes.txt").unlink()
-    outside = tmp_path / "outside.nc"
-    state = tmp_path / "a" / "states" / "000001.nc"
+    outside = tmp_path / "outside.zarr.zip"
+    state = tmp_path / "a" / "states" / "000001.zarr.zip"
     os.replace(state, outside)
     state.symlink_to(outside)
-    with pytest.raises(schema.SchemaError, match=r"contains states/000001\.nc"):
+    with pytest.raises(schema.SchemaError, match=r"contains states/000001\.zarr.zip"):
         schema.open_run(tmp_path / "a")
     state.unlink()
     os.mkfifo(state)
-    with pytest.raises(schema.SchemaError, match=r"contains states/000001\.nc"):
+    with pytest.raises(schema.SchemaError, match=r"contains states/000001\.zarr.zip"):
         schema.open_run(tmp_path / "a")
 
 
@@ -444,7 +423,7 @@ def test_states_are_bounded_and_each_is_a_run(one_step, tmp_path):
     for _ in range(3):
         store.save_state(one_step)
     states = sorted((tmp_path / "a" / "states").iterdir())
-    assert [state.name for state in states] == ["000002.nc", "000003.nc", "000004.nc"]
+    assert [state.name for state in states] == ["000002.zarr.zip", "000003.zarr.zip", "000004.zarr.zip"]
     with schema.open_run(states[0]) as run:
         assert run.statistics.sizes["step"] == 1
     store.close()

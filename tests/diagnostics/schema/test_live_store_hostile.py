@@ -68,7 +68,7 @@ def test_a_folder_that_is_a_link_is_neither_read_nor_emptied(pair, tmp_path, fol
     outside = tmp_path / "outside"
     (store / folder).rename(outside)
     for name in ("000090", "000091", "000092"):  # of somebody else
-        for ending in (".cols", ".nc"):
+        for ending in (".cols", ".zarr.zip"):
             (outside / f"{name}{ending}").write_bytes(b"mine")
     before = {entry.name: entry.read_bytes() for entry in outside.iterdir()}
     (store / folder).symlink_to(outside)
@@ -109,7 +109,7 @@ def test_a_folder_that_becomes_a_link_is_not_written_through(pair, one_step, tmp
     ("name", "message"),
     [
         ("columns/000001.cols", "not the file that the log of this run names"),
-        ("states/000001.nc", "is of another run than its log"),
+        ("states/000001.zarr.zip", "is of another run than its log"),
         (schema.LOG, "is of another run than its log"),
     ],
 )
@@ -135,7 +135,7 @@ def test_a_store_that_is_copied_onto_an_older_one_is_refused_and_nothing_is_remo
     store, newer = pair
     for number in (7, 8, 9):
         shutil.copyfile(store / "columns" / "000001.cols", store / "columns" / f"00000{number}.cols")
-        shutil.copyfile(store / "states" / "000001.nc", store / "states" / f"00000{number}.nc")
+        shutil.copyfile(store / "states" / "000001.zarr.zip", store / "states" / f"00000{number}.zarr.zip")
     shutil.copytree(newer, store, dirs_exist_ok=True)  # cp -r b/. a
     before = sorted(store.rglob("*"))
     for door in (*READERS, resume):

@@ -59,7 +59,7 @@ def _linear(name: str, **changes: object) -> xr.DataTree:
 @pytest.mark.parametrize("name", MODELS)
 def test_runs_of_every_kind_of_connection_are_saved_and_opened(name, tmp_path):
     run = MODELS[name].run(constraint="doubly stochastic within 1e-07")
-    opened = schema.open_run(schema.save_run(run, tmp_path / "run.nc"))
+    opened = schema.open_run(schema.save_run(run, tmp_path / "run.zarr.zip"))
     assert opened.attrs["proof"] == "proven"
     xr.testing.assert_identical(opened["trace"].to_dataset().load(), run["trace"].to_dataset())
 

@@ -219,7 +219,7 @@ def test_a_recording_is_settled_afterwards(tmp_path):
         recorder.step()
     assert one(findings(recorder.run), "same_representation").settled == "not settled"
     run = settle(recorder.run, model, batch)
-    path = diagnostics.save_run(run, tmp_path / "a.nc")
+    path = diagnostics.save_run(run, tmp_path / "a.zarr.zip")
     assert one(findings(diagnostics.open_run(path)), "same_representation").settled == "shown"
     with pytest.raises(InputError, match="got forwards=-1; expected 0 or more"):
         settle(run, model, batch, forwards=-1)

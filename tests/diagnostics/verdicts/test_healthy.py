@@ -125,7 +125,7 @@ def frozen(blocks: int) -> xr.DataTree:
 
 
 def test_no_gradient_below_frozen_weights_is_no_failure(tmp_path):
-    path = diagnostics.save_run(frozen(2), tmp_path / "frozen.nc")
+    path = diagnostics.save_run(frozen(2), tmp_path / "frozen.zarr.zip")
     run = diagnostics.open_run(path)
     assert run["trace"]["gradient"].attrs["without_gradient"] == [0, 1, 2]
     analysis = diagnostics.analyze(run)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from depthscope.app.cli.command import FINE, USAGE
 
 import depthscope as ds
-from depthscope.app.cli.command import FINE, USAGE
 from depthscope.app.cli.main import main
 from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.checkpoints.hub import is_hub_name
@@ -91,7 +91,7 @@ def test_a_run_keeps_the_commit_and_an_experiment_finds_its_checkpoint_again(ser
     attrs = json.loads(capsys.readouterr().out)["attrs"]
     assert (attrs["repository"], attrs["repository_commit"]) == ("org/tiny", COMMIT)
     assert attrs["model"] == "tiny"
-    assert main(["ablate", "tiny.nc", "--blocks", "0"]) == FINE
+    assert main(["ablate", "tiny.zarr.zip", "--blocks", "0"]) == FINE
     assert "skip block 0" in capsys.readouterr().out
     assert main(["describe", "org/tiny", "--plan", "--json"]) == FINE
     assert main(["describe", "org/tiny", "--weights-only", "--json"]) == FINE

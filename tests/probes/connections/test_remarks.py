@@ -265,7 +265,7 @@ def test_remarks_are_in_the_run_its_page_and_its_findings():
 
 def test_remarks_are_kept_in_a_file(tmp_path):
     run = probes.capture(network(wiring("returned", "discarded")), tokens())
-    again = diagnostics.open_run(diagnostics.save_run(run, tmp_path / "a.nc"))
+    again = diagnostics.open_run(diagnostics.save_run(run, tmp_path / "a.zarr.zip"))
     assert again.attrs["remarks"] == run.attrs["remarks"]
 
 

@@ -205,9 +205,9 @@ def test_a_result_is_saved_beside_its_run_and_told_in_sentences(tmp_path):
     result = ds.interventions.ablate(
         LocalStreams().eval(), ids(), ["skip", "identity"], token_text=[["a"] * 9] * 4
     )
-    ds.save_run(ds.capture(LocalStreams().eval(), ids()), tmp_path / "a.nc")
-    place = experiments.save_result(result, experiments.result_path(tmp_path / "a.nc", "ablate"))
-    assert place.name == "a.ablate.h5"
+    ds.save_run(ds.capture(LocalStreams().eval(), ids()), tmp_path / "a.zarr.zip")
+    place = experiments.save_result(result, experiments.result_path(tmp_path / "a.zarr.zip", "ablate"))
+    assert place.name == "a.ablate.zip"
     assert list(list_runs(tmp_path)) == ["a"]  # it is no run
     again = experiments.open_result(place)
     assert list(again.experiment.values) == list(result.experiment.values)
@@ -215,7 +215,7 @@ def test_a_result_is_saved_beside_its_run_and_told_in_sentences(tmp_path):
     assert experiments.describe_results(again) == experiments.describe_results(result)
     assert len(experiments.describe_results(again)) == 3
     with pytest.raises(ValueError, match="is not a result of experiments"):
-        experiments.open_result(tmp_path / "a.nc")
+        experiments.open_result(tmp_path / "a.zarr.zip")
 
 
 # --- what a block is worth to the later ones
@@ -327,7 +327,7 @@ def test_the_effect_on_later_blocks_is_told_and_kept(plain, tmp_path):
     found = ds.interventions.ablate(model, [batch[:2], batch[2:]], ["skip", "skip-past"])
     whole = ds.interventions.ablate(model, batch, ["skip", "skip-past"])
     np.testing.assert_allclose(found.branch_change, whole.branch_change, rtol=1e-4)
-    kept = experiments.open_result(experiments.save_result(found, tmp_path / "a.h5"))
+    kept = experiments.open_result(experiments.save_result(found, tmp_path / "a.zip"))
     rows = experiments.table_rows(kept)
     assert [later["block"] for later in rows[0]["later_blocks"]] == [1, 2, 3]
     assert rows[3]["later_blocks"] == []

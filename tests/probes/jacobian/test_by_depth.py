@@ -67,12 +67,12 @@ def test_an_isometry_has_mean_one_and_no_variance():
 
 def test_a_result_of_other_weights_or_another_text_is_no_result_of_the_run(measured, tmp_path):
     found = measured[2].assign_attrs(weights_digest="sha256:1", data_digest="sha256:2")
-    place = save_result(found, result_path(tmp_path / "a.nc", "jacobian"))
-    assert place.name == "a.jacobian.h5"
+    place = save_result(found, result_path(tmp_path / "a.zarr.zip", "jacobian"))
+    assert place.name == "a.jacobian.zip"
     np.testing.assert_array_equal(open_result(place).singular_value, found.singular_value)
-    assert set(results_beside(tmp_path / "a.nc", "sha256:1", "sha256:2")) == {"jacobian"}
-    assert results_beside(tmp_path / "a.nc", "sha256:3", "sha256:2") == {}
-    assert results_beside(tmp_path / "a.nc", "sha256:1", "sha256:3") == {}
+    assert set(results_beside(tmp_path / "a.zarr.zip", "sha256:1", "sha256:2")) == {"jacobian"}
+    assert results_beside(tmp_path / "a.zarr.zip", "sha256:3", "sha256:2") == {}
+    assert results_beside(tmp_path / "a.zarr.zip", "sha256:1", "sha256:3") == {}
 
 
 def test_no_value_is_refused():

@@ -314,7 +314,7 @@ def test_a_step_in_another_thread_says_which_forward_it_cut_short():
 
 def test_a_child_process_neither_writes_nor_warns(tmp_path):
     """A child that raises leaves the parent's block on its way out; only the parent's exit may save the run."""
-    store = tmp_path / "run.nc"
+    store = tmp_path / "run.zarr.zip"
     model = build()
     with probes.record(model, store=store, gradients=True) as recorder:
         train(model)
@@ -342,7 +342,7 @@ def test_a_child_process_neither_writes_nor_warns(tmp_path):
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_of_a_loader_leave_the_recorder_alone(tmp_path, start):
-    model, store = build(), tmp_path / "run.nc"
+    model, store = build(), tmp_path / "run.zarr.zip"
     loader = DataLoader(
         TensorDataset(IDS.repeat(4, 1)),
         batch_size=3,
@@ -634,7 +634,7 @@ def test_a_warning_that_is_an_error_leaves_everything_in_order():
 
 def test_a_recorder_that_nobody_closes_leaves_with_its_last_reference(tmp_path):
     model = build()
-    recorder = probes.record(model, store=tmp_path / "run.nc", gradients=True)
+    recorder = probes.record(model, store=tmp_path / "run.zarr.zip", gradients=True)
     recorder.__enter__()
     train(model)
     recorder.step()
@@ -643,7 +643,7 @@ def test_a_recorder_that_nobody_closes_leaves_with_its_last_reference(tmp_path):
         del recorder
     assert gone() is None
     assert hooks_on_model(model) == 0
-    assert (tmp_path / "run.nc").exists(), "what was captured is not lost"
+    assert (tmp_path / "run.zarr.zip").exists(), "what was captured is not lost"
 
 
 def test_a_recorder_that_is_open_when_the_interpreter_ends_saves_its_run(tmp_path):
@@ -653,7 +653,7 @@ from depthscope import probes
 from tests.probes.session.faulty_models import MODELS, VOCABULARY
 model = MODELS["plain"]()
 def loop():
-    with probes.record(model, store=r"{tmp_path / "run.nc"}") as recorder:
+    with probes.record(model, store=r"{tmp_path / "run.zarr.zip"}") as recorder:
         while True:
             yield model(torch.ones(2, 4, dtype=torch.long))
             recorder.step()
@@ -665,7 +665,7 @@ keep = running  # suspended in its block for ever
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert (tmp_path / "run.nc").exists()
+    assert (tmp_path / "run.zarr.zip").exists()
 
 
 def test_a_recorder_is_not_opened_inside_itself():

@@ -274,7 +274,7 @@ def test_no_bug_of_ours_changes_a_training(ids, monkeypatch, owner, name):
 
 def test_a_run_that_cannot_be_saved_does_not_stop_the_users_script(ids, tmp_path):
     model = Residual()
-    recorder = probes.record(model, store=tmp_path / "runs" / "a.nc")
+    recorder = probes.record(model, store=tmp_path / "runs" / "a.zarr.zip")
     (tmp_path / "runs").write_text("a file, where a folder is needed")  # it came during the training
     with pytest.warns(probes.ProbeWarning, match=r"nothing is written to .*runs is a file"):
         recorder.__enter__()

@@ -419,10 +419,10 @@ def test_no_copy_and_no_hook_is_left_between_measured_steps(batches):
 
 def test_a_run_with_weights_survives_its_file(batches, tmp_path):
     model = fresh()
-    with probes.record(model, weights=True, loss_reduction="mean", store=tmp_path / "a.nc") as recorder:
+    with probes.record(model, weights=True, loss_reduction="mean", store=tmp_path / "a.zarr.zip") as recorder:
         loss_of(model, batches[0]).backward()
         recorder.step()
-    with schema.open_run(tmp_path / "a.nc") as run:
+    with schema.open_run(tmp_path / "a.zarr.zip") as run:
         assert run.attrs["loss_reduction"] == "mean"
         for name in weight_updates.VARIABLES:
             np.testing.assert_array_equal(run.statistics[name], recorder.run.statistics[name])

@@ -221,8 +221,8 @@ def test_every_run_has_a_coverage_table(models, ids, tmp_path):
     assert list(fired.index[:3]) == ["hook_embed", "blocks.0.hook_resid_mid", "blocks.0.hook_resid_post"]
     assert fired.loc["blocks.0.attn.h_res", "module"] == "model.layers.0.attn_hc"
     assert fired.loc["ln_final.hook_normalized", "module"] == "model.norm (output)"
-    diagnostics.save_run(run, tmp_path / "run.nc")
-    again = table(diagnostics.open_run(tmp_path / "run.nc"))
+    diagnostics.save_run(run, tmp_path / "run.zarr.zip")
+    again = table(diagnostics.open_run(tmp_path / "run.zarr.zip"))
     assert list(again.why) == list(fired.why)
 
 

@@ -83,7 +83,7 @@ def test_the_store_has_what_the_recorder_has(models, family, tmp_path, monkeypat
 
 
 @pytest.mark.slow(but=1, more=1)
-@pytest.mark.parametrize("name", ["a", "a.nc", "a.zarr"])
+@pytest.mark.parametrize("name", ["a", "a.zarr.zip", "a.zarr"])
 def test_a_resumed_training_gives_the_run_of_one_that_was_not_interrupted(name, tmp_path):
     whole = Training()
     with whole.record() as expected:
@@ -126,12 +126,12 @@ def test_resuming_goes_on_after_the_last_row_and_begins_where_there_is_none(tmp_
             training.steps(recorder, 2)
         with schema.open_run(tmp_path / "a") as run:
             assert run.statistics.step.values.tolist() == expected
-    schema.save_run(recorder.run, tmp_path / "b.nc")
+    schema.save_run(recorder.run, tmp_path / "b.zarr.zip")
     with pytest.raises(FileExistsError, match="is a finished run, to which nothing can be added"):
-        Training().record(store=tmp_path / "b.nc", resume=True)
+        Training().record(store=tmp_path / "b.zarr.zip", resume=True)
 
 
-@pytest.mark.parametrize("name", ["a", "a.nc"])
+@pytest.mark.parametrize("name", ["a", "a.zarr.zip"])
 def test_a_block_that_is_entered_twice_goes_on(name, tmp_path):
     training = Training()
     recorder = training.record(store=tmp_path / name)
@@ -237,7 +237,7 @@ def test_what_is_no_store_is_refused_before_the_loop(tmp_path):
 
 
 def test_a_block_that_measures_nothing_leaves_nothing(tmp_path):
-    for name in ("a", "a.nc"):
+    for name in ("a", "a.zarr.zip"):
         with probes.record(stack(), store=tmp_path / name, start_step=5):
             pass
     assert not list(tmp_path.iterdir())
@@ -264,7 +264,7 @@ def test_the_commands_read_a_growing_store(tmp_path, capsys):
                     "--metrics",
                     "residual_norm",
                     "--out",
-                    str(tmp_path / "m.nc"),
+                    str(tmp_path / "m.zarr.zip"),
                 ]
             )
             == 0

@@ -198,9 +198,9 @@ def test_the_store_is_written_even_when_the_loop_breaks(models, tmp_path):
 
 
 def test_a_store_that_is_taken_is_refused_before_the_loop(models, tmp_path):
-    (tmp_path / "a.nc").write_text("somebody's notes")
-    with pytest.raises(FileExistsError, match=r"a\.nc exists and is not a run"):
-        probes.record(models["llama"](), store=tmp_path / "a.nc")
+    (tmp_path / "a.zarr.zip").write_text("somebody's notes")
+    with pytest.raises(FileExistsError, match=r"a\.zarr\.zip exists; replace it with force=True"):
+        probes.record(models["llama"](), store=tmp_path / "a.zarr.zip")
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(NotADirectoryError, match="is a file, but"):
         probes.record(models["llama"](), store=tmp_path / "file" / "a")
@@ -208,16 +208,17 @@ def test_a_store_that_is_taken_is_refused_before_the_loop(models, tmp_path):
 
 def test_a_store_that_is_taken_meanwhile_loses_nothing(models, tmp_path):
     model = models["llama"]()
-    recorder = probes.record(model, store=tmp_path / "a.nc").__enter__()
+    recorder = probes.record(model, store=tmp_path / "a.zarr.zip").__enter__()
     model(**batches(1)[0])
     recorder.step()
-    (tmp_path / "a.nc").write_text("somebody's notes")
+    (tmp_path / "a.zarr.zip").write_text("somebody's notes")
     with pytest.warns(
-        probes.ProbeWarning, match=r"not saved: .*a\.nc exists and is not a run.* still in recorder\.run"
+        probes.ProbeWarning,
+        match=r"not saved: .*a\.zarr.zip exists and is not a run.* still in recorder\.run",
     ):
         recorder.__exit__(None, None, None)
-    assert (tmp_path / "a.nc").read_text() == "somebody's notes"
-    with schema.open_run(schema.save_run(recorder.run, tmp_path / "b.nc")) as run:
+    assert (tmp_path / "a.zarr.zip").read_text() == "somebody's notes"
+    with schema.open_run(schema.save_run(recorder.run, tmp_path / "b.zarr.zip")) as run:
         assert run.statistics.sizes["step"] == 1
 
 

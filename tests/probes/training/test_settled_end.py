@@ -72,8 +72,8 @@ def test_a_suspicion_is_settled_when_the_block_ends():
 
 
 def test_a_saved_run_has_the_results(tmp_path):
-    recorded(Model(*IDLE), settle=10, store=tmp_path / "a.nc")
-    with diagnostics.schema.open_run(tmp_path / "a.nc") as run:
+    recorded(Model(*IDLE), settle=10, store=tmp_path / "a.zarr.zip")
+    with diagnostics.schema.open_run(tmp_path / "a.zarr.zip") as run:
         assert run.attrs["consequences"]
 
 

@@ -187,7 +187,11 @@ def uneven(world, folder):
     counts = [[3, 1, 2, 4][:world], [*[2, 5, 1][: world - 1], 0], [*[4, 1, 1][: world - 1], 0]]
     # The gradients of the parameters are what data parallelism makes of local means: not those of the mean over all.
     recorder = compared(
-        built, 3, counts, near=OF_GRADIENTS, store=folder / "uneven.nc" if dist.get_rank() == 0 else None
+        built,
+        3,
+        counts,
+        near=OF_GRADIENTS,
+        store=folder / "uneven.zarr.zip" if dist.get_rank() == 0 else None,
     )
     if dist.get_rank() == 0:
         attrs = recorder.run.attrs
@@ -195,7 +199,7 @@ def uneven(world, folder):
         assert "DistributedDataParallel" in attrs["processes_chosen"]
         assert "n_r/N" in attrs["processes_loss"]
         assert list(recorder.run.trace["module"].values.astype(str))[1] == "blocks.0"
-        saved = diagnostics.open_run(folder / "uneven.nc")
+        saved = diagnostics.open_run(folder / "uneven.zarr.zip")
         assert len(saved["statistics"].step) == 3
 
 
@@ -663,7 +667,7 @@ def pipeline(world, folder):
     schedule = ScheduleGPipe(
         PipelineStage(model, rank, world, torch.device("cpu")), 2, loss_fn=loss_of_part, scale_grads=False
     )
-    store = folder / f"stage{rank}.nc"
+    store = folder / f"stage{rank}.zarr.zip"
     with probes.record(
         model, gradients=True, stage=(rank, world), group="none", max_sequences=4, store=store
     ) as recorder:
@@ -672,7 +676,7 @@ def pipeline(world, folder):
     dist.barrier()
     if rank == 0:
         joined = probes.merge_runs(
-            [diagnostics.open_run(folder / f"stage{number}.nc") for number in range(2)]
+            [diagnostics.open_run(folder / f"stage{number}.zarr.zip") for number in range(2)]
         )
         one = built(layers=4)
         with probes.record(one, gradients=True, group="none", max_sequences=4) as recorder:
