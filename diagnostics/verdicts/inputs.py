@@ -14,7 +14,7 @@ import xarray as xr
 from depthscope.diagnostics.verdicts.age import knows_frequencies_alone, number_or_none, task_of
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
 from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
-from depthscope.diagnostics.verdicts.references import FEWEST, distinct
+from depthscope.diagnostics.verdicts.references import EQUAL, FEWEST, distinct
 from depthscope.diagnostics.verdicts.wiring import told
 
 # Sequences of random tokens have a share near 1; those of one language, whose positions say little, above 0.5.
@@ -38,7 +38,10 @@ WORDS = "the share of the states' variance between sequences is"
     drawn_on=("step_spread",),
 )
 def constant_branch(
-    step_spread: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None
+    step_spread: xr.DataArray,
+    attrs: Mapping[str, Any],
+    num_tokens: xr.DataArray | None = None,
+    token_cosine: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
     """A block adds the same vector to every token: it computes nothing.
 
@@ -47,7 +50,7 @@ def constant_branch(
     tokens = distinct(attrs, "in_all")
     if tokens is None and num_tokens is not None:
         tokens = float(num_tokens.sel(scope="data", tokens="all").max())
-    if tokens is None or tokens >= FEWEST:
+    if (tokens is None or tokens >= FEWEST) and not _is_one_token(token_cosine):
         # Of a network whose answer is as good as a constant one the blocks have nothing to tell the tokens apart for.
         task = task_of(attrs)
         yield Profile(
@@ -56,6 +59,14 @@ def constant_branch(
             metric="step_spread",
             note_only=knows_frequencies_alone(task, number_or_none(task.get("loss"))),
         )
+
+
+def _is_one_token(cosine: xr.DataArray | None) -> bool:
+    """Whether all tokens of the data are the same at the embedding."""
+    if cosine is None or "raw" not in cosine["centering"].values:
+        return False
+    first = cosine.sel(scope="data", tokens="all", centering="raw", stream="mean", drop=True).isel(depth=0)
+    return 1.0 - float(first) < EQUAL
 
 
 @verdict(

@@ -144,6 +144,8 @@ def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
 
 
 MOST_ALIKE = 0.98
+# Different tokens, of fewer of which a high cosine may be chance. Heuristic.
+FEW_TOKENS = 8
 
 
 # Two tokens with a cosine of 0.98 have an angle of 11°, with one of 0.995 of 6°. States after a ReLU, whose numbers are all
@@ -158,7 +160,9 @@ MOST_ALIKE = 0.98
     drawn_on=("token_cosine",),
     suspicion=True,
 )
-def common_vector(token_cosine: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
+def common_vector(
+    token_cosine: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """All tokens share one large vector, and hardly differ otherwise.
 
     A norm then sees little else, and cosines between tokens mean nothing before it is removed. Look for a bias that grows with
@@ -176,11 +180,15 @@ def common_vector(token_cosine: xr.DataArray, attrs: Mapping[str, Any]) -> Itera
     if distinct(attrs, "in_all") is None:  # then what the first states share may have come in
         raw = raw.where(raw["depth"] != raw["depth"][0]) if float(raw[0]) > MOST_ALIKE else raw
     at = int(np.nanargmax(raw.values)) if raw.notnull().any() else 0
+    tokens = distinct(attrs, "in_all")
+    if tokens is None and num_tokens is not None:
+        tokens = float(num_tokens.sel(scope="data", tokens="ordinary").max())
     yield Profile(
         raw,
         "the mean cosine between any two tokens of the data is",
         metric="token_cosine",
         note=f"Without their common mean it is {number(float(centred[at]))}.",
+        note_only=tokens is not None and tokens < FEW_TOKENS,
     )
 
 
