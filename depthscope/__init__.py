@@ -35,7 +35,6 @@ if TYPE_CHECKING:
         save_run,
         training_curves,
         validate,
-        with_replay,
     )
     from depthscope.probes import (
         CaptureError,
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
         capture,
         describe,
         describe_weights,
-        initial_logits,
         interventions,
         probe_checkpoints,
         record,
@@ -72,7 +70,7 @@ if _BROKEN and os.path.isfile(__file__):  # in a zip archive nothing is a folder
 
 # What a saved run needs: its names are loaded without torch. Every other public name is of `probes`.
 _DIAGNOSTICS = (
-    *("analyze", "judge", "Finding", "Severity", "CATALOGUE", "training_curves", "with_replay"),
+    *("analyze", "judge", "Finding", "Severity", "CATALOGUE", "training_curves"),
     *("open_run", "save_run", "validate", "DepthscopeError", "SchemaError", "kernels", "metrics"),
 )
 
@@ -98,7 +96,6 @@ __all__ = [
     "describe_weights",
     "diagnostics",
     "figures",
-    "initial_logits",
     "interventions",
     "jacobian",
     "judge",
@@ -114,7 +111,6 @@ __all__ = [
     "settle",
     "training_curves",
     "validate",
-    "with_replay",
 ]
 
 

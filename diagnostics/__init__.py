@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from depthscope.diagnostics.errors import DepthscopeError
     from depthscope.diagnostics.metrics.catalogue import CATALOGUE
     from depthscope.diagnostics.metrics.declaration import Metric, Range
-    from depthscope.diagnostics.quantities.initial_logits import decay_factor, with_replay
     from depthscope.diagnostics.schema import (
         SCHEMA_VERSION,
         SchemaError,
@@ -40,8 +39,6 @@ _HOMES = {
     "Severity": "verdicts.finding",
     "Metric": "metrics.declaration",
     "Range": "metrics.declaration",
-    "decay_factor": "quantities.initial_logits",
-    "with_replay": "quantities.initial_logits",
     "judge": "verdicts",
     "DepthscopeError": "errors",
 } | dict.fromkeys(
@@ -65,7 +62,6 @@ __all__ = [
     "chain_dataset",
     "chains",
     "create_run",
-    "decay_factor",
     "judge",
     "kernels",
     "list_runs",
@@ -74,7 +70,6 @@ __all__ = [
     "schema",
     "training_curves",
     "validate",
-    "with_replay",
 ]
 
 

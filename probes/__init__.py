@@ -8,7 +8,6 @@ from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.one_shot import capture
 from depthscope.probes.settling import settle
 from depthscope.probes.static.describe import describe_weights
-from depthscope.probes.static.initial_logits import initial_logits
 from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.sites import SiteError
 from depthscope.probes.training.live.findings import TrainingStopped
@@ -29,7 +28,6 @@ __all__ = [
     "capture",
     "describe",
     "describe_weights",
-    "initial_logits",
     "probe_checkpoints",
     "record",
     "settle",

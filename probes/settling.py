@@ -17,10 +17,10 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import HARMFUL, SETTLED_BY
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, suspected
-from depthscope.diagnostics.verdicts.age import TASK, age_of, number_or_none
+from depthscope.diagnostics.verdicts.age import RESCALED, TASK, age_of, number_or_none
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 from depthscope.diagnostics.verdicts.consequences import CONSEQUENCES
-from depthscope.diagnostics.verdicts.off_minimum import RESCALED, SLOPES, to_lose
+from depthscope.diagnostics.verdicts.off_minimum import SLOPES, to_lose
 from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.plans import Plan, plan
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
@@ -155,8 +155,13 @@ def _rescaled(
     if reach is None or _batch_axis(options):
         return {}
     slopes, sequences = attrs.get(SLOPES), first_size(batch)
-    begun = age_of(xr.Dataset(attrs=attrs)).begun  # in its first steps no network is at a minimum
-    if not begun or sequences < FEWEST:
+    traces = (
+        [node.attrs for node in run["trace"].subtree if node.data_vars] if "trace" in run.children else []
+    )
+    if traces and all("untouched" in of for of in traces):
+        attrs["untouched"] = 1
+    # As it was drawn no network is at a minimum.
+    if age_of(xr.Dataset(attrs=attrs)).trained is False or sequences < FEWEST:
         return {}
     known = {n: v for n, v in slopes.items() if number_or_none(v)} if isinstance(slopes, Mapping) else None
     if known is not None and not promises(known, reach):

@@ -10,13 +10,11 @@ import sys
 from collections.abc import Callable
 from random import Random
 
-import numpy as np
 import pytest
 import xarray as xr
 
 from depthscope.diagnostics import CATALOGUE, analyze
 from depthscope.diagnostics.metrics.spectrum import singular_value
-from depthscope.diagnostics.quantities.initial_logits import with_replay
 from depthscope.diagnostics.quantities.registry import Quantities
 from tests.long_tests import ONE_IN, number_kept
 from tests.models.synthetic_run import synthetic_run
@@ -157,11 +155,9 @@ def with_spectrum(run: xr.DataTree, analysis: xr.Dataset) -> xr.Dataset:
 
 @pytest.fixture(scope="session")
 def whole_run(make_run) -> dict[str, xr.DataTree]:
-    """A residual run and an mHC run with more tokens than features, the initial logits of the mHC beside it."""
+    """A residual run and an mHC run with more tokens than features."""
     size = {"layers": 4, "samples": 4, "tokens": 20, "features": 16}
-    mhc = make_run("mhc", **size)
-    logits = 3.0 * np.broadcast_to(np.eye(4), (8, 4, 4))
-    return {"plain": make_run("residual", **size), "mhc": with_replay(mhc, logits, decay=0.9)}
+    return {"plain": make_run("residual", **size), "mhc": make_run("mhc", **size)}
 
 
 @pytest.fixture(scope="session")

@@ -75,7 +75,6 @@ DEFINED: dict[str, FigureKind] = {
         mixing.effective_streams,
         mixing.identity_distance,
         mixing.composite_identity_distance,
-        mixing.initial_distance,
         mixing.read_share,
         mixing.signal_share,
         mixing.write_share,

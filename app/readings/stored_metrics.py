@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import xarray as xr
@@ -11,35 +10,31 @@ from depthscope.app.readings.readings import COMPLETE, LIVE, with_live
 from depthscope.diagnostics.errors import InputError
 
 
-def renewed(
-    fresh: xr.Dataset, stored: xr.Dataset | None, *, complete: bool, outdated: Collection[str] = ()
-) -> xr.Dataset:
+def renewed(fresh: xr.Dataset, stored: xr.Dataset | None, *, complete: bool) -> xr.Dataset:
     """The stored metrics of a trace, updated with those that were computed again.
 
     A standard error that the new analysis does not estimate, such as one of the jackknife, stays: it is of the same
     trace.
 
     ``complete``: whether `fresh` is all that the run can feed; complete stored metrics stay complete.
-    ``outdated``: metrics whose stored values are no longer valid.
     """
     if stored is None:
         return fresh.assign_attrs({COMPLETE: complete})
     if LIVE in stored.attrs:
         merged = with_live(fresh, stored)
-        return merged.assign_attrs({**_attributes(fresh, stored, merged, ()), COMPLETE: complete})
+        return merged.assign_attrs({**_attributes(fresh, stored, merged), COMPLETE: complete})
     _require_same_trace(fresh, stored)
     # A stored value of a metric that this trace cannot feed would contradict the reason in `not_computed`.
     not_computed = set(fresh.attrs.get("not_computed", {}))
-    stale = set(outdated) - set(map(str, fresh.data_vars)) - not_computed
     fresh, stored = _with_same_streams(fresh, stored)
     # A metric leaves together with its null and its standard error.
-    gone = stale | not_computed
-    removed = {v for v in stored.data_vars if str(v).removesuffix("_stderr").removesuffix("_null") in gone}
+    removed = {
+        v for v in stored.data_vars if str(v).removesuffix("_stderr").removesuffix("_null") in not_computed
+    }
     merged = stored.drop_vars(removed).assign(dict(fresh.data_vars))
     merged = merged.assign(_stored_errors(fresh, stored))
-    # Without the stale ones a part is missing, and other commands have to compute it.
-    complete = complete or bool(stored.attrs.get(COMPLETE) and not stale)
-    return merged.assign_attrs({**_attributes(fresh, stored, merged, stale), COMPLETE: complete})
+    complete = complete or bool(stored.attrs.get(COMPLETE))
+    return merged.assign_attrs({**_attributes(fresh, stored, merged), COMPLETE: complete})
 
 
 def _require_same_trace(fresh: xr.Dataset, stored: xr.Dataset) -> None:
@@ -70,14 +65,12 @@ def _stored_errors(fresh: xr.Dataset, stored: xr.Dataset) -> dict[str, xr.DataAr
     return {name: error for name, error in filled.items() if not error.equals(fresh[name])}
 
 
-def _attributes(
-    fresh: xr.Dataset, stored: xr.Dataset, merged: xr.Dataset, stale: Collection[str]
-) -> dict[str, Any]:
+def _attributes(fresh: xr.Dataset, stored: xr.Dataset, merged: xr.Dataset) -> dict[str, Any]:
     # The new analysis wins, except where both list metrics: those lists are merged below.
     attrs = {**stored.attrs, **fresh.attrs}
     for name in ("not_computed", "notes"):
         # A reason or a note of a metric that was computed again is replaced, or no longer true.
-        old = {key: text for key, text in stored.attrs.get(name, {}).items() if key not in {*fresh, *stale}}
+        old = {key: text for key, text in stored.attrs.get(name, {}).items() if key not in fresh}
         attrs[name] = {**old, **fresh.attrs.get(name, {})}
     attrs["not_computed"] = {name: why for name, why in attrs["not_computed"].items() if name not in merged}
     if "on_request" in attrs:

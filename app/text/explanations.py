@@ -40,7 +40,7 @@ def _of_verdict(verdict: Verdict) -> str:
         verdict.name,
         verdict.title,
         "",
-        f"Limits of {verdict.metric}: {verdict.limits.words} ({source_words(verdict.limits.source)}).",
+        f"Judges the {verdict.judged} ({source_words(verdict.limits.source)}).",
     ]
     if verdict.advice:
         lines.append(f"What to try: {verdict.advice}")

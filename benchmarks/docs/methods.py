@@ -78,8 +78,11 @@ def _metric(metric: Metric) -> str:
 
 def _verdict(verdict: Verdict) -> str:
     facts = {
-        "Metric": f"`{verdict.metric}`",
+        "Judges": verdict.judges.name,
+        "Formula": verdict.judges.formula,
+        "Range": verdict.judges.range,
         "Limits": verdict.limits.words,
+        "From": f"`{verdict.metric}`",
         "Source": _cited([verdict.limits.source]),
         "Advice": verdict.advice,
     }

@@ -71,9 +71,6 @@ KINDS: dict[str, ExperimentKind] = {
         # What a collapse would leave of a state, in its place.
         ExperimentKind("merge_tokens", "depth", "every token's state is the mean of its sequence"),
         ExperimentKind("without_mean", "depth", "the mean of all tokens is taken away from every state"),
-        ExperimentKind(
-            "one_direction", "depth", "states keep their mean and their first principal direction"
-        ),
         ExperimentKind("merge_streams", "depth", "every stream is the mean of the streams", streams=True),
         ExperimentKind("massive", "depth", "massive activations are set to zero"),
         ExperimentKind("patch", "depth", "the state comes from another forward, run or batch"),

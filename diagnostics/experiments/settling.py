@@ -14,7 +14,6 @@ SETTLED_BY: dict[str, str] = {
         (
             "same_representation",
             "idle_layer",
-            "curse_of_depth",
             "wasted_layer",
         ),
         "bypass",
@@ -24,16 +23,11 @@ SETTLED_BY: dict[str, str] = {
     # States of which a collapse is said to leave little: with only that left, nothing changes.
     "rank_collapse": "merge_tokens",
     "common_vector": "without_mean",
-    **dict.fromkeys(("dimensional_collapse", "one_direction"), "one_direction"),
     "copied_streams": "merge_streams",
     # Matrices that are said to be the identity, or to learn nothing: the identity in their place changes nothing.
-    **dict.fromkeys(
-        ("stuck_at_identity", "some_connections_stuck", "unmoved_mixing", "decayed_mixing"), "identity"
-    ),
+    "stuck_at_identity": "identity",
     # A gain that is said to grow or fade by mixing: without mixing it does not.
-    **dict.fromkeys(
-        ("gain_explosion", "single_gain_explosion", "attenuation", "negative_mixing"), "identity"
-    ),
+    **dict.fromkeys(("gain_explosion", "attenuation", "negative_mixing"), "identity"),
     **dict.fromkeys(("uniform_mixing", "stream_collapse"), "uniform"),
     "constant_mixing": "mean",
     **dict.fromkeys(("sinkhorn_not_converged", "expansive_mixing"), "sinkhorn"),
@@ -103,7 +97,6 @@ _CHANGED = {
     "without_attention": "Without the attention on the way to depths {first} to {last}",
     "merge_tokens": "With the mean of its sequence in place of every token's state at depth {last}",
     "without_mean": "Without the mean of all tokens at depth {last}",
-    "one_direction": "With only the mean and the first direction of the states at depth {last}",
     "merge_streams": "With the mean of the streams in place of each of them at depth {last}",
     "massive": "With the massive activations at depth {last} set to zero",
     "identity": "Without any mixing of the streams",

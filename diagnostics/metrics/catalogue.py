@@ -16,7 +16,6 @@ from depthscope.diagnostics.metrics import (
     operators,
     paths,
     propagation,
-    replay,
     representation,
     similarity,
     spectrum,
@@ -73,9 +72,6 @@ DECLARED: tuple[Metric, ...] = (
     operators.composite_operator_gain,
     contraction.deflated_gain,
     contraction.relative_deflated_gain,
-    # Only for runs to which `with_replay` has added the initial logits.
-    replay.initial_distance,
-    replay.replayed_deflated_gain,
     paths.depth_kernel,
     paths.read_share,
     paths.signal_share,

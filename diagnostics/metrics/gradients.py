@@ -72,7 +72,7 @@ def gradient_facts(gradient: xr.DataArray) -> dict[str, Any]:
 
 
 @metric(
-    symbol=r"\|\delta_l\|",
+    symbol=r"\|\partial \mathcal{L} / \partial x_l\|",
     dims="depth stream",
     scale="log",
     units="loss per activation",
@@ -88,8 +88,8 @@ def gradient_norm(gradient_norms: xr.Variable, gradient_facts: Mapping[str, Any]
     .. math:: \|\delta_l\|_F, \quad \delta_l = \partial \mathcal{L} / \partial x_l
 
     Over all tokens together; a loss that is a mean over N tokens carries a factor 1/N (the run's
-    ``loss_reduction``). The stream ``mean`` is the gradient averaged over streams: what a perturbation
-    common to all of them would do, divided by n. NaN at depths that no gradient reached, as below frozen
+    ``loss_reduction``). The stream ``mean`` is the gradient with respect to the mean of the streams, which is the sum of
+    theirs: what a perturbation common to all of them does. NaN at depths that no gradient reached, as below frozen
     weights: the attribute ``without_gradient`` names them.
     """
     return with_attrs(gradient_norms, gradient_facts)
@@ -116,7 +116,7 @@ def backward_gain(gradient_norms: xr.Variable) -> xr.Variable:
 
 
 @metric(
-    symbol=r"\sqrt{\textstyle\sum_i \|\delta_i\|^2 \|x_i\|^2}",
+    symbol=r"\sqrt{\textstyle\sum_t \|\delta_t\|^2 \|x_t\|^2}",
     dims="depth stream",
     scale="log",
     units="loss",
@@ -130,7 +130,9 @@ def relative_gradient(
 ) -> xr.Variable:
     r"""Sensitivity of the loss to a relative change of the state, token by token.
 
-    .. math:: \sqrt{\textstyle\sum_i \|\delta_i\|^2 \, \|x_i\|^2}
+    .. math:: \sqrt{\textstyle\sum_t \|\delta_t\|^2 \, \|x_t\|^2}, \quad \delta_t = \partial \mathcal{L} / \partial x_t
+
+    The stream ``mean`` is of the mean state and of the gradient with respect to it, the sum of the streams' gradients.
 
     Branches that normalise their input make the gradient of a token inversely proportional to the token: this
     is what then stays constant across depth. Tokens with massive activations, whose size appears and goes at some depth

@@ -55,16 +55,13 @@ FACTS = (
     "family",
     "proof",
     "constraint",
-    "norms_moved",
-    "drawn_moved",
-    "small_start",
     "untouched",
     "untouched_blocks",
     "equal_blocks",
 )
 """Attributes of a run that its quantities and its analysis depend on; those of a chain's own trace win."""
 
-ROW_FACTS = ("norms_moved", "drawn_moved", "small_start", "untouched")
+ROW_FACTS = ("untouched",)
 """Those of them that change with the weights: in a training every row has its own, as a number of the same name."""
 
 ATTRS = "attrs"
@@ -72,7 +69,7 @@ ATTRS = "attrs"
 
 # Parts of connections with streams, which a run of one stream cannot have.
 _OF_STREAMS = (
-    *(*OF_STREAMS, "read_known", "initial_logits"),
+    *(*OF_STREAMS, "read_known"),
     *("mixing_logits", "logit_gradient_norm", "mixing_gradient_norm"),
 )
 
@@ -80,7 +77,6 @@ _OF_STREAMS = (
 _REMEDIES = {
     "gradient": "capture it with gradients=True; a network whose trunk is frozen has none at its states",
     **{of.name: of.remedy for of in COEFFICIENTS if of.remedy},
-    "initial_logits": "add them with ds.with_replay(run, ds.initial_logits(checkpoint), decay=…)",
     "mixing_logits": "H_res is not a softmax or Sinkhorn of logits that were recognised, see /coverage",
     **dict.fromkeys(
         ("logit_gradient_norm", "mixing_gradient_norm"),
@@ -299,7 +295,7 @@ def with_row_facts(analysis: xr.Dataset) -> xr.Dataset:
     for name in known:
         value = float(analysis[name])
         if value == value:  # no NaN
-            attrs[name] = analysis[name].attrs.get("sentence", value) if name == "small_start" else value
+            attrs[name] = value
     found = analysis.drop_vars(known)
     found.attrs = attrs
     return found

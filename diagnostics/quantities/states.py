@@ -1,13 +1,13 @@
 """What are the states, depth by depth? The mean over streams and each stream, one depth in memory at a time.
 
-Shapes: ``V`` views of the streams (their mean, then each of several), ``S`` sequences, ``T`` tokens, ``D`` features,
-``N`` tokens that count.
+Shapes: ``V`` views of the streams (their mean, of gradients their sum; then each of several), ``S`` sequences, ``T`` tokens,
+``D`` features, ``N`` tokens that count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
@@ -28,6 +28,9 @@ class States:
 
     ``states``: dims (depth, sample, token, stream, feature).
     ``mask``: dims (sample, token), true on real tokens.
+    ``joined``: what the view of all streams together, labelled ``mean``, is of them: the ``"mean"`` of states, and the
+    ``"sum"`` of gradients. Where all streams, and so their mean, move by the same δ, the loss changes by Σ_i ⟨∂L/∂x_i, δ⟩:
+    the sum is the gradient with respect to the mean state, whatever the number of streams.
     ``cache_bytes``: most bytes of depths that are cached for the next metric.
     """
 
@@ -36,10 +39,12 @@ class States:
         states: xr.DataArray,
         mask: xr.DataArray,
         *,
+        joined: Literal["mean", "sum"] = "mean",
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self._states = states.transpose(*STATE)
         self._cache_bytes = cache_bytes
+        self._joined = joined
         self.mask = mask.transpose("sample", "token").values.astype(bool)
         if not self.mask.any():
             raise Unavailable("the mask leaves no token: every position is marked as padding")
@@ -98,8 +103,11 @@ class States:
         if len(streams) > 1:
             # float64 sums: of many float32 streams that nearly cancel, the rounding would be the mean.
             # All zero where one stream is: the mean of the others is no state of the network.
-            mean = streams.mean(axis=0, keepdims=True, dtype=np.float64).astype(streams.dtype) * finite.all()
-            streams, finite = np.concatenate([mean, streams]), np.concatenate([[finite.all()], finite])
+            join = np.mean if self._joined == "mean" else np.sum
+            together = (
+                join(streams, axis=0, keepdims=True, dtype=np.float64).astype(streams.dtype) * finite.all()
+            )
+            streams, finite = np.concatenate([together, streams]), np.concatenate([[finite.all()], finite])
         streams.flags.writeable = False  # it is cached: a metric that wrote to it would change all later ones
         return streams, finite
 
@@ -266,5 +274,5 @@ def stream_states(residual_states: States) -> States:
 
 @quantity
 def gradient_states(gradient: xr.DataArray, mask: xr.DataArray) -> States:
-    """The gradient of the loss with respect to the residual, depth by depth."""
-    return States(gradient, mask)
+    """The gradient of the loss with respect to the residual, depth by depth: of each stream, and their sum."""
+    return States(gradient, mask, joined="sum")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -122,8 +121,6 @@ def _validate_trace(trace: xr.Dataset, path: str) -> None:
             )
     _validate_statements(trace.attrs, path)
     _validate_linear_parts(trace, path)
-    if "initial_logits" in trace:
-        _validate_replay(trace["initial_logits"].attrs, path)
     if "connection" in trace.dims and "depth_out" in trace.coords and _has_every_depth(trace):
         furthest = int(trace["depth_out"].max())
         if furthest >= trace.sizes["depth"]:
@@ -208,22 +205,6 @@ def _validate_texts(trace: xr.Dataset, path: str) -> None:
     odd = [text for text in proofs if not is_proof(text)]
     if odd:
         raise SchemaError(f"{path}/proof has {odd[0]!r}; expected {PROVEN!r}, or {UNPROVEN!r} and the reason")
-
-
-def _validate_replay(attrs: Mapping[Any, Any], path: str) -> None:
-    """Check what is needed to replay initial logits: what weight decay left of them, and how they become matrices."""
-    try:
-        decay, steps, floor = (float(attrs[name]) for name in ("decay", "sinkhorn_steps", "floor"))
-    except (KeyError, TypeError, ValueError):
-        decay = steps = floor = math.nan  # no comparison with NaN is true, so that the check below fails
-    if not (0 < decay <= 1 and steps >= 1 and floor >= 0 and attrs.get("last") in ("row", "column")):
-        found = ", ".join(
-            f"{name} {attrs.get(name)!r}" for name in ("decay", "sinkhorn_steps", "last", "floor")
-        )
-        raise SchemaError(
-            f"{path}/initial_logits has {found}; expected a "
-            "decay in (0, 1], at least 1 step, 'row' or 'column', and a floor of 0 or more: see ds.with_replay"
-        )
 
 
 def _has_every_depth(trace: xr.Dataset) -> bool:

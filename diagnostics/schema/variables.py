@@ -57,11 +57,6 @@ TRACE: dict[str, Variable] = {
         "f",
         "h_res as its module gives it, where the model rounds it to apply it",
     ),
-    "initial_logits": Variable(
-        ("connection", "stream_out", "stream_in"),
-        "f",
-        "static logits of h_res before training, rows are destinations",
-    ),
     "mixing_logits": Variable(
         (*ROUTE, "stream_out", "stream_in"),
         "f",

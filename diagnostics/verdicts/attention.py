@@ -6,13 +6,22 @@ from collections.abc import Iterator
 
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.calibration import NOT_CONTRADICTED
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 
 
 # Beside the calibration set: the 30 layers of SmolLM2-135M have at least 0.41, where single heads are near 0. A layer whose
 # queries and keys are 60 × too large has at most 0.015.
-@verdict(metric="attention_entropy", limits=Limits(warn=0.1, above=False, source=CALIBRATED), suspicion=True)
+@verdict(
+    metric="attention_entropy",
+    judges=Number(
+        "largest entropy of attention over the heads of a layer, as a share of uniform attention",
+        "max over heads of H / ln(number of keys)",
+        "0 to 1",
+    ),
+    limits=Limits(warn=0.1, above=False, source=NOT_CONTRADICTED),
+    suspicion=True,
+)
 def attention_entropy_collapse(attention_entropy: xr.DataArray) -> Iterator[Profile]:
     """Attention entropy collapse: in every head each query attends to a single token.
 

@@ -11,8 +11,9 @@ from importlib.resources import files
 DEFAULT = "depthscope's default"
 """The source of a limit that no publication states."""
 
-# The declared source of limits that lie beyond what 99 % of these networks have; `source_of` gives their number.
-CALIBRATED = "calibrated on healthy networks"
+# The declared source of limits that are set by hand and lie beyond what 99 % of these networks have; `source_of` gives their
+# number.
+NOT_CONTRADICTED = "set by hand, not contradicted by healthy networks"
 FEWEST = 50  # networks: of fewer, 99 % means nothing
 ENOUGH_TO_TELL = 20  # networks among which a number is told to be rare
 SHARE = 0.99
@@ -55,16 +56,16 @@ def limit_with_margin(values: tuple[float, ...], *, above: bool) -> float:
 
 
 def source_of(verdict: str, *, mildest: float, above: bool) -> str:
-    """The source of the limits of a verdict that cites the calibration.
+    """The source of the limits of a verdict that cites the healthy networks.
 
-    Returns: Such as ``"calibrated on 212 healthy networks of 53 kinds"``; ``"depthscope's default"`` where the limit is not
-    by the margin beyond what 99 % of them have, or there were too few.
+    Returns: Such as ``"set by hand, not contradicted by 212 healthy networks of 53 kinds"``; ``"depthscope's default"``
+    where the limit is not by the margin beyond what 99 % of them have, or there were too few.
     """
     limit = limit_with_margin(healthy_values(verdict), above=above)
     if not (mildest >= limit if above else mildest <= limit):
         return DEFAULT
     kinds = {row["kind"] for row in healthy_networks() if row.get(verdict)}
-    return f"calibrated on {len(healthy_values(verdict))} healthy networks of {len(kinds)} kinds"
+    return f"set by hand, not contradicted by {len(healthy_values(verdict))} healthy networks of {len(kinds)} kinds"
 
 
 def as_far(verdict: str, value: float, *, above: bool) -> str:

@@ -81,7 +81,7 @@ def graded(finding: Finding, attrs: Mapping[str, Any], age: Callable[[], Age]) -
     # What weighs the loss itself has done so.
     weighs_the_loss = finding.metric == "loss" and finding.axis == "run"
     is_loud = finding.severity == Severity.WARN and finding.about == "network" and not weighs_the_loss
-    if not is_loud or share is None or share < NOTHING_LEARNED or not age().begun:
+    if not is_loud or share is None or share < NOTHING_LEARNED or not age().trained:
         return finding
     told = f"The loss is {100 * share:.0f} % of that of a constant answer: nothing is left of what the network learned."
     return replace(finding, severity=Severity.FAIL, sentence=f"{finding.sentence} {told}")

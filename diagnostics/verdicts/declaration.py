@@ -15,7 +15,7 @@ import xarray as xr
 from depthscope.diagnostics import numbers
 from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.age import Age, age_of
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT, as_far, source_of
+from depthscope.diagnostics.verdicts.calibration import DEFAULT, NOT_CONTRADICTED, as_far, source_of
 from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
@@ -32,7 +32,7 @@ MEANINGLESS: dict[str, tuple[str, ...]] = {
          "dominant_stream", "loud_stream", "silent_stream"),
         ("altup",),
     ),
-    **dict.fromkeys(("stuck_at_identity", "some_connections_stuck"), ("residual", "highway", "independent_hc", "gated")),
+    "stuck_at_identity": ("residual", "highway", "independent_hc", "gated"),
 }  # fmt: skip
 
 
@@ -47,7 +47,7 @@ class Limits:
     above : bool
         Whether values above the limits are bad, or values below.
     source : str
-        A key of ``references.bib``, `calibration.DEFAULT`, or `calibration.CALIBRATED`.
+        A key of ``references.bib``, `calibration.DEFAULT`, or `calibration.NOT_CONTRADICTED`.
     scale : {"ratio", "cosine"}
         On which scale a number is far from its limit, see `Finding.excess`.
     """
@@ -69,7 +69,7 @@ class Limits:
     def words(self) -> str:
         """From which values on each severity is reported, such as ``WARN above 0.95, FAIL above 0.99``."""
         side = "above" if self.above else "below"
-        return ", ".join(f"{severity.name} {side} {number(limit)}" for severity, limit in self.levels)
+        return ", ".join(f"{severity.name} {side} {limit_words(limit)}" for severity, limit in self.levels)
 
     def beyond(self, values: np.ndarray, limit: float) -> np.ndarray:
         """Which values are beyond a limit; NaN is beyond none."""
@@ -79,6 +79,25 @@ class Limits:
         """How bad a value is, and the limit that it crosses: the mildest one where it crosses none."""
         crossed = [level for level in self.levels if self.beyond(np.asarray(value), level[1])]
         return crossed[-1] if crossed else (Severity.PASS, self.levels[0][1])
+
+
+@dataclass(frozen=True)
+class Number:
+    """The number that a verdict compares with its limits, as every page tells it.
+
+    Parameters
+    ----------
+    name : str
+        In words.
+    formula : str
+        In plain signs; empty for a count and for what a sentence says.
+    range : str
+        The values that it can have: ``"0 to 1"``.
+    """
+
+    name: str
+    formula: str = ""
+    range: str = ""
 
 
 @dataclass(frozen=True)
@@ -95,22 +114,14 @@ class Profile:
         The stream that it belongs to.
     begins : bool
         Whether the sentence has the number with which it begins beside the worst: of what spreads from there on.
-    ceiling : Severity
-        The worst severity that it may get.
+    note_only : bool
+        Whether it is a note however far beyond: what is known to be harmless, or may well be meant.
     note : str
         A further sentence.
-    start : str
-        Why such a number is normal before training; empty where no design starts so. Whether the network is past its start
-        is asked of the facts in `age`.
-    age : {"", "begun", "grown"}
-        What a network has to be, by the facts of `age.Age`: one that has not begun gets a note; where it should be grown, it
-        fails only then.
     template : str
         The sentence up to the limit, in place of words, number and place: with ``{value}``, ``{percent}`` and ``{where}``.
     sentence : str
         The complete sentence, in place of the one made of `words`, number and position.
-    limits : Limits, optional
-        In place of the verdict's, where another kind of network has others; its source is the verdict's.
     metric : str
         The metric of which `values` are a slice as it is: its figures show the limits. Empty for numbers that are made of
         several, or compared with another position.
@@ -120,13 +131,10 @@ class Profile:
     words: str
     stream: str | None = None
     begins: bool = False
-    ceiling: Severity = Severity.FAIL
+    note_only: bool = False
     note: str = ""
-    start: str = ""
-    age: str = ""
     template: str = ""
     sentence: str = ""
-    limits: Limits | None = None
     metric: str = ""
 
     @property
@@ -146,6 +154,8 @@ class Verdict:
         The function's name, the first line of its docstring, and the rest of it.
     metric : str
         The metric that the number comes from.
+    judges : Number
+        The number itself: it may be made of several metrics, or compared with another position.
     limits : Limits
         Stated here and nowhere else.
     needs : tuple of str
@@ -160,6 +170,9 @@ class Verdict:
         What it is about, see `Finding`.
     drawn_on : tuple of str
         Metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
+    before_training : bool
+        Whether such a number is normal in a network that is not trained: it is then a note, and where the age of the network
+        is not known it warns, with both readings.
     suspicion : bool
         Whether its number alone is a suspicion, of which the experiment of `SETTLED_BY` shows whether it does harm; of the
         others the number is the harm.
@@ -169,6 +182,7 @@ class Verdict:
     title: str
     advice: str
     metric: str
+    judges: Number
     limits: Limits
     needs: tuple[str, ...]
     function: Callable[..., Iterable[Profile] | None]
@@ -176,7 +190,14 @@ class Verdict:
     follows_from: Mapping[str, Relation] = field(default_factory=dict)
     about: str = "network"
     drawn_on: tuple[str, ...] = ()
+    before_training: bool = False
     suspicion: bool = False
+
+    @property
+    def judged(self) -> str:
+        """What is compared with which limits: name, formula and range of the number, then each severity with its side."""
+        formula = f", {self.judges.formula}" if self.judges.formula else ""
+        return f"{self.judges.name}{formula} ({self.judges.range}): {self.limits.words}"
 
     @property
     def not_for(self) -> tuple[str, ...]:
@@ -224,10 +245,8 @@ class Verdict:
 
     def limits_on(self, metric: str, analysis: xr.Dataset) -> list[Limits]:
         """The limits that one chain's values of a metric are compared with, for its figures."""
-        if metric not in self.drawn_on:
-            return []
-        found = [each.limits or self.limits for each in self.profiles(analysis) if each.metric == metric]
-        return list(dict.fromkeys(found))
+        is_judged = metric in self.drawn_on and any(each.metric == metric for each in self.profiles(analysis))
+        return [self.limits] if is_judged else []
 
     def missing(self, analysis: xr.Dataset) -> list[str]:
         """Variables without which it cannot judge, and that an analysis does not have."""
@@ -237,18 +256,18 @@ class Verdict:
         values = np.atleast_1d(profile.values.values.astype(float))
         if np.isnan(values).all():  # undefined is neither passed nor failed
             return None
-        limits = profile.limits or self.limits
+        limits = self.limits
         mildest = limits.levels[0][1]
         beyond = np.flatnonzero(limits.beyond(values, mildest))
         at = int(np.nanargmax(values) if limits.above else np.nanargmin(values))
         severity, limit = limits.severity(values[at])
         # After the limit is known: the sentence names the limit that was crossed, whatever the severity becomes.
-        severity = min(severity, profile.ceiling)
-        of_start = _words_of_start(profile, age()) if severity > Severity.INFO else ""
-        if profile.age == "grown" and not age().grown:
-            severity = min(severity, Severity.WARN)
-        if severity and ((of_start and age().trained is False) or (profile.age and not age().begun)):
+        readings = ""
+        if severity > Severity.INFO and profile.note_only:
             severity = Severity.INFO
+        if severity > Severity.INFO and self.before_training and not age().trained:
+            severity = Severity.INFO if age().trained is False else Severity.WARN
+            readings = _both_readings(age())
         if not severity:  # a passed verdict is at its worst value, for no position is beyond the limits
             beyond = np.array([at])
         axis = str(profile.values.dims[0]) if profile.values.dims else "run"
@@ -256,7 +275,7 @@ class Verdict:
         return Finding(
             verdict=self.name,
             severity=severity,
-            sentence=f"{self._sentence(profile, values[at], limit, severity, at, beyond)}{of_start}",
+            sentence=f"{self._sentence(profile, values[at], limit, severity, at, beyond)}{readings}",
             metric=profile.metric or self.metric,
             value=float(values[at]),
             threshold=float(limit),
@@ -279,7 +298,7 @@ class Verdict:
     ) -> str:
         if profile.sentence:
             return profile.sentence
-        limits = profile.limits or self.limits
+        limits = self.limits
         side = "above" if limits.above else "below"
         where = place(profile.values, at) if profile.values.dims else ""
         written = number
@@ -304,10 +323,12 @@ class Verdict:
 def verdict(
     *,
     metric: str,
+    judges: Number,
     limits: Limits,
     follows_from: Mapping[str, Relation] | None = None,
     about: str = "network",
     drawn_on: tuple[str, ...] = (),
+    before_training: bool = False,
     suspicion: bool = False,
 ) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
     """Declare the function below as a verdict; its parameters name variables of an analysis.
@@ -316,11 +337,13 @@ def verdict(
     ----------
     metric : str
         The metric that the number comes from.
+    judges : Number
+        What is compared with the limits.
     limits : Limits
         From which value on it reports.
     follows_from : mapping of str to function, optional
         See `Verdict`.
-    about, drawn_on, suspicion
+    about, drawn_on, before_training, suspicion
         See `Verdict`.
 
     Returns
@@ -337,6 +360,7 @@ def verdict(
             title=title,
             advice=" ".join(advice.split()),
             metric=metric,
+            judges=judges,
             limits=_sourced(function.__name__, limits),
             needs=tuple(each.name for each in parameters if each.default is not None),
             function=function,
@@ -344,27 +368,23 @@ def verdict(
             follows_from=follows_from or {},
             about=about,
             drawn_on=drawn_on,
+            before_training=before_training,
             suspicion=suspicion,
         )
 
     return declare
 
 
-def _words_of_start(profile: Profile, age: Age) -> str:
-    """How a number that is normal before training reads at this age; empty where the network is past its start."""
-    if not profile.start or age.trained:
-        return ""
+def _both_readings(age: Age) -> str:
+    """How a number that is normal before training reads in a network that is not trained, or may not be."""
     if age.trained is False:
-        return f" Expected near the start of training: {profile.start}, and {age.words}."
-    return (
-        f" {age.words[0].upper()}{age.words[1:]}. If it has trained for more than a few hundred steps, read this as a "
-        f"warning; before that it is expected: {profile.start}."
-    )
+        return f" Normal before training: {age.words}."
+    return f" If the network is trained, this is a fault; before training it is normal, and {age.words}."
 
 
 def _sourced(name: str, limits: Limits) -> Limits:
-    """The limits with the source as it is told: how many networks they were calibrated on."""
-    if limits.source != CALIBRATED:
+    """The limits with the source as it is told: how many networks do not contradict them."""
+    if limits.source != NOT_CONTRADICTED:
         return limits
     return replace(limits, source=source_of(name, mildest=limits.levels[0][1], above=limits.above))
 
@@ -383,6 +403,13 @@ def _merged_by_stream(found: list[Finding]) -> list[Finding]:
         sentences += [f"Also: {each.sentence[0].lower()}{each.sentence[1:]}" for each in others]
         merged.append(replace(worst, sentence=" ".join(sentences)))
     return merged
+
+
+def limit_words(value: float) -> str:
+    """A limit in three digits; where these are 1 and it is not, its distance from 1."""
+    if value != 1 and number(value) == number(1.0):
+        return f"1 {'−' if value < 1 else '+'} {number(abs(1 - value))}"
+    return number(value)
 
 
 def number(value: float) -> str:

@@ -13,9 +13,8 @@ import xarray as xr
 
 from depthscope.diagnostics.verdicts.age import knows_frequencies_alone, number_or_none, task_of
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
-from depthscope.diagnostics.verdicts.references import FEWEST, distinct
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.references import EQUAL, FEWEST, distinct
 from depthscope.diagnostics.verdicts.wiring import told
 
 # Sequences of random tokens have a share near 1; those of one language, whose positions say little, above 0.5.
@@ -26,6 +25,9 @@ WORDS = "the share of the states' variance between sequences is"
 # A block that does nothing is no failure of the network, unless the loss says so.
 @verdict(
     metric="step_spread",
+    judges=Number(
+        "share of what a step adds that depends on the token", "‖added − mean added‖² / ‖added‖²", "0 to 1"
+    ),
     limits=Limits(warn=1e-3, above=False),
     follows_from={
         "rank_collapse": from_there_on,
@@ -36,7 +38,10 @@ WORDS = "the share of the states' variance between sequences is"
     drawn_on=("step_spread",),
 )
 def constant_branch(
-    step_spread: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None
+    step_spread: xr.DataArray,
+    attrs: Mapping[str, Any],
+    num_tokens: xr.DataArray | None = None,
+    token_cosine: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
     """A block adds the same vector to every token: it computes nothing.
 
@@ -45,21 +50,32 @@ def constant_branch(
     tokens = distinct(attrs, "in_all")
     if tokens is None and num_tokens is not None:
         tokens = float(num_tokens.sel(scope="data", tokens="all").max())
-    if tokens is None or tokens >= FEWEST:
-        spread = step_spread.sel(stream="mean", drop=True)
+    if (tokens is None or tokens >= FEWEST) and not _is_one_token(token_cosine):
         # Of a network whose answer is as good as a constant one the blocks have nothing to tell the tokens apart for.
         task = task_of(attrs)
-        nothing = knows_frequencies_alone(task, number_or_none(task.get("loss")))
         yield Profile(
-            spread,
+            step_spread.sel(stream="mean", drop=True),
             "the share of what the step adds that depends on the token is",
             metric="step_spread",
-            ceiling=Severity.INFO if nothing else Severity.FAIL,
+            note_only=knows_frequencies_alone(task, number_or_none(task.get("loss"))),
         )
+
+
+def _is_one_token(cosine: xr.DataArray | None) -> bool:
+    """Whether all tokens of the data are the same at the embedding."""
+    if cosine is None or "raw" not in cosine["centering"].values:
+        return False
+    first = cosine.sel(scope="data", tokens="all", centering="raw", stream="mean", drop=True).isel(depth=0)
+    return 1.0 - float(first) < EQUAL
 
 
 @verdict(
     metric="sequence_share",
+    judges=Number(
+        "share of the variance of the states that is between sequences at the same position",
+        "mean_t Var_s(u) / Var(u), u = x / ‖x‖",
+        "0 to 1",
+    ),
     limits=Limits(warn=1e-4, fail=1e-8, above=False),
     follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on, "common_vector": overlapping},
 )
@@ -78,7 +94,13 @@ def equal_sequences(sequence_share: xr.DataArray, attrs: Mapping[str, Any]) -> I
         yield Profile(share.where(later), WORDS, begins=True)
 
 
-@verdict(metric="gradient_norm", limits=Limits(fail=1e-3))
+@verdict(
+    metric="gradient_norm",
+    judges=Number(
+        "share of an output's gradient, or of its change, that comes from later tokens", range="0 to 1"
+    ),
+    limits=Limits(fail=1e-3),
+)
 def looks_ahead(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The network sees the tokens that it has to predict.
 

@@ -16,9 +16,9 @@ import xarray as xr
 from depthscope.diagnostics.metrics.gradients import NUM_FEATURES
 from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
 from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRADIENT
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
+from depthscope.diagnostics.verdicts.calibration import DEFAULT, NOT_CONTRADICTED
 from depthscope.diagnostics.verdicts.causes import anywhere, deeper, from_there_on
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 from depthscope.diagnostics.verdicts.declaration import number as _in_words
 from depthscope.diagnostics.verdicts.locations import place, span
 from depthscope.diagnostics.verdicts.wiring import ONE_EXACT_SUM, satisfies
@@ -44,7 +44,12 @@ def _not_finite(values: xr.DataArray, axis: str) -> xr.DataArray:
     return missing.copy(data=np.array(numbers, dtype=float)).where(missing > 0, 0.0)
 
 
-@verdict(metric="residual_norm", limits=Limits(fail=0.0), follows_from={"mixing_not_finite": from_there_on})
+@verdict(
+    metric="residual_norm",
+    judges=Number("number of tokens whose state is not finite", range="0 or more"),
+    limits=Limits(fail=0.0),
+    follows_from={"mixing_not_finite": from_there_on},
+)
 def residual_not_finite(residual_norm: xr.DataArray) -> Iterable[Profile]:
     """The residual has NaN or infinities.
 
@@ -56,21 +61,38 @@ def residual_not_finite(residual_norm: xr.DataArray) -> Iterable[Profile]:
     )
 
 
-@verdict(metric="mixing_gain", limits=Limits(fail=0.0), follows_from={"residual_not_finite": deeper})
-def mixing_not_finite(mixing_gain: xr.DataArray) -> Iterator[Profile]:
+@verdict(
+    metric="mixing_gain",
+    judges=Number("number of tokens whose mixing matrix is not finite", range="0 or more"),
+    limits=Limits(fail=0.0),
+    follows_from={"residual_not_finite": deeper},
+)
+def mixing_not_finite(
+    mixing_gain: xr.DataArray, residual_norm: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """Mixing matrices have NaN or infinities.
 
     Look at the logits of that connection, and at the norm of what they are computed from: overflow in half
     precision, or a division by zero. No product with it is known, so later composites are undefined.
     """
-    yield Profile(
-        _not_finite(mixing_gain.sel(reduction="mean"), "connection"),  # training curves have no quantiles
-        "the number of tokens whose mixing matrix is not finite is",
-        begins=True,
-    )
+    gain = mixing_gain.sel(reduction="mean")  # training curves have no quantiles
+    # A matrix that is not finite leaves no state after it that is: where all states are, gains are missing because the
+    # matrices of that step were not read.
+    all_finite = residual_norm is not None and bool(_not_finite(residual_norm, "depth").max() == 0)
+    was_read = NOT_FINITE in mixing_gain.attrs or not (gain.isnull().all() or all_finite)
+    if was_read or not gain.isnull().any():
+        yield Profile(
+            _not_finite(gain, "connection"),
+            "the number of tokens whose mixing matrix is not finite is",
+            begins=True,
+        )
 
 
-@verdict(metric="residual_norm", limits=Limits(fail=0.0))
+@verdict(
+    metric="residual_norm",
+    judges=Number("number of depths at which the state is zero", range="0 or more"),
+    limits=Limits(fail=0.0),
+)
 def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     """The state is zero: nothing is passed on.
 
@@ -91,7 +113,11 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
 
 # Heuristic: a hundred independent unit branches grow by 10 and agreeing ones by 100, so that 1e4 leaves room for a small
 # embedding. Beyond 1e8 the sum no longer resolves the embedding in float32, whose spacing is 1.2e-7.
-@verdict(metric="residual_norm", limits=Limits(warn=1e4, fail=1e8, source=CALIBRATED))
+@verdict(
+    metric="residual_norm",
+    judges=Number("size of the state over that at the embedding", "rms ‖x_l‖ / rms ‖x_0‖", "0 or more"),
+    limits=Limits(warn=1e4, fail=1e8, source=NOT_CONTRADICTED),
+)
 def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The state grows by orders of magnitude through the depth.
 
@@ -101,7 +127,11 @@ def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> It
 
 
 # The inverse of those of an exploding state.
-@verdict(metric="residual_norm", limits=Limits(warn=1e-4, fail=1e-8, above=False, source=CALIBRATED))
+@verdict(
+    metric="residual_norm",
+    judges=Number("size of the state over that at the embedding", "rms ‖x_l‖ / rms ‖x_0‖", "0 or more"),
+    limits=Limits(warn=1e-4, fail=1e-8, above=False, source=NOT_CONTRADICTED),
+)
 def vanishing_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The state shrinks towards zero through the depth.
 
@@ -126,6 +156,7 @@ def _relative_size(norm: xr.DataArray, before: float) -> Iterator[Profile]:
 
 @verdict(
     metric="gradient_norm",
+    judges=Number("number of tokens whose gradient is not finite", range="0 or more"),
     limits=Limits(fail=0.0),
     follows_from={"residual_not_finite": anywhere, "mixing_not_finite": anywhere},
 )
@@ -141,7 +172,11 @@ def gradient_not_finite(gradient_norm: xr.DataArray) -> Iterable[Profile]:
     )
 
 
-@verdict(metric="gradient_norm", limits=Limits(fail=0.0))
+@verdict(
+    metric="gradient_norm",
+    judges=Number("number of states that no gradient reaches below a cut", range="0 or more"),
+    limits=Limits(fail=0.0),
+)
 def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
     """A block stops the gradient: nothing below it is trained.
 
@@ -174,8 +209,13 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
 # connection.
 @verdict(
     metric="composite_gain",
-    limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED),
-    follows_from={"single_gain_explosion": from_there_on, "constant_mixing": anywhere},
+    judges=Number(
+        "gain of the product of all mixing matrices, forward or backward, or its norm",
+        "max_i |Σ_j P_ij|, max_j |Σ_i P_ij|, ‖P‖₂; p99 over tokens",
+        "0 or more",
+    ),
+    limits=Limits(warn=10.0, fail=100.0, source=NOT_CONTRADICTED),
+    follows_from={"constant_mixing": anywhere},
     drawn_on=("composite_gain", "composite_operator_gain"),
 )
 def gain_explosion(
@@ -190,22 +230,7 @@ def gain_explosion(
     yield from _gain_profiles(composite_gain, composite_operator_gain, words)
 
 
-@verdict(
-    metric="mixing_gain",
-    limits=Limits(warn=10.0, fail=100.0, source=CALIBRATED),
-    drawn_on=("mixing_gain", "operator_gain"),
-)
-def single_gain_explosion(
-    mixing_gain: xr.DataArray, operator_gain: xr.DataArray | None = None
-) -> Iterator[Profile]:
-    """One mixing matrix alone amplifies the streams.
-
-    Look at the dynamic part of that connection: its scale, and the norm of what it is computed from.
-    """
-    yield from _gain_profiles(mixing_gain, operator_gain, "the {} of one connection")
-
-
-GAIN_LIMIT = 10.0  # of both verdicts on gains
+GAIN_LIMIT = 10.0
 TOKEN_LIMIT = 100.0  # of a single token, since the largest of many is larger than that of few
 
 
@@ -246,8 +271,13 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
 
 @verdict(
     metric="composite_attenuation",
+    judges=Number(
+        "weakest row or column sum of the product of all mixing matrices; of free matrices over what these may leave",
+        "min_i |Σ_j P_ij|, min_j |Σ_i P_ij|; p1 over tokens",
+        "0 or more",
+    ),
     limits=Limits(warn=FADED, fail=0.05, above=False),
-    follows_from={"sinkhorn_not_converged": from_there_on, "one_sided_mixing": anywhere},
+    follows_from={"sinkhorn_not_converged": from_there_on},
     drawn_on=("composite_attenuation",),
     suspicion=True,
 )
@@ -259,8 +289,13 @@ def attenuation(
     Backward: more Sinkhorn iterations, or end them on columns; all error of stopping early sits in one of the
     two sums. Forward: some stream is no longer fed; look at its row of H_res.
     """
-    limits = (
-        None if satisfies(attrs, ONE_EXACT_SUM) else _free_limits(composite_attenuation.sizes["connection"])
+    expected = (
+        1.0 if satisfies(attrs, ONE_EXACT_SUM) else _fade_of_free(composite_attenuation.sizes["connection"])
+    )
+    beside = (
+        ""
+        if expected == 1.0
+        else f", relative to the {_in_words(expected)} that free matrices may well leave,"
     )
     least = composite_singular_value.isel(component=-1, drop=True).sel(reduction="p1", drop=True)
     for direction in DIRECTIONS:
@@ -269,28 +304,31 @@ def attenuation(
         # Signed entries can cancel in a sum although no stream fades: then the smallest singular value is larger, and the sum
         # means nothing. Where no entry is negative it is below every sum.
         yield Profile(
-            weakest.where(weakest.values >= (1.0 - ROUNDED) * least.values),
-            f"the weakest {side} sum of the mixing from the embedding on ({direction}) is",
-            limits=limits,
-            metric="composite_attenuation",
+            weakest.where(weakest.values >= (1.0 - ROUNDED) * least.values) / expected,
+            f"the weakest {side} sum of the mixing from the embedding on ({direction}){beside} is",
+            metric="composite_attenuation" if expected == 1.0 else "",
         )
 
 
-def _free_limits(connections: int) -> Limits:
-    """Limits of matrices without a constraint, whose sums are around 1 by nothing but training.
+def _fade_of_free(connections: int) -> float:
+    """What a sum of matrices without a constraint may well be, which is around 1 by nothing but training.
 
     A composite row sum of 0.3 over 12 connections is what free matrices do, and a state fades by the root of the depth beside
     what is added to it, as in any Pre-LN stack.
     """
-    warn = min(0.1, connections**-0.5)
-    return Limits(warn=warn, fail=warn / 10.0, above=False)
+    return min(0.1, float(connections) ** -0.5) / FADED
 
 
 # Deep networks without norms begin with 10 to 20 at the embedding, and train. The gradient alone is 10 to 120 times as large
 # at the embedding of a healthy Pre-LN network as at its end, whose states are as much larger: a number, no finding.
 @verdict(
     metric="relative_gradient",
-    limits=Limits(warn=30.0, fail=1000.0, source=CALIBRATED),
+    judges=Number(
+        "gradient times size of the state, over that at the last block",
+        "√Σ ‖∂L/∂x_l‖² ‖x_l‖², over that of the last l",
+        "0 or more",
+    ),
+    limits=Limits(warn=30.0, fail=1000.0, source=NOT_CONTRADICTED),
     follows_from={"gain_explosion": anywhere},
 )
 def exploding_gradient(
@@ -310,6 +348,11 @@ def exploding_gradient(
 
 @verdict(
     metric="gradient_norm",
+    judges=Number(
+        "gradient over that at the last block, alone or times the size of the state, the larger",
+        "max(‖∂L/∂x_l‖, ‖∂L/∂x_l‖ ‖x_l‖), each over that of the last l",
+        "0 or more",
+    ),
     limits=Limits(warn=0.1, fail=1e-3, above=False),
     follows_from={"dead_state": anywhere},
 )
@@ -329,14 +372,14 @@ def vanishing_gradient(
         return
     alone = _over_the_last(gradient)
     relative = _over_the_last(_relative_gradient(gradient_norm, residual_norm, relative_gradient))
+    # A state that only a weighted mean over all depths reads gets its share of the gradient.
+    share = alone.sizes["depth"] if str(attrs.get("family", "")).startswith("depth_") else 1
+    beside = " (times the number of depths, whose mean is read)" if share > 1 else ""
     # Both must be small: of states that shrink with depth the gradient is smaller where they are larger, and loses nothing.
     yield Profile(
-        xr.where(relative > alone, relative, alone, keep_attrs=False).assign_coords(alone.coords),
-        "the gradient, relative to that at the last block (alone, or times the size of the state where that is more), is",
-        # A state that only a weighted mean over all depths reads gets its share of the gradient.
-        limits=Limits(warn=0.1 / alone.sizes["depth"], fail=1e-3 / alone.sizes["depth"], above=False)
-        if str(attrs.get("family", "")).startswith("depth_")
-        else None,
+        share * xr.where(relative > alone, relative, alone, keep_attrs=False).assign_coords(alone.coords),
+        "the gradient, relative to that at the last block (alone, or times the size of the state where that is more)"
+        f"{beside}, is",
     )
 
 

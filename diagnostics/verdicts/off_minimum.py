@@ -8,23 +8,17 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.numbers import number, percent
-from depthscope.diagnostics.verdicts.age import BEGUN, KNOWS, NOTHING_LEARNED, YOUNG, number_or_none, task_of
+from depthscope.diagnostics.verdicts.age import KNOWS, RESCALED, number_or_none, task_of
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 
 SLOPES = "scale_slopes"
 """Attribute of a run: the derivatives of the loss along the scale of what modules give that chance does not explain."""
-RESCALED = "rescaled"
-"""Attribute of a run: the loss with other scales, and which; see `depthscope.probes.rescaling`."""
 
 # What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
 # anything a small change of the loss would be much of it. Heuristic.
 LEAST_REACH = 0.2
-# A young network is right more often than sure, by more than this share of what its predictions claim to know: its scales
-# still grow. Heuristic.
-UNSURE, UNSURE_AT_FIRST = 0.8, 0.3
 
 
 def to_lose(attrs: Mapping[str, Any]) -> float | None:
@@ -37,6 +31,11 @@ def to_lose(attrs: Mapping[str, Any]) -> float | None:
 # Beyond the interval, trained networks of more than 100 kinds regain 0.05 at most.
 @verdict(
     metric="loss",
+    judges=Number(
+        "share of what the loss can be below that of a constant answer that other scales regain",
+        "gained / (constant − loss + gained)",
+        "0 to 1",
+    ),
     limits=Limits(warn=0.08, fail=0.5),
     follows_from=dict.fromkeys(("loss_not_finite", "residual_not_finite", "mixing_not_finite"), anywhere),
 )
@@ -53,7 +52,7 @@ def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     if reach is None or loss is None or best is None:
         return
     constant = number_or_none(task_of(attrs).get("constant")) or float("inf")
-    if loss >= NOTHING_LEARNED * constant and best > KNOWS * constant:
+    if min(loss, best) > KNOWS * constant:
         return  # what still has to learn can do so by its scales too
     reaches = number_or_none(result.get("half_width")) or 0.0
     gained = max(loss - best - reaches, 0.0)
@@ -67,16 +66,4 @@ def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
         f"({DEFAULT})."
     )
     words = "of what the loss can be below that of a constant answer, other scales regain"
-    ceiling = Severity.INFO if _still_gets_surer(attrs, loss, constant) else Severity.FAIL
-    yield Profile(xr.DataArray(share), words, sentence=sentence, age="begun", ceiling=ceiling)
-
-
-def _still_gets_surer(attrs: Mapping[str, Any], loss: float, constant: float) -> bool:
-    """Whether a network whose norms are near 1 is right far more often than its predictions expect."""
-    moved, expected = (
-        number_or_none(each) for each in (attrs.get("norms_moved"), task_of(attrs).get("expected"))
-    )
-    if moved is None or expected is None or moved > YOUNG:
-        return False
-    least = UNSURE if moved > BEGUN else UNSURE_AT_FIRST
-    return expected - loss > least * max(constant - expected, LEAST_REACH * constant)
+    yield Profile(xr.DataArray(share), words, sentence=sentence)

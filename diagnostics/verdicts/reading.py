@@ -12,11 +12,16 @@ import xarray as xr
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.schema import PROVEN, UNPROVEN
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Finding
 
 
-@verdict(metric="residual_norm", limits=Limits(info=0.0), about="reading")
+@verdict(
+    metric="residual_norm",
+    judges=Number("number of readings that are not proven", range="0 or more"),
+    limits=Limits(info=0.0),
+    about="reading",
+)
 def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """The reported connections could not be verified against the forward pass.
 
@@ -42,7 +47,11 @@ JUDGED = "verdicts_judged"
 """Attribute that `judge` gives to an analysis: how many verdicts about the network could be judged."""
 
 
-@verdict(metric="num_tokens", limits=Limits(fail=1.0, above=False))
+@verdict(
+    metric="num_tokens",
+    judges=Number("number of verdicts that could be judged", range="0 or more"),
+    limits=Limits(fail=1.0, above=False),
+)
 def nothing_measured(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """Nothing was measured: no verdict could be judged.
 

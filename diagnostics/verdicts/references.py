@@ -9,7 +9,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.age import task_of
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 
 DISTINCT = "distinct_tokens"
 """Attribute of a run: how many different tokens the sampled sequences have, each on average and all together."""
@@ -27,14 +27,6 @@ def distinct(attrs: Mapping[str, Any], scope: str) -> float | None:
     known = attrs.get(DISTINCT)
     found = known.get(scope) if isinstance(known, Mapping) else None
     return float(found) if isinstance(found, (int, float)) else None
-
-
-def reference_rank(null: float, rank: xr.DataArray, attrs: Mapping[str, Any]) -> float:
-    """The largest rank about the mean that these states can have: of noise, the first state, tokens and classes."""
-    classes = task_of(attrs).get("classes")
-    tokens = distinct(attrs, "in_all")
-    bounds = [null, float(rank.isel(depth=0)), *(n - 1.0 for n in (tokens, classes) if n is not None)]
-    return null if math.isnan(null) else min(bound for bound in bounds if not math.isnan(bound))
 
 
 def one_answer(attrs: Mapping[str, Any]) -> bool:
@@ -58,7 +50,16 @@ def below_input(values: xr.DataArray, attrs: Mapping[str, Any], scope: str) -> x
     return after.where(after["depth"] != after["depth"][0]) if "depth" in after.coords else after
 
 
-@verdict(metric="dong_residual", limits=Limits(info=EQUAL, above=False), about="reading")
+@verdict(
+    metric="dong_residual",
+    judges=Number(
+        "differences between the tokens, or the sequences, that came in",
+        "Dong residual at the embedding",
+        "0 or more",
+    ),
+    limits=Limits(info=EQUAL, above=False),
+    about="reading",
+)
 def batch_without_differences(
     dong_residual: xr.DataArray,
     attrs: Mapping[str, Any],

@@ -12,18 +12,16 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED
+from depthscope.diagnostics.verdicts.calibration import NOT_CONTRADICTED
 from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.references import below_input, distinct, one_answer, reference_rank
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
+from depthscope.diagnostics.verdicts.references import below_input, distinct, one_answer
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
 # layers with the smallest angles of a trained model, and give no limit. Heuristic.
 IDLE = 0.01
 # One step of many that healthy networks need little, down to 0.0037 of π of streams whose mean it turns, is a note.
 DOES_NOTHING = 0.003
-# Steps that get smaller with depth, or are all small, are a start; one that is a tenth of the usual one is an idle layer.
-OUT_OF_LINE = 0.1
 
 
 def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
@@ -31,28 +29,24 @@ def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
     return (value - 1.0) / (null - 1.0).where(null > 1.0)
 
 
-def _rank_and_most(value: xr.DataArray, share: xr.DataArray, most: float) -> str:
-    """A sentence with the rank where its share is smallest, and the largest one that there could be."""
-    at = int(np.argmin(share.fillna(np.inf).values))
-    return (
-        f"The effective rank itself is {number(float(value[at]))}, of {number(most)} for noise of that size, bounded by the "
-        "first state, the different tokens and the classes."
-    )
-
-
 # A Dong residual of 0.15 and a share of 0.05: for 64 tokens of 64 features, whose noise has an effective rank of 52, one of
 # 3.5. Attention without skips loses its rank before its Dong residual. Heuristic.
 RESIDUAL_OF_SHARE = 3.0
 
 
-# Where a sequence has one answer, its tokens are averaged in the end, and are nearly equal before that in networks that have
-# solved their task: 0.1 for two classes.
-ONE_ANSWER = Limits(warn=0.03, above=False)
+# Where a sequence has one answer, its tokens are averaged in the end, and a fifth of the differences is enough before: 0.1 is
+# what networks of two classes have left that have solved their task.
+OF_ONE_ANSWER = 5.0
 
 
 @verdict(
     metric="effective_rank",
-    limits=Limits(warn=0.15, fail=0.03, above=False, source=CALIBRATED),
+    judges=Number(
+        "share left of the differences between the tokens of a sequence; times 5 where a sequence has one answer",
+        "max(Dong residual, 3 (erank − 1) / (erank of noise − 1)), raw, within a sequence",
+        "0 to about 3",
+    ),
+    limits=Limits(warn=0.15, fail=0.03, above=False, source=NOT_CONTRADICTED),
     follows_from={"dead_state": from_there_on},
     suspicion=True,
 )
@@ -78,13 +72,16 @@ def rank_collapse(
     judged = below_input(both.where(share.notnull()), attrs, "per_sequence")
     if judged is None:
         return
+    one = one_answer(attrs)
     yield Profile(
-        judged,
-        limits=ONE_ANSWER if one_answer(attrs) else None,
+        OF_ONE_ANSWER * judged if one else judged,
         words="the remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and "
-        "three times the effective rank over its noise baseline) is",
-        template="{percent} of the differences between the tokens of a sequence are left {where}",
-        note=_equal_tokens(judged, residual, value, float(null)),
+        f"three times the effective rank over its noise baseline{', times 5 for one answer a sequence' if one else ''}) is",
+        template=""
+        if one
+        else "{percent} of the differences between the tokens of a sequence are left {where}",
+        note=_equal_tokens(judged, residual, value, float(null))
+        + _directions(effective_rank, effective_rank_null),
     )
 
 
@@ -100,48 +97,34 @@ def _equal_tokens(judged: xr.DataArray, residual: xr.DataArray, rank: xr.DataArr
     )
 
 
-# It fails later than within a sequence: pooled tokens of a trained model use a small part of a wide space. Three directions
-# are a failure in a space of any width, of which a share of a small null would not tell.
+def _directions(rank: xr.DataArray, null: xr.DataArray) -> str:
+    """How many directions all tokens together use where they use the fewest."""
+    pick = {"scope": "data", "tokens": "ordinary", "centering": "centred"}
+    pooled = rank.sel(pick | {"stream": "mean"}, drop=True)
+    if pooled.isnull().all():
+        return ""
+    at = int(np.nanargmin(pooled.values))
+    return (
+        f" Over all data the states use {number(float(pooled[at]))} directions at depth {at}, where noise of that size has "
+        f"{number(float(null.sel(pick)))}."
+    )
+
+
+# A space of fewer directions has none to lose. Heuristic.
 FEW_DIRECTIONS = 3.0
-
-
-@verdict(
-    metric="effective_rank",
-    limits=Limits(warn=0.05, fail=0.005, above=False),
-    follows_from={"rank_collapse": from_there_on},
-    suspicion=True,
-)
-def dimensional_collapse(
-    effective_rank: xr.DataArray, effective_rank_null: xr.DataArray, attrs: Mapping[str, Any]
-) -> Iterator[Profile]:
-    """The representation uses few directions over the data.
-
-    Look for the block where it falls. A head with few classes explains it at the end; elsewhere try less
-    weight decay or decorrelation, and look at more data: N is given with the number.
-    """
-    pick = {"scope": "data", "tokens": "ordinary", "centering": "centred", "stream": "mean"}
-    value = effective_rank.sel(pick, drop=True)
-    null = float(effective_rank_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True))
-    most = reference_rank(null, value, attrs)
-    share = (value - 1.0) / (most - 1.0 if most > 1.0 else np.nan)
-    words = "the effective rank over the data, as a fraction of the largest possible here, is"
-    yield Profile(share, words, note=_rank_and_most(value, share, most), limits=_limits_of_rank(most))
-
-
-def _limits_of_rank(null: float) -> Limits | None:
-    """Limits on the share of a null under which a rank of three fails; None where noise has hardly more."""
-    if not null > 2.0 * FEW_DIRECTIONS:
-        return None
-    fail = max(0.005, (FEW_DIRECTIONS - 1.0) / (null - 1.0))
-    return Limits(warn=max(0.05, 1.5 * fail), fail=fail, above=False)
 
 
 # What a block leaves out of a sum that passes everything on is not lost: in networks that are trained the rank hardly falls.
 @verdict(
     metric="numerical_rank",
+    judges=Number(
+        "number of directions in use over the most that an earlier state uses",
+        "numerical rank at l / max over earlier",
+        "0 or more",
+    ),
     limits=Limits(warn=0.6, above=False),
     follows_from=dict.fromkeys(
-        ("dead_state", "rank_collapse", "dimensional_collapse", "one_direction", "common_vector"),
+        ("dead_state", "rank_collapse", "common_vector"),
         from_there_on,
     ),
 )
@@ -160,52 +143,26 @@ def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-# A participation ratio of 1.5 is 80 % of the variance in one direction over a floor, one of 1.1 is 95 %.
-@verdict(
-    metric="participation_ratio",
-    limits=Limits(warn=1.5, fail=1.1, above=False, source=CALIBRATED),
-    follows_from={"rank_collapse": from_there_on, "dimensional_collapse": overlapping},
-    drawn_on=("participation_ratio",),
-    suspicion=True,
-)
-def one_direction(
-    participation_ratio: xr.DataArray, participation_ratio_null: xr.DataArray, attrs: Mapping[str, Any]
-) -> Iterator[Profile]:
-    """Nearly all variance over the data is in one direction.
-
-    The effective rank hardly sees it where many small directions are left. Look at what the block writes into that direction:
-    a bias or a feature that grows with the depth, a single unit with a huge weight, or a target of one number.
-    """
-    pick = {"scope": "data", "tokens": "ordinary", "centering": "centred", "stream": "mean"}
-    value = participation_ratio.sel(pick, drop=True)
-    null = float(
-        participation_ratio_null.sel(scope="data", tokens="ordinary", centering="centred", drop=True)
-    )
-    # Of few tokens or features, noise itself has few directions; and none are lost that did not come in.
-    if not null > 2.0 * FEW_DIRECTIONS or not reference_rank(null, value, attrs) > FEW_DIRECTIONS:
-        return
-    # From the ratio r of one direction with share p over many small ones: r = 1/p².
-    yield Profile(
-        value,
-        "the number of directions that share the variance over the data (participation ratio) is",
-        metric="participation_ratio",
-        note=f"One direction then has about {100.0 * float(value.min()) ** -0.5:.0f} % of it; noise has {number(null)}.",
-    )
-
-
 MOST_ALIKE = 0.98
+# Different tokens, of fewer of which a high cosine may be chance. Heuristic.
+FEW_TOKENS = 8
 
 
 # Two tokens with a cosine of 0.98 have an angle of 11°, with one of 0.995 of 6°. States after a ReLU, whose numbers are all
 # positive, have cosines up to 0.97 in a fresh ResNet.
 @verdict(
     metric="token_cosine",
-    limits=Limits(warn=MOST_ALIKE, fail=0.995, source=CALIBRATED, scale="cosine"),
+    judges=Number(
+        "mean cosine between any two tokens of the data", "mean over pairs of cos(x_i, x_j), raw", "−1 to 1"
+    ),
+    limits=Limits(warn=MOST_ALIKE, fail=0.995, source=NOT_CONTRADICTED, scale="cosine"),
     follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on},
     drawn_on=("token_cosine",),
     suspicion=True,
 )
-def common_vector(token_cosine: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
+def common_vector(
+    token_cosine: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """All tokens share one large vector, and hardly differ otherwise.
 
     A norm then sees little else, and cosines between tokens mean nothing before it is removed. Look for a bias that grows with
@@ -223,30 +180,37 @@ def common_vector(token_cosine: xr.DataArray, attrs: Mapping[str, Any]) -> Itera
     if distinct(attrs, "in_all") is None:  # then what the first states share may have come in
         raw = raw.where(raw["depth"] != raw["depth"][0]) if float(raw[0]) > MOST_ALIKE else raw
     at = int(np.nanargmax(raw.values)) if raw.notnull().any() else 0
+    tokens = distinct(attrs, "in_all")
+    if tokens is None and num_tokens is not None:
+        tokens = float(num_tokens.sel(scope="data", tokens="ordinary").max())
     yield Profile(
         raw,
         "the mean cosine between any two tokens of the data is",
         metric="token_cosine",
         note=f"Without their common mean it is {number(float(centred[at]))}.",
+        note_only=tokens is not None and tokens < FEW_TOKENS,
     )
 
 
 @verdict(
     metric="angular_distance",
+    judges=Number(
+        "angle by which a layer turns the states, as a share of a half turn",
+        "arccos cos(x_{l−1}, x_l) / π, mean over tokens",
+        "0 to 1",
+    ),
     limits=Limits(info=IDLE, warn=DOES_NOTHING, above=False),
     follows_from={
-        "single_gain_explosion": from_there_on,
         "gain_explosion": overlapping,
         "wasted_layer": within,
         "same_representation": within,
         # Beside a large vector that all tokens share, nothing that is added turns them.
         "common_vector": from_there_on,
     },
+    before_training=True,
     suspicion=True,
 )
-def idle_layer(
-    angular_distance: xr.DataArray, block_influence: xr.DataArray, attrs: Mapping[str, Any]
-) -> Iterator[Profile]:
+def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
     """A layer barely changes the residual stream.
 
     It can be left out at little cost (Gromov et al. 2025; Men et al. 2025). Normal at the start where
@@ -265,31 +229,7 @@ def idle_layer(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
         template="the step {where} barely changes the residual stream: it turns it by {percent} of a half turn",
-        start=_start_of_small_steps(turned, attrs),
     )
-
-
-def _start_of_small_steps(turned: xr.DataArray, attrs: Mapping[str, Any]) -> str:
-    """Why such steps are a start; empty where one of them is far smaller than the others of its kind."""
-    if not (turned >= IDLE).any():
-        degrees = number(180.0 * float(turned.max()))
-        return (
-            f"no block turns the state by more than {degrees}°, normal before training; after it, all layers hold one "
-            "representation"
-        )
-    if attrs.get("small_start") or _whole_sites(turned):
-        return "branches that begin near zero turn the states by little"
-    out_of_line = bool((turned < OUT_OF_LINE * turned.median()).any())
-    return "" if out_of_line else "the steps of a fresh network get smaller with the depth"
-
-
-def _whole_sites(turned: xr.DataArray) -> bool:
-    """Whether idle steps are all steps of their site, such as all of the second halves of blocks, and only those."""
-    if "site" not in turned.coords:
-        return False
-    site, idle = turned["site"].values.astype(object).astype(str), turned.values < IDLE
-    kinds = [idle[(site == kind) & turned.notnull().values] for kind in set(site[idle])]
-    return bool(kinds) and all(kind.all() and len(kind) > 1 for kind in kinds)
 
 
 # What is massive is defined by Sun et al. 2024, who find it on one or two tokens a sequence. That more than 5 % of the tokens
@@ -297,7 +237,14 @@ def _whole_sites(turned: xr.DataArray) -> bool:
 SINKS = 2
 
 
-@verdict(metric="massive_token_fraction", limits=Limits(info=0.0, warn=0.05), suspicion=True)
+@verdict(
+    metric="massive_token_fraction",
+    judges=Number(
+        "share of the tokens with a massive activation", "|a| > 100 and |a| > 1000 median |a|", "0 to 1"
+    ),
+    limits=Limits(info=0.0, warn=0.05),
+    suspicion=True,
+)
 def massive_activations(
     massive_token_fraction: xr.DataArray, massive_activation: xr.DataArray
 ) -> Iterator[Profile]:
@@ -317,7 +264,7 @@ def massive_activations(
         share,
         "the share of tokens with a massive activation is",
         note=_massive_locations(attrs, largest) + expected,
-        limits=Limits(info=0.0) if per_sequence <= SINKS else None,
+        note_only=per_sequence <= SINKS,
     )
 
 
@@ -331,7 +278,12 @@ def _massive_locations(attrs: Mapping[str, Any], largest: float) -> str:
 
 
 # Half of the range of CKA: fewer tokens than features. Heuristic.
-@verdict(metric="cka_null", limits=Limits(info=0.5), about="reading")
+@verdict(
+    metric="cka_null",
+    judges=Number("biased CKA of unrelated noise of that size", "d / (d + N)", "0 to 1"),
+    limits=Limits(info=0.5),
+    about="reading",
+)
 def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
     """There are too few tokens for the biased CKA.
 
@@ -344,7 +296,12 @@ def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
     return [Profile(null, "unrelated noise of that size would have a biased CKA of")]
 
 
-@verdict(metric="num_tokens", limits=Limits(info=0.0), about="reading")
+@verdict(
+    metric="num_tokens",
+    judges=Number("number of metrics that the sample is small for", range="0 or more"),
+    limits=Limits(info=0.0),
+    about="reading",
+)
 def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """The sample is small for some of the questions.
 

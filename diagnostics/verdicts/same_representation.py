@@ -1,7 +1,4 @@
-"""Do all layers hold one representation? The verdict that this toolkit is for: hyper-connections were made to prevent it.
-
-And do the later blocks still do anything beside the size of what the earlier ones wrote?
-"""
+"""Do all layers hold one representation? The verdict that this toolkit is for: hyper-connections were made to prevent it."""
 
 from __future__ import annotations
 
@@ -12,10 +9,10 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.age import SAME_STATES
+from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
-from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.causes import overlapping
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
 
 # Every two states of 16 collapsed blocks have a debiased CKA of 1.000, and the ends an angle of 0.003 π; of a fresh Pre-LN
 # stack 0.70 and 0.25 π, of trained residual, HC and mHC networks 0.56 to 0.67, of SmolLM2 0.28 and 0.48 π.
@@ -66,13 +63,18 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
 # What grows or fades at every connection leaves all states alike beside it: then that is the finding.
 @verdict(
     metric="cka",
+    judges=Number(
+        "debiased CKA of the two least similar states of the longest range of blocks that hold one representation",
+        "min CKA(x_i, x_j), first ≤ i < j ≤ last",
+        "−1 to 1",
+    ),
     limits=Limits(warn=ALIKE, fail=SAME, scale="cosine"),
     follows_from={
         "gain_explosion": overlapping,
-        "single_gain_explosion": from_there_on,
         "exploding_state": overlapping,
         "dead_state": overlapping,
     },
+    before_training=True,
     suspicion=True,
 )
 def same_representation(
@@ -84,6 +86,7 @@ def same_representation(
     least_stream_cka: xr.DataArray | None = None,
     trimmed_cka: xr.DataArray | None = None,
     whitened_cka: xr.DataArray | None = None,
+    relative_turn: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
     """All layers hold one representation: the depth adds nothing.
 
@@ -121,6 +124,7 @@ def same_representation(
         if last - first >= max(FEWEST_STEPS, share * steps):
             words = _views(alike, views, slice(first, last + 1))
             found = _one_representation(alike, angles, first, last, attrs, num_tokens, words, failing=failing)
+            found = replace(found, sentence=found.sentence + _turn_of_later_half(relative_turn))
             # On the axis of all depths: undefined inside a block.
             yield replace(found, values=found.values.reindex(depth=np.arange(cka.sizes["depth"])))
             return
@@ -168,13 +172,12 @@ def _one_representation(
     told, moving = _prediction(attrs, begins, ends)
     sentence += told
     values = np.full(len(alike), np.nan)
-    values[part] = least
+    # Of states that turn against each other, or of which the head reads something else, it is no more than a warning.
+    values[part] = least if failing and not moving else min(least, SAME)
     return Profile(
         alike.isel(other_depth=0, drop=True).copy(data=values),
         f"{WORDS} of the two least similar states is",
         sentence=sentence,
-        limits=None if failing and not moving else Limits(warn=ALIKE, scale="cosine"),
-        start=_start(turned, attrs),
     )
 
 
@@ -184,14 +187,6 @@ def _views(alike: xr.DataArray, views: Mapping[str, xr.DataArray], part: slice) 
     least = {VIEWS[name]: float(of.values[part, part].min()) for name, of in views.items()}
     told = [f"{words} {value:.3f}" for words, value in least.items() if abs(value - mean) >= 5e-4]
     return f"; {', '.join(told)}" if told else ""
-
-
-def _start(turned: np.ndarray, attrs: Mapping[str, Any]) -> str:
-    """Why the states may be as similar before training; empty where no design begins so."""
-    if bool((turned < SAME_STATES).all()):
-        return "its branches begin at zero"
-    # Small branches are a start that many designs have; ones that do hardly anything are not.
-    return "its branches begin small" if attrs.get("small_start") or turned.max() >= FIXED else ""
 
 
 def _prediction(attrs: Mapping[str, Any], first: int, last: int) -> tuple[str, bool]:
@@ -231,72 +226,17 @@ def _null(num_tokens: xr.DataArray | None) -> str:
     return f"; of unrelated states 0 ± {number(2.0**0.5 / float(count))}"
 
 
-# --- the curse of depth: later blocks beside the size of what the earlier ones wrote ---
-
-# Half of fewer steps than this is no depth to speak of.
-FEWEST_IN_HALVES = 8
-
-
-# Of healthy networks (two of each kind of the zoo, whatever their norms, age and connections) the later half has 0.43 or more,
-# SmolLM2-135M 0.99; the study's networks after a few dozen steps, when all that they know is one common vector, have 0.17.
-@verdict(
-    metric="relative_turn",
-    limits=Limits(warn=0.2, above=False),
-    follows_from={
-        **dict.fromkeys(("same_representation", "idle_layer", "wasted_layer", "common_vector"), overlapping),
-        **dict.fromkeys(("gain_explosion", "exploding_state", "dead_state"), overlapping),
-        "single_gain_explosion": from_there_on,
-    },
-    suspicion=True,
-)
-def curse_of_depth(
-    relative_turn: xr.DataArray,
-    variance_growth: xr.DataArray | None = None,
-    effective_depth: xr.DataArray | None = None,
-) -> Iterator[Profile]:
-    """Later blocks barely change the residual stream; its norm is already large.
-
-    Scale the input of each branch by one over the root of its depth (LayerNorm scaling, Sun et al. 2025), start what writes to
-    the stream smaller, or look for an early block that writes much more than the others; or take fewer layers.
-    """
+def _turn_of_later_half(relative_turn: xr.DataArray | None) -> str:
+    """How far the later half of the steps turns the state, beside what independent branches of their size would."""
+    if relative_turn is None:
+        return ""
     turned = relative_turn.sel(stream="mean", drop=True)
     steps = np.flatnonzero(turned.notnull().values)
-    if len(steps) < FEWEST_IN_HALVES:
-        return
+    if len(steps) < FEWEST_STEPS:
+        return ""
     late = steps[len(steps) // 2 :]
-    counted = np.minimum(turned.values, 1.0)
-    values = np.full(turned.sizes["depth"], np.nan)
-    values[late] = counted[late].mean()
-    yield Profile(
-        turned.copy(data=values),
-        "the turn of the later half of the steps, as a share of that of independent branches, is",
-        template=f"{_halves(turned, late)} turn the state {{percent}} as far as independent branches of the same size would",
-        note=f"{_effective(effective_depth, len(steps))}{_grown_by(variance_growth)}",
-        start="the first blocks learn first",
+    share = float(np.minimum(turned.values[late], 1.0).mean())
+    return (
+        f" The steps from depth {late[0]} to {late[-1]} turn the state {percent(share)} as far as independent branches of the "
+        "same size would."
     )
-
-
-def _halves(turned: xr.DataArray, late: np.ndarray) -> str:
-    """The steps of the later half: as blocks, where these are known."""
-    if "layer" not in turned.coords:
-        return f"the steps from depth {late[0]} to {late[-1]}"
-    first, last = (turned["layer"].values[at] for at in (late[0], late[-1]))
-    return f"blocks {first} to {last}"
-
-
-def _effective(effective_depth: xr.DataArray | None, steps: int) -> str:
-    if effective_depth is None:
-        return ""
-    reached = float(effective_depth.sel(stream="mean").isel(depth=-1))
-    return f"The effective depth is {number(reached)} of {steps} steps."
-
-
-def _grown_by(variance_growth: xr.DataArray | None) -> str:
-    """By how much the branches add up at the depth where they do most."""
-    if variance_growth is None:
-        return ""
-    grown = variance_growth.sel(stream="mean", drop=True)
-    if grown.isnull().all() or float(grown.max()) < 2.0:
-        return ""
-    at = int(grown.argmax("depth"))
-    return f" At depth {at} the square of the state is {number(float(grown[at]))} times that of independent branches."

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
+from depthscope.diagnostics.verdicts.calibration import DEFAULT, NOT_CONTRADICTED
 from depthscope.diagnostics.verdicts.causes import anywhere
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 
 
 def _of_streams(values: xr.DataArray) -> xr.DataArray:
@@ -24,30 +24,40 @@ def _mean_shares(share: xr.DataArray) -> xr.DataArray:
     return _of_streams(share).mean("connection")
 
 
-def _unused_streams(share: xr.DataArray, verb: str, start: str = "") -> Iterator[Profile]:
+def _unused_streams(share: xr.DataArray, verb: str) -> Iterator[Profile]:
     shares = _mean_shares(share)
     for stream in shares["stream"].values.tolist():
         relative = shares.sel(stream=stream, drop=True) * shares.sizes["stream"]
         words = f"the {verb} weight of stream {stream}, relative to an equal share, is"
-        yield Profile(relative, words, stream=str(stream), start=start)
+        yield Profile(relative, words, stream=str(stream))
 
 
 @verdict(
     metric="read_share",
-    limits=Limits(warn=0.1, above=False, source=CALIBRATED),
+    judges=Number(
+        "mean read weight of a stream over an equal share", "n · mean_c |H_pre,s| / Σ_s |H_pre,s|", "0 to n"
+    ),
+    limits=Limits(warn=0.1, above=False, source=NOT_CONTRADICTED),
     follows_from={"dominant_stream": anywhere},
+    before_training=True,
 )
 def unread_stream(read_share: xr.DataArray) -> Iterator[Profile]:
     """A stream is hardly read by any connection.
 
     Fewer streams would do, or a start that reads them all; check the gradient of H_pre.
     """
-    one_each = bool((read_share.max("stream") > 0.99).all())
-    start = "each connection begins by reading one of the streams" if one_each else ""
-    yield from _unused_streams(read_share, "read", start)
+    yield from _unused_streams(read_share, "read")
 
 
-@verdict(metric="write_share", limits=Limits(warn=0.1, above=False, source=CALIBRATED))
+@verdict(
+    metric="write_share",
+    judges=Number(
+        "mean write weight of a stream over an equal share",
+        "n · mean_c |H_post,s| / Σ_s |H_post,s|",
+        "0 to n",
+    ),
+    limits=Limits(warn=0.1, above=False, source=NOT_CONTRADICTED),
+)
 def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
     """A stream is hardly written by any connection.
 
@@ -58,7 +68,14 @@ def unwritten_stream(write_share: xr.DataArray) -> Iterator[Profile]:
 
 # Of four streams the others then give 3 % each. The effective number of streams, which cannot be large for two, is no limit.
 @verdict(
-    metric="signal_share", limits=Limits(warn=0.9, source=CALIBRATED), follows_from={"loud_stream": anywhere}
+    metric="signal_share",
+    judges=Number(
+        "largest mean share of one stream in the signal that the connections read",
+        "max_s mean_c ‖H_pre,s x_s‖ / Σ_s ‖H_pre,s x_s‖",
+        "1/n to 1",
+    ),
+    limits=Limits(warn=0.9, source=NOT_CONTRADICTED),
+    follows_from={"loud_stream": anywhere},
 )
 def dominant_stream(read_share: xr.DataArray, signal_share: xr.DataArray | None = None) -> Iterator[Profile]:
     """One stream carries nearly all that the connections read.
@@ -82,7 +99,15 @@ def dominant_stream(read_share: xr.DataArray, signal_share: xr.DataArray | None 
 
 
 # Streams of which each gets its writes in turn differ by the root of the depth, about 10 for a hundred connections.
-@verdict(metric="residual_norm", limits=Limits(warn=20.0, fail=1000.0, source=CALIBRATED))
+@verdict(
+    metric="residual_norm",
+    judges=Number(
+        "size of the largest stream over the median of the others",
+        "max_s ‖x_s‖ / median of the other ‖x_s‖",
+        "1 or more",
+    ),
+    limits=Limits(warn=20.0, fail=1000.0, source=NOT_CONTRADICTED),
+)
 def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
     """One stream is much larger than the others.
 
@@ -111,7 +136,15 @@ def loud_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
     yield Profile(ratio, words, stream=name, note=note)
 
 
-@verdict(metric="residual_norm", limits=Limits(warn=0.0), follows_from={"dead_state": anywhere})
+@verdict(
+    metric="residual_norm",
+    judges=Number(
+        "number of depths in the later half at which a stream is exactly zero and others are not",
+        range="0 or more",
+    ),
+    limits=Limits(warn=0.0),
+    follows_from={"dead_state": anywhere},
+)
 def silent_stream(residual_norm: xr.DataArray) -> Iterator[Profile]:
     """A stream is exactly zero while the others are not.
 

@@ -6,20 +6,16 @@ Limits without a comment or a source are heuristics of ours.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.verdicts.age import SAME_STREAMS, streams_are_one
-from depthscope.diagnostics.verdicts.calibration import CALIBRATED, DEFAULT
+from depthscope.diagnostics.verdicts.calibration import DEFAULT, NOT_CONTRADICTED
 from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
 from depthscope.diagnostics.verdicts.wiring import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies, told
-from depthscope.diagnostics.verdicts.wiring import ROUNDING as ROUNDED
 
 # Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`. Heuristic.
 PARTED = 0.99
@@ -31,7 +27,6 @@ COPIED = 0.999
 # 1 − cosine of streams that differ by more than the rounding of float32: (6e-8)² and its growth over the depth.
 DIFFER = 1e-9
 EXACT = 1.0 - DIFFER
-PAIR = Limits(warn=EXACT, scale="cosine")  # of one pair, which may well be close while the others are not
 
 # Of the differences between streams: what is smaller is what rounding leaves of 1.
 ROUNDING = 1e-14
@@ -49,18 +44,22 @@ SUM_ERROR = 1e-2
 ADDED_UP, FAILING = 1.25, 4.0
 
 
-# An error alone is a suspicion: twenty rounds leave some tokens of trained networks with 0.07, whose logits are some 8 apart.
-# Its consequence is what the errors of all connections make of the sums of their product.
+# An error of single sums alone does no harm: twenty rounds leave some tokens of trained networks with 0.07, whose logits are
+# some 8 apart. What the errors of all connections make of the sums of their product does.
 @verdict(
     metric="doubly_stochastic_violation",
-    limits=Limits(warn=SUM_ERROR, fail=1e-1),
-    drawn_on=("doubly_stochastic_violation",),
+    judges=Number(
+        "factor by which a row or column sum of the product of all mixing matrices is off 1",
+        "max(max Σ P, 1 / min Σ P); p99 and p1 over tokens",
+        "1 or more",
+    ),
+    limits=Limits(info=1.05, warn=ADDED_UP, fail=FAILING),
 )
 def sinkhorn_not_converged(
     doubly_stochastic_violation: xr.DataArray,
+    composite_gain: xr.DataArray,
+    composite_attenuation: xr.DataArray,
     attrs: Mapping[str, Any],
-    composite_gain: xr.DataArray | None = None,
-    composite_attenuation: xr.DataArray | None = None,
 ) -> Iterable[Profile] | None:
     """The mixing matrices are not doubly stochastic: one sum is exact and the other is not.
 
@@ -68,44 +67,34 @@ def sinkhorn_not_converged(
     bound them. One exact sum and one bad one is truncation, or a softmax along one axis; two bad ones mean that another
     matrix is applied.
     """
-    if not satisfies(attrs, ONE_EXACT_SUM):
+    if not satisfies(attrs, ONE_EXACT_SUM) or "p99" not in doubly_stochastic_violation["reduction"]:
         return None
-    worst = doubly_stochastic_violation.sel(reduction="p99", drop=True)
+    worst = doubly_stochastic_violation.sel(reduction="p99", kind=["row", "column"], drop=True).max("kind")
     # Iterations and axes are the same at every connection: of free matrices one may have exact rows by chance.
-    typical = worst.sel(kind=["row", "column"]).max("kind").median("connection")
-    if not satisfies(attrs, DOUBLY) and typical < SUM_ERROR:
+    if not satisfies(attrs, DOUBLY) and worst.median("connection") < SUM_ERROR:
         return None
-    low, high = sums_of_the_product(composite_attenuation, composite_gain)
+    most = composite_gain.sel(reduction="p99", drop=True).max("direction")
+    least = composite_attenuation.sel(reduction="p1", drop=True).min("direction")
+    with np.errstate(divide="ignore"):
+        factor = np.fmax(most, 1.0 / least)
+    # Sums that are exact add up to rounding.
+    factor = factor.where(worst.max() > SUM_ERROR, 1.0)
     return [
         Profile(
-            worst.sel(kind=kind, drop=True),
-            f"the worst error of a {kind} sum is",
-            metric="doubly_stochastic_violation",
-            ceiling=harm_of_sums(low, high),
-            note=""
-            if np.isnan(low)
-            else f"Over all connections together the sums are between {number(low)} and {number(high)}.",
+            factor,
+            "the factor by which a row or column sum of the mixing from the embedding on is off 1 is",
+            note=f"The worst error of a sum of one connection is {number(float(worst.max()))}.",
         )
-        for kind in ("row", "column")
     ]
-
-
-def harm_of_sums(low: float, high: float) -> Severity:
-    """How bad errors of single sums are at most, by the sums of the product of all; FAIL where these are not known."""
-    factor = np.fmax(high, 1.0 / low if low > 0 else np.inf)
-    return Severity.INFO if factor < ADDED_UP else Severity.WARN if factor < FAILING else Severity.FAIL
-
-
-def sums_of_the_product(least: xr.DataArray | None, most: xr.DataArray | None) -> tuple[float, float]:
-    """The smallest and the largest sum of the composite at any connection; NaN where they are not known."""
-    if least is None or most is None or "p1" not in least["reduction"] or "p99" not in most["reduction"]:
-        return float("nan"), float("nan")
-    return float(least.sel(reduction="p1").min()), float(most.sel(reduction="p99").max())
 
 
 # exp and a division cannot give a negative number: 1e-6 allows for float32 sums of a matrix that was recovered from states.
 # A tenth is no error of rounding or of a formula any more.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=1e-6, fail=0.1))
+@verdict(
+    metric="doubly_stochastic_violation",
+    judges=Number("size of the most negative entry of a mixing matrix", "max(0, −min_ij H_ij)", "0 or more"),
+    limits=Limits(warn=1e-6, fail=0.1),
+)
 def negative_mixing(
     doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterable[Profile] | None:
@@ -126,6 +115,11 @@ def negative_mixing(
 # is a note; the limits are ours.
 @verdict(
     metric="composite_singular_value",
+    judges=Number(
+        "spectral norm of one mixing matrix, or of the product of all",
+        "σ₁(H), σ₁(P); p99 over tokens",
+        "0 or more",
+    ),
     limits=Limits(info=1.05, warn=ADDED_UP, fail=2.0),
     follows_from={"sinkhorn_not_converged": from_there_on, "negative_mixing": from_there_on},
 )
@@ -150,9 +144,15 @@ def expansive_mixing(
 
 @verdict(
     metric="relative_deflated_gain",
+    judges=Number(
+        "share of the first differences between streams that is left, relative to what they have in common",
+        "σ₁(P on 1⊥) / p; median over tokens",
+        "0 or more",
+    ),
     limits=Limits(warn=COLLAPSED, above=False),
     follows_from={"uniform_mixing": from_there_on},
     drawn_on=("relative_deflated_gain",),
+    before_training=True,
 )
 def stream_collapse(
     relative_deflated_gain: xr.DataArray, stream_cosine: xr.DataArray | None = None
@@ -170,25 +170,9 @@ def stream_collapse(
         template="{percent} of the initial differences between streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
-        limits=Limits(info=COLLAPSED, above=False) if parted else None,
+        note_only=bool(parted),
         note=parted,
-        start=_slow_start(left, stream_cosine),
     )
-
-
-# What a connection leaves of the differences, the geometric mean until 1 % is left. Matrices near the identity, as designs
-# begin with, leave more than the one, so that only the depth adds up; streams that begin as copies have nothing to lose, but a
-# connection that leaves less than the other lets no training ever see a difference. What leaves less is no start at any age.
-SLOW, FAST = 0.8, 0.2
-
-
-def _slow_start(left: xr.DataArray, stream_cosine: xr.DataArray | None) -> str:
-    """Why a design may begin so, by many connections near the identity or with streams that are copies; else empty."""
-    collapsed = np.flatnonzero(left.values < COLLAPSED)
-    rate = float(left[collapsed[0]]) ** (1.0 / (int(collapsed[0]) + 1)) if len(collapsed) else 0.0
-    copies = stream_cosine is not None and bool(1.0 - stream_cosine.isel(depth=0) < DIFFER)
-    slow = rate > (FAST if copies else SLOW)
-    return f"each connection leaves {number(rate)} of the differences, and the depth adds up" if slow else ""
 
 
 def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
@@ -209,6 +193,11 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
 
 @verdict(
     metric="relative_deflated_gain",
+    judges=Number(
+        "share of the differences between streams that one connection leaves",
+        "r_c / r_{c−1}, r as the relative deflated gain",
+        "0 or more",
+    ),
     limits=Limits(warn=COLLAPSED, above=False),
     follows_from={"constant_mixing": anywhere},
 )
@@ -228,23 +217,16 @@ def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(metric="identity_distance", limits=Limits(info=STUCK, above=False), drawn_on=("identity_distance",))
-def some_connections_stuck(identity_distance: xr.DataArray) -> Iterable[Profile] | None:
-    """Some connections do not mix the streams.
-
-    Nothing to repair if others mix; a connection that never leaves the identity has a vanishing gradient on
-    its logits (off-diagonal ones near −8) or a zero dynamic scale.
-    """
-    typical = identity_distance.sel(reduction="median", drop=True)
-    if bool((typical < STUCK).all()):  # then it is a question of their product, see `stuck_at_identity`
-        return None
-    return [Profile(typical, "the distance of H_res from the identity is", metric="identity_distance")]
-
-
 @verdict(
     metric="composite_identity_distance",
+    judges=Number(
+        "largest distance from the identity of any product of mixing matrices from the embedding on",
+        "max_c ‖P_c/p − I‖_F / √n; median over tokens",
+        "0 or more",
+    ),
     limits=Limits(warn=STUCK, above=False),
     follows_from={"discarded_mixing": anywhere},
+    before_training=True,
     suspicion=True,
 )
 def stuck_at_identity(
@@ -263,14 +245,18 @@ def stuck_at_identity(
     # copies: what training can move and has not put to use is a note, what it cannot is a warning.
     held = single < (SATURATED if satisfies(attrs, ONE_EXACT_SUM) else ONE_STEP)
     words = "the largest distance from the identity of any product of H_res from the embedding on is"
-    start = "" if held and single > 0 else "H_res begins near the identity"
-    return [Profile(most, words, start=start, limits=None if held else Limits(info=STUCK, above=False))]
+    return [Profile(most, words, note_only=not held)]
 
 
 # Near copies are a note, whatever merging them costs: training has parted them, and what they are worth is the task's. Exact
 # ones are no other network than one with a single stream.
 @verdict(
     metric="stream_cosine",
+    judges=Number(
+        "mean cosine between streams in the later half, or of the two most alike",
+        "mean or max over pairs of cos(x_i, x_j)",
+        "−1 to 1",
+    ),
     limits=Limits(info=COPIED, warn=EXACT, scale="cosine"),
     follows_from={
         "uniform_mixing": from_there_on,
@@ -279,11 +265,10 @@ def stuck_at_identity(
         "loud_stream": anywhere,
     },
     drawn_on=("stream_cosine", "closest_stream_cosine"),
+    before_training=True,
 )
 def copied_streams(
-    stream_cosine: xr.DataArray,
-    read_share: xr.DataArray | None = None,
-    closest_stream_cosine: xr.DataArray | None = None,
+    stream_cosine: xr.DataArray, closest_stream_cosine: xr.DataArray | None = None
 ) -> Iterator[Profile]:
     """The streams are still copies of one another deep in the network.
 
@@ -293,25 +278,22 @@ def copied_streams(
     # They are copies at the embedding by construction: only the later half is judged.
     late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
     judged = stream_cosine.where(xr.DataArray(late, dims="depth"))
-    # Exact ones that are read the same way are symmetric, and stay so.
-    parting = (1.0 - stream_cosine > SAME_STREAMS).any() or streams_are_one(stream_cosine, read_share)
     apart = 1.0 - float(judged.max())
     yield Profile(
         judged,
         "the mean cosine between streams is",
         metric="stream_cosine",
         sentence=_copies("The streams are copies: 1 − cosine of any two of them", apart),
-        start="the streams begin as copies, and part with every step" if parting else "",
     )
     # Two of several streams: copies that the mean over all pairs hides. The others have parted, so that nothing excuses a pair
     # that has not.
     if closest_stream_cosine is None or not judged.notnull().any():
         return
     two = closest_stream_cosine.where(judged.notnull())
-    if apart > DIFFER:
+    if apart > DIFFER and bool(two.max() > EXACT):
         said = _copies("Two of the streams are copies: their 1 − cosine", 1.0 - float(two.max()))
         words = "the cosine of the two streams that are most alike is"
-        yield Profile(two, words, limits=PAIR, sentence=said, metric="closest_stream_cosine")
+        yield Profile(two, words, sentence=said, metric="closest_stream_cosine")
 
 
 def _copies(what: str, apart: float) -> str:
@@ -321,7 +303,15 @@ def _copies(what: str, apart: float) -> str:
     return f"{what} is {number(max(apart, 0.0))} in the later half of the depth, below {number(DIFFER)} ({DEFAULT})."
 
 
-@verdict(metric="stream_cosine", limits=Limits(warn=0.001, above=False, source=CALIBRATED))
+@verdict(
+    metric="stream_cosine",
+    judges=Number(
+        "largest 1 − cosine of the streams between blocks, where they differ inside",
+        "max (1 − cos(x_i, x_j)) at the ends of blocks",
+        "0 to 2",
+    ),
+    limits=Limits(warn=0.001, above=False, source=NOT_CONTRADICTED),
+)
 def passing_streams(
     attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
 ) -> Iterable[Profile] | None:
@@ -347,7 +337,10 @@ def passing_streams(
 
 @verdict(
     metric="read_mass",
-    limits=Limits(warn=0.01, above=False, source=CALIBRATED),
+    judges=Number(
+        "weight with which all later connections together read a sublayer's output", "Σ_k |M_kj|", "0 or more"
+    ),
+    limits=Limits(warn=0.01, above=False, source=NOT_CONTRADICTED),
     suspicion=True,
     drawn_on=("read_mass",),
 )
@@ -363,17 +356,33 @@ def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
     yield Profile(mass, words, metric="read_mass", template=told)
 
 
-# Numbers of bfloat16 have 8 bits: a sum of four of them is 1 within 0.004, and every connection of the depth adds its own.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(info=ROUNDED, warn=1e-3))
-def rounded_coefficients(
-    attrs: Mapping[str, Any],
-    composite_gain: xr.DataArray | None = None,
-    composite_attenuation: xr.DataArray | None = None,
-) -> Iterator[Profile]:
-    """The mixing matrices are computed in half precision.
+# Saturation of a projection whose logits are too far apart: those of −8 off the diagonal have 0.998. Heuristic.
+NEARLY_PERMUTATIONS = 0.99
 
-    Compute the logits and Sinkhorn in float32, whatever the states are: the errors of the sums multiply over the depth.
+
+# Off-diagonal logits of −8 let at most 1.3e-3 through, those of −6 at most 1e-2; a uniform H_res of four streams 0.25. A note,
+# since an optimizer that divides by the size of the gradient moves such logits all the same, only slowly.
+@verdict(
+    metric="logit_gradient_share",
+    judges=Number(
+        "largest share of the gradient of H_res that reaches its logits at any connection",
+        "max_c ‖∂L/∂H̃‖ / ‖∂L/∂H‖",
+        "0 or more",
+    ),
+    limits=Limits(info=2e-3, above=False),
+)
+def saturated_logits(logit_gradient_share: xr.DataArray, logit_saturation: xr.DataArray) -> Iterator[Profile]:
+    """H_res can hardly learn: almost none of its gradient reaches its logits.
+
+    Softmax and Sinkhorn of logits that are far apart (off-diagonal ones near −8) let no gradient through. Begin with logits
+    nearer to each other, such as −3 off the diagonal, or leave them out of weight decay and give them a higher learning rate.
     """
-    harm = harm_of_sums(*sums_of_the_product(composite_attenuation, composite_gain))
-    for profile in told(attrs, "rounded_coefficients"):
-        yield replace(profile, ceiling=min(profile.ceiling, harm))
+    saturation = float(logit_saturation.sel(reduction="median", drop=True).min("connection"))
+    # The gradient may be small for another reason: where streams are equal, as in the first connection, or are averaged
+    # behind the last one, it lies along what the projection takes away.
+    if saturation >= NEARLY_PERMUTATIONS:
+        yield Profile(
+            logit_gradient_share.max("connection"),
+            "the largest fraction of the gradient of H_res that reaches its logits at any connection is",
+            note=f"Every projection lets through less than {number(1 - saturation)} of what a uniform one does.",
+        )

@@ -16,11 +16,12 @@ from depthscope.diagnostics.verdicts.age import (
 )
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere, overlapping
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
 
 
 @verdict(
     metric="loss",
+    judges=Number("number of losses that are not finite", range="0 or more"),
     limits=Limits(fail=0.0),
     follows_from={"residual_not_finite": anywhere, "mixing_not_finite": anywhere},
 )
@@ -35,7 +36,16 @@ def loss_not_finite(loss_not_finite: xr.DataArray) -> Iterable[Profile]:
 
 # Heuristics: a quarter of the loss at the start is more than the noise of batches and a warm-up; three quarters are nearly all
 # that a training can learn.
-@verdict(metric="loss", limits=Limits(warn=0.25, fail=0.75), follows_from={"loss_not_finite": anywhere})
+@verdict(
+    metric="loss",
+    judges=Number(
+        "rise of the loss above its lowest value, relative to the start",
+        "(loss now − lowest) / first",
+        "0 or more",
+    ),
+    limits=Limits(warn=0.25, fail=0.75),
+    follows_from={"loss_not_finite": anywhere},
+)
 def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profile]:
     """The loss diverged: it has risen far above its lowest value.
 
@@ -49,7 +59,16 @@ def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profi
 
 
 # Half of the loss at the start is what text models learn in all.
-@verdict(metric="loss", limits=Limits(info=0.25, warn=0.5), follows_from={"diverged_loss": anywhere})
+@verdict(
+    metric="loss",
+    judges=Number(
+        "largest rise of the loss above its lowest value before, relative to the start",
+        "max (loss − lowest) / first",
+        "0 or more",
+    ),
+    limits=Limits(info=0.25, warn=0.5),
+    follows_from={"diverged_loss": anywhere},
+)
 def loss_spike(loss_spike: xr.DataArray, loss_rise: xr.DataArray) -> Iterable[Profile] | None:
     """The loss spiked: it rose far above its lowest value, and came down again.
 
@@ -63,40 +82,26 @@ def loss_spike(loss_spike: xr.DataArray, loss_rise: xr.DataArray) -> Iterable[Pr
     ]
 
 
-@verdict(metric="loss", limits=Limits(fail=0.0))
-def softmax_twice(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The softmax is applied twice: by the model and again by the loss.
-
-    Give a cross entropy the logits, or take the logarithm of the probabilities and a loss that expects it. Between
-    probabilities the gradient is small, and the loss cannot fall to zero.
-    """
-    task = task_of(attrs)
-    if "softmax_twice" in task:
-        twice = bool(task["softmax_twice"])
-        sentence = f"The model's output is already a softmax, and the loss applies another one; expected one ({DEFAULT})."
-        yield Profile(
-            xr.DataArray(float(twice)),
-            "the number of superfluous softmaxes is",
-            sentence=sentence if twice else "",
-        )
-
-
 WORSE = 1.05
-# Of a loss with a larger standard error, relative to that of a constant answer, it is not known whether it is the same.
-WELL_KNOWN = 0.05
 
 
 # A constant answer knows how often each class comes and nothing of the input. Networks learn that in their first steps: one
 # that loses more, beyond the noise of a sample, has nothing left of what it learned, or sees what it was never trained on.
 @verdict(
     metric="loss",
-    limits=Limits(fail=WORSE),
+    judges=Number(
+        "loss, less the noise of the sample, over that of a constant answer",
+        "(loss − 1.645 se) / H(classes)",
+        "0 or more",
+    ),
+    limits=Limits(warn=NOTHING_LEARNED, fail=WORSE),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "diverged_loss"), anywhere
     ),
+    before_training=True,
 )
 def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The network is trained, and no better than an answer that never changes.
+    """The network is no better than an answer that never changes.
 
     See whether every weight is in its place, the labels belong to the inputs, and the learning rate is right, and read the
     other findings. On data of another kind than it was trained on this says only that they are new to it.
@@ -105,12 +110,10 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     if share is None or attrs.get("untouched"):  # of which `untrained_weights` says so
         return
     error = (number_or_none(task.get("uncertainty")) or 0.0) / float(task["constant"])
-    words = "the loss, relative to that of always answering with how often each class comes, is"
-    if share > WORSE and share - ONE_SIDED * error > 1.0:
-        yield Profile(xr.DataArray(share), words, age="begun")
-    else:  # a loss that may be that of a constant answer all the same is that of a network that never learned
-        known = Limits(fail=NOTHING_LEARNED) if error < WELL_KNOWN else None
-        yield Profile(xr.DataArray(min(share, WORSE)), words, age="grown", limits=known)
+    yield Profile(
+        xr.DataArray(share - ONE_SIDED * error),
+        "the loss, relative to that of always answering with how often each class comes (less the noise of the sample), is",
+    )
 
 
 ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
@@ -124,10 +127,16 @@ LEAST_CLAIM = 0.2
 
 @verdict(
     metric="loss",
+    judges=Number(
+        "part of what the predictions claim to know that is wrong",
+        "(loss − 1.645 se − expected) / max(constant − expected, constant / 5)",
+        "0 and below where they are right",
+    ),
     limits=Limits(warn=0.15, fail=0.5),
     follows_from=dict.fromkeys(
         ("loss_not_finite", "residual_not_finite", "mixing_not_finite", "worse_than_constant"), anywhere
     ),
+    before_training=True,
 )
 def surer_than_right(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The predictions are overconfident: they are surer than they are right.
@@ -147,13 +156,14 @@ def surer_than_right(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     )
     words = "of what the predictions claim to know, the part that is wrong is"
     wrong = (loss - ONE_SIDED * error - expected) / claimed
-    yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", age="begun")
+    yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "")
 
 
 # A block that no gradient reaches, or whose output nothing uses, stays as it was drawn.
 @verdict(
     metric="loss",
-    limits=Limits(warn=NOTHING_LEARNED),
+    judges=Number("number of blocks, or of checkpoints, that look untrained", range="0 or more"),
+    limits=Limits(warn=0.0),
     follows_from=dict.fromkeys(
         ("cut_gradient", "vanishing_gradient", "idle_layer", "same_representation"), overlapping
     ),
@@ -163,8 +173,8 @@ def untrained_weights(
 ) -> Iterator[Profile]:
     """These weights look untrained.
 
-    Normal for a network that was just built, or for blocks that were just added. Of a checkpoint: see which names of the file
-    were not found in the model, and load it with strict=True.
+    Of a checkpoint: see which names of the file were not found in the model, and load it with strict=True. Blocks that were
+    just added begin so.
     """
     blocks, share = attrs.get("untouched_blocks") or [], share_of_guessing(attrs)
     if residual_norm is not None and _are_left_out(blocks, residual_norm, share):
@@ -172,17 +182,17 @@ def untrained_weights(
         yield Profile(
             residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords),
             "the number of blocks that look untrained is",
-            limits=Limits(fail=NOTHING_LEARNED) if len(blocks) == len(_blocks_of(residual_norm)) else None,
             sentence=f"Every bias and gain of block {named} has its initial value, and others of the network do not; "
             f"expected all or none ({DEFAULT}).",
         )
-    if not attrs.get("untouched") or (share is None and not attrs.get("checkpoint")):
-        return
-    yield Profile(
-        xr.DataArray(1.0 if share is None else share),
-        "every bias and gain has its initial value, and the loss relative to guessing among all classes is",
-        limits=None if attrs.get("checkpoint") else Limits(info=NOTHING_LEARNED),
-    )
+    if attrs.get("checkpoint"):
+        is_untouched = bool(attrs.get("untouched"))
+        sentence = f"Every bias and gain of this checkpoint has its initial value; expected trained ones ({DEFAULT})."
+        yield Profile(
+            xr.DataArray(float(is_untouched)),
+            "the number of checkpoints that look untrained is",
+            sentence=sentence if is_untouched else "",
+        )
 
 
 def _blocks_of(residual_norm: xr.DataArray) -> set[int]:
@@ -198,7 +208,13 @@ def _are_left_out(blocks: Any, residual_norm: xr.DataArray, share: float | None)
     return few_or_all or (share is not None and share < NOTHING_LEARNED)
 
 
-@verdict(metric="loss", limits=Limits(warn=0.0), follows_from={"untrained_weights": overlapping})
+@verdict(
+    metric="loss",
+    judges=Number("number of blocks with the weights of another one", range="0 or more"),
+    limits=Limits(warn=0.0),
+    follows_from={"untrained_weights": overlapping},
+    before_training=True,
+)
 def equal_blocks(attrs: Mapping[str, Any], residual_norm: xr.DataArray) -> Iterator[Profile]:
     """Several blocks have identical weights.
 
@@ -215,5 +231,4 @@ def equal_blocks(attrs: Mapping[str, Any], residual_norm: xr.DataArray) -> Itera
         sentence=f"Blocks {named} have the same weights in memory of their own; expected none ({DEFAULT})."
         if blocks
         else "",
-        start="all layers were copies of one",
     )

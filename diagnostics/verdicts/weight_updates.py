@@ -14,14 +14,19 @@ from depthscope.diagnostics.schema import FROZEN_MODULES
 from depthscope.diagnostics.verdicts.age import NOTHING_LEARNED, share_of_constant
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 
 NUM_NAMED = 3  # modules in a sentence
 
 
 # The rule of thumb is 1e-3 a step, see the metric. The ratio is to the weights after the step: a step that replaces a
 # module completely has 1.
-@verdict(metric="update_ratio", limits=Limits(warn=0.1, fail=0.5), drawn_on=("update_ratio",))
+@verdict(
+    metric="update_ratio",
+    judges=Number("change of a module's weights in one step over the weights", "‖ΔW‖ / ‖W‖", "0 or more"),
+    limits=Limits(warn=0.1, fail=0.5),
+    drawn_on=("update_ratio",),
+)
 def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """One optimizer step rewrites much of a module.
 
@@ -35,7 +40,11 @@ def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     )
 
 
-@verdict(metric="update_ratio", limits=Limits(warn=0.0))
+@verdict(
+    metric="update_ratio",
+    judges=Number("number of modules that are not trained while others are", range="0 or more"),
+    limits=Limits(warn=0.0),
+)
 def frozen_module(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """A module is frozen while the rest is trained.
 
@@ -48,7 +57,7 @@ def frozen_module(update_ratio: xr.DataArray) -> Iterator[Profile]:
         frozen.astype(float).assign_coords(update_ratio.coords).where(trained | frozen),
         "the number of modules that are not trained is",
         sentence=_frozen_words(frozen, trained) if bool(frozen.any()) else "",
-        limits=Limits(info=0.0) if _is_meant(frozen, trained) else None,
+        note_only=_is_meant(frozen, trained),
     )
 
 
@@ -79,30 +88,54 @@ def _names(chosen: xr.DataArray) -> str:
 FEWEST_STEPS = 5
 
 
-# A hundredth of the rule of thumb: ten thousand such steps replace a tenth of the weights or less. No warm-up is as slow after
-# its first steps.
-SLOW = Limits(warn=1e-5, fail=1e-7, above=False)
 PAST_WARM_UP = 50
 
 
+# A hundredth of the rule of thumb: ten thousand such steps replace a tenth of the weights or less. No warm-up is as slow after
+# its first steps.
+@verdict(
+    metric="update_ratio",
+    judges=Number(
+        "change of the weights of half of the modules in one step over the weights",
+        "median over modules of ‖ΔW‖ / ‖W‖",
+        "0 or more",
+    ),
+    limits=Limits(warn=1e-5, fail=1e-7, above=False),
+)
+def slow_updates(update_ratio: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
+    """Nothing is learned, and the optimizer hardly moves the weights.
+
+    Raise the learning rate; see whether a schedule, a clip of the gradient or a loss scale divides it by more than is meant.
+    """
+    learned = share_of_constant(attrs)
+    step = float(update_ratio.coords["step"]) if "step" in update_ratio.coords else 0.0
+    if (
+        learned is not None
+        and learned >= NOTHING_LEARNED
+        and step >= PAST_WARM_UP
+        and update_ratio.notnull().any()
+    ):
+        note = f"The loss is {100 * learned:.0f} % of that of a constant answer after {step:.0f} steps."
+        words = "of half of the modules the change of the weights in one step, relative to the weights, is"
+        yield Profile(update_ratio.median(), words, note=note)
+
+
 # About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
-@verdict(metric="update_ratio", limits=Limits(warn=1e-7, above=False), drawn_on=("update_ratio",))
-def lost_update(
-    update_ratio: xr.DataArray, attrs: Mapping[str, Any], unmoved_steps: xr.DataArray | None = None
-) -> Iterator[Profile]:
+@verdict(
+    metric="update_ratio",
+    judges=Number("change of a module's weights in one step over the weights", "‖ΔW‖ / ‖W‖", "0 or more"),
+    limits=Limits(warn=1e-7, above=False),
+    drawn_on=("update_ratio",),
+)
+def lost_update(update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None) -> Iterator[Profile]:
     """An optimizer step leaves a module unchanged.
 
     Normal where the learning rate is zero. Else see whether the module gets a gradient, the optimizer has it, and half
     precision rounds the update away; where all hardly move, raise the learning rate.
     """
     words = "the change of the weights in one step, relative to the weights, is"
-    learned = share_of_constant(attrs)
     if update_ratio.notnull().any():
         yield Profile(update_ratio, words, metric="update_ratio")
-        step = float(update_ratio.coords["step"]) if "step" in update_ratio.coords else 0.0
-        if learned is not None and learned >= NOTHING_LEARNED and step >= PAST_WARM_UP:
-            note = f"The loss is {100 * learned:.0f} % of that of a constant answer after {step:.0f} steps."
-            yield Profile(update_ratio.median(), f"of half of the modules {words}", limits=SLOW, note=note)
     # Where no optimizer was seen to touch a weight no single update is known, and the norms show it.
     elif unmoved_steps is not None and float(unmoved_steps) >= FEWEST_STEPS:
         sentence = (
@@ -117,7 +150,12 @@ def lost_update(
 SMALL_SHARE = 1e-3
 
 
-@verdict(metric="weight_gradient_norm", limits=Limits(warn=0.0), follows_from={"cut_gradient": anywhere})
+@verdict(
+    metric="weight_gradient_norm",
+    judges=Number("number of modules whose gradient is exactly zero while others get one", range="0 or more"),
+    limits=Limits(warn=0.0),
+    follows_from={"cut_gradient": anywhere},
+)
 def silent_module(
     weight_gradient_norm: xr.DataArray, weight_norm: xr.DataArray | None = None
 ) -> Iterator[Profile]:

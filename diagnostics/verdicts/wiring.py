@@ -13,8 +13,7 @@ from typing import Any, TypeGuard
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 
 # --- what the matrices claim to be: the constraints that they satisfy, or are meant to ---
 
@@ -48,20 +47,24 @@ def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator
     for remark in remarks if isinstance(remarks, (list, tuple)) else ():
         if not isinstance(remark, Mapping) or remark.get("kind") != kind:
             continue
-        sentence, value, start = remark.get("sentence"), remark.get("value"), remark.get("start")
+        sentence, value = remark.get("sentence"), remark.get("value")
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if _is_text(sentence) and number:
-            sure = remark.get("sure") is True
             yield Profile(
                 xr.DataArray(float(value)),  # type: ignore[arg-type]
                 "",
                 sentence=f"{sentence} ({source}).",
-                ceiling=Severity.FAIL if sure else Severity.INFO,
-                start=start if _is_text(start) else "",
+                note_only=remark.get("sure") is not True,
             )
 
 
-@verdict(metric="identity_distance", limits=Limits(warn=ROUNDING))
+@verdict(
+    metric="identity_distance",
+    judges=Number(
+        "distance of the computed matrix from the one that is applied", "‖H − H applied‖", "0 or more"
+    ),
+    limits=Limits(warn=ROUNDING),
+)
 def discarded_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """A mixing matrix is computed and discarded.
 
@@ -71,7 +74,13 @@ def discarded_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "discarded_mixing")
 
 
-@verdict(metric="doubly_stochastic_violation", limits=Limits(warn=ROUNDING))
+@verdict(
+    metric="doubly_stochastic_violation",
+    judges=Number(
+        "error of the sums over the sources, which should be exact", "max_i |Σ_j H_ij − 1|", "0 or more"
+    ),
+    limits=Limits(warn=ROUNDING),
+)
 def transposed_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """A mixing matrix is applied transposed.
 
@@ -82,7 +91,11 @@ def transposed_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 
 # Every connection multiplies the sum of the streams by n, which is at least 2: no other value comes here.
-@verdict(metric="mixing_gain", limits=Limits(fail=1.0))
+@verdict(
+    metric="mixing_gain",
+    judges=Number("factor by which each connection multiplies the sum of the streams", "n", "1 or more"),
+    limits=Limits(fail=1.0),
+)
 def constant_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """Every entry of the mixing matrices is 1, whatever their parameters.
 
@@ -92,19 +105,17 @@ def constant_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "constant_mixing")
 
 
-# Over 60 connections an error of 0.01 in every sum is a gain of 1.8.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(info=1e-3, warn=1e-2))
-def one_sided_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The mixing matrices are normalised along one axis only.
-
-    Sinkhorn takes both in turn: check the two axes of its sums. A softmax alone keeps either the signal or its gradient.
-    """
-    yield from told(attrs, "one_sided_mixing")
-
-
 # The largest gradient of a logit against that of a write weight, for a random combination of the outputs: a few
 # roundings.
-@verdict(metric="initial_distance", limits=Limits(warn=1e-6, above=False))
+@verdict(
+    metric="mixing_gradient",
+    judges=Number(
+        "largest gradient of a logit of the mixing over that of a write weight",
+        "‖∂L/∂H̃‖ / ‖∂L/∂H_post‖",
+        "0 or more",
+    ),
+    limits=Limits(warn=1e-6, above=False),
+)
 def unlearnable_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The mixing matrices get no gradient.
 
@@ -114,7 +125,11 @@ def unlearnable_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "unlearnable_mixing")
 
 
-@verdict(metric="read_share", limits=Limits(info=1.0))
+@verdict(
+    metric="read_share",
+    judges=Number("weight with which the branch reads where the design writes with it", range="0 or more"),
+    limits=Limits(info=1.0),
+)
 def swapped_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """Read and write weights look swapped.
 
@@ -123,17 +138,14 @@ def swapped_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "swapped_weights")
 
 
-# bfloat16 rounds a number below 1 by up to 0.002, eight-bit types by up to 0.06.
-@verdict(metric="doubly_stochastic_violation", limits=Limits(info=ROUNDING, warn=1e-2))
-def rounded_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The mixing matrix that is applied is a rounded one.
-
-    Its sums are no longer 1, and the error multiplies over depth: apply it in float32, and cast the result.
-    """
-    yield from told(attrs, "rounded_mixing")
-
-
-@verdict(metric="mixing_gain", limits=Limits(warn=1e-3))
+@verdict(
+    metric="mixing_gain",
+    judges=Number(
+        "change of the coefficients with what they should not depend on, relative to themselves",
+        range="0 or more",
+    ),
+    limits=Limits(warn=1e-3),
+)
 def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """Coefficients are computed from something other than the streams they are applied to.
 
@@ -143,7 +155,13 @@ def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "foreign_coefficients")
 
 
-@verdict(metric="channel_variance", limits=Limits(fail=0.0))
+@verdict(
+    metric="channel_variance",
+    judges=Number(
+        "number of batch norms whose running statistics are not those of the data", range="0 or more"
+    ),
+    limits=Limits(fail=0.0),
+)
 def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The running statistics of BatchNorm are not those of its data, or were never updated.
 
@@ -153,7 +171,12 @@ def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield from told(attrs, "stale_statistics")
 
 
-@verdict(metric="weight_gradient_norm", limits=Limits(warn=0.0))
+@verdict(
+    metric="weight_gradient_norm",
+    judges=Number("number of modules whose input is zero for 95 % of the features", range="0 or more"),
+    limits=Limits(warn=0.0),
+    before_training=True,
+)
 def zero_input(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The input of a module is almost all zeros: no token passes what is before it.
 

@@ -89,7 +89,6 @@ class Origin:
     ``turned``: whether the matrix is applied as the transpose of what was computed first; None where that is
     symmetric.
     ``stored``: the matrix (K, T, n, n) of higher precision of which the applied one is a rounding.
-    ``rounded_to``: to which type it was cast.
     ``reads_along``: where one matrix has the read weights in its first columns and the mixing in its others: whether
     both are applied along the same axis; None where no matrix has both.
     """
@@ -104,7 +103,6 @@ class Origin:
     exact: torch.Tensor | None = None
     turned: bool | None = None
     stored: torch.Tensor | None = None
-    rounded_to: str = ""
     reads_along: bool | None = None
 
     def at(self, positions: Sequence[int]) -> Origin:
@@ -201,7 +199,7 @@ class Search(CoefficientValues):
                 continue
             if self.autocast and self._is_only_multiplied(value):
                 return {"exact": matrix}
-            return {"stored": matrix, "rounded_to": str(value.dtype).removeprefix("torch.")}
+            return {"stored": matrix}
         return {}
 
     def _is_only_multiplied(self, value: TracedValue) -> bool:

@@ -47,7 +47,6 @@ class Facts:
     ``mix``: H_res as applied (K, T, n, n), and the identity where nothing mixes.
     ``mixes``: whether the model computes a matrix.
     ``stored``: H_res before the model rounded it to another precision.
-    ``rounded_to``: that precision; empty where it is applied as stored.
     ``read, write``: H_pre and H_post (K, T, n); None where there are several views, or gates per feature.
     ``mask``: (K, T), True on tokens that are no padding.
     ``origin``: from what the weights were computed; None where no forward was followed.
@@ -58,7 +57,6 @@ class Facts:
     mix: torch.Tensor
     mixes: bool
     stored: torch.Tensor
-    rounded_to: str = ""
     read: torch.Tensor | None = None
     write: torch.Tensor | None = None
     mask: torch.Tensor | None = None
@@ -152,14 +150,3 @@ def _rounds(facts: Facts, last: int) -> float:
     if not known.any():
         return math.inf
     return float((error[known].clamp_max(1 - 1e-9).log() / factor[known].log()).median())
-
-
-def after_rounds(facts: Sequence[Facts], at: Sequence[int], side: int) -> float:
-    """The error that 20 rounds leave on these matrices."""
-    worst = 0.0
-    for number in at:
-        matrix = facts[number].tokens(facts[number].stored).clamp_min(0)
-        for _ in range(20):
-            matrix = _once_more(matrix, -1 - side).nan_to_num()
-        worst = max(worst, float(_inexact(matrix, -1 - side).max()))
-    return max(worst, torch.finfo(torch.float32).eps)

@@ -14,11 +14,9 @@ from depthscope.probes.connections.computation import SAME, UNIFORM
 from depthscope.probes.connections.connection_facts import (
     CLEAR_ERROR,
     EXACT_SUM,
-    FAR,
     Facts,
     Remark,
     Rule,
-    after_rounds,
     one_sided,
     places,
     short,
@@ -130,50 +128,8 @@ def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:
         )
 
 
-def rounded(facts: Sequence[Facts]) -> Iterator[Remark]:
-    """The applied matrix differs from the stored one by the rounding of a cast."""
-    at = [number for number, each in enumerate(facts) if each.rounded_to]
-    if not at:
-        return
-    difference = max(float((facts[i].mix - facts[i].stored).abs().max()) for i in at)
-    if difference == 0:
-        return
-    applied = max(max(facts[i].sum_errors(facts[i].mix)) for i in at)
-    stored = max(max(facts[i].sum_errors()) for i in at)
-    yield Remark(
-        "rounded_mixing",
-        f"H_res is cast to {facts[at[0]].rounded_to} before it is applied {places(facts, at)}: the applied matrix differs "
-        f"from the stored one by up to {short(difference)}, and its sums are off by up to {short(applied)} where those "
-        f"of the stored one are by {short(stored)}",
-        difference,
-        tuple(at),
-        sure=False,
-    )
-
-
 # Different numbers of a matrix, which are all rounded by no chance; an error of a sum that float32 never leaves.
 MANY, HALF_PRECISION = 4, 5e-4
-
-
-def computed_in_half_precision(facts: Sequence[Facts]) -> Iterator[Remark]:
-    """Every entry is a number of a type of 16 bits, and the sums are off as its rounding leaves them."""
-    for dtype in (torch.bfloat16, torch.float16):
-        at = [number for number, each in enumerate(facts) if not each.rounded_to and _is_rounded(each, dtype)]
-        error = max((max(facts[i].sum_errors(facts[i].mix)) for i in at), default=0.0)
-        if HALF_PRECISION < error < FAR:
-            yield Remark(
-                "rounded_coefficients",
-                f"Every entry of H_res is a number of {str(dtype).removeprefix('torch.')} {places(facts, at)}, and its sums "
-                f"are off by up to {short(error)}: the coefficients are computed in half precision",
-                error,
-                tuple(at),
-            )
-            return
-
-
-def _is_rounded(facts: Facts, dtype: torch.dtype) -> bool:
-    rounded = facts.mix.to(dtype).to(facts.mix.dtype)
-    return facts.mixes and torch.equal(facts.mix, rounded) and facts.mix.unique().numel() > MANY
 
 
 # --- what the matrix is
@@ -196,46 +152,6 @@ def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
         float(n),
         tuple(at),
     )
-
-
-def one_sum(facts: Sequence[Facts]) -> Iterator[Remark]:
-    """Only one sum is 1: the matrix was normalised along one axis, not along both in turn."""
-    mixing = [number for number, each in enumerate(facts) if each.mixes]
-    for side, exact, others, loss in (
-        (
-            0,
-            "the sources (rows)",
-            "the destinations (columns)",
-            "the signal keeps its sum and its gradient does not",
-        ),
-        (
-            1,
-            "the destinations (columns)",
-            "the sources (rows)",
-            "the gradient keeps its sum and the signal does not: normalise the other axis",
-        ),
-    ):
-        at = [number for number in mixing if one_sided(facts[number], side)]
-        # A free matrix may have exact rows at one connection; a normalisation is made at all of them.
-        if not at or 2 * len(at) <= len(mixing):
-            continue
-        axes = [origin.axes for i in at if (origin := facts[i].origin) is not None]
-        count = max((sum(not axis.turned for axis in each) for each in axes), default=0)
-        # One softmax over the sources is a design of its own: every stream becomes a mean of streams.
-        if side == 0 and count < 2:
-            continue
-        errors = [facts[number].sum_errors() for number in at]
-        good, bad = max(error[side] for error in errors), max(error[1 - side] for error in errors)
-        seen = f" ({count} normalisations, all along it)" if count else ""
-        yield Remark(
-            "one_sided_mixing",
-            f"H_res is normalised along one axis only{seen} {places(facts, at)}: sums over {exact} are 1 within "
-            f"{short(good)}, sums over {others} are off by up to {short(bad)}, where 20 rounds of Sinkhorn would "
-            f"leave {short(after_rounds(facts, at, side))}; {loss}",
-            bad,
-            tuple(at),
-            sure=count > 1,
-        )
 
 
 def passing(facts: Sequence[Facts]) -> Iterator[Remark]:
@@ -391,11 +307,8 @@ RULES: tuple[Rule, ...] = (
     discarded,
     transposed,
     all_ones,
-    one_sum,
     passing,
     unlearnable,
     swapped,
-    rounded,
-    computed_in_half_precision,
     other_input,
 )

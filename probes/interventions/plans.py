@@ -63,7 +63,7 @@ def plan(
     kind : str
         ``"skip"``, ``"skip_past"``, ``"repeat"``, ``"swap"`` (of blocks); ``"identity"``, ``"uniform"``, ``"mean"``,
         ``"sinkhorn"`` (in place of H_res); ``"drop_stream"``, ``"freeze_stream"``, ``"rescue"``, ``"massive"``, ``"patch"``,
-        ``"bypass"``, ``"without_attention"``, ``"merge_tokens"``, ``"without_mean"``, ``"one_direction"``,
+        ``"bypass"``, ``"without_attention"``, ``"merge_tokens"``, ``"without_mean"``,
         ``"merge_streams"`` (of the state at a depth).
     blocks, connections, depths, streams : int or iterable of int, optional
         Where; every place by default. A depth means the block or connection that ends there.

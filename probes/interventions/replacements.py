@@ -75,18 +75,6 @@ def without_mean(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor
     return torch.where(real, (state.double() - mean).to(state.dtype), state)
 
 
-def first_direction(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean over all real tokens, and of what differs from it the part along the first principal direction."""
-    real, about = _real(state, mask), without_mean(state, mask)
-    mean, about = state - about, (about.double() * _real(state, mask)).flatten(2)
-    rows = about.flatten(0, 1)
-    if not bool(rows.isfinite().all()):
-        raise InterventionError("one_direction: the states are not finite, and have no principal direction")
-    direction = torch.linalg.eigh(rows.mT @ rows).eigenvectors[:, -1]
-    along = ((about @ direction).unsqueeze(-1) * direction).view(state.shape)
-    return torch.where(real, mean + along.to(state.dtype), state)
-
-
 def merged_streams(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The mean of the streams, as each of them."""
     return state.mean(2, keepdim=True).expand_as(state).clone()
@@ -101,7 +89,6 @@ def _real(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 COLLAPSED: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
     "merge_tokens": merged_tokens,
     "without_mean": without_mean,
-    "one_direction": first_direction,
     "merge_streams": merged_streams,
 }
 """What a collapse would leave of a state, by the kind of the experiment."""

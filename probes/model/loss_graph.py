@@ -13,31 +13,15 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.tensors import tensors_in
 
 MOST_NODES = 64  # from the scalar back: a mean over tokens, a few masks, the cross entropy
-# What only rearranges numbers between a softmax and the next one.
-SHAPES = (
-    "View",
-    "Unsafe",
-    "Slice",
-    "Reshape",
-    "Transpose",
-    "Permute",
-    "Squeeze",
-    "Unsqueeze",
-    "ToCopy",
-    "Clone",
-    "Alias",
-    "Index",
-)
 
 
 def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
     """What the graph of a loss says of its task; empty where it is no cross entropy and no squared error that torch computes.
 
-    Returns: ``classes``, their number; ``guessing``, the loss of equal probabilities in nats; ``softmax_twice``, whether the
-    numbers that the loss takes the softmax of come from one already; ``predicts_next``, whether its targets are the next
-    tokens of the batch, whatever that of the last token of a sequence is; ``repeats_input``, whether they are those tokens;
-    ``targets_per_sequence``, 1 where a sequence has one class; and of a mean what `_compared` says. Of squared errors and
-    of yes or no, the latter alone.
+    Returns: ``classes``, their number; ``guessing``, the loss of equal probabilities in nats; ``predicts_next``, whether its
+    targets are the next tokens of the batch, whatever that of the last token of a sequence is; ``repeats_input``, whether
+    they are those tokens; ``targets_per_sequence``, 1 where a sequence has one class; and of a mean what `_compared` says.
+    Of squared errors and of yes or no, the latter alone.
     """
     start = None if loss is None else loss.grad_fn
     if start is not None and start.name() in (SQUARES, YES_OR_NO) and start._saved_reduction == 1:
@@ -54,7 +38,6 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
         return {
             "classes": classes,
             "guessing": math.log(max(classes, 1)),
-            "softmax_twice": _is_softmax_twice(node),
             "predicts_next": _are_tokens(_target_of(node), batch, ahead=1),
             "repeats_input": _are_tokens(_target_of(node), batch, ahead=0),
             **_targets_per_sequence(_target_of(node), batch),
@@ -272,21 +255,6 @@ def _nodes(start: Any) -> Iterator[Any]:
         seen += 1
         yield node
         waiting += [before for before, _ in node.next_functions if before is not None]
-
-
-def _is_softmax_twice(loss: Any) -> bool:
-    """Whether, behind the softmax of a cross entropy, nothing but changes of shape leads to another one."""
-    node, passed = loss, False
-    while node.next_functions and node.next_functions[0][0] is not None:
-        node = node.next_functions[0][0]
-        name = node.name()
-        if "LogSoftmax" in name:
-            passed = True
-        elif "Softmax" in name:
-            return passed
-        elif not name.startswith(SHAPES):
-            return False
-    return False
 
 
 Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]

@@ -72,7 +72,7 @@ def _completed(facts: Facts, origin: Origin) -> Facts:
     if origin.stored is None:
         return facts
     # A matrix that the trace read is the one that is applied: only the computation shows what it was before.
-    return replace(facts, stored=_with(facts.stored, origin.stored), rounded_to=origin.rounded_to)
+    return replace(facts, stored=_with(facts.stored, origin.stored))
 
 
 def _with(matrices: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
@@ -111,27 +111,10 @@ def module_remarks(model: nn.Module, seen: Mapping[str, Sequence[str]]) -> list[
         "0 for every token",
     }
     counts = {"stale_statistics": len(stale or foreign), "zero_input": len(zero)}
-    closed = _zero_weights(model) if zero else []
-    starts = {
-        "zero_input": f"weights that begin at zero let nothing through ({_named(closed)})" if closed else ""
-    }
     return [
         {"kind": kind, "sentence": sentences[kind], "value": float(count), "connections": [], "sure": True}
-        | ({"start": starts[kind]} if starts.get(kind) else {})
         for kind, count in counts.items()
         if count
-    ]
-
-
-def _zero_weights(model: nn.Module) -> list[str]:
-    """The parameters that are zero everywhere and no biases."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if "bias" not in name
-        and type(parameter) is nn.Parameter  # of a sharded one each process has a part
-        and not parameter.is_meta
-        and not bool(parameter.detach().any())
     ]
 
 

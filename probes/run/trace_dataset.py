@@ -18,7 +18,7 @@ from depthscope.probes.run.connection_variables import (
     logit_variables,
 )
 from depthscope.probes.run.groups import connections_within, depth_coords, without_gradient
-from depthscope.probes.run.initial_weights import equal_blocks, start_facts, untouched_blocks
+from depthscope.probes.run.initial_weights import equal_blocks, untouched, untouched_blocks
 from depthscope.probes.run.linear_variables import linear_coords
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
@@ -94,7 +94,7 @@ def trace_dataset(
 def _facts_of_weights(session: Session, chain: Chain) -> dict[str, Any]:
     """What the weights say of the age of a chain's blocks, and of mistakes in loading them."""
     of_blocks = untouched_blocks(session.model, chain) | equal_blocks(session.model, chain)
-    return start_facts(session.model, chain) | of_blocks
+    return untouched(session.model, chain) | of_blocks
 
 
 def _gradients(

@@ -8,7 +8,9 @@ from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
+from typing import Any
 
+import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficients import StreamConnectionError
@@ -19,7 +21,6 @@ from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.first_forward import RewrittenError
 from depthscope.probes.session.options import Options
-from depthscope.probes.structure.branch_scales import branch_scales, gates_the_state
 from depthscope.probes.structure.chain import Chain, ChainError
 from depthscope.probes.structure.model_structure import (
     Structure,
@@ -305,11 +306,9 @@ class StructureFinder:
                 chain = with_next_stage(chain, with_made_state(self.graph, part, layout_of))
             memories = tuple(memory for part in chains for memory in part.memories)
             chain = with_ending(self.graph, chain, self.sequences) if depths is None else chain
-            branches = [branch for memory in memories for branch in memory.branches]
             chain = replace(
                 with_final(self.graph, chain, memories[-1]),
-                scales=branch_scales(self.graph, branches),
-                family="highway" if any(map(gates_the_state, memories)) else "",
+                family="highway" if any(map(_gates_the_state, memories)) else "",
             )
             found.append(ReadChain(chain, memories))
         return found
@@ -464,3 +463,20 @@ class StructureFinder:
 def _units(stages: Iterable[MemoryReading]) -> set[int]:
     """The calls of the blocks of some memories."""
     return set[int]().union(*(memory.units for memory in stages))
+
+
+def _gates_the_state(memory: MemoryReading) -> bool:
+    """Whether a state is scaled otherwise at each token, and not only dropped at some, as by a mask."""
+    known: set[tuple[Any, ...]] = set()
+    for parts in (connection.parts for connection in memory.connections):
+        scale = parts["residual_gate"] if "residual_gate" in parts else parts["h_res"]
+        place = scale.data_ptr(), scale.shape, scale.stride()  # equal blocks have one tensor
+        if place in known:
+            continue
+        known.add(place)
+        scale = scale.reshape(len(scale), -1)
+        largest = scale.amax(0)
+        smallest = torch.where(scale == 0, largest, scale).amin(0)
+        if bool(((largest - smallest).abs() > 1e-5 * largest.abs()).any()):
+            return True
+    return False

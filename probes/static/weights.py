@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,34 +70,6 @@ def _configured(constant: Constant, config: Mapping[str, Any]) -> tuple[str, flo
                 )
             return key, float(value)
     return constant.name, None
-
-
-def settings_of_module(dialect: Dialect, module: Any) -> dict[str, float]:
-    """The constants of a row for a module that was built, which has them as attributes; the defaults of the others."""
-    return {
-        name: next(
-            (
-                float(value)
-                for path in (*constant.attributes, *constant.keys)
-                if _is_number(value := _attribute(module, path))
-            ),
-            constant.default,
-        )
-        for name, constant in dialect.constants.items()
-    }
-
-
-def _attribute(module: Any, path: str) -> Any:
-    """A dotted attribute; of a functools.partial its keywords."""
-
-    def step(owner: Any, name: str) -> Any:
-        return owner.get(name) if isinstance(owner, dict) else getattr(owner, name, None)
-
-    return functools.reduce(step, path.split("."), module)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def weigh(found: Found, values: Values, constants: Mapping[str, float]) -> StaticWeights:

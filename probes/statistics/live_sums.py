@@ -67,7 +67,7 @@ class LiveSums:
         self.most, self.seed = most, seed
         self.places: dict[int, Places] = {}  # by depth: the tokens of a chain may change their number
         self.states: dict[int, torch.Tensor] = {}  # (K, N, D)
-        self.gradient_norms: dict[int, torch.Tensor] = {}  # (K, N)
+        self.gradient_norms: dict[int, torch.Tensor] = {}  # (K, V)
         self.mixes: dict[int, torch.Tensor] = {}  # (K, N, N) by connection, as the module computes it
         self.reads: dict[int, torch.Tensor] = {}  # (K, views, N)
         self.writes: dict[int, torch.Tensor] = {}  # (K, N, views)
@@ -95,11 +95,11 @@ class LiveSums:
         self.states[depth] = _tokens(state_BTND, places).float()
 
     def sample_gradient(self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None) -> None:
-        """Norms of the gradient at the sampled tokens, of each stream."""
+        """Norms of the gradient at the sampled tokens, of the sum over streams and of each."""
         if not gradient_BTND.numel():
             return
         places = self._places(gradient_BTND, mask_BT)
-        gradient = _tokens(gradient_BTND, places)
+        gradient = with_sum(_tokens(gradient_BTND, places))
         self.gradient_norms[depth] = torch.linalg.vector_norm(gradient, dim=-1, dtype=torch.float64)
 
     def add(self, name: str, key: int, value: torch.Tensor) -> None:
@@ -202,6 +202,14 @@ def with_mean(x_tND: torch.Tensor) -> torch.Tensor:
         return x_tND
     # In float64: of streams that nearly cancel, the rounding would be the mean.
     return torch.cat([x_tND.mean(1, keepdim=True, dtype=torch.float64).to(x_tND.dtype), x_tND], dim=1)
+
+
+def with_sum(gradient_tND: torch.Tensor) -> torch.Tensor:
+    """The same of gradients, of which the sum over streams is the gradient with respect to the mean state."""
+    if gradient_tND.shape[1] == 1:
+        return gradient_tND
+    together = gradient_tND.sum(1, keepdim=True, dtype=torch.float64).to(gradient_tND.dtype)
+    return torch.cat([together, gradient_tND], dim=1)
 
 
 def stream_cosine_sums(

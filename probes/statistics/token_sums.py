@@ -25,7 +25,7 @@ from depthscope.probes.statistics.block_statistics import (
     scaled_tokens,
     stream_cosines,
 )
-from depthscope.probes.statistics.live_sums import LiveSums, stream_cosine_sums, with_mean
+from depthscope.probes.statistics.live_sums import LiveSums, stream_cosine_sums, with_mean, with_sum
 
 SQUARES = "gradient_square_norm_sum"
 
@@ -161,9 +161,9 @@ class TokenSums:
     def _add_squares_of_blocks(
         self, depth: int, gradient_BTND: torch.Tensor, mask_BT: torch.Tensor | None
     ) -> None:
-        """Block by block; for a live row those of the mean over several streams come first."""
+        """Block by block; for a live row those of the sum over several streams come first."""
         for x_tND in blocks_of(gradient_BTND, mask_BT):
-            _, largest, size = scaled_tokens(x_tND if self.live is None else with_mean(x_tND))
+            _, largest, size = scaled_tokens(x_tND if self.live is None else with_sum(x_tND))
             self._add_squares(depth, largest.double().mul_(size).square_().sum((0, 2)), x_tND.shape[1])
 
     def _add_float64_squares(
@@ -171,7 +171,7 @@ class TokenSums:
     ) -> None:
         """Without rounding to float32, which would come before the factor by which processes weight their gradients."""
         x_tND = gradient_BTND.flatten(0, 1)
-        squares = (x_tND if self.live is None else with_mean(x_tND)).square()
+        squares = (x_tND if self.live is None else with_sum(x_tND)).square()
         if mask_BT is not None:
             squares = torch.where(mask_BT.flatten()[:, None, None], squares, 0.0)
         self._add_squares(depth, squares.sum((0, 2)), x_tND.shape[1])

@@ -108,7 +108,6 @@ class Chain:
     history: bool = False  # connected to earlier depths, not to streams
     family: str = ""  # of a chain with connections over depth, or whose state is scaled at each token
     proof: str = ""  # of a plain chain: "proven", or "unproven: why"
-    scales: tuple[Any, ...] = ()  # of each branch that a plain chain adds: the parameters that multiply it
 
     @property
     def has_streams(self) -> bool:

@@ -20,13 +20,10 @@ BUGS = (
     "transposed",
     "transposed_once",
     "ones",
-    "rows_only",
-    "columns_only",
     "passing",
     "uniform",
     "detached",
     "swapped",
-    "cast",
     "first_state",
     "stale",
     "other_token",
@@ -102,15 +99,6 @@ class SinkhornFunction(torch.autograd.Function):
             return torch.autograd.grad(sinkhorn(logits), logits, gradient)[0]
 
 
-def along_rows_only(logits: torch.Tensor, rounds: int = 20) -> torch.Tensor:
-    """The bug: both normalisations along one axis."""
-    matrix = (logits - logits.amax((-1, -2), keepdim=True)).exp()
-    for _ in range(rounds):
-        matrix = matrix / matrix.sum(-1, keepdim=True)
-        matrix = matrix / matrix.sum(-1, keepdim=True)
-    return matrix
-
-
 def along_size_one(logits: torch.Tensor, rounds: int = 20) -> torch.Tensor:
     """The bug: every number is its own row, (…, n·n, 1), and is divided by itself at the end."""
     flat = (logits - logits.amax((-1, -2), keepdim=True)).exp().flatten(-2).unsqueeze(-1)
@@ -121,8 +109,6 @@ def along_size_one(logits: torch.Tensor, rounds: int = 20) -> torch.Tensor:
 
 
 CONSTRAINTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "rows_only": along_rows_only,
-    "columns_only": lambda logits: along_rows_only(logits.mT).mT,
     "ones": along_size_one,
     "detached": lambda logits: sinkhorn(logits.detach()),
 }
@@ -167,9 +153,6 @@ def mixed(wiring: Wiring, number: int, res: torch.Tensor, x: torch.Tensor) -> to
         return x
     if wiring.bug == "transposed" or (wiring.bug == "transposed_once" and number == 3):
         res = res.mT
-    if wiring.bug == "cast":
-        # Applied in half precision, though it was computed, and is stored, in float32.
-        return (res.to(torch.bfloat16).float() @ x.float()).to(x.dtype)
     return (res.float() @ x.float()).to(x.dtype)
 
 

@@ -86,8 +86,7 @@ def test_a_metric_says_on_which_basis_it_depends(analyses):
         if name not in analyses["as it is"]:
             why = analyses["as it is"].attrs["not_computed"][name]
             assert any(
-                root in why
-                for root in ("initial_logits", "mixing_logits", "mixing_gradient_norm", "logit_gradient_norm")
+                root in why for root in ("mixing_logits", "mixing_gradient_norm", "logit_gradient_norm")
             )
             continue
         with_features, with_streams = (moves(analyses, name, basis) for basis in ("feature", "stream"))

@@ -36,13 +36,7 @@ def with_trace(run, trace):
 
 
 def run_of(make_run, family):
-    """A run of the family; that of mHC knows its initial logits."""
-    run = make_run(family, **SIZES)
-    if family != "mhc":
-        return run
-    # In one family only: the others show the reason why metrics of the replay are missing.
-    logits = np.random.default_rng(0).standard_normal((run["trace"].sizes["connection"], 4, 4))
-    return diagnostics.with_replay(run, logits, decay=0.5, sinkhorn_steps=20, last="row")
+    return make_run(family, **SIZES)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +76,7 @@ def test_dims_are_those_of_the_declaration_or_a_reason_is_given(analyses, family
             assert name not in analysis
             assert "one stream" in absent
             continue
-        missing = {"initial_logits", *OF_LOGITS} & set(CATALOGUE[name].roots)
+        missing = set(OF_LOGITS) & set(CATALOGUE[name].roots)
         if family == "hc" and missing:
             assert any(root in analysis.attrs["not_computed"][name] for root in missing)
             continue

@@ -25,11 +25,13 @@ OUR_DEFINITIONS = {
     *("relative_turn", "effective_depth"),
     *("sequence_share", "step_spread", "variance_growth"),
 }
-CALIBRATED = "calibrated on "
+NOT_CONTRADICTED = "set by hand, not contradicted by "
 
 
 def is_a_source(source: str, name: str) -> bool:
-    return source in (OURS, DEFAULT) or source.startswith(CALIBRATED) or STATED_LIMITS.get(name) == source
+    return (
+        source in (OURS, DEFAULT) or source.startswith(NOT_CONTRADICTED) or STATED_LIMITS.get(name) == source
+    )
 
 
 def test_a_limit_is_not_attributed_to_a_publication_that_states_none():

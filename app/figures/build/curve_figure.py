@@ -14,7 +14,7 @@ from depthscope.app.figures.build.values import LABELLED, defined_labels, stream
 from depthscope.app.figures.specification import Analyses, FigureKind, Line, Lines, Selection
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Limits, Severity, last_step
-from depthscope.diagnostics.verdicts.declaration import number
+from depthscope.diagnostics.verdicts.declaration import limit_words
 
 _AXES = {
     ("depth", "depth"): "depth (0 = embedding)",
@@ -54,8 +54,6 @@ class CurveFigure(FigureKind):
         Tokens that a metric without scopes is taken from: those of all "data" or of a "sequence".
     around : str
         Metric with the band: along ``quantile``, or as ± of the value.
-    reference : tuple of str
-        Metric along the same axis to compare with, and its label; empty where there is none.
     note : str
         Sentence that ends the remarks of the caption.
     derive : function, optional
@@ -70,7 +68,6 @@ class CurveFigure(FigureKind):
     thresholds: tuple[tuple[float, str], ...] = ()
     scope: str = "data"
     around: str = ""
-    reference: tuple[str, str] | tuple[()] = ()
     note: str = ""
     derive: Callable[[xr.Dataset], xr.Dataset] | None = None
     derived_from: tuple[str, ...] = ()
@@ -78,7 +75,7 @@ class CurveFigure(FigureKind):
     @property
     def also(self) -> tuple[str, ...]:
         """Further variables that it draws where the analysis has them."""
-        return tuple(name for name in (self.around, *self.derived_from, *self.reference[:1]) if name)
+        return tuple(name for name in (self.around, *self.derived_from) if name)
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -94,7 +91,7 @@ class CurveFigure(FigureKind):
             # Before anything is selected: a derived variable is picked, labelled and captioned as a measured one.
             analyses = {run: self.derive(data) for run, data in analyses.items()}
         measurement = Measurement(self.metric, analyses, choice)
-        curves = [*self._measured(measurement), *self._references(analyses, choice)]
+        curves = list(self._measured(measurement))
         runs = list(analyses)
         # By run, and `sorted` is stable: a null takes the colour of the measured line before it.
         ordered = sorted(curves, key=lambda curve: runs.index(curve.line.group))
@@ -164,15 +161,6 @@ class CurveFigure(FigureKind):
             names = [self.component.format(i + 1) for i in range(len(names))]
         return [(_SIGNS.get(name, name), values.isel({self.over: i})) for i, name in enumerate(names)]
 
-    def _references(self, analyses: Analyses, choice: Selection) -> Iterator[Curve]:
-        """The curve that the measured one is compared with, of every run that has it."""
-        # Its line only: bands are those of the measured curve.
-        if self.reference:
-            name, label = self.reference
-            reference = Measurement(name, analyses, choice)
-            for run, _, values in reference.slices():
-                yield Curve(reference.curve(run, values, axis=str(values.dims[0]), label=label).line)
-
 
 def _threshold_lines(lines: Sequence[Line], labelled: Sequence[tuple[float, str]]) -> list[Line]:
     ends = [end for line in lines for end in (line.x.min(initial=0.0), line.x.max(initial=0.0))]
@@ -208,19 +196,12 @@ def judged_limits(metric: str, analyses: Analyses) -> dict[str, frozenset[Limits
 def limit_labels(judged: dict[str, frozenset[Limits]]) -> list[tuple[float, str]]:
     """Every limit with its label, such as ``warn: 10``, once."""
     levels = {
-        (value, f"{_WORDS[severity]}: {_limit(value)}")
+        (value, f"{_WORDS[severity]}: {limit_words(value)}")
         for limits in judged.values()
         for each in limits
         for severity, value in each.levels
     }
     return sorted(levels)
-
-
-def _limit(value: float) -> str:
-    """A limit in three digits; where these are 1 and it is not, its distance from 1."""
-    if value != 1 and number(value) == number(1.0):
-        return f"1 {'−' if value < 1 else '+'} {number(abs(1 - value))}"
-    return number(value)
 
 
 def passing_range(judged: dict[str, frozenset[Limits]]) -> tuple[float, float] | None:

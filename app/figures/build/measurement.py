@@ -164,6 +164,15 @@ class Measurement:
         )
         return "" if basis == "stream" and not streams else _BASES.get(basis, "")
 
+    def stream_words(self) -> str:
+        """Sentence about what all streams together are of gradients, empty for one stream and of other metrics."""
+        together = "stream" in self.dims and self.choice.stream == "mean"
+        several = any(data.sizes.get("stream", 1) > 1 for data in self.analyses.values())
+        of_gradients = self.metric in CATALOGUE and "gradient" in CATALOGUE[self.metric].roots
+        if not (together and several and of_gradients):
+            return ""
+        return "Of several streams: the gradient with respect to their mean, the sum of their gradients."
+
     def sample_words(self) -> str:
         """Sentences about samples that are too small for the metric, run by run."""
         notes = {run: data.attrs.get("notes", {}).get(self.metric) for run, data in self.analyses.items()}
@@ -189,6 +198,7 @@ class Measurement:
             if any(line.role == "null" for line in drawn)
             else shown.constant_null_words(),
             *remarks,
+            shown.stream_words(),
             shown.basis_words(),
             shown.sample_words(),
             self.missing_words(runs),

@@ -64,7 +64,6 @@ deflated_gain = _streams(
     "deflated_gain",
     "Stream collapse of the composite",
     "σ₁ of the product on 1⊥",
-    reference=("replayed_deflated_gain", "initialisation and weight decay alone"),
     note="Below 0.01 every stream carries the same signal.",
 )
 relative_deflated_gain = _streams(
@@ -89,12 +88,6 @@ composite_identity_distance = _streams(
     "Distance of the composite from the identity",
     "‖P / p − I‖ / √n",
     note="Product of H_res from the first connection through this one, without its scale p.",
-)
-initial_distance = _streams(
-    "initial_distance",
-    "How far training moved each connection",
-    "‖H_res − initial‖ / √n",
-    note="From the matrix of the initial static logits.",
 )
 read_share = _streams(
     "read_share",

@@ -222,5 +222,5 @@ def live_names(metrics: str | Iterable[str]) -> tuple[str, ...]:
 def _needs_more(name: str) -> bool:
     """Whether a metric needs whole sequences, sums over many steps, or the attention of a capture."""
     metric = CATALOGUE[name]
-    beyond = {"query_entropy", "query_keys", "query_first_weight", "initial_logits"}
+    beyond = {"query_entropy", "query_keys", "query_first_weight"}
     return metric.of_sequences or bool(beyond & set(metric.roots))

@@ -18,7 +18,7 @@ from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.exact_sums import EXACT
 from depthscope.diagnostics.quantities.registry import CHOICES, LABELS, Quantities, Unavailable
 from depthscope.diagnostics.schema.variables import OF_SUMS
-from depthscope.probes.run.initial_weights import YOUNG, start_facts
+from depthscope.probes.run.initial_weights import untouched
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.run.weight_variables import weight_variables
 from depthscope.probes.session.session import Session
@@ -74,9 +74,7 @@ class LiveMetrics:
         self.groups: list[LiveGroup] = []
         self._session = session
         self._positions: list[np.ndarray] = []  # of the first step
-        self._grown: set[int] = set()  # chains that have left their start
         self._touched: set[int] = set()  # chains whose weights are not as initialisers leave them any more
-        self._small_starts: dict[str, str] = {}  # why branches are small, as it was said first
         self._known_nulls: dict[tuple[int, int, int], dict[str, Any]] = {}
 
     def row(
@@ -183,24 +181,13 @@ class LiveMetrics:
         }
 
     def _start(self, group: LiveGroup) -> dict[str, Number]:
-        """Whether the blocks of a group are still near their start at this step; empty once they have left it."""
-        if group.number in self._grown:
+        """Whether the weights of a group are as they were drawn; empty from the step on at which they are not."""
+        if group.number in self._touched:  # weights do not come back, and to look at all of them takes time
             return {}
-        is_touched = group.number in self._touched
-        chain = self._session.structure.chains[group.number]
-        facts = start_facts(self._session.model, chain, is_touched=is_touched)
-        if "untouched" not in facts:
+        facts = untouched(self._session.model, self._session.structure.chains[group.number])
+        if not facts:
             self._touched.add(group.number)
-        if not facts or facts.get("norms_moved", 0.0) > YOUNG:
-            # Weights do not come back, and to look at all of them at every step would cost a small model as much as the step.
-            self._grown.add(group.number)
-        found = {
-            name: _number(float(facts[name]), "of the weights") for name in facts if name != "small_start"
-        }
-        if "small_start" in facts:  # a sentence, whose numbers would differ from row to row
-            sentence = self._small_starts.setdefault(group.chain, facts["small_start"])
-            found["small_start"] = _number(1.0, "of the weights", sentence=sentence)
-        return found
+        return {name: _number(float(value), "of the weights") for name, value in facts.items()}
 
     def _same_tokens(self, at: int, group: LiveGroup, sums: TokenSums) -> Number:
         """1 where the sampled positions are those of the first measured step, 0 where the batch has another shape or mask."""

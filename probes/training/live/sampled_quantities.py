@@ -248,8 +248,8 @@ class SampledTokens:
             raise Unavailable(NOT_SHOWN)
         found = np.full((len(known), len(self._group.streams), self.count), np.nan)
         for at, norm in enumerate(known):
-            if norm is not None:  # of several streams, their mean has none
-                found[at, -norm.shape[1] :] = self._of_real(norm).T
+            if norm is not None:
+                found[at] = self._of_real(norm).T
         return found
 
     # --- connections ---

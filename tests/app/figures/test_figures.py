@@ -265,14 +265,6 @@ def test_operator_norms_are_a_line_each(mixed):
         np.testing.assert_array_equal(line.y, gains.sel(norm=norm))
 
 
-def test_the_collapse_stands_beside_what_weight_decay_alone_leaves(whole):
-    figure = FIGURES["deflated_gain"].build({"mhc": whole["mhc"]})
-    line, replayed = measured(figure)
-    assert replayed.label == "mhc · initialisation and weight decay alone"
-    np.testing.assert_array_equal(replayed.y, whole["mhc"]["replayed_deflated_gain"].isel(step=-1))
-    np.testing.assert_array_equal(replayed.x, line.x)
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -33,15 +33,6 @@ def test_what_was_measured_again_is_new_and_the_rest_is_old(whole_run, whole):
     assert (again["token_cosine"].dropna("depth", how="all") == 7.0).any()
 
 
-def test_what_no_longer_holds_goes_and_the_rest_is_not_complete(whole_run, whole):
-    stored = whole["mhc"].assign_attrs({COMPLETE: True})
-    fresh = analyze(whole_run["mhc"], metrics="initial_distance")
-    again = renewed(fresh, stored, complete=False, outdated=["initial_distance", "replayed_deflated_gain"])
-    assert "initial_distance" in again
-    assert "replayed_deflated_gain" not in again
-    assert again.attrs[COMPLETE] is False
-
-
 def test_a_metric_that_can_be_fed_no_more_gives_its_reason(whole_run, whole):
     bare = analyze(whole_run["plain"], metrics="mixing_gain")
     stored = whole["plain"].assign(mixing_gain=whole["plain"]["residual_norm"], mixing_gain_null=1.0)

@@ -332,7 +332,7 @@ def test_where_nulls_differ_nothing_is_bold_and_the_note_says_so(readings):
 
 def test_findings_are_listed_by_severity_over_all_runs(readings):
     note = replace(FINDING, severity=Severity.INFO, verdict="small_sample")
-    warning = replace(FINDING, severity=Severity.WARN, verdict="one_direction")
+    warning = replace(FINDING, severity=Severity.WARN, verdict="idle_layer")
     table = findings_table(
         [replace(readings[0], findings=(warning, note)), replace(readings[1], findings=(FINDING, note))]
     )

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 import xarray as xr
 from torch import nn
 
 from depthscope import diagnostics, probes
-from depthscope.diagnostics import Severity, schema
+from depthscope.diagnostics import Severity
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import SETTLED_BY
 from depthscope.diagnostics.verdicts import VERDICTS
@@ -33,7 +32,7 @@ def collapsed() -> xr.Dataset:
     """States that are one from depth 4 on."""
     states = walk(12)
     states[5:] = states[4] + 0.001 * (states[5:] - states[4])
-    return diagnostics.analyze(residual_run(states))
+    return diagnostics.analyze(residual_run(states)).assign_coords(step=[1000])
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,12 @@ def test_every_suspicion_has_an_experiment():
 
 
 def with_small_branches(share: float) -> nn.Module:
-    return plain(lambda i: Layer(lambda x, block: x + share * (block(x) - x), Block()), 8)
+    """Blocks that add little, with gains that are not as they were drawn."""
+    model = plain(lambda i: Layer(lambda x, block: x + share * (block(x) - x), Block()), 8)
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight, 1.0, 0.1)
+    return model
 
 
 def test_capture_tries_what_it_suspects_and_leaves_the_model_as_it_was():
@@ -112,26 +116,25 @@ def test_capture_tries_what_it_suspects_and_leaves_the_model_as_it_was():
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     found = one(findings(run), "same_representation")
-    assert (found.severity, found.settled) == (FAIL, "shown")
+    assert (found.severity, found.settled) == (WARN, "shown")  # whether it is trained is not known
+    assert "before training it is normal" in found.sentence
 
 
 @pytest.mark.parametrize(
-    ("loss", "rescaled", "half_width", "moved", "severity"),
+    ("loss", "rescaled", "half_width", "severity"),
     [
-        (2.5, 2.46, None, 0.3, None),  # a sixteenth of what it then is below a constant answer
-        (2.5, 2.2, None, 0.3, WARN),
-        (2.5, 2.2, 0.25, 0.3, None),
-        (2.5, 1.2, 0.1, 0.3, FAIL),
-        (2.99, 2.75, None, 0.3, None),  # it has still to learn
-        (2.99, 2.0, None, 0.3, FAIL),
-        (2.8, 1.2, None, 0.0, INFO),  # in its first steps no network is at a minimum
+        (2.5, 2.46, None, None),  # a sixteenth of what it then is below a constant answer
+        (2.5, 2.2, None, WARN),
+        (2.5, 2.2, 0.25, None),
+        (2.5, 1.2, 0.1, FAIL),
+        (2.99, 2.75, None, None),  # it has still to learn
+        (2.99, 2.0, None, FAIL),
     ],
 )
-def test_a_loss_that_other_scales_would_lower(loss, rescaled, half_width, moved, severity):
+def test_a_loss_that_other_scales_would_lower(loss, rescaled, half_width, severity):
     analysis = diagnostics.analyze(residual_run(walk(12)))
     analysis.attrs |= {
         "task": {"classes": 30, "guessing": 3.4, "constant": 3.0, "loss": loss},
-        "norms_moved": moved,
         "rescaled": {"loss": loss, "rescaled": rescaled, "modules": 2, "most": [["a.b", 0.5], ["c", 3.0]]}
         | ({} if half_width is None else {"half_width": half_width}),
     }
@@ -141,22 +144,22 @@ def test_a_loss_that_other_scales_would_lower(loss, rescaled, half_width, moved,
 
 
 @pytest.mark.parametrize(
-    ("loss", "expected", "error", "moved", "severity"),
+    ("loss", "expected", "error", "step", "severity"),
     [
-        (2.0, 2.2, 0.05, 0.3, None),
-        (2.0, 1.9, 0.05, 0.3, None),  # a part of it may be chance
-        (2.0, 1.5, 0.05, 0.3, WARN),
-        (2.0, 1.5, 0.2, 0.3, None),
-        (2.5, 1.0, 0.05, 0.3, FAIL),
-        (2.8, 1.0, 0.05, 0.0, INFO),  # what was just drawn is sure of anything
-        (3.5, 1.0, 0.05, 0.3, INFO),  # follows from a loss that is worse than a constant answer
+        (2.0, 2.2, 0.05, 1000, None),
+        (2.0, 1.9, 0.05, 1000, None),  # a part of it may be chance
+        (2.0, 1.5, 0.05, 1000, WARN),
+        (2.0, 1.5, 0.2, 1000, None),
+        (2.5, 1.0, 0.05, 1000, FAIL),
+        (2.8, 1.0, 0.05, 10, INFO),  # what was just drawn is sure of anything
+        (3.5, 1.0, 0.05, 1000, INFO),  # follows from a loss that is worse than a constant answer
     ],
 )
-def test_predictions_that_are_surer_than_right(loss, expected, error, moved, severity):
-    analysis = diagnostics.analyze(residual_run(walk(12)))
+def test_predictions_that_are_surer_than_right(loss, expected, error, step, severity):
+    analysis = diagnostics.analyze(residual_run(walk(12))).assign_coords(step=[step])
     task = {"classes": 30, "guessing": 3.4, "constant": 3.0, "loss": loss, "expected": expected}
     errors = dict.fromkeys(("uncertainty", "expected_error"), error)
-    analysis.attrs |= {"task": task | errors, "norms_moved": moved}
+    analysis.attrs |= {"task": task | errors}
     found = [each for each in diagnostics.judge(analysis) if each.verdict == "surer_than_right"]
     assert [each.severity for each in found] == ([] if severity is None else [severity])
     assert all(f"claim to know {3.0 - expected:.2g} more" in each.sentence for each in found)
@@ -206,7 +209,7 @@ def test_no_more_forwards_than_allowed():
     captured(model, tokens(4, 32), settle=0)
     without = len(calls)
     captured(model, tokens(4, 32), settle=7)
-    assert len(calls) - 2 * without <= 7
+    assert len(calls) - 2 * without <= 7 + 7  # as many more with their backward, for other scales
 
 
 def test_a_recording_is_settled_afterwards(tmp_path):
@@ -243,85 +246,50 @@ def test_an_embedding_that_gives_equal_states_for_different_tokens_is_the_networ
     assert collapse.severity >= WARN
 
 
-def test_a_rank_is_bounded_by_the_first_state_and_the_classes():
-    states = walk(8)
-    rng = np.random.default_rng(0)
-    basis = np.linalg.qr(rng.standard_normal((32, 32)))[0][:, :4]
-    states = states @ basis @ basis.T  # what came in has four directions
-    found = diagnostics.judge(with_result(diagnostics.analyze(residual_run(states))))
-    assert "dimensional_collapse" not in {each.verdict for each in found}
-    states[5:] = 10 * rng.standard_normal((3, 24, 1)) * basis[:, 0]
-    narrow = diagnostics.analyze(residual_run(states))
-    assert one(diagnostics.judge(with_result(narrow)), "dimensional_collapse").first == 5
-    two = narrow.assign_attrs(task={"classes": 2, "guessing": 0.69, "loss": 0.01})
-    assert "dimensional_collapse" not in {each.verdict for each in diagnostics.judge(with_result(two))}
-
-
 # --- age ---
 
 
 @pytest.mark.parametrize(
     ("facts", "step", "trained"),
     [
-        ({"untouched": 1, "norms_moved": 0.0}, 0, False),
-        ({"norms_moved": 0.05, "task": {"guessing": 4.0, "loss": 3.9}}, 0, False),
-        # The gains of norms hardly move in 350 steps, whose loss is 42 % below guessing.
-        ({"norms_moved": 0.1, "task": {"guessing": 4.0, "loss": 2.3}}, 0, True),
-        ({"untouched": 1, "task": {"guessing": 4.0, "loss": 1.0}}, 0, True),
-        ({"norms_moved": 0.1}, 400, True),
-        ({"norms_moved": 0.1}, 40, False),
-        ({"norms_moved": 0.1}, 0, None),
-        ({"norms_moved": 0.5}, 0, True),
-        # What a fault does to the loss is no age: after some steps the gains tell that it was trained.
-        ({"norms_moved": 0.1, "task": {"guessing": 4.0, "loss": 3.9}}, 0, None),
+        ({"untouched": 1}, 0, False),
+        ({}, 40, False),
+        ({"task": {"constant": 4.0, "loss": 3.9}}, 40, False),
+        ({"task": {"constant": 4.0, "loss": 2.3}}, 0, True),
+        ({"task": {"constant": 4.0, "loss": 2.3}}, 40, True),  # what is tuned further was trained before
+        ({"untouched": 1, "task": {"constant": 4.0, "loss": 1.0}}, 0, True),
+        (
+            {"task": {"constant": 4.0, "loss": 6.0}, "rescaled": {"rescaled": 2.0}},
+            0,
+            True,
+        ),  # a repair shows it
+        ({}, 400, True),
+        ({"task": {"constant": 4.0, "loss": 3.9}}, 400, True),
+        # What a fault does to the loss is no age, and neither are gains near 1.
+        ({"task": {"constant": 4.0, "loss": 3.9}, "norms_moved": 0.5}, 0, None),
         ({}, 0, None),
     ],
 )
-def test_age_is_told_by_facts(facts, step, trained):
+def test_age_is_a_fact_of_the_training_or_unknown(facts, step, trained):
     assert age_of(xr.Dataset(coords={"step": step}, attrs=facts)).trained is trained
 
 
-@pytest.mark.parametrize(("moved", "trained"), [(None, False), (0.0, False), (0.1, None)])
-def test_gains_that_moved_refute_that_blocks_begin_with_nothing(moved, trained):
-    states = ("depth", "other_depth"), np.zeros((3, 3))
-    facts = {} if moved is None else {"norms_moved": moved}
-    assert age_of(xr.Dataset({"angular_distance": states}, attrs=facts)).trained is trained
-
-
-@pytest.mark.parametrize(("moved", "severity"), [(0.01, INFO), (0.1, FAIL)])
-def test_a_loss_above_that_of_a_constant_answer_is_no_alarm_in_the_first_steps(moved, severity):
-    task = {"guessing": 4.4, "constant": 2.4, "loss": 2.9}  # below 70 % of guessing
-    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task, norms_moved=moved)
-    assert one(diagnostics.judge(analysis), "worse_than_constant").severity == severity
+def test_weights_that_have_moved_are_trained():
+    moved = xr.Dataset({"first_weight_distance": ("weight", [0.01, 0.4])})
+    assert age_of(moved).trained is True
 
 
 @pytest.mark.parametrize(
-    ("scale", "spread", "moved"),
-    [(1.0, 0.0, 0.0), (0.7, 0.0, 0.0), (0.2, 0.0, 0.0), (1.0, 0.1, 0.1), (0.2, 0.1, 0.1)],
-)
-def test_gains_tell_the_age_whatever_they_were_multiplied_by(scale, spread, moved):
-    model = pre_norm()
-    for block in model.blocks:
-        gains = scale * (1.0 + spread * torch.linspace(-1.0, 1.0, len(block.mlp.norm.weight)))
-        block.mlp.norm.weight = nn.Parameter(gains)
-        block.attention.norm.weight = nn.Parameter(gains.clone())
-    assert diagnostics.analyze(captured(model)).attrs["norms_moved"] == pytest.approx(moved, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("task", "moved", "severity"),
+    ("task", "step", "severity"),
     [
-        ({"loss": 2.4, "constant": 2.4}, 0.1, FAIL),  # nothing is left of what it learned
-        ({"loss": 2.0, "constant": 2.4}, 0.1, WARN),
-        ({"loss": 2.4, "constant": 2.4}, 0.01, WARN),  # its first steps: nothing is learned yet
-        # Sure and wrong: no network is so in its first steps, but one that nobody trained may be.
-        ({"classes": 12, "loss": 2.4, "constant": 2.4, "expected": 1.0, "uncertainty": 0.1}, 0.0, WARN),
-        ({"classes": 12, "loss": 2.4, "constant": 2.4, "expected": 1.0, "uncertainty": 0.1}, 0.02, FAIL),
-        ({"classes": 12, "loss": 2.4, "constant": 2.4, "expected": 1.0, "uncertainty": 0.9}, 0.02, WARN),
+        ({"loss": 2.4, "constant": 2.4}, 1000, FAIL),  # nothing is left of what it learned
+        ({"loss": 2.0, "constant": 2.4}, 1000, WARN),
+        ({"loss": 2.4, "constant": 2.4}, 0, WARN),  # whether it has learned is not known
+        ({"loss": 2.4, "constant": 2.4}, 10, INFO),  # nothing is learned yet
     ],
 )
-def test_a_loud_finding_is_a_failure_where_nothing_is_left_of_what_was_learned(task, moved, severity):
-    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task, norms_moved=moved)
+def test_a_loud_finding_is_a_failure_where_nothing_is_left_of_what_was_learned(task, step, severity):
+    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task).assign_coords(step=[step])
     remark = {"kind": "zero_input", "sentence": "A layer gets zeros", "value": 1.0, "sure": True}
     found = one(diagnostics.judge(analysis.assign_attrs(remarks=[remark])), "zero_input")
     assert found.severity == severity
@@ -329,25 +297,23 @@ def test_a_loud_finding_is_a_failure_where_nothing_is_left_of_what_was_learned(t
 
 
 @pytest.mark.parametrize(
-    ("loss", "uncertainty", "moved", "severity"),
+    ("loss", "uncertainty", "step", "severity"),
     [
-        (2.8, 0.1, 0.1, FAIL),
-        (2.8, 0.3, 0.1, None),
-        (2.5, 0.01, 0.1, WARN),
-        (2.5, 0.01, 0.04, INFO),
-        (2.3, 0.01, 0.1, None),
-        # Whose gains have moved far: it has learned nothing, and will not.
-        (2.4, 0.01, 0.2, FAIL),
-        (2.5, 0.01, 0.2, FAIL),
-        (2.4, 0.1, 0.2, FAIL),
-        (2.3, 0.1, 0.2, None),
+        (2.8, 0.1, 1000, FAIL),
+        (2.8, 0.3, 1000, None),
+        (2.5, 0.01, 1000, WARN),
+        (2.3, 0.01, 1000, None),
+        (2.4, 0.01, 1000, WARN),
+        (2.8, 0.1, 10, INFO),  # in its first steps
+        (2.8, 0.1, 0, WARN),  # at an age that is not known both readings are told
     ],
 )
-def test_a_loss_is_worse_than_a_constant_answer_beyond_its_error(loss, uncertainty, moved, severity):
+def test_a_loss_is_worse_than_a_constant_answer_beyond_its_error(loss, uncertainty, step, severity):
     task = {"guessing": 4.4, "constant": 2.4, "loss": loss, "uncertainty": uncertainty}
-    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task, norms_moved=moved)
+    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task).assign_coords(step=[step])
     found = [each for each in diagnostics.judge(analysis) if each.verdict == "worse_than_constant"]
     assert [each.severity for each in found] == ([] if severity is None else [severity])
+    assert all(("before training it is normal" in each.sentence) == (step == 0) for each in found)
 
 
 def test_an_experiment_that_regains_half_of_what_could_be_had_shows_a_failure():
@@ -360,15 +326,3 @@ def test_an_experiment_that_regains_half_of_what_could_be_had_shows_a_failure():
         found = one(diagnostics.judge(result), "common_vector")
         assert found.settled == ("refuted" if severity == INFO else "shown")
         assert found.severity >= severity if severity > INFO else found.severity == INFO
-
-
-@pytest.mark.parametrize(("left", "layers", "severity"), [(0.6, 6, WARN), (0.93, 32, INFO)])
-def test_a_collapse_that_the_matrices_refute_is_not_excused(make_run, left, layers, severity):
-    """0.2 % left after twelve connections is no start near the identity; 1 % after sixty-four is, in a young network."""
-    run = make_run("mhc", layers=layers, features=8)
-    trace = run["trace"].to_dataset().load()
-    trace["h_res"].values[:] = left * np.eye(4) + (1 - left) / 4
-    apart = np.random.default_rng(0).standard_normal(trace["residual"].shape[1:])
-    trace["residual"].values[0] = apart  # copies would have no differences to lose
-    young = schema.create_run(trace, attrs=dict(run.attrs) | {"norms_moved": 0.01, "untouched": 1})
-    assert one(diagnostics.judge(diagnostics.analyze(young)), "stream_collapse").severity == severity

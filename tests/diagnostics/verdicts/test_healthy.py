@@ -88,7 +88,7 @@ HEALTHY: dict[str, Callable[[], xr.DataTree]] = {
     "fresh stack of 64": lambda: captured(pre_norm(64)),
     "HC near the identity": lambda: captured(streams(NEAR)),
     "mHC near the identity": lambda: captured(streams(random_logits(0.3), make=Constrained)),
-    "trained mHC": lambda: trained(4.0, weight_decay=0.1),
+    "trained mHC": lambda: trained(4.0),
     "fresh HC of lucidrains": lambda: lucidrains(free),
     "fresh deep HC of lucidrains": lambda: lucidrains(free, layers=24),
     "trained mHC of lucidrains": lambda: lucidrains(constrained, steps=20),

@@ -38,7 +38,6 @@ from tests.models.verdict_models import (
     random_logits,
     streams,
     tokens,
-    trained,
 )
 from tests.thoroughness import sample_or_every
 
@@ -72,12 +71,6 @@ def idle() -> nn.Module:
         nn.init.zeros_(layer.weight)
         nn.init.zeros_(layer.bias)
     return block
-
-
-def adding(size: float) -> nn.Module:
-    """A block that adds a number of this size to every feature."""
-    linear = nn.Linear(WIDTH, WIDTH, bias=False)
-    return step(lambda x, linear: x + size * linear(nn.functional.layer_norm(x, x.shape[-1:])), linear)
 
 
 def without_skip(
@@ -120,22 +113,11 @@ def dead_relu() -> nn.Module:
     return step(lambda x, up, down: x + down(up(x).relu()), up, down)
 
 
-def bottleneck() -> nn.Module:
-    ends = nn.Linear(WIDTH, 1, bias=False), nn.Linear(1, WIDTH, bias=False)
-    return step(lambda x, narrow, wide: 5 * wide(narrow(x)), *ends)
-
-
 def spiked(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
     """A block that also adds a huge number to one feature of the first token."""
     spike = torch.zeros(x.shape[1:])
     spike[0, 7] = 3000.0
     return block(x) + spike
-
-
-def one_way(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
-    """A block that also writes a number of each token into one direction, large beside everything else."""
-    direction = torch.linspace(-1, 1, WIDTH)
-    return block(x) + 12 * x[..., :1] * direction
 
 
 def shifted(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
@@ -159,12 +141,6 @@ def batch_norm() -> nn.Module:
     norm = nn.BatchNorm1d(WIDTH)
     nn.init.normal_(norm.weight, 1.0, 0.3)
     return step(lambda x, norm: x + norm(x.mT).mT, norm.eval())
-
-
-def with_softmax() -> nn.Module:
-    model = pre_norm()
-    model.head = nn.Sequential(model.head, nn.Softmax(-1))
-    return model
 
 
 def size_of(output: torch.Tensor, batch: Any) -> torch.Tensor:
@@ -268,6 +244,26 @@ def with_losses(*losses: float) -> xr.DataTree:
     return recorder.run
 
 
+def with_attrs(run: xr.DataTree, **attrs: Any) -> xr.DataTree:
+    run.attrs |= attrs
+    return run
+
+
+def hardly_moved() -> xr.DataTree:
+    """Sixty steps at a learning rate that moves nothing, of a network that answers the same whatever comes."""
+    model, batch = pre_norm(), tokens()
+    nn.init.zeros_(model.head.weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
+    with probes.record(model, gradients=True, weights=True, every=60) as recorder:
+        for _ in range(61):
+            loss = next_token(model(batch), batch)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            recorder.step(loss)
+    return recorder.run
+
+
 # --- streams with one failure ---
 
 
@@ -278,17 +274,6 @@ def vectors(*values: float) -> list[torch.Tensor]:
 
 def with_one(number: int, other: torch.Tensor, rest: torch.Tensor = NEAR) -> list[torch.Tensor]:
     return [other if i == number else rest for i in range(CONNECTIONS)]
-
-
-class HalfPrecision(Constrained):
-    """Runs its Sinkhorn in bfloat16."""
-
-    def mixing(self):
-        logs = self.mix.bfloat16()
-        for _ in range(self.sinkhorn_steps):
-            logs = logs - logs.logsumexp(0, keepdim=True)
-            logs = logs - logs.logsumexp(1, keepdim=True)
-        return logs.exp().float()
 
 
 class Claiming(Constrained):
@@ -340,6 +325,7 @@ class Case:
     beside: tuple[str, ...] = ()
     says: str = ""
     part: dict[str, list[str]] = field(default_factory=dict)  # of the analysis
+    step: int = 0  # of the training, where the age of the network is part of the failure
 
 
 def case(model: Callable[[], nn.Module], *expected: Any, batch: Any = None, **more: Any) -> Case:
@@ -351,7 +337,7 @@ def case(model: Callable[[], nn.Module], *expected: Any, batch: Any = None, **mo
 CASES: dict[str, Case] = {
     "same_representation": case(
         lambda: plain(lambda i: step(lambda x, block: x + 0.003 * (block(x) - x), Block()), 8), FAIL, "depth", 0, 8,
-        says="All layers hold one representation", batch=tokens(4, 32),
+        says="All layers hold one representation", batch=tokens(4, 32), step=1000,
     ),
     "nothing_measured": Case(without_a_real_token, FAIL, says="the mask leaves no token"),
     "loss_not_finite": Case(lambda: with_losses(2.0, math.nan), FAIL, says="losses that are not finite is 1"),
@@ -361,9 +347,8 @@ CASES: dict[str, Case] = {
     "loss_spike": Case(
         lambda: with_losses(3.0, *[2.0] * 6, *[8.0] * 6, *[2.0] * 9), WARN, says="largest rise of the loss"
     ),
-    "softmax_twice": case(with_softmax, FAIL, says="applies another one"),
     "worse_than_constant": case(
-        sure_of_the_wrong, FAIL, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes"
+        sure_of_the_wrong, FAIL, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes", step=1000
     ),
     "surer_than_right": case(
         lambda: learned(2.0), FAIL, loss=next_token, batch=counting(), says="claim to know", beside=("off_minimum",)
@@ -371,9 +356,12 @@ CASES: dict[str, Case] = {
     "off_minimum": case(
         lambda: learned(0.3), FAIL, loss=next_token, batch=counting(), says="With factors on what"
     ),
-    "untrained_weights": case(pre_norm, INFO, says="has its initial value"),
+    "untrained_weights": Case(
+        lambda: with_attrs(captured(pre_norm()), checkpoint="new"), WARN, says="checkpoint has its initial value"
+    ),
     "equal_blocks": case(
-        lambda: plain(lambda i: copied_block(i, 2)), FAIL, "depth", 3, 4, says="Blocks 2, 3", beside=("worse_than_constant",)
+        lambda: plain(lambda i: copied_block(i, 2)), FAIL, "depth", 3, 4, says="Blocks 2, 3",
+        beside=("worse_than_constant",), step=1000
     ),
     "looks_ahead": case(
         lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, says="the outputs depend on later tokens"
@@ -390,11 +378,11 @@ CASES: dict[str, Case] = {
     ),
     "exploding_state": Case(
         lambda: probes.capture(plain(partial(without_skip, gain=4.0, activation=torch.relu), 20), tokens()),
-        FAIL, "depth", 9, 20, beside=("massive_activations", "common_vector", "one_direction"),
+        FAIL, "depth", 9, 20, beside=("massive_activations", "common_vector"),
     ),
     "vanishing_state": Case(
         lambda: probes.capture(plain(partial(without_skip, gain=0.5, activation=torch.relu), 16), tokens()),
-        WARN, "depth", 9, 16, beside=("common_vector", "one_direction"),
+        WARN, "depth", 9, 16, beside=("common_vector"),
     ),
     "gradient_not_finite": case(pre_norm, FAIL, "depth", 0, 6, loss=bottomless),
     "cut_gradient": case(
@@ -402,9 +390,6 @@ CASES: dict[str, Case] = {
         says="up to the one after block 2 (depth 3)",
     ),
     "gain_explosion": case(lambda: streams(2 * NEAR), FAIL, "connection", 3, 11, says="is 4096"),
-    "single_gain_explosion": case(
-        lambda: streams(with_one(5, 50 * NEAR)), WARN, "connection", 5, 5, says="mlp of block 2"
-    ),
     "attenuation": case(
         lambda: streams(
             with_one(4, torch.tensor([[0.1, 0.9, 0, 0], [0, 0.9, 0.1, 0], [0, 0.1, 0.8, 0.1], [0, 0, 0.1, 0.9]]))
@@ -421,14 +406,8 @@ CASES: dict[str, Case] = {
     "discarded_mixing": wired("discarded"),
     "transposed_mixing": wired("transposed_once", beside=("copied_streams", "sinkhorn_not_converged")),
     "constant_mixing": wired("ones", severity=FAIL, beside=("copied_streams", "sinkhorn_not_converged")),
-    "one_sided_mixing": wired("rows_only", beside=("copied_streams", "sinkhorn_not_converged")),
     "unlearnable_mixing": wired("detached", beside=("copied_streams", "sinkhorn_not_converged")),
     "swapped_weights": wired("swapped", severity=INFO, beside=("copied_streams", "sinkhorn_not_converged")),
-    "rounded_mixing": wired("cast", severity=INFO, beside=("copied_streams", "sinkhorn_not_converged")),
-    "rounded_coefficients": case(
-        lambda: streams(random_logits(1.0), make=HalfPrecision), INFO, says="a number of bfloat16",
-        beside=("sinkhorn_not_converged", "one_sided_mixing"),
-    ),
     "foreign_coefficients": wired("first_state", beside=("copied_streams", "sinkhorn_not_converged")),
     "sinkhorn_not_converged": case(
         lambda: streams(random_logits(1.5), make=partial(Constrained, sinkhorn_steps=1)),
@@ -445,11 +424,6 @@ CASES: dict[str, Case] = {
         lambda: streams(0.5 * IDENTITY + 0.5 * UNIFORM), WARN, "connection", 6, 11, says="0.781 %"
     ),
     "stuck_at_identity": case(lambda: streams(10 * IDENTITY, make=Constrained), WARN),
-    "some_connections_stuck": case(lambda: streams(with_one(3, IDENTITY)), INFO, "connection", 3, 3),
-    "unmoved_mixing": Case(lambda: trained(4.0, weight_decay=0.0, faster=0.0), WARN),
-    "decayed_mixing": Case(
-        lambda: trained(6.0, weight_decay=2.0, faster=0.0), WARN, says="logits times 0.545"
-    ),
     "saturated_logits": case(
         lambda: streams(8 * IDENTITY, make=Constrained), INFO, says="lets through less than", beside=("stuck_at_identity",)
     ),
@@ -475,20 +449,11 @@ CASES: dict[str, Case] = {
         lambda: plain(lambda i: Attention(causal=False), 8), FAIL, "depth", 2, 8, says="where noise has",
         beside=("vanishing_gradient",),
     ),
-    "dimensional_collapse": case(
-        lambda: plain(at(5, bottleneck)), FAIL, "depth", 6, 6, layers="blocks.{i}", says="rank itself is 1,"
-    ),
     "lost_directions": case(
         lambda: plain(at(3, half)), WARN, "depth", 4, 4, batch=tokens(4, 32), says="The most are"
     ),
-    # Losses that the large part of the state decides: what is beside it is of no use to them.
-    "one_direction": case(lambda: plain(at(3, lambda: step(one_way, Block()))), FAIL, "depth", 4, 6, loss=size_of),
     "common_vector": case(lambda: plain(at(3, lambda: step(shifted, Block()))), FAIL, "depth", 4, 6),
     "idle_layer": case(lambda: plain(at(3, idle)), WARN, "depth", 4, 4),
-    "curse_of_depth": case(
-        lambda: plain(lambda i: adding(38.0 if i < 2 else 3.0), 16), WARN, "depth", 9, 16, batch=tokens(4, 32),
-        says="The effective depth is", loss=size_of,
-    ),
     "constant_branch": case(lambda: plain(at(3, only_a_bias)), WARN, "depth", 4, 4),
     "equal_sequences": case(
         lambda: plain(at(3, forgetful)), FAIL, "depth", 4, 6, layers="blocks.{i}", says="between sequences"
@@ -514,6 +479,7 @@ CASES: dict[str, Case] = {
     "small_sample": case(pre_norm, INFO, batch=tokens(1, 8), says="small for cka: 8 tokens"),
     "large_update": Case(lambda: one_step("blocks.3.mlp.branch.2", 1.0), FAIL, says="in blocks.3.mlp.branch.2"),
     "lost_update": Case(lambda: one_step("blocks.2.mlp.norm", 0.0), WARN, says="in blocks.2.mlp.norm"),
+    "slow_updates": Case(hardly_moved, WARN, says="of that of a constant answer after 60 steps"),
     "frozen_module": Case(
         lambda: one_step("blocks.2.mlp.norm", None), WARN, says="No parameter of blocks.2.mlp.norm is trained"
     ),
@@ -536,7 +502,7 @@ def test_an_optimizer_that_has_copies_of_the_weights_moves_none():
 
 
 @pytest.mark.parametrize(
-    ("restored", "loss", "expected"), [(5, 3.0, [WARN]), (3, 1.0, [WARN]), (1, 3.0, []), (0, 3.0, [FAIL])]
+    ("restored", "loss", "expected"), [(5, 3.0, [WARN]), (3, 1.0, [WARN]), (1, 3.0, []), (0, 3.0, [WARN])]
 )
 def test_blocks_that_were_not_restored(restored, loss, expected):
     """A few of them, or all but the final norm, in any network; others where the network has learned something."""
@@ -563,7 +529,8 @@ def test_every_verdict_has_a_network_that_fails_it():
 @pytest.mark.parametrize("name", sample_or_every(list(CASES)[::2], list(CASES)))
 def test_a_network_built_to_fail_is_found(name):
     expected, run = CASES[name], CASES[name].build()
-    found = diagnostics.judge(diagnostics.analyze(run).sel(expected.part))
+    analysis = diagnostics.analyze(run).sel(expected.part)
+    found = diagnostics.judge(analysis.assign_coords(step=[expected.step]) if expected.step else analysis)
     told = [finding for finding in found if finding.verdict == name]
     assert [finding.severity for finding in told] == [expected.severity]
     (finding,) = told

@@ -12,6 +12,7 @@ from depthscope.app.text.causes import place_of
 from depthscope.diagnostics import Finding, Severity, schema
 from depthscope.diagnostics.verdicts import VERDICTS, Findings, Limits, Profile, Verdict
 from depthscope.diagnostics.verdicts.causes import worst_depth
+from depthscope.diagnostics.verdicts.declaration import Number
 from tests.diagnostics.verdicts.test_verdicts import residual_run, walk
 from tests.models.shown_harm import with_result
 
@@ -31,6 +32,7 @@ def judged(values, *, begins=False, **limits) -> Finding:
         "V.",
         "",
         "residual_norm",
+        Number("size"),
         Limits(**limits),
         (),
         lambda: [Profile(given, "the number is", begins=begins)],
@@ -117,7 +119,8 @@ def test_every_face_has_a_line_of_its_own_for_the_reading(make_run):
 def test_a_representation_is_placed_on_the_axis_of_all_depths():
     """States inside blocks are not compared: «depth 0 to depth 8» of 16 was half of the network."""
     states = walk(16, branch=1e-4)
-    analysis = with_result(diagnostics.analyze(residual_run(states, sites=["embed", *["mid", "post"] * 8])))
+    run = residual_run(states, sites=["embed", *["mid", "post"] * 8])
+    analysis = with_result(diagnostics.analyze(run)).assign_coords(step=[1000])
     (same,) = [each for each in diagnostics.judge(analysis) if each.verdict == "same_representation"]
     assert same.severity is Severity.FAIL
     assert (same.first, same.last) == (0, 16)

@@ -8,11 +8,11 @@ import xarray as xr
 
 from depthscope.diagnostics.metrics.intervals import DEGREES, factor
 from depthscope.diagnostics.verdicts import uncertainty
-from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 
 
-@verdict(metric="norm", limits=Limits(warn=10.0, fail=100.0))
+@verdict(metric="norm", judges=Number("size", "‖x‖", "0 or more"), limits=Limits(warn=10.0, fail=100.0))
 def large(norm):
     """Large.
 
@@ -21,7 +21,7 @@ def large(norm):
     yield Profile(norm, "the norm is")
 
 
-@verdict(metric="norm", limits=Limits(warn=2.0))
+@verdict(metric="norm", judges=Number("size", "‖x‖", "0 or more"), limits=Limits(warn=2.0))
 def larger_than_other(norm, other):
     """Larger than another.
 

@@ -8,6 +8,7 @@ import xarray as xr
 
 from depthscope import diagnostics
 from depthscope.app.text.bibliography import bibliography, entries
+from depthscope.app.text.explanations import explanation
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.experiments import with_lens
@@ -68,8 +69,9 @@ def mixed(make_run):
 
 def findings(run, **options):
     analysis = diagnostics.analyze(run)
-    # What is suspected is loud where it was shown to do harm; see test_consequences for what was not.
-    analysis = with_result(analysis) if isinstance(analysis, xr.Dataset) else analysis
+    # What is suspected is loud where it was shown to do harm, in a network that is trained; see test_consequences for others.
+    if isinstance(analysis, xr.Dataset):
+        analysis = with_result(analysis).assign_coords(step=[1000])
     found = diagnostics.judge(analysis, **options)
     by_name: dict[str, list] = {}
     for finding in found:
@@ -110,22 +112,19 @@ def test_a_deep_mhc_contracts_and_does_not_fail(make_run):
 def test_everything_that_applies_passes_on_a_healthy_run(make_run):
     found = findings(make_run("mhc", proof="proven"), passed=True)
     only_where_given = {
-        "unmoved_mixing",
-        "decayed_mixing",
         "nothing_measured",
         "loss_not_finite",
         "diverged_loss",
         "loss_spike",
-        "softmax_twice",
         "looks_ahead",
-        "rounded_coefficients",
         "worse_than_constant",
         "off_minimum",
         "surer_than_right",
         "untrained_weights",
+        "slow_updates",
         "batch_without_differences",
         *WIRING,
-    }  # a replay, remarks, no token, losses, a task, a batch of equal tokens
+    }  # remarks, no token, losses, a task, a batch of equal tokens
     assert (
         set(VERDICTS) - set(found)
         <= {"passing_streams", "few_tokens_for_cka", "saturated_logits"} | only_where_given
@@ -155,13 +154,6 @@ def test_gain_explosion(mixed):
         f"({source}); it is above 10 from connection 3 to connection 11. None of 28 healthy networks look like this."
     )
     assert "mHC" in failed.advice
-
-
-def test_one_loud_connection(mixed):
-    matrices = np.stack([np.eye(4)] * 12)
-    matrices[5] *= 50.0
-    found = findings(mixed(matrices))["single_gain_explosion"]
-    assert {(f.severity, f.first, f.last) for f in found} == {(Severity.WARN, 5, 5)}
 
 
 def test_backward_attenuation_that_the_gain_hides(mixed):
@@ -314,15 +306,6 @@ def test_stuck_at_identity(mixed):
     assert "stuck_at_identity" not in findings(run, passed=True)
 
 
-def test_some_stuck_connections_are_information(mixed):
-    matrices = np.stack([0.8 * np.eye(4) + 0.2 * UNIFORM] * 12)
-    matrices[3:5] = np.eye(4)
-    found = findings(mixed(matrices))
-    assert found["some_connections_stuck"][0].severity == Severity.INFO
-    assert (found["some_connections_stuck"][0].first, found["some_connections_stuck"][0].last) == (3, 4)
-    assert "stuck_at_identity" not in found
-
-
 def test_dead_and_dominant_streams(mixed):
     reads = np.tile([1.0, 1.0, 1.0, 0.01], (12, 1))
     found = findings(mixed(reads=reads))
@@ -467,71 +450,12 @@ def test_many_massive_tokens_warn():
     assert findings(residual_run(states))["massive_activations"][0].severity == Severity.WARN
 
 
-def test_dimensional_collapse_over_the_data_is_no_rank_collapse():
-    states = walk(8)
-    rng = np.random.default_rng(0)
-    flat = rng.standard_normal((SAMPLES, TOKENS, 1)) @ rng.standard_normal((1, FEATURES))
-    states[6:] = 10 * flat
-    found = findings(residual_run(states))
-    assert (found["dimensional_collapse"][0].first, found["dimensional_collapse"][0].severity) == (
-        6,
-        Severity.FAIL,
-    )
-
-
 def test_layers_that_do_nothing():
     states = walk(8)
     for depth in (4, 5):
         states[depth] = 1.1 * states[depth - 1]
     found = findings(residual_run(states))["idle_layer"][0]
     assert (found.severity, found.first, found.last) == (Severity.WARN, 4, 5)
-
-
-@pytest.mark.parametrize(
-    ("facts", "severity"),
-    [
-        ({"norms_moved": 0.01, "task": {"guessing": 4.0, "loss": 3.8}}, Severity.INFO),
-        ({"norms_moved": 0.01}, Severity.WARN),  # its age is not known: both readings
-        ({"norms_moved": 0.01, "task": {"guessing": 4.0, "loss": 2.0}}, Severity.WARN),
-        ({"norms_moved": 0.5}, Severity.WARN),
-    ],
-)
-@pytest.mark.parametrize("out_of_line", [False, True])
-def test_small_steps_of_a_young_network_are_a_note_unless_one_is_out_of_line(facts, severity, out_of_line):
-    steps = np.random.default_rng(0).standard_normal((9, SAMPLES, TOKENS, FEATURES))
-    steps[[2, 3, 5, 6, 8]] *= 0.008  # of three steps two are small, by 0.0025 of π
-    steps[5] *= 1e-3 if out_of_line else 1.0
-    run = residual_run(np.cumsum(steps, axis=0))
-    run = schema.create_run(run["trace"].to_dataset(), attrs=run.attrs | facts)
-    found = findings(run)["idle_layer"][0]
-    both = "read this as a warning" in found.sentence
-    is_unknown = "task" not in facts and facts["norms_moved"] < 0.05  # of moved norms the age is known
-    assert both == (is_unknown and not out_of_line)
-    assert found.severity == (Severity.WARN if out_of_line else severity)
-
-
-def test_layers_that_all_do_nothing_are_as_at_the_start():
-    states = walk(4)
-    states[1:] = states[0]
-    found = findings(residual_run(states))["idle_layer"][0]
-    assert (found.severity, found.first, found.last) == (Severity.INFO, 1, 4)
-    assert "normal before training; after it, all layers hold one representation" in found.sentence
-    (same,) = findings(residual_run(states))["same_representation"]
-    assert (same.severity, same.first, same.last) == (Severity.INFO, 0, 4)
-    assert "no block changes any number of the states" in same.sentence
-
-
-def test_one_direction_over_a_floor():
-    states = walk(8)
-    rng = np.random.default_rng(1)
-    loading = rng.standard_normal((SAMPLES, TOKENS, 1)) * rng.standard_normal(FEATURES)
-    # 97 % of the variance, over a floor in all directions that the effective rank still counts.
-    states[5:] += loading * (32.0 * states[5:].var((1, 2, 3)) / loading.var())[:, None, None, None] ** 0.5
-    found = findings(residual_run(states))
-    (one,) = found["one_direction"]
-    assert (one.severity, one.first, one.last) == (Severity.FAIL, 5, 8)
-    assert "One direction then has about 97 % of it" in one.sentence
-    assert "dimensional_collapse" not in found
 
 
 def test_a_common_vector_in_all_tokens():
@@ -545,7 +469,7 @@ def test_a_common_vector_in_all_tokens():
     (common,) = found["common_vector"]
     assert (common.severity, common.first, common.last) == (Severity.FAIL, 4, 8)
     assert "Without their common mean it is −0.0" in common.sentence
-    assert not {"rank_collapse", "dimensional_collapse", "one_direction"} & set(found)
+    assert "rank_collapse" not in found
 
 
 def test_differences_that_grow_while_all_sums_are_one(mixed):
@@ -563,8 +487,8 @@ def test_one_token_that_a_connection_amplifies(make_run):
     trace = run["trace"].to_dataset().load()
     trace["h_res"].values[:] = np.eye(4)
     trace["h_res"].values[3, 2, 17] *= 400.0
-    (found,) = findings(schema.create_run(trace, attrs=run.attrs))["single_gain_explosion"]
-    assert (found.severity, found.first, found.last) == (Severity.FAIL, 3, 3)
+    (found,) = findings(schema.create_run(trace, attrs=run.attrs))["gain_explosion"]
+    assert (found.severity, found.first, found.last) == (Severity.FAIL, 3, 7)
     assert found.value == pytest.approx(400.0)
     assert "It is that of sequence 2, position 17; the median over tokens is 1." in found.sentence
 
@@ -680,7 +604,8 @@ def lens_result(depths, last):
 def test_the_lens_is_evidence_for_one_representation(depths, severity, words):
     states = walk(12)
     states[5:] = states[4] + 0.001 * (states[5:] - states[4])
-    analysis = with_lens(with_result(diagnostics.analyze(residual_run(states))), lens_result(depths, 12))
+    analysis = with_result(diagnostics.analyze(residual_run(states))).assign_coords(step=[1000])
+    analysis = with_lens(analysis, lens_result(depths, 12))
     (found,) = [each for each in diagnostics.judge(analysis) if each.verdict == "same_representation"]
     assert found.severity == severity
     assert words in found.sentence
@@ -762,10 +687,13 @@ def test_every_verdict_is_declared_whole():
         assert len(each.advice) > 40
         assert each.limits.levels
         assert each.limits.source in keys | {"depthscope's default"} or each.limits.source.startswith(
-            "calibrated on "
+            "set by hand, not contradicted by "
         )
         known = {*diagnostics.CATALOGUE, *OF_LOSSES}
         assert each.metric.removesuffix("_null") in known
+        assert each.judges.name
+        assert each.judges.range
+        assert each.judged.endswith(each.limits.words)
         for need in (*each.needs, *each.wants):
             assert need == "attrs" or need.removesuffix("_null") in known
 
@@ -820,7 +748,6 @@ def test_what_is_said_of_the_run_is_said_once(make_run):
 def test_a_part_of_an_analysis_is_judged_by_what_it_holds(mhc_run):
     part = diagnostics.analyze(mhc_run, metrics=["mixing_gain"])
     assert {f.verdict for f in diagnostics.judge(part, passed=True)} == {
-        "single_gain_explosion",
         "mixing_not_finite",
         "small_sample",
     }
@@ -987,3 +914,35 @@ def test_one_representation_names_the_views_that_differ():
     states[..., 0] = 300 * np.random.default_rng(5).standard_normal(states.shape[1:3])
     (found,) = findings(residual_run(states))["same_representation"]
     assert "debiased CKA 1.000 or more; without large features 0.99" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("rank_collapse", "max(Dong residual, 3 (erank − 1) / (erank of noise − 1))"),
+        ("copied_streams", "INFO above 0.999, WARN above 1 − 1e-9"),
+        ("exploding_state", "rms ‖x_l‖ / rms ‖x_0‖ (0 or more): WARN above 10000"),
+    ],
+)
+def test_the_explanation_of_a_verdict_is_of_the_number_that_it_judges(name, words):
+    """«effective_rank: WARN below 0.15» is no limit of the effective rank, which is never below 1."""
+    text = " ".join(explanation(name).split())
+    assert words in text
+    assert f"Limits of {VERDICTS[name].metric}" not in text
+
+
+def test_matrices_that_were_not_read_are_absent_and_those_that_were_are_judged(make_run):
+    """A live row of a step whose connections were not seen has no gains, and states that are all finite."""
+    run = make_run("mhc", layers=4)
+    analysis = diagnostics.analyze(run, metrics=["mixing_gain", "residual_norm"])
+    unread = analysis.assign(mixing_gain=(analysis["mixing_gain"] * np.nan).drop_attrs())
+    assert "mixing_not_finite" not in {each.verdict for each in diagnostics.judge(unread, passed=True)}
+    some = analysis["mixing_gain"].copy(deep=True).drop_attrs()
+    some[..., 3:, :] = np.nan
+    partly = analysis.assign(mixing_gain=some)
+    assert "mixing_not_finite" not in {each.verdict for each in diagnostics.judge(partly, passed=True)}
+    trace = run["trace"].to_dataset().load().copy(deep=True)
+    trace["h_res"].values[2, 0, 1] = np.nan
+    broken = diagnostics.analyze(schema.create_run(trace, attrs=run.attrs))
+    (found,) = [each for each in diagnostics.judge(broken) if each.verdict == "mixing_not_finite"]
+    assert (found.severity, found.first, found.last, found.value) == (Severity.FAIL, 2, 2, 1.0)

@@ -26,23 +26,9 @@ def test_classes_and_the_loss_of_guessing():
     task = read_task(functional.cross_entropy(logits(4, 10), torch.arange(4)), torch.randn(4, 2))
     assert task["classes"] == 10
     assert task["guessing"] == pytest.approx(math.log(10))
-    assert not task["softmax_twice"]
     assert not task["predicts_next"]
     of_pixels = functional.cross_entropy(logits(2, 3, 4, 4), torch.zeros(2, 4, 4, dtype=torch.long))
     assert read_task(2.0 * of_pixels, None)["classes"] == 3
-
-
-@pytest.mark.parametrize("reshaped", [False, True])
-def test_a_softmax_before_the_loss(reshaped):
-    probabilities = logits(3, 4, 10).softmax(-1)
-    flat = probabilities.flatten(0, 1) if reshaped else probabilities.mT
-    target = torch.zeros(12 if reshaped else (3, 4), dtype=torch.long)
-    assert read_task(functional.cross_entropy(flat, target), None)["softmax_twice"]
-    # A softmax further up, as of attention, is none.
-    mixed = functional.cross_entropy(
-        logits(12, 12).softmax(-1) @ logits(12, 10), torch.zeros(12, dtype=torch.long)
-    )
-    assert not read_task(mixed, None)["softmax_twice"]
 
 
 def test_targets_that_are_the_next_tokens():

@@ -541,9 +541,8 @@ def test_no_tensor_is_read_from_outside_the_folder(tmp_path, name):
     named = str(outside) if name == "absolute" else name
     index = {"weight_map": {"layers.0.hc.base": named}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    for verb in (probes.describe_weights, probes.initial_logits):
-        with pytest.raises(CheckpointError, match="leads out of the checkpoint's folder"):
-            verb(folder)
+    with pytest.raises(CheckpointError, match="leads out of the checkpoint's folder"):
+        probes.describe_weights(folder)
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
