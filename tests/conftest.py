@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from random import Random
 
@@ -24,6 +25,11 @@ from tests.thoroughness import number_of_draw, sample_or_every
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it runs in the background so; the tests send themselves and their commands Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# What the tests cache, and the scratch folders of writers that they kill, are not the developer's.
+HOME = tempfile.TemporaryDirectory(prefix="depthscope-tests-")
+os.environ |= {"XDG_CACHE_HOME": f"{HOME.name}/cache", "XDG_STATE_HOME": f"{HOME.name}/state"}
 
 
 def pytest_sessionstart() -> None:

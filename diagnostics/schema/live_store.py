@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.atomic_writes import kind_of, remove_litter, require_writable
+from depthscope.diagnostics.atomic_writes import kind_of, made_folder, remove_below, require_writable
 from depthscope.diagnostics.errors import BusyError, InputError, TakenError
 from depthscope.diagnostics.schema.live_store_columns import OlderRows, columns_name, write_columns
 from depthscope.diagnostics.schema.live_store_files import (
@@ -104,7 +104,7 @@ class LiveStore:
     ) -> None:
         require_live_place(path, resume=resume, force=force)
         self.path = Path(os.path.realpath(path))
-        self.path.mkdir(parents=True, exist_ok=True)
+        made_folder(self.path)
         self._log = RowLog(self.path)
         self._num_log_rows, self._full = 0, MAX_LOG_BYTES
         self._keep_states = max(2, keep_states + 1)
@@ -162,8 +162,7 @@ class LiveStore:
         for folder in (COLUMNS, STATES):
             with suppress(OSError):  # files of others stay
                 require_no_link(self.path, folder)
-                remove_litter(self.path / folder)
-                (self.path / folder).rmdir()
+                remove_below(self.path, folder)
 
     # --- writing
 
@@ -322,8 +321,8 @@ class LiveStore:
         self._remove_everything()
         self.close()
         with suppress(OSError):
-            (self.path / LOCK).unlink(missing_ok=True)
-            self.path.rmdir()
+            remove_below(self.path, LOCK)
+            remove_below(self.path.parent, self.path.name)
 
     # --- older rows
 

@@ -9,11 +9,11 @@ import stat
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from depthscope.diagnostics.atomic_writes import NO_LOCKS, SCRATCH, kind_of
+from depthscope.diagnostics.atomic_writes import NO_LOCKS, SCRATCH, kind_of, remove_below
 from depthscope.diagnostics.errors import AbsentError, BusyError, TakenError
 from depthscope.diagnostics.schema.limits import require_dense
 from depthscope.diagnostics.schema.validation import SchemaError
@@ -140,9 +140,7 @@ def require_no_link(store: Path, folder: str) -> None:
 
 def remove_inside(store: Path, name: str) -> None:
     """Remove a file of a store where it is there; what links in the store lead to stays."""
-    folder, _, leaf = name.rpartition("/")
-    with suppress(FileNotFoundError), _opened_folders(store, folder) as (_, descriptor):
-        os.unlink(leaf if descriptor is not None else store / name, dir_fd=descriptor)
+    remove_below(store, name)
 
 
 # --- the writer's lock

@@ -200,7 +200,7 @@ def _is_below(base: Path, entry: Path) -> bool:
 def _walk(folder: Path, seen: Iterator[int]) -> Iterable[Path]:
     if not folder.is_dir():
         return
-    for entry in folder.iterdir():
+    for entry in map(folder.joinpath, os.listdir(folder)):
         # The root of a disk would be read for minutes.
         if next(seen) > MAX_ENTRIES:
             raise InputError(

@@ -16,6 +16,7 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.analyze import analyze
+from depthscope.diagnostics.atomic_writes import made_folder
 from depthscope.diagnostics.errors import InputError, TakenError
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.diagnostics.schema.groups import group_path
@@ -128,7 +129,7 @@ def probe_checkpoints(
     _require_place(place, force=force)
     attrs = storable_attributes(attrs)
     folder = parts_folder(place)
-    folder.mkdir(parents=True, exist_ok=True)
+    made_folder(folder)
     settings = {
         **{"sequences": sequences, "length": length, "batch": batch, "seed": seed, "gradients": gradients},
         **{"dtype": dtype, "factory": factory, "metrics": None if metrics is None else list(metrics)},
