@@ -52,7 +52,6 @@ if TYPE_CHECKING:
         describe_weights,
         initial_logits,
         interventions,
-        merge_runs,
         probe_checkpoints,
         record,
         settle,
@@ -106,7 +105,6 @@ __all__ = [
     "kernels",
     "lens",
     "load",
-    "merge_runs",
     "metrics",
     "open_run",
     "probe_checkpoints",
@@ -127,7 +125,7 @@ if not TYPE_CHECKING:
         try:
             return _load(name)
         except ModuleNotFoundError as error:
-            from depthscope.app.cli.outcome import missing_extra
+            from depthscope.app.cli.main import missing_extra
             from depthscope.diagnostics.errors import MissingExtraError
 
             needed = missing_extra(f"depthscope.{name}", error)

@@ -2,11 +2,10 @@
 
 from depthscope.probes.connections.coefficients import ReconstructionError, StreamConnectionError
 from depthscope.probes.description import describe
-from depthscope.probes.history.history import probe_checkpoints
+from depthscope.probes.history import probe_checkpoints
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.one_shot import capture
-from depthscope.probes.run.merge import merge_runs
 from depthscope.probes.settling import settle
 from depthscope.probes.static.describe import describe_weights
 from depthscope.probes.static.initial_logits import initial_logits
@@ -31,7 +30,6 @@ __all__ = [
     "describe",
     "describe_weights",
     "initial_logits",
-    "merge_runs",
     "probe_checkpoints",
     "record",
     "settle",

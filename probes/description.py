@@ -11,8 +11,6 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import schema
-from depthscope.probes.capture_plan import CapturePlan, capture_plan
-from depthscope.probes.model.modules import is_planned
 from depthscope.probes.one_shot import measure
 from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import Options, SiteOptions, takes_options
@@ -157,7 +155,7 @@ class Description:
 
 
 @takes_options(SiteOptions)
-def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> Description | CapturePlan:
+def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> Description:
     """Describe what is found in a model: family, blocks, streams, layout, sites, orientation and its proof.
 
     Parameters
@@ -171,8 +169,7 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
 
     Returns
     -------
-    Description or CapturePlan
-        Of a model on the meta device, which has no values, the plan of its capture: see `probes.capture_plan`.
+    Description
 
     Raises
     ------
@@ -181,8 +178,6 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
     """
     # One batch is enough: which chains and connections a model has does not depend on the data.
     first = next(iter(batches(batch)))
-    if isinstance(model, nn.Module) and is_planned(model):
-        return capture_plan(model, first)
     # A proof needs tokens, not sequences.
     run = measure(model, first, Options(**options, max_sequences=2), described=True)
     names = schema.chains(run)

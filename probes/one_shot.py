@@ -19,8 +19,8 @@ from depthscope.probes.model.modules import all_parameters, require_module
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.while_needed import eager, no_collection
 from depthscope.probes.rescaling import Scales, first_size
+from depthscope.probes.run.attributes import stage_attribute
 from depthscope.probes.run.build_run import build_run
-from depthscope.probes.run.pipeline_stages import stage_attribute
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.followed_forward import follow
 from depthscope.probes.session.forward import Forward, Measured, own_call

@@ -1,1 +1,1 @@
-"""What can be asked on the command line? `main` runs a command; each command is one file in `commands`."""
+"""The command ``depthscope``: one file a command, typer for parsing, help and completion."""

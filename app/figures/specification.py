@@ -35,37 +35,35 @@ def null_label(label: str) -> str:
 # Without `eq`, here and below: arrays compare element by element, which has no truth value.
 @dataclass(frozen=True, eq=False)
 class Line:
-    """One curve: a measured quantity, the null or a law of theory for the measured line before it, or a threshold.
+    """One curve: a measured quantity, the null of the measured line before it, or a threshold.
 
     ``x, y``: positions and values of equal length; NaN in `y` is a gap (undefined).
     ``label``: legend entry.
-    ``role``: how it is read, hence how it is drawn: solid, dashed in the colour of the measured line, in long dashes
-    of that colour, dotted grey, as single points. Theory moves the axes a little, never far.
+    ``role``: how it is read, hence how it is drawn: solid, dashed in the colour of the measured line, dotted grey, as single
+    points.
     ``lower, upper``: uncertainty or spread around `y`.
     ``error``: half of the interval over sequences where the band is a spread; drawn as whiskers.
     ``group``: name of the run that the line belongs to; empty for thresholds.
     ``text``: name of every position (module or layer), shown on hover.
-    ``law``: legend entry of theory, shared by the lines of one law.
     """
 
     x: Array
     y: Array
     label: str
-    role: Literal["measured", "null", "theory", "threshold", "mark"] = "measured"
+    role: Literal["measured", "null", "threshold", "mark"] = "measured"
     lower: Array | None = None
     upper: Array | None = None
     error: Array | None = None
     group: str = ""
     text: Sequence[str] | None = None
-    law: str = ""
 
 
 @dataclass(frozen=True, eq=False)
 class Lines:
     """Curves over one axis, with an optional healthy band.
 
-    ``sources`` are the bibliography keys of the laws drawn, ``missing`` the reasons why others are not. ``runs`` are all
-    runs that are shown together, those that this figure lacks included, with the numbers of their colours in `palette`.
+    ``sources`` are the bibliography keys of the laws of the nulls that are drawn. ``runs`` are all runs that are shown
+    together, those that this figure lacks included, with the numbers of their colours in `palette`.
     ``limits`` are the ends of the vertical axis where panels share them.
     """
 
@@ -81,7 +79,6 @@ class Lines:
     alt: str = ""
     metric: str = ""
     sources: tuple[str, ...] = ()
-    missing: tuple[str, ...] = ()
     limits: tuple[float, float] | None = None
     runs: Mapping[str, int] = field(default_factory=dict)
 

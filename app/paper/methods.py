@@ -245,7 +245,7 @@ def _has_null(readings: Sequence[Reading], name: str) -> bool:
 
 
 # Of names that begin a description.
-_CAPITALS = ("Amax", "Dobrushin", "Lyapunov")
+_CAPITALS = ("Amax",)
 
 
 def _definition(name: str, has_null: bool) -> Sentence:

@@ -54,7 +54,6 @@ class Extreme:
 SUMMARY = (
     Extreme("effective_rank", "last"),
     Extreme("effective_rank", "lowest"),
-    Extreme("streamed_effective_rank", "last"),
     Extreme("token_cosine", "last"),
     Extreme("adjacent_cka", "lowest"),
     Extreme("gradient_norm", "span"),

@@ -28,7 +28,7 @@ def cards_of(reading: Reading, *, sent: bool = False) -> list[Card]:
     from depthscope.diagnostics.experiments import experiment_for
 
     path = Path(reading.path).name if sent else reading.path
-    target = shlex.quote(path) if path else "RUN"
+    target = f"CHECKPOINT --run {shlex.quote(path) if path else 'RUN'}"
     return [
         card_of(
             finding,

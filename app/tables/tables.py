@@ -282,11 +282,9 @@ def _measured_table(
 
 def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -> str:
     dims = {str(dim) for column in columns for dim in reading.analysis[column.metric].dims}
-    streamed = any(column.metric.startswith("streamed_") for column in columns)
     parts = [
         versions_words(dims, view),
         token_count_words({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
-        "streamed: over every token seen, all sequences pooled" if streamed else "",
     ]
     unproven = proof_sentence({reading.name: reading.attrs})
     return " ".join(filter(None, (sentence(parts), unproven)))

@@ -13,7 +13,6 @@ from typing import Any
 from depthscope.app.text.bibliography import cited, source_words
 from depthscope.app.text.causes import cause_lines, place_of
 from depthscope.app.text.sparkline import curve_blocks, curve_words
-from depthscope.app.text.terminal import command_line
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.schema import UNPROVEN
 
@@ -74,8 +73,11 @@ class Card:
 
     @property
     def more(self) -> str:
-        """The command that prints equation, limits and sources."""
-        return command_line("explain", self.finding.verdict)
+        """Equation, limits and sources of the verdict; empty for a verdict of somebody else."""
+        from depthscope.app.text.explanations import explanation
+        from depthscope.diagnostics.verdicts import VERDICTS
+
+        return explanation(self.finding.verdict) if self.finding.verdict in VERDICTS else ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, as the published schema states them (``docs/schemas/finding.v1.json``)."""
@@ -161,7 +163,7 @@ def _part(label: str, text: str, most: int, width: int, more: str) -> list[str]:
         return _wrapped(words, width, f"      {label:<9}", " " * LABELS)
 
     lines = wrapped(text)
-    # Half a sentence may say the contrary of all of it; the rest is in `depthscope explain` and in the JSON.
+    # Half a sentence may say the contrary of all of it; the rest is in the JSON.
     sentences = re.split(r"(?<=[.!?]) (?=[A-Z])", text)
     while len(lines) > most and len(sentences) > 1:
         sentences.pop()

@@ -1,4 +1,4 @@
-"""What does a name mean? Of a verdict its limits with their sources, of a metric its equation, for `depthscope explain`."""
+"""What does a name mean? Of a verdict its limits with their sources, of a metric its equation."""
 
 from __future__ import annotations
 

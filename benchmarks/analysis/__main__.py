@@ -22,7 +22,7 @@ from benchmarks.analysis import goals, measure, page
 from benchmarks.analysis.comparison import Comparison
 from benchmarks.shared import process, tables
 
-TOPICS = ("cka", "one_pass", "ranks", "mixing", "scalars", "measured_steps")
+TOPICS = ("cka", "ranks", "mixing", "scalars", "measured_steps")
 # Names of distributions, for the versions on the page.
 PEERS = (
     *("torch-cka", "cka-pytorch", "pytorch-cka", "ckatorch", "repsim", "torchlens"),

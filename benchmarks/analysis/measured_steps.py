@@ -49,10 +49,10 @@ def measured(case: Case, *, backward: bool, analysis: bool = True, sequences: in
     return step
 
 
-def streamed(case: Case, *, streaming: bool) -> Step:
+def evaluated(case: Case) -> Step:
     """A forward of an evaluation, with its statistics of every token."""
     batch = case.batch()
-    recorder = probes.record(case.model, streaming=streaming)
+    recorder = probes.record(case.model)
 
     def step() -> None:
         with recorder:
@@ -125,8 +125,7 @@ BY_HAND = {"by hand: svdvals, pairwise CKA": Tool(partial(naive, backward=True))
 EVALUATION = {
     "plain": Tool(partial(plain, backward=False)),
     "plain again": Tool(partial(plain, backward=False)),
-    "statistics": Tool(partial(streamed, streaming=False)),
-    "statistics, streaming=True": Tool(partial(streamed, streaming=True)),
+    "statistics": Tool(evaluated),
 }
 
 
@@ -160,5 +159,5 @@ from up to 8 sequences, here the whole batch, and analysed by every default metr
 training. *By hand* is what one writes without this package: clones, an SVD of every state and gradient, CKA pair by pair.
 *Plain again* is a second plain step: its distance from 1.00 is noise. The memory of the first row is that of the first
 step."""
-EVALUATION_NOTE = """Ratios to the same forward without probes. Every token enters the statistics; with `streaming=True` the
-second moments of every depth and the sketch for similarity too. The weights do not change: the raw sample is kept as it is."""
+EVALUATION_NOTE = """Ratios to the same forward without probes. Every token enters the statistics. The weights do not
+change: the raw sample is kept as it is."""

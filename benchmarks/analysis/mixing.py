@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import xarray as xr
 
 from benchmarks.analysis.comparison import Comparison, Step, Tool
 from benchmarks.analysis.inputs import KINDS, mixing
-from depthscope.diagnostics import analyze, create_run, schema
 from depthscope.diagnostics.kernels import mixing as kernel
-
-# In the order of the catalogue's reductions: median, p1, p99.
-QUANTILES = (0.5, 0.01, 0.99)
 
 # --- singular values ---
 
@@ -109,119 +104,6 @@ PREFIX = {
     "numpy, a loop of matmul": Tool(partial(matmul_prefix, convert=np.asarray)),
 }
 
-# --- products between any two connections, every reduction over tokens ---
-
-
-def run_of(matrices: np.ndarray) -> xr.DataTree:
-    """A run with these connections and states of one feature."""
-    connections, tokens, streams, _ = matrices.shape
-    depth = np.arange(connections + 1)
-    names = np.array([f"blocks.{i}" for i in range(connections)], dtype=object)
-    # pair_gain is a metric: it reads connections from a run, not from an array.
-    trace = xr.Dataset(
-        {
-            "residual": (schema.STATE, np.ones((len(depth), 1, tokens, streams, 1), np.float32)),
-            "mask": (("sample", "token"), np.ones((1, tokens), bool)),
-            "h_res": (schema.TRACE["h_res"].dims, matrices[:, None]),
-        },
-        {
-            "depth": depth,
-            "layer": ("depth", depth - 1),
-            "site": ("depth", np.array(["embed"] + ["post"] * connections, dtype=object)),
-            "module": ("depth", np.array(["embed", *names], dtype=object)),
-            "sample": [0],
-            "token": np.arange(tokens),
-            "stream": np.arange(streams),
-            "connection": np.arange(connections),
-            "connection_layer": ("connection", np.arange(connections)),
-            "branch": ("connection", np.array(["both"] * connections, dtype=object)),
-            "connection_module": ("connection", names),
-            "depth_in": ("connection", depth[:-1]),
-            "depth_out": ("connection", depth[1:]),
-        },
-    )
-    return create_run(trace, attrs=ATTRIBUTES | {"n_streams": streams})
-
-
-ATTRIBUTES: dict[str, Any] = {
-    "model": "synthetic",
-    "family": "hc",
-    "orientation": "destination_source",
-    "reconstruction_error": 0.0,
-    "dtype": "float64",
-    "seed": 0,
-    "loss_reduction": "mean",
-    "data_digest": "synthetic",
-    "sampling": {"max_sequences": 1, "seed": 0},
-    "software": {"numpy": np.__version__},
-}
-
-
-def own_pairs(matrices: np.ndarray) -> Step:
-    """The catalogue's metric, from a run: (direction, first, last, reduction)."""
-    run = run_of(matrices)
-
-    def step() -> np.ndarray:
-        found = analyze(run, metrics=["pair_gain"])["pair_gain"].squeeze("step")
-        # Without a dim of reductions the table has maxima only.
-        found = found if "reduction" in found.dims else found.expand_dims(reduction=["max"], axis=-1)
-        order = [name for name in ("mean", "median", "p1", "p99", "max") if name in found["reduction"].values]
-        ordered = found.transpose("direction", "connection", "other_connection", "reduction")
-        return ordered.sel(reduction=order).values
-
-    return step
-
-
-def naive_pairs(matrices: np.ndarray) -> Step:
-    """The same with torch: a bmm for each pair, then its gains and their quantiles over tokens."""
-    stack = torch.from_numpy(matrices)
-
-    def step() -> np.ndarray:
-        # NaN where the second connection comes before the first: there is no product.
-        table = torch.full((2, len(stack), len(stack), 5), torch.nan, dtype=torch.float64)
-        for first, last, product in pairs_of(stack):
-            gains = (product.sum(-1).abs().amax(-1), product.sum(-2).abs().amax(-1))
-            for direction, gain in enumerate(gains):
-                middle = torch.quantile(gain, gain.new_tensor(QUANTILES))
-                table[direction, first, last] = torch.stack([gain.mean(), *middle, gain.amax()])
-        return table.numpy()
-
-    return step
-
-
-def pairs_of(stack: Any) -> Iterator[tuple[int, int, Any]]:
-    for first in range(len(stack)):
-        product = stack[first]
-        yield first, first, product
-        # Each product from the one before it: n²/2 products and not n³/6.
-        for last in range(first + 1, len(stack)):
-            # Later connections are on the left.
-            product = stack[last] @ product
-            yield first, last, product
-
-
-def true_pairs(matrices: np.ndarray) -> np.ndarray:
-    table = np.full((2, len(matrices), len(matrices), 5), np.nan)
-    for first, last, product in pairs_of(matrices):
-        for direction, axis in enumerate((-1, -2)):
-            gain = np.abs(product.sum(axis)).max(-1)
-            table[direction, first, last] = [gain.mean(), *np.quantile(gain, QUANTILES), gain.max()]
-    return table
-
-
-def of_gain(found: np.ndarray, truth: np.ndarray) -> float:
-    """The largest relative error; a table of maxima only is compared with the maxima, the last reduction."""
-    reductions = truth[..., -found.shape[-1] :]
-    # Both tables are NaN below the diagonal.
-    return float(np.nanmax(np.abs(found / reductions - 1.0)))
-
-
-PAIRS = {
-    "depthscope, pair_gain of a run": Tool(own_pairs),
-    "one prefix pass (depthscope, numpy)": Tool(partial(own_prefix, convert=np.asarray), answers=False),
-    "torch, bmm and quantile": Tool(naive_pairs),
-}
-
 
 def comparisons(quick: bool) -> dict[str, Comparison]:
     """Singular values, products from the first connection on, products between any two."""
@@ -238,19 +120,4 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
         error=of_each,
         note="Errors are relative to the largest entry of the product, against long double, over 64 tokens.",
     )
-    compared["all pairs"] = Comparison(
-        title="Gains of the products between any two connections, reduced over tokens",
-        tools=PAIRS,
-        baseline="one prefix pass (depthscope, numpy)",
-        sizes={f"{kind}, {size}": partial(mixing, kind, (depth, tokens), 4) for kind in KINDS[1:]},
-        variants={kind: partial(mixing, kind, (12, 64), 4, seed=1) for kind in KINDS},
-        truths={"": true_pairs},
-        error=of_gain,
-        note=PAIRS_NOTE,
-    )
     return compared
-
-
-PAIRS_NOTE = """The metric's time includes reading the connections from the run and labelling the table: forward and
-backward gains of every pair, with mean, median, p1, p99 and max over tokens. Errors are relative, over 12 connections and
-64 tokens. The prefix pass computes something else, and is here to be divided by."""

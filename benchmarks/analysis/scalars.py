@@ -1,4 +1,4 @@
-"""How fast and accurate are scalars that a peer computes too? TwoNN, participation ratio, RSA, Procrustes."""
+"""How fast and accurate are scalars that a peer computes too? Participation ratio, Procrustes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.analysis.comparison import Comparison, Step, Tool, relative
-from depthscope.diagnostics.kernels import geometry, rank, similarity
+from depthscope.diagnostics.kernels import rank, similarity
 
 Pair = tuple[np.ndarray, np.ndarray]
 
@@ -28,26 +28,6 @@ def pair(tokens: int, *, width: int = 256) -> Pair:
     rng = np.random.default_rng(0)
     shared = rng.standard_normal((tokens, width))
     return shared, shared @ rng.standard_normal((width, width)) / 16 + rng.standard_normal((tokens, width))
-
-
-# --- TwoNN ---
-
-
-def scikit_dimension(x: np.ndarray) -> Step:
-    from skdim.id import TwoNN
-
-    return lambda: TwoNN(discard_fraction=0.1).fit(x).dimension_
-
-
-def true_dimension(x: np.ndarray) -> np.ndarray:
-    """Facco et al. with distances by scipy and a least-squares line by numpy."""
-    from scipy.spatial.distance import cdist
-
-    distances = np.sort(cdist(x, x), axis=1)
-    ratio = np.sort(distances[:, 2] / distances[:, 1])[: int(0.9 * len(x))]
-    # Facco et al.: the empirical distribution of the ratios.
-    level = -np.log(1 - np.arange(1, len(ratio) + 1) / len(x))
-    return np.linalg.lstsq(np.log(ratio)[:, None], level, rcond=None)[0][0]
 
 
 # --- participation ratio, corrected for the finite sample ---
@@ -84,28 +64,6 @@ def u_statistics(gram: np.ndarray) -> np.ndarray:
     over = twice / (n * (n - 1)) - 2 * (diagonal * (total - 2 * sums)).sum() / three + link
     under = square / (n * (n - 1)) - 2 * ((sums**2).sum() - square) / three + link
     return np.array([over, under])
-
-
-# --- RSA ---
-
-
-def rsatoolbox(states: Pair) -> Step:
-    import rsatoolbox
-
-    data = [rsatoolbox.data.Dataset(state) for state in states]
-
-    def step() -> Any:
-        first, second = (rsatoolbox.rdm.calc_rdm(part, method="correlation") for part in data)
-        return rsatoolbox.rdm.compare(first, second, method="spearman").item()
-
-    return step
-
-
-def true_rsa(states: Pair) -> np.ndarray:
-    from scipy.spatial.distance import pdist
-    from scipy.stats import spearmanr
-
-    return spearmanr(*(pdist(state, "correlation") for state in states)).statistic
 
 
 # --- Procrustes ---
@@ -153,15 +111,6 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
         "variants": {"200 × 256": partial(pair, 200)},
     }
     return {
-        "TwoNN": Comparison(
-            title="Intrinsic dimension by TwoNN",
-            tools={
-                OWN: Tool(lambda x: partial(geometry.two_nn, x)),
-                "scikit-dimension": Tool(scikit_dimension, package="scikit-dimension"),
-            },
-            truths={"": true_dimension},
-            **of_points,
-        ),
         "participation ratio": Comparison(
             title="Participation ratio, corrected for the sample of tokens and of features",
             tools={
@@ -170,15 +119,6 @@ def comparisons(quick: bool) -> dict[str, Comparison]:
             },
             truths={"": true_participation},
             **of_points,
-        ),
-        "RSA": Comparison(
-            title="RSA: Spearman correlation of correlation distances",
-            tools={
-                OWN: Tool(lambda states: partial(similarity.rsa, *states)),
-                "rsatoolbox": Tool(rsatoolbox, package="rsatoolbox"),
-            },
-            truths={"": true_rsa},
-            **of_pairs,
         ),
         "Procrustes": Comparison(
             title="Procrustes angle",

@@ -56,11 +56,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "pyvene.ZeroIntervention",
     ),
     "CKA": ("depthscope.metrics.cka", "torchlens.stats.cka", "cka.compute_cka"),
-    "RSA": (
-        "depthscope.metrics.rsa",
-        "torchlens.repgeom.rdm_compare",
-        "rsatoolbox.rdm.compare",
-    ),
     "statistical tests of RSA models": ("rsatoolbox.inference.eval_fixed",),
     "effective dimension": (
         "depthscope.metrics.effective_rank",

@@ -310,7 +310,6 @@ def recording(
     start: int = 0,
     trains: bool = True,
     statistics: bool = True,
-    streaming: bool | dict[str, int] = False,
 ) -> Tool:
 
     # every=1 measures each step: the default would leave most of them out of the timing.
@@ -320,7 +319,6 @@ def recording(
         gradients=backward,
         max_sequences=sequences,
         every=1,
-        streaming=streaming,
     )
 
     @contextmanager
@@ -349,18 +347,6 @@ def evaluated(case: Case, backward: bool) -> Tool:
     if backward:
         raise CannotTakeError("an evaluation has no backward")
     return recording(case, backward, trains=False)
-
-
-def streamed(case: Case, backward: bool) -> Tool:
-    if backward:
-        raise CannotTakeError("an evaluation has no backward")
-    return recording(case, backward, trains=False, streaming=True)
-
-
-def streamed_in_part(case: Case, backward: bool) -> Tool:
-    if backward:
-        raise CannotTakeError("an evaluation has no backward")
-    return recording(case, backward, trains=False, streaming={"every": 4})
 
 
 def between(case: Case, backward: bool) -> Tool:
@@ -401,9 +387,7 @@ OWN: dict[str, Prepare] = {
     "probes.record, a measured step": measured,
     "· 1 sequence kept raw": measured_one,
     "· 1 sequence, no statistics": without_statistics,
-    "probes.record, streaming evaluation": streamed,
-    "· one sequence in four": streamed_in_part,
-    "· statistics without streaming=True": evaluated,
+    "probes.record, evaluation": evaluated,
     "probes.record, between measured steps": between,
 }
 PEERS: dict[str, Prepare] = {

@@ -17,7 +17,6 @@ from benchmarks.docs.published import published_results
 from depthscope.app.text.bibliography import Reference, cited, keys_of, reference
 from depthscope.app.text.terminal import say
 from depthscope.diagnostics import CATALOGUE, Metric
-from depthscope.diagnostics.theory import LAWS, Law
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
@@ -25,7 +24,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "methods.md"
 HEADER = """\
 # Methods
 
-Every metric, every verdict and every law drawn over a curve, written from their declarations by
+Every metric and every verdict, written from their declarations by
 `python -m benchmarks.docs.methods`: change the declaration, not this page. Logarithms are natural. `N` tokens, `d` features,
 `n` streams, depth `l`, connection `c`; rows of a mixing matrix are destinations, and later connections are on the
 left of a product. NaN is undefined; 0 is a value. Padding never counts.
@@ -52,7 +51,6 @@ def methods_page() -> str:
     for question, metrics in groupby(CATALOGUE.values(), key=lambda metric: metric.question_text):
         parts += [f"### {question}\n", *map(_metric, metrics)]
     parts += ["## Verdicts\n", _VERDICTS, *map(_verdict, VERDICTS.values())]
-    parts += ["## Laws\n", _LAWS, *map(_law, LAWS.values())]
     parts += ["## Published results\n", published_results()]
     parts += ["## Sources\n", _sources()]
     return "\n".join(parts)
@@ -61,13 +59,6 @@ def methods_page() -> str:
 _VERDICTS = """\
 A verdict compares one number with its limits, in the sentence that `depthscope check` prints. A limit without a
 paper is attributed to this project: it is ours, and it may be wrong for your network.
-"""
-
-_LAWS = """\
-What theory gives for a measured curve, drawn in long dashes. A law is drawn only where the run meets its
-assumptions, as far as the run shows; on the screen "laws not drawn: why?" gives the reason, and
-`depthscope.diagnostics.theory.overlay_laws(curve, analysis)` gives values and reasons in a script. A law fits
-nothing but what its text states.
 """
 
 
@@ -95,18 +86,6 @@ def _verdict(verdict: Verdict) -> str:
         "Advice": verdict.advice,
     }
     return _section(verdict.name, [verdict.title], facts)
-
-
-def _law(law: Law) -> str:
-    # The description and the equation are fields of a law; of its docstring only the rest is new.
-    text = _docstring(law.function.__doc__ or "")[2] if law.function else ""
-    facts = {
-        "Drawn as": law.label if law.function else "the null",
-        "Drawn over": ", ".join(f"`{name}`" for name in law.metrics),
-        "Holds for": law.assumption,
-        "Source": _cited([law.cite]),
-    }
-    return _section(law.name, [law.description, _block(law.equation), text], facts)
 
 
 def _section(name: str, paragraphs: Iterable[str], facts: dict[str, str]) -> str:
@@ -165,9 +144,12 @@ def _short(found: Reference) -> str:
 def _sources() -> str:
     named = ["this project"]
     for metric in CATALOGUE.values():
-        named += [metric.cite, *([metric.healthy.source] if metric.healthy else [])]
+        named += [
+            metric.cite,
+            *filter(None, [metric.null_cite]),
+            *([metric.healthy.source] if metric.healthy else []),
+        ]
     named += [verdict.limits.source for verdict in VERDICTS.values()]
-    named += [law.cite for law in LAWS.values()]
     # A source that several declarations cite is listed once.
     keys = keys_of(named)
     return "\n".join(f"- `{key}`: {_full(key)}" for key in keys) + "\n"

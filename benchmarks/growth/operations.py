@@ -9,14 +9,8 @@ from __future__ import annotations
 from benchmarks.capture.cases import Sizes
 
 NAMES = {
-    "ranks": (
-        *("effective_rank", "entropy_rank", "participation_ratio", "stable_rank", "numerical_rank"),
-        "top_energy",
-    ),
-    "geometry": (
-        *("token_cosine", "massive_token_fraction", "massive_activation", "dong_residual"),
-        *("dirichlet_energy", "curvature", "intrinsic_dimension"),
-    ),
+    "ranks": ("effective_rank", "participation_ratio", "numerical_rank"),
+    "geometry": ("token_cosine", "massive_token_fraction", "massive_activation", "dong_residual"),
 }
 QUESTIONS = {
     "similarity": ("similarity",),
@@ -58,7 +52,7 @@ def of(sizes: Sizes) -> dict[str, float]:
     return {
         "capture": states * tokens * n * d,
         "ranks": views * (pooled + each) + passes,
-        "geometry": views * tokens**2 * d + passes,
+        "geometry": passes,
         "similarity": lower + states**2 * tokens * d + states * n * tokens**2 * d + passes,
         "mixing": connections**2 * tokens * n**2 + SMALL * connections * tokens * n**3,
         "gradients": states * each + passes,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
-from tempfile import TemporaryDirectory
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -28,7 +26,7 @@ from depthscope.diagnostics.quantities.registry import (
     sources,
     with_facts,
 )
-from depthscope.diagnostics.schema import INFERRED, chain_dataset, chains, open_run, save_run
+from depthscope.diagnostics.schema import INFERRED, chain_dataset, chains, open_run
 from depthscope.diagnostics.schema.analysis import Analysis, AnalysisTree
 
 Progress = Callable[[str, int, int], None]
@@ -40,7 +38,6 @@ def analyze(
     *,
     jackknife: bool = False,
     scheduler: Any = None,
-    workers: int | None = None,
     memory: int | None = None,
     progress: Progress | None = None,
 ) -> xr.Dataset | xr.DataTree:
@@ -59,12 +56,12 @@ def analyze(
         costs about one more analysis for each sequence. See `diagnostics.analysis.jackknife`. Means over sequences have
         standard errors in any case.
     scheduler : str or distributed.Client, optional
-        Measure on workers of dask, within their limits of memory: ``"threads"`` or ``"processes"`` of this machine, an address
-        such as ``"tcp://10.0.0.1:8786"``, or a client. The same functions measure blocks of depths; numbers are equal to a
-        relative 1e-6 (CKA takes the precision that the depths it is given need; all others 1e-9). A metric whose
-        worker is lost is in ``not_computed``.
-    workers, memory : int, optional
-        How many workers of this machine, and the bytes that each may take, where ``scheduler`` names no cluster.
+        Measure a run that is larger than memory part by part: ``"threads"`` of this process, as many as have memory and a
+        processor, or the workers of a client of dask, which read the run under the same path. CKA takes the precision that
+        the depths it is given need, and differs from that of all together by less than a relative 1e-6; all other numbers
+        are the same.
+    memory : int, optional
+        Bytes that the threads may take together; by default what the machine has free.
     progress : function, optional
         Called with (metric, number done, number in all) before each metric and once at the end; with ``scheduler`` after each
         task.
@@ -85,20 +82,7 @@ def analyze(
         ``scheduler``.
     """
     if scheduler is not None:
-        if jackknife:
-            raise InputError(
-                "jackknife=True leaves out whole sequences, which no task does; leave scheduler= out, or it"
-            )
-        with saved_run(run, scheduler) as path:
-            (found,) = analyze_saved(
-                {str(path): path},
-                metrics=metrics,
-                scheduler=scheduler,
-                workers=workers,
-                memory=memory,
-                progress=progress,
-            ).values()
-        return found
+        return _analyze_scheduled(run, metrics, scheduler, memory, jackknife, progress)
     _require_run(run)
     assert isinstance(run, xr.DataTree)
     chosen = {name: find_metric(name) for name in _metric_names(metrics)}
@@ -134,69 +118,42 @@ def _with_losses(run: xr.DataTree, chain: str, analysis: xr.Dataset) -> xr.Datas
     return analysis.assign(known.isel(step=at)) if at.sum() == analysis.sizes["step"] else analysis
 
 
-def analyze_saved(
-    paths: Mapping[str, str | os.PathLike[str]],
-    *,
+def _analyze_scheduled(
+    run: xr.DataTree | str | os.PathLike[str],
+    metrics: str | Iterable[str] | None,
     scheduler: Any,
-    metrics: str | Iterable[str] | None = None,
-    workers: int | None = None,
-    memory: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, xr.Dataset | xr.DataTree]:
-    """Measure one saved run or many on workers of dask, which read them by their paths."""
-    from depthscope.diagnostics.analysis.scheduled import scheduled
-    from depthscope.diagnostics.analysis.scheduled.workers import workers as started
+    memory: int | None,
+    jackknife: bool,
+    progress: Progress | None,
+) -> xr.Dataset | xr.DataTree:
+    """Measure a run part by part; of one in memory or opened already only by threads."""
+    from depthscope.diagnostics.analysis.scheduled import Source, measure, trace_of
 
-    chosen = {name: find_metric(name) for name in _metric_names(metrics)}
-    with ExitStack() as stack:
-        runs = {name: stack.enter_context(open_run(path)) for name, path in paths.items()}
-        measured = [
-            scheduled.ChainOfRun(
-                name, os.path.abspath(paths[name]), chain, {str(key): of for key, of in run.attrs.items()}
-            )
-            for name, run in runs.items()
-            for chain in chains(run)
-            if chain_dataset(run, "trace", chain) is not None
-        ]
-        client = stack.enter_context(started(scheduler, count=workers, memory=memory))
-        found = scheduled.measure_chains(client, measured, list(chosen), progress)
-        of_chain = {(of.run, of.chain): values for of, values in zip(measured, found, strict=True)}
-        results: dict[str, xr.Dataset | xr.DataTree] = {}
-        for name, run in runs.items():
-            analyses = {}
-            for chain in chains(run):
-                trace = chain_dataset(run, "trace", chain)
-                if trace is None:
-                    analyses[chain] = _curves_alone(run, chain, chosen)
-                    continue
-                trace = with_facts(trace, run.attrs)
-                variables, reasons = of_chain[name, chain]
-                # In the order of the catalogue, in which the tasks did not end.
-                ordered = {
-                    f"{metric}{end}": variables[f"{metric}{end}"]
-                    for metric in chosen
-                    for end in ("", "_null", "_stderr")
-                    if f"{metric}{end}" in variables
-                }
-                analyses[chain] = _finished(run, trace, Quantities(trace), ordered, reasons, jackknife=False)
-            results[name] = _of_chains(run, analyses, metrics)
-    return results
-
-
-@contextmanager
-def saved_run(run: xr.DataTree | str | os.PathLike[str], scheduler: Any) -> Iterator[Path]:
-    """The path of a run for workers; one in memory is saved for as long as it is measured, where they are of this machine."""
-    if isinstance(run, (str, os.PathLike)):
-        yield Path(run)
-        return
-    _require_run(run)
-    if scheduler not in ("threads", "processes"):
+    if jackknife:
+        raise InputError(
+            "jackknife=True leaves out whole sequences, which no part does; leave scheduler= out, or it"
+        )
+    is_saved = isinstance(run, (str, os.PathLike))
+    if not is_saved and scheduler != "threads":
         raise InputError(
             "got a run in memory, which the workers of a cluster do not see; save it where all of them read it, and give its "
             "path: analyze(path, scheduler=…)"
         )
-    with TemporaryDirectory(prefix="depthscope-") as folder:
-        yield save_run(run, Path(folder) / "run.zarr")
+    path = os.path.abspath(run) if is_saved else ""
+    chosen = {name: find_metric(name) for name in _metric_names(metrics)}
+    with open_run(path, verify=False) if is_saved else nullcontext(run) as opened:
+        _require_run(opened)
+        assert isinstance(opened, xr.DataTree)
+        analyses = {}
+        for chain in chains(opened):
+            if chain_dataset(opened, "trace", chain) is None:
+                analyses[chain] = _curves_alone(opened, chain, chosen)
+                continue
+            trace = trace_of(opened, chain)
+            source = Source(path, chain, None if is_saved else trace)
+            values, reasons = measure(source, list(chosen), scheduler, memory=memory, progress=progress)
+            analyses[chain] = _finished(opened, trace, Quantities(trace), values, reasons, jackknife=False)
+        return _of_chains(opened, analyses, metrics)
 
 
 def _metric_names(metrics: str | Iterable[str] | None) -> list[str]:

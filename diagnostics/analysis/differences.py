@@ -64,10 +64,9 @@ def by_sequence(trace: xr.Dataset, metric: Metric, *, scope: str = "sequence") -
     if not resampled(metric):
         return None
     try:
-        found = metric.unfolded(Quantities(trace, choices={"scope": scope}))
+        value = metric.unfolded(Quantities(trace, choices={"scope": scope}))
     except Unavailable:
         return None
-    value = found[0] if isinstance(found, tuple) else found  # an error of its own is none of pairs
     if "group" in value.dims and scope == "sequence":
         value = value.isel(group=value["scope"].values == scope).rename(group="sequence")
     if "sequence" in value.dims:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import xarray as xr
 
-from depthscope.diagnostics.metrics.shape import FIRST, LAST
-
 # All heuristics of ours. Tokens at which the unbiased CKA of unrelated noise has a standard deviation of 0.03 (0.08 at 20,
 # whatever the number of features; measured):
 TOKENS_FOR_CKA = 50
-# at which a TwoNN dimension has a standard error of 10 % (one over the root of the number of tokens):
+# at which neighbours are close enough to be compared:
 TOKENS_FOR_NEIGHBOURS = 100
-# for a slope in log-log over a range of a factor of six, from the fourth on:
-EIGENVALUES = 20
 # at which a standard error is itself known to 35 %, by 1 / √(2 (S − 1)):
 SEQUENCES = 5
 # An error of a tenth of the range of CKA.
@@ -28,12 +24,11 @@ def notes(
     ``errors``: whether standard errors were requested; there may be none.
     Returns: One sentence by name of the metric; "standard errors" for all of them together.
     """
-    ranks = ("effective_rank", "entropy_rank", "participation_ratio")
+    ranks = ("effective_rank", "participation_ratio")
     found = {name: _of_rank(analysis, name, num_tokens, "tokens") for name in ranks}
     found["gradient_rank"] = _of_rank(analysis, "gradient_rank", num_sequences, "sequences")
-    found["alpha_req"] = _of_power_law(min(num_tokens - 1, num_features, LAST) - FIRST + 1)
     found["cka"] = _of_cka(analysis, num_tokens)
-    for name in ("intrinsic_dimension", "mutual_knn", "cknna"):
+    for name in ("mutual_knn", "cknna"):
         found[name] = _of_neighbours(num_tokens)
     sentences = {name: note for name, note in found.items() if note and name in analysis}
     # Means over sequences have errors in any case; where errors were not asked for, there is no note about them.
@@ -59,15 +54,6 @@ def _of_rank(analysis: xr.Dataset, name: str, count: int, what: str) -> str:
     )
 
 
-def _of_power_law(eigenvalues: int) -> str:
-    if eigenvalues >= EIGENVALUES:
-        return ""
-    return (
-        f"{max(eigenvalues, 0)} eigenvalues from the {FIRST}th on: a power law needs {EIGENVALUES} or more "
-        "(depthscope's default); sample more tokens"
-    )
-
-
 def _of_cka(analysis: xr.Dataset, num_tokens: int) -> str:
     if num_tokens < TOKENS_FOR_CKA:
         return f"{num_tokens} tokens: the unbiased value swings widely below {TOKENS_FOR_CKA} (depthscope's default)"
@@ -83,9 +69,8 @@ def _of_neighbours(num_tokens: int) -> str:
     if num_tokens >= TOKENS_FOR_NEIGHBOURS:
         return ""
     return (
-        f"{num_tokens} tokens: neighbours are far apart, a dimension has a standard error of about "
-        f"{100 / max(num_tokens, 1) ** 0.5:.0f} % of it, and chance alone shares many; take "
-        f"{TOKENS_FOR_NEIGHBOURS} or more (depthscope's default)"
+        f"{num_tokens} tokens: neighbours are far apart, and chance alone shares many; take {TOKENS_FOR_NEIGHBOURS} or "
+        "more (depthscope's default)"
     )
 
 

@@ -12,9 +12,8 @@ import xarray as xr
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.exact_sums import BY_SUMS, EXACT, ONE_VARIANT
-from depthscope.diagnostics.quantities.registry import Quantities, roots, sources
-from depthscope.diagnostics.quantities.token_spectra import RANKS
-from depthscope.diagnostics.schema import OF_STREAMING, POOLED_STEP, STATISTICS, chain_dataset
+from depthscope.diagnostics.quantities.registry import Quantities, roots
+from depthscope.diagnostics.schema import STATISTICS, chain_dataset
 
 DRIFT = "connection_parameter_drift"
 OF_LOSSES = {
@@ -44,11 +43,10 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
         stream), ``token_cosine`` (over the data, all tokens, raw), ``adjacent_cosine`` (step, depth, stream),
         ``mixing_gain`` and ``logit_range`` (mean and max), the gradients at H_res and its logits (step, connection),
         ``attention_entropy`` and ``sink_mass`` (step, depth, head; of the sequences that were looked at), the metrics of
-        `weight_updates` (step, weight) and of `checkpoints`, the ``streamed_`` ranks with their nulls; ``loss`` (step) with
+        `weight_updates` (step, weight) and of `checkpoints`; ``loss`` (step) with
         ``loss_not_finite`` and ``loss_rise``, which its verdicts judge, and
         ``connection_parameter_drift`` (step, parameter), how far each bias and gate of the connections has moved; as far
-        as the statistics have them. Streamed sums are of the tokens since the weights last changed: their ranks are values of
-        the last step and NaN before it.
+        as the statistics have them.
         The stream ``mean`` of several streams is not in the statistics and NaN.
 
     Raises
@@ -61,8 +59,7 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
         raise InputError(
             "the run has no statistics; record it with ds.record(...), or analyze a run with a trace"
         )
-    curves = dict(curves_of_sums(statistics).data_vars)
-    return xr.Dataset(curves | (_streamed_ranks(statistics) if "eigenvalue" in statistics else {}))
+    return curves_of_sums(statistics)
 
 
 def sums_of(curve: str) -> tuple[str, ...]:
@@ -77,9 +74,9 @@ def sums_of(curve: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1024)
 def _sums_of(function: Callable[..., Any]) -> tuple[str, ...]:
-    """The sums that feed a metric; empty where they do not. Streamed sums have no step: they are of the last weights alone."""
+    """The sums that feed a metric; empty where they do not."""
     needs = roots(function, BY_SUMS)
-    return needs if set(needs) <= STATISTICS.keys() - set(OF_STREAMING) else ()
+    return needs if set(needs) <= STATISTICS.keys() else ()
 
 
 def curves_of_sums(statistics: xr.Dataset) -> xr.Dataset:
@@ -130,20 +127,6 @@ def _unmoved_steps(norms: xr.DataArray, gradients: xr.DataArray) -> xr.DataArray
     least, most = (extreme.accumulate(norms.values, axis=0) for extreme in (np.fmin, np.fmax))
     moved = xr.DataArray(((least != most) & ~np.isnan(least)).any(axis=1), dims="step")
     return (gradients > 0).any("weight").cumsum("step").where(~moved, 0).astype(float)
-
-
-def _streamed_ranks(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
-    source = Quantities(sources(xr.Dataset(), statistics))  # of a run that may have no trace
-    found: dict[str, xr.DataArray] = {}
-    for name in RANKS:
-        found |= CATALOGUE[f"streamed_{name}"].evaluate(source)
-    # Sums since the weights last changed are of the last weights: no other step has a value.
-    steps = statistics["step"].values
-    last = [statistics.attrs.get(POOLED_STEP, steps[-1])]
-    return {
-        name: value if name.endswith("_null") else value.expand_dims(step=last).reindex(step=steps)
-        for name, value in found.items()
-    }
 
 
 def _parameter_drift(statistics: xr.Dataset) -> dict[str, xr.DataArray]:

@@ -5,6 +5,6 @@ input, because Gram matrices and products over depth square the condition number
 a value. Every kernel refuses input with NaN or infinities by a ValueError, unless their rows are masked out.
 """
 
-from depthscope.diagnostics.kernels import geometry, gradients, meanfield, memory, mixing, rank, similarity
+from depthscope.diagnostics.kernels import geometry, gradients, memory, mixing, rank, similarity
 
-__all__ = ["geometry", "gradients", "meanfield", "memory", "mixing", "rank", "similarity"]
+__all__ = ["geometry", "gradients", "memory", "mixing", "rank", "similarity"]

@@ -14,7 +14,7 @@ import xarray as xr
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels import similarity as kernel
-from depthscope.diagnostics.metrics.declaration import OURS, Null, metric
+from depthscope.diagnostics.metrics.declaration import Null, metric
 from depthscope.diagnostics.quantities.mean_states import MeanStates
 from depthscope.diagnostics.quantities.registry import Unavailable, quantity
 from depthscope.diagnostics.quantities.tokens import evenly_spaced, for_each_count
@@ -24,9 +24,6 @@ ROWS = 512
 # As in the paper on the platonic representation hypothesis (Huh et al. 2024).
 NEIGHBOURS = 10
 SAMPLED = f"over at most {ROWS} tokens, evenly spaced"
-# With no more tokens than directions every canonical correlation is 1.
-SPARE = f"over at most {ROWS} tokens or twice as many as features, evenly spaced"
-
 # One stack of states (L, N, D) in, all pairs (L, L) out; or two states (N, D) in, a number out.
 Compare = Callable[..., np.ndarray]
 
@@ -34,11 +31,6 @@ Compare = Callable[..., np.ndarray]
 # With the signature of `Metric.most_tokens`, as the next one, which does depend on the width.
 def _most_tokens(width: int) -> int:
     return ROWS
-
-
-def _most_tokens_of_cca(width: int) -> int:
-    # More tokens than directions are needed; twice as many is a heuristic of ours.
-    return max(ROWS, 2 * width)
 
 
 class Pairs:
@@ -108,69 +100,6 @@ def _of_noise(measure: Compare, most: Callable[[int], int] = _most_tokens, draws
 
 
 @metric(
-    symbol=r"\mathrm{CKA}_{\mathrm{RBF}}",
-    dims="tokens depth other_depth",
-    label="RBF CKA",
-    cite="kornblith2019similarity",
-    basis="stream",
-    null=0.0,  # HSIC1 is unbiased
-    estimator=f"unbiased HSIC1, σ half the median distance ({OURS}; the paper compares several shares of it); {SAMPLED}",
-    default=False,
-    most_tokens=_most_tokens,
-)
-def rbf_cka(depth_pairs: Pairs) -> xr.Variable:
-    r"""RBF CKA between depths: agreement of the neighbourhoods, not of the large distances.
-
-    .. math:: k(x, y) = \exp(-\|x - y\|^2 / 2\sigma^2)
-    """
-    return depth_pairs.compare(partial(kernel.rbf_cka, unbiased=True))
-
-
-@metric(
-    symbol=r"\overline{\rho}_{\mathrm{SVCCA}}",
-    dims="tokens depth other_depth",
-    label="SVCCA",
-    cite="raghu2017svcca",
-    basis="stream",
-    null=_of_noise(kernel.svcca, _most_tokens_of_cca),
-    estimator=f"mean canonical correlation of the directions that hold 99 % of the variance; {SPARE}",
-    default=False,
-    most_tokens=_most_tokens_of_cca,
-    null_error=0.05,
-)
-def svcca(depth_pairs: Pairs) -> xr.Variable:
-    r"""SVCCA between depths: mean canonical correlation of the leading directions.
-
-    .. math:: \tfrac{1}{k} \textstyle\sum_i \rho_i
-
-    Blind to any invertible map of the leading directions. Refused without more tokens than directions.
-    """
-    return depth_pairs.compare(kernel.svcca, most=_most_tokens_of_cca)
-
-
-@metric(
-    symbol=r"\overline{\rho}_{\mathrm{PWCCA}}",
-    dims="tokens depth other_depth",
-    label="PWCCA",
-    cite="morcos2018insights",
-    basis="feature",  # the weights add up magnitudes of single features, which a rotation changes
-    null=_of_noise(kernel.pwcca, _most_tokens_of_cca),
-    estimator=f"canonical correlations weighted by their share of depth; {SPARE}",
-    default=False,
-    most_tokens=_most_tokens_of_cca,
-    null_error=0.05,
-)
-def pwcca(depth_pairs: Pairs) -> xr.Variable:
-    r"""PWCCA between depths: canonical correlations weighted by how much of the first depth they explain.
-
-    .. math:: \textstyle\sum_i \alpha_i \rho_i / \sum_i \alpha_i, \quad \alpha_i = \sum_j |\langle h_i, x_j \rangle|
-
-    Not symmetric: ``depth`` gives the weights. Refused without more tokens than features.
-    """
-    return depth_pairs.compare(kernel.pwcca, most=_most_tokens_of_cca)
-
-
-@metric(
     symbol=r"\theta_{\mathrm{Procrustes}}",
     dims="tokens depth other_depth",
     label="Procrustes",
@@ -189,22 +118,6 @@ def procrustes(depth_pairs: Pairs) -> xr.Variable:
     .. math:: \arccos \|X^\top Y\|_* \quad\text{of centred states at } \|\cdot\|_F = 1
     """
     return depth_pairs.compare(kernel.procrustes)
-
-
-@metric(
-    symbol=r"\rho_{\mathrm{RSA}}",
-    dims="tokens depth other_depth",
-    label="RSA",
-    cite="kriegeskorte2008representational",
-    basis="feature",  # a Pearson correlation subtracts the mean over features, which a rotation changes
-    null=0.0,
-    estimator=f"Spearman correlation of 1 − Pearson dissimilarities; {SAMPLED}",
-    default=False,
-    most_tokens=_most_tokens,
-)
-def rsa(depth_pairs: Pairs) -> xr.Variable:
-    """Representational similarity: rank correlation of the dissimilarities of all pairs of tokens."""
-    return depth_pairs.compare(kernel.rsa)
 
 
 def _shared_by_chance(token_masks: xr.Variable) -> xr.Variable:

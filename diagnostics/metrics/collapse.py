@@ -21,6 +21,7 @@ def _of_noise(name: str) -> Null:
     """The same rank of iid noise at the same number of tokens and features."""
 
     def expectation(noise_rows: xr.Variable, num_features: int) -> xr.Variable:
+        """Independent noise of the same shape by the Marchenko-Pastur law."""
         return for_each_count(noise_rows, lambda n: noise_ranks(n, num_features)[name])
 
     return expectation
@@ -32,6 +33,7 @@ def _of_noise(name: str) -> Null:
     cite="roy2007effective",
     basis="stream",
     null=_of_noise("effective_rank"),
+    null_cite="marchenko1967distribution",
     estimator=SPECTRAL,
     null_error=0.02,
     headline=True,
@@ -49,29 +51,12 @@ def effective_rank(singular_values: xr.Variable) -> xr.Variable:
 
 
 @metric(
-    symbol=r"\exp S_1",
-    dims="scope tokens centering depth stream",
-    cite="skean2025layer",
-    basis="stream",
-    null=_of_noise("entropy_rank"),
-    estimator=SPECTRAL,
-    null_error=0.03,
-    better="higher",
-)
-def entropy_rank(singular_values: xr.Variable) -> xr.Variable:
-    r"""Matrix-entropy rank: how many directions carry the energy of the signal.
-
-    .. math:: \exp H(\lambda / \textstyle\sum\lambda), \quad \lambda = \sigma^2
-    """
-    return over_spectra(rank.entropy_rank_of, singular_values)
-
-
-@metric(
     symbol=r"\mathrm{PR}",
     dims="scope tokens centering depth stream",
     cite="chun2026estimating",
     basis="stream",
     null=_of_noise("participation_ratio"),
+    null_cite="marchenko1967distribution",
     estimator=SPECTRAL,
     null_error=0.03,
     better="higher",
@@ -175,22 +160,35 @@ def corrected_participation_ratio(
 RESOLVED_SHARE = 1.0
 
 
-@metric(
-    symbol=r"\mathrm{srank}",
-    dims="scope tokens centering depth stream",
-    cite="rudelson2007sampling",
-    basis="stream",
-    null=_of_noise("stable_rank"),
-    estimator=SPECTRAL,
-    null_error=0.1,  # one singular value decides it, and in a small matrix that is below the edge of the law
-    better="higher",
-)
-def stable_rank(singular_values: xr.Variable) -> xr.Variable:
-    r"""Stable rank: the energy in units of the strongest direction.
+def _most_directions(noise_rows: xr.Variable, num_features: int) -> xr.Variable:
+    """As many as noise has rows or features."""
+    return noise_rows.clip(max=num_features)
 
-    .. math:: \|X\|_F^2 / \|X\|_2^2
+
+@metric(
+    symbol=r"\mathrm{rank}_\varepsilon",
+    dims="scope tokens centering depth stream",
+    cite="golub2013matrix",
+    basis="stream",
+    null=_most_directions,
+    estimator=SPECTRAL,
+    null_error=0.02,
+)
+def numerical_rank(singular_values: xr.Variable, token_counts: xr.Variable, num_features: int) -> xr.Variable:
+    r"""Numerical rank: how many directions are above the rounding of float32.
+
+    .. math:: \#\{i : \sigma_i > \max(N, d)\, \varepsilon\, \sigma_1\}
     """
-    return over_spectra(rank.stable_rank_of, singular_values)
+    # max(N, d), as in numpy.linalg.matrix_rank.
+    sizes = token_counts.clip(min=num_features)
+
+    def measure(s: np.ndarray, size: np.ndarray) -> np.ndarray:
+        # float32, which the states are stored in, although the spectrum is computed in float64.
+        return rank.numerical_rank_of(s, rtol=float(np.finfo(np.float32).eps) * size[..., None])
+
+    found = xr.apply_ufunc(measure, singular_values.fillna(0.0), sizes, input_core_dims=[["component"], []])
+    # Spectra of NaN were replaced by zeros above, whose rank is 0: a value.
+    return found.where(singular_values.notnull().all("component") & token_counts.notnull())
 
 
 @metric(

@@ -18,7 +18,6 @@ from depthscope.diagnostics.quantities import (
     initial_logits,
     mean_states,
     mixing_matrices,
-    neighbour_dimensions,
     over_sequences,
     registry,
     states,
@@ -30,15 +29,15 @@ from depthscope.diagnostics.quantities.registry import DIMS, Quantities
 
 # Importing these declares their quantities, so that a metric finds them whichever files are imported before it.
 QUANTITY_MODULES = (
-    *(states, tokens, token_spectra, token_steps, neighbour_dimensions, mean_states, mixing_matrices),
+    *(states, tokens, token_spectra, token_steps, mean_states, mixing_matrices),
     *(depth_paths, initial_logits),
 )
 
 Values = xr.Variable | xr.DataArray
 """What a formula gives: an array with named dims; the labels that it lacks are put on afterwards."""
 Null = Callable[..., Values] | float | str
-Function = Callable[..., Values | tuple[Values, Values]]
-"""Quantities in; the value out, or the value with the standard error that the function has estimated."""
+Function = Callable[..., Values]
+"""Quantities in, the value out."""
 
 # Dims that a figure is drawn along, the first that a metric has.
 AXES = ("depth", "connection", "weight", "component")
@@ -120,12 +119,14 @@ class Metric:
     null_error : float
         Largest relative error of the null as the mean over finite samples of noise, as where it is a limit of large
         matrices or drawn once; 0 where it is exact.
+    null_cite : str
+        Key of ``references.bib`` for the law that gives the null; empty where it needs none.
     estimator : str
         How the number is computed from tokens and sequences.
     needs : tuple of str
         The quantities, by name, that the function takes.
     function : function
-        Quantities in, an array with named dims out; or two, where it estimates its standard error over sequences itself.
+        Quantities in, an array with named dims out.
     default : bool
         Whether an analysis without ``metrics=`` computes it; false for expensive ones, which are requested by name.
     headline : bool
@@ -138,8 +139,6 @@ class Metric:
         Whether it compares tokens of one sequence, or sequences: a sample of single tokens does not give it.
     of_steps : bool
         Whether the value at a depth compares it with the depth before: NaN at the first.
-    separable : bool
-        Whether the value at a connection depends on that connection alone, so that it can be measured without the others.
     infinite : bool
         Whether ±∞ is a value (the logarithm of zero, the condition of a singular matrix), not only an overflow.
     per_step : bool
@@ -164,6 +163,7 @@ class Metric:
     scale: str = "linear"
     units: str = "1"
     healthy: Range | None = None
+    null_cite: str = ""
     null_error: float = 0.0
     default: bool = True
     headline: bool = False
@@ -171,7 +171,6 @@ class Metric:
     most_tokens: Callable[[int], int] | None = None
     of_sequences: bool = False
     of_steps: bool = False
-    separable: bool = False
     infinite: bool = False
     per_step: bool = True
     better: str = ""
@@ -207,21 +206,7 @@ class Metric:
 
         Raises Unavailable: Where the run lacks what the metric needs.
         """
-        return self.finished(self.unfolded(source), source)
-
-    def unfolded(self, source: Quantities) -> xr.DataArray | tuple[xr.DataArray, xr.DataArray]:
-        """What the function measures, labelled: of each sequence where it has a value of each."""
-        measured = source.call(self.function)
-        if isinstance(measured, tuple):
-            value, error = measured
-            return source.labelled(value), source.labelled(error)
-        return source.labelled(measured)
-
-    def finished(
-        self, measured: xr.DataArray | tuple[xr.DataArray, xr.DataArray], source: Quantities
-    ) -> dict[str, xr.DataArray]:
-        """What `unfolded` returned, as `evaluate` gives it; ``source`` is for the null."""
-        value, stderr = self._folded(measured)
+        value, stderr = self.measure(source)
         # A metric that knows a closer reason has stated it, as those of streamed sums do.
         if value.isnull().all() and "undefined_because" not in value.attrs:
             value = value.assign_attrs(undefined_because=UNDEFINED)
@@ -235,16 +220,13 @@ class Metric:
             found[f"{self.name}_stderr"] = self.stamp_error(stderr)
         return found
 
+    def unfolded(self, source: Quantities) -> xr.DataArray:
+        """What the function measures, labelled: of each sequence where it has a value of each."""
+        return source.labelled(source.call(self.function))
+
     def measure(self, source: Quantities) -> tuple[xr.DataArray, xr.DataArray | None]:
         """The value without attributes, and its standard error; None where there is no value of each sequence."""
-        return self._folded(self.unfolded(source))
-
-    @staticmethod
-    def _folded(
-        measured: xr.DataArray | tuple[xr.DataArray, xr.DataArray],
-    ) -> tuple[xr.DataArray, xr.DataArray | None]:
-        # A number over all sequences together, with the error that its function has estimated from them.
-        return measured if isinstance(measured, tuple) else over_sequences.fold(measured)
+        return over_sequences.fold(self.unfolded(source))
 
     def __call__(
         self, *data: xr.DataArray | xr.Dataset | xr.DataTree, mask: Any = None, **options: Any

@@ -203,24 +203,3 @@ def gradient_rank(gradient_states: States) -> xr.Variable:
     return gradient_states.over_depth(
         lambda views: rank.effective_rank(_sample_gradients(views, gradient_states.mask))
     )
-
-
-@metric(
-    symbol=r"\overline{\cos}(g_s, g_{s'})",
-    dims="depth stream",
-    cite="yu2020gradient",
-    basis="stream",
-    null=0.0,
-    estimator="exact over all pairs of the sampled sequences",
-    of_sequences=True,
-)
-def gradient_cosine(gradient_states: States) -> xr.Variable:
-    r"""Mean cosine between the gradients of different sequences: 1 when they agree, about 0 when none do.
-
-    .. math:: \cos(g_s, g_{s'}), \quad g_s = \textstyle\sum_t \delta_{s,t}
-
-    NaN for a single sequence.
-    """
-    return gradient_states.over_depth(
-        lambda views: kernel.cosine_across_samples(_sample_gradients(views, gradient_states.mask))
-    )

@@ -34,26 +34,6 @@ def _moved_by_one_stream(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> 
 
 
 @metric(
-    symbol=r"(8n+2)d + 2n^2 + 4n",
-    dims="connection",
-    units="element",
-    cite="xie2025mhc",
-    basis="invariant",
-    null=_moved_by_one_stream,
-    estimator=BY_FORMULA,
-)
-def elements_moved(h_res: xr.DataArray, stream_sizes: tuple[int, int]) -> xr.Variable:
-    r"""Elements that a connection reads and writes for a token, one operation after another.
-
-    .. math:: \underbrace{(5n+1)d + n^2 + 2n}_{read} + \underbrace{(3n+1)d + n^2 + 2n}_{written}
-
-    The null is a plain residual: 2 d read and d written. Where the coefficients are parameters, and not computed from
-    the streams, n d fewer are read.
-    """
-    return _along(h_res, kernel.elements_moved(*stream_sizes))
-
-
-@metric(
     symbol=r"(4n+2)d + 2n^2 + 4n",
     dims="connection",
     units="element",

@@ -64,7 +64,6 @@ def product_gains(mixing: Mixing) -> xr.Variable:
     estimator=PER_TOKEN,
     headline=True,
     better="nearer 1",
-    separable=True,
 )
 def mixing_gain(connection_gains: xr.Variable) -> xr.Variable:
     r"""Amax gain of one connection: the largest signed row sum forward, column sum backward.
@@ -99,32 +98,6 @@ def composite_gain(product_gains: xr.Variable) -> xr.Variable:
 
 
 @metric(
-    symbol=r"\max_i |\sum_j (H_b \cdots H_a)_{ij}|",
-    dims="direction connection other_connection reduction",
-    scale="log",
-    cite="xie2025mhc",
-    basis="stream",
-    null=1.0,
-    estimator=PER_PRODUCT,
-    better="nearer 1",
-)
-def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.Variable:
-    r"""Amax gain of the product between any two connections.
-
-    .. math:: H_b \cdots H_{a+1} H_a
-
-    ``connection`` is a, ``other_connection`` is b; NaN where a > b. The last b gives what the gradient has gone
-    through down to a.
-    """
-    # How many connections before each are not finite: a product from a to b contains one where the count rises.
-    num_broken = np.concatenate([[0], np.cumsum(~mixing.finite)])
-    # The row is a, the column b, both included in the product.
-    has_broken = num_broken[None, 1:] - num_broken[:-1, None] > 0
-    gains = np.where(has_broken[..., None], np.nan, pair_gains)
-    return xr.Variable(("direction", "connection", "other_connection", "reduction"), gains)
-
-
-@metric(
     symbol=r"\|\Sigma_j H_{ij} - 1\|_\infty",
     dims="kind connection reduction",
     scale="log",
@@ -136,7 +109,6 @@ def pair_gain(mixing: Mixing, pair_gains: np.ndarray) -> xr.Variable:
     estimator=PER_TOKEN,
     headline=True,
     better="lower",
-    separable=True,
 )
 def doubly_stochastic_violation(mixing: Mixing) -> xr.Variable:
     """Distance from doubly stochastic: worst row sum, worst column sum, most negative entry.
@@ -193,48 +165,6 @@ def composite_attenuation(mixing: Mixing) -> xr.Variable:
 
 
 @metric(
-    symbol=r"\min_i |\sum_j H_{ij}|",
-    dims="direction connection reduction",
-    scale="log",
-    cite="xie2025mhc",
-    basis="stream",
-    null=1.0,
-    estimator=PER_TOKEN,
-    better="nearer 1",
-    separable=True,
-)
-def mixing_attenuation(mixing: Mixing) -> xr.Variable:
-    r"""Weakest sum of one connection: the stream, or the gradient, that it fades most.
-
-    .. math:: \min_i |\textstyle\sum_j H_{ij}| \quad\text{and backward}\quad \min_j |\sum_i H_{ij}|
-    """
-    weakest = mixing.each(_weakest_sums)
-    return _by_direction([mixing.reduced(weakest[..., side]) for side in (0, 1)])
-
-
-@metric(
-    symbol=r"\max |\ln |\textstyle\sum P||",
-    dims="connection reduction",
-    units="nat",
-    cite="xie2025mhc",
-    basis="stream",
-    null=0.0,
-    estimator=PER_PRODUCT,
-    infinite=True,
-    better="lower",
-)
-def composite_deviation(mixing: Mixing) -> xr.Variable:
-    r"""Largest distance of any row or column sum of the product of all connections from 1, up or down.
-
-    .. math:: \max \big|\ln |\textstyle\sum_j P_{ij}|\big|, \big|\ln |\sum_i P_{ij}|\big|
-
-    0 for doubly stochastic connections; infinite where a sum cancels to nothing.
-    """
-    # By the kernel that takes the log scale: a sum beyond float64 still has a logarithm.
-    return mixing.reduced(mixing.each_product(kernel.log_deviation), depends_on="earlier")
-
-
-@metric(
     symbol=r"\|H - I\|_F / \sqrt{n}",
     dims="connection reduction",
     # As in the verdict `stuck_at_identity`.
@@ -244,7 +174,6 @@ def composite_deviation(mixing: Mixing) -> xr.Variable:
     null=0.0,
     estimator=PER_TOKEN,
     headline=True,
-    separable=True,
 )
 def identity_distance(mixing: Mixing) -> xr.Variable:
     """Distance of a connection from the identity: 0 where the streams do not mix."""
@@ -269,24 +198,3 @@ def composite_identity_distance(mixing: Mixing) -> xr.Variable:
     grows or fades mixes nothing.
     """
     return mixing.reduced(mixing.each_product(scaled_identity_distance), depends_on="earlier")
-
-
-def _uniform_entropy(mixing: Mixing) -> xr.Variable:
-    """The entropy ln n of uniform mixing."""
-    return mixing.filled(np.log(mixing.num_streams))
-
-
-@metric(
-    symbol=r"H(\text{rows})",
-    dims="connection reduction",
-    units="nat",
-    cite=OURS,
-    basis="stream",
-    null=_uniform_entropy,
-    estimator=PER_TOKEN,
-    headline=True,
-    separable=True,
-)
-def mixing_entropy(mixing: Mixing) -> xr.Variable:
-    """Mean entropy of the rows: 0 for a permutation or the identity, ln n for uniform mixing."""
-    return mixing.reduced(mixing.each(kernel.mixing_entropy))

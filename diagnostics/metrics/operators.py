@@ -8,7 +8,6 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import metric
 from depthscope.diagnostics.metrics.mixing import GAIN, LARGEST_TOKEN, PER_PRODUCT, PER_TOKEN
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing, rescaled
@@ -25,7 +24,6 @@ NORMS = {"infinity": math.inf, "one": 1, "two": 2}
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
-    separable=True,
 )
 def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.Variable:
     """Singular values of one connection, the largest first.
@@ -56,7 +54,6 @@ def composite_singular_value(mixing: Mixing) -> xr.Variable:
     basis="stream",
     null=1.0,
     estimator=PER_TOKEN,
-    separable=True,
 )
 def mixing_eigenvalue_modulus(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.Variable:
     """Magnitudes of the eigenvalues of one connection, the largest first.
@@ -100,7 +97,6 @@ def _by_norm(mixing: Mixing, gains: np.ndarray, *, depends_on: str) -> xr.Variab
     null=1.0,
     estimator=PER_TOKEN,
     better="nearer 1",
-    separable=True,
 )
 def operator_gain(mixing: Mixing) -> xr.Variable:
     r"""Operator norms of one connection: what signed sums can hide by cancellation.
@@ -129,60 +125,3 @@ def composite_operator_gain(mixing: Mixing) -> xr.Variable:
     .. math:: P = H_c \cdots H_2 H_1
     """
     return _by_norm(mixing, mixing.each_product(_norms), depends_on="earlier")
-
-
-@metric(
-    symbol=r"\kappa(H)",
-    dims="connection reduction",
-    scale="log",
-    # An inverse loses three digits, all that bfloat16 has.
-    cite="golub2013matrix",
-    basis="stream",
-    null=1.0,
-    estimator=PER_TOKEN,
-    infinite=True,
-    separable=True,
-)
-def condition_number(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.Variable:
-    r"""Condition number of one connection: infinite where it loses a combination of streams.
-
-    .. math:: \sigma_1 / \sigma_n
-    """
-    # From the singular values that other metrics need as well.
-    return mixing.reduced(rank.condition_of(connection_spectrum))
-
-
-@metric(
-    symbol=r"\sqrt{\|H\|_F^2 - \textstyle\sum|\lambda|^2}",
-    dims="connection reduction",
-    label="Henrici",
-    cite="henrici1962bounds",
-    basis="stream",
-    null=0.0,
-    estimator=PER_TOKEN,
-    separable=True,
-)
-def henrici(mixing: Mixing) -> xr.Variable:
-    r"""Departure from normality of one connection: how far its powers can outgrow its eigenvalues.
-
-    .. math:: \sqrt{\|H\|_F^2 - \textstyle\sum_i |\lambda_i|^2}
-    """
-    return mixing.reduced(mixing.each(kernel.henrici))
-
-
-@metric(
-    symbol=r"r(H)",
-    dims="connection reduction",
-    cite="horn1991topics",
-    basis="stream",
-    null=1.0,
-    estimator=PER_TOKEN,
-    default=False,  # a search over angles for every token, where others take one decomposition
-    separable=True,
-)
-def numerical_radius(mixing: Mixing) -> xr.Variable:
-    r"""Numerical radius of one connection: the most that a step can amplify before its powers settle.
-
-    .. math:: \max_\theta \lambda_{\max}\big(\mathrm{Re}\, e^{i\theta} H\big), \quad \|H\|_2 / 2 \le r \le \|H\|_2
-    """
-    return mixing.reduced(mixing.each(kernel.numerical_radius))

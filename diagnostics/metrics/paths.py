@@ -8,7 +8,6 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.depth_paths import DepthPaths, StreamPaths
 from depthscope.diagnostics.quantities.mixing_matrices import Mixing
@@ -66,7 +65,6 @@ def write_sizes(mixing: Mixing, write_weights: np.ndarray) -> xr.Variable:
     basis="stream",
     null=_equal_share,
     estimator="ratio of sums over tokens",
-    separable=True,
 )
 def read_share(read_sizes: xr.Variable) -> xr.Variable:
     """Share of each stream in what a connection reads.
@@ -83,7 +81,6 @@ def read_share(read_sizes: xr.Variable) -> xr.Variable:
     basis="stream",
     null=_equal_share,
     estimator="ratio of sums over tokens",
-    separable=True,
 )
 def write_share(write_sizes: xr.Variable) -> xr.Variable:
     """Share of each stream in what a connection writes."""
@@ -97,7 +94,6 @@ def write_share(write_sizes: xr.Variable) -> xr.Variable:
     basis="stream",
     null=_equal_share,
     estimator="ratio of sums over tokens",
-    separable=True,
 )
 def signal_share(signal_sizes: xr.Variable) -> xr.Variable:
     r"""Share of each stream in the signal that a connection reads: its weight times its size.
@@ -153,25 +149,6 @@ def _shares(sizes: xr.Variable) -> xr.Variable:
     return ratio(sizes, total)
 
 
-@metric(
-    symbol=r"\overline{|M_{k0}|}",
-    dims="connection",
-    cite="zhu2024hyper",
-    basis="stream",
-    null=1.0,  # a plain residual network hands the embedding on unchanged
-    estimator="per token in float64, then the mean of the magnitude over tokens",
-)
-def embedding_read(depth_paths: DepthPaths) -> xr.Variable:
-    r"""How much of the embedding a connection reads, through all mixing before it.
-
-    .. math:: \|H^{pre}_k \Big(\prod_{t<k} H^{res}_t\Big) X_0\| \, / \, \|X_0\|_{\mathrm{rms}}
-
-    The size of what is read, over that of a stream of the embedding (root mean square): the sum of the weights where the
-    streams begin as copies; 1 throughout a plain residual network.
-    """
-    return xr.Variable(("connection",), depth_paths.embedding().mean(axis=1))
-
-
 # Tokens of random gates whose mean is the null of the effective streams: their spread is about 0.2. This project.
 DRAWS = 16
 
@@ -218,31 +195,6 @@ def effective_streams(depth_paths: DepthPaths) -> xr.Variable:
     return depth_paths.reduced(depth_paths.effective_streams(chosen))
 
 
-def _residual_hops(depth_paths: DepthPaths) -> xr.Variable:
-    """(k + 1)/2: a plain residual network reads all earlier outputs equally."""
-    readers = np.arange(len(depth_paths))
-    return xr.Variable(("connection",), np.where(readers > 0, (readers + 1) / 2, np.nan))
-
-
-@metric(
-    symbol=r"\overline{k - j}",
-    dims="connection",
-    units="connections",
-    cite=OURS,
-    basis="invariant",
-    null=_residual_hops,
-    estimator="weights per token in float64, mean of their magnitude over tokens, then the mean of hops",
-)
-def effective_path_depth(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.Variable:
-    r"""Effective path depth: how many connections back the outputs are that a connection reads.
-
-    .. math:: \textstyle\sum_j |M_{kj}| (k - j) / \sum_j |M_{kj}|
-
-    NaN at the first, which reads the embedding alone.
-    """
-    return xr.Variable(("connection",), kernel.effective_path_depth(mean_depth_kernel))
-
-
 def _residual_mass(depth_paths: DepthPaths) -> xr.Variable:
     """How many later connections there are: a plain residual network reads each output in full."""
     later = np.arange(len(depth_paths))[::-1].astype(float)
@@ -269,48 +221,3 @@ def read_mass(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.Vari
     Near 0 for a wasted layer; NaN for the last, which only the head reads.
     """
     return xr.Variable(("connection",), kernel.read_mass(mean_depth_kernel))
-
-
-def _all_streams(mixing: Mixing) -> xr.Variable:
-    """How many streams there are: equal shares."""
-    return mixing.filled(float(mixing.num_streams))
-
-
-def _streams_in_use(sizes: xr.Variable) -> xr.Variable:
-    """Exponential of the entropy of the shares of the streams, connection by connection."""
-    # The kernel is the exponential entropy of shares of any non-negative numbers; here of weights, not singular values.
-    return xr.Variable(("connection",), rank.effective_rank_of(sizes.values))
-
-
-@metric(
-    symbol=r"n_{\mathrm{read}}",
-    dims="connection",
-    cite="roy2007effective",
-    basis="stream",
-    null=_all_streams,
-    estimator="shares as ratios of sums over tokens, then the exponential of their entropy",
-    separable=True,
-)
-def read_streams(read_sizes: xr.Variable) -> xr.Variable:
-    r"""Streams that a connection reads: 1 where one stream gives all, n where all give equally.
-
-    .. math:: \exp H\big(|H^{pre}_s| / \textstyle\sum_s |H^{pre}_s|\big)
-    """
-    return _streams_in_use(read_sizes)
-
-
-@metric(
-    symbol=r"n_{\mathrm{write}}",
-    dims="connection",
-    cite="roy2007effective",
-    basis="stream",
-    null=_all_streams,
-    estimator="shares as ratios of sums over tokens, then the exponential of their entropy",
-    separable=True,
-)
-def write_streams(write_sizes: xr.Variable) -> xr.Variable:
-    r"""Streams that a connection writes to: 1 where one stream takes all, n where all take equally.
-
-    .. math:: \exp H\big(|H^{post}_s| / \textstyle\sum_s |H^{post}_s|\big)
-    """
-    return _streams_in_use(write_sizes)

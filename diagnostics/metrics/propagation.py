@@ -28,24 +28,6 @@ def channel_statistics(residual_states: States) -> xr.Variable:
 
 
 @metric(
-    symbol=r"\overline{\mu_c^2}",
-    dims="depth stream",
-    scale="log",
-    units="activation²",
-    cite="brock2021characterizing",
-    basis="stream",
-    null="the variance over the number of tokens for activations of mean zero",
-    estimator="over all real tokens, then the mean over channels",
-)
-def channel_squared_mean(channel_statistics: xr.Variable) -> xr.Variable:
-    r"""Average over channels of the squared mean over tokens: what all tokens have in common.
-
-    .. math:: \tfrac{1}{d} \textstyle\sum_c \mu_c^2
-    """
-    return channel_statistics.isel(statistic=0)
-
-
-@metric(
     symbol=r"\overline{\sigma_c^2}",
     dims="depth stream",
     scale="log",
@@ -61,29 +43,6 @@ def channel_variance(channel_statistics: xr.Variable) -> xr.Variable:
     .. math:: \tfrac{1}{d} \textstyle\sum_c \sigma_c^2
     """
     return channel_statistics.isel(statistic=1)
-
-
-@metric(
-    symbol=r"\overline{\sigma_c^2}(x_l - x_{l-1})",
-    dims="depth stream",
-    scale="log",
-    units="activation²",
-    cite="brock2021characterizing",
-    basis="stream",
-    null="none: the scale is the model's; compare depths",
-    estimator="over all real tokens, then the mean over channels",
-    of_steps=True,
-)
-def branch_variance(residual_states: States) -> xr.Variable:
-    r"""Average channel variance of what a step adds; undefined at the embedding.
-
-    .. math:: \tfrac{1}{d} \textstyle\sum_c \mathrm{Var}_i\,(x_l - x_{l-1})_{ic}
-
-    Of a plain residual step it is the branch's own variance; in a stream it includes what mixing moved.
-    """
-    return residual_states.over_steps(
-        lambda before, after: kernel.signal_propagation(after - before).variance
-    )
 
 
 def _relative_size(before: np.ndarray, after: np.ndarray) -> np.ndarray:

@@ -33,30 +33,10 @@ def _distance(mixing: Mixing, matrices: np.ndarray) -> xr.Variable:
     basis="stream",
     null=0.0,
     estimator=PER_TOKEN,
-    separable=True,
 )
 def initial_distance(mixing: Mixing, initial_matrices: np.ndarray) -> xr.Variable:
     """Distance of a connection from the matrix of its initial static logits: 0 where it has not moved."""
     return _distance(mixing, initial_matrices)
-
-
-@metric(
-    symbol=r"\|H - H_{\eta\lambda}\|_F / \sqrt{n}",
-    dims="connection reduction",
-    cite="xie2025mhc",
-    basis="stream",
-    null=0.0,
-    estimator=PER_TOKEN,
-    separable=True,
-)
-def replay_distance(mixing: Mixing, replayed_matrices: np.ndarray) -> xr.Variable:
-    r"""Distance of a connection from what weight decay alone makes of its initial static logits.
-
-    .. math:: H_{\eta\lambda} = \mathrm{Sinkhorn}\Big(b_0 \textstyle\prod_t (1 - \eta_t \lambda)\Big)
-
-    0 where nothing was learned.
-    """
-    return _distance(mixing, replayed_matrices)
 
 
 @metric(

@@ -88,6 +88,7 @@ def _scaled_spectrum_of_noise(
     cite="marchenko1967distribution",
     basis="stream",
     null=_scaled_spectrum_of_noise,
+    null_cite="marchenko1967distribution",
     estimator="of the mean over streams; within a sequence: mean over sequences of the value of that order",
     null_error=0.03,
 )

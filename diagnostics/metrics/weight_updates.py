@@ -52,29 +52,6 @@ def weight_gradient_norm(weight_gradient_square_norm: xr.DataArray) -> xr.DataAr
 
 
 @metric(
-    symbol=r"\|\partial \mathcal{L} / \partial W_m\|_F / \|W_m\|_F",
-    dims="weight",
-    scale="log",
-    units="loss per weight²",
-    cite="you2017large",
-    basis="invariant",
-    null="none: the scale is the loss's; a spread over modules asks for a learning rate of each",
-    estimator=OF_A_MODULE,
-)
-def weight_gradient_ratio(
-    weight_gradient_square_norm: xr.DataArray, weight_square_norm: xr.DataArray
-) -> xr.DataArray:
-    r"""Norm of a module's gradient relative to that of its weights.
-
-    .. math:: \|\partial \mathcal{L} / \partial W_m\|_F / \|W_m\|_F
-
-    Plain gradient descent moves a module by the learning rate times this share of itself. Its inverse is the
-    trust ratio of LARS.
-    """
-    return ratio(weight_gradient_square_norm, weight_square_norm) ** 0.5
-
-
-@metric(
     symbol=r"\|\Delta W_m\|_F / \|W_m\|_F",
     dims="weight",
     scale="log",

@@ -30,7 +30,6 @@ def depth_paths(
     h_post: xr.DataArray | None = None,
     read: xr.DataArray | None = None,
     write: xr.DataArray | None = None,
-    residual: xr.DataArray | None = None,
     residual_scale: xr.DataArray | None = None,
     branch_scale: xr.DataArray | None = None,
     residual_gate: xr.DataArray | None = None,
@@ -47,7 +46,7 @@ def depth_paths(
     if h_res is not None:
         mixing = Mixing(h_res, mask) if mixing is None else mixing
         reads, writes = _stream_weights(h_pre, h_post, read, write, mask)
-        return StreamPaths(mixing, reads, writes, _order_of(h_res), _first_streams(residual, mask))
+        return StreamPaths(mixing, reads, writes, _order_of(h_res))
     if depth_in is None:
         raise Unavailable(
             "the run has no connections, which a capture of one stream keeps where they are named: "
@@ -87,19 +86,6 @@ def _stream_weights(
     else:
         raise missing("h_post")
     return reads, writes
-
-
-def _first_streams(residual: xr.DataArray | None, mask: xr.DataArray) -> np.ndarray | None:
-    """The streams of the embedding (N, n, D), ones (N, n, 1) where they are copies; None where the run does not have them."""
-    site = "" if residual is None or "site" not in residual.coords else str(residual.coords["site"].values[0])
-    if residual is None or site != "embed":
-        return None
-    real = mask.transpose("sample", "token").values
-    first = (
-        residual.isel(depth=0).transpose("sample", "token", "stream", "feature").values[real].astype(float)
-    )
-    # Of copies only the weights matter, which are exact whatever the embedding is.
-    return np.ones((*first.shape[:2], 1)) if bool((first == first[:, :1]).all()) else first
 
 
 def _order_of(values: xr.DataArray) -> Order:

@@ -133,11 +133,6 @@ class Mixing:
         products, log_scales = kernel.prefix_composites(self.matrices, return_log_scale=True)
         return products, log_scales
 
-    @property
-    def finite_to_last(self) -> np.ndarray:
-        """Whether all connections from each to the last are finite, (C,)."""
-        return np.logical_and.accumulate(self.finite[::-1])[::-1]
-
     def largest_tokens(self, values: np.ndarray) -> list[list[int]]:
         """Sequence and position of the token that has the largest value at each connection.
 
@@ -181,7 +176,7 @@ class Mixing:
         is not finite.
         """
         found = over_tokens(values)
-        known = {"itself": self.finite, "earlier": self.finite_from_first, "later": self.finite_to_last}
+        known = {"itself": self.finite, "earlier": self.finite_from_first}
         found[~known[depends_on]] = np.nan
         return xr.Variable(("connection", *dims, "reduction"), found)
 
@@ -294,19 +289,6 @@ def require_finite(weights: np.ndarray, of: xr.DataArray) -> np.ndarray:
     if bad.any():
         raise Unavailable(f"{of.name} is not finite at connection {connection_labels(of)[np.argmax(bad)]}")
     return weights
-
-
-@quantity
-def pair_gains(mixing: Mixing) -> np.ndarray:
-    """Amax gain of every product H_b … H_a, reduced over tokens: (direction, a, b, reduction), NaN where a > b."""
-    count = len(mixing)
-    # By one end at a time: all products of a deep network are not in memory at once.
-    table = np.full((2, count, count, len(REDUCTIONS)), np.nan)
-    for end, gain, scale in kernel.pair_gains(mixing.matrices):
-        table[0, : end + 1, end] = over_last(rescaled(gain, scale))
-    for start, gain, scale in kernel.pair_gains(mixing.matrices, backward=True):
-        table[1, start, start:] = over_last(rescaled(gain, scale))
-    return table
 
 
 def rescaled(values: np.ndarray, log_scale: np.ndarray) -> np.ndarray:

@@ -62,10 +62,6 @@ class DepthPaths(ABC):
         """|M| of some tokens, (N, C, C): readers by sources, those of one branch's views as a root mean square."""
 
     @abstractmethod
-    def embedding(self) -> np.ndarray:
-        """|M_k0| of every token, (C, N): how much of the embedding each sublayer reads."""
-
-    @abstractmethod
     def effective_streams(self, chosen: np.ndarray) -> np.ndarray:
         """Effective streams at the cut before each connection, (C, number of chosen tokens); NaN at the first."""
 
@@ -80,8 +76,6 @@ class StreamPaths(DepthPaths):
     ``mixing``: the matrices.
     ``reads, writes``: (C, N, V, n) and (C, N, n, V).
     ``order``: of the connections.
-    ``first``: the streams of the embedding, (N, n, D); ones (N, n, 1) where they are copies of one another; None for
-    unknown.
     """
 
     def __init__(
@@ -90,11 +84,9 @@ class StreamPaths(DepthPaths):
         reads: np.ndarray,
         writes: np.ndarray,
         order: Order,
-        first: np.ndarray | None,
     ) -> None:
         super().__init__(len(mixing), mixing.num_tokens)
         self.mixing, self.reads, self.writes, self.order = mixing, reads, writes, order
-        self.first = first
         self.num_views = max(reads.shape[-2], writes.shape[-1])
 
     @property
@@ -134,29 +126,6 @@ class StreamPaths(DepthPaths):
         # Of a source with uncorrelated views of size 1, the root mean square of an input: 1 for a plain chain whose features
         # are split into views, |M| for one view.
         return np.sqrt((views**2).sum(axis=(2, 4)) / self.reads.shape[-2])
-
-    def embedding(self) -> np.ndarray:
-        """|M_k0| of every token, (C, N)."""
-        if self.first is None:
-            raise Unavailable("the run has no state at the embedding")
-        self.require_finite()
-        applied, state = self.order.applied_to, self.first
-        found = np.empty((len(self), self.num_tokens))
-        with np.errstate(over="ignore", invalid="ignore"):
-            for number, matrices in enumerate(self.mixing.matrices):
-                # At the first sublayer of a state: parallel ones share its matrix, which is applied once.
-                if number and applied[number] == applied[number - 1]:
-                    continue
-                for reader in np.flatnonzero(np.equal(self.order.reads_from, applied[number])):
-                    read = np.einsum("tvi,tid->tvd", self.reads[reader], state)
-                    found[reader] = np.sqrt((read**2).sum(axis=-1).mean(axis=-1))
-                state = np.einsum("tij,tjd->tid", matrices, state)
-            size = np.sqrt((self.first**2).sum(axis=-1).mean(axis=-1))
-        if not np.isfinite(found).all():
-            raise Unavailable(
-                "what connections read of the embedding grows beyond float64: see the composite gain"
-            )
-        return found / np.where(size > 0, size, np.nan)
 
     def require_finite(self) -> None:
         """Refuse matrices that are not finite: everything after them would be unknown."""
@@ -209,14 +178,6 @@ class PlainPaths(DepthPaths):
         # Gates: each feature has its own product; their magnitudes are averaged after it.
         return np.abs(found) if found.ndim == 3 else np.abs(found).mean(axis=1)
 
-    def embedding(self) -> np.ndarray:
-        """|M_k0| of every token, (C, N)."""
-        products = np.ones((max(self.order.applied_to) + 2, *self.keeps.shape[1:]))
-        for number, state in enumerate(self.order.applied_to):
-            products[state + 1] = products[state] * self.keeps[number]
-        found = np.abs(products[list(self.order.reads_from)])
-        return found if found.ndim == 2 else found.mean(axis=-1)
-
     def effective_streams(self, chosen: np.ndarray) -> np.ndarray:
         """Effective streams at the cut before each connection, (C, tokens)."""
         # One state passes on a single sum: the block at a cut has rank one, or zero where nothing is read across.
@@ -247,10 +208,6 @@ class SourcePaths(DepthPaths):
     def kernels(self, part: slice | np.ndarray) -> np.ndarray:
         """|M| of some tokens, (N, C, C)."""
         return np.abs(self._kernels[part])
-
-    def embedding(self) -> np.ndarray:
-        """|M_k0| of every token, (C, N)."""
-        return np.abs(self.weights[..., 0])
 
     def effective_streams(self, chosen: np.ndarray) -> np.ndarray:
         """Effective streams at the cut before each connection, (C, tokens)."""

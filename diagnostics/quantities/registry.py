@@ -20,9 +20,6 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import (
     COEFFICIENTS,
     OF_ATTENTION,
-    OF_CHECKPOINTS,
-    OF_ROUTERS,
-    OF_STREAMING,
     OF_STREAMS,
     OF_WEIGHTS,
     POOLED_STEP,
@@ -50,7 +47,7 @@ LABELS: dict[str, tuple[str, ...]] = CHOICES | {
 DIMS = (
     *("estimator", "direction", "norm", "kind", "scope", "tokens", "centering", "depth"),
     *("other_depth", "connection", "other_connection", "weight"),
-    *("component", "order", "stream", "head", "expert", "quantile", "reduction"),
+    *("component", "order", "stream", "head", "quantile", "reduction"),
 )
 """The dims of an analysis in their order, after ``step``; a metric has those that it declares."""
 
@@ -94,9 +91,8 @@ _REMEDIES = {
         "no forward showed attention weights that could be read, see /coverage",
     ),
     **dict.fromkeys(OF_WEIGHTS, "record it with ds.record(model, weights=True)"),
-    **dict.fromkeys(OF_STREAMING, "capture it with streaming=True"),
     **dict.fromkeys(
-        (*OF_CHECKPOINTS, "weight_first_square_distance", "weight_first_square_norm"),
+        ("weight_first_square_distance", "weight_first_square_norm"),
         "it is of one checkpoint; make a history of several with depthscope probe step-*/",
     ),
 }
@@ -197,7 +193,7 @@ class Quantities:
             return {dim: list(self._values[dim])}
         if dim in LABELS:
             return {dim: list(LABELS[dim])}
-        if dim in ("component", "head", "expert"):
+        if dim in ("component", "head"):
             return {dim: np.arange(size)}
         if dim == "group":
             return {"scope": ("group", group_scopes(self._values["scope"], self["mask"].sizes["sample"]))}
@@ -278,17 +274,12 @@ def sources(trace: xr.Dataset, statistics: xr.Dataset | None) -> xr.Dataset:
     """
     if statistics is None:
         return trace
-    known = [
-        name for name in (*OF_WEIGHTS, *OF_STREAMING, *OF_CHECKPOINTS, *OF_ROUTERS) if name in statistics
-    ]
+    known = [name for name in OF_WEIGHTS if name in statistics]
     # Of a live store the trace may be of an earlier step than the last row.
     pooled = statistics.attrs.get(POOLED_STEP)
     rows = [] if pooled is None else np.flatnonzero(statistics["step"].values == pooled).tolist()
     row = rows[0] if rows else -1
-    # Streamed sums have no step: they are of all tokens since the weights last changed.
-    return trace.assign(
-        {name: statistics[name].isel(step=row, drop=True, missing_dims="ignore") for name in known}
-    )
+    return trace.assign({name: statistics[name].isel(step=row, drop=True) for name in known})
 
 
 def with_facts(trace: xr.Dataset, attrs: Mapping[Any, Any]) -> xr.Dataset:

@@ -6,7 +6,7 @@ Shapes: ``V`` views of the streams (their mean, then each of several), ``S`` seq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,6 @@ class States:
     ``states``: dims (depth, sample, token, stream, feature).
     ``mask``: dims (sample, token), true on real tokens.
     ``cache_bytes``: most bytes of depths that are cached for the next metric.
-    ``finite``: where these are some sequences of more: which streams of each depth (L, n) are finite in all of them.
     """
 
     def __init__(
@@ -38,11 +37,9 @@ class States:
         mask: xr.DataArray,
         *,
         cache_bytes: int = CACHE_BYTES,
-        finite: np.ndarray | None = None,
     ) -> None:
         self._states = states.transpose(*STATE)
         self._cache_bytes = cache_bytes
-        self._finite_in_all = finite
         self.mask = mask.transpose("sample", "token").values.astype(bool)
         if not self.mask.any():
             raise Unavailable("the mask leaves no token: every position is marked as padding")
@@ -95,8 +92,6 @@ class States:
         if not finite.all():
             bad_tokens = ~np.isfinite(streams).all(axis=(0, 3))
             self._num_not_finite[str(self._states["depth"].values[depth])] = int(bad_tokens.sum())
-        if self._finite_in_all is not None:
-            finite = finite & self._finite_in_all[depth]
         if not finite.all():
             # Kernels refuse what is not finite. Zeros pass, and `over_depth` sets their results to NaN.
             streams = np.where(finite[:, None, None, None], streams, 0)
@@ -215,28 +210,6 @@ class States:
 
         found = self.over_depth(measure_kinds, ("tokens", "sequence"), by_view=True)
         return found.transpose("tokens", "depth", "stream", "sequence")
-
-    def at(self, depths: Sequence[int]) -> States:
-        """The states of some depths, which are read once for both."""
-        return _PartOfStates(self, depths)
-
-
-class _PartOfStates(States):
-    """Some depths of states, which those read and keep."""
-
-    def __init__(self, whole: States, depths: Sequence[int]) -> None:
-        super().__init__(
-            whole._states.isel(depth=list(depths)), xr.DataArray(whole.mask, dims=("sample", "token"))
-        )
-        self._whole, self._depths = whole, list(depths)
-
-    def load(self, depth: int) -> tuple[np.ndarray, np.ndarray]:
-        """Read one depth, which the states of all depths cache."""
-        found = self._whole.load(self._depths[depth])
-        name = str(self._states["depth"].values[depth])
-        if name in self._whole._num_not_finite:
-            self._num_not_finite[name] = self._whole._num_not_finite[name]
-        return found
 
 
 def _by_sequences(

@@ -16,7 +16,7 @@ from depthscope.diagnostics.kernels import rank
 from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import BLOCK, States, by_kind, mask_or_none, select_rows
 
-RANKS = ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
+RANKS = ("effective_rank", "participation_ratio")
 
 
 @quantity

@@ -30,12 +30,8 @@ QUERY = ("depth", "sample", "head", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
 HEADS = ("step", "depth", "head")
-EXPERTS = ("step", "depth", "expert")
-DEPTH_STEP = ("step", "depth")
 CONNECTION_STEP = ("step", "connection")
 MOTION = ("step", "weight")
-SPECTRUM = ("centering", "depth", "component")
-STREAM_SPECTRUM = ("centering", "depth", "stream", "component")
 
 
 @dataclass(frozen=True)
@@ -203,81 +199,20 @@ STATISTICS: dict[str, Variable] = {
         HEADS, "f", "Σ over these queries of the entropy of their weights, as a share of that of uniform ones"
     ),
     "sink_mass_sum": Variable(HEADS, "f", "Σ over these queries of the weight on their first key"),
-    "expert_token_count": Variable(
-        EXPERTS, "f", "how often a router chose each of its experts, over real tokens"
-    ),
-    "router_entropy_sum": Variable(
-        DEPTH_STEP,
-        "f",
-        "Σ over real tokens of the entropy of a router's scores, as a share of that of uniform ones",
-    ),
-    "routed_token_count": Variable(DEPTH_STEP, "f", "real tokens that a router chose experts for"),
     "weight_square_norm": Variable(MOTION, "f", "‖W‖² of the parameters that a module owns"),
     "weight_gradient_square_norm": Variable(MOTION, "f", "‖∂loss/∂W‖²"),
     "weight_update_square_norm": Variable(MOTION, "f", "‖ΔW‖² of one step of the optimizer"),
     "weight_first_square_distance": Variable(MOTION, "f", "‖W − W₀‖², W₀ of the first checkpoint"),
     "weight_first_square_norm": Variable(MOTION, "f", "‖W₀‖² of the first checkpoint"),
-    "first_state_cka": Variable(
-        DEPTH_STEP, "f", "unbiased CKA of the states and those of the first checkpoint, same tokens"
-    ),
-    "last_state_cka": Variable(
-        DEPTH_STEP, "f", "unbiased CKA of the states and those of the last checkpoint, same tokens"
-    ),
-    "first_state_distance": Variable(
-        DEPTH_STEP, "f", "‖X − X₀‖ / ‖X₀‖, X₀ the states of the first checkpoint, same tokens"
-    ),
     "weight_count": Variable(("weight",), "fiu", "number of elements of W"),
     "weight_layer": Variable(("weight",), "iu", "block number of the module, -1 outside the blocks"),
     "feature_sum": Variable(("depth", "stream", "feature"), "f", "Σ x, since the weights last changed"),
     "unit_sum": Variable(("depth", "stream", "feature"), "f", "Σ x/‖x‖, since the weights last changed"),
-    "streamed_count": Variable(("depth",), "f", "real tokens of the streamed sums"),
-    "eigenvalue": Variable(
-        SPECTRUM, "f", "eigenvalues of Σ x xᵀ, x the mean over streams, since the weights last changed"
-    ),
-    "eigenvalue_shaken": Variable(
-        SPECTRUM, "f", "the same where the sums were moved by what float32 rounds: how well they are known"
-    ),
-    "stream_eigenvalue": Variable(
-        STREAM_SPECTRUM, "f", "eigenvalues of Σ x xᵀ, x one stream; NaN where left out"
-    ),
-    "stream_eigenvalue_shaken": Variable(STREAM_SPECTRUM, "f", "the same, moved: how well they are known"),
-    "sum_mean": Variable(
-        ("depth", "view", "feature"), "f", "mean of the mean over streams, then of each stream"
-    ),
-    "sum_size": Variable(
-        ("depth", "view", "feature"), "f", "√Σ (x − mean)² of each feature, 1 where it is 0"
-    ),
-    "sum_product": Variable(
-        ("depth", "view", "pair"), "f", "Σ (x − mean)(x − mean)ᵀ over these, right of the diagonal"
-    ),
-    "sum_bucket": Variable(("depth", "bucket", "feature"), "f", "row sketch of x − mean, over the sizes"),
-    "sum_sign": Variable(("bucket",), "f", "signed number of tokens in each bucket"),
-    "sum_heavy": Variable(
-        ("depth", "heavy", "feature"), "f", "heaviest tokens less the mean, over the sizes"
-    ),
-    "sum_index": Variable(("heavy",), "i", "their numbers, by sequence and position"),
-    "sum_score": Variable(("heavy",), "f", "how heavy they are, in mean lengths; negative for none"),
-    "hsic": Variable(
-        ("depth", "other_depth"), "f", "unbiased HSIC₁, each depth in units of its mean square deviation"
-    ),
-    "hsic_without": Variable(
-        ("group", "depth", "other_depth"), "f", "the same without one group of the sketch's buckets"
-    ),
 }
 
 # All of this shape, so that a further statistic of weights needs no second entry.
 OF_WEIGHTS = tuple(name for name, variable in STATISTICS.items() if variable.dims == MOTION)
 """Statistics of each module's weights: their square root, or that of a ratio of them, is a metric."""
-
-OF_ROUTERS = ("expert_token_count", "router_entropy_sum", "routed_token_count")
-OF_CHECKPOINTS = ("first_state_cka", "last_state_cka", "first_state_distance")
-"""Statistics that compare the states of a checkpoint with those of others, from `probe_checkpoints`."""
-
-OF_STREAMING = (
-    *("streamed_count", "eigenvalue", "eigenvalue_shaken", "stream_eigenvalue", "stream_eigenvalue_shaken"),
-    *("hsic", "hsic_without"),
-)
-"""Statistics of every token since the weights last changed, from `capture(..., streaming=True)`."""
 
 COVERAGE: dict[str, Variable] = {
     "place_name": Variable(("place",), "OTU", "the site's common name"),

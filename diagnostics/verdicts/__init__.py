@@ -107,7 +107,6 @@ VERDICTS: dict[str, Verdict] = {
         wiring.stale_statistics,
         wiring.zero_input,
         attention.attention_entropy_collapse,
-        attention.collapsed_router,
         representation.massive_activations,
         references.batch_without_differences,
         representation.few_tokens_for_cka,

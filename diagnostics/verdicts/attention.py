@@ -1,4 +1,4 @@
-"""Do heads still choose among tokens, and routers among experts? What attention and routing look like."""
+"""Do heads still choose among tokens? What attention looks like."""
 
 from __future__ import annotations
 
@@ -26,22 +26,3 @@ def attention_entropy_collapse(attention_entropy: xr.DataArray) -> Iterator[Prof
         "the largest entropy of attention over the heads, as a share of uniform attention, is",
         begins=True,
     )
-
-
-# Of an equal share: what an expert gets that is chosen by nearly no token, and learns nothing.
-UNCHOSEN = 0.01
-# Tokens for each expert, of which a balanced router leaves none out: the chance is e⁻⁸.
-ENOUGH_TOKENS = 8
-
-
-@verdict(metric="expert_load", limits=Limits(warn=0.5))
-def collapsed_router(expert_load: xr.DataArray, num_tokens: xr.DataArray) -> Iterator[Profile]:
-    """A router sends nearly all tokens to a few of its experts.
-
-    Balance the load by a loss or by a bias on the scores, lower the learning rate of the router, or start its weights smaller:
-    an expert that no token chooses gets no gradient, and stays unchosen.
-    """
-    experts = expert_load.notnull().sum("expert")
-    enough = float(num_tokens.sel(scope="data", tokens="all").max()) >= ENOUGH_TOKENS * experts
-    unchosen = (expert_load < UNCHOSEN).sum("expert") / experts.where((experts > 0) & enough)
-    yield Profile(unchosen, "the share of the experts that nearly no token chooses is")

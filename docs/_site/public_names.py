@@ -28,7 +28,6 @@ GROUPS = {
         "describe",
         "describe_weights",
         "initial_logits",
-        "merge_runs",
     ),
     "Measure and judge": ("analyze", "judge", "Finding", "Severity", "training_curves", "with_replay"),
     "Runs on disk": ("open_run", "save_run", "validate"),

@@ -149,42 +149,6 @@ def load_checkpoint(
     return loaded
 
 
-def meta_model(spec: str, *, dtype: str | torch.dtype | None = None) -> nn.Module:
-    """The model of a checkpoint on the meta device: its structure and shapes, without memory for its weights.
-
-    ``spec``: A transformers folder or ``organisation/name`` on the hub, of which only ``config.json`` is read, or
-    ``package.module:function``, which is code that runs.
-    ``dtype``: such as ``"bfloat16"``; that of the configuration by default.
-    Raises CheckpointError: For anything else, and where the model is not built.
-    """
-    torch_dtype, path = _torch_dtype(dtype), given_path(spec)
-    if FACTORY.fullmatch(spec) and not exists(path):
-        with _working_folder_importable(), contextlib.redirect_stdout(sys.stderr), torch.device("meta"):
-            model = _call_factory(spec, _import_factory(spec))
-        return model.to(torch_dtype).eval() if torch_dtype is not None else model.eval()
-    if is_hub_name(spec):
-        path = hub_files(spec, weights=False).path
-    if not (exists(path) and path.is_dir()):
-        raise CheckpointError(
-            f"'{printable(spec)}' is neither a folder with a config.json nor 'package.module:function'; a plan needs one"
-        )
-    check_folder(path)
-    settings = _settings(path)
-    check_references(path)
-    with offline(), bars_on_terminals_only():
-        config = _config(path)
-        if torch_dtype is None and not settings.get("dtype", settings.get("torch_dtype")):
-            torch_dtype = torch.float32
-        with (
-            errors_of("transformers", f"the model of '{path}/config.json' is not built"),
-            torch.device("meta"),
-        ):
-            found = _model_class(config, path)
-            build = getattr(found, "from_config", None) or found._from_config
-            built: nn.Module = build(config, dtype=torch_dtype or config.dtype)
-    return built.eval()
-
-
 def _from_path(path: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
     if spec == "smollm2":
         model, tokenizer, digest = load_gguf(smollm2_file(), dtype=dtype)

@@ -10,7 +10,7 @@ import torch
 
 from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.state_operations import StateOperations
-from depthscope.probes.session.attention_rows import AttentionWatch
+from depthscope.probes.session.attention import AttentionWatch
 
 
 class Gathered(NamedTuple):
@@ -38,11 +38,7 @@ class WithoutAttention:
         self._operations, self._number, self._depths = operations, number, depths
         self._silenced: Counter[int] = Counter()
         watch = AttentionWatch(
-            torch.zeros(0, dtype=torch.long),
-            1,
-            number=lambda tensor: 0,
-            heads_follow=lambda: True,
-            gathered=self._gathered,
+            torch.zeros(0, dtype=torch.long), 1, heads_follow=lambda: True, gathered=self._gathered
         )
         if depths:
             operations.listen(watch)

@@ -72,24 +72,17 @@ def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter
     }
 
 
-def is_planned(model: nn.Module) -> bool:
-    """Whether a model is on the meta device as a whole, and not offloaded: hooks bring the values of that one."""
-    parameters = all_parameters(model)
-    offloaded = any(hasattr(module, "_hf_hook") for _, module in module_paths(model))
-    return bool(parameters) and all(parameter.is_meta for parameter in parameters) and not offloaded
-
-
 def require_module(model: object, *, later: bool = False) -> None:
     """Refuse what is no model, and one without values; a training may give a model its values later."""
     if not isinstance(model, nn.Module):
         raise InputError(
             f"the model is of type {type(model).__name__}; expected a torch.nn.Module, such as the one that a function calls"
         )
-    if not later and is_planned(model):
-        raise CaptureError(
-            "the model is on the meta device, which holds no values; build it with values, or see what a capture would take "
-            "with describe(model, batch)"
-        )
+    parameters = all_parameters(model)
+    # Of an offloaded model hooks bring the values.
+    offloaded = any(hasattr(module, "_hf_hook") for _, module in module_paths(model))
+    if not later and parameters and all(parameter.is_meta for parameter in parameters) and not offloaded:
+        raise CaptureError("the model is on the meta device, which holds no values; build it with values")
 
 
 class PresentModules:

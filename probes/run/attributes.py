@@ -11,6 +11,7 @@ import torch
 import xarray as xr
 from torch import nn
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels.memory import StreamMemory, bytes_text
 from depthscope.diagnostics.package_versions import package_versions
 from depthscope.diagnostics.schema import PROVEN, UNPROVEN
@@ -25,8 +26,27 @@ from depthscope.probes.structure.chain import Chain
 
 PACKAGES = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
 
+STAGE = "pipeline_stage"
+"""Attribute of a run of one stage of a pipeline: the number of the stage, and how many there are."""
+
+SHARD = "shard"
+"""Attribute of a run of a part of a corpus: ``number`` from 1, ``of`` how many, and facts that all parts share."""
+
 PARTS = {"h_res", "h_pre", "h_post"}
 """The formula counts connections that read, write and mix by one scalar for each stream."""
+
+
+def stage_attribute(stage: tuple[int, int]) -> dict[str, Any]:
+    """The attribute of a run of one stage.
+
+    ``stage``: the number of the stage, from 0 on, and how many there are.
+    """
+    number, stages = stage
+    if not 0 <= number < stages:
+        raise InputError(
+            f"stage is {stage}; expected (number, how many), with a number from 0 to {stages - 1}"
+        )
+    return {STAGE: [int(number), int(stages)]}
 
 
 def run_attributes(
@@ -65,7 +85,7 @@ def run_attributes(
             "seed": options.seed,
             "sequences_seen": session.step.reservoir.total,
             "sequences_kept": len(sequences),
-            # Of a part of larger data, by which `merge_runs` puts the parts in order.
+            # Of a part of larger data, by which `open_run` puts the parts in order.
             **({"first_sequence": options.first_sequence} if options.first_sequence else {}),
         },
         "software": package_versions(PACKAGES),

@@ -15,7 +15,6 @@ from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords
 from depthscope.probes.run.groups import depth_coords, without_gradient
 from depthscope.probes.session.logit_statistics import LOGIT_SUMS
-from depthscope.probes.statistics.streamed_spectra import streamed_variables
 from depthscope.probes.statistics.token_sums import Sums, TokenSums, stacked
 from depthscope.probes.statistics.weight_updates import WeightNorms
 from depthscope.probes.structure.chain import Chain
@@ -60,12 +59,6 @@ def statistics_dataset(
     coords = depth_coords(chain, depths)
     coords["step"] = np.array([row.step for row in rows])
     coords["stream"] = np.arange(variables["unit_pair_sum"][1].shape[2])
-    # Streamed sums are of all tokens since the weights last changed, not of a step: a row of them would take D² numbers.
-    streaming = pooled[number].streaming
-    if streaming is not None:
-        streamed, streamed_coords = streamed_variables(streaming, depths)
-        variables.update(streamed)
-        coords.update(streamed_coords)
     if evidence.proofs:
         coords.update(connection_coords(chain.connections))
         coords["direction"] = DIRECTIONS
@@ -104,7 +97,7 @@ def step_variables(
     # Σ_{i≠j} u_i·u_j over all pairs of unit vectors = ‖Σ u‖² − number of them: the mean cosine without forming any pair.
     pairs = stacked(sums, "unit_square", depths) - stacked(sums, "unit_count", depths)
     variables["unit_pair_sum"] = (schema.PROFILE, pairs)
-    for name in (*OF_HEADS, *schema.OF_ROUTERS):
+    for name in OF_HEADS:
         if any(of.array(name, depths) is not None for of in sums):
             variables[name] = (schema.STATISTICS[name].dims, stacked(sums, name, depths))
     coords: dict[str, Any] = {}

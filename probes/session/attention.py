@@ -1,12 +1,17 @@
-"""Between which states does attention lie, and what were its weights? By chain and depth, of the sampled sequences.
+"""What do the tokens of the sampled sequences attend to? Entropy, visible keys and first weight of each query, by depth.
 
-The first forward, whose operations are all recorded, shows which calls of which modules attend, and to which state that leads.
-Later forwards look at the operations of these modules alone.
+Weights are a softmax over keys whose result multiplies the values, or the inside of one of torch's fused operations: there
+they are computed once more from the queries and keys. Whether a softmax is one of attention is seen from what is done with it,
+never by a name. The first forward, whose operations are all recorded, shows which calls of which modules attend, and to which
+state that leads; later forwards look at the operations of these modules alone.
+
+Shapes: S sampled sequences, H heads, Q queries, K keys.
 """
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,21 +20,39 @@ from typing import Any
 import torch
 from torch import nn
 
+from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.operations import OperationsShown
-from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.graph import Graph, TracedValue, names
+from depthscope.probes.reading.known_operations import operation_of
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.attention_rows import AttentionWatch, rows_of_calls
 from depthscope.probes.session.forward import Forward, Key, Tape
 from depthscope.probes.structure.model_structure import Structure
 
 OTHER_TOKENS = "its queries are not the tokens of the state"
-OUTSIDE = "it is computed outside of all modules but the model itself, where only a first forward looks"
 CHANGED = "a later forward attended another number of times than the first"
+WHOLE_LAYER = "an operation that is a whole layer shows no weights: capture with gradients=True"
 # In a training loop: per query, the weights of all heads compared with the D² multiplications of a layer's weights, of which a
-# sequence has 12 or more, and three times that with its backward. A few passes over the weights are then about 2 % of a
-# measured step. Heuristic.
+# sequence has 12 or more, and three times that with its backward: about 2 % of a measured step. Heuristic.
 SHARE_OF_STEP = 1 / 64
+# A mask that is added is −∞, the smallest number of its type, or such as −10⁹; no logit of a network is near these.
+MASKED = -1e8
+# Elements of the weights that are held at once while fused attention is computed again: 64 MB.
+CHUNK = 2**24
+
+SOFTMAX = names("_softmax _safe_softmax")
+PRODUCTS = names("bmm baddbmm mm")
+# Through these the weights stay what they are, up to their type, shape, and what dropout takes away.
+PASSING = names(
+    "view _unsafe_view reshape expand clone _to_copy native_dropout slice alias mul div where masked_fill nan_to_num "
+    "unsqueeze squeeze detach"
+)
+KERNELS = (
+    "flash_attention flash_attention_for_cpu efficient_attention cudnn_attention fused_attention_overrideable"
+)
+FUSED = frozenset(f"_scaled_dot_product_{name}" for name in KERNELS.split())
+# Whole layers in one operation, which torch uses where no gradient is wanted.
+CLOSED = names("_native_multi_head_attention _transformer_encoder_layer_fwd")
 
 
 @dataclass
@@ -38,9 +61,7 @@ class AttentionPlaces:
 
     ``calls``: by module path and index of the call: for each time that it attends, chain and depth of the state that this
     leads to, or None where it leads to none that is known.
-    ``heads``: number of heads by chain and depth; those of several calls between two states follow each other.
-    ``keys``: number of queries by chain and depth, which is that of the tokens.
-    ``modules``: the path of the module, by chain and depth.
+    ``heads, keys, modules``: number of heads and of queries, and the module, by chain and depth.
     ``reasons``: why attention was seen and is not measured, and how often.
     ``sequences``: how many of the sampled sequences are looked at in a forward; None for all.
     """
@@ -62,11 +83,9 @@ class AttentionPlaces:
 
     def limit_cost(self, structure: Structure, batch_size: int) -> None:
         """Look at so few sequences that a measured step of a training loop costs about 2 % more."""
-        if not self.heads:
-            return
-        most = max(self.heads[key] * self.keys[key] for key in self.heads)
+        most = max((self.heads[key] * self.keys[key] for key in self.heads), default=0)
         width = structure.chains[0].shapes[0][-1]
-        self.sequences = int(batch_size * width * width * SHARE_OF_STEP / most)
+        self.sequences = int(batch_size * width * width * SHARE_OF_STEP / most) if most else None
         if self.sequences == 0:
             self.reasons[
                 f"{most} attention weights per query, for states of {width} features, would cost more than about 2 % of a "
@@ -74,22 +93,123 @@ class AttentionPlaces:
             ] += len(self.heads)
 
 
+class AttentionWatch:
+    """The attention weights of the sampled sequences of one forward; a listener of operations.
+
+    ``found``: in the order of the forward: the attention weights, or what a fused operation gave, by ``number``; and its
+    `row_numbers`.
+    ``rows``: sampled sequences of the batch; without any, only where attention lies is found.
+    ``heads_follow``: whether the running module joins sequences and heads, those of a sequence next to each other.
+    ``gathered``: gets what the queries gather, the weighted sums of the values, as it is made.
+    """
+
+    def __init__(
+        self,
+        rows: torch.Tensor,
+        batch_size: int,
+        *,
+        number: Callable[[torch.Tensor], int] = id,
+        heads_follow: Callable[[], bool],
+        gathered: Callable[[torch.Tensor], None] = lambda result: None,
+    ):
+        self.found: list[tuple[int, torch.Tensor]] = []
+        self.reasons: Counter[str] = Counter()
+        self._chosen, self._batch_size = rows, batch_size
+        self._number, self._heads_follow, self._gathered = number, heads_follow, gathered
+        # By the identity of the tensor: what was made of the last softmax, its logits and its weights.
+        self._waiting: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor, torch.Tensor]] = {}
+        self._failed = False
+
+    def __call__(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Look at an operation that has run; an error of ours must not reach the user's forward."""
+        if self._failed:
+            return
+        try:
+            self._see(func, args, kwargs, result)
+        except Exception as error:
+            self._failed = True
+            self._waiting.clear()
+            self.reasons[f"attention could not be read: {type(error).__name__}: {without_frames(error)}"] += 1
+
+    def _see(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        name = operation_of(func).name
+        if name in SOFTMAX:
+            logits, dim = args[0], args[1]
+            # Three axes at least: queries and keys, and sequences or heads before them.
+            if dim in (-1, logits.ndim - 1) and logits.ndim >= 3 and min(logits.shape[-2:]) > 1:
+                # One at a time: the softmax of a router or a head is never multiplied, and would be kept to the end.
+                self._waiting = {id(result): (weakref.ref(result), logits, result)}
+        elif name in FUSED:
+            self._note_fused_call(func, args, kwargs, result[0])
+        elif name in CLOSED:
+            self.reasons[WHOLE_LAYER] += 1
+        elif self._waiting and args and isinstance(args[0], torch.Tensor):
+            known = self._waiting.get(id(args[0]))
+            # The identity of a tensor that is gone is given to another one.
+            if known is not None and known[0]() is args[0]:
+                self._follow(name, args[0], *known[1:], result)
+
+    def _follow(
+        self, name: str, factor: torch.Tensor, logits: torch.Tensor, weights: torch.Tensor, result: Any
+    ) -> None:
+        """What is done with a softmax: a product with it as the first factor is attention where each row is a query."""
+        if name in PASSING:
+            follower = result[0] if isinstance(result, (tuple, list)) else result
+            self._waiting[id(follower)] = weakref.ref(follower), logits, weights
+        # Weights over streams, experts or depths are one row for each token: (B T, 1, n).
+        elif name in PRODUCTS and factor.shape[-2:] == weights.shape[-2:]:
+            self._waiting = {}
+            self._gathered(result)
+            self._note_weights(logits, weights)
+
+    def _note_weights(self, logits: torch.Tensor, weights: torch.Tensor) -> None:
+        batch, shape = self._batch_size, tuple(weights.shape)
+        joined = len(shape) == 3 and (batch == 1 or (self._heads_follow() and shape[0] % batch == 0))
+        if not joined and (len(shape) not in (3, 4) or shape[0] != batch):
+            reason = f"weights of shape {shape} do not tell the {batch} sequences from heads or windows"
+            self.reasons[reason] += 1
+            return
+        w, s = (of.reshape(batch, -1, *shape[-2:])[self._chosen] for of in (weights, logits > MASKED))
+        self.found.append((self._number(weights), row_numbers(w, s)))
+
+    def _note_fused_call(self, func: Any, args: Any, kwargs: Any, result: torch.Tensor) -> None:
+        given = {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)} | (kwargs or {})
+        query, key = given["query"], given["key"]
+        if query.shape[-2] < 2:
+            return
+        self._gathered(result)
+        if query.ndim != 4 or query.shape[0] != self._batch_size:
+            reason = (
+                f"queries of shape {tuple(query.shape)} do not have the {self._batch_size} sequences first"
+            )
+            self.reasons[reason] += 1
+            return
+        q, k = query[self._chosen].float(), key[self._chosen].float()
+        k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # several heads may share their keys
+        scale = given.get("scale")
+        q = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        mask = given.get("attn_mask", given.get("attn_bias"))
+        if mask is not None and mask.ndim == 4:
+            mask = mask.expand(query.shape[0], *mask.shape[-3:])[self._chosen]
+        causal = bool(given.get("is_causal"))
+        self.found.append((self._number(result), fused_row_numbers(q, k, mask, is_causal=causal)))
+
+
 def watch_attention(
     recorder: GraphRecorder, model: nn.Module, forward: Forward, rows: torch.Tensor
 ) -> AttentionWatch:
-    """Look at what the tokens of a recorded forward attend to.
-
-    ``rows``: the sequences of the batch whose weights are looked at; without any, only where attention lies is found.
-    """
-
-    def number(tensor: torch.Tensor) -> int:
-        return recorder.known(tensor).number
+    """Look at what the tokens ``rows`` of a recorded forward attend to."""
 
     def heads_follow() -> bool:
         # torch's own module documents how it joins the axes; of another one it would be a guess.
         return isinstance(model.get_submodule(recorder.path), nn.MultiheadAttention)
 
-    watch = AttentionWatch(rows, forward.batch_size, number=number, heads_follow=heads_follow)
+    watch = AttentionWatch(
+        rows,
+        forward.batch_size,
+        number=lambda tensor: recorder.known(tensor).number,
+        heads_follow=heads_follow,
+    )
     recorder.listeners.append(watch)
     return watch
 
@@ -102,119 +222,123 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
     tape.recorder.listeners.remove(watch)  # it holds tensors of the forward
     tape.attention, graph = None, tape.recorder.graph
     places.reasons.update(watch.reasons)
-    states = [[point.value_in(tape.graph) for point in chain.points] for chain in structure.chains]
-    depths = [[(d, value) for d, value in enumerate(of) if value is not None] for of in states]
-    for seen in watch.found:
-        call = graph.calls[graph.values[seen.value].call]
+    for value, rows in watch.found:
+        call = graph.calls[graph.values[value].call]
         of_call = places.calls.setdefault((call.path, call.number), [])
-        place = first_state_after(seen.value, graph, depths)
         of_call.append(None)  # before the first state, or in what is no chain
+        place = _first_state_after(graph.values[value], graph, tape, structure)
         if place is None:
             continue
         number, depth, state = place
-        if seen.rows.shape[-1] != num_tokens(structure, number, depth, state, forward.batch_size):
+        shape = torch.empty(state.shape, device="meta")
+        try:
+            tokens = structure.canonical(number, shape, forward.batch_size, depth).shape[1]
+        except LayoutError:  # where attention cannot be placed, the states are read all the same
+            tokens = None
+        if rows.shape[-1] != tokens:
             places.reasons[OTHER_TOKENS] += 1
             continue
         key = of_call[-1] = number, depth
-        places.heads[key] = places.heads.get(key, 0) + seen.rows.shape[2]
-        places.keys[key], places.modules[key] = seen.rows.shape[-1], call.path
-        forward.attending.append((key, seen.rows))
+        places.heads[key] = places.heads.get(key, 0) + rows.shape[2]
+        places.keys[key], places.modules[key] = rows.shape[-1], call.path
+        _add_rows(forward, key, rows)
     places.seen.update(places.heads.keys())
     return places
 
 
-def add_attention(forward: Forward, heads: int, *, sums: bool) -> None:
-    """Give a forward what its queries attend to before each state, (3, S, H, T), see `AttentionRows`; and its sums.
+def _first_state_after(
+    made: TracedValue, graph: Graph, tape: Tape, structure: Structure
+) -> tuple[int, int, TracedValue] | None:
+    """Chain, depth and value of the first state that was computed from a value, after another one."""
+    for number, chain in enumerate(structure.chains):
+        states = ((depth, point.value_in(tape.graph)) for depth, point in enumerate(chain.points))
+        later = ((d, value) for d, value in states if value is not None and value.number > made.number)
+        depth, value = next(later, (0, made))
+        if depth > 0 and graph.depends(value, made):
+            return number, depth, value
+    return None
 
-    ``heads``: the most before one state.
-    """
-    waiting, forward.attending = forward.attending, []
-    for (key, _), rows in zip(waiting, rows_of_calls([of for _, of in waiting]), strict=True):
-        known = forward.attention.get(key)
-        forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
-    for (number, depth), rows in forward.attention.items() if sums else ():
-        mask = forward.masks.get(number)
-        of_rows = None if mask is None else mask[forward.rows[: rows.shape[1]].to(mask.device)]
-        forward.chain_sums(number).add_values(depth, attention_sums(rows, of_rows, heads))
+
+def _add_rows(forward: Forward, key: Key, rows: torch.Tensor) -> None:
+    known = forward.attention.get(key)
+    forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
 
 
 def later_attention(
     places: AttentionPlaces, forward: Forward, path: str, module: nn.Module
 ) -> tuple[OperationsShown, Callable[[Any], None]] | None:
-    """What looks at one call of a module that attends, and what is to be done when it has ended.
-
-    Returns: None where the call is not to be looked at.
-    """
+    """What looks at one call of a module that attends, and what is to be done at its end; None where it is not looked at."""
     expected = places.calls.get((path, forward.next_index("attention", path)))
     rows = forward.rows[: places.sequences]
     if expected is None or not any(expected) or not len(rows):
         return None
     follow = isinstance(module, nn.MultiheadAttention)
-    # Of the operations of one call the order is enough.
-    watch = AttentionWatch(rows, forward.batch_size, number=lambda tensor: 0, heads_follow=lambda: follow)
+    watch = AttentionWatch(rows, forward.batch_size, heads_follow=lambda: follow)
 
     def done(result: Any) -> None:
         if len(watch.found) != len(expected):
             places.reasons[next(iter(watch.reasons), CHANGED)] += 1
             return
-        for seen, key in zip(watch.found, expected, strict=True):
+        for (_, found), key in zip(watch.found, expected, strict=True):
             if key is not None:
-                forward.attending.append((key, seen.rows))
+                _add_rows(forward, key, found)
                 places.seen[key] += 1
 
     return OperationsShown(watch), done
 
 
-def attention_sums(
-    rows_3SHT: torch.Tensor, mask_ST: torch.Tensor | None, heads: int
-) -> dict[str, torch.Tensor]:
-    """Sums over the real queries that see two keys or more.
+def add_attention_sums(forward: Forward, heads: int) -> None:
+    """Give a forward the sums over its real queries that see two keys or more, padded with NaN to so many ``heads``."""
+    for (number, depth), rows_3SHQ in forward.attention.items():
+        entropy, keys, first = rows_3SHQ.double()
+        chosen = (keys >= 2) & entropy.isfinite()
+        mask = forward.masks.get(number)
+        if mask is not None:
+            chosen &= mask[forward.rows[: rows_3SHQ.shape[1]].to(mask.device)][:, None].to(chosen.device)
+        sums = {
+            "attention_query_count": chosen.double(),
+            "attention_entropy_sum": (entropy / keys.clamp_min(2).log()).where(chosen, 0.0),
+            "sink_mass_sum": first.where(chosen, 0.0),
+        }
+        missing = 0, heads - rows_3SHQ.shape[2]
+        padded = {
+            name: nn.functional.pad(of.sum((0, 2)), missing, value=math.nan) for name, of in sums.items()
+        }
+        forward.chain_sums(number).add_values(depth, padded)
 
-    ``heads``: to how many heads, with NaN, the sums are padded.
-    Returns: (heads): ``attention_query_count``, ``attention_entropy_sum`` (a share of that of uniform weights) and
-    ``sink_mass_sum``.
+
+def fused_row_numbers(
+    q: torch.Tensor, k: torch.Tensor, mask: torch.Tensor | None, *, is_causal: bool
+) -> torch.Tensor:
+    """`row_numbers` of queries (S, H, Q, d), scaled, and keys (S, H, K, d), some queries at a time."""
+    parts = []
+    size = max(1, CHUNK // max(1, q.shape[0] * q.shape[1] * k.shape[2]))
+    for begin in range(0, q.shape[2], size):
+        logits = q[:, :, begin : begin + size] @ k.mT
+        if is_causal:
+            position = torch.arange(begin, begin + logits.shape[2], device=logits.device)
+            later = torch.arange(k.shape[2], device=logits.device) > position[:, None]
+            logits = logits.masked_fill(later, -math.inf)
+        if mask is not None:
+            part = mask[..., begin : begin + size, :] if mask.shape[-2] > 1 else mask
+            part = part[..., : k.shape[2]]  # padded to a multiple of 8 for the kernel
+            logits = logits.masked_fill(~part, -math.inf) if part.dtype == torch.bool else logits + part
+        parts.append(row_numbers(logits.softmax(-1), logits > MASKED))
+    return torch.cat(parts, dim=-1)
+
+
+def row_numbers(weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+    """Entropy, number of keys and weight of the first key of each query, (3, S, H, Q) in float32.
+
+    ``weights, seen``: (S, H, Q, K): attention weights, and whether a query may see a key.
+    Returns: The entropy in nats, NaN where a query sees nothing or a weight is not finite.
     """
-    entropy, keys, first = rows_3SHT.double()
-    chosen = (keys >= 2) & entropy.isfinite()
-    if mask_ST is not None:
-        chosen &= mask_ST[:, None].to(chosen.device)
-    share = entropy / keys.clamp_min(2).log()
-    sums = {
-        "attention_query_count": chosen.double(),
-        "attention_entropy_sum": share.where(chosen, 0.0),
-        "sink_mass_sum": first.where(chosen, 0.0),
-    }
-    missing = heads - rows_3SHT.shape[2]
-    return {
-        name: nn.functional.pad(values.sum((0, 2)), (0, missing), value=math.nan)
-        for name, values in sums.items()
-    }
-
-
-def first_state_after(
-    made: int, graph: Graph, depths: list[list[tuple[int, TracedValue]]]
-) -> tuple[int, int, TracedValue] | None:
-    """Chain, depth and value of the first state that was computed from a value, after another one.
-
-    ``made``: the number of the value, such as what an attention gives.
-    ``depths``: of each chain, its states.
-    """
-    origin = graph.values[made]
-    for number, of_chain in enumerate(depths):
-        later = ((depth, value) for depth, value in of_chain if value.number > origin.number)
-        depth, value = next(later, (0, origin))
-        if depth > 0 and graph.depends(value, origin):
-            return number, depth, value
-    return None
-
-
-def num_tokens(
-    structure: Structure, number: int, depth: int, state: TracedValue, batch_size: int
-) -> int | None:
-    """How many tokens a state has; None where its shape does not tell them."""
-    try:
-        return structure.canonical(number, torch.empty(state.shape, device="meta"), batch_size, depth).shape[
-            1
-        ]
-    except LayoutError:  # where attention cannot be placed, the states are read all the same
-        return None
+    weights = weights.float()
+    keys = seen.sum(-1)
+    # −∞ from 0 log 0 is 0: `xlogy` has that limit.
+    entropy = -torch.xlogy(weights, weights).sum(-1)
+    first = weights.gather(-1, seen.int().argmax(-1, keepdim=True)).squeeze(-1)
+    nothing = (keys == 0) | ~entropy.isfinite()
+    return torch.stack(
+        [entropy.masked_fill(nothing, math.nan), keys.float(), first.masked_fill(nothing, math.nan)]
+    )

@@ -7,7 +7,7 @@ alike where an operation alone shows what is to be measured.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,6 @@ from depthscope.probes.session.forward import CurrentForward, Forward, Tape
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.logit_statistics import ComputedValues
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.session.routing import watch_routing
 from depthscope.probes.structure.model_structure import ShownTensor
 
 # Why the connections of a later forward are not read; its states and gradients do not depend on them.
@@ -48,8 +47,6 @@ class RecordedForward:
     ``known``: where a later forward shows what is measured: then no other operation of it is looked at.
     ``attention``: of how many of the sampled sequences it is looked at what their tokens attend to; None where it is not
     looked for.
-    ``routing``: whether it is looked at what routers choose.
-    ``hides``: whether the module of a path runs inside of compiled code.
     """
 
     def __init__(
@@ -62,10 +59,8 @@ class RecordedForward:
         observer: Observer | None = None,
         known: KnownPlaces | None = None,
         attention: int | None = None,
-        routing: bool = False,
-        hides: Callable[[str], bool] | None = None,
     ):
-        self._observer, self._known, self._attention, self._routing = observer, known, attention, routing
+        self._observer, self._known, self._attention = observer, known, attention
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
         # What has the gradient of other tensors
         self._with_gradient: dict[ValuePlace, list[ShownTensor]] = {}
@@ -74,7 +69,6 @@ class RecordedForward:
                 self._operations.setdefault(state.point.place, []).append(state)
             if state.point.gradient_at is not None:
                 self._with_gradient.setdefault(state.point.gradient_at.place, []).append(state)
-        self._hides = hides
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity
         self._current = current
@@ -85,8 +79,6 @@ class RecordedForward:
         """Put hooks on every module."""
         for path, module in module_paths(self._model):
             self._paths[id(module)] = path
-            if self._hides is not None and self._hides(path):
-                continue
             attachment.before(module, self._before_call, computes=False)
             attachment.after(module, self._after_call, computes=False)
             if module is self._model:
@@ -130,8 +122,6 @@ class RecordedForward:
         if self._attention is not None and isinstance(recorder, GraphRecorder):
             rows = forward.rows[: self._attention]
             tape.attention = watch_attention(recorder, self._model, forward, rows)
-        if self._routing and isinstance(recorder, GraphRecorder):
-            tape.routing = watch_routing(recorder)
         if self._observer is not None and self._observer.logits is not None:
             tape.logits = ComputedValues(recorder.graph, self._observer.structure.num_streams)
         return MethodWatch(recorder, recorder.end)

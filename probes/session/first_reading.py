@@ -14,7 +14,6 @@ from depthscope.probes.model.modules import module_types
 from depthscope.probes.model.while_needed import no_collection
 from depthscope.probes.reading.places import KnownPlaces
 from depthscope.probes.session.attention import AttentionPlaces, placed_attention
-from depthscope.probes.session.compiled_model import CompiledModel
 from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.find_structure import AxisError, StructureFinder
 from depthscope.probes.session.first_forward import RewrittenError, out_of_sight, replay
@@ -22,7 +21,6 @@ from depthscope.probes.session.forward import Forward, Tape, own_call, own_calls
 from depthscope.probes.session.logit_statistics import LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.routing import RoutingPlaces, placed_routing
 from depthscope.probes.session.step import Step
 from depthscope.probes.structure.chain import ChainError
 from depthscope.probes.structure.model_structure import Structure, require_same
@@ -42,17 +40,15 @@ class FirstReading:
         options: Options,
         scope: Scope,
         step: Step,
-        compiled: CompiledModel,
         loss_scale: Callable[[], torch.Tensor | None] | None,
         report: Report,
     ):
         self.model, self.options, self.scope = model, options, scope
-        self._step, self._compiled, self._loss_scale, self._report = step, compiled, loss_scale, report
+        self._step, self._loss_scale, self._report = step, loss_scale, report
         self.observer: Observer | None = None
         self.attention = AttentionPlaces()
-        self.routing = RoutingPlaces()
         # Forwards of ours are changed on purpose, as in interventions: each is recorded in full.
-        self._places = None if scope.only_own else KnownPlaces()
+        self.places = None if scope.only_own else KnownPlaces()
         self._attention_is_known = True  # or the second one, where the first was counted along the wrong axis
         self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
         self._modules: frozenset[tuple[str, type]] = frozenset()  # of the model, when the observer was made
@@ -70,11 +66,6 @@ class FirstReading:
     def is_recorded(self) -> bool:
         """Whether every measured forward is traced, since nothing else shows the weights of the connections."""
         return self.observer is not None and self.observer.structure.is_recorded
-
-    @property
-    def places(self) -> KnownPlaces | None:
-        """Where later forwards make what is measured."""
-        return self._compiled.places(self._places)
 
     @property
     def batch_axis(self) -> int:
@@ -108,17 +99,16 @@ class FirstReading:
                 require_same(structure, self.observer.structure)
             # Before the states: where these have to be copied in one more forward, it is not traced again.
             self._place_attention(tape, forward, structure)
-            self.routing = placed_routing(tape, forward, structure)
             observer = self._new_observer(structure, tape)
             try:
                 with own_call(observer):  # what it runs once more is nobody's forward
                     replay(tape, forward, observer)
             except RewrittenError:
-                self._adopt(observer, None)  # the structure is right: later forwards copy states as they pass
+                self._adopt(observer)  # the structure is right: later forwards copy states as they pass
                 if not self._step.num_forwards and self._step.is_empty:
                     self._step.draw_anew()  # nothing of this forward counts, and its sequences come again
                 raise
-            self._adopt(observer, tape)
+            self._adopt(observer)
         except ChainError as error:
             reason = out_of_sight(self.model, forward)
             raise ChainError(f"{reason}; {error}") if reason else error from None
@@ -180,8 +170,7 @@ class FirstReading:
             logits=logits,
         )
 
-    def _adopt(self, observer: Observer, tape: Tape | None) -> None:
-        if self._places is not None:
-            self._places.forget()
+    def _adopt(self, observer: Observer) -> None:
+        if self.places is not None:
+            self.places.forget()
         self.observer, self._modules = observer, module_types(self.model)
-        self._compiled.adopt(observer, tape)

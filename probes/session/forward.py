@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.hooks import RemovableHandle
@@ -18,24 +18,12 @@ from depthscope.probes.model.user_modes import in_transformation
 from depthscope.probes.reading.graph import Graph, walk
 from depthscope.probes.reading.places import PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.attention_rows import FusedCall
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 
-if TYPE_CHECKING:
-    from depthscope.probes.session.graph_ops import RunningCall
-
 Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINAL`) or a connection of it
 TensorKey: TypeAlias = tuple[int, int, int]  # a chain, a depth, and a stream where each is its own tensor
-
-
-class Routed(NamedTuple):
-    """What a router chose: the experts of each row (rows, k), and the entropy of its scores as a share of uniform ones'."""
-
-    chosen: torch.Tensor
-    entropy: torch.Tensor
-    experts: int
 
 
 @dataclass(eq=False)
@@ -73,16 +61,12 @@ class Forward:
     branches: dict[Key, torch.Tensor] = field(default_factory=dict)
     # What the queries of the first of the sampled sequences attend to before a state, (3, S, H, T).
     attention: dict[Key, torch.Tensor] = field(default_factory=dict)
-    attending: list[tuple[Key, torch.Tensor | FusedCall]] = field(default_factory=list)  # not measured yet
-    routed: dict[Key, list[Routed]] = field(default_factory=dict)  # by the state that a router leads to
-    unrouted: bool = False  # whether a router chose more or fewer times than in the first forward
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
     # A backward of ours must reach these and no further: gradients of weights are the user's.
     first_states: list[TensorKey] = field(default_factory=list)
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)  # of other gradient hooks
-    calls: list[RunningCall] = field(default_factory=list)  # of compiled parts
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
     nested: int = 0  # calls of the model that are running inside of this one
     ended: bool = False
@@ -115,10 +99,9 @@ class Forward:
     def release(self) -> None:
         """Remove the gradient hooks, and let go of the graph."""
         self.end()
-        for handle in (*self.handles, *self.calls):
+        for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        self.calls.clear()
         for listener in (*self.expected_gradients.values(), *self.other_ends):
             listener.release()
 
@@ -208,7 +191,6 @@ class Tape:
             None  # from the beginning of the model's own call on
         )
         self.attention: Any = None  # what watches it
-        self.routing: Any = None  # what watches the choices of routers
         self.logits: Any = None  # what watches these
         self.is_on = False  # whether the model's own forward has begun
         self.met: set[int] = set()  # numbers of the values that something took

@@ -15,7 +15,6 @@ from depthscope.probes.model.tensors import first_float, floats_in
 from depthscope.probes.session.attention import AttentionPlaces, later_attention
 from depthscope.probes.session.forward import CurrentForward, Forward
 from depthscope.probes.session.observer import Observer
-from depthscope.probes.session.routing import RoutingPlaces, later_routing
 from depthscope.probes.structure.model_structure import ShownTensor
 
 
@@ -25,9 +24,6 @@ class LaterForwards:
     ``observer``: records what passes; it knows the structure.
     ``ended``: gives the forwards that ended, whose checkpoints a backward recomputes.
     ``attention``: which calls attend, where that is looked at.
-    ``routing``: which calls route, where that is looked at.
-    ``hides``: whether the module of a path runs inside of compiled code.
-    ``points``: the states that hooks show, where these are not all.
     """
 
     def __init__(
@@ -37,18 +33,13 @@ class LaterForwards:
         current: CurrentForward,
         ended: Callable[[], list[Forward]],
         attention: AttentionPlaces | None = None,
-        routing: RoutingPlaces | None = None,
-        hides: Callable[[str], bool] | None = None,
-        points: Sequence[ShownTensor] | None = None,
     ):
         self._model = model
         self._observer = observer
         self._structure = observer.structure
         self._current = current
         self._ended = ended
-        self._attention, self._routing = attention, routing
-        self._hides = hides or (lambda path: False)
-        self._points = self._structure.shown if points is None else points
+        self._attention = attention
 
     def attach(self, attachment: Attachment) -> None:
         """Put the hooks on; those of one module run in this order, so its input is read before it may rewrite it."""
@@ -56,16 +47,12 @@ class LaterForwards:
         inputs, outputs = self._states_seen_at("input"), self._states_seen_at("output")
         for path, states in inputs.items():
             attachment.before(modules[path], partial(self._record_states, "input", path, states))
-        for places, later in ((self._attention, later_attention), (self._routing, later_routing)):
-            for path in () if places is None else sorted(places.paths):
-                if not self._hides(path):
-                    attachment.around(
-                        modules[path], "forward", partial(self._watch_of_call, places, later, path)
-                    )
+        for path in () if self._attention is None else sorted(self._attention.paths):
+            attachment.around(modules[path], "forward", partial(self._watch_attention, path))
         branches = {
             c.branch_path for chain in self._structure.chains for c in chain.connections if c.branch_path
         }
-        for path in filter(lambda path: not self._hides(path), branches):
+        for path in branches:
             attachment.after(modules[path], partial(self._after_branch, path))
         for path, states in outputs.items():
             attachment.after(modules[path], partial(self._record_states, "output", path, states))
@@ -73,7 +60,7 @@ class LaterForwards:
     def _states_seen_at(self, side: str) -> dict[str, list[ShownTensor]]:
         """The states that the inputs or the outputs of calls show, by module path."""
         found: dict[str, list[ShownTensor]] = {}
-        for state in self._points:
+        for state in self._structure.shown:
             if state.point.at == side:
                 found.setdefault(state.point.path, []).append(state)
         return found
@@ -126,14 +113,13 @@ class LaterForwards:
                 for forward in waiting:
                     self._observer.hook_gradient(forward, state, tensors[item])
 
-    # --- attention, routing ---
+    # --- attention ---
 
-    def _watch_of_call(
-        self, places: Any, later: Callable[..., Any], path: str, module: nn.Module, args: Any, kwargs: Any
-    ) -> MethodWatch | None:
-        """What looks at the operations of one call, by ``later(places, forward, path, module)``."""
+    def _watch_attention(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         forward = self._current.recorded
-        found = None if forward is None else later(places, forward, path, module)
+        if forward is None or self._attention is None:
+            return None
+        found = later_attention(self._attention, forward, path, module)
         return None if found is None else MethodWatch(*found)
 
     # --- branches ---

@@ -112,8 +112,6 @@ class Observer:
         if not self._scope.sums:
             return
         sums = forward.chain_sums(number)
-        if sums.streaming is None:
-            sums.streaming = self.options.new_streaming(forward.first_index)
         sums.is_exact = self._scope.exact_sums
         self._begin_live(sums)
         if self.structure.shards is not None and WHOLE_TOKENS not in sums.sums:

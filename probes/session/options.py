@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any, TypedDict, TypeVar
 
@@ -16,10 +16,8 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.layout import is_packed, parse_layout
 from depthscope.probes.model.sequence_shards import TokenShards
-from depthscope.probes.statistics.streamed_sums import StreamedSums
 from depthscope.probes.structure.sites import SiteSelection, select
 
-STREAMING_DEFAULTS = {"every": 1, "first_sequence": 0}
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
@@ -49,7 +47,6 @@ class CaptureOptions(SiteOptions, total=False):
     gradients: bool
     max_sequences: int
     seed: int
-    streaming: bool | Mapping[str, int]
     first_sequence: int
 
 
@@ -84,20 +81,9 @@ class Options:
         Complete sequences to store raw, drawn uniformly from all that ran; the statistics count every token.
     seed : int
         Seed of that draw.
-    streaming : bool or mapping
-        Also accumulate, over every token of every batch, the spectra of the moments of the mean over streams and of each
-        stream, and the similarity of all depths in the mean (metrics ``streamed_…``). This takes L·D² float64 numbers for the
-        moments of the mean and of each of several streams, L·(512 + 128)·D for the sketch, at L depths of D features,
-        and float32 states of at most 2·D tokens and one forward, which wait to be added; more batches take no more memory.
-        Single streams are left out where they take more than 32 MiB per depth (N·D² > 4 million); more than 256
-        MiB for the mean (D > 5792) is refused. When the run is built four symmetric D×D matrices a depth and view are
-        decomposed. Runs of parts of the data can be added: `probes.merge_runs`. True is for every token;
-        ``{"every": 4}`` streams one sequence in four, drawn by its number, for a quarter of the cost: the metrics are then
-        of these tokens, whose number is ``streamed_count``. ``{"first_sequence": 1000}`` numbers the sequences from there
-        on, so that several processes, each on its part of the data, give their sequences different numbers.
     first_sequence : int
         Number of the first sequence, where the batches are a part of larger data whose parts are captured one by one. The
-        sample is drawn by these numbers, so that `probes.merge_runs` of all parts gives the sample of one run over all.
+        sample is drawn by these numbers, so that `open_run` of a folder of all parts gives the sample of one run over all.
     """
 
     gradients: bool = False
@@ -109,7 +95,6 @@ class Options:
     mask: Mask = None
     max_sequences: int = 8
     seed: int = 0
-    streaming: bool | Mapping[str, int] = False
     first_sequence: int = 0
     blocks: tuple[str, ...] | None = field(init=False)  # `layers` as a tuple
     selection: SiteSelection = field(init=False)  # what `sites` means
@@ -136,16 +121,6 @@ class Options:
             )
         if self.first_sequence < 0:
             raise InputError(f"first_sequence is {self.first_sequence}; expected 0 or more")
-        if isinstance(self.streaming, Mapping):
-            _require_streaming(self.streaming)
-
-    def new_streaming(self, first_index: int) -> StreamedSums | None:
-        """The streamed sums of one forward, from the index of its first sequence; None where they are not wanted."""
-        if not self.streaming:
-            return None
-        given = self.streaming if isinstance(self.streaming, Mapping) else {}
-        chosen = {**STREAMING_DEFAULTS, **given}
-        return StreamedSums(chosen["first_sequence"] + first_index, chosen["every"])
 
 
 @dataclass(frozen=True)
@@ -183,17 +158,6 @@ def _block_names(layers: str | Iterable[str] | None) -> tuple[str, ...] | None:
             f"layers is {names!r}; expected module paths such as 'model.layers.{{i}}' or ['h.0', 'h.1']"
         )
     return names
-
-
-def _require_streaming(given: Mapping[str, int]) -> None:
-    chosen = {**STREAMING_DEFAULTS, **given}
-    known = set(chosen) == set(STREAMING_DEFAULTS) and all(
-        isinstance(value, int) for value in chosen.values()
-    )
-    if not known or chosen["every"] < 1 or chosen["first_sequence"] < 0:
-        raise InputError(
-            f"streaming is {dict(given)}; expected True, or some of every (1 or more) and first_sequence (0 or more)"
-        )
 
 
 # --- plain keywords ---

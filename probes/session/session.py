@@ -26,10 +26,9 @@ from depthscope.probes.model.modules import PresentModules
 from depthscope.probes.model.sequence_shards import require_whole_sequences
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode
-from depthscope.probes.session.attention import add_attention, placed_attention
+from depthscope.probes.session.attention import add_attention_sums, placed_attention
 from depthscope.probes.session.backward_roots import StepLoss
-from depthscope.probes.session.compiled_calls import CompiledCalls
-from depthscope.probes.session.compiled_model import CompiledModel
+from depthscope.probes.session.compiled_model import CompiledCalls, CompiledModel
 from depthscope.probes.session.first_forward import (
     NOT_READ,
     RecordedForward,
@@ -41,7 +40,6 @@ from depthscope.probes.session.forward import CurrentForward, Forward, Measured,
 from depthscope.probes.session.later_forwards import LaterForwards
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.routing import add_routing, placed_routing
 from depthscope.probes.session.step import Step
 from depthscope.probes.structure.model_structure import Structure
 
@@ -70,8 +68,9 @@ class Session:
         self.skipped = 0  # forwards of other threads during the first forward
         self.step = Step(options, StepLoss(loss_scale, self.report), only_own=scope.only_own)
         self._current = CurrentForward(self.owner)
-        self.compiled = CompiledModel(model, self._current, self.report)
-        self.first = FirstReading(model, options, scope, self.step, self.compiled, loss_scale, self.report)
+        self.compiled = CompiledModel(model)
+        self._compiled_calls: CompiledCalls | None = None  # of a step that is measured by forwards of ours
+        self.first = FirstReading(model, options, scope, self.step, loss_scale, self.report)
         self._running: weakref.WeakSet[Forward] = weakref.WeakSet()  # in all threads
         self._lock = threading.RLock()  # guards all of the above against forwards of other threads
         self._searching = True  # for the structure, by hooks on every module
@@ -98,18 +97,17 @@ class Session:
     def attach(self) -> None:
         """Put the hooks on: on every module until the structure is known, then on those that show it.
 
-        A compiled model gets none of these: see `compiled_calls`.
+        A compiled model gets none of these: see `compiled_model`.
         """
         self.detach()
         self.step.begin()
         # Forwards of ours run uncompiled.
         callers = [] if self.scope.only_own else self.compiled.callers()
-        by_name = any("attention" in request.kinds for request in self.options.selection.requests)
         with self._lock:
-            if not callers or self.compiled.opens(callers, by_name=by_name):
+            if not callers:
                 self._attach()
-            elif not self.errors:
-                self.compiled.calls = CompiledCalls(
+            else:
+                self._compiled_calls = CompiledCalls(
                     callers,
                     self.owner,
                     wanted=self._wants_compiled_call,
@@ -118,7 +116,6 @@ class Session:
                     listen=self.step.loss.listen,
                     report=self.report,
                 )
-                self.compiled.calls.attach()
 
     def _wants_compiled_call(self) -> bool:
         self.compiled.seen = True
@@ -155,11 +152,9 @@ class Session:
                 gradients=self.options.gradients,
                 report=self.report,
                 attention=first.first_attention,
-                routing=self.scope.sums and self.scope.shards is None,
             ).attach(attachment)
         else:
-            places, open_graph = first.places, self.compiled.open_graph
-            hides = None if open_graph is None else open_graph.hides
+            places = first.places
             is_placed = places is not None and places.places is not None
             if first.is_recorded:
                 # Its operations are traced, and, where they all are, its attention with them.
@@ -171,8 +166,6 @@ class Session:
                     observer=self.observer,
                     known=places,
                     attention=None if is_placed else first.later_attention,
-                    routing=bool(first.routing.calls) and not is_placed,
-                    hides=hides,
                 ).attach(attachment)
             by_calls = is_placed or not first.is_recorded
             LaterForwards(
@@ -181,9 +174,6 @@ class Session:
                 self._current,
                 lambda: self.step.forwards,
                 first.attention if by_calls else None,
-                first.routing if by_calls else None,
-                hides=hides,
-                points=self.compiled.points_outside,
             ).attach(attachment)
             watched = {of.point.path for of in self.structure.shown}
         self._present = PresentModules(self.model, watched)
@@ -201,7 +191,9 @@ class Session:
             self.forget_running()
         with self._lock:
             self._remove_hooks()
-            self.compiled.close()
+            if self._compiled_calls is not None:
+                self._compiled_calls.remove()
+                self._compiled_calls = None
             self._first_thread = None
             cut_short = [forward for forward in self._running if not forward.cancelled]
             for forward in cut_short:
@@ -306,9 +298,8 @@ class Session:
                 self._end_first(tape, forward)
             elif tape is not None:
                 self._end_traced(tape, forward)
-            most = max(self.first.attention.heads.values(), default=0)
-            add_attention(forward, most, sums=self.scope.sums)
-            add_routing(forward)
+            if self.scope.sums:
+                add_attention_sums(forward, max(self.first.attention.heads.values(), default=0))
             self.step.loss.listen(output)
             for sums in forward.sums:
                 sums.end_forward()
@@ -330,7 +321,6 @@ class Session:
             if not self.step.keeps_rest or (self.step.is_empty and not self.step.reservoir.stored):
                 raise
             forward.without_connections = str(error)
-        placed_routing(tape, forward, self.structure)
         if tape.attention is not None:
             self.first.attention.seen.update(placed_attention(tape, forward, self.structure).heads.keys())
 
@@ -374,7 +364,7 @@ class Session:
         with self._lock:
             for forward in self.step.forwards:
                 self.observer.complete_gradients(forward)
-            return self.step.fold(was_read=self.compiled.was_read)
+            return self.step.fold()
 
     @property
     def pending(self) -> bool:

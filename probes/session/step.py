@@ -11,7 +11,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import CompilerLog, in_reentrant_checkpoint
 from depthscope.probes.model.user_modes import user_wants_graph
 from depthscope.probes.session.backward_roots import StepLoss
-from depthscope.probes.session.compiled_calls import compiler_is_loaded
+from depthscope.probes.session.compiled_model import compiler_is_loaded
 from depthscope.probes.session.forward import Forward, Measured
 from depthscope.probes.session.logit_statistics import LOGIT_SUMS
 from depthscope.probes.session.options import Options
@@ -114,15 +114,14 @@ class Step:
             forward.release()
         self.forwards, self._measured, self._num_measured = [], [], 0
 
-    def fold(self, *, was_read: bool) -> list[Measured]:
+    def fold(self) -> list[Measured]:
         """What the forwards since the last fold add up to; their sampled sequences go to the reservoir.
 
-        ``was_read``: whether the step showed where compiled code makes what is measured.
         Returns: One for each change of the weights, mostly one.
         Raises CaptureError: Where no gradient arrived, or nothing was called; none of these forwards counts then.
         """
         self.gradients_undefined = any(forward.gradients_undefined for forward in self.forwards)
-        self._absorb(was_read)
+        self._absorb()
         done, self._measured, self._num_measured = self._measured, [], 0
         self.without_connections = next(filter(None, (each.without_connections for each in done)), "")
         for each in done if self.without_connections else ():
@@ -153,12 +152,12 @@ class Step:
         hint = ", or only inside of compiled code" if compiler_is_loaded() else ""
         return f"the model was not called between two steps, or with empty batches only{hint}; nothing to measure"
 
-    def _absorb(self, was_read: bool = False) -> None:
+    def _absorb(self) -> None:
         done, self.forwards = self.forwards, []
         counted = self._with_gradients(done)
         try:
             for forward in counted:  # all are checked before any is counted
-                self._require_gradients(forward, was_read)
+                self._require_gradients(forward)
         finally:
             for forward in done:
                 forward.release()
@@ -182,13 +181,9 @@ class Step:
         self.num_left_out += len(done) - len(trained)
         return trained
 
-    def _require_gradients(self, forward: Forward, was_read: bool) -> None:
+    def _require_gradients(self, forward: Forward) -> None:
         if not self.options.gradients:
             return
-        if was_read and {key[:2] for key in forward.expected_gradients} - forward.arrivals.keys():
-            raise CaptureError(
-                "it showed where compiled code makes what is measured, and has no gradients; the next ones are measured"
-            )
         if not forward.arrivals:
             if self._only_own:
                 raise CaptureError(

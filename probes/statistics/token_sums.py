@@ -26,7 +26,6 @@ from depthscope.probes.statistics.block_statistics import (
     stream_cosines,
 )
 from depthscope.probes.statistics.live_sums import LiveSums, stream_cosine_sums, with_mean
-from depthscope.probes.statistics.streamed_sums import StreamedSums
 
 SQUARES = "gradient_square_norm_sum"
 WHOLE_TOKENS = "whole_token_count"
@@ -38,18 +37,15 @@ class TokenSums:
 
     TokenSums add over batches and processes; maxima (``norm_max``, ``abs_max``, ``gain_max``) combine by maximum.
 
-    ``streaming``: also adds up the states' second moments and their sketch.
     ``live``: also takes what a live row needs; the sums of the mean over several streams are then in `mean_view`.
     """
 
-    def __init__(self, streaming: StreamedSums | None = None, live: LiveSums | None = None) -> None:
-        self.streaming = streaming
+    def __init__(self, live: LiveSums | None = None) -> None:
         self.live = live
         self.mean_view: TokenSums | None = None
         # Whether vectors are added in float64 over the tokens of a block too: then they do not depend on how tokens are
         # divided over processes.
         self.is_exact = False
-        self._owns_streaming = False  # whether `streaming` was made here, so that it may be written to
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.maxima: dict[str, dict[int, torch.Tensor]] = {}
         self.latest: dict[str, dict[int, torch.Tensor]] = {}  # of the last part, as the values of weights
@@ -82,10 +78,6 @@ class TokenSums:
             self.live.sample_state(depth, state_BTND, mask_BT)
             self.live.add_values("largest", depth, profile.largest_tN)
         self._add_profile(depth, count, profile, state_BTND.shape[2])
-        if self.streaming is not None:
-            streams = slice(-state_BTND.shape[2], None)
-            mean_ND = profile.feature_sum_ND[streams] / count.clamp_min(1)
-            self.streaming.add_state(depth, state_BTND, mask_BT, mean_ND, profile.largest_tN[:, streams])
 
     def _add_profile(self, depth: int, count: torch.Tensor, profile: Profile, num_streams: int) -> None:
         """Add the sums of a state; those of the mean over several streams, which come before theirs, to `mean_view`."""
@@ -229,8 +221,6 @@ class TokenSums:
         self._last = None
         self._units.clear()
         self._spare = None
-        if self.streaming is not None:
-            self.streaming.end_forward()
         if self.live is not None:
             self.live.end_forward()
 
@@ -244,8 +234,6 @@ class TokenSums:
                 self._add_maximum(name, key, value)
         for name, parts in other.latest.items():
             self.latest.setdefault(name, {}).update(parts)
-        if other.streaming is not None:
-            self._merge_streaming(other.streaming)
         self._merge_live(other)
 
     def _merge_live(self, other: TokenSums) -> None:
@@ -255,19 +243,10 @@ class TokenSums:
             self.mean_view = self.mean_view or TokenSums()
             self.mean_view.merge(other.mean_view)
 
-    def _merge_streaming(self, other: StreamedSums) -> None:
-        # The first one is shared with the part that it came from, so that it must not be written; a merged one is our own.
-        if self.streaming is None:
-            self.streaming = other
-        elif self._owns_streaming:
-            self.streaming.add(other)
-        else:
-            self.streaming, self._owns_streaming = self.streaming.merged_with(other), True
-
     def compact(self) -> TokenSums:
         """The same statistics without their feature axis, small enough for one row per measured step.
 
-        ``unit_square``, the squared norm of ``unit_sum``, replaces it; ``feature_sum`` and streamed sums are left out.
+        ``unit_square``, the squared norm of ``unit_sum``, replaces it; ``feature_sum`` is left out.
         """
         row = TokenSums()
         row.maxima, row.latest = self.maxima, self.latest

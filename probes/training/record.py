@@ -14,7 +14,8 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.modules import require_module
 from depthscope.probes.model.sequence_shards import TokenShards, token_shards
-from depthscope.probes.run.pipeline_stages import stage_attribute
+from depthscope.probes.run.attributes import stage_attribute
+from depthscope.probes.session.compiled_model import inner_model
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
@@ -27,7 +28,6 @@ from depthscope.probes.training.ranks.group import (
     DataGroup,
     data_group,
     has_flat_weights,
-    inner_model,
     weight_share,
 )
 from depthscope.probes.training.recorder import Recorder
@@ -282,11 +282,6 @@ def _ranks(
 ) -> Ranks:
     """The part of a recorder in the measurement of several processes."""
     options = session.options
-    if options.streaming:
-        raise InputError(
-            "got streaming=True with several processes, whose streamed sums are too large to be added at every step; "
-            "evaluate with streaming in each process on its part of the data (group='none'), and add the runs by merge_runs"
-        )
     if timeout <= 0:
         raise InputError(f"group_timeout is {timeout}; expected a positive number of seconds")
     shared = {

@@ -10,7 +10,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.probes.session.compiled_calls import compiled_callers
+from depthscope.probes.session.compiled_model import CompiledModel
 from depthscope.probes.session.forward import own_calls
 from depthscope.probes.session.model_call import copied
 from depthscope.probes.session.options import Options
@@ -50,7 +50,7 @@ class SettledEnd:
     def settle(self, run: xr.DataTree) -> None:
         """Try what is suspected of a run with the weights of today, and keep the results."""
         batch, self._batch = self._batch, None
-        if batch is None or compiled_callers(self._model):
+        if batch is None or CompiledModel(self._model).callers():
             return
         read = {name: getattr(self._options, name) for name in ("layers", "layout", "streams", "mask")}
         settled = settle(run, self._model, batch, forwards=self._forwards, **read)

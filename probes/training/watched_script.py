@@ -18,7 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from depthscope.probes.model.hooks import Attachment
 from depthscope.probes.session.backward_roots import living_scalers
-from depthscope.probes.session.compiled_calls import is_compiled, living_modules
+from depthscope.probes.session.compiled_model import is_compiled, living_modules
 from depthscope.probes.training.learning_rate import num_updated
 from depthscope.probes.training.notices import ProbeWarning
 from depthscope.probes.training.record import record

@@ -8,7 +8,6 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.kernels import similarity
 
 
 def doubly_stochastic(
@@ -84,9 +83,7 @@ def synthetic_run(
         "software": {"numpy": np.__version__},
         **statements,
     }
-    streamed = _streamed_statistics(states[:, mask]).merge(_of_checkpoints(len(states)))
-    streamed = streamed.merge(_of_routers(len(states), int(mask.sum()), seed))
-    statistics = _weight_statistics(rng, layers, int(mask.sum())).merge(streamed) if weights else None
+    statistics = _weight_statistics(rng, layers, int(mask.sum())) if weights else None
     return schema.create_run(xr.Dataset(variables, coords), statistics=statistics, attrs=attrs)
 
 
@@ -105,17 +102,6 @@ def _attention(rng: np.random.Generator, depths: int, shape: tuple[int, int, int
         of_one[0] = np.nan
         found[name] = (schema.QUERY, of_one)
     return found
-
-
-def _of_routers(depths: int, tokens: int, seed: int) -> xr.Dataset:
-    """Three experts before every state but the embedding, of which each token chooses one."""
-    rng = np.random.default_rng(seed)  # apart from all other draws, which must stay what they were
-    counts = rng.multinomial(tokens, [0.5, 0.3, 0.2], (1, depths)).astype(float)
-    counts[:, 0] = np.nan
-    routed = counts.sum(-1)
-    values = counts, routed * rng.uniform(0.5, 0.9, routed.shape), routed
-    dims = {name: schema.STATISTICS[name].dims for name in schema.OF_ROUTERS}
-    return xr.Dataset({name: (dims[name], value) for name, value in zip(dims, values, strict=True)})
 
 
 def _forward(
@@ -201,54 +187,4 @@ def _weight_statistics(rng: np.random.Generator, layers: int, tokens: int) -> xr
     }
     paths = np.array(["embed", *(f"blocks.{i}.linear" for i in range(layers))], dtype=object)
     coords = {"step": [0], "weight": paths, "weight_layer": ("weight", layer)}
-    return xr.Dataset(variables, coords)
-
-
-def _of_checkpoints(depths: int) -> xr.Dataset:
-    """What a history of checkpoints says of one of them."""
-    share = np.linspace(0.9, 0.5, depths)[None]
-    variables = {
-        "first_state_cka": share,
-        "last_state_cka": share[:, ::-1],
-        "first_state_distance": 2 - share,
-    }
-    return xr.Dataset(
-        {name: (schema.DEPTH_STEP, of) for name, of in variables.items()}, {"depth": np.arange(depths)}
-    )
-
-
-def _eigenvalues(x: np.ndarray) -> np.ndarray:
-    """(2, …, feature): raw and centred, of tokens (…, token, feature)."""
-    both = np.stack([x, x - x.mean(-2, keepdims=True)])
-    values = np.zeros((*both.shape[:-2], x.shape[-1]))
-    found = np.linalg.svd(both, compute_uv=False) ** 2
-    values[..., : found.shape[-1]] = found
-    return values
-
-
-def _streamed_statistics(streams: np.ndarray) -> xr.Dataset:
-    """The streamed statistics of tokens (depth, token, stream, feature), here computed from all of them at once."""
-    x = streams.mean(2)
-    values, of_streams = _eigenvalues(x), _eigenvalues(streams.swapaxes(1, 2))
-    away = x - x.mean(1, keepdims=True)
-    gram = away @ away.transpose(0, 2, 1) * (1 - np.eye(x.shape[1]))
-    hsic = np.array([[similarity.hsic1(k, q) for q in gram] for k in gram])
-    depths = np.arange(len(x))
-    variables = {
-        "streamed_count": ("depth", np.full(len(x), float(x.shape[1]))),
-        "eigenvalue": (schema.SPECTRUM, values),
-        # Exact sums: rounding moves no eigenvalue, and no group of sketch buckets changes HSIC.
-        "eigenvalue_shaken": (schema.SPECTRUM, values),
-        "stream_eigenvalue": (schema.STREAM_SPECTRUM, of_streams),
-        "stream_eigenvalue_shaken": (schema.STREAM_SPECTRUM, of_streams),
-        "hsic": (("depth", "other_depth"), hsic),
-        "hsic_without": (("group", "depth", "other_depth"), hsic * np.ones((4, 1, 1))),
-    }
-    centering = np.array(["raw", "centred"], dtype=object)
-    coords = {
-        "depth": depths,
-        "other_depth": depths,
-        "centering": centering,
-        "stream": np.arange(streams.shape[2]),
-    }
     return xr.Dataset(variables, coords)

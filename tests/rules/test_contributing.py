@@ -91,7 +91,7 @@ if not hasattr(contents, "every"):
     contents.every = contents.draw_all
     contents.draw_all = lambda readings, view: [
         (key, figure) for key, figure in contents.every(readings, view)
-        if figure.name in ("streamed_cka_uncertainty", "curvature", "feature_skewness")
+        if figure.name in ("token_cosine", "feature_skewness")
     ]
 
 """

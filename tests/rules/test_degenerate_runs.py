@@ -198,7 +198,7 @@ def test_what_is_not_finite_does_not_spread_and_does_not_pass(make_run, bad):
 def test_a_layer_that_does_nothing(make_run, family):
     found = analysed(changed(make_run(family, **SIZES), copied_layer)).squeeze("step")
     pair = {"depth": SPOILT, "other_depth": SPOILT - 1}
-    for name in ("cka", "rbf_cka", "svcca", "pwcca", "rsa", "mutual_knn", "cknna"):
+    for name in ("cka", "mutual_knn", "cknna"):
         np.testing.assert_allclose(found[name].sel(pair), 1.0, atol=1e-12)
     np.testing.assert_allclose(found["procrustes"].sel(pair), 0.0, atol=1e-12)
     # A rounding error of 1e-16 in a cosine near 1 is one of 1e-8 in the angle.
@@ -209,9 +209,9 @@ def test_a_layer_that_does_nothing(make_run, family):
 
 def test_a_layer_of_zeros_has_size_and_rank_zero_and_no_shape(make_run):
     found = analysed(changed(make_run("residual", **SIZES), of_layer(0.0))).sel(depth=SPOILT)
-    for name in ("residual_norm", "numerical_rank", "channel_variance", "channel_squared_mean"):
+    for name in ("residual_norm", "numerical_rank", "channel_variance"):
         np.testing.assert_array_equal(found[name], 0.0)
-    for name in ("effective_rank", "stable_rank", "dong_residual", "token_cosine", "top_energy", "curvature"):
+    for name in ("effective_rank", "dong_residual", "token_cosine"):
         assert found[name].isnull().all(), name
     assert found["cka"].isnull().all()
     assert found["angular_distance"].isnull().all()
@@ -219,34 +219,25 @@ def test_a_layer_of_zeros_has_size_and_rank_zero_and_no_shape(make_run):
 
 def test_identical_tokens_have_rank_one_and_no_geometry(make_run):
     found = analysed(changed(make_run("residual", **SIZES), identical_tokens)).sel(depth=SPOILT)
-    for name in ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank", "numerical_rank"):
+    for name in ("effective_rank", "participation_ratio", "numerical_rank"):
         np.testing.assert_allclose(found[name].sel(centering="raw"), 1.0, atol=1e-12)
     np.testing.assert_allclose(found["token_cosine"].sel(centering="raw"), 1.0, atol=1e-12)
-    for name in ("dong_residual", "dirichlet_energy"):
-        np.testing.assert_array_equal(found[name], 0.0)
+    np.testing.assert_array_equal(found["dong_residual"], 0.0)
     np.testing.assert_array_equal(found["numerical_rank"].sel(centering="centred"), 0.0)
     for name in ("effective_rank", "token_cosine"):
         assert found[name].sel(centering="centred").isnull().all()
-    for name in ("cka", "rbf_cka", "procrustes", "curvature", "intrinsic_dimension"):
+    for name in ("cka", "procrustes"):
         assert found[name].isnull().all(), name
-
-
-def test_identical_tokens_have_no_dissimilarities(make_run):
-    found = diagnostics.analyze(
-        changed(make_run("residual", **(SIZES | {"tokens": 37, "features": 64})), identical_tokens),
-        metrics=["rsa"],
-    )
-    assert found["rsa"].sel(depth=SPOILT).isnull().all()
 
 
 def test_one_token_has_a_direction_and_nothing_else(make_run):
     found = analysed(changed(make_run("residual", **SIZES), one_token_left))
     np.testing.assert_allclose(found["effective_rank"].sel(centering="raw"), 1.0)
     assert found["effective_rank"].sel(centering="centred").isnull().all()
-    for name in ("token_cosine", "curvature", "cka", "alpha_req", "intrinsic_dimension"):
+    for name in ("token_cosine", "cka"):
         assert found[name].isnull().all(), name
     np.testing.assert_array_equal(found["num_tokens"], 1.0)
-    assert {"svcca", "pwcca", "mutual_knn", "cknna"} <= set(found.attrs["not_computed"])
+    assert {"mutual_knn", "cknna"} <= set(found.attrs["not_computed"])
     assert found["angular_distance"].notnull().all()
 
 
@@ -269,25 +260,9 @@ def test_masked_tokens_are_as_if_absent(make_run, family):
 
 
 # Metrics with the choice of centring, which here is made.
-OFFSET_FREE = (
-    "effective_rank",
-    "entropy_rank",
-    "participation_ratio",
-    "stable_rank",
-    "token_cosine",
-    "alpha_req",
-)
+OFFSET_FREE = ("effective_rank", "participation_ratio", "token_cosine")
 # Metrics that do not change with an offset at all: they centre, or are of differences.
-OFFSET_FREE_PAIRS = (
-    "cka",
-    "adjacent_cka",
-    "rbf_cka",
-    "svcca",
-    "pwcca",
-    "procrustes",
-    "curvature",
-    "intrinsic_dimension",
-)
+OFFSET_FREE_PAIRS = ("cka", "adjacent_cka", "procrustes")
 
 
 # The mean over streams is stored in float32 like the streams, whose spacing at 1e4 is 1e-3.
@@ -312,7 +287,7 @@ def test_a_huge_offset_changes_nothing_that_is_centred(make_run, family, rtol):
 @pytest.mark.parametrize(
     ("sizes", "change", "names"),
     [
-        ({"samples": 1, "tokens": 1}, lambda x, mask: None, ["curvature", "cka", "alpha_req"]),
+        ({"samples": 1, "tokens": 1}, lambda x, mask: None, ["token_cosine", "cka"]),
         ({}, lambda x, mask: x.__imul__(0), ["effective_rank", "cka", "token_cosine"]),
     ],
 )

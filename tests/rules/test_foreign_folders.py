@@ -36,9 +36,7 @@ METHODS = {"iterdir", "unlink", "rmdir"}  # of a Path, whatever its name; `remov
 ALLOWED = {
     ("probes/checkpoints/own_files.py", "iterdir"): "lists the files of a checkpoint, which are read",
     ("probes/checkpoints/gguf.py", "iterdir"): "lists a copy in the user's own cache",
-    ("probes/history/steps.py", "iterdir"): "lists checkpoints, which are read",
-    ("probes/history/history.py", "iterdir"): "lists checkpoints, which are read",
-    ("app/cli/checkpoint_history.py", "iterdir"): "lists checkpoints, which are read",
+    ("probes/history.py", "iterdir"): "lists checkpoints, which are read",
 }
 
 

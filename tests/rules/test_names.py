@@ -22,13 +22,11 @@ SCRIPTS = ("depthscope.app.dashboard.navigation.",)  # run by Streamlit, not imp
 # Others build on these names: they stay.
 KERNELS = {
     "rank": "effective_rank entropy_rank participation_ratio stable_rank dong_residual marchenko_pastur",
-    "geometry": "token_cosine curvature two_nn dirichlet_energy angular_distance block_influence massive_activations "
-    "alpha_req",
-    "similarity": "linear_cka cka_matrix rbf_cka svcca pwcca procrustes rsa mutual_knn cknna",
+    "geometry": "token_cosine angular_distance block_influence massive_activations",
+    "similarity": "linear_cka cka_matrix procrustes mutual_knn cknna",
     "mixing": "sinkhorn forward_gain backward_gain operator_gain attenuation composite prefix_composites suffix_composites "
-    "all_pairs deflated_gain lyapunov_spectrum depth_kernel effective_streams henrici numerical_radius dobrushin "
-    "doubly_stochastic_violation mixing_entropy identity_distance",
-    "gradients": "gradient_norm backward_gain_profile noise_scale",
+    "deflated_gain depth_kernel effective_streams doubly_stochastic_violation identity_distance",
+    "gradients": "gradient_norm",
 }
 HEAVY = ("torch", "streamlit", "plotly", "matplotlib", "transformers")
 

@@ -75,9 +75,7 @@ def test_a_declaration_is_enough_for_a_figure(whole):
         assert figure.metric == figure.name == name
         assert metric.title in figure.title
         assert any(character.isdigit() for character in figure.alt)
-        assert isinstance(figure, Heatmap) == (
-            metric.pairwise or bool({"order", "head", "expert"} & set(metric.dims))
-        )
+        assert isinstance(figure, Heatmap) == (metric.pairwise or bool({"order", "head"} & set(metric.dims)))
         measured = [figure.z] if isinstance(figure, Heatmap) else [line.y for line in figure.lines]
         assert any(np.isfinite(values).any() for values in measured)
 
@@ -99,7 +97,7 @@ def test_a_default_figure_shows_the_numbers_of_the_defined_one(name, whole):
         return
     assert isinstance(default, Lines)
     # Lines that a definition adds to the metric: the default figure shows its numbers only.
-    added = ("every token, streamed", "initialisation and weight decay alone")
+    added = ("initialisation and weight decay alone",)
     mine_y, default_y = (
         [line.y for line in of.lines if line.role == "measured" and not line.label.endswith(added)]
         for of in (mine, default)

@@ -9,7 +9,6 @@ from depthscope import diagnostics
 from depthscope.diagnostics import metrics
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE, DECLARED
 from depthscope.diagnostics.metrics.declaration import Metric
-from depthscope.diagnostics.metrics.streamed import variants
 from tests.rules.registers import declared, modules_of, order_in_a_fresh_process, unregistered
 
 
@@ -24,9 +23,7 @@ def test_every_declared_metric_is_registered():
 def test_every_registered_metric_is_declared_once_and_under_its_own_name():
     names = [metric.name for _, _, metric in declared(metrics, Metric)]
     assert sorted(names) == sorted(metric.name for metric in DECLARED)
-    of_every_token = {metric.name for metric in variants(DECLARED)}
-    assert of_every_token >= {"streamed_effective_rank", "streamed_alpha_req", "streamed_cka"}
-    assert set(CATALOGUE) == {*names, *of_every_token}
+    assert set(CATALOGUE) == set(names)
     assert len(set(names)) == len(names)
     assert all(attribute == metric.name for _, attribute, metric in declared(metrics, Metric))
     assert all(name == metric.name for name, metric in CATALOGUE.items())

@@ -17,7 +17,7 @@ from tests.verdicts.networks import IMAGES, functional_loss
 from tests.verdicts.plans import Plan
 
 # What `judge` itself takes, to see the stages of one network on one scale.
-JOINING = {"channel_squared_mean", "channel_variance"}
+JOINING = {"channel_variance"}
 
 
 def generator(plan: Plan, purpose: int) -> torch.Generator:

@@ -157,8 +157,6 @@ def _numbers(figure: Figure, key: str) -> None:
         return
     with opened:
         st.caption(escaped(figure.caption))
-        if isinstance(figure, Lines) and figure.missing:
-            st.caption(escaped(f"Laws that are not drawn: {' '.join(figure.missing)}"))
         table = numbers_of(figure)
         # All of a large matrix would be hundreds of megabytes in the browser; the file has it all.
         show_frame(table, height=320, width=620)

@@ -113,7 +113,6 @@ def _axis_of(metric: str, reading: Reading) -> str:
         "other_depth",
         "other_connection",
         "head",
-        "expert",
         "eigenvalue",
         "source",
         "order",

@@ -39,7 +39,6 @@ def _facts(reading: Reading) -> dict[str, Any]:
         "Reading": attrs.get("proof"),
         **_sizes(reading.analysis),
         "Effective rank of the last state": _last_value(reading, "effective_rank", Selection(scope="data")),
-        "… of every token, streamed": _last_value(reading, "streamed_effective_rank", Selection()),
         **_evidence(attrs),
         "Memory": memory_sentence(attrs),
         "Precision": attrs.get("dtype"),

@@ -168,12 +168,8 @@ def _analyze_commands(
     readings: Sequence[Reading], used: Mapping[str, Any], kind: FigureKind | None = None
 ) -> list[str]:
     """One command a run; what it computes is written to a file of its own, and the run is left as it is."""
-    options = [
-        word
-        for name in _OPTIONS
-        if name in used and used[name] in CHOICES[name]
-        for word in (f"--{name}", str(used[name]))
-    ]
+    chosen = [f"{name}={used[name]}" for name in _OPTIONS if used.get(name) in CHOICES[name]]
+    options = ["--select", ",".join(chosen)] if chosen else []
     metrics = ["--metrics", kind.metric] if kind else []
     return [
         command_line("analyze", path, *metrics, *options, "--out", f"metrics_{i}.zarr", "--json")

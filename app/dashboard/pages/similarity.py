@@ -26,7 +26,7 @@ from depthscope.app.figures.build.values import feeds, names_of, pick
 from depthscope.app.figures.catalogue.similarity import build_cut
 from depthscope.app.figures.specification import NOISE_BASELINE
 from depthscope.app.readings.readings import Reading
-from depthscope.app.text.numbers import number, quantity
+from depthscope.app.text.numbers import number
 
 MEASURES = {
     name: kind
@@ -241,12 +241,6 @@ def _pair_table(data: xr.Dataset, pair: tuple[int, int], tokens: str) -> pd.Data
         if matrix is not None:
             noise = float("nan") if null is None else float(null)
             rows.append((f"linear CKA, {estimator}", number(float(matrix.isel(at))), number(noise)))
-    streamed = pick(data, "streamed_cka", Selection())
-    error = pick(data, "streamed_cka_error", Selection())
-    if streamed is not None and error is not None:
-        value = quantity(float(streamed.isel(at)), float(error.isel(at)))
-        # Sums over every token are unbiased, so that noise gives 0 however few the tokens are.
-        rows.append(("linear CKA, every token", value, number(0.0)))
     angle = pick(data, "angular_distance", Selection(tokens=tokens))
     if angle is not None:
         # Independent directions are orthogonal on average: an angle of π/2.

@@ -19,7 +19,6 @@ from depthscope.app.drawing.matplotlib.curves import (
     HEALTHY,
     MARK,
     NULL,
-    THEORY,
     keywords_of,
     plot_lines,
 )
@@ -192,7 +191,7 @@ def _looks(figure: Composed, content: Lines) -> dict[int, dict[str, Any]]:
 
 
 def _entries(figure: Composed) -> Iterator[tuple[Any, str]]:
-    """Handles and labels of the legend: runs that are drawn, variants in grey, then nulls, laws and limits."""
+    """Handles and labels of the legend: runs that are drawn, variants in grey, then nulls and limits."""
     contents = [panel.content for panel in figure.panels]
     lines = [line for content in contents if isinstance(content, Lines) for line in content.lines]
     drawn = {line.group for line in lines if line.role == "measured"}
@@ -215,8 +214,6 @@ def _grey_entries(lines: Sequence[Line]) -> Iterator[tuple[Any, str]]:
     roles = {line.role for line in lines}
     if "null" in roles:
         yield Line2D([], [], color="0.4", **NULL), NOISE_BASELINE
-    for law in dict.fromkeys(line.law for line in lines if line.role == "theory"):
-        yield Line2D([], [], color="0.4", **THEORY), plain(law)
     if "mark" in roles:
         yield Line2D([], [], color="0.8", **MARK), "a verdict warns or fails"
 

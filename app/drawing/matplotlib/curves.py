@@ -1,4 +1,4 @@
-"""How are curves drawn on paper? Colour by run, dashes by variant, nulls and laws dashed, limits in grey."""
+"""How are curves drawn on paper? Colour by run, dashes by variant, nulls dashed, limits in grey."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from depthscope.app.drawing.matplotlib.fonts import set_fonts
 from depthscope.app.drawing.matplotlib.legends import fits_inside, named_apart, num_columns
 from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
 from depthscope.app.drawing.matplotlib.style import Width, are_whole, inches_of, plain, plain_ticks
-from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
+from depthscope.app.figures.axis_limits import visible_limits
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.palette import MARK_EDGE, SHAPES, Look
 from depthscope.app.figures.specification import NOISE_BASELINE, Line, Lines
@@ -28,13 +28,12 @@ DASHES: tuple[Any, ...] = ("-", (0, (6, 1.2, 1.2, 1.2)), (0, (3, 1)), (0, (1, 0.
 HEALTHY = "#E4F2E7"
 NULL: dict[str, Any] = {"linestyle": (0, (4, 2)), "linewidth": 0.8}
 MARK: dict[str, Any] = {"linestyle": "", "marker": "v", "markersize": 5, "markeredgecolor": "black"}
-THEORY: dict[str, Any] = {"linestyle": (0, (9, 3)), "linewidth": 0.9}
 # Bands whose colours may add up; more of them are paler, so that curves are seen through all.
 FULL_BANDS = 4
 
 
 def draw_lines(figure: Lines, size: Width) -> Canvas:
-    """Draw curves with their bands, nulls, laws, thresholds and healthy range.
+    """Draw curves with their bands, nulls, thresholds and healthy range.
 
     ``size``: inches across and type size; `figure_style` must be active.
     """
@@ -63,17 +62,15 @@ def plot_lines(axes: Axes, figure: Lines, looks: Mapping[int, Mapping[str, Any]]
         axes.set_yscale("log", nonpositive="mask")
     if figure.log_x:
         axes.set_xscale("log", nonpositive="mask")
-    # The limits are set between the two: a law that is far off must not flatten the curves, nor may a threshold.
+    # The limits are set between the two: a threshold that is far off must not flatten the curves.
     _draw_roles(axes, figure, looks, ("measured", "null", "mark"))
     _limit(axes, figure)
-    _draw_roles(axes, figure, looks, ("theory",))
     _draw_limits(axes, figure)
 
 
 def _others(figure: Lines) -> list[str]:
     """What the legend may list besides measured lines; which thresholds it names is known after the size is set."""
-    others = {(line.role, line.law or line.role) for line in figure.lines if line.role != "measured"}
-    return [label for _, label in sorted(others)]
+    return sorted({line.role for line in figure.lines if line.role != "measured"})
 
 
 def _is_inside(figure: Lines, entries: Sequence[str]) -> bool:
@@ -120,7 +117,7 @@ def _draw_measured(axes: Axes, line: Line, look: Mapping[str, Any], opacity: flo
 def _draw_roles(
     axes: Axes, figure: Lines, looks: Mapping[int, Mapping[str, Any]], roles: Sequence[str]
 ) -> None:
-    """The lines of some roles; nulls and laws take the colour of the measured line before them."""
+    """The lines of some roles; nulls take the colour of the measured line before them."""
     colour = "0.4"
     bands = sum(line.lower is not None for line in figure.lines)
     opacity = 0.18 * min(1.0, FULL_BANDS / max(bands, 1))
@@ -134,19 +131,17 @@ def _draw_roles(
         elif line.role == "mark":
             axes.plot(line.x, line.y, color=colour, zorder=4, **MARK)
         else:
-            axes.plot(line.x, line.y, color=colour, alpha=0.8, **(NULL if line.role == "null" else THEORY))
+            axes.plot(line.x, line.y, color=colour, alpha=0.8, **NULL)
 
 
 def _limit(axes: Axes, figure: Lines) -> None:
-    """Limits from the measured values, not from distant laws and thresholds; ticks as plain as possible."""
+    """Limits from the measured values, not from distant thresholds; ticks as plain as possible."""
     # Depths are counted: there is no depth 2.5.
     if not figure.log_x and all(are_whole(line.x) for line in figure.lines):
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.margins(x=0.02)
     axes.autoscale_view()
     _widen_flat_limits(axes, figure)
-    if any(line.role == "theory" for line in figure.lines):
-        _include_theory(axes, figure)
     # Measured before the loop: otherwise one threshold could bring the next one near.
     low, high = axes.get_ylim()
     for line in figure.lines:
@@ -169,21 +164,6 @@ def _widen_flat_limits(axes: Axes, figure: Lines) -> None:
         low, high = float(values.min()), float(values.max())
         if visible_limits(low, high) != (low, high):
             axes.set_ylim(*visible_limits(low, high))
-
-
-def _include_theory(axes: Axes, figure: Lines) -> None:
-    """Limits widened for the laws as far as `limits_with_theory`; from here on they are fixed."""
-    log_y = axes.get_yscale() == "log"
-    known: dict[str, list[float]] = {"measured": [], "theory": []}
-    for line in figure.lines:
-        if line.role in known:
-            # What a log axis cannot show would make its limit zero.
-            known[line.role].extend(line.y[np.isfinite(line.y) & ((line.y > 0) | (not log_y))])
-    if known["measured"]:
-        low, high = min(known["measured"]), max(known["measured"])
-        # An end within the measured values keeps matplotlib's own margin.
-        for end in limits_with_theory(np.array(known["measured"]), np.array(known["theory"]), log_y):
-            axes.set_ylim(*(axes.get_ylim() if low <= end <= high else _limits_including(end, axes)))
 
 
 def _is_near(value: float, low: float, high: float, axes: Axes) -> bool:
@@ -294,13 +274,10 @@ def _legend(canvas: Canvas, axes: Axes, figure: Lines, size: Width, named: Seque
         # The measured lines are drawn first.
         handles = [*(handle for handle, _ in named), *handles[num_measured:]]
         labels = [*(label for _, label in named), *labels[num_measured:]]
-    # Nulls and laws have the colours of their runs; one grey entry represents all of a kind.
+    # Nulls have the colours of their runs; one grey entry represents all of a kind.
     if any(line.role == "null" for line in figure.lines):
         handles.append(Line2D([], [], color="0.4", **NULL))
         labels.append(NOISE_BASELINE)
-    for law in dict.fromkeys(line.law for line in figure.lines if line.role == "theory"):
-        handles.append(Line2D([], [], color="0.4", **THEORY))
-        labels.append(law)
     # The caption names what a single line shows.
     if len(handles) < 2:
         return

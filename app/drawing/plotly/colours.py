@@ -6,7 +6,6 @@ from depthscope.app.figures.palette import RUN_COLOURS
 
 PALETTE = RUN_COLOURS
 DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
-THEORY = "20px,4px"  # longer than any dash of a measured line
 # Half grey, and colours that let the page through: legible on white and on black.
 GREY = "rgba(128, 128, 128, 0.9)"
 FAINT = "rgba(128, 128, 128, 0.18)"

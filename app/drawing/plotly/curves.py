@@ -1,4 +1,4 @@
-"""How are curves drawn on a screen? A run keeps its colour, nulls and laws are dashed, thresholds carry their name."""
+"""How are curves drawn on a screen? A run keeps its colour, nulls are dashed, thresholds carry their name."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.colours import DASHES, GREY, HEALTHY, PALETTE, THEORY
+from depthscope.app.drawing.plotly.colours import DASHES, GREY, HEALTHY, PALETTE
 from depthscope.app.drawing.plotly.labels import words
 from depthscope.app.drawing.plotly.ticks import log_ticks
 from depthscope.app.figures import Line, Lines
-from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
+from depthscope.app.figures.axis_limits import visible_limits
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.palette import MARK_EDGE, Look
 
 
 def draw_lines(figure: Lines) -> go.Figure:
-    """Curves with their bands, nulls, laws, thresholds and healthy range; the axes' titles come later."""
+    """Curves with their bands, nulls, thresholds and healthy range; the axes' titles come later."""
     drawn = go.Figure()
     looks = _drawn_as(figure)
     # Dashes appear where a run has several lines: the legend then lists runs and variants instead of every line.
@@ -30,7 +30,6 @@ def draw_lines(figure: Lines) -> go.Figure:
             # Bands add up where they overlap: many of them are fainter.
             drawn.add_trace(_band(line, look.colour, figure.log_y, opacity=0.16 if num_bands < 3 else 0.09))
     num_measured = sum(look.look is not None for look in looks)
-    laws = {line.law: None for line in figure.lines if line.role == "theory"}
     for line, look in zip(figure.lines, looks, strict=True):
         drawn.add_trace(
             _curve(
@@ -38,7 +37,7 @@ def draw_lines(figure: Lines) -> go.Figure:
                 look,
                 # Marks of many or long lines run into each other: about twelve of each distinguish them. Heuristics of ours.
                 most_marks=0 if num_measured <= 4 and len(line.x) <= 40 else 12,
-                named=(num_measured > 1 or bool(laws)) and not crowded,
+                named=num_measured > 1 and not crowded,
             )
         )
         if line.role == "threshold":
@@ -50,7 +49,6 @@ def draw_lines(figure: Lines) -> go.Figure:
         _name_level(drawn, baseline, baseline.label.rpartition(" · ")[2], figure)
     if crowded:
         drawn.add_traces(_key(figure.lines, looks))
-    drawn.add_traces([_legend_entry(name, {"color": GREY, "width": 1.3, "dash": THEORY}) for name in laws])
     span = _y_range(figure)
     if figure.healthy is not None and span is not None:
         _shade(drawn, figure.healthy, span)
@@ -113,7 +111,7 @@ class _Drawn:
 
 
 def _drawn_as(figure: Lines) -> list[_Drawn]:
-    """Colour and dash of every line: nulls and laws have the colour of the measured line before them."""
+    """Colour and dash of every line: nulls have the colour of the measured line before them."""
     looks = looks_of(figure)
     colour = PALETTE[0]
     found = []
@@ -125,7 +123,7 @@ def _drawn_as(figure: Lines) -> list[_Drawn]:
         elif line.role == "threshold":
             found.append(_Drawn(GREY, "dot"))
         else:
-            found.append(_Drawn(colour, "dash" if line.role == "null" else THEORY))
+            found.append(_Drawn(colour, "dash"))
     return found
 
 
@@ -140,8 +138,8 @@ def _curve(line: Line, drawn: _Drawn, *, most_marks: int, named: bool) -> go.Sca
         marker=_mark(look) | {"maxdisplayed": most_marks} if look else None,
         error_y=_whiskers(line, drawn.colour),
         opacity=1.0 if look else 0.7,
-        # Lines of one legend group are hidden together: all those of a law, or a line with its null and band.
-        legendgroup=line.law or (line.label if named else line.group),
+        # Lines of one legend group are hidden together: a line with its null and band.
+        legendgroup=line.label if named else line.group,
         text=None if line.text is None else list(map(words, line.text)),
         hovertemplate="%{y:.4~g}  (%{text})" if line.text is not None else "%{y:.4~g}",
         hoverinfo="skip" if line.role == "threshold" else None,
@@ -225,13 +223,13 @@ def _shade(drawn: go.Figure, healthy: tuple[float, float], span: tuple[float, fl
 
 
 def _y_range(figure: Lines) -> tuple[float, float] | None:
-    """Ends of the vertical axis: the curves, their bands, laws as far as `limits_with_theory`, and the next thresholds."""
+    """Ends of the vertical axis: the curves, their bands, and the next thresholds."""
     if figure.limits is not None:
         return figure.limits
     known = _drawable(figure, ("measured", "null"))
     if known.size == 0:
         return None
-    low, high = visible_limits(*limits_with_theory(known, _drawable(figure, ("theory",)), figure.log_y))
+    low, high = visible_limits(float(known.min()), float(known.max()))
     limits = _drawable(figure, ("threshold",))
     # The next threshold on either side shows how far away it is; those beyond it would flatten the curves.
     above, below = limits[limits > high], limits[limits < low]

@@ -75,7 +75,7 @@ def describe_lines(lines: Sequence[Line], title: str, axis: str) -> str:
 
     ``axis``: word for a position, "depth" or "connection".
     """
-    # The caption explains nulls and laws.
+    # The caption explains nulls.
     sentences = [_describe_line(line, axis) for line in lines if line.role == "measured"]
     return f"{title}. {' '.join(sentences)}" if sentences else f"{title}: nothing was measured."
 

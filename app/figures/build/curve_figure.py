@@ -1,4 +1,4 @@
-"""How does one number change across depth, connections or modules? Runs overlaid, with nulls, bands and laws."""
+"""How does one number change across depth, connections or modules? Runs overlaid, with nulls and bands."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.captions import describe_lines, remarks_by_run
-from depthscope.app.figures.build.laws import law_words, missing_laws
 from depthscope.app.figures.build.measurement import Curve, Measurement
 from depthscope.app.figures.build.values import LABELLED, defined_labels, streams_of
 from depthscope.app.figures.specification import Analyses, FigureKind, Line, Lines, Selection
@@ -29,7 +28,6 @@ _AXES = {
 }
 # Labels of the analysis that people write with a sign.
 _SIGNS = {"infinity": "∞-norm", "one": "1-norm", "two": "2-norm"}
-_STREAMED = "Streamed: from sums over every token that was seen, not over the sampled ones."
 
 
 def axis_title(dim: str, axis: str) -> str:
@@ -61,7 +59,7 @@ class CurveFigure(FigureKind):
     note : str
         Sentence that ends the remarks of the caption.
     derive : function, optional
-        Takes an analysis and returns one in which the metric, or its twin, is what is drawn.
+        Takes an analysis and returns one in which the metric is what is drawn.
     derived_from : tuple of str
         Further metrics that `derive` reads.
     """
@@ -80,15 +78,7 @@ class CurveFigure(FigureKind):
     @property
     def also(self) -> tuple[str, ...]:
         """Further variables that it draws where the analysis has them."""
-        return tuple(
-            name for name in (self.around, *self.derived_from, self.twin, *self.reference[:1]) if name
-        )
-
-    @property
-    def twin(self) -> str:
-        """The same metric of every token, from streamed sums; empty where there is none."""
-        name = f"streamed_{self.metric}"
-        return name if name in CATALOGUE else ""
+        return tuple(name for name in (self.around, *self.derived_from, *self.reference[:1]) if name)
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -104,13 +94,11 @@ class CurveFigure(FigureKind):
             # Before anything is selected: a derived variable is picked, labelled and captioned as a measured one.
             analyses = {run: self.derive(data) for run, data in analyses.items()}
         measurement = Measurement(self.metric, analyses, choice)
-        curves = [*self._measured(measurement), *self._streamed(analyses, choice)]
-        curves += self._references(analyses, choice)
+        curves = [*self._measured(measurement), *self._references(analyses, choice)]
         runs = list(analyses)
-        # By run, and `sorted` is stable: a null or a law takes the colour of the measured line before it.
+        # By run, and `sorted` is stable: a null takes the colour of the measured line before it.
         ordered = sorted(curves, key=lambda curve: runs.index(curve.line.group))
         lines = _without_repeated_nulls([line for curve in ordered for line in curve.lines])
-        overlays = [(curve.line.group, overlay) for curve in curves for overlay in curve.laws]
         # The scale is declared, not chosen by the data: an axis that changes with the run cannot be compared.
         declared = CATALOGUE[self.metric]
         judged = {} if self.derive else judged_limits(self.metric, analyses)
@@ -133,15 +121,16 @@ class CurveFigure(FigureKind):
                 scope="" if declared.axis == "weight" else self.scope,
                 remarks=[
                     *remarks,
-                    law_words(overlays),
                     "Green: within the limits of the verdicts." if healthy else "",
                     self.note,
                 ],
             ),
             alt=describe_lines(lines, self.title, declared.axis),
             metric=self.metric,
-            sources=_sources(self.metric, lines, curves),
-            missing=missing_laws(overlays),
+            # Of a null that is not drawn the source would be cited for nothing.
+            sources=(declared.null_cite,)
+            if declared.null_cite and any(line.role == "null" for line in lines)
+            else (),
         )
 
     def _measured(self, measurement: Measurement) -> Iterator[Curve]:
@@ -175,24 +164,9 @@ class CurveFigure(FigureKind):
             names = [self.component.format(i + 1) for i in range(len(names))]
         return [(_SIGNS.get(name, name), values.isel({self.over: i})) for i, name in enumerate(names)]
 
-    def _streamed(self, analyses: Analyses, choice: Selection) -> Iterator[Curve]:
-        """The same of every token; streamed sums know neither single sequences nor massive activations."""
-        within = "scope" in Measurement(self.metric, analyses, choice).dims and choice.scope == "sequence"
-        if not self.twin or within or choice.tokens != "all":
-            return
-        twin = Measurement(self.twin, analyses, choice)
-        for run, data, values in twin.slices():
-            # Without streams the sums are those of the mean stream; they are no answer about another one.
-            if "stream" not in data[self.twin].dims and choice.stream != "mean":
-                continue
-            curve = twin.curve(run, values, axis="depth", label="every token, streamed")
-            reason = data[self.twin].attrs.get("undefined_because")
-            gap = [f"A gap in it: {reason}."] if reason else []
-            yield Curve(curve.line, curve.null, remarks=(_STREAMED, *gap))
-
     def _references(self, analyses: Analyses, choice: Selection) -> Iterator[Curve]:
         """The curve that the measured one is compared with, of every run that has it."""
-        # Its line only: bands and laws are those of the measured curve.
+        # Its line only: bands are those of the measured curve.
         if self.reference:
             name, label = self.reference
             reference = Measurement(name, analyses, choice)
@@ -215,16 +189,6 @@ def _without_repeated_nulls(lines: Sequence[Line]) -> list[Line]:
         if line.role != "null" or not any(np.array_equal(line.y, o.y, equal_nan=True) for o in nulls):
             distinct.append(line)
     return distinct
-
-
-def _sources(metric: str, lines: Sequence[Line], curves: Sequence[Curve]) -> tuple[str, ...]:
-    """Bibliography keys of the laws that are drawn, that of the null last."""
-    from depthscope.diagnostics.theory import null_law
-
-    cited = [law.law.cite for curve in curves for law in curve.laws if law.values is not None]
-    # Of a null that is not drawn the source would be cited for nothing.
-    law = null_law(metric) if any(line.role == "null" for line in lines) else None
-    return tuple(dict.fromkeys([*cited, *([law.cite] if law else [])]))
 
 
 _WORDS = {Severity.INFO: "note", Severity.WARN: "warn", Severity.FAIL: "fail"}

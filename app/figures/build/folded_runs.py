@@ -27,9 +27,7 @@ def folded(figure: Lines, group_of: Mapping[str, str]) -> Lines:
         group = group_of.get(line.group)
         if line.role == "threshold" or group is None:
             others.append(line)
-        elif (
-            line.role == "measured"
-        ):  # nulls and laws of single runs would be drawn as often as there are seeds
+        elif line.role == "measured":  # nulls of single runs would be drawn as often as there are seeds
             variant = line.label.removeprefix(line.group)
             gathered.setdefault((group, variant, np.asarray(line.x, dtype=float).tobytes()), []).append(line)
     most = max((len(lines) for lines in gathered.values()), default=0)

@@ -1,24 +1,21 @@
-"""What do some runs know about one metric? Its curves with bands, nulls and laws, and the words about them."""
+"""What do some runs know about one metric? Its curves with bands and nulls, and the words about them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.captions import selection_words, token_count_words
-from depthscope.app.figures.build.laws import law_lines, null_words
 from depthscope.app.figures.build.spread import aligned, spread_of
 from depthscope.app.figures.build.values import fed, names_of, pick, positions
 from depthscope.app.figures.specification import Analyses, Line, Selection, null_label
 from depthscope.app.text.numbers import number, sentence
-
-if TYPE_CHECKING:
-    from depthscope.diagnostics.theory import Overlay
+from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 MOST_NAMED = 3
 """Runs that a sentence of a caption names; of more it says how many. A heuristic of ours."""
@@ -36,20 +33,18 @@ class Curve:
 
     ``line``: the measured values with their band and whiskers.
     ``null``: the value expected without structure.
-    ``laws``: what theory gives, or why it gives nothing.
     ``remarks``: sentences of the caption about it.
     """
 
     line: Line
     null: Line | None = None
-    laws: tuple[Overlay, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
     def lines(self) -> list[Line]:
         """The measured line, then what is drawn in its colour."""
         null = [] if self.null is None else [self.null]
-        return [self.line, *null, *law_lines(self.laws, self.line)]
+        return [self.line, *null]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +91,10 @@ class Measurement:
     def curve(
         self, run: str, values: xr.DataArray, *, axis: str, label: str = "", around: str = "", **fixed: str
     ) -> Curve:
-        """A measured curve of one run, with its band, its null and its laws.
+        """A measured curve of one run, with its band and its null.
 
         ``label``: what distinguishes it from other curves of the run.
         """
-        from depthscope.diagnostics import theory  # here: it imports scipy's integration
-
         data, values = self.analyses[run], values.rename(self.metric)
         spread = spread_of(data, values, self.choice, around, **fixed)
         line = Line(
@@ -117,7 +110,6 @@ class Measurement:
         return Curve(
             line,
             self.null_line(line, values, run, **fixed),
-            tuple(theory.overlay_laws(values, data)),
             spread.words,
         )
 
@@ -209,3 +201,15 @@ class Measurement:
         if len(missing) > MOST_NAMED:
             return f"Not measured in {len(missing)} of the {len(self.analyses)} runs."
         return f"Not measured in {', '.join(missing)}." if missing else ""
+
+
+def null_words(metric: str) -> str:
+    """Sentence of a caption about the null of a metric, with the law that gives it."""
+    null = CATALOGUE[metric].null if metric in CATALOGUE else None
+    # The docstring of a null is a noun phrase; after "; NaN" comes where it is undefined.
+    docstring = (null.__doc__ or "") if callable(null) else ""
+    what = docstring.partition("\n")[0].partition("; NaN")[0].rstrip(".")
+    what = what or "independent noise of the same shape"
+    # A phrase that begins with a formula or a name, such as "IQR", stays capital.
+    what = what if what[1:2].isupper() else what[0].lower() + what[1:]
+    return f"Dashed: the baseline, {what}."

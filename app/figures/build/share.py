@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from depthscope.app.figures.build.laws import null_words
+from depthscope.app.figures.build.measurement import null_words
 from depthscope.app.figures.build.spectrum_figure import NOISE_WORDS
 from depthscope.app.figures.specification import NOISE_BASELINE, Array, Line, Lines, null_label
 
@@ -28,9 +28,8 @@ def share_of_null(figure: Lines) -> Lines:
     shares: list[Line] = []
     level: Array | None = None
     for line in figure.lines:
-        # A law of theory is that of the measured curve before it.
         level = nulls.get(id(line), level)
-        if line.role in ("measured", "theory") and level is not None and level.shape == line.y.shape:
+        if line.role == "measured" and level is not None and level.shape == line.y.shape:
             shares.append(_divided(line, level))
     ends = np.concatenate([line.x for line in shares]) if shares else np.zeros(0)
     span = np.array([ends.min(initial=0.0), ends.max(initial=0.0)])

@@ -10,7 +10,6 @@ from depthscope.app.figures.build.spectrum_figure import SpectrumFigure, by_orde
 _ranks = partial(CurveFigure, question="collapse", section="Ranks")
 _tokens = partial(CurveFigure, question="collapse", section="Tokens")
 _heads = partial(MatrixFigure, columns="head", limits=(0.0, 1.0), question="collapse", section="Tokens")
-_spectrum = partial(CurveFigure, question="collapse", section="Spectrum")
 # Two figures of one metric: neither has its name, so both name it.
 _singular_values = partial(SpectrumFigure, question="collapse", section="Spectrum", metric="singular_value")
 
@@ -30,33 +29,11 @@ corrected_participation_ratio = _ranks(
     "participation ratio",
     note="Without the bias of the sampled tokens.",
 )
-entropy_rank = _ranks(
-    "entropy_rank",
-    "Matrix-entropy rank across depth",
-    "entropy rank",
-)
-stable_rank = _ranks(
-    "stable_rank",
-    "Stable rank across depth",
-    "stable rank",
-)
 numerical_rank = _ranks(
     "numerical_rank",
     "Numerical rank across depth",
     "numerical rank",
     note="Directions above the rounding of float32.",
-)
-intrinsic_dimension = _ranks(
-    "intrinsic_dimension",
-    "Intrinsic dimension across depth",
-    "TwoNN dimension",
-    note="From the two nearest neighbours of each token, all tokens pooled; its bias has a figure of its own.",
-)
-intrinsic_dimension_bias = _ranks(
-    "intrinsic_dimension_bias",
-    "Bias of the intrinsic dimension across depth",
-    "dimensions",
-    note="What the estimator is short of that of a normal cloud which measures the same.",
 )
 # These three compare the tokens of one sequence: the caption counts those of one, not of all ("data", the default).
 dong_residual = _tokens(
@@ -80,20 +57,6 @@ sequence_share = CurveFigure(
     section="Tokens",
     note="0: all sequences have the same states.",
 )
-dirichlet_energy = _tokens(
-    "dirichlet_energy",
-    "Dirichlet energy across depth",
-    "tr(XᵀLX) / ‖X‖²",
-    scope="sequence",
-    note="0 means that all tokens of a sequence are equal (oversmoothed).",
-)
-curvature = _tokens(
-    "curvature",
-    "Curvature of the path of tokens",
-    "mean angle between steps",
-    scope="sequence",
-    note="0 is a straight path from token to token, π one that goes back and forth.",
-)
 # Sun et al. 2024 call an activation massive above 100 and above 1000 × the median; the metric is a ratio to the median.
 massive_activation = _tokens(
     "massive_activation",
@@ -107,8 +70,6 @@ massive_token_fraction = _tokens(
     "share of the tokens",
     note="Above 100 and above 1000 × the median.",
 )
-feature_kurtosis = _tokens("feature_kurtosis", "Kurtosis of the features across depth", "kurtosis")
-zero_fraction = _tokens("zero_fraction", "Entries that are exactly zero", "share of the entries")
 attention_entropy = _heads(
     "attention_entropy",
     "Entropy of attention by head",
@@ -120,16 +81,6 @@ sink_mass = _heads(
     "Attention on the first token by head",
     "weight on the first token",
 )
-expert_load = MatrixFigure(
-    "expert_load",
-    "Load of the experts",
-    "times an equal share",
-    columns="expert",
-    question="collapse",
-    section="Tokens",
-    note="0 where no token chooses an expert.",
-)
-router_entropy = _tokens("router_entropy", "Entropy of routers across depth", "share of uniform")
 spectrum = _singular_values(
     "spectrum",
     "Singular values of the states",
@@ -156,16 +107,4 @@ spectral_density = _singular_values(
     "share of the eigenvalues per decade",
     density,
     note="Eigenvalues beyond the ends of the dashed curve, the edges of noise, are structure.",
-)
-top_energy = _spectrum(
-    "top_energy",
-    "Energy in the ten strongest directions",
-    "share of the energy",
-)
-alpha_req = _spectrum(
-    "alpha_req",
-    "Power law of the spectrum (α-ReQ)",
-    "exponent α",
-    around="alpha_req_error",
-    note="Near 1 in good representations; centred is the published form.",
 )

@@ -43,24 +43,9 @@ gradient_rank = _states(
     "effective rank",
     note="How many directions the gradients of the sequences use.",
 )
-gradient_cosine = _states(
-    "gradient_cosine",
-    "Agreement of the gradients across depth",
-    "mean cosine of two gradients",
-)
-channel_squared_mean = _propagation(
-    "channel_squared_mean",
-    "What all tokens share: squared mean of a channel",
-    "mean over channels of μ²",
-)
 channel_variance = _propagation(
     "channel_variance",
     "What tells tokens apart: variance of a channel",
-    "mean over channels of σ²",
-)
-branch_variance = _propagation(
-    "branch_variance",
-    "Variance of what each step adds",
     "mean over channels of σ²",
 )
 branch_share = _propagation(
@@ -74,12 +59,6 @@ update_ratio = _weights(
     "How far one step moves each module",
     "‖ΔW‖ / ‖W‖",
     note="One step of the optimizer.",
-)
-weight_gradient_ratio = _weights(
-    "weight_gradient_ratio",
-    "Gradient of each module relative to its weights",
-    "‖∂loss / ∂W‖ / ‖W‖",
-    note=_REDUCTION,
 )
 weight_gradient_norm = _weights(
     "weight_gradient_norm",

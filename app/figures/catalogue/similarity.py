@@ -15,7 +15,7 @@ from depthscope.app.figures.specification import Analyses, Line, Lines, Selectio
 
 _matrix = partial(MatrixFigure, question="similarity")
 _steps = partial(CurveFigure, question="similarity")
-# The full range of an index, so that the colours of two runs can be compared; RSA and CKNNA may be negative.
+# The full range of an index, so that the colours of two runs can be compared; CKNNA may be negative.
 _BOUNDED = (0.0, 1.0)
 
 
@@ -26,19 +26,6 @@ def _from_depth_before(matrix: xr.DataArray) -> xr.DataArray:
     values = np.full(matrix.shape[:-1], np.nan)
     values[..., 1:] = np.diagonal(matrix.values, offset=-1, axis1=-2, axis2=-1)
     return matrix.isel(other_depth=0, drop=True).copy(data=values)
-
-
-def _with_streamed_twin(data: xr.Dataset) -> xr.Dataset:
-    """The analysis with the streamed CKA of each depth with the one before, and its error."""
-    twins = {"streamed_cka": "streamed_adjacent_cka", "streamed_cka_error": "streamed_adjacent_cka_stderr"}
-    # Streamed sums give the unbiased estimator: the twin carries that label, and is undefined under the other one.
-    return data.assign(
-        {
-            twin: _from_depth_before(data[name]).expand_dims(estimator=["unbiased"])
-            for name, twin in twins.items()
-            if name in data
-        }
-    )
 
 
 def _with_step_angles(data: xr.Dataset) -> xr.Dataset:
@@ -63,44 +50,11 @@ angular_distance = _matrix(
     limits=(0.0, None),
     note="Mean over tokens.",
 )
-streamed_cka = _matrix(
-    "streamed_cka",
-    "CKA of every two depths, every token",
-    "linear CKA",
-    limits=_BOUNDED,
-    error="streamed_cka_error",
-    counts=False,
-    note="From streamed sums over every token seen.",
-)
-rbf_cka = _matrix(
-    "rbf_cka",
-    "RBF CKA of every two depths",
-    "RBF CKA",
-    limits=_BOUNDED,
-)
-svcca = _matrix(
-    "svcca",
-    "SVCCA of every two depths",
-    "mean canonical correlation",
-    limits=_BOUNDED,
-)
-pwcca = _matrix(
-    "pwcca",
-    "PWCCA of every two depths",
-    "weighted canonical correlation",
-    limits=_BOUNDED,
-)
 procrustes = _matrix(
     "procrustes",
     "Procrustes distance of every two depths",
     "Procrustes distance",
     limits=(0.0, None),
-)
-rsa = _matrix(
-    "rsa",
-    "RSA of every two depths",
-    "correlation of distances",
-    limits=(None, 1.0),
 )
 mutual_knn = _matrix(
     "mutual_knn",
@@ -118,8 +72,6 @@ adjacent_cka = _steps(
     "adjacent_cka",
     "CKA with the depth before",
     "linear CKA with depth − 1",
-    derive=_with_streamed_twin,
-    derived_from=("streamed_cka", "streamed_cka_error"),
 )
 adjacent_cosine = _steps(
     "adjacent_cosine",
@@ -143,24 +95,6 @@ closest_stream_cosine = _steps(
     "closest_stream_cosine",
     "Cosine of the two most similar streams across depth",
     "largest mean cosine of two streams",
-)
-first_checkpoint_cka = _steps(
-    "first_checkpoint_cka",
-    "CKA with the same depth of the first checkpoint",
-    "linear CKA with the first checkpoint",
-    note="Of a history of checkpoints.",
-)
-last_checkpoint_cka = _steps(
-    "last_checkpoint_cka",
-    "CKA with the same depth of the last checkpoint",
-    "linear CKA with the last checkpoint",
-    note="Of a history of checkpoints: its last one has 1.",
-)
-first_checkpoint_distance = _steps(
-    "first_checkpoint_distance",
-    "Distance from the states of the first checkpoint",
-    "distance, relative to the first",
-    note="Of a history of checkpoints.",
 )
 stream_cka = _steps(
     "stream_cka",

@@ -52,7 +52,7 @@ def grouped(figure: Lines, groups: Mapping[str, str]) -> Lines:
 
 
 def _of_group(name: str, members: Sequence[Line]) -> Iterator[Line]:
-    """The mean of every variant with its null, then what has no mean: laws and marks of the first run."""
+    """The mean of every variant with its null, then what has no mean: marks of the first run."""
     variants: dict[tuple[str, str], list[Line]] = {}
     for line in members:
         variants.setdefault((line.role, line.label.removeprefix(line.group)), []).append(line)
@@ -61,7 +61,7 @@ def _of_group(name: str, members: Sequence[Line]) -> Iterator[Line]:
         label = f"{name}{variant}"
         same = all(np.array_equal(line.x, first.x) for line in lines)
         if role != "measured":
-            # Nulls and laws are those of the sample size, which the runs of a design share.
+            # Nulls are those of the sample size, which the runs of a design share.
             yield replace(first, group=name, label=label)
         elif not same:
             yield from (replace(line, group=name, label=label) for line in lines)

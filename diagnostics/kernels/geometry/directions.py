@@ -1,11 +1,11 @@
-"""In which direction do tokens point, and how far are they turned? Cosines, angles, block influence, curvature.
+"""In which direction do tokens point, and how far are they turned? Cosines, angles, block influence.
 
 Shapes: ``...`` batch, ``N`` rows (tokens, in order), ``d`` columns (features).
 """
 
 from typing import Any
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, masked_mean, ratio, rows, unit_rows
@@ -182,43 +182,3 @@ def block_influence(x: Array, y: Array, *, mask: Array | None = None) -> Array:
     # 1 − ⟨u, w⟩ would cancel: a block that moves states by 1e-8 has an influence of 5e-17.
     difference = u - w
     return masked_mean(xp, xp.linalg.vecdot(difference, difference) / 2.0, valid)
-
-
-def curvature(x: Array, *, mask: Array | None = None) -> Array:
-    """Mean turning angle of the token path: the angle between v_k = x_{k+1} − x_k and v_{k+1}.
-
-    Equal neighbours give a step without direction, whose angles do not count. Masked rows drop out of the
-    path: the rows around them become neighbours.
-
-    Parameters
-    ----------
-    x
-        Token paths (..., N, d), rows in order.
-    mask
-        Booleans (..., N), False for rows that do not count.
-
-    Returns
-    -------
-    Array
-        (...), in radians between 0 (straight) and π (back and forth); NaN without two successive steps.
-        Source: Skean et al. 2502.02013, after Hosseini & Fedorenko 2023.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> float(np.degrees(curvature(np.array([[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]))).round(9))
-    90.0
-    """
-    matrix = rows(x, mask=mask)
-    xp, path = matrix.xp, matrix.values
-    if matrix.mask is not None:
-        # A stable sort moves masked rows to the end, and leaves the others in order.
-        order = xp.argsort(xp.astype(~matrix.mask, xp.int64), axis=-1, stable=True)
-        path = xp.take_along_axis(path, xp.broadcast_to(order[..., None], path.shape), axis=-2)
-    if path.shape[-2] < 3:
-        return xp.full_like(matrix.count, xp.nan)
-    unit, length = unit_rows(xp, path[..., 1:, :] - path[..., :-1, :])
-    # Steps from or to a masked row, now past the count, and steps of length zero have no direction.
-    moved = (length > 0) & (xp.arange(1, path.shape[-2], device=device(path)) < matrix.count[..., None])
-    angles = _angles(xp, unit[..., 1:, :], unit[..., :-1, :])
-    return masked_mean(xp, angles, moved[..., 1:] & moved[..., :-1])

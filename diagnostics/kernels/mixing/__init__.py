@@ -10,7 +10,7 @@ refused with a ValueError.
 [[0.625, 0.375], [0.375, 0.625]]
 """
 
-from depthscope.diagnostics.kernels.mixing.collapse import deflated_gain, lyapunov_spectrum
+from depthscope.diagnostics.kernels.mixing.collapse import deflated_gain
 from depthscope.diagnostics.kernels.mixing.constraints import Constraint, constraint_errors, named_constraint
 from depthscope.diagnostics.kernels.mixing.depth_kernels import depth_kernel
 from depthscope.diagnostics.kernels.mixing.gains import (
@@ -19,29 +19,22 @@ from depthscope.diagnostics.kernels.mixing.gains import (
     backward_gain,
     forward_gain,
     log_backward_gain,
-    log_deviation,
     log_forward_gain,
     operator_gain,
 )
-from depthscope.diagnostics.kernels.mixing.pairs import all_pairs, pair_gains
 from depthscope.diagnostics.kernels.mixing.paths import (
-    effective_path_depth,
     effective_streams,
     read_mass,
-    stream_shares,
     streams_across,
 )
 from depthscope.diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
 from depthscope.diagnostics.kernels.mixing.projection import sinkhorn_sensitivity, softmax_sensitivity
-from depthscope.diagnostics.kernels.mixing.radius import numerical_radius
 from depthscope.diagnostics.kernels.mixing.singular import singular_values
-from depthscope.diagnostics.kernels.mixing.spectra import condition_number, eigenvalues, henrici, spectral_gap
+from depthscope.diagnostics.kernels.mixing.spectra import eigenvalues, spectral_gap
 from depthscope.diagnostics.kernels.mixing.stochastic import (
     Violation,
-    dobrushin,
     doubly_stochastic_violation,
     identity_distance,
-    mixing_entropy,
     sinkhorn,
 )
 
@@ -49,31 +42,21 @@ __all__ = [
     "Attenuation",
     "Constraint",
     "Violation",
-    "all_pairs",
     "attenuation",
     "backward_gain",
     "composite",
-    "condition_number",
     "constraint_errors",
     "deflated_gain",
     "depth_kernel",
-    "dobrushin",
     "doubly_stochastic_violation",
-    "effective_path_depth",
     "effective_streams",
     "eigenvalues",
     "forward_gain",
-    "henrici",
     "identity_distance",
     "log_backward_gain",
-    "log_deviation",
     "log_forward_gain",
-    "lyapunov_spectrum",
-    "mixing_entropy",
     "named_constraint",
-    "numerical_radius",
     "operator_gain",
-    "pair_gains",
     "prefix_composites",
     "read_mass",
     "singular_values",
@@ -81,7 +64,6 @@ __all__ = [
     "sinkhorn_sensitivity",
     "softmax_sensitivity",
     "spectral_gap",
-    "stream_shares",
     "streams_across",
     "suffix_composites",
 ]

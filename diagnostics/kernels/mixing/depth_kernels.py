@@ -1,6 +1,6 @@
 """How much of an earlier output does a sublayer read? The depth kernel, HC's dense connection matrix."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -8,9 +8,18 @@ from array_api_compat import device
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array, as_float64
-from depthscope.diagnostics.kernels.mixing._matrices import as_given, in_memory, unscaled
-from depthscope.diagnostics.kernels.mixing.pairs import mix_on
+from depthscope.diagnostics.kernels.mixing._matrices import (
+    LARGE,
+    SMALL,
+    as_given,
+    in_memory,
+    rescaled,
+    unscaled,
+)
 from depthscope.diagnostics.kernels.mixing.products import contiguous, stacked
+
+# Entries of one block of vectors: half a MB of float64, which stays in the second-level cache of a core.
+BLOCK = 65_536
 
 
 def depth_kernel(
@@ -141,3 +150,35 @@ def _edge(xp: Any, stack: Array, batch: tuple[int, ...], weights: Array, name: s
     except (ValueError, RuntimeError):
         raise InputError(f"{name} has shape {tuple(weights.shape)}; expected (..., n) = {expected}") from None
     return xp.permute_dims(xp.reshape(full, (-1, stack.shape[1])), (1, 0))
+
+
+def mix_on(xp: Any, layer: Array, vectors: Array, log_scale: Array) -> Array:
+    """Multiply vectors (S, n, B) with log scales (S, B) by a layer (n, n, B), in place; returns their largest entries.
+
+    A vector that leaves the range is divided by its largest entry, whose logarithm is added to its log scale.
+    """
+    matrix, own = rescaled(xp, layer, xp.zeros_like(layer[0, 0]), dims=2)
+    if matrix is not layer:  # `rescaled` returns its input where nothing was to be done
+        log_scale += own
+    top = xp.empty_like(log_scale)
+    for block in _blocks(vectors.shape):
+        moved = xp.einsum("ijb,ajb->aib", matrix[..., block[1]], vectors[block[0], :, block[1]])
+        vectors[block[0], :, block[1]] = moved
+        top[block] = xp.max(xp.abs(moved), axis=1)
+    if bool(xp.max(top) > LARGE) or bool(xp.min(top) < SMALL):
+        out = ((top > LARGE) | (top < SMALL)) & (top > 0)
+        shrink = xp.where(out, top, xp.ones_like(top))
+        vectors /= shrink[:, None]
+        log_scale += xp.log(shrink)
+        top /= shrink
+    return top
+
+
+def _blocks(shape: tuple[int, int, int]) -> Iterator[tuple[slice, slice]]:
+    """Slices of vectors and tokens of (S, n, B) that fit into the cache, over all tokens where possible."""
+    count, n, total = shape
+    width = min(total, BLOCK // n)
+    height = max(1, BLOCK // (n * width))
+    for token in range(0, total, width):
+        for vector in range(0, count, height):
+            yield slice(vector, vector + height), slice(token, token + width)

@@ -139,11 +139,10 @@ class Attenuation(NamedTuple):
 
     row: Array  # (...), min_i |Σ_j P_ij|: forward
     column: Array  # (...), min_j |Σ_i P_ij|: backward
-    log_deviation: Array  # (...), max |ln |sum|| over rows and columns; infinite at a zero sum
 
 
 def attenuation(p: Array) -> Attenuation:
-    """Attenuation: the smallest signed sums, and the largest distance of any sum from 1 in logarithms.
+    """Attenuation: the smallest signed sums of rows and of columns.
 
     Parameters
     ----------
@@ -153,40 +152,14 @@ def attenuation(p: Array) -> Attenuation:
     Returns
     -------
     Attenuation
-        row, column and log_deviation, (...) each.
+        row and column, (...) each.
 
     Examples
     --------
     >>> found = attenuation([[0.5, 0.0], [0.0, 1.0]])
-    >>> float(found.row), float(found.column), float(found.log_deviation) == math.log(2)
-    (0.5, 0.5, True)
+    >>> float(found.row), float(found.column)
+    (0.5, 0.5)
     """
     xp, p = square(p)
     out, into = xp.abs(xp.sum(p, axis=-1)), xp.abs(xp.sum(p, axis=-2))
-    return Attenuation(xp.min(out, axis=-1), xp.min(into, axis=-1), log_deviation(p))
-
-
-def log_deviation(p: Array, log_scale: Array | float = 0.0) -> Array:
-    """Largest distance of any signed row or column sum of p · e^log_scale from 1, max |ln |sum||.
-
-    Parameters
-    ----------
-    p
-        Matrices (..., n, n).
-    log_scale
-        (...), as the composites return it.
-
-    Returns
-    -------
-    Array
-        (...), natural logarithm: 0 for a doubly stochastic matrix, infinite at a zero sum.
-
-    Examples
-    --------
-    >>> float(log_deviation([[1.0, 0.0], [0.0, 1.0]], -2000.0))
-    2000.0
-    """
-    xp, p = square(p)
-    sums = xp.concat([xp.sum(p, axis=-1), xp.sum(p, axis=-2)], axis=-1)
-    scale = log_scale if isinstance(log_scale, float) else log_scale[..., None]
-    return xp.max(xp.abs(log(xp, xp.abs(sums)) + scale), axis=-1)
+    return Attenuation(xp.min(out, axis=-1), xp.min(into, axis=-1))

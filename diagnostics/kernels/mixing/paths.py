@@ -5,7 +5,7 @@ from typing import Any
 from array_api_compat import device
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.kernels._arrays import Array, as_float64, ratio, triangle
+from depthscope.diagnostics.kernels._arrays import Array, as_float64, triangle
 from depthscope.diagnostics.kernels.mixing._matrices import log, square
 from depthscope.diagnostics.kernels.rank import effective_rank_of
 
@@ -118,62 +118,11 @@ def _normalised(xp: Any, x: Array) -> tuple[Array, Array]:
     return x / xp.where(top > 0, top, xp.ones_like(top))[..., None, None], log(xp, top)
 
 
-def stream_shares(weights: Array) -> Array:
-    """Read or write shares of the streams: Σ_l |w_ls| / Σ_l Σ_s |w_ls|.
-
-    Below 1/(10 n) a stream counts as dead (a heuristic); ``rank.effective_rank_of`` of the shares counts the streams
-    in use.
-
-    Parameters
-    ----------
-    weights
-        H_pre or H_post (L, ..., n).
-
-    Returns
-    -------
-    Array
-        (..., n), adding to 1; NaN when all weights are zero.
-
-    Examples
-    --------
-    >>> stream_shares([[1.0, 0.0], [1.0, 2.0]]).tolist()
-    [0.5, 0.5]
-    """
-    xp, weights = as_float64(weights, name="weights", ndim=2)
-    total = xp.sum(xp.abs(weights), axis=0)
-    return ratio(xp, total, xp.broadcast_to(xp.sum(total, axis=-1, keepdims=True), total.shape))
-
-
 def _hops(xp: Any, m: Array, ahead: int) -> Array:
     """How many sublayers reader k is after source j, (K, S); zero or negative where it cannot read it."""
     readers = xp.arange(m.shape[-2], dtype=xp.float64, device=device(m))
     sources = xp.arange(m.shape[-1], dtype=xp.float64, device=device(m)) - ahead
     return readers[:, None] - sources[None, :]
-
-
-def effective_path_depth(m: Array, *, embedding: bool = False) -> Array:
-    """Effective path depth: mean hops back Σ_j |M_kj| (k − j) / Σ_j |M_kj| for each reader k.
-
-    Parameters
-    ----------
-    m
-        Depth kernels (..., K, S).
-    embedding
-        Whether the first column is the embedding, which is k + 1 hops back.
-
-    Returns
-    -------
-    Array
-        (..., K), in sublayers, at least 1; NaN for a reader that reads nothing.
-
-    Examples
-    --------
-    >>> effective_path_depth([[0.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 1.0, 0.0]]).tolist()[1:]
-    [1.0, 1.5]
-    """
-    xp, m = as_float64(m, name="m", ndim=2)
-    size = xp.abs(m)
-    return ratio(xp, xp.sum(size * _hops(xp, m, int(embedding)), axis=-1), xp.sum(size, axis=-1))
 
 
 def read_mass(m: Array, *, embedding: bool = False) -> Array:

@@ -1,9 +1,7 @@
 """Which directions of the streams grow or fade? Eigenvalues, gap, condition, departure from normality."""
 
-from depthscope.diagnostics.kernels._arrays import Array, peak
+from depthscope.diagnostics.kernels._arrays import Array
 from depthscope.diagnostics.kernels.mixing._matrices import square
-from depthscope.diagnostics.kernels.mixing.singular import singular_values
-from depthscope.diagnostics.kernels.rank import condition_of
 
 
 def eigenvalues(p: Array) -> Array:
@@ -52,51 +50,3 @@ def spectral_gap(p: Array) -> Array:
     if p.shape[-1] == 1:
         return xp.full_like(p[..., 0, 0], xp.nan)
     return 1.0 - xp.abs(eigenvalues(p)[..., 1])
-
-
-def condition_number(p: Array) -> Array:
-    """Condition number σ_max/σ_min.
-
-    Parameters
-    ----------
-    p
-        Matrices (..., n, n).
-
-    Returns
-    -------
-    Array
-        (...), at least 1; infinite when singular, NaN for a zero matrix.
-
-    Examples
-    --------
-    >>> float(condition_number([[4.0, 0.0], [0.0, 2.0]]))
-    2.0
-    """
-    return condition_of(singular_values(p))
-
-
-def henrici(p: Array) -> Array:
-    """Henrici's departure from normality √(‖A‖_F² − Σ|λ|²).
-
-    Parameters
-    ----------
-    p
-        Matrices (..., n, n).
-
-    Returns
-    -------
-    Array
-        (...); 0 for a normal matrix: a difference within rounding, 8 n ε ‖A‖_F², counts as zero.
-
-    Examples
-    --------
-    >>> float(henrici([[1.0, 2.0], [0.0, 1.0]]).round(9))
-    2.0
-    """
-    xp, p = square(p)
-    scale = peak(xp, p)
-    size = xp.sum((p / scale) ** 2, axis=(-2, -1))
-    excess = size - xp.sum(xp.abs(eigenvalues(p / scale)) ** 2, axis=-1)
-    # Both sums have errors of a few n ε ‖A‖²; under a root, 1e-16 would become a departure of 1e-8. The factor 8 is ours.
-    rounding = 8.0 * p.shape[-1] * xp.finfo(xp.float64).eps * size
-    return scale[..., 0, 0] * xp.sqrt(xp.where(excess > rounding, excess, xp.zeros_like(excess)))

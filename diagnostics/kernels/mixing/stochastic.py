@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.kernels._arrays import Array, as_count, ratio
+from depthscope.diagnostics.kernels._arrays import Array, as_count
 from depthscope.diagnostics.kernels.mixing._matrices import identity, square
 
 
@@ -48,33 +48,6 @@ def sinkhorn(logits: Array, steps: int = 20, last: str = "row") -> Array:
     return xp.exp(logs)
 
 
-def dobrushin(p: Array) -> Array:
-    """Dobrushin coefficient τ = ½ max_{i,k} ‖A_i − A_k‖₁ over rows; submultiplicative.
-
-    Parameters
-    ----------
-    p
-        Matrices (..., n, n).
-
-    Returns
-    -------
-    Array
-        (...); between 0 (equal rows) and 1 for row-stochastic matrices.
-
-    Examples
-    --------
-    >>> float(dobrushin([[1.0, 0.0], [0.25, 0.75]]))
-    0.75
-    """
-    xp, p = square(p)
-    found = xp.zeros_like(p[..., 0, 0])
-    # Row by row: all pairs at once would take n times the memory of the batch.
-    for i in range(1, p.shape[-1]):
-        distances = xp.sum(xp.abs(p[..., :i, :] - p[..., i : i + 1, :]), axis=-1)
-        found = xp.maximum(found, xp.max(distances, axis=-1))
-    return found / 2.0
-
-
 class Violation(NamedTuple):
     """How far a matrix is from doubly stochastic, cause by cause."""
 
@@ -106,32 +79,6 @@ def doubly_stochastic_violation(p: Array) -> Violation:
     row = xp.max(xp.abs(xp.sum(p, axis=-1) - 1.0), axis=-1)
     column = xp.max(xp.abs(xp.sum(p, axis=-2) - 1.0), axis=-1)
     return Violation(row, column, xp.max(xp.where(p < 0, -p, xp.zeros_like(p)), axis=(-2, -1)))
-
-
-def mixing_entropy(p: Array) -> Array:
-    """Mixing entropy: mean over rows of −Σ_j s_ij ln s_ij with the shares s = |P_ij| / Σ_j |P_ij|.
-
-    Parameters
-    ----------
-    p
-        Matrices (..., n, n).
-
-    Returns
-    -------
-    Array
-        (...), in nats: 0 for a permutation, ln n for J/n; NaN when a row is zero.
-
-    Examples
-    --------
-    >>> float(mixing_entropy([[1.0, 0.0], [0.5, 0.5]]).round(4))
-    0.3466
-    """
-    xp, p = square(p)
-    size = xp.abs(p)  # free HC matrices have negative entries, of which an entropy needs shares
-    share = ratio(xp, size, xp.broadcast_to(xp.sum(size, axis=-1, keepdims=True), size.shape))
-    # p ln p is 0 at p = 0; the logarithm of 1 gives that without a warning.
-    logs = xp.log(xp.where(share > 0, share, xp.ones_like(share)))
-    return xp.mean(-xp.sum(share * logs, axis=-1), axis=-1)
 
 
 def identity_distance(p: Array) -> Array:

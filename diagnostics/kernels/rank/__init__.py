@@ -5,14 +5,14 @@ values, so that one decomposition serves all. On any matrix
 rank ≥ effective rank ≥ entropy rank ≥ participation ratio ≥ stable rank.
 """
 
-from depthscope.diagnostics.kernels.rank.deficiency import condition_of, numerical_rank, numerical_rank_of
+from depthscope.diagnostics.kernels.rank.deficiency import numerical_rank, numerical_rank_of
 from depthscope.diagnostics.kernels.rank.entropy import (
     effective_rank,
     effective_rank_of,
     entropy_rank,
     entropy_rank_of,
 )
-from depthscope.diagnostics.kernels.rank.leading import stable_rank, stable_rank_of, top_energy, top_energy_of
+from depthscope.diagnostics.kernels.rank.leading import stable_rank, stable_rank_of
 from depthscope.diagnostics.kernels.rank.noise import MarchenkoPastur, marchenko_pastur
 from depthscope.diagnostics.kernels.rank.participation import participation_ratio, participation_ratio_of
 from depthscope.diagnostics.kernels.rank.residual import dong_residual
@@ -20,7 +20,6 @@ from depthscope.diagnostics.kernels.rank.spectrum import singular_values
 
 __all__ = [
     "MarchenkoPastur",
-    "condition_of",
     "dong_residual",
     "effective_rank",
     "effective_rank_of",
@@ -34,6 +33,4 @@ __all__ = [
     "singular_values",
     "stable_rank",
     "stable_rank_of",
-    "top_energy",
-    "top_energy_of",
 ]

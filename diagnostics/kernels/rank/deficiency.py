@@ -6,7 +6,7 @@ Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features), ``k = min(
 import numpy as np
 from array_api_compat import array_namespace
 
-from depthscope.diagnostics.kernels._arrays import Array, as_array, ratio
+from depthscope.diagnostics.kernels._arrays import Array, as_array
 from depthscope.diagnostics.kernels.rank.spectrum import as_spectrum, singular_values
 
 
@@ -73,27 +73,3 @@ def _precision(x: Array) -> float:
     x = as_array(x)
     xp, dtype = array_namespace(x), x.dtype
     return float(xp.finfo(dtype).eps) if xp.isdtype(dtype, "real floating") else float(np.finfo(float).eps)
-
-
-def condition_of(s: Array) -> Array:
-    """Condition number of singular values: max σ / min σ.
-
-    Parameters
-    ----------
-    s
-        Singular values (..., k), in any order.
-
-    Returns
-    -------
-    Array
-        (...), at least 1; infinite where the smallest is zero, NaN where all are.
-
-    Examples
-    --------
-    >>> float(condition_of([4.0, 2.0]))
-    2.0
-    """
-    xp, s = as_spectrum(s)
-    least, most = xp.min(s, axis=-1), xp.max(s, axis=-1)
-    # `ratio` gives NaN for a division by zero: infinite here, and undefined only where all values are zero.
-    return xp.where(most > 0, xp.nan_to_num(ratio(xp, most, least), nan=xp.inf), xp.full_like(most, xp.nan))

@@ -1,12 +1,9 @@
 """How similar two representations of the same tokens are, and how similar unrelated ones would look."""
 
-from depthscope.diagnostics.kernels.similarity.canonical import pwcca, svcca
 from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, cka_null, hsic1, linear_cka
-from depthscope.diagnostics.kernels.similarity.distances import rbf_cka, rsa
 from depthscope.diagnostics.kernels.similarity.layer_cka import (
     cka_matrices,
     cka_matrix,
-    hsic_matrix,
     minibatch_cka,
 )
 from depthscope.diagnostics.kernels.similarity.neighbours import cknna, mutual_knn
@@ -19,13 +16,8 @@ __all__ = [
     "cka_null",
     "cknna",
     "hsic1",
-    "hsic_matrix",
     "linear_cka",
     "minibatch_cka",
     "mutual_knn",
     "procrustes",
-    "pwcca",
-    "rbf_cka",
-    "rsa",
-    "svcca",
 ]

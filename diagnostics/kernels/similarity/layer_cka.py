@@ -28,46 +28,6 @@ BLOCK = 8_000_000
 CANCELLATION = 8.0
 
 
-def hsic_matrix(
-    x: Array, *, unbiased: bool = True, y: Array | None = None, mask: Array | None = None
-) -> Array:
-    """HSIC of every layer with every other, (L, L): unbiased values may be averaged over minibatches.
-
-    Features are centred first, in float64. Then either blocks of the L Gram matrices (L N² d) or the
-    cross-covariances (L² N d²) are multiplied, whichever costs less: in float32 for float32 input, summed in
-    float64, or in float64 throughout where the unbiased difference cancels too much for that.
-
-    Parameters
-    ----------
-    x
-        Layers (L, N, d).
-    unbiased
-        HSIC₁, else ⟨K_c, L_c⟩/(N − 1)².
-    y
-        Other layers (M, N, d'), for an (L, M) table.
-    mask
-        Booleans (N,), False for tokens that do not count.
-
-    Returns
-    -------
-    Array
-        (L, L) or (L, M), float64, in squared units of both.
-
-    Raises
-    ------
-    InputError
-        If shapes disagree.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> hsic_matrix(np.array([[[1.0], [-1.0], [1.0], [-1.0]]])).round(9).tolist()
-    [[2.666666667]]
-    """
-    found = _hsic(x, y, mask, unbiased)
-    return found.table * found.size_x[:, None] ** 2 * found.size_y[None, :] ** 2
-
-
 def cka_matrix(
     x: Array, *, unbiased: bool = False, y: Array | None = None, mask: Array | None = None
 ) -> Array:

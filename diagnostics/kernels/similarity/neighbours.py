@@ -8,13 +8,44 @@ from typing import Any
 from array_api_compat import device
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.kernels._arrays import Array, as_count, unit_rows
+from depthscope.diagnostics.kernels._arrays import Array, as_count, first_equal, rows, unit_rows
 from depthscope.diagnostics.kernels.similarity.cka import cka_from_hsic, hsic1
-from depthscope.diagnostics.kernels.similarity.distances import square_distances
 from depthscope.diagnostics.kernels.similarity.pairwise import compare_sides
 
 # Up to this k, finding the largest entry of each row k times is cheaper than sorting the row. A heuristic of ours.
 PASSES = 50
+# Equal rows have computed squared distances of some 1e-15 ‖x‖², far below this share: above it a search for equal rows
+# is not needed.
+NEAR = 1e-9
+
+
+def square_distances(xp: Any, x: Array) -> Array:
+    """Squared distances (N, N) between rows (N, d): 0 between equal rows, whose other distances are bitwise equal.
+
+    A matrix product rounds equal rows differently, depending on their position in its blocks, and ranks of distances
+    would depend on it.
+    """
+    # ‖x − y‖² = ‖x‖² − 2⟨x, y⟩ + ‖y‖², in place: one (N, N) array. Centred first, against cancellation at an offset.
+    x = rows(x, center=True).values
+    square, diagonal = xp.linalg.vecdot(x, x), xp.arange(x.shape[0], device=device(x))
+    distances = x @ x.T
+    distances *= -2.0
+    distances += square[:, None]
+    distances += square
+    distances[diagonal, diagonal] = xp.inf
+    if bool(xp.any(xp.min(distances, axis=-1) <= NEAR * square)):
+        distances = _equalised(xp, xp.clip(distances, min=0.0), first_equal(xp, x))
+    distances[diagonal, diagonal] = 0.0
+    return distances
+
+
+def _equalised(xp: Any, distances: Array, first: Array) -> Array:
+    """Distances in which equal rows have those of the first row equal to them; ``first`` is its index, (N,)."""
+    if bool(xp.all(first == xp.arange(first.shape[0], device=device(first)))):
+        return distances
+    distances = (0.5 * (distances + distances.T))[first][:, first]
+    distances[first[:, None] == first[None, :]] = 0.0
+    return distances
 
 
 def _neighbours(xp: Any, similarity: Array, k: int) -> Array:

@@ -16,7 +16,7 @@ import xarray as xr
 
 from depthscope.diagnostics.quantities.mixing_matrices import over_last
 from depthscope.diagnostics.quantities.registry import CHOICES, LABELS, Unavailable
-from depthscope.diagnostics.schema import CUT_GRADIENT, OF_ROUTERS, WITHOUT_GRADIENT
+from depthscope.diagnostics.schema import CUT_GRADIENT, WITHOUT_GRADIENT
 from depthscope.probes.run.statistics_dataset import GRADIENT
 from depthscope.probes.session.logit_statistics import LOGIT_GRADIENT, MIXING_GRADIENT
 from depthscope.probes.statistics.histograms import OF_GAINS, Histogram
@@ -34,7 +34,6 @@ EXACT_QUANTITIES = (
     *("mean_square_norm", "gradient_norms", "gradient_facts", "pair_cosines", "mean_adjacent_cosine"),
     *("mean_stream_cosine", "stream_pair_cosines", "connection_gains", "product_gains"),
     *("read_sizes", "write_sizes", "logit_ranges", "logit_gradient_norm", "mixing_gradient_norm"),
-    *OF_ROUTERS,
 )
 
 
@@ -114,21 +113,6 @@ class _ExactQuantities:
         if name not in self._live.sums:
             raise Unavailable(NOT_SHOWN)
         return _stacked(self._live.sums[name], self._depths)
-
-    # --- routers ---
-
-    def expert_token_count(self) -> xr.Variable:
-        return xr.Variable(("depth", "expert"), self._of_routers("expert_token_count"))
-
-    def router_entropy_sum(self) -> xr.Variable:
-        return xr.Variable(("depth",), self._of_routers("router_entropy_sum")[:, 0])
-
-    def routed_token_count(self) -> xr.Variable:
-        return xr.Variable(("depth",), self._of_routers("routed_token_count")[:, 0])
-
-    def _of_routers(self, name: str) -> np.ndarray:
-        _require_any(self._sums, name, self._depths)
-        return _stacked(self._sums.sums[name], self._depths)
 
     # --- connections ---
 

@@ -14,7 +14,6 @@ from depthscope.diagnostics.analysis.analyze import find_metric
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
-from depthscope.diagnostics.schema import OF_STREAMING
 from depthscope.diagnostics.verdicts import VERDICTS
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.session import Session
@@ -223,5 +222,5 @@ def live_names(metrics: str | Iterable[str]) -> tuple[str, ...]:
 def _needs_more(name: str) -> bool:
     """Whether a metric needs whole sequences, sums over many steps, or the attention of a capture."""
     metric = CATALOGUE[name]
-    beyond = {*OF_STREAMING, "query_entropy", "query_keys", "query_first_weight", "initial_logits"}
+    beyond = {"query_entropy", "query_keys", "query_first_weight", "initial_logits"}
     return metric.of_sequences or bool(beyond & set(metric.roots))

@@ -30,11 +30,11 @@ from depthscope.probes.training.live.sampled_quantities import CHOSEN, SampledTo
 LIVE = (
     *("residual_norm", "gradient_norm", "backward_gain", "relative_gradient"),
     *("adjacent_cosine", "token_cosine", "massive_token_fraction", "massive_activation"),
-    *("stream_cosine", "closest_stream_cosine", "expert_load", "router_entropy"),
+    *("stream_cosine", "closest_stream_cosine"),
     *("mixing_gain", "composite_gain", "read_share", "write_share"),
     *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
-    *("effective_rank", "entropy_rank", "participation_ratio", "corrected_participation_ratio"),
-    *("stable_rank", "cka", "adjacent_cka", "angular_distance", "block_influence", "num_tokens"),
+    *("effective_rank", "participation_ratio", "corrected_participation_ratio"),
+    *("cka", "adjacent_cka", "angular_distance", "block_influence", "num_tokens"),
     *("deflated_gain", "relative_deflated_gain", "identity_distance", "composite_identity_distance"),
     *("doubly_stochastic_violation", "composite_attenuation", "composite_singular_value", "signal_share"),
 )
@@ -116,12 +116,10 @@ class LiveMetrics:
         reasons: dict[str, str] = {}
         for name, metric in _applicable(self.names, bool(group.connections)).items():
             try:
-                measured = source.call(metric.function)
+                value = source.call(metric.function)
             except Unavailable as reason:
                 reasons[name] = str(reason)
                 continue
-            # Its own error over sequences has no meaning for tokens that were drawn one by one.
-            value = measured[0] if isinstance(measured, tuple) else measured
             is_exact = set(metric.needs) <= {*EXACT_QUANTITIES, *CHOICES}
             attrs = dict(value.attrs) if is_exact else {}
             attrs["estimator"] = value.attrs.get(

@@ -30,13 +30,6 @@ class DataGroup:
         return len(self.ranks)
 
 
-def inner_model(model: nn.Module) -> nn.Module:
-    """The module inside of data-parallel wrappers, whose modules have the same names in one process and in many."""
-    while isinstance(model, nn.parallel.DistributedDataParallel):
-        model = model.module
-    return model
-
-
 def data_group(model: nn.Module, group: Any = None) -> DataGroup | None:
     """The processes that measure together with this one; None where it measures alone.
 

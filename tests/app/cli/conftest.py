@@ -9,7 +9,15 @@ from depthscope.diagnostics import analyze, schema
 
 # Three hundred variables take a second to write, and to open: commands read what there is.
 METRICS = (
-    *("effective_rank", "residual_norm", "token_cosine", "cka", "adjacent_cka", "num_tokens", "curvature"),
+    *(
+        "effective_rank",
+        "residual_norm",
+        "token_cosine",
+        "cka",
+        "adjacent_cka",
+        "num_tokens",
+        "dong_residual",
+    ),
     *("gradient_norm", "composite_gain", "mixing_gain", "stream_cosine"),
 )
 

@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from depthscope.app.cli.command import FINE, FOUND
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import FINE, FOUND, main
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.verdicts import VERDICTS
 

@@ -6,8 +6,7 @@ import json
 
 import pytest
 
-from depthscope.app.cli.command import FINE
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import FINE, main
 from depthscope.diagnostics import schema
 
 

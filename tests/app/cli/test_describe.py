@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from depthscope.app.cli.command import FINE, USAGE
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import FINE, USAGE, main
 
 LOGITS = torch.tensor([[2.0, 0.0], [1.0, 0.0]])  # source by destination
 

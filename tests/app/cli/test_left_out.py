@@ -7,14 +7,12 @@ import shutil
 
 import pytest
 
-from depthscope.app.cli.command import BUG, FINE, FOUND, USAGE
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import BUG, FINE, FOUND, USAGE, main
 from depthscope.app.readings import readings
 
 COMMANDS = {
     "check": [],
     "compare": [],
-    "report": ["--out", "page.html"],
     "export": ["--out", "paper"],
 }  # those that draw last
 

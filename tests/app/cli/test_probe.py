@@ -9,8 +9,7 @@ import pytest
 import xarray as xr
 
 from depthscope import probes
-from depthscope.app.cli.command import FINE, FOUND, USAGE
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import FINE, FOUND, USAGE, main
 from depthscope.diagnostics import schema
 from depthscope.probes.checkpoints.load import LoadedModel
 

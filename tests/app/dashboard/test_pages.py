@@ -20,8 +20,7 @@ from depthscope.app.dashboard.server import CONFIG, free_port, launch
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.figures import FIGURES, available
 from depthscope.app.text.bibliography import source_words
-from depthscope.app.text.numbers import number
-from depthscope.diagnostics import analyze, create_run, save_run, schema
+from depthscope.diagnostics import analyze, create_run, save_run
 from tests.app.dashboard.opening import ENTRY, charts, open_page, words
 
 
@@ -133,44 +132,20 @@ def test_a_part_of_another_page_opens_the_first_one(opened):
     assert "gradient_norm" in charts(opened("gradients", "mhc.zarr.zip", part="Paths"))
 
 
-def test_a_page_names_what_costs_more_and_the_command(opened):
-    said = words(opened("collapse", "plain.zarr.zip"))
-    assert "--metrics intrinsic_dimension" in said
-
-
 def test_what_costs_more_is_computed_when_it_is_asked_for_and_kept(opened, runs, residual_run):
-    test = opened("similarity", "plain.zarr.zip", measure_b="RBF CKA")
+    test = opened("similarity", "plain.zarr.zip", measure_b="CKNNA")
     before = {path: path.stat().st_mtime_ns for path in runs.glob("plain.zarr.zip")}
     (button,) = [each for each in test.button if each.key == "request_right_compute"]
     button.click().run()
     assert not test.exception
     assert not test.error
-    assert "rbf_cka" in charts(test)
+    assert "cknna" in charts(test)
     assert before == {path: path.stat().st_mtime_ns for path in runs.glob("plain.zarr.zip")}
     run_library._cache.clear()
     (kept,) = run_library.read_run("plain")
-    expected = analyze(residual_run, metrics="rbf_cka")
-    np.testing.assert_allclose(kept.analysis["rbf_cka"].values, expected["rbf_cka"].values)
-    assert "rbf_cka" not in kept.analysis.attrs["on_request"]
-    # One that the run cannot feed is explained, and offered no more.
-    assert run_library.measure(kept, ["numerical_radius"]) == ""
-    (again,) = run_library.read_run("plain")
-    assert "one stream" in again.analysis.attrs["not_computed"]["numerical_radius"]
-    assert "rbf_cka" in again.analysis
-    assert "numerical_radius" not in again.analysis.attrs["on_request"]
-
-
-def test_what_was_streamed_is_in_the_tables(opened, mhc_run):
-    analysis = analyze(mhc_run)
-    facts = opened("", "mhc.zarr.zip").table[0].value
-    shown = facts.loc["… of every token, streamed"].iloc[0].replace("\\", "")
-    expected = float(
-        analysis["streamed_effective_rank"].isel(step=-1, depth=-1).sel(centering="raw", stream="mean")
-    )
-    assert shown.startswith(f"{expected:.1f} (baseline ")
-    pair = opened("similarity", "mhc.zarr.zip", a="2", b="7").table[0].value
-    value = float(analysis["streamed_cka"].isel(step=-1, depth=2, other_depth=7))
-    assert pair.loc["linear CKA, every token"].iloc[0].startswith(number(value))
+    expected = analyze(residual_run, metrics="cknna")
+    np.testing.assert_allclose(kept.analysis["cknna"].values, expected["cknna"].values)
+    assert "cknna" not in kept.analysis.attrs["on_request"]
 
 
 def test_depths_of_spectra_can_be_chosen(runs, opened, whole_run, whole):

@@ -31,7 +31,7 @@ def curves(text: str) -> Lines:
         Line(X, X + 3, "c", group="c"),
         Line(X[:2], np.full(2, 2.0), text, role="threshold"),
     )
-    return Lines("hostile", "Title", text, text, lines, missing=(text,))
+    return Lines("hostile", "Title", text, text, lines)
 
 
 def cells(text: str) -> Heatmap:

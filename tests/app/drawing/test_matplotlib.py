@@ -53,21 +53,6 @@ def test_null_is_dashed_in_the_colour_of_its_run():
     assert lines[1].get_linestyle() == "--"
 
 
-def test_a_law_has_its_own_dashes_and_entry_and_does_not_stretch_the_axis():
-    law = Line(X, np.exp(9 * X), "a · law", role="theory", group="a", law="law of growth")
-    figure = replace(CURVES, lines=(CURVES.lines[0], law, *CURVES.lines[1:3]))
-    canvas = to_matplotlib(figure)
-    axes = canvas.axes[0]
-    drawn = {tuple(line.get_ydata()): line for line in axes.get_lines()}
-    measured, beside = drawn[tuple(CURVES.lines[0].y)], drawn[tuple(law.y)]
-    assert beside.get_color() == measured.get_color()
-    assert beside.get_linestyle() == "--"
-    assert axes.get_ylim()[1] == pytest.approx(10 * np.exp(7), rel=0.2)
-    legends = [axes.get_legend(), *canvas.legends]
-    words = [text.get_text() for legend in legends if legend for text in legend.get_texts()]
-    assert words.count("law of growth") == 1
-
-
 def test_map_draws_the_numbers_and_centres_zero():
     mesh = to_matplotlib(MAP).axes[0].collections[0]
     np.testing.assert_allclose(mesh.get_array(), MAP.z)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from depthscope.app.drawing.plotly import PALETTE, shrink, to_plotly
-from depthscope.app.drawing.plotly.colours import THEORY
 from depthscope.app.drawing.plotly.ticks import log_ticks
 from depthscope.app.figures import FIGURES, Heatmap, Line, Lines, available
 from depthscope.diagnostics import analyze
@@ -60,18 +59,8 @@ def test_a_null_is_dashed_in_the_colour_of_its_run(both):
     assert [trace.line.color for trace in nulls] == [PALETTE[0], PALETTE[1]]
 
 
-def test_a_law_is_dashed_in_the_colour_of_its_line_and_named_once(both):
-    drawn = to_plotly(FIGURES["composite_singular_value"].build({"mhc": both["mhc"]}))
-    laws = [trace for trace in curves(drawn) if "Gaussian product" in trace.name]
-    assert [trace.line.color for trace in laws] == list(PALETTE[:4])
-    assert {trace.line.dash for trace in laws} == {THEORY}
-    named = [trace for trace in drawn.data if trace.showlegend is not False]
-    assert [trace.name for trace in named][-1] == "Gaussian product"
-    assert {trace.legendgroup for trace in laws} == {named[-1].legendgroup}  # hidden together
-
-
 def test_a_baseline_is_named_once_on_the_plot(both):
-    drawn = to_plotly(FIGURES["stable_rank"].build(both))
+    drawn = to_plotly(FIGURES["numerical_rank"].build(both))
     assert [note.text for note in drawn.layout.annotations] == ["noise baseline"]
     assert not to_plotly(FIGURES["residual_norm"].build({"mhc": both["mhc"]})).layout.annotations
 
@@ -85,17 +74,6 @@ def test_a_logarithmic_axis_has_a_few_ticks_that_are_numbers_in_full(low, high, 
     assert (np.log10(values) >= low - 1e-6).all()
     assert (np.log10(values) <= high + 1e-6).all()
     np.testing.assert_allclose([float(name) for name in ticks["ticktext"]], values, rtol=1e-5)
-
-
-def test_a_far_law_moves_the_axis_by_a_decade_at_most():
-    x = np.arange(3.0)
-    lines = (
-        Line(x, np.array([1.0, 2.0, 3.0]), "a"),
-        Line(x, 10.0 ** (9 * x), "a · law", role="theory", law="law"),
-    )
-    low, high = to_plotly(Lines("gain", "Gain", "x", "y", lines, log_y=True)).layout.yaxis.range
-    assert low < 0.0
-    assert 1.4 < high < 1.7
 
 
 def test_the_axis_reaches_the_next_threshold_and_no_further():
@@ -129,7 +107,7 @@ def test_many_lines_get_a_legend_of_runs_and_of_variants(both):
     runs = {"a": both["mhc"], "b": both["mhc"]}
     drawn = to_plotly(FIGURES["mixing_singular_value"].build(runs))
     named = [trace.name for trace in drawn.data if trace.showlegend is not False]
-    assert named == ["a", "b", "σ1", "σ2", "σ3", "σ4", "random connection"]
+    assert named == ["a", "b", "σ1", "σ2", "σ3", "σ4"]
 
 
 def test_whiskers_are_the_standard_error_where_the_band_is_a_spread():

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection, available
-from depthscope.app.figures.axis_limits import limits_with_theory, visible_limits
+from depthscope.app.figures.axis_limits import visible_limits
 from depthscope.app.figures.catalogue.similarity import build_cut
 from depthscope.app.text.latex import tex
 from depthscope.diagnostics import analyze
@@ -86,62 +86,8 @@ def test_the_null_and_the_standard_error_stand_beside_the_rank(plain):
     assert "the baseline" in figure.caption
 
 
-def theory(figure: Lines):
-    return [line for line in figure.lines if line.role == "theory"]
-
-
-def test_a_law_stands_behind_its_line_with_its_source_and_assumption(both):
-    figure = FIGURES["residual_norm"].build(both, axis="relative")
-    (law,) = theory(figure)
-    line = measured(figure)[0]
-    assert [line.role for line in figure.lines] == ["measured", "theory", "measured"]
-    assert (law.group, law.label) == ("plain", "plain · fresh Pre-LN growth law")
-    np.testing.assert_array_equal(law.x, line.x)
-    np.testing.assert_allclose(law.y[:2], line.y[:2])
-    np.testing.assert_allclose(np.diff(law.y**2), law.y[1] ** 2 - law.y[0] ** 2)
-    assert figure.sources == ("xiong2020layer",)
-    assert "fresh Pre-LN growth law (Xiong et al. 2020); it holds for branches" in figure.caption
-
-
-def test_a_law_that_does_not_apply_is_missing_with_its_reason(both):
-    figure = FIGURES["residual_norm"].build(both)
-    assert any("growth law» for mhc: the law is of one residual stream" in why for why in figure.missing)
-    assert any("length map» for plain, mhc: the run does not say" in why for why in figure.missing)
-    assert "length map" not in figure.caption
-
-
-def test_every_singular_value_has_its_own_line_of_the_law(mixed):
-    figure = FIGURES["composite_singular_value"].build({"mhc": mixed})
-    assert [line.role for line in figure.lines] == ["measured", "theory"] * 4
-    np.testing.assert_array_equal(theory(figure)[0].y, 1.0)
-    np.testing.assert_allclose(theory(figure)[1].y[:3], measured(figure)[1].y[:3], rtol=0.1)
-    assert not theory(FIGURES["composite_singular_value"].build({"mhc": mixed}, reduction="max"))
-
-
-def test_angles_to_the_depth_before_have_the_law_of_the_chosen_step(plain):
-    data = xr.concat(
-        [plain, plain.assign_coords(step=[100])],
-        "step",
-        data_vars="minimal",
-        compat="override",
-        coords="minimal",
-    )
-    first = FIGURES["adjacent_angle"].build({"plain": data}, step=0)
-    assert len(theory(first)) == 1
-    trained = FIGURES["adjacent_angle"].build({"plain": data})
-    assert "training step 100" in trained.missing[0]
-    assert len(measured(trained)) == 1
-
-
-def test_laws_move_an_axis_by_half_its_span_or_a_decade():
-    known = np.array([2.0, 4.0])
-    assert limits_with_theory(known, np.array([-50.0, 50.0]), False) == (1.0, 5.0)
-    assert limits_with_theory(known, np.array([1e-9, 5.0]), True) == (0.2, 5.0)
-    assert limits_with_theory(known, np.zeros(0), True) == (2.0, 4.0)
-
-
 def test_the_null_of_a_rank_names_its_law(plain):
-    rank, cosine = (FIGURES[name].build({"plain": plain}) for name in ("stable_rank", "token_cosine"))
+    rank, cosine = (FIGURES[name].build({"plain": plain}) for name in ("participation_ratio", "token_cosine"))
     assert "by the Marchenko-Pastur law." in rank.caption
     assert rank.sources == ("marchenko1967distribution",)
     assert "Marchenko" not in cosine.caption
@@ -220,13 +166,6 @@ def test_angles_to_the_depth_before_are_the_subdiagonal(plain):
     np.testing.assert_array_equal(line.y[1:], [matrix[i, i - 1] for i in range(1, len(matrix))])
 
 
-def test_pair_gain_has_the_later_connection_on_the_vertical_axis(mixed):
-    figure = FIGURES["pair_gain"].build({"mhc": mixed})
-    gains = mixed["pair_gain"].isel(step=-1).sel(direction="forward", reduction="mean")
-    assert figure.z[5, 2] == float(gains.sel(connection=2, other_connection=5))
-    assert np.isnan(figure.z[2, 5])
-
-
 def test_the_depth_kernel_has_no_reader_of_itself_or_of_later_layers(mixed):
     figure = FIGURES["depth_kernel"].build({"mhc": mixed})
     kernel = mixed["depth_kernel"].isel(step=-1)
@@ -243,21 +182,21 @@ def test_a_cut_is_two_rows_of_the_heat_map(plain):
 def test_alt_text_names_the_lowest_point():
     x = np.arange(4)
     data = xr.Dataset(
-        {"stable_rank": ("depth", [9.0, 4.0, 1.5, 3.0])},
+        {"participation_ratio": ("depth", [9.0, 4.0, 1.5, 3.0])},
         coords={
             "depth": x,
             "layer": ("depth", [-1, 0, 1, 2]),
             "site": ("depth", ["embed", "post", "post", "post"]),
         },
     )
-    figure = FIGURES["stable_rank"].build({"a": data})
+    figure = FIGURES["participation_ratio"].build({"a": data})
     assert "lowest 1.50 at depth 2 (after block 1)" in figure.alt
     assert "highest 9.00 at depth 0 (embedding)" in figure.alt
 
 
 def test_an_undefined_number_is_a_gap_and_not_a_zero():
-    data = xr.Dataset({"stable_rank": ("depth", [2.0, np.nan, 3.0])}, coords={"depth": [0, 1, 2]})
-    (line,) = measured(FIGURES["stable_rank"].build({"a": data}))
+    data = xr.Dataset({"participation_ratio": ("depth", [2.0, np.nan, 3.0])}, coords={"depth": [0, 1, 2]})
+    (line,) = measured(FIGURES["participation_ratio"].build({"a": data}))
     assert np.isnan(line.y[1])
 
 
@@ -281,8 +220,8 @@ def test_an_unknown_selection_is_refused(choice, message):
 
 
 def test_a_heat_map_of_a_run_that_cannot_feed_it_is_refused(both):
-    with pytest.raises(ValueError, match="'plain' has no pair_gain; mhc can feed pair_gain"):
-        FIGURES["pair_gain"].build(both, run="plain")
+    with pytest.raises(ValueError, match="'plain' has no depth_kernel; mhc can feed depth_kernel"):
+        FIGURES["depth_kernel"].build(both, run="plain")
 
 
 def test_the_register_needs_no_renderer_and_no_torch():
@@ -294,34 +233,7 @@ def test_the_register_needs_no_renderer_and_no_torch():
     assert done.stdout.strip() == "[]"
 
 
-# --- streamed sums, bands, errors, words
-
-
-def test_the_streamed_rank_of_every_token_stands_beside_the_pooled_one(whole):
-    data = whole["plain"]
-    figure = FIGURES["effective_rank"].build({"plain": data}, scope="data", centering="centred")
-    sampled, line = measured(figure)
-    assert line.label == "plain · every token, streamed"
-    expected = data["streamed_effective_rank"].isel(step=-1).sel(centering="centred", stream="mean")
-    np.testing.assert_array_equal(line.y, expected)
-    np.testing.assert_array_equal(line.x, sampled.x)
-    assert "Streamed: from sums over every token" in figure.caption
-
-
-@pytest.mark.parametrize("choice", [{"scope": "sequence"}, {"scope": "data", "tokens": "ordinary"}])
-def test_streamed_sums_cannot_tell_sequences_or_massive_tokens_apart(whole, choice):
-    assert len(measured(FIGURES["effective_rank"].build({"plain": whole["plain"]}, **choice))) == 1
-
-
-def test_the_streamed_cka_with_the_depth_before_has_its_error(whole):
-    data = whole["plain"].copy()
-    data["streamed_cka_error"] = data["streamed_cka_error"] + 0.01
-    _, line = measured(FIGURES["adjacent_cka"].build({"plain": data}))
-    table = data["streamed_cka"].isel(step=-1).values
-    np.testing.assert_array_equal(line.y[1:], [table[i, i - 1] for i in range(1, len(table))])
-    np.testing.assert_allclose(line.upper[1:] - line.y[1:], 0.01, atol=1e-6)
-    assert len(measured(FIGURES["adjacent_cka"].build({"plain": data}, estimator="biased"))) == 1
-    assert "at most 0.0100" in FIGURES["streamed_cka"].build({"plain": data}).caption
+# --- bands, errors, words
 
 
 def test_the_cosine_with_the_depth_before_has_a_band_of_tokens(whole):
@@ -334,16 +246,6 @@ def test_the_cosine_with_the_depth_before_has_a_band_of_tokens(whole):
     error = whole["plain"]["adjacent_cosine_stderr"].isel(step=-1).sel(stream="mean")
     np.testing.assert_allclose(line.error, 3.182446 * error)  # four sequences: Student's t
     assert "Whiskers: 95 % interval over sequences (n =" in figure.caption
-
-
-def test_the_power_law_has_the_error_of_its_fit(whole):
-    figure = FIGURES["alpha_req"].build({"plain": whole["plain"]}, scope="data", centering="centred")
-    line, streamed = measured(figure)
-    assert streamed.label == "plain · every token, streamed"
-    cell = {"scope": "data", "tokens": "all", "centering": "centred", "stream": "mean"}
-    error = whole["plain"]["alpha_req_error"].isel(step=-1).sel(cell)
-    np.testing.assert_allclose(line.upper - line.y, error)
-    assert "Shaded: ± standard error of the power-law exponent." in figure.caption
 
 
 def test_every_component_has_the_percentiles_of_its_tokens(mixed):
@@ -361,13 +263,6 @@ def test_operator_norms_are_a_line_each(mixed):
     gains = mixed["operator_gain"].isel(step=-1).sel(reduction="mean")
     for line, norm in zip(lines, ("infinity", "one", "two"), strict=True):
         np.testing.assert_array_equal(line.y, gains.sel(norm=norm))
-
-
-def test_exponents_are_drawn_by_their_order(mixed):
-    (line,) = measured(FIGURES["lyapunov_spectrum"].build({"mhc": mixed}))
-    exponents = mixed["lyapunov_spectrum"].isel(step=-1).sel(reduction="mean")
-    np.testing.assert_array_equal(line.y, exponents)
-    assert line.x.tolist() == [0, 1, 2, 3]
 
 
 def test_the_collapse_stands_beside_what_weight_decay_alone_leaves(whole):
@@ -396,30 +291,28 @@ def test_one_stream_has_no_basis_to_depend_on_and_invariants_have_none(plain, mi
 
 
 def test_a_null_that_is_one_number_is_told(plain):
-    assert "Without structure it would be 2.09." in FIGURES["curvature"].build({"plain": plain}).caption
+    assert "Without structure it would be 1." in FIGURES["block_influence"].build({"plain": plain}).caption
 
 
 def test_a_null_is_told_in_the_words_of_its_declaration(mixed):
-    caption = FIGURES["effective_path_depth"].build({"mhc": mixed}).caption
-    assert "the baseline, (k + 1)/2: a plain residual network reads all earlier outputs equally." in caption
+    caption = FIGURES["read_mass"].build({"mhc": mixed}).caption
+    assert (
+        "how many later connections there are: a plain residual network reads each output in full." in caption
+    )
 
 
 def test_a_sample_that_is_too_small_is_told(plain):
-    noted = plain.assign_attrs(notes={"alpha_req": "10 eigenvalues are few."})
-    assert "10 eigenvalues are few." in FIGURES["alpha_req"].build({"a": noted}).caption
-    both = FIGURES["alpha_req"].build({"a": noted, "b": plain.assign_attrs(notes={})}).caption
-    assert "a: 10 eigenvalues are few." in both
+    noted = plain.assign_attrs(notes={"gradient_rank": "10 sequences are few."})
+    assert "10 sequences are few." in FIGURES["gradient_rank"].build({"a": noted}).caption
+    both = FIGURES["gradient_rank"].build({"a": noted, "b": plain.assign_attrs(notes={})}).caption
+    assert "a: 10 sequences are few." in both
 
 
-def test_a_gap_and_a_missing_error_have_their_reasons(whole):
+def test_a_missing_error_has_its_reason(whole):
     data = whole["plain"].copy()
-    name = "streamed_stable_rank"
-    data[name] = data[name].where(data["depth"] > 0).assign_attrs(undefined_because="too coarse at depth 0")
-    caption = FIGURES["stable_rank"].build({"a": data}, scope="data").caption
-    assert "A gap in it: too coarse at depth 0." in caption
-    lone = data["curvature_stderr"].where(False).assign_attrs(undefined_because="one sequence")
-    data["curvature_stderr"] = lone
-    (line,) = measured(figure := FIGURES["curvature"].build({"a": data}))
+    lone = data["dong_residual_stderr"].where(False).assign_attrs(undefined_because="one sequence")
+    data["dong_residual_stderr"] = lone
+    (line,) = measured(figure := FIGURES["dong_residual"].build({"a": data}))
     assert line.lower is None
     assert "No standard error: one sequence." in figure.caption
 
@@ -492,9 +385,3 @@ def test_an_axis_does_not_blow_rounding_up():
     assert visible_limits(1.0, 1.5) == (1.0, 1.5)
     low, high = visible_limits(1.0, 1.0 + 1e-7)
     assert low < 0.96 < 1.04 < high
-    z = np.array([[1.0, np.nan], [1.0 + 1e-9, 1.0]])
-    data = xr.Dataset(
-        {"pair_gain": (("connection", "other_connection"), z.T)},
-        {"connection": [0, 1], "other_connection": [0, 1]},
-    )
-    assert FIGURES["pair_gain"].build({"a": data}).limits == visible_limits(1.0, 1.0 + 1e-9)

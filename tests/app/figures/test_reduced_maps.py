@@ -109,7 +109,7 @@ def test_every_matrix_says_which_of_its_axes_have_neighbours(whole):
     """Heads, experts and modules are names; a new axis is one too until it is declared to have an order."""
     for kind in FIGURES.values():
         if isinstance(kind, MatrixFigure):
-            categorical = {"x"} if kind.columns in ("head", "expert") else set()
+            categorical = {"x"} if kind.columns == "head" else set()
             able = {name: data for name, data in whole.items() if kind.metric in data}
             if able and all(data[kind.metric].notnull().any() for data in able.values()):
                 assert set(kind.build(able).categorical) == categorical, kind.name

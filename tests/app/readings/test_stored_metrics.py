@@ -36,9 +36,9 @@ def test_what_was_measured_again_is_new_and_the_rest_is_old(whole_run, whole):
 def test_what_no_longer_holds_goes_and_the_rest_is_not_complete(whole_run, whole):
     stored = whole["mhc"].assign_attrs({COMPLETE: True})
     fresh = analyze(whole_run["mhc"], metrics="initial_distance")
-    again = renewed(fresh, stored, complete=False, outdated=["initial_distance", "replay_distance"])
+    again = renewed(fresh, stored, complete=False, outdated=["initial_distance", "replayed_deflated_gain"])
     assert "initial_distance" in again
-    assert "replay_distance" not in again
+    assert "replayed_deflated_gain" not in again
     assert again.attrs[COMPLETE] is False
 
 

@@ -32,9 +32,7 @@ def test_every_entry_has_authors_a_year_and_a_title_without_tex():
 def test_names_are_those_that_people_write():
     assert reference("marchenko1967distribution").author_year == "Marčenko & Pastur 1967"
     assert reference("golub2013matrix").author_year == "Golub & Van Loan 2013"
-    assert reference("henrici1962bounds").author_year == "Henrici 1962"
     assert reference("xie2025mhc").author_year == "Xie et al. 2025"
-    assert reference("agrawal2022alpha").title.startswith("α-ReQ: ")
 
 
 def test_a_link_is_the_preprint_else_the_doi_else_nothing():

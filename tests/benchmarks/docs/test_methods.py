@@ -7,7 +7,6 @@ import pytest
 from benchmarks.docs import methods, published
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.numbers import number
-from depthscope.diagnostics.theory import LAWS
 from depthscope.diagnostics.verdicts import VERDICTS
 
 
@@ -32,8 +31,8 @@ def test_an_old_page_is_found(tmp_path, monkeypatch):
     assert methods.main(["--check"]) == 0
 
 
-def test_every_metric_verdict_and_law_has_a_section(sections):
-    assert list(sections) == [*CATALOGUE, *VERDICTS, *LAWS]
+def test_every_metric_and_verdict_has_a_section(sections):
+    assert list(sections) == [*CATALOGUE, *VERDICTS]
 
 
 def test_a_metric_has_all_its_facts(sections):
@@ -58,13 +57,6 @@ def test_a_verdict_has_all_its_facts(sections):
             )
         assert verdict.advice in section
         assert verdict.title in section
-
-
-def test_a_law_has_all_its_facts(sections):
-    for name in LAWS:
-        law, section = LAWS[name], sections[name]
-        for fact in (law.description, law.equation, law.assumption, *law.metrics):
-            assert fact in section
 
 
 def test_sources_carry_their_arxiv_number(sections):

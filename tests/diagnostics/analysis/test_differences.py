@@ -146,10 +146,3 @@ def test_only_the_same_sequences_are_paired(trace):
     assert not same_sequences(trace, trace, ("a", "b"))
     assert not same_sequences(trace, trace, (None, None))
     assert not same_sequences(trace, trace.isel(sample=[0]), ("a", "a"))
-
-
-def test_a_metric_with_an_error_of_its_own_has_pseudo_values_with_that_error(run, trace):
-    values = by_sequence(trace, diagnostics.CATALOGUE["intrinsic_dimension"])
-    analysis = diagnostics.analyze(run, metrics="intrinsic_dimension").isel(step=0)
-    error = values.std("sequence", ddof=1) / values.sizes["sequence"] ** 0.5
-    np.testing.assert_allclose(error, analysis["intrinsic_dimension_stderr"], rtol=1e-6)

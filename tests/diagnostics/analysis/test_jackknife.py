@@ -34,7 +34,7 @@ def run_of(make_run):
 def test_the_error_of_a_mean_is_that_of_the_mean(run_of):
     states = np.random.default_rng(0).standard_normal((2, 7, 5, 3))
     found = diagnostics.analyze(
-        run_of(states), metrics=["channel_squared_mean", "block_influence"], jackknife=True
+        run_of(states), metrics=["channel_variance", "block_influence"], jackknife=True
     )
     x, y = states.astype(np.float32).astype(float)
     cosine = (x * y).sum(-1) / np.linalg.norm(x, axis=-1) / np.linalg.norm(y, axis=-1)
@@ -45,13 +45,10 @@ def test_the_error_of_a_mean_is_that_of_the_mean(run_of):
     assert float(error) == pytest.approx(each.std(ddof=1) / 7**0.5, rel=1e-6)
     assert error.attrs["estimator"] == "delete-one jackknife over 7 sequences"
     pooled = x.reshape(-1, 3)
-    without = [np.delete(x, s, axis=0).reshape(-1, 3).mean(0) for s in range(7)]
-    values = np.array([(mean**2).mean() for mean in without])
+    values = np.array([np.delete(x, s, axis=0).reshape(-1, 3).var(0).mean() for s in range(7)])
     expected = np.sqrt(6 / 7 * ((values - values.mean()) ** 2).sum())
-    assert float(found["channel_squared_mean_stderr"][0, 0, 0]) == pytest.approx(expected, rel=1e-6)
-    assert float(found["channel_squared_mean"][0, 0, 0]) == pytest.approx(
-        (pooled.mean(0) ** 2).mean(), rel=1e-6
-    )
+    assert float(found["channel_variance_stderr"][0, 0, 0]) == pytest.approx(expected, rel=1e-6)
+    assert float(found["channel_variance"][0, 0, 0]) == pytest.approx(pooled.var(0).mean(), rel=1e-6)
 
 
 def test_sequences_keep_their_own_error_and_pooled_tokens_get_the_jackknife(hc_run):
@@ -84,7 +81,7 @@ def test_what_is_left_out_is_a_whole_sequence_whatever_its_length(make_run):
 def test_a_thinned_metric_leaves_out_of_the_tokens_that_it_took(monkeypatch, make_run):
     monkeypatch.setattr("depthscope.diagnostics.metrics.alignment.ROWS", 40)
     run = make_run("residual", layers=1, samples=8, features=6)
-    found = diagnostics.analyze(run, metrics=["rsa"], jackknife=True)
+    found = diagnostics.analyze(run, metrics=["procrustes"], jackknife=True)
     mask = run.trace.mask.values
     real = np.argwhere(mask)
     kept = real[evenly_spaced(len(real), 40)]
@@ -92,11 +89,11 @@ def test_a_thinned_metric_leaves_out_of_the_tokens_that_it_took(monkeypatch, mak
     values = []
     for s in range(8):
         rest = kept[:, 0] != s
-        upper = np.triu_indices(int(rest.sum()), 1)
-        pairs = [1 - np.corrcoef(side[rest].astype(float))[upper] for side in (x, y)]
-        values.append(scipy.stats.spearmanr(*pairs).statistic)
+        centred = [side[rest].astype(float) - side[rest].astype(float).mean(0) for side in (x, y)]
+        unit = [side / np.linalg.norm(side) for side in centred]
+        values.append(np.arccos(np.linalg.svd(unit[0].T @ unit[1], compute_uv=False).sum()))
     expected = np.sqrt(7 / 8 * ((values - np.mean(values)) ** 2).sum())
-    assert float(found["rsa_stderr"].sel(tokens="all")[0, 0, 1]) == pytest.approx(expected, rel=1e-6)
+    assert float(found["procrustes_stderr"].sel(tokens="all")[0, 0, 1]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["residual", "hc"])

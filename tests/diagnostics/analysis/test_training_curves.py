@@ -88,18 +88,3 @@ def test_only_the_chosen_curves_are_given(pair):
 def test_a_run_without_statistics_says_so(make_run):
     with pytest.raises(ValueError, match="has no statistics"):
         diagnostics.training_curves(make_run("residual", layers=2, weights=False))
-
-
-def test_streamed_ranks_stand_at_the_last_step_only(residual_run):
-    curves, analysis = diagnostics.training_curves(residual_run), diagnostics.analyze(residual_run)
-    name = "streamed_effective_rank"
-    for found in (name, f"{name}_null"):
-        np.testing.assert_allclose(curves[found], analysis[found])
-        assert curves[found].dims == analysis[found].dims
-    statistics = residual_run["statistics"].to_dataset()
-    longer = xr.concat(
-        [statistics.assign_coords(step=[0]), statistics.assign_coords(step=[7])], "step", data_vars="minimal"
-    )
-    later = diagnostics.training_curves(schema.create_run(None, statistics=longer, attrs=residual_run.attrs))
-    assert later[name].isel(step=0).isnull().all()
-    np.testing.assert_array_equal(later[name].sel(step=7), curves[name].isel(step=-1))

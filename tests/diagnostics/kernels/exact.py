@@ -121,11 +121,6 @@ def numerical_rank(x, rtol):
     return mpf(sum(v > rtol * s[0] for v in s))
 
 
-def top_energy(x, k):
-    e = energies(x)
-    return over(sum(e[:k]), sum(e))
-
-
 def path_norm(x):
     size = np.abs(x)
     return sqrt(max(size.sum(axis=0)) * max(size.sum(axis=1)))
@@ -174,16 +169,6 @@ def block_influence(x, y):
     return mean([1 - p @ q for p, q in zip(u[a & b], w[a & b], strict=True)])
 
 
-def curvature(x):
-    u, moved = units(x[1:] - x[:-1])
-    return mean([angle(u[k], u[k + 1]) for k in range(len(u) - 1) if moved[k] and moved[k + 1]])
-
-
-def dirichlet_energy(x):
-    differences = centred(x)
-    return over((differences * differences).sum(), (x * x).sum())
-
-
 def dirichlet_energy_of_path(x):
     steps = x[1:] - x[:-1]
     return over((steps * steps).sum(), (x * x).sum())
@@ -198,33 +183,6 @@ def massive_activations(x):
 
 def massive_tokens(x):
     return massive_activations(x).any(axis=1)
-
-
-def alpha_req(x):
-    """Slope over all eigenvalues above 10⁻²⁴ of the largest, with weights of one over their rank."""
-    e = energies(centred(x))
-    points = [(log(mpf(i + 1)), log(v)) for i, v in enumerate(e) if v > mpf(10) ** -24 * e[0]]
-    if len(points) < 3:
-        return NAN
-    weights = [1 / mpf(i + 1) for i in range(len(points))]
-    weighted = list(zip(weights, points, strict=True))
-    middle = [sum(w * p[axis] for w, p in weighted) / sum(weights) for axis in (0, 1)]
-    spread = sum(w * (t - middle[0]) ** 2 for w, (t, _) in weighted)
-    return -sum(w * (t - middle[0]) * (v - middle[1]) for w, (t, v) in weighted) / spread
-
-
-def two_nn(x):
-    rows = np.array(sorted(set(map(tuple, x))), dtype=object)
-    n = len(rows)
-    fitted = int(n * 0.9)
-    if n < 3 or fitted < 2:
-        return NAN
-    ordered = [
-        sorted(sqrt(((p - q) ** 2).sum()) for j, q in enumerate(rows) if j != i) for i, p in enumerate(rows)
-    ]
-    stretch = sorted(log(d[1] / d[0]) for d in ordered)[:fitted]
-    level = [-log(1 - mpf(i + 1) / n) for i in range(fitted)]
-    return over(sum(s * v for s, v in zip(stretch, level, strict=True)), sum(s * s for s in stretch))
 
 
 # Similarity
@@ -285,19 +243,6 @@ def square(flat, n):
     return table
 
 
-def rbf_cka(x, y, hsic=biased):
-    kernels = []
-    for side in (x, y):
-        ordered = sorted(d := distances(side))
-        middle = (ordered[(len(d) - 1) // 2] + ordered[len(d) // 2]) / 2 if len(d) else mpf(0)
-        if middle == 0:
-            return NAN
-        kernels.append(
-            np.vectorize(exp, otypes=[object])(-square(d * d, len(side)) / (2 * (middle / 2) ** 2))
-        )
-    return alignment(hsic, *kernels)
-
-
 def directions(x, energy=1):
     """Left singular vectors (N, k) that hold that share of the variance."""
     e, vectors = symmetric(kernel(x))
@@ -308,22 +253,6 @@ def directions(x, energy=1):
 def rotations(u, w):
     left, rho, _ = svd_r(matrix((u.T @ w).tolist()))
     return np.array(left.tolist(), dtype=object), np.array(list(rho), dtype=object)
-
-
-def svcca(x, y):
-    u, w = (directions(side, mpf("0.99")) for side in (x, y))
-    if min(u.shape[1], w.shape[1]) == 0:
-        return NAN
-    return mean(rotations(u, w)[1])
-
-
-def pwcca(x, y):
-    u, w = directions(x), directions(y)
-    if min(u.shape[1], w.shape[1]) == 0:
-        return NAN
-    rotation, rho = rotations(u, w)
-    weight = np.abs((u @ rotation[:, : len(rho)]).T @ centred(x)).sum(axis=1)
-    return weight @ rho / weight.sum()
 
 
 def procrustes(x, y):
@@ -351,15 +280,6 @@ def dissimilarities(x, metric):
         return distances(x)
     u, nonzero = units(centred(x.T).T if metric == "correlation" else x)
     return np.array([rounded(1 - p @ q) for p, q in combinations(u, 2)]) if nonzero.all() else None
-
-
-def rsa(x, y, metric, compare):
-    a, b = (dissimilarities(side, metric) for side in (x, y))
-    if a is None or b is None or len(x) < 3:
-        return NAN
-    if compare == "spearman":
-        a, b = ranks(a), ranks(b)
-    return pearson(a, b)
 
 
 @remembered

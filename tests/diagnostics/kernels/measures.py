@@ -35,7 +35,6 @@ ONE = {
         lambda x, **k: rank.numerical_rank(x, rtol=1e-9, **k),
         lambda x: exact.numerical_rank(x, 1e-9),
     ),
-    "top_energy": (lambda x, **k: rank.top_energy(x, 2, **k), lambda x: exact.top_energy(x, 2)),
     "token_cosine": (geometry.token_cosine, exact.token_cosine),
 }
 ALONE = {
@@ -44,18 +43,9 @@ ALONE = {
         exact.participation_ratio_of_pairs,
     ),
     "dong_residual": (rank.dong_residual, exact.dong_residual),
-    "curvature": (geometry.curvature, exact.curvature),
-    "dirichlet_energy": (geometry.dirichlet_energy, exact.dirichlet_energy),
-    "dirichlet_energy of the path": (
-        lambda x, **k: geometry.dirichlet_energy(x, graph="path", **k),
-        exact.dirichlet_energy_of_path,
-    ),
     "massive_activations": (geometry.massive_activations, exact.massive_activations),
     "massive_tokens": (geometry.massive_tokens, exact.massive_tokens),
-    "alpha_req": (lambda x, **k: geometry.alpha_req(x, first=1, **k).alpha, exact.alpha_req),
-    "two_nn": (geometry.two_nn, exact.two_nn),
     "gradient_norm": (gradients.gradient_norm, exact.gradient_norm),
-    "cosine_across_samples": (gradients.cosine_across_samples, exact.token_cosine),
     "signal_propagation": (gradients.signal_propagation, exact.signal_propagation),
 }
 PAIRS = {
@@ -67,22 +57,7 @@ PAIRS = {
         lambda x, y, **k: similarity.linear_cka(x, y, unbiased=True, **k),
         lambda x, y: exact.linear_cka(x, y, exact.song),
     ),
-    "rbf_cka": (similarity.rbf_cka, exact.rbf_cka),
-    "unbiased rbf_cka": (
-        lambda x, y, **k: similarity.rbf_cka(x, y, unbiased=True, **k),
-        lambda x, y: exact.rbf_cka(x, y, exact.song),
-    ),
-    "svcca": (similarity.svcca, exact.svcca),
-    "pwcca": (similarity.pwcca, exact.pwcca),
     "procrustes": (similarity.procrustes, exact.procrustes),
-    **{
-        f"rsa {metric} {compare}": (
-            lambda x, y, m=metric, c=compare, **k: similarity.rsa(x, y, metric=m, compare=c, **k),
-            lambda x, y, m=metric, c=compare: exact.rsa(x, y, m, c),
-        )
-        for metric in ("correlation", "cosine", "euclidean")
-        for compare in ("spearman", "pearson")
-    },
     "mutual_knn": (
         lambda x, y, **k: similarity.mutual_knn(x, y, 2, **k),
         lambda x, y: exact.mutual_knn(x, y, 2),
@@ -104,11 +79,6 @@ LAYERS = {
         lambda x, y, **k: similarity.cka_matrix(stacked(x), y=stacked(y), **k)[0, 0],
         exact.linear_cka,
     ),
-    "hsic_matrix": (lambda x, y, **k: similarity.hsic_matrix(stacked(x, y), **k), table(exact.linear_hsic)),
-    "biased hsic_matrix": (
-        lambda x, y, **k: similarity.hsic_matrix(stacked(x, y), unbiased=False, **k),
-        table(exact.linear_hsic, exact.biased),
-    ),
 }
 MEASURES = {
     **{name: tuple(map(both, pair)) for name, pair in (ONE | ALONE).items()},
@@ -129,7 +99,7 @@ MEASURES = {
 # What is measured in units of the input, and what no common factor changes.
 OF_UNITS = (
     *("singular_values", "centred singular_values", "massive_activations", "massive_tokens", "gradient_norm"),
-    *("signal_propagation", "hsic_matrix", "biased hsic_matrix"),
+    *("signal_propagation",),
 )
 UNIT_FREE = [name for name in MEASURES if name not in OF_UNITS]
 

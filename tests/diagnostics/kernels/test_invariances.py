@@ -7,18 +7,17 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from depthscope.diagnostics.kernels import geometry, gradients, rank, similarity
+from depthscope.diagnostics.kernels import geometry, rank, similarity
 from tests.diagnostics.kernels.measures import MEASURES, ONE, UNIT_FREE, measured
 
 SEEDS = st.integers(0, 2**32 - 1)
 SHAPES = st.tuples(st.integers(14, 40), st.integers(2, 6))
 RANKS = [name for name in ONE if name not in ("singular_values", "token_cosine")]
 SHAPES_OF_POINTS = (
-    *("linear_cka", "unbiased linear_cka", "rbf_cka", "unbiased rbf_cka", "procrustes", "svcca"),
-    *("rsa euclidean spearman", "rsa euclidean pearson", "cka_matrix", "unbiased cka_matrix"),
+    *("linear_cka", "unbiased linear_cka", "procrustes"),
+    *("cka_matrix", "unbiased cka_matrix"),
     *("cka_matrix of two sides", "minibatch_cka"),
 )
-PATHS = ("curvature", "dirichlet_energy of the path")
 OF_ROWS = ("row_cosine", "massive_activations", "massive_tokens")
 quick = settings(max_examples=8, deadline=None)
 
@@ -58,26 +57,7 @@ def test_cka_does_not_see_an_offset(unbiased, offset, seed, shape):
     assert table[0, 1] == pytest.approx(due, abs=1e-6, nan_ok=True)
 
 
-@given(seed=SEEDS, shape=SHAPES)
-@quick
-def test_cca_ignores_any_linear_map_and_cka_does_not(seed, shape):
-    rng, x, y = sides(seed, shape)
-    stretch = rotation(rng, shape[1]) * np.geomspace(30.0, 1.0, shape[1]) @ rotation(rng, shape[1])
-    mapped = y @ stretch + rng.normal(size=shape[1])
-
-    def cca(a, b):
-        return float(similarity.svcca(a, b, energy=1.0)), float(similarity.pwcca(a, b))
-
-    assert cca(x, mapped) == pytest.approx(cca(x, y), rel=1e-8)
-    assert float(similarity.svcca(mapped, x, energy=1.0)) == pytest.approx(cca(y, x)[0], rel=1e-8)
-    assert float(similarity.svcca(y, mapped, energy=1.0)) == pytest.approx(1.0)
-    # Deliberate failures: y is not like its own stretched self.
-    assert float(similarity.linear_cka(y, mapped)) < 0.999
-    assert float(similarity.procrustes(y, mapped)) > 0.01
-    assert float(similarity.rbf_cka(y, mapped)) < 0.999
-
-
-@pytest.mark.parametrize("name", [name for name in MEASURES if name not in PATHS])
+@pytest.mark.parametrize("name", MEASURES)
 @given(seed=SEEDS, shape=SHAPES)
 @quick
 def test_the_order_of_tokens_does_not_matter(name, seed, shape):
@@ -86,18 +66,6 @@ def test_the_order_of_tokens_does_not_matter(name, seed, shape):
     due = measured(name, x, y)
     got = measured(name, x[order], y[order])
     np.testing.assert_allclose(got, due[order] if name in OF_ROWS else due, rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("name", PATHS)
-@given(seed=SEEDS)
-@quick
-def test_the_order_of_tokens_matters_on_a_path(name, seed):
-    rng, x, y = sides(seed, (20, 4))
-    straight = x[np.argsort(x[:, 0])]
-    assert measured(name, straight, y) != pytest.approx(
-        measured(name, straight[rng.permutation(20)], y), rel=1e-6
-    )
-    np.testing.assert_allclose(measured(name, straight[::-1], y), measured(name, straight, y), rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", UNIT_FREE)
@@ -135,21 +103,6 @@ def table_and_own(table):
     return table, own[:, None], own[None, :]
 
 
-@given(seed=SEEDS, shape=SHAPES, cut=st.integers(1, 13))
-@quick
-def test_what_is_additive_adds_up(seed, shape, cut):
-    _, x, y = sides(seed, shape)
-    parts = (slice(None, cut), slice(cut, None))
-    squares = [float(gradients.gradient_norm(x[part])) ** 2 for part in parts]
-    assert sum(squares) == pytest.approx(float(gradients.gradient_norm(x)) ** 2)
-    assert sum(squares) == pytest.approx(float(np.sum(rank.singular_values(x) ** 2)))
-    tables = [
-        similarity.hsic_matrix(np.stack([x, y])[:, part]) for part in ([0, 1, 2, 3, 4], [5, 6, 7, 8, 9])
-    ]
-    joined = similarity.minibatch_cka([np.stack([x[:5], y[:5]]), np.stack([x[5:10], y[5:10]])])
-    np.testing.assert_allclose(joined, similarity.cka_from_hsic(*table_and_own(sum(tables))), rtol=1e-9)
-
-
 @given(seed=SEEDS, shape=SHAPES)
 @quick
 def test_what_must_change_changes(seed, shape):
@@ -162,5 +115,4 @@ def test_what_must_change_changes(seed, shape):
             x @ np.linalg.inv(np.linalg.cholesky(x.T @ x)).T
         )
     assert geometry.token_cosine(x + 20.0) > geometry.token_cosine(x)
-    assert geometry.dirichlet_energy(x + 20.0) < geometry.dirichlet_energy(x)
     assert rank.dong_residual(x + 20.0) < rank.dong_residual(x)

@@ -22,8 +22,6 @@ OF_NOTHING = {
     **{"gradient_norm": 0.0, "massive_activations": 0.0, "massive_tokens": 0.0},
 }
 REFUSED = {
-    "svcca": "got 0 independent rows",
-    "pwcca": "got 0 independent rows",
     "mutual_knn": "for 0 rows",
     "cknna": "for 0 rows",
 }

@@ -67,8 +67,7 @@ def test_matrices_in_any_order_in_memory_are_read_and_left_alone(name):
 BATCH = 7  # as no other axis is long
 
 
-# The gains of pairs come with their scales: a number and its scale are one value.
-@pytest.mark.parametrize("name", [name for name in KERNELS if name != "pair_gains"])
+@pytest.mark.parametrize("name", KERNELS)
 @settings(max_examples=4, deadline=None)
 @given(powers=st.lists(st.integers(-120, 120), min_size=BATCH, max_size=BATCH), n=st.integers(2, 5))
 def test_a_matrix_of_a_batch_has_the_value_that_it_has_alone(name, powers, n):

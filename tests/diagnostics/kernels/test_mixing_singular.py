@@ -1,7 +1,5 @@
 """Singular values and radii of many small matrices against LAPACK, mpmath and closed forms, on every kind of matrix."""
 
-import math
-
 import mpmath
 import numpy as np
 import pytest
@@ -87,33 +85,3 @@ def test_the_input_is_left_as_it_was(array, rng):
 
 
 # The numerical radius
-
-
-@pytest.mark.parametrize(
-    "kind", ["free", "near identity", "HC", "nilpotent", "rank one", "huge", "tiny", "triple"]
-)
-def test_numerical_radius_of_every_kind_by_a_fine_grid(array, rng, kind):
-    p = KINDS[kind](rng, 4)[:12]
-    scale = np.abs(p).max((1, 2), keepdims=True)
-    turned = np.exp(1j * np.linspace(0, np.pi, 4001))[:, None, None] * (p / scale)[:, None]
-    best = np.linalg.eigvalsh((turned + turned.conj().swapaxes(-1, -2)) / 2)[..., -1].max(-1) * scale[:, 0, 0]
-    got = np.asarray(mixing.numerical_radius(array(p)))
-    assert (got >= best * (1 - 1e-9)).all()
-    assert (got <= best * (1 + 1e-6)).all()
-
-
-def test_numerical_radius_without_negative_entries_is_that_of_the_symmetric_part(array, rng):
-    p = KINDS["doubly stochastic"](rng, 4)
-    symmetric = np.linalg.eigvalsh((p + p.swapaxes(-1, -2)) / 2)[:, -1]
-    np.testing.assert_allclose(mixing.numerical_radius(array(p)), symmetric, rtol=1e-14)
-    np.testing.assert_allclose(mixing.numerical_radius(array(-p)), symmetric, rtol=1e-14)
-
-
-def test_numerical_radius_of_a_rotation_and_of_a_disk(array):
-    rotation = array([[0.6, -0.8], [0.8, 0.6]])
-    assert float(mixing.numerical_radius(rotation)) == pytest.approx(1, rel=1e-12)
-    disk = array([[0.0, -2.0], [0.0, 0.0]])  # the range is the disk of radius ‖A‖/2
-    assert float(mixing.numerical_radius(disk)) == pytest.approx(1, rel=1e-12)
-    turned = array([[1.0, 0.0, 0.0], [0.0, 0.0, -3.0], [0.0, 3.0, 0.0]])
-    assert float(mixing.numerical_radius(turned)) == pytest.approx(3, rel=1e-12)
-    assert math.isnan(float(mixing.spectral_gap(array([[2.0]]))))

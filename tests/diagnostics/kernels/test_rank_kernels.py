@@ -22,7 +22,6 @@ OF_SPECTRUM = [
     (rank.entropy_rank, rank.entropy_rank_of),
     (rank.participation_ratio, rank.participation_ratio_of),
     (rank.stable_rank, rank.stable_rank_of),
-    (lambda x, **k: rank.top_energy(x, 3, **k), lambda s: rank.top_energy_of(s, 3)),
 ]
 
 
@@ -86,18 +85,11 @@ def test_ranks_ignore_rotation_scale_and_order(seed, scale):
 # Degenerate input
 
 
-def test_the_condition_of_zero_is_undefined(array):
-    assert np.isnan(float(rank.condition_of(array([0.0, 0.0]))))
-    assert float(rank.condition_of(array([1.0, 0.0]))) == np.inf
-
-
 def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="negative"):
         rank.effective_rank_of([1.0, -1.0])
     with pytest.raises(ValueError, match="expected None, 'rows' or 'both'"):
         rank.participation_ratio(np.ones((3, 2)), correct="row")
-    with pytest.raises(ValueError, match="at least 1 direction"):
-        rank.top_energy(np.ones((3, 2)), 0)
 
 
 # Dong residual

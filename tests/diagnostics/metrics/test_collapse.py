@@ -41,9 +41,7 @@ def spectrum(x, center):
 
 RANKS = {
     "effective_rank": lambda s: np.exp(-np.sum(s / s.sum() * np.log(s / s.sum()))),
-    "entropy_rank": lambda s: np.exp(-np.sum(s**2 / (s**2).sum() * np.log(s**2 / (s**2).sum()))),
     "participation_ratio": lambda s: (s**2).sum() ** 2 / (s**4).sum(),
-    "stable_rank": lambda s: (s**2).sum() / s.max() ** 2,
 }
 
 
@@ -178,3 +176,19 @@ def test_the_participation_ratio_of_the_population_does_not_grow_with_the_sample
     )
     assert many[0] > 1.4 * few[0]
     assert many[1] == pytest.approx(few[1], rel=0.2)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_the_numerical_rank_of_noise_is_the_number_of_its_rows(noise, center):
+    found = diagnostics.analyze(run_of(noise), metrics=["numerical_rank"])
+    pick = {"tokens": "all", "centering": "centred" if center else "raw", "stream": "mean", "step": 0}
+    ranks = found["numerical_rank"].sel(pick)
+    # 40 tokens a sequence and 120 pooled, of 24 features.
+    np.testing.assert_array_equal(ranks, 24.0)
+    np.testing.assert_array_equal(found["numerical_rank_null"].sel(tokens="all"), 24.0)
+
+
+def test_rounding_of_float32_counts_for_no_rank():
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((64, 3)) @ rng.standard_normal((3, 20))).astype(np.float32)
+    assert float(diagnostics.numerical_rank(xr.DataArray(x, dims=("token", "feature")))) == 3.0

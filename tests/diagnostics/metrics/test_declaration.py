@@ -47,7 +47,7 @@ def test_a_slice_keeps_its_scalar_labels(residual_run):
 
 def test_a_bare_matrix_equals_the_kernel():
     x = xr.DataArray(np.random.default_rng(0).standard_normal((20, 7)), dims=("token", "feature"))
-    assert float(diagnostics.stable_rank(x)) == pytest.approx(float(kernels.rank.stable_rank(x.values)))
+    assert float(diagnostics.effective_rank(x)) == pytest.approx(float(kernels.rank.effective_rank(x.values)))
 
 
 def test_a_run_a_trace_and_a_node_agree(hc_run):

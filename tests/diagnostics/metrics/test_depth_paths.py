@@ -10,7 +10,7 @@ from depthscope.diagnostics import schema
 from depthscope.diagnostics.kernels import mixing as kernel
 from tests.models.linear_runs import MODELS, over_depth, plain, streams
 
-PATHS = ("depth_kernel", "embedding_read", "effective_streams", "effective_path_depth", "read_mass")
+PATHS = ("depth_kernel", "effective_streams", "read_mass")
 
 
 def analyzed(run, metrics=PATHS):
@@ -37,7 +37,6 @@ def test_the_kernel_is_what_a_change_of_an_output_changes(name):
 def test_metrics_built_on_the_kernel_follow_from_it(name):
     found = analyzed(MODELS[name].run())
     m, each = found["depth_kernel"].values, MODELS[name].by_differences()[1]
-    np.testing.assert_allclose(found["effective_path_depth"], kernel.effective_path_depth(m), rtol=1e-12)
     np.testing.assert_allclose(found["read_mass"], kernel.read_mass(m), rtol=1e-12)
     # One matrix a feature, or a block a pair: not this magnitude's singular values. Between parallel branches is no state.
     if name in ("gated", "views", "parallel"):
@@ -64,9 +63,7 @@ def test_gates_are_multiplied_before_they_are_averaged():
 def test_a_plain_network_reads_every_earlier_output_once():
     found = analyzed(plain(count=6).run())
     np.testing.assert_array_equal(found["depth_kernel"], np.tri(6, k=-1))
-    np.testing.assert_array_equal(found["embedding_read"], 1.0)
     np.testing.assert_array_equal(found["effective_streams"].sel(reduction="median")[1:], 1.0)
-    np.testing.assert_allclose(found["effective_path_depth"][1:], [1.0, 1.5, 2.0, 2.5, 3.0])
 
 
 def test_parallel_branches_do_not_read_each_other():
@@ -94,9 +91,7 @@ def test_uniform_attention_over_depth_has_a_closed_form():
     found = analyzed(over_depth("attention", count, uniform=True).run())
     share = 1.0 / np.arange(1, count + 1)  # connection k reads k + 1 sources alike
     np.testing.assert_allclose(found["depth_kernel"], np.tri(count, k=-1) * share[:, None], rtol=1e-12)
-    np.testing.assert_allclose(found["embedding_read"], share, rtol=1e-12)
-    # Each reader has the same weight on all: the mean number of hops is that of a plain network, and the rank is one.
-    np.testing.assert_allclose(found["effective_path_depth"][1:], (np.arange(1, count) + 1) / 2)
+    # Each reader has the same weight on all: the rank is one.
     np.testing.assert_allclose(found["effective_streams"].sel(reduction="max")[1:], 1.0)
 
 
@@ -164,22 +159,6 @@ def test_a_weight_on_a_later_source_is_refused():
     assert (
         "depth_read of connection 1 has a weight on source 2 or later" in reasons(model.run())["depth_kernel"]
     )
-
-
-@pytest.mark.parametrize("kind", ["", "lagged", "views"])
-@pytest.mark.parametrize("copies", [True, False])
-def test_what_is_read_of_the_embedding_is_what_branches_that_give_nothing_would_read(kind, copies):
-    model = streams(kind)
-    run = model.run()
-    trace = run["trace"].to_dataset()
-    if not copies:
-        model.embedding[..., 1, :] += 1.0
-        trace["residual"].values[0] = model.embedding
-    states, inputs = model.recurrence(np.zeros_like(model.outputs))
-    read = np.sqrt((inputs**2).sum(-1).mean(-1))
-    expected = read / np.sqrt((states[0] ** 2).sum(-1).mean(-1))
-    found = analyzed(schema.create_run(trace, attrs=run.attrs))["embedding_read"]
-    np.testing.assert_allclose(found, expected.mean(axis=(1, 2)), rtol=1e-9)
 
 
 def test_arrays_by_name_give_the_kernel_of_a_run():

@@ -8,7 +8,6 @@ import pytest
 from benchmarks.published import figure_8
 from depthscope import diagnostics
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.metrics import contraction, mixing, paths
 from depthscope.diagnostics.quantities.mixing_matrices import over_last
 
 LEVELS = [0.5, 0.01, 0.99]
@@ -60,19 +59,6 @@ def test_attenuation_is_the_weakest_sum(analysis, products):
     )
 
 
-def test_pair_gain_is_that_of_every_product_reduced_over_tokens(analysis, matrices):
-    found = analysis["pair_gain"].isel(step=0)
-    for a in range(len(matrices)):
-        product = np.eye(4)
-        for b in range(a, len(matrices)):
-            product = matrices[b] @ product
-            for direction, gain in gains(product).items():
-                expected = reduced(gain[None])[0]
-                np.testing.assert_allclose(found.sel(direction=direction)[a, b], expected, rtol=1e-10)
-    assert np.isnan(found.values[:, 5, 3]).all()
-    np.testing.assert_allclose(found[:, 0], analysis["composite_gain"].isel(step=0), rtol=1e-10)
-
-
 def test_spectra(analysis, matrices, products):
     singular = np.linalg.svd(matrices, compute_uv=False)
     composed = np.linalg.svd(products, compute_uv=False)
@@ -85,45 +71,6 @@ def test_spectra(analysis, matrices, products):
         np.testing.assert_allclose(analysis[name].isel(step=0), reduced(values), rtol=1e-8)
 
 
-def test_weakest_sums_deviation_and_contraction(hc_run, matrices, products):
-    single = mixing.mixing_attenuation(hc_run)
-    for direction, axis in (("forward", -1), ("backward", -2)):
-        expected = reduced(np.abs(matrices.sum(axis)).min(-1))
-        np.testing.assert_allclose(single.sel(direction=direction), expected, rtol=1e-9)
-    sums = np.concatenate([products.sum(-1), products.sum(-2)], axis=-1)
-    expected = reduced(np.abs(np.log(np.abs(sums))).max(-1))
-    np.testing.assert_allclose(mixing.composite_deviation(hc_run), expected, rtol=1e-8)
-    apart = np.abs(products[..., :, None, :] - products[..., None, :, :]).sum(-1).max((-1, -2)) / 2
-    np.testing.assert_allclose(contraction.composite_dobrushin(hc_run), reduced(apart), rtol=1e-9)
-
-
-def test_what_is_left_of_a_difference_on_its_way_to_the_head(mhc_run):
-    found = contraction.suffix_deflated_gain(mhc_run).sel(reduction="mean")
-    h = mhc_run.trace.h_res.values[:, mhc_run.trace.mask.values].astype(float)
-    product = np.eye(4)
-    for start in reversed(range(len(h))):
-        product = product @ h[start]
-        left = np.linalg.svd(product - 0.25, compute_uv=False)[:, 0]
-        assert float(found[start]) == pytest.approx(left.mean(), rel=1e-4)
-
-
-def test_streams_in_use_count_from_one_to_all(make_run):
-    run = make_run("hc", layers=1)
-    trace = run["trace"].to_dataset().load()
-    trace["h_pre"].values[:] = [0.0, -2.0, 0.0, 0.0]
-    trace["h_post"].values[0], trace["h_post"].values[1] = 0.5, [1.0, 1.0, 0.0, 0.0]
-    assert paths.read_streams(trace).values == pytest.approx([1, 1])
-    assert paths.write_streams(trace).values == pytest.approx([4, 2])
-
-
-def test_a_broken_connection_spoils_what_the_gradient_passes_after_it(make_run):
-    matrices = np.stack([np.eye(2) * 2.0] * 6)
-    matrices[3] = np.nan
-    trace = static_run(make_run, matrices)["trace"].to_dataset()
-    found = contraction.suffix_deflated_gain(trace).sel(reduction="max")
-    np.testing.assert_allclose(found, [np.nan] * 4 + [4.0, 2.0], rtol=1e-12)
-
-
 def test_reductions_between_infinities_take_the_nearest_rank():
     values = np.array([-np.inf, -np.inf, 0.0, 1.0, np.inf])
     assert over_last(values)[1:].tolist() == [0.0, -np.inf, np.inf, np.inf]
@@ -133,7 +80,7 @@ def test_reductions_between_infinities_take_the_nearest_rank():
     assert np.isnan(over_last(np.array([1.0, np.nan, 2.0]))).all()
 
 
-def test_violation_entropy_and_distance(analysis, matrices):
+def test_violation_and_distance(analysis, matrices):
     found = analysis["doubly_stochastic_violation"].isel(step=0)
     np.testing.assert_allclose(
         found.sel(kind="row"), reduced(np.abs(matrices.sum(-1) - 1).max(-1)), rtol=1e-9
@@ -144,9 +91,6 @@ def test_violation_entropy_and_distance(analysis, matrices):
     np.testing.assert_allclose(
         found.sel(kind="negativity"), reduced(np.maximum(-matrices, 0).max((-1, -2))), rtol=1e-9
     )
-    share = np.abs(matrices) / np.abs(matrices).sum(-1, keepdims=True)
-    entropy = -(share * np.log(share)).sum(-1).mean(-1)
-    np.testing.assert_allclose(analysis["mixing_entropy"].isel(step=0), reduced(entropy), rtol=1e-9)
     distance = np.linalg.norm(matrices - np.eye(4), axis=(-1, -2)) / 2
     np.testing.assert_allclose(analysis["identity_distance"].isel(step=0), reduced(distance), rtol=1e-9)
 
@@ -198,13 +142,10 @@ def static_run(make_run, matrices, family="hc"):
 
 
 def test_deep_products_overflow_to_infinity(make_run):
-    found = diagnostics.analyze(
-        static_run(make_run, [1e38 * np.eye(2)] * 10), metrics=["composite_gain", "pair_gain"]
-    )
+    found = diagnostics.analyze(static_run(make_run, [1e38 * np.eye(2)] * 10), metrics=["composite_gain"])
     gain = found["composite_gain"].sel(direction="forward", reduction="mean").values[0]
     np.testing.assert_allclose(np.log10(gain[:8]), 38 * np.arange(1, 9), rtol=1e-6)
     assert np.isinf(gain[8:]).all()
-    assert np.isinf(found["pair_gain"].values[0, 0, 0, 9]).all()
 
 
 def test_one_broken_connection_leaves_the_others(make_run):
@@ -215,9 +156,6 @@ def test_one_broken_connection_leaves_the_others(make_run):
     np.testing.assert_allclose(single, [2, 2, 2, np.nan, 2, 2])
     composed = found["composite_gain"].sel(direction="forward", reduction="mean").values[0]
     np.testing.assert_allclose(composed, [2, 4, 8, np.nan, np.nan, np.nan])
-    pairs = found["pair_gain"].sel(direction="forward", reduction="max").values[0]
-    assert pairs[4, 5] == pytest.approx(4)
-    assert np.isnan(pairs[2, 4])
     assert "connection 3" in found.attrs["not_computed"]["depth_kernel"]
 
 

@@ -13,7 +13,7 @@ NAMES = [name for name, metric in CATALOGUE.items() if metric.question == "propa
 
 @pytest.fixture(scope="module")
 def analysis(mhc_run):
-    names = [*NAMES, "gradient_rank", "gradient_cosine", "stream_cka"]
+    names = [*NAMES, "gradient_rank", "stream_cka"]
     return diagnostics.analyze(mhc_run, metrics=names).isel(step=0)
 
 
@@ -25,10 +25,7 @@ def view(run, name, stream):
 @pytest.mark.parametrize("stream", ["mean", "1"])
 def test_channel_statistics(analysis, mhc_run, stream):
     x, found = view(mhc_run, "residual", stream), analysis.sel(stream=stream)
-    np.testing.assert_allclose(found["channel_squared_mean"], (x.mean(1) ** 2).mean(-1), rtol=1e-5)
     np.testing.assert_allclose(found["channel_variance"], x.var(1).mean(-1), rtol=1e-5)
-    np.testing.assert_allclose(found["branch_variance"][1:], np.diff(x, axis=0).var(1).mean(-1), rtol=1e-5)
-    assert np.isnan(found["branch_variance"][0])
 
 
 @pytest.mark.parametrize("stream", ["mean", "3"])
@@ -52,7 +49,6 @@ def test_independent_unit_branches_follow_the_closed_form(make_run):
     np.testing.assert_allclose(found["adjacent_cosine"][1:], np.sqrt(terms / (terms + 1)), atol=3e-3)
     np.testing.assert_allclose(found["branch_share"][1:], terms**-0.5, rtol=0.02)
     np.testing.assert_allclose(found["channel_variance"], np.arange(1, 10), rtol=0.03)
-    np.testing.assert_allclose(found["branch_variance"][1:], 1.0, rtol=0.03)
 
 
 def test_gradients_of_sequences(analysis, mhc_run):
@@ -60,19 +56,15 @@ def test_gradients_of_sequences(analysis, mhc_run):
     g = np.where(trace.mask.values[..., None], trace.gradient.mean("stream").values.astype(float), 0).sum(2)
     found = analysis.sel(stream="mean")
     for depth in (0, 4):
-        a, b = g[depth]
-        cosine = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
-        assert float(found["gradient_cosine"][depth]) == pytest.approx(cosine, rel=1e-5)
         p = np.linalg.svd(g[depth], compute_uv=False)
         p = p / p.sum()
         assert float(found["gradient_rank"][depth]) == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
 
 
-def test_a_single_sequence_has_a_rank_and_no_cosine(make_run):
+def test_a_single_sequence_has_a_rank(make_run):
     run = make_run("residual", layers=2, samples=1)
-    found = diagnostics.analyze(run, metrics=["gradient_rank", "gradient_cosine"])
+    found = diagnostics.analyze(run, metrics=["gradient_rank"])
     np.testing.assert_allclose(found["gradient_rank"], 1.0)
-    assert found["gradient_cosine"].isnull().all()
 
 
 def test_stream_cka_is_the_mean_over_pairs(analysis, mhc_run):

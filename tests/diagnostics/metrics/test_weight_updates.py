@@ -38,7 +38,6 @@ def test_an_analysis_holds_the_last_step(run):
     expected = {
         "weight_norm": [4.0, 6.0, 0.0],
         "weight_gradient_norm": [3.0, np.nan, 3.0],
-        "weight_gradient_ratio": [0.75, np.nan, np.nan],
         "update_ratio": [0.05, 0.0, np.nan],
     }
     for name, values in expected.items():

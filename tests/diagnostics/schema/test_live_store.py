@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from depthscope.diagnostics import analyze, schema, training_curves
+from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.schema import live_store, live_store_frames
 from depthscope.diagnostics.schema.live_store import LiveStore
 from depthscope.diagnostics.schema.live_store_frames import frames_from
@@ -171,27 +171,6 @@ def test_a_resumed_training_has_no_step_twice(one_step, tmp_path, monkeypatch):
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(6))
         assert run.attrs[schema.RESUMED_AT] == [6, 0]
-
-
-def test_the_step_of_pooled_sums_is_that_of_the_saved_state(make_run, tmp_path):
-    run = make_run("residual", **SMALL)
-    labels = {"centering": ["raw", "centred"], "component": np.arange(3)}
-    pooled = {
-        "streamed_count": ("depth", np.full(3, 40.0)),
-        "eigenvalue": (("centering", "depth", "component"), np.ones((2, 3, 3))),
-        "eigenvalue_shaken": (("centering", "depth", "component"), np.ones((2, 3, 3))),
-        "stream_eigenvalue": (("centering", "depth", "stream", "component"), np.ones((2, 3, 1, 3))),
-        "stream_eigenvalue_shaken": (("centering", "depth", "stream", "component"), np.ones((2, 3, 1, 3))),
-    }
-    statistics = run.statistics.to_dataset().assign(pooled).assign_coords(labels)
-    run["statistics"] = xr.DataTree(statistics)
-    first = int(statistics.step.values[-1])
-    store = written(tmp_path / "a", run, range(first, first + 4))
-    with schema.open_run(tmp_path / "a") as opened:
-        curves = training_curves(opened)["streamed_effective_rank"]
-    known = np.isfinite(curves.values.reshape(4, -1)).any(1)
-    np.testing.assert_array_equal(curves.step.values[known], [first])
-    store.close()
 
 
 # --- torn, damaged, hostile

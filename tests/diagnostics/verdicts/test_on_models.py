@@ -502,9 +502,6 @@ CASES: dict[str, Case] = {
     "attention_entropy_collapse": case(
         lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention", beside=("exploding_gradient",),
     ),
-    "collapsed_router": case(
-        lambda: plain(at(3, sure_router)), WARN, "depth", 4, 4, batch=tokens(4, 32), says="no token chooses is 0.75"
-    ),
     "massive_activations": case(
         lambda: plain(at(2, lambda: step(spiked, Block()))), INFO, "depth", 3, 6, says="features 7; positions 0"
     ),

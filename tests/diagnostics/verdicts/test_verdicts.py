@@ -919,7 +919,7 @@ def test_what_is_no_analysis_is_refused(mhc_run):
 
 
 def test_an_analysis_without_what_verdicts_need_has_no_finding(mhc_run):
-    assert diagnostics.judge(diagnostics.analyze(mhc_run, metrics="pair_gain")) == []
+    assert diagnostics.judge(diagnostics.analyze(mhc_run, metrics="depth_kernel")) == []
 
 
 def test_a_finding_on_inferred_read_weights_says_so_with_their_error():

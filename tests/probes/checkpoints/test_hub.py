@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from depthscope.app.cli.command import FINE, USAGE
 
 import depthscope as ds
-from depthscope.app.cli.command import FINE, USAGE
 from depthscope.app.cli.main import main
 from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.checkpoints.hub import is_hub_name

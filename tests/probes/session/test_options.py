@@ -66,8 +66,6 @@ def test_a_name_that_is_no_option_is_refused_before_the_model_runs(verb, name, a
         ({"layers": [1]}, ValueError, "expected module paths"),
         ({"mask": np.ones((2, 3))}, ValueError, "mask is of type ndarray; expected a tensor"),
         ({"sites": "middle"}, probes.SiteError, "closest: 'mid'"),
-        ({"streaming": {"evry": 2}}, ValueError, "expected True, or some of every"),
-        ({"streaming": {"every": 0}}, ValueError, "expected True, or some of every"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )

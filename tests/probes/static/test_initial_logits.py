@@ -68,9 +68,8 @@ def captured(model, ids):
 def test_initial_logits_give_the_matrices_that_the_model_applies(name, ids):
     model = static(MODELS[name]())
     run = diagnostics.with_replay(captured(model, ids), probes.initial_logits(model), decay=0.9)
-    found = diagnostics.analyze(run, metrics=["initial_distance", "replay_distance"])
+    found = diagnostics.analyze(run, metrics=["initial_distance"])
     assert float(found.initial_distance.sel(reduction="max").max()) < 2e-5
-    assert float(found.replay_distance.sel(reduction="max").min()) > 0.01
 
 
 def test_a_checkpoint_tells_the_same_as_its_model(tmp_path, ids):
@@ -112,7 +111,6 @@ def test_decoupled_weight_decay_is_what_the_replay_says(name, ids):
     decay = diagnostics.decay_factor(0.02, weight_decay=0.5, steps=20)
     run = diagnostics.with_replay(captured(model.eval(), ids), initial, decay=decay)
     analysis = diagnostics.analyze(run)
-    assert float(analysis.replay_distance.sel(reduction="max").max()) < 2e-5
     assert float(analysis.initial_distance.sel(reduction="median").min()) > 0.01
     found = {finding.verdict: finding for finding in diagnostics.judge(analysis)}
     assert "logits times 0.818" in found["decayed_mixing"].sentence

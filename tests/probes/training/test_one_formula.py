@@ -1,4 +1,4 @@
-"""Does a metric that is added as CONTRIBUTING says have one number by analysis, live row, exact and streamed sums?"""
+"""Does a metric that is added as CONTRIBUTING says have one number by analysis, live row and exact sums?"""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from depthscope import diagnostics, probes
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import metric
-from depthscope.diagnostics.metrics.streamed import variants
 from depthscope.diagnostics.quantities.exact_sums import EXACT
 
 
@@ -44,36 +43,28 @@ def logarithm_of_the_size(mean_square_norm: xr.Variable) -> xr.Variable:
 
 @pytest.fixture
 def recorded(monkeypatch, models, ids):
-    """A recording whose sampled, streamed and stored tokens are all of one forward."""
+    """A recording whose sampled and stored tokens are all of one forward."""
     declared = (energy_of_the_first, logarithm_of_the_size)
-    for each in (*declared, *variants(declared)):
+    for each in declared:
         monkeypatch.setitem(CATALOGUE, each.name, each)
     torch.manual_seed(0)
     names = [each.name for each in declared]
     model = models["lucidrains"]("mhc")
-    options = {"live_tokens": ids.numel(), "max_sequences": len(ids), "streaming": True}
+    options = {"live_tokens": ids.numel(), "max_sequences": len(ids)}
     with probes.record(model, metrics=names, **options) as recorder:
         model(ids)
         recorder.step()
     return recorder.run
 
 
-def test_a_metric_of_spectra_has_one_number_in_a_trace_a_row_and_streamed_moments(recorded, ids):
-    names = ["energy_of_the_first", "streamed_energy_of_the_first"]
-    analysis = diagnostics.analyze(recorded, names).isel(step=0)
+def test_a_metric_of_spectra_has_one_number_in_a_trace_and_a_row(recorded, ids):
+    analysis = diagnostics.analyze(recorded, ["energy_of_the_first"]).isel(step=0)
     expected = analysis["energy_of_the_first"].sel(scope="data")
     row = schema.chain_dataset(recorded, "metrics")["energy_of_the_first"].isel(step=0)
     assert row.dims == ("scope", "tokens", "centering", "depth", "stream")
     assert row["stream"].values.tolist() == expected["stream"].values.tolist() == ["mean", *"0123"]
     assert f"on {ids.numel()} sampled tokens" in row.attrs["estimator"]
     np.testing.assert_allclose(row.sel(scope="data"), expected, rtol=1e-9)
-    streamed = analysis["streamed_energy_of_the_first"]
-    assert streamed.attrs["long_name"].startswith(
-        "Share of the energy in the strongest direction of a spectrum of every"
-    )
-    np.testing.assert_allclose(
-        streamed.transpose("centering", "depth", "stream"), expected.sel(tokens="all"), rtol=1e-5
-    )
 
 
 def test_a_metric_of_sums_has_one_number_in_a_trace_a_row_and_the_curves(recorded):
@@ -85,9 +76,3 @@ def test_a_metric_of_sums_has_one_number_in_a_trace_a_row_and_the_curves(recorde
     np.testing.assert_allclose(row, expected, rtol=1e-6)
     several = {"stream": list("0123")}  # the size of their mean is no sum over streams
     np.testing.assert_allclose(curve.sel(several), expected.sel(several), rtol=1e-6)
-
-
-def test_what_streamed_moments_do_not_supply_has_no_streamed_variant():
-    names = [name for name in CATALOGUE if name.startswith("streamed_")]
-    assert "streamed_curvature" not in names
-    assert {"streamed_effective_rank", "streamed_cka", "streamed_adjacent_cka"} <= set(names)

@@ -155,7 +155,7 @@ def require_equal(together, one, *, near=(), rows=slice(None)):
     assert compared > 15, compared
 
 
-OF_GRADIENTS = ("weight_gradient_square_norm", "weight_gradient_norm", "weight_gradient_ratio")
+OF_GRADIENTS = ("weight_gradient_square_norm", "weight_gradient_norm")
 EXACT = (
     "residual_norm",
     "gradient_norm",

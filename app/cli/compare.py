@@ -1,0 +1,102 @@
+"""`depthscope compare`: do runs differ, and at which depths? Tests first, then a summary, then metrics by relative depth."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Annotated
+
+import typer
+
+from depthscope.app.cli.main import FINE, FOUND
+from depthscope.app.cli.options import (
+    Json,
+    MaxBytes,
+    Metrics,
+    Runs,
+    Select,
+    names,
+    read_several,
+    selection_of,
+)
+from depthscope.app.text.terminal import emit, remark, say, show_rows
+from depthscope.diagnostics.errors import InputError
+
+
+def compare(
+    runs: Runs,
+    metrics: Metrics = None,
+    points: Annotated[
+        int, typer.Option(min=1, max=1000, metavar="N", help="Relative depths that are shown.")
+    ] = 6,
+    by: Annotated[
+        str,
+        typer.Option(
+            metavar="ATTRIBUTE",
+            help="Test groups of runs, such as the seeds of each family, and not every run against the first.",
+        ),
+    ] = "",
+    select: Select = None,
+    json: Json = False,
+    max_bytes: MaxBytes = None,
+) -> int:
+    """Compare runs at the same relative depth."""
+    from depthscope.app.tables.comparison import (
+        COMPARED_METRICS,
+        comparison_table,
+        differences,
+        summary_table,
+    )
+    from depthscope.app.tables.differences import (
+        ONE_RUN_EACH,
+        as_dict,
+        between_groups,
+        between_runs,
+        in_words,
+    )
+
+    chosen = names(metrics) or COMPARED_METRICS
+    selection = selection_of(select)
+    readings, left_out = read_several(runs, max_bytes, "analysing")
+    if len(readings) < 2:
+        raise InputError(f"got {len(readings)} run to compare; expected two or more, or a folder of them")
+    summary = summary_table(readings, selection)
+    aligned = comparison_table(readings, chosen, selection, points=points)
+    warnings = differences(readings, selection)
+    if by:
+        tested = between_groups(readings, chosen, selection, by=by)
+    else:
+        tested = between_runs(readings, chosen, selection, max_bytes=max_bytes)
+    # On stderr, also with --json: a comparison of unlike runs is still printed, and stdout stays one document.
+    for text in warnings:
+        remark(text)
+    if json:
+        emit(
+            {
+                "warnings": warnings,
+                "summary": summary.data.to_dict("records"),
+                "aligned": aligned.data.to_dict("records"),
+                "differences": [as_dict(difference) for difference in tested],
+                "left_out": left_out,
+            }
+        )
+        return FOUND if left_out else FINE
+    for difference in tested:
+        say(textwrap.fill(in_words(difference), 100, subsequent_indent="  "))
+    if tested and not by:
+        say(textwrap.fill(f"{ONE_RUN_EACH}, with --by ATTRIBUTE.", 100))
+    if tested:
+        say()
+    say(textwrap.fill(summary.caption, 100))
+    # Transposed, one column a run: a terminal is too narrow for one row with ten facts.
+    facts = summary.printed.copy()
+    # The summary leaves the model out, the widest cell of one row per run; transposed it has room.
+    facts.insert(1, "model", summary.data["model"])
+    facts = facts.set_index("run").T
+    show_rows(
+        ["", *map(str, facts.columns)],
+        [[str(name), *map(str, row)] for name, row in zip(facts.index, facts.to_numpy(), strict=True)],
+    )
+    say()
+    say(textwrap.fill(aligned.caption, 100))
+    show_rows([str(column) for column in aligned.printed], aligned.printed.astype(str).to_numpy().tolist())
+    return FOUND if left_out else FINE

@@ -1,0 +1,25 @@
+"""`depthscope demo`: three small trained models, probed, judged and shown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from depthscope.app.cli.main import FINE
+from depthscope.app.cli.options import Browser
+
+
+def demo(
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the runs.")] = Path("depthscope-demo"),
+    browser: Browser = True,
+    train: Annotated[
+        bool, typer.Option("--train", help="Train the models here, which takes some minutes.")
+    ] = False,
+) -> int:
+    """Look at three small trained models: residual, HC and mHC."""
+    from depthscope.app.demo.demo import run_demo
+
+    run_demo(out, browser=browser, train=train)
+    return FINE

@@ -1,0 +1,91 @@
+"""`depthscope describe`: the family, blocks, streams, layout and sites that are found in a checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from depthscope.app.cli.main import FINE
+from depthscope.app.cli.options import Json, ModelAndText, capture_errors_for_users, names, with_model
+from depthscope.app.text.terminal import emit, say, show_rows, working
+from depthscope.diagnostics.errors import InputError
+
+
+# One small forward: it finds the structure and proves the connections, and measures nothing.
+@with_model(sequences=2, length=32)
+def describe(
+    model: ModelAndText,
+    weights_only: Annotated[
+        bool,
+        typer.Option(
+            "--weights-only",
+            help="Read the connections from safetensors or GGUF (folder or file), and build no model.",
+        ),
+    ] = False,
+    dialect: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="With --weights-only: your own rows of how tensors are named and used (TOML).",
+        ),
+    ] = None,
+    as_dialect: Annotated[
+        str | None,
+        typer.Option(
+            "--as", metavar="NAME", help="With --weights-only: the dialect or model type to read it as."
+        ),
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Describe a checkpoint: family, blocks, streams, proof."""
+    if weights_only:
+        return _describe_weights(model, dialect, as_dialect, json=json)
+    if dialect is not None or as_dialect is not None:
+        raise InputError(
+            "--dialect and --as say how weight files are read; add --weights-only, or leave them out"
+        )
+    loaded = model.load()
+    from depthscope import probes
+
+    batch = model.batch(loaded, model.read_text())
+    with capture_errors_for_users():
+        found = probes.describe(loaded.model, batch, sites=names(model.sites), **model.read_as)
+    if json:
+        emit(
+            {"checkpoint": model.checkpoint, "name": loaded.name, "digest": loaded.digest, **found.as_dict()}
+        )
+    else:
+        say(str(found))
+    return FINE
+
+
+def _describe_weights(
+    model: ModelAndText, dialect: Path | None, as_dialect: str | None, *, json: bool
+) -> int:
+    given = [
+        name
+        for name in ("weights", "layers", "layout", "streams", "sites", "dtype", "text")
+        if getattr(model, name) is not None
+    ]
+    if given:
+        raise InputError(
+            f"--{given[0]} and --weights-only do not go together: no model is built or run; leave one out"
+        )
+    with working("importing torch"):
+        from depthscope.probes.static import page
+        from depthscope.probes.static.describe import describe_weights
+    file = None if dialect is None else str(dialect)
+    found = describe_weights(model.checkpoint, dialect_file=file, as_dialect=as_dialect)
+    if json:
+        emit(found.as_dict())
+        return FINE
+    say(page.heading(found))
+    if found.connections:
+        for columns, rows in page.tables(found):
+            say()
+            show_rows(columns, rows)
+        say()
+        say(page.ending(found))
+    return FINE

@@ -1,0 +1,255 @@
+"""`depthscope probe`: run a checkpoint on text, save what its streams carried, and judge it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from depthscope.app.cli.main import FINE, FOUND
+from depthscope.app.cli.options import (
+    Force,
+    Json,
+    ModelAndText,
+    capture_errors_for_users,
+    names,
+    text_digest,
+    with_model,
+)
+from depthscope.app.text.terminal import (
+    columns,
+    command_line,
+    emit,
+    encodable,
+    printable,
+    remark,
+    say,
+    working,
+)
+from depthscope.diagnostics.errors import InputError
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from depthscope.app.readings.readings import Reading
+
+SIZES = {
+    "depth": "depths",
+    "sample": "sequences",
+    "token": "tokens",
+    "stream": "streams",
+    "feature": "features",
+}
+"""Dimensions of a trace whose sizes are printed, and their names in the output."""
+
+
+@with_model(several=True)
+def probe(
+    model: ModelAndText,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN", help="Where to save (.zarr; default the checkpoint's name, in this folder)."
+        ),
+    ] = None,
+    gradients: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradients/--no-gradients",
+            help="Record the gradient of the loss (default: where labels are taken).",
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, metavar="B", help="Sequences per forward (default all in one).")
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="K",
+            help="Sequences whose states are stored (default all); sums are over every token.",
+        ),
+    ] = None,
+    settle: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Most forwards for experiments that test whether a suspected problem does harm.",
+        ),
+    ] = 10,
+    factory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODULE:FUNCTION",
+            help="Builds the model of several checkpoints that are files of weights.",
+        ),
+    ] = None,
+    force: Force = False,
+    json: Json = False,
+) -> int:
+    """Run a checkpoint on text and judge it.
+
+    What its streams carried is saved as a run. Several checkpoints, or a folder of them, become one history by step.
+    """
+    from depthscope.diagnostics import schema
+
+    history = bool(model.others) or factory is not None or _is_folder_of_checkpoints(Path(model.checkpoint))
+    place = out or Path(_default_name(model))
+    if history:
+        return _probe_history(model, place, batch, gradients, factory, force=force, json=json)
+    # Before torch is imported and the model is loaded, which takes far longer than this.
+    schema.require_replaceable(place, force=force)
+    text = model.read_text()
+    loaded = model.load()
+    # After `load`, which prints that torch is being imported while it is.
+    from depthscope import probes
+    from depthscope.probes.checkpoints.text_batch import batches_of, token_texts
+
+    tokens = model.batch(loaded, text)
+    if gradients is None and "labels" not in tokens:
+        remark(f"no gradients: {printable(loaded.name)} takes no labels, so that there is no loss")
+    with working(f"probing {loaded.name}"), capture_errors_for_users():
+        run = probes.capture(
+            loaded.model,
+            tokens if batch is None else batches_of(tokens, batch),
+            gradients="labels" in tokens if gradients is None else gradients,
+            **model.read_as,
+            sites=names(model.sites),
+            max_sequences=keep or model.sequences,
+            seed=model.seed,
+            settle=settle,
+            token_text=token_texts(loaded, tokens),
+            attrs={
+                **loaded.attrs,
+                "checkpoint": 1,
+                "data": model.text_name,
+                "data_digest": text_digest(text),
+            },
+        )
+    path = schema.save_run(run, place, force=force)
+    # What comes next needs neither, and a model is as large as its run.
+    del loaded, tokens
+    _print_saved(run, path, _judged(path), json=json)
+    return FINE
+
+
+def _default_name(model: ModelAndText) -> str:
+    """A name for the run in the working folder: that of the checkpoint, of several that of their folder."""
+    path = Path(model.checkpoint).resolve()
+    name = (path.parent if model.others else path).name.removesuffix(".gguf")
+    return f"{name.replace(':', '-').replace('@', '-') or 'run'}.zarr"
+
+
+def _is_folder_of_checkpoints(folder: Path) -> bool:
+    return folder.is_dir() and not (folder / "config.json").exists() and any(folder.glob("*/config.json"))
+
+
+def _judged(path: Path) -> list[Reading]:
+    """The saved run, one reading for each of its chains; none where it cannot be judged, since the run is there."""
+    from depthscope.app.readings.readings import read_paths
+
+    try:
+        with working("analysing and judging") as progress:
+            return read_paths([str(path)], progress=progress)[0]
+    except ValueError as error:
+        remark(f"{path} is saved, and not judged: {error}")
+        return []
+
+
+def _print_saved(run: xr.DataTree, path: Path, readings: Sequence[Reading], *, json: bool) -> None:
+    from depthscope.app.tables.findings import NOTHING, cards_of, count_words
+    from depthscope.app.text.cards import cards_text
+    from depthscope.diagnostics import schema
+
+    sizes: dict[str, dict[str, int]] = {}
+    for chain in schema.chains(run):
+        trace = schema.chain_dataset(run, "trace", chain)
+        # A run may have statistics alone.
+        known: Any = {} if trace is None else trace.sizes
+        sizes[chain or "run"] = {word: known[dim] for dim, word in SIZES.items() if dim in known}
+    if json:
+        cards = [card.as_dict() for reading in readings for card in cards_of(reading)]
+        emit({"run": str(path), "attrs": dict(run.attrs), "sizes": sizes, "findings": cards})
+        return
+    say(f"{printable(path)}: {printable(run.attrs.get('model'))}, {printable(run.attrs.get('family'))}")
+    for chain, size in sizes.items():
+        counts = " · ".join(f"{word} {count}" for word, count in size.items())
+        say(f"  {counts}" if chain == "run" else f"  {chain}: {counts}")
+    if str(run.attrs.get("proof", "")).startswith(schema.UNPROVEN):
+        say(f"  {printable(run.attrs['proof'])}")
+    for part in run.attrs.get("not_covered", ()):
+        say(f"  not covered: {printable(part['sentence'])}")
+    for odd in run.attrs.get("remarks", ()):
+        say(f"  remark: {odd['sentence']}")
+    for reading in readings:
+        say()
+        say(f"{printable(reading.name)}: {count_words(reading.findings)}")
+        say()
+        say(cards_text(cards_of(reading), width=columns(), shown=encodable) or NOTHING)
+    say()
+    say(f"Next: {command_line('check', path)}")
+    say(f"      {command_line('dashboard', path)}")
+
+
+def _probe_history(
+    model: ModelAndText,
+    place: Path,
+    batch: int | None,
+    gradients: bool | None,
+    factory: str | None,
+    *,
+    force: bool,
+    json: bool,
+) -> int:
+    """Probe all checkpoints on the same text, and save their history."""
+    if model.weights is not None:
+        raise InputError(
+            "--weights is for one checkpoint; give the files of weights as checkpoints, with --factory"
+        )
+    text = model.read_text()
+    with working("importing torch"):
+        from depthscope.probes.history import probe_checkpoints
+    with working("probing") as progress:
+        found = probe_checkpoints(
+            [model.checkpoint, *model.others],
+            text,
+            str(place),
+            factory=factory,
+            sequences=model.sequences,
+            length=model.length,
+            batch=batch,
+            seed=model.seed,
+            gradients=gradients,
+            dtype=model.dtype,
+            device=model.device,
+            force=force,
+            attrs={"data": model.text_name},
+            progress=progress,
+            sites=names(model.sites),
+            **model.read_as,
+        )
+    for path, why in found.left_out.items():
+        remark(f"left out {printable(path, longest=120)}: {why}")
+    left_out = [{"checkpoint": path, "why": why} for path, why in found.left_out.items()]
+    checkpoints = found.run.attrs["checkpoints"]
+    if json:
+        emit(
+            {
+                "run": str(found.path),
+                "checkpoints": checkpoints,
+                "left_out": left_out,
+            }
+        )
+        return FOUND if left_out else FINE
+    steps = [str(of["step"]) for of in checkpoints]
+    say(
+        f"{printable(found.path)}: {len(steps)} checkpoint{'s' * (len(steps) != 1)} of "
+        f"{printable(found.run.attrs.get('block'))} models, step {steps[0]} to {steps[-1]}"
+    )
+    say()
+    say(f"Next: {command_line('check', found.path)}")
+    say(f"      {command_line('dashboard', found.path)}")
+    return FOUND if left_out else FINE

@@ -1,1 +1,0 @@
-"""What do the checkpoints of one training tell together? One history, by the step of each."""
