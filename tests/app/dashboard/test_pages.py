@@ -20,7 +20,7 @@ from depthscope.app.dashboard.server import CONFIG, free_port, launch
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.figures import FIGURES, available
 from depthscope.app.text.bibliography import source_words
-from depthscope.diagnostics import analyze, create_run, save_run
+from depthscope.diagnostics import analyze, create_run, save_run, schema
 from tests.app.dashboard.opening import ENTRY, charts, open_page, words
 
 
