@@ -26,9 +26,7 @@ from safetensors.torch import save_file
 
 from depthscope.app.cli.main import main
 from depthscope.diagnostics import analyze, schema
-from depthscope.diagnostics.errors import AbsentError
-from depthscope.diagnostics.schema import live_store
-from depthscope.diagnostics.schema.live_store_history import read_history
+from depthscope.diagnostics.errors import AbsentError, TakenError
 from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.checkpoints.gguf_header import check_gguf
 from depthscope.probes.checkpoints.load import load_checkpoint
@@ -42,7 +40,7 @@ from tests.probes.static.dialect_files import CASES
 from tests.probes.static.written_files import write_gguf
 from tests.thoroughness import sample_or_every
 
-REFUSALS = (schema.SchemaError, CheckpointError, AbsentError)
+REFUSALS = (schema.SchemaError, CheckpointError, AbsentError, TakenError)
 NOISE = ("Exception ignored", "Traceback (most recent call last)")
 SECONDS, MIB = 20, 700
 
@@ -107,18 +105,16 @@ def open_run(path: Path) -> None:
 def save_live(path: Path) -> None:
     run = synthetic_run("residual", layers=2, samples=2, tokens=4, features=8)
     run.attrs["step"] = int(run.statistics.step.values[-1])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live_store, "MAX_LOG_ROWS", 4)
-        written(path, run, range(6)).close()
+    written(path, run, range(6)).close()
 
 
 def open_live(path: Path) -> None:
     """The rows are the first of those that were written: the last one may pass for a torn one."""
-    history = read_history(path)
-    assert history.steps().tolist() == list(range(history.num_rows))
-    for step in range(history.num_rows):
+    rows = schema.LiveRows(path)
+    assert rows.steps.tolist() == list(range(rows.num_rows))
+    for step in range(rows.num_rows):
         for name, expected in row(float(step)).items():
-            np.testing.assert_array_equal(history.row(step)[name][1], expected[1])
+            np.testing.assert_array_equal(rows.row(step)[name][1], expected[1])
 
 
 def write_small_gguf(path: Path) -> None:
@@ -239,7 +235,7 @@ def test_damage_of_what_takes_long_to_read_is_refused_too(kind, whole, data):
 
 def read_damaged(kind: str, files: dict[str, bytes], data: st.DataObject) -> None:
     # Of a live store what has its rows: the states are runs.
-    chosen = {name: content for name, content in files.items() if name.endswith((".log", ".cols"))} or files
+    chosen = {name: content for name, content in files.items() if name.endswith(".log")} or files
     damaged = data.draw(damaged_file(files["."]) if list(files) == ["."] else damaged_files(chosen))
     sentence = read(kind, {name: files[name] for name in files.keys() - chosen.keys()} | damaged)
     assert sentence is None or (sentence and "\n" not in sentence)

@@ -15,6 +15,7 @@ import re
 import socket
 import struct
 import time
+import weakref
 import zlib
 from array import array
 from bisect import bisect_left
@@ -22,7 +23,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
@@ -115,7 +116,9 @@ class Status:
         words.append(f"written by process {self.pid} on {self.host}")
         if self.state_step != self.last_step:
             words.append(f"raw sequences of step {self.state_step}")
-        words += [f"resumed at step {one['step']} ({one['superseded']} rows superseded)" for one in self.resumed]
+        words += [
+            f"resumed at step {one['step']} ({one['superseded']} rows superseded)" for one in self.resumed
+        ]
         if self.torn_bytes:
             words.append(f"{self.torn_bytes} bytes of a torn row ignored")
         return {**asdict(self), "sentence": ", ".join(words)}
@@ -130,8 +133,9 @@ class LiveRows:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._file: IO[bytes] = os.fdopen(open_below(self.path, LOG), "rb", buffering=0)
+        self._open()
         self._columns: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._scanned: io.BufferedReader | None = None
         self._begin()
         try:
             self.refresh()
@@ -154,9 +158,9 @@ class LiveRows:
         self._ends = [0]  # where in a row each variable begins, and the last one ends
         self._columns.clear()
 
-    def close(self) -> None:
-        """Close the log."""
-        self._file.close()
+    def _open(self) -> None:
+        self._descriptor = open_below(self.path, LOG)
+        self.close = weakref.finalize(self, os.close, self._descriptor)
 
     # --- what there is
 
@@ -185,7 +189,7 @@ class LiveRows:
         writer = self.attempts[-1] if self.attempts else {"pid": 0, "host": "", "time": math.nan}
         here = socket.gethostname() == writer["host"]
         state = "finished" if self.finished else "killed" if here else "unknown"
-        is_growing = is_locked(self._file.fileno())
+        is_growing = is_locked(self._descriptor)
         return Status(
             state="growing" if is_growing else state,
             last_step=self.last_step,
@@ -201,35 +205,59 @@ class LiveRows:
     def column(self, name: str) -> np.ndarray:
         """One variable of every row, rows first; NaN in rows that do not have it. It is not to be changed."""
         declared, place = self.variables[name], list(self.variables).index(name)
-        known = self._columns.pop(name, np.zeros((0, *declared.shape), declared.dtype))[: self.num_rows]
+        known = self._columns.pop(name, np.zeros((0, *declared.shape), declared.dtype))
         added = np.full((self.num_rows - len(known), *declared.shape), math.nan, declared.dtype)
-        for at in range(len(known), self.num_rows):
-            if self._counts[at] > place and declared.num_bytes:
-                content = self._read(self._starts[at] + self._ends[place], declared.num_bytes)
-                added[at - len(known)] = np.frombuffer(content, declared.dtype).reshape(declared.shape)
+        rows = [at for at in range(len(known), self.num_rows) if self._counts[at] > place]
+        if rows and declared.num_bytes:
+            before, size = self._ends[place], declared.num_bytes
+            content = b"".join([self._read(self._starts[at] + before, size) for at in rows])
+            added[np.array(rows) - len(known)] = np.frombuffer(content, declared.dtype).reshape(
+                -1, *declared.shape
+            )
         self._columns[name] = known = np.concatenate([known, added]) if len(known) else added
         while len(self._columns) > 1 and sum(each.nbytes for each in self._columns.values()) > KEPT_BYTES:
             self._columns.popitem(last=False)
         return known
 
+    def row(self, position: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
+        """Dims and values of all variables that one row has."""
+        start, count = self._starts[position], self._counts[position]
+        data = self._read(start, self._ends[count])
+        places = zip(list(self.variables.items())[:count], self._ends, self._ends[1:], strict=False)
+        return {
+            name: (of.dims, np.frombuffer(data[begin:end], of.dtype).reshape(of.shape))
+            for (name, of), begin, end in places
+        }
+
     def _read(self, start: int, size: int) -> bytes:
-        self._file.seek(start)
-        content = self._file.read(size)
+        if self._scanned is not None:
+            self._scanned.seek(start)
+            content = self._scanned.read(size)
+        elif hasattr(os, "pread"):  # several threads read at once
+            content = os.pread(self._descriptor, size, start)
+        else:
+            os.lseek(self._descriptor, start, os.SEEK_SET)
+            content = os.read(self._descriptor, size)
         if len(content) != size:
-            raise SchemaError(f"its {LOG} became shorter while it was read; copy the folder again from where it came")
+            raise SchemaError(
+                f"its {LOG} became shorter while it was read; copy the folder again from where it came"
+            )
         return content
 
     # --- replaying
 
     def refresh(self) -> bool:
         """Read what was appended since the last time; a log that was begun anew is read from its beginning."""
-        entry, raw = os.fstat(self._file.fileno()), self._file
+        if not os.path.samestat(os.fstat(self._descriptor), os.lstat(self.path / LOG)):
+            self.close()
+            self._open()
+        entry = os.fstat(self._descriptor)
         require_dense(self.path / LOG, entry)
         if entry.st_size < self.end or self._read(0, len(self._first)) != self._first:
             self._begin()
         before, size = self.end, entry.st_size
         # Many small frames at once; a buffer of the last time would have what was torn then.
-        self._file = io.BufferedReader(io.FileIO(raw.fileno(), closefd=False), PIECE)
+        self._scanned = io.BufferedReader(io.FileIO(self._descriptor, closefd=False), PIECE)
         try:
             while (frame := self._frame_at(self.end, size)) is not None:
                 self._take(*frame)
@@ -238,7 +266,8 @@ class LiveRows:
             self.torn = size - self.end
             is_damaged = self.torn > 0 and self._is_damaged(size)
         finally:
-            self._file = raw
+            self._scanned.close()
+            self._scanned = None
         if is_damaged:
             raise SchemaError(
                 f"its {LOG} is damaged at byte {self.end}, in row {self.num_rows}; copy it again from where it came, or keep "
@@ -287,12 +316,20 @@ class LiveRows:
                 self.take_note(content)
         except SchemaError:
             raise
-        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError, struct.error) as error:
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+            struct.error,
+        ) as error:
             reason = f"{type(error).__name__}: {error}"
             raise SchemaError(f"its {LOG} is none that depthscope writes ({reason})") from None
 
     def _take_row(self, start: int, end: int) -> None:
-        step, when, count = ROW_HEAD.unpack(self._read(start, ROW_HEAD.size))
+        step, when, count = ROW_HEAD.unpack(self._read(start, min(ROW_HEAD.size, end - start)))
         if end - start - ROW_HEAD.size != self._ends[count]:
             raise InputError(f"the row of step {step} has {end - start} bytes for {count} variables")
         if self._steps and step <= self._steps[-1]:
@@ -344,13 +381,18 @@ class LiveRows:
         coords = {name: _coordinate(name, fields) for name, fields in content["coords"].items()}
         shapes = {name: (of.dims, of.shape) for name, of in {**self.variables, **variables}.items()}
         sizes: dict[tuple[str, str], int] = {}
-        for name, (dims, shape) in [*shapes.items(), *((name, (of["dims"], of["values"].shape)) for name, of in coords.items())]:
+        shapes |= {name: (of["dims"], of["values"].shape) for name, of in coords.items()}
+        for name, (dims, shape) in shapes.items():
             group = name.rpartition("/")[0]
             for dim, size in zip(dims, shape, strict=True):
                 if sizes.setdefault((group, dim), size) != size:
-                    raise InputError(f"{dim} of {name} has {size} labels, expected {sizes[group, dim]} as in /{group}")
+                    raise InputError(
+                        f"{dim} of {name} has {size} labels, expected {sizes[group, dim]} as in /{group}"
+                    )
         known = {*self.variables, *self.coords}
-        if twice := [name for name in [*variables, *coords] if name in known or (name in variables and name in coords)]:
+        if twice := [
+            name for name in [*variables, *coords] if name in known or (name in variables and name in coords)
+        ]:
             raise InputError(f"{twice[0]} is declared twice")
         if self._ends[-1] + sum(of.num_bytes for of in variables.values()) > MAX_PAYLOAD:
             raise InputError(f"a row of more than {MAX_PAYLOAD} bytes")
@@ -381,13 +423,21 @@ def _coordinate(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"the values of {name} are of the kinds {kinds}; expected numbers or texts")
     if kinds != {str}:
         values = values.astype(bool if kinds == {bool} else np.int64 if kinds == {int} else np.float64)
-    return {"dims": _dims(name, fields["dims"], values.ndim), "values": values, "attrs": dict(fields["attrs"])}
+    return {
+        "dims": _dims(name, fields["dims"], values.ndim),
+        "values": values,
+        "attrs": dict(fields["attrs"]),
+    }
 
 
 def _dims(name: str, dims: Sequence[str], number: int) -> tuple[str, ...]:
     if not _NAME.fullmatch(name) or name.endswith("/step"):
         raise InputError(f"{name!r} is not a name of a variable in {', '.join(GROUPS)}")
-    if not all(isinstance(dim, str) for dim in dims) or len(dims) != number or len({*dims, "step"}) != number + 1:
+    if (
+        not all(isinstance(dim, str) for dim in dims)
+        or len(dims) != number
+        or len({*dims, "step"}) != number + 1
+    ):
         raise InputError(f"{name} has the dims {dims}, expected {number}, each once, without the step")
     return tuple(dims)
 

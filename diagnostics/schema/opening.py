@@ -15,8 +15,8 @@ from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.schema.attributes import decode_attrs, decode_dataset
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.schema.limits import require_ordinary
-from depthscope.diagnostics.schema.live_store_files import is_live_store, live_log_of, newest_state
-from depthscope.diagnostics.schema.live_store_reading import open_live
+from depthscope.diagnostics.schema.live_rows import is_live_store
+from depthscope.diagnostics.schema.live_store import live_log_of, newest_state, open_live
 from depthscope.diagnostics.schema.saving import SUFFIXES, suffix_of, without_suffix
 from depthscope.diagnostics.schema.validation import SchemaError, validate
 from depthscope.diagnostics.schema.zarr_stores import check_zarr
@@ -59,7 +59,7 @@ def open_run(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> x
     source = Path(path)
     if is_live_store(source):
         try:
-            return open_live(source, lambda state: open_run(state, max_bytes=max_bytes), max_bytes=max_bytes)
+            return open_live(source, lambda state: open_run(state, max_bytes=max_bytes))
         except SchemaError as error:
             raise SchemaError(f"{source}: {error}") from None
     if not source.suffix and not source.exists():

@@ -25,9 +25,11 @@ from depthscope.diagnostics.errors import TakenError
 from depthscope.diagnostics.schema.attributes import encode_dataset
 from depthscope.diagnostics.schema.groups import GROUPS
 from depthscope.diagnostics.schema.limits import MAX_TEXT
-from depthscope.diagnostics.schema.live_store_reading import LIVE
 from depthscope.diagnostics.schema.validation import SchemaError, validate
 from depthscope.diagnostics.schema.zarr_stores import MAX_CHUNK, METADATA
+
+LIVE = "live_store"
+"""Attribute of a run that was opened from a live store: the fields of `Status`."""
 
 SUFFIXES = (".zarr", ".zarr.zip")
 """Endings of saved runs: a folder, and one file to send."""
