@@ -77,8 +77,8 @@ def analyze(
     if memory or scheduler:
         if jackknife or out is None or (memory and scheduler):
             raise InputError(
-                "--memory (threads of this process) or --scheduler (a cluster) goes with --out RUN, since a run of this size is "
-                "not written again, and without --jackknife"
+                "--memory (threads of this process) or --scheduler (a cluster) goes with --out RUN, since a run of this size "
+                "is not written again, and without --jackknife"
             )
         with working(f"analysing {run}") as progress, _client(scheduler) as client:
             analysis = measure(run, asked, scheduler=client, memory=memory, progress=progress)

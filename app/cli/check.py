@@ -90,7 +90,6 @@ def _as_dict(reading: Reading) -> dict[str, Any]:
 
     return {
         "run": reading.name,
-        "integrity": reading.integrity,
         **({"live_store": reading.attrs["live_store"]} if live_sentence(reading.attrs) else {}),
         **{name: reading.attrs.get(name) for name in ("proof", "constraint", "memory")},
         "findings": [card.as_dict() for card in cards_of(reading)],
@@ -110,7 +109,6 @@ def _print_findings(readings: Sequence[Reading]) -> None:
         facts = [reading.attrs[key] for key in ("model", "family") if reading.attrs.get(key)]
         about = ", ".join(map(printable, facts))
         say(f"{printable(reading.name)}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
-        say(f"  file {printable(reading.integrity)}")
         lines = {
             "live store": live_sentence(reading.attrs),
             "H_res": reading.attrs.get("constraint"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from depthscope.app.text.terminal import printable, remark, working
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.errors import AbsentError, InputError
 
 if TYPE_CHECKING:
     from depthscope.app.figures import Selection
@@ -112,6 +113,9 @@ def read_several(
     """
     from depthscope.app.readings.readings import read_paths
 
+    for run in runs:  # a typing error is answered before any run is judged
+        if not os.path.lexists(run):
+            raise AbsentError(f"no run at {printable(run, longest=200)}; name a run, or a folder of runs")
     with working(what) as progress:
         readings, reasons = read_paths([str(run) for run in runs], max_bytes=max_bytes, progress=progress)
     for name, why in reasons.items():
@@ -216,6 +220,10 @@ class ModelAndText:
         if self.text == "-":
             raw = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
         else:
+            if os.path.exists(self.text) and not os.path.isfile(
+                self.text
+            ):  # reading a pipe may wait for ever
+                raise InputError(f"--text {self.text} is no file; name one, or pipe the text into --text -")
             with open(self.text, "rb") as file:
                 raw = file.read(MAX_TEXT_BYTES + 1)
         if len(raw) > MAX_TEXT_BYTES:

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.analysis import goals, measure, page
+from benchmarks.analysis import measure, page
 from benchmarks.analysis.comparison import Comparison
 from benchmarks.shared import process, tables
 
-TOPICS = ("cka", "ranks", "mixing", "scalars", "measured_steps")
+TOPICS = ("cka", "ranks", "mixing")
 # Names of distributions, for the versions on the page.
 PEERS = (
     *("torch-cka", "cka-pytorch", "pytorch-cka", "ckatorch", "repsim", "torchlens"),
@@ -37,7 +37,7 @@ def main() -> None:
         print(json.dumps(work(json.loads(arguments.worker))))
         return
     found = compared(arguments)
-    results = {"comparisons": found, "goals": goals.judged(found), "rounds": arguments.rounds}
+    results = {"comparisons": found, "rounds": arguments.rounds}
     results |= tables.circumstances("benchmarks.analysis", (*page.PACKAGES, *PEERS))
     print(json.dumps(results, indent=1) if arguments.json else page.text(results))
     if arguments.markdown:
@@ -56,7 +56,7 @@ def parsed() -> argparse.Namespace:
         help="small sizes, two rounds, one process for each comparison: only to see it run",
     )
     parser.add_argument("--json", action="store_true", help="print the results as JSON")
-    parser.add_argument("--markdown", type=Path, help="write its part of the page, docs/analyzers.md")
+    parser.add_argument("--markdown", type=Path, help="write its part of the page, docs/benchmarks.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.rounds = min(arguments.rounds, 2) if arguments.quick else arguments.rounds

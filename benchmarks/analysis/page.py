@@ -1,4 +1,4 @@
-"""How are the results of benchmarks.analysis written? As tables, goals first, and as a part of docs/analyzers.md."""
+"""How are the results of benchmarks.analysis written? As tables, and as a part of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ def text(results: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """This benchmark's part of docs/analyzers.md."""
+    """This benchmark's part of docs/benchmarks.md."""
     parts = [HEAD.format(**results, peers=layout.pinned(results["versions"]))]
-    # Goals first: the tables below are read to see why one was missed.
-    parts.append(layout.as_markdown(goals(results["goals"]), level=2))
     for comparison in results["comparisons"].values():
         note = comparison["note"]
         answers, times = tables_of(comparison)
-        parts.append(f"## {comparison['title']}\n")
+        parts.append(f"### {comparison['title']}\n")
         parts += [f"{note}\n"] if note else []
         parts += [layout.as_markdown(table) for table in (answers, times) if table[2]]
     return "\n".join([*parts, layout.named(results["versions"]), ""])
@@ -33,22 +31,11 @@ def markdown(results: dict[str, Any]) -> str:
 
 def tables(results: dict[str, Any]) -> list[Table]:
     """Every table."""
-    found = [goals(results["goals"])]
+    found: list[Table] = []
     for comparison in results["comparisons"].values():
         for title, header, rows in tables_of(comparison):
             found += [(f"{comparison['title']}: {title}", header, rows)] if rows else []
     return found
-
-
-def goals(judged: list[dict[str, Any]]) -> Table:
-    """Each goal, its limit, the number that was found, and whether it is met."""
-    rows = []
-    for goal in judged:
-        sign = "≥" if goal["least"] else "≤"
-        found = goal["reason"] if goal["found"] is None else short(goal["found"])
-        verdict = {True: "met", False: "**missed**", None: "not measured"}[goal["met"]]
-        rows.append([goal["text"], f"{sign} {goal['limit']:g}", found, verdict])
-    return "Goals", ["", "goal", "found", ""], rows
 
 
 def tables_of(comparison: dict[str, Any]) -> tuple[Table, Table]:
@@ -98,7 +85,7 @@ def duration(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
-HEAD = """# What analysing costs, and how right it is
+HEAD = """## What analysing costs, and how right it is
 
 Written by `{command}` on {date}; {machine}. Not edited by hand.
 

@@ -109,10 +109,10 @@ def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str) -> str:
         f"Five byte decoders that differ in how their layers are joined: {', '.join(DESIGNS.values())}. Each has "
         f"{first.depth} blocks of an attention and an MLP, width {first.width}, {first.heads} heads and, where it has "
         f"streams, {first.streams} of them, and is trained on Python's own documentation, {first.batch} × {first.length} "
-        "bytes a step. States are those between blocks; of AttnRes, what the first sublayer of a block reads. Two states are called the "
-        f"same where their debiased CKA is at least {ALIKE:g} in each of four views: the mean over streams, all streams "
-        "joined, the least similar stream, and without large features. Intervals are 95 % over seeds (Student's t); p is from "
-        "exchanging the labels of seeds, corrected for the number of designs (Holm).",
+        "bytes a step. States are those between blocks; of AttnRes, what the first sublayer of a block reads. Two states are "
+        f"called the same where their debiased CKA is at least {ALIKE:g} in each of four views: the mean over streams, "
+        "all streams joined, the least similar stream, and without large features. Intervals are 95 % over seeds "
+        "(Student's t); p is from exchanging the labels of seeds, corrected for the number of designs (Holm).",
         _table(rows, counts),
         *pictures,
         "## What this does not show",

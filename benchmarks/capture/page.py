@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.capture.statements import statements
 from benchmarks.shared import tables as layout
 from benchmarks.shared.tables import Table
 
@@ -49,11 +48,11 @@ def times(title: str, entry: dict[str, Any]) -> Table:
     modes = entry["modes"]
     # A tool may take one mode only, such as a forward without a backward.
     names = list(dict.fromkeys(name for rows in modes.values() for name in rows))
-    header = ["", *(f"{mode}, × plain" for mode in modes), "same states", "statements"]
+    header = ["", *(f"{mode}, × plain" for mode in modes), "same states"]
     rows = []
     for name in names:
         cells = [modes[mode].get(name, {}) for mode in modes]
-        rows.append([name, *(cost(cell) for cell in cells), same(cells), str(statements(name))])
+        rows.append([name, *(cost(cell) for cell in cells), same(cells)])
         if title == TITLES["tiny"]:  # in other cases hooks are lost in the difference of two long times
             rows[-1].append(site(cells[0], entry["sites"]))
     if title == TITLES["tiny"]:

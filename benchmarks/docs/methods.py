@@ -13,7 +13,6 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from benchmarks.docs.published import published_results
 from depthscope.app.text.bibliography import Reference, cited, keys_of, reference
 from depthscope.app.text.terminal import say
 from depthscope.diagnostics import CATALOGUE, Metric
@@ -51,7 +50,6 @@ def methods_page() -> str:
     for question, metrics in groupby(CATALOGUE.values(), key=lambda metric: metric.question_text):
         parts += [f"### {question}\n", *map(_metric, metrics)]
     parts += ["## Verdicts\n", _VERDICTS, *map(_verdict, VERDICTS.values())]
-    parts += ["## Published results\n", published_results()]
     parts += ["## Sources\n", _sources()]
     return "\n".join(parts)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.published import dense_connections, gains
+from benchmarks.published import gains
 from benchmarks.published.figure_8 import matrices, order_errors
 from benchmarks.published.row import Row
 from depthscope.diagnostics.kernels import mixing, rank, similarity
@@ -189,8 +189,6 @@ RESULTS = (
     gains.gains_of_free_mixing,
     gains.gains_of_constrained_mixing,
     uniform_start,
-    dense_connections.adjacent_cosine,
-    dense_connections.dense_connections,
     rank_collapse,
     pre_norm_growth,
     cka_of_noise,

@@ -39,9 +39,9 @@ def checkpoints(tmp_path):
 
 def test_a_history_has_the_numbers_of_each_checkpoint(checkpoints, tmp_path):
     paths, start, away = checkpoints
-    found = probe_checkpoints(reversed(paths), TEXT, tmp_path / "h.nc", factory=FACTORY, **SIZES)
+    found = probe_checkpoints(reversed(paths), TEXT, tmp_path / "h.zarr", factory=FACTORY, **SIZES)
     assert found.left_out == {}
-    run = open_run(tmp_path / "h.nc")
+    run = open_run(tmp_path / "h.zarr")
     metrics = run.metrics.to_dataset()
     assert metrics.step.values.tolist() == run.statistics.step.values.tolist() == [0, 20, 100]
     assert [of["name"] for of in run.attrs["checkpoints"]] == [path.name for path in paths]
@@ -64,7 +64,7 @@ def test_a_broken_checkpoint_is_told_and_the_exit_code_says_so(checkpoints, tmp_
     paths, *_ = checkpoints
     (tmp_path / "t.txt").write_text(TEXT)
     paths[1].write_bytes(paths[1].read_bytes()[:99])
-    words = ["--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "h.nc"), "--length", "16"]
+    words = ["--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "h.zarr"), "--length", "16"]
     words = ["probe", *map(str, paths), "--factory", FACTORY, *words, "--sequences", "2", "--json"]
     for _ in range(2):  # the history is renewed without --force
         assert main(words) == FOUND
@@ -76,12 +76,12 @@ def test_a_broken_checkpoint_is_told_and_the_exit_code_says_so(checkpoints, tmp_
 
 def test_what_is_no_history_stays(checkpoints, tmp_path):
     paths, *_ = checkpoints
-    (tmp_path / "h.nc").write_text("mine")
+    (tmp_path / "h.zarr").write_text("mine")
     with pytest.raises(FileExistsError, match="is not a history of checkpoints"):
-        probe_checkpoints(paths, TEXT, tmp_path / "h.nc", factory=FACTORY, **SIZES)
-    assert (tmp_path / "h.nc").read_text() == "mine"
+        probe_checkpoints(paths, TEXT, tmp_path / "h.zarr", factory=FACTORY, **SIZES)
+    assert (tmp_path / "h.zarr").read_text() == "mine"
     with pytest.raises(ValueError, match="no checkpoint could be probed"):
-        probe_checkpoints([tmp_path / "step-1"], TEXT, tmp_path / "x.nc", **SIZES)
+        probe_checkpoints([tmp_path / "step-1"], TEXT, tmp_path / "x.zarr", **SIZES)
 
 
 def test_steps_are_numbers_and_of_one_checkpoint_each(tmp_path):

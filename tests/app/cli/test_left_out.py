@@ -12,7 +12,6 @@ from depthscope.app.readings import readings
 
 COMMANDS = {
     "check": [],
-    "compare": [],
     "export": ["--out", "paper"],
 }  # those that draw last
 
@@ -77,7 +76,7 @@ def test_a_name_that_does_not_exist_is_an_error_before_any_run_is_judged(saved, 
     assert main(["check", str(saved / "hc.zarr.zip"), "nowhere.zarr.zip"]) == USAGE
     printed = capsys.readouterr()
     assert printed.out == ""
-    assert "no run at 'nowhere.zarr.zip'" in printed.err
+    assert "no run at nowhere.zarr.zip" in printed.err
 
 
 def test_a_run_larger_than_asked_for_is_refused(saved, capsys):

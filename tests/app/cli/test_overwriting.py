@@ -15,13 +15,13 @@ from depthscope.diagnostics import schema
 @pytest.fixture
 def run(saved, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    return shutil.copy(saved / "residual.zarr", tmp_path / "run.zarr")
+    return shutil.copy(saved / "residual.zarr.zip", tmp_path / "run.zarr.zip")
 
 
 LINES = {
-    "analyze": ["analyze", "run.zarr", "--metrics", "residual_norm", "--out", "m.zarr"],
-    "report": ["export", "run.zarr", "--out", "page.html"],
-    "export": ["export", "run.zarr", "--out", "paper"],
+    "analyze": ["analyze", "run.zarr.zip", "--metrics", "residual_norm", "--out", "m.zarr.zip"],
+    "report": ["export", "run.zarr.zip", "--out", "page.html"],
+    "export": ["export", "run.zarr.zip", "--out", "paper"],
 }
 
 
@@ -50,5 +50,5 @@ def test_probe_says_it_before_the_model_is_loaded(run, monkeypatch, capsys):
 
 
 def test_a_run_that_is_analysed_is_written_to_without_force(run):
-    assert main(["analyze", "run.zarr", "--metrics", "residual_norm"]) == FINE
-    assert "residual_norm" in schema.open_run("run.zarr")["metrics"]
+    assert main(["analyze", "run.zarr.zip", "--metrics", "residual_norm"]) == FINE
+    assert "residual_norm" in schema.open_run("run.zarr.zip")["metrics"]

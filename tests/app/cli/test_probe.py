@@ -70,12 +70,12 @@ def test_a_checkpoint_alone_is_probed_on_a_built_in_text_and_judged(monkeypatch,
     assert len(seen["text"]) > 100_000
     said = capsys.readouterr().out
     # What `check` says of the same run, without its summary.
-    assert main(["check", "tiny.zarr.zip"]) in (FINE, FOUND)
+    assert main(["check", "tiny.zarr"]) in (FINE, FOUND)
     checked = capsys.readouterr().out
     assert [
         line for line in said.splitlines() if line.startswith(("INFO", "WARN", "FAIL", "Nothing found"))
     ] == [line for line in checked.splitlines() if line.startswith(("INFO", "WARN", "FAIL", "Nothing found"))]
-    with schema.open_run("tiny.zarr.zip") as run:
+    with schema.open_run("tiny.zarr") as run:
         assert run.attrs["data"] == "pydoc_data.topics"
     assert main(["probe", "models/tiny.gguf"]) == USAGE
     assert "tiny.zarr.zip' exists; name another file" in capsys.readouterr().err
@@ -126,7 +126,7 @@ def test_a_text_that_is_a_pipe_is_not_waited_for(tmp_path, capsys):
     os.mkfifo(tmp_path / "t.txt")
     words = ["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.zarr.zip")]
     assert main(words) == USAGE
-    assert "is not a regular file; expected one with text, or - for stdin" in capsys.readouterr().err
+    assert "is no file; name one, or pipe the text into --text -" in capsys.readouterr().err
 
 
 def test_probe_says_what_the_run_leaves_out_and_what_is_not_proven(monkeypatch, tmp_path, make_run, capsys):

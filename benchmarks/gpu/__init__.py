@@ -1,1 +1,0 @@
-"""Does it measure the same on a GPU, and what does it cost there?"""
