@@ -160,10 +160,8 @@ def require_place(target: Path, *, force: bool = False) -> None:
         raise InputError(
             f"{target} has files in it; name a new folder with --out, or replace a folder of an earlier export with --force"
         )
-    try:
-        with (target / MANIFEST).open(
-            "rb"
-        ) as file:  # ours begins with this; a manifest of another program does not
+    try:  # a manifest of ours begins with this; one of another program does not
+        with open(atomic_writes.open_below(target, MANIFEST), "rb") as file:
             is_ours = MADE_BY in file.read(200).decode(errors="replace")
     except OSError:
         is_ours = False

@@ -224,5 +224,6 @@ class LiveRecording:
             store.save_state(build())
             with schema.open_run(self._folder) as whole:
                 schema.save_run(whole, self._file, force=self._force)
+        self._force = True  # where the block is entered once more, the file is this recorder's
         if store is not None and is_complete:
             store.remove()

@@ -147,6 +147,7 @@ def plant(link: Path, victim: Path) -> None:
     link.symlink_to(victim / "diary.txt" if is_file else victim)
 
 
+@pytest.mark.filterwarnings("ignore::depthscope.probes.ProbeWarning")
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("door", DOORS)
 def test_no_file_outside_of_the_folder_moves_or_vanishes(door, places, sent, tmp_path):
