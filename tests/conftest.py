@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable
@@ -28,8 +29,13 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 
 # What the tests cache, and the scratch folders of writers that they kill, are not the developer's.
-HOME = tempfile.TemporaryDirectory(prefix="depthscope-tests-")
-os.environ |= {"XDG_CACHE_HOME": f"{HOME.name}/cache", "XDG_STATE_HOME": f"{HOME.name}/state"}
+HOME = tempfile.mkdtemp(prefix="depthscope-tests-")
+os.environ |= {"XDG_CACHE_HOME": f"{HOME}/cache", "XDG_STATE_HOME": f"{HOME}/state"}
+
+
+def pytest_unconfigure() -> None:
+    """Remove it."""
+    shutil.rmtree(HOME, ignore_errors=True)
 
 
 def pytest_sessionstart() -> None:

@@ -228,7 +228,9 @@ def test_what_is_no_store_is_refused_before_the_loop(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "thesis.tex").write_text("mine")
         for options in ({}, {"resume": True}, {"force": True}):
-            with pytest.raises(FileExistsError, match=r"has files in it that are no live run|contains thesis\.tex"):
+            with pytest.raises(
+                FileExistsError, match=r"has files in it that are no live run|contains thesis\.tex"
+            ):
                 Training().record(store=tmp_path / name, **options)
         assert (tmp_path / name / "thesis.tex").read_text() == "mine"
 
