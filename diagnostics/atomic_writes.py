@@ -206,11 +206,12 @@ def _record(scratch: Path) -> Iterator[IO[bytes] | None]:
 def _remove_litter() -> None:
     """Remove the scratch folders that killed processes of this user and machine left, as they are recorded."""
     for path in (state_folder() / "scratch").iterdir() if fcntl is not None else ():
-        with suppress(OSError, ValueError, KeyError, TypeError), path.open("rb") as record:
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError), path.open("rb") as record:
             fcntl.flock(record, fcntl.LOCK_EX | fcntl.LOCK_NB)  # BlockingIOError: its process lives
-            facts = json.loads(record.read(1 << 16))
-            if facts["host"] == socket.gethostname():
-                _remove_recorded(Path(facts["folder"]), facts["target"], facts["id"])
+            facts = json.loads(record.read(1 << 16) or b"{}")
+            if facts.get("host", socket.gethostname()) == socket.gethostname():
+                if facts:  # else it was killed before it knew which folder it had made, which is empty
+                    _remove_recorded(Path(facts["folder"]), facts["target"], facts["id"])
                 path.unlink(missing_ok=True)
 
 

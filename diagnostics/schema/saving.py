@@ -31,6 +31,9 @@ from depthscope.diagnostics.schema.zarr_stores import MAX_CHUNK, METADATA
 LIVE = "live_store"
 """Attribute of a run that was opened from a live store: the fields of `Status`."""
 
+ORDER = "order"
+"""Attribute of a group on disk: its variables and groups in their order, as JSON; a folder lists them in any."""
+
 SUFFIXES = (".zarr", ".zarr.zip")
 """Endings of saved runs: a folder, and one file to send."""
 
@@ -120,7 +123,11 @@ def _write_folder(tree: xr.DataTree, folder: Path) -> None:
         }
         for node in tree.subtree
     }
-    tree.to_zarr(folder, consolidated=False, zarr_format=3, encoding=encodings)
+    ordered = tree.copy()
+    for node in ordered.subtree:
+        if names := [*map(str, node.data_vars), *node.children]:
+            node.attrs = {**node.attrs, ORDER: json.dumps(names)}
+    ordered.to_zarr(folder, consolidated=False, zarr_format=3, encoding=encodings)
 
 
 def _encoding(variable: xr.Variable) -> dict[str, Any]:

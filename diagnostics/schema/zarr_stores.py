@@ -156,6 +156,8 @@ def _document(name: str, entry: _Entry) -> dict[str, Any]:
         raise SchemaError(f"{name} is not metadata of a group or an array with zarr_format 3")
     unknown = sorted(set(document) - _KEYS[kind])
     # Consolidated metadata would be a second copy of all, which nobody has checked.
+    if not isinstance(document.get("attributes", {}), dict):
+        raise SchemaError(f"the attributes in {name} are not a JSON object")
     if unknown or document.get("consolidated_metadata") or document.get("storage_transformers"):
         raise SchemaError(
             f"{name} has {unknown or 'consolidated metadata or storage transformers'}; a run has none"
