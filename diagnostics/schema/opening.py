@@ -99,7 +99,10 @@ def _open_parts(source: Path, parts: Iterable[Path], open_part: Callable[[Path],
         raise SchemaError(f"{source}: no part of it can be opened: {next(iter(unreadable.values()))}")
     try:
         joined = join_parts(runs).load()
-        joined.attrs[PARTS] = {**joined.attrs[PARTS], **({"unreadable": unreadable} if unreadable else {})}
+        if unreadable:
+            facts = joined.attrs[PARTS]
+            sentence = f"{facts['sentence']}; {', '.join(unreadable)} cannot be opened"
+            joined.attrs[PARTS] = {**facts, "unreadable": unreadable, "sentence": sentence}
         validate(joined)
     except SchemaError as error:
         raise SchemaError(f"{source}: {error}") from None

@@ -62,6 +62,7 @@ def test_a_part_that_cannot_be_opened_is_named_and_the_others_are_shown(whole_an
     (folder / "part-00001.zarr" / "zarr.json").write_text("torn")
     joined = ds.open_run(folder)
     assert list(joined.attrs["parts"]["unreadable"]) == ["part-00001.zarr"]
+    assert "part-00001.zarr cannot be opened" in joined.attrs["parts"]["sentence"]
     assert joined["statistics"]["token_count"].values.tolist() == [3 * SIZE * 9]
     for number in (0, 2):
         (folder / f"part-{number:05d}.zarr" / "zarr.json").write_text("torn")

@@ -311,6 +311,7 @@ def ended(world, folder):
         tokens = joined["statistics"]["token_count"].values.tolist()
         assert tokens == [2 * world * LENGTH] * 2 + [2 * (world - 1) * LENGTH] * 2
         assert joined.attrs["parts"]["last_step"] == {f"part-{world - 1:05d}": 1}
+        assert f"part-{world - 1:05d} ended with step 1" in joined.attrs["parts"]["sentence"]
         (folder / "ended" / f"part-{world - 1:05d}").rename(folder / "moved away")
         assert ds.open_run(folder / "ended").attrs["parts"]["missing"] == [world - 1]
 
@@ -335,6 +336,20 @@ def other_model(world, folder):
             ds.diagnostics.schema.SchemaError, lambda: ds.open_run(folder / "other")
         )
     dist.barrier()
+
+
+def other_number(world, folder):
+    """Parts of attempts with other numbers of processes are no run."""
+    rank = dist.get_rank()
+    recorded(built(), [[1] * world], folder / "number", rank=rank)
+    dist.barrier()
+    if rank == 0:
+        part = ds.open_run(folder / "number" / "part-00001").load()
+        part.attrs["part"] = {**part.attrs["part"], "number": 5, "of": 6}
+        ds.save_run(part, folder / "part-00005.zarr")
+        (folder / "part-00005.zarr").rename(folder / "number" / "part-00005.zarr")
+        told = message_of(ds.diagnostics.schema.SchemaError, lambda: ds.open_run(folder / "number"))
+        assert "the number of processes is 2 in part-00000 and 6 in part-00005.zarr" in told, told
 
 
 def refused(world, folder):
@@ -453,7 +468,19 @@ def in_shards(model):
 
 
 SCENARIOS = {
-    2: (uneven, streams, sharded, untouched, same_data, ended, resumed, other_model, refused, pipeline),
+    2: (
+        uneven,
+        streams,
+        sharded,
+        untouched,
+        same_data,
+        ended,
+        resumed,
+        other_model,
+        other_number,
+        refused,
+        pipeline,
+    ),
     4: (uneven, learning, sharded, untouched),
 }
 
