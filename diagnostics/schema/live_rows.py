@@ -186,7 +186,9 @@ class LiveRows:
 
     def status(self, state_step: int | None = None) -> Status:
         """What the store is now, with the step of its large arrays where they were looked at."""
-        writer = self.attempts[-1] if self.attempts else {"pid": 0, "host": "", "time": math.nan}
+        writer: dict[str, Any] = (
+            self.attempts[-1] if self.attempts else {"pid": 0, "host": "", "time": math.nan}
+        )
         here = socket.gethostname() == writer["host"]
         state = "finished" if self.finished else "killed" if here else "unknown"
         is_growing = is_locked(self._descriptor)
@@ -334,12 +336,10 @@ class LiveRows:
             raise InputError(f"the row of step {step} has {end - start} bytes for {count} variables")
         if self._steps and step <= self._steps[-1]:
             self._supersede(step)
-        for values, value in zip(
-            (self._steps, self._times, self._starts, self._counts),
-            (step, when, start + ROW_HEAD.size, count),
-            strict=True,
-        ):
-            values.append(value)
+        self._steps.append(step)
+        self._times.append(when)
+        self._starts.append(start + ROW_HEAD.size)
+        self._counts.append(count)
 
     def _supersede(self, step: int) -> None:
         """Forget the rows of a step and of later ones."""

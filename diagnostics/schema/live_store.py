@@ -160,7 +160,7 @@ class LiveStore:
     def _lock(self) -> None:
         for _ in range(20):
             try:
-                if fcntl is not None:
+                if fcntl is not None and self._log is not None:
                     fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 return
             except BlockingIOError:
@@ -207,7 +207,8 @@ class LiveStore:
         """
         layout = self._layout(numbers, coords or {})
         frames = [(NOTE, as_json({"note": "resumed", "step": int(step)}))] if self._is_resumed else []
-        variables, labels = {}, {}
+        variables: dict[str, Declared] = {}
+        labels: dict[str, dict[str, Any]] = {}
         if layout["variables"] or layout["coords"]:
             frames.append((LAYOUT, as_json(layout)))
             variables, labels = self._rows.checked(layout)
@@ -416,7 +417,7 @@ def _opened_state(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.
 def _step_of(run: xr.DataTree) -> int | None:
     """The last step of the statistics of a saved state."""
     steps = [
-        node["step"].values
+        node.to_dataset()["step"].values
         for node in run.subtree
         if node.path.startswith("/statistics") and node.sizes.get("step")
     ]
@@ -427,7 +428,7 @@ def _with_rows(path: str, known: xr.Dataset, rows: LiveRows) -> xr.Dataset:
     """A group in which what has a step is of the rows, and the rest as in the saved state."""
     kept = known.drop_dims("step") if "step" in known.dims else known
     of_group = {name.rpartition("/")[2]: name for name in rows.coords if name.rpartition("/")[0] == path}
-    coords = {
+    coords: dict[Any, Any] = {
         label: tuple(rows.coords[name].values())
         for label, name in of_group.items()
         if label not in kept.variables
@@ -440,7 +441,7 @@ def _with_rows(path: str, known: xr.Dataset, rows: LiveRows) -> xr.Dataset:
             lazy = indexing.LazilyIndexedArray(_Column(rows, name))
             variables[label] = xr.Variable(("step", *declared.dims), lazy, attrs)
     try:
-        return kept.assign_coords(step=("step", rows.steps), **coords).assign(variables)
+        return kept.assign_coords({"step": ("step", rows.steps), **coords}).assign(variables)
     except ValueError as error:  # other labels than the saved arrays, or two things of one name
         raise SchemaError(f"the rows of /{path} do not fit to its saved arrays ({error})") from None
 

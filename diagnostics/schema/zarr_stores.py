@@ -86,7 +86,7 @@ def _folder_entries(path: Path) -> dict[str, _Entry]:
                     waiting.append(Path(found.path))
                 elif stat.S_ISREG(status.st_mode):
                     require_dense(Path(found.path), status)
-                    entries[name] = _Entry(status.st_size, partial(Path(found.path).open, "rb"))
+                    entries[name] = _Entry(status.st_size, partial(_opened, found.path))
                 else:  # a link would show a file of another place under the name of this run
                     raise SchemaError(
                         f"{name} in it is a link, a pipe or a device; expected files and folders"
@@ -94,6 +94,10 @@ def _folder_entries(path: Path) -> dict[str, _Entry]:
                 if len(entries) + len(waiting) > MAX_FILES:
                     raise SchemaError(f"it has more than {MAX_FILES} files in it, which no run has")
     return entries
+
+
+def _opened(path: str) -> IO[bytes]:
+    return open(path, "rb")
 
 
 def _zip_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, _Entry]:
@@ -166,7 +170,7 @@ def _document(name: str, entry: _Entry) -> dict[str, Any]:
 
 
 def _checked_array(path: str, document: Mapping[str, Any]) -> _Array:
-    kind, shape, codecs = (document.get(key) for key in ("data_type", "shape", "codecs"))
+    kind, shape, codecs = (document.get(key, ()) for key in ("data_type", "shape", "codecs"))
     if not isinstance(kind, str) or kind not in _ITEM_BYTES:
         raise SchemaError(f"{path} has the type {kind!r}; expected numbers or text")
     try:
