@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
 from random import Random
 
@@ -23,6 +25,16 @@ from tests.thoroughness import number_of_draw, sample_or_every
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it runs in the background so; the tests send themselves and their commands Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# What the tests cache, and the scratch folders of writers that they kill, are not the developer's.
+HOME = tempfile.mkdtemp(prefix="depthscope-tests-")
+os.environ |= {"XDG_CACHE_HOME": f"{HOME}/cache", "XDG_STATE_HOME": f"{HOME}/state"}
+
+
+def pytest_unconfigure() -> None:
+    """Remove it."""
+    shutil.rmtree(HOME, ignore_errors=True)
 
 
 def pytest_sessionstart() -> None:

@@ -128,9 +128,9 @@ def _capture(kind: str, path: Path) -> Any:
 
 def _train(folder: Path) -> None:
     from depthscope.app.demo.training import Recipe, train_all
+    from depthscope.diagnostics.atomic_writes import made_folder
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for line in train_all(folder, Recipe(), force=True):
+    for line in train_all(made_folder(folder), Recipe(), force=True):
         say(line)
 
 

@@ -26,7 +26,7 @@ from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.training_curves import curves_of_sums, sums_of
 from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.metrics.definitions import is_still_defined_so
-from depthscope.diagnostics.schema import FollowedStore, Status
+from depthscope.diagnostics.schema import LiveRows, Status
 
 
 class FollowedHistory(TrainingHistory):
@@ -38,7 +38,7 @@ class FollowedHistory(TrainingHistory):
     rows.
     """
 
-    def __init__(self, reading: Reading, store: FollowedStore, metrics: xr.Dataset, sums: xr.Dataset) -> None:
+    def __init__(self, reading: Reading, store: LiveRows, metrics: xr.Dataset, sums: xr.Dataset) -> None:
         super().__init__(reading.name)
         self._reading, self._store, self._known, self._sums = reading, store, metrics, sums
         self._metrics, self._statistics = (
@@ -107,7 +107,8 @@ class FollowedHistory(TrainingHistory):
             return self._cells(chosen[0])
         sums = self._found[1].get(name)
         if sums is None:
-            return self._store.column(f"{self._metrics}{name}", chosen)
+            column = self._store.column(f"{self._metrics}{name}")
+            return column[(slice(None), *slices_of(chosen))].astype(np.float32)
         found = curves_of_sums(self._all_sums(sums))[name].values
         return np.asarray(found[(slice(None), *slices_of(chosen))], dtype=np.float32)
 
@@ -122,15 +123,16 @@ class FollowedHistory(TrainingHistory):
 
     def _cells(self, connection: int | None) -> np.ndarray:
         tokens = self._store.column(f"{self._statistics}token_count")
+        at = slice(None) if connection is None else connection
         parts = []
         for of in schema.SUMMED:
             full = f"{self._statistics}{of.total}"
             if full not in self._store.variables:
                 continue
-            sums = self._store.column(full, (connection,)).reshape(len(tokens), -1)
+            sums = self._store.column(full)[:, at].reshape(len(tokens), -1)
             known = f"{self._statistics}{of.counted_by}"
             of_some = of.counted_by != "token_count" and known in self._store.variables
-            counts = self._store.column(known, (connection,)) if of_some else tokens
+            counts = self._store.column(known)[:, at] if of_some else tokens
             with np.errstate(divide="ignore", invalid="ignore"):
                 parts.append(np.where(counts[:, None] > 0, sums / counts[:, None], np.nan))
         return np.concatenate(parts, axis=1)
@@ -174,7 +176,7 @@ def history_of(reading: Reading) -> TrainingHistory:
     """
     path = Path(reading.path)
     if schema.is_live_store(path):
-        return _followed(reading, FollowedStore(path))
+        return _followed(reading, LiveRows(path))
     if reading.num_steps < 2:  # the statistics of one step are no history
         return SavedHistory(reading, xr.Dataset(), None)
     with group_of(reading, "statistics") as statistics:
@@ -182,7 +184,7 @@ def history_of(reading: Reading) -> TrainingHistory:
         return SavedHistory.of(reading, statistics)
 
 
-def _followed(reading: Reading, store: FollowedStore) -> FollowedHistory:
+def _followed(reading: Reading, store: LiveRows) -> FollowedHistory:
     # All of the metrics is in the rows, which are read in any case: what has no step is with their labels.
     metrics = xr.Dataset(coords=_labels(store, "metrics", reading.chain))
     nulls = [name for name in metrics.coords if str(name).endswith("_null")]
@@ -197,7 +199,7 @@ def _followed(reading: Reading, store: FollowedStore) -> FollowedHistory:
     return FollowedHistory(reading, store, metrics.reset_coords(nulls), sums)
 
 
-def _labels(store: FollowedStore, group: str, chain: str) -> dict[str, xr.Variable]:
+def _labels(store: LiveRows, group: str, chain: str) -> dict[str, xr.Variable]:
     """What has no step in the rows of a group."""
     prefix = _prefix(group, chain)
     return {

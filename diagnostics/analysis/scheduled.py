@@ -55,7 +55,7 @@ class Source:
         if self.trace is not None:
             yield self.trace
             return
-        with open_run(self.path, verify=False) as run:
+        with open_run(self.path, checksums=False) as run:
             yield trace_of(run, self.chain)
 
 

@@ -86,7 +86,7 @@ def _folder_entries(path: Path) -> dict[str, _Entry]:
                     waiting.append(Path(found.path))
                 elif stat.S_ISREG(status.st_mode):
                     require_dense(Path(found.path), status)
-                    entries[name] = _Entry(status.st_size, partial(Path(found.path).open, "rb"))
+                    entries[name] = _Entry(status.st_size, partial(_opened, found.path))
                 else:  # a link would show a file of another place under the name of this run
                     raise SchemaError(
                         f"{name} in it is a link, a pipe or a device; expected files and folders"
@@ -94,6 +94,10 @@ def _folder_entries(path: Path) -> dict[str, _Entry]:
                 if len(entries) + len(waiting) > MAX_FILES:
                     raise SchemaError(f"it has more than {MAX_FILES} files in it, which no run has")
     return entries
+
+
+def _opened(path: str) -> IO[bytes]:
+    return open(path, "rb")
 
 
 def _zip_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, _Entry]:
@@ -156,6 +160,8 @@ def _document(name: str, entry: _Entry) -> dict[str, Any]:
         raise SchemaError(f"{name} is not metadata of a group or an array with zarr_format 3")
     unknown = sorted(set(document) - _KEYS[kind])
     # Consolidated metadata would be a second copy of all, which nobody has checked.
+    if not isinstance(document.get("attributes", {}), dict):
+        raise SchemaError(f"the attributes in {name} are not a JSON object")
     if unknown or document.get("consolidated_metadata") or document.get("storage_transformers"):
         raise SchemaError(
             f"{name} has {unknown or 'consolidated metadata or storage transformers'}; a run has none"
@@ -164,7 +170,7 @@ def _document(name: str, entry: _Entry) -> dict[str, Any]:
 
 
 def _checked_array(path: str, document: Mapping[str, Any]) -> _Array:
-    kind, shape, codecs = (document.get(key) for key in ("data_type", "shape", "codecs"))
+    kind, shape, codecs = (document.get(key, ()) for key in ("data_type", "shape", "codecs"))
     if not isinstance(kind, str) or kind not in _ITEM_BYTES:
         raise SchemaError(f"{path} has the type {kind!r}; expected numbers or text")
     try:

@@ -22,7 +22,7 @@ from depthscope.app.readings.kept_first_findings import kept_first_findings
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.schema import FollowedStore
+from depthscope.diagnostics.schema import LiveRows
 
 __all__ = [
     "first_findings_of",
@@ -57,7 +57,7 @@ _lock = RLock()
 
 _growing: dict[Path, _Growing] = {}
 
-_stores: dict[Path, FollowedStore] = {}
+_stores: dict[Path, LiveRows] = {}
 
 _followed: dict[tuple[Path, str], TrainingHistory] = {}
 
@@ -128,11 +128,11 @@ def has_history(path: Path) -> bool:
     return False
 
 
-def _current_store(path: Path) -> FollowedStore:
+def _current_store(path: Path) -> LiveRows:
     """The store of a path as it is now; those that were not asked for lately are let go."""
     store = _stores.pop(path, None)
     if store is None:
-        store = FollowedStore(path)
+        store = LiveRows(path)
     else:
         store.refresh()
     _stores[path] = store

@@ -92,7 +92,7 @@ def test_a_view_is_shared_by_its_address(page, walked):
 @pytest.mark.slow(one_in=5)
 def test_a_first_visit_gets_an_answer_soon(page, runs_root, tmp_path):
     runs = shutil.copytree(
-        runs_root, tmp_path / "runs", ignore=shutil.ignore_patterns(".depthscope", "training", "mhc.zarr.zip")
+        runs_root, tmp_path / "runs", ignore=shutil.ignore_patterns("training", "mhc.zarr.zip")
     )
     taken = first_visit(page, runs)
     assert 0 < taken["first answer"] <= taken["all runs"]

@@ -147,7 +147,7 @@ def test_an_old_zarr_format_is_refused_before_its_codec_runs(run, tmp_path):
         ({"dimension_names": [1]}, "named dims"),
         ({"surprise": 1}, "surprise"),
         ({"zarr_format": 2}, "zarr_format 3"),
-        ({"attributes": []}, "cannot be read"),
+        ({"attributes": []}, "are not a JSON object"),
     ],
 )
 def test_metadata_of_zarr_that_a_run_does_not_have(run, tmp_path, change, reason):
