@@ -376,7 +376,7 @@ def open_live(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.Data
             )
         groups = {node.path.strip("/"): node.to_dataset(inherit=False) for node in state.subtree}
         for path in dict.fromkeys(name.rpartition("/")[0] for name in (*rows.variables, *rows.coords)):
-            groups[path] = _with_rows(path, groups.get(path, xr.Dataset()), rows)
+            groups[path] = with_rows(path, groups.get(path, xr.Dataset()), rows)
             groups[path].attrs |= rows.attrs.get(path, {})
             if status.state_step != status.last_step:
                 groups[path].attrs[POOLED_STEP] = status.state_step
@@ -424,7 +424,7 @@ def _step_of(run: xr.DataTree) -> int | None:
     return int(steps[0][-1]) if steps else None
 
 
-def _with_rows(path: str, known: xr.Dataset, rows: LiveRows) -> xr.Dataset:
+def with_rows(path: str, known: xr.Dataset, rows: LiveRows) -> xr.Dataset:
     """A group in which what has a step is of the rows, and the rest as in the saved state."""
     kept = known.drop_dims("step") if "step" in known.dims else known
     of_group = {name.rpartition("/")[2]: name for name in rows.coords if name.rpartition("/")[0] == path}

@@ -17,7 +17,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from depthscope.diagnostics.schema.limits import MAX_FILES, MAX_TEXT, Limit, require_dense
+from depthscope.diagnostics.schema.limits import (
+    MAX_FILES,
+    MAX_GROUPS,
+    MAX_TEXT,
+    MAX_VARIABLES,
+    Limit,
+    require_dense,
+)
 from depthscope.diagnostics.schema.validation import SchemaError
 
 METADATA = "zarr.json"
@@ -133,6 +140,10 @@ def _check_entries(entries: Mapping[str, _Entry], max_bytes: int | None, chunks:
         for path, document in documents.items()
         if document["node_type"] == "array"
     }
+    if len(arrays) > MAX_VARIABLES or len(documents) - len(arrays) > MAX_GROUPS:
+        raise SchemaError(
+            f"it has more than {MAX_VARIABLES} variables or {MAX_GROUPS} groups, which no run has"
+        )
     Limit.of(sum(entry.size for entry in entries.values()), max_bytes).check(
         sum(math.prod(array.shape) * array.item_bytes for array in arrays.values())
     )

@@ -243,6 +243,16 @@ def test_members_of_a_zip_file_that_a_run_does_not_have(run, tmp_path, name, opt
         schema.open_run(path)
 
 
+def test_a_thousand_groups_are_refused_and_not_opened_one_by_one(run, tmp_path):
+    path = schema.save_run(run, tmp_path / "run.zarr")
+    for number in range(1000):
+        group = path / "trace" / str(number)
+        group.mkdir()
+        (group / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    with pytest.raises(schema.SchemaError, match="256 groups"):
+        schema.open_run(path)
+
+
 def test_no_pipe_and_no_device_is_opened(tmp_path):
     for suffix in schema.SUFFIXES:
         os.mkfifo(tmp_path / f"pipe{suffix}")
