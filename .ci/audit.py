@@ -1,4 +1,4 @@
-"""Has an installed version a known vulnerability? Exit 1 where it has; where the index cannot say, a line says that."""
+"""Has an installed version a known vulnerability? Exit 1 where it has, 3 where the index could not say of a single one."""
 
 # pip-audit alone is not enough: a version that the index does not know is «skipped», and with all of them skipped it still
 # prints that no vulnerability was found and leaves with 0. Here every skipped version is counted and said.
@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+NO_DATA = 3
 # Advisory → (why it does not concern us or has no fix, date). Look at each again after half a year.
 ALLOWED: dict[str, tuple[str, str]] = {}
 
@@ -35,6 +36,11 @@ def report(document: dict) -> tuple[list[str], int]:
     asked = [entry for entry in dependencies if "skip_reason" not in entry]
     known = [(entry, found) for entry in asked for found in entry.get("vulns", ())]
     lines, code = [f"audited {len(asked)} of {len(asked) + len(skipped)} packages"], 0
+    if not asked:
+        return [
+            "AUDIT WITHOUT DATA: the index knows no vulnerabilities of any installed package",
+            *lines,
+        ], NO_DATA
     if skipped:
         lines.append(f"SKIPPED, the index has no answer for: {', '.join(skipped)}")
     for entry, found in known:
@@ -85,8 +91,10 @@ def main(python: str) -> int:
         )
         document = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):
-        sys.stdout.write("SKIPPED: the package index could not be asked for known vulnerabilities\n")
-        return 0
+        sys.stdout.write(
+            "AUDIT WITHOUT DATA: the package index could not be asked for known vulnerabilities\n"
+        )
+        return NO_DATA
     lines, code = report(document)
     sys.stdout.write("\n".join(lines) + "\n")
     return code

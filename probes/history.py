@@ -187,7 +187,7 @@ def _reasons_noted(path: str, left_out: dict[str, str]) -> Iterator[None]:
 
 def _is_history(place: Path) -> bool:
     try:
-        with schema.open_run(place, verify=False) as found:
+        with schema.open_run(place) as found:
             return CHECKPOINTS in found.attrs
     except schema.SchemaError:
         return False

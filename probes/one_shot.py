@@ -65,8 +65,8 @@ def capture(
     attrs : mapping, optional
         Attributes to add to the run, such as ``{"commit": …}``.
     stage : (int, int), optional
-        Where the model is one stage of a pipeline: its number from 0 on, and how many there are. `merge_runs` joins the runs
-        of all stages.
+        Where the model is one stage of a pipeline: its number from 0 on, and how many there are. `open_run` of a folder
+        with the runs of all stages, ``part-00000.zarr`` and so on, joins them.
     settle : int
         At most so many forwards for the experiments that tell whether what is suspected does harm, see `settle`; none are
         made where nothing is suspected.

@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import os
 import signal
+import sys
 from collections.abc import Callable
 from random import Random
 
@@ -83,6 +84,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
     from xdist.scheduler import WorkStealingScheduling
 
     return WorkStealingScheduling(config, log) if config.getoption("dist") == "load" else None
+
+
+@pytest.fixture(autouse=True)
+def no_printed_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where warnings are errors a recorder prints its own, which a test would not notice: here they are raised."""
+    if (notices := sys.modules.get("depthscope.probes.training.notices")) is not None:
+
+        def raised(sentence: str) -> None:
+            raise notices.ProbeWarning(sentence)
+
+        monkeypatch.setattr(notices, "say_as_text", raised)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 import xarray as xr
 
 from depthscope.app.figures import Figure, FigureKind, Lines, Selection, available
-from depthscope.app.figures.build.jacobian_figures import jacobian_figures, jacobian_maps
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.build.values import fed
 from depthscope.app.readings.readings import Reading
@@ -93,22 +92,11 @@ class Contents:
 def draw_all(readings: Sequence[Reading], view: Selection) -> list[tuple[str, Figure]]:
     """Every figure that the runs can feed, with its question; curves overlaid, one matrix a run."""
     analyses = {reading.name: reading.analysis for reading in readings}
-    drawn = [
+    return [
         (kind.question, figure)
         for kind in available(analyses).values()
         for figure in _drawn(kind, analyses, view)
     ]
-    return [*drawn, *(("gradients", figure) for figure in _of_jacobians(readings, analyses))]
-
-
-def _of_jacobians(readings: Sequence[Reading], analyses: Mapping[str, xr.Dataset]) -> Iterator[Figure]:
-    """Those of Jacobians that were saved next to the runs."""
-    results = {each.name: each.results["jacobian"] for each in readings if "jacobian" in each.results}
-    if not results:
-        return
-    yield from jacobian_figures(results, analyses)
-    for run, figure in jacobian_maps(results).items():
-        yield figure if len(analyses) == 1 else replace(figure, name=f"{figure.name}_{slug(run)}")
 
 
 def _drawn(kind: FigureKind, analyses: Mapping[str, xr.Dataset], view: Selection) -> Iterator[Figure]:

@@ -38,7 +38,7 @@ class Reading:
     ``path``: the file or folder that the run was opened from; empty for a run in memory.
     ``passed``: verdicts that were judged and found nothing.
     ``chain``: the chain's name in the run, empty where it has one.
-    ``results``: what ``depthscope ablate``, ``lens`` and ``jacobian`` gave for the run, where their results are
+    ``results``: what ``depthscope ablate`` and ``ds.lens`` gave for the run, where their results are
     next to it.
     ``num_steps``: steps of a training that the run has statistics of; of a live store those that it had when it was
     analysed.

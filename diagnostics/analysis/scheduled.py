@@ -25,7 +25,8 @@ from depthscope.diagnostics.package_versions import DEPTHSCOPE
 from depthscope.diagnostics.quantities import registry
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import Massive
-from depthscope.diagnostics.schema import chain_dataset, open_run
+from depthscope.diagnostics.schema import chain_dataset
+from depthscope.diagnostics.schema.opening import reopen_run
 
 # Measured: a task takes six to seven depths in memory, and Python with its libraries 0.4 GB once.
 DEPTHS_OF_TASK, BYTES_OF_PYTHON = 7, 400_000_000
@@ -55,7 +56,7 @@ class Source:
         if self.trace is not None:
             yield self.trace
             return
-        with open_run(self.path, verify=False) as run:
+        with reopen_run(self.path) as run:
             yield trace_of(run, self.chain)
 
 

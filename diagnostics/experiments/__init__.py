@@ -7,7 +7,6 @@ from depthscope.diagnostics.experiments.results import (
     SUFFIX,
     base_loss,
     describe_results,
-    jacobian_rows,
     lens_rows,
     mean_later_change,
     open_result,
@@ -23,13 +22,12 @@ from depthscope.diagnostics.experiments.results import (
     with_lens,
 )
 from depthscope.diagnostics.experiments.settling import HARMFUL, SETTLED_BY, consequence_words, experiment_for
-from depthscope.diagnostics.experiments.variables import CELLS, EFFECTS, JACOBIANS, LENS, PATCHES, declared
+from depthscope.diagnostics.experiments.variables import CELLS, EFFECTS, LENS, PATCHES, declared
 
 __all__ = [
     "CELLS",
     "EFFECTS",
     "HARMFUL",
-    "JACOBIANS",
     "KINDS",
     "LENS",
     "PATCHES",
@@ -45,7 +43,6 @@ __all__ = [
     "estimate",
     "estimated",
     "experiment_for",
-    "jacobian_rows",
     "kind_named",
     "lens_rows",
     "mean_later_change",

@@ -25,7 +25,7 @@ from depthscope.diagnostics.schema.attributes import encode_dataset
 # A zipped Zarr as of a run, but not `.zarr.zip`: a folder of runs is listed by the endings of runs, and this is none.
 SUFFIX = ".zip"
 EXPERIMENTS = "depthscope experiments"
-RESULTS = ("ablate", "lens", "jacobian")
+RESULTS = ("ablate", "lens")
 """The commands whose results are saved next to a run."""
 
 COLUMNS = ("loss_change", "kl", "output_change")
@@ -79,9 +79,7 @@ def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
     known = {name: found for name, found in prediction_depths(lens).items() if math.isfinite(found.mean)}
     if not known:
         return analysis
-    # A trained map is not fooled by a basis that turns with the depth, which the head alone cannot read.
-    name = "tuned" if "tuned" in known else next(iter(known))
-    found = known[name]
+    name, found = next(iter(known.items()))
     evidence = {"lens": name, "mean": found.mean, "low": found.low, "high": found.high, "last": last}
     return analysis.assign_attrs(prediction_depth=evidence)
 
@@ -89,7 +87,7 @@ def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
 def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     """Write a result to one file (a zipped Zarr), which takes an earlier one's place when it is complete.
 
-    ``result``: of `depthscope.interventions.ablate` or `patch`, `depthscope.lens` or `jacobians_by_depth`.
+    ``result``: of `depthscope.interventions.ablate` or `patch`, or `depthscope.lens`.
     ``path``: where to.
     """
     plain = result.assign_attrs({**result.attrs, "kind_of_file": EXPERIMENTS})
@@ -108,13 +106,13 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
     file = Path(path)
     if not file.exists():
         raise AbsentError(
-            f"no result of experiments at {file}; make one with `depthscope ablate`, `patch`, `lens` or `jacobian`"
+            f"no result of experiments at {file}; make one with `depthscope ablate`, `patch` or `lens`"
         )
     with open_tree(file) as opened:
         found = opened.to_dataset().load()
     if found.attrs.get("kind_of_file") != EXPERIMENTS:
         raise InputError(
-            f"{file} is not a result of experiments; expected one of `depthscope ablate`, `patch`, `lens` or `jacobian`"
+            f"{file} is not a result of experiments; expected one of `depthscope ablate`, `patch` or `lens`"
         )
     return found
 
@@ -259,7 +257,7 @@ def lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
                 one = result[list(_lens_columns())].sel(lens=lens, depth=depth, stream=stream)
                 values = {name: float(one[name]) for name in _lens_columns()}
                 if math.isnan(values["entropy"]):
-                    continue  # a tuned lens reads all streams together
+                    continue  # no token counts
                 row: dict[str, Any] = {"lens": str(lens), "depth": int(depth), "stream": str(stream)}
                 rows.append(
                     row | {name: value if math.isfinite(value) else None for name, value in values.items()}
@@ -290,34 +288,6 @@ def prediction_words(result: xr.Dataset) -> str:
         f"by the {lens} lens the prediction no longer changes from depth {found.mean:.1f} of {last} on"
         for lens, found in known.items()
     )
-
-
-MOMENTS = ("mean_square", "mean_square_error", "square_variance", "square_variance_error")
-
-
-def jacobian_rows(result: xr.Dataset) -> list[dict[str, Any]]:
-    """One row a Jacobian with plain values, that of the complete chain last; None for what is not known."""
-    depths = result["depth"].values.tolist()
-    blocks = [_row(result.isel(depth=at), "", depth - 1, depth) for at, depth in enumerate(depths)]
-    return [*blocks, _row(result, "whole_", 0, depths[-1])]
-
-
-def _row(result: xr.Dataset, prefix: str, start: int, stop: int) -> dict[str, Any]:
-    def plain(name: str) -> Any:
-        values = result[prefix + name].values.tolist()
-        return [_plain(each) for each in values] if isinstance(values, list) else _plain(values)
-
-    return {
-        "start": start,
-        "stop": stop,
-        "singular_values": plain("singular_value"),
-        "errors": plain("singular_value_error"),
-        **{name: plain(name) for name in MOMENTS},
-    }
-
-
-def _plain(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def patch_rows(result: xr.Dataset) -> list[dict[str, Any]]:

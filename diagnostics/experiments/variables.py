@@ -103,24 +103,6 @@ LENS: dict[str, Variable] = {
 """Variables of the result of `depthscope.lens`."""
 
 
-def _with_whole(name: str, dims: tuple[str, ...], meaning: str) -> dict[str, Variable]:
-    return {
-        name: Variable(("depth", *dims), "f", f"{meaning}, of the Jacobian from the depth before"),
-        f"whole_{name}": Variable(dims, "f", f"{meaning}, of the Jacobian from the first state to the last"),
-    }
-
-
-JACOBIANS: dict[str, Variable] = {
-    **_with_whole("singular_value", ("order",), "largest singular values, falling"),
-    **_with_whole("singular_value_error", ("order",), "residual: some singular value is as near"),
-    **_with_whole("mean_square", (), "mean of σ² over the directions of the earlier state"),
-    **_with_whole("mean_square_error", (), "standard error of mean_square over random probes"),
-    **_with_whole("square_variance", (), "variance of σ² over these directions"),
-    **_with_whole("square_variance_error", (), "standard error of square_variance over random probes"),
-}
-"""Variables of the result of `depthscope.probes.jacobian.jacobians_by_depth`."""
-
-
 def declared(dataset: xr.Dataset, variables: Mapping[str, Variable]) -> xr.Dataset:
     """A result with the meaning and unit of every variable in its attributes; an undeclared one is a bug."""
     for name in (*dataset.data_vars, *dataset.coords):

@@ -75,7 +75,7 @@ _OF_STREAMS = (
 
 # What to do where a run lacks a variable.
 _REMEDIES = {
-    "gradient": "capture it with gradients=True",
+    "gradient": "capture it with gradients=True; a network whose trunk is frozen has none at its states",
     **{of.name: of.remedy for of in COEFFICIENTS if of.remedy},
     "mixing_logits": "H_res is not a softmax or Sinkhorn of logits that were recognised, see /coverage",
     **dict.fromkeys(

@@ -13,7 +13,8 @@ import xarray as xr
 
 from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.schema.attributes import decode_attrs, decode_dataset
-from depthscope.diagnostics.schema.groups import group_path
+from depthscope.diagnostics.schema.groups import chain_dataset, group_path
+from depthscope.diagnostics.schema.joining import PARTS, join_parts, parts_of
 from depthscope.diagnostics.schema.limits import require_ordinary
 from depthscope.diagnostics.schema.live_store_files import is_live_store, live_log_of, newest_state
 from depthscope.diagnostics.schema.live_store_reading import open_live
@@ -41,7 +42,7 @@ def open_run(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> x
     ----------
     path : path-like
         A ``.zarr`` folder, a ``.zarr.zip`` file, or the folder of a live store, which may be growing: its attribute ``live``
-        tells.
+        tells. Of a folder with the parts of one run (``part-00000`` and so on) the run that they are parts of.
     max_bytes : int, optional
         Most bytes that all arrays of the run may have in memory; by default 256 MiB and 32 times the bytes on disk.
 
@@ -62,6 +63,8 @@ def open_run(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> x
             return open_live(source, lambda state: open_run(state, max_bytes=max_bytes), max_bytes=max_bytes)
         except SchemaError as error:
             raise SchemaError(f"{source}: {error}") from None
+    if parts := parts_of(source):
+        return _open_parts(source, parts, max_bytes)
     if not source.suffix and not source.exists():
         raise AbsentError(f"no run at {source}; a live store is there from its first measured step on")
     _require_present(source)
@@ -74,6 +77,38 @@ def open_run(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> x
             raise SchemaError(f"{source}: {error}") from None
         raise
     return run
+
+
+def _open_parts(source: Path, parts: Iterable[Path], max_bytes: int | None) -> xr.DataTree:
+    """The run whose parts are in a folder; a part that cannot be opened is named, and the others are shown."""
+    runs: dict[str, xr.DataTree] = {}
+    unreadable: dict[str, str] = {}
+    for part in parts:
+        try:
+            runs[part.name] = open_run(part, max_bytes=max_bytes)
+        except (SchemaError, AbsentError) as error:
+            unreadable[part.name] = str(error)
+    if not runs:
+        raise SchemaError(f"{source}: no part of it can be opened: {next(iter(unreadable.values()))}")
+    try:
+        joined = join_parts(runs).load()
+        if unreadable:
+            facts = joined.attrs[PARTS]
+            sentence = f"{facts['sentence']}; {', '.join(unreadable)} cannot be opened"
+            joined.attrs[PARTS] = {**facts, "unreadable": unreadable, "sentence": sentence}
+        validate(joined)
+    except SchemaError as error:
+        raise SchemaError(f"{source}: {error}") from None
+    finally:
+        for run in runs.values():
+            run.close()
+    return joined
+
+
+def reopen_run(path: str | os.PathLike[str]) -> xr.DataTree:
+    """A run that `open_run` has opened before, such as in another process: chunks are not checked again."""
+    source = Path(path)
+    return open_run(source) if is_live_store(source) or parts_of(source) else open_tree(source, chunks=False)
 
 
 def open_group(
@@ -92,6 +127,11 @@ def open_group(
     source = Path(path)
     if is_live_store(source):
         return _open_group_of_state(source, group, chain, max_bytes)
+    if parts_of(source):
+        found = chain_dataset(open_run(source, max_bytes=max_bytes), group, chain)
+        if found is None:
+            raise AbsentError(f"{source}: it has no group {group_path(group, chain)}")
+        return found
     _require_present(source)
     with _damage_named(source):
         check_zarr(source, max_bytes, chunks=False)
@@ -105,14 +145,14 @@ def open_group(
         return decoded
 
 
-def open_tree(path: Path, *, max_bytes: int | None = None) -> xr.DataTree:
-    """A Zarr folder or zip file as a decoded tree, whatever it is of, once all of it was checked.
+def open_tree(path: Path, *, max_bytes: int | None = None, chunks: bool = True) -> xr.DataTree:
+    """A Zarr folder or zip file as a decoded tree, whatever it is of, once all of it was checked, its ``chunks`` too.
 
     Raises SchemaError: With the path and what is wrong, for what `save_run` does not write.
     """
     with _damage_named(path):
         require_ordinary(path, folder=path.name.endswith(".zarr"))
-        check_zarr(path, max_bytes)
+        check_zarr(path, max_bytes, chunks=chunks)
         store = _store(path)
         tree = xr.open_datatree(store, **_OPTIONS)
         decoded = tree.map_over_datasets(decode_dataset)
@@ -178,7 +218,7 @@ def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
     """
     # Resolved, so that a root that is reached by a link is not itself taken for a place outside.
     base = Path(root).resolve()
-    if is_live_store(base):
+    if is_live_store(base) or parts_of(base):
         return {base.name: base}
     if base.name.endswith(SUFFIXES):
         return {without_suffix(base.name): base} if base.exists() else {}
@@ -209,7 +249,7 @@ def _walk(folder: Path, seen: Iterator[int]) -> Iterable[Path]:
         # A name with a dot is a run that is being written, see `save_run`.
         if entry.name.startswith("."):
             continue
-        if entry.name.endswith(SUFFIXES) or is_live_store(entry):
+        if entry.name.endswith(SUFFIXES) or is_live_store(entry) or parts_of(entry):
             yield entry
         elif entry.is_dir() and not entry.is_symlink():  # a linked folder may lead in a circle
             yield from _walk(entry, seen)

@@ -136,6 +136,14 @@ STATISTICS: dict[str, Variable] = {
         "f",
         "1 where the user's loss was NaN or infinite, 0 where it was finite; NaN where none was known",
     ),
+    "loss_terms": Variable(
+        ("step",), "f", "of how many terms the loss is a mean, where it is not of all tokens"
+    ),
+    "batch_digest": Variable(
+        ("step",),
+        "f",
+        "of what the model was called with: processes that have the same one have the same data",
+    ),
     "loss_rise": Variable(
         ("step",),
         "f",
@@ -204,6 +212,9 @@ STATISTICS: dict[str, Variable] = {
     "feature_sum": Variable(("depth", "stream", "feature"), "f", "Σ x, since the weights last changed"),
     "unit_sum": Variable(("depth", "stream", "feature"), "f", "Σ x/‖x‖, since the weights last changed"),
 }
+
+OF_SUMS = "of_sums"
+"""Attribute of a metric of a live row: it follows from the statistics of its step."""
 
 # All of this shape, so that a further statistic of weights needs no second entry.
 OF_WEIGHTS = tuple(name for name, variable in STATISTICS.items() if variable.dims == MOTION)

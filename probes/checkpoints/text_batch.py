@@ -191,25 +191,6 @@ def batches_of(batch: Mapping[str, torch.Tensor], size: int | None) -> list[dict
     ]
 
 
-def shard_span(num_forwards: int, number: int, of: int) -> tuple[int, int]:
-    """Which forwards a shard runs: complete ones, next to each other, so that each is the same as in one process.
-
-    ``number, of``: the shard, from 1, and how many there are.
-    Returns: The first one, and the one after the last.
-
-    Examples
-    --------
-    >>> [shard_span(10, k, 3) for k in (1, 2, 3)]
-    [(0, 3), (3, 6), (6, 10)]
-    """
-    if of > num_forwards:
-        raise InputError(
-            f"{of} shards of {num_forwards} forward{'s' * (num_forwards != 1)}: some would have none; give fewer shards, more "
-            "sequences, or a smaller batch"
-        )
-    return (number - 1) * num_forwards // of, number * num_forwards // of
-
-
 def token_texts(loaded: LoadedModel, batch: Mapping[str, torch.Tensor]) -> np.ndarray:
     """Text of every token of a batch; the empty string on padding.
 

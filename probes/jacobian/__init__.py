@@ -1,6 +1,5 @@
-"""How do small changes of a state spread through depth? Jacobian operators and their estimators, by products alone."""
+"""How do each block and all blocks together stretch small changes of the state? Singular values of their Jacobians."""
 
-from depthscope.probes.jacobian.by_depth import jacobians_by_depth
-from depthscope.probes.jacobian.operator import JacobianOperator, block_jacobians, jacobian
+from depthscope.probes.jacobian.singular_values import jacobian
 
-__all__ = ["JacobianOperator", "block_jacobians", "jacobian", "jacobians_by_depth"]
+__all__ = ["jacobian"]

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from typing import Any, TypeAlias
 
@@ -14,7 +15,6 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.jacobian.frozen_routing import FrozenRouting
 from depthscope.probes.model.hooks import in_recomputation
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import floats_in, version
@@ -114,12 +114,11 @@ def explained() -> Iterator[None]:
 
 
 def differentiable_states(
-    model: nn.Module, batch: Any, chain: Chain, start: int, stop: int, frozen: FrozenRouting | None = None
+    model: nn.Module, batch: Any, chain: Chain, start: int, stop: int
 ) -> tuple[dict[int, State], Sequence[TracedValue]]:
     """States by depth, from a forward that begins its graph at start and ends it at stop.
 
     ``model``: the model; its weights are constants meanwhile, and it is as before afterwards.
-    ``frozen``: records the forward, and then holds the coefficients of its connections constant.
     Returns: In the model's layout, with the graph between them.
     Returns: The views that make the state at start of the tensor that is given for it; none where that is the state itself.
     """
@@ -129,8 +128,6 @@ def differentiable_states(
     def see(depth: int, stream: int, tensor: torch.Tensor) -> torch.Tensor:
         if (depth, stream) not in seen:
             seen[depth, stream] = tensor, version(tensor)
-            if frozen is not None:
-                frozen.shown(depth, stream, tensor)
         return tensor
 
     def meet(depth: int, stream: int, state: torch.Tensor) -> torch.Tensor:
@@ -154,7 +151,7 @@ def differentiable_states(
         own_call(seen),  # no recorder that is on may count it
     ):
         depths = range(start, stop + 1)
-        recorder = GraphRecorder(model, (), holds=False) if frozen is None else frozen.recorder
+        recorder = GraphRecorder(model, (), holds=False)
         places: _Places = {}
         if any(chain.points[depth].streams for depth in depths) or chain.points[start].at == OPERATION:
             before = GraphRecorder(model, (), holds=False)
@@ -165,15 +162,24 @@ def differentiable_states(
             _find_places(places, None, chain, start, stop)
         _Operations(recorder, places, start, see)
         _hook_states(stack, model, chain, depths, meet)
-        recorded = frozen is not None or bool(places)
+        recorded = bool(places)
         with recording(recorder) if recorded else nullcontext():
             output = call_model(model, _aliased(batch))
         recorder.end(output if recorded else None)
         states = _linked_states(chain, seen, start, stop, recorder)
     _require_no_recomputation(model, states[start], states[stop])
-    if frozen is not None:
-        frozen.freeze(sorted(states))
     return states, views
+
+
+def _always(tensor: torch.Tensor, value: TracedValue) -> torch.Tensor:
+    return tensor
+
+
+def viewed(tensor: torch.Tensor, views: Sequence[TracedValue]) -> torch.Tensor:
+    """Some recorded views, one after another, of a tensor."""
+    for view in views:
+        tensor = Graph.run(view, partial(_always, tensor))
+    return tensor
 
 
 def _linked_states(

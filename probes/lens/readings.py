@@ -1,11 +1,11 @@
-"""What does the head read from the state at each depth, and from each stream? Logit lens and tuned lens, by depth.
+"""What does the head read from the state at each depth, and from each stream? The logit lens, by depth.
 
 Shapes: B sequence, T token, N stream, D feature, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any, Unpack
@@ -21,11 +21,9 @@ from depthscope.probes.interventions.model_under_test import ModelUnderTest
 from depthscope.probes.interventions.predictions import Pick, Targets, divergence
 from depthscope.probes.interventions.targets import targets_of
 from depthscope.probes.lens.head import Head, HeadError, find_head, user_head
-from depthscope.probes.lens.tuned_lens import Affine, Example, affordable_steps, train
 from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import ModelOptions, Options, takes_options
 
-FOLDS = 2
 ALL = "all"  # the state with every stream as it is
 QUANTITIES = ("entropy", "cross_entropy", "kl", "agreement")
 
@@ -35,15 +33,13 @@ def lens(
     model: nn.Module,
     batch: Any,
     *,
-    tuned: bool = True,
     head: Callable[[torch.Tensor], torch.Tensor] | None = None,
     logits: Pick | None = None,
     chain: str | None = None,
-    seed: int = 0,
     token_text: Any = None,
     **options: Unpack[ModelOptions],
 ) -> xr.Dataset:
-    """What the model's head reads from the state at each depth: the logit lens, and a tuned lens.
+    """What the model's head reads from the state at each depth: the logit lens.
 
     The head is everything that the model itself does with the last state: it is recorded in a forward and proven on the same
     sequences and on others. The lens puts an earlier state in the place of the last one. For a single stream every stream gets
@@ -55,16 +51,12 @@ def lens(
         The model, run as it is; nothing of it is changed or trained.
     batch : mapping, tensor, tuple or iterable of these
         As in `capture`, with at least two sequences.
-    tuned : bool
-        Also train one affine map a depth, on half of the sequences for the other half.
     head : callable, optional
         ``head(state)`` returns logits from (B, T, D), or (B, T, N, D) of several streams; it is proven too.
     logits : callable, optional
         ``logits(output)``, where the output has several tensors.
     chain : str, optional
         Which of several chains; its last state must lead to the output.
-    seed : int
-        Chooses the halves.
     token_text : sequence of sequences of str, optional
         Text of the tokens.
     **options
@@ -74,7 +66,7 @@ def lens(
     -------
     Dataset
         ``entropy``, ``cross_entropy``, ``kl`` to the output (nats) and ``agreement`` of the most likely prediction, by lens
-        (``logit``, ``tuned``), depth and stream (``all``, then each one), with ``_error``, ``_low`` and ``_high`` over
+        (``logit``), depth and stream (``all``, then each one), with ``_error``, ``_low`` and ``_high`` over
         sequences; ``prediction_depth`` (Baldock et al. 2021, here by the lens) and ``stream_disagreement``.
 
     Raises
@@ -84,24 +76,18 @@ def lens(
 
     References
     ----------
-    nostalgebraist, "interpreting GPT: the logit lens" (2020); Belrose et al., "Eliciting latent predictions from transformers
-    with the tuned lens" (2303.08112); Baldock, Maennel and Neyshabur, "Deep learning through the lens of example difficulty"
-    (2106.09647).
+    nostalgebraist, "interpreting GPT: the logit lens" (2020); Baldock, Maennel and Neyshabur, "Deep learning through the
+    lens of example difficulty" (2106.09647).
     """
-    # Tensors that are made in inference mode cannot be trained on.
-    with torch.inference_mode(False):
-        readings = [_prepare(model, item, Options(**options), head, logits, chain) for item in batches(batch)]
-        if not readings:
-            raise InterventionError(
-                "no batch was given; expected a mapping, a tensor, a tuple, or several of these"
-            )
-        maps, steps = _tuned_maps(readings, seed) if tuned else ({}, 0)
-        for reading in readings:
-            for depth in reading.depths:
-                reading.read("logit", depth, None)
-                if tuned:
-                    reading.read("tuned", depth, maps[depth])
-    return _dataset(readings, tuned, steps, type(model).__name__, token_text)
+    readings = [_prepare(model, item, Options(**options), head, logits, chain) for item in batches(batch)]
+    if not readings:
+        raise InterventionError(
+            "no batch was given; expected a mapping, a tensor, a tuple, or several of these"
+        )
+    for reading in readings:
+        for depth in reading.depths:
+            reading.read("logit", depth)
+    return _dataset(readings, type(model).__name__, token_text)
 
 
 @dataclass
@@ -117,18 +103,12 @@ class _Reading:
     # By lens and depth: (quantity, stream, B, T), and the disagreement of streams (B, T).
     found: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
     apart: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
-    folds: torch.Tensor | None = None  # (B,): which of the maps was trained without the sequence
 
-    def example(self, depth: int) -> Example:
-        """What the map of a depth is trained on."""
-        last = self.model.base.states[len(self.model.chain.points) - 1]
-        return Example(self.model.base.states[depth], last, self.logits, self.head, self.counted)
-
-    def read(self, name: str, depth: int, maps: Sequence[Affine] | None) -> None:
+    def read(self, name: str, depth: int) -> None:
         """Read one depth by one lens."""
-        state = self._mapped(self.model.base.states[depth], maps)
+        state = self.model.base.states[depth]
         quantities, log_ps = [], []
-        for stream, shown in self._streams(state, single=maps is None):
+        for stream, shown in self._streams(state):
             with torch.no_grad():
                 logits = self.head(shown).float()
             quantities.append(self._quantities(logits))
@@ -138,20 +118,9 @@ class _Reading:
         if log_ps:
             self.apart[name, depth] = _disagreement(log_ps).cpu()
 
-    def _mapped(self, state: torch.Tensor, maps: Sequence[Affine] | None) -> torch.Tensor:
-        if maps is None:
-            return state
-        assert self.folds is not None
-        out = torch.empty_like(state)
-        for fold, each in enumerate(maps):
-            rows = (self.folds == fold).to(state.device)
-            out[rows] = each(state[rows])
-        return out
-
-    def _streams(self, state: torch.Tensor, *, single: bool) -> Iterator[tuple[int | None, torch.Tensor]]:
+    def _streams(self, state: torch.Tensor) -> Iterator[tuple[int | None, torch.Tensor]]:
         yield None, state
-        # The map is trained on all streams together: of one stream alone it would say little.
-        if single and state.shape[2] > 1:
+        if state.shape[2] > 1:
             for stream in range(state.shape[2]):
                 yield stream, state[:, :, stream : stream + 1].expand_as(state).contiguous()
 
@@ -201,45 +170,12 @@ def _prepare(
     return _Reading(under_test, found, logits, targets, counted, depths)
 
 
-def _tuned_maps(readings: list[_Reading], seed: int) -> tuple[dict[int, list[Affine]], int]:
-    """For each depth one map a fold, trained without the sequences of that fold."""
-    if any(
-        reading.logits.shape[1] != reading.model.base.states[reading.depths[-1]].shape[1]
-        for reading in readings
-    ):
-        raise HeadError(
-            "the head gives one prediction per sequence; a tuned lens needs one per token, so pass tuned=False"
-        )
-    counts = [len(reading.counted) for reading in readings]
-    # In each half one sequence to fit a map on, and one to see whether it is of use.
-    if sum(counts) < 2 * FOLDS:
-        raise InterventionError(
-            f"the tuned lens needs at least {2 * FOLDS} sequences, and there are {sum(counts)}; give more, or pass "
-            "tuned=False (--no-tuned)"
-        )
-    # As many sequences in each half, whichever they are.
-    order = np.random.default_rng(seed).permutation(sum(counts)) % FOLDS
-    for reading, folds in zip(readings, np.split(order, np.cumsum(counts)[:-1]), strict=True):
-        reading.folds = torch.as_tensor(folds)
-    depths = readings[0].depths
-    steps = affordable_steps([reading.example(depths[0]) for reading in readings], len(depths), FOLDS)
-    if any(parameter.is_inference() for parameter in readings[0].model.model.parameters()):
-        steps = 0  # no gradient passes weights that were made in inference mode; the regression needs none
-    maps: dict[int, list[Affine]] = {}
-    for depth in depths:
-        examples = [reading.example(depth) for reading in readings]
-        # The last depth is what the head reads anyway: there the identity is the best map.
-        count = steps if depth != depths[-1] else 0
-        maps[depth] = [train(examples, [r.folds != fold for r in readings], count) for fold in range(FOLDS)]
-    return maps, steps
-
-
 # --- the result
 
 
-def _dataset(readings: list[_Reading], tuned: bool, steps: int, name: str, token_text: Any) -> xr.Dataset:
+def _dataset(readings: list[_Reading], name: str, token_text: Any) -> xr.Dataset:
     first = readings[0]
-    names = ("logit", "tuned") if tuned else ("logit",)
+    names = ("logit",)
     streams = max(values.shape[1] for values in first.found.values())
     tokens = max(reading.counted.shape[1] for reading in readings)
     samples = sum(len(reading.counted) for reading in readings)
@@ -284,8 +220,6 @@ def _dataset(readings: list[_Reading], tuned: bool, steps: int, name: str, token
         "model": name,
         "num_streams": first.model.num_streams,
         "no_loss": first.targets.why,
-        "tuned_steps": steps,
-        "tuned_on": f"each sequence by maps trained without it ({FOLDS} halves)" if tuned else "not trained",
         "interval": "95 %, Student's t over sequences",
     }
     return declared(xr.Dataset(variables, coords, attrs), LENS)

@@ -143,6 +143,26 @@ class Hook:
         # a saved model must open where this package is not installed. This method takes everything and returns None.
         return getattr, (nullcontext(INERT), "__exit__")
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        # By their type: to ask a value for its class may run code of the user's. Those that contain this hook come before it.
+        copies = [each for each in memo.values() if issubclass(type(each), nn.Module)]
+        memo.setdefault(id(memo), []).append(
+            _AtEndOfCopy(copies)
+        )  # what `copy` keeps until the copy is complete
+        function, args = self.__reduce__()
+        return function(*args)
+
+
+class _AtEndOfCopy:
+    """Removes what is left of our hooks in copies of modules, when nobody holds this any more."""
+
+    def __init__(self, copies: list[nn.Module]):
+        self._copies = copies
+
+    def __del__(self) -> None:
+        for copied in self._copies:
+            remove_inert_hooks(copied)
+
 
 def remove_inert_hooks(model: nn.Module) -> None:
     """Remove what copies of hooks left on a model, one of whose modules may be a copy of a probed one."""

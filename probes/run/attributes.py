@@ -15,6 +15,7 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels.memory import StreamMemory, bytes_text
 from depthscope.diagnostics.package_versions import package_versions
 from depthscope.diagnostics.schema import PROVEN, UNPROVEN
+from depthscope.diagnostics.schema.joining import STAGE
 from depthscope.probes.connections.constraint import constraint_of, constraint_words, measured_family
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.model.modules import all_parameters
@@ -25,12 +26,6 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
 
 PACKAGES = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
-
-STAGE = "pipeline_stage"
-"""Attribute of a run of one stage of a pipeline: the number of the stage, and how many there are."""
-
-SHARD = "shard"
-"""Attribute of a run of a part of a corpus: ``number`` from 1, ``of`` how many, and facts that all parts share."""
 
 PARTS = {"h_res", "h_pre", "h_post"}
 """The formula counts connections that read, write and mix by one scalar for each stream."""

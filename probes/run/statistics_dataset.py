@@ -36,6 +36,8 @@ class StepStatistics:
     weights: WeightNorms | None = None
     scale: float | None = None
     loss_rise: float = math.nan
+    loss_terms: float | None = None
+    digest: float | None = None  # of the batches
 
 
 def statistics_dataset(
@@ -83,14 +85,16 @@ def step_variables(
         "sequence_count": ("step", np.array([float(row.sequences) for row in rows])),
     }
     losses, scales = [row.loss for row in rows], [row.scale for row in rows]
-    of_losses = {
+    of_step = {
         "loss": losses,
         # Apart from the loss, whose NaN may be the loss itself, or that there is none.
         "loss_not_finite": [None if loss is None else float(not math.isfinite(loss)) for loss in losses],
         "loss_rise": [None if row.loss is None else row.loss_rise for row in rows],
         "loss_scale": scales,
+        "loss_terms": [row.loss_terms for row in rows],
+        "batch_digest": [row.digest for row in rows],
     }
-    for name, values in of_losses.items():
+    for name, values in of_step.items():
         if any(value is not None for value in values):
             variables[name] = ("step", np.array([math.nan if value is None else value for value in values]))
     variables.update(_profile_variables(sums, depths))

@@ -119,6 +119,11 @@ class StepLoss:
             else squares_by_gradient(root, given, unscaled)
         )
 
+    @property
+    def was_run_backward(self) -> bool:
+        """Whether a backward has reached what the model returned."""
+        return bool(self._backwards)
+
     def value(self) -> float | None:
         """Of the present step; None where no backward reached the model, or by what its loss was scaled is not known."""
         if not self._roots or not self._is_scalar:

@@ -15,7 +15,6 @@ from torch import nn
 
 from depthscope.probes.connections.coefficients import StreamConnectionError
 from depthscope.probes.model.layout import LayoutError, count_streams, parse_layout
-from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.reading.description import PROVEN, MemoryReading
 from depthscope.probes.reading.graph import INPUT, Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
@@ -27,7 +26,6 @@ from depthscope.probes.structure.model_structure import (
     Structure,
     chain_names,
     require_all_sequences,
-    require_plain_tokens,
     with_asserted_streams,
 )
 from depthscope.probes.structure.named_blocks import (
@@ -80,7 +78,6 @@ class StructureFinder:
         self._read: ReadStructure | None = None
         self._layouts: dict[tuple[int, int], tuple[Numbers, str]] = {}  # by memory and numbers
         self._unread: list[LeftOut] = []  # further states that cannot be read
-        self._has_shards = False  # whether each process that measures has a part of the tokens
 
     def along(self, axis: int, batch_size: int) -> StructureFinder:
         """The same, with the sequences along another axis."""
@@ -95,14 +92,12 @@ class StructureFinder:
         """Where the sequences of the batch are in each value."""
         return SequenceAxis(self.graph, self.batch_size, self.batch_axis)
 
-    def structure(self, shards: TokenShards | None = None) -> Structure:
+    def structure(self) -> Structure:
         """The structure.
 
-        ``shards``: how the tokens of a sequence are spread over processes that measure together.
         Raises AxisError: Where the sequences should have been counted along the other axis.
         Raises ChainError, LayoutError, SiteError: Where the model cannot be read, or lacks a requested site.
         """
-        self._has_shards = shards is not None
         found = self._chains_of_model()
         chains = tuple(of.chain for of in found)
         read = [memory for of in found for memory in of.memories]
@@ -120,8 +115,6 @@ class StructureFinder:
         if self.options.gradients:
             self._unread += [part for chain in chains for part in states_without_gradients(chain)]
         self.options.selection.require(chains)  # only now is it known which sites the model has
-        if shards is not None:
-            require_plain_tokens(chains)
         # Where calls alone show the states, what the reading says of them.
         first = found[0].memories or self.memories
         return Structure(
@@ -132,7 +125,6 @@ class StructureFinder:
             selection=self.options.selection,
             inner_streams=first[0].inner_streams if first else 0,
             not_covered=self._not_covered(chains, read),
-            shards=shards,
             read=self._read,
         )
 
@@ -348,7 +340,7 @@ class StructureFinder:
 
         layout_of = partial(self._layout_of, memory, named if asserted else "")
         for of in (layout_of, lambda *of: named):  # what the user says where the reading does not
-            reader = ChainReader(self.graph, memory, of, has_shards=self._has_shards)
+            reader = ChainReader(self.graph, memory, of)
             part = reader.chain(inside=inside, wanted=depths)
             if part.chain.layout or not named:
                 break

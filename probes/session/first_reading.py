@@ -75,8 +75,7 @@ class FirstReading:
     @property
     def first_attention(self) -> int | None:
         """Of how many sequences the first forward looks at what they attend to; None where it is not looked for."""
-        # Where tokens are spread over processes, so are the heads.
-        if not self.options.selection.includes("attention") or self.scope.shards is not None:
+        if not self.options.selection.includes("attention"):
             return None
         if not self.scope.sums:
             return 0  # only where it lies
@@ -122,13 +121,13 @@ class FirstReading:
             raise CaptureError("the model's own forward did not run")
         finder = StructureFinder(tape.graph, self.model, self.options, forward.batch_size, forward.batch_axis)
         try:
-            return finder.structure(self.scope.shards)
+            return finder.structure()
         except AxisError:
             # A forward of ours runs once more. The user's does not: its step would be lost.
             if own_calls.owner is not None:
                 raise
             self._count_along_other_axis(tape, forward)
-            return finder.along(1, forward.batch_size).structure(self.scope.shards)
+            return finder.along(1, forward.batch_size).structure()
 
     def _count_along_other_axis(self, tape: Tape, forward: Forward) -> None:
         """Draw the sequences of the first forward again: they are along the second axis of what the model was called with."""

@@ -42,9 +42,6 @@ class Forward:
     row_data: torch.Tensor | None  # its sampled sequences
     lead: torch.Tensor | None = None  # that tensor, while it is not known which axis has its sequences
     masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
-    part: slice | None = None  # of the tokens of each sequence, where other processes have the others
-    # Real tokens of these sequences in all processes, by chain.
-    whole_tokens: dict[int, torch.Tensor] = field(default_factory=dict)
     states: dict[Key, torch.Tensor] = field(default_factory=dict)
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     # Of states that lack others: the model's own tensor and a copy.
@@ -74,11 +71,6 @@ class Forward:
     gradients_undefined: bool = False  # several backwards went through it
     cancelled: bool = False  # its step ended, or its hooks left, before it did
     without_connections: str = ""  # why the connections were not read; empty where they were
-
-    @property
-    def sequence_length(self) -> int:
-        """Number of tokens of each sequence in the model's first tensor."""
-        return self.lead_shape[1 - self.batch_axis]
 
     def next_index(self, kind: str, path: str) -> int:
         """Index of this call among the calls of one module in this forward; a block may run several times."""
@@ -149,7 +141,6 @@ class Forward:
                 },
                 decoding=self.decoding,
                 row=None if self.row_data is None else self.row_data[position].cpu().clone(),
-                part=None if self.part is None else (self.part, self.sequence_length),
             )
             found.append((self.slots[row], sequence))
         return found

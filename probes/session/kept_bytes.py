@@ -19,6 +19,7 @@ from depthscope.probes.model.operations import OperationsShown
 from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.while_needed import eager
+from depthscope.probes.session.compiled_model import is_compiled
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.session.session import Session
@@ -86,9 +87,7 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
     modules whose inputs are odd.
     """
     model = session.model
-    if any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()) or hasattr(
-        model, "_orig_mod"
-    ):
+    if any(map(is_compiled, model.modules())):
         return {"not_measured": COMPILED}
     storages, zeros = _Storages(), ZeroInputs(model)
     try:
@@ -96,17 +95,20 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
         held = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
         storages.know(held)
         with ExitStack() as stack:
-            modes = (
+            for mode in (
                 preserved_state(model),
                 preserved_attributes(model),
                 eager(),
                 own_call(session.owner),
-                torch.enable_grad(),
-            )
-            for mode in modes:
+            ):
                 stack.enter_context(mode)
+            stack.enter_context(torch.enable_grad())
             storages.know(model.buffers())  # the copies, which a forward of ours writes into
-            graph = _graph_of_outputs(model, batch, storages, zeros)
+            with OperationsShown(zeros.note), OperationsShown(storages.note):
+                output = call_model(model, batch)
+            # The last nodes of the graph, without the outputs that they belong to.
+            graph = [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
+            del output
     except Exception as error:
         return {"not_measured": f"one more forward failed: {type(error).__name__}: {without_frames(error)}"}
     if not graph:
@@ -120,13 +122,6 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
         "measured_tokens": math.prod(structure.canonical(0, first, batch_size).shape[:2]),
         ZERO_INPUTS: zeros.modules(),
     }
-
-
-def _graph_of_outputs(model: nn.Module, batch: Any, storages: _Storages, zeros: ZeroInputs) -> list[Any]:
-    """The last nodes of the graph, without the outputs that they belong to."""
-    with OperationsShown(zeros.note), OperationsShown(storages.note):
-        output = call_model(model, batch)
-    return [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
 
 
 class ZeroInputs:

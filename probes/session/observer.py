@@ -13,7 +13,6 @@ from depthscope.probes.connections.mixing_logits import CoefficientOrigins
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
-from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.reading.tensor_memory import detached, stacked
 from depthscope.probes.session.connection_parameters import ConnectionParameters
@@ -23,7 +22,7 @@ from depthscope.probes.session.logit_statistics import FIRST, LogitStatistics
 from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.statistics.coefficient_sums import coefficient_sums
 from depthscope.probes.statistics.live_sums import LiveSums
-from depthscope.probes.statistics.token_sums import WHOLE_TOKENS, TokenSums
+from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.structure.model_structure import FINAL, ShownTensor, Structure
 
 T = TypeVar("T")
@@ -100,7 +99,6 @@ class Observer:
         if depth == FINAL and not len(forward.rows):
             return
         state = self.structure.canonical(number, tensor.detach(), forward.batch_size, depth)
-        self._require_own_part(forward, state)
         if len(forward.rows):
             # Copied now: the model may write the next state into the same tensor.
             forward.states[number, depth] = forward.sampled(state)
@@ -114,8 +112,6 @@ class Observer:
         sums = forward.chain_sums(number)
         sums.is_exact = self._scope.exact_sums
         self._begin_live(sums)
-        if self.structure.shards is not None and WHOLE_TOKENS not in sums.sums:
-            sums.add_values(depth, {WHOLE_TOKENS: forward.whole_tokens[number]})
         sums.add_state(depth, state, mask)
 
     def _begin_live(self, sums: TokenSums) -> LiveSums | None:
@@ -129,38 +125,8 @@ class Observer:
         if number not in forward.masks:
             prefix = "decoder_" if "decoder" in self.structure.chains[number].name else ""
             mask = find_mask(forward.arguments, self.options.mask, prefix)
-            if self.structure.shards is not None:
-                mask = self._own_mask(forward, number, mask, self.structure.shards)
             forward.masks[number] = None if mask is None else fit_mask(mask, state)
         return forward.masks[number]
-
-    def _own_mask(
-        self, forward: Forward, number: int, mask: torch.Tensor | None, shards: TokenShards
-    ) -> torch.Tensor | None:
-        """The mask of the tokens that this process has; the number of real ones in all processes is noted."""
-        tokens = forward.sequence_length
-        if mask is not None and mask.shape != (forward.batch_size, tokens):
-            raise CaptureError(
-                f"the mask has shape {tuple(mask.shape)} and the model was called with {forward.batch_size} sequences of "
-                f"{tokens} tokens, which are spread over processes; pass mask= with one entry per token"
-            )
-        count = torch.tensor(forward.batch_size * tokens) if mask is None else mask.sum()
-        forward.whole_tokens[number] = count.double()
-        return None if mask is None else mask[:, shards.part(tokens)]
-
-    def _require_own_part(self, forward: Forward, values: torch.Tensor) -> None:
-        """Require that values (B, T, …) are those of the tokens that this process has, where these are spread over several."""
-        shards = self.structure.shards
-        if shards is None:
-            return
-        part = shards.part(forward.sequence_length)
-        if values.shape[1] != part.stop - part.start:
-            raise CaptureError(
-                f"the tokens of each sequence are spread over the processes {list(shards.ranks)}, of whose "
-                f"{forward.sequence_length} this one should have {part.stop - part.start}, and a state has {values.shape[1]}; "
-                "expected the same tokens at every depth. Record the model without sequence parallelism"
-            )
-        forward.part = part
 
     def require_usual_calls(self, forward: Forward) -> None:
         """Require that blocks ran as often, and in the order, that the structure was found from.
@@ -263,7 +229,6 @@ class Observer:
         batch, and undefined (NaN) elsewhere.
         """
         values = self.structure.canonical(number, gradient, forward.batch_size, depth)
-        self._require_own_part(forward, values)
         again = (number, depth) in forward.arrivals
         forward.arrivals[number, depth] += 1
         sampled = forward.sampled(values)
@@ -338,7 +303,6 @@ class Observer:
             if not self.structure.connections:
                 own = self.structure.chains[number].connections[position].layout
                 output = self.structure.canonical(number, output, forward.batch_size, own=own).squeeze(2)
-                self._require_own_part(forward, output)
             forward.branches[number, position] = forward.sampled(output)
 
 

@@ -15,7 +15,6 @@ from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.errors import InputError
 from depthscope.probes.model.arguments import Mask
 from depthscope.probes.model.layout import is_packed, parse_layout
-from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.structure.sites import SiteSelection, select
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -132,8 +131,7 @@ class Scope:
     ``origins``: whether it is looked from what the coefficients of connections are computed.
     ``live_tokens``: how many tokens of a step are sampled for a live row; 0 for none.
     ``exact_sums``: as `TokenSums.is_exact`.
-    ``shards``: how the tokens of a sequence are spread over processes that measure together; refused where they are and this
-    is None.
+    ``digests``: whether a digest of each batch is kept, by which processes with the same data are told apart from others.
     """
 
     only_own: bool = False
@@ -141,7 +139,7 @@ class Scope:
     origins: bool = False
     live_tokens: int = 0
     exact_sums: bool = False
-    shards: TokenShards | None = None
+    digests: bool = False
 
     @property
     def is_loop(self) -> bool:

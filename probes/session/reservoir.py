@@ -30,8 +30,6 @@ class Sequence:
     row: torch.Tensor | None  # of the model's first tensor, for the digest of the data
     decoding: bool = False
     attention: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # (3, H, T) before a state
-    # Which tokens of how many it has, until those of the other processes are added; None for all.
-    part: tuple[slice, int] | None = None
 
 
 @dataclass

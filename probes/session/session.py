@@ -23,9 +23,9 @@ from depthscope.probes.model.hooks import (
     num_running_calls,
 )
 from depthscope.probes.model.modules import PresentModules
-from depthscope.probes.model.sequence_shards import require_whole_sequences
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode
+from depthscope.probes.model.whole_sequences import require_whole_sequences
 from depthscope.probes.session.attention import add_attention_sums, placed_attention
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_model import CompiledCalls, CompiledModel
@@ -247,7 +247,7 @@ class Session:
                 return
             assert self._present is not None
             self._present.require_same()
-            require_whole_sequences(module, hooks=self._searching, known=self.scope.shards)
+            require_whole_sequences(module, hooks=self._searching)
             self._attachment.run_last()
             forward = current.forward = self._new_forward(module, lead, named)
             self._running.add(forward)
@@ -268,6 +268,8 @@ class Session:
     def _new_forward(self, model: nn.Module, lead: torch.Tensor, named: dict[str, Any]) -> Forward:
         if self.step.is_empty and not self._running:
             self.step.reservoir.restart_empty()
+        if self.scope.digests:
+            self.step.note_batch(lead)
         stamp, batch_axis = self.step.stamp(model), self.first.batch_axis
         if self.options.is_packed:
             lead, batch_axis = lead.unsqueeze(0), 0

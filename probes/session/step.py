@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import nn
 
 from depthscope.diagnostics.schema import SUMS_OF_COEFFICIENTS
@@ -18,6 +19,7 @@ from depthscope.probes.session.options import Options
 from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
 from depthscope.probes.statistics.token_sums import TokenSums
 
+DIGESTED = 2**20  # numbers of a batch that its digest is of
 TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
 
 
@@ -34,6 +36,9 @@ class Step:
         self.num_forwards = 0  # of all steps
         self.num_left_out = 0  # evaluations within steps of training
         self.gradients_undefined = False  # of forwards since the last fold but one
+        self.without_gradients = (
+            False  # whether a backward ran in the last fold's forwards, and no state had a graph
+        )
         # Whether a forward whose connections cannot be read counts without them, and why some of the last fold's did.
         self.keeps_rest, self.without_connections = not only_own, ""
         self._measured: list[Measured] = []
@@ -44,6 +49,7 @@ class Step:
     def begin(self) -> None:
         """Begin a step."""
         self.loss.clear()
+        self.digest: torch.Tensor | None = None  # of the batches, where it is kept
         self._kind = 0  # of the calls that count
         self._num_without_graph = 0  # calls that can have no gradient
         self._compiler_met = CompilerLog.met  # how often torch's compiler had met our hooks by now
@@ -101,6 +107,15 @@ class Step:
                 self.reservoir.forget()
         return True
 
+    def note_batch(self, lead: torch.Tensor) -> None:
+        """Add what a call was made with to the digest of the step: a whole number below 2⁵² that other data hardly share."""
+        numbers = lead.detach().flatten()[:DIGESTED]
+        numbers = numbers.float().view(torch.int32) if lead.is_floating_point() else numbers
+        weights = torch.arange(1, len(numbers) + 1, device=lead.device) * 2654435761 % 2147483647
+        found = ((numbers.long() + 1) * weights % 2147483647).sum() + lead.numel()
+        before = torch.zeros_like(found) if self.digest is None else self.digest
+        self.digest = (before * 31 + found) % 2**52
+
     def add(self, forward: Forward) -> None:
         """Add a forward that has ended."""
         self.forwards.append(forward)
@@ -120,6 +135,7 @@ class Step:
         Returns: One for each change of the weights, mostly one.
         Raises CaptureError: Where no gradient arrived, or nothing was called; none of these forwards counts then.
         """
+        self.without_gradients = False
         self.gradients_undefined = any(forward.gradients_undefined for forward in self.forwards)
         self._absorb()
         done, self._measured, self._num_measured = self._measured, [], 0
@@ -185,6 +201,9 @@ class Step:
         if not self.options.gradients:
             return
         if not forward.arrivals:
+            if not self._only_own and not forward.expected_gradients and self.loss.was_run_backward:
+                self.without_gradients = True
+                return
             if self._only_own:
                 raise CaptureError(
                     "no gradient of the loss arrives at any state: the graph is cut between the last block and the loss; look "

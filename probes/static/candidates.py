@@ -91,7 +91,7 @@ def candidates(dialect: Dialect, names: Names) -> Iterator[Candidate]:
     try:
         yield from _by_shapes(dialect, names) if dialect.by_shapes else _named(dialect, names)
     except FormulaError as error:
-        raise CheckpointError(f"dialect {dialect.name!r}: {error}; see docs/dialects.md") from error
+        raise CheckpointError(f"dialect {dialect.name!r}: {error}; see docs/how_to/checkpoints.md") from error
 
 
 def _named(dialect: Dialect, names: Names) -> Iterator[Candidate]:

@@ -53,7 +53,8 @@ def describe_weights(
         or an index, or ``organisation/name`` on the Hugging Face hub. Shards may be missing: the connections in them
         are left out, and ``warnings`` names the shards.
     dialect_file : str or Path, optional
-        A TOML file with your own rows: how your checkpoint names its connections and what they compute (docs/dialects.md).
+        A TOML file with your own rows: how your checkpoint names its connections and what they compute
+        (docs/how_to/checkpoints.md).
     as_dialect : str, optional
         The dialect, or the model type, to read the checkpoint as; needed where its own type is known to none.
 

@@ -1,6 +1,6 @@
 """What is a dialect? One row of the table: how a family of checkpoints names its connections, and what they compute.
 
-The rows are data, in ``dialects.toml`` and in the files of users; docs/dialects.md documents their keys.
+The rows are data, in ``dialects.toml`` and in the files of users; docs/how_to/checkpoints.md documents their keys.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Constant:
 
 @dataclass(frozen=True, eq=False)
 class Dialect:
-    """One row of the table; the fields are the keys that docs/dialects.md documents."""
+    """One row of the table; the fields are the keys that docs/how_to/checkpoints.md documents."""
 
     name: str
     family: str
@@ -175,7 +175,7 @@ def known_dialects() -> tuple[Dialect, ...]:
 def read_dialects(path: str | Path) -> tuple[Dialect, ...]:
     """Read a user's own rows from a file.
 
-    ``path``: A TOML file with one ``[[dialect]]`` table each; see docs/dialects.md.
+    ``path``: A TOML file with one ``[[dialect]]`` table each; see docs/how_to/checkpoints.md.
     Raises CheckpointError: If the file is missing or no TOML, or a row lacks a key, has an unknown one or a formula
     that cannot be read.
     """
@@ -202,7 +202,7 @@ def _rows(path: Path, others: Mapping[str, Any], *, users: bool) -> Iterator[Dia
                 raise FormulaError("its name is taken by an earlier row")
         except FormulaError as error:
             where = f"dialect {printable(str(name))!r} of '{path}'"
-            raise CheckpointError(f"{where}: {error}; see docs/dialects.md") from error
+            raise CheckpointError(f"{where}: {error}; see docs/how_to/checkpoints.md") from error
         complete[dialect.name] = row
         seen.add(dialect.name)
         yield dialect
@@ -237,7 +237,7 @@ def _content(path: Path) -> list[Any]:
     rows = content.get("dialect")
     if not isinstance(rows, list) or not rows or set(content) != {"dialect"}:
         raise CheckpointError(
-            f"'{path}' has no [[dialect]] table, or others besides; see docs/dialects.md for an example"
+            f"'{path}' has no [[dialect]] table, or others besides; see docs/how_to/checkpoints.md for an example"
         )
     return rows
 

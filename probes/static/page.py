@@ -108,7 +108,7 @@ def _why_none(found: StaticDescription) -> list[str]:
         return [
             *_named_tensors(found),
             "  They look like a connection, so this need not be a plain residual network: give a row of your own with "
-            "--dialect FILE (docs/dialects.md),",
+            "--dialect FILE (docs/how_to/checkpoints.md),",
             "  or run the model (describe without --weights-only).",
         ]
     known = "; ".join(words.split("; ")[0].partition(": ")[2] for words in found.looked_for)

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 import torch
 
-from depthscope.probes.statistics.histograms import Histogram
-
 PADDING = -1.0  # in values of every token that cannot be negative
 
 
@@ -75,8 +73,6 @@ class LiveSums:
         self.writes: dict[int, torch.Tensor] = {}  # (K, N, views)
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.values: dict[str, dict[int, torch.Tensor]] = {}  # of every token, the token first
-        # The distributions of these, where they are of several processes: of "largest" only the largest one is then a value.
-        self.histograms: dict[str, dict[int, Histogram]] = {}
         self._drawn: dict[tuple[int, int], Places] = {}
         self._product: tuple[int, Product] | None = (
             None  # over the connections so far, and the last one's number

@@ -28,8 +28,6 @@ from depthscope.probes.statistics.block_statistics import (
 from depthscope.probes.statistics.live_sums import LiveSums, stream_cosine_sums, with_mean, with_sum
 
 SQUARES = "gradient_square_norm_sum"
-WHOLE_TOKENS = "whole_token_count"
-"""Real tokens of the sequences of which a process has a part; it has ``token_count`` of them."""
 
 
 class TokenSums:

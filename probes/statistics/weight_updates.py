@@ -86,11 +86,6 @@ class WeightUpdates:
         self._errors: list[Exception] = []
         self._stack = ExitStack()
 
-    @property
-    def num_modules(self) -> int:
-        """Of how many modules there are norms."""
-        return len(self._owners)
-
     def begin(self) -> None:
         """Copy the trainable weights and hook their gradients; an error is raised by `end`."""
         self.drop()

@@ -13,7 +13,6 @@ from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical
-from depthscope.probes.model.sequence_shards import TokenShards
 from depthscope.probes.model.tensors import local_tensor
 from depthscope.probes.reading.graph import Graph
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
@@ -70,8 +69,6 @@ class Structure:
         How many streams are expanded and merged inside each step of the first chain; 0 for none.
     not_covered : tuple of LeftOut
         What ran and lies in no chain, with the reasons.
-    shards : TokenShards or None
-        How the tokens of a sequence are spread over processes that measure together.
     read : ReadStructure or None
         How the coefficients of its connections are read, where the operations of each forward show them.
     """
@@ -83,7 +80,6 @@ class Structure:
     fractions: int = 1
     inner_streams: int = 0
     not_covered: tuple[LeftOut, ...] = ()
-    shards: TokenShards | None = None
     read: ReadStructure | None = None
 
     @cached_property
@@ -143,8 +139,6 @@ class Structure:
         """
         if depth == FINAL and (self.connections or self.num_streams > 1):
             return state.reshape(batch_size, -1, state.shape[-1])
-        if self.shards is not None:
-            state = self._own_tokens(number, state, self.shards)
         own = own or ("" if depth is None or depth == FINAL else self.chains[number].points[depth].layout)
         layout = own or self.chains[number].layout
         found = canonical(
@@ -155,17 +149,6 @@ class Structure:
             fractions=self.fractions if "F" in layout else 1,
         )
         return found.squeeze(2) if depth == FINAL else found
-
-    def _own_tokens(self, number: int, state: torch.Tensor, shards: TokenShards) -> torch.Tensor:
-        """The part of a state that this process has: its placement says so, or the sums that make every state."""
-        proof = self.chains[number].proof
-        # A part of a sequence looks like a whole one. A state that is the one before plus what a branch gives has its tokens.
-        if not hasattr(state, "placements") and proof != "proven":
-            raise CaptureError(
-                "the tokens of each sequence are spread over processes as plain tensors, and it was not proven that each "
-                f"state is the one before plus a branch ({proof or 'no proof'}); record it without sequence parallelism"
-            )
-        return shards.local(state, self.chains[number].layout.split().index("T"))
 
 
 def require_same(found: Structure, before: Structure) -> None:
@@ -213,21 +196,6 @@ def require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int, 
             f"{batch_size}; expected the axis of the model's sequences as B. Call the model with one sequence in each row of "
             "the batch"
         )
-
-
-def require_plain_tokens(chains: Sequence[Chain]) -> None:
-    """Require a model of which parts of sequences can be measured: one stream, and one axis of tokens."""
-    for chain in chains:
-        if chain.has_streams or chain.over_depth or chain.history:
-            raise CaptureError(
-                "the tokens of each sequence are spread over processes, and the model mixes streams or depths; expected one "
-                "stream that branches are added to. Record it without sequence parallelism"
-            )
-        if "T" not in chain.layout.split():
-            raise CaptureError(
-                f"the tokens of each sequence are spread over processes, and the states have the layout {chain.layout!r}; "
-                "expected one axis of tokens. Record it without sequence parallelism"
-            )
 
 
 def chain_names(graph: Graph, model: nn.Module, chains: Sequence[tuple[str, Chain]]) -> list[str]:

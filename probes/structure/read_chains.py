@@ -38,13 +38,10 @@ class ChainReader:
     """The chain of one memory.
 
     ``layout_of``: the layout of a value of the memory, or of one with given numbers of its elements; empty where it has none.
-    ``has_shards``: whether processes measure together of which each has a part of the tokens.
     """
 
-    def __init__(
-        self, graph: Graph, memory: MemoryReading, layout_of: Callable[..., str], *, has_shards: bool
-    ):
-        self.graph, self.memory, self.layout_of, self.has_shards = graph, memory, layout_of, has_shards
+    def __init__(self, graph: Graph, memory: MemoryReading, layout_of: Callable[..., str]):
+        self.graph, self.memory, self.layout_of = graph, memory, layout_of
         self.connections = memory.connections
         self.branches = memory.branches
         # How many tensors hold the streams of a state
@@ -267,12 +264,9 @@ class ChainReader:
         return next(before, None), next(after, None)
 
     def _require_whole(self, value: TracedValue) -> None:
-        """Refuse a state that is split over processes otherwise than by its tokens among those that measure together."""
+        """Refuse a state that is split over processes."""
         split = self.graph.split.get(value.number)
-        if split is None:
-            return
-        axes = self.layout_of(value).split()
-        if not self.has_shards or "T" not in axes or split != f"S({axes.index('T')})":
+        if split is not None:
             raise split_error(split)
 
     def _point(self, depth: int, layout: str = "") -> tuple[HookPoint, TracedValue]:

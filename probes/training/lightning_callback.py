@@ -18,8 +18,8 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
     """Record a model while a Lightning trainer trains it: ``Trainer(callbacks=[LightningCallback("model", ...)])``.
 
     A step is one of the optimizer, with all of its batches; validations count to none. A training that is resumed from a
-    checkpoint is counted from there on: give ``resume=True`` to go on in the same store. Several processes measure together
-    (``group="world"``, where no `group` is given), and the first one has the run.
+    checkpoint is counted from there on: give ``resume=True`` to go on in the same store. Of several processes each
+    writes a part of the run.
 
     Parameters
     ----------
@@ -49,13 +49,9 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
         self.recorder: Recorder | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin to record; only the process of rank 0 writes a store."""
+        """Begin to record."""
         options = dict(self._options)
-        if not trainer.is_global_zero:
-            options.pop("store", None)
         options.setdefault("first_step", trainer.global_step)
-        if trainer.world_size > 1:  # the strategy wraps the module, and the hooks are inside
-            options.setdefault("group", "world")
         self._global_step = trainer.global_step
         module = pl_module.get_submodule(self._module)
         # Of several optimizers the one that trains most of the module.

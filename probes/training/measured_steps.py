@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import xarray as xr
 
-from depthscope.diagnostics.quantities.losses import LossCourse
+from depthscope.diagnostics.schema.loss_course import LossCourse
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import mean_task
 from depthscope.probes.run.build_run import Proven, build_run
@@ -21,15 +21,16 @@ from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 from depthscope.probes.training.live.live import Live
 from depthscope.probes.training.notices import Notices
-from depthscope.probes.training.ranks.exchange import Ranks
-from depthscope.probes.training.ranks.local import measured_here, num_tokens, partial_sequences
-from depthscope.probes.training.ranks.sequence_parts import put_together
 from depthscope.probes.training.step_sums import (
     PooledSums,
     added_up,
     finite_gradients,
+    forget_shared_gradients,
     make_gradients_undefined,
+    num_tokens,
 )
+
+FROZEN = "no gradient of the loss reaches the residual states: no weight before them is trained, as where a head alone learns"
 
 
 class MeasuredSteps:
@@ -50,15 +51,16 @@ class MeasuredSteps:
         weights: WeightUpdates | None,
         scale: LossScale,
         live: Live | None,
-        ranks: Ranks | None,
+        is_part: bool,
     ):
         self._session, self._say, self._attrs, self._token_text = session, notices.say, attrs, token_text
-        self.weights, self._scale, self.live, self.ranks = weights, scale, live, ranks
+        self.weights, self._scale, self.live, self._is_part = weights, scale, live, is_part
         self.rows: list[StepStatistics] = []
         self.overflowed: list[int] = []
         self.trained = False  # whether the last measured step was one of a training
         self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why
         self._sampled_step = 0  # the step of the raw sequences
+        self._without_gradients = ""  # why a step has none, where they were asked for
         self._undefined_said = False  # that several backwards through one forward leave no gradients
         self._task: dict[str, Any] = {}  # what the loss of the last measured step is of
         self._pooled = PooledSums()
@@ -80,11 +82,13 @@ class MeasuredSteps:
 
     def noted(self) -> dict[str, Any]:
         """What is known of all measured steps together."""
-        attrs: dict[str, Any] = {} if self.ranks is None else dict(self.ranks.attrs)
+        attrs: dict[str, Any] = {}
         if task := mean_task([self._task], self.rows[-1].loss if self.rows else None):
             attrs["task"] = task
         if self.overflowed:
             attrs["overflowed_steps"] = list(self.overflowed)
+        if self._without_gradients:
+            attrs["without_gradients"] = self._without_gradients
         if missing := self._without_connections:
             attrs["without_connections"] = {
                 "steps": list(missing),
@@ -95,11 +99,8 @@ class MeasuredSteps:
             attrs["weights_skipped"] = dict(last.skipped)
         return attrs
 
-    def end(self, step: int, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> bool:
-        """End a step that was measured.
-
-        Returns: Whether it has a row; of several processes only the first one has.
-        """
+    def end(self, step: int, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
+        """End a step that was measured."""
         # First of all: hooks and copies end with the step, whatever fails below.
         cut_short = self._session.detach()
         weights, scale = self._weight_norms(step), self._scale.end()
@@ -108,20 +109,22 @@ class MeasuredSteps:
                 f"{cut_short} forward{'s' * (cut_short > 1)} had not ended when step {step} did, and count to no step"
             )
         value = self._loss_value(step, loss)
-        if self.ranks is not None:
-            together = self._of_all_processes(step, self.ranks, value, loss_terms, weights)
-            if together is None:
-                return False
-            parts, value, weights = together
-        else:
-            self._session.raise_first_error()
-            parts = self._session.fold()
-            if not num_tokens(parts):
-                raise CaptureError("no batch of it had a real token; nothing to measure")
+        self._session.raise_first_error()
+        parts = self._session.fold()
+        if not num_tokens(parts):
+            raise CaptureError("no batch of it had a real token; nothing to measure")
+        digest = self._session.step.digest
         self.trained = self._session.step.trains
         self._say_undefined_gradients(step)
         self._say_missing_connections(step)
+        if self._session.step.without_gradients and not self._without_gradients:
+            self._without_gradients = FROZEN
+            self._say(
+                f"step {step} was measured without gradients, and so is every further one like it: {FROZEN}"
+            )
         complete = added_up(parts)
+        if self._is_part:
+            forget_shared_gradients(self._session, complete)
         sums = self._pool(parts, complete)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
         overflowed = scale is not None and (
@@ -138,11 +141,13 @@ class MeasuredSteps:
         sequences = sum(part.batch_size for part in parts)
         # The numbers of the forward are right even where the gradients overflowed, so the row stays.
         rows = [RowSums(chain) for chain in sums]
-        row = StepStatistics(step, rows, sequences, value, weights, scale, self._course.add(value))
+        row = StepStatistics(
+            *(step, rows, sequences, value, weights, scale, self._course.add(value), loss_terms),
+            digest=None if digest is None else float(digest),
+        )
         self.rows.append(row)
         if self.live is not None:
             self._measure_live(self.live, complete, row, overflowed)
-        return True
 
     def _say_undefined_gradients(self, step: int) -> None:
         """Say once where the gradients of the present step are undefined, which their forwards tell."""
@@ -167,38 +172,6 @@ class MeasuredSteps:
                 f"holds (the attribute without_connections names them): {why}"
             )
         self._without_connections[step] = why
-
-    def _of_all_processes(
-        self,
-        step: int,
-        ranks: Ranks,
-        loss: float | None,
-        loss_terms: float | None,
-        weights: WeightNorms | None,
-    ) -> tuple[list[Measured], float | None, WeightNorms | None] | None:
-        """What all processes measured in the present step; None where this one does not write."""
-        local, failure = measured_here(self._session, loss, loss_terms)
-        num_modules = 0 if self.weights is None else self.weights.num_modules
-        sequences = partial_sequences(self._session)
-        try:
-            together = ranks.exchange(step, local, weights, num_modules, failure)
-            if together is not None and sequences and ranks.shards is not None:
-                if together[0].parts is None:
-                    raise CaptureError(
-                        "the process that writes has no part of the sequences that others share"
-                    )
-                put_together(sequences, together[0].parts, len(ranks.shards.ranks))
-        except BaseException:
-            if sequences:
-                self._session.step.reservoir.forget()  # they stay parts
-            raise
-        for sequence in sequences:
-            sequence.part = None  # in the other processes too: nobody asks for it again
-        if together is None:
-            return None
-        added, weights = together
-        stamp = self._session.step.stamp(self._session.model)
-        return [Measured(stamp, round(added.sequences), added.sums)], added.loss, weights
 
     def _measure_live(
         self,

@@ -61,18 +61,31 @@ class Notices:
             )
 
     def warn(self) -> None:
-        """Say what there is to say, now that everything is in order: the user may have turned warnings into errors."""
+        """Say what there is to say, now that everything is in order."""
         sentences, self._sentences = self._sentences, []
         for sentence in sentences:
-            warnings.warn(sentence, ProbeWarning, stacklevel=_user_frame())
+            warn(sentence)
 
     def forget(self) -> None:
         """Say nothing of what was noted so far."""
         self._sentences = []
 
 
+def warn(sentence: str) -> None:
+    """Warn the user; where warnings are errors it is printed: ours must not end their run, nor hide their own error."""
+    try:
+        warnings.warn(sentence, ProbeWarning, stacklevel=_user_frame())
+    except ProbeWarning:
+        say_as_text(sentence)
+
+
+def say_as_text(sentence: str) -> None:
+    """Print a warning that would have been raised."""
+    sys.stderr.write(f"depthscope: {sentence}\n")
+
+
 def _user_frame() -> int:
-    """How many frames above `warnings.warn` in `Notices.warn` the user's line is."""
+    """How many frames above `warnings.warn` in `warn` the user's line is."""
     # A function of its own: a frame that refers to itself would keep the recorder alive.
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_code.co_filename.startswith(OURS):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -12,8 +11,9 @@ from torch import nn
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import storable_attributes
+from depthscope.diagnostics.schema.joining import PART
 from depthscope.probes.model.modules import require_module
-from depthscope.probes.model.sequence_shards import TokenShards, token_shards
+from depthscope.probes.model.whole_sequences import require_whole_sequences
 from depthscope.probes.run.attributes import stage_attribute
 from depthscope.probes.session.compiled_model import inner_model
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
@@ -23,12 +23,11 @@ from depthscope.probes.statistics.weight_updates import WeightUpdates
 from depthscope.probes.training.live.findings import OnFinding
 from depthscope.probes.training.live.live import TOKENS, Live, live_names
 from depthscope.probes.training.live_recording import LiveRecording
-from depthscope.probes.training.ranks.exchange import Ranks
-from depthscope.probes.training.ranks.group import (
-    DataGroup,
-    data_group,
-    has_flat_weights,
-    weight_share,
+from depthscope.probes.training.processes import (
+    WeightShares,
+    last_common_step,
+    place_of_part,
+    this_part,
 )
 from depthscope.probes.training.recorder import Recorder
 from depthscope.probes.training.settled_end import SettledEnd
@@ -60,8 +59,6 @@ def record(
     sinks: Iterable[Sink] = (),
     on_finding: OnFinding | None = None,
     stop_on: str | None = None,
-    group: Any = None,
-    group_timeout: float = 120.0,
     stage: tuple[int, int] | None = None,
     settle: int = 0,
     **options: Unpack[CaptureOptions],
@@ -71,15 +68,16 @@ def record(
     Nothing of the user's run changes: hooks return nothing, errors in them are reported by a `ProbeWarning` at the end of the
     step (and stored in ``recorder.errors``), and between measured steps no hook is on.
 
-    A compiled model (``torch.compile``, ``Module.compile``, of all of it or of its blocks) runs compiled in measured
-    steps too, with the same dropout masks, losses and weights as without a recorder. The first measured steps, until one in
-    which nothing was compiled, are measured next to that: the forward runs once more, uncompiled, on copies of the same
-    arguments, before the call; with gradients the backward as well. Random states, buffers and attributes of modules are
-    restored, while what the forward or a hook of the user's does elsewhere (a print, a counter) happens twice. That shows
-    where the states and the connections are made; from then on a measured step runs in graphs that the same compiler makes of
-    the same code, and that hand out these values. Where they cannot, as with graph breaks inside of one compiled module, one
-    step is left out and the others cost one more forward (and backward) each. docs/many_processes.md has what is refused among
-    several processes.
+    A compiled model (``torch.compile``, ``Module.compile``, of all of it or of its blocks) runs compiled in measured steps
+    too, with the same dropout masks, losses and weights as without a recorder: before the call the forward runs once more,
+    uncompiled, on copies of the same arguments, and with gradients the backward as well. Random states, buffers and
+    attributes of modules are restored, while what the forward or a hook of the user's does elsewhere (a print, a counter)
+    happens twice.
+
+    Of several processes (``torch.distributed``) each measures and writes alone, and nothing is exchanged: `store` is then a
+    folder that all of them share, in which each has a part, ``part-00000`` and so on. `open_run` of the folder joins them:
+    data-parallel and sharded (`fully_shard`) parts to the sums of all data, processes that saw the same data (tensor
+    parallelism) once, stages of a pipeline along depth. Sequence and context parallelism are refused.
 
     A forward under ``no_grad`` or ``inference_mode``, such as a validation, counts to no step that measures gradients.
 
@@ -142,22 +140,14 @@ def record(
         that are a warning or worse are also printed to the standard error, once.
     stop_on : {"warn", "fail"}, optional
         End the training at the end of the step in which such a finding is new, by `TrainingStopped` from ``recorder.step()``.
-    group : ProcessGroup, DeviceMesh or str, optional
-        Which processes train this model together, each on its part of the data (docs/many_processes.md): their statistics are
-        added, and the first of them writes, prints and has the ``run``. By default those of the model's wrapper
-        (DistributedDataParallel, `fully_shard`); ``"world"`` for all, ``"none"`` where this process measures alone. Every
-        process opens the recorder and calls ``recorder.step()`` equally often, with data or without.
-    group_timeout : float
-        Seconds that a process waits for the others at a measured step; then nothing is measured any more, and the training
-        goes on.
+        Refused in several processes: one that stops would leave the others waiting for it.
     stage : (int, int), optional
-        As in `probes.capture`: where the model is one stage of a pipeline. Each stage has a recorder and a store of its own;
-        `group` is then the copies of this stage, or ``"none"``.
+        As in `probes.capture`: where the model is one stage of a pipeline.
     settle : int
         At most so many forwards when the block ends, for the experiments that tell whether what the last measured step
         suspects does harm, see `depthscope.settle`; 10 is enough, and none are made where nothing is suspected. They run the
         model as it then is, on a copy of the last measured batch, and judge by the next token where the model predicts it,
-        else by the output. Not for compiled models, nor where several processes measure together: settle those afterwards.
+        else by the output. Not for compiled models, nor in several processes: settle those afterwards.
     **options
         Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
         step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
@@ -171,25 +161,28 @@ def record(
     Raises
     ------
     InputError
-        For a loss reduction or a scaler of another kind, and where several processes run and it
-        cannot be known which of them train the model together, or they are not all that share sequences.
+        For a loss reduction or a scaler of another kind.
+    CaptureError
+        Where each process has a part of every sequence.
     OSError
         Where the run could not be saved under `store`; FileExistsError where something is there that is no run, or a run
         without `resume` or `force`. What happens later (a full disk, a folder that goes) is a `ProbeWarning`, once.
     """
     require_module(model, later=True)
-    together = data_group(model, group)
-    model = inner_model(model)
-    if settle < 0 or (settle and together is not None):
+    require_whole_sequences(model, hooks=True)
+    part = this_part()
+    refused = {"settle": settle != 0, "stop_on": stop_on is not None} if part else {"settle": settle < 0}
+    if any(refused.values()):
         raise InputError(
-            f"got settle={settle}{' with several processes' * (together is not None)}; expected 0 or more forwards in one "
+            "got stop_on with several processes, of which one that stops would leave the others waiting for it for ever; let "
+            "them agree in your own loop, by on_finding and a collective of yours"
+            if refused.get("stop_on")
+            else f"got settle={settle}{' with several processes' * (part is not None)}; expected 0 or more forwards in one "
             "process: settle a run of several afterwards, depthscope.settle(run, model, batch)"
         )
-    if weights and together is not None and has_flat_weights(model):
-        raise InputError(
-            "got weights=True with FullyShardedDataParallel, which keeps the weights of many modules in one flat vector; "
-            "leave it out, or shard the model by fully_shard, whose weights are measured"
-        )
+    stages = 1 if stage is None else stage[1]
+    shares = WeightShares(model, part[1] // stages) if weights and part is not None else None
+    model = inner_model(model)
     given: dict[str, Any] = {
         "sinks": list(sinks),
         "on_finding": on_finding,
@@ -207,12 +200,19 @@ def record(
     scale = LossScale(scaler)
     # Refused now and not when the block ends: a path where no run can be saved, or where something else is.
     recording = None
-    writes = together is None or together.rank == 0
-    if store is not None and writes:
-        recording = LiveRecording(Path(store), resume=resume, force=force, keep_states=keep_traces)
+    if store is not None:
+        place = Path(store) if part is None else place_of_part(store, part)
+        if part is not None and resume and first_step is None:
+            common = last_common_step(Path(store))  # one process may have been stopped a step before another
+            first_step = 0 if common is None else common + 1
+        recording = LiveRecording(place, resume=resume, force=force, keep_states=keep_traces)
     if first_step is None:
         first_step = 0 if recording is None or recording.last_step is None else recording.last_step + 1
-    all_attrs = {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
+    all_attrs: dict[str, Any] = (
+        {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
+    )
+    if part is not None:
+        all_attrs[PART] = {"number": part[0], "of": part[1], "loss": loss_reduction or ""}
     all_attrs.update(({} if stage is None else stage_attribute(stage)) | attrs)
     session = Session(
         model,
@@ -220,25 +220,10 @@ def record(
         scale if scaler is not None else None,
         Scope(
             live_tokens=live_tokens if names else 0,
-            exact_sums=together is not None,
-            shards=None if together is None else _shards_within(together, model),
+            exact_sums=part is not None,
+            digests=part is not None,
         ),
     )
-    ranks = None
-    if together is not None:
-        ranks = _ranks(
-            together,
-            loss_reduction,
-            session,
-            group_timeout,
-            {
-                "every": every,
-                "start_step": start_step,
-                "end_step": end_step,
-                "metrics": names,
-                "weights": weights and [name for name, _ in model.named_parameters()],
-            },
-        )
     return Recorder(
         session,
         every=every,
@@ -248,59 +233,13 @@ def record(
         first_step=first_step,
         attrs=all_attrs,
         token_text=token_text,
-        weights=WeightUpdates(model, scale, partial(weight_share, together) if together else None)
-        if weights
-        else None,
+        weights=WeightUpdates(model, scale, shares) if weights else None,
         scale=scale,
-        live=Live(session, names, name=Path(store).name if store is not None else "", **given)
-        if names and writes
+        live=Live(session, names, name="" if recording is None else recording.path.name, **given)
+        if names
         else None,
-        ranks=ranks,
+        is_part=part is not None,
         settled=SettledEnd(model, session.options, settle) if settle else None,
-    )
-
-
-def _shards_within(group: DataGroup, model: nn.Module) -> TokenShards | None:
-    """How the tokens of a sequence are spread over processes, all of which have to measure together."""
-    shards = token_shards(model)
-    missing = [] if shards is None else [rank for rank in shards.ranks if rank not in group.ranks]
-    if missing and shards is not None:
-        raise InputError(
-            f"the tokens of each sequence are spread over the processes {', '.join(map(str, shards.ranks))}, and "
-            f"{', '.join(map(str, missing))} would not measure ({group.chosen}); pass group='world', or a group of all "
-            "processes that have tokens"
-        )
-    return shards
-
-
-def _ranks(
-    group: DataGroup,
-    loss_reduction: str | None,
-    session: Session,
-    timeout: float,
-    settings: Mapping[str, Any],
-) -> Ranks:
-    """The part of a recorder in the measurement of several processes."""
-    options = session.options
-    if timeout <= 0:
-        raise InputError(f"group_timeout is {timeout}; expected a positive number of seconds")
-    shared = {
-        "gradients": options.gradients,
-        "layers": options.blocks,
-        "layout": options.layout,
-        "seed": options.seed,
-        "sampled tokens": session.scope.live_tokens,
-        "loss_reduction": loss_reduction,
-        **settings,
-    }
-    return Ranks(
-        group,
-        loss_reduction,
-        live_tokens=session.scope.live_tokens,
-        seed=options.seed,
-        timeout=timeout,
-        settings=shared,
-        shards=session.scope.shards,
     )
 
 

@@ -21,14 +21,11 @@ from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.weight_updates import WeightUpdates
-from depthscope.probes.training.live.findings import TrainingStopped
 from depthscope.probes.training.live.live import Live
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.measured_steps import MeasuredSteps
 from depthscope.probes.training.notices import Notices
 from depthscope.probes.training.open_recorders import OPEN, close_at_exit
-from depthscope.probes.training.ranks.channel import LostError
-from depthscope.probes.training.ranks.exchange import Ranks
 from depthscope.probes.training.settled_end import SettledEnd
 
 
@@ -56,7 +53,7 @@ class Recorder:
         weights: WeightUpdates | None = None,
         scale: LossScale | None = None,
         live: Live | None = None,
-        ranks: Ranks | None = None,
+        is_part: bool = False,
         settled: SettledEnd | None = None,
     ):
         if every < 1:
@@ -67,8 +64,8 @@ class Recorder:
         self.position = first_step  # the present step
         self._session = session
         self._every, self._start, self._end = every, start_step, end_step
-        self._store, self._live, self._ranks, self._settled = store, live, ranks, settled
-        session.step.keeps_rest &= ranks is None  # the sums of several processes have the same statistics
+        self._store, self._live, self._settled = store, live, settled
+        session.step.keeps_rest &= not is_part  # all parts of a run have the same statistics
         self._measured = MeasuredSteps(
             session,
             self._notices,
@@ -78,7 +75,7 @@ class Recorder:
             weights=weights,
             scale=scale or LossScale(None),
             live=live,
-            ranks=ranks,
+            is_part=is_part,
         )
         self._stack = ExitStack()
         self._state = "new"  # then "open" inside the ``with`` block, "closed", and "abandoned" in a child process or a copy
@@ -93,8 +90,6 @@ class Recorder:
             if self._state != "abandoned":
                 self._state = "open"
                 OPEN.add(self)
-                if self._ranks is not None:
-                    self._meet(self._ranks)
                 if self._store is not None:
                     close_at_exit()
                     self._open_store(self._store)
@@ -140,14 +135,13 @@ class Recorder:
             is the sum of what ``backward`` was called on, of every backward that reached the model, over the loss scale. Of a
             step that is not measured it is only looked at whether one on the CPU is finite, where `metrics` are computed.
         loss_terms : float, optional
-            Of how many terms the loss of this process is the mean, such as labels that are not ignored; by default of all its
-            tokens. By it the losses and gradients of several processes are weighted.
+            Of how many terms the loss is the mean, such as labels that are not ignored; by default of all its tokens. By it
+            the losses and gradients of several processes are weighted when their parts are joined.
 
         Raises
         ------
         TrainingStopped
-            With ``stop_on=``, where the step has a new finding as severe as that; its row is recorded. Several processes stop
-            together, at the end of the measured step after it.
+            With ``stop_on=``, where the step has a new finding as severe as that; its row is recorded.
         """
         with self._lock:
             if self._state in ("new", "closed"):
@@ -165,30 +159,8 @@ class Recorder:
                 self.position += 1
         self._notices.warn()
         # Last of all: nothing of ours is half done when the training ends here.
-        if self._ranks is not None:
-            self._stop_together(self._ranks)
-        elif self._live is not None:
-            self._live.stop_if_severe()
-
-    def _stop_together(self, ranks: Ranks) -> None:
-        """Stop where the first process asked for it one measured step ago; ask for it where it has to be."""
-        ranks.stop_now(self.position - 1)
         if self._live is not None:
-            try:
-                self._live.stop_if_severe()
-            except TrainingStopped as stopped:
-                ranks.stop_later(stopped)
-
-    def _meet(self, ranks: Ranks) -> None:
-        """Meet the other processes, as the block begins."""
-        try:
-            self.position = ranks.open(self.position)
-        except LostError as error:
-            self._say(str(error), error)
-        except BaseException:
-            self._state = "new"
-            OPEN.discard(self)
-            raise
+            self._live.stop_if_severe()
 
     @property
     def is_open(self) -> bool:
@@ -199,8 +171,6 @@ class Recorder:
     def measuring(self) -> bool:
         """Whether the present step is measured."""
         since = self.position - self._start
-        if self._ranks is not None and not self._ranks.is_open:
-            return False
         return since >= 0 and since % self._every == 0 and (self._end is None or self.position < self._end)
 
     @property
@@ -219,8 +189,6 @@ class Recorder:
         """
         if not self._measured.rows:
             reason = f": {self.errors[0]}" if self.errors else "; call the model and then recorder.step()"
-            if self._ranks is not None and not self._ranks.writes:
-                reason += f"; of several processes the run is in process {self._ranks.group.ranks[0]}"
             raise CaptureError(f"no step was measured completely{reason}")
         run = self._measured.build(self._measured.rows)
         run.attrs.update({} if self._settled is None else self._settled.found)
@@ -234,10 +202,9 @@ class Recorder:
             self._state = "closed"
             OPEN.discard(self)
             try:
-                # The loop ended before step(), after complete forwards. An evaluation after a training is no step of it. Of
-                # several processes the others may not have such a step, and would be waited for.
+                # The loop ended before step(), after complete forwards. An evaluation after a training is no step of it.
                 unended = self._session.pending and self._session.step.trains >= self._measured.trained
-                if self.measuring and unended and self._ranks is None:
+                if self.measuring and unended:
                     self._safely(self._end_measured_step, None)
                 self._notices.say_how_many()
                 if self._live is not None:
@@ -245,8 +212,6 @@ class Recorder:
                     self._live.say_too_late(self._say)
             finally:
                 self._detach()
-                if self._ranks is not None:
-                    self._ranks.close()
                 remove_inert_hooks(self._session.model)
             if self._settled is not None and self._measured.rows:
                 settle = self._settled.settle
@@ -259,8 +224,8 @@ class Recorder:
 
     def abandon(self) -> None:
         """Stop for good, silently: what is open belongs to another process."""
-        self._state, self._store, self._live, self._ranks = "abandoned", None, None, None
-        self._measured.live = self._measured.ranks = None
+        self._state, self._store, self._live = "abandoned", None, None
+        self._measured.live = None
         self._notices.forget()
         self._lock = threading.RLock()  # a thread that does not exist here may hold the old one
         self._session.after_fork()
@@ -284,7 +249,8 @@ class Recorder:
             self._say(failed.format(error), error)
 
     def _end_measured_step(self, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
-        if not self._measured.end(self.position, loss, loss_terms) or self._store is None:
+        self._measured.end(self.position, loss, loss_terms)
+        if self._store is None:
             return
         measured, row_of = self._measured, None if self._live is None else self._live.row_of
         sentence = self._store.write(self._session, measured.rows, measured.build, measured.noted(), row_of)

@@ -9,6 +9,7 @@ import torch
 from depthscope.probes.run.statistics_dataset import GRADIENT
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
+from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 
 
@@ -55,3 +56,18 @@ def make_gradients_undefined(sums: list[TokenSums]) -> None:
         for name in (GRADIENT, *GRADIENT_SUMS):
             parts = chain.sums.get(name, {})
             chain.sums[name] = {key: torch.full_like(value, math.nan) for key, value in parts.items()}
+
+
+def num_tokens(parts: list[Measured]) -> float:
+    """The number of real tokens of all chains, at their first depths."""
+    counts = [chain.sums.get("token_count", {}) for part in parts for chain in part.sums]
+    return sum(float(next(iter(count.values()))) for count in counts if count)
+
+
+def forget_shared_gradients(session: Session, sums: list[TokenSums]) -> None:
+    """Make the gradients undefined of matrices that all tokens share: their squares are no sum over processes."""
+    logits = session.observer.logits
+    for name, number in () if logits is None else logits.of_all_tokens:
+        known = sums[0].sums.get(name, {})
+        if number in known:
+            known[number] = torch.full_like(known[number], torch.nan)

@@ -18,9 +18,8 @@ class TransformersCallback(TrainerCallback):
 
     A step is one of the optimizer, with all of its micro-batches; evaluations count to none. A training that the trainer
     resumes from a checkpoint is counted from there on: give ``resume=True`` to go on in the same store. Loss, learning rate
-    and gradient scaler are found. Where ``trainer.train()`` raises, the store is finished all the same. Several processes
-    measure together (``group="world"``, where no `group` is given): all of them have the callback, and the first one has the
-    run.
+    and gradient scaler are found. Where ``trainer.train()`` raises, the store is finished all the same. Of several
+    processes each writes a part of the run.
 
     Parameters
     ----------
@@ -41,19 +40,16 @@ class TransformersCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Begin to record; only the process that is the world's first writes a store."""
+        """Begin to record."""
         options = dict(self._options)
         if self.recorder is not None and self.recorder.is_open:
             # The trainer begins once more by itself, with smaller batches, where memory did not suffice.
             self.recorder.close()
             options["resume"] = "store" in options
-        if not state.is_world_process_zero:
-            options.pop("store", None)
         options.setdefault("first_step", state.global_step)
-        if args.world_size > 1:  # the trainer wraps the model, and shows the one inside
-            options.setdefault("group", "world")
-            if args.average_tokens_across_devices and _takes_loss_arguments(kwargs["model"]):
-                options.setdefault("loss_reduction", "global_mean")
+        is_global = args.world_size > 1 and args.average_tokens_across_devices
+        if is_global and _takes_loss_arguments(kwargs["model"]):
+            options.setdefault("loss_reduction", "global_mean")
         optimizer = kwargs.get("optimizer")
         options = with_optimizer(options, optimizer, getattr(optimizer, "scaler", None))
         self.recorder = record(kwargs["model"], **options).__enter__()

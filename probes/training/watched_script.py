@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import runpy
 import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from depthscope.probes.model.hooks import Attachment
 from depthscope.probes.session.backward_roots import living_scalers
 from depthscope.probes.session.compiled_model import is_compiled, living_modules
 from depthscope.probes.training.learning_rate import num_updated
-from depthscope.probes.training.notices import ProbeWarning
+from depthscope.probes.training.notices import warn
 from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import Recorder
 
@@ -96,7 +95,7 @@ class ScriptWatch:
         self._remove_hooks()
         if not self.error:
             self.error = f"nothing is recorded: {error}"
-            warnings.warn(self.error, ProbeWarning, stacklevel=2)
+            warn(self.error)
 
     def _look(self, optimizer: torch.optim.Optimizer) -> None:
         """Put hooks on the modules whose parameters an optimizer updates, for one step."""

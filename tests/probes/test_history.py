@@ -7,11 +7,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from depthscope.app.cli.command import FOUND
 from safetensors.torch import save_file
 
 from depthscope import analyze, capture, open_run
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import FOUND, main
 from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import encode_text
 from depthscope.probes.history import checkpoint_step, in_order, probe_checkpoints

@@ -37,9 +37,11 @@ def test_pages_install_from_a_checkout_or_this_versions_wheel():
 
 
 def test_locked_versions_are_those_that_the_package_takes():
-    lines = (ROOT / ".ci" / "constraints.txt").read_text().splitlines()
-    locked = dict(line.split("==") for line in lines if not line.startswith("#"))
-    assert not [line for line in lines if "+" in line], "a local label is on no index"
+    lines = (ROOT / ".ci" / "requirements.lock").read_text().splitlines()
+    pinned = [line.split(" --hash=sha256:") for line in lines if not line.startswith("#")]
+    assert all(len(digest) == 64 for _, digest in pinned)
+    locked = dict(requirement.split("==") for requirement, _ in pinned)
+    assert not [version for version in locked.values() if "+" in version], "a local label is on no index"
     asked = [
         *PROJECT["dependencies"],
         *(text for extra in PROJECT["optional-dependencies"].values() for text in extra),

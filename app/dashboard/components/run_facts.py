@@ -46,6 +46,7 @@ def _facts(reading: Reading) -> dict[str, Any]:
         "Seed": attrs.get("seed"),
         "Commit": attrs.get("commit"),
         "Data": _shortened(str(attrs.get("data_digest") or "")),
+        "Parts": (attrs.get("parts") or {}).get("sentence"),
         "Created": attrs.get("created"),
         "Software": _versions(attrs.get("software")),
     }

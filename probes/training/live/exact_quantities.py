@@ -19,7 +19,6 @@ from depthscope.diagnostics.quantities.registry import CHOICES, LABELS, Unavaila
 from depthscope.diagnostics.schema import CUT_GRADIENT, WITHOUT_GRADIENT
 from depthscope.probes.run.statistics_dataset import GRADIENT
 from depthscope.probes.session.logit_statistics import LOGIT_GRADIENT, MIXING_GRADIENT
-from depthscope.probes.statistics.histograms import OF_GAINS, Histogram
 from depthscope.probes.statistics.live_sums import PADDING
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.training.live.group import LiveGroup
@@ -124,9 +123,6 @@ class _ExactQuantities:
 
     def _gains(self, name: str) -> xr.Variable:
         """Gains of every connection, reduced over every token."""
-        of_processes = self._live.histograms.get(name, {})
-        if of_processes and all(number in of_processes for number in self._connections):
-            return self._gains_by_histogram([of_processes[number] for number in self._connections])
         known = self._live.values.get(name, {})
         if not all(number in known for number in self._connections):
             raise Unavailable(NOT_SHOWN)
@@ -134,12 +130,6 @@ class _ExactQuantities:
         gains = gains[:, gains[0, :, 0] != PADDING]
         values = over_last(np.moveaxis(gains, 1, -1))  # (C, 2, reduction)
         return xr.Variable(GAINS, np.moveaxis(values, 1, 0))
-
-    def _gains_by_histogram(self, known: Sequence[Histogram]) -> xr.Variable:
-        """The same of several processes; mean and maximum are exact."""
-        values = np.stack([of.reductions() for of in known], axis=1)  # (2, C, reduction)
-        how = f"every token; quantiles from counts in {OF_GAINS.per_octave} bins per octave"
-        return xr.Variable(GAINS, values, {"estimator": how})
 
     def read_sizes(self) -> xr.Variable:
         return self._sizes("read_size_sum")

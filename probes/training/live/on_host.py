@@ -10,7 +10,7 @@ import torch
 
 from depthscope.probes.statistics.token_sums import TokenSums
 
-OF_TOKENS = ("places", "states", "gradient_norms", "mixes", "reads", "writes", "sums", "values", "histograms")
+OF_TOKENS = ("places", "states", "gradient_norms", "mixes", "reads", "writes", "sums", "values")
 NOT_READ = "feature_sum"  # no metric of a row is computed from it
 
 

@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
+from depthscope.diagnostics.analysis.training_curves import OF_LOSSES, sums_of
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.exact_sums import EXACT
 from depthscope.diagnostics.quantities.registry import CHOICES, LABELS, Quantities, Unavailable
+from depthscope.diagnostics.schema.variables import OF_SUMS
 from depthscope.probes.run.initial_weights import untouched
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.run.weight_variables import weight_variables
@@ -229,6 +230,8 @@ def _stamped(name: str, value: Number, group: LiveGroup) -> Number:
     """A value with the attributes of its metric, in the order of dims of an analysis."""
     dims, values, attrs = value
     facts = CATALOGUE[name].facts() if name in CATALOGUE else {"long_name": name.replace("_", " ")}
+    if name in OF_LOSSES or (name in CATALOGUE and sums_of(name)):
+        facts = {**facts, OF_SUMS: True}
     return *group.numbers(dims, values), {**facts, **attrs}
 
 

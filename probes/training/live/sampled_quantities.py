@@ -22,7 +22,6 @@ from depthscope.diagnostics.quantities.mixing_matrices import ONE_STREAM, Mixing
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import Massive
 from depthscope.diagnostics.schema import STATE
-from depthscope.probes.statistics.histograms import BINS
 from depthscope.probes.statistics.live_sums import with_mean
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.training.live.exact_quantities import NOT_SHOWN, PROFILE
@@ -150,14 +149,6 @@ class SampledTokens:
         how = f"largest activation of every token; median {sampled(self.count)}"
         depths = self._group.depths
         count = np.array([float(self._sums.sums["token_count"][depth]) for depth in depths])
-        if self._live.histograms:  # of several processes, whose tokens are counted by size
-            of = [self._live.histograms["largest"][depth] for depth in depths]
-            limits = np.maximum(ABSOLUTE, RELATIVE * self._medians_LV)
-            above = [each.number_above(limit_V) for each, limit_V in zip(of, limits, strict=True)]
-            largest = [np.where(each.undefined_V > 0, np.nan, each.highest_V) for each in of]
-            step = 2 ** (1 / BINS["largest"].per_octave)
-            how = f"{how}; limits are rounded up by at most a factor of {step:.3f}"
-            return np.array(above) / count[:, None], np.array(largest) / self._medians_LV, how
         fractions, ratios = [], []
         for depth, median_V, real in zip(depths, self._medians_LV, count, strict=True):
             values_tV = self._live.values["largest"][depth].cpu().numpy().astype(np.float64)

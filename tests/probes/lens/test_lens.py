@@ -1,4 +1,4 @@
-"""The lens reads what final norm and unembedding, applied by hand, read; a tuned lens is judged on sequences it never saw."""
+"""The lens reads what final norm and unembedding, applied by hand, read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def texts(sequences: int = 4) -> dict[str, torch.Tensor]:
 
 def test_the_lens_is_the_final_norm_and_the_unembedding_of_each_state():
     model, batch = llama(), texts()
-    found = ds.lens(model, batch, tuned=False)
+    found = ds.lens(model, batch)
     with torch.no_grad():
         states = model(**batch, output_hidden_states=True).hidden_states  # the last one is normed
         output = torch.log_softmax(model(**batch).logits, -1)
@@ -47,7 +47,7 @@ def test_the_lens_is_the_final_norm_and_the_unembedding_of_each_state():
 
 def test_a_single_stream_is_read_alone():
     model = LocalStreams().eval()
-    found = ds.lens(model, ids(), tuned=False)
+    found = ds.lens(model, ids())
     assert list(found.stream.values) == ["all", "0", "1", "2"]
     under_test = ModelUnderTest(model, ids())
     with torch.no_grad():
@@ -91,21 +91,21 @@ def test_an_output_that_reads_more_than_the_last_state_is_refused():
             return self.head(self.norm(x.mean(2)) + first[:, :, 0])
 
     with pytest.raises(HeadError, match="the output is computed from more than the last state"):
-        ds.lens(Skipping().eval(), ids(), tuned=False)
+        ds.lens(Skipping().eval(), ids())
     encoder = next(family for family in PAIRS if family.name == "t5")
     with pytest.raises(HeadError, match="name another chain with chain=: 'encoder', 'decoder'"):
-        ds.lens(built(encoder), encoder.batch(), tuned=False)
-    found = ds.lens(built(encoder), encoder.batch(), chain="decoder", tuned=False)
+        ds.lens(built(encoder), encoder.batch())
+    found = ds.lens(built(encoder), encoder.batch(), chain="decoder")
     assert float(found.agreement[0, -1, 0]) == 1
 
 
 def test_a_given_head_is_proven_too():
     model, batch = llama(), texts()
-    given = ds.lens(model, batch, tuned=False, head=lambda state: model.lm_head(model.model.norm(state)))
-    found = ds.lens(model, batch, tuned=False)
+    given = ds.lens(model, batch, head=lambda state: model.lm_head(model.model.norm(state)))
+    found = ds.lens(model, batch)
     np.testing.assert_allclose(given.kl, found.kl, atol=1e-6)
     with pytest.raises(HeadError, match="misses the output by a relative error"):
-        ds.lens(model, batch, tuned=False, head=lambda state: model.lm_head(state))
+        ds.lens(model, batch, head=lambda state: model.lm_head(state))
 
 
 class Turning(nn.Module):
@@ -135,25 +135,6 @@ class Turning(nn.Module):
         return self.head(self.norm(x))
 
 
-def test_the_tuned_lens_reads_held_out_sequences_better_and_leaves_the_model_alone():
-    model = Turning().eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = ds.lens(model, ids(8, 12))
-    logit, tuned = (found.kl.sel(lens=name, stream="all").values for name in ("logit", "tuned"))
-    assert (tuned[:-1] < 0.2 * logit[:-1]).all()
-    assert (tuned[-1], logit[-1]) == (0, 0)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.grad is None for parameter in model.parameters())
-    again = ds.lens(model, ids(8, 12))
-    np.testing.assert_array_equal(again.kl, found.kl)  # the same numbers every time
-
-
-def test_the_tuned_lens_of_noise_is_no_worse_than_the_logit_lens():
-    found = ds.lens(LocalStreams(layers=2).eval(), ids(4))
-    logit, tuned = (found.kl.sel(lens=name, stream="all").values for name in ("logit", "tuned"))
-    assert (tuned <= 1.3 * logit + 1e-6).all()
-
-
 def test_prediction_depth_is_the_first_from_which_the_prediction_stays():
     agrees = np.array([[1, 0, 0, 1], [0, 1, 0, np.nan], [1, 1, 0, 1], [1, 1, 0, np.nan]])  # depth × token
     depths = np.array([0, 2, 3, 5])
@@ -163,4 +144,4 @@ def test_prediction_depth_is_the_first_from_which_the_prediction_stays():
 
 def test_one_sequence_is_too_few_for_the_proof():
     with pytest.raises(HeadError, match="at least two sequences"):
-        ds.lens(llama(), texts(1), tuned=False)
+        ds.lens(llama(), texts(1))

@@ -19,7 +19,7 @@ def test_smollm2(smollm2):
     assert abs(middle) < 1
     assert massive > 5  # one feature of the first token, set to zero
     assert "507" in str(found.experiment.values[2])
-    read = ds.lens(smollm2.model, batch, tuned=False)
+    read = ds.lens(smollm2.model, batch)
     agreement = read.agreement.sel(lens="logit", stream="all").values
     assert agreement[30] == 1
     assert agreement[28] > agreement[20] > agreement[1]

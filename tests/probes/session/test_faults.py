@@ -617,16 +617,27 @@ def test_a_broken_first_forward_teaches_no_structure(monkeypatch):
     assert norms(recorder).shape == (1, 5)
 
 
-def test_a_warning_that_is_an_error_leaves_everything_in_order():
-    """As under python -W error: the sentence is raised, after the step has ended."""
-    model = build()
-    with probes.record(model) as recorder:
-        with pytest.raises(probes.ProbeWarning, match="was not called"):
-            recorder.step()
-        assert recorder.position == 1
-        model(IDS)
-        recorder.step()
-    assert recorder.run.statistics.step.values.tolist() == [1]
+def test_a_warning_that_is_an_error_ends_no_loop_and_hides_no_error(tmp_path):
+    """As under python -W error, in a process of its own: the sentence is printed, and the user's error is the one raised."""
+    script = tmp_path / "loop.py"
+    script.write_text(
+        "import torch, depthscope as ds\n"
+        "model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8))\n"
+        "with ds.record(model) as recorder:\n"
+        "    recorder.step()\n"
+        "    print('the loop goes on')\n"
+        "    try:\n"
+        "        raise KeyError('of the user')\n"
+        "    finally:\n"
+        "        recorder.step()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", script], capture_output=True, text=True
+    )
+    assert done.stdout == "the loop goes on\n"
+    assert done.stderr.count("was not measured: the model was not called") == 2
+    assert done.stderr.rstrip().endswith("KeyError: 'of the user'")
+    assert "During handling" not in done.stderr
 
 
 # --- the end ---

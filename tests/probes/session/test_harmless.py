@@ -18,7 +18,7 @@ from torch import nn
 from depthscope import probes
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightUpdates
-from tests.probes.session.hooks_left import MODULE_HOOKS
+from tests.probes.session.hooks_left import MODULE_HOOKS, hooks_on_model
 
 
 class Block(nn.Module):
@@ -319,6 +319,13 @@ def test_copies_and_pickles_of_a_probed_model_work_and_write_nothing_back(ids):
         loaded = torch.load(file, weights_only=False)
         state = copy.deepcopy(model.state_dict())
         assert list(state) == names
+        # A deep copy has nothing of ours, and so has one of a part, or of what contains the model.
+        for copied in (
+            twin,
+            copy.deepcopy(nn.ModuleList([model, model]))[1],
+            copy.deepcopy(list(model.children())),
+        ):
+            assert hooks_on_model(nn.ModuleList(copied) if isinstance(copied, list) else copied) == 0
         for other in (twin, again, loaded):
             assert not any(len(p._post_accumulate_grad_hooks or ()) for p in other.parameters())
             assert torch.equal(other(ids), model(ids))

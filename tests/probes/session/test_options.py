@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from depthscope import probes
-from depthscope.probes.jacobian import block_jacobians, jacobian
+from depthscope.probes.jacobian import jacobian
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.session.options import CaptureOptions, ModelOptions, Options, SiteOptions
 
@@ -19,7 +19,6 @@ TAKES = {
     probes.record: CaptureOptions,
     probes.describe: SiteOptions,
     jacobian: ModelOptions,
-    block_jacobians: ModelOptions,
 }
 
 

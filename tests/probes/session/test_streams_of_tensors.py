@@ -170,7 +170,7 @@ def test_each_stream_is_patched(start):
 
 def test_streams_are_read_by_a_lens():
     model = ListOfStreams("copies")
-    found = ds.lens(model, IDS, tuned=False)
+    found = ds.lens(model, IDS)
     model(IDS)
     predicted = [torch.log_softmax(model.head(sum(state)), -1).detach() for state in model.states]
     entropies = [float(-(log_p.exp() * log_p).sum(-1).mean()) for log_p in predicted]

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from depthscope import judge, probes
 from depthscope.diagnostics import schema, training_curves
-from depthscope.diagnostics.quantities.losses import LossCourse
+from depthscope.diagnostics.schema.loss_course import LossCourse
 
 
 class Small(torch.nn.Module):

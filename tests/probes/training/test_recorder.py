@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from depthscope import probes
-from depthscope.diagnostics import schema
+from depthscope.diagnostics import analyze, judge, schema
 from depthscope.probes.session.reservoir import Reservoir
 
 
@@ -615,3 +615,29 @@ class Residual(nn.Module):
 
     def forward(self, x):
         return x + self.mlp(x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.filterwarnings("ignore:step 0 was measured without gradients:depthscope.probes.ProbeWarning")
+def test_a_frozen_trunk_is_measured_without_gradients_and_says_so(models, ids, compiled):
+    torch.manual_seed(0)
+    model = models["llama"]()
+    model.requires_grad_(False)
+    model.lm_head.requires_grad_(True)
+    called = torch.compile(model, backend="eager") if compiled else model
+    with probes.record(called, gradients=True, metrics="live", weights=True) as recorder:
+        for _ in range(3):
+            logits = called(ids).logits
+            torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+            recorder.step()
+    assert recorder.errors == []
+    run = recorder.run
+    assert run.statistics.step.values.tolist() == [0, 1, 2]
+    assert "no gradient of the loss reaches the residual states" in run.attrs["without_gradients"]
+    assert "gradient_square_norm_sum" not in run.statistics
+    assert (run.statistics["loss"] > 0).all()
+    analysis = analyze(run)
+    assert "trunk is frozen" in analysis.attrs["not_computed"]["gradient_norm"]
+    found = {finding.verdict for finding in judge(analysis)}
+    assert "frozen_module" in found  # the rest is judged
+    assert not {name for name in found if "gradient" in name}
