@@ -161,7 +161,9 @@ def _rescaled(
     if traces and all("untouched" in of for of in traces):
         attrs["untouched"] = 1
     # As it was drawn no network is at a minimum.
-    if age_of(xr.Dataset(attrs=attrs)).trained is False or sequences < FEWEST:
+    counted = run["statistics"].coords.get("step") if "statistics" in run.children else None
+    last = {} if counted is None or not counted.size else {"step": counted.values.flat[-1]}
+    if age_of(xr.Dataset(coords=last, attrs=attrs)).trained is False or sequences < FEWEST:
         return {}
     known = {n: v for n, v in slopes.items() if number_or_none(v)} if isinstance(slopes, Mapping) else None
     if known is not None and not promises(known, reach):

@@ -116,6 +116,8 @@ class Profile:
         Whether the sentence has the number with which it begins beside the worst: of what spreads from there on.
     note_only : bool
         Whether it is a note however far beyond: what is known to be harmless, or may well be meant.
+    at_any_age : bool
+        Whether no network that begins to train is so far beyond: where its age is not known, nothing is taken off.
     note : str
         A further sentence.
     template : str
@@ -132,6 +134,7 @@ class Profile:
     stream: str | None = None
     begins: bool = False
     note_only: bool = False
+    at_any_age: bool = False
     note: str = ""
     template: str = ""
     sentence: str = ""
@@ -266,8 +269,10 @@ class Verdict:
         if severity > Severity.INFO and profile.note_only:
             severity = Severity.INFO
         if severity > Severity.INFO and self.before_training and not age().trained:
-            severity = Severity.INFO if age().trained is False else Severity.WARN
-            readings = _both_readings(age())
+            is_fresh = age().trained is False
+            if is_fresh or not profile.at_any_age:
+                severity = Severity.INFO if is_fresh else Severity.WARN
+                readings = _both_readings(age())
         if not severity:  # a passed verdict is at its worst value, for no position is beyond the limits
             beyond = np.array([at])
         axis = str(profile.values.dims[0]) if profile.values.dims else "run"

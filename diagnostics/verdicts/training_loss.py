@@ -83,6 +83,8 @@ def loss_spike(loss_spike: xr.DataArray, loss_rise: xr.DataArray) -> Iterable[Pr
 
 
 WORSE = 1.05
+# Times the loss of guessing, above which no start of a training is. Heuristic.
+NO_START = 2.0
 
 
 # A constant answer knows how often each class comes and nothing of the input. Networks learn that in their first steps: one
@@ -113,6 +115,7 @@ def worse_than_constant(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     yield Profile(
         xr.DataArray(share - ONE_SIDED * error),
         "the loss, relative to that of always answering with how often each class comes (less the noise of the sample), is",
+        at_any_age=min(share, share_of_guessing(attrs) or share) > NO_START,
     )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from depthscope import diagnostics, probes
 from depthscope.diagnostics import Severity
+from depthscope.diagnostics.verdicts.age import age_of
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
 from tests.models.families import FAMILIES, Lucidrains, built, tilted
 from tests.models.stream_models import deepseek_v4
@@ -30,6 +31,9 @@ from tests.models.verdict_models import (
     tokens,
     trained,
 )
+from tests.verdicts import measuring
+from tests.verdicts.networks import built as built_from
+from tests.verdicts.plans import Plan
 
 torch.set_num_threads(1)
 
@@ -176,3 +180,23 @@ def test_a_run_opened_from_zarr_is_judged_as_in_memory(make_run, family, tmp_pat
         for one in (run, diagnostics.open_run(tmp_path / "run.zarr").load())
     ]
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_fresh_network_of_eight_streams_is_not_called_trained(seed):
+    """The weights of eight streams are vectors near 1, as trained gains of norms are."""
+    plan = Plan(family="mHC", streams=8, seed=seed, start="apart")
+    analysis = diagnostics.analyze(measuring.captured(built_from(plan).eval(), plan))
+    assert age_of(analysis).trained is not True
+    assert all(each.severity < Severity.FAIL for each in diagnostics.judge(analysis))
+
+
+@pytest.mark.parametrize("length", [1, 24])
+@pytest.mark.parametrize("ids", [(7, 7, 7, 7), (1, 5, 9, 20)])
+def test_four_sequences_of_one_token_show_no_collapse(length, ids):
+    torch.manual_seed(0)
+    model = pre_norm()
+    with torch.no_grad():
+        model.embed.weight.add_(20.0)  # what all tokens share
+    run = probes.capture(model.eval(), torch.tensor(ids)[:, None].expand(4, length))
+    assert all(each.severity <= Severity.INFO for each in diagnostics.judge(diagnostics.analyze(run)))

@@ -38,8 +38,8 @@ class Model(nn.Module):
         return self.head(x)
 
 
-@pytest.fixture(autouse=True)
-def _not_young(monkeypatch):
+@pytest.fixture
+def not_young(monkeypatch):
     """Three steps are enough here to be judged as a network whose age is not known."""
     monkeypatch.setattr(age, "FIRST_STEPS", 0)
 
@@ -68,6 +68,7 @@ def weights_after(**options):
     return [p.detach().clone() for p in model.parameters()], torch.get_rng_state()
 
 
+@pytest.mark.usefixtures("not_young")
 def test_a_suspicion_is_settled_when_the_block_ends():
     run = recorded(Model(*IDLE), settle=10)
     (result,) = (each for each in run.attrs["consequences"] if each["verdict"] == "idle_layer")
@@ -78,6 +79,7 @@ def test_a_suspicion_is_settled_when_the_block_ends():
     assert "Without the step to depth 3" in idle.sentence
 
 
+@pytest.mark.usefixtures("not_young")
 def test_a_saved_run_has_the_results(tmp_path):
     recorded(Model(*IDLE), settle=10, store=tmp_path / "a.zarr.zip")
     with diagnostics.schema.open_run(tmp_path / "a.zarr.zip") as run:
