@@ -232,7 +232,6 @@ def test_the_microscope_follows_the_last_step(store):
 
 
 @pytest.mark.browser
-@pytest.mark.slow(one_in=5)
 def test_zoom_pin_and_scroll_survive_while_another_process_writes(page, tmp_path):
     writer = subprocess.Popen(
         [sys.executable, "-m", "tests.app.dashboard.growing_run", str(tmp_path / "run"), "2000", "0.1"],

@@ -174,7 +174,6 @@ def test_missing_package_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.model
-@pytest.mark.slow(one_in=5)
 def test_smollm2(smollm2, cache):
     del smollm2  # it can be had: here it is converted once more
     first, second = load_checkpoint("smollm2"), load_checkpoint("smollm2")

@@ -79,7 +79,6 @@ def test_the_store_has_what_the_recorder_has(models, family, tmp_path, monkeypat
         require_same(run, recorder.run)
 
 
-@pytest.mark.slow(but=1, more=1)
 @pytest.mark.parametrize("name", ["a", "a.zarr.zip", "a.zarr"])
 def test_a_resumed_training_gives_the_run_of_one_that_was_not_interrupted(name, tmp_path):
     whole = Training()
@@ -242,7 +241,6 @@ def test_a_block_that_measures_nothing_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_the_commands_read_a_growing_store(tmp_path, capsys):
     training = Training()
     with training.record(store=tmp_path / "a") as recorder:
@@ -271,7 +269,6 @@ def test_the_commands_read_a_growing_store(tmp_path, capsys):
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "a")]) in (0, 1, 2)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its trainers are forks")
 def test_trainers_that_are_killed_at_random_moments_lose_no_finished_step():
     script = Path(__file__).with_name("killed_trainers.py")
