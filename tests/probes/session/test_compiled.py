@@ -210,7 +210,9 @@ def test_a_compiled_training_is_bit_for_bit_the_same(build, probe):
         {"fullgraph": True},
         {"dynamic": True},
     ],
-    ids=lambda setting: "-".join(map(str, *setting.items())),
+    ids=lambda setting: "-".join(
+        getattr(each, "__name__", str(each)) for each in next(iter(setting.items()))
+    ),
 )
 def test_so_it_is_with_everything_that_a_training_does(build, setting):
     plain, _ = trained(build, **setting)
