@@ -76,7 +76,7 @@ def sinkhorn_not_converged(
     most = composite_gain.sel(reduction="p99", drop=True).max("direction")
     least = composite_attenuation.sel(reduction="p1", drop=True).min("direction")
     with np.errstate(divide="ignore"):
-        factor = np.fmax(most, 1.0 / least)
+        factor = xr.apply_ufunc(np.fmax, most, 1.0 / least)
     # Sums that are exact add up to rounding.
     factor = factor.where(worst.max() > SUM_ERROR, 1.0)
     return [
