@@ -5,10 +5,11 @@ from __future__ import annotations
 import gc
 import importlib.util
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable
-from random import Random
 
 import pytest
 import xarray as xr
@@ -16,13 +17,21 @@ import xarray as xr
 from depthscope.diagnostics import CATALOGUE, analyze
 from depthscope.diagnostics.metrics.spectrum import singular_value
 from depthscope.diagnostics.quantities.registry import Quantities
-from tests.long_tests import ONE_IN, number_kept
 from tests.models.synthetic_run import synthetic_run
-from tests.thoroughness import number_of_draw, sample_or_every
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts what it runs in the background so; the tests send themselves and their commands Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# What the tests cache, and the scratch folders of writers that they kill, are not the developer's.
+HOME = tempfile.mkdtemp(prefix="depthscope-tests-")
+os.environ |= {"XDG_CACHE_HOME": f"{HOME}/cache", "XDG_STATE_HOME": f"{HOME}/state"}
+
+
+def pytest_unconfigure() -> None:
+    """Remove it."""
+    shutil.rmtree(HOME, ignore_errors=True)
 
 
 def pytest_sessionstart() -> None:
@@ -34,48 +43,6 @@ def pytest_collection_finish() -> None:
     """From here on garbage is collected, and what was there before is not looked at again."""
     gc.freeze()
     gc.enable()
-
-
-@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what takes long as slow, by `tests.long_tests` or by its own mark, and draw which of its cases are run.
-
-    Of the tests of the table the commit draws some, and of each of them some cases.
-    ``@pytest.mark.slow(but=1, more=2)``: the first case is in every run, two others that the commit draws are among the slow
-    tests, and the rest where ``DEPTHSCOPE_TESTS=every`` or the test's own name asks for them. ``one_in=2``: half of the
-    commits draw it at all; a third of them where it is not given.
-    """
-    table, draw = number_kept(), number_of_draw()
-    every = sample_or_every(False, True) or any("::" in argument for argument in config.args)
-    left_out: list[pytest.Item] = []
-    for test, cases in grouped(items).items():
-        marks = {item: mark for item in cases if (mark := item.get_closest_marker("slow"))}
-        more = max((mark.kwargs.get("more", -1) for mark in marks.values()), default=-1)
-        one_in = max((mark.kwargs.get("one_in", 3) for mark in marks.values()), default=1)
-        if not marks and test in table:
-            marks = {item: pytest.mark.slow(but=0).mark for item in cases[table[test] :]}
-            # Many cases of one thing; and most of them show on a surface what quick tests show of its parts.
-            more, one_in = max(1, len(marks) // 5), ONE_IN
-            for item in marks:
-                item.add_marker(pytest.mark.slow)
-        if Random(f"{draw} {test} at all").randrange(one_in):
-            more = 0
-        but = max((mark.kwargs.get("but", 0) for mark in marks.values()), default=0)
-        for item in cases[:but]:
-            item.own_markers.remove(marks.pop(item))
-        if not every and 0 <= more < len(marks):
-            left_out += set(marks) - set(Random(f"{draw} {test}").sample(list(marks), more))
-    gone = set(left_out)
-    items[:] = [item for item in items if item not in gone]
-    config.hook.pytest_deselected(items=left_out)
-
-
-def grouped(items: list[pytest.Item]) -> dict[str, list[pytest.Item]]:
-    """The cases of every test."""
-    found: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        found.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return found
 
 
 @pytest.hookimpl(optionalhook=True)

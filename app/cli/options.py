@@ -283,7 +283,7 @@ def with_model(
         own = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in own]
         run.__signature__ = inspect.Signature([*group, *own])  # type: ignore[attr-defined]
         run.__annotations__ = {each.name: each.annotation for each in (*group, *own)}
-        del run.__wrapped__  # type: ignore[attr-defined] # its signature is another one
+        del run.__wrapped__  # its signature is another one
         return run
 
     return decorate

@@ -64,9 +64,8 @@ def watch(
 
     The first model that it trains is recorded while it trains, into a live store.
     """
-    from depthscope.diagnostics.schema import is_live_store
+    from depthscope.diagnostics.schema import LiveRows, is_live_store
     from depthscope.diagnostics.schema.live_store import require_live_place
-    from depthscope.diagnostics.schema.live_store_history import read_history
     from depthscope.probes.training.live.findings import TrainingStopped
     from depthscope.probes.training.watched_script import ScriptWatch
 
@@ -90,7 +89,7 @@ def watch(
     if os.environ.get("RANK", "0") == "0":
         options |= {"store": str(out), "resume": resume, "force": force}
     if resume and is_live_store(out):
-        last = read_history(out).last_step
+        last = LiveRows(out).last_step
         if last is not None:
             options["first_step"] = last + 1
     watched = ScriptWatch(**options)

@@ -73,21 +73,24 @@ def measure(checkpoints: Path, runs: Path) -> None:
 
     Prints one line for each model.
     """
+    from depthscope.app.demo.training import single_threaded
     from depthscope.app.readings.readings import COMPLETE, read_runs
     from depthscope.diagnostics import analyze, open_run, save_run, schema
 
     for kind in TITLES:
-        run = _capture(kind, checkpoints / f"{kind}.safetensors")
+        with single_threaded():
+            run = _capture(kind, checkpoints / f"{kind}.safetensors")
         parts = {name: schema.chain_dataset(run, name) for name in ("trace", "statistics")}
         metrics = analyze(run).assign_attrs({COMPLETE: True})
         run = schema.create_run(**parts, metrics=metrics, attrs={str(k): v for k, v in run.attrs.items()})
         save_run(run, runs / f"{kind}.zarr", force=True)
-        history = open_run(checkpoints / f"{kind}-training")
+        history = open_run(next(checkpoints.glob(f"{kind}-training*")))
         save_run(history.load(), runs / f"{kind}-training.zarr", force=True)
         (reading,) = read_runs({kind: run})
         loss = run.attrs["training"]["held_out_loss"]
         worst = reading.findings[0] if reading.findings else None
-        found = f"{worst.severity.name}: {worst.sentence}" if worst else "nothing found"
+        # One line a model: the sentence has the rest in the dashboard.
+        found = f"{worst.severity.name}: {worst.sentence.partition(';')[0]}" if worst else "nothing found"
         say(f"{TITLES[kind]:8} loss {loss:.2f}  {printable(found)}")
 
 
@@ -128,12 +131,15 @@ def _capture(kind: str, path: Path) -> Any:
 
 def _train(folder: Path) -> None:
     from depthscope.app.demo.training import Recipe, train_all
+    from depthscope.diagnostics.atomic_writes import made_folder
 
-    folder.mkdir(parents=True, exist_ok=True)
-    for line in train_all(folder, Recipe(), force=True):
+    for line in train_all(made_folder(folder), Recipe(), force=True):
         say(line)
 
 
 if __name__ == "__main__":
     task, *folders = sys.argv[1:]
-    {"train": _train, "measure": measure}[task](*map(Path, folders))
+    if task == "train":
+        _train(Path(folders[0]))
+    else:
+        measure(Path(folders[0]), Path(folders[1]))

@@ -141,13 +141,13 @@ def write_bundle(
     # Before the runs are analysed, which takes far longer.
     page = venue_of(venue)
     # Analysed inside: a folder that is taken is refused before anything is computed.
-    with atomic_writes.replaced_folder(Path(out), others=partial(require_place, force=force)) as folder:
+    with atomic_writes.replaced_folder(Path(out), check=partial(require_place, force=force)) as folder:
         bundle = make_bundle(runs, page, view=view, by=by, formats=formats)
         write_files(bundle, folder, second_process=second_process)
     return Path(out)
 
 
-def require_place(target: Path, *, force: bool = False) -> tuple[()]:
+def require_place(target: Path, *, force: bool = False) -> None:
     """Refuse a folder that a bundle cannot be written to.
 
     Raises InputError: For a file, and a folder with files in it; with ``force`` unless an export wrote it.
@@ -155,15 +155,13 @@ def require_place(target: Path, *, force: bool = False) -> tuple[()]:
     if not target.is_dir():
         raise InputError(f"{target} is a file; name a folder to write to")
     if not os.listdir(target):
-        return ()
+        return
     if not force:
         raise InputError(
             f"{target} has files in it; name a new folder with --out, or replace a folder of an earlier export with --force"
         )
-    try:
-        with (target / MANIFEST).open(
-            "rb"
-        ) as file:  # ours begins with this; a manifest of another program does not
+    try:  # a manifest of ours begins with this; one of another program does not
+        with open(atomic_writes.open_below(target, MANIFEST), "rb") as file:
             is_ours = MADE_BY in file.read(200).decode(errors="replace")
     except OSError:
         is_ours = False
@@ -171,7 +169,6 @@ def require_place(target: Path, *, force: bool = False) -> tuple[()]:
         raise InputError(
             f"{target} is not a folder that depthscope export wrote; name a new folder with --out"
         )
-    return ()
 
 
 def _write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
@@ -203,7 +200,7 @@ def make_bundle(
 
 def write_files(bundle: Bundle, folder: Path, *, second_process: bool = False) -> None:
     """Write the files of a bundle into an empty folder."""
-    for name in ("figures", "supplement", "words"):
+    for name in ("figures", "supplement"):
         (folder / name).mkdir()  # savefig makes no folder
     across = Width(bundle.venue.text, FIGURE_POINTS)
     # Two in a row, as the supplement sets them.
@@ -220,14 +217,12 @@ def write_files(bundle: Bundle, folder: Path, *, second_process: bool = False) -
     texts = _texts(bundle)
     for name, text in texts.items():
         path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_writes.made_folder(path.parent)
         path.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
     for place, table in _placed_tables(bundle):
         (folder / place / f"{table.name}.parquet").write_bytes(to_parquet(table))
     for codes, word in pictured_words(text for name, text in texts.items() if name.endswith(".tex")).items():
-        write_word(word, folder / "words" / f"{codes}.pdf")
-    if not any((folder / "words").iterdir()):
-        (folder / "words").rmdir()
+        write_word(word, atomic_writes.made_folder(folder / "words") / f"{codes}.pdf")
     _write_manifest(folder, _facts(bundle))
 
 

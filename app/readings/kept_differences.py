@@ -1,4 +1,4 @@
-"""Has this difference been tested before? Tests of some runs, cached next to the first of them."""
+"""Has this difference been tested before? Tests of some runs, in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ARRAYS = ("value", "half_width", "p")
 def keep_differences(
     versions: Mapping[Path, FileVersion], question: str, differences: Sequence[Difference]
 ) -> None:
-    """Save what was tested; nothing where no folder can be written to.
+    """Save what was tested; nothing where the cache cannot be written to.
 
     ``versions``: the runs in the order in which they were compared, and the files that were read.
     ``question``: what was compared: another text is another test.

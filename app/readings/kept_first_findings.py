@@ -9,9 +9,9 @@ from typing import Any
 
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.first_findings import Begun, FirstFindings, KnownFindings
-from depthscope.app.readings.followed_history import history_of
 from depthscope.app.readings.kept_readings import finding_document, finding_of, keep_document, kept_document
 from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.training_history import history_of
 from depthscope.diagnostics import schema
 
 

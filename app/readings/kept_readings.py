@@ -1,4 +1,4 @@
-"""Has this run been analysed before? Analyses of a version of a run and what its verdicts were, cached next to it."""
+"""Has this run been analysed before? Analyses of a version of a run and what its verdicts were, in the user's cache folder."""
 
 # A run is analysed once and looked at many times. The cache is valid for the very files that were analysed (device, inode,
 # size and dates) and for this code: of a copied folder, or after an update, everything is analysed anew.
@@ -25,14 +25,11 @@ from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.readings import Reading, judged
 from depthscope.app.readings.standings import Standing, standings
 from depthscope.diagnostics import Finding, Severity
-from depthscope.diagnostics.atomic_writes import replaced_file
+from depthscope.diagnostics.atomic_writes import cache_folder, own_folder, remove_below, replaced_file
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import results_beside
 
 T = TypeVar("T")
-
-FOLDER = ".depthscope"
-"""Next to the run; its dot hides it from the list of runs."""
 
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 """What reading something raises that is damaged, or of somebody else."""
@@ -60,20 +57,18 @@ def summary_of(reading: Reading) -> Summary:
 
 
 def keep(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
-    """Save the readings of a run; nothing where no folder can be written to."""
+    """Save the readings of a run; nothing where the cache cannot be written to."""
     text = json.dumps([_summary_document(summary_of(reading)) for reading in readings], default=str)
-    for folder in folders_of(path):
-        with suppress(OSError, ValueError):
-            # Of other users of this machine nobody reads along.
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            stem = stem_of(path, version)
-            with replaced_file(folder / f"{stem}.npz") as fresh:
-                _write_readings(fresh, readings)
-            # The summary last: where it is, the analysis is too.
-            with replaced_file(folder / f"{stem}.json") as fresh:
-                fresh.write_text(text, encoding="utf-8")
-            _remove_earlier(folder, path, stem)
-            return
+    with suppress(OSError, ValueError):
+        folder, stem = own_folder(readings_folder()), stem_of(path, version)
+        with replaced_file(folder / f"{stem}.npz") as fresh:
+            _write_readings(fresh, readings)
+        # The summary last: where it is, the analysis is too.
+        with replaced_file(folder / f"{stem}.json") as fresh:
+            fresh.write_text(text, encoding="utf-8")
+        for name in os.listdir(folder):
+            if name.startswith(_prefix(path)) and not name.startswith(stem):
+                remove_below(folder, name)
 
 
 def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | None:
@@ -81,11 +76,9 @@ def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | Non
 
     Returns: None where nothing was saved, or it cannot be read: it is then made anew.
     """
-    for folder in folders_of(path):
-        place = folder / f"{stem_of(path, version)}.npz"
-        # It may be damaged, or of somebody else: never a reason not to show the run.
-        with suppress(*UNUSABLE):
-            return tuple(_read_readings(place, path))
+    # It may be damaged: never a reason not to show the run.
+    with suppress(*UNUSABLE):
+        return tuple(_read_readings(own_folder(readings_folder()) / f"{stem_of(path, version)}.npz", path))
     return None
 
 
@@ -95,23 +88,21 @@ def kept_summaries(path: Path, version: FileVersion) -> list[Summary] | None:
 
 
 def keep_document(path: Path, version: FileVersion, ending: str, document: Any) -> None:
-    """Save a further answer about a run; nothing where no folder can be written to."""
+    """Save a further answer about a run; nothing where the cache cannot be written to."""
     text = json.dumps(document, default=str)
-    for folder in folders_of(path):
-        with suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with replaced_file(folder / f"{stem_of(path, version)}{ending}") as fresh:
-                fresh.write_text(text, encoding="utf-8")
-            return
+    with (
+        suppress(OSError),
+        replaced_file(own_folder(readings_folder()) / f"{stem_of(path, version)}{ending}") as fresh,
+    ):
+        fresh.write_text(text, encoding="utf-8")
 
 
 def kept_document(path: Path, version: FileVersion, ending: str, read: Callable[[Any], T]) -> T | None:
     """What ``read`` makes of an answer that was saved of these very files; None where there is none that it can read."""
-    for folder in folders_of(path):
-        place = folder / f"{stem_of(path, version)}{ending}"
-        # Damaged, or of somebody else: it is made anew.
-        with suppress(*UNUSABLE):
-            return read(json.loads(place.read_text(encoding="utf-8")))
+    # Damaged: it is made anew.
+    with suppress(*UNUSABLE):
+        place = own_folder(readings_folder()) / f"{stem_of(path, version)}{ending}"
+        return read(json.loads(place.read_text(encoding="utf-8")))
     return None
 
 
@@ -226,10 +217,9 @@ def finding_of(document: Mapping[str, Any] | None) -> Finding | None:
     return Finding(**{**document, **numbers, "severity": Severity[document["severity"]], "profile": profile})
 
 
-def folders_of(path: Path) -> list[Path]:
-    """Where analyses of a run are cached: next to it, or where that cannot be written to, in the user's cache."""
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [path.parent / FOLDER, cache_home / "depthscope" / "readings"]
+def readings_folder() -> Path:
+    """Where analyses are cached: never next to a run, in a folder that others may have made."""
+    return cache_folder() / "readings"
 
 
 def stem_of(path: Path, version: FileVersion) -> str:
@@ -245,12 +235,6 @@ def _prefix(path: Path) -> str:
     """What the names of all cached files of a run begin with."""
     place = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
     return f"{path.name.encode('ascii', 'replace').decode()[:NAME_LENGTH]}.{place}.".replace("?", "_")
-
-
-def _remove_earlier(folder: Path, path: Path, stem: str) -> None:
-    for entry in folder.iterdir():
-        if entry.name.startswith(_prefix(path)) and not entry.name.startswith(stem):
-            entry.unlink(missing_ok=True)
 
 
 @cache

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.saved_history import cells_of, curves_of
+from depthscope.app.readings.training_history import cells_of, curves_of
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import AbsentError

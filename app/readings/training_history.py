@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
+from depthscope.app.readings.readings import Reading
+from depthscope.diagnostics import schema, training_curves
+from depthscope.diagnostics.analysis.training_curves import curves_of_sums, sums_of
+from depthscope.diagnostics.errors import AbsentError
+from depthscope.diagnostics.metrics.definitions import is_still_defined_so
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
-from depthscope.diagnostics.schema import Status
+from depthscope.diagnostics.schema import LiveRows, Status
+from depthscope.diagnostics.schema.groups import group_path
+from depthscope.diagnostics.schema.live_store import with_rows
 
 CELLS = "connection_cells"
 """The elements of H_res, H_pre and H_post of a connection, in the mean over tokens."""
@@ -55,55 +63,174 @@ class Measure:
         return found
 
 
-class TrainingHistory(ABC):
-    """The numbers of one chain of a run, by step.
+class TrainingHistory:
+    """The numbers of one chain of a run, by step, whether its store grows or it is finished.
 
-    ``name``: of the reading.
+    ``reading``: for its name, its attributes and what has no step.
+    ``metrics``: what has numbers by step; of a live store read when it is used.
+    ``sums``: statistics by step, which give the elements of the connections, and of a live store further curves.
+    ``rows``: of a live store; `refresh` reads what was added.
     """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(
+        self, reading: Reading, metrics: xr.Dataset, sums: xr.Dataset, rows: LiveRows | None = None
+    ) -> None:
+        self.name = reading.name
+        self._reading, self._rows = reading, rows
+        self._metrics, self._sums = metrics, sums
+
+    def refresh(self) -> bool:
+        """Read new rows."""
+        if self._rows is None or not self._rows.refresh():
+            return False
+        self.__dict__.pop("_found", None)
+        self._metrics, self._sums = _of_rows(self._reading, self._rows, _without_steps(self._sums))
+        return True
 
     @property
-    @abstractmethod
     def steps(self) -> np.ndarray:
         """Every measured step, increasing."""
+        if self._rows is not None:
+            return self._rows.steps
+        return (
+            np.asarray(self._metrics["step"].values)
+            if "step" in self._metrics.dims
+            else np.zeros(0, dtype=int)
+        )
 
     @property
     def times(self) -> np.ndarray | None:
         """When each was measured, in seconds since 1970, where that is known."""
-        return None
+        return None if self._rows is None else self._rows.times
 
     @property
     def status(self) -> Status | None:
         """Of a live store."""
-        return None
+        return None if self._rows is None else self._rows.status()
 
     @property
-    @abstractmethod
     def resumed_at(self) -> tuple[int, ...]:
         """Steps at which a later attempt went on."""
+        if self._rows is not None:
+            return tuple(one["step"] for one in self._rows.resumed)
+        found = self._reading.attrs.get(schema.RESUMED_AT, ())
+        return tuple(int(step) for step in np.atleast_1d(np.asarray(found, dtype=float)) if np.isfinite(step))
 
     @property
     def evaluations_left_out(self) -> int:
         """Forwards without training between the steps, which count to none of them."""
-        return 0
+        noted = {} if self._rows is None else self._rows.attrs.get("", {})
+        found = {**self._reading.attrs, **noted}.get("evaluations_left_out", 0)
+        return int(found) if isinstance(found, (int, np.integer)) else 0
 
     @property
-    @abstractmethod
+    def num_bytes(self) -> int:
+        """Of its numbers, some of which the analysis has too."""
+        return sum(array.nbytes for array in self._metrics.data_vars.values())
+
+    @property
     def measures(self) -> Mapping[str, Measure]:
         """Everything that has numbers by step, except of pairs of depths."""
+        return self._found[0]
 
-    @abstractmethod
+    @cached_property
+    def _found(self) -> tuple[dict[str, Measure], dict[str, tuple[str, ...]]]:
+        """Measures, and the sums of those that are computed from them."""
+        samples = {
+            str(name): array.isel(step=-1)
+            for name, array in self._metrics.items()
+            if _is_shown(str(name), array)
+        }
+        needs: dict[str, tuple[str, ...]] = {}
+        last = self._sums.isel(step=[-1]) if self._sums.sizes.get("step") else self._sums
+        if self._rows is not None:
+            for name, array in curves_of_sums(last).items():
+                if name not in samples:
+                    samples[str(name)], needs[str(name)] = array.isel(step=0), sums_of(str(name))
+        if self._rows is None:  # what an analysis of the last step alone has is no history
+            by_step = self._metrics[list(samples)]
+            samples = {name: each for name, each in samples.items() if by_step[name][:-1].notnull().any()}
+        cells = cells_of(last)
+        if cells is not None and self._sums.sizes["step"] == len(self.steps):
+            samples[CELLS] = cells.isel(step=0)
+        return measures_of(samples), needs
+
     def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
         """The numbers of a measure.
 
         Returns: (step, row), or (step,) for one number a step.
         """
+        chosen = positions_of(self.measures[name], choice)
+        if name == CELLS:
+            sums = self._sums if chosen[0] is None else self._sums.isel(connection=[chosen[0]])
+            cells = cells_of(sums)
+            assert cells is not None
+            found, chosen = cells.values, tuple(0 if at is not None else None for at in chosen)
+        elif name in self._found[1]:
+            needed = {*self._found[1][name], *_without_steps(self._sums).variables}
+            found = curves_of_sums(self._sums.drop_vars(set(self._sums.data_vars) - needed))[name].values
+        else:
+            found = self._metrics[name].values
+        index = tuple(slice(None) if each is None else each for each in chosen)
+        return np.asarray(found[(slice(None), *index)], dtype=np.float32)
 
-    @abstractmethod
     def analysis_at(self, position: int) -> xr.Dataset:
         """All metrics of one step, as an analysis of it, which verdicts can judge."""
+        found = self._metrics
+        if all("step" not in array.dims for array in found.data_vars.values()):
+            found = curves_of_sums(self._sums.isel(step=[position]))
+            position = 0
+        return found.isel(step=[position]).assign_attrs(self._reading.analysis.attrs)
+
+
+def history_of(reading: Reading) -> TrainingHistory:
+    """The history of a reading, from its file, which was checked when it was read.
+
+    Returns: One that can be refreshed, of a live store.
+    """
+    path = Path(reading.path)
+    if schema.is_live_store(path):
+        rows, sums = LiveRows(path), xr.Dataset()
+        with suppress(AbsentError), schema.open_group(path, "statistics", reading.chain) as state:
+            sums = _without_steps(state)
+            # Sums over features, which no history needs, are the largest part of it.
+            known = [name for name, array in sums.data_vars.items() if array.dims in (("weight",), ("cell",))]
+            sums = sums[known].assign_coords(sums.coords).load()
+        return TrainingHistory(reading, *_of_rows(reading, rows, sums), rows)
+    analysis, sums = reading.analysis, xr.Dataset()
+    if reading.num_steps > 1:  # the statistics of one step are no history
+        with suppress(AbsentError), schema.open_group(path, "statistics", reading.chain) as statistics:
+            sums = statistics.load()
+    curves = curves_of(sums) if sums else sums
+    curves = curves[[name for name in curves.data_vars if curves[name].dims[:1] == ("step",)]]
+    if analysis.sizes.get("step", 1) < curves.sizes.get("step", 1):
+        analysis = curves  # sums of every step, and an analysis of the last one
+    elif "step" in curves and curves["step"].equals(analysis["step"]):
+        analysis = analysis.assign({name: curves[name] for name in curves if name not in analysis})
+    return TrainingHistory(reading, analysis, sums)
+
+
+def _of_rows(reading: Reading, rows: LiveRows, known: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset]:
+    """What the rows of a store have of a chain, read when it is used: its metrics, and its sums with what has no step."""
+    metrics, sums = (
+        with_rows(group_path(group, reading.chain), of, rows)
+        for group, of in (("metrics", xr.Dataset()), ("statistics", known))
+    )
+    defined = [name for name in metrics.data_vars if is_still_defined_so(str(name), metrics[name].attrs)]
+    metrics = metrics.drop_vars(set(metrics.data_vars) - set(defined))
+    return metrics.reset_coords([name for name in metrics.coords if str(name).endswith("_null")]), sums
+
+
+def _without_steps(sums: xr.Dataset) -> xr.Dataset:
+    return sums.drop_dims("step", errors="ignore")
+
+
+def _is_shown(name: str, array: xr.DataArray) -> bool:
+    """Whether it is drawn over steps: an error is no measure of its own, and a spectrum of every depth has no room."""
+    is_measure = not name.endswith(("_stderr", "_null", "_error")) and not {"order", "quantile"} & set(
+        array.dims
+    )
+    return is_measure and array.dims[:1] == ("step",)
 
 
 class UntilStep(TrainingHistory):
@@ -114,14 +241,18 @@ class UntilStep(TrainingHistory):
     """
 
     def __init__(self, history: TrainingHistory, step: int) -> None:
-        super().__init__(history.name)
-        self._history = history
+        self.name, self._history, self._rows = history.name, history, None
         self._count = max(1, int(np.searchsorted(history.steps, step, side="right")))
 
     @property
     def steps(self) -> np.ndarray:
         """Every measured step."""
         return self._history.steps[: self._count]
+
+    @property
+    def evaluations_left_out(self) -> int:
+        """Forwards without training between the steps, which count to none of them."""
+        return self._history.evaluations_left_out
 
     @property
     def resumed_at(self) -> tuple[int, ...]:
@@ -165,17 +296,6 @@ def measures_of(samples: Mapping[str, xr.DataArray]) -> dict[str, Measure]:
     return found
 
 
-def count_of(attrs: Mapping[str, Any]) -> int:
-    """Evaluations between the steps of a recording, which count to none of them."""
-    found = attrs.get("evaluations_left_out", 0)
-    return int(found) if isinstance(found, (int, np.integer)) else 0
-
-
-def slices_of(positions: tuple[int | None, ...]) -> tuple[int | slice, ...]:
-    """The same as an index of an array."""
-    return tuple(slice(None) if each is None else each for each in positions)
-
-
 def positions_of(measure: Measure, choice: Mapping[str, str]) -> tuple[int | None, ...]:
     """Of each dim the number of the chosen label, None for the rows."""
     labels = measure.labels(choice)
@@ -191,3 +311,41 @@ def positions_of(measure: Measure, choice: Mapping[str, str]) -> tuple[int | Non
             )
             found.append([str(label) for label in known].index(labels[dim]))
     return tuple(found)
+
+
+def curves_of(statistics: xr.Dataset) -> xr.Dataset:
+    """What sums of every step give, see `diagnostics.training_curves`."""
+    return training_curves(xr.DataTree.from_dict({"statistics": statistics})).load()
+
+
+def cells_of(statistics: xr.Dataset) -> xr.DataArray | None:
+    """The elements of H_res, H_pre and H_post, each the mean over tokens."""
+    if "h_res_sum" not in statistics:
+        return None
+    step, connection = statistics.sizes["step"], statistics.sizes["connection"]
+    tokens = statistics["token_count"].values.reshape(step, 1, 1)
+    parts, names = [], []
+    for of in schema.SUMMED:
+        if of.total not in statistics:
+            continue
+        sums = statistics[of.total].values.reshape(step, connection, -1)
+        of_some = of.counted_by != "token_count" and of.counted_by in statistics
+        counts = statistics[of.counted_by].values[:, :, None] if of_some else tokens
+        parts.append(np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0))
+        names += cell_names(of.symbol, statistics[of.total].shape[2:])
+    cells = xr.DataArray(np.concatenate(parts, axis=2), dims=("step", "connection", "cell"))
+    known = {
+        label: statistics[label] for label in statistics.coords if statistics[label].dims == ("connection",)
+    }
+    return cells.assign_coords({"step": statistics["step"], "cell": names, **known})
+
+
+def cell_names(stem: str, shape: tuple[int, ...]) -> list[str]:
+    """What the elements of a matrix or of weights of streams are called.
+
+    Examples
+    --------
+    >>> cell_names("H_res", (2, 1)), cell_names("H_pre", (2,))
+    (['H_res 0←0', 'H_res 1←0'], ['H_pre 0', 'H_pre 1'])
+    """
+    return [f"{stem} {'←'.join(map(str, index))}" for index in np.ndindex(*shape)]

@@ -17,7 +17,7 @@ def main() -> int:
     holds = True
     for result in results.RESULTS:
         rows = list(result())
-        print_table(result.__doc__, rows)
+        print_table(result.__doc__ or "", rows)
         holds = holds and all(row.agrees for row in rows)
     return int(not holds)
 

@@ -141,7 +141,7 @@ def _analyze_scheduled(
         )
     path = os.path.abspath(run) if is_saved else ""
     chosen = {name: find_metric(name) for name in _metric_names(metrics)}
-    with open_run(path) if is_saved else nullcontext(run) as opened:
+    with open_run(path, checksums=False) if is_saved else nullcontext(run) as opened:
         _require_run(opened)
         assert isinstance(opened, xr.DataTree)
         analyses = {}

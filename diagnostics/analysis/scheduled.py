@@ -25,8 +25,7 @@ from depthscope.diagnostics.package_versions import DEPTHSCOPE
 from depthscope.diagnostics.quantities import registry
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import Massive
-from depthscope.diagnostics.schema import chain_dataset
-from depthscope.diagnostics.schema.opening import reopen_run
+from depthscope.diagnostics.schema import chain_dataset, open_run
 
 # Measured: a task takes six to seven depths in memory, and Python with its libraries 0.4 GB once.
 DEPTHS_OF_TASK, BYTES_OF_PYTHON = 7, 400_000_000
@@ -56,7 +55,7 @@ class Source:
         if self.trace is not None:
             yield self.trace
             return
-        with reopen_run(self.path) as run:
+        with open_run(self.path, checksums=False) as run:
             yield trace_of(run, self.chain)
 
 

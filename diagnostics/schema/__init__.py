@@ -11,11 +11,11 @@ from depthscope.diagnostics.schema.coefficients import (
     SUMS_OF_COEFFICIENTS,
 )
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains
-from depthscope.diagnostics.schema.live_store_files import LOG, is_being_written, is_live_store, newest_state
-from depthscope.diagnostics.schema.live_store_following import FollowedStore
-from depthscope.diagnostics.schema.live_store_reading import LIVE, POOLED_STEP, RESUMED_AT, Status
+from depthscope.diagnostics.schema.live_rows import LOG, LiveRows, Status, is_being_written, is_live_store
+from depthscope.diagnostics.schema.live_store import POOLED_STEP, RESUMED_AT, newest_state
 from depthscope.diagnostics.schema.opening import list_runs, open_group, open_run, open_tree
 from depthscope.diagnostics.schema.saving import (
+    LIVE,
     SUFFIXES,
     require_replaceable,
     save_run,
@@ -88,7 +88,7 @@ __all__ = [
     "TRACE_COORDS",
     "UNPROVEN",
     "WITHOUT_GRADIENT",
-    "FollowedStore",
+    "LiveRows",
     "Parts",
     "SchemaError",
     "Status",

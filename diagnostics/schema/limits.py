@@ -12,16 +12,10 @@ from depthscope.diagnostics.schema.validation import SchemaError
 
 # Heuristics of ours, far above the largest run that was tried (96 layers, 900 variables a group) and small enough that
 # looking at as many takes less than a few seconds.
-MAX_GROUPS = 256
-MAX_VARIABLES = 20_000
+MAX_GROUPS, MAX_VARIABLES = 256, 20_000
 MAX_FILES = 100_000
-MAX_DEPTH = 4
-"""Groups within groups: /metrics/encoder is at 2."""
-MAX_JSON_DEPTH = 64
 MAX_TEXT = 16 << 20
-"""Bytes of one attribute, and of one metadata file of Zarr."""
-MAX_ATTRIBUTES = 4096
-"""Attributes of one group or variable."""
+"""Bytes of one metadata file of Zarr."""
 
 # States hardly get smaller by compression; rows of NaN, of what was not measured in most steps, do.
 _FREE_BYTES = 256 << 20

@@ -1,61 +1,97 @@
-"""How does a run get to disk while it is measured? Row by row, into a log that survives its writer; the format is in the docs.
+"""How does a run get to disk while it is measured? Row by row, into a log that survives its writer, and opens at any time.
 
-A row is one frame, written by one call of the system at the end of the log: a writer that is killed leaves complete frames and
-perhaps the beginning of one, which is ignored and overwritten. Full logs become files of columns (`live_store_columns`), and a
-new log takes the place of the former one in one step. Large arrays are in runs of one step, each written by `save_run`.
+All frames of a step are written by one call of the system at the known end of the log: a writer that is killed leaves
+complete frames and perhaps the beginning of one, which is ignored and overwritten. Large arrays are in runs of one step in
+``states``, each written by `save_run`.
 """
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import re
 import socket
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import UTC, datetime
-from itertools import groupby
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
 
-from depthscope.diagnostics.atomic_writes import kind_of, remove_litter, require_writable
-from depthscope.diagnostics.errors import BusyError, InputError, TakenError
-from depthscope.diagnostics.schema.live_store_columns import OlderRows, columns_name, write_columns
-from depthscope.diagnostics.schema.live_store_files import (
-    COLUMNS,
-    LOCK,
+from depthscope.diagnostics.atomic_writes import (
+    NO_LOCKS,
+    kind_of,
+    made_folder,
+    open_below,
+    remove_below,
+    require_writable,
+)
+from depthscope.diagnostics.errors import AbsentError, BusyError, InputError, StorageError, TakenError
+from depthscope.diagnostics.schema.live_rows import (
+    FORMAT,
+    LAYOUT,
     LOG,
-    STATES,
-    WriterLock,
-    files_of,
-    is_live_store,
-    number_of,
-    remove_inside,
-    require_no_link,
-)
-from depthscope.diagnostics.schema.live_store_frames import BEGIN, DECLARE, NOTE, ROW
-from depthscope.diagnostics.schema.live_store_history import History, read_history
-from depthscope.diagnostics.schema.live_store_log import RowLog
-from depthscope.diagnostics.schema.live_store_reading import RUN_ID, require_own_files
-from depthscope.diagnostics.schema.live_store_rows import ROW_HEAD
-from depthscope.diagnostics.schema.live_store_statements import (
+    NOTE,
+    ROW,
+    ROW_HEAD,
+    VERSION,
     Declared,
+    LiveRows,
     as_json,
-    attributes_of,
-    coordinate_of,
-    declared_of,
+    fcntl,
+    is_live_store,
+    packed,
 )
-from depthscope.diagnostics.schema.saving import save_run
+from depthscope.diagnostics.schema.saving import LIVE, save_run
+from depthscope.diagnostics.schema.validation import SchemaError, validate
 
-MAX_LOG_BYTES, MAX_LOG_ROWS = 16 << 20, 8192
-"""A log that has more becomes a file of columns: as much as is read in 20 ms when a run is opened. Heuristics of ours."""
+STATES = "states"
+_STATE = re.compile(r"\d{6,9}\.zarr\.zip")
+
+RUN_ID = "live_run"
+"""Attribute of the runs with the arrays of one step: the id of the run that the store is of."""
+
+POOLED_STEP = "pooled_step"
+"""Attribute of /statistics: the step of its variables without a step and of the trace, where later steps have rows."""
+
+RESUMED_AT = "resumed_at"
+"""Attribute of a run: the steps at which a later attempt went on."""
 
 Numbers = Mapping[str, Any]
 """Values by ``group/variable`` or ``group/chain/variable``: an array, or ``(dims, array)`` or ``(dims, array, attrs)``."""
+
+
+def live_log_of(path: Path) -> Path:
+    """The live store next to a file that is written when the training ends; it is there as long as the file is not."""
+    return path.with_name(f"{path.name}.live")
+
+
+def states_of(store: Path) -> list[str]:
+    """The runs with the arrays of one step, oldest first, by their paths below the store; links are none."""
+    if not (store / STATES).is_dir() or (store / STATES).is_symlink():
+        return []
+    with os.scandir(store / STATES) as entries:
+        names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+    return [f"{STATES}/{name}" for name in sorted(filter(_STATE.fullmatch, names), key=_number)]
+
+
+def _number(name: str) -> int:
+    return int(Path(name).name.partition(".")[0])
+
+
+def newest_state(store: Path) -> Path | None:
+    """The newest file with the arrays of one step; None where none was saved yet."""
+    states = states_of(store)
+    return store / states[-1] if states else None
 
 
 def require_live_place(path: str | os.PathLike[str], *, resume: bool = False, force: bool = False) -> None:
@@ -70,16 +106,10 @@ def require_live_place(path: str | os.PathLike[str], *, resume: bool = False, fo
         raise TakenError(
             f"{place} is {kind_of(place.lstat().st_mode)}, but a live run is a folder; name another path"
         )
-    names, foreign = files_of(place)
-    if foreign is not None:
-        raise TakenError(
-            f"{place} contains {foreign}, which is not a part of a live run; move it away, or name another path"
-        )
-    if names and not is_live_store(place) and not force:
-        raise TakenError(
-            f"{place} contains {min(names)} of a live run whose log is gone; remove it with force=True, or name another path"
-        )
-    if is_live_store(place) and not (resume or force):
+    if not is_live_store(place):
+        if os.listdir(place):
+            raise TakenError(f"{place} has files in it that are no live run; name another path")
+    elif not (resume or force):
         raise TakenError(
             f"{place} has a run already; go on in it with resume=True, begin it anew with force=True (its rows are lost), "
             "or name another path"
@@ -103,69 +133,48 @@ class LiveStore:
         self, path: str | os.PathLike[str], *, resume: bool = False, force: bool = False, keep_states: int = 1
     ) -> None:
         require_live_place(path, resume=resume, force=force)
-        self.path = Path(os.path.realpath(path))
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._log = RowLog(self.path)
-        self._num_log_rows, self._full = 0, MAX_LOG_BYTES
+        self.path = made_folder(Path(os.path.realpath(path)))
         self._keep_states = max(2, keep_states + 1)
-        self._lock = self._locked()
+        self._log: int | None = open_below(self.path, LOG, os.O_RDWR | os.O_CREAT)
+        _open.add(self)
         try:
-            # Once more, now that nobody else writes.
-            require_live_place(self.path, resume=resume, force=force)
-            self._is_resumed = resume and is_live_store(self.path)
-            if not self._is_resumed:
-                self._remove_everything()
-            self._begin()
+            self._lock()
+            if not resume:
+                os.ftruncate(self._log, 0)
+                for name in states_of(self.path):
+                    remove_below(self.path, name)
+            self._rows = LiveRows(self.path)
+            self._end = self._rows.end
+            self._last_step, self._is_resumed = self._rows.last_step, self._rows.num_rows > 0
+            if not self._end:
+                created = datetime.now(UTC).isoformat(timespec="seconds")
+                begun = {"note": "begun", "format": FORMAT, "version": VERSION, "run": uuid.uuid4().hex}
+                self._note({**begun, "created": created})
+            self._note(
+                {"note": "opened", "time": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
+            )
         except BaseException:
             self.close()
             raise
 
-    def _locked(self) -> WriterLock:
-        try:
-            return WriterLock(self.path)
-        except BlockingIOError:
-            who = "another recorder"
-            with suppress(Exception):  # what is said is enough where its log cannot be read at this moment
-                last = read_history(self.path, despite_damage=True).attempts[-1]
-                since = datetime.fromtimestamp(last["time"], UTC).isoformat(sep=" ", timespec="seconds")
-                who += f" (process {last['pid']} on {last['host']}, since {since})"
-            raise BusyError(f"{self.path} is being written by {who}; end it, or name another path") from None
-
-    def _begin(self) -> None:
-        if self._is_resumed:
-            history = read_history(self.path)
-            require_own_files(files_of(self.path)[0], history)
-            history.steps()  # refused where a file of older rows is missing, or of another run
-            self._log.open(history.end, history.checksum)
-            self._num_log_rows, self._full = len(history.rows), history.end + MAX_LOG_BYTES
-            self._last_step = history.last_step
-            self._know_history(history)
-        else:
-            history = History(self.path)
-            history.run, history.created = uuid.uuid4().hex, datetime.now(UTC).isoformat(timespec="seconds")
-            self._last_step = None
-            self._start_log(history)
-        attempt = {"note": "opened", "time": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
-        self._log.write([(NOTE, as_json(attempt))])
-        self._history.take_note(attempt)
-        self._remove_unused_columns()
-
-    def _know_history(self, history: History) -> None:
-        """Write on from a history, whose rows are on the disk and not needed in memory."""
-        history.forget_rows()
-        self._history = history
-
-    def _remove_everything(self) -> None:
-        names = files_of(self.path)[0]
-        for name in (LOG, *names):  # the log first: without it the folder is no store
-            remove_inside(self.path, name)
-        for folder in (COLUMNS, STATES):
-            with suppress(OSError):  # files of others stay
-                require_no_link(self.path, folder)
-                remove_litter(self.path / folder)
-                (self.path / folder).rmdir()
-
-    # --- writing
+    def _lock(self) -> None:
+        for _ in range(20):
+            try:
+                if fcntl is not None and self._log is not None:
+                    fcntl.flock(self._log, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                time.sleep(0.01)  # a reader holds it for an instant, to see whether somebody writes
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                return  # where a file system has no locks, a second writer is not noticed
+        who = "another recorder"
+        with suppress(Exception):  # what is known is enough where its log cannot be read at this moment
+            last = LiveRows(self.path).attempts[-1]
+            since = datetime.fromtimestamp(last["time"], UTC).isoformat(sep=" ", timespec="seconds")
+            who += f" (process {last['pid']} on {last['host']}, since {since})"
+        raise BusyError(f"{self.path} is being written by {who}; end it, or name another path")
 
     @property
     def last_step(self) -> int | None:
@@ -175,21 +184,17 @@ class LiveStore:
     @property
     def attrs(self) -> dict[str, dict[str, Any]]:
         """What was noted of each group, by its path; of the run itself at ``""``."""
-        return self._history.attrs
+        return self._rows.attrs
 
     @property
     def has_state(self) -> bool:
         """Whether a run with the arrays of one step was saved; without one nobody can open the store."""
-        return bool(self._own_files(STATES))
+        return bool(states_of(self.path))
 
-    def append(
-        self,
-        step: int,
-        numbers: Numbers,
-        *,
-        coords: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Add the row of one step, in about 20 µs for a hundred variables.
+    # --- writing
+
+    def append(self, step: int, numbers: Numbers, *, coords: Mapping[str, Any] | None = None) -> None:
+        """Add the row of one step.
 
         A variable may appear at any step, with its dims; it is NaN before. Where it is missing later, it is NaN there. A step
         that is not after the last one supersedes the rows from it on.
@@ -200,203 +205,259 @@ class LiveStore:
         Raises InputError: For a new variable without dims, or a known one with another shape.
         Raises OSError: Where it was not written, as on a full disk; the store is as it was before.
         """
-        variables = self._history.variables
-        declared, added = self._declaration(numbers, coords or {})
-        data = self._row_data(numbers, {**variables, **declared} if declared else variables)
-        row = b"".join([ROW_HEAD.pack(step, time.time(), len(data)), *data])
-        frames = [*self._declared_frames(declared, added), (ROW, row)]
-        if self._is_resumed:
-            # With the first row and not before: an attempt that measures nothing supersedes nothing.
-            frames.insert(0, (NOTE, as_json({"note": "resumed", "step": int(step)})))
-        self._log.write(frames)
-        self._history.declare(declared, added)
-        self._is_resumed = False
-        self._last_step = step
-        self._num_log_rows += 1
-        if self._num_log_rows >= MAX_LOG_ROWS or self._log.size >= self._full:
-            self._compact()
+        layout = self._layout(numbers, coords or {})
+        frames = [(NOTE, as_json({"note": "resumed", "step": int(step)}))] if self._is_resumed else []
+        variables: dict[str, Declared] = {}
+        labels: dict[str, dict[str, Any]] = {}
+        if layout["variables"] or layout["coords"]:
+            frames.append((LAYOUT, as_json(layout)))
+            variables, labels = self._rows.checked(layout)
+        all_variables = {**self._rows.variables, **variables}
+        data = [_row_part(name, numbers.get(name), of) for name, of in all_variables.items()]
+        frames.append((ROW, b"".join([ROW_HEAD.pack(step, time.time(), len(data)), *data])))
+        self._write(frames)
+        self._rows.declare(variables, labels)
+        self._last_step, self._is_resumed = step, False
 
-    def _declared_frames(
-        self, declared: Mapping[str, Declared], added: Mapping[str, Any]
-    ) -> list[tuple[int, bytes]]:
-        if not declared and not added:
-            return []
-        described = {name: one.as_dict() for name, one in declared.items()}
-        payload = as_json({"variables": described, "coords": added})
-        self._history.require_declarable(declared, added)
-        self._history.require_text(len(payload))
-        return [(DECLARE, payload)]
-
-    def _declaration(
-        self, numbers: Numbers, coords: Mapping[str, Any]
-    ) -> tuple[dict[str, Declared], dict[str, dict[str, Any]]]:
+    def _layout(self, numbers: Numbers, coords: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         """The variables and coordinates that come for the first time."""
-        known = self._history
-        declared, added = {}, {}
-        for name in [name for name in numbers if name not in known.variables]:
+        variables, labels = {}, {}
+        for name in [name for name in numbers if name not in self._rows.variables]:
             if not isinstance(numbers[name], tuple):
                 raise InputError(f"{name} is new and has no dims; give (dims, array)")
             dims, values, *attrs = numbers[name]
             array = np.asarray(values)
             dtype = "<f4" if array.dtype == np.float32 else "<f8"
-            fields = {"dims": _dims(dims), "shape": array.shape, "dtype": dtype, "attrs": dict(*attrs)}
-            declared[name] = declared_of(name, fields)
-        for name in [name for name in coords if name not in known.coords]:
+            fields = {
+                "dims": _listed(dims),
+                "shape": list(array.shape),
+                "dtype": dtype,
+                "attrs": dict(*attrs),
+            }
+            variables[name] = fields
+        for name in [name for name in coords if name not in self._rows.coords]:
             dims, values, *attrs = coords[name]
-            fields = {"dims": _dims(dims), "values": np.asarray(values).tolist(), "attrs": dict(*attrs)}
-            added[name] = coordinate_of(name, fields)
-        return declared, added
-
-    def _row_data(self, numbers: Numbers, variables: Mapping[str, Declared]) -> list[bytes]:
-        data = []
-        for name, known in variables.items():
-            given = numbers.get(name)
-            if given is None:
-                data.append(np.full(known.shape, math.nan, known.dtype).tobytes())
-                continue
-            array = np.asarray(given[1] if isinstance(given, tuple) else given, known.numpy_dtype)
-            if array.shape != known.shape:
-                raise InputError(
-                    f"{name} has the shape {array.shape}, expected {known.shape} as in the rows before; "
-                    "a changed model needs a store of its own"
-                )
-            data.append(array.tobytes())
-        return data
+            labels[name] = {
+                "dims": _listed(dims),
+                "values": np.asarray(values).tolist(),
+                "attrs": dict(*attrs),
+            }
+        return {"variables": variables, "coords": labels}
 
     def note(self, attrs: Mapping[str, Any], path: str = "") -> None:
         """Note attributes of the run, or of a group such as ``"metrics"``; they replace those of the same name."""
         known = self.attrs.get(path, {})
-        changed = {name: value for name, value in attrs.items() if name not in known or known[name] != value}
-        if not changed:
-            return
-        note = {"note": "attributes", "attrs": {path: changed}}
-        payload = as_json(note)
-        attributes_of(path, known | changed)
-        self._history.require_text(len(payload))
-        self._log.write([(NOTE, payload)])
-        self._history.take_note(note)
+        if changed := {
+            name: value for name, value in attrs.items() if name not in known or known[name] != value
+        }:
+            self._note({"note": "attributes", "attrs": {path: changed}})
+
+    def _note(self, content: Mapping[str, Any]) -> None:
+        self._write([(NOTE, as_json(content))])
+        self._rows.take_note(content)
+
+    def _write(self, frames: list[tuple[int, bytes]]) -> None:
+        """Append frames, all or none; OSError where they were not written, as on a full disk."""
+        descriptor = self._require_present()
+        content = b"".join(packed(kind, payload) for kind, payload in frames)
+        try:
+            # What an interrupt kept from being counted, or a full disk from being undone.
+            if os.fstat(descriptor).st_size > self._end:
+                os.ftruncate(descriptor, self._end)
+            os.lseek(descriptor, self._end, os.SEEK_SET)
+            if os.write(descriptor, content) < len(content):
+                raise StorageError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / LOG))
+        except OSError:
+            with suppress(OSError):
+                os.ftruncate(descriptor, self._end)
+            raise
+        self._end += len(content)
+
+    def _require_present(self) -> int:
+        """The log's descriptor; FileNotFoundError where the log at its path is another one or none."""
+        if self._log is None:
+            raise InputError(f"{self.path} is closed")
+        try:
+            is_here = os.path.samestat(os.lstat(self.path / LOG), os.fstat(self._log))
+        except OSError:
+            is_here = False
+        if not is_here:
+            raise AbsentError(f"{self.path} has gone, or another one is in its place")
+        return self._log
 
     def save_state(self, run: xr.DataTree) -> None:
         """Save a run with the arrays of its last step: raw sequences, pooled sums, coverage and attributes."""
-        self._log.require_present()
-        require_no_link(self.path, STATES)
-        name = f"{STATES}/{self._next_number(STATES):06d}.zarr.zip"
-        self._name_file(name)
+        self._require_present()
+        if os.path.islink(self.path / STATES):
+            raise TakenError(f"{self.path / STATES} is a link; expected a folder")
+        states = states_of(self.path)
+        number = 1 + _number(states[-1]) if states else 1
         state = run.map_over_datasets(lambda of: of.isel(step=[-1]) if of.sizes.get("step", 1) > 1 else of)
-        state.attrs = {**run.attrs, RUN_ID: self._history.run}
-        save_run(state, self.path / name)
-        for old in self._own_files(STATES)[: -self._keep_states]:
-            remove_inside(self.path, old)
-
-    def _name_file(self, name: str) -> None:
-        """Name a file in the log before it is written: what the log does not name is of another run, and is never removed."""
-        note = {"note": "file", "name": name}
-        self._log.write([(NOTE, as_json(note))])
-        self._history.take_note(note)
-
-    def _own_files(self, folder: str) -> list[str]:
-        """Files in one of the folders that the log names, oldest first."""
-        self._log.require_present()
-        names = self._history.files.intersection(files_of(self.path)[0])
-        return sorted((name for name in names if name.startswith(folder)), key=number_of)
-
-    def _named(self, folder: str) -> list[str]:
-        return [name for name in self._history.files if name.startswith(folder)]
-
-    def _next_number(self, folder: str) -> int:
-        return 1 + max(map(number_of, self._named(folder)), default=0)
+        state.attrs = {**run.attrs, RUN_ID: self._rows.run}
+        save_run(state, self.path / STATES / f"{number:06d}.zarr.zip")
+        for name in states_of(self.path)[: -self._keep_states]:
+            remove_below(self.path, name)
 
     def finish(self) -> None:
         """Note that the training ended, and end writing."""
-        self._log.write([(NOTE, b'{"note": "finished"}')], sync=True)
+        self._note({"note": "finished"})
+        os.fsync(self._require_present())
         self.close()
 
     def close(self) -> None:
         """End writing; a store that was not finished looks like that of a killed writer. Calling it twice is fine."""
-        self._log.close()
-        if hasattr(self, "_lock"):
-            self._lock.release()
+        log, self._log = self._log, None
+        if log is not None:
+            os.close(log)
+        if hasattr(self, "_rows"):
+            self._rows.close()
 
     def remove(self) -> None:
         """End writing and remove the store; files of others stay, and their folder."""
-        self._remove_everything()
+        self._require_present()
+        for name in [*states_of(self.path), LOG]:
+            remove_below(self.path, name)
         self.close()
-        with suppress(OSError):
-            (self.path / LOCK).unlink(missing_ok=True)
-            self.path.rmdir()
-
-    # --- older rows
-
-    def _start_log(self, history: History) -> None:
-        """A log of no rows takes the place of the one that is there."""
-        self._log.start([(BEGIN, as_json(history.begin_frame()))])
-        self._num_log_rows, self._full = 0, self._log.size + MAX_LOG_BYTES
-        history.begun = frozenset(part.name for part in history.older)
-        self._know_history(history)
-
-    def _compact(self) -> None:
-        """Write the rows of the log as columns, and begin a new log that names them."""
-        try:
-            self._write_columns()
-        except (OSError, ValueError):
-            # Every row is in the log, which goes on growing: the next attempt is made when as much again is in it.
-            self._num_log_rows, self._full = 0, self._log.size + MAX_LOG_BYTES
-
-    def _write_columns(self) -> None:
-        require_no_link(self.path, COLUMNS)
-        history = read_history(self.path)
-        history.older += write_rows(history, self._next_number(COLUMNS), self._name_file)
-        # Those that were removed are forgotten, but for the last number: none is given twice.
-        last = {max(names, key=number_of) for folder in (STATES, COLUMNS) if (names := self._named(folder))}
-        history.files = {*self._own_files(STATES), *self._own_files(COLUMNS), *last}
-        self._start_log(history)
-        self._remove_unused_columns()
-
-    def _remove_unused_columns(self) -> None:
-        """Remove files that the log names and does not begin with: of a writer that died meanwhile, or superseded."""
-        for name in self._own_files(COLUMNS):
-            if name not in self._history.begun:
-                remove_inside(self.path, name)
+        with suppress(OSError):  # not empty: files of others
+            remove_below(self.path, STATES)
+            remove_below(self.path.parent, self.path.name)
 
 
-def _dims(dims: Any) -> list[str]:
+def _listed(dims: str | list[str]) -> list[str]:
     return [dims] if isinstance(dims, str) else list(dims)
 
 
-def write_rows(history: History, first_number: int, name_file: Callable[[str], None]) -> list[OlderRows]:
-    """Write the rows of a log; ``name_file`` is called with each file before it is written.
+def _row_part(name: str, given: Any, declared: Declared) -> bytes:
+    """The bytes of one variable in a row; NaN where it was not measured."""
+    if given is None:
+        return np.full(declared.shape, math.nan, declared.dtype).tobytes()
+    array = np.asarray(given[1] if isinstance(given, tuple) else given, declared.dtype)
+    if array.shape != declared.shape:
+        raise InputError(
+            f"{name} has the shape {array.shape}, expected {declared.shape} as in the rows before; "
+            "a changed model needs a store of its own"
+        )
+    return array.tobytes()
 
-    What was not measured yet in a stretch of rows takes no room in its file.
+
+_open: weakref.WeakSet[LiveStore] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    # A child shares the lock: a worker that outlives a killed trainer would hold it. Closing it there leaves the parent's.
+    for store in list(_open):
+        store.close()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_leave_to_parent)
+
+
+# --- opening
+
+
+def open_live(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.DataTree:
+    """Open a live store: what has a step is of its rows, read when they are used, and the rest of its newest state.
+
+    ``open_state``: opens a run of one step, with all checks of `open_run`.
+    Raises SchemaError: For a damaged store, and one in which no step was finished.
     """
-    parts: list[OlderRows] = []
-    start = 0
-    for num_variables, stretch in groupby(history.rows.counts):
-        end = start + len(list(stretch))
-        number = first_number + len(parts)
-        name_file(columns_name(number))
-        parts.append(_write_part(history, number, start, end, num_variables))
-        start = end
-    return parts
+    state = _opened_state(
+        store, open_state
+    )  # before the log: a writer saves the arrays of a step before its row
+    try:
+        rows = LiveRows(store)
+        status = rows.status(None if state is None else _step_of(state))
+        if state is None or not rows.num_rows:
+            raise SchemaError(f"no step was finished in it yet ({status.as_dict()['sentence']})")
+        if state.attrs.pop(RUN_ID, None) != rows.run:
+            raise SchemaError(
+                f"its newest file in {STATES} is of another run than its log; copy the folder again"
+            )
+        groups = {node.path.strip("/"): node.to_dataset(inherit=False) for node in state.subtree}
+        for path in dict.fromkeys(name.rpartition("/")[0] for name in (*rows.variables, *rows.coords)):
+            groups[path] = with_rows(path, groups.get(path, xr.Dataset()), rows)
+            groups[path].attrs |= rows.attrs.get(path, {})
+            if status.state_step != status.last_step:
+                groups[path].attrs[POOLED_STEP] = status.state_step
+        resumed = {RESUMED_AT: [one["step"] for one in status.resumed]} if status.resumed else {}
+        groups[""].attrs |= {
+            **rows.attrs.get("", {}),
+            "created": rows.created,
+            **resumed,
+            LIVE: status.as_dict(),
+        }
+        try:
+            opened = xr.DataTree.from_dict({f"/{path}": dataset for path, dataset in groups.items()})
+        except ValueError as error:  # unlike labels
+            raise SchemaError(f"its rows do not fit to its saved arrays ({error})") from None
+        validate(opened)
+    except BaseException:
+        if state is not None:
+            state.close()
+        raise
+    opened.set_close(state.close)
+    return opened
 
 
-def _write_part(history: History, number: int, start: int, end: int, num_variables: int) -> OlderRows:
-    size, steps = end - start, np.array(history.rows.steps[start:end], "<i8")
+def _opened_state(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.DataTree | None:
+    for _ in range(5):
+        state = newest_state(store)
+        if state is None:
+            return None
+        try:
+            return open_state(state)
+        except (AbsentError, SchemaError):
+            if os.path.lexists(state):
+                raise
+        # Its writer has just removed it for a newer one.
+    raise SchemaError("its files change faster than they can be opened; try again")
 
-    def columns() -> Iterator[np.ndarray]:
-        yield steps
-        yield np.array(history.rows.times[start:end], "<f8")
-        for name in list(history.variables)[:num_variables]:
-            yield history.values(name, start=history.num_older + start)[:size]
 
-    return OlderRows(
-        store=history.store,
-        run=history.run,
-        number=number,
-        size=size,
-        num_variables=num_variables,
-        row_bytes=history.ends[num_variables],
-        checksum=write_columns(history.store, history.run, number, size, num_variables, columns()),
-        num_rows=size,
-        first=int(steps[0]),
-        last=int(steps[-1]),
-    )
+def _step_of(run: xr.DataTree) -> int | None:
+    """The last step of the statistics of a saved state."""
+    steps = [
+        node.to_dataset()["step"].values
+        for node in run.subtree
+        if node.path.startswith("/statistics") and node.sizes.get("step")
+    ]
+    return int(steps[0][-1]) if steps else None
+
+
+def with_rows(path: str, known: xr.Dataset, rows: LiveRows) -> xr.Dataset:
+    """A group in which what has a step is of the rows, and the rest as in the saved state."""
+    kept = known.drop_dims("step") if "step" in known.dims else known
+    of_group = {name.rpartition("/")[2]: name for name in rows.coords if name.rpartition("/")[0] == path}
+    coords: dict[Any, Any] = {
+        label: tuple(rows.coords[name].values())
+        for label, name in of_group.items()
+        if label not in kept.variables
+    }
+    variables = {}
+    for name, declared in rows.variables.items():
+        group, _, label = name.rpartition("/")
+        if group == path:
+            attrs = known[label].attrs if label in known.variables else dict(declared.attrs)
+            lazy = indexing.LazilyIndexedArray(_Column(rows, name))
+            variables[label] = xr.Variable(("step", *declared.dims), lazy, attrs)
+    try:
+        return kept.assign_coords({"step": ("step", rows.steps), **coords}).assign(variables)
+    except ValueError as error:  # other labels than the saved arrays, or two things of one name
+        raise SchemaError(f"the rows of /{path} do not fit to its saved arrays ({error})") from None
+
+
+class _Column(BackendArray):
+    """One variable of the rows that there are now, read completely when a part of it is used."""
+
+    def __init__(self, rows: LiveRows, name: str) -> None:
+        declared = rows.variables[name]
+        self.shape, self.dtype = (rows.num_rows, *declared.shape), np.dtype(declared.dtype)
+        self._read = partial(rows.column, name)
+
+    def __deepcopy__(self, memo: Any) -> _Column:
+        return self  # what was written is never changed
+
+    def __getitem__(self, key: Any) -> Any:
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.BASIC, lambda index: self._read()[index]
+        )

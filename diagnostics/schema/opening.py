@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import xarray as xr
 
 from depthscope.diagnostics.errors import AbsentError, InputError
-from depthscope.diagnostics.schema.attributes import decode_attrs, decode_dataset
+from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.schema.groups import chain_dataset, group_path
 from depthscope.diagnostics.schema.joining import PARTS, join_parts, parts_of
 from depthscope.diagnostics.schema.limits import require_ordinary
-from depthscope.diagnostics.schema.live_store_files import is_live_store, live_log_of, newest_state
-from depthscope.diagnostics.schema.live_store_reading import open_live
-from depthscope.diagnostics.schema.saving import SUFFIXES, suffix_of, without_suffix
+from depthscope.diagnostics.schema.live_rows import is_live_store
+from depthscope.diagnostics.schema.live_store import live_log_of, newest_state, open_live
+from depthscope.diagnostics.schema.saving import ORDER, SUFFIXES, suffix_of, without_suffix
 from depthscope.diagnostics.schema.validation import SchemaError, validate
 from depthscope.diagnostics.schema.zarr_stores import check_zarr
 
@@ -32,7 +34,9 @@ _OPTIONS: dict[str, Any] = {
 MAX_ENTRIES = 200_000
 
 
-def open_run(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> xr.DataTree:
+def open_run(
+    path: str | os.PathLike[str], *, max_bytes: int | None = None, checksums: bool = True
+) -> xr.DataTree:
     """Open a saved run; arrays are read when they are used.
 
     Only what `save_run` writes is opened, whatever the store claims about itself: plain arrays of numbers and text, in the
@@ -45,6 +49,9 @@ def open_run(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> x
         tells. Of a folder with the parts of one run (``part-00000`` and so on) the run that they are parts of.
     max_bytes : int, optional
         Most bytes that all arrays of the run may have in memory; by default 256 MiB and 32 times the bytes on disk.
+    checksums : bool
+        Read every chunk once and compare it with its checksum. Without, each is compared when it is used, as of runs that are
+        larger than memory.
 
     Returns
     -------
@@ -60,15 +67,15 @@ def open_run(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> x
     source = Path(path)
     if is_live_store(source):
         try:
-            return open_live(source, lambda state: open_run(state, max_bytes=max_bytes), max_bytes=max_bytes)
+            return open_live(source, partial(open_run, max_bytes=max_bytes, checksums=checksums))
         except SchemaError as error:
             raise SchemaError(f"{source}: {error}") from None
     if parts := parts_of(source):
-        return _open_parts(source, parts, max_bytes)
+        return _open_parts(source, parts, partial(open_run, max_bytes=max_bytes, checksums=checksums))
     if not source.suffix and not source.exists():
         raise AbsentError(f"no run at {source}; a live store is there from its first measured step on")
     _require_present(source)
-    run = open_tree(source, max_bytes=max_bytes)
+    run = open_tree(source, max_bytes=max_bytes, checksums=checksums)
     try:
         validate(run)
     except BaseException as error:
@@ -79,13 +86,13 @@ def open_run(path: str | os.PathLike[str], *, max_bytes: int | None = None) -> x
     return run
 
 
-def _open_parts(source: Path, parts: Iterable[Path], max_bytes: int | None) -> xr.DataTree:
+def _open_parts(source: Path, parts: Iterable[Path], open_part: Callable[[Path], xr.DataTree]) -> xr.DataTree:
     """The run whose parts are in a folder; a part that cannot be opened is named, and the others are shown."""
     runs: dict[str, xr.DataTree] = {}
     unreadable: dict[str, str] = {}
     for part in parts:
         try:
-            runs[part.name] = open_run(part, max_bytes=max_bytes)
+            runs[part.name] = open_part(part)
         except (SchemaError, AbsentError) as error:
             unreadable[part.name] = str(error)
     if not runs:
@@ -103,12 +110,6 @@ def _open_parts(source: Path, parts: Iterable[Path], max_bytes: int | None) -> x
         for run in runs.values():
             run.close()
     return joined
-
-
-def reopen_run(path: str | os.PathLike[str]) -> xr.DataTree:
-    """A run that `open_run` has opened before, such as in another process: chunks are not checked again."""
-    source = Path(path)
-    return open_run(source) if is_live_store(source) or parts_of(source) else open_tree(source, chunks=False)
 
 
 def open_group(
@@ -140,25 +141,43 @@ def open_group(
             opened = xr.open_dataset(store, group=group_path(group, chain), **_OPTIONS)
         except FileNotFoundError:  # the error of zarr for it
             raise AbsentError(f"{source}: it has no group {group_path(group, chain)}") from None
-        decoded = decode_dataset(opened)
+        decoded, _ = _decoded(opened)
         decoded.set_close(store.close)
         return decoded
 
 
-def open_tree(path: Path, *, max_bytes: int | None = None, chunks: bool = True) -> xr.DataTree:
-    """A Zarr folder or zip file as a decoded tree, whatever it is of, once all of it was checked, its ``chunks`` too.
+def open_tree(path: Path, *, max_bytes: int | None = None, checksums: bool = True) -> xr.DataTree:
+    """A Zarr folder or zip file as a decoded tree, whatever it is of, once it was checked.
 
     Raises SchemaError: With the path and what is wrong, for what `save_run` does not write.
     """
     with _damage_named(path):
         require_ordinary(path, folder=path.name.endswith(".zarr"))
-        check_zarr(path, max_bytes, chunks=chunks)
+        check_zarr(path, max_bytes, chunks=checksums)
         store = _store(path)
-        tree = xr.open_datatree(store, **_OPTIONS)
-        decoded = tree.map_over_datasets(decode_dataset)
-        decoded.attrs = decode_attrs(tree.attrs)
+        datasets: dict[str, xr.Dataset] = {}
+        waiting = [xr.open_datatree(store, **_OPTIONS)]
+        while waiting:
+            node = waiting.pop()
+            datasets[node.path], order = _decoded(node.to_dataset(inherit=False))
+            waiting += [node.children[name] for name in reversed(_sorted(node.children, order))]
+        decoded = xr.DataTree.from_dict(datasets)
         decoded.set_close(store.close)
         return decoded
+
+
+def _decoded(dataset: xr.Dataset) -> tuple[xr.Dataset, list[str]]:
+    """A dataset with its variables as they were when it was saved, and the order of all that its group has."""
+    decoded = decode_dataset(dataset)
+    order = json.loads(decoded.attrs.pop(ORDER, "[]"))
+    data = {name: decoded.variables[name] for name in _sorted(decoded.data_vars, order)}
+    return xr.Dataset(data, {name: decoded.variables[name] for name in decoded.coords}, decoded.attrs), order
+
+
+def _sorted(names: Iterable[Hashable], order: list[str]) -> list[str]:
+    """Names in the order in which they were saved: a folder lists them in any."""
+    place = {name: number for number, name in enumerate(order)} if isinstance(order, list) else {}
+    return sorted(map(str, names), key=lambda name: (place.get(name, len(place)), name))
 
 
 def _store(path: Path) -> Any:
@@ -240,7 +259,7 @@ def _is_below(base: Path, entry: Path) -> bool:
 def _walk(folder: Path, seen: Iterator[int]) -> Iterable[Path]:
     if not folder.is_dir():
         return
-    for entry in folder.iterdir():
+    for entry in map(folder.joinpath, os.listdir(folder)):
         # The root of a disk would be read for minutes.
         if next(seen) > MAX_ENTRIES:
             raise InputError(

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import zipfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,14 @@ from depthscope.diagnostics.errors import TakenError
 from depthscope.diagnostics.schema.attributes import encode_dataset
 from depthscope.diagnostics.schema.groups import GROUPS
 from depthscope.diagnostics.schema.limits import MAX_TEXT
-from depthscope.diagnostics.schema.live_store_reading import LIVE
 from depthscope.diagnostics.schema.validation import SchemaError, validate
 from depthscope.diagnostics.schema.zarr_stores import MAX_CHUNK, METADATA
+
+LIVE = "live_store"
+"""Attribute of a run that was opened from a live store: the fields of `Status`."""
+
+ORDER = "order"
+"""Attribute of a group on disk: its variables and groups in their order, as JSON; a folder lists them in any."""
 
 SUFFIXES = (".zarr", ".zarr.zip")
 """Endings of saved runs: a folder, and one file to send."""
@@ -90,16 +96,10 @@ def save_run(run: xr.DataTree, path: str | os.PathLike[str], *, force: bool = Fa
         run.attrs = {name: value for name, value in run.attrs.items() if name != LIVE}
     encoded = run.map_over_datasets(encode_dataset)
 
-    def check(place: Path) -> tuple[Path, ...]:
-        _require_run(place, force=force)
-        return ()  # no file of others goes along: where there is one, the folder is refused
-
-    if suffix_of(target) == ".zarr":
-        with replaced_folder(target, others=check) as fresh:
-            _write_folder(encoded, fresh)
-    else:
-        with replaced_file(target, check=check) as fresh:
-            write_zip(encoded, fresh)
+    is_folder = suffix_of(target) == ".zarr"
+    writer, write = (replaced_folder, _write_folder) if is_folder else (replaced_file, write_zip)
+    with writer(target, check=partial(_require_run, suffix=suffix_of(target), force=force)) as fresh:
+        write(encoded, fresh)
     return target
 
 
@@ -123,7 +123,11 @@ def _write_folder(tree: xr.DataTree, folder: Path) -> None:
         }
         for node in tree.subtree
     }
-    tree.to_zarr(folder, consolidated=False, zarr_format=3, encoding=encodings)
+    ordered = tree.copy()
+    for node in ordered.subtree:
+        if names := [*map(str, node.data_vars), *node.children]:
+            node.attrs = {**node.attrs, ORDER: json.dumps(names)}
+    ordered.to_zarr(folder, consolidated=False, zarr_format=3, encoding=encodings)
 
 
 def _encoding(variable: xr.Variable) -> dict[str, Any]:
@@ -160,19 +164,19 @@ def require_replaceable(path: str | os.PathLike[str], *, force: bool = False) ->
     suffix_of(Path(path))
     place = require_writable(path)
     if os.path.lexists(place):
-        _require_run(place, force=force)
+        _require_run(place, suffix_of(Path(path)), force=force)
 
 
 # A chunk of a Zarr 3 array: c/0/3 of an array with two dimensions, c of one with none.
 _FILE = re.compile(rf"({METADATA}|({'|'.join(GROUPS)})/(.+/)?{METADATA}|({'|'.join(GROUPS)})/.+/c(/\d+)*)")
 
 
-def _require_run(place: Path, *, force: bool) -> None:
+def _require_run(place: Path, suffix: str, *, force: bool) -> None:
     mode = place.lstat().st_mode
     # Special files first: opening a pipe would wait for its other end, and reading a device may never end.
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise TakenError(f"{place} is {kind_of(mode)}, which no run replaces; name another path")
-    if stat.S_ISDIR(mode) != (suffix_of(place) == ".zarr"):
+    if stat.S_ISDIR(mode) != (suffix == ".zarr"):
         raise TakenError(f"{place} is {kind_of(mode)}, but a run of that ending is none; name another path")
     if stat.S_ISDIR(mode):
         if not os.listdir(place):

@@ -17,7 +17,14 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from depthscope.diagnostics.schema.limits import MAX_FILES, MAX_TEXT, Limit, require_dense
+from depthscope.diagnostics.schema.limits import (
+    MAX_FILES,
+    MAX_GROUPS,
+    MAX_TEXT,
+    MAX_VARIABLES,
+    Limit,
+    require_dense,
+)
 from depthscope.diagnostics.schema.validation import SchemaError
 
 METADATA = "zarr.json"
@@ -86,7 +93,7 @@ def _folder_entries(path: Path) -> dict[str, _Entry]:
                     waiting.append(Path(found.path))
                 elif stat.S_ISREG(status.st_mode):
                     require_dense(Path(found.path), status)
-                    entries[name] = _Entry(status.st_size, partial(Path(found.path).open, "rb"))
+                    entries[name] = _Entry(status.st_size, partial(_opened, found.path))
                 else:  # a link would show a file of another place under the name of this run
                     raise SchemaError(
                         f"{name} in it is a link, a pipe or a device; expected files and folders"
@@ -94,6 +101,10 @@ def _folder_entries(path: Path) -> dict[str, _Entry]:
                 if len(entries) + len(waiting) > MAX_FILES:
                     raise SchemaError(f"it has more than {MAX_FILES} files in it, which no run has")
     return entries
+
+
+def _opened(path: str) -> IO[bytes]:
+    return open(path, "rb")
 
 
 def _zip_entries(path: Path, archive: zipfile.ZipFile) -> dict[str, _Entry]:
@@ -129,6 +140,10 @@ def _check_entries(entries: Mapping[str, _Entry], max_bytes: int | None, chunks:
         for path, document in documents.items()
         if document["node_type"] == "array"
     }
+    if len(arrays) > MAX_VARIABLES or len(documents) - len(arrays) > MAX_GROUPS:
+        raise SchemaError(
+            f"it has more than {MAX_VARIABLES} variables or {MAX_GROUPS} groups, which no run has"
+        )
     Limit.of(sum(entry.size for entry in entries.values()), max_bytes).check(
         sum(math.prod(array.shape) * array.item_bytes for array in arrays.values())
     )
@@ -156,6 +171,8 @@ def _document(name: str, entry: _Entry) -> dict[str, Any]:
         raise SchemaError(f"{name} is not metadata of a group or an array with zarr_format 3")
     unknown = sorted(set(document) - _KEYS[kind])
     # Consolidated metadata would be a second copy of all, which nobody has checked.
+    if not isinstance(document.get("attributes", {}), dict):
+        raise SchemaError(f"the attributes in {name} are not a JSON object")
     if unknown or document.get("consolidated_metadata") or document.get("storage_transformers"):
         raise SchemaError(
             f"{name} has {unknown or 'consolidated metadata or storage transformers'}; a run has none"
@@ -164,7 +181,7 @@ def _document(name: str, entry: _Entry) -> dict[str, Any]:
 
 
 def _checked_array(path: str, document: Mapping[str, Any]) -> _Array:
-    kind, shape, codecs = (document.get(key) for key in ("data_type", "shape", "codecs"))
+    kind, shape, codecs = (document.get(key, ()) for key in ("data_type", "shape", "codecs"))
     if not isinstance(kind, str) or kind not in _ITEM_BYTES:
         raise SchemaError(f"{path} has the type {kind!r}; expected numbers or text")
     try:

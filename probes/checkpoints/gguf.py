@@ -7,7 +7,6 @@ import importlib.util
 import json
 import logging
 import os
-import stat
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.diagnostics.atomic_writes import one_at_a_time, remove_litter, replaced_folder
-from depthscope.probes.checkpoints.building_limits import StoredSize, building_limits, check_numbers
+from depthscope.diagnostics.atomic_writes import cache_folder, one_at_a_time, own_folder, replaced_folder
 from depthscope.probes.checkpoints.digests import file_digest
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of
-from depthscope.probes.checkpoints.foreign_references import CONFIGURATIONS, offline
-from depthscope.probes.checkpoints.gguf_header import check_gguf
-from depthscope.probes.checkpoints.own_files import exists, require_file
+from depthscope.probes.checkpoints.own_files import offline, require_file
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +46,6 @@ def smollm2_file() -> Path:
     return files[0]
 
 
-def cache_root() -> Path:
-    """The folder for converted checkpoints: ``$XDG_CACHE_HOME/depthscope`` or ``~/.cache/depthscope``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")  # the XDG specification: a relative path is to be ignored
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "depthscope"
-
-
 def load_gguf(file: Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any, str]:
     """Load model and tokenizer of a GGUF file; from the second time on from a float32 safetensors copy with equal logits.
 
@@ -63,7 +53,7 @@ def load_gguf(file: Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Modul
     Raises CheckpointError: If accelerate or gguf are missing, or transformers cannot read the file.
     """
     digest = file_digest([file])
-    root = trusted_cache_root()
+    root = trusted_cache()
     if root is None:
         model, tokenizer = _convert(file)
     else:
@@ -72,38 +62,18 @@ def load_gguf(file: Path, *, dtype: torch.dtype | None = None) -> tuple[nn.Modul
     return (model if dtype is None else model.to(dtype)), tokenizer, digest
 
 
-def trusted_cache_root() -> Path | None:
-    """The cache's folder, made where it is missing; None, with a warning, where others could have put something into it."""
-    root = cache_root()
+def trusted_cache() -> Path | None:
+    """The user's cache folder; None, with a warning, where others could have put something into it."""
     try:
-        root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        root.mkdir(mode=0o700, exist_ok=True)
-        reason = distrust(root.parent) or distrust(root)
+        return own_folder(cache_folder())
     except OSError as error:
-        reason = str(error)
-    if not reason:
-        return root
-    logger.warning("no cached copy in '%s' (%s); the next start converts again", root, reason)
-    return None
-
-
-def distrust(folder: Path) -> str:
-    """Why a folder may have files of others in it; an empty text where it has not."""
-    if not hasattr(os, "geteuid"):  # Windows: a profile's folders are private, and their modes say nothing
-        return ""
-    described = folder.stat()
-    if described.st_uid != os.geteuid():
-        return f"'{folder}' is owned by another user; set XDG_CACHE_HOME to a folder of your own"
-    # In a sticky folder, as /tmp is, others can make files but not replace ours.
-    if described.st_mode & 0o022 and not described.st_mode & stat.S_ISVTX:
-        return f"others may write in '{folder}'; end that with: chmod go-w '{folder}'"
-    return ""
+        logger.warning("no cached copy (%s); the next start converts again", error)
+        return None
 
 
 def _load_or_convert(file: Path, folder: Path, digest: str) -> tuple[nn.Module, Any]:
     with ExitStack() as stack:
         try:
-            remove_litter(folder.parent)
             if is_intact_copy(folder, digest):
                 return _load_copy(folder)
             stack.enter_context(one_at_a_time(folder, "converting", seconds=PATIENCE))
@@ -149,17 +119,11 @@ def _convert(file: Path) -> tuple[nn.Module, Any]:
         raise CheckpointError(
             f"a GGUF file needs {' and '.join(missing)}; run: pip install {' '.join(missing)}"
         )
-    contents = check_gguf(file)
-    stored = StoredSize(contents.num_elements, contents.num_tensors, contents.largest_dimension)
-    check_numbers(contents.numbers, stored, f"'{file}'")
-    # transformers looks for some of these next to the file.
-    for name in (*CONFIGURATIONS, "adapter_config.json"):
-        if exists(file.parent / name):
-            require_file(file.parent / name)
+    require_file(file)
     source = {"gguf_file": file.name, "local_files_only": True}
     message = f"transformers cannot read '{file}' as GGUF"
     advice = "check that the download is complete and that its architecture is one that transformers converts"
-    with offline(), building_limits(stored, str(file)), errors_of("transformers", message, advice):
+    with offline(), errors_of("transformers", message, advice):
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **source)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
     # save_pretrained refuses a model whose config is marked as quantised; the weights are plain float32 by now. The config
@@ -183,7 +147,7 @@ def _cache_copy(model: nn.Module, tokenizer: Any, folder: Path, digest: str) -> 
         logger.info("no cached copy of %s: %.1f GB is above the limit", folder.name, size / 1e9)
         return
     try:
-        with replaced_folder(folder) as fresh:
+        with replaced_folder(folder, check=lambda _: None) as fresh:  # a copy is ours, and may be stale
             _write_copy(model, tokenizer, fresh, digest)
     # Of a full disk safetensors and tokenizers have errors of their own, which are no OSError.
     except Exception as error:

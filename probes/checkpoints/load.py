@@ -16,10 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.checkpoints.building_limits import building_limits, check_numbers
 from depthscope.probes.checkpoints.digests import file_digest, parameter_digest
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, printable
-from depthscope.probes.checkpoints.foreign_references import check_references, offline
 from depthscope.probes.checkpoints.gguf import load_gguf, smollm2_file
 from depthscope.probes.checkpoints.hub import bars_on_terminals_only, hub_files, is_hub_name
 from depthscope.probes.checkpoints.own_files import (
@@ -27,6 +25,7 @@ from depthscope.probes.checkpoints.own_files import (
     exists,
     given_path,
     list_folder,
+    offline,
     own_file,
     read_json,
     require_file,
@@ -34,10 +33,10 @@ from depthscope.probes.checkpoints.own_files import (
 from depthscope.probes.checkpoints.user_code import errors_of_user_code
 from depthscope.probes.checkpoints.weight_files import (
     load_strictly,
+    opened,
     safetensors_files,
     shards,
     state_dict,
-    stored_size,
 )
 
 logger = logging.getLogger(__name__)
@@ -193,10 +192,11 @@ def _from_folder(folder: Path, spec: str, dtype: torch.dtype | None) -> LoadedMo
     check_folder(folder)
     settings = _settings(folder)
     files = _weight_files(folder, settings)
-    stored = stored_size(files)
-    check_numbers(settings, stored, f"'{folder}/config.json'")
-    check_references(folder)
-    with offline(), building_limits(stored, str(folder)):
+    for file in files:
+        if file.suffix == ".safetensors":
+            with opened(file):
+                pass  # a torn file is found before anything is built on it
+    with offline():
         config = _config(folder)
         model = _pretrained(folder, config, dtype)
         tokenizer = _tokenizer(folder)

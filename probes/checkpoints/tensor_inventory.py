@@ -11,23 +11,32 @@ from typing import Any
 
 import numpy as np
 
-from depthscope.probes.checkpoints.errors import CheckpointError
-from depthscope.probes.checkpoints.gguf_tensors import dequantised, gguf_tensors
+from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, printable
 from depthscope.probes.checkpoints.own_files import exists, list_folder, own_file, require_file
-from depthscope.probes.checkpoints.safetensors_header import StoredTensor, read_header, torn_file
 from depthscope.probes.checkpoints.weight_files import (
     INDEX_ENDING,
     find_index,
     named_files,
+    opened,
     read_index,
     safetensors_files,
 )
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-NUMPY_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}  # numpy has no bfloat16: read as bits
+FLOATS = ("F64", "F32", "F16", "BF16")
 SHARD_OF_SERIES = re.compile(r"-\d+-of-(\d+)$")
 GGUF = ".gguf"
 EXPECTED = "expected a folder with .safetensors files (and their index, if there are several), one such file, or a .gguf file"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of a weight file, without its data: shape in the order of torch, type by the name that the format has."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    file: Path
 
 
 @dataclass(frozen=True)
@@ -75,10 +84,38 @@ def _gguf_inventory(path: Path) -> Inventory:
     tensors: dict[str, StoredTensor] = {}
     settings: dict[str, Any] = {}
     for file in files:
-        found, its_settings = gguf_tensors(file)
-        tensors |= {tensor.name: tensor for tensor in found}
-        settings = its_settings | settings  # the first of a series has the model's, the others their number
+        reader = gguf_reader(file)
+        for found in reader.tensors:
+            shape = tuple(int(size) for size in found.shape[::-1])  # GGUF stores the last axis first
+            tensors[found.name] = StoredTensor(found.name, shape, found.tensor_type.name, file)
+        settings = (
+            _settings(reader) | settings
+        )  # the first of a series has the model's, the others their number
     return Inventory(tensors, {}, tuple(files), settings)
+
+
+def gguf_reader(file: Path) -> Any:
+    """The header of a GGUF file, mapped: values are read when they are asked for.
+
+    Raises CheckpointError: If the package gguf is missing, or the file is torn or of another kind.
+    """
+    advice = "download or copy it again"
+    with errors_of("gguf", f"'{require_file(file)}' cannot be read as GGUF", advice):
+        from gguf import GGUFReader
+
+        return GGUFReader(file)
+
+
+def _settings(reader: Any) -> dict[str, Any]:
+    """The metadata as a configuration has them: ``model_type`` is the architecture, whose prefix other keys lose."""
+    # Lists, such as a vocabulary, are no settings, and cost minutes to read.
+    values = {key: field.contents() for key, field in reader.fields.items() if len(field.types) == 1}
+    architecture = str(values.get("general.architecture", ""))
+    found: dict[str, Any] = {"model_type": printable(architecture)} if architecture else {}
+    for key, value in values.items():
+        if not key.startswith(("general.", "GGUF.")):
+            found[key.removeprefix(f"{architecture}.")] = value
+    return found
 
 
 def _gguf_files(path: Path) -> list[Path]:
@@ -125,12 +162,18 @@ def _require_complete_series(files: list[Path]) -> None:
 
 
 def _headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
-    # The data may be missing, as in a partial download: only the values of the connections are needed.
-    return {tensor.name: tensor for file in files for tensor in read_header(file, complete=False)}
+    found = {}
+    for file in files:
+        with opened(file) as stored:
+            names = stored.keys()
+            for name in names:
+                part = stored.get_slice(name)
+                found[name] = StoredTensor(name, tuple(part.get_shape()), part.get_dtype(), file)
+    return found
 
 
 def read_values(tensors: Iterable[StoredTensor]) -> dict[str, np.ndarray]:
-    """Read the values of some tensors as float64; no other byte of their files is read.
+    """Read the values of some tensors as float64; no other tensor of their files is read.
 
     Raises CheckpointError: If a file is torn, a type is not floating point, or a value is not finite.
     """
@@ -138,24 +181,11 @@ def read_values(tensors: Iterable[StoredTensor]) -> dict[str, np.ndarray]:
 
 
 def _finite_values(tensor: StoredTensor) -> np.ndarray:
-    in_gguf = tensor.file.suffix == GGUF
-    if tensor.dtype not in NUMPY_TYPES and not in_gguf:
-        raise CheckpointError(
-            f"'{tensor.name}' is stored as {tensor.dtype}; expected one of {', '.join(NUMPY_TYPES)}: take a checkpoint whose "
-            "connections are not quantised"
-        )
-    if tensor.start == tensor.stop and math.prod(tensor.shape) == 0:
+    if math.prod(tensor.shape) == 0:
         raise CheckpointError(
             f"'{tensor.name}' has no values (its shape is {tensor.shape}); download the checkpoint again"
         )
-    # Before reading: `read` takes the memory for all that it is asked for.
-    if tensor.stop > tensor.file.stat().st_size:
-        raise _ends_early(tensor)
-    # By seek and read, not by a memory map of the shard: that fails where the shard is larger than the memory.
-    with tensor.file.open("rb") as opened:
-        opened.seek(tensor.start)
-        raw = np.frombuffer(opened.read(tensor.stop - tensor.start), np.uint8)
-    values = _decoded(tensor, raw).astype(np.float64)
+    values = (_of_gguf if tensor.file.suffix == GGUF else _of_safetensors)(tensor)
     num_broken = int(np.sum(~np.isfinite(values)))
     if num_broken:
         raise CheckpointError(
@@ -165,17 +195,23 @@ def _finite_values(tensor: StoredTensor) -> np.ndarray:
     return values
 
 
-def _decoded(tensor: StoredTensor, raw: np.ndarray) -> np.ndarray:
-    if tensor.dtype not in NUMPY_TYPES:
-        return dequantised(tensor, raw)
-    stored_type = np.dtype(NUMPY_TYPES[tensor.dtype])
-    if raw.size != stored_type.itemsize * math.prod(tensor.shape):
-        raise _ends_early(tensor)
-    stored = raw.view(stored_type)
-    if tensor.dtype == "BF16":  # the upper half of a float32
-        stored = (stored.astype(np.uint32) << 16).view(np.float32)
-    return stored.reshape(tensor.shape)
+def _of_safetensors(tensor: StoredTensor) -> np.ndarray:
+    if tensor.dtype not in FLOATS:
+        raise CheckpointError(
+            f"'{tensor.name}' is stored as {tensor.dtype}; expected one of {', '.join(FLOATS)}: take a checkpoint whose "
+            "connections are not quantised"
+        )
+    with opened(tensor.file) as stored:
+        return np.asarray(stored.get_tensor(tensor.name).double().numpy())
 
 
-def _ends_early(tensor: StoredTensor) -> CheckpointError:
-    return torn_file(tensor.file, f"it ends before the data of '{tensor.name}'")
+def _of_gguf(tensor: StoredTensor) -> np.ndarray:
+    advice = "take a GGUF whose connections are F32, F16, BF16 or of a type that the package gguf dequantises"
+    with errors_of(
+        "gguf", f"'{tensor.name}' is stored as {tensor.dtype}, which cannot be dequantised", advice
+    ):
+        from gguf.quants import dequantize
+
+        found = next(each for each in gguf_reader(tensor.file).tensors if each.name == tensor.name)
+        values = dequantize(found.data, found.tensor_type)
+        return np.asarray(values, np.float64).reshape(tensor.shape)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
-from depthscope.probes.checkpoints.building_limits import StoredSize
-from depthscope.probes.checkpoints.errors import CheckpointError, errors_of
+from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, first_line
 from depthscope.probes.checkpoints.own_files import exists, own_file, read_json, require_file
-from depthscope.probes.checkpoints.pickle_files import load_pickle, tensors_in
-from depthscope.probes.checkpoints.safetensors_header import BITS, StoredTensor, read_header, torn_file
 
 INDEX_ENDING = ".safetensors.index.json"
 # Keys under which training scripts save the weights next to the optimizer: Lightning's, then two common ones.
@@ -40,8 +38,9 @@ def state_dict(path: Path) -> dict[str, torch.Tensor]:
     if files:
         tensors: dict[str, torch.Tensor] = {}
         for file in files:
-            check_safetensors([file])
-            loaded = load_file(file)
+            with opened(file) as stored:
+                names = stored.keys()
+                loaded = {name: stored.get_tensor(name) for name in names}
             twice = tensors.keys() & loaded.keys()
             if twice:
                 raise CheckpointError(
@@ -108,44 +107,37 @@ def read_index(index: Path) -> dict[str, str]:
     return entries
 
 
-def check_safetensors(files: Iterable[Path]) -> list[StoredTensor]:
-    """Refuse torn files before anything is built on them.
+def opened(file: Path) -> Any:
+    """A safetensors file, for `with`: its names, shapes and tensors.
 
-    Raises CheckpointError: If a number of a header does not fit its file.
+    Raises CheckpointError: If it is torn or no safetensors file.
     """
-    tensors = []
-    for file in files:
-        tensors += read_header(file)
+    try:
+        return safetensors.safe_open(require_file(file), framework="pt")
+    except Exception as error:  # the library has an error of its own, which is no OSError and no ValueError
+        raise CheckpointError(
+            f"'{file}' is torn or not a safetensors file ({first_line(error)}); download or copy it again"
+        ) from error
+
+
+def load_pickle(file: Path) -> Any:
+    """The contents of a ``.bin``, ``.pt`` or ``.pth`` file: tensors and plain values, no code.
+
+    Raises CheckpointError: If it is no regular file, torn, or would have to run code.
+    """
+    require_file(file)
+    with errors_of("torch", f"'{file}' cannot be read as torch weights"), warnings.catch_warnings():
+        # That it was written by another program is no reason to refuse it.
+        warnings.filterwarnings("ignore", message="Detected pickle protocol")
         try:
-            with safetensors.safe_open(file, framework="pt"):
-                pass  # the library's own opinion, which it would give later in the middle of loading
-        except Exception as error:
-            raise torn_file(file, str(error)) from error
-    return tensors
-
-
-def stored_size(files: Iterable[Path]) -> StoredSize:
-    """How much weight files contain, all of them checked."""
-    shapes: list[tuple[int, ...]] = []
-    num_elements = 0
-    for file in files:
-        found: list[Any] = (
-            check_safetensors([file])
-            if file.suffix == ".safetensors"
-            else list(tensors_in(load_pickle(file)))
-        )
-        for tensor in found:
-            shapes.append(tuple(tensor.shape))
-            num_elements += math.prod(tensor.shape) * _elements_in_one(tensor.dtype)
-    largest = max((size for shape in shapes for size in shape), default=0)
-    return StoredSize(num_elements, len(shapes), largest)
-
-
-def _elements_in_one(dtype: str | torch.dtype) -> int:
-    """Weights that one stored number may contain: quantised ones of two bits or more are packed into integers."""
-    if isinstance(dtype, torch.dtype):
-        return 1 if dtype.is_floating_point or dtype.is_complex else 4 * dtype.itemsize
-    return BITS.get(dtype, 0) // 2 if dtype[0] in "IU" else 1
+            # Mapped where the format allows it: a file may be larger than the memory.
+            mapped = zipfile.is_zipfile(file)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"'{file}' is a pickle that contains more than tensors and would have to run code to open, or it is torn; "
+                "save the weights alone with torch.save(model.state_dict(), path), or ask for a .safetensors version"
+            ) from error
 
 
 def _find_state_dict(content: object, path: Path) -> dict[str, torch.Tensor]:

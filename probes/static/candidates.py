@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from depthscope.probes.checkpoints.errors import CheckpointError
-from depthscope.probes.checkpoints.safetensors_header import StoredTensor
+from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
 from depthscope.probes.static.dialect import Dialect
 from depthscope.probes.static.formula import FormulaError
 from depthscope.probes.static.shapes import Sizes

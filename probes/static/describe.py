@@ -15,8 +15,12 @@ import numpy as np
 from depthscope.probes.checkpoints.errors import CheckpointError, printable
 from depthscope.probes.checkpoints.hub import hub_files, is_hub_name
 from depthscope.probes.checkpoints.own_files import exists, given_path, own_file, read_json
-from depthscope.probes.checkpoints.safetensors_header import StoredTensor
-from depthscope.probes.checkpoints.tensor_inventory import Inventory, read_values, take_inventory
+from depthscope.probes.checkpoints.tensor_inventory import (
+    Inventory,
+    StoredTensor,
+    read_values,
+    take_inventory,
+)
 from depthscope.probes.static.depth import applied_reads, depth_read
 from depthscope.probes.static.dialect import known_dialects, read_dialects
 from depthscope.probes.static.facts import (

@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 
-from depthscope.probes.checkpoints.safetensors_header import StoredTensor
+from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
 from depthscope.probes.static.candidates import WEIGHT, Candidate, Names, Tensors
 from depthscope.probes.static.facts import Unrecognised
 from depthscope.probes.static.formula import MOST_PERMUTED

@@ -12,9 +12,8 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import StorageError, TakenError
-from depthscope.diagnostics.schema.live_store import LiveStore, require_live_place
-from depthscope.diagnostics.schema.live_store_files import is_live_store, live_log_of
-from depthscope.diagnostics.schema.live_store_history import read_history
+from depthscope.diagnostics.schema import LiveRows, is_live_store
+from depthscope.diagnostics.schema.live_store import LiveStore, live_log_of, require_live_place
 from depthscope.probes.run.build_run import Proven, prove, step_numbers
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.session import Session
@@ -58,11 +57,11 @@ class LiveRecording:
                     "which is a folder, or name another path"
                 )
         require_live_place(self._folder, resume=resume, force=force)
-        earlier = read_history(self._folder) if resume and is_live_store(self._folder) else None
+        earlier = LiveRows(self._folder) if resume and is_live_store(self._folder) else None
         self.last_step = None if earlier is None else earlier.last_step
         self._earlier_losses: list[tuple[int, float]] = []
         if earlier is not None and LOSS in earlier.variables:
-            steps, losses = earlier.steps().tolist(), earlier.values(LOSS).tolist()
+            steps, losses = earlier.steps.tolist(), earlier.column(LOSS).tolist()
             self._earlier_losses = list(zip(steps, losses, strict=True))
 
     def earlier_losses(self, before: int) -> list[float]:
@@ -225,5 +224,6 @@ class LiveRecording:
             store.save_state(build())
             with schema.open_run(self._folder) as whole:
                 schema.save_run(whole, self._file, force=self._force)
+        self._force = True  # where the block is entered once more, the file is this recorder's
         if store is not None and is_complete:
             store.remove()

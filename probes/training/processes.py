@@ -14,8 +14,6 @@ from torch import nn
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.joining import part_name, parts_of
-from depthscope.diagnostics.schema.live_store_files import is_live_store
-from depthscope.diagnostics.schema.live_store_history import read_history
 
 FULLY_SHARDED = "FullyShardedDataParallel"
 
@@ -41,7 +39,7 @@ def place_of_part(store: str | Path, part: tuple[int, int]) -> Path:
 
 def last_common_step(folder: Path) -> int | None:
     """The last step that every part of a run has; None where there are none."""
-    histories = [read_history(path) for path in parts_of(folder) if is_live_store(path)]
+    histories = [schema.LiveRows(path) for path in parts_of(folder) if schema.is_live_store(path)]
     known = [history.last_step for history in histories if history.last_step is not None]
     return min(known, default=None)
 

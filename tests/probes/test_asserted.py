@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from depthscope.app.cli.command import USAGE
 from torch import nn
 
 import depthscope as ds
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import USAGE, main
 from depthscope.probes.history import probe_checkpoints
 from tests.models.plain_stack import Block, Stack
 from tests.models.small_models import lucidrains

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -25,7 +24,6 @@ from torch import nn
 from depthscope import probes
 from depthscope.diagnostics import schema
 from tests.models.families import FAMILIES, Family, built, floats, tilted
-from tests.models.matrix.page import markdown, section_of
 
 ROOT = Path(__file__).parents[2]
 TABLE = ROOT / "docs" / "compatibility.md"
@@ -262,43 +260,3 @@ def gradients_in_words(run: xr.DataTree, chains: Iterable[str]) -> str:
         f"{name} {'all' if all(known) else f'{sum(known)} of {len(known)}' if any(known) else 'none'}".strip()
         for name, known in have.items()
     )
-
-
-def page() -> str:
-    rows = [row(outcome(family)) for family in FAMILIES]
-    return f"""# Compatibility
-
-Every row is a tiny random model of its family that a test builds and captures, forward and backward
-(`tests/probes/test_compatibility.py`); each state and each gradient is compared with what hooks of the test's own see, bit for
-bit. This part is written by `{COMMAND}`.
-
-- **states**: how many states each chain has, the embedding among them; a stage is a part of a chain with one width and one
-  number of tokens.
-- **layout**: the axes of the model's own tensor: B batch, T tokens, N streams, F fractions, D features, H and W an image.
-- **connection**: what joins the states, and which of its weights are read.
-- **orientation**: proven by recomputing the next state with the matrix and with its transpose.
-- **error**: the largest relative error of a recomputed next state, ‖X' − (H_res X + H_post ⊗ F)‖ / ‖X'‖.
-- **gradients**: at which states the gradient of the loss arrived.
-
-{markdown(HEAD, [[cells[column] for column in HEAD] for cells in rows])}
-
-A model that is not in this table is read in the same way, by what its operations carry, or refused with the reason. The last
-rows are models that declare no streams and have some.
-
-{section_of(TABLE.read_text(encoding="utf-8"))}
-"""
-
-
-@pytest.mark.slow(one_in=5)
-def test_the_page_says_what_was_captured():
-    assert TABLE.read_text(encoding="utf-8") == page(), f"run {COMMAND}"
-
-
-def write() -> None:
-    TABLE.write_text(page(), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    write()

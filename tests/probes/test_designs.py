@@ -14,23 +14,18 @@ from tests.models.designs.catalogue import DESIGNS
 from tests.models.designs.design import Design
 from tests.models.designs.outcome import Outcome, all_outcomes, judged, outcome
 from tests.models.designs.parts import tilted
-from tests.thoroughness import sample_or_every
 
-# A sixteenth of the designs on every change, and some others among the slow tests.
+# Each design is described; of what takes longer, a sixteenth.
 EVERY = 16
-MORE = 8
 
 
-def each(designs: Sequence[Design], more: int = MORE) -> pytest.MarkDecorator:
-    """A test of each design; all but a sixteenth are slow tests, of which so many are drawn."""
-    cases = [
-        pytest.param(design, id=design.name, marks=[pytest.mark.slow(more=more)] if number % EVERY else [])
-        for number, design in enumerate(designs)
-    ]
+def each(designs: Sequence[Design], every: int = EVERY) -> pytest.MarkDecorator:
+    """A test of every so-many-th design."""
+    cases = [pytest.param(design, id=design.name) for design in designs[::every]]
     return pytest.mark.parametrize("design", cases)
 
 
-EACH = each(DESIGNS)
+EACH = each(DESIGNS, every=1)
 
 
 # What is not «right» at once, and «right» again with its author's answers to all questions (`tests.models.designs.outcome`):
@@ -97,10 +92,10 @@ def test_a_design_is_right_or_what_is_said_of_it(design):
 
 FIXED = [design for design in DESIGNS if not design.training]
 # Each forward and backward more costs as much as the table's own test.
-LATER, BACKWARD = sample_or_every(FIXED[::24], FIXED), sample_or_every(FIXED[1::24], FIXED)
+LATER, BACKWARD = FIXED[::24], FIXED[1::24]
 
 
-@each(LATER, more=4)
+@each(LATER, every=1)
 def test_later_forwards_are_read_like_the_first(design):
     word, _, _ = expected(design)
     if word in ("right", "states", "unproven"):
@@ -120,7 +115,7 @@ WITHOUT_GRADIENTS = (
 )
 
 
-@each(BACKWARD, more=4)
+@each(BACKWARD, every=1)
 def test_gradients_of_the_states_are_those_of_the_designs_own_hooks(design):
     word, _, _ = expected(design)
     if word in ("right", "states") and not any(words in design.name for words in WITHOUT_GRADIENTS):

@@ -58,7 +58,6 @@ def test_a_history_has_the_numbers_of_each_checkpoint(checkpoints, tmp_path):
     assert layers == {"embed": -1, **of_blocks, "norm": -1, "head": -1}
 
 
-@pytest.mark.slow(one_in=5)
 def test_a_broken_checkpoint_is_told_and_the_exit_code_says_so(checkpoints, tmp_path, capsys):
     paths, *_ = checkpoints
     (tmp_path / "t.txt").write_text(TEXT)

@@ -26,7 +26,7 @@ import xarray as xr
 
 from depthscope import diagnostics
 from depthscope.app.readings.close_up import read_close_up
-from depthscope.app.readings.saved_history import cells_of
+from depthscope.app.readings.training_history import cells_of
 from depthscope.app.readings.standings import OF_STREAMS
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.declaration import metric

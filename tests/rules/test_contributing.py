@@ -9,10 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from tests.long_tests import number_kept
-
 ROOT = Path(__file__).parents[2]
 KINDS = ("metric", "verdict", "figure", "page", "command")
 BLOCK = re.compile(r"<!-- (?P<order>[^>]*?) -->\n+```(?:python|text)\n(?P<code>.*?)```", re.DOTALL)
@@ -97,7 +93,6 @@ if not hasattr(contents, "every"):
 """
 
 
-@pytest.mark.slow
 def test_each_example_is_one_definition_and_one_line(tmp_path):
     folder = checkout(tmp_path)
     definitions, lines, rules = {}, {}, []
@@ -124,10 +119,3 @@ def test_each_example_is_one_definition_and_one_line(tmp_path):
     of_all = "not (shows_the_numbers or matplotlib_draws) or feature_skewness"
     run(folder, *pytest_rules, "-k", of_all, "-W", "ignore", *(f"check_{kind}.py" for kind in KINDS))
     run(folder, "-m", "ruff", "check", "--no-cache", "probes", "diagnostics", "app")
-
-
-def test_the_table_of_long_tests_names_tests_that_exist():
-    for name in number_kept():
-        path, _, test = name.partition("::")
-        there = f"def {test}(" in (ROOT / path).read_text()
-        assert there, f"{name} is gone: take it out of tests/long_tests.txt"

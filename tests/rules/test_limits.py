@@ -23,21 +23,6 @@ def _profiles(analyses):
                 yield analysis, verdict, profile
 
 
-@pytest.mark.slow
-def test_what_is_judged_as_a_metric_is_that_metric_in_its_units(analyses):
-    """«deflated gain» was a logarithm in tables and a share in its verdict."""
-    seen = set()
-    for analysis, verdict, profile in _profiles(analyses):
-        if not profile.metric:
-            continue
-        assert profile.metric in CATALOGUE
-        assert profile.metric in verdict.drawn_on, verdict.name
-        known = profile.values.values[np.isfinite(profile.values.values)]
-        assert np.isin(known, last_step(analysis)[profile.metric].values).all(), verdict.name
-        seen.add(profile.metric)
-    assert {"composite_gain", "relative_deflated_gain", "stream_cosine", "token_cosine", "read_mass"} <= seen
-
-
 def test_a_declared_healthy_range_is_what_no_verdict_reports(analyses):
     judged = {
         name: {passing_range({"run": limits}) for limits in judged_limits(name, analyses).values()}

@@ -10,7 +10,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-import xarray as xr
 
 ROOT = Path(__file__).parents[2]
 MODEL = """
@@ -106,7 +105,6 @@ def sources() -> set[str]:
     return present | {"depthscope/__init__.py", "depthscope/__main__.py", "depthscope/py.typed"}
 
 
-@pytest.mark.slow
 def test_wheel_and_sdist_hold_every_file_under_one_name(built):
     for name in ("wheel", "direct"):
         with zipfile.ZipFile(built[name]) as archive:
@@ -140,50 +138,6 @@ def installed(built, tmp_path_factory) -> tuple[Path, Path]:
     return environment / "bin", folder
 
 
-@pytest.mark.slow(one_in=5)
-def test_each_extra_installs_what_it_promises_beside_a_users_own_folders(installed, built, residual_run):
-    """One environment that grows: core, then capture, then app and paper."""
-    binary, folder = installed
-    from depthscope.app.readings.readings import COMPLETE
-    from depthscope.diagnostics import analyze
-    from depthscope.diagnostics.schema import save_run
-
-    save_run(residual_run, folder / "saved.zarr.zip")
-    # With two metrics and no trace: a few figures, which are drawn at once.
-    metrics = analyze(residual_run, metrics=["effective_rank", "residual_norm"]).assign_attrs(
-        {COMPLETE: True}
-    )
-    measured = {"/": xr.Dataset(attrs=residual_run.attrs), "/metrics": metrics}
-    save_run(xr.DataTree.from_dict(measured), folder / "measured.zarr.zip")
-    command = binary / "depthscope"
-    run(command, "check", "saved.zarr.zip", folder=folder)
-    assert "depth" in run(command, "analyze", "saved.zarr.zip", folder=folder)
-    assert f"pip install 'depthscope[capture] @ {built['wheel'].as_uri()}'" in run(
-        command, "describe", "mymodel:make", folder=folder, fails=True
-    )
-    assert f"pip install 'depthscope[paper] @ {built['wheel'].as_uri()}'" in run(
-        command, "export", "saved.zarr.zip", "--out", "paper", folder=folder, fails=True
-    )
-    assert f"pip install 'depthscope[app] @ {built['wheel'].as_uri()}'" in run(
-        command, "dashboard", "saved.zarr.zip", folder=folder, fails=True
-    )
-
-    run(binary / "pip", "install", "-q", f"{built['wheel']}[capture]", folder=folder)
-    assert "3 × Block" in run(
-        binary / "python", "-m", "depthscope", "describe", "mymodel:make", folder=folder
-    )
-    run(binary / "python", "train.py", folder=folder)
-    run(command, "analyze", "a.zarr.zip", folder=folder)
-
-    run(binary / "pip", "install", "-q", f"{built['wheel']}[app,paper]", folder=folder)
-    run(command, "export", "measured.zarr.zip", "--out", "paper", folder=folder)
-    run(command, "report", "measured.zarr.zip", "--out", "report.html", folder=folder)
-    assert "http://127.0.0.1" in served(command, "dashboard", "saved.zarr.zip", "--no-browser", folder=folder)
-    assert (folder / "paper" / "main.tex").exists()
-    assert (folder / "report.html").exists()
-
-
-@pytest.mark.slow
 def test_a_checkout_without_links_is_refused_and_both_ways_on_work(tmp_path):
     """As git leaves it with core.symlinks=false: each link is a small file."""
     clone = tmp_path / "clone"

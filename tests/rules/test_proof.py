@@ -132,7 +132,6 @@ def test_tables_pages_and_reports_say_it(runs, readings, tmp_path):
     assert manifest["runs"]["plain"]["attributes"]["proof"] == UNPROVEN
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", ["check", "compare", "analyze"])
 def test_commands_say_it_in_text_and_json(runs, tmp_path, capsys, command):
     path = schema.save_run(runs["streams"], tmp_path / "run.zarr.zip")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from depthscope.app.drawing.matplotlib import to_matplotlib
 from depthscope.app.figures import DEFINED, DRAWN, FIGURES, NOT_DRAWN, Heatmap, Lines, catalogue
 from depthscope.app.figures.build.default_figure import default_figure, default_figures, undrawn_dims
 from depthscope.app.figures.specification import FigureKind
@@ -78,13 +77,6 @@ def test_a_declaration_is_enough_for_a_figure(whole):
         assert isinstance(figure, Heatmap) == (metric.pairwise or bool({"order", "head"} & set(metric.dims)))
         measured = [figure.z] if isinstance(figure, Heatmap) else [line.y for line in figure.lines]
         assert any(np.isfinite(values).any() for values in measured)
-
-
-@pytest.mark.slow(one_in=5)
-def test_matplotlib_draws_every_figure(whole):
-    """As plotly does in `tests/app/drawing/test_plotly.py`."""
-    for kind in FIGURES.values():
-        assert to_matplotlib(kind.build(whole)).axes, kind.name
 
 
 @pytest.mark.parametrize("name", sorted(set(DEFINED) & set(DEFAULTS)))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import shlex
 from pathlib import Path
 
-import depthscope
-from depthscope.app.cli.parser import build_parser
+import typer
+
+from depthscope.app.cli.main import application
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(
@@ -54,17 +54,6 @@ def test_every_picture_of_a_notebook_has_words():
                 assert re.search(r"^    alt: \S.{30}", cell, re.MULTILINE), cell
 
 
-def test_every_public_name_is_shown_with_what_it_gives():
-    """The API page links each name to a page that is run when the site is built, with its picture or output."""
-    spec = importlib.util.spec_from_file_location("public_names", DOCS / "_site" / "public_names.py")
-    public_names = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(public_names)
-    names = [*depthscope.__all__]
-    for module in public_names.LISTED:
-        names += [f"{module}.{name}" for name in public_names.names_of(getattr(depthscope, module))]
-    assert [name for name in names if not public_names.shown_in(name)] == []
-
-
 def _commands(text: str) -> list[list[str]]:
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     lines = [line for block in blocks for line in block.splitlines()]
@@ -74,12 +63,8 @@ def _commands(text: str) -> list[list[str]]:
 
 
 def _options() -> dict[str, set[str]]:
-    commands = next(
-        action
-        for action in build_parser()._actions
-        if getattr(action, "choices", None) and action.dest == "command"
-    )
+    commands = typer.main.get_command(application()).commands
     return {
-        name: {option for action in parser._actions for option in action.option_strings}
-        for name, parser in commands.choices.items()
+        name: {option for each in command.params for option in (*each.opts, *each.secondary_opts)}
+        for name, command in commands.items()
     }

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+from collections import Counter
 
 import torch
 
-from tests.verdicts import page
 from tests.verdicts.drawing import Case, cases, run_case
 from tests.verdicts.scoring import RIGHT
 
@@ -28,13 +28,10 @@ def main() -> int:
     parser.add_argument(
         "--case", type=int, metavar="SEED", help="run the networks of the words again by their own seed"
     )
-    parser.add_argument("--write", action="store_true", help="write docs/verdicts.md")
     parser.add_argument(
         "--all", action="store_true", help="print every network, not only those that went wrong"
     )
     args = parser.parse_args()
-    if args.write and args.words:
-        parser.error("--write needs all mechanisms: leave out the words")
     draw = random.SystemRandom().randrange(10**6) if args.draw is None else args.draw
     torch.set_num_threads(1)
     sys.stdout.write(f"draw {draw}, {args.cases} networks\n")
@@ -45,9 +42,11 @@ def main() -> int:
             sys.stdout.write(f"{outcomes[-1][1].line}\n")
             sys.stdout.flush()
     spent = sum(outcome.seconds for _, outcome in outcomes)
-    sys.stdout.write(f"\n{page.tables(outcomes)}\n\n{spent:.0f} s of one core\n")
-    if args.write:
-        page.write(outcomes, draw)
+    for faulty in (True, False):
+        counts = Counter(outcome.outcome for case, outcome in outcomes if case.faulty == faulty)
+        words = ", ".join(f"{count} {word}" for word, count in counts.most_common())
+        sys.stdout.write(f"{'faulty' if faulty else 'healthy'}: {words}\n")
+    sys.stdout.write(f"{spent:.0f} s of one core\n")
     return 0
 
 

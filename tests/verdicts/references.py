@@ -27,7 +27,7 @@ from torch.nn import functional
 from depthscope import diagnostics, probes
 from depthscope.diagnostics import Severity
 from depthscope.diagnostics.verdicts import VERDICTS, calibration
-from tests.verdicts import healthy, measuring, page
+from tests.verdicts import healthy, measuring
 from tests.verdicts.networks import DEPTH, LOOPED, PATCHED, PLAIN, STAGED, STREAMED, built
 from tests.verdicts.plans import Plan
 from tests.verdicts.tasks import TASKS, Task, loss_of
@@ -293,59 +293,6 @@ def write(rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def alarms_of_new_kinds(name: str) -> tuple[int, int]:
-    """Leave one kind out: how many networks are beyond the limit that all other kinds give, and of how many."""
-    above, beyond, count = VERDICTS[name].limits.above, 0, 0
-    rows = [row for row in calibration.healthy_networks() if row.get(name)]
-    for kind in dict.fromkeys(row["kind"] for row in rows):
-        limit = calibration.limit_with_margin(calibration.healthy_values(name, without=kind), above=above)
-        values = [float(row[name]) for row in rows if row["kind"] == kind]
-        beyond += sum(value > limit if above else value < limit for value in values)
-        count += len(values)
-    return beyond, count
-
-
-def page_of_the_table() -> str:
-    """What the page says of the reference networks."""
-    rows = kept_rows()
-    grown = [row for row in rows if int(row["steps"])]
-    loud = [row for row in rows if row["loud"]]
-    head = ("verdict", "bad is", "WARN", "FAIL", "networks", "half", "worst", "the worst is", "limit of 99 % with margin",
-            "of a new kind beyond that", "loud")  # fmt: skip
-    lines = []
-    for name, verdict in VERDICTS.items():
-        values, limits = calibration.healthy_values(name), verdict.limits
-        if len(values) < calibration.ENOUGH_TO_TELL or verdict.about == "reading":
-            continue
-        ordered = values if limits.above else values[::-1]
-        worst = next(row for row in grown if row.get(name) and float(row[name]) == ordered[-1])
-        # Of fewer networks 99 % says nothing: no limit yet.
-        limit, of_new_kinds = "", ""
-        if len(values) >= calibration.FEWEST:
-            limit = f"{calibration.limit_with_margin(values, above=limits.above):.3g}"
-            of_new_kinds = "{} of {}".format(*alarms_of_new_kinds(name))
-        lines.append((
-            f"`{name}`", "above" if limits.above else "below",
-            *("" if x is None else f"{x:g}" for x in (limits.warn, limits.fail)),
-            str(len(values)), f"{ordered[len(ordered) // 2]:.3g}", f"{ordered[-1]:.3g}", worst["kind"],
-            limit, of_new_kinds,
-            str(sum(name in row["loud"].split() for row in rows) or ""),
-        ))  # fmt: skip
-    told = "; ".join(f"{row['kind']} {row['number']} ({row['loud']})" for row in loud) or "none"
-    minutes = sum(float(row["seconds"]) for row in rows) / 60
-    return f"""
-`python -m tests.verdicts.references` trained {len(grown)} networks of {len({row["kind"] for row in grown})} kinds so far (of
-{sum(kind.steps > 0 for kind in KINDS)} that it knows), and made {len(rows) - len(grown)} fresh ones ({minutes:.0f} minutes of
-one core): real text, digits, photographs and algorithmic tasks, by AdamW, SGD and Muon with warm-up and decay. The table is
-`diagnostics/verdicts/healthy_networks.csv`; the weights are not kept. Limits that cite them lie by a factor of
-{calibration.MARGIN:g} beyond what 99 % of the trained ones have, where there are {calibration.FEWEST} or more. *Of a new
-kind*: networks beyond the limit that all other kinds give; of a suspicion that is no alarm yet, for an experiment decides.
-Loud about {len(loud)} of {len(rows)} networks: {told}.
-
-{page.table(head, lines)}
-"""
-
-
 def main() -> int:
     """Train and measure what is missing, one network of every kind before the second of any."""
     parser = argparse.ArgumentParser(prog="python -m tests.verdicts.references", description=__doc__)
@@ -382,7 +329,6 @@ def main() -> int:
                 f"{kind.title} {number}: loss {row['loss']}, {row['seconds']} s, loud: {row['loud'] or 'none'}\n"
             )
             sys.stdout.flush()
-    page.write_section("Healthy networks", page_of_the_table())
     return 0
 
 

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import random
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-from scipy.stats import binom
 
 from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.verdicts import VERDICTS
-from tests.thoroughness import number_of_draw
-from tests.verdicts import doses, measuring, page, references, scoring
+from tests.verdicts import measuring, references, scoring
 from tests.verdicts.drawing import Case, cases, faulty_run, run_case
 from tests.verdicts.faults import FAULTS, Fault, Network
 from tests.verdicts.healthy import KINDS
@@ -26,16 +23,6 @@ from tests.verdicts.plans import Plan
 torch.set_num_threads(1)
 
 NETWORKS = 5
-
-
-@pytest.mark.slow
-def test_a_draw_that_nobody_has_seen_is_judged_right():
-    draw = number_of_draw()
-    outcomes = [run_case(case) for case in cases(draw, NETWORKS, slow=False)]
-    wrong = [outcome.line for outcome in outcomes if outcome.outcome not in scoring.RIGHT]
-    # More than a draw has by chance, once in a thousand draws, where the page is right about how often a verdict is wrong.
-    allowed = binom.ppf(0.999, NETWORKS, page.share_wrong(page.PAGE.read_text(encoding="utf-8")))
-    assert len(wrong) <= allowed, "\n".join([f"draw {draw} (DEPTHSCOPE_DRAW={draw} repeats it):", *wrong])
 
 
 def test_the_weights_of_a_block_that_has_no_state_are_recorded():
@@ -220,24 +207,6 @@ VERDICT_ERROR = RuntimeError("not one of the product's own errors")
 # --- the page and the calibration set ---
 
 
-def test_the_page_counts_at_least_sixty_of_each():
-    text = page.PAGE.read_text(encoding="utf-8")
-    for pattern in (r"(\d+) faulty networks", r"(\d+) healthy ones"):
-        assert int(re.search(pattern, text)[1]) >= 60
-    assert 0 < page.share_wrong(text) < 0.2
-    for each in (*FAULTS, *KINDS):
-        assert f"| {each.title} |" in text
-
-
-def test_a_section_is_written_in_its_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "PAGE", tmp_path / "page.md")
-    page.PAGE.write_text("# Title\n\n## One\n\nold\n\n## Two\n\nkept\n", encoding="utf-8")
-    page.write_section("One", "\nnew\n\n### Inner\n")
-    page.write_section("Three", "\nlast\n")
-    found = page.PAGE.read_text(encoding="utf-8")
-    assert found == "# Title\n\n## One\n\nnew\n\n### Inner\n\n## Two\n\nkept\n\n## Three\n\nlast\n"
-
-
 def test_the_reference_networks_are_of_today():
     rows = references.kept_rows()
     titles = [kind.title for kind in references.KINDS]
@@ -252,26 +221,3 @@ def test_the_reference_networks_are_of_today():
     # What more than one of twenty healthy networks is blamed for is no limit.
     for name in VERDICTS:
         assert sum(name in row["loud"].split() for row in rows) <= 0.05 * len(rows), name
-
-
-@pytest.mark.slow
-def test_a_reference_network_is_the_same_for_the_same_number():
-    kind = replace(references.KINDS[7], steps=20)
-    one, other = references.measured(kind, 1), references.measured(kind, 1)
-    assert {**one, "seconds": 0} == {**other, "seconds": 0}
-    assert one["residual_not_finite"] == "0"
-
-
-def test_every_dose_names_verdicts_that_exist():
-    for fault in doses.FAULTS:
-        assert set(fault.verdicts) <= set(VERDICTS)
-        assert set(fault.hosts) <= set(doses.HOSTS)
-        assert len(set(fault.doses)) == 6
-        steps = np.sign(np.diff(fault.doses))
-        assert abs(steps.sum()) == 5  # from harmless to fatal
-
-
-def test_the_area_under_the_roc():
-    assert doses.area([2.0, 3.0], [1.0, 0.0]) == 1.0
-    assert doses.area([1.0], [1.0]) == 0.5
-    assert np.isnan(doses.area([np.nan], [1.0]))

@@ -1,6 +1,6 @@
 """How do runs get analysed and tested while a visitor looks at something else? By worker processes, one per core."""
 
-# What they find is saved next to the runs (`kept_readings`): the server reads it from there, and never analyses itself.
+# What they find is saved in the user's cache (`kept_readings`): the server reads it from there, and never analyses itself.
 
 from __future__ import annotations
 

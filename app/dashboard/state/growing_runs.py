@@ -16,13 +16,12 @@ from depthscope.app.dashboard.state.reading_cache import CACHE_BYTES, ReadingCac
 from depthscope.app.dashboard.state.run_reading import UnreadableRun, read, sentence, version_of
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.first_findings import FirstFindings, KnownFindings
-from depthscope.app.readings.followed_history import FollowedHistory
-from depthscope.app.readings.followed_history import history_of as read_history
 from depthscope.app.readings.kept_first_findings import kept_first_findings
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import TrainingHistory
+from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.schema import FollowedStore
+from depthscope.diagnostics.schema import LiveRows
 
 __all__ = [
     "first_findings_of",
@@ -57,7 +56,7 @@ _lock = RLock()
 
 _growing: dict[Path, _Growing] = {}
 
-_stores: dict[Path, FollowedStore] = {}
+_stores: dict[Path, LiveRows] = {}
 
 _followed: dict[tuple[Path, str], TrainingHistory] = {}
 
@@ -128,11 +127,11 @@ def has_history(path: Path) -> bool:
     return False
 
 
-def _current_store(path: Path) -> FollowedStore:
+def _current_store(path: Path) -> LiveRows:
     """The store of a path as it is now; those that were not asked for lately are let go."""
     store = _stores.pop(path, None)
     if store is None:
-        store = FollowedStore(path)
+        store = LiveRows(path)
     else:
         store.refresh()
     _stores[path] = store
@@ -157,7 +156,7 @@ def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
                 followed = _followed[path, reading.chain] = _opened_history(reading)
                 while len(_followed) > MOST_FOLLOWED:
                     _followed.pop(next(iter(_followed)))
-            elif isinstance(followed, FollowedHistory):
+            else:
                 followed.refresh()
             return followed
         except (schema.SchemaError, OSError) as error:

@@ -134,7 +134,7 @@ def read_run(
 ) -> tuple[Reading, ...] | UnreadableRun:
     """A listed run, analysed and judged: one reading for each of its chains.
 
-    An analysis is saved next to the run, see `kept_readings`.
+    An analysis is saved in the user's cache, see `kept_readings`.
 
     ``name``: A name from `list_runs`, possibly from a URL.
     ``listed``: what `list_runs` returned just now: for many names the folders are walked through once.

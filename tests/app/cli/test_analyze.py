@@ -68,23 +68,6 @@ def test_a_wrong_option_of_analyze_writes_nothing(unmeasured, tmp_path, capsys, 
     assert list(tmp_path.iterdir()) == [path]
 
 
-@pytest.mark.slow
-def test_metrics_that_a_run_contains_stay_with_those_measured_again(unmeasured, tmp_path):
-    path = schema.save_run(schema.open_run(unmeasured / "residual.zarr.zip"), tmp_path / "m.zarr.zip")
-    assert main(["analyze", str(path), "--jackknife"]) == FINE
-    first = schema.open_run(path)["metrics"].to_dataset().load()
-    assert main(["analyze", str(path), "--metrics", "effective_rank,token_cosine,cknna"]) == FINE
-    second = schema.open_run(path)["metrics"].to_dataset().load()
-    assert set(second.data_vars) - set(first.data_vars) == {"cknna", "cknna_null"}
-    xr.testing.assert_allclose(second.drop_vars(["cknna", "cknna_null"]), first)
-    assert second.attrs["complete"] is True
-    assert second["effective_rank_stderr"].sel(scope="data").notnull().any()
-    assert "cknna" in first.attrs["on_request"]
-    assert "cknna" not in second.attrs["on_request"]
-    assert second.attrs["not_computed"] == first.attrs["not_computed"]
-    assert first.attrs["notes"].items() <= second.attrs["notes"].items()
-
-
 def test_what_a_part_leaves_is_not_complete(unmeasured, tmp_path):
     path = schema.save_run(schema.open_run(unmeasured / "residual.zarr.zip"), tmp_path / "r.zarr.zip")
     for name in ("token_cosine", "effective_rank"):

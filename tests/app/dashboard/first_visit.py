@@ -52,10 +52,7 @@ if __name__ == "__main__":
     from tests.app.dashboard.conftest import FLAGS
 
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        # A copy without the folder in which analyses are kept.
-        runs = shutil.copytree(
-            sys.argv[1], Path(folder, "runs"), ignore=shutil.ignore_patterns(".depthscope")
-        )
+        runs = shutil.copytree(sys.argv[1], Path(folder, "runs"))  # a copy has no analyses in the cache
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=FLAGS)
         for what, taken in first_visit(browser.new_page(), runs).items():
             print(f"{what:36} {taken:6.2f} s")  # noqa: T201

@@ -15,7 +15,6 @@ from websockets.sync.client import connect
 from depthscope.app.dashboard.access import HEADERS, guarded, policy
 from depthscope.diagnostics import save_run
 from tests.app.dashboard.serving import serving
-from tests.app.dashboard.visitor import Visitor
 
 HOSTS = ("localhost", "127.0.0.1")
 OWN = "127.0.0.1:8501"
@@ -113,7 +112,6 @@ def address(tmp_path_factory, make_run) -> Iterator[str]:
         yield served
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "path",
     [
@@ -142,7 +140,6 @@ def test_every_path_of_the_server_has_the_headers(path, address):
     assert b"root:x:0" not in body
 
 
-@pytest.mark.slow
 def test_a_socket_of_another_page_is_refused(address):
     url = address.replace("http", "ws") + "/_stcore/stream"
     for origin in ("http://evil.example", "http://localhost:3000", "http://127.0.0.1:1", "null"):
@@ -153,7 +150,6 @@ def test_a_socket_of_another_page_is_refused(address):
         assert headers["X-Content-Type-Options"] == "nosniff"
 
 
-@pytest.mark.slow
 def test_the_server_answers_no_program_that_drives_it(address):
     """Streamlit's interface for agents is off: it would start sessions without a page."""
     connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=20)
@@ -162,22 +158,3 @@ def test_the_server_answers_no_program_that_drives_it(address):
     )
     assert connection.getresponse().status in (403, 404, 405)
     connection.close()
-
-
-@pytest.mark.slow
-def test_sessions_give_their_memory_back(tmp_path, make_run):
-    """A small version of `python -m tests.app.dashboard.load`: reloads and open pages within a few megabytes each."""
-    from tests.app.dashboard.load import measured
-
-    save_run(make_run("residual", layers=2), tmp_path / "plain.zarr.zip")
-    found = measured(tmp_path, reloads=15, pages=5)
-    assert found.open_files == 0
-    assert found.after_reloads - found.warm < 40 * 2**20
-    assert (found.with_pages - found.after_reloads) / 5 < 8 * 2**20
-
-
-@pytest.mark.slow
-def test_a_visitor_gets_a_page(address):
-    visitor = Visitor(address)
-    assert any(message.WhichOneof("type") == "delta" for message in visitor.open())
-    visitor.close()

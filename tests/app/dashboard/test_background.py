@@ -12,7 +12,7 @@ from depthscope.app.dashboard.state import background, run_differences, run_libr
 from depthscope.app.dashboard.state.background import Analyses
 from depthscope.app.dashboard.state.run_reading import UnreadableRun, version_of
 from depthscope.app.figures import Selection
-from depthscope.app.readings.kept_readings import kept_summaries
+from depthscope.app.readings.kept_readings import kept_summaries, readings_folder
 from depthscope.app.tables.differences import as_dict
 from depthscope.diagnostics import save_run
 from depthscope.diagnostics.errors import InputError
@@ -47,7 +47,7 @@ def test_a_run_is_analysed_elsewhere_and_found_here(root, monkeypatch):
     assert kept_summaries(listed["a"], version_of(listed["a"]))
     torn = run_library.summaries_of("torn", listed["torn"])
     assert isinstance(torn, UnreadableRun)
-    assert "torn or of another format" in torn.reason
+    assert "cannot be read" in torn.reason
     # Who wants to see a run waits for it, and is told how far it is.
     said = []
     run_library._cache.clear()
@@ -62,7 +62,7 @@ def test_large_runs_are_compared_elsewhere_and_the_tests_are_found_here(root, ma
     readings = [run_library.read_run(name)[0] for name in ("a", "b")]
     here = run_differences.differences_between(readings, "effective_rank", Selection())
     assert here
-    for kept in (root / ".depthscope").glob("*.json"):
+    for kept in readings_folder().glob("*.json"):
         if kept.name.count(".") > 4:  # a test, and no summary
             kept.unlink()
     run_differences._tested.clear()
@@ -77,7 +77,7 @@ def test_large_runs_are_compared_elsewhere_and_the_tests_are_found_here(root, ma
     assert said
     # Why it cannot be done is said here.
     (root / "b.zarr.zip").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="torn or of another format"):
+    with pytest.raises(InputError, match="cannot be read"):
         run_differences.differences_between(readings, "effective_rank", Selection())
 
 

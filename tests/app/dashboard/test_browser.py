@@ -28,7 +28,7 @@ from tests.app.dashboard.walking import (
     open_microscope,
 )
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow(one_in=5)]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from depthscope.app.dashboard.state.run_library import read_run
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.diagnostics import save_run
 from depthscope.diagnostics.experiments import result_path, save_result
-from tests.app.dashboard.opening import charts, open_page, words
+from tests.app.dashboard.opening import open_page, words
 
 SUFFIXES = (".zarr.zip", ".zarr")
 
@@ -145,70 +145,6 @@ def forbidden_link(place: Path) -> None:
 def store_with_a_pipe(place: Path) -> None:
     place.mkdir()
     os.mkfifo(place / "zarr.json")
-
-
-@pytest.mark.slow(but=4, more=4)  # each once
-@pytest.mark.parametrize(
-    "becomes", [pipe, folder, empty, dangling, circle, forbidden_link, store_with_a_pipe, None]
-)
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_run_that_becomes_something_else_is_explained_at_once(becomes, suffix, saved, root):
-    place = root / f"a{suffix}"
-    put(saved[suffix][0], place)
-    put(saved[suffix][1], root / f"good{suffix}")
-    assert depth_of(read_run("a")) == 2
-    (shutil.rmtree if place.is_dir() else os.remove)(place)
-    if becomes:
-        becomes(place)
-    start = time.monotonic()
-    found = read_run("a")
-    assert isinstance(found, UnreadableRun)
-    assert found.reason
-    if suffix == ".zarr.zip":
-        # The page of the other runs is as it was, also where its address still names the one that has gone.
-        test = open_page("collapse", [root], runs=["a", "good"])
-        assert "effective_rank" in charts(test)
-        assert "Traceback" not in words(test)
-    assert time.monotonic() - start < 30
-
-
-@pytest.mark.slow(more=1)
-@pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_run_that_is_replaced_while_it_is_read_is_one_of_both(suffix, saved, root):
-    """A thread replaces the run again and again; every answer is one run as a whole, or the sentence that it changes."""
-    place = root / f"a{suffix}"
-    put(saved[suffix][0], place)
-    depths = {2: 0, 4: 0}
-    explained = 0
-    stop = threading.Event()
-
-    def replace_for_ever() -> None:
-        number = 0
-        while not stop.is_set():
-            number += 1
-            put(saved[suffix][number % 2], place)
-            time.sleep(0.1)
-
-    thread = threading.Thread(target=replace_for_ever)
-    thread.start()
-    try:
-        for _ in range(5):
-            found = read_run("a")
-            if isinstance(found, UnreadableRun):
-                assert "Reload" in found.reason or "No such file" in found.reason
-                explained += 1
-            else:
-                (reading,) = found
-                depths[depth_of(found)] += 1
-                # A mixture would have the numbers of one run at the depths of the other.
-                assert all(size in (depth_of(found) + 1,) for size in (reading.analysis.sizes["depth"],))
-            time.sleep(0.1)
-    finally:
-        stop.set()
-        thread.join()
-    assert sum(depths.values()) + explained == 5
-    time.sleep(0.1)
-    assert depth_of(read_run("a")) in depths
 
 
 def test_a_run_that_changes_during_both_readings_is_said_to_change(saved, root, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import shutil
 import time
 from pathlib import Path
@@ -18,7 +17,6 @@ from depthscope.app.readings.readings import COMPLETE
 from depthscope.diagnostics import analyze, save_run
 from tests.app.dashboard.opening import charts, open_page, words
 from tests.app.hostile_text import TEXTS, mutated
-from tests.thoroughness import sample_or_every
 
 PARAMETERS = (
     *("runs", "run", "part", "stream", "depths", "a", "b", *CONTROLS),
@@ -124,34 +122,7 @@ def test_every_control_of_a_page_is_among_the_parameters_that_are_tried(page, ru
     assert keys <= {*PARAMETERS} | {key for key in keys if key.startswith("request_")}
 
 
-@pytest.mark.slow(more=6)
-@pytest.mark.parametrize("case", VALUES)
-def test_every_value_at_once(case, runs):
-    """How a parameter is read is the same on every page: on the one that opens fastest."""
-    check(open_page("tokens", [runs], **dict.fromkeys(PARAMETERS, VALUES[case])))
-
-
 EVERY = [(page, case) for case in VALUES for page in PAGE_NAMES]
-
-
-@pytest.mark.slow(more=3)
-@pytest.mark.parametrize(("page", "case"), sample_or_every(EVERY[::37], EVERY))
-def test_every_value_of_every_parameter(page, case, runs):
-    check(open_page(page, [runs], **dict.fromkeys(PARAMETERS, VALUES[case])))
-    # A page takes about 0.3 s: a normal run tries every twelfth parameter, other ones for each case.
-    for name in sample_or_every(PARAMETERS[EVERY.index((page, case)) % 12 :: 12], PARAMETERS):
-        # The other parameters are absent, or name a run.
-        others = {} if name == "runs" else {"runs": "mhc"}
-        check(open_page(page, [runs], **others, **{name: VALUES[case]}))
-
-
-@pytest.mark.slow(but=1, more=1)
-@pytest.mark.parametrize("page", PAGE_NAMES)
-def test_repeated_parameters(page, runs):
-    draw = random.Random(page)
-    values = {name: draw.choices(list(VALUES.values()), k=3) for name in PARAMETERS}
-    check(open_page(page, [runs], **values))
-    check(open_page(page, [runs], runs=["mhc"] * 500, a=["1", "2"], scope=["data", "sequence"]))
 
 
 @pytest.mark.parametrize("page", PAGE_NAMES)

@@ -258,7 +258,7 @@ def test_a_run_is_analysed_again_only_when_its_file_changes(monkeypatch, tmp_pat
     monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
     first = run_library.read_run("a")
     assert run_library.read_run("a") is first
-    save_run(make_run("residual", layers=2), tmp_path / "a.zarr.zip")
+    save_run(make_run("residual", layers=2), tmp_path / "a.zarr.zip", force=True)
     second = run_library.read_run("a")
     assert second is not first
     assert second[0].analysis.sizes["depth"] == 3

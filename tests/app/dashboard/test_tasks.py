@@ -1,7 +1,6 @@
 """How many clicks, and seconds of the server's processor, does each thing that people come for take?"""
 
 import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,11 +10,11 @@ import torch
 import depthscope as ds
 from depthscope.app.demo.small_lm import Size, build
 from depthscope.diagnostics import save_run
-from tests.app.dashboard.first_visit import first_visit, seconds
+from tests.app.dashboard.first_visit import seconds
 from tests.app.dashboard.serving import serving_process, wait_for
-from tests.app.dashboard.walking import BOARD, RANGE, drag, href, judged, microscope_heading, open_microscope
+from tests.app.dashboard.walking import BOARD, RANGE, drag, href, microscope_heading, open_microscope
 
-pytestmark = [pytest.mark.browser, pytest.mark.slow]
+pytestmark = pytest.mark.browser
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +54,6 @@ TASKS = {
 """Task → what is clicked, and what answers it."""
 
 
-@pytest.mark.slow(more=1)
-@pytest.mark.parametrize("task", TASKS)
-def test_what_people_come_for_takes_two_clicks(task, page, walked):
-    address, process = walked
-    page.goto(address)
-    judged(page, 3)
-    page.wait_for_timeout(2_000)
-    clicks, answer = TASKS[task]
-    assert len(clicks) <= 2
-    before = seconds(process)
-    for place in clicks:
-        page.locator(place).first.wait_for(timeout=60_000)
-        page.locator(place).first.click()
-    page.locator(answer).first.wait_for(timeout=60_000)
-    page.wait_for_timeout(1_000)
-    log_seconds(task, len(clicks), seconds(process) - before)
-
-
 def test_a_view_is_shared_by_its_address(page, walked):
     address, process = walked
     open_microscope(page, address, "&pin=4&against=2")
@@ -87,16 +68,6 @@ def test_a_view_is_shared_by_its_address(page, walked):
     wait_for(lambda: other.evaluate(RANGE) == pytest.approx(zoomed, abs=1e-4), 20)
     page.wait_for_timeout(1_000)
     log_seconds("a view for somebody else", 0, seconds(process) - before)
-
-
-@pytest.mark.slow(one_in=5)
-def test_a_first_visit_gets_an_answer_soon(page, runs_root, tmp_path):
-    runs = shutil.copytree(
-        runs_root, tmp_path / "runs", ignore=shutil.ignore_patterns(".depthscope", "training", "mhc.zarr.zip")
-    )
-    taken = first_visit(page, runs)
-    assert 0 < taken["first answer"] <= taken["all runs"]
-    log_seconds("a first visit", 0, taken["first answer"])
 
 
 def log_seconds(task: str, clicks: int, spent: float) -> None:

@@ -18,10 +18,10 @@ from depthscope.app.dashboard.state.live_status import live_state
 from depthscope.app.dashboard.state.run_reading import version_of
 from depthscope.app.figures.build.history_figure import MOST_COLUMNS, histories_figure
 from depthscope.app.readings.first_findings import FirstFindings
-from depthscope.app.readings.followed_history import history_of as read_history
 from depthscope.app.readings.kept_first_findings import keep_first_findings, kept_first_findings
 from depthscope.app.readings.readings import read_paths
 from depthscope.app.readings.training_history import Measure, TrainingHistory
+from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import save_run, schema
 from tests.app.dashboard.growing_run import SPIKE, add, begin
 from tests.app.dashboard.opening import board, charts, numbers, open_page, words
@@ -127,7 +127,7 @@ def test_trainings_of_a_group_are_a_band_at_their_shared_steps():
         resumed_at, measures = (), {"loss": Measure("loss", "", {}, xr.DataArray(0.0))}
 
         def __init__(self, name, steps):
-            super().__init__(name)
+            self.name, self._rows = name, None
             self._steps = np.array(steps)
 
         steps = property(lambda self: self._steps)
@@ -232,7 +232,6 @@ def test_the_microscope_follows_the_last_step(store):
 
 
 @pytest.mark.browser
-@pytest.mark.slow(one_in=5)
 def test_zoom_pin_and_scroll_survive_while_another_process_writes(page, tmp_path):
     writer = subprocess.Popen(
         [sys.executable, "-m", "tests.app.dashboard.growing_run", str(tmp_path / "run"), "2000", "0.1"],

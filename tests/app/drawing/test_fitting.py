@@ -8,9 +8,8 @@ import pytest
 from matplotlib.text import Text
 
 from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, draw_composed, figure_style, to_matplotlib
-from depthscope.app.figures import Heatmap, Line, Lines, Selection
+from depthscope.app.figures import Heatmap, Line, Lines
 from depthscope.app.figures.composed import QUESTIONS, compose
-from depthscope.app.paper.contents import draw_all
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.text.venues import VENUES
 from tests.app.example_figures import MAP, X
@@ -83,7 +82,6 @@ def test_a_text_beyond_the_page_is_noticed(monkeypatch):
 OTHERS = {VENUES[venue].text: venue for venue in VENUES if VENUES[venue].text != VENUES[NARROWEST].text}
 
 
-@pytest.mark.slow(more=1)
 @pytest.mark.parametrize(
     ("venue", "count"), [(NARROWEST, 2), (NARROWEST, 7), *((venue, 7) for venue in OTHERS.values())]
 )
@@ -98,14 +96,6 @@ def test_no_text_of_a_composed_figure_leaves_the_page(runs_of, readings_of, venu
         drawn += 1
         assert problems_of(canvas, monkeypatch) == ([], []), (name, venue, count)
     assert drawn >= 6
-
-
-@pytest.mark.slow(more=1, one_in=5)
-@pytest.mark.parametrize("count", [1, 7])
-def test_no_text_of_the_supplement_leaves_its_half_of_the_page(readings_of, count, monkeypatch):
-    half = Width(0.485 * VENUES[NARROWEST].text, FIGURE_POINTS)
-    for _, figure in draw_all(readings_of[count], Selection())[::5]:
-        assert problems_of(to_matplotlib(figure, width=half), monkeypatch) == ([], []), (figure.name, count)
 
 
 @pytest.mark.parametrize("width", [2.6, 3.25])

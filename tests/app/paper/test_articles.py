@@ -17,7 +17,6 @@ from tests.app.paper.articles import problems_of, runs_of
 from tests.few_figures import draw_few
 
 
-@pytest.mark.slow(more=1)
 @pytest.mark.parametrize(("venue", "engine"), [("neurips", "pdflatex"), ("acl", "lualatex")])
 def test_the_article_compiles(venue, engine, tmp_path, monkeypatch):
     if shutil.which(engine) is None:

@@ -67,12 +67,6 @@ def test_bundle_is_whole_and_hashed(bundle):
     assert manifest["commit"]
 
 
-@pytest.mark.slow(one_in=5)
-def test_rerun_gives_identical_bytes(runs, bundle, tmp_path, monkeypatch):
-    draw_few(monkeypatch, every=20, composed=COMPOSED)
-    assert _hashes(write_bundle(runs, tmp_path / "again")) == _hashes(bundle)
-
-
 def test_the_methods_tell_settings_and_definitions_in_words(bundle):
     text = (bundle / "methods.txt").read_text()
     assert "2 runs with depthscope" in text

@@ -56,11 +56,12 @@ def test_what_comes_back_is_what_was_kept(saved):
 def test_another_version_of_the_run_is_not_served_and_its_former_analysis_leaves(saved, make_run):
     path, readings = saved
     keep(path, FileVersion.of(path), readings)
-    save_run(make_run("mhc", seed=1), path)
+    save_run(make_run("mhc", seed=1), path, force=True)
     assert kept_readings(path, FileVersion.of(path)) is None
     assert kept_summaries(path, FileVersion.of(path)) is None
     keep(path, FileVersion.of(path), readings)
-    assert len(list((path.parent / keeping.FOLDER).iterdir())) == 2
+    assert len(list(keeping.readings_folder().iterdir())) == 2
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_copied_folder_is_analysed_anew(saved, tmp_path):
@@ -82,7 +83,7 @@ def test_another_version_of_the_code_analyses_anew(saved, monkeypatch):
 def test_what_is_damaged_is_made_anew(saved, damage):
     path, readings = saved
     keep(path, FileVersion.of(path), readings)
-    for kept in (path.parent / keeping.FOLDER).iterdir():
+    for kept in keeping.readings_folder().iterdir():
         kept.write_bytes(damage)
     assert kept_readings(path, FileVersion.of(path)) is None
     assert not kept_summaries(path, FileVersion.of(path))
@@ -91,15 +92,17 @@ def test_what_is_damaged_is_made_anew(saved, damage):
 def test_compressed_arrays_are_refused(saved, tmp_path):
     path, readings = saved
     keep(path, FileVersion.of(path), readings)
-    (kept,) = (path.parent / keeping.FOLDER).glob("*.npz")
+    (kept,) = keeping.readings_folder().glob("*.npz")
     arrays = dict(np.load(kept))
     np.savez_compressed(kept, **arrays)
     assert kept_readings(path, FileVersion.of(path)) is None
 
 
-def test_beside_a_run_that_cannot_be_written_to_it_goes_to_the_cache(saved, cache_home, monkeypatch):
+def test_without_a_cache_that_is_the_users_alone_nothing_is_kept(saved, cache_home):
     path, readings = saved
-    (path.parent / keeping.FOLDER).write_text("in the way")
+    (cache_home / "depthscope").mkdir(parents=True)
+    (cache_home / "depthscope" / "readings").mkdir(mode=0o777)
+    (cache_home / "depthscope" / "readings").chmod(0o777)
     keep(path, FileVersion.of(path), readings)
-    assert list(cache_home.rglob("*.npz"))
-    assert kept_readings(path, FileVersion.of(path)) is not None
+    assert not list(cache_home.rglob("*.npz"))
+    assert kept_readings(path, FileVersion.of(path)) is None

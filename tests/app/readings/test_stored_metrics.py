@@ -2,25 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
 import xarray as xr
 
 from depthscope.app.readings.readings import COMPLETE
 from depthscope.app.readings.stored_metrics import renewed
-from depthscope.diagnostics import CATALOGUE, analyze
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("run", ["plain", "mhc"])
-def test_measuring_any_metric_again_changes_nothing(whole_run, whole, run):
-    stored = whole[run].assign_attrs({COMPLETE: True})
-    # Every metric alone for the run that feeds all of them; what several streams change is seen by every fourth.
-    for name in list(CATALOGUE)[:: 1 if run == "mhc" else 4]:
-        again = renewed(analyze(whole_run[run], metrics=name), stored, complete=False)
-        xr.testing.assert_allclose(again, stored)
-        assert all(again[each].attrs == stored[each].attrs for each in stored.data_vars), name
-        assert again.attrs[COMPLETE] is True
-        assert again.attrs["not_computed"] == stored.attrs["not_computed"]
+from depthscope.diagnostics import analyze
 
 
 def test_what_was_measured_again_is_new_and_the_rest_is_old(whole_run, whole):

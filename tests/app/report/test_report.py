@@ -139,7 +139,6 @@ def test_only_a_report_is_replaced(make_run, tmp_path, monkeypatch):
 
 
 @pytest.mark.browser
-@pytest.mark.slow
 def test_a_browser_shows_it_without_a_request(page, tmp_path):
     sync_api = pytest.importorskip("playwright.sync_api")
     chromium = shutil.which("chromium") or shutil.which("google-chrome")

@@ -163,29 +163,6 @@ def held(values, errors, truth):
     return np.mean(abs(values - truth) < scipy.stats.t.ppf(0.975, SEQUENCES - 1) * errors)
 
 
-@pytest.mark.slow
-def test_the_interval_of_the_participation_ratio_holds_that_of_the_population(run_of):
-    run = run_of(population(np.random.default_rng(0)))  # every depth is a replication
-    found = diagnostics.analyze(run, metrics=["participation_ratio"], jackknife=True)
-    found = found.sel(scope="data", centering="centred", tokens="all").squeeze()
-    truth = VARIANCES.sum() ** 2 / (VARIANCES**2).sum()
-    assert 0.85 <= held(found["participation_ratio"], found["participation_ratio_stderr"], truth) <= 0.99
-
-
-@pytest.mark.slow
-def test_the_interval_of_unbiased_cka_holds_that_of_the_population(run_of):
-    rng = np.random.default_rng(1)
-    values, errors = [], []
-    for _ in range(10):
-        x, z = population(rng)[:12], population(rng)[:12]
-        states = np.stack([x, 0.8 * x + 0.6 * z], axis=1).reshape(-1, *x.shape[1:])
-        found = diagnostics.analyze(run_of(states), metrics=["adjacent_cka"], jackknife=True)
-        pairs = found.sel(estimator="unbiased", tokens="all").isel(step=0, depth=slice(1, None, 2))
-        values += pairs["adjacent_cka"].values.tolist()
-        errors += pairs["adjacent_cka_stderr"].values.tolist()
-    assert 0.85 <= held(np.array(values), np.array(errors), 0.8**2) <= 0.99
-
-
 def test_an_error_that_takes_tokens_for_independent_would_hold_it_too_seldom():
     states = population(np.random.default_rng(2))
     means = states.mean((1, 2))[:, 0]

@@ -7,9 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import scipy.stats
+import typer
 import xarray as xr
 
-from depthscope.app.cli import parser
+from depthscope.app.cli.main import application
 from depthscope.diagnostics.experiments import (
     KINDS,
     SETTLED_BY,
@@ -64,9 +65,10 @@ def test_the_command_that_settles_a_finding_can_be_given(axis):
             replace(FINDING, verdict=verdict, axis=axis, stream="2"), "some.module:factory"
         )
         assert command is not None
-        args = parser.parse([*command.split()[1:], "--text", "notes.txt"])
-        assert args.command == "ablate"
-        assert getattr(args, f"{axis}s", None) == (None if axis == "run" else [3, 4, 5])
+        _, name, *words = command.split()
+        parsed = typer.main.get_command(application()).commands[name].make_context(name, words).params
+        assert name == "ablate"
+        assert parsed.get(f"{axis}s") == (None if axis == "run" else "3-5")
 
 
 def test_a_finding_that_no_change_of_the_forward_settles_has_none():

@@ -194,20 +194,6 @@ def asserted(name, due, tolerance, *sides):
     )
 
 
-@pytest.mark.slow(but=1)
-@pytest.mark.parametrize("name", MEASURES)
-def test_every_state_in_every_kind_of_array_has_its_exact_value(name):
-    for state, dtype, kind, *sides in arrays(name):
-        before = [numbers(x).tobytes() for x in sides]
-        due = expected(name, state, dtype)
-        try:
-            asserted(name, due, tolerance(name, dtype, due), *sides)
-        except BaseException as error:
-            error.add_note(f"{name} of {state} in {dtype} as {kind}")
-            raise
-        assert [numbers(x).tobytes() for x in sides] == before, f"{state} as {kind} is changed"
-
-
 @pytest.mark.parametrize("name", MEASURES)
 def test_whole_numbers_and_booleans_are_numbers(name):
     if name in ("mutual_knn", "cknna"):

@@ -1,34 +1,26 @@
-"""A small live store, and logs as somebody forges them who knows the format."""
+"""A small live store, and the frames of its log."""
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.schema import live_store_frames
 from depthscope.diagnostics.schema.live_store import LiveStore
-from depthscope.diagnostics.schema.live_store_frames import frames_from
+
+HEAD = struct.Struct("<4sIII")
 
 
-def begins(log: bytes) -> list[int]:
-    """Byte of each frame of a log."""
-    ends = [frame.end for frame in frames_from(log)]
-    return [0, *ends[:-1]]
-
-
-def chained(frames: list[tuple[int, bytes]]) -> bytes:
-    """A log of some payloads, each with its checksum and that of the one before."""
-    log, before = [], 0
-    for kind, payload in frames:
-        frame, before = live_store_frames.packed(kind, payload, before)
-        log.append(frame)
-    return b"".join(log)
-
-
-def payloads(log: bytes) -> list[tuple[int, bytes]]:
-    return [(frame.kind, log[frame.start : frame.end]) for frame in frames_from(log)]
+def frames(log: bytes) -> list[tuple[int, int, bytes]]:
+    """First byte, kind and payload of each frame."""
+    found, at = [], 0
+    while at < len(log):
+        _, kind, size, _ = HEAD.unpack_from(log, at)
+        found.append((at, kind, log[at + HEAD.size : at + HEAD.size + size]))
+        at += HEAD.size + size
+    return found
 
 
 def row(value: float) -> dict[str, object]:

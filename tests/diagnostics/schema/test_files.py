@@ -14,6 +14,7 @@ from depthscope.diagnostics.schema import attributes, saving
 
 def write(tree, path):
     """Any tree in the format of a run."""
+    path.parent.mkdir()
     (saving.write_zip if path.suffix == ".zip" else saving._write_folder)(tree, path)
 
 
@@ -62,15 +63,15 @@ def test_a_failing_save_leaves_the_earlier_file(make_run, tmp_path):
 
 @pytest.mark.parametrize("suffix", schema.SUFFIXES)
 def test_a_foreign_and_a_newer_file_are_refused(make_run, tmp_path, suffix):
-    foreign = tmp_path / f"foreign{suffix}"
+    foreign = tmp_path / "a" / f"foreign{suffix}"
     write(xr.DataTree(xr.Dataset({"x": ("y", [1.0])})), foreign)
     with pytest.raises(schema.SchemaError, match="not a depthscope run"):
         schema.open_run(foreign)
     newer = make_run("residual")
     newer.attrs["schema_version"] = "2.0"
-    write(newer.map_over_datasets(attributes.encode_dataset), tmp_path / f"newer{suffix}")
+    write(newer.map_over_datasets(attributes.encode_dataset), tmp_path / "b" / f"newer{suffix}")
     with pytest.raises(schema.SchemaError, match=r"schema version 2.0.*read it with a newer depthscope"):
-        schema.open_run(tmp_path / f"newer{suffix}")
+        schema.open_run(tmp_path / "b" / f"newer{suffix}")
 
 
 def test_an_ending_without_a_name_is_no_place_for_a_run(make_run, tmp_path):

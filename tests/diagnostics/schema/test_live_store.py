@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import errno
+import ctypes
 import json
 import os
+import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
 import xarray as xr
 
 from depthscope.diagnostics import analyze, schema
-from depthscope.diagnostics.schema import live_store, live_store_frames
+from depthscope.diagnostics.schema import LiveRows
+from depthscope.diagnostics.schema.live_rows import LAYOUT, NOTE, ROW, packed
 from depthscope.diagnostics.schema.live_store import LiveStore
-from depthscope.diagnostics.schema.live_store_frames import frames_from
-from depthscope.diagnostics.schema.live_store_history import read_history
-from tests.diagnostics.schema.live_logs import begins, chained, payloads, row, written
+from tests.diagnostics.schema.live_logs import frames, row, written
 
-DOORS = (schema.open_run, schema.FollowedStore, lambda path: LiveStore(path, resume=True))
+DOORS = (schema.open_run, LiveRows, lambda path: LiveStore(path, resume=True))
 SMALL = {"layers": 2, "samples": 2, "tokens": 4, "features": 8}
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +51,7 @@ def status_of(run: xr.DataTree) -> dict[str, object]:
 # --- growing, killed, finished
 
 
-def test_a_growing_a_killed_and_a_finished_store_are_told_apart(one_step, tmp_path):
+def test_a_growing_a_killed_and_a_finished_store_are_known_from_one_another(one_step, tmp_path):
     store = written(tmp_path / "a", one_step)
     for state, end in (("growing", lambda: None), ("killed", store.close)):
         end()
@@ -65,7 +70,7 @@ def test_a_growing_a_killed_and_a_finished_store_are_told_apart(one_step, tmp_pa
         assert status_of(run)["state"] == "finished"
         assert run.attrs[schema.RESUMED_AT] == [5]
         # A copy is a run like any other.
-        copy = schema.save_run(run, tmp_path / "a.zarr.zip")
+        copy = schema.save_run(run, tmp_path / "a.zarr")
     with schema.open_run(copy) as run:
         require_rows(run, range(6))
         assert schema.LIVE not in run.attrs
@@ -78,7 +83,7 @@ def test_a_store_of_another_machine_is_neither_killed_nor_growing(one_step, tmp_
         assert status_of(run)["state"] == "unknown"
 
 
-def test_a_store_without_a_finished_step_says_so(one_step, tmp_path):
+def test_a_store_without_a_finished_step_is_refused_and_can_be_removed(one_step, tmp_path):
     store = LiveStore(tmp_path / "a")
     with pytest.raises(schema.SchemaError, match=r"no step was finished in it yet \(growing"):
         schema.open_run(tmp_path / "a")
@@ -91,7 +96,9 @@ def test_a_store_without_a_finished_step_says_so(one_step, tmp_path):
 
 def test_live_stores_are_listed_and_judged_like_other_runs(one_step, tmp_path):
     written(tmp_path / "runs" / "a", one_step).close()
-    schema.save_run(one_step, tmp_path / "runs" / "b.zarr.zip")
+    schema.save_run(one_step, tmp_path / "runs" / "b.zarr")
+    (tmp_path / "runs" / "c").mkdir()
+    (tmp_path / "runs" / "c" / schema.LOG).write_text("of another program")
     assert list(schema.list_runs(tmp_path / "runs")) == ["a", "b"]
     assert list(schema.list_runs(tmp_path / "runs" / "a")) == ["a"]
     with schema.open_run(tmp_path / "runs" / "a") as run:
@@ -110,12 +117,14 @@ def test_a_variable_may_come_later_and_be_missing_later(one_step, tmp_path):
         5, late, coords={"metrics/depth": ("depth", [0, 1, 2]), "metrics/site": ("depth", ["a", "b", "c"])}
     )
     store.append(6, row(6.0))
-    with pytest.raises(ValueError, match=r"metrics/mine has the shape \(4,\), expected \(3,\)"):
-        store.append(7, {**row(7.0), "metrics/mine": np.zeros(4)})
-    with pytest.raises(ValueError, match="metrics/other is new and has no dims"):
-        store.append(7, {"metrics/other": np.zeros(4)})
-    with pytest.raises(ValueError, match=r"'elsewhere/x' is not a name"):
-        store.append(7, {"elsewhere/x": ((), 1.0)})
+    for numbers, message in (
+        ({**row(7.0), "metrics/mine": np.zeros(4)}, r"metrics/mine has the shape \(4,\), expected \(3,\)"),
+        ({"metrics/other": np.zeros(4)}, "metrics/other is new and has no dims"),
+        ({"elsewhere/x": ((), 1.0)}, "'elsewhere/x' is not a name"),
+        ({"metrics/other": ("depth", np.zeros(4))}, "has 4 labels, expected 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            store.append(7, numbers)
     store.note({"complete": True}, "metrics")
     store.close()
     with schema.open_run(tmp_path / "a") as run:
@@ -129,48 +138,54 @@ def test_a_variable_may_come_later_and_be_missing_later(one_step, tmp_path):
         assert run.metrics.attrs["complete"] is True
 
 
-def test_rows_become_columns_that_are_read_alone(one_step, tmp_path, monkeypatch):
-    monkeypatch.setattr(live_store, "MAX_LOG_ROWS", 4)
-    store = written(tmp_path / "a", one_step, range(11))
-    assert len(list((tmp_path / "a" / "columns").iterdir())) == 2
-    with schema.open_run(tmp_path / "a") as run:
-        require_rows(run, range(11))
-        np.testing.assert_array_equal(run.statistics.norm_sum[9].values, np.full((3, 1), 9.0))
-    # One damaged column does not take the others with it.
-    file = tmp_path / "a" / "columns" / "000001.cols"
-    content = bytearray(file.read_bytes())
-    place = content.index(np.full((3, 1), 2.0).tobytes())
-    content[place] ^= 1
-    file.write_bytes(content)
-    with schema.open_run(tmp_path / "a") as run:
-        np.testing.assert_array_equal(run.statistics.token_count.values, np.arange(11.0))
-        with pytest.raises(schema.SchemaError, match=r"000001\.cols: bytes \d+ to \d+ are damaged"):
-            _ = run.statistics.norm_sum.values
-    # A file that the log names is missing.
-    file.unlink()
-    with pytest.raises(schema.SchemaError, match=r"a file of its older rows is missing: .*\.cols"):
-        schema.open_run(tmp_path / "a")
-    store.close()
-
-
-def test_a_resumed_training_has_no_step_twice(one_step, tmp_path, monkeypatch):
-    monkeypatch.setattr(live_store, "MAX_LOG_ROWS", 4)
+def test_a_resumed_training_has_no_step_twice(one_step, tmp_path):
     written(tmp_path / "a", one_step, range(11)).close()
     # An attempt that measures nothing supersedes nothing.
     written(tmp_path / "a", one_step, [], resume=True).close()
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(11))
-    # Back into the columns: steps 6 to 10 were of weights that are gone.
+    # Steps 6 to 10 were of weights that are gone.
     written(tmp_path / "a", one_step, [6, 7, 8, 9], resume=True).close()
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(10))
         assert status_of(run)["resumed"] == [{"step": 6, "superseded": 5}]
-    # And once more, to before everything.
-    store = written(tmp_path / "a", one_step, [0, 1, 2, 3, 4, 5], resume=True)
-    store.finish()
+    written(tmp_path / "a", one_step, [0, 1, 2, 3, 4, 5], resume=True).finish()
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(6))
         assert run.attrs[schema.RESUMED_AT] == [6, 0]
+
+
+def test_a_growing_store_is_followed_from_its_last_byte(one_step, tmp_path, monkeypatch):
+    store = written(tmp_path / "a", one_step, range(100))
+    followed = LiveRows(tmp_path / "a")
+    assert followed.column("statistics/token_count").tolist() == list(map(float, range(100)))
+    assert not followed.refresh()
+    read, whole = [], os.pread
+    monkeypatch.setattr(os, "pread", lambda *each: read.append(each[1]) or whole(*each))
+    store.append(100, row(100.0))
+    assert followed.refresh()
+    assert followed.column("statistics/token_count")[-1] == 100.0
+    assert sum(read) < 1000
+    # Rows from step 6 on are superseded by others.
+    for step in range(6, 9):
+        store.append(step, row(step + 0.5))
+        followed.refresh()
+    assert followed.steps.tolist() == list(range(9))
+    assert followed.column("statistics/norm_sum")[:, 1, 0].tolist() == [0, 1, 2, 3, 4, 5, 6.5, 7.5, 8.5]
+    assert followed.row(7)["statistics/token_count"][1] == 7.5
+    assert followed.status().state == "growing"
+    store.finish()
+    assert followed.refresh()
+    assert followed.status().state == "finished"
+    # Begun anew, and then made anew.
+    for _ in range(2):
+        store = written(tmp_path / "a", one_step, [3], force=(tmp_path / "a").exists())
+        assert followed.refresh()
+        assert followed.steps.tolist() == [3]
+        store.close()
+        shutil.rmtree(tmp_path / "a")
+    with pytest.raises(FileNotFoundError):
+        followed.refresh()
 
 
 # --- torn, damaged, hostile
@@ -180,14 +195,18 @@ def test_a_torn_tail_is_ignored_and_overwritten(one_step, tmp_path):
     written(tmp_path / "a", one_step).close()
     log = tmp_path / "a" / schema.LOG
     whole = log.read_bytes()
-    last = begins(whole)[-1]
+    last = frames(whole)[-1][0]
     for size in range(last + 1, len(whole)):
         log.write_bytes(whole[:size])
-        history = read_history(tmp_path / "a")
-        assert (history.last_step, history.torn) == (3, size - last)
+        rows = LiveRows(tmp_path / "a")
+        assert (rows.last_step, rows.torn) == (3, size - last)
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(4))
         assert status_of(run)["torn_bytes"] == len(whole) - 1 - last
+    followed = LiveRows(tmp_path / "a")
+    log.write_bytes(whole)
+    assert followed.refresh()
+    assert followed.last_step == 4
     log.write_bytes(whole[:-1] + bytes(300))  # what a power cut leaves
     written(tmp_path / "a", one_step, [4, 5], resume=True).close()
     with schema.open_run(tmp_path / "a") as run:
@@ -195,136 +214,151 @@ def test_a_torn_tail_is_ignored_and_overwritten(one_step, tmp_path):
         assert status_of(run)["torn_bytes"] == 0
 
 
-def test_damage_before_the_end_is_named_and_what_is_before_it_can_be_read(one_step, tmp_path):
+def test_damage_before_the_end_is_named_by_its_byte(one_step, tmp_path):
     written(tmp_path / "a", one_step).close()
     log = tmp_path / "a" / schema.LOG
     whole = log.read_bytes()
-    third = [
-        at
-        for at, frame in zip(begins(whole), frames_from(whole), strict=True)
-        if frame.kind == live_store_frames.ROW
-    ][2]
-    # A wrong number, a wrong length, a wrong beginning.
-    for place in (third + 40, third + 8, third + 15, third):
+    third = [at for at, kind, _ in frames(whole) if kind == ROW][2]
+    # A wrong number, a wrong length, a wrong kind, a wrong beginning.
+    for place in (third + 40, third + 8, third + 11, third + 4, third):
         damaged = bytearray(whole)
         damaged[place] ^= 0x41
         log.write_bytes(damaged)
-        with pytest.raises(
-            schema.SchemaError,
-            match=rf"damaged at byte {third}, in row 2",
-        ):
-            schema.open_run(tmp_path / "a")
-    with pytest.raises(schema.SchemaError, match="damaged at byte"):
-        LiveStore(tmp_path / "a", resume=True)
+        for door in DOORS:
+            with pytest.raises(schema.SchemaError, match=rf"damaged at byte {third}, in row 2"):
+                door(tmp_path / "a")
+    # As the message says: the rows before it are kept.
+    log.write_bytes(damaged[:third])
+    with schema.open_run(tmp_path / "a") as run:
+        require_rows(run, range(2))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": 3}, "has version 3, this depthscope reads version 2"),
-        ({"format": "another"}, "its format is 'another'"),
-        (
-            {
-                "variables": {
-                    "statistics/x": {"dims": ["depth"], "shape": [1 << 40], "dtype": "<f8", "attrs": {}}
-                }
-            },
-            "has 8796093022208 bytes per row",
-        ),
-        (
-            {"variables": {"statistics/x": {"dims": ["step"], "shape": [1], "dtype": "<f8", "attrs": {}}}},
-            "has the dims",
-        ),
-        (
-            {"variables": {"statistics/x": {"dims": ["depth"], "shape": [-1], "dtype": "<f8", "attrs": {}}}},
-            r"has the shape \[-1\]",
-        ),
-        (
-            {"variables": {"statistics/x": {"dims": [], "shape": [], "dtype": "O", "attrs": {}}}},
-            "has the dtype 'O'",
-        ),
-        ({"variables": {"/etc/x": {"dims": [], "shape": [], "dtype": "<f8", "attrs": {}}}}, "is not a name"),
-        ({"columns": [["../../x", 4, 0, 0, 4, 0, 3]]}, "described as"),
-        ({"columns": [[7, 4]]}, "is none that depthscope writes"),
-        ({"columns": [[7, 4, 0, 0, 4, -9, -3]]}, r"000007\.cols is not among its files"),
-        (
-            {
-                "columns": [[7, 4, 0, 0, 4, -9, -3]],
-                "files": ["columns/000007.cols", "states/000001.zarr.zip"],
-            },
-            "a file of its older rows is missing",
-        ),
-        ({"files": ["../../x"]}, "is not a file of a live store"),
-        ({"attempts": 3}, "is none that depthscope writes"),
-        ({"run": "7"}, "the run's id is '7'"),
-        ({"created": 3}, "is none that depthscope writes"),
-    ],
-)
-def test_what_no_log_begins_with_is_refused(one_step, tmp_path, change, message):
+def test_no_flipped_bit_and_no_cut_gives_another_number(one_step, tmp_path):
     written(tmp_path / "a", one_step).close()
     log = tmp_path / "a" / schema.LOG
     whole = log.read_bytes()
-    (kind, first), *others = payloads(whole)
-    begin = json.loads(first) | change
-    log.write_bytes(chained([(kind, json.dumps(begin).encode()), *others]))
-    with pytest.raises(schema.SchemaError, match=message):
-        schema.open_run(tmp_path / "a")
+    draw = random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        damaged[draw.randrange(len(whole))] ^= 1 << draw.randrange(8)
+        log.write_bytes(damaged[: draw.choice([len(whole), draw.randrange(1, len(whole))])])
+        with suppress(schema.SchemaError):
+            rows = LiveRows(tmp_path / "a")
+            assert rows.steps.tolist() == list(range(rows.num_rows))
+            if rows.num_rows:
+                assert rows.column("statistics/token_count").tolist() == list(
+                    map(float, range(rows.num_rows))
+                )
+
+
+def variable(name: str = "x", **changes) -> dict:
+    fields = {"dims": ["depth"], "shape": [3], "dtype": "<f8", "attrs": {}} | changes
+    return {"variables": {f"statistics/{name}": fields}, "coords": {}}
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "message"),
+    [
+        (
+            NOTE,
+            {"note": "begun", "format": "depthscope live run", "version": 4},
+            "version 4, this depthscope reads 3",
+        ),
+        (NOTE, {"note": "begun", "format": "another", "version": 3}, "has the version 3"),
+        (NOTE, {"note": "unheard of"}, "a note of the kind 'unheard of'"),
+        (NOTE, {}, "is none that depthscope writes"),
+        (NOTE, [1], "is none that depthscope writes"),
+        (NOTE, {"note": "opened", "time": "x", "pid": 1, "host": ""}, "is none that depthscope writes"),
+        (NOTE, {"note": "attributes", "attrs": 3}, "is none that depthscope writes"),
+        (LAYOUT, variable(dims=["q"], shape=[1 << 36]), "a row of more than"),
+        (LAYOUT, variable(shape=[-1]), "whole numbers"),
+        (LAYOUT, variable(dims=["step"]), "has the dims"),
+        (LAYOUT, variable(dims=["a", "b"]), "has the dims"),
+        (LAYOUT, variable(dtype="O"), "has the dtype 'O'"),
+        (
+            LAYOUT,
+            {"variables": {"/etc/x": variable()["variables"]["statistics/x"]}, "coords": {}},
+            "is not a name",
+        ),
+        (LAYOUT, variable(shape=[4]), "has 4 labels, expected 3"),
+        (
+            LAYOUT,
+            {"variables": {}, "coords": {"metrics/x": {"dims": ["x"], "values": [{}], "attrs": {}}}},
+            "kinds",
+        ),
+        (LAYOUT, variable(name="token_count"), "is declared twice"),
+        (7, {}, "a frame of kind 7"),
+        (ROW, {}, "is none that depthscope writes"),
+    ],
+)
+def test_frames_that_no_writer_writes_are_refused(one_step, tmp_path, kind, content, message):
+    written(tmp_path / "a", one_step).close()
+    with (tmp_path / "a" / schema.LOG).open("ab") as log:
+        log.write(packed(kind, json.dumps(content).encode()))
+    for door in DOORS:
+        with pytest.raises(schema.SchemaError, match=message):
+            door(tmp_path / "a")
 
 
 def test_a_declared_size_without_rows_takes_no_memory(one_step, tmp_path):
-    store = written(tmp_path / "a", one_step)
-    frame = {
-        "variables": {"statistics/x": {"dims": ["x"], "shape": [1 << 36], "dtype": "<f8", "attrs": {}}},
-        "coords": {},
-    }
+    store = written(tmp_path / "a", one_step, range(20))
     store.close()
-    log = tmp_path / "a" / schema.LOG
-    known = payloads(log.read_bytes())
-    log.write_bytes(chained([*known, (live_store_frames.DECLARE, json.dumps(frame).encode())]))
+    with (tmp_path / "a" / schema.LOG).open("ab") as log:
+        log.write(packed(LAYOUT, json.dumps(variable(dims=["x"], shape=[25 << 20])).encode()))
     for door in DOORS:
-        with pytest.raises(schema.SchemaError, match=r"statistics/x has 549755813888 bytes per row"):
-            door(tmp_path / "a")
-    # Of a size that a row may have, with rows that have none of it.
-    frame["variables"]["statistics/x"]["shape"] = [25 << 20]
-    log.write_bytes(chained([*known, (live_store_frames.DECLARE, json.dumps(frame).encode())]))
-    for door in DOORS[:2]:
         with pytest.raises(schema.SchemaError, match=r"need .* bytes, more than"):
             door(tmp_path / "a")
 
 
-def test_links_pipes_and_files_of_others_are_refused(one_step, tmp_path):
+def test_links_pipes_and_holes_are_refused(one_step, tmp_path):
     written(tmp_path / "a", one_step).close()
-    (tmp_path / "a" / "notes.txt").write_text("mine")
-    with pytest.raises(schema.SchemaError, match=r"contains notes\.txt"):
-        schema.open_run(tmp_path / "a")
-    (tmp_path / "a" / "notes.txt").unlink()
-    outside = tmp_path / "outside.zarr.zip"
+    log, outside = tmp_path / "a" / schema.LOG, tmp_path / "outside"
+    shutil.move(log, outside)
+    log.symlink_to(outside)
+    assert not schema.is_live_store(tmp_path / "a")
+    for door in DOORS[1:]:
+        with pytest.raises(OSError, match=r"symbolic link|files in it"):
+            door(tmp_path / "a")
+    log.unlink()
+    os.mkfifo(log)
+    assert not schema.is_live_store(tmp_path / "a")
+    log.unlink()
+    shutil.move(outside, log)
     state = tmp_path / "a" / "states" / "000001.zarr.zip"
-    os.replace(state, outside)
+    shutil.move(state, outside)
     state.symlink_to(outside)
-    with pytest.raises(schema.SchemaError, match=r"contains states/000001\.zarr.zip"):
+    with pytest.raises(schema.SchemaError, match="no step was finished"):  # a link is no state
         schema.open_run(tmp_path / "a")
-    state.unlink()
-    os.mkfifo(state)
-    with pytest.raises(schema.SchemaError, match=r"contains states/000001\.zarr.zip"):
-        schema.open_run(tmp_path / "a")
+    with log.open("r+b") as file:
+        file.truncate(1 << 34)
+    with pytest.raises(schema.SchemaError, match="of which the disk holds"):
+        LiveRows(tmp_path / "a")
+
+
+def test_arrays_of_another_run_are_not_taken_for_this_runs(one_step, tmp_path):
+    written(tmp_path / "a", one_step).close()
+    written(tmp_path / "b", one_step).close()
+    shutil.copy(tmp_path / "a" / "states" / "000001.zarr.zip", tmp_path / "b" / "states" / "000002.zarr.zip")
+    with pytest.raises(schema.SchemaError, match="is of another run than its log"):
+        schema.open_run(tmp_path / "b")
 
 
 # --- writers
 
 
-def test_a_store_that_is_there_is_kept_without_resume_or_force(one_step, tmp_path):
+def test_a_store_that_is_there_stays_without_resume_or_force(one_step, tmp_path):
     written(tmp_path / "a", one_step).close()
+    (tmp_path / "a" / "notes.txt").write_text("mine")
     with pytest.raises(FileExistsError, match=r"has a run already; go on in it with resume=True"):
         LiveStore(tmp_path / "a")
     LiveStore(tmp_path / "a", force=True).close()
     with pytest.raises(schema.SchemaError, match="no step was finished"):
         schema.open_run(tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "thesis.tex").write_text("mine")
+    LiveStore(tmp_path / "a", resume=True).remove()
+    assert os.listdir(tmp_path / "a") == ["notes.txt"]
     for options in ({}, {"resume": True}, {"force": True}):
-        with pytest.raises(FileExistsError, match=r"contains thesis\.tex"):
-            LiveStore(tmp_path / "b", **options)
+        with pytest.raises(FileExistsError, match="has files in it that are no live run"):
+            LiveStore(tmp_path / "a", **options)
     (tmp_path / "c").write_text("mine")
     with pytest.raises(FileExistsError, match="is a file, but a live run is a folder"):
         LiveStore(tmp_path / "c", force=True)
@@ -367,55 +401,19 @@ def test_a_child_of_the_writer_does_not_hold_its_lock(one_step, tmp_path):
         os.waitpid(child, 0)
 
 
-def test_a_full_disk_leaves_the_store_as_it_was(one_step, tmp_path, monkeypatch):
+def test_an_interrupt_between_writing_and_counting_loses_no_row_that_was_acknowledged(one_step, tmp_path):
     store = written(tmp_path / "a", one_step)
-    write = os.write
-
-    def full(descriptor: int, content) -> int:
-        if len(content) > 100:
-            return write(descriptor, bytes(content[:100]))
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "write", full)
-        with pytest.raises(OSError, match="No space left"):
-            store.append(5, row(5.0))
-    with schema.open_run(tmp_path / "a") as run:
-        require_rows(run, range(5))
-    store.append(5, row(5.0))
-    store.close()
-    with schema.open_run(tmp_path / "a") as run:
-        require_rows(run, range(6))
-
-
-def test_an_interrupt_between_writing_and_counting_loses_nothing(one_step, tmp_path):
-    store = written(tmp_path / "a", one_step)
-    tail = store._log._tail
-    store.append(5, {**row(5.0), "statistics/new": ((), 1.0)})
+    end = store._end
+    store.append(5, {**row(5.0), "statistics/new": (("q",), np.zeros(100))})
     # As if Ctrl-C had come right after the write: neither the bytes nor the new variable are known to the writer.
-    store._log._tail = tail
-    del store._history.variables["statistics/new"]
-    store._history.ends.pop()
-    store.append(6, {**row(6.0), "statistics/new": ((), 2.0)})
+    store._end = end
+    del store._rows.variables["statistics/new"]
+    store._rows._ends.pop()
+    store.append(5, {**row(5.0), "statistics/new": ((), 2.0)})
     store.close()
-    with schema.open_run(tmp_path / "a") as run:
-        require_rows(run, range(7))
-        assert run.statistics["new"].values[5:].tolist() == [1, 2]
-
-
-def test_a_writer_that_dies_between_columns_and_log_loses_nothing(one_step, tmp_path, monkeypatch):
-    store = written(tmp_path / "a", one_step)
-    with monkeypatch.context() as patch:
-        patch.setattr(store, "_start_log", lambda *_: (_ for _ in ()).throw(OSError("killed here")))
-        store._compact()
-    store.close()
-    with schema.open_run(tmp_path / "a") as run:
-        require_rows(run, range(5))
-    # The next writer removes the file that no log names.
-    written(tmp_path / "a", one_step, [5], resume=True).close()
-    assert not list((tmp_path / "a" / "columns").iterdir())
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(6))
+        assert run.statistics["new"].values[5] == 2
 
 
 def test_states_are_bounded_and_each_is_a_run(one_step, tmp_path):
@@ -427,3 +425,109 @@ def test_states_are_bounded_and_each_is_a_run(one_step, tmp_path):
     with schema.open_run(states[0]) as run:
         assert run.statistics.sizes["step"] == 1
     store.close()
+
+
+# --- real faults
+
+
+WRITER = """
+import sys
+from depthscope.diagnostics.schema.live_store import LiveStore
+from tests.diagnostics.schema.live_logs import row
+store = LiveStore(sys.argv[1], resume=True)
+first = 0 if store.last_step is None else store.last_step + 1
+for step in range(first, first + 10**7):
+    store.append(step, row(float(step)))
+    sys.stdout.write(f"{step}\\n")
+    sys.stdout.flush()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a process is killed")
+def test_every_row_that_was_acknowledged_outlives_a_killed_writer(one_step, tmp_path):
+    written(tmp_path / "a", one_step, []).close()
+    draw = random.Random(0)
+    for number in range(4):
+        with subprocess.Popen(
+            [sys.executable, "-c", WRITER, tmp_path / "a"], stdout=subprocess.PIPE, cwd=ROOT
+        ) as writer:
+            first = writer.stdout.readline()
+            end = time.monotonic() + draw.uniform(0.05, 0.3)
+            while time.monotonic() < end:  # a copy of a folder that is growing opens as it is
+                shutil.copytree(tmp_path / "a", tmp_path / f"copy{number}", dirs_exist_ok=True)
+            writer.send_signal(signal.SIGKILL)
+            told = int([first, *writer.stdout.read().split(b"\n")[:-1]][-1])
+        for folder in ("a", f"copy{number}"):
+            with schema.open_run(tmp_path / folder) as run:
+                steps = run.statistics.step.values
+                require_rows(run, range(len(steps)))
+        with schema.open_run(tmp_path / "a") as run:
+            assert run.statistics.step.values[-1] >= told
+
+
+FULL = """
+import os, sys
+from depthscope.diagnostics.schema.live_store import LiveStore
+from tests.diagnostics.schema.live_logs import row
+store, failed = LiveStore(sys.argv[1], resume=True), 0
+for step in range(2000):
+    try:
+        store.append(step, row(float(step)))
+    except OSError:
+        failed += 1
+        if failed == 3:  # room again
+            os.remove(sys.argv[2])
+    except BaseException:
+        raise SystemExit(9)
+store.close()
+print(failed)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a file system of Linux is mounted")
+def test_a_full_disk_costs_the_rows_for_which_there_is_no_room_and_no_other(one_step, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", str(disk).encode(), b"tmpfs", 0, b"size=512k"):
+        pytest.skip("a file system cannot be mounted here")
+    try:
+        written(disk / "a", one_step, []).close()
+        used = os.statvfs(disk)
+        (disk / "filler").write_bytes(bytes(max(0, (used.f_bavail - 8) * used.f_frsize)))
+        done = subprocess.run(
+            [sys.executable, "-c", FULL, disk / "a", disk / "filler"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert int(done.stdout) >= 3, done.stderr
+        with schema.open_run(disk / "a") as run:
+            steps = run.statistics.step.values
+            require_rows(run, steps)
+            assert len(steps) == 2000 - int(done.stdout)
+            assert steps[-1] == 1999
+    finally:
+        libc.umount2(str(disk).encode(), 2)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no limit")
+def test_a_limit_on_the_size_of_files_is_an_error_and_the_rows_before_it_stay(one_step, tmp_path):
+    written(tmp_path / "a", one_step).close()
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        size = (tmp_path / "a" / schema.LOG).stat().st_size
+        store = LiveStore(tmp_path / "a", resume=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 500, resource.RLIM_INFINITY))
+        failed = 0
+        for step in range(5, 20):
+            try:
+                store.append(step, row(float(step)))
+            except OSError:
+                failed += 1
+        os._exit(failed)
+    failed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert 5 < failed < 15
+    with schema.open_run(tmp_path / "a") as run:
+        require_rows(run, range(20 - failed))

@@ -147,7 +147,7 @@ def test_an_old_zarr_format_is_refused_before_its_codec_runs(run, tmp_path):
         ({"dimension_names": [1]}, "named dims"),
         ({"surprise": 1}, "surprise"),
         ({"zarr_format": 2}, "zarr_format 3"),
-        ({"attributes": []}, "cannot be read"),
+        ({"attributes": []}, "are not a JSON object"),
     ],
 )
 def test_metadata_of_zarr_that_a_run_does_not_have(run, tmp_path, change, reason):
@@ -240,6 +240,16 @@ def test_members_of_a_zip_file_that_a_run_does_not_have(run, tmp_path, name, opt
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(name, bytes(1 << 20), **options)
     with pytest.raises(schema.SchemaError, match=reason):
+        schema.open_run(path)
+
+
+def test_a_thousand_groups_are_refused_and_not_opened_one_by_one(run, tmp_path):
+    path = schema.save_run(run, tmp_path / "run.zarr")
+    for number in range(1000):
+        group = path / "trace" / str(number)
+        group.mkdir()
+        (group / "zarr.json").write_text('{"zarr_format": 3, "node_type": "group", "attributes": {}}')
+    with pytest.raises(schema.SchemaError, match="256 groups"):
         schema.open_run(path)
 
 

@@ -131,13 +131,7 @@ def test_the_network_without_a_fault_is_no_warning():
     assert severity(None)[0] <= Severity.INFO
 
 
-QUICK = ("an adapter is scaled up", "the head is scaled up", "all tokens get one vector")
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow(more=2)) for name in FAULTS],
-)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_larger_fault_is_never_milder(fault):
     told = [severity(fault, dose) for dose in FAULTS[fault][1]]
     severities = [each for each, _ in told]

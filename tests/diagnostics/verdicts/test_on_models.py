@@ -39,7 +39,6 @@ from tests.models.verdict_models import (
     streams,
     tokens,
 )
-from tests.thoroughness import sample_or_every
 
 torch.set_num_threads(1)
 
@@ -523,24 +522,3 @@ def test_blocks_that_were_not_restored(restored, loss, expected):
 
 def test_every_verdict_has_a_network_that_fails_it():
     assert list(CASES) == list(VERDICTS)
-
-
-@pytest.mark.slow(but=8, more=6)
-@pytest.mark.parametrize("name", sample_or_every(list(CASES)[::2], list(CASES)))
-def test_a_network_built_to_fail_is_found(name):
-    expected, run = CASES[name], CASES[name].build()
-    analysis = diagnostics.analyze(run).sel(expected.part)
-    found = diagnostics.judge(analysis.assign_coords(step=[expected.step]) if expected.step else analysis)
-    told = [finding for finding in found if finding.verdict == name]
-    assert [finding.severity for finding in told] == [expected.severity]
-    (finding,) = told
-    assert not finding.because
-    assert finding.stream == expected.stream
-    if finding.axis != "weight":
-        assert (finding.axis, finding.first, finding.last) == (expected.axis, expected.first, expected.last)
-    assert expected.says in finding.sentence
-    limits = VERDICTS[name].limits
-    assert finding.source in finding.sentence
-    assert finding.source == limits.source
-    loud = {other.verdict for other in found if other.severity > INFO}
-    assert loud - {name} <= set(expected.beside)

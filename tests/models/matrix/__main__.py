@@ -8,17 +8,16 @@ import json
 import sys
 import time
 import warnings
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import transformers
 
-from tests.models.matrix import page
 from tests.models.matrix.campaign import Result, run_cases
 from tests.models.matrix.cases import cases
 from tests.models.matrix.verdict import FAILURES
-from tests.thoroughness import number_of_draw
 
 # Imported before the processes are forked, so that not each of them spends a second on it.
 SHARED = (
@@ -33,29 +32,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.models.matrix", description=__doc__)
     parser.add_argument("name", nargs="?", default="", help="models with this in their package or name")
     parser.add_argument("--tenth", action="store_true", help="the fixed tenth that CI tries")
-    parser.add_argument("--drawn", type=int, default=1, help="one in so many, which the commit draws")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of weights and captures")
-    parser.add_argument("--write", action="store_true", help="write docs/compatibility.md; needs all models")
-    parser.add_argument("--check", action="store_true", help="fail where the page says something else")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
     args = parser.parse_args()
-    if args.write and (args.name or args.tenth):
-        parser.error("--write needs all models: leave out the name and --tenth")
     prepare()
     start = time.monotonic()
     chosen = [c for c in cases() if args.name in f"{c.package}/{c.name}" and (c.in_tenth or not args.tenth)]
-    chosen = chosen[number_of_draw() % args.drawn :: args.drawn]
     results = run_cases(chosen, seed=args.seed, jobs=args.jobs, on_result=_tell)
     summary(results, time.monotonic() - start)
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=0, default=str))
-    if args.write:
-        text = page.PAGE.read_text(encoding="utf-8")
-        page.PAGE.write_text(page.with_section(text, page.section(results)), encoding="utf-8")
-    old = page.old_rows(results, page.PAGE.read_text(encoding="utf-8")) if args.check else []
-    sys.stdout.writelines(f"docs/compatibility.md is old: {line}\n" for line in old)
-    return int(bool(old) or any(result.outcome in FAILURES for result in results))
+    return int(any(result.outcome in FAILURES for result in results))
 
 
 def prepare() -> None:
@@ -79,7 +67,7 @@ def summary(results: list[Result], seconds: float) -> None:
     """Counts, and the models that took longest."""
     slowest = sorted(results, key=lambda result: -result.seconds)[:5]
     sys.stdout.write(
-        f"{page.counts(results)}\n\n{len(results)} in {seconds:.0f} s; longest: "
+        f"{dict(Counter(result.outcome for result in results))}\n\n{len(results)} in {seconds:.0f} s; longest: "
         f"{', '.join(f'{result.name} {result.seconds:.1f} s' for result in slowest)}\n"
     )
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -15,10 +12,8 @@ import xarray as xr
 from torch import nn
 
 from depthscope import probes
-from tests.models.matrix import page, reference, verdict
-from tests.models.matrix.campaign import Result
+from tests.models.matrix import reference, verdict
 from tests.models.matrix.expectations import PLAIN, Expected
-from tests.thoroughness import sample_or_every
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -158,22 +153,6 @@ def test_axes_are_told_by_two_more_forwards():
     assert verdict.observe(Plain().eval(), packed, (3, 7), gradients=False).axes["blocks.1", 0, False] == "PD"
 
 
-def test_the_pages_own_part_is_kept_and_read():
-    results = [
-        Result(
-            "timm",
-            "vit",
-            "right",
-            facts={"class": "ViT", "family": "residual", "layout": "B T D", "chains": {"": 4}},
-        )
-    ]
-    text = page.with_section(f"head\n{page.START}\n{page.END}\ntail", page.section(results))
-    assert text.startswith("head\n")
-    assert text.endswith("\ntail")
-    assert page.old_rows(results, text) == []
-    assert page.old_rows([Result("timm", "vit", "refused", "ChainError: no")], text) != []
-
-
 FAULTS = """
 import os, signal, time
 from tests.models.matrix.isolation import in_child
@@ -183,37 +162,3 @@ failed = in_child(lambda: 1 / 0, seconds=5)
 large = in_child(lambda: len(bytearray(b"a" * 400_000_000)), seconds=20)
 print(crashed.signal == signal.SIGSEGV, hung.timed_out, "ZeroDivisionError" in failed.stderr, large.mib > 256)
 """
-
-
-@pytest.mark.slow
-def test_a_process_that_crashes_hangs_fails_or_grows_is_seen():
-    done = subprocess.run(
-        [sys.executable, "-c", FAULTS], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split() == ["True"] * 4, done.stderr
-
-
-@pytest.mark.slow
-def test_no_model_of_a_draw_is_wrong_that_the_page_does_not_name(tmp_path):
-    """A process of its own: it is forked for every model, which pytest's threads would not survive."""
-    found = tmp_path / "found.json"
-    part = sample_or_every(["--tenth", "--drawn", "10"], [])
-    words = [sys.executable, "-m", "tests.models.matrix", *part, "--jobs", "2", "--json", str(found)]
-    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert found.exists(), done.stdout[-3000:] + done.stderr[-2000:]
-    page = (ROOT / "docs" / "compatibility.md").read_text()
-    named = {
-        line.split("|")[1].strip()
-        for line in page.splitlines()
-        if "| wrong |" in line or "| crashed |" in line
-    }
-    results = json.loads(found.read_text())
-    wrong = {
-        f"{r['name']}: {r['reason']}"
-        for r in results
-        if r["outcome"] in ("wrong", "crashed")
-        and r["name"] not in named
-        # Other tests run beside this one: that a model was slow says nothing then.
-        and not r["reason"].startswith("time:")
-    }
-    assert not wrong

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from depthscope.diagnostics.atomic_writes import cache_folder
 from depthscope.probes.checkpoints import gguf
 from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
@@ -154,7 +155,7 @@ def test_dtype_is_cast_after_the_copy(tiny):
 
 def test_relative_cache_home_is_ignored(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "here")
-    assert gguf.cache_root() == Path.home() / ".cache" / "depthscope"
+    assert cache_folder() == Path.home() / ".cache" / "depthscope"
 
 
 def test_file_that_is_no_gguf(tmp_path, cache):
@@ -173,7 +174,6 @@ def test_missing_package_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.model
-@pytest.mark.slow(one_in=5)
 def test_smollm2(smollm2, cache):
     del smollm2  # it can be had: here it is converted once more
     first, second = load_checkpoint("smollm2"), load_checkpoint("smollm2")

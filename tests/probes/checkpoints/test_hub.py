@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-from depthscope.app.cli.command import FINE, USAGE
 
 import depthscope as ds
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import FINE, USAGE, main
 from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.checkpoints.hub import is_hub_name
 from tests.probes.checkpoints.hub_server import COMMIT, served
@@ -171,31 +168,3 @@ def test_what_is_a_path_is_no_name_of_the_hub(tmp_path, monkeypatch):
         CheckpointError, match="no such checkpoint: 'models/llama'; expected a transformers folder"
     ):
         ds.load("models/llama")
-
-
-@pytest.mark.slow
-def test_the_environment_of_the_hub_is_followed(root, tmp_path):
-    """In a process of its own: the library reads its settings when it is imported."""
-    code = "import depthscope as ds; print(ds.load('org/tiny').commit)"
-    with served(root) as (address, asked):
-        environment = {
-            "HF_ENDPOINT": address,
-            "HF_HOME": str(tmp_path),
-            "PATH": "/usr/bin:/bin",
-            "PYTHONPATH": str(Path(ds.__file__).parents[1]),
-        }
-        done = subprocess.run(
-            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=tmp_path
-        )
-        assert done.stdout.strip() == COMMIT, done.stderr
-        asked.clear()
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**environment, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-        )
-        assert done.stdout.strip() == COMMIT, done.stderr
-        assert not asked
-    assert "%" not in done.stderr  # no progress bar in a log

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from depthscope.app.cli.command import USAGE
-from depthscope.app.cli.main import main
+from depthscope.app.cli.main import USAGE, main
 from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.own_files import own_file

@@ -9,7 +9,6 @@ from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
 
 
 @pytest.mark.model
-@pytest.mark.slow(one_in=5)
 def test_smollm2(smollm2):
     batch = encode_text(smollm2, sample_text(), sequences=4, length=24)
     plans = [ds.interventions.plan("skip", blocks=[0, 5]), ds.interventions.plan("massive", depths=14)]

@@ -121,9 +121,7 @@ def same(model, **how):
     return model
 
 
-MORE_WAYS = [
-    pytest.param(way, marks=pytest.mark.slow(more=2)) for way in (in_place, wrapped_blocks, compiled_forward)
-]
+MORE_WAYS = [way for way in (in_place, wrapped_blocks, compiled_forward)]
 WAYS = [whole, blocks_in_place, *MORE_WAYS]
 
 
@@ -183,7 +181,6 @@ def require_same(plain: list[torch.Tensor], probed: list[torch.Tensor]) -> None:
     assert [torch.equal(a, b) for a, b in zip(plain, probed, strict=True)] == [True] * len(plain)
 
 
-@pytest.mark.slow(but=1, more=1)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     "probe", [{}, {"gradients": True, "weights": True, "every": 2}], ids=["states", "all"]
@@ -202,18 +199,16 @@ def test_a_compiled_training_is_bit_for_bit_the_same(build, probe):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize(
-    "build", [whole, pytest.param(blocks_in_place, marks=pytest.mark.slow(more=1))], ids=lambda f: f.__name__
-)
+@pytest.mark.parametrize("build", [whole, blocks_in_place], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "setting",
     [
         {"micro_batches": 3},
         {"validate": True},
         {"autocast": True},
-        pytest.param({"loss": compiled_loss}, marks=pytest.mark.slow),
-        pytest.param({"fullgraph": True}, marks=pytest.mark.slow),
-        pytest.param({"dynamic": True}, marks=pytest.mark.slow),
+        {"loss": compiled_loss},
+        {"fullgraph": True},
+        {"dynamic": True},
     ],
     ids=lambda setting: "-".join(map(str, *setting.items())),
 )
@@ -230,10 +225,7 @@ def test_so_it_is_with_everything_that_a_training_does(build, setting):
     "setting",
     [
         {},
-        *(
-            pytest.param(setting, marks=pytest.mark.slow(more=2))
-            for setting in ({"micro_batches": 2}, {"checkpointing": False}, {"backend": "aot_eager"})
-        ),
+        *(setting for setting in ({"micro_batches": 2}, {"checkpointing": False}, {"backend": "aot_eager"})),
     ],
     ids=str,
 )
@@ -372,22 +364,6 @@ def test_arguments_that_the_forward_writes_into_are_copied():
     assert torch.equal(ids, expected)
     assert len(cache) == 1
     assert recorder.errors == []
-
-
-@pytest.mark.slow(more=1)
-@pytest.mark.filterwarnings(
-    "ignore::UserWarning:torch", "ignore::DeprecationWarning", "ignore::FutureWarning"
-)
-@pytest.mark.parametrize("build", [whole, blocks_in_place], ids=lambda f: f.__name__)
-def test_a_training_with_torchs_own_compiler_is_bit_for_bit_the_same(build):
-    setting = {"backend": "inductor", "steps": 20}
-    plain, _ = train(build, None, **setting)
-    uncompiled, _ = train(same, None, **setting)
-    assert not torch.equal(plain[0], uncompiled[0])
-    for probe in ({}, {"gradients": True, "weights": True}):
-        probed, recorder = train(build, probe, **setting)
-        require_same(plain, probed)
-        assert recorder.errors == []
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")

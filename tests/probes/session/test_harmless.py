@@ -338,7 +338,6 @@ def test_copies_and_pickles_of_a_probed_model_work_and_write_nothing_back(ids):
     assert float(statistics.weight_gradient_square_norm.sum()) == pytest.approx(own)
 
 
-@pytest.mark.slow(but=1, more=2)
 @pytest.mark.parametrize("ending", ["success", "forward", "backward"])
 @pytest.mark.parametrize("probe", [{}, ALL], ids=["states", "all"])
 def test_nothing_of_a_forward_outlives_the_block(ids, probe, ending):

@@ -90,25 +90,6 @@ def _checkpointed(forward, reentrant):
     return lambda x: checkpoint(forward, x, use_reentrant=reentrant)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("inside", [False, True])
-def test_compiled_streams_are_read_in_every_measured_step(models, ids, inside):
-    model = models["lucidrains"]("mhc")
-    if inside:
-        model.compile(backend="eager")
-        compiled = model
-    else:
-        compiled = torch.compile(model, backend="eager")
-    compiled(ids)  # compiled before a probe is there
-    with probes.record(compiled, gradients=True) as recorder:
-        for _ in range(2):
-            compiled(ids).square().mean().backward()
-            recorder.step()
-    assert recorder.errors == []
-    assert recorder.run.attrs["family"] == "mhc"
-    assert recorder.run.attrs["reconstruction_error"] < 1e-6
-
-
 def test_inference_mode_and_offloaded_weights(models, ids):
     from accelerate import cpu_offload
 

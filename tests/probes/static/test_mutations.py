@@ -14,7 +14,6 @@ from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.static.describe import StaticDescription
 from tests.probes.static.dialect_files import CASES, Case
 from tests.probes.static.written_files import write_gguf, write_safetensors, write_shards
-from tests.thoroughness import sample_or_every
 
 gguf = pytest.importorskip("gguf")
 Change = Callable[[Case, random.Random], str]
@@ -97,7 +96,7 @@ def described_or_refused(path) -> StaticDescription | None:
     return None
 
 
-@pytest.mark.parametrize("seed", sample_or_every(range(1), range(20)))
+@pytest.mark.parametrize("seed", [0])
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("name", CASES)
 def test_a_changed_file_is_right_or_refused_with_the_reason(name, change, seed, tmp_path):

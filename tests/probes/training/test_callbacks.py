@@ -75,50 +75,6 @@ def test_a_trainer_is_recorded_and_resumed(models, tmp_path):
         assert float(rows["learning_rate"].sel(step=step)) == pytest.approx(row["learning_rate"])
 
 
-@pytest.mark.slow(one_in=5)
-@pytest.mark.filterwarnings("ignore")  # the trainer's own
-def test_a_trainer_that_raises_ends_the_store(models, tmp_path):
-    class Breaks(transformers.TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                raise RuntimeError("out of memory")
-
-    for late in (False, True):  # whether the callback is added to a trainer that is there
-        built, callback = trainer(models["llama"](), tmp_path / str(late), 4)
-        built.add_callback(Breaks())
-        if late:
-            built.remove_callback(callback)
-            built.add_callback(callback)
-        with pytest.raises(RuntimeError, match="out of memory"):
-            built.train()
-        assert not callback.recorder.is_open
-        with schema.open_run(tmp_path / str(late) / "run") as run:
-            assert run.attrs[schema.LIVE]["state"] == "finished"
-            assert run.statistics.step.values.tolist() == [0, 1]
-
-
-@pytest.mark.slow(one_in=5)
-@pytest.mark.filterwarnings("ignore")  # the trainer's own
-def test_a_trainer_that_begins_anew_with_smaller_batches_is_one_store(models, tmp_path):
-    tried = []
-
-    class TooLarge(transformers.TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            tried.append(state.train_batch_size)
-            if len(tried) == 2:
-                raise RuntimeError("CUDA out of memory.")
-
-    built, _ = trainer(models["llama"](), tmp_path, 3, metrics=None)
-    built.args.auto_find_batch_size = True
-    built.add_callback(TooLarge())
-    built.train()
-    assert len(set(tried)) == 2
-    with schema.open_run(tmp_path / "run") as run:
-        assert run.statistics.step.values.tolist() == [0, 1, 2]
-        assert run.attrs[schema.LIVE]["state"] == "finished"
-        assert "metrics" not in run.children
-
-
 @pytest.mark.filterwarnings("ignore")  # the trainer's own
 def test_a_lightning_trainer_is_recorded(tmp_path):
     if lightning_callback.Callback is None:

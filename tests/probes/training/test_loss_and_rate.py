@@ -129,15 +129,6 @@ def test_a_loss_that_diverges_is_a_finding_live_and_later(tmp_path):
     assert "diverged_loss" in {finding.verdict for finding in judge(training_curves(recorder.run))}
 
 
-@pytest.mark.slow
-def test_a_resumed_training_goes_on_from_the_losses_before(tmp_path):
-    told: list[tuple[int, str, str]] = []
-    steps_with([2.6] * 6, told, store=tmp_path / "run")
-    assert not [each for each in told if "loss" in each[1]]
-    steps_with([8.0, 8.0], told, store=tmp_path / "run", resume=True)
-    assert (7, "diverged_loss", "FAIL") in told
-
-
 def test_noise_and_progress_are_no_divergence():
     generator = np.random.default_rng(0)
     for noise in (0.02, 0.1, 0.2):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from functools import partial
 
 import numpy as np
@@ -128,27 +127,6 @@ def test_two_backwards_through_one_forward_add_up(models):
     np.testing.assert_allclose(runs[1], 2 * runs[0], rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.slow
-def test_a_reason_that_lasts_is_told_three_times_and_then_together(models):
-    model, (batch,) = models["llama"](), batches(1)
-    recorder = probes.record(model, gradients=True)
-
-    def train():
-        with recorder:
-            for _ in range(6):
-                recorder.step()
-            model(**batch).loss.backward()
-            recorder.step()
-
-    with pytest.warns(probes.ProbeWarning, match="not measured") as said:
-        train()
-    told = [str(warning.message) for warning in said]
-    assert all(f"step {step} was not measured" in told[step] for step in range(3))
-    assert "reported together" in told[2]
-    assert told[3:] == ["steps 3 to 5 were not measured for the same reason (3 of them)"]
-    assert recorder.measured_steps == [6]
-
-
 def test_a_step_without_a_forward_or_a_backward_is_reported(models):
     model, (batch,) = models["llama"](), batches(1)
     with probes.record(model, gradients=True) as recorder:
@@ -159,24 +137,6 @@ def test_a_step_without_a_forward_or_a_backward_is_reported(models):
             recorder.step()
     with pytest.raises(probes.CaptureError, match="outside the block"):
         recorder.step()
-
-
-@pytest.mark.slow(more=1)
-@pytest.mark.parametrize("stepping", [True, False])
-def test_memory_does_not_grow_with_the_number_of_batches(models, stepping):
-    model, parts = models["llama"](), batches(40)
-
-    def held(count: int) -> int:
-        gc.collect()
-        with probes.record(model, max_sequences=4) as recorder, torch.no_grad():
-            for part in parts[:count]:
-                model(**part)
-                if stepping:
-                    recorder.step()
-            gc.collect()
-            return sum(t.numel() for t in gc.get_objects() if type(t) is torch.Tensor and t.ndim >= 2)
-
-    assert held(40) <= held(8)
 
 
 def test_the_store_is_written_even_when_the_loop_breaks(models, tmp_path):

@@ -20,7 +20,6 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this build of torch has no gloo", allow_module_level=True)
 
 
-@pytest.mark.slow(more=1, one_in=5)
 @pytest.mark.parametrize("world", SCENARIOS)
 def test_processes(world, tmp_path):
     """Every scenario in one start of so many processes, which takes most of the time."""
