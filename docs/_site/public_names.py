@@ -27,9 +27,8 @@ GROUPS = {
         "Recorder",
         "describe",
         "describe_weights",
-        "initial_logits",
     ),
-    "Measure and judge": ("analyze", "judge", "Finding", "Severity", "training_curves", "with_replay"),
+    "Measure and judge": ("analyze", "judge", "Finding", "Severity", "training_curves"),
     "Runs on disk": ("open_run", "save_run", "validate"),
     "Experiments": ("interventions", "lens", "jacobian"),
 }

@@ -65,7 +65,7 @@ def apply(order: str, code: str, folder: Path) -> None:
 
 def run(folder: Path, *arguments: str, fails: bool = False) -> str:
     """What Python prints at the root of the copy, which is the package that it imports."""
-    environment = os.environ | {"PYTHONPATH": str(folder), "DEPTHSCOPE_TESTS": "every"}
+    environment = os.environ | {"PYTHONPATH": str(folder)}
     done = subprocess.run(
         [sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
@@ -87,7 +87,7 @@ if not hasattr(contents, "every"):
     contents.every = contents.draw_all
     contents.draw_all = lambda readings, view: [
         (key, figure) for key, figure in contents.every(readings, view)
-        if figure.name in ("token_cosine", "feature_skewness")
+        if figure.name in ("token_cosine", "feature_skewness", "trimmed_cka")
     ]
 
 """
