@@ -1,6 +1,6 @@
 """The catalogue: one tiny random model of every family, what batch it takes, and what is expected to be found in it.
 
-`docs/compatibility.md` is a table of these (see `test_compatibility.py`); a new family is one declaration and one line here.
+`tests/probes/test_compatibility.py` captures each; a new family is one declaration and one line here.
 """
 
 from __future__ import annotations

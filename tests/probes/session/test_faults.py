@@ -30,7 +30,7 @@ from depthscope.probes.statistics.token_sums import TokenSums
 from tests.models.designs.catalogue import DESIGNS
 from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted, Plain
 from tests.probes.session.hooks_left import alive, hooks_on_model
-from tests.probes.session.random_faults import ERRORS, STOPS, fault, run_one
+from tests.probes.session.raised_errors import ERRORS, STOPS, fault
 
 IDS = torch.randint(1, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
 
@@ -70,15 +70,6 @@ def _only_new_objects_are_searched():
     gc.freeze()
     yield
     gc.unfreeze()
-
-
-# --- any order of faults ---
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_no_order_of_faults_does_harm(seed):
-    outcome = run_one(seed)
-    assert outcome.good, outcome
 
 
 # --- several probes ---
