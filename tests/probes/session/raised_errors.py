@@ -27,7 +27,6 @@ def _inside_a_hook(frame: Any) -> bool:
 
 
 @contextmanager
-@contextmanager
 def fault(error: type[BaseException], after: int, tripped: list[str]) -> Iterator[None]:
     """Raise an error at the n-th function that code of ours calls inside of a hook, be it ours or torch's."""
     left = after

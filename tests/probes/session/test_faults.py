@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import os
 import pickle
 import random
@@ -477,8 +478,7 @@ def test_a_parameter_replaced_within_a_step_has_no_update():
 # --- errors ---
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
+@pytest.mark.parametrize(("error", "name"), zip(ERRORS, itertools.cycle(MODELS), strict=False))
 def test_an_error_anywhere_in_a_hook_stays_inside_and_the_next_step_measures(name, error):
     twin = build(name)
     expected = [train(twin).detach() for _ in range(6)]
