@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import inspect
 import logging
+import pickle
 import re
 import sys
 from collections.abc import Iterator
@@ -273,7 +274,15 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Modu
     if dtype is not None:
         options["dtype"] = dtype
     with errors_of("transformers", f"'{folder}' does not load"):
-        model, report = _model_class(config, folder).from_pretrained(str(folder), config=config, **options)
+        try:
+            model, report = _model_class(config, folder).from_pretrained(
+                str(folder), config=config, **options
+            )
+        except pickle.UnpicklingError as error:  # torch's own words advise to run the code
+            raise CheckpointError(
+                f"'{folder}' has a pickle that contains more than tensors and would have to run code to open, or it is torn; "
+                "ask for a .safetensors version"
+            ) from error
     # transformers initialises missing weights at random and only warns; a spectrum of them would mean nothing.
     other = [
         f"{name}: {tuple(has)}, not {tuple(want)}" for name, has, want in sorted(report["mismatched_keys"])

@@ -72,7 +72,8 @@ def inner_model(model: nn.Module) -> nn.Module:
     found, is_wrapped = model, False
     while True:
         is_parallel = isinstance(found, nn.parallel.DistributedDataParallel)
-        inside = found._modules.get("module" if is_parallel else "_orig_mod")
+        # TorchScript's table of modules is no dict, and has items alone.
+        inside = dict(found._modules.items()).get("module" if is_parallel else "_orig_mod")
         if inside is None:
             return found if is_wrapped else model
         found, is_wrapped = inside, is_wrapped or is_parallel

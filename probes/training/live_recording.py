@@ -50,8 +50,9 @@ class LiveRecording:
         self._state_began = self._state_ended = 0.0
         self._said = self._error = self._state_error = ""
         if self._file is not None:
-            schema.require_replaceable(self._file, force=force)
-            if resume and self._file.exists() and not is_live_store(self._folder):
+            is_finished = resume and self._file.exists() and not is_live_store(self._folder)
+            schema.require_replaceable(self._file, force=force or is_finished)
+            if is_finished:
                 raise TakenError(
                     f"{self._file} is a finished run, to which nothing can be added; resume a store without an ending, "
                     "which is a folder, or name another path"

@@ -1,6 +1,6 @@
 """The catalogue: one tiny random model of every family, what batch it takes, and what is expected to be found in it.
 
-`docs/compatibility.md` is a table of these (see `test_compatibility.py`); a new family is one declaration and one line here.
+`tests/probes/test_compatibility.py` captures each; a new family is one declaration and one line here.
 """
 
 from __future__ import annotations
@@ -53,8 +53,6 @@ class Family:
         The axes of what the blocks take and give, where states inside of blocks have others.
     takes : bool
         Whether a block takes the state; otherwise it gives it only.
-    note : str
-        For the table.
     """
 
     name: str
@@ -67,7 +65,6 @@ class Family:
     streams: int = 1
     layout: str = ""
     takes: bool = True
-    note: str = ""
 
 
 def built(family: Family) -> nn.Module:
@@ -343,7 +340,6 @@ TORCH = (
         build=Universal,
         batch=ids,
         blocks=(("block", 4),),
-        note="one block, called four times",
     ),
 )
 
@@ -468,42 +464,6 @@ IMAGES = (
 # --- two tracks ---
 
 
-def _esmfold() -> nn.Module:
-    structure = {
-        "sequence_dim": 16, "pairwise_dim": 8, "ipa_dim": 4, "resnet_dim": 8, "num_heads_ipa": 2, "num_qk_points": 2,
-        "num_v_points": 2, "num_blocks": 2, "num_transition_layers": 1, "num_resnet_blocks": 1,
-    }  # fmt: skip
-    trunk = {
-        "num_blocks": 3, "sequence_state_dim": 16, "pairwise_state_dim": 8, "sequence_head_width": 4,
-        "pairwise_head_width": 4, "position_bins": 4, "chunk_size": None, "max_recycles": 1, "structure_module": structure,
-    }  # fmt: skip
-    # fp16_esm, which is on by default, would run the language model in half precision.
-    config = transformers.EsmConfig(
-        vocab_size=33, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, pad_token_id=1,
-        mask_token_id=32, max_position_embeddings=64, position_embedding_type="rotary", is_folding_model=True,
-        esmfold_config={"fp16_esm": False, "lddt_head_hid_dim": 8, "trunk": trunk},
-    )  # fmt: skip
-    return transformers.EsmForProteinFolding(config)
-
-
-def residues() -> dict[str, torch.Tensor]:
-    """Three short proteins."""
-    return {"input_ids": torch.randint(0, 20, (3, 11), generator=_generator())}
-
-
-TRACKS = (
-    Family(
-        name="esmfold",
-        package="transformers",
-        build=_esmfold,
-        batch=residues,
-        blocks=(("esm.encoder.layer.{i}", 2), ("trunk.blocks.{i}", 3), ("trunk.blocks.{i}", 3)),
-        chains=("esm", "sequence_state", "pairwise_state"),
-        note="the language model, which is frozen, and the two tracks of the trunk; the pairwise one has L·L tokens",
-    ),
-)
-
-
 # --- streams ---
 
 
@@ -586,14 +546,12 @@ STREAMS = (
         partial(_perturbed, hy_v4),
         "model.layers.{i}",
         "independent_hc",
-        note="H_res is the identity",
     ),
     _streams(
         "qwen4_exp",
         partial(_perturbed, qwen4_exp),
         "layers.{i}",
         "gated",
-        note="H_pre is a gate per feature, so no scalar H_pre exists",
     ),
     _streams(
         "gemma3n",
@@ -613,7 +571,6 @@ STREAMS = (
         blocks=(("trunk.skip_layers.{i}", 4),),
         connection="depth_history",
         takes=False,
-        note="mixes past layers, not streams",
     ),
 )
 
@@ -641,7 +598,6 @@ FAMILIES: tuple[Family, ...] = (
     *PAIRS,
     *TORCH,
     *IMAGES,
-    *TRACKS,
     *STREAMS,
     *UNDECLARED,
 )

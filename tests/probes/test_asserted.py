@@ -59,7 +59,7 @@ def test_attributes_that_no_file_takes_are_refused_before_anything_is_measured(v
     with expected:
         ds.capture(plain(), IDS, attrs=attrs)
     with expected:
-        probe_checkpoints([tmp_path / "none"], "text", tmp_path / "h.zarr.zip", attrs=attrs)
+        probe_checkpoints([tmp_path / "step-1"], "text", tmp_path / "h.zarr.zip", attrs=attrs)
     assert not list(tmp_path.iterdir())
 
 
@@ -70,7 +70,7 @@ def test_a_file_has_a_name_before_its_ending(tmp_path, monkeypatch, capsys):
             ds.record(plain(), store=ending)
         # Before a checkpoint is looked for.
         assert main(["probe", "none", "--out", ending]) == USAGE
-        assert f"--out '{ending}' is an ending without a name" in capsys.readouterr().err
+        assert f"'{ending}' is an ending without a name" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

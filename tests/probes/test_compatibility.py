@@ -1,17 +1,10 @@
-"""Every family is built, captured forward and backward, and checked against hooks of the test's own; the table says what came.
-
-``python -m tests.probes.test_compatibility`` writes the first part of `docs/compatibility.md`. The second part of the
-page, every class that can be built tiny, is written by ``python -m tests.models.matrix --write``.
-"""
+"""Every family is captured forward and backward, and compared with what hooks of the test's own see."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,24 +18,7 @@ from depthscope import probes
 from depthscope.diagnostics import schema
 from tests.models.families import FAMILIES, Family, built, floats, tilted
 
-ROOT = Path(__file__).parents[2]
-TABLE = ROOT / "docs" / "compatibility.md"
-COMMAND = "python -m tests.probes.test_compatibility"
 NAMES = [f"{family.package}: {family.name}" for family in FAMILIES]
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a capture gave."""
-
-    family: Family
-    run: xr.DataTree
-
-
-@cache
-def outcome(family: Family) -> Outcome:
-    """Capture a family, as a user would."""
-    return Outcome(family, probes.capture(built(family), family.batch(), gradients=True, loss=tilted))
 
 
 # --- the states, by hooks of our own ---
@@ -150,7 +126,7 @@ def layout_of(run: xr.DataTree, number: int) -> str:
 @pytest.mark.parametrize("family", FAMILIES, ids=NAMES)
 def test_every_family_is_captured(family):
     """The chains are found, and every state and gradient is the one that hooks of our own see, bit for bit."""
-    run = outcome(family).run
+    run = probes.capture(built(family), family.batch(), gradients=True, loss=tilted)
     assert chain_names(run) == family.chains
     assert run.attrs["family"] == family.connection
     assert run.attrs["n_streams"] == family.streams
@@ -186,77 +162,3 @@ def compare_gradients(at: xr.Dataset, state: Seen, canonical: Callable[..., np.n
         assert "gradient" not in at or bool(at.gradient.isnull().all())
     else:
         np.testing.assert_array_equal(at.gradient.values, canonical(state.gradient))
-
-
-# --- the table ---
-
-HEAD = (
-    "family",
-    "from",
-    "states",
-    "streams",
-    "layout",
-    "connection",
-    "orientation",
-    "error",
-    "gradients",
-    "notes",
-)
-
-
-def row(result: Outcome) -> dict[str, str]:
-    """What one family showed, in words."""
-    family, run = result.family, result.run
-    plain = run.attrs.get("reconstruction_error") is None
-    layouts = [layout_of(run, number) for number in range(len(family.chains))]
-    return {
-        "family": family.name,
-        "from": family.package,
-        "states": ", ".join(states_in_words(run, name) for name in family.chains),
-        "streams": str(run.attrs["n_streams"]),
-        "layout": ", ".join(f"`{layout}`" for layout in dict.fromkeys(layouts)),
-        "connection": connection_in_words(run),
-        "orientation": run.attrs["orientation"].replace("_", " ").replace("not applicable", "–"),
-        "error": "–" if plain else f"≤ {order_of(run.attrs['reconstruction_error'])}",
-        "gradients": gradients_in_words(run, family.chains),
-        "notes": family.note,
-    }
-
-
-def states_in_words(run: xr.DataTree, chain: str) -> str:
-    found = depths(run, chain)
-    shapes = {(at.sizes["token"], at.sizes["feature"]) for at in found}
-    stages = f" in {len(shapes)} stages" if len(shapes) > 1 else ""
-    return f"{chain} {len(found)}{stages}".strip()
-
-
-def connection_in_words(run: xr.DataTree) -> str:
-    trace = schema.chain_dataset(run, "trace", schema.chains(run)[0])
-    assert trace is not None
-    named = {
-        "h_res": "H_res",
-        "h_pre": "H_pre",
-        "read": "H_pre by views",
-        "h_post": "H_post",
-        "write": "H_post by views",
-    }
-    words = [word for name, word in named.items() if name in trace and bool(trace[name].notnull().any())]
-    return f"{run.attrs['family'].replace('_', ' ')}{': ' if words else ''}{', '.join(words)}"
-
-
-def order_of(error: float) -> str:
-    """The power of ten above an error; below 1e-6 the machine decides."""
-    return f"1e{max(-6, math.ceil(math.log10(error))) if error else -6}"
-
-
-def gradients_in_words(run: xr.DataTree, chains: Iterable[str]) -> str:
-    have = {
-        name: [bool(at.gradient.notnull().any()) if "gradient" in at else False for at in depths(run, name)]
-        for name in chains
-    }
-    if all(all(known) for known in have.values()):
-        return "all"
-    return ", ".join(
-        f"{name} {'all' if all(known) else f'{sum(known)} of {len(known)}' if any(known) else 'none'}".strip()
-        for name, known in have.items()
-    )

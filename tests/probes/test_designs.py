@@ -45,7 +45,6 @@ OTHERWISE = {
         "feed-forward chain", "skip through a linear map", "the state is rolled over tokens",
         "the state's features in reverse", "the mean over tokens is carried", "half of the features are carried",
         "attention without a skip", "recurrent layers without a skip", "tokens replaced between blocks",
-        "streams keep a share of each feature",
     ),
     ("right", "-", "part"): (
         "two towers side by side",
@@ -59,14 +58,8 @@ OTHERWISE = {
         "highway", "highway by lerp", "state halved between blocks", "state halved after every block",
         "the state times a function of itself", "reads of normalised streams",
     ),
-    ("unproven", "-", "refused"): (
-        "U-Net with concatenated skips",
-    ),
     ("right", "-", "unproven"): (
         "tokens merged between blocks", "ResNet with stages",
-    ),
-    ("right", "-", "unproven, states off"): (
-        "DenseNet", "Runge-Kutta steps",
     ),
 }  # fmt: skip
 

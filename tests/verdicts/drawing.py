@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,7 +103,3 @@ def run_case(case: Case) -> Outcome:
         else:
             outcome, told = CRASHED, (traceback.format_exc(limit=-3)[-600:],)
     return Outcome(case.what.title, words, outcome, told, scoring.clock() - start, case.seed)
-
-
-def run_all(chosen: list[Case]) -> Iterator[Outcome]:
-    return map(run_case, chosen)

@@ -22,8 +22,6 @@ from tests.verdicts.plans import Plan
 
 torch.set_num_threads(1)
 
-NETWORKS = 5
-
 
 def test_the_weights_of_a_block_that_has_no_state_are_recorded():
     plan = Plan(family="attention residuals", blocks=2, width=32)

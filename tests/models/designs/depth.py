@@ -604,35 +604,6 @@ class ValueBlock(nn.Module):
         return x, first
 
 
-class Reversible(DepthModel):
-    """Two halves that are added to in turn (Reformer)."""
-
-    def forward(self, ids):
-        one = two = self.embed(ids)
-        truth.state(one, -1, "embed", chain="one")
-        truth.state(two, -1, "embed", chain="two")
-        for block in self.blocks:
-            one, two = block(one, two)
-        return self.head(self.norm(one + two))
-
-    def build(self):
-        self.blocks = nn.ModuleList(ReversibleBlock(number) for number in range(BLOCKS))
-
-
-class ReversibleBlock(nn.Module):
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
-        self.f, self.g = Attention(norm=True), Mlp(norm=True)
-
-    def forward(self, one, two):
-        one = one + self.f(two)
-        truth.state(one, self.number, chain="one")
-        two = two + self.g(one)
-        truth.state(two, self.number, chain="two")
-        return one, two
-
-
 class Injected(DepthModel):
     """One block in a loop; the embedding is added before every turn (recurrent depth)."""
 
@@ -647,20 +618,6 @@ class Injected(DepthModel):
             x = self.core(x)
             truth.state(x, turn)
         return x
-
-
-class DenseConcat(DepthModel):
-    """Every layer's output is appended to the features (DenseNet): the state grows."""
-
-    def build(self):
-        self.layers = nn.ModuleList(nn.Linear(WIDTH + 8 * number, 8) for number in range(4))
-        self.out = nn.Linear(WIDTH + 32, WIDTH)
-
-    def trunk(self, x):
-        for number, layer in enumerate(self.layers):
-            x = torch.cat([x, torch.tanh(layer(x))], -1)
-            truth.state(x, number, need="")
-        return self.out(x)
 
 
 OVER_DEPTH = "depth_attention|depth_history"
@@ -700,7 +657,5 @@ DEPTH_DESIGNS = (
         "ladder residual", Ladder, layers="layers.{i}", branches_named=True, family=f"residual|{OVER_DEPTH}"
     ),
     Design("value residual", ValueResidual),
-    Design("reversible", Reversible),
     Design("one block, embedding injected", Injected, layers="core", family=OVER_DEPTH),
-    Design("DenseNet", DenseConcat, layers="layers.{i}", branches_named=True),
 )

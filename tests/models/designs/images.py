@@ -53,10 +53,6 @@ def wave_as_long_as_wide(seed: int) -> torch.Tensor:
     return wave(seed, WIDTH)
 
 
-def wave_as_many_as_sequences(seed: int) -> torch.Tensor:
-    return normal(seed, WIDTH, 1, WIDTH)
-
-
 class NormedUnit(nn.Module):
     """ConvNeXt over time: a depthwise convolution on (B, D, T), the rest on (B, T, D)."""
 
@@ -119,52 +115,6 @@ class ResNet(nn.Module):
         for stage in self.stages:
             x = stage(x)
         return self.fc(x.mean((2, 3)))
-
-
-class UnetBlock(nn.Module):
-    def __init__(self, layer: int, width: int):
-        super().__init__()
-        self.layer = layer
-        self.norm = nn.GroupNorm(4, width)
-        self.conv1, self.conv2 = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-
-    def forward(self, x):
-        x = x + self.conv2(functional.silu(self.conv1(functional.silu(self.norm(x)))))
-        truth.state(x, self.layer, axes=IMAGE)
-        return x
-
-
-class Unet(nn.Module):
-    """Down, and up again with the states of the way down beside the state: these are concatenated and mapped."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, padding=1)
-        self.down_blocks = nn.ModuleList([UnetBlock(0, 16), UnetBlock(1, 16)])
-        self.down = nn.Conv2d(16, 32, 4, 2, 1)
-        self.middle = nn.ModuleList([UnetBlock(2, 32), UnetBlock(3, 32)])
-        self.up = nn.ConvTranspose2d(32, 16, 4, 2, 1)
-        self.join = nn.ModuleList(nn.Conv2d(32, 16, 1) for _ in range(2))
-        self.up_blocks = nn.ModuleList([UnetBlock(4, 16), UnetBlock(5, 16)])
-
-    def forward(self, image):
-        x = self.stem(image)
-        truth.state(x, -1, "embed", axes=IMAGE)
-        kept = []
-        for block in self.down_blocks:
-            x = block(x)
-            kept.append(x)
-        x = self.down(x)
-        truth.state(x, 1, "pre|post|embed", axes=IMAGE, need="")
-        for block in self.middle:
-            x = block(x)
-        x = self.up(x)
-        truth.state(x, 3, "pre|post|embed", axes=IMAGE, need="")
-        for join, block in zip(self.join, self.up_blocks, strict=True):
-            x = join(torch.cat([x, kept.pop()], 1))
-            truth.state(x, block.layer - 1, "pre|post|embed", axes=IMAGE, need="")
-            x = block(x)
-        return x
 
 
 class MixerBlock(nn.Module):
@@ -241,24 +191,9 @@ IMAGE_DESIGNS = (
         "codec, as many channels as steps", Codec, wave_as_long_as_wide, layers="units.{i}", layout="B D T"
     ),
     Design(
-        "codec, as many channels as steps and sequences",
-        Codec,
-        wave_as_many_as_sequences,
-        layers="units.{i}",
-        layout="B D T",
-    ),
-    Design(
         "vocoder, channels first, features last inside", Vocoder, wave, layers="units.{i}", layout="B D T"
     ),
     Design("ResNet with stages", ResNet, image, layers="stages.*.{i}", layout="B D H W"),
-    Design(
-        "U-Net with concatenated skips",
-        Unet,
-        image,
-        labelled=False,
-        layers=("down_blocks.{i}", "middle.{i}", "up_blocks.{i}"),
-        layout="B D H W",
-    ),
     Design("MLP-Mixer", Mixer, image),
     Design("channels last", ChannelsLast, image, layout="B H W D"),
 )

@@ -1,4 +1,4 @@
-"""Stream connections of other forms: AltUp, fractions, gates of features, several reads and writes, k of N streams."""
+"""Stream connections of other forms: fractions, gates of features, several reads and writes, k of N streams."""
 
 from __future__ import annotations
 
@@ -40,47 +40,6 @@ class Streamed(nn.Module):
         return self.head(x.sum(2))
 
 
-class AltUpBlock(nn.Module):
-    """Predict all streams, run the block on one of them, correct all by what it changed (arXiv 2301.13310)."""
-
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer, self.active = layer, layer % STREAMS
-        self.attn, self.mlp = Attention(norm=True), Mlp(norm=True)
-        self.router = nn.Linear(WIDTH, STREAMS)
-        self.prediction, self.correction = nn.Linear(STREAMS, STREAMS**2), nn.Linear(STREAMS, STREAMS)
-
-    def predict(self, x):
-        modalities = torch.tanh(self.router(x[:, :, self.active]))
-        mix = self.prediction(modalities).unflatten(-1, (STREAMS, STREAMS)) + torch.eye(STREAMS)
-        return mix @ x, mix
-
-    def correct(self, predicted, activated):
-        gains = self.correction(torch.tanh(self.router(activated))) + 1
-        innovation = activated - predicted[:, :, self.active]
-        return predicted + gains.unsqueeze(-1) * innovation.unsqueeze(2), gains
-
-    def forward(self, x):
-        predicted, mix = self.predict(x)
-        read = predicted[:, :, self.active]
-        y = read + self.attn(read)
-        y = y + self.mlp(y)
-        x, gains = self.correct(predicted, y)
-        if truth.on():
-            one = torch.eye(STREAMS)[self.active]
-            # X' = P X + g (y − (P X)_a) = (I − g e_aᵀ) P X + g y
-            h_res = (torch.eye(STREAMS) - gains[..., None] * one) @ mix
-            truth.connection(
-                h_res=h_res, h_pre=mix[..., self.active, :], h_post=gains, branch_in=read, branch_out=y
-            )
-        truth.state(x, self.layer, axes=STREAMED)
-        return x
-
-
-class AltUp(Streamed):
-    block = AltUpBlock
-
-
 class GatedBlock(nn.Module):
     """Reads by a gate a feature, writes by a gate a stream, and mixes nothing (qwen4_exp)."""
 
@@ -106,23 +65,6 @@ class GatedBlock(nn.Module):
 
 class Gated(Streamed):
     block = GatedBlock
-
-
-class FeatureHighwayBlock(GatedBlock):
-    """Each stream keeps a share of each feature: the mixing is a diagonal per feature."""
-
-    def forward(self, x):
-        for number, (branch, site) in enumerate(((self.attn, "mid"), (self.mlp, "post"))):
-            flat = x.flatten(2)
-            keep = self.gates[number](flat).sigmoid().view_as(x)
-            added = branch(x.mean(2))
-            x = keep * x + self.inject[number](flat).unsqueeze(-1) * added.unsqueeze(2)
-            truth.state(x, self.layer, site, axes=STREAMED)
-        return x
-
-
-class FeatureHighway(Streamed):
-    block = FeatureHighwayBlock
 
 
 class SeveralViewsBlock(nn.Module):
@@ -359,7 +301,6 @@ class NothingPersists(Streamed):
 
 STREAMS_APART: dict[str, Any] = {"layout": "B T N D", "streams": STREAMS}
 STREAM_KIND_DESIGNS = (
-    Design("AltUp", AltUp, family="altup|hc", **STREAMS_APART),
     Design(
         "gates a feature read, gates a stream write",
         Gated,
@@ -367,7 +308,6 @@ STREAM_KIND_DESIGNS = (
         constraint="identity",
         **STREAMS_APART,
     ),
-    Design("streams keep a share of each feature", FeatureHighway, family="gated", **STREAMS_APART),
     Design("two reads and two writes of four streams", SeveralViews, family="hc|ghc", **STREAMS_APART),
     Design("fractions of the width", Fractions, family="hc|fractions", layout="B T (N D)", streams=STREAMS),
     Design("two of four streams", KOfN, family="mhc|hc", constraint="doubly stochastic", **STREAMS_APART),

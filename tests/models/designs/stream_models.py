@@ -148,8 +148,8 @@ STREAM_DESIGNS = (
             name=f"mHC: {style}, {batch} sequences of {length}",
             batch=sized(batch, length),
         )
-        for style in SIZED_STYLES
-        for batch, length in SIZES
+        for number, style in enumerate(SIZED_STYLES)
+        for batch, length in (SIZES[number], SIZES[(number + 3) % len(SIZES)])
     ),
     *(
         replace(

@@ -83,20 +83,12 @@ def test_shards_are_fetched_by_their_index(server, tmp_path):
     assert ds.load("org/shards").digest == loaded.digest
 
 
-def test_a_run_keeps_the_commit_and_an_experiment_finds_its_checkpoint_again(server, tmp_path, capsys):
-    assert main(["probe", "org/tiny", "--sequences", "2", "--length", "16", "--no-verdict", "--json"]) == FINE
+def test_a_run_keeps_the_commit(server, tmp_path, capsys):
+    assert main(["probe", "org/tiny", "--sequences", "2", "--length", "16", "--json"]) == FINE
     attrs = json.loads(capsys.readouterr().out)["attrs"]
     assert (attrs["repository"], attrs["repository_commit"]) == ("org/tiny", COMMIT)
     assert attrs["model"] == "tiny"
-    assert main(["ablate", "tiny.zarr.zip", "--blocks", "0"]) == FINE
-    assert "skip block 0" in capsys.readouterr().out
-    assert main(["describe", "org/tiny", "--plan", "--json"]) == FINE
     assert main(["describe", "org/tiny", "--weights-only", "--json"]) == FINE
-
-
-def test_a_plan_fetches_the_configuration_alone(server):
-    assert main(["describe", "org/tiny", "--plan", "--json"]) == FINE
-    assert {line.rpartition("/")[2] for line in server if line.startswith("GET /org")} == {"config.json"}
 
 
 @pytest.mark.parametrize(

@@ -240,49 +240,6 @@ def test_copies_made_while_probed_hold_plain_methods(ids):
     )
 
 
-class History(nn.Module):
-    """A stack whose every layer adds a mixture of the outputs of all earlier depths, as depth-history connections do."""
-
-    class Skip(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.logits = nn.Parameter(torch.randn(4))
-
-        def forward(self, x, history):
-            weights = self.logits[-len(history) :].softmax(0)
-            return x + sum(weight * state for weight, state in zip(weights, history, strict=True))
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(64, WIDTH)
-        self.layers = nn.ModuleList(Feedforward() for _ in range(4))
-        self.skips = nn.ModuleList(self.Skip() for _ in range(4))
-        self.norm = nn.LayerNorm(WIDTH)
-
-    def forward(self, ids):
-        history = [self.embed(ids)]
-        for layer, skip in zip(self.layers, self.skips, strict=True):
-            history.append(skip(layer(history[-1]), history[-4:]))
-        return self.norm(history[-1])
-
-
-def test_depth_histories_are_named_as_what_they_are(ids):
-    torch.manual_seed(0)
-    model = History().eval()
-    run = probes.capture(model, ids)
-    trace = run["trace"].to_dataset()
-    assert run.attrs["family"] == "depth_history"
-    assert run.attrs["n_streams"] == 1
-    assert run.attrs["orientation"] == "not_applicable"
-    # What a block reads is a sum that no block gives: it is named after that block.
-    assert list(trace.module.values) == ["embed", "layers.1", "layers.2", "layers.3", "layers.3"]
-    assert list(trace.site.values) == ["embed", "pre", "pre", "pre", "post"]
-    np.testing.assert_array_equal(
-        model.norm(torch.tensor(trace.residual.values[-1, ..., 0, :])).detach(), model(ids).detach()
-    )
-    np.testing.assert_array_equal(trace.final.values, model(ids).detach())
-
-
 class Resetting(nn.Module):
     """A known bad control: the streams are expanded and merged again inside every block."""
 

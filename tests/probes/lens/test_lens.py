@@ -108,33 +108,6 @@ def test_a_given_head_is_proven_too():
         ds.lens(model, batch, head=lambda state: model.lm_head(state))
 
 
-class Turning(nn.Module):
-    """A state that each block turns by much: the logit lens sees little of it, an affine map all."""
-
-    class Block(nn.Module):
-        def __init__(self, turn: torch.Tensor):
-            super().__init__()
-            self.turn = nn.Parameter(turn)
-
-        def forward(self, x):
-            return x + 3 * nn.functional.linear(x, self.turn)
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.norm, self.head = nn.Embedding(41, 16), nn.LayerNorm(16), nn.Linear(16, 41)
-        generator = torch.Generator().manual_seed(1)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.5, generator=generator)
-        turns = torch.linalg.qr(torch.randn(2, 16, 16, generator=generator))[0]
-        self.layers = nn.ModuleList(self.Block(turn) for turn in turns)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(self.norm(x))
-
-
 def test_prediction_depth_is_the_first_from_which_the_prediction_stays():
     agrees = np.array([[1, 0, 0, 1], [0, 1, 0, np.nan], [1, 1, 0, 1], [1, 1, 0, np.nan]])  # depth × token
     depths = np.array([0, 2, 3, 5])

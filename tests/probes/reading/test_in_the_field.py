@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -90,27 +89,6 @@ def test_a_norm_may_have_its_gain_before_its_division(scale):
     assert "final" in run.trace
 
 
-class Norms(nn.Module):
-    """Post-norm blocks, between which the state is normed once more."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
-        self.first = nn.ModuleList(Block(post=True) for _ in range(2))
-        self.between = nn.RMSNorm(WIDTH)
-        self.last = nn.ModuleList(Block(post=True) for _ in range(2))
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.first:
-            x = block(x)
-        x = self.between(x)
-        for block in self.last:
-            x = block(x)
-        return self.head(x)
-
-
 def shown(model: nn.Module, names: list[str], batch) -> list[torch.Tensor]:
     """What modules give in a forward."""
     found: list[torch.Tensor] = []
@@ -123,83 +101,6 @@ def shown(model: nn.Module, names: list[str], batch) -> list[torch.Tensor]:
     for hook in hooks:
         hook.remove()
     return found
-
-
-def test_a_norm_may_follow_a_norm():
-    model = Norms().eval()
-    run = ds.capture(model, ids())
-    assert run.attrs["proof"] == "proven"
-    names = ["embed", "first.0", "first.1", "between", "last.0", "last.1"]
-    for found, true in zip(run.trace.residual.values, shown(model, names, ids()), strict=True):
-        assert (torch.as_tensor(found[:, :, 0]) - true).abs().max() < 1e-6
-
-
-class Middle(nn.Module):
-    """Two lists of blocks, and one block of their class between them, with no number."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
-        self.down = nn.ModuleList(Block() for _ in range(2))
-        self.middle = Block()
-        self.up = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in (*self.down, self.middle, *self.up):
-            x = block(x)
-        return self.head(x)
-
-
-def test_a_block_without_a_number_is_one_where_others_of_its_class_have_one():
-    model, batch = Middle().eval(), ids()
-
-    def loss(output, _):
-        return output.pow(2).flatten(1).mean(1)
-
-    trace = ds.capture(model, batch).trace
-    modules = ["embed", "down.0", "down.1", "middle", "up.0", "up.1"]
-    assert trace.module.values.tolist() == modules
-    assert trace.layer.values.tolist() == [-1, 0, 1, 2, 3, 4]
-
-    found = ds.interventions.ablate(model, batch, "skip", loss=loss)
-    change = float(found.loss_change.sel(experiment="skip block 2"))
-    with torch.no_grad():
-        before = loss(model(batch), batch)
-        hook = model.middle.register_forward_hook(lambda _, given, __: given[0])
-        true = (loss(model(batch), batch) - before).mean()
-        hook.remove()
-    assert change == pytest.approx(float(true), rel=1e-4)
-
-
-@dataclass
-class Graph:
-    x: torch.Tensor
-
-
-class IntoItsBatch(nn.Module):
-    """A model of graphs that puts its states where it found the features."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
-        self.blocks = nn.ModuleList(Block() for _ in range(2))
-
-    def forward(self, graph):
-        graph.x = self.embed(graph.x)
-        for block in self.blocks:
-            graph.x = block(graph.x)
-        return self.head(graph.x)
-
-
-def test_an_object_that_a_model_changes_is_as_it_was():
-    graph, model = Graph(ids()), IntoItsBatch().eval()
-    ds.describe(model, graph)
-    first = ds.capture(model, graph, gradients=True, loss=lambda output, _: output.pow(2).mean())
-    assert torch.equal(graph.x, ids())
-    assert (first.trace.residual.values == ds.capture(model, graph).trace.residual.values).all()
 
 
 class Experts(nn.Module):
@@ -232,41 +133,6 @@ def test_sequences_that_meet_in_experts_are_refused_with_the_layout_that_reads_t
         assert (torch.as_tensor(found[:, :, 0]) - true).abs().max() < 1e-6
 
 
-class ListPassing(nn.Module):
-    """A block of attention residuals that hands on a list of all sums so far, each of which later blocks hand on too."""
-
-    def __init__(self):
-        super().__init__()
-        self.attn, self.mlp = (nn.Sequential(nn.RMSNorm(WIDTH), nn.Linear(WIDTH, WIDTH)) for _ in range(2))
-        self.queries = nn.Parameter(torch.randn(2, WIDTH))
-
-    def forward(self, sums, x):
-        for query, branch in zip(self.queries, (self.attn, self.mlp), strict=True):
-            values = torch.stack(sums)
-            weights = (values @ query).softmax(0)
-            x = x + branch((weights[..., None] * values).sum(0))
-            sums = [*sums, x]
-        return sums, x
-
-
-def test_a_sum_in_a_list_that_later_blocks_hand_on_is_named_after_its_own_branch():
-    torch.manual_seed(0)
-    model = nn.Module()
-    model.embed, model.layers = nn.Embedding(20, WIDTH), nn.ModuleList(ListPassing() for _ in range(3))
-
-    def forward(ids):
-        x = model.embed(ids)
-        sums = [x]
-        for layer in model.layers:
-            sums, x = layer(sums, x)
-        return x
-
-    model.forward = forward
-    run = ds.capture(model, torch.randint(20, (2, 6)))
-    names = [str(name) for name in run.trace["module"].values]
-    assert names == ["embed", *(name for n in range(3) for name in (f"layers.{n}.attn", f"layers.{n}"))]
-
-
 def test_states_are_compared_in_double_precision_whatever_the_default_is():
     count = 1536  # in bfloat16 the last of its indices is the count itself
     torch.set_default_dtype(torch.bfloat16)
@@ -275,79 +141,6 @@ def test_states_are_compared_in_double_precision_whatever_the_default_is():
         assert int(spread(2**25, 64)[-1]) == 2**25 - 1
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-class MixedWithZeros(nn.Module):
-    """Attention residuals in blocks of two, whose running sum begins with zeros and is mixed with what came before."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
-        self.queries = nn.Parameter(torch.randn(5, WIDTH))
-        self.blocks = nn.ModuleList(Block().mlp for _ in range(4))
-        self.reads: list[torch.Tensor] = []
-
-    def mix(self, query, sources):
-        values = torch.stack(sources)
-        share = torch.einsum("d,jbtd->jbt", query, nn.functional.rms_norm(values, (WIDTH,))).softmax(0)
-        self.reads.append(torch.einsum("jbt,jbtd->btd", share, values))
-        return self.reads[-1]
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        done, part, self.reads = [x], torch.zeros_like(x), []
-        for number, (block, query) in enumerate(zip(self.blocks, self.queries, strict=False)):
-            if number == 2:
-                done, part = [*done, part], torch.zeros_like(x)
-            part = part + block(self.mix(query, [*done, part]))
-        return self.head(self.mix(self.queries[-1], [*done, part]))
-
-
-def test_zeros_take_a_share_of_what_is_read():
-    model = MixedWithZeros().eval()
-    trace = ds.capture(model, ids()).trace
-    model(ids())
-    for found, read in zip(trace.branch_in.values, model.reads, strict=False):
-        assert (torch.as_tensor(found) - read).abs().max() < 1e-5
-    assert 0 < trace.depth_read.values[0, ..., 0].max() < 1  # the embedding's, next to zeros
-
-
-class ReadsAllStates(nn.Module):
-    """Plain blocks, of which each adds at once what it makes of its state and of all that earlier blocks gave."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.queries = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(3))
-        self.keys = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(3))
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        states = []
-        for block, query, keys in zip(self.blocks, self.queries, self.keys, strict=True):
-            asked, own = query(nn.functional.rms_norm(x, (WIDTH,))).chunk(2, -1)
-            if states:
-                key, value = keys(nn.functional.rms_norm(torch.stack(states, 2), (WIDTH,))).chunk(2, -1)
-                share = (asked[:, :, None] * key).sum(-1).softmax(-1)
-                own = own + (share[..., None] * value).sum(2)
-            x = block(x + torch.tanh(own))
-            states.append(x)
-        return self.head(x)
-
-
-def test_a_branch_may_read_all_earlier_states_at_once():
-    model = ReadsAllStates().eval()
-    run = ds.capture(model, ids())
-    given = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda *of: given.append(of[2].detach()))
-    model(ids())
-    assert run.attrs["proof"] == "proven"
-    states = [torch.as_tensor(state[:, :, 0]) for state in run.trace.residual.values]
-    assert all(min((state - after).abs().max() for state in states) < 1e-5 for after in given)
 
 
 class FromNumbers(nn.Module):
@@ -384,64 +177,3 @@ def test_streams_may_begin_with_a_linear_map():
     for state, after in zip(ends, given, strict=True):
         streams = after.unflatten(0, (2, STREAMS)).transpose(1, 2)
         assert (torch.as_tensor(state) - streams).abs().max() < 1e-5
-
-
-class PutTogether(nn.Module):
-    """Blocks on a sequence that is put together in several ways, and a head on the last state or on a sum of all."""
-
-    def __init__(self, way: str):
-        super().__init__()
-        torch.manual_seed(0)
-        self.way, self.embed, self.other = (
-            way,
-            nn.Embedding(40, WIDTH),
-            nn.Parameter(torch.randn(1, 4, WIDTH)),
-        )
-        self.blocks = nn.ModuleList(Block() for _ in range(3))
-        self.weights = nn.Parameter(torch.rand(4))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
-
-    def begin(self, ids):
-        if self.way == "another library":
-            return self.embed(torch.from_numpy(ids.numpy() + 0))
-        x = self.embed(ids)
-        if self.way == "parts of a buffer":
-            whole = x.new_zeros(len(x), x.shape[1] + 4, WIDTH)
-            whole[:, : x.shape[1]] = x
-            whole[:, x.shape[1] :] = self.other.expand(len(x), -1, -1)
-            return whole
-        if self.way == "frames":  # each with a class token, of which the first frame's stays
-            frames = torch.cat(
-                [self.other[:, :1].expand(len(x) * 3, -1, -1), x.unflatten(1, (3, -1)).flatten(0, 1)], 1
-            )
-            first = frames.unflatten(0, (-1, 3))[:, 0, :1]
-            return torch.cat([first, frames[:, 1:].unflatten(0, (-1, 3)).flatten(1, 2)], 1)
-        return x
-
-    def forward(self, ids):
-        states = [self.begin(ids)]
-        for block in self.blocks:
-            states.append(block(states[-1]))
-        last = states[-1]
-        if self.way == "a sum for the head":
-            last = sum(weight * state for weight, state in zip(self.weights, states, strict=True))
-        return self.head(self.norm(last))
-
-
-@pytest.mark.parametrize("way", ["another library", "parts of a buffer", "frames", "a sum for the head"])
-def test_a_sequence_may_be_put_together_in_any_way(way):
-    model = PutTogether(way).eval()
-    ids = torch.randint(0, 40, (2, 9), generator=torch.Generator().manual_seed(0))
-    run = ds.capture(model, ids, gradients=True, loss=lambda output, _: output.square().mean())
-    assert (run.attrs["proof"], run.trace.sizes["depth"]) == ("proven", 4)
-    given = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda *of: given.append(of[2]) or of[2].retain_grad())
-    model(ids).square().mean().backward()
-    for state, gradient, after in zip(
-        run.trace.residual.values[1:], run.trace.gradient.values[1:], given, strict=True
-    ):
-        assert (torch.as_tensor(state[:, :, 0]) - after.detach()).abs().max() < 1e-5
-        assert (torch.as_tensor(gradient[:, :, 0]) - after.grad).abs().max() < 1e-6
-    said = [part["why"] for part in run.attrs.get("not_covered", ())]
-    assert any("the head reads a weighted sum" in why for why in said) is (way == "a sum for the head")

@@ -130,31 +130,6 @@ def test_parts_with_other_numbers_of_streams_have_chains_of_their_own(counts):
         np.testing.assert_allclose(trace["residual"], torch.stack(model.passed[part]).detach(), atol=1e-6)
 
 
-class Meeting(Streams):
-    """Plain blocks of two tracks, which meet in a sum that others go on from."""
-
-    def __init__(self):
-        super().__init__(before=2, inside=0, after=2)
-        self.other, self.beside = nn.Linear(4, WIDTH), nn.ModuleList(Plain() for _ in range(3))
-
-    def forward(self, batch):
-        x, y = self.embed(batch), self.other(batch)
-        for block in self.before:
-            x = block(x)
-        self.passed = [y]
-        for block in self.beside:
-            self.passed.append(y := block(y))
-        x = x + y
-        for block in self.after:
-            x = block(x)
-        return self.head(x)
-
-
-def test_a_track_that_is_added_to_another_one_is_a_chain_up_to_there():
-    found = {memory.name: len(memory.connections) for memory in read_model(Meeting(), BATCH).memories}
-    assert sorted(found.values()) in ([2, 5], [2, 6], [3, 4], [3, 5])
-
-
 @pytest.mark.parametrize("gate", ["gain", "condition"])
 def test_a_gate_of_each_feature_is_a_part_of_the_branch_next_to_the_weights_of_streams(gate):
     model = Streams(gate=gate)
@@ -187,79 +162,6 @@ class Steps(nn.Module):
         for number in range(len(self.mix)):
             streams = self.step(number, *streams)
         return self.head(torch.cat(streams, -1))
-
-
-class PredictAndCorrect(Steps):
-    """AltUp: each stream is predicted from both, and corrected by what the layer made of one of them, less its prediction."""
-
-    def step(self, number, a, b):
-        mix, write = self.mix[number], self.write[number]
-        predicted = [mix[0, 0] * a + mix[0, 1] * b, mix[1, 0] * a + mix[1, 1] * b]
-        made = self.first[number]((a, b)[number % 2])
-        streams = [of + write[n] * (made - predicted[number % 2]) for n, of in enumerate(predicted)]
-        self.passed.append(torch.stack(streams, 2))
-        return streams
-
-
-class TwoTasks(Steps):
-    """Cross-stitch units: both towers begin with one tensor, each has branches of its own, and they are mixed after each."""
-
-    def begin(self, batch):
-        return [self.begins(batch)] * 2
-
-    def step(self, number, a, b):
-        a, b = a + self.first[number](a), b + self.second[number](b)
-        self.passed.append(torch.stack([a, b], 2))
-        mix = self.mix[number]
-        return mix[0, 0] * a + mix[0, 1] * b, mix[1, 0] * a + mix[1, 1] * b
-
-
-def test_streams_in_a_list_are_read_where_the_next_branch_takes_one_that_is_made_first():
-    model = PredictAndCorrect()
-    trace = ds.capture(model, BATCH)["trace"]
-
-    assert trace.attrs["proof"] == "proven"
-    with torch.no_grad():
-        model(BATCH)
-        np.testing.assert_allclose(trace["residual"], torch.stack(model.passed), atol=1e-6)
-        for number, (mix, write) in enumerate(zip(model.mix, model.write, strict=True)):
-            true = mix - write[:, None] * mix[number % 2]
-            np.testing.assert_allclose(trace["h_res"][number], true.expand(2, 5, 2, 2), atol=1e-6)
-
-
-def test_two_towers_that_begin_with_one_tensor_and_are_mixed_are_two_streams():
-    model = TwoTasks()
-    run = ds.capture(model, BATCH)
-    trace = run["trace"]
-
-    assert trace.attrs["proof"] == "proven"
-    assert "one tensor is each of the 2 streams" in run.attrs["not_covered"][0]["why"]
-    with torch.no_grad():
-        model(BATCH)
-        np.testing.assert_allclose(trace["residual"], torch.stack(model.passed), atol=1e-6)
-        true = torch.stack(list(model.mix))[:-1, None, None].expand(2, 2, 5, 2, 2)
-        np.testing.assert_allclose(trace["h_res"], true, atol=1e-6)
-
-
-class CrossNetwork(Steps):
-    """x ← x₀ ⊙ f(x) + x, as of a recommender: what scales the state is no gate, since nothing else is added."""
-
-    def forward(self, batch):
-        x = first = self.begins(batch)
-        self.passed = [x]
-        for layer in self.first:
-            self.passed.append(x := first * layer(x) + x)
-        return self.head(torch.cat([x, first], -1))
-
-
-def test_a_product_of_the_state_and_a_function_of_it_is_a_branch_where_there_is_no_other():
-    model = CrossNetwork()
-    trace = ds.capture(model, BATCH, loss=lambda output, _: output.square().mean(), gradients=True)["trace"]
-
-    assert trace.attrs["proof"] == "proven"
-    model(BATCH)
-    states = torch.stack(model.passed)
-    np.testing.assert_allclose(trace["residual"][..., 0, :], states.detach(), atol=1e-6)
 
 
 class InList(Steps):
@@ -304,48 +206,3 @@ def test_streams_of_a_list_may_begin_with_constants_and_be_read_one_at_a_time(be
         true = torch.stack(list(model.mix))[-trace.sizes["connection"] :, None, None]
         np.testing.assert_allclose(trace["h_res"], true.expand(trace["h_res"].shape), atol=1e-6)
     assert trace.sizes["connection"] == (2 if begin == "same" else 3)
-
-
-class Momentum(Steps):
-    """v ← g v + (1 - g) f(x), x ← x + v: what begins as the output of a branch is no stream of the first state."""
-
-    def forward(self, batch):
-        x = self.begins(batch)
-        self.passed, velocity = [x], torch.zeros(WIDTH)
-        for layer in self.first:
-            velocity = 0.8 * velocity + 0.2 * layer(x)
-            self.passed.append(x := x + velocity)
-        return self.head(torch.cat([x, x], -1))
-
-
-def test_a_velocity_is_a_sum_over_depth_and_no_stream():
-    model = Momentum(5)
-    trace = ds.capture(model, BATCH)["trace"]
-
-    assert trace.attrs["proof"] == "proven"
-    with torch.no_grad():
-        model(BATCH)
-        np.testing.assert_allclose(trace["residual"][..., 0, :], torch.stack(model.passed), atol=1e-6)
-
-
-class InOneBuffer(Steps):
-    """Each state is put into a place of a buffer of zeros, and the next block reads a mixture: a history, and no streams."""
-
-    def forward(self, batch):
-        x = self.begins(batch)
-        buffer = torch.cat([x[None], x.new_zeros(len(self.first), *x.shape)])
-        for number, layer in enumerate(self.first, 1):
-            x = x + layer(x)
-            buffer = torch.cat([buffer[:number], x[None], buffer[number + 1 :]])
-            x = torch.tensordot(self.constants[: number + 1], buffer[: number + 1], 1)
-        return self.head(torch.cat([x, x], -1))
-
-
-def test_a_history_in_a_buffer_is_not_taken_for_streams():
-    model = InOneBuffer(4)
-    model.constants = torch.rand(5)
-    try:
-        num_streams = ds.capture(model, BATCH).attrs["n_streams"]
-    except ds.LayoutError:  # as it is today: the states have one stream or five
-        num_streams = 1
-    assert num_streams == 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -36,17 +35,6 @@ def hooks_on_tensors(tensors: list[torch.Tensor]) -> int:
         (t._backward_hooks or {}, getattr(t, "_post_accumulate_grad_hooks", None) or {}) for t in tensors
     ]
     return sum(is_ours(hook) for pair in tables for hooks in pair for hook in hooks.values())
-
-
-def graph_of(tensor: torch.Tensor) -> Iterator[torch.autograd.graph.Node]:
-    """Every node of the graph behind a tensor."""
-    seen, waiting = set(), [tensor.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            yield node
-            waiting.extend(following for following, _ in node.next_functions)
 
 
 def alive() -> list[str]:

@@ -348,10 +348,10 @@ def test_only_parameters_of_connections_are_read(saved, monkeypatch):
     assert found.num_read == len(read) < found.num_tensors / 4
 
 
-def test_file_larger_than_the_memory_is_read_at_the_places_that_count(tmp_path):
-    """A hole of 1 TiB before the tensors of the connection."""
-    hole, tensors = 1 << 40, projected(torch.zeros(24))
-    entries = {"embed.weight": {"dtype": "BF16", "shape": [1 << 39], "data_offsets": [0, hole]}}
+def test_a_large_file_is_read_at_the_places_that_count(tmp_path):
+    """A hole of 8 GiB before the tensors of the connection."""
+    hole, tensors = 1 << 33, projected(torch.zeros(24))
+    entries = {"embed.weight": {"dtype": "BF16", "shape": [1 << 32], "data_offsets": [0, hole]}}
     end, data = hole, b""
     for name, tensor in tensors.items():
         raw = tensor.numpy().tobytes()
@@ -380,14 +380,11 @@ def shards(saved, tmp_path) -> tuple[Path, dict[str, str], set[str]]:
     return copy, weight_map, {file for name, file in weight_map.items() if "hc_" in name}
 
 
-def test_shards_without_connections_may_be_absent_or_without_data(shards):
+def test_a_shard_without_connections_may_be_absent(shards):
     folder, weight_map, needed = shards
     whole = probes.describe_weights(folder)
     spare = sorted(set(weight_map.values()) - needed)
-    assert len(spare) > 1
     (folder / spare[0]).unlink()
-    for name in spare[1:]:
-        header_only(folder / name)
     found = probes.describe_weights(folder)
     assert found.absent_files == (spare[0],)
     assert found.num_tensors == whole.num_tensors
@@ -487,14 +484,14 @@ def written(name: str, text: str):
     [
         (lambda folder: folder, "contains no safetensors"),
         (lambda folder: folder / "nowhere", "no checkpoint at"),
-        (torn, "torn or no safetensors file"),
+        (torn, "torn or not a safetensors file"),
         (pickled, "contains pickles"),
         (lambda folder: pickled(folder) / "pytorch_model.bin", "contains pickles"),
         (quantised, "stored as I8"),
         (written("notes.txt", ""), "1 of 3 shards and no index"),
         (written("model.safetensors.index.json", "{"), "not a safetensors index"),
         (written("model.safetensors.index.json", '{"weight_map": []}'), "not a safetensors index"),
-        (lambda folder: written("x.gguf", "GGUF")(folder) / "x.gguf", "as GGUF: it is torn"),
+        (lambda folder: written("x.gguf", "GGUF")(folder) / "x.gguf", "cannot be read as GGUF"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_words(make, words, tmp_path):

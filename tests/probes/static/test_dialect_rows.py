@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +9,8 @@ from safetensors.torch import save_file
 
 from depthscope import probes
 from depthscope.probes.checkpoints.errors import CheckpointError
-from depthscope.probes.static.dialect import KEYS, known_dialects, read_dialects
-from depthscope.probes.static.formula import FUNCTIONS, Formula, FormulaError
+from depthscope.probes.static.dialect import known_dialects, read_dialects
+from depthscope.probes.static.formula import Formula, FormulaError
 from depthscope.probes.static.shapes import shape_of, solve
 
 ROW = """
@@ -169,14 +166,3 @@ def test_shapes_give_the_sizes_or_several_solutions():
     assert solve({"a": (8, 10)}, equations, []) == [{"f": 2, "n": 4, "v": 1}]
     # comparisons rule solutions out
     assert solve({"b": (4, 5)}, equations, [Formula("v > n")]) == []
-
-
-def test_the_example_of_the_docs_is_a_row_and_its_keys_are_documented(tmp_path):
-    page = (Path(__file__).parents[3] / "docs" / "dialects.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```toml\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "mine.toml").write_text(example, encoding="utf-8")
-    (row,) = read_dialects(tmp_path / "mine.toml")
-    assert row.name == "my-streams"
-    documented = set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", page, re.MULTILINE))))
-    assert KEYS.keys() - {"style"} == documented
-    assert FUNCTIONS.keys() <= set(re.findall(r"`(\w+)", page))

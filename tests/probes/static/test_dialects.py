@@ -9,7 +9,7 @@ import torch
 from depthscope import probes
 from depthscope.diagnostics import kernels
 from depthscope.probes.checkpoints.errors import CheckpointError
-from tests.probes.static.dialect_files import CASES, SUBLAYERS, Case, D, N, Random, sinkhorn_v4
+from tests.probes.static.dialect_files import CASES, SUBLAYERS, Case, D, N, Random
 from tests.probes.static.written_files import write_gguf, write_safetensors, write_shards
 
 pytest.importorskip("gguf")
@@ -131,29 +131,6 @@ def test_an_unknown_model_type_needs_a_name(tmp_path):
         probes.describe_weights(folder, as_dialect="deepseek")
 
 
-def test_rows_that_compute_different_weights_of_the_same_tensors_are_named(tmp_path):
-    make, m = Random(5), 2
-    tensors = {}
-    for layer in range(2):
-        prefix = f"blocks.{layer}.attn."
-        tensors |= {f"{prefix}{name}": make(N, m) for name in ("read_in", "write_out")}
-        tensors[f"{prefix}stream_mixing"] = make(N, N)
-        for name in ("read_in", "write_out", "stream_mixing"):
-            tensors[f"{prefix}alpha_{name}"] = make(1)
-            tensors[f"{prefix}proj_{name}.weight"] = make(N * (N if name == "stream_mixing" else m), N * D)
-    folder = write_safetensors(tmp_path, tensors, {})
-    found = probes.describe_weights(folder)
-    assert [one.h_res for one in found.connections] == [None, None]
-    assert "do not decide between ghc-free and ghc-manifold" in str(found)
-    free = probes.describe_weights(folder, as_dialect="ghc-free").connections[0]
-    same(free.h_res, tensors["blocks.0.attn.stream_mixing"])
-    same(free.h_pre, tensors["blocks.0.attn.read_in"].T)
-    constrained = probes.describe_weights(folder, as_dialect="ghc-manifold").connections[0]
-    # exp, rows and columns in turn: without a floor DeepSeek-V4's order
-    same(constrained.h_res, sinkhorn_v4(tensors["blocks.0.attn.stream_mixing"], 20, 0.0))
-    same(constrained.h_post, 2 * torch.sigmoid(tensors["blocks.0.attn.write_out"]))
-
-
 def test_megatron_with_a_number_of_biases_that_two_rows_share(tmp_path):
     """24 biases are 4 · 6 of mHC with 4 streams, or 3 · 8 of diagonal connections with 8: the width of the model decides."""
     case = CASES["megatron"]()
@@ -237,41 +214,6 @@ def test_scales_of_one_stream_are_named(tmp_path):
     ]
     scale = tensors["model.layers.0.post_mlp_residual_scale.residual_scale"]
     assert found.connections[1].biases["residual"].minimum == pytest.approx(float(scale.min()))
-
-
-@pytest.mark.model
-def test_the_sources_and_queries_of_inkling2_are_those_of_its_modules(tmp_path):
-    """Each read of a small model: how many states it attends to, and what it multiplies them by."""
-    from transformers import AutoConfig
-    from transformers.models.inkling2 import modeling_inkling2 as code
-
-    text = AutoConfig.for_model("inkling2_text") if "inkling2_text" in configured_types() else None
-    if text is None:
-        pytest.skip("this transformers has no inkling2")
-    text.hidden_size, text._attn_implementation = D, "eager"
-    read = code.Inkling2BlockAttentionResidual(text)
-    torch.nn.init.normal_(read.query, generator=torch.Generator().manual_seed(0))
-    found = probes.describe_weights(
-        write_safetensors(
-            tmp_path, {"model.layers.0.mlp_input.query": read.query.data}, {"model_type": "inkling2"}
-        )
-    ).connections[0]
-    # layer 0: the embedding is a source of its own, and the attention's output the unfinished one
-    blocks, partial = torch.randn(1, 1, 1, D), torch.randn(1, 1, D)
-    with torch.no_grad():
-        mixed = read(blocks, partial)[0]
-    sources = torch.cat([blocks, partial.unsqueeze(-2)], dim=-2)[0, 0]
-    assert found.depth.sources == len(sources)
-    normed = sources / sources.square().mean(-1, keepdim=True).sqrt()
-    query = read.query.data * found.depth.query_norms[0] / read.query.data.norm()
-    expected = torch.softmax(normed @ query, 0) @ normed
-    torch.testing.assert_close(mixed.flatten(), expected, atol=1e-3, rtol=1e-3)
-
-
-def configured_types() -> set[str]:
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return set(CONFIG_MAPPING.keys())
 
 
 @pytest.mark.parametrize("name", ["flattened_mhc", "mhc_lite"])
@@ -386,36 +328,3 @@ def test_the_symbols_of_the_paper_prove_no_order_of_sinkhorn(names, turned, squa
             matrix = matrix / matrix.sum(last, keepdim=True)
         same(one.h_res, matrix)
         same(one.h_post, 2 * torch.sigmoid(tensors[f"layers.0.mixer.{names[1]}_post"]))
-
-
-OTHER_NAMES = {
-    "one projection": {"map.weight": (N * (N + 2), N * D), "pre_bias": (N,), "res_bias": (N, N)},
-    "one projection, turned": {"fused": (N * D, N * (N + 2)), "start": (N, N)},
-    "three projections": {
-        "a.weight": (N, N * D),
-        "b.weight": (N, N * D),
-        "c.weight": (N * N, N * D),
-        "d": (N, N),
-    },
-    "all layers stacked": {"p": (6, N * D, N), "q": (6, N * D, N * N), "r": (6, N, N)},
-    "a list of layers": {
-        "map.0.weight": (N * (N + 2), N * D),
-        "map.1.weight": (N * (N + 2), N * D),
-        "r": (2, N, N),
-    },
-}
-
-
-@pytest.mark.parametrize("name", OTHER_NAMES)
-def test_projections_next_to_a_square_bias_are_named_whatever_they_are_called(name, tmp_path):
-    random = Random(0)
-    tensors = {f"blocks.0.{leaf}": random(*shape) for leaf, shape in OTHER_NAMES[name].items()}
-    # The embedding may be as wide as all streams together, under a name that is none of an embedding's.
-    found = probes.describe_weights(
-        write_safetensors(tmp_path, {**tensors, "tokens.table": random(50, N * D)}, {})
-    )
-    assert found.connections == ()
-    matrices = {name for name, value in tensors.items() if value.ndim > 1}
-    assert {one.name for one in found.unrecognised} == matrices
-    assert "no stream connection that a dialect knows" in str(found)
-    assert "They look like a connection" in str(found)

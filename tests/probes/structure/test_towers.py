@@ -28,21 +28,6 @@ class Feedforward(nn.Module):
         return x + self.down(torch.tanh(self.up(self.norm(x))))
 
 
-class Convolutions(nn.Module):
-    """x + F(x) of an image with its channels first."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.first, self.second = (nn.Conv2d(width, width, 3, padding=1) for _ in range(2))
-
-    def forward(self, x):
-        return x + self.second(torch.relu(self.first(x)))
-
-
-class Later(Convolutions):
-    """The same in another class."""
-
-
 class Tower(nn.Module):
     """Some blocks one after another."""
 
@@ -112,27 +97,6 @@ def test_a_tower_next_to_streams_is_named():
     assert "the chain that has them is read alone" in part["why"]
 
 
-class Stages(nn.Module):
-    """Convolutions, then others of another class on the same image, as networks with several kinds of stages have."""
-
-    def __init__(self, width: int = 8):
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 1)
-        self.early = nn.Sequential(Convolutions(width), Convolutions(width))
-        self.late = nn.Sequential(Later(width), Later(width), Later(width))
-
-    def forward(self, image):
-        return self.late(self.early(self.stem(image))).mean((2, 3))
-
-
-def test_stages_of_several_classes_are_one_chain():
-    torch.manual_seed(0)
-    run = probes.capture(Stages(), torch.randn(3, 3, 6, 6))
-    modules = [str(module) for module in run["trace"].module.values]
-    assert modules == ["stem", "early.0", "early.1", "late.0", "late.1", "late.2"]
-    assert run.attrs["proof"] == "proven"
-
-
 class Heads(nn.Module):
     """A trunk, and from its middle a head of the same blocks."""
 
@@ -158,34 +122,6 @@ def test_a_head_of_the_same_blocks_is_no_part_of_the_trunk_and_both_have_the_gra
     shared = [run["trace"][name].gradient.values[depth] for name, depth in (("trunk", 2), ("head", 0))]
     assert shared[0].any()
     assert (shared[0] == shared[1]).all()
-
-
-class Patches(nn.Module):
-    """An image whose channels are first in its embedding and last in its blocks, with positions added in between."""
-
-    def __init__(self, width: int = 12):
-        super().__init__()
-        self.embed, self.positions = nn.Conv2d(3, width, 2, 2), nn.Parameter(torch.randn(1, 4, 4, width))
-        self.norms, self.branches = nn.ModuleList(), nn.ModuleList()
-        for _ in range(4):
-            self.norms.append(nn.LayerNorm(width))
-            self.branches.append(nn.Sequential(nn.Linear(width, 20), nn.Tanh(), nn.Linear(20, width)))
-
-    def forward(self, image):
-        x = self.embed(image).permute(0, 2, 3, 1)
-        x = x + self.positions
-        for norm, branch in zip(self.norms, self.branches, strict=True):
-            x = x + branch(norm(x))
-        return x
-
-
-def test_the_first_state_of_a_chain_of_values_is_the_one_that_the_first_branch_is_added_to():
-    torch.manual_seed(0)
-    model, image = Patches(), torch.randn(3, 3, 8, 8)
-    run = probes.capture(model, image)
-    first = model.embed(image).permute(0, 2, 3, 1) + model.positions
-    assert run.attrs["layout"] == "B H W D"
-    assert torch.equal(torch.from_numpy(run["trace"].residual.values[0, :, :, 0]), first.flatten(1, 2))
 
 
 class Pair(nn.Module):
@@ -225,47 +161,6 @@ def test_the_state_after_a_block_has_the_branch_that_is_handed_on_with_it():
         residual, hidden = layer(residual, hidden)
         states.append(residual + hidden)
     assert torch.equal(torch.from_numpy(run["trace"].residual.values[:, :, :, 0]), torch.stack(states))
-
-
-class ImageThenTokens(nn.Module):
-    """Blocks of one class on an image, then on its places as tokens."""
-
-    class Either(nn.Module):
-        def __init__(self, width: int):
-            super().__init__()
-            self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
-
-        def forward(self, x):
-            if x.ndim == 3:
-                return x + self.down(torch.tanh(self.up(x)))
-            return x + self.down(torch.tanh(self.up(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
-
-    class Flat(nn.Module):
-        def forward(self, x):
-            return x.flatten(2).transpose(1, 2)
-
-    def __init__(self, width: int = 10):
-        super().__init__()
-        self.stem = nn.Conv2d(3, width, 3, padding=1)
-        early, late = ([self.Either(width) for _ in range(2)] for _ in range(2))
-        self.blocks = nn.Sequential(*early, self.Flat(), *late)
-
-    def forward(self, image):
-        return self.blocks(self.stem(image)).mean(1)
-
-
-def test_where_the_axes_change_their_order_the_chain_goes_on():
-    torch.manual_seed(0)
-    model, image = ImageThenTokens(), torch.randn(3, 3, 4, 5)
-    run = probes.capture(model, image)
-    states = [model.stem(image)]
-    for block in model.blocks:
-        states.append(block(states[-1]))
-    early, late = [state.flatten(2).mT for state in states[:3]], states[4:]
-    assert run.attrs["proof"] == "proven"
-    assert torch.equal(
-        torch.from_numpy(run["trace"].residual.values[:, :, :, 0]), torch.stack([*early, *late])
-    )
 
 
 def test_a_run_whose_left_out_parts_say_nothing_is_no_run():

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import pytest
 import torch
 from torch import nn
@@ -202,34 +200,6 @@ class ValueResidual(Trunk):
         return self.head(self.norm(x))
 
 
-class NestedSums(nn.Module):
-    """A U-net with sums, of plain layers, with a recurrent layer in the middle: all but one pair lie in one branch."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        widths = [5, 8, 16, 32]
-        pairs = [*pairwise(widths)]
-        self.down = nn.ModuleList(
-            nn.Sequential(nn.Conv1d(a, b, 4, 2, 1), nn.GELU(), nn.Conv1d(b, b, 1)) for a, b in pairs
-        )
-        self.deep = nn.LSTM(32, 32, 2, batch_first=True)
-        self.up = nn.ModuleList(
-            nn.Sequential(nn.Conv1d(b, b, 1), nn.GELU(), nn.ConvTranspose1d(b, a, 2, 2))
-            for a, b in pairs[::-1]
-        )
-
-    def forward(self, x):
-        x, skips = x.transpose(1, 2), []
-        for layer in self.down:
-            x = layer(x)
-            skips.append(x)
-        x = self.deep(x.transpose(1, 2))[0].transpose(1, 2)
-        for layer in self.up:
-            x = layer(x + skips.pop()[..., : x.shape[-1]])
-        return x
-
-
 class LastBranchAlone(Trunk):
     """Branches read softmax mixtures of all outputs before; the head reads the last output, and no mixture."""
 
@@ -278,13 +248,6 @@ def test_what_has_a_depth_of_its_own_is_named(model, names):
     assert names <= {part["module"] for part in found.not_covered}
 
 
-def test_a_u_net_of_sums_names_what_lies_in_its_branch():
-    found = probes.describe(NestedSums().eval(), torch.randn(2, 16, 5))
-    named = {part["module"]: part for part in found.not_covered}
-    assert {"down.1", "down.2", "deep", "up.0"} == named.keys()
-    assert all("inside of one branch" in part["sentence"] for part in named.values())
-
-
 def test_blocks_around_a_deep_branch_are_a_chain_of_their_own():
     model = OneDeepBranch().eval()
     (part,) = probes.describe(model, batch()).not_covered
@@ -303,35 +266,3 @@ def test_whatever_carries_a_memory_inside_of_a_branch_is_named(memory):
 @pytest.mark.parametrize("model", [Trunk, ValueResidual])
 def test_nothing_is_named_of_a_model_that_has_nothing_more(model):
     assert probes.describe(model().eval(), batch()).not_covered == ()
-
-
-class Picked(Trunk):
-    """As a masked autoencoder: an encoder of the tokens that are not masked, and the trunk over all of them."""
-
-    def __init__(self, by: str):
-        self.by = by
-        super().__init__()
-
-    def more(self):
-        self.encoder, self.missing = blocks(3), nn.Parameter(torch.randn(WIDTH))
-        self.into, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH)
-
-    def first(self, x):
-        x, mask = self.into(super().first(x)), torch.zeros(len(x), TOKENS)
-        mask[:, ::2] = 1
-        y = self.missing.repeat(len(x), TOKENS, 1)
-        place = (
-            mask.nonzero(as_tuple=True) if self.by == "places" else (slice(None), torch.arange(0, TOKENS, 2))
-        )
-        x = run_through(self.encoder, x[place].reshape(len(x), -1, WIDTH))
-        y[place] = self.out(x).reshape(y[place].shape)
-        return y + self.positions
-
-
-@pytest.mark.parametrize("by", ["places", "tokens"])
-def test_an_encoder_of_picked_tokens_is_a_chain(by):
-    model = Picked(by).eval()
-    run = probes.capture(model, batch())
-    assert run.attrs["proof"] == "proven"
-    shapes = {name: tuple(of.residual.shape) for name, of in run["trace"].children.items()}
-    assert shapes == {"encoder": (4, 2, TOKENS // 2, 1, WIDTH), "trunk": (5, 2, TOKENS, 1, WIDTH)}
