@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import xarray as xr
 
+from depthscope.app.figures.build.folded_runs import folded_colours
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
@@ -47,7 +48,7 @@ def grouped(figure: Lines, groups: Mapping[str, str]) -> Lines:
     words = f"Means over runs ({counts}); band: 95 % interval over runs (Student's t)."
     caption = " ".join(filter(None, (figure.caption, words)))
     return replace(
-        figure, lines=tuple(lines), runs={name: place for place, name in enumerate(names)}, caption=caption
+        figure, lines=tuple(lines), runs=folded_colours(figure.runs, groups), caption=caption
     )
 
 
