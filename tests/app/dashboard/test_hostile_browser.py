@@ -121,6 +121,8 @@ def test_hostile_names_attributes_and_parameters_are_text(page, hostile_address,
     # In the legend that all charts of the page share.
     assert "<b>bold<∕b>" in look(page, hostile_address, "collapse", [name, shown_names[0]])
     text = CASES["markdown_link"]
-    page.goto(f"{hostile_address}/similarity?{urlencode([(name, text) for name in ('runs', 'part', 'axis')])}")
+    page.goto(
+        f"{hostile_address}/similarity?{urlencode([(name, text) for name in ('runs', 'part', 'axis')])}"
+    )
     page.get_by_text("No run is chosen").or_(page.locator(CHART).first).first.wait_for(timeout=120_000)
     assert page.evaluate(FOREIGN) == []
