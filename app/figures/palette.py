@@ -86,8 +86,8 @@ def colour_numbers(analyses: Mapping[str, xr.Dataset]) -> dict[str, int]:
 
 def _number_from(name: str) -> int:
     """A number of the palette that depends on the name alone: Python's own hash differs in every process."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:8], "little") % len(RUN_COLOURS)
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "big") % len(RUN_COLOURS)
 
 
 def _from(number: int) -> Iterator[int]:

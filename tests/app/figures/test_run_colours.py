@@ -91,7 +91,7 @@ def test_colours_are_told_apart_whatever_cones_an_eye_has(seen):
             np.linalg.norm(lab(RUN_COLOURS[one], seen) - lab(RUN_COLOURS[other], seen))
             for one, other in combinations(demo, 2)
         )
-        > 25
+        > 40
     )
 
 
@@ -119,7 +119,7 @@ def test_a_run_has_the_colour_of_its_name_whatever_is_shown_with_it(readings):
     for other in demo:
         shown = [reading for reading in reversed(demo) if reading is not other]
         assert colours_of(shown) == {name: together[name] for name in (each.name for each in shown)}
-    assert together == {"residual": RUN_COLOURS[4], "hc": RUN_COLOURS[6], "mhc": RUN_COLOURS[0]}
+    assert together == {"residual": RUN_COLOURS[3], "hc": RUN_COLOURS[4], "mhc": RUN_COLOURS[1]}
     figure = compose("collapse", demo[1:])
     assert figure.runs == {name: RUN_COLOURS.index(together[name]) for name in ("hc", "mhc")}
 
