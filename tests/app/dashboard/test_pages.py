@@ -48,9 +48,7 @@ def opened(runs, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page.url_path for page in PAGES])
-@pytest.mark.parametrize(
-    "names", [("plain.zarr.zip",), ("mhc.zarr.zip",), ("plain.zarr.zip", "mhc.zarr.zip", "blind.zarr")]
-)
+@pytest.mark.parametrize("names", [("plain.zarr.zip",), ("plain.zarr.zip", "mhc.zarr.zip", "blind.zarr")])
 def test_every_page_opens_on_runs_of_any_kind(page, names, opened):
     test = opened(page, *names)
     shown = charts(test)
