@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 from depthscope.app.figures.palette import Look, look_of
 from depthscope.app.figures.specification import Lines
 
@@ -12,7 +14,8 @@ def looks_of(figure: Lines) -> dict[int, Look]:
     # With runs that this figure lacks: the others keep their colours. A mean over seeds has a name of its own.
     numbers = dict(figure.runs)
     for line in measured:
-        numbers.setdefault(line.group, len(numbers))
+        if line.group not in numbers:
+            numbers[line.group] = next(number for number in count() if number not in numbers.values())
     if len(numbers) < 2:
         first = next(iter(numbers.values()), 0)
         return {id(line): look_of(first + place) for place, line in enumerate(measured)}

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 
 import xarray as xr
 
@@ -24,7 +26,7 @@ SHAPES = (
 """Shapes of marks: what is left of a colour in print without any."""
 
 RUN_COLOUR = "run_colour"
-"""Attribute of an analysis that is drawn in another colour than that of its place: its number in the palette."""
+"""Attribute of an analysis that is drawn in another colour than that of its name: its number in the palette."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,36 @@ def look_of(number: int, variant: int = 0) -> Look:
 
 
 def colour_numbers(analyses: Mapping[str, xr.Dataset]) -> dict[str, int]:
-    """The number of the colour of each run that is shown: its place among them, unless it has a number of its own.
+    """The number of the colour of each run: from its name, so that it is the same on every page, in a report and on paper.
 
-    ``analyses``: everything that is shown together, by name.
+    ``analyses``: everything that is shown together, by name, in any order.
+    Returns: The number of `RUN_COLOUR` where a run has that attribute. Of runs whose names give the same colour the first
+    by the alphabet has it, and each other one the next that is free; from the eleventh run on colours recur.
     """
-    return {name: int(of.attrs.get(RUN_COLOUR, place)) for place, (name, of) in enumerate(analyses.items())}
+    numbers = {name: int(of.attrs[RUN_COLOUR]) for name, of in analyses.items() if RUN_COLOUR in of.attrs}
+    wanted = {name: _number_from(name) for name in sorted(set(analyses) - set(numbers))}
+    taken = set(numbers.values())
+    # First every colour that a name gives, then those that clash: a clash moves no third run.
+    clashing = []
+    for name, number in wanted.items():
+        if number in taken:
+            clashing.append(name)
+        else:
+            taken.add(number)
+            numbers[name] = number
+    for name in clashing:
+        numbers[name] = next(number for number in _from(wanted[name]) if number not in taken)
+        taken.add(numbers[name])
+    return {name: numbers[name] for name in analyses}
+
+
+def _number_from(name: str) -> int:
+    """A number of the palette that depends on the name alone: Python's own hash differs in every process."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:4], "big") % len(RUN_COLOURS)
+
+
+def _from(number: int) -> Iterator[int]:
+    """All numbers, round after round of the palette, each beginning with one colour."""
+    size = len(RUN_COLOURS)
+    return (size * (place // size) + (number + place) % size for place in count())

@@ -17,28 +17,27 @@ def best_of(
     values: Sequence[float],
     margins: Sequence[float],
     nulls: Sequence[float],
-    *,
-    better: str = "",
 ) -> set[int]:
     """Which of some numbers are the best: the extreme one, and those that do not differ from it.
 
     ``metric``: name in the catalogue, whose declaration has which is better.
     ``values, margins, nulls``: numbers, half of their intervals, and what noise would give; NaN where there is none.
-    Returns: Empty where no number of the metric is better, where all are equal, and where nulls differ: a
-    rank of 107 where noise has 240 is no better than one of 15 where it has 84.
+    Returns: Empty where no number of the metric is better, where all are equal, where one of them has no interval to test
+    it by, and where nulls differ: a rank of 107 where noise has 240 is no better than one of 15 where it has 84.
     """
-    better = better or (CATALOGUE[metric].better if metric in CATALOGUE else "")
+    better = CATALOGUE[metric].better if metric in CATALOGUE else ""
     known = [place for place, value in enumerate(values) if math.isfinite(value)]
     if not better or len(known) < 2 or not are_comparable([nulls[place] for place in known]):
+        return set()
+    if not all(math.isfinite(margins[place]) for place in known):
         return set()
     worse = {place: _worse(values[place], better) for place in known}
     first = min(known, key=worse.__getitem__)
     equal = {
         place
         for place in known
-        # Independent intervals add as squares; without any, only equal numbers are.
-        if abs(values[place] - values[first])
-        <= math.hypot(*(margins[i] for i in (place, first) if math.isfinite(margins[i])))
+        # Independent intervals add as squares.
+        if abs(values[place] - values[first]) <= math.hypot(margins[place], margins[first])
         # Of two that are printed the same a reader cannot see why one is better.
         or number(values[place]) == number(values[first])
     }

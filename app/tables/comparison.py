@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from depthscope.app.figures.build.captions import versions_words
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
@@ -19,15 +18,17 @@ from depthscope.app.tables.best import are_comparable, best_of, why_not_ranked
 from depthscope.app.tables.intervals import NamedError
 from depthscope.app.tables.tables import (
     NULL_NOTE,
+    TOKEN_COUNTS,
     UNDEFINED_NOTE,
     Column,
     Table,
     column_of,
     interval_note,
+    measured_note,
     units_note,
 )
 from depthscope.app.text.evidence import proof_sentence
-from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
+from depthscope.app.text.numbers import UNDEFINED, quantity
 from depthscope.app.text.visible import LONGEST_NAME, shortened
 from depthscope.diagnostics.errors import InputError
 
@@ -91,9 +92,7 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         data = data.assign(**{key + end: [cell[end] for cell in cells] for end in (*_WRITTEN, "_at")})
         heading = f"{known.label}, {_SHORT[extreme.place]}"
         printed[heading] = [_cell_text(cell, extreme.place) for cell in cells]
-        # A span has no interval, and is best where a signal keeps its size.
-        direction = "nearer 1" if extreme.place == "span" else ""
-        marked.best |= {(row, heading) for row in marked.among(extreme.metric, cells, direction)}
+        marked.best |= {(row, heading) for row in marked.among(extreme.metric, cells)}
         symbols[extreme.metric] = known.symbol
         shown.append(extreme.metric)
     printed = printed.drop(columns="model")  # the widest cell; it stays in the data
@@ -105,14 +104,18 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     return Table(
         name="summary",
         title="Summary of runs",
-        caption=f"Summary of runs. {_summary_words(readings, shown, view)}",
+        caption=" ".join(
+            filter(None, ("Summary of runs: n streams, L layers, N tokens in all.", _unproven(readings)))
+        ),
         # Errors, nulls and places that no run has would be empty columns of the CSV.
         data=data.dropna(axis="columns", how="all"),
         printed=printed,
         symbols={metric: symbol for metric, symbol in symbols.items() if symbol},
         metrics=tuple(dict.fromkeys(shown)),
         stacked=True,
-        notes=_summary_notes(shown, interval_note(errors), marked.notes),
+        notes=_summary_notes(
+            shown, measured_note(readings, shown, view), interval_note(errors), marked.notes
+        ),
         best=frozenset(marked.best),
     )
 
@@ -121,7 +124,7 @@ def _facts(reading: Reading, view: Selection) -> dict[str, Any]:
     analysis, attrs = reading.analysis, reading.attrs
     # Layers count from 0 and -1 is none, so that a run without layers has 0 of them.
     layers = analysis["layer"].values if "layer" in analysis.coords else np.array([-1])
-    counts = pick(analysis, "num_tokens", view)
+    counts = {name: pick(analysis, "num_tokens", view, scope=scope) for name, scope in TOKEN_COUNTS.items()}
     streams = attrs.get("n_streams") or 1
     return {
         "run": reading.name,
@@ -133,12 +136,12 @@ def _facts(reading: Reading, view: Selection) -> dict[str, Any]:
         else shortened(str(streams), LONGEST_NAME),
         "layers": int(layers.max()) + 1,
         # The largest: stages of a convolutional network have fewer tokens further down.
-        "num_tokens": math.nan if counts is None else float(counts.max()),
+        **{name: math.nan if of is None else float(of.max()) for name, of in counts.items()},
     }
 
 
 def _printed_facts(facts: Mapping[str, Any]) -> dict[str, str]:
-    headings = {"streams": "n", "layers": "L", "num_tokens": "N"}
+    headings = {"streams": "n", "layers": "L", "num_tokens": "N", "tokens_per_sequence": "N per sequence"}
     return {
         # Tokens a sequence are a mean over sequences of different length.
         headings.get(name, name): f"{round(value, 1):g}" if isinstance(value, float) else str(value)
@@ -183,17 +186,6 @@ def _cell_text(cell: Mapping[str, float], place: str) -> str:
     return text if place in ("last", "span") or math.isnan(where) else f"{text} @{int(where)}"
 
 
-def _dims(readings: Sequence[Reading], metrics: Sequence[str]) -> set[str]:
-    """Dimensions of some metrics in any of the runs, for the words about the selection."""
-    analyses = [reading.analysis for reading in readings]
-    return {str(dim) for data in analyses for name in metrics if name in data for dim in data[name].dims}
-
-
-def _summary_words(readings: Sequence[Reading], shown: Sequence[str], view: Selection) -> str:
-    parts = [versions_words(_dims(readings, shown), view), "n streams, L layers, N tokens"]
-    return " ".join(filter(None, (sentence(parts), _unproven(readings))))
-
-
 def _errors(readings: Sequence[Reading], columns: Sequence[Column | None]) -> list[NamedError]:
     """The standard errors of one metric of several runs."""
     return [
@@ -203,8 +195,11 @@ def _errors(readings: Sequence[Reading], columns: Sequence[Column | None]) -> li
     ]
 
 
-def _summary_notes(shown: Sequence[str], intervals: str, marks: Sequence[str]) -> tuple[str, ...]:
+def _summary_notes(
+    shown: Sequence[str], measured: str, intervals: str, marks: Sequence[str]
+) -> tuple[str, ...]:
     notes = (
+        measured,
         intervals,
         NULL_NOTE,
         "@: the depth or connection of the extreme.",
@@ -224,7 +219,7 @@ class _Marked:
     best: set[tuple[int, str]] = field(default_factory=set)
     nulls_differ: bool = False
 
-    def among(self, metric: str, cells: Sequence[Mapping[str, float]], better: str = "") -> set[int]:
+    def among(self, metric: str, cells: Sequence[Mapping[str, float]]) -> set[int]:
         """Which numbers of one metric are the best."""
         values, margins, nulls = ([cell[part] for cell in cells] for part in ("", "_margin", "_null"))
         if self.why_not:
@@ -233,14 +228,17 @@ class _Marked:
             [null for null, value in zip(nulls, values, strict=True) if math.isfinite(value)]
         ):
             self.nulls_differ = True
-        return best_of(metric, values, margins, nulls, better=better)
+        return best_of(metric, values, margins, nulls)
 
     @property
     def notes(self) -> list[str]:
         """What bold means here, or why nothing is."""
         if self.why_not:
             return [f"Nothing is bold: {self.why_not}."]
-        bold = "Bold: the best run, and those that do not differ from it significantly; nothing where no value is better."
+        bold = (
+            "Bold: the best run, and those whose difference from it is within the two intervals, added as squares; nothing "
+            "where no value is better, or a number has no interval."
+        )
         apart = "Where the baseline differs between runs, no number is called the best."
         return [bold] * bool(self.best) + [apart] * self.nulls_differ
 
@@ -290,7 +288,7 @@ def comparison_table(
     # Only metrics that have a row are cited and named in the caption.
     used = tuple(dict.fromkeys(row["metric"] for row in rows))
     what = "Runs side by side at the measured depth nearest to the relative depth."
-    caption = (what, sentence([versions_words(_dims(readings, used), view)]), _unproven(readings))
+    caption = (what, _unproven(readings))
     return Table(
         name="comparison",
         title="Runs side by side",
@@ -299,7 +297,18 @@ def comparison_table(
         printed=pd.DataFrame(text),
         metrics=used,
         keys=2,
-        notes=tuple(filter(None, (interval_note(errors), NULL_NOTE, *marked.notes, units_note(used)))),
+        notes=tuple(
+            filter(
+                None,
+                (
+                    measured_note(readings, used, view),
+                    interval_note(errors),
+                    NULL_NOTE,
+                    *marked.notes,
+                    units_note(used),
+                ),
+            )
+        ),
         best=frozenset(marked.best),
     )
 
@@ -338,6 +347,7 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
     sentences = []
     for key, words in (
         ("num_tokens", "different numbers of tokens, and ranks grow with N"),
+        ("tokens_per_sequence", "sequences of different length, and ranks within sequences grow with it"),
         ("data_digest", "different data"),
         ("dtype", "different precision"),
     ):

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures import DRAWN, FIGURES, NOT_DRAWN
-from depthscope.app.figures.build.captions import token_count_words, versions_words
+from depthscope.app.figures.build.captions import selection_words, token_count_words
 from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
@@ -26,6 +26,9 @@ from depthscope.diagnostics.metrics.intervals import margin
 
 MOST_COLUMNS = 6
 """A metric with more labels than this in a table would push the others out of it; it is in the figures and in /metrics."""
+
+TOKEN_COUNTS = {"num_tokens": "data", "tokens_per_sequence": "sequence"}
+"""Column of a table → the tokens that it counts: those of metrics of all tokens, and of metrics within sequences."""
 
 # Sinkhorn and softmax give no negative entries, so that this column would be zeros for all but hyper-connections.
 _LABELS_WITHOUT_COLUMN = {"negativity"}
@@ -210,9 +213,10 @@ def depth_table(reading: Reading, view: Selection | None = None, *, rows: int = 
     view = view or Selection()
     columns = columns_along("depth", reading.analysis, view)
     place = _places(reading.analysis, "depth", (("layer", "layer"), ("site", "site"), ("module", "module")))
-    counts = pick(reading.analysis, "num_tokens", view)
-    if counts is not None:
-        place["num_tokens"] = np.broadcast_to(counts.values, len(place["depth"]))
+    for name, scope in TOKEN_COUNTS.items():
+        counts = pick(reading.analysis, "num_tokens", view, scope=scope)
+        if counts is not None:
+            place[name] = np.broadcast_to(counts.values, len(place["depth"]))
     title = f"Signal by depth: {reading.name}"
     return _measured_table(reading, "depth", title, columns, place, view, rows)
 
@@ -254,25 +258,22 @@ def _measured_table(
     rows: int,
 ) -> Table:
     data = pd.DataFrame(dict(place))
-    # Paths of modules are wider than all numbers; they are in the data.
-    printed = pd.DataFrame(
-        {
-            "N" if name == "num_tokens" else name: _cells(values)
-            for name, values in place.items()
-            if name != "module"
-        }
-    )
+    # Paths of modules are wider than all numbers, and the notes have the numbers of tokens; both are in the data.
+    keys = [name for name in place if name not in ("module", *TOKEN_COUNTS)]
+    printed = pd.DataFrame({name: _cells(place[name]) for name in keys})
     for column in columns:
         data = data.assign(**column.numbers())
         printed[column.label] = column.text()
     shown = evenly(len(printed), rows)
-    left_out = "" if len(shown) == len(printed) else f" {len(shown)} of {len(printed)} rows; the CSV has all."
+    left_out = "" if len(shown) == len(printed) else f"{len(shown)} of {len(printed)} rows; the CSV has all."
     return Table(
         name=f"{kind}_{slug(reading.name)}",
         title=title,
-        caption=f"{title}. {_slice_words(reading, columns, view)}{left_out}",
-        keys=sum(name != "module" for name in place),
-        notes=_notes(reading, columns),
+        caption=" ".join(
+            filter(None, (f"{title}.", proof_sentence({reading.name: reading.attrs}), left_out))
+        ),
+        keys=len(keys),
+        notes=_notes(reading, columns, view),
         data=data,
         printed=printed.iloc[shown].reset_index(drop=True),
         symbols={column.metric: column.symbol for column in columns if column.symbol},
@@ -280,14 +281,30 @@ def _measured_table(
     )
 
 
-def _slice_words(reading: Reading, columns: Sequence[Column], view: Selection) -> str:
-    dims = {str(dim) for column in columns for dim in reading.analysis[column.metric].dims}
-    parts = [
-        versions_words(dims, view),
-        token_count_words({reading.name: reading.analysis}, view, view.scope) if "depth" in dims else "",
-    ]
-    unproven = proof_sentence({reading.name: reading.attrs})
-    return " ".join(filter(None, (sentence(parts), unproven)))
+def measured_note(readings: Sequence[Reading], metrics: Iterable[str], view: Selection) -> str:
+    """How each metric of a table was measured, and from how many tokens: columns of one table differ in both.
+
+    Returns: A sentence for all metrics that were measured alike.
+    """
+    alike: dict[str, list[str]] = {}
+    for metric in dict.fromkeys(metrics):
+        analyses = {each.name: each.analysis for each in readings if metric in each.analysis}
+        words = _measured_words(analyses, metric, view)
+        if words:
+            alike.setdefault(words, []).append(spoken(metric))
+    return " ".join(sentence([f"{', '.join(names)}: {words}"]) for words, names in alike.items())
+
+
+def _measured_words(analyses: Mapping[str, xr.Dataset], metric: str, view: Selection) -> str:
+    dims = {str(dim) for analysis in analyses.values() for dim in analysis[metric].dims}
+    if "weight" in dims:  # of no token
+        return ""
+    scope = view.scope if "scope" in dims else "data"
+    takes_all = metric not in CATALOGUE or CATALOGUE[metric].most_tokens is None
+    counts = token_count_words(analyses, view, scope) if takes_all else "a part of the tokens"
+    # A metric without scopes has one, that of all tokens.
+    how = selection_words({*dims, "scope"}, replace(view, scope=scope))
+    return ", ".join(filter(None, (how.replace("; ", ", "), counts)))
 
 
 NULL_NOTE = "Baseline: the value expected without structure, such as of independent entries."
@@ -302,13 +319,14 @@ def interval_note(errors: Iterable[NamedError]) -> str:
 UNDEFINED_NOTE = f"{UNDEFINED}: undefined or not measured."
 
 
-def _notes(reading: Reading, columns: Sequence[Column]) -> tuple[str, ...]:
+def _notes(reading: Reading, columns: Sequence[Column], view: Selection) -> tuple[str, ...]:
     """What the signs of a table mean, and the units of its metrics."""
     undefined = any(bool(column.value.isnull().any()) for column in columns)
     return tuple(
         filter(
             None,
             (
+                measured_note([reading], [column.metric for column in columns], view),
                 interval_note(NamedError(reading.name, column.label, column.stderr) for column in columns),
                 NULL_NOTE if any(column.null is not None for column in columns) else "",
                 units_note([column.metric for column in columns]),

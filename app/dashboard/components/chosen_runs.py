@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.dashboard.state import run_library
+from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.readings.readings import Reading
@@ -115,7 +116,12 @@ def require_chosen_runs(*, explain: bool = True) -> ChosenRuns:
     if not names and explain:
         names = _looked_at()
     chosen = _read(names)
+    waiting = {run.name: run.path for run in chosen.unreadable if run.waits}
+    if waiting:
+        st.fragment(_wait, run_every=1.0)(waiting)
     for run in chosen.unreadable:
+        if run.waits:
+            continue
         with st.container(border=True):
             st.markdown(f"## ⚠ {escaped(run.name)} cannot be shown")
             st.markdown(escaped(run.reason))
@@ -127,6 +133,17 @@ def require_chosen_runs(*, explain: bool = True) -> ChosenRuns:
             _explain_none()
         st.stop()  # ends this run of the script: the rest of the page is not drawn
     return chosen
+
+
+def _wait(waiting: Mapping[str, Path]) -> None:
+    """Say which trainings have no step yet, and draw the whole page when one of them has."""
+    if not all(map(growing_runs.is_waiting, waiting.values())):
+        st.rerun()
+    names = ", ".join(f"**{escaped(name)}**" for name in waiting)
+    st.info(
+        f"{names}: {run_library.BEFORE_THE_FIRST_STEP} The page looks each second and shows the first one.",
+        icon="⏳",
+    )
 
 
 def _looked_at() -> list[str]:

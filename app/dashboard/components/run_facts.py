@@ -10,6 +10,7 @@ import pandas as pd
 
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.figures import Selection
+from depthscope.app.figures.build.captions import selection_words
 from depthscope.app.readings.readings import Reading, memory_sentence
 from depthscope.app.tables.tables import column_of
 from depthscope.app.text.numbers import number
@@ -100,14 +101,15 @@ def _proof_words(proof: Any) -> str:
 
 
 def _last_value(reading: Reading, metric: str, selection: Selection) -> str | None:
-    """A metric at the last depth where it is defined, with its error and its null."""
+    """A metric at the last depth where it is defined, with its error, its null and its scope."""
     column = column_of(reading.analysis, metric, selection)
     if column is None:
         return None
     # `column_of` has made sure that there is one.
     last = int(np.flatnonzero(np.isfinite(column.value.values))[-1])
     where = "" if last == column.value.size - 1 else f", at depth {last}"
-    return f"{column.text()[last]}{where}"
+    # A chart of the same page may show it within sequences.
+    return f"{column.text()[last]}{where}, {selection_words({'scope'}, selection)}"
 
 
 def _shortened(digest: str) -> str:

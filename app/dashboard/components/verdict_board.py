@@ -123,7 +123,10 @@ def _show_table(runs: _Runs) -> None:
         **grouping,
     )
     others = [
-        *((each.name, f"⚠ cannot be read: {each.reason}") for each in runs.unreadable),
+        *(
+            (each.name, each.reason if each.waits else f"⚠ cannot be read: {each.reason}")
+            for each in runs.unreadable
+        ),
         *((name, _waiting_words(runs.listed[name])) for name in runs.waiting),
     ]
     columns = [name for name in table.cells.columns if name in table.verdicts or name == OTHERS]

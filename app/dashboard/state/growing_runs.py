@@ -28,6 +28,7 @@ __all__ = [
     "history_of",
     "is_growing",
     "is_known",
+    "is_waiting",
     "live_states",
     "read_again",
     "read_growing",
@@ -69,6 +70,16 @@ _first_findings: WeakKeyDictionary[TrainingHistory, FirstFindings | KnownFinding
 def is_growing(path: Path) -> bool:
     """Whether a process writes a live store at this moment."""
     return schema.is_live_store(path) and schema.is_being_written(path)
+
+
+def is_waiting(path: Path) -> bool:
+    """Whether a process writes a live store, or may do so on another machine, in which no step was finished yet."""
+    with _lock, suppress(schema.SchemaError, OSError):
+        if schema.is_live_store(path):
+            store = _current_store(path)
+            status = store.status()
+            return status.num_rows == 0 and live_state(status, store.times).is_growing
+    return False
 
 
 def is_known(path: Path) -> bool:

@@ -42,6 +42,8 @@ __all__ = [
     "summaries_of",
 ]
 
+BEFORE_THE_FIRST_STEP = "It is being recorded, and no step of it was measured yet."
+
 _roots: list[Path] = []
 """The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
 
@@ -144,6 +146,8 @@ def read_run(
     if path is None:
         reason = "This run is not below the paths that the dashboard was started with."
         return UnreadableRun(name, Path(name), reason)
+    if growing_runs.is_waiting(path):
+        return UnreadableRun(name, path, BEFORE_THE_FIRST_STEP, waits=True)
     if growing_runs.is_growing(path):
         return growing_runs.read_growing(name, path, progress)
     # Twice: a file that was replaced while it was read is there as a whole the second time.
@@ -199,6 +203,8 @@ def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
 
     Returns: None where the run has to be analysed first.
     """
+    if growing_runs.is_waiting(path):
+        return UnreadableRun(name, path, BEFORE_THE_FIRST_STEP, waits=True)
     if growing_runs.is_growing(path):
         # Analysed again now and then; what its rows say at the moment is in `live_states`.
         return (

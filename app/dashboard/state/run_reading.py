@@ -26,11 +26,13 @@ class UnreadableRun:
     ``name``: name in the list of runs.
     ``path``: its file.
     ``reason``: what came, what was expected, what to do.
+    ``waits``: whether it is a training of which no step was measured yet.
     """
 
     name: str
     path: Path
     reason: str
+    waits: bool = False
 
 
 def version_of(path: Path) -> FileVersion:

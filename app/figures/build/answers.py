@@ -25,7 +25,7 @@ HARDLY = 0.1
 """Of the share that each of n streams would have: below it a stream hardly takes part. A heuristic of ours."""
 
 FADED = 0.1
-"""Of the largest gradient: below it the gradient has faded. A heuristic of ours."""
+"""Of the gradient at the last state: below it the gradient at the first has faded. A heuristic of ours."""
 
 
 def answer_to(question: str, analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
@@ -156,21 +156,32 @@ def _survivors(analysis: xr.Dataset) -> str:
 
 
 def _gradients(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
-    """Where the gradient is largest and smallest, and whether that is little enough to be called faded."""
+    """What becomes of the gradient on its way back through the network, and where it is smallest and largest."""
     norms = _profile(analysis, "gradient_norm")
     if norms is None or not np.isfinite(norms).any():
         return ""
     if not np.isfinite(norms[~np.isnan(norms)]).all():
         return "The gradient is infinite at some depths."
-    low, high = int(np.nanargmin(norms)), int(np.nanargmax(norms))
-    ratio = float(norms[low] / norms[high]) if norms[high] > 0 else float("nan")
-    largest, smallest = (
-        f"{number(float(norms[at]))} {_place(analysis, 'gradient_norm', at)}" for at in (high, low)
-    )
-    if norms[high] == 0:
+    if np.nanmax(norms) == 0:
         return "There is no gradient at any depth."
-    faded = f"it fades to {percent(ratio)} of its largest" if ratio < FADED else "it does not vanish"
-    return f"Gradient: largest {largest}, smallest {smallest}; {faded}."
+    # Depths count from the input, and a gradient goes from the last state to the first.
+    end, start = np.flatnonzero(np.isfinite(norms))[[0, -1]]
+    low, high = int(np.nanargmin(norms)), int(np.nanargmax(norms))
+    smallest, largest = (
+        f"{number(float(norms[at]))} {_place(analysis, 'gradient_norm', at)}" for at in (low, high)
+    )
+    way = f"On its way back, from depth {start} to depth {end}, the gradient {_change(norms[start], norms[end])}"
+    return f"{way}; smallest {smallest}, largest {largest}."
+
+
+def _change(before: float, after: float) -> str:
+    """What becomes of a gradient from where it enters the network to where it leaves it."""
+    if before == 0:
+        return f"grows from 0 to {number(float(after))}" if after else "is 0 at both"
+    ratio = float(after / before)
+    if ratio >= 1:
+        return f"grows {number(ratio)} ×"
+    return f"{'fades' if ratio < FADED else 'falls'} to {percent(ratio)}"
 
 
 def _place(analysis: xr.Dataset, metric: str, position: int) -> str:

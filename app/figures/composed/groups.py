@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import xarray as xr
 
+from depthscope.app.figures.build.folded_runs import folded_colours
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
@@ -46,9 +47,7 @@ def grouped(figure: Lines, groups: Mapping[str, str]) -> Lines:
     counts = ", ".join(f"{count} of {name}" for count, name in zip(num, names, strict=True))
     words = f"Means over runs ({counts}); band: 95 % interval over runs (Student's t)."
     caption = " ".join(filter(None, (figure.caption, words)))
-    return replace(
-        figure, lines=tuple(lines), runs={name: place for place, name in enumerate(names)}, caption=caption
-    )
+    return replace(figure, lines=tuple(lines), runs=folded_colours(figure.runs, groups), caption=caption)
 
 
 def _of_group(name: str, members: Sequence[Line]) -> Iterator[Line]:

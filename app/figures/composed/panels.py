@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import xarray as xr
 
+from depthscope.app.figures.build.folded_runs import folded_colours
 from depthscope.app.figures.build.values import fed
 from depthscope.app.figures.composed.groups import differing_ranges, grouped
 from depthscope.app.figures.composed.specification import LetteredPanel, Points
@@ -48,8 +49,7 @@ class Subjects:
     @property
     def shown(self) -> dict[str, int]:
         """What has a colour of its own, groups or runs, with the number of that colour."""
-        groups = {name: place for place, name in enumerate(dict.fromkeys(self.groups.values()))}
-        return groups or colour_numbers(self.analyses)
+        return folded_colours(colour_numbers(self.analyses), self.groups)
 
     @cached_property
     def analyses(self) -> dict[str, xr.Dataset]:

@@ -200,12 +200,12 @@ def test_a_command_that_is_ended_while_it_writes_removes_what_it_wrote(saved, tm
         "import sys, time\n"
         "from depthscope.app.cli.main import main\n"
         "from depthscope.diagnostics.schema import saving\n"
-        "write = saving._write\n"
+        "write = saving.write_zip\n"
         "def slow(*args):\n"
         "    write(*args)\n"
         "    print('written', flush=True)\n"
         "    time.sleep(60)\n"
-        "saving._write = slow\n"
+        "saving.write_zip = slow\n"
         "sys.exit(main())"
     )
     command = [sys.executable, "-c", program, "analyze", str(run), "--metrics", "stream_cosine"]

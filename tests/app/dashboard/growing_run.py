@@ -33,7 +33,10 @@ def numbers(step: int, depths: int) -> dict[str, tuple]:
 
 
 def begin(path: Path, run: xr.DataTree, *, resume: bool = False) -> LiveStore:
-    store = LiveStore(path, resume=resume)
+    return with_state(LiveStore(path, resume=resume), run)
+
+
+def with_state(store: LiveStore, run: xr.DataTree) -> LiveStore:
     if not store.has_state:
         run.attrs["step"] = int(run.statistics.step.values[-1])
         store.save_state(run)

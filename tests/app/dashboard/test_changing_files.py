@@ -118,35 +118,6 @@ def test_a_torn_run_explains_itself_and_recovers(suffix, saved, root):
     assert depth_of(read_run("a")) == 4
 
 
-def pipe(place: Path) -> None:
-    os.mkfifo(place)
-
-
-def folder(place: Path) -> None:
-    place.mkdir()
-
-
-def empty(place: Path) -> None:
-    place.touch()
-
-
-def dangling(place: Path) -> None:
-    place.symlink_to(place.parent / "nowhere")
-
-
-def circle(place: Path) -> None:
-    place.symlink_to(place)
-
-
-def forbidden_link(place: Path) -> None:
-    place.symlink_to("/etc/passwd")
-
-
-def store_with_a_pipe(place: Path) -> None:
-    place.mkdir()
-    os.mkfifo(place / "zarr.json")
-
-
 def test_a_run_that_changes_during_both_readings_is_said_to_change(saved, root, monkeypatch):
     place = root / "a.zarr.zip"
     put(saved[".zarr.zip"][0], place)

@@ -15,11 +15,14 @@ from streamlit.testing.v1 import AppTest
 
 from depthscope.app.dashboard.components.figure_numbers import numbers_of
 from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.run_facts import facts_table
 from depthscope.app.dashboard.pages import PAGES
 from depthscope.app.dashboard.server import CONFIG, free_port, launch
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.figures import FIGURES, available
+from depthscope.app.readings.readings import read_runs
 from depthscope.app.text.bibliography import source_words
+from depthscope.app.text.numbers import number
 from depthscope.diagnostics import analyze, create_run, save_run, schema
 from tests.app.dashboard.opening import ENTRY, charts, open_page, words
 
@@ -45,9 +48,7 @@ def opened(runs, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page.url_path for page in PAGES])
-@pytest.mark.parametrize(
-    "names", [("plain.zarr.zip",), ("mhc.zarr.zip",), ("plain.zarr.zip", "mhc.zarr.zip", "blind.zarr")]
-)
+@pytest.mark.parametrize("names", [("plain.zarr.zip",), ("plain.zarr.zip", "mhc.zarr.zip", "blind.zarr")])
 def test_every_page_opens_on_runs_of_any_kind(page, names, opened):
     test = opened(page, *names)
     shown = charts(test)
@@ -277,6 +278,15 @@ def test_the_table_contains_every_number_of_a_figure(residual_run):
     np.testing.assert_array_equal(
         cells.iloc[:, 2:], analysis["cka"].isel(step=-1).sel(estimator="unbiased", tokens="all")
     )
+
+
+def test_the_rank_among_the_facts_says_its_scope(residual_run):
+    (reading,) = read_runs({"plain": residual_run})
+    fact = facts_table([reading]).loc["Effective rank of the last state", "plain"]
+    rank = reading.analysis["effective_rank"].isel(step=-1, depth=-1)
+    pooled = rank.sel(scope="data", tokens="all", centering="raw", stream="mean")
+    assert fact.startswith(number(float(pooled))[:3])
+    assert "all sequences pooled" in fact
 
 
 def test_text_from_a_run_is_never_markdown():

@@ -23,7 +23,8 @@ from depthscope.app.readings.readings import read_paths
 from depthscope.app.readings.training_history import Measure, TrainingHistory
 from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import save_run, schema
-from tests.app.dashboard.growing_run import SPIKE, add, begin
+from depthscope.diagnostics.schema.live_store import LiveStore
+from tests.app.dashboard.growing_run import SPIKE, add, begin, with_state
 from tests.app.dashboard.opening import board, charts, numbers, open_page, words
 from tests.app.dashboard.serving import ROOT, Watch, serving, wait_for
 
@@ -148,6 +149,38 @@ def test_trainings_of_a_group_are_a_band_at_their_shared_steps():
     )
     assert len(other.x) == 2 * MOST_COLUMNS
     assert other.y.max() == 1999
+
+
+def test_a_page_that_is_opened_before_the_first_step_waits_and_shows_it(tmp_path, make_run, monkeypatch):
+    monkeypatch.setattr(run_library, "_roots", [])
+    monkeypatch.setitem(growing_runs._rest, "until", 0.0)
+    store = LiveStore(tmp_path / "run")
+    pages = {page: open_page(page, [tmp_path], runs=["run"]) for page in ("training", "", "gradients")}
+    for test in pages.values():
+        assert "no step of it was measured yet" in words(test)
+        assert "cannot be" not in words(test)
+    assert "no step of it" in board(pages[""])["run"]["sentence"]
+    with_state(store, make_run("residual", layers=5))
+    add(store, 0, 6)
+    for test in pages.values():
+        test.run()
+        assert "no step of it" not in words(test)
+        assert "cannot be" not in words(test)
+    assert "one measured step" in words(pages["training"])
+    store.close()
+
+
+@pytest.mark.browser
+def test_an_open_page_shows_the_first_step_by_itself(page, tmp_path, make_run):
+    store = LiveStore(tmp_path / "run")
+    with serving(tmp_path) as address:
+        page.goto(f"{address}/training")
+        page.get_by_text("no step of it was measured yet").wait_for(timeout=60_000)
+        with_state(store, make_run("residual", layers=5))
+        for step in range(2):
+            add(store, step, 6)
+        page.wait_for_selector(".depthscope-training .main-svg", timeout=60_000)
+    store.close()
 
 
 def test_a_run_without_a_history_says_how_to_record_one(tmp_path, make_run, monkeypatch):

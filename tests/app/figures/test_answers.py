@@ -38,14 +38,19 @@ def test_streams_that_are_not_read_and_what_survives_are_named():
 @pytest.mark.parametrize(
     ("norms", "words"),
     [
-        ([1.0, 0.5, 0.2], "does not vanish"),
-        ([1.0, 0.5, 0.01], "fades to 1 %"),
+        ([0.2, 0.5, 0.3], "from depth 2 to depth 0, the gradient falls to 66.7 %; smallest 0.200 "),
+        ([1.0, 0.5, 2.0], "the gradient falls to 50 %; smallest 0.500 "),
+        ([0.01, 0.5, 1.0], "fades to 1 %"),
+        ([1.49, 0.5, 0.01], "grows 149 ×; smallest 0.0100 "),
+        ([np.nan, 0.5, 0.01], "from depth 2 to depth 1, the gradient grows 50.0 ×"),
+        ([1.0, 0.5, 0.0], "grows from 0 to 1"),
+        ([0.0, 0.5, 0.0], "is 0 at both"),
         ([0.0, 0.0, 0.0], "no gradient"),
         ([1.0, np.inf, 0.5], "infinite"),
         ([np.nan, np.nan, np.nan], ""),
     ],
 )
-def test_the_gradient_is_said_to_fade_where_it_does(norms, words):
+def test_the_gradient_is_followed_from_the_last_state_to_the_first(norms, words):
     analysis = xr.Dataset({"gradient_norm": (("step", "depth"), [norms])}, {"step": [0]})
     said = answer_to("gradients", analysis, {})
     assert words in said

@@ -1,4 +1,4 @@
-"""Are runs told apart by their places among what is drawn: in colour, without one kind of cones, and in grey?"""
+"""Does a run keep its colour, and do runs differ in colour, without one kind of cones, and in grey?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from matplotlib.colors import to_hex
 from depthscope.app.drawing.matplotlib import curves, to_matplotlib
 from depthscope.app.drawing.plotly import to_plotly
 from depthscope.app.figures import FIGURES, Line, Lines, Selection
-from depthscope.app.figures.palette import MARK_EDGE, RUN_COLOURS, SHAPES, look_of
+from depthscope.app.figures.composed import compose
+from depthscope.app.figures.palette import MARK_EDGE, RUN_COLOUR, RUN_COLOURS, SHAPES, colour_numbers, look_of
 from depthscope.app.paper.contents import draw_all
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables.differences import difference_figure
@@ -84,8 +85,14 @@ def test_colours_are_told_apart_whatever_cones_an_eye_has(seen):
         pair: np.linalg.norm(lab(pair[0], seen) - lab(pair[1], seen)) for pair in combinations(RUN_COLOURS, 2)
     }
     assert min(distances.values()) > 17
-    # The demo's three runs: red against green was 16.
-    assert min(distances[pair] for pair in combinations(RUN_COLOURS[:3], 2)) > 40
+    demo = colour_numbers(dict.fromkeys(("residual", "hc", "mhc"), xr.Dataset())).values()
+    assert (
+        min(
+            np.linalg.norm(lab(RUN_COLOURS[one], seen) - lab(RUN_COLOURS[other], seen))
+            for one, other in combinations(demo, 2)
+        )
+        > 40
+    )
 
 
 def test_the_first_runs_and_neighbours_differ_in_grey():
@@ -106,17 +113,30 @@ def test_marks_are_seen_on_white_and_on_the_dark_page(page):
     assert light / dark >= 3
 
 
-def test_what_lies_in_the_folder_recolours_nothing(readings, tmp_path):
-    chosen = [
-        replace(reading, path=str(tmp_path / f"{reading.name}.zarr.zip"))
-        for reading in (readings[7], readings[4])
-    ]
-    before = colours_of(chosen)
-    assert before == {"run07": RUN_COLOURS[0], "run04": RUN_COLOURS[1]}
-    for name in ("aaa", "run04", "run05", "run07"):
-        (tmp_path / f"{name}.zarr.zip").touch()
-    assert colours_of(chosen) == before
-    assert colours_of(readings[:10]) == {f"run{number:02}": RUN_COLOURS[number] for number in range(10)}
+def test_a_run_has_the_colour_of_its_name_whatever_is_shown_with_it(readings):
+    demo = [replace(readings[0], name=name) for name in ("residual", "hc", "mhc")]
+    together = colours_of(demo)
+    for other in demo:
+        shown = [reading for reading in reversed(demo) if reading is not other]
+        assert colours_of(shown) == {name: together[name] for name in (each.name for each in shown)}
+    assert together == {"residual": RUN_COLOURS[3], "hc": RUN_COLOURS[4], "mhc": RUN_COLOURS[1]}
+    figure = compose("collapse", demo[1:])
+    assert figure.runs == {name: RUN_COLOURS.index(together[name]) for name in ("hc", "mhc")}
+
+
+def test_runs_whose_names_clash_take_the_next_free_colour_and_move_no_other():
+    names = [f"run{number:02}" for number in range(25)]
+    alone = {name: colour_numbers({name: xr.Dataset()})[name] for name in names}
+    assert len(set(alone.values())) > 5
+    numbers = colour_numbers(dict.fromkeys(names[:10], xr.Dataset()))
+    assert sorted(numbers.values()) == list(range(10))
+    for number in set(alone[name] for name in names[:10]):
+        # The first by the alphabet of those that want a colour has it.
+        assert numbers[next(name for name in names if alone[name] == number)] == number
+    assert colour_numbers(dict.fromkeys(reversed(names[:10]), xr.Dataset())) == numbers
+    assert sorted(colour_numbers(dict.fromkeys(names, xr.Dataset())).values())[:20] == list(range(20))
+    chosen = {"a": xr.Dataset(attrs={RUN_COLOUR: 3}), "b": xr.Dataset(attrs={RUN_COLOUR: 3})}
+    assert colour_numbers(chosen) == {"a": 3, "b": 3}
 
 
 def test_screen_and_paper_draw_a_run_in_the_same_colour_and_shape(readings):

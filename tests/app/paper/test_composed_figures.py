@@ -12,7 +12,7 @@ import depthscope
 from depthscope.app.drawing.matplotlib import Width, write_figure
 from depthscope.app.figures import FIGURES
 from depthscope.app.figures.composed import QUESTIONS, compose
-from depthscope.app.figures.palette import RUN_COLOURS
+from depthscope.app.figures.palette import RUN_COLOURS, colour_numbers
 from depthscope.app.paper import figures
 from depthscope.app.readings.readings import judged, read_runs
 
@@ -61,7 +61,8 @@ def test_panels_are_lettered_and_above_no_legend(runs, readings, name):
 
 
 def test_a_run_has_one_colour_in_all_figures(readings):
-    expected = dict(zip((reading.name for reading in readings), RUN_COLOURS, strict=False))
+    numbers = colour_numbers({reading.name: reading.analysis for reading in readings})
+    expected = {name: RUN_COLOURS[number] for name, number in numbers.items()}
     for name in ("collapse", "gains", "gradients"):
         canvas = figures.__dict__[name](readings)
         for axes in canvas.axes:
@@ -156,7 +157,8 @@ def test_groups_are_means_with_bands_and_marks(make_run):
         for seed in range(4)
     ]
     figure = compose("collapse", readings, by="family")
-    assert figure.runs == {"hc": 0, "mhc": 1}
+    assert list(figure.runs) == ["hc", "mhc"]
+    assert len(set(figure.runs.values())) == 2
     panel = next(panel for panel in figure.panels if panel.key == "streams")
     line = next(line for line in panel.content.lines if line.role == "measured" and line.group == "hc")
     values = np.stack([r.analysis["stream_cosine"].values[0] for r in readings if r.name.startswith("hc")])

@@ -44,7 +44,7 @@ def test_cards_show_the_command_and_then_its_result(tmp_path):
     path = tmp_path / "a run.zarr.zip"
     reading = Reading("a", {}, xr.Dataset(), (IDLE,), path=str(path))
     (card,) = cards_of(reading)
-    assert card.experiment == f"depthscope ablate '{path}' --do bypass --depths 2-3"
+    assert card.experiment == f"depthscope ablate CHECKPOINT --run '{path}' --do bypass --depths 2-3"
     assert card.result == ""
     save_result(result().assign_attrs(kind_of_file="depthscope experiments"), result_path(path, "ablate"))
     (card,) = cards_of(replace(reading, results=results_beside(path, None)))

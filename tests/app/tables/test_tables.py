@@ -80,16 +80,15 @@ def test_depth_table_holds_the_analysis(readings):
     row = table.printed.iloc[3]
     assert "±" in row["effective rank"]
     assert "baseline" in row["effective rank"]
-    assert row["N"] == f"{table.data['num_tokens'][3]:g}"
-    assert "all tokens" in table.caption
+    assert any("Effective rank" in note and "all tokens" in note for note in table.notes)
 
 
 def test_selection_changes_numbers_and_caption(readings):
     pooled = depth_table(readings[0], Selection(scope="data", centering="centred"))
     plain = depth_table(readings[0])
     assert pooled.data["effective_rank"].iloc[-1] != plain.data["effective_rank"].iloc[-1]
-    assert pooled.data["num_tokens"].iloc[0] > plain.data["num_tokens"].iloc[0]
-    assert pooled.caption != plain.caption
+    assert pooled.data["num_tokens"].iloc[0] > plain.data["tokens_per_sequence"].iloc[0]
+    assert pooled.notes != plain.notes
 
 
 def test_long_runs_print_fewer_rows_and_say_so(readings):
@@ -196,7 +195,11 @@ def test_markdown_and_csv(readings):
     assert lines[0].startswith("**Summary of runs.**")
     assert len(lines) == 6 + len(readings)  # title, rule and headings above, notes below
     assert len({line.count("|") for line in lines[2:-2]}) == 1
-    assert to_csv(table).splitlines()[0].startswith("run,model,family,streams,layers,num_tokens")
+    assert (
+        to_csv(table)
+        .splitlines()[0]
+        .startswith("run,model,family,streams,layers,num_tokens,tokens_per_sequence")
+    )
 
 
 def test_findings_in_plain_words():
@@ -264,21 +267,63 @@ def test_wide_and_long_tables_go_to_parts_that_fit(readings):
 
 def test_the_best_is_marked_where_a_metric_has_one():
     nan = math.nan
-    assert best_of("effective_rank", [3.0, 5.0, 4.0], [nan] * 3, [nan] * 3) == {1}
-    assert best_of("token_cosine", [0.3, 0.5], [nan] * 2, [nan] * 2) == {0}
-    assert best_of("composite_gain", [3.0, 0.9, 1.2], [nan] * 3, [nan] * 3) == {
-        1
-    }  # a third more is farther than a tenth less
+    assert best_of("effective_rank", [3.0, 5.0, 4.0], [0.1] * 3, [nan] * 3) == {1}
+    assert best_of("token_cosine", [0.3, 0.5], [0.1] * 2, [nan] * 2) == {0}
+    # A third more is farther than a tenth less.
+    assert best_of("composite_gain", [3.0, 0.9, 1.2], [0.01] * 3, [nan] * 3) == {1}
     # The intervals do not tell the two apart from each other, and both from the last.
     assert best_of("effective_rank", [5.0, 4.9, 2.0], [0.1, 0.1, 0.1], [nan] * 3) == {0, 1}
     assert best_of("effective_rank", [5.0, 4.9], [0.1, 0.1], [nan] * 2) == set()
-    assert best_of("residual_norm", [1.0, 2.0], [nan] * 2, [nan] * 2) == set()
-    assert best_of("effective_rank", [1.0, nan], [nan] * 2, [nan] * 2) == set()
+    assert best_of("residual_norm", [1.0, 2.0], [0.1] * 2, [nan] * 2) == set()
+    assert best_of("effective_rank", [1.0, nan], [0.1, nan], [nan] * 2) == set()
+
+
+def test_without_an_interval_of_every_number_none_is_best():
+    nan = math.nan
+    assert best_of("effective_rank", [3.0, 5.0, 4.0], [nan] * 3, [nan] * 3) == set()
+    assert best_of("effective_rank", [3.0, 5.0, 4.0], [0.1, 0.1, nan], [nan] * 3) == set()
+    assert best_of("effective_rank", [3.0, 5.0, nan], [0.1, 0.1, nan], [nan] * 3) == {1}
+
+
+def test_each_column_says_its_tokens_and_bold_is_only_what_was_tested(readings):
+    table = summary_table(readings)
+    assert "sequence" not in table.caption
+    scopes = {"scope": ["sequence", "data"], "tokens": "all"}
+    within, pooled = (
+        float(count.max()) for count in readings[0].analysis["num_tokens"].sel(scopes).transpose("scope", ...)
+    )
+    assert within < pooled
+    assert table.data[["tokens_per_sequence", "num_tokens"]].iloc[0].tolist() == [within, pooled]
+    assert table.printed[["N per sequence", "N"]].iloc[0].tolist() == [f"{within:g}", f"{pooled:g}"]
+    pair = comparison_table(readings, ["token_cosine", "effective_rank", "gradient_norm"])
+    for each, metric in (
+        (table, "adjacent CKA"),
+        (depth_table(readings[0]), "adjacent CKA"),
+        (pair, "gradient norm"),
+    ):
+        sentences = " ".join(each.notes).lower().split(". ")
+        of_all, of_each = (
+            next(words for words in sentences if name.lower() in words and "n = " in words)
+            for name in (metric, "token cosine")
+        )
+        assert "pooled" in of_all
+        assert f"n = {pooled:g} tokens" in of_all
+        assert "within each sequence" in of_each
+        assert f"n = {within:g} tokens per sequence" in of_each
+
+
+def test_no_cell_without_an_interval_is_bold(readings):
+    better = readings[1].analysis * 100
+    better.attrs = readings[1].analysis.attrs
+    table = summary_table([readings[0], replace(readings[1], analysis=better)])
+    assert (1, "effective rank, last") in table.best
+    for row, heading in table.best:
+        assert "±" in table.printed[heading][row]
 
 
 def test_best_cells_are_bold_in_latex_and_markdown(readings):
     analysis = readings[1].analysis
-    better = analysis.assign(effective_rank=analysis["effective_rank"] * 3).drop_vars("effective_rank_stderr")
+    better = analysis.assign(effective_rank=analysis["effective_rank"] * 100)
     table = summary_table([readings[0], replace(readings[1], analysis=better)])
     assert (1, "effective rank, last") in table.best
     assert "**" in to_markdown(table).splitlines()[5]
@@ -288,17 +333,17 @@ def test_best_cells_are_bold_in_latex_and_markdown(readings):
 
 def test_numbers_with_other_nulls_are_not_ranked():
     nan = math.nan
-    assert best_of("effective_rank", [107.0, 15.5], [nan] * 2, [240.0, 84.1]) == set()
-    assert best_of("effective_rank", [107.0, 15.5], [nan] * 2, [84.1, nan]) == set()
-    assert best_of("effective_rank", [107.0, 15.5], [nan] * 2, [84.1, 84.1]) == {0}
+    assert best_of("effective_rank", [107.0, 15.5], [0.1] * 2, [240.0, 84.1]) == set()
+    assert best_of("effective_rank", [107.0, 15.5], [0.1] * 2, [84.1, nan]) == set()
+    assert best_of("effective_rank", [107.0, 15.5], [0.1] * 2, [84.1, 84.1]) == {0}
     # A run that lacks the number lacks its null too.
-    assert best_of("effective_rank", [107.0, 15.5, nan], [nan] * 3, [84.1, 84.1, nan]) == {0}
+    assert best_of("effective_rank", [107.0, 15.5, nan], [0.1, 0.1, nan], [84.1, 84.1, nan]) == {0}
 
 
 def _marked(first, second, **changed):
     """The tables of two runs of which the second is the best by far, with one thing about it changed."""
-    analysis = second.analysis.assign(effective_rank=second.analysis["effective_rank"] * 3)
-    analysis = analysis.drop_vars("effective_rank_stderr").assign(changed.pop("numbers", {}))
+    analysis = second.analysis.assign(effective_rank=second.analysis["effective_rank"] * 100)
+    analysis = analysis.assign(changed.pop("numbers", {}))
     other = replace(second, analysis=analysis, attrs={**second.attrs, **changed})
     return [table([first, other]) for table in (summary_table, comparison_table)]
 
@@ -380,7 +425,7 @@ def test_digits_are_those_of_the_rounded_number(numbers, said):
 
 def test_numbers_that_are_printed_alike_are_best_alike():
     nan = float("nan")
-    assert best_of("composite_gain", [1.0001, 1.0002, 3.0], [nan] * 3, [nan] * 3, better="nearer 1") == {0, 1}
+    assert best_of("composite_gain", [1.0001, 1.0002, 3.0], [1e-6] * 3, [nan] * 3) == {0, 1}
 
 
 def test_markdown_shows_names_as_they_are():

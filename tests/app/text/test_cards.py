@@ -168,16 +168,3 @@ def test_everything_is_explained():
         assert ":math:" not in text
         assert "Source: " in text
         assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith(" "))
-
-
-def test_a_verdict_is_explained_with_its_limits_and_the_equation_of_its_number(capsys):
-    assert main(["explain", "stream_collapse"]) == 0
-    said = capsys.readouterr().out
-    assert "WARN below" in said
-    assert "(depthscope's default)" in said
-    assert r"\sigma_1" in said
-
-
-def test_an_unknown_name_is_answered_with_close_ones(capsys):
-    assert main(["explain", "rank_colapse"]) == 2
-    assert "closest: 'rank_collapse'" in capsys.readouterr().err
