@@ -490,6 +490,25 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_a_network_built_to_fail_is_found(name):
+    expected, run = CASES[name], CASES[name].build()
+    analysis = diagnostics.analyze(run).sel(expected.part)
+    found = diagnostics.judge(analysis.assign_coords(step=[expected.step]) if expected.step else analysis)
+    told = [finding for finding in found if finding.verdict == name]
+    assert [finding.severity for finding in told] == [expected.severity]
+    (finding,) = told
+    assert not finding.because
+    assert finding.stream == expected.stream
+    if finding.axis != "weight":
+        assert (finding.axis, finding.first, finding.last) == (expected.axis, expected.first, expected.last)
+    assert expected.says in finding.sentence
+    assert finding.source in finding.sentence
+    assert finding.source == VERDICTS[name].limits.source
+    loud = {other.verdict for other in found if other.severity > INFO}
+    assert loud - {name} <= set(expected.beside)
+
+
 def test_an_optimizer_that_has_copies_of_the_weights_moves_none():
     model = pre_norm()
     copies = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
