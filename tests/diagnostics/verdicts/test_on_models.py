@@ -93,18 +93,6 @@ def half() -> nn.Module:
     return step(lambda x, block: block(x) * (torch.arange(WIDTH) < WIDTH // 3), Block())
 
 
-def sure_router() -> nn.Module:
-    """A router whose bias sends every token to the first of four experts."""
-    router, *experts = (nn.Linear(WIDTH, size) for size in (4, *[WIDTH] * 4))
-    nn.init.constant_(router.bias[:1], 50.0)
-
-    def routed(x, router, *experts):
-        best = router(x).topk(1, -1).indices
-        return x + sum((best == number) * expert(x) for number, expert in enumerate(experts))
-
-    return step(routed, router, *experts)
-
-
 def dead_relu() -> nn.Module:
     """A branch whose first bias lets no token pass."""
     up, down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
@@ -140,10 +128,6 @@ def batch_norm() -> nn.Module:
     norm = nn.BatchNorm1d(WIDTH)
     nn.init.normal_(norm.weight, 1.0, 0.3)
     return step(lambda x, norm: x + norm(x.mT).mT, norm.eval())
-
-
-def size_of(output: torch.Tensor, batch: Any) -> torch.Tensor:
-    return output.square().mean()
 
 
 def next_token(output: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
