@@ -20,6 +20,7 @@ MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 MAPPINGS = (dict, OrderedDict, defaultdict)
 CHANGED = (*MAPPINGS, list, deque)
 CONTAINERS = (*CHANGED, set, tuple)
+UNCHANGED = frozenset((type(None), bool, int, float, str))  # values that no code can write into
 COPIED = (np.ndarray, np.random.Generator, random.Random, torch.Generator)
 # What these note is about the processes and the compiled code, not about the model; a part of it lies in other objects.
 WRAPPERS = ("torch.distributed.", "torch.nn.parallel.", "torch._dynamo.")
@@ -62,9 +63,10 @@ class _Contents:
         self._written_back: list[tuple[torch.Tensor, int, torch.Tensor]] = []
         seen: set[int] = set()
         for module in modules:
-            buffers = module._buffers
-            self._before.append((buffers, dict(buffers.items())))
-            self._exchanged |= {id(buffer): buffer for buffer in dict(buffers.items()).values()}
+            buffers = dict(module._buffers.items())
+            if buffers:
+                self._before.append((module._buffers, buffers))
+                self._exchanged |= {id(buffer): buffer for buffer in buffers.values() if buffer is not None}
             if not type(module).__module__.startswith(WRAPPERS):
                 self._note(vars(module), seen)
 
@@ -73,7 +75,7 @@ class _Contents:
         content = _content(container)
         self._before.append((container, content))
         for name, value in _entries(content):
-            if name in MODULE_ATTRIBUTES:  # hooks come and go
+            if type(value) in UNCHANGED or name in MODULE_ATTRIBUTES:  # hooks come and go
                 continue
             if type(value) in CONTAINERS:
                 if id(value) not in seen:
@@ -127,28 +129,34 @@ def _put_back(container: Any, content: Any) -> None:
             container.clear()
             container.update(content)
     elif not isinstance(container, tuple):
-        now = dict(container.items())
-        for name in now.keys() - content.keys():
-            del container[name]
-        changed = {name for name, value in content.items() if name not in now or now[name] is not value}
-        for name in changed:
-            container[name] = content[name]
+        _put_back_entries(container, content)
+
+
+def _put_back_entries(container: Any, content: dict[Any, Any]) -> None:
+    now = dict(container.items())
+    if now.keys() == content.keys() and all(map(operator.is_, now.values(), content.values())):
+        return
+    for name in now.keys() - content.keys():
+        del container[name]
+    for name, value in content.items():
+        container[name] = value
 
 
 def _can_be_exchanged(value: Any) -> bool:
     return isinstance(value, COPIED) or (type(value) is torch.Tensor and not value.requires_grad)
 
 
-def _copy(value: Any, shared: Mapping[int | None, torch.UntypedStorage]) -> Any:
+def _copy(value: Any, shared: Mapping[int, torch.UntypedStorage]) -> Any:
     if isinstance(value, torch.Generator):
         return value.clone_state()
     if not isinstance(value, torch.Tensor):
         return copy.deepcopy(value)
     if value.is_meta:
         return value
-    storage = shared.get(_storage(value))
-    if storage is None:
+    number = _storage(value)
+    if number is None or number not in shared:
         return value.detach().clone()
+    storage = shared[number]
     return value.detach().new_empty(0).set_(storage, value.storage_offset(), value.size(), value.stride())
 
 
