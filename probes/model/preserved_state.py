@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 import random
-from collections.abc import Iterator
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,44 +17,31 @@ from torch import nn
 from depthscope.probes.model.modules import all_modules, own_parameters
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+MAPPINGS = (dict, OrderedDict, defaultdict)
+CHANGED = (*MAPPINGS, list, deque)
+CONTAINERS = (*CHANGED, set, tuple)
+UNCHANGED = frozenset((type(None), bool, int, float, str))  # values that no code can write into
+COPIED = (np.ndarray, np.random.Generator, random.Random, torch.Generator)
+# What these note is about the processes and the compiled code, not about the model; a part of it lies in other objects.
+WRAPPERS = ("torch.distributed.", "torch.nn.parallel.", "torch._dynamo.")
 
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Restore the random states, the buffers and the training flags of a model after a forward of our own.
-
-    Of a module whose buffers it wrote, also the attributes: a cache of positions whose buffer is put back, and whose length
-    stays, would be read as if it were filled.
-    """
+    """Restore the random states, the buffers, plain attributes and training flags of a model after a forward of our own."""
     modules = all_modules(model)
-    buffers = [
-        (module, name, buffer)
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
     # Frozen TorchScript has no such flag.
     training_flags = [(module, module.training) for module in modules if hasattr(module, "training")]
     # The devices of the model only: by default fork_rng takes every device, and warns where there are several.
     devices = sorted({p.device.index or 0 for p in own_parameters(modules) if p.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)
-    noted, given = {module: _Attributes(module) for module, *_ in buffers}, dict[int, int]()
+    contents = _Contents(modules)
     with torch.random.fork_rng(devices=devices):
         try:
-            # The forward gets copies to write into: a write raises a buffer's version counter, even one that puts the
-            # old values back, and a graph of the user's that saved the buffer would refuse its backward.
-            copies: dict[int, torch.Tensor] = {}  # by identity: modules that share a buffer go on sharing it
-            for module, name, buffer in buffers:
-                if not buffer.is_meta:
-                    module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
-            given |= {number: _version(copy) for number, copy in copies.items()}
+            contents.give_copies()
             yield
         finally:
-            for module, name, buffer in buffers:
-                now, copy = module._buffers.get(name), copies.get(id(buffer))
-                if copy is not None and (now is not copy or _version(copy) != given.get(id(buffer))):
-                    noted[module].restore()
-                module._buffers[name] = buffer
+            contents.restore()
             random.setstate(python_state)
             np.random.set_state(numpy_state)  # noqa: NPY002
             for module, training in training_flags:
@@ -58,15 +49,115 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
                     module.training = training  # per module: train() would set all children alike
 
 
-@contextmanager
-def preserved_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore what a forward of our own notes in the attributes of modules: counters, caches, the lists and dicts in them."""
-    before = [_Attributes(module) for module in all_modules(model)]
-    try:
-        yield
-    finally:
-        for of in before:
-            of.restore()
+class _Contents:
+    """The buffers and plain attributes of modules, with what is in the lists, dicts, sets and tuples among them.
+
+    The forward gets copies to write into: a write raises a tensor's version counter, even one that puts the old values back,
+    and a graph of the user's that saved the tensor would refuse its backward. Only what has a graph itself, or lies in a
+    tuple, cannot be exchanged: it is written back if it was written.
+    """
+
+    def __init__(self, modules: list[nn.Module]):
+        self._before: list[tuple[Any, Any]] = []
+        self._exchanged: dict[int, Any] = {}
+        self._written_back: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+        seen: set[int] = set()
+        for module in modules:
+            buffers = dict(module._buffers.items())
+            if buffers:
+                self._before.append((module._buffers, buffers))
+                self._exchanged |= {id(buffer): buffer for buffer in buffers.values() if buffer is not None}
+            if not type(module).__module__.startswith(WRAPPERS):
+                self._note(vars(module), seen)
+
+    def _note(self, container: Any, seen: set[int]) -> None:
+        seen.add(id(container))
+        content = _content(container)
+        self._before.append((container, content))
+        for name, value in _entries(content):
+            if type(value) in UNCHANGED or name in MODULE_ATTRIBUTES:  # hooks come and go
+                continue
+            if type(value) in CONTAINERS:
+                if id(value) not in seen:
+                    self._note(value, seen)
+            elif isinstance(container, CHANGED) and _can_be_exchanged(value):
+                self._exchanged[id(value)] = value
+            elif type(value) is torch.Tensor and not value.is_meta:
+                self._written_back.append((value, _version(value), value.detach().clone()))
+
+    def give_copies(self) -> None:
+        """Put copies in place of what a forward may write into; what shares memory goes on sharing it."""
+        users = Counter(_storage(value) for value in self._exchanged.values())
+        shared = {
+            storage: value.untyped_storage().clone()
+            for value in self._exchanged.values()
+            if (storage := _storage(value)) is not None and users[storage] > 1
+        }
+        copies = {number: _copy(value, shared) for number, value in self._exchanged.items()}
+        for container, content in self._before:
+            if not isinstance(container, set | tuple):
+                for name, value in _entries(content):
+                    if id(value) in copies:
+                        container[name] = copies[id(value)]
+
+    def restore(self) -> None:
+        """Put everything back that is no longer the same."""
+        for container, content in self._before:
+            _put_back(container, content)
+        for tensor, before, values in self._written_back:
+            if before < 0 or _version(tensor) != before:
+                tensor.data.copy_(values)
+
+
+def _content(container: Any) -> Any:
+    if isinstance(container, set):
+        return set(container)
+    return list(container) if isinstance(container, list | deque | tuple) else dict(container.items())
+
+
+def _entries(content: Any) -> Iterable[tuple[Any, Any]]:
+    return content.items() if isinstance(content, dict) else enumerate(content)
+
+
+def _put_back(container: Any, content: Any) -> None:
+    if isinstance(container, list | deque):
+        if len(container) != len(content) or not all(map(operator.is_, container, content)):
+            container.clear()
+            container.extend(content)
+    elif isinstance(container, set):
+        if container != content:
+            container.clear()
+            container.update(content)
+    elif not isinstance(container, tuple):
+        _put_back_entries(container, content)
+
+
+def _put_back_entries(container: Any, content: dict[Any, Any]) -> None:
+    now = dict(container.items())
+    if now.keys() == content.keys() and all(map(operator.is_, now.values(), content.values())):
+        return
+    for name in now.keys() - content.keys():
+        del container[name]
+    for name, value in content.items():
+        container[name] = value
+
+
+def _can_be_exchanged(value: Any) -> bool:
+    return isinstance(value, COPIED) or (type(value) is torch.Tensor and not value.requires_grad)
+
+
+def _copy(value: Any, shared: Mapping[int, torch.UntypedStorage]) -> Any:
+    if isinstance(value, torch.Generator):
+        return value.clone_state()
+    if not isinstance(value, torch.Tensor):
+        return copy.deepcopy(value)
+    if value.is_meta:
+        return value
+    number = _storage(value)
+    if number is None or number not in shared:
+        return value.detach().clone()
+    storage = shared[number]
+    return value.detach().new_empty(0).set_(storage, value.storage_offset(), value.size(), value.stride())
 
 
 def _version(tensor: torch.Tensor) -> int:
@@ -74,27 +165,7 @@ def _version(tensor: torch.Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-class _Attributes:
-    """The attributes of a module, and what is in the lists, dicts and sets among them."""
-
-    def __init__(self, module: nn.Module):
-        self._module, self._values = module, dict(vars(module))
-        self._contents = [
-            (value, value.copy())
-            for name, value in vars(module).items()
-            # Not those of `nn.Module` itself: hooks come and go, and `preserved_state` restores the buffers.
-            if type(value) in (list, dict, set) and name not in MODULE_ATTRIBUTES
-        ]
-
-    def restore(self) -> None:
-        """Put them back."""
-        entries = vars(self._module)
-        for name in entries.keys() - self._values.keys():
-            del entries[name]
-        entries.update(self._values)
-        for container, content in self._contents:
-            if isinstance(container, list):
-                container[:] = content
-            else:
-                container.clear()
-                container.update(content)
+def _storage(value: Any) -> int | None:
+    """Which memory a plain tensor lies in; None of anything else."""
+    plain = type(value) is torch.Tensor and value.layout == torch.strided and not value.is_meta
+    return value.untyped_storage()._cdata if plain else None

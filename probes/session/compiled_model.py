@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report, in_recomputation
 from depthscope.probes.model.modules import all_parameters
-from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
 from depthscope.probes.model.while_needed import eager
@@ -311,7 +311,7 @@ class CompiledCalls:
             )
         try:
             own, alone = own_call(self._owner), _NoExchange() if _are_several() else nullcontext()
-            with preserved_state(module), preserved_attributes(module), eager(), own, alone:
+            with preserved_state(module), eager(), own, alone:
                 yield
         finally:
             self._lock.release()

@@ -16,7 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.operations import OperationsShown
-from depthscope.probes.model.preserved_state import preserved_attributes, preserved_state
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.while_needed import eager
 from depthscope.probes.session.compiled_model import is_compiled
@@ -97,7 +97,6 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
         with ExitStack() as stack:
             for mode in (
                 preserved_state(model),
-                preserved_attributes(model),
                 eager(),
                 own_call(session.owner),
             ):

@@ -16,9 +16,8 @@ FULL = ("no space left on device", "file too large", "no space left")
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts and limits of Linux")
 @pytest.mark.parametrize(("kind", "limit"), CASES)
 def test_where_there_is_no_room_nothing_else_is_lost(kind, limit):
-    number = 12 if kind in ("zip", "zarr") else 5
     try:
-        attempts = in_another_process(kind, limit, number)
+        attempts = in_another_process(kind, limit, 5)
     except PermissionError as error:
         pytest.skip(str(error))
     is_training = kind.startswith("record")

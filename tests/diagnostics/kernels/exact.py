@@ -7,7 +7,7 @@ regard to speed.
 from itertools import combinations
 
 import numpy as np
-from mpmath import acos, eigsy, exp, log, matrix, mp, mpf, pi, sqrt, svd_r
+from mpmath import acos, eigsy, exp, log, matrix, mp, mpf, pi, sqrt
 
 mp.dps = 50
 NAN = mpf("nan")
@@ -169,11 +169,6 @@ def block_influence(x, y):
     return mean([1 - p @ q for p, q in zip(u[a & b], w[a & b], strict=True)])
 
 
-def dirichlet_energy_of_path(x):
-    steps = x[1:] - x[:-1]
-    return over((steps * steps).sum(), (x * x).sum())
-
-
 def massive_activations(x):
     size = np.abs(x)
     ordered = sorted(size.ravel())
@@ -226,35 +221,6 @@ def linear_cka(x, y, hsic=biased):
     return alignment(hsic, kernel(x), kernel(y))
 
 
-def linear_hsic(x, y, hsic=song):
-    return hsic(kernel(x), kernel(y))
-
-
-@remembered
-def distances(x):
-    found = [sqrt(((p - q) ** 2).sum()) for p, q in combinations(x, 2)]
-    return np.array([mpf(mp.nstr(d, 35)) for d in found], dtype=object)
-
-
-def square(flat, n):
-    table = np.full((n, n), mpf(0))
-    for value, (i, j) in zip(flat, combinations(range(n), 2), strict=True):
-        table[i, j] = table[j, i] = value
-    return table
-
-
-def directions(x, energy=1):
-    """Left singular vectors (N, k) that hold that share of the variance."""
-    e, vectors = symmetric(kernel(x))
-    before = np.cumsum(e) - e
-    return vectors[:, (e > mpf(10) ** -26 * e[0]) & (before < energy * sum(e))]
-
-
-def rotations(u, w):
-    left, rho, _ = svd_r(matrix((u.T @ w).tolist()))
-    return np.array(left.tolist(), dtype=object), np.array(list(rho), dtype=object)
-
-
 def procrustes(x, y):
     a, b = centred(x), centred(y)
     sizes = sqrt((a * a).sum()), sqrt((b * b).sum())
@@ -262,24 +228,6 @@ def procrustes(x, y):
         return NAN
     shared = sum(singular_values(a.T @ b)) / sizes[0] / sizes[1]
     return acos(min(shared, mpf(1)))
-
-
-def ranks(values):
-    return np.array([sum(w < v for w in values) + (sum(w == v for w in values) + 1) / mpf(2) for v in values])
-
-
-def pearson(a, b):
-    a, b = a - mean(a), b - mean(b)
-    a, b = cleaned(a, largest(a)), cleaned(b, largest(b))
-    return over((a * b).sum(), sqrt((a * a).sum()) * sqrt((b * b).sum()))
-
-
-def dissimilarities(x, metric):
-    """Of all pairs of rows; none where a row has no direction."""
-    if metric == "euclidean":
-        return distances(x)
-    u, nonzero = units(centred(x.T).T if metric == "correlation" else x)
-    return np.array([rounded(1 - p @ q) for p, q in combinations(u, 2)]) if nonzero.all() else None
 
 
 @remembered

@@ -19,7 +19,6 @@ from tests.diagnostics.kernels.measures import LAYERS, MEASURES, measured
 TOKENS, FEATURES = 12, 5
 X, Y = noise(TOKENS, FEATURES, seed=1), noise(TOKENS, FEATURES, seed=2)
 ROW = np.array([0.1, 0.2, 0.7, 1e3, -3.0])
-SYMMETRIC = np.round(16.0 * X[:5]) / 16.0
 
 
 def changed(at, value):
@@ -30,43 +29,20 @@ def changed(at, value):
 
 STATES = {
     "plain": (X, Y),
-    "duplicated layers": (X, X),
     "identical tokens": (np.tile(ROW, (TOKENS, 1)), Y),
-    "identical tokens on both sides": (np.tile(ROW, (TOKENS, 1)), np.tile(ROW[::-1], (TOKENS, 1))),
-    "duplicated tokens": (X[[0, 1, 2, 3, 4, 0, 1, 0, 4, 5, 6, 2]], Y),
-    "zero rows": (changed([2, 5], 0.0), Y),
     "all zero": (0.0 * X, Y),
-    "all zero on both sides": (0.0 * X, 0.0 * Y),
     "fewer tokens than features": (noise(5, 9, seed=3), noise(5, 9, seed=4)),
-    "four tokens": (X[:4], Y[:4]),
-    "three tokens": (X[:3], Y[:3]),
     "two tokens": (X[:2], Y[:2]),
     "one token": (X[:1], Y[:1]),
-    "one feature": (X[:, :1], Y[:, :1]),
-    "one token, one feature": (X[:1, :1], Y[:1, :1]),
-    "offset of 1e4": (X + 1e4, Y - 1e4),
     "offset of 1e6": (X + 1e6, Y - 1e6),
     "massive token": (changed(4, 1e4), Y),
-    "massive first token": (changed(0, 1e4), Y),
-    "massive activation": (changed((4, 2), 3e4), Y),
     "rank one": (np.outer(2.0 ** np.arange(-6, 6), ROW), Y),
-    "a token at the mean": (np.concatenate([SYMMETRIC, 0.5 - SYMMETRIC, np.full((2, 5), 0.25)]), Y),
-    "back and forth": (np.outer((-1.0) ** np.arange(TOKENS), ROW), Y),
-    "squares overflow float16": (1e4 * X, 1e4 * Y),
     "squares overflow float32": (1e20 * X, 1e20 * Y),
-    "squares overflow float64": (1e200 * X, 1e200 * Y),
-    "squares vanish in float32": (1e-25 * X, 1e-25 * Y),
-    "squares vanish in float64": (1e-200 * X, 1e-200 * Y),
 }
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # States that are tried in half precision too.
-HALF = ("plain", "identical tokens", "offset of 1e4", "massive token", "squares overflow float16")
-# What is measured or added up in squares of the input leaves float64 where those do.
-SQUARES = (
-    "minibatch_cka",
-    "signal_propagation",
-)
-UNITS = (*(set(SQUARES) - {"minibatch_cka"}), "singular_values", "centred singular_values", "gradient_norm")
+HALF = ("plain", "massive token")
+UNITS = ("signal_propagation", "singular_values", "centred singular_values", "gradient_norm")
 # Differences of nearly equal sums: six digits are the goal, for one token may hold nearly all of them.
 DIFFERENCES = ("participation_ratio of pairs", "minibatch_cka")
 
@@ -145,14 +121,12 @@ def arrays(name):
     """Every state and dtype for a measure, as an array and as a tensor, of kinds that take turns."""
     kinds, of_torch = cycle(KINDS.items()), cycle(TENSORS.items())
     for state in STATES:
-        # What leaves float64 where squares of the input do.
-        if not (name in SQUARES and state.endswith("float64")):
-            for dtype, pair in tensors(state).items():
-                kind, make = next(of_torch)
-                yield state, dtype, kind, *map(make, pair)
-                if dtype != "bfloat16":  # which numpy does not have
-                    kind, make = next(kinds)
-                    yield state, dtype, kind, *(make(x.numpy()) for x in pair)
+        for dtype, pair in tensors(state).items():
+            kind, make = next(of_torch)
+            yield state, dtype, kind, *map(make, pair)
+            if dtype != "bfloat16":  # which numpy does not have
+                kind, make = next(kinds)
+                yield state, dtype, kind, *(make(x.numpy()) for x in pair)
         if state == "plain":
             yield state, "float64", "list", X.tolist(), Y.tolist()
 
@@ -192,6 +166,19 @@ def asserted(name, due, tolerance, *sides):
     np.testing.assert_allclose(
         np.stack([*map(np.asarray, got)]) if isinstance(got, tuple) else np.asarray(got), due, **tolerance
     )
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_every_state_has_its_exact_value(name):
+    for state, dtype, kind, *sides in arrays(name):
+        before = [numbers(x).tobytes() for x in sides]
+        due = expected(name, state, dtype)
+        try:
+            asserted(name, due, tolerance(name, dtype, due), *sides)
+        except BaseException as error:
+            error.add_note(f"{name} of {state} in {dtype} as {kind}")
+            raise
+        assert [numbers(x).tobytes() for x in sides] == before, f"{state} as {kind} is changed"
 
 
 @pytest.mark.parametrize("name", MEASURES)

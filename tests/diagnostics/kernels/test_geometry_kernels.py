@@ -94,14 +94,6 @@ def test_massive_median_is_that_of_the_kept_rows(rng):
     assert geometry.massive_activations(x, relative=just_below, mask=mask).sum() == 1
 
 
-def two_nn_of_differences(x):
-    """Distances from differences, the line by least squares; 1 − F = 1/10 at the last tenth."""
-    distances = np.sort(np.linalg.norm(x[:, None] - x[None, :], axis=-1), axis=1)
-    stretch = np.sort(np.log(distances[:, 2] / distances[:, 1]))[: int(0.9 * len(x))]
-    level = -np.log(1 - np.arange(1, len(stretch) + 1) / len(x))
-    return (stretch @ level) / (stretch @ stretch)
-
-
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="expected equal shapes"):
         geometry.angular_distance(np.ones((2, 3)), np.ones((2, 4)))

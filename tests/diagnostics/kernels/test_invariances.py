@@ -98,11 +98,6 @@ def test_the_chain_of_ranks(seed, n, d, tilt, center):
     assert all(larger >= smaller * (1 - 1e-11) for larger, smaller in pairwise(chain))
 
 
-def table_and_own(table):
-    own = np.diag(table)
-    return table, own[:, None], own[None, :]
-
-
 @given(seed=SEEDS, shape=SHAPES)
 @quick
 def test_what_must_change_changes(seed, shape):

@@ -63,7 +63,7 @@ def test_the_norm_is_the_steepest_change_of_the_loss_where_all_streams_move_alik
     assert float(found["relative_gradient"][depth]) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("num_streams", [1, 2, 4])
+@pytest.mark.parametrize("num_streams", [1, 2])
 def test_a_live_row_has_the_same_gradients_as_an_analysis(num_streams):
     model, ids = model_of(num_streams).float(), tokens(2, 9) % 64
     with ds.record(model, gradients=True, every=1, metrics="live", live_tokens=ids.numel()) as recorder:

@@ -447,7 +447,7 @@ for step in range(first, first + 10**7):
 def test_every_row_that_was_acknowledged_outlives_a_killed_writer(one_step, tmp_path):
     written(tmp_path / "a", one_step, []).close()
     draw = random.Random(0)
-    for number in range(4):
+    for number in range(2):
         with subprocess.Popen(
             [sys.executable, "-c", WRITER, tmp_path / "a"], stdout=subprocess.PIPE, cwd=ROOT
         ) as writer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 
 import pytest
@@ -40,14 +39,7 @@ def test_a_folder_with_a_file_of_the_user_is_refused_even_with_force(make_run, t
 
 @pytest.mark.parametrize(
     "name",
-    [
-        "notes.txt",
-        "trace/notes.txt",
-        "trace/residual/c/notes",
-        "mine/zarr.json",
-        "c/0",
-        "trace/residual/c/99/0",
-    ],
+    ["notes.txt", "trace/residual/c/notes", "trace/residual/c/99/0"],
 )
 def test_a_run_with_a_file_of_the_user_inside_is_refused(make_run, tmp_path, name):
     run = make_run("residual", layers=1)
@@ -124,10 +116,3 @@ def test_the_run_behind_a_link_is_replaced_and_the_link_stays(make_run, tmp_path
     with schema.open_run(real) as run:
         assert run.attrs["family"] == "hc"
     assert os.listdir(tmp_path / "disk") == [real.name]
-
-
-def test_nested_json_is_no_run_and_no_traceback(make_run, tmp_path):
-    path = tmp_path / "run.zarr"
-    path.mkdir()
-    (path / "zarr.json").write_text('{"a": ' * 100_000 + json.dumps(1) + "}" * 100_000)
-    require_refused(make_run("residual", layers=1), path, "is not a run")
