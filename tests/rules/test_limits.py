@@ -30,8 +30,13 @@ def test_a_declared_healthy_range_is_what_no_verdict_reports(analyses):
         if metric.healthy is not None
     }
     unjudged = {name for name, ranges in judged.items() if not ranges}
-    # Which networks of several claim to be doubly stochastic, or come with updates, is theirs.
+    # Which networks of several claim to be doubly stochastic, or come with updates, is theirs. Of mixing matrices a number made of
+    # the metric is judged, by one limit for free and constrained ones, so that the picture of the metric has no line.
     assert unjudged <= {
+        "mixing_gain",
+        "operator_gain",
+        "identity_distance",
+        "doubly_stochastic_violation",
         "update_ratio",
         "mixing_singular_value",
         "composite_singular_value",
@@ -73,18 +78,15 @@ def test_the_picture_of_the_backward_gain_contradicts_no_verdict():
     assert "Pre-LN" in figure.caption
 
 
-def test_a_network_with_other_limits_is_drawn_with_them(make_run):
-    """Free matrices may fade to a tenth; a picture said 0.5 of all."""
-    free, held = (diagnostics.analyze(make_run(kind)) for kind in ("hc", "mhc"))
+def test_a_network_that_is_judged_by_another_number_has_no_line(make_run):
+    """Free matrices are judged relative to what they may leave; a picture said 0.5 of all."""
+    free, constrained = (diagnostics.analyze(make_run(kind)) for kind in ("hc", "mhc"))
 
     def drawn(analysis):
         lines = FIGURES["composite_attenuation"].build({"run": analysis}).lines
         return {float(line.y[0]) for line in lines if line.role == "threshold"}
 
-    assert drawn(held) == {0.5, 0.05}
-    assert drawn(free) != drawn(held)
-    assert max(drawn(free)) <= 0.1 + 1e-12 or max(drawn(free)) == pytest.approx(
-        free.sizes["connection"] ** -0.5
-    )
-    both = FIGURES["composite_attenuation"].build({"free": free, "held": held})
+    assert drawn(constrained) == {0.5, 0.05}
+    assert drawn(free) == set()
+    both = FIGURES["composite_attenuation"].build({"free": free, "constrained": constrained})
     assert both.healthy is None

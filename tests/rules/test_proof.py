@@ -135,8 +135,11 @@ def test_tables_pages_and_reports_say_it(runs, readings, tmp_path):
 @pytest.mark.parametrize("command", ["check", "compare", "analyze"])
 def test_commands_say_it_in_text_and_json(runs, tmp_path, capsys, command):
     path = schema.save_run(runs["streams"], tmp_path / "run.zarr.zip")
+    paths = [str(path)]
+    if command == "compare":
+        paths.append(str(schema.save_run(runs["streams"], tmp_path / "again.zarr.zip")))
     for options in ([], ["--json"]):
-        assert main([command, str(path), *options]) in (0, 1)
+        assert main([command, *paths, *options]) in (0, 1)
         out, err = capsys.readouterr()
         assert REASON in " ".join((out + err).split())
 

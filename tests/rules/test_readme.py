@@ -34,5 +34,5 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     # Compiled under its name, so that a traceback points to README.md.
     exec(compile(block, str(README), "exec"), names)
     assert "residual" in capsys.readouterr().out
-    assert (tmp_path / "a.zarr.zip").exists()
+    assert (tmp_path / "a.zarr").exists()
     assert names["analysis"].sizes["depth"] == 4

@@ -99,7 +99,9 @@ class CurveFigure(FigureKind):
         # The scale is declared, not chosen by the data: an axis that changes with the run cannot be compared.
         declared = CATALOGUE[self.metric]
         judged = {} if self.derive else judged_limits(self.metric, analyses)
-        healthy = passing_range(judged)
+        # A band is for all runs of the figure, or none.
+        everywhere = all(name in judged for name, each in analyses.items() if self.metric in each)
+        healthy = passing_range(judged) if everywhere else None
         remarks = remarks_by_run(
             ((curve.line.group, remark) for curve in curves for remark in curve.remarks),
             {curve.line.group for curve in curves},
