@@ -168,23 +168,6 @@ def working(what: str) -> Iterator[Progress]:
         yield lambda part, done, total: status.update(Text(f"{what}: {printable(part)} {done}/{total}"))
 
 
-@contextmanager
-def progress_bar(title: str, *, visible: bool | None = None) -> Iterator[Callable[[float, str], None]]:
-    """A bar on stderr.
-
-    ``visible``: none shows it where stderr is a terminal: in a file it would be one line for each update.
-    Yields: Call it with (fraction that is done, what is being done) to move the bar.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    shown = sys.stderr.isatty() if visible is None else visible
-    columns = TextColumn(title), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}")
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("", total=1.0)
-        yield lambda fraction, text: bar.update(task, completed=min(fraction, 1.0), description=text)
-
-
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table: framed on a terminal, in aligned columns elsewhere.
 

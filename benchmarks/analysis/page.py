@@ -87,7 +87,7 @@ def duration(seconds: float) -> str:
 
 HEAD = """## What analysing costs, and how right it is
 
-Written by `{command}` on {date}; {machine}. Not edited by hand.
+Written by `{command}` on {date}, at commit {commit}; {machine}. Not edited by hand.
 
 **How.** First the answer of every tool is compared with a float64 reference that shares no code with it. Then all are timed in
 turn, up to {rounds} rounds. A ratio is the median over that of the tool that the table names, in the same rounds, with the

@@ -107,14 +107,14 @@ def memory(title: str, rows: dict[str, dict[str, Any]]) -> Table:
 
 HEAD = """# What capturing costs
 
-Written by `{command}` on {date}; {machine}. Not edited by hand.
+Written by `{command}` on {date}, at commit {commit}; {machine}. Not edited by hand.
 
 **How.** Each tool captures the residual state at every block (of the mHC model: at every connection), and with a backward the
 gradient there too. First its states are compared with those of plain hooks; "equal" is bit for bit. Then one step of each tool
 is timed in turn, {rounds} rounds after two that do not count, in time of the processor. A ratio is the median over that of the
 plain step in the same process, with the quartiles in brackets. Plain, the hooks and this package share a process; each peer
 has one of its own, with plain, since some change torch when they are imported. *Plain again* is a second plain step: its
-distance from 1.00 is noise. *Statements* are those of Python that a user writes for it.
+distance from 1.00 is noise.
 
 **What is in a row.** Putting hooks on and taking them off, the step, and what the tool does with the tensors.
 
@@ -122,7 +122,6 @@ distance from 1.00 is noise. *Statements* are those of Python that a user writes
   anew: 8, here the whole batch, or 1.
 * *No statistics* puts nothing in the place of what `TokenSums` computes. The row above less this one is the cost of the exact
   statistics over every token; this one less 1 is the cost of capturing.
-* *Streaming evaluation* has constant weights. The raw sample is full, and statistics are nearly all that is left.
 * *probes.capture* is the whole call: it finds the chain anew, runs the model, proves the connections and builds the run.
 * transformer-lens runs the model through its own modules with its own attention; the ratio includes that.
 * torchinstruments and neural-observatory keep statistics of the same modules' outputs, and give no states.
@@ -141,10 +140,9 @@ Peers: `pip install {peers}`; baukit is not on PyPI, and is measured where it is
 
 SMALL = """## The peers on small sizes
 
-Written by `{command}` on {date}; {machine}. Not edited by hand.
+Written by `{command}` on {date}, at commit {commit}; {machine}. Not edited by hand.
 
 As above, but for the sizes: one step of each tool in turn, {rounds} rounds, in time of the processor, relative to the plain
-step of the same process. *Statements* are those of Python that a user writes for a tool; torchinstruments and
-neural-observatory give no states. The goals of a one-shot capture are 4 × a plain forward and 1.2 × the cache of
-transformer-lens.
+step of the same process. torchinstruments and neural-observatory give no states. The goals of a one-shot capture are
+4 × a plain forward and 1.2 × the cache of transformer-lens.
 """

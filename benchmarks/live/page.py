@@ -25,7 +25,7 @@ GOALS_OF = {
 PEAK, FLAT = 1.3, 0.02
 HEAD = """## What a training costs, and a model that is met for the first time
 
-Written by `{command}` on {date}; {machine}. Not edited by hand.
+Written by `{command}` on {date}, at commit {commit}; {machine}. Not edited by hand.
 
 **How.** Measured and plain steps are taken in turn, in one process with one thread; a ratio is the median of their processor
 times over that of the plain step, with the quartiles in brackets. A first measured step reads the model; it and the next two

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
@@ -17,18 +18,27 @@ OWN = ("torch", "depthscope", "transformers")  # installed with this package: no
 
 
 def circumstances(module: str, packages: Iterable[str]) -> dict[str, Any]:
-    """Day, machine with its load at the end, versions and command of a run.
+    """Commit, day, machine with its load at the end, versions and command of a run.
 
     ``module``: run by ``python -m``.
     ``packages``: packages whose versions are listed, where they are installed.
     """
     return {
+        "commit": commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.system()} on {platform.machine()}, {os.cpu_count()} cores, one thread used, load "
         f"{os.getloadavg()[0]:.0f}",
         "versions": versions(packages),
         "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
     }
+
+
+def commit() -> str:
+    """The commit that is timed; with "+" where files differ from it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty=+"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or "unknown"
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:

@@ -2,33 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from depthscope.probes.reading.branches import branches_of
-from depthscope.probes.reading.choice import memories
-from depthscope.probes.reading.cuts import cuts_of
-from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue
-from depthscope.probes.reading.memory import Memory, without_inner
-from depthscope.probes.reading.names import BranchNames, number_blocks
+from depthscope.probes.reading.graph import PARAMETER, TracedValue
+from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import addends
-
-
-def memory_of(graph: Graph, values: Sequence[TracedValue]) -> Memory:
-    """The memory that holds some values.
-
-    Raises ReadingError: Where none holds them all.
-    """
-    for memory in memories(graph):
-        branches = branches_of(memory)
-        if not branches:
-            continue
-        names = BranchNames(memory, branches)
-        number_blocks([names])
-        inner = cuts_of(memory, branches, names.layers).inner
-        found = without_inner(memory, inner) if inner else memory
-        if all(found.holds(value) for value in values):
-            return found
-    raise ReadingError("no residual memory of the forward holds all of these states")
 
 
 def coefficients(memory: Memory) -> list[TracedValue]:

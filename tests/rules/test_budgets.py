@@ -50,8 +50,8 @@ SOURCE = ("probes", "diagnostics", "app", "depthscope")
 GATES = {
     "lines of source": (78_000, 60_000),
     "files of source": (480, 320),
-    "lines of tests": (50_000, 36_000),
-    "lines of benchmarks": (3_500, 3_500),
+    "lines of tests": (51_900, 36_000),
+    "lines of benchmarks": (3_960, 3_500),
     "pages of docs": (30, 30),
     "words of docs": (40_000, 40_000),
 }

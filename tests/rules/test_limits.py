@@ -30,8 +30,8 @@ def test_a_declared_healthy_range_is_what_no_verdict_reports(analyses):
         if metric.healthy is not None
     }
     unjudged = {name for name, ranges in judged.items() if not ranges}
-    # Which networks of several claim to be doubly stochastic, or come with updates, is theirs. Of mixing matrices a number made of
-    # the metric is judged, by one limit for free and constrained ones, so that the picture of the metric has no line.
+    # Which networks of several claim to be doubly stochastic, or come with updates, is theirs. Of matrices a number made
+    # of the metric is judged, by one limit for free and constrained ones, so that the picture of the metric has no line.
     assert unjudged <= {
         "mixing_gain",
         "operator_gain",

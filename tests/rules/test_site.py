@@ -39,7 +39,9 @@ def test_every_command_of_the_site_has_its_options():
     assert len(shown) > 10
     for page, (command, *words) in shown:
         # What comes after a script is the script's own.
-        script = next((place for place, word in enumerate(words) if word == "-m" or word.endswith(".py")), None)
+        script = next(
+            (place for place, word in enumerate(words) if word == "-m" or word.endswith(".py")), None
+        )
         words = words[:script]
         options = {word.partition("=")[0] for word in words if word.startswith("--")}
         assert command in known, f"{page}: depthscope {command}"
