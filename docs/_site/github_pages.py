@@ -14,9 +14,6 @@ ROOT = DOCS.parent
 # Files outside of docs/ that have a page of the site.
 PAGES = {
     "README.md": "index.md",
-    "CONTRIBUTING.md": "project/contributing.md",
-    "SECURITY.md": "project/security.md",
-    "CHANGELOG.md": "project/changelog.md",
 }
 _LINK = re.compile(r"(?<!!)\[(?P<text>[^\[\]]+)\]\((?P<target>[^()\s]+)\)")
 _INCLUDED = re.compile(r"```\{include\} (?P<name>\S+)\n```")

@@ -156,7 +156,7 @@ def test_the_map_of_differences_has_the_largest_first_and_no_units(opened, runs)
 
 
 def test_a_measure_on_request_is_offered_and_explained(opened):
-    test = opened("similarity", "plain.zarr.zip", measure_b="Procrustes")
+    test = opened("similarity", "plain.zarr.zip", measure_b="Procrustes distance")
     assert "--metrics procrustes" in words(test)
 
 

@@ -285,7 +285,7 @@ def test_the_rank_among_the_facts_says_its_scope(residual_run):
     fact = facts_table([reading]).loc["Effective rank of the last state", "plain"]
     rank = reading.analysis["effective_rank"].isel(step=-1, depth=-1)
     pooled = rank.sel(scope="data", tokens="all", centering="raw", stream="mean")
-    assert fact.startswith(number(float(pooled))[:3])
+    assert fact.replace("\\", "").startswith(number(float(pooled)))  # escaped for Markdown
     assert "all sequences pooled" in fact
 
 

@@ -223,7 +223,8 @@ def test_silence_is_stale_by_the_cadence_of_the_run(store, monkeypatch):
     assert usual.is_growing
     assert usual.words == "step 19, 2 s ago"
     # A run with a step every minute is not stale after three, and is after five.
-    history._store.times = last - 60.0 * np.arange(20)[::-1]
+    slow = last - 60.0 * np.arange(20)[::-1]
+    monkeypatch.setattr(type(history), "times", property(lambda _: slow))
     monkeypatch.setattr("time.time", lambda: last + 200.0)
     assert "STALE" not in live_state(history.status, history.times).words
     monkeypatch.setattr("time.time", lambda: last + 300.0)

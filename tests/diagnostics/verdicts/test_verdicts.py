@@ -248,7 +248,7 @@ def test_sinkhorn_that_stopped_early(mixed):
     early = np.array([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0.05, 0.45, 0.5], [0, 0, 0.5, 0.5]])
     found = findings(mixed([early] * 12, family="mhc"))["sinkhorn_not_converged"]
     assert len(found) == 1
-    assert "error of a column sum is 0.05" in found[0].sentence
+    assert "worst error of a sum of one connection is 0.05" in found[0].sentence
     assert found[0].severity == Severity.WARN
     assert "sinkhorn_not_converged" not in findings(mixed([early] * 12, family="hc"))
 

@@ -89,6 +89,7 @@ def test_compiled_code_is_neither_compiled_again_nor_broken_by_a_recorder():
         torch.nn.Embedding(8, 16), *(Block() for _ in range(3)), torch.nn.Linear(16, 8)
     )
     model, ids = torch.compile(plain, backend=counting), torch.arange(12).reshape(2, 6) % 8
+    torch._dynamo.utils.counters.clear()  # of other tests in this process
     breaks = torch._dynamo.utils.counters["graph_break"]
     numbers = []
     with probes.record(model, every=2, gradients=True, metrics="live") as recorder:
