@@ -69,6 +69,14 @@ class Contents:
         return tuple(figure for _, figure in self.drawn)
 
     @property
+    def by_question(self) -> dict[str, list[Figure]]:
+        """The figures of each question, which the report's template goes through."""
+        found: dict[str, list[Figure]] = {}
+        for question, figure in self.drawn:
+            found.setdefault(question, []).append(figure)
+        return found
+
+    @property
     def sources(self) -> list[str]:
         """Bibliography keys of the metrics, the laws and the thresholds that are shown, sorted."""
         tables = (self.summary, self.findings, *self.tables)

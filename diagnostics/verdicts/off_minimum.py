@@ -40,7 +40,7 @@ def to_lose(attrs: Mapping[str, Any]) -> float | None:
     follows_from=dict.fromkeys(("loss_not_finite", "residual_not_finite", "mixing_not_finite"), anywhere),
 )
 def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The weights are not used as they were trained: other scales of what modules give lower the loss.
+    """The weights are not used as they were trained: other scales lower the loss.
 
     Training leaves each of these scales at a minimum of the loss. Look at the modules that are named for a factor of attention
     logits or norms, an eps, a gain that was not restored, weights of another block; or the data are foreign to the network.

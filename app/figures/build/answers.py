@@ -53,7 +53,9 @@ def _least_needed(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> st
     tried = [row for row in skips if row["depth"] in least]
     if tried:
         return f"{words} Tried: {'; '.join(map(sentence, tried))}."
-    return f"{words} The loss without them was not measured (depthscope ablate CHECKPOINT --run RUN --do skip)."
+    return (
+        f"{words} The loss without them was not measured (depthscope ablate CHECKPOINT --run RUN --do skip)."
+    )
 
 
 def _sublayers(along: xr.DataArray) -> list[str]:

@@ -129,7 +129,7 @@ def test_only_a_report_is_replaced(make_run, tmp_path, monkeypatch):
     path.write_text("<html><title>my home page</title></html>")
     with monkeypatch.context() as patch:
         patch.setattr("depthscope.app.report.report.to_html", lambda *_, **__: pytest.fail("analysed first"))
-        with pytest.raises(FileExistsError, match=r"no report of depthscope.*--force"):
+        with pytest.raises(FileExistsError, match=r"not a report of depthscope.*--force"):
             write_report(runs, path)
     assert "my home page" in path.read_text()
     write_report(runs, path, force=True)
