@@ -312,19 +312,6 @@ def test_each_column_says_its_tokens_and_bold_is_only_what_was_tested(readings):
         assert f"n = {within:g} tokens per sequence" in of_each
 
 
-def test_no_cell_without_an_interval_is_bold(readings):
-    better = readings[1].analysis * 100
-    # Their errors as they were: a hundred times as large they would overlap with the other run's.
-    better = better.assign(
-        {name: each for name, each in readings[1].analysis.items() if name.endswith("_stderr")}
-    )
-    better.attrs = readings[1].analysis.attrs
-    table = summary_table([readings[0], replace(readings[1], analysis=better)])
-    assert (1, "effective rank, last") in table.best
-    for row, heading in table.best:
-        assert "±" in table.printed[heading][row]
-
-
 def test_best_cells_are_bold_in_latex_and_markdown(readings):
     analysis = readings[1].analysis
     better = analysis.assign(effective_rank=analysis["effective_rank"] * 100)
