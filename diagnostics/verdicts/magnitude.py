@@ -76,11 +76,10 @@ def mixing_not_finite(
     precision, or a division by zero. No product with it is known, so later composites are undefined.
     """
     gain = mixing_gain.sel(reduction="mean")  # training curves have no quantiles
-    # A matrix that is not finite leaves no state after it that is: where all states are, gains are missing because the
-    # matrices of that step were not read.
-    all_finite = residual_norm is not None and bool(_not_finite(residual_norm, "depth").max() == 0)
-    was_read = NOT_FINITE in mixing_gain.attrs or not (gain.isnull().all() or all_finite)
-    if was_read or not gain.isnull().any():
+    # A matrix that is not finite leaves no finite state behind it. So gains that are missing beside finite states are of
+    # matrices that were not read in that step; where no state is known, so are gains that are missing at every connection.
+    unread = gain.isnull().all() if residual_norm is None else _not_finite(residual_norm, "depth").max() == 0
+    if NOT_FINITE in mixing_gain.attrs or not (gain.isnull().any() and unread):
         yield Profile(
             _not_finite(gain, "connection"),
             "the number of tokens whose mixing matrix is not finite is",

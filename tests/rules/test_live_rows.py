@@ -133,9 +133,18 @@ def test_every_live_metric_as_nan_is_judged_as_it_is_later(healthy, tmp_path):
             again = judge(with_facts(rows.sel(step=[each.step]), run.attrs))
             assert shown(live) == shown(again), path
             name = path.removeprefix("metrics/")
-            # A gain that is NaN at every connection of a step is one that was not read.
+            # Gains alone, beside finite states, are no matrices that are not finite: see the next test.
             if name in ("residual_norm", "gradient_norm"):
                 assert f"{name.partition('_')[0]}_not_finite" in {finding.verdict for finding in live}
+
+
+def test_matrices_that_are_not_finite_at_any_connection_are_found(tmp_path):
+    """Their states are not finite either, which tells them from matrices that were not read."""
+    recorder = recorded(model := deepseek(), lambda step: loss_of(model), tmp_path / "run")
+    row = recorder._live.rows[-1]
+    for path in ("metrics/mixing_gain", "metrics/residual_norm"):
+        row = with_nan(row, path, row.step)
+    assert "mixing_not_finite" in {finding.verdict for finding in findings_of(row, recorder._live.attrs)}
 
 
 def poisoned(sums, number: int) -> str | None:
