@@ -12,8 +12,9 @@ from torch import nn
 
 from depthscope.diagnostics import schema
 from depthscope.probes.one_shot import measure
+from depthscope.probes.run.build_run import build_run
 from depthscope.probes.session.model_call import batches
-from depthscope.probes.session.options import Options, SiteOptions, takes_options
+from depthscope.probes.session.options import Options, Scope, SiteOptions, takes_options
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,10 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
     # One batch is enough: which chains and connections a model has does not depend on the data.
     first = next(iter(batches(batch)))
     # A proof needs tokens, not sequences.
-    run = measure(model, first, Options(**options, max_sequences=2), described=True)
+    measured = measure(
+        model, first, Options(**options, max_sequences=2), scope=Scope(only_own=True, sums=False)
+    )
+    run = build_run(measured.session, [], [], described=True)
     names = schema.chains(run)
     traces = {name: schema.chain_dataset(run, "trace", name) for name in names}
     leading = traces[names[0]]  # only the first chain may have stream connections

@@ -29,7 +29,8 @@ from depthscope.probes.checkpoints.text_batch import batches_of, encode_text, to
 from depthscope.probes.checkpoints.user_code import is_model_error, own_error
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.one_shot import capture
-from depthscope.probes.session.options import SiteOptions, takes_options
+from depthscope.probes.session.options import ModelOptions, SiteOptions, takes_options
+from depthscope.probes.settling import settle
 from depthscope.probes.statistics.weight_updates import unreadable
 
 Progress = Callable[[str, int, int], None]
@@ -156,6 +157,9 @@ def probe_checkpoints(
                 attrs={"model": loaded.name, "weights_digest": loaded.digest, **attrs},
                 **options,
             )
+            if number == len(ordered) - 1:  # whose trace is the history's
+                taken = ModelOptions.__optional_keys__ & options.keys()
+                run = settle(run, loaded.model, tokens, **{name: options[name] for name in taken})  # type: ignore[literal-required]
             part = _measured(run, step, loaded.model, first, metrics)
             _require_same_model(parts[0] if parts else part, part)
             for earlier in parts[-1:]:  # only the last one's states are part of the history

@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import Any, Unpack
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Unpack
 
 import torch
 import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics.schema import storable_attributes
-from depthscope.diagnostics.verdicts.off_minimum import SLOPES
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import Loss, loss_value, mean_task, read_task
 from depthscope.probes.model.modules import all_parameters, require_module
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.while_needed import eager, no_collection
-from depthscope.probes.rescaling import Scales, first_size
 from depthscope.probes.run.attributes import stage_attribute
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import StepStatistics
-from depthscope.probes.session.followed_forward import follow
 from depthscope.probes.session.forward import Forward, Measured, own_call
 from depthscope.probes.session.gradient_hooks import backward_to
-from depthscope.probes.session.kept_bytes import kept_bytes
 from depthscope.probes.session.model_call import batches, call_observed
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
-from depthscope.probes.settling import MOST_FORWARDS, settle
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
+
+CAPTURED = Scope(only_own=True)
 
 
 @takes_options(CaptureOptions)
@@ -42,7 +38,6 @@ def capture(
     token_text: Any = None,
     attrs: Mapping[str, Any] | None = None,
     stage: tuple[int, int] | None = None,
-    settle: int = MOST_FORWARDS,
     **options: Unpack[CaptureOptions],
 ) -> xr.DataTree:
     """Capture the residual states of a model, and their gradients, on one batch or on many.
@@ -67,9 +62,6 @@ def capture(
     stage : (int, int), optional
         Where the model is one stage of a pipeline: its number from 0 on, and how many there are. `open_run` of a folder
         with the runs of all stages, ``part-00000.zarr`` and so on, joins them.
-    settle : int
-        At most so many forwards for the experiments that tell whether what is suspected does harm, see `settle`; none are
-        made where nothing is suspected.
     **options
         Each option of `Options`.
 
@@ -88,118 +80,88 @@ def capture(
         Where the model cannot be read; the message names the override.
     """
     of_stage = {} if stage is None else stage_attribute(stage)
-    all_attrs = {**of_stage, **storable_attributes(attrs)}
-    return measure(
-        model, batch, Options(**options), loss=loss, token_text=token_text, attrs=all_attrs, forwards=settle
-    )
+    measured = measure(model, batch, Options(**options), loss=loss)
+    row, task = measured.row, mean_task(measured.tasks, measured.row.loss)
+    with no_collection():
+        return build_run(
+            measured.session,
+            [row],
+            measured.pooled,
+            attrs={**({"task": task} if task else {}), **of_stage, **storable_attributes(attrs)},
+            token_text=token_text,
+        )
+
+
+class Measurement(NamedTuple):
+    """What a session saw of one batch or of several.
+
+    ``row, pooled``: the statistics of all batches.
+    ``tasks``: what the loss of each batch is of.
+    ``first``: the first batch.
+    """
+
+    session: Session
+    row: StepStatistics
+    pooled: list[TokenSums]
+    tasks: list[dict[str, Any]]
+    first: Any
 
 
 def measure(
-    model: nn.Module,
-    batch: Any,
-    options: Options,
-    *,
-    loss: Loss | None = None,
-    token_text: Any = None,
-    attrs: Mapping[str, Any] | None = None,
-    described: bool = False,
-    forwards: int = 0,
-) -> xr.DataTree:
-    """Measure as `capture` does; ``described``: only what a description of the model needs, in half of the time.
-
-    ``described``: leave out the statistics and the digests.
-    ``forwards``: for the experiments that the suspicions name.
-    """
+    model: nn.Module, batch: Any, options: Options, *, loss: Loss | None = None, scope: Scope = CAPTURED
+) -> Measurement:
+    """Run a model on each batch, once, and see what `capture` sees; the model is as before afterwards."""
     require_module(model)
-    session = Session(model, options, scope=Scope(only_own=True, sums=not described, origins=True))
-    gradients = session.options.gradients
-    step, losses, tasks = (
-        [TokenSums()],
-        [],
-        [],
-    )  # one sum over all batches: the weights are the same in all of them
-    sequences, first, of_first = 0, None, dict[str, float]()
-    with preserved_state(model), _gradients_enabled(model, gradients), eager():
+    session = Session(model, options, scope=scope)
+    # One sum over all batches: the weights are the same in all of them.
+    pooled, sequences, first = [TokenSums()], 0, None
+    losses: list[float] = []
+    tasks: list[dict[str, Any]] = []
+    with preserved_state(model), graph_of_frozen(model, wanted=options.gradients), eager():
         for item in batches(batch):
             with no_collection():
-                measured, value, task, slopes = _measure_batch(session, item, loss)
-            assert session.step.last is not None
-            began = session.step.last.first_index
-            if first is None:
-                first, of_first = (item, began, measured.batch_size), slopes
+                measured, value, task = _measure_batch(session, item, loss)
+            first = item if first is None else first
             sequences += measured.batch_size
-            losses.append(value)
+            # Without gradients a batch needs no loss, and some batches may carry one all the same.
+            losses += [] if value is None else [float(value.detach())]
             tasks.append(task)
-            step = merge_sums(step, measured.sums)
-    if not sequences:
+            pooled = merge_sums(pooled, measured.sums)
+    if first is None:
         raise CaptureError(
             "no batch was given; expected a mapping, a tensor, a tuple, or an iterable with at least one of these"
         )
-    # Without gradients a batch needs no loss, and some batches may carry one all the same.
-    known = [value for value in losses if value is not None]
-    mean = sum(known) / len(known) if known else None
-    row = StepStatistics(0, [sums.compact() for sums in step], sequences, mean)
-    assert first is not None
-    # After the state is restored: the forward draws what the first measured one drew.
-    with no_collection():
-        of_batch = partial(loss_value, loss=loss, required=True) if gradients else None
-        if session.observer.origins is not None:
-            follow(session, session.observer.origins, first[0], of_batch)
-        kept = _kept_bytes(session, *first) if gradients else None
-        if described:
-            return build_run(session, [], [], described=True, digests=False)
-        task = {"task": found} if (found := mean_task(tasks, row.loss)) else {}
-        run = build_run(
-            session,
-            [row],
-            step,
-            attrs={**task, **({SLOPES: of_first} if gradients else {}), **(attrs or {})},
-            token_text=token_text,
-            kept=kept,
-        )
-    read = {name: getattr(options, name) for name in ("layers", "layout", "streams", "mask")}
-    return settle(run, model, first[0], loss=loss, forwards=forwards, **read) if forwards else run
-
-
-def _kept_bytes(session: Session, batch: Any, first_index: int, batch_size: int) -> dict[str, Any]:
-    """What a forward of the first batch keeps for its backward, with the graph that it was measured with."""
-    with _gradients_enabled(session.model, wanted=True):
-        return kept_bytes(session, _with_gradients(batch), batch_size)
+    mean = sum(losses) / len(losses) if losses else None
+    row = StepStatistics(0, [sums.compact() for sums in pooled], sequences, mean)
+    return Measurement(session, row, pooled, tasks, first)
 
 
 def _measure_batch(
     session: Session, batch: Any, loss: Loss | None
-) -> tuple[Measured, float | None, dict[str, Any], dict[str, float]]:
-    """Run one batch, and its backward where gradients are wanted: also the derivatives along the scales of its modules."""
+) -> tuple[Measured, torch.Tensor | None, dict[str, Any]]:
+    """Run one batch, and its backward where gradients are wanted."""
     gradients = session.options.gradients
-    batch = _with_gradients(batch) if gradients else batch
+    batch = with_gradients(batch) if gradients else batch
     session.attach()
     try:
-        scales = Scales(max(first_size(batch), 1)) if gradients else None
-        with scales.on(session.model, noting=True) if scales else nullcontext():
-            output = call_observed(session, batch)
+        output = call_observed(session, batch)
+        session.raise_first_error()
+        value = loss_value(output, batch, loss, required=gradients)
+        if not session.step.forwards and gradients:
+            session.fold()  # gives the reason why nothing was seen
+        task = read_task(value, batch)  # before the backward, which frees the graph
+        if gradients and value is not None:
+            with own_call(session.owner):
+                _run_backward(value, session.step.forwards[-1])
             session.raise_first_error()
-            value = loss_value(output, batch, loss, required=gradients)
-            if not session.step.forwards and gradients:
-                session.fold()  # gives the reason why nothing was seen
-            task = read_task(value, batch)  # before the backward, which frees the graph
-            if gradients and value is not None:
-                with own_call(session.owner):
-                    _run_backward(value, session.step.forwards[-1])
-                session.raise_first_error()
         (measured,) = session.fold()  # one forward, hence one set of weights
-        return (
-            measured,
-            None if value is None else float(value.detach()),
-            task,
-            scales.sure() if scales else {},
-        )
+        return measured, value, task
     finally:
         session.detach()
         session.drop()  # after an error; nothing is left after a fold
 
 
-def _with_gradients(batch: Any) -> Any:
+def with_gradients(batch: Any) -> Any:
     """The batch with copies of its floating leaves that require gradients, so that the first state has one too."""
     if isinstance(batch, torch.Tensor):
         # A copy, since the flag would stay on the user's tensor, and no leaf, which a model that writes into its input may not
@@ -210,8 +172,8 @@ def _with_gradients(batch: Any) -> Any:
     if isinstance(batch, Mapping):
         # A mask that requires gradients would switch fused attention off.
         masks = {name for name in batch if "mask" in str(name)}
-        return {name: value if name in masks else _with_gradients(value) for name, value in batch.items()}
-    return type(batch)(_with_gradients(value) for value in batch) if type(batch) in (tuple, list) else batch
+        return {name: value if name in masks else with_gradients(value) for name, value in batch.items()}
+    return type(batch)(with_gradients(value) for value in batch) if type(batch) in (tuple, list) else batch
 
 
 def _run_backward(value: torch.Tensor, forward: Forward) -> None:
@@ -228,7 +190,7 @@ def _run_backward(value: torch.Tensor, forward: Forward) -> None:
 
 
 @contextmanager
-def _gradients_enabled(model: nn.Module, wanted: bool) -> Iterator[None]:
+def graph_of_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Let a model whose parameters are all frozen carry gradients during the capture; else its states have no graph."""
     parameters = [p for p in all_parameters(model) if p.is_floating_point()] if wanted else []
     if not parameters or any(p.requires_grad for p in parameters):

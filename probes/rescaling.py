@@ -23,7 +23,6 @@ from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.while_needed import eager
-from depthscope.probes.reading.tensor_memory import detached
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, copied
 
@@ -55,10 +54,10 @@ class Scales:
     """∂loss / ∂log factor of what a module gives, by its path, for each sequence."""
 
     @contextmanager
-    def on(self, model: nn.Module, *, noting: bool = False) -> Iterator[None]:
-        """Put the factors on; ``noting``: take the derivatives from the backward that runs inside."""
+    def on(self, model: nn.Module) -> Iterator[None]:
+        """Put the factors on."""
         handles = [
-            module.register_forward_hook(partial(self._gave, path, noting))
+            module.register_forward_hook(partial(self._gave, path))
             for path, module in module_paths(model)
             if path and any(p is not None and p.is_floating_point() for p in module._parameters.values())
         ]
@@ -69,7 +68,7 @@ class Scales:
                 handle.remove()
             self.given.clear()
 
-    def _gave(self, path: str, noting: bool, module: nn.Module, given: Any, output: Any) -> Any:
+    def _gave(self, path: str, module: nn.Module, given: Any, output: Any) -> Any:
         parts = output if isinstance(output, tuple) else (output,)
         tensor = parts[0] if parts else None
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point() or not tensor.requires_grad:
@@ -78,9 +77,6 @@ class Scales:
         if factor:
             tensor = tensor * math.exp(factor)
         self.given.append((path, tensor, tensor._version))
-        if noting:
-            # Not the tensor itself: its node of the graph would hold it, and it its node, for ever.
-            tensor.register_hook(partial(self.add, path, detached(tensor), tensor._version))
         if not factor:
             return None
         # A tuple with names, as some modules return, takes its fields one by one.
@@ -98,13 +94,19 @@ class Scales:
 
     def sure(self) -> dict[str, float]:
         """The derivatives of the loss along the logarithm of a factor that chance does not explain, by module."""
-        found: dict[str, float] = {}
-        for path, rows in self.of_sequences.items() if self.sequences > 1 else ():
-            error = float(rows.std()) * math.sqrt(self.sequences)
-            total = float(rows.sum())
-            if math.isfinite(total) and abs(total) > SURE * error and error > 0:
-                found[path] = total
-        return found
+        slopes = {path: sure_slope(rows, self.sequences) for path, rows in self.of_sequences.items()}
+        return {path: slope for path, slope in slopes.items() if slope}
+
+
+def sure_slope(rows: torch.Tensor, sequences: int) -> float:
+    """The sum over a batch of what some of its sequences give; 0 where chance explains it.
+
+    ``sequences``: of the batch.
+    """
+    if len(rows) < 2:
+        return 0.0
+    total, error = float(rows.mean()) * sequences, float(rows.std()) / math.sqrt(len(rows)) * sequences
+    return total if math.isfinite(total) and abs(total) > SURE * error and error > 0 else 0.0
 
 
 def promises(derivatives: Mapping[str, float], reach: float) -> bool:

@@ -17,10 +17,10 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import HARMFUL, SETTLED_BY
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, suspected
-from depthscope.diagnostics.verdicts.age import RESCALED, TASK, age_of, number_or_none
+from depthscope.diagnostics.verdicts.age import RESCALED, TASK, age_of
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 from depthscope.diagnostics.verdicts.consequences import CONSEQUENCES
-from depthscope.diagnostics.verdicts.off_minimum import SLOPES, to_lose
+from depthscope.diagnostics.verdicts.off_minimum import to_lose
 from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.plans import Plan, plan
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
@@ -28,18 +28,21 @@ from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.loss_graph import Loss
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.while_needed import eager
-from depthscope.probes.rescaling import FEWEST, STEPS, first_size, promises, rescaled
+from depthscope.probes.one_shot import graph_of_frozen, measure, with_gradients
+from depthscope.probes.rescaling import FEWEST, STEPS, first_size, promises, rescaled, sure_slope
+from depthscope.probes.run.attributes import memory_facts
+from depthscope.probes.run.build_run import prove
+from depthscope.probes.run.connection_remarks import all_remarks
+from depthscope.probes.session.coefficient_origins import find_origins, follow
 from depthscope.probes.session.forward import own_call
+from depthscope.probes.session.kept_bytes import ZERO_INPUTS, kept_bytes
 from depthscope.probes.session.model_call import call_model, copied
-from depthscope.probes.session.options import ModelOptions, takes_options
+from depthscope.probes.session.options import ModelOptions, Options, Scope, takes_options
 
 MOST_FORWARDS = 10
 # Forwards before the first experiment: to read the model, to find where its states are made, to see that it repeats itself,
 # whether its output predicts the next token, and whether anything leads around a changed state.
 FIRST_FORWARDS = 5
-OF_CAUSALITY = (
-    3  # forwards of one sequence that show whether the outputs depend on later tokens, and on earlier ones
-)
 # Of the sample, to see what is suspected: four sequences and the first tokens of each show it.
 SEQUENCES, TOKENS = 4, 128
 
@@ -54,11 +57,11 @@ def settle(
     forwards: int = MOST_FORWARDS,
     **options: Unpack[ModelOptions],
 ) -> xr.DataTree:
-    """Try what the suspicions of a run name, and keep the results in the run, where `judge` finds them.
+    """Try what a run leaves open, and keep the results in the run, where `judge` finds them.
 
     What a verdict suspects is loud where an experiment shows its consequence: what the loss (or the output, without labels)
-    loses when steps are left out, or when states are replaced by what a collapse would leave of them. `capture` does this by
-    itself; a run of `record` is settled with the model and a batch afterwards. The model is not changed.
+    loses when steps are left out, or when states are replaced by what a collapse would leave of them. `capture` measures and
+    tries nothing; the command ``probe`` does both. The model is not changed.
 
     Parameters
     ----------
@@ -71,16 +74,19 @@ def settle(
     loss : callable, optional
         ``loss(output, batch) -> scalar``, as in `capture`.
     forwards : int
-        At most so many forwards; where nothing is suspected none is made but two of one sequence, where the loss is that of
-        the next token: whether outputs depend on later ones. Where the loss would fall with other scales of what the modules
-        give, as many more with their backward at most.
+        At most so many forwards for the experiments on what is suspected; where nothing is, none is made of these. Where
+        something is and the loss would fall with other scales of what the modules give, as many more with their backward at
+        most.
     **options
         Each option of `Options`.
 
     Returns
     -------
     DataTree
-        The run; its attribute ``consequences`` has one mapping for each suspicion that was tried, or why it could not be.
+        The run. Its attribute ``consequences`` has one mapping for each suspicion that was tried, or why it could not be;
+        ``rescaled`` a lower loss with other scales; ``remarks`` also from what the coefficients of connections are computed,
+        whether these learn, which modules get zeros, and whether outputs see later tokens (two or three forwards);
+        ``memory``, of a run with gradients, what a forward keeps for its backward, as measured.
 
     Raises
     ------
@@ -89,21 +95,52 @@ def settle(
     """
     if forwards < 0:
         raise InputError(f"got forwards={forwards}; expected 0 or more")
-    places = _places(run) if forwards > FIRST_FORWARDS else []
-    results: list[dict[str, Any]] = []
-    for chain in dict.fromkeys(chain for chain, _, _ in places):
-        of_chain = [(finding, analysis) for name, finding, analysis in places if name == chain]
-        results += _settled(chain, of_chain, model, batch, loss, forwards - FIRST_FORWARDS, options)
-    ahead = _looks_ahead(run, model, batch, options) if forwards >= OF_CAUSALITY else []
-    scales = _rescaled(run, model, batch, loss, forwards, options)
-    if not results and not ahead and not scales:
-        return run
     found: xr.DataTree = run.copy(deep=False)
-    found.attrs = {**run.attrs, **({CONSEQUENCES: results} if results else {})}
+    found.attrs = {**run.attrs, **_examined(run, model, batch, options)}
+    suspicions = _suspicions(run) if forwards else []
+    results: list[dict[str, Any]] = []
+    for chain in dict.fromkeys(chain for chain, _, _ in suspicions) if forwards > FIRST_FORWARDS else ():
+        of_chain = [
+            (finding, analysis)
+            for name, finding, analysis in suspicions
+            if name == chain and finding.verdict in SETTLED_BY
+        ]
+        if of_chain:
+            results += _settled(chain, of_chain, model, batch, loss, forwards - FIRST_FORWARDS, options)
+    found.attrs |= {CONSEQUENCES: results} if results else {}
+    if ahead := _looks_ahead(run, model, batch, options):
+        found.attrs["remarks"] = [*found.attrs.get("remarks", ()), *ahead]
+    scales = (
+        _rescaled(run, model, batch, loss, forwards, options, suspected=bool(suspicions)) if forwards else {}
+    )
     found.attrs |= {RESCALED: scales} if scales else {}
-    if ahead:
-        found.attrs["remarks"] = [*run.attrs.get("remarks", ()), *ahead]
     return found
+
+
+def _examined(run: xr.DataTree, model: nn.Module, batch: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Attributes of a run that further forwards of a batch complete: remarks, and the bytes kept for a backward."""
+    has_streams, has_gradients = run.attrs.get("n_streams", 1) > 1, _has_gradients(run)
+    if not has_streams and not has_gradients:
+        return {}
+    scope = Scope(only_own=True, sums=False, origins=find_origins)
+    try:
+        session = measure(model, batch, Options(**options), scope=scope).session
+        origins = session.observer.origins
+        if origins is not None and origins.doubts:
+            follow(session, origins, batch)
+        with graph_of_frozen(model, wanted=has_gradients):
+            kept = kept_bytes(session, with_gradients(batch)) if has_gradients else {}
+        sequences, evidence = prove(session)
+    except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
+        return {}
+    remarks = all_remarks(session, evidence, [of.index for of in sequences], kept.pop(ZERO_INPUTS, {}))
+    trace = next(node.to_dataset() for node in run["trace"].subtree if node.data_vars)
+    memory = memory_facts(trace, session.observer.dtype, kept)
+    return {**({"remarks": remarks} if remarks else {}), **({"memory": memory} if memory else {})}
+
+
+def _has_gradients(run: xr.DataTree) -> bool:
+    return "trace" in run.children and any("gradient" in node for node in run["trace"].subtree)
 
 
 def _looks_ahead(
@@ -148,13 +185,19 @@ def _rescaled(
     loss: Loss | None,
     forwards: int,
     options: Mapping[str, Any],
+    *,
+    suspected: bool,
 ) -> dict[str, Any]:
-    """What the loss would be with other scales of what the modules give, of a network that has something to lose."""
+    """What the loss would be with other scales of what the modules give, of a network that has something to lose.
+
+    ``suspected``: whether anything is; else it is tried only where the gradients of the run promise that the loss would fall.
+    """
     attrs = {str(name): value for name, value in run.attrs.items()}
-    reach = to_lose(attrs)
-    if reach is None or _batch_axis(options):
+    reach, sequences = to_lose(attrs), first_size(batch)
+    if reach is None or _batch_axis(options) or sequences < FEWEST:
         return {}
-    slopes, sequences = attrs.get(SLOPES), first_size(batch)
+    if not suspected and not promises(_slopes(run, sequences), reach):
+        return {}
     traces = (
         [node.attrs for node in run["trace"].subtree if node.data_vars] if "trace" in run.children else []
     )
@@ -163,16 +206,37 @@ def _rescaled(
     # As it was drawn no network is at a minimum.
     counted = run["statistics"].coords.get("step") if "statistics" in run.children else None
     last = {} if counted is None or not counted.size else {"step": counted.values.flat[-1]}
-    if age_of(xr.Dataset(coords=last, attrs=attrs)).trained is False or sequences < FEWEST:
-        return {}
-    known = {n: v for n, v in slopes.items() if number_or_none(v)} if isinstance(slopes, Mapping) else None
-    if known is not None and not promises(known, reach):
+    if age_of(xr.Dataset(coords=last, attrs=attrs)).trained is False:
         return {}
     try:
         steps = min(STEPS, forwards)
         return rescaled(model, batch, loss, reach=reach, sequences=sequences, steps=steps)
     except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
         return {}
+
+
+def _slopes(run: xr.DataTree, sequences: int) -> dict[str, float]:
+    """Derivatives of the loss along the logarithm of a factor on the first state, on each step, and on what the head reads.
+
+    They are ⟨∂loss/∂X, X − X before⟩; those that chance explains, as they differ between the sampled sequences, are left out.
+    ``sequences``: of the batch.
+    """
+    rows: dict[str, np.ndarray] = {}
+    for node in run["trace"].subtree if "trace" in run.children else ():
+        trace = node.to_dataset(inherit=False)
+        before: Any = 0.0
+        for depth in range(trace.sizes["depth"]) if "gradient" in trace else ():
+            state, gradient = (
+                trace[name][depth].where(trace["mask"], 0.0) for name in ("residual", "gradient")
+            )
+            rows[f"{node.path} {depth}"] = (
+                (gradient * (state - before)).sum(("token", "stream", "feature")).values
+            )
+            before = state
+        if "final_gradient" in trace:
+            last = trace["final_gradient"] * trace["final"]
+            rows[f"{node.path} head"] = last.where(trace["mask"], 0.0).sum(("token", "feature")).values
+    return {name: found for name, of in rows.items() if (found := sure_slope(torch.as_tensor(of), sequences))}
 
 
 def _longest(batch: Any) -> int:
@@ -201,7 +265,7 @@ def _judged_metrics() -> tuple[str, ...]:
     )
 
 
-def _places(run: xr.DataTree) -> list[tuple[str, Finding, xr.Dataset]]:
+def _suspicions(run: xr.DataTree) -> list[tuple[str, Finding, xr.Dataset]]:
     """What is suspected, by chain, with the analysis that it is read off."""
     if "trace" not in run.children:
         return []

@@ -120,7 +120,6 @@ def probe(
             sites=names(model.sites),
             max_sequences=keep or model.sequences,
             seed=model.seed,
-            settle=settle,
             token_text=token_texts(loaded, tokens),
             attrs={
                 **loaded.attrs,
@@ -129,6 +128,8 @@ def probe(
                 "data_digest": text_digest(text),
             },
         )
+        if settle:
+            run = probes.settle(run, loaded.model, tokens, forwards=settle, **model.read_as)
     path = schema.save_run(run, place, force=force)
     # What comes next needs neither, and a model is as large as its run.
     del loaded, tokens

@@ -20,7 +20,7 @@ PARTS = {
     "verdicts": ("diagnostics/verdicts/",),
     "metrics": ("diagnostics/", "probes/training/live/"),
     "experiments": ("probes/settling.py", "probes/interventions/"),
-    "remarks": ("probes/connections/", "probes/session/followed_forward.py"),
+    "remarks": ("probes/connections/", "probes/session/coefficient_origins.py"),
     "attention": ("probes/session/attention",),
     "operations seen": tuple(
         f"probes/{name}.py"
@@ -67,7 +67,6 @@ def first_costs(training: Training, rounds: int) -> dict[str, Any]:
     calls: dict[str, Callable[[], Any]] = {
         "describe": lambda: probes.describe(training.model, training.batch),
         "capture": capture,
-        "capture without experiments": lambda: capture(settle=0),
         "capture with gradients": lambda: capture(gradients=True),
     }
     plain: dict[str, Callable[[], Any]] = {"forward": forward, "step": training.step}

@@ -155,12 +155,15 @@ def last_step(analysis: xr.Dataset) -> xr.Dataset:
 
 
 def suspected(analysis: xr.Dataset) -> list[Finding]:
-    """The suspicions of one chain that an experiment may settle: the worst first, those that follow from another one last."""
+    """What is suspected of one chain: what an experiment may settle, and what its loss shows.
+
+    The worst first, those that follow from another one last.
+    """
     last = with_row_facts(last_step(analysis))
     found = [
         each
         for verdict in VERDICTS.values()
-        if verdict.suspicion
+        if verdict.suspicion or verdict.metric == "loss"
         for each in verdict.findings(last)
         if each.severity > Severity.INFO
     ]

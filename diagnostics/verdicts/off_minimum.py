@@ -13,9 +13,6 @@ from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 
-SLOPES = "scale_slopes"
-"""Attribute of a run: the derivatives of the loss along the scale of what modules give that chance does not explain."""
-
 # What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
 # anything a small change of the loss would be much of it. Heuristic.
 LEAST_REACH = 0.2

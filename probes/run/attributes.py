@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as Many
 from typing import Any
 
@@ -138,10 +139,12 @@ def _data_digest(sequences: list[Sequence]) -> str:
     return digest.hexdigest()
 
 
-def memory_facts(trace: xr.Dataset, dtype: torch.dtype, measured: dict[str, Any] | None) -> dict[str, Any]:
+def memory_facts(
+    trace: xr.Dataset, dtype: torch.dtype, measured: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The attribute ``memory`` of a run.
 
-    ``measured``: what `kept_bytes` found, where gradients were captured.
+    ``measured``: what `kept_bytes` found, where it was asked.
     Returns: The counts of `StreamMemory`, those of `kept_bytes`, and ``sentence``; empty where nothing is known.
     """
     facts: dict[str, Any] = {}
@@ -155,8 +158,7 @@ def memory_facts(trace: xr.Dataset, dtype: torch.dtype, measured: dict[str, Any]
         )
         facts |= memory.as_dict()
         sentences.append(memory.sentence())
-    if measured:
-        facts |= measured
+    facts |= measured or {}
     if measured and "measured_kept_bytes" in measured:
         a_token = measured["measured_kept_bytes"] / measured["measured_tokens"]
         sentences.append(f"measured: a forward keeps {bytes_text(a_token)} a token for its backward in all")

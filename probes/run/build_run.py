@@ -14,13 +14,12 @@ from depthscope.diagnostics.schema.groups import group_path
 from depthscope.probes.connections.coefficients import Parts
 from depthscope.probes.connections.proof import Evidence, Joint, gather_evidence
 from depthscope.probes.run.attributes import memory_facts, run_attributes
-from depthscope.probes.run.connection_remarks import connection_remarks, module_remarks
+from depthscope.probes.run.connection_remarks import all_remarks
 from depthscope.probes.run.coverage import coverage, coverage_counts, coverage_dataset
 from depthscope.probes.run.groups import chain_groups
 from depthscope.probes.run.statistics_dataset import StepStatistics, statistics_dataset, step_variables
 from depthscope.probes.run.trace_dataset import trace_dataset
 from depthscope.probes.run.weight_variables import weight_variables
-from depthscope.probes.session.kept_bytes import ZERO_INPUTS
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
@@ -52,8 +51,6 @@ def build_run(
     attrs: Mapping[str, Any] | None = None,
     token_text: Any = None,
     described: bool = False,
-    digests: bool = True,
-    kept: dict[str, Any] | None = None,
     proven: Proven | None = None,
     metrics: Mapping[str, xr.Dataset] | None = None,
 ) -> xr.DataTree:
@@ -63,20 +60,15 @@ def build_run(
     ``rows``: one per measured step; without any the run has no statistics.
     ``pooled``: statistics of all steps since the weights last changed, one per chain.
     ``token_text``: text of every token, by the sequence's index.
-    ``described``: as in `trace_dataset`.
-    ``digests``: whether the weights and the data get a digest, by which runs are compared.
-    ``kept``: what a forward keeps for its backward, see `kept_bytes`.
+    ``described``: leave out what the weights say, and the digests by which runs are compared.
     ``proven``: what `prove` returned for the present sample.
     ``metrics``: what was measured while the training ran, by group.
     Raises ReconstructionError: Where a connection's coefficients do not give its next state.
     """
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
     sequences, evidence = proven or prove(session)
-    mixes = bool(evidence.joints) or session.structure.inner_streams > 0
-    indices = [sequence.index for sequence in sequences]
-    remarks, logits = connection_remarks(session, evidence, indices) if mixes else ([], [])
-    remarks += module_remarks(session.model, (kept or {}).pop(ZERO_INPUTS, {}))
-    covered = coverage(session, evidence, logits)
+    remarks = all_remarks(session, evidence, [sequence.index for sequence in sequences])
+    covered = coverage(session, evidence)
     chains = session.structure.chains
     trace: dict[str, xr.Dataset] = {}
     statistics: dict[str, xr.Dataset] = {}
@@ -85,7 +77,7 @@ def build_run(
         starts = [group.depths[0] for group in groups]
         for stage, (name, depths) in enumerate(groups):
             trace[name] = trace_dataset(
-                session, number, depths, sequences, evidence, token_text, logits, described=described
+                session, number, depths, sequences, evidence, token_text, described=described
             )
             if not rows:
                 continue
@@ -94,7 +86,7 @@ def build_run(
             )
             variables, coords = weight_variables([row.weights for row in rows], chains, number, starts, stage)
             statistics[name] = measured.assign(variables).assign_coords(coords)
-    memory = memory_facts(next(iter(trace.values())), session.observer.dtype, kept)
+    memory = memory_facts(next(iter(trace.values())), session.observer.dtype)
     # The only group of a model with one chain and one stage has no name: its variables are the group's own.
     return schema.create_run(
         trace if list(trace) != [""] else trace[""],
@@ -102,7 +94,7 @@ def build_run(
         metrics=(metrics if list(metrics) != [""] else metrics[""]) if metrics else None,
         coverage=coverage_dataset(covered),
         attrs={
-            **run_attributes(session, sequences, evidence, digests=digests),
+            **run_attributes(session, sequences, evidence, digests=not described),
             **coverage_counts(covered),
             **({"remarks": remarks} if remarks else {}),
             **({"memory": memory} if memory else {}),

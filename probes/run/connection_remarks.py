@@ -1,4 +1,4 @@
-"""What is odd about the connections of a run? The facts of each, from the sample and from the forward that was followed."""
+"""What is odd about the connections and modules of a run? Facts of the sample, and what `settle` found in more forwards."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch import nn
 from depthscope.probes.connections.coefficient_values import vector
 from depthscope.probes.connections.computation import Origin
 from depthscope.probes.connections.connection_facts import Facts
-from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.connections.remarks import passing_inside, remarks
 from depthscope.probes.session.session import Session
 
 
-def connection_remarks(
-    session: Session, evidence: Evidence, indices: Sequence[int]
-) -> tuple[list[dict[str, Any]], list[MixingLogits]]:
-    """What is odd about the connections of a run, and the logits of their matrices.
+def all_remarks(
+    session: Session,
+    evidence: Evidence,
+    indices: Sequence[int],
+    seen: Mapping[str, Sequence[str]] | None = None,
+) -> list[dict[str, Any]]:
+    """What is odd about a run, as plain values.
 
     ``indices``: of the sampled sequences, over all forwards.
-    Returns: Plain values; empty where nothing is odd, or there are no connections.
-    Returns: One for each connection; empty where it is not known from what the coefficients were computed.
+    ``seen``: by kind, the modules that a forward which was watched has shown, see `ZeroInputs`.
     """
     structure, origins = session.structure, session.observer.origins
-    logits: list[MixingLogits] = []
     facts = [
         Facts(
             name=joint.path,
@@ -47,13 +47,13 @@ def connection_remarks(
     kept = [] if origins is None else [n for n, index in enumerate(origins.indices) if index in indices]
     if origins is not None and kept:
         facts = [_completed(of, origin.at(kept)) for of, origin in zip(facts, origins.origins, strict=True)]
-        logits = [of.at(kept) for of in origins.logits]
     inner = (
         passing_inside(structure.inner_streams, len(structure.chains[0].points) - 1)
         if structure.inner_streams
         else ()
     )
-    return [remark.as_dict() for remark in (*inner, *remarks(facts))], logits
+    of_modules = _module_remarks(session.model, seen or {})
+    return [*(remark.as_dict() for remark in (*inner, *remarks(facts))), *of_modules]
 
 
 def _spread(state: torch.Tensor, mask: torch.Tensor) -> float:
@@ -85,11 +85,8 @@ def _with(matrices: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 NAMED = 3  # modules in a sentence
 
 
-def module_remarks(model: nn.Module, seen: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """Remarks in the form of those about connections; empty where nothing is odd.
-
-    ``seen``: by kind, the modules that a forward which was watched has shown, see `ZeroInputs`.
-    """
+def _module_remarks(model: nn.Module, seen: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """Remarks in the form of those about connections; empty where nothing is odd."""
     norms = {
         name: module
         for name, module in model.named_modules()

@@ -17,7 +17,6 @@ from depthscope.probes.connections.coefficients import (
     relative_error,
     tolerance,
 )
-from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence, Joint
 from depthscope.probes.run.linear_variables import depth_variables, factor_variables
 from depthscope.probes.run.plain_factors import PlainFactors, plain_factors
@@ -290,27 +289,3 @@ def changes_outside(session: Session, sequences: list[Sequence]) -> list[dict[st
         change = relative_error(added, before)
         changes.append({"depth_in": begin, "depth_out": depth, "module": module, "change": change})
     return changes
-
-
-def logit_variables(logits: list[MixingLogits], num_sequences: int, tokens: int) -> dict[str, Any]:
-    """Variables of the logits of all connections as (dims, array).
-
-    ``logits``: one for each connection, of the first sequences of the run.
-    ``num_sequences, tokens``: of the run: what was not followed is NaN.
-    Returns: Empty where the logits of no connection are known.
-    """
-    known = [(number, of.logits) for number, of in enumerate(logits) if of.logits is not None]
-    if not known:
-        return {}
-    n = known[0][1].shape[-1]
-    values = np.full((len(logits), num_sequences, tokens, n, n), math.nan, np.float32)
-    for number, of_one in known:
-        values[number, : of_one.shape[0], : of_one.shape[1]] = of_one.numpy()
-    variables: dict[str, Any] = {"mixing_logits": (schema.TRACE["mixing_logits"].dims, values)}
-    for name, norms in (
-        ("logit_gradient_norm", [of.logit_gradient for of in logits]),
-        ("mixing_gradient_norm", [of.mixing_gradient for of in logits]),
-    ):
-        if not all(map(math.isnan, norms)):
-            variables[name] = ("connection", np.array(norms))
-    return variables

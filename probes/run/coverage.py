@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import xarray as xr
 
 from depthscope.probes.connections.coefficients import DepthWeights
-from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import DEPTH, PLAIN, Chain, Connection, HookPoint
@@ -38,19 +37,18 @@ class Coverage:
     why: str
 
 
-def coverage(session: Session, evidence: Evidence, logits: Sequence[MixingLogits] = ()) -> list[Coverage]:
+def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
     """The coverage of every site of every chain.
 
     ``session``: with its chains found and its forwards counted.
     ``evidence``: the proofs of the stream connections.
-    ``logits``: those of the connections, where a forward was followed.
     Returns: In depth order; where ``fired`` is below ``expected``, or both are 0, ``why`` gives the reason.
     """
     rows: list[Coverage] = []
     for number, chain in enumerate(session.structure.chains):
         rows += _state_rows(session, number, chain)
         rows += _connection_rows(session, chain, evidence)
-        rows += _logit_rows(session, chain, logits)
+        rows += _logit_rows(session, chain)
         rows += _attention_rows(session, number, chain)
     # Expected in no forward, as what does not exist: a model need not show its attention.
     rows += [
@@ -163,15 +161,12 @@ def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iter
             )
 
 
-def _logit_rows(session: Session, chain: Chain, logits: Sequence[MixingLogits]) -> Iterator[Coverage]:
-    """The logits of the matrices: a capture follows one forward for them, a recording sees them in all but the first."""
+def _logit_rows(session: Session, chain: Chain) -> Iterator[Coverage]:
+    """The logits of the matrices, which a recording sees in all forwards but the first."""
     if not chain.has_streams or not session.options.selection.stores_variable(chain, "h_res"):
         return
     for number, connection in enumerate(chain.connections):
-        if logits:
-            times, why = (0, logits[number].why) if logits[number].why else (1, "")
-        else:
-            times, why = session.observer.logits_seen(number)
+        times, why = session.observer.logits_seen(number)
         if times or why:
             yield Coverage(
                 name=f"blocks.{connection.layer}.{connection.branch}.mixing_logits",

@@ -9,14 +9,9 @@ import torch
 import xarray as xr
 
 from depthscope.diagnostics import schema
-from depthscope.probes.connections.mixing_logits import MixingLogits
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.attributes import chain_proof
-from depthscope.probes.run.connection_variables import (
-    connection_coords,
-    connection_variables,
-    logit_variables,
-)
+from depthscope.probes.run.connection_variables import connection_coords, connection_variables
 from depthscope.probes.run.groups import connections_within, depth_coords, without_gradient
 from depthscope.probes.run.initial_weights import equal_blocks, untouched, untouched_blocks
 from depthscope.probes.run.linear_variables import linear_coords
@@ -33,7 +28,6 @@ def trace_dataset(
     sequences: list[Sequence],
     evidence: Evidence,
     token_text: Any,
-    logits: list[MixingLogits],
     *,
     described: bool = False,
 ) -> xr.Dataset:
@@ -66,8 +60,6 @@ def trace_dataset(
     within = connections_within(chain, depths)
     if within and selection.stores_connections(chain):
         of_connections = connection_variables(session, number, sequences, evidence, tokens, within)
-        if chain.has_streams and selection.stores_variable(chain, "h_res"):
-            of_connections |= logit_variables(logits, len(sequences), tokens)
         variables |= {
             name: of_connections[name] for name in of_connections if name not in schema.TRACE_COORDS
         }

@@ -25,7 +25,6 @@ from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, Trac
 from depthscope.probes.reading.places import KnownPlaces, PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import watch_attention
-from depthscope.probes.session.coefficient_origins import find_origins
 from depthscope.probes.session.forward import CurrentForward, Forward, Tape
 from depthscope.probes.session.gradient_hooks import GradientListener
 from depthscope.probes.session.logit_statistics import ComputedValues
@@ -284,12 +283,15 @@ def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: Memor
             forward.fired.add(("branch", 0, number))
             continue
         observer.record_connection(forward, number, weights)
-        before = chain.points[chain.connections[number].depth_in].value_in(tape.graph)
-        if observer.logits is not None and tape.logits is not None and before is not None:
-            observer.logits.record(forward, number, weights.mix, tape.logits, before.number)
-    if observer.looks_for_origins:
-        observer.looks_for_origins = False
-        observer.origins = find_origins(structure.read, memory, forward, observer)
+        around = [
+            chain.points[depth].value_in(tape.graph)
+            for depth in (chain.connections[number].depth_in, chain.connections[number].depth_out)
+        ]
+        if observer.logits is not None and tape.logits is not None and None not in around:
+            within = range(*(value.number for value in around if value is not None))
+            observer.logits.record(forward, number, weights.mix, tape.logits, within)
+    if observer.scope.origins is not None and observer.origins is None and structure.num_streams > 1:
+        observer.origins = observer.scope.origins(structure.read, memory, forward, observer)
     tape.logits = None  # it holds tensors of the graph
 
 

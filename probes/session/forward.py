@@ -51,7 +51,6 @@ class Forward:
     joined_gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     expected_gradients: dict[TensorKey, GradientListener] = field(default_factory=dict)
     arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
-    other_ends: list[GradientListener] = field(default_factory=list)  # of a backward of ours, but for states
     # By the number of the recorded value.
     listeners: dict[int, GradientListener] = field(default_factory=dict)
     parts: dict[Key, Weights] = field(default_factory=dict)
@@ -94,7 +93,7 @@ class Forward:
         for handle in self.handles:
             handle.remove()
         self.handles.clear()
-        for listener in (*self.expected_gradients.values(), *self.other_ends):
+        for listener in self.expected_gradients.values():
             listener.release()
 
     def backward_ends(self) -> list[TensorKey]:

@@ -67,7 +67,7 @@ def backward_to(
     ``forward``: one that was not released.
     ``options``: of `torch.autograd.grad`.
     """
-    listeners = [*(forward.expected_gradients[key] for key in ends), *forward.other_ends]
+    listeners = [forward.expected_gradients[key] for key in ends]
     before = [listener.num_received for listener in listeners]
     # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
     edges = [listener.end for listener in listeners if listener.end is not None]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -76,7 +75,7 @@ def _memory(tensors: Iterable[torch.Tensor]) -> Iterator[torch.UntypedStorage]:
             yield tensor.untyped_storage()
 
 
-def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
+def kept_bytes(session: Session, batch: Any) -> dict[str, Any]:
     """Run a model once more with a graph, and count what only the graph of its outputs keeps alive.
 
     Weights, buffers and the batch do not count; outputs count where the backward needs them. A recomputed
@@ -94,14 +93,7 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
         # By name: their memory must not be given to another tensor before the end.
         held = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
         storages.know(held)
-        with ExitStack() as stack:
-            for mode in (
-                preserved_state(model),
-                eager(),
-                own_call(session.owner),
-            ):
-                stack.enter_context(mode)
-            stack.enter_context(torch.enable_grad())
+        with preserved_state(model), eager(), own_call(session.owner), torch.enable_grad():
             storages.know(model.buffers())  # the copies, which a forward of ours writes into
             with OperationsShown(zeros.note), OperationsShown(storages.note):
                 output = call_model(model, batch)
@@ -114,11 +106,12 @@ def kept_bytes(session: Session, batch: Any, batch_size: int) -> dict[str, Any]:
         return {"not_measured": "no output of the model has a gradient"}
     kept = storages.kept()  # while `graph` holds the graph, and nothing holds the outputs
     del graph
-    structure = session.structure
+    structure, last = session.structure, session.step.last
+    assert last is not None
     first = torch.empty(structure.chains[0].shapes[0], device="meta")
     return {
         "measured_kept_bytes": kept,
-        "measured_tokens": math.prod(structure.canonical(0, first, batch_size).shape[:2]),
+        "measured_tokens": math.prod(structure.canonical(0, first, last.batch_size).shape[:2]),
         ZERO_INPUTS: zeros.modules(),
     }
 

@@ -102,19 +102,19 @@ class LogitStatistics:
         number: int,
         mix_BTnn: torch.Tensor | None,
         seen: ComputedValues,
-        after: int = -1,
+        within: range,
     ) -> None:
         """Add the logits of one call to the statistics, and hook their gradients.
 
-        ``seen``: the matrices that were handled while the connection ran.
-        ``after``: the number of the value with which it began.
+        ``seen``: the matrices that were handled in the forward.
+        ``within``: the numbers of the values between the states around the connection; another one may have equal matrices.
         """
         if mix_BTnn is None or not self.looks_for(number):
             return
         mix_BTnn = mix_BTnn.detach()
         place = self._places.get(number)
         again = None if place is None else place.found_again(seen)
-        found = again or self._find(mix_BTnn, seen, after)
+        found = again or self._find(mix_BTnn, seen, within)
         if isinstance(found, str):
             self.reasons[number] = found
             self._places.pop(number, None)
@@ -138,14 +138,14 @@ class LogitStatistics:
                 receive = partial(self._add_gradient, forward, number, name, read if by_token else None)
                 forward.handles.append(tensor.register_hook(Hook(receive, self._report)))
 
-    def _find(self, mix_BTnn: torch.Tensor, seen: ComputedValues, after: int) -> FoundLogits | str:
+    def _find(self, mix_BTnn: torch.Tensor, seen: ComputedValues, within: range) -> FoundLogits | str:
         """The logits among what a call handled, or why there are none."""
         if seen.graph.error is not None:
             return f"the tensors of the connection could not be looked at: {seen.graph.error}"
         batch, tokens = mix_BTnn.shape[:2]
         few = spread(batch, 2).tolist()
         wanted = mix_BTnn[few].float()
-        values = [each for each in seen.in_order() if each.number > after]
+        values = [each for each in seen.in_order() if each.number in within]
         same = [
             each
             for each in values

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.mixing_logits import CoefficientOrigins
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
@@ -55,8 +54,7 @@ class Observer:
         self.structure = structure
         self.options = options
         self.parameters, self.logits = parameters, logits
-        self.looks_for_origins = scope.origins and structure.num_streams > 1
-        self.origins: CoefficientOrigins | None = None  # of the coefficients, once they are known
+        self.origins: Any = None  # of the coefficients, where they were asked for and are known
         self.dtype = torch.float32  # of the states recorded last
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
         # Called with chain, depth, every state as it is shown, and the model's own tensors that hold it.
@@ -64,7 +62,7 @@ class Observer:
         self.report = report
         self._loss_scale = loss_scale
         self._calls, self._times = calls, times
-        self._scope = scope
+        self.scope = scope
         self.unread: set[TensorKey] = set()  # streams of which nothing is made
         self._joined_again = {of.key[:2] for of in structure.shown if of.point.is_joined_again}
 
@@ -107,17 +105,17 @@ class Observer:
         forward.order.setdefault(number, []).append(depth)
         mask = self._chain_mask(forward, number, state)
         self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
-        if not self._scope.sums:
+        if not self.scope.sums:
             return
         sums = forward.chain_sums(number)
-        sums.is_exact = self._scope.exact_sums
+        sums.is_exact = self.scope.exact_sums
         self._begin_live(sums)
         sums.add_state(depth, state, mask)
 
     def _begin_live(self, sums: TokenSums) -> LiveSums | None:
         """What a live row needs of a chain in this forward; None where none is wanted."""
-        if sums.live is None and self._scope.live_tokens:
-            sums.live = LiveSums(self._scope.live_tokens, self.options.seed)
+        if sums.live is None and self.scope.live_tokens:
+            sums.live = LiveSums(self.scope.live_tokens, self.options.seed)
         return sums.live
 
     def _chain_mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
@@ -277,7 +275,7 @@ class Observer:
         if len(forward.rows):
             rows = forward.rows.to(complete.write.device)
             forward.parts[0, number] = complete.sampled(rows)
-        if not self._scope.sums:
+        if not self.scope.sums:
             return
         sums, mask = forward.chain_sums(0), forward.masks.get(0)
         live = self._begin_live(sums)

@@ -128,7 +128,7 @@ class Scope:
 
     ``only_own``: whether only calls of the model inside of ``own_call(session.owner)`` are recorded, and not the user's.
     ``sums``: whether statistics of all tokens are added up, next to the sampled sequences.
-    ``origins``: whether it is looked from what the coefficients of connections are computed.
+    ``origins``: finds from what the coefficients of connections were computed in a first forward; None where it is not asked.
     ``live_tokens``: how many tokens of a step are sampled for a live row; 0 for none.
     ``exact_sums``: as `TokenSums.is_exact`.
     ``digests``: whether a digest of each batch is kept, by which processes with the same data are told apart from others.
@@ -136,7 +136,7 @@ class Scope:
 
     only_own: bool = False
     sums: bool = True
-    origins: bool = False
+    origins: Callable[..., Any] | None = None
     live_tokens: int = 0
     exact_sums: bool = False
     digests: bool = False

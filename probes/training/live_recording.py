@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xarray as xr
 
@@ -17,7 +17,9 @@ from depthscope.diagnostics.schema.live_store import LiveStore, live_log_of, req
 from depthscope.probes.run.build_run import Proven, prove, step_numbers
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.session import Session
-from depthscope.probes.training.live.row import LiveRow
+
+if TYPE_CHECKING:
+    from depthscope.probes.training.live.row import LiveRow
 
 STATE_SHARE = 0.01
 """The raw sequences and pooled sums are saved again when this share of the time since then is what saving them took."""
@@ -25,7 +27,7 @@ STATE_SHARE = 0.01
 LOSS = "statistics/loss"
 
 BuildRun = Callable[[list[StepStatistics], Proven], xr.DataTree]
-LiveRowOf = Callable[[int], LiveRow | None]
+LiveRowOf = Callable[[int], "LiveRow | None"]
 
 
 class LiveRecording:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xarray as xr
@@ -19,7 +19,6 @@ from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.row_sums import RowSums
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
-from depthscope.probes.training.live.live import Live
 from depthscope.probes.training.notices import Notices
 from depthscope.probes.training.step_sums import (
     PooledSums,
@@ -29,6 +28,9 @@ from depthscope.probes.training.step_sums import (
     make_gradients_undefined,
     num_tokens,
 )
+
+if TYPE_CHECKING:
+    from depthscope.probes.training.live.live import Live
 
 FROZEN = "no gradient of the loss reaches the residual states: no weight before them is trained, as where a head alone learns"
 
@@ -183,7 +185,7 @@ class MeasuredSteps:
         """Add the live row of the present step; where it cannot be computed, the step has its statistics alone."""
 
         def first_run() -> xr.DataTree:
-            return build_run(self._session, self.rows, self._pooled.sums, digests=False)
+            return build_run(self._session, self.rows, self._pooled.sums)
 
         try:
             row = live.measure(complete, measured, first_run, overflowed=overflowed)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from depthscope.diagnostics.errors import DepthscopeError
 from depthscope.probes.model.errors import as_capture_error
 from depthscope.probes.model.hooks import without_frames
+
+if TYPE_CHECKING:
+    from depthscope.diagnostics import Finding
 
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
 
@@ -17,6 +21,23 @@ MOST_ALIKE = 3  # steps in a row that were not measured for one reason, which ar
 
 class ProbeWarning(DepthscopeError, UserWarning):
     """A step could not be measured, or the run not be saved; the user's run goes on."""
+
+
+class TrainingStopped(DepthscopeError, RuntimeError):
+    """A finding as severe as ``stop_on`` was met; raised at the end of the step, after everything of it was saved.
+
+    ``step``: of the training.
+    ``findings``: those that are as severe, the worst first; of several processes only the one that writes has them.
+    """
+
+    def __init__(self, step: int, findings: tuple[Finding, ...]) -> None:
+        sentence = (
+            f"{findings[0].sentence} {findings[0].advice}"
+            if findings
+            else "the process that writes has a severe finding"
+        )
+        super().__init__(f"step {step}: {sentence}".strip())
+        self.step, self.findings = step, findings
 
 
 class Notices:

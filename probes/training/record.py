@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 from torch import nn
@@ -20,8 +20,6 @@ from depthscope.probes.session.options import CaptureOptions, Options, Scope, ta
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.weight_updates import WeightUpdates
-from depthscope.probes.training.live.findings import OnFinding
-from depthscope.probes.training.live.live import TOKENS, Live, live_names
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.processes import (
     WeightShares,
@@ -30,9 +28,13 @@ from depthscope.probes.training.processes import (
     this_part,
 )
 from depthscope.probes.training.recorder import Recorder
-from depthscope.probes.training.settled_end import SettledEnd
 from depthscope.probes.training.sinks import Sink
 
+if TYPE_CHECKING:
+    from depthscope.probes.training.live.findings import OnFinding
+    from depthscope.probes.training.live.live import Live
+
+TOKENS = 128  # sampled of a step for live metrics
 REDUCTIONS = ("mean", "sum", "global_mean")
 
 
@@ -60,7 +62,6 @@ def record(
     on_finding: OnFinding | None = None,
     stop_on: str | None = None,
     stage: tuple[int, int] | None = None,
-    settle: int = 0,
     **options: Unpack[CaptureOptions],
 ) -> Recorder:
     """Measure a model while the user's own loop runs it.
@@ -143,11 +144,6 @@ def record(
         Refused in several processes: one that stops would leave the others waiting for it.
     stage : (int, int), optional
         As in `probes.capture`: where the model is one stage of a pipeline.
-    settle : int
-        At most so many forwards when the block ends, for the experiments that tell whether what the last measured step
-        suspects does harm, see `depthscope.settle`; 10 is enough, and none are made where nothing is suspected. They run the
-        model as it then is, on a copy of the last measured batch, and judge by the next token where the model predicts it,
-        else by the output. Not for compiled models, nor in several processes: settle those afterwards.
     **options
         Each option of `Options`. Gradients are those that the loop's own backward gives; several forwards and backwards in a
         step add up. Streamed sums count every token since the weights last changed: of a complete evaluation, or in training
@@ -171,14 +167,10 @@ def record(
     require_module(model, later=True)
     require_whole_sequences(model, hooks=True)
     part = this_part()
-    refused = {"settle": settle != 0, "stop_on": stop_on is not None} if part else {"settle": settle < 0}
-    if any(refused.values()):
+    if part and stop_on is not None:
         raise InputError(
             "got stop_on with several processes, of which one that stops would leave the others waiting for it for ever; let "
             "them agree in your own loop, by on_finding and a collective of yours"
-            if refused.get("stop_on")
-            else f"got settle={settle}{' with several processes' * (part is not None)}; expected 0 or more forwards in one "
-            "process: settle a run of several afterwards, depthscope.settle(run, model, batch)"
         )
     stages = 1 if stage is None else stage[1]
     shares = WeightShares(model, part[1] // stages) if weights and part is not None else None
@@ -235,11 +227,8 @@ def record(
         token_text=token_text,
         weights=WeightUpdates(model, scale, shares) if weights else None,
         scale=scale,
-        live=Live(session, names, name="" if recording is None else recording.path.name, **given)
-        if names
-        else None,
+        live=_live(session, names, "" if recording is None else recording.path.name, given),
         is_part=part is not None,
-        settled=SettledEnd(model, session.options, settle) if settle else None,
     )
 
 
@@ -256,4 +245,15 @@ def _live_names(
         return ()
     if live_tokens < 4:  # below, no debiased CKA exists
         raise InputError(f"live_tokens is {live_tokens}; expected 4 or more")
+    # Metrics and verdicts are imported where they are asked for, and by no other recording.
+    from depthscope.probes.training.live.live import live_names
+
     return live_names(metrics)
+
+
+def _live(session: Session, names: tuple[str, ...], name: str, given: Mapping[str, Any]) -> Live | None:
+    if not names:
+        return None
+    from depthscope.probes.training.live.live import Live
+
+    return Live(session, names, name=name, **given)

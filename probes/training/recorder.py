@@ -6,9 +6,8 @@ import sys
 import threading
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xarray as xr
@@ -21,12 +20,13 @@ from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.weight_updates import WeightUpdates
-from depthscope.probes.training.live.live import Live
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.measured_steps import MeasuredSteps
 from depthscope.probes.training.notices import Notices
 from depthscope.probes.training.open_recorders import OPEN, close_at_exit
-from depthscope.probes.training.settled_end import SettledEnd
+
+if TYPE_CHECKING:
+    from depthscope.probes.training.live.live import Live
 
 
 class Recorder:
@@ -54,7 +54,6 @@ class Recorder:
         scale: LossScale | None = None,
         live: Live | None = None,
         is_part: bool = False,
-        settled: SettledEnd | None = None,
     ):
         if every < 1:
             raise InputError(f"every is {every}; expected 1 or more")
@@ -64,7 +63,7 @@ class Recorder:
         self.position = first_step  # the present step
         self._session = session
         self._every, self._start, self._end = every, start_step, end_step
-        self._store, self._live, self._settled = store, live, settled
+        self._store, self._live = store, live
         session.step.keeps_rest &= not is_part  # all parts of a run have the same statistics
         self._measured = MeasuredSteps(
             session,
@@ -190,9 +189,7 @@ class Recorder:
         if not self._measured.rows:
             reason = f": {self.errors[0]}" if self.errors else "; call the model and then recorder.step()"
             raise CaptureError(f"no step was measured completely{reason}")
-        run = self._measured.build(self._measured.rows)
-        run.attrs.update({} if self._settled is None else self._settled.found)
-        return run
+        return self._measured.build(self._measured.rows)
 
     def close(self) -> None:
         """Remove the hooks, and end the store where one was given; calling it twice is fine."""
@@ -213,13 +210,14 @@ class Recorder:
             finally:
                 self._detach()
                 remove_inert_hooks(self._session.model)
-            if self._settled is not None and self._measured.rows:
-                settle = self._settled.settle
-                self._attempt(lambda: settle(self.run), "what is suspected was not settled: {}")
             if self._store is not None:
-                finish = partial(self._store.finish, self._measured.rows, lambda: self.run)
-                lost = "the run was not saved: {}. It is still in recorder.run: save it under another name with save_run"
-                self._attempt(finish, lost)
+                try:
+                    self._store.finish(self._measured.rows, lambda: self.run)
+                except (
+                    Exception
+                ) as error:  # what follows the block, such as saving the model, must still be reached
+                    lost = "It is still in recorder.run: save it under another name with save_run"
+                    self._say(f"the run was not saved: {error}. {lost}", error)
         self._notices.warn()
 
     def abandon(self) -> None:
@@ -240,13 +238,6 @@ class Recorder:
             return
         known = [step for step in earlier.get("overflowed_steps", ()) if step < self.position]
         self._measured.overflowed[:0] = known
-
-    def _attempt(self, action: Callable[[], object], failed: str) -> None:
-        """Do one thing at the end of the block; what follows it, such as saving the model, must still be reached."""
-        try:
-            action()
-        except Exception as error:
-            self._say(failed.format(error), error)
 
     def _end_measured_step(self, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
         self._measured.end(self.position, loss, loss_terms)
@@ -274,8 +265,6 @@ class Recorder:
             return
         # Each is undone even where it fails halfway, hence the callbacks first.
         try:
-            if self._settled is not None:
-                self._stack.enter_context(self._settled.watching())
             self._stack.callback(self._session.detach)
             self._session.attach()
             if (weights := self._measured.weights) is not None:

@@ -105,10 +105,13 @@ def prediction(output: Any, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def captured(model: nn.Module, batch: Any = None, **options: Any) -> xr.DataTree:
-    """A run with gradients."""
+def captured(model: nn.Module, batch: Any = None, *, settle: int = 10, **options: Any) -> xr.DataTree:
+    """A run with gradients, as the command `probe` makes it; ``settle``: forwards of its experiments, 0 for none."""
     batch = tokens() if batch is None else batch
-    return probes.capture(model, batch, gradients=True, **{"loss": prediction} | options)
+    loss = options.pop("loss", prediction)
+    run = probes.capture(model, batch, gradients=True, loss=loss, **options)
+    read = {name: options[name] for name in ("layers", "layout", "streams", "mask") if name in options}
+    return probes.settle(run, model, batch, loss=loss, forwards=settle, **read) if settle else run
 
 
 def findings(run: xr.DataTree, **options: Any) -> list[Finding]:

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional
 
 from depthscope.probes.rescaling import Scales, _derivatives, rescaled
-from tests.models.verdict_models import captured, pre_norm, tokens
 
 torch.set_num_threads(1)
 
@@ -79,9 +78,3 @@ def test_what_is_rewritten_or_has_no_axis_of_sequences_says_nothing():
     assert scales.of_sequences == {}
     scales.add("flat", tensor, tensor._version, torch.ones(8, 3))
     assert scales.of_sequences["flat"].tolist() == [6.0] * 4
-
-
-def test_a_capture_with_gradients_keeps_the_derivatives():
-    run = captured(pre_norm(), tokens(8), settle=0)
-    assert {type(value) for value in run.attrs["scale_slopes"].values()} <= {float}
-    assert "rescaled" not in run.attrs

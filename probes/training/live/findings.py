@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics import Finding, Severity, judge
-from depthscope.diagnostics.errors import DepthscopeError, InputError
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.training.live.row import LiveRow
 
 OnFinding = Callable[[int, Finding], Any]
@@ -25,23 +25,6 @@ def findings_of(row: LiveRow, attrs: Mapping[str, Mapping[str, Any]]) -> list[Fi
     if list(by_chain) == [""]:
         return judge(by_chain[""])
     return judge(xr.DataTree.from_dict({"/": xr.Dataset(), **by_chain}))
-
-
-class TrainingStopped(DepthscopeError, RuntimeError):
-    """A finding as severe as ``stop_on`` was met; raised at the end of the step, after everything of it was saved.
-
-    ``step``: of the training.
-    ``findings``: those that are as severe, the worst first; of several processes only the one that writes has them.
-    """
-
-    def __init__(self, step: int, findings: tuple[Finding, ...]) -> None:
-        sentence = (
-            f"{findings[0].sentence} {findings[0].advice}"
-            if findings
-            else "the process that writes has a severe finding"
-        )
-        super().__init__(f"step {step}: {sentence}".strip())
-        self.step, self.findings = step, findings
 
 
 class Watched:

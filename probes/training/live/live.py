@@ -22,7 +22,6 @@ from depthscope.probes.training.learning_rate import LearningRate
 from depthscope.probes.training.live.findings import (
     SAMPLED_TOKENS,
     OnFinding,
-    TrainingStopped,
     Watched,
     histories,
 )
@@ -31,9 +30,8 @@ from depthscope.probes.training.live.on_host import on_host
 from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
 from depthscope.probes.training.live.rows import packed
 from depthscope.probes.training.live.scalars import scalars
+from depthscope.probes.training.notices import TrainingStopped
 from depthscope.probes.training.sinks import Sink
-
-TOKENS = 128  # sampled by default
 
 
 class Live:

@@ -193,13 +193,13 @@ def test_what_a_network_that_has_learned_nothing_cannot_show_is_one_step_milder(
     assert (found.severity, found.settled) == (severity, "shown" if severity == FAIL else "not settled")
 
 
-def test_a_healthy_network_costs_two_forwards_of_one_sequence_that_ask_for_a_leak():
+def test_a_healthy_network_costs_two_forwards_that_examine_it_and_two_of_one_sequence_that_ask_for_a_leak():
     model, calls = pre_norm(), []
     model.register_forward_hook(lambda *_: calls.append(1))
     captured(model, settle=0)
     without = len(calls)
     run = captured(model)
-    assert len(calls) == 2 * without + 2
+    assert len(calls) == 2 * without + 4
     assert "consequences" not in run.attrs
 
 
@@ -209,7 +209,8 @@ def test_no_more_forwards_than_allowed():
     captured(model, tokens(4, 32), settle=0)
     without = len(calls)
     captured(model, tokens(4, 32), settle=7)
-    assert len(calls) - 2 * without <= 7 + 7  # as many more with their backward, for other scales
+    # Two examine it; as many more with their backward are for other scales.
+    assert len(calls) - 2 * without <= 2 + 7 + 7
 
 
 def test_a_recording_is_settled_afterwards(tmp_path):

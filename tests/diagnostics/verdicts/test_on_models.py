@@ -282,7 +282,11 @@ def wired(bug: str, **more: Any) -> Case:
     severity, beside = more.pop("severity", WARN), more.pop("beside", ())
     wiring = stream_bugs.Wiring(bug=bug, **more)
     model = partial(stream_bugs.network, wiring)
-    return Case(lambda: probes.capture(model(), stream_bugs.tokens()), severity, beside=beside)
+    return Case(lambda: settled(model(), stream_bugs.tokens()), severity, beside=beside)
+
+
+def settled(model: nn.Module, batch: torch.Tensor) -> xr.DataTree:
+    return probes.settle(probes.capture(model, batch), model, batch)
 
 
 def without_a_real_token() -> xr.DataTree:

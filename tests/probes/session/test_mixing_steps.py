@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import depthscope as ds
-from tests.models.logit_models import LogitModel, ids, loss
+from tests.models.logit_models import PROJECTIONS, LogitModel, ids, loss, rounds
+from tests.probes.interventions import local_streams
 
 CONNECTIONS = 3
 
@@ -195,21 +196,76 @@ def test_why_there_is_nothing():
     assert "no graph" in reason
 
 
-@pytest.mark.parametrize("projection", ["sinkhorn", "potentials", "turned"])
-def test_weights_that_are_local_variables(projection):
+@pytest.mark.parametrize(
+    ("projection", "local"), [*((name, False) for name in PROJECTIONS), ("sinkhorn", True), ("turned", True)]
+)
+def test_logits_are_found_however_they_are_projected(projection, local):
     """The first step is measured too, but for the logits: how many streams there are is known at its end."""
-    expected, watched, recorder = run_loop(LogitModel(projection, local=True))
-    _, plain, _ = run_loop(LogitModel(projection, local=True), record=False)
+    expected, watched, recorder = run_loop(LogitModel(projection, local=local, layers=2), steps=2)
+    _, plain, _ = run_loop(LogitModel(projection, local=local, layers=2), record=False, steps=2)
     assert all(torch.equal(a, b) for a, b in zip(watched, plain, strict=True))
-    statistics = recorder.run.statistics
-    assert statistics["step"].values.tolist() == [0, 1, 2]
-    for step in (1, 2):
-        row, (part,) = statistics.sel(step=step), expected[step]
-        if projection != "turned":  # by row of the matrix as it is applied
-            np.testing.assert_allclose(row["logit_range_sum"], part["range"], rtol=1e-4)
-        np.testing.assert_allclose(row["logit_gradient_square_sum"], part["logits"], rtol=1e-3, atol=1e-12)
-        np.testing.assert_allclose(row["mixing_gradient_square_sum"], part["matrix"], rtol=1e-4)
+    row, (part,) = recorder.run.statistics.sel(step=1), expected[1]
+    if projection != "turned":  # by row of the matrix as it is applied
+        np.testing.assert_allclose(row["logit_range_sum"], part["range"], rtol=1e-4)
+    np.testing.assert_allclose(row["logit_gradient_square_sum"], part["logits"], rtol=1e-3, atol=1e-12)
+    np.testing.assert_allclose(row["mixing_gradient_square_sum"], part["matrix"], rtol=1e-4)
     assert why(recorder.run) == {""}
+
+
+def reasons(model, batch=None):
+    with ds.record(model.eval()) as recorder:
+        for seed in range(2):
+            model(ids(seed=seed) if batch is None else batch)
+            recorder.step()
+    return why(recorder.run)
+
+
+class Free(nn.Module):
+    """H_res as HC has it: the identity and a learned part."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        h_pre, h_post, mix = self.model(x)
+        return h_pre, h_post, torch.eye(3) + 0.3 * torch.tanh(self.model.logits) + 0 * mix
+
+
+def test_free_matrices_and_mixtures_of_permutations_have_no_logits():
+    (reason,) = reasons(local_streams.LocalStreams(), local_streams.ids())
+    assert "not positive" in reason or "no tensor whose exponential" in reason
+    model = LogitModel(layers=2)
+    for layer in model.layers:
+        layer.connection.coefficients = Free(layer.coefficients)
+        layer.coefficients = None
+    assert "" not in reasons(model)
+
+
+def test_an_exponential_before_the_logits_is_not_taken_for_them(monkeypatch):
+    """The logits are scaled by an exponential of the same shape: what that one takes gives no H_res by scaling."""
+    monkeypatch.setitem(PROJECTIONS, "scaled", lambda z: rounds((z * torch.exp(0.3 * z.roll(1, -1))).exp()))
+    (reason,) = reasons(LogitModel("scaled", layers=2))
+    assert "no tensor whose exponential" in reason
+
+
+def test_saturated_logits_let_hardly_any_gradient_through():
+    """Off-diagonal logits of −8: what reaches the logits is about e^−8 of what reaches H_res."""
+    model = LogitModel()
+    for far, expected in ((8, 1), (8 / 3, 0)):
+        with torch.no_grad():
+            for each in model.coefficients:
+                each.gate[2] = 0.0
+                each.base[-9:] = (far * (torch.eye(3) - 1)).flatten()
+        parts, _, recorder = run_loop(model, steps=2, learning_rate=0.0, metrics="live")
+        analysis = recorder.run["metrics"].to_dataset().isel(step=1)
+        share = analysis["logit_gradient_share"]
+        wanted = np.sqrt(parts[1][0]["logits"] / parts[1][0]["matrix"])
+        np.testing.assert_allclose(share, wanted, rtol=1e-3)
+        np.testing.assert_allclose(analysis["logit_range"].sel(reduction="mean"), far, rtol=1e-5)
+        found = [each for each in ds.judge(analysis) if each.verdict == "saturated_logits"]
+        assert len(found) == expected
+        assert all((each.severity.name, each.value) == ("INFO", float(share.max())) for each in found)
 
 
 def test_gradients_are_those_of_the_loss_whatever_a_scaler_multiplies_it_by():
