@@ -132,15 +132,15 @@ class ModelUnderTest:
 
     def _read_model(self) -> None:
         session = self._session
-        session.attach()
-        try:
-            with self.unchanged_model():
+        with self.unchanged_model():  # around the hooks, which it would put back
+            session.attach()
+            try:
                 call_observed(session, copied(self.batch))
-            session.raise_first_error()
-            session.fold()
-        finally:
-            session.detach()
-            session.drop()
+                session.raise_first_error()
+                session.fold()
+            finally:
+                session.detach()
+                session.drop()
 
     def _locate(self, operations: StateOperations) -> None:
         """Note where each state was made, as it is shown."""

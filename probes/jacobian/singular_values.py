@@ -158,16 +158,16 @@ def jacobian(
 def _first_forward(model: nn.Module, batch: Any, options: Options) -> tuple[Session, Forward]:
     """Find the chains in a forward of its own, without gradients."""
     session = Session(model, options, scope=Scope(only_own=True))
-    session.attach()
-    try:
-        # Weights that are constants here too: torch runs other operations where they are none.
-        with preserved_state(model), constant_weights(model), eager(), torch.no_grad():
+    # Weights that are constants here too: torch runs other operations where they are none.
+    with preserved_state(model), constant_weights(model), eager(), torch.no_grad():
+        session.attach()
+        try:
             call_observed(session, batch)
-        session.raise_first_error()
-        assert session.step.last is not None
-        return session, session.step.last
-    finally:
-        session.detach()
+            session.raise_first_error()
+            assert session.step.last is not None
+            return session, session.step.last
+        finally:
+            session.detach()
 
 
 def _named(chains: Sequence[Chain], name: str | None) -> tuple[int, Chain]:
