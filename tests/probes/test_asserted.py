@@ -63,17 +63,6 @@ def test_attributes_that_no_file_takes_are_refused_before_anything_is_measured(v
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_has_a_name_before_its_ending(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for ending in (".zarr.zip", ".zarr"):
-        with pytest.raises(ds.SchemaError, match="is an ending without a name"):
-            ds.record(plain(), store=ending)
-        # Before a checkpoint is looked for.
-        assert main(["probe", "none", "--out", ending]) == USAGE
-        assert f"'{ending}' is an ending without a name" in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
     torch.manual_seed(0)
@@ -101,34 +90,3 @@ def test_settings_that_a_model_does_not_run_with_are_no_bug_of_ours(
     for command in (words, ["describe", str(tmp_path)]):
         assert main(command) == USAGE
         assert "the model stops with" in capsys.readouterr().err
-
-
-class Dense(nn.Module):
-    """Layers that take every output so far, each as an argument of its own."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(12 + 8 * number, 8) for number in range(3))
-        for layer in self.layers:
-            layer.forward = lambda *given, of=layer: torch.tanh(
-                nn.functional.linear(torch.cat(given, -1), of.weight)
-            )
-
-    def forward(self, x):
-        given = [x]
-        for layer in self.layers:
-            given.append(layer(*given))
-        return torch.cat(given, -1)
-
-
-def test_named_layers_that_take_all_before_are_recorded_with_all_that_is_there_by_then():
-    model, x = Dense(), torch.randn(2, 5, 12, generator=torch.Generator().manual_seed(0))
-    run = ds.capture(model, x, layers="layers.{i}", layout="B T D", gradients=False)
-    assert run.attrs["proof"] == "proven"
-    parts = model(x).detach().split([12, 8, 8, 8], -1)
-    found = [
-        state for stage in run["trace"].children.values() for state in stage["residual"].values[:, :, :, 0]
-    ]
-    assert len(found) == 4
-    for depth, state in enumerate(found):
-        assert torch.equal(torch.from_numpy(state), torch.cat(parts[: depth + 1], -1))

@@ -12,8 +12,7 @@ from tests.models.small_models import deepseek, llama
 accelerate = pytest.importorskip("accelerate")
 
 
-@pytest.mark.parametrize("where", ["cpu", "disk"])
-@pytest.mark.parametrize("make", [llama, deepseek])
+@pytest.mark.parametrize(("make", "where"), [(llama, "disk"), (deepseek, "cpu")])
 def test_an_offloaded_model_gives_the_same_numbers(make, where, tmp_path):
     ids = torch.arange(22).reshape(2, 11) + 1
     batch = {"input_ids": ids, "labels": ids}

@@ -18,8 +18,8 @@ from tests.models.small_models import deepseek, llama, lucidrains
 from tests.probes.interventions.local_streams import STREAMS, LocalStreams, ids
 
 NAMES = (
-    "gpt2", "llama", "mixtral", "t5", "albert", "universal transformer", "nn.TransformerEncoder, pre-norm, token first",
-    "vit", "HC", "mHC", "frac-connections", "gemma3n", "MHCSequential", "undeclared streams in the batch axis",
+    "llama", "t5", "nn.TransformerEncoder, pre-norm, token first", "vit", "mHC", "gemma3n",
+    "undeclared streams in the batch axis",
 )  # fmt: skip
 FAMILIES = [
     family
@@ -41,10 +41,8 @@ def only(model: ModelUnderTest, kind: str, **places):
 @pytest.mark.parametrize(
     "name",
     [
-        "attention residuals, full, in the loop",
         "attention residuals, block-wise",
         "DenseFormer",
-        "MUDD, four ways",
     ],
 )
 def test_a_step_that_reads_sums_over_depth_is_silent_in_all_of_them(name):
@@ -85,7 +83,9 @@ def test_every_state_set_to_itself_changes_no_bit_and_leaves_the_model_as_it_was
     assert family.package == "transformers" or now == hooks
 
 
-@pytest.mark.parametrize("family", [f for f in FAMILIES if f.streams > 1], ids=lambda family: family.name)
+@pytest.mark.parametrize(
+    "family", [f for f in FAMILIES if f.name in ("mHC", "gemma3n")], ids=lambda family: family.name
+)
 def test_a_state_decides_everything_after_it(family):
     """With the states of other sequences at one depth, all later ones are those of the other sequences."""
     model = ModelUnderTest(built(family), family.batch())
@@ -128,16 +128,6 @@ def test_all_blocks_skipped_together_are_the_embedding_and_the_head():
     found = only(under_test, "skip", together=True)
     with torch.no_grad():
         torch.testing.assert_close(found.logits, without(**batch, use_cache=False).logits, rtol=0, atol=1e-6)
-
-
-def test_skipping_a_block_of_streams_is_a_model_without_it():
-    model = lucidrains("hc", closure=True)
-    batch = torch.arange(24).reshape(2, 12)
-    without = copy.deepcopy(model)
-    del without.layers[1]
-    found = only(ModelUnderTest(model, batch), "skip", depths=4)
-    with torch.no_grad():
-        torch.testing.assert_close(found, without(batch), rtol=0, atol=1e-5)
 
 
 def image_model(name):
@@ -190,16 +180,6 @@ def test_another_mixing_in_every_connection_is_a_model_with_that_mixing(rule):
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=2e-6)
 
 
-def test_another_mixing_in_one_connection():
-    def second_only(number, h):
-        return torch.eye(STREAMS).expand_as(h) if number == 1 else h
-
-    found = only(ModelUnderTest(LocalStreams().eval(), ids()), "identity", connections=1)
-    with torch.no_grad():
-        expected = LocalStreams(replace=second_only).eval()(ids())
-    torch.testing.assert_close(found, expected, rtol=0, atol=2e-6)
-
-
 def test_the_sinkhorn_limit_of_doubly_stochastic_mixing_changes_nothing():
     under_test = ModelUnderTest(LocalStreams().eval(), ids())
     found = only(under_test, "sinkhorn", connections=2)
@@ -240,17 +220,6 @@ def test_a_dropped_stream_is_zero_from_its_operation_on():
     passed = under_test.forward(change.edits(under_test))
     assert float(passed.states[1][:, :, 2].abs().max()) == 0
     assert torch.equal(passed.states[1][:, :, :2], under_test.base.states[1][:, :, :2])
-
-
-def test_a_frozen_stream_keeps_its_state_and_the_others_run_on():
-    under_test = ModelUnderTest(LocalStreams().eval(), ids())
-    (change,) = changes(plan("freeze_stream", depths=1, streams=0), under_test)
-    passed = under_test.forward(change.edits(under_test))
-    for depth in (2, 3):
-        assert torch.equal(passed.states[depth][:, :, 0], under_test.base.states[1][:, :, 0])
-    # The other streams read it from the next connection on.
-    assert torch.equal(passed.states[2][:, :, 1:], under_test.base.states[2][:, :, 1:])
-    assert not torch.equal(passed.states[3][:, :, 1], under_test.base.states[3][:, :, 1])
 
 
 def test_a_stream_that_is_put_back_at_once_is_rescued_completely():
@@ -329,7 +298,7 @@ class Interrupted(BaseException):
     pass
 
 
-@pytest.mark.parametrize("error", [Interrupted, KeyboardInterrupt, ValueError])
+@pytest.mark.parametrize("error", [Interrupted, ValueError])
 def test_nothing_is_left_behind_when_a_change_raises(error):
     model = nn.Sequential(nn.BatchNorm1d(6), *(families.Feedforward(6) for _ in range(3)))
 
@@ -383,22 +352,6 @@ def test_a_model_that_does_not_repeat_itself_is_refused():
         ModelUnderTest(Counting(), torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0)))
 
 
-def test_a_first_state_that_is_the_input_itself_is_changed_in_a_copy():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
-        model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
-    batch = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
-    kept = batch.clone()
-    under_test = ModelUnderTest(model, batch)
-    found = under_test.forward({0: lambda state, seen: state + 1}).output
-    assert torch.equal(batch, kept)
-    with torch.no_grad():
-        torch.testing.assert_close(found, model(batch + 1), rtol=0, atol=1e-6)
-    with pytest.raises(InterventionError, match="depth 9 is none of the model's"):
-        under_test.forward({9: lambda state, seen: state})
-
-
 def test_a_state_that_no_operation_makes_is_refused():
     class Learned(nn.Module):
         """Slots that are a parameter, as it is."""
@@ -424,36 +377,8 @@ def test_a_state_that_no_operation_makes_is_refused():
         under_test.forward({0: lambda state, seen: state + 1})
 
 
-def test_a_state_that_is_written_behind_the_back_of_torch_is_read_and_not_changed():
-    class Kernel(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = families.Feedforward(6)
-
-        def forward(self, x):
-            x = x + self.inner(x)
-            x.numpy()[:, 0] *= 2  # as a kernel of its own would
-            return x
-
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = nn.Sequential(*(Kernel() for _ in range(3)))
-    batch = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
-    under_test = ModelUnderTest(model, batch)
-    with torch.no_grad():
-        assert torch.equal(under_test.base.output, model(batch))
-    with pytest.raises(InterventionError, match="written by a kernel outside of torch"):
-        under_test.forward({1: lambda state, seen: state + 1})
-
-
 def test_a_compiled_model_is_changed_as_it_is_written():
     model = LocalStreams(layers=2).eval()
     expected = only(ModelUnderTest(model, ids()), "skip", blocks=0)
     compiled = torch.compile(model, backend="eager")
     assert same_values(only(ModelUnderTest(compiled, ids()), "skip", blocks=0), expected)
-
-
-def test_a_chain_that_is_not_changed_is_named():
-    family = next(f for f in families.FAMILIES if f.name == "t5")
-    found = ablate(built(family), family.batch(), "skip")
-    assert any("chain='decoder' changes it" in line for line in found.attrs["left_out"])

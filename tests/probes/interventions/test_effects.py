@@ -12,10 +12,9 @@ from torch import nn
 
 import depthscope as ds
 from depthscope.diagnostics import experiments
-from depthscope.diagnostics.experiments import results
 from depthscope.probes.interventions import InterventionError
 from depthscope.probes.interventions.changes import changes
-from tests.models.families import DECODERS, STREAMS, built
+from tests.models.families import STREAMS, built
 from tests.models.small_models import llama
 from tests.probes.interventions.local_streams import LocalStreams, ids
 
@@ -83,26 +82,6 @@ def test_attention_alone_is_left_out():
         ds.interventions.ablate(streams, ids(3), plan)
 
 
-def test_several_batches_are_one_sample():
-    model, batch = LocalStreams(layers=2).eval(), ids(4)
-    whole = ds.interventions.ablate(model, batch, ["skip", "uniform"])
-    parts = ds.interventions.ablate(model, [batch[:2], batch[2:]], ["skip", "uniform"])
-    assert list(parts.experiment.values) == list(whole.experiment.values)
-    for name in ("loss_change", "loss_change_error", "kl", "output_change"):
-        np.testing.assert_allclose(parts[name], whole[name], atol=1e-6)
-
-
-def test_what_leads_around_a_state_is_said():
-    family = next(family for family in DECODERS if family.name == "gemma4")  # every block reads the ids again
-    found = ds.interventions.ablate(built(family), family.batch(), ds.interventions.plan("skip", blocks=1))
-    assert "embeddings of the ids" in found.attrs["other_paths"]
-    plain = ds.interventions.ablate(
-        LocalStreams(layers=2).eval(), ids(), ds.interventions.plan("skip", blocks=1)
-    )
-    assert plain.attrs["other_paths"] == ""
-    assert plain.attrs["proof"] == "proven"
-
-
 def test_blocks_that_read_sums_over_depth_are_not_repeated():
     family = next(family for family in STREAMS if family.name == "MHCSequential")
     with pytest.raises(InterventionError, match="read sums over all earlier depths"):
@@ -159,15 +138,6 @@ def test_a_model_that_sees_later_tokens_has_no_next_token_loss():
         ds.interventions.ablate(model, ids(), "skip", loss=lambda output, batch: output)
 
 
-def test_hidden_states_are_no_logits():
-    model = LocalStreams(layers=2).eval()
-    model.head = nn.Identity()
-    small = ids() % 16
-    found = ds.interventions.ablate(model, small, "skip")
-    assert "not known to be logits" in found.attrs["no_loss"]
-    assert bool(found.kl.isnull().all())
-
-
 def test_the_share_that_is_rescued():
     model, batch = LocalStreams().eval(), ids(6)
     # A loss that grows with the distance from the unchanged output, whatever the change is.
@@ -195,7 +165,6 @@ def test_an_unknown_experiment_names_the_closest():
 
 
 def test_a_result_is_saved_beside_its_run_and_told_in_sentences(tmp_path):
-    from depthscope.diagnostics import experiments
     from depthscope.diagnostics.schema import list_runs
 
     result = ds.interventions.ablate(
@@ -307,47 +276,3 @@ def test_a_block_that_only_its_own_token_reads_is_worth_nothing_to_later_ones():
     assert float(past.branch_change.max()) == 0
     assert float(past.kl.max()) == 0
     assert float(found.branch_change.max()) > 0.01
-
-
-def test_named_tokens_are_skipped_and_later_ones_measured(plain):
-    model, batch = plain
-    found = ds.interventions.ablate(model, batch, ds.interventions.plan("skip_past", blocks=1, tokens=[2, 3]))
-    assert np.isnan(found.token_kl.values[0, :, :4]).all()
-    assert (found.token_kl.values[0, :, 4:] > 0).all()
-    with pytest.raises(InterventionError, match="later ones after them"):
-        ds.interventions.ablate(model, batch, ds.interventions.plan("skip_past", blocks=1, tokens=9))
-
-
-def test_the_effect_on_later_blocks_is_told_and_kept(plain, tmp_path):
-    model, batch = plain
-    found = ds.interventions.ablate(model, [batch[:2], batch[2:]], ["skip", "skip-past"])
-    whole = ds.interventions.ablate(model, batch, ["skip", "skip-past"])
-    np.testing.assert_allclose(found.branch_change, whole.branch_change, rtol=1e-4)
-    kept = experiments.open_result(experiments.save_result(found, tmp_path / "a.zip"))
-    rows = experiments.table_rows(kept)
-    assert [later["block"] for later in rows[0]["later_blocks"]] == [1, 2, 3]
-    assert rows[3]["later_blocks"] == []
-    mean = experiments.mean_later_change(rows[0])
-    assert mean == pytest.approx(float(found.branch_change[0].mean()))
-    assert f"what later blocks add changes by {100 * mean:.3g} %" in results.sentence(rows[0])
-    assert experiments.table(kept)["later_blocks"].iloc[0] == pytest.approx(mean)
-
-
-def test_an_output_of_more_rows_than_sequences_is_measured_row_by_row():
-    class Twice(nn.Module):
-        """Gives two rows for each sequence, as a predictor of two masks does."""
-
-        def __init__(self):
-            super().__init__()
-            self.inner = LocalStreams(layers=3)
-
-        def forward(self, batch):
-            given = self.inner(batch)
-            return torch.cat([given, 2 * given])
-
-    found = ds.interventions.ablate(
-        Twice().eval(), ids(2), "skip", loss=lambda output, _: output.pow(2).flatten(1).mean(1)
-    )
-    assert found.sizes["sample"] == 4
-    assert np.isfinite(found.loss_change).all()
-    assert np.isfinite(found.branch_change.sel(later_block=2)[:2]).all()

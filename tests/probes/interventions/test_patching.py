@@ -13,7 +13,6 @@ from torch import nn
 
 from depthscope.probes import SiteError
 from depthscope.probes.interventions import InterventionError, patch
-from tests.models.designs.catalogue import DESIGNS
 from tests.models.families import STREAMS, built
 from tests.models.small_models import llama
 from tests.probes.interventions.local_streams import LocalStreams, ids
@@ -277,22 +276,6 @@ def test_an_effect_without_a_clear_denominator_is_nan_with_a_reason():
     assert bool(one.effect_error.isnull().all())
 
 
-def test_states_of_stages_with_fewer_tokens_are_patched_as_a_whole():
-    """A network in stages: no token has one number at every depth, and all of them at once give the clean output."""
-    design = next(design for design in DESIGNS if design.name == "ResNet with stages")
-    model, clean, corrupted = design.build(3), design.batch(1), design.batch(2)
-
-    def loss(output, batch):
-        return output.square().mean()
-
-    at_once = patch(model, clean, corrupted, loss=loss, tokens="all")
-    np.testing.assert_allclose(at_once["patched"], at_once["clean"].item(), rtol=1e-6)
-    assert at_once["depth"].values.tolist() == [0, 1, 2, 3, 4]
-    each = patch(model, clean, corrupted, loss=loss, tokens=3)
-    assert each["depth"].values.tolist() == [0, 1, 2]
-    assert ['tokens="all"' in why for why in each.attrs["left_out"]] == [True, True]
-
-
 def test_measures_without_and_with_labels():
     model, (clean, corrupted) = LocalStreams(layers=2).eval(), pair(4)
 
@@ -320,25 +303,6 @@ def test_measures_without_and_with_labels():
         apart = (model(corrupted) - model(clean)).norm(dim=-1) / model(clean).norm(dim=-1)
     np.testing.assert_allclose(hidden.corrupted, apart.mean(1), rtol=1e-5)
     assert float(abs(hidden.clean).max()) == 0
-
-
-def test_several_batches_are_one_sample():
-    model, (clean, corrupted) = LocalStreams(layers=2).eval(), pair(4)
-    answers = [3, 4, 5, 6]
-    whole = patch(model, clean, corrupted, depths=[0, 1], answer=answers, against=7, stream="all")
-    parts = patch(
-        model,
-        [clean[:1], clean[1:]],
-        [corrupted[:1], corrupted[1:]],
-        depths=[0, 1],
-        answer=answers,
-        against=7,
-        stream="all",
-    )
-    np.testing.assert_allclose(parts.patched, whole.patched, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(parts.effect_high, whole.effect_high, rtol=1e-4, atol=1e-5)
-    with pytest.raises(ValueError, match="corrupted has 1 batches and the other input more"):
-        patch(model, [clean, clean], [corrupted])
 
 
 def test_padding_is_not_patched_and_the_answer_is_at_the_last_real_token():

@@ -103,19 +103,6 @@ def test_coefficients_biases_and_gates_of_every_step():
         assert float(drift[0]) == 0 < float(drift[1]) < float(drift[2])
 
 
-def test_rows_are_destinations_whichever_way_a_module_has_them():
-    model = LogitModel(transposed=True)
-    _, _, recorder = run_loop(model, max_sequences=4)
-    run = recorder.run
-    logits = torch.stack([each.logits.detach().mT for each in model.coefficients])  # (C, B, T, out, in)
-    ranges = logits.amax(-1) - logits.amin(-1)
-    np.testing.assert_allclose(run.statistics["logit_range_sum"][-1], ranges.mean(-1).sum((1, 2)), rtol=1e-5)
-    np.testing.assert_allclose(run.statistics["logit_range_max"][-1], ranges.amax((1, 2, 3)), rtol=1e-5)
-    h_res = torch.stack([each.matrix.detach().mT for each in model.coefficients]).sum((1, 2))
-    np.testing.assert_allclose(run.statistics["h_res_sum"][-1], h_res, rtol=1e-5)
-    np.testing.assert_allclose(run.trace["h_res"].sum(("sample", "token")), h_res, rtol=1e-5)
-
-
 def test_padding_counts_nowhere():
     class Masked(nn.Module):
         def __init__(self, model):
@@ -184,16 +171,6 @@ def test_two_backwards_through_one_forward_have_no_sum_of_squares():
 def why(run):
     table = run["coverage"].to_dataset().to_dataframe()
     return set(table[table["site"] == "mixing_logits"]["why"])
-
-
-def test_why_there_is_nothing():
-    model = LogitModel()
-    with torch.no_grad(), ds.record(model) as recorder:
-        for seed in range(2):
-            model(ids(seed=seed))
-            recorder.step()
-    (reason,) = why(recorder.run)
-    assert "no graph" in reason
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from depthscope import probes
 
 
-@pytest.mark.parametrize("name", ["deepseek", "lucidrains hc", "lucidrains mhc"])
+@pytest.mark.parametrize("name", ["deepseek", "lucidrains mhc"])
 def test_connections_are_proven_under_autocast(models, ids, name):
     kind, _, family = name.partition(" ")
     model = models[kind](*([family] if family else []))
@@ -44,7 +42,7 @@ def test_the_matrix_is_the_one_that_is_applied(models, ids):
     np.testing.assert_array_equal(run.trace.h_res.values[2], given[0].mT.to(torch.bfloat16).float())
 
 
-@pytest.mark.parametrize("name", ["llama", "deepseek"])
+@pytest.mark.parametrize("name", ["deepseek"])
 def test_prefill_and_decoding_are_told_apart(models, ids, name):
     model = models[name]()
     with probes.record(model, max_sequences=32) as recorder:
@@ -57,8 +55,7 @@ def test_prefill_and_decoding_are_told_apart(models, ids, name):
     assert "phase" not in probes.capture(model, ids).trace.coords
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("family", ["hc", "mhc"])
+@pytest.mark.parametrize(("family", "reentrant"), [("hc", True), ("mhc", False)])
 def test_checkpointed_connections_give_the_same(models, ids, family, reentrant):
     found = []
     for wrapped in (False, True):
@@ -88,65 +85,6 @@ def test_checkpointed_connections_give_the_same(models, ids, family, reentrant):
 
 def _checkpointed(forward, reentrant):
     return lambda x: checkpoint(forward, x, use_reentrant=reentrant)
-
-
-def test_inference_mode_and_offloaded_weights(models, ids):
-    from accelerate import cpu_offload
-
-    model = models["deepseek"]()
-    whole = probes.capture(model, ids)
-    with torch.inference_mode(), probes.record(model) as recorder:
-        for _ in range(2):
-            model(ids)
-            recorder.step()
-    np.testing.assert_array_equal(recorder.run.trace.residual.values[:, :3], whole.trace.residual.values)
-    cpu_offload(model, execution_device="cpu")
-    offloaded = probes.capture(model, ids)
-    for variable in ("residual", "h_res", "h_pre"):
-        np.testing.assert_allclose(offloaded.trace[variable].values, whole.trace[variable].values, atol=1e-6)
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    store = torch.distributed.FileStore(os.fspath(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.usefixtures("process_group")
-@pytest.mark.parametrize("way", ["ddp", "fsdp2"])
-def test_one_process_of_a_parallel_training(models, ids, way):
-    from torch.distributed.fsdp import fully_shard
-
-    def loop(model: nn.Module):
-        with probes.record(model, gradients=True, weights=True) as recorder:
-            for _ in range(2):
-                model.zero_grad()
-                model(input_ids=ids, labels=ids).loss.backward()
-                recorder.step()
-        assert recorder.errors == []
-        return recorder.run
-
-    plain = loop(models["deepseek"]())
-    model = models["deepseek"]()
-    if way == "ddp":
-        model = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-    else:
-        for layer in model.model.layers:
-            fully_shard(layer)
-        fully_shard(model)
-    run = loop(model)
-    for variable in ("residual", "gradient", "h_res", "h_pre", "h_post"):
-        np.testing.assert_allclose(
-            run.trace[variable].values[:, 3:],
-            plain.trace[variable].values[:, 3:],
-            atol=1e-5,
-            err_msg=variable,
-        )
-    if way == "fsdp2":
-        assert sum(run.attrs["weights_skipped"].values()) > 0
 
 
 @pytest.mark.usefixtures("process_group")

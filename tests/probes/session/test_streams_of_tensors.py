@@ -104,8 +104,10 @@ def recorded(model, loss=loss):
     return recorder.run
 
 
-@pytest.mark.parametrize("measured", [captured, recorded])
-@pytest.mark.parametrize("start", ["copies", "scaled", "first and scaled", "cut", "one tensor"])
+@pytest.mark.parametrize(
+    ("start", "measured"),
+    [("copies", recorded), ("first and scaled", captured), ("cut", recorded), ("one tensor", captured)],
+)
 def test_each_stream_is_measured(start, measured):
     model = ListOfStreams(start)
     run = measured(model)
@@ -124,8 +126,7 @@ def test_each_stream_is_measured(start, measured):
     assert any("one tensor is each of the 4 streams" in why for why in said) == shared
 
 
-@pytest.mark.parametrize("measured", [captured, recorded])
-@pytest.mark.parametrize("term", [0.0, 1.0], ids=["no use", "a term of the loss"])
+@pytest.mark.parametrize(("term", "measured"), [(0.0, captured), (1.0, recorded)])
 def test_streams_that_the_head_does_not_take_have_the_gradient_of_what_else_takes_them(term, measured):
     model = ListOfStreams("scaled", takes_first=True)
 
@@ -142,12 +143,7 @@ def test_streams_that_the_head_does_not_take_have_the_gradient_of_what_else_take
     torch.testing.assert_close(found[known], gradients[known])
 
 
-def test_streams_that_begin_with_nothing_are_refused():
-    with pytest.raises(ds.LayoutError, match="2 or 4 streams"):
-        captured(ListOfStreams("zeros"))
-
-
-@pytest.mark.parametrize("start", ["copies", "first and scaled", "cut", "one tensor"])
+@pytest.mark.parametrize("start", ["first and scaled", "one tensor"])
 def test_each_stream_is_patched(start):
     """As where the model's own code puts other tensors into its list."""
     model, other = ListOfStreams(start), (3 * IDS + 1) % 30
@@ -166,68 +162,3 @@ def test_each_stream_is_patched(start):
             if depth or stream < 0 or not shared:
                 assert patched == pytest.approx(expected, rel=1e-6)
     np.testing.assert_allclose(found.effect.sel(stream=-1), 1, rtol=1e-6)
-
-
-def test_streams_are_read_by_a_lens():
-    model = ListOfStreams("copies")
-    found = ds.lens(model, IDS)
-    model(IDS)
-    predicted = [torch.log_softmax(model.head(sum(state)), -1).detach() for state in model.states]
-    entropies = [float(-(log_p.exp() * log_p).sum(-1).mean()) for log_p in predicted]
-    np.testing.assert_allclose(found.entropy.sel(lens="logit", stream="all"), entropies, rtol=1e-5)
-
-
-def test_a_stream_that_is_read_before_the_others_are_made_is_not_changed():
-    model = ListOfStreams("copies", reads_early=True)
-    with pytest.raises(ds.DepthscopeError, match="read before the others are made"):
-        ds.interventions.ablate(model, IDS, ds.interventions.plan("drop_stream", depths=2), loss=loss)
-
-
-class OneFilled(ListOfStreams):
-    """Streams in one tensor, of which the embedding fills one."""
-
-    fillings: ClassVar = {
-        "written": lambda x, rest: _written(x, 0),
-        "written in the middle": lambda x, rest: _written(x, 2),
-        "joined": lambda x, rest: torch.cat(
-            [x[:, :, None], x.new_zeros(*x.shape[:2], STREAMS - 1, WIDTH)], 2
-        ),
-        "padded": lambda x, rest: nn.functional.pad(x[:, :, None], (0, 0, 0, STREAMS - 1)),
-        "next to learned vectors": lambda x, rest: torch.cat(
-            [x[:, :, None], rest.expand(*x.shape[:2], STREAMS - 1, WIDTH)], 2
-        ),
-        "masked": lambda x, rest: x[:, :, None] * torch.eye(STREAMS)[0][:, None],
-    }
-
-    def __init__(self, filling: str):
-        super().__init__("copies")
-        self.fill = self.fillings[filling]
-        self.rest = nn.Parameter(torch.randn(STREAMS - 1, WIDTH))
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        x = self.fill(self.embed(ids), self.rest)
-        states = [x]
-        for block, res, pre, post in zip(self.blocks, self.res, self.pre, self.post, strict=True):
-            out = block(torch.einsum("n,btnd->btd", pre, x))
-            x = torch.einsum("mn,btnd->btmd", res, x) + post[:, None] * out[:, :, None]
-            states.append(x)
-        self.states = states
-        return self.head(x.sum(2))
-
-
-def _written(x: torch.Tensor, stream: int) -> torch.Tensor:
-    found = x.new_zeros(*x.shape[:2], STREAMS, WIDTH)
-    found[:, :, stream] = x
-    return found
-
-
-@pytest.mark.parametrize("filling", OneFilled.fillings)
-def test_streams_of_which_one_is_filled(filling):
-    model = OneFilled(filling)
-    trace = captured(model)["trace"]
-    assert trace.attrs["proof"] == "proven"
-    value = loss(model(IDS))
-    gradients = torch.autograd.grad(value, model.states)
-    assert torch.equal(tensor(trace, "residual"), torch.stack(model.states).detach())
-    assert torch.equal(tensor(trace, "gradient"), torch.stack(gradients))
-    assert torch.equal(torch.from_numpy(trace["h_res"].isel(sample=0, token=0).to_numpy()), model.res)

@@ -8,8 +8,6 @@ import torch
 from torch import nn
 
 from depthscope import probes
-from depthscope.diagnostics import schema
-from depthscope.probes.training.watched_script import ScriptWatch
 
 SEQUENCES, TOKENS = 5, 12
 
@@ -63,25 +61,3 @@ def test_the_first_step_is_that_of_a_capture(compiled):
         entropy = statistics["attention_entropy_sum"].values
         assert np.isnan(entropy[0]).all()
         assert (entropy[1, 1:] > 0).all()
-
-
-def test_a_script_with_few_steps_is_recorded(tmp_path):
-    script = tmp_path / "main.py"
-    script.write_text(
-        "import torch\n"
-        "from tests.probes.session.test_tokens_first import TokensFirst, loss_of\n"
-        "model = TokensFirst()\n"
-        "optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)\n"
-        "for step in range(5):\n"
-        "    optimizer.zero_grad()\n"
-        "    loss_of(model).backward()\n"
-        "    optimizer.step()\n"
-    )
-    watch = ScriptWatch(every=3, gradients=True, metrics="live", live_tokens=20, store=tmp_path / "run")
-    watch.run(script, [])
-    assert watch.recorder is not None
-    assert watch.recorder.measured_steps == [3]
-    with schema.open_run(tmp_path / "run") as run:
-        rows = schema.chain_dataset(run, "metrics").load()
-    assert np.isfinite(rows["loss"]).all()
-    assert rows["learning_rate"].values.tolist() == [1e-3]

@@ -253,28 +253,6 @@ def test_it_is_refused_by_its_name_and_the_users_call_goes_on(name):
         assert torch.equal(found, expected)
 
 
-def test_what_is_no_module_is_refused():
-    for ask in (probes.capture, probes.describe):
-        with pytest.raises(ValueError, match="of type function; expected"):
-            ask(lambda ids: ids, IDS)
-    with pytest.raises(ValueError, match="of type function; expected"):
-        probes.record(lambda ids: ids)
-
-
-def test_weights_of_torchao_are_read():
-    quantization = pytest.importorskip("torchao.quantization")
-    torch.manual_seed(0)
-    model = Model().to(torch.bfloat16).eval()
-    plain = probes.capture(model, IDS)
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
-    run = probes.capture(
-        model, IDS, gradients=True, loss=lambda output, batch: output.float().square().mean()
-    )
-    assert np.abs(run.trace.residual.values - plain.trace.residual.values).max() < 0.1
-    assert np.abs(run.trace.gradient.values).max() > 0
-    assert "weights_digest" not in run.attrs
-
-
 @pytest.mark.parametrize("inference", [False, True])
 def test_a_validation_without_a_graph_costs_no_step_and_counts_in_none(inference):
     torch.manual_seed(0)
@@ -297,58 +275,3 @@ def test_a_validation_without_a_graph_costs_no_step_and_counts_in_none(inference
     for name in ("token_count", "square_norm_sum", "gradient_square_norm_sum"):
         np.testing.assert_array_equal(rows[0].statistics[name].values, rows[1].statistics[name].values)
     np.testing.assert_array_equal(rows[0].trace.gradient.values, rows[1].trace.gradient.values)
-
-
-def test_a_step_with_nothing_but_validation_says_so():
-    model = Model()
-    with probes.record(model, gradients=True) as recorder:
-        with torch.no_grad():
-            model(IDS)
-        with pytest.warns(
-            probes.ProbeWarning, match="none arrived: every forward of the step ran without a graph"
-        ):
-            recorder.step()
-
-
-class Positions(nn.Module):
-    """A table of positions that is filled when it is first asked for; how far it is filled is an attribute."""
-
-    def __init__(self, most: int):
-        super().__init__()
-        self.filled = 0
-        self.register_buffer("table", torch.zeros(most, 16), persistent=False)
-
-    def forward(self, length: int):
-        if length > self.filled:
-            self.table[:length] = torch.arange(length)[:, None] / torch.arange(1, 17)
-            self.filled = length
-        return self.table[:length].sin()
-
-
-class Filling(nn.Module):
-    """Blocks after such a table, whose input is written into."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.positions, self.embed = Positions(32), nn.Linear(5, 16)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(3))
-
-    def forward(self, x):
-        x[x.isnan()] = 0
-        h = self.embed(x) + self.positions(x.shape[1])
-        for block in self.blocks:
-            h = h + block(h)
-        return h
-
-
-def test_a_cache_and_what_says_that_it_is_filled_are_put_back_together():
-    model, untouched = Filling().eval(), Filling().eval()
-    batch = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(1))
-    batch[0, 0, 0] = torch.nan
-    run = probes.capture(model, batch.clone(), gradients=True, loss=lambda output, _: output.square().mean())
-    expected = untouched(batch.clone())
-    assert model.positions.filled == 0
-    assert torch.equal(model(batch.clone()), expected)
-    assert run.attrs["proof"] == "proven"
-    assert torch.allclose(torch.as_tensor(run.trace.residual.values[-1][:, :, 0]), expected)

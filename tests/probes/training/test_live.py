@@ -10,8 +10,7 @@ import xarray as xr
 from depthscope import diagnostics, probes
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.probes.statistics import token_sums
-from depthscope.probes.statistics.live_sums import LiveSums, draw_places
+from depthscope.probes.statistics.live_sums import draw_places
 from depthscope.probes.training.live.live import live_names
 from depthscope.probes.training.live.row import LIVE
 
@@ -73,7 +72,7 @@ OF_MEAN = dict.fromkeys(
 
 @pytest.mark.parametrize(
     ("name", "arguments"),
-    [("llama", ()), ("deepseek", ()), ("lucidrains", ("mhc",)), ("lucidrains", ("hc",))],
+    [("llama", ()), ("lucidrains", ("mhc",))],
 )
 def test_a_row_is_what_an_analysis_gives_of_the_same_tokens(models, ids, name, arguments):
     torch.manual_seed(0)
@@ -123,21 +122,6 @@ def test_sampled_tokens_are_those_that_were_drawn(models, ids):
     np.testing.assert_allclose(*compared(row["residual_norm"], whole["residual_norm"]), rtol=EXACT)
 
 
-def test_the_same_real_tokens_are_drawn_whatever_the_padding():
-    mask = torch.ones(4, 50, dtype=torch.bool)
-    free = draw_places((4, 50), None, 20, 0)
-    assert torch.equal(free.position_K, draw_places((4, 50), mask, 20, 0).position_K)
-    mask[:, 25:] = False
-    places = draw_places((4, 50), mask, 20, 0)
-    assert places.real_K.all()
-    assert mask.flatten()[places.position_K].all()
-    kept = free.position_K[mask.flatten()[free.position_K]]
-    assert set(kept.tolist()) <= set(places.position_K.tolist())
-    mask[:, 3:] = False
-    few = draw_places((4, 50), mask, 20, 0)
-    assert int(few.real_K.sum()) == 12
-
-
 def test_micro_batches_add_up_and_another_shape_is_told(models, ids):
     torch.manual_seed(0)
     model = models["deepseek"]()
@@ -161,16 +145,6 @@ def test_micro_batches_add_up_and_another_shape_is_told(models, ids):
         np.testing.assert_allclose(one[name], other[name], rtol=EXACT, atol=EXACT, err_msg=name)
     history = schema.chain_dataset(parts.run, "metrics")
     assert history["same_sampled_tokens"].values.tolist() == [1.0, 0.0]
-
-
-def test_streams_that_are_copies_have_a_cosine_of_one_to_the_last_digits():
-    # Verdicts ask whether streams have parted by a millionth of the rounding of float32.
-    x = torch.randn(2, 5, 1, 32, generator=torch.Generator().manual_seed(0)).expand(2, 5, 3, 32)
-    live = LiveSums(4, 0)
-    sums = token_sums.TokenSums(live=live)
-    sums.add_state(0, x.contiguous(), None)
-    mean = live.sums["stream_cosine_sum"][0] / live.sums["stream_cosine_count"][0]
-    assert abs(1 - float(mean)) < 1e-14
 
 
 def test_every_default_metric_or_some_by_name(models, ids):
@@ -280,32 +254,6 @@ def test_a_callback_or_a_sink_that_fails_never_ends_the_training(models, ids):
         )
     assert [step for step, _ in rows] == [0, 1, 2]
     assert len(recorder.run["metrics"]["step"]) == 3
-
-
-def test_an_input_without_a_gradient_and_gates_that_begin_at_zero_are_no_findings():
-    torch.manual_seed(0)
-
-    class Gated(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner, self.gate = torch.nn.Linear(8, 8), torch.nn.Parameter(torch.zeros(8))
-
-        def forward(self, x):
-            return x + self.gate * torch.tanh(self.inner(x))
-
-    model, findings = torch.nn.Sequential(*[Gated() for _ in range(3)]), []
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    options = {"gradients": True, "weights": True, "metrics": "live", "live_tokens": 24}
-    with probes.record(model, on_finding=lambda _, finding: findings.append(finding), **options) as recorder:
-        loss = model(torch.randn(4, 6, 8)).square().mean()
-        loss.backward()
-        optimizer.step()
-        recorder.step(loss)
-    metrics = schema.chain_dataset(recorder.run, "metrics")
-    assert metrics["gradient_norm"].attrs["without_gradient"] == [0]
-    gates = metrics["update_ratio"].sel(weight=["0", "1", "2"])  # modules of nothing but their gate
-    assert gates.isnull().all()
-    assert not {"gradient_not_finite", "large_update"} & {finding.verdict for finding in findings}
 
 
 def test_padding_and_states_that_are_not_finite(models, text_batch):

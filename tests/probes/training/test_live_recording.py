@@ -63,7 +63,7 @@ def require_same(found: xr.DataTree, expected: xr.DataTree) -> None:
             xr.testing.assert_identical(found[node.path].to_dataset().load(), node.to_dataset())
 
 
-@pytest.mark.parametrize("family", ["stack", "deepseek"])
+@pytest.mark.parametrize("family", ["stack"])
 def test_the_store_has_what_the_recorder_has(models, family, tmp_path, monkeypatch):
     training = Training(None if family == "stack" else models[family]().train())
     with training.record(store=tmp_path / "a", every=2) as recorder:
@@ -79,7 +79,7 @@ def test_the_store_has_what_the_recorder_has(models, family, tmp_path, monkeypat
         require_same(run, recorder.run)
 
 
-@pytest.mark.parametrize("name", ["a", "a.zarr.zip", "a.zarr"])
+@pytest.mark.parametrize("name", ["a", "a.zarr.zip"])
 def test_a_resumed_training_gives_the_run_of_one_that_was_not_interrupted(name, tmp_path):
     whole = Training()
     with whole.record() as expected:
@@ -272,7 +272,9 @@ def test_the_commands_read_a_growing_store(tmp_path, capsys):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="its trainers are forks")
 def test_trainers_that_are_killed_at_random_moments_lose_no_finished_step():
     script = Path(__file__).with_name("killed_trainers.py")
-    done = subprocess.run([sys.executable, script, "3"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, script, "3", "--longest", "0.5"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "kills 3" in done.stdout
 

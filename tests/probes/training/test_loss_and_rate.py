@@ -34,8 +34,7 @@ def numbers(recorder, name: str) -> list[float]:
     return schema.chain_dataset(recorder.run, "metrics")[name].values.tolist()
 
 
-@pytest.mark.parametrize("gradients", [True, False])
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("gradients", "compiled"), [(True, False), (False, True)])
 def test_the_loss_is_what_the_backwards_of_the_step_began_at(gradients, compiled):
     model, other, expected = Small(), torch.nn.Linear(8, 1), []
     called = torch.compile(model, backend="eager") if compiled else model
@@ -129,19 +128,7 @@ def test_a_loss_that_diverges_is_a_finding_live_and_later(tmp_path):
     assert "diverged_loss" in {finding.verdict for finding in judge(training_curves(recorder.run))}
 
 
-def test_noise_and_progress_are_no_divergence():
-    generator = np.random.default_rng(0)
-    for noise in (0.02, 0.1, 0.2):
-        course = LossCourse()
-        rises = [
-            course.add((1.6 + 1.2 * math.exp(-step / 60)) * math.exp(noise * generator.standard_normal()))
-            for step in range(600)
-        ]
-        assert np.nanmax(rises) < 0.25, noise
-    assert math.isnan(LossCourse([-1.0] * 10).add(3.0))  # no share of a start below zero
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("bad", [math.nan])
 def test_a_loss_that_is_not_finite_is_told_between_measured_steps(bad, capsys):
     told: list[tuple[int, str, str]] = []
     steps_with([1.0, torch.tensor(bad), 1.0, 1.0], told, every=3)
@@ -150,19 +137,6 @@ def test_a_loss_that_is_not_finite_is_told_between_measured_steps(bad, capsys):
     with pytest.raises(probes.TrainingStopped) as stopped:
         steps_with([1.0, bad], told, every=10, stop_on="fail")
     assert stopped.value.step == 1
-
-
-def test_a_step_without_a_loss_is_no_finding():
-    told: list[tuple[int, str, str]] = []
-    model = Small()
-    with probes.record(
-        model, metrics="live", live_tokens=8, on_finding=lambda *found: told.append(found)
-    ) as recorder:
-        for loss in (1.0, None):
-            model(batch(0))
-            recorder.step(loss)
-    assert not [finding for _, finding in told if "loss" in finding.verdict]
-    assert not [finding for finding in judge(training_curves(recorder.run)) if "loss" in finding.verdict]
 
 
 def test_cross_entropy_outside_of_the_model_is_found():

@@ -45,9 +45,9 @@ def waits():
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments"), [("llama", ()), ("deepseek", ()), ("lucidrains", ("mhc",))], ids=lambda of: str(of)
+    ("name", "arguments", "masked"),
+    [("llama", (), False), ("deepseek", (), True), ("lucidrains", ("mhc",), False)],
 )
-@pytest.mark.parametrize("masked", [False, True])
 def test_the_hooks_of_a_measured_step_wait_for_no_device(models, ids, name, arguments, masked):
     torch.manual_seed(0)
     model = models[name](*arguments)

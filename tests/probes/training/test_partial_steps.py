@@ -105,52 +105,12 @@ def test_states_gradients_and_loss_are_stored_and_the_connections_are_nan(metric
         assert np.isfinite(live["mixing_gain"].values[[0, 1, 4, 5]]).any()
 
 
-def test_the_states_of_such_a_step_are_those_of_the_same_training_read_by_plain_hooks():
-    with pytest.warns(ProbeWarning, match="without its connections"):
-        found = statistics(trained({2: (True,)}, steps=3).run)
-    torch.manual_seed(0)
-    model, ids = Streams(), torch.randint(0, 20, (2, 8), generator=torch.Generator().manual_seed(1))
-    optimizer, norms = torch.optim.SGD(model.parameters(), lr=0.1), []
-    for step in range(3):
-        model.blocks[1].odd, seen = step == 2, []
-        handles = [
-            b.register_forward_hook(lambda m, a, out, s=seen: s.append(out.detach())) for b in model.blocks
-        ]
-        loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
-        loss.backward()
-        norms.append([state.norm(dim=-1).sum((0, 1)).numpy() for state in seen])
-        [handle.remove() for handle in handles]
-        optimizer.step()
-        optimizer.zero_grad()
-    np.testing.assert_allclose(found["norm_sum"].values[:, 1:], np.array(norms), rtol=1e-5)
-
-
-def test_the_sample_is_of_the_last_step_that_was_read_in_full():
-    with pytest.warns(ProbeWarning, match="without its connections"):
-        run = trained({4: (True,), 5: (True,)}).run
-    assert run.attrs["step"] == 3
-    earlier = trained({}, steps=4).run
-    for name in ("residual", "gradient", "h_res"):
-        np.testing.assert_array_equal(run["trace"][name].values, earlier["trace"][name].values)
-    assert statistics(run)["step"].values.tolist() == [0, 1, 2, 3, 4, 5]
-    assert "gain_sum" in statistics(run)
-
-
 def test_a_step_of_which_one_forward_is_not_read_has_no_mean_over_the_others():
     with pytest.warns(ProbeWarning, match="step 1 was measured without its connections"):
         found = statistics(trained({1: (False, True)}, steps=3).run)
     assert np.isnan(found["gain_sum"].values[1]).all()
     np.testing.assert_array_equal(found["token_count"].values, [16, 32, 16])
     assert np.isfinite(found["norm_sum"].values).all()
-
-
-def test_the_store_has_the_same_rows(tmp_path):
-    with pytest.warns(ProbeWarning, match="without its connections"):
-        recorder = trained({2: (True,)}, store=tmp_path / "store", metrics="live")
-    stored, held = ds.open_run(tmp_path / "store"), recorder.run
-    assert stored.attrs["without_connections"]["steps"] == [2]
-    for name in (*OF_STATES, *OF_CONNECTIONS):
-        np.testing.assert_array_equal(statistics(stored)[name].values, statistics(held)[name].values)
 
 
 def test_a_capture_refuses_all_the_same():
