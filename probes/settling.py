@@ -21,8 +21,8 @@ from depthscope.diagnostics.verdicts.age import RESCALED, TASK, age_of
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 from depthscope.diagnostics.verdicts.consequences import CONSEQUENCES
 from depthscope.diagnostics.verdicts.off_minimum import to_lose
+from depthscope.probes.interventions.changes import Plan, plan
 from depthscope.probes.interventions.effects import ablate
-from depthscope.probes.interventions.plans import Plan, plan
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
 from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.loss_graph import Loss

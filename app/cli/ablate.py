@@ -43,9 +43,8 @@ def ablate(
         str,
         typer.Option(
             metavar="A,B",
-            help="skip, skip-past, repeat, swap (blocks); identity, uniform, mean, sinkhorn (in place of H_res); drop-stream, "
-            "freeze-stream, rescue, massive, bypass, without-attention, merge-tokens, without-mean, one-direction, "
-            "merge-streams (states).",
+            help="skip (blocks); identity, uniform, mean, sinkhorn (in place of H_res); drop-stream, massive, bypass, "
+            "without-attention, merge-tokens, without-mean, merge-streams (states).",
         ),
     ] = "skip",
     blocks: Annotated[str | None, _places("blocks")] = None,
@@ -245,7 +244,7 @@ def _print_experiments(result: xr.Dataset) -> None:
     say(f"{printable(result.attrs['model'])}, {result.sizes['sample']} sequences, unchanged: {unchanged}")
     say()
     show_rows(
-        ("experiment", "loss change, nats (95 %)", "KL, nats", "output change", "later blocks", "rescued"),
+        ("experiment", "loss change, nats (95 %)", "KL, nats", "output change", "later blocks"),
         [
             (
                 row["experiment"],
@@ -253,7 +252,6 @@ def _print_experiments(result: xr.Dataset) -> None:
                 _short(row["kl"]),
                 _percent(row["output_change"]),
                 _percent(mean_later_change(row)),
-                _percent(row["rescued"]),
             )
             for row in table_rows(result)
         ],

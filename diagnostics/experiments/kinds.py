@@ -34,14 +34,6 @@ KINDS: dict[str, ExperimentKind] = {
     kind.name: kind
     for kind in (
         ExperimentKind("skip", "block", "the state after the block is the one before it"),
-        # What a block is worth to the later ones, and through other tokens: Csordás et al. 2025 (2505.13898).
-        ExperimentKind(
-            "skip_past",
-            "block",
-            "the block is skipped at the first half of the tokens, and the later ones are measured",
-        ),
-        ExperimentKind("repeat", "block", "the block runs twice"),
-        ExperimentKind("swap", "block", "the block and the next one run in the other order"),
         ExperimentKind("identity", "connection", "H_res is the identity: no stream is mixed", streams=True),
         ExperimentKind(
             "uniform", "connection", "H_res is J/n: every stream gets the mean of all", streams=True
@@ -56,12 +48,6 @@ KINDS: dict[str, ExperimentKind] = {
             streams=True,
         ),
         ExperimentKind("drop_stream", "depth", "one stream is set to zero at one depth", streams=True),
-        ExperimentKind(
-            "freeze_stream", "depth", "one stream keeps its state from one depth on", streams=True
-        ),
-        ExperimentKind(
-            "rescue", "depth", "one stream is set to zero early and put back at a later depth", streams=True
-        ),
         ExperimentKind("bypass", "depth", "the steps to the named depths are left out, all at once"),
         ExperimentKind(
             "without_attention",
@@ -73,7 +59,6 @@ KINDS: dict[str, ExperimentKind] = {
         ExperimentKind("without_mean", "depth", "the mean of all tokens is taken away from every state"),
         ExperimentKind("merge_streams", "depth", "every stream is the mean of the streams", streams=True),
         ExperimentKind("massive", "depth", "massive activations are set to zero"),
-        ExperimentKind("patch", "depth", "the state comes from another forward, run or batch"),
     )
 }
 """Every kind of experiment, by name."""

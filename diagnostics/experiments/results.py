@@ -128,7 +128,6 @@ def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
         for column in COLUMNS:
             for ending in ESTIMATES:
                 row[column + ending] = _finite(result, column + ending, position)
-        row["rescued"] = _finite(result, "rescued", position)
         row["later_blocks"] = _later_blocks(result, position)
         rows.append(row)
     return rows
@@ -165,15 +164,14 @@ def table(result: xr.Dataset) -> pd.DataFrame:
 
     ``result``: of `depthscope.interventions.ablate`.
     Returns: One row an experiment: ``loss_change`` with ``low`` and ``high`` (95 %), ``kl``, ``output_change``,
-    ``later_blocks`` (mean change of what they add), and ``rescued`` where a stream was put back.
+    ``later_blocks`` (mean change of what they add).
     """
     names = {"loss_change": "loss_change", "loss_change_low": "low", "loss_change_high": "high"}
-    names |= {name: name for name in ("kl", "output_change", "rescued")}
+    names |= {name: name for name in ("kl", "output_change")}
     columns = {words: result[name].values for name, words in names.items()}
     if "branch_change" in result:
         columns["later_blocks"] = result["branch_change"].mean("later_block").values
-    shown = pd.DataFrame(columns, index=pd.Index(result["experiment"].values, name="experiment"))
-    return shown if shown["rescued"].notna().any() else shown.drop(columns="rescued")
+    return pd.DataFrame(columns, index=pd.Index(result["experiment"].values, name="experiment"))
 
 
 def _finite(result: xr.Dataset, name: str, position: int) -> float | None:

@@ -28,7 +28,6 @@ UNITS = {
     "output_change": "1",
     "branch_change": "1",
     "agreement": "1",
-    "rescued": "1",
     "effect": "1",
     "depth": "depth",
 }
@@ -46,11 +45,6 @@ EFFECTS: dict[str, Variable] = {
         "branch_change",
         ("experiment", "later_block"),
         "‖changed − unchanged‖ / ‖unchanged‖ of what a later block adds to the state",
-    ),
-    "rescued": Variable(
-        ("experiment",),
-        "f",
-        "share of the loss that comes back: 1 − (loss when put back − base) / (loss when removed − base)",
     ),
     "kind": Variable(("experiment",), "OTU", "what was changed"),
     "block": Variable(("experiment",), "i", "number of the block, −1 where it is none alone"),

@@ -1,11 +1,11 @@
 """What happens when something in the forward is changed? Experiments that settle what a finding only suspects."""
 
 from depthscope.diagnostics.experiments import KINDS, open_result, save_result, table
+from depthscope.probes.interventions.changes import Plan, plan
 from depthscope.probes.interventions.effects import ablate
-from depthscope.probes.interventions.errors import InterventionError
 from depthscope.probes.interventions.model_under_test import ModelUnderTest
 from depthscope.probes.interventions.patching import patch
-from depthscope.probes.interventions.plans import Plan, plan
+from depthscope.probes.model.errors import InterventionError
 
 __all__ = [
     "KINDS",

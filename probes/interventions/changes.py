@@ -6,29 +6,178 @@ matrix the next state is X_{k+1} + (H_new − H_res) X_k, and the branch's write
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from depthscope.diagnostics.experiments import ExperimentKind, kind_named
-from depthscope.probes.interventions.errors import InterventionError
+from depthscope.diagnostics.kernels.geometry import massive_activations
+from depthscope.probes.interventions.branch_tensors import BranchOutput, Gathered
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest, Passed
-from depthscope.probes.interventions.plans import (
-    Change,
-    Plan,
-    between,
-    bypassing,
-    constant,
-    fitting,
-    positions,
-    require_sums_of_blocks,
-    selected,
-)
-from depthscope.probes.interventions.replacements import MATRICES
-from depthscope.probes.interventions.state_changes import of_depths
+from depthscope.probes.model.errors import InterventionError
+
+Numbers: TypeAlias = int | Iterable[int] | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be tried, and where; without places every place of the model is tried, one at a time.
+
+    Parameters
+    ----------
+    kind : str
+        Name of an `ExperimentKind`.
+    blocks, connections, depths, streams : tuple of int, optional
+        Where.
+    together : bool
+        All places at once, as one experiment.
+    tokens : tuple of int, optional
+        Of the stream kinds: the positions that are changed; all by default.
+    """
+
+    kind: str
+    blocks: tuple[int, ...] | None = None
+    connections: tuple[int, ...] | None = None
+    depths: tuple[int, ...] | None = None
+    streams: tuple[int, ...] | None = None
+    together: bool = False
+    tokens: tuple[int, ...] | None = None
+
+
+def plan(
+    kind: str,
+    *,
+    blocks: Numbers = None,
+    connections: Numbers = None,
+    depths: Numbers = None,
+    streams: Numbers = None,
+    together: bool = False,
+    tokens: Numbers = None,
+) -> Plan:
+    """What is to be tried, and where.
+
+    Parameters
+    ----------
+    kind : str
+        ``"skip"`` (a block); ``"identity"``, ``"uniform"``, ``"mean"``, ``"sinkhorn"`` (in place of H_res);
+        ``"drop_stream"``, ``"massive"``, ``"bypass"``, ``"without_attention"``, ``"merge_tokens"``, ``"without_mean"``,
+        ``"merge_streams"`` (of the state at a depth).
+    blocks, connections, depths, streams : int or iterable of int, optional
+        Where; every place by default. A depth means the block or connection that ends there.
+    together : bool
+        All places at once, as one experiment.
+    tokens : int or iterable of int, optional
+        Positions that are changed.
+
+    Returns
+    -------
+    Plan
+
+    Raises
+    ------
+    InputError
+        For an unknown kind.
+    """
+    places = (_numbers(each) for each in (blocks, connections, depths, streams))
+    return Plan(kind_named(kind).name, *places, together, _numbers(tokens))
+
+
+def _numbers(given: Numbers) -> tuple[int, ...] | None:
+    if given is None:
+        return None
+    return (given,) if isinstance(given, int) else tuple(int(number) for number in given)
+
+
+@dataclass(frozen=True)
+class Change:
+    """One experiment: a name for people, where it is, and the edits of its forward.
+
+    ``name``: such as ``"skip block 3"``.
+    ``kind``: its kind.
+    ``edits``: ``edits(model)`` returns the edits by depth; it may run the model to learn them.
+    ``block, depth, connection, stream``: where; −1 where it is none alone.
+    """
+
+    name: str
+    kind: str
+    edits: Callable[[ModelUnderTest], Mapping[Any, Edit]]
+    block: int = -1
+    depth: int = -1
+    connection: int = -1
+    stream: int = -1
+
+
+def selected(depth: int, connections: Iterable[int], block: int, wanted: Plan) -> bool:
+    """Whether a place is among those that a plan asks for."""
+    given = [
+        (wanted.depths, {depth}),
+        (wanted.connections, set(connections)),
+        (wanted.blocks, {block}),
+    ]
+    asked = [set(numbers) & here for numbers, here in given if numbers is not None]
+    return not asked or all(asked)
+
+
+# --- what edits have in common
+
+
+def require_sums_of_blocks(kind: str, model: ModelUnderTest) -> None:
+    """Refuse a model whose blocks read more than the state before them; if they can be silenced, other kinds alone."""
+    silent = kind in ("skip", "bypass") and model.chain.over_depth
+    if (model.chain.over_depth or model.chain.history) and not silent:
+        raise InterventionError(
+            f"{kind}: blocks of this model read sums over all earlier depths ({model.structure.family}), so that the "
+            "state before a block is not what the later ones would read without it; patch or drop states at a depth instead"
+        )
+
+
+def constant(value: torch.Tensor) -> Edit:
+    """The edit that puts a value in the place of a state of its shape."""
+
+    def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
+        if value.shape != state.shape:
+            raise InterventionError(
+                f"a state of shape {tuple(value.shape)} cannot take the place of one of {tuple(state.shape)} (sequence, "
+                "token, stream, feature): the blocks between them change the width or the tokens"
+            )
+        return value.clone()
+
+    return edit
+
+
+def fitting(value: torch.Tensor, state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """The value, where it has the shape of the state whose place it takes."""
+    if value.shape != state.shape:
+        raise InterventionError(
+            f"the block from depth {start} to {stop} turns a state of shape {tuple(value.shape)} into one of "
+            f"{tuple(state.shape)} (sequence, token, stream, feature); a block that changes the shape cannot be skipped"
+        )
+    return value
+
+
+def bypassing(start: int, stop: int) -> Callable[[ModelUnderTest], Mapping[Any, Edit]]:
+    """The edits that put the state at one depth in the place of that at a later one.
+
+    Where branches read sums over depth, what those between the two give is zero in every sum.
+    """
+
+    def edits(model: ModelUnderTest) -> Mapping[Any, Edit]:
+        if not model.chain.over_depth:
+            return {stop: lambda state, seen: fitting(seen[start], state, start, stop).clone()}
+        return {
+            BranchOutput(number): lambda given, seen: torch.zeros_like(given)
+            for number in between(start, stop, model)
+        }
+
+    return edits
+
+
+def between(start: int, stop: int, model: ModelUnderTest) -> list[int]:
+    """The connections from one depth to a later one."""
+    return [n for n, link in enumerate(model.chain.connections) if start <= link.depth_in < stop]
 
 
 def changes(wanted: Plan, model: ModelUnderTest) -> list[Change]:
@@ -42,7 +191,7 @@ def changes(wanted: Plan, model: ModelUnderTest) -> list[Change]:
             f"{kind.name} needs several residual streams with connections; this chain has {model.num_streams}"
             + (" and is not the first one" if model.number else "")
         )
-    made = {"block": _of_blocks, "connection": _of_connections, "depth": of_depths}[kind.unit](
+    made = {"block": _of_blocks, "connection": _of_connections, "depth": _of_depths}[kind.unit](
         kind, wanted, model
     )
     found = list(made)
@@ -107,88 +256,17 @@ class _Changed:
 
 def _of_blocks(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
     require_sums_of_blocks(kind.name, model)
-    layers = model.layers
-    following = dict(zip(layers, list(layers)[1:], strict=False))
-    for block, (start, stop) in layers.items():
-        inside = between(start, stop, model)
+    for block, (start, stop) in model.layers.items():
         # A depth inside of a block means the block too.
         depths = [depth for depth in (wanted.depths or ()) if start < depth <= stop]
         at = replace(wanted, depths=None) if depths else wanted
-        if not selected(stop, inside, block, at):
-            continue
-        if kind.name == "swap" and block not in following:
-            continue
-        yield {
-            "skip": _skip,
-            "skip_past": lambda block, model: _skip_past(block, wanted.tokens, model),
-            "repeat": _repeat,
-            "swap": lambda block, model: _swap(block, following[block], model),
-        }[kind.name](block, model)
+        if selected(stop, between(start, stop, model), block, at):
+            yield _skip(block, model)
 
 
 def _skip(block: int, model: ModelUnderTest) -> Change:
     start, stop = model.layers[block]
     return Change(f"skip block {block}", "skip", bypassing(start, stop), block=block, depth=stop)
-
-
-def _skip_past(block: int, tokens: tuple[int, ...] | None, model: ModelUnderTest) -> Change:
-    """The block is left out at early tokens; what changes at the later ones went from token to token (Csordás et al. 2025)."""
-    start, stop = model.layers[block]
-    early, later = _early_and_later(tokens, model)
-
-    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
-        def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
-            before = fitting(seen[start], state, start, stop)
-            return torch.where(early.to(state.device)[:, :, None, None], before, state)
-
-        return {stop: edit}
-
-    name = f"skip block {block} at the first tokens"
-    return Change(name, "skip_past", edits, block=block, depth=stop, measured=later)
-
-
-def _early_and_later(
-    tokens: tuple[int, ...] | None, model: ModelUnderTest
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which tokens are changed and which are measured, (B, T) each: the halves of each sequence, or those after the named."""
-    shape = model.base.states[0].shape[:2]
-    real = torch.ones(shape, dtype=torch.bool) if model.mask is None else model.mask.cpu()
-    half = real.cumsum(1) <= real.sum(1, keepdim=True) // 2
-    early = real & (half if tokens is None else positions(tokens, shape[1]))
-    later = real & (
-        torch.arange(shape[1]) > torch.where(early, torch.arange(shape[1]), -1).amax(1, keepdim=True)
-    )
-    if not bool((early.any(1) & later.any(1)).any()):
-        raise InterventionError(
-            f"skip_past: no sequence of the {shape[0]} x {shape[1]} tokens has changed tokens with later ones after them"
-        )
-    return early, later
-
-
-def _repeat(block: int, model: ModelUnderTest) -> Change:
-    start, stop = model.layers[block]
-
-    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
-        return {stop: constant(_run_in_order(model, [(start, stop), (start, stop)]))}
-
-    return Change(f"repeat block {block}", "repeat", edits, block=block, depth=stop)
-
-
-def _swap(block: int, other: int, model: ModelUnderTest) -> Change:
-    first, second = model.layers[block], model.layers[other]
-
-    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
-        return {second[1]: constant(_run_in_order(model, [second, first]))}
-
-    return Change(f"swap blocks {block} and {other}", "swap", edits, block=block, depth=second[1])
-
-
-def _run_in_order(model: ModelUnderTest, order: list[tuple[int, int]]) -> torch.Tensor:
-    """The state after some blocks that run in another order: each gets, in a forward of its own, what the one before gave."""
-    state = model.base.states[min(start for start, _ in order)]
-    for start, stop in order:
-        state = model.forward({start: constant(state)}).states[stop]
-    return state
 
 
 # --- connections
@@ -229,3 +307,196 @@ def _remixed(rule: str, number: int, model: ModelUnderTest) -> Change:
 
     name = f"H_res of connection {number} ({link.branch}, block {link.layer}): {rule}"
     return Change(name, rule, edits, block=link.layer, depth=link.depth_out, connection=number)
+
+
+# --- states
+
+
+def _of_depths(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+    """The experiments of a plan on states."""
+    depths = [depth for depth in range(len(model.chain.points)) if _depth_selected(depth, wanted, model)]
+    if kind.name in COLLAPSED:
+        return (_collapsed(kind.name, depth, model) for depth in depths)
+    if kind.name == "drop_stream":
+        return (
+            _dropped(depth, stream, wanted.tokens, model)
+            for depth in depths
+            for stream in _streams(wanted, model)
+        )
+    made: dict[str, Callable[[], Iterator[Change]]] = {
+        "massive": lambda: _without_massive(depths, model),
+        "bypass": lambda: _bypassed([depth for depth in depths if depth], wanted, model),
+        "without_attention": lambda: _without_attention([depth for depth in depths if depth], wanted),
+    }
+    return made[kind.name]()
+
+
+def _bypassed(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+    """The steps to the named depths at once, or one at a time where none is named."""
+    require_sums_of_blocks("bypass", model)
+    spans = [(depths[0], depths[-1])] if wanted.depths and depths else [(depth, depth) for depth in depths]
+    for first, last in spans:
+        if model.chain.over_depth and not between(first - 1, last, model):
+            continue  # nothing is added there: the state is read anew
+        steps = f"steps to depths {first} … {last}" if last > first else f"step to depth {last}"
+        yield Change(f"without the {steps}", "bypass", bypassing(first - 1, last), depth=last)
+
+
+def _without_attention(depths: list[int], wanted: Plan) -> Iterator[Change]:
+    """No attention on the way to the named depths at once, or to one at a time where none is named."""
+    for span in [depths] if wanted.depths and depths else [[depth] for depth in depths]:
+        steps = f"depths {span[0]} … {span[-1]}" if len(span) > 1 else f"depth {span[0]}"
+        # What is gathered is zero: there is no state to be changed.
+        edits = dict.fromkeys(map(Gathered, span), constant(torch.zeros(())))
+        yield Change(
+            f"without the attention on the way to {steps}",
+            "without_attention",
+            lambda model, edits=edits: edits,  # type: ignore[misc]
+            depth=span[-1],
+        )
+
+
+def _collapsed(kind: str, depth: int, model: ModelUnderTest) -> Change:
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        return {depth: lambda state, seen: COLLAPSED[kind](state, model.mask)}
+
+    return Change(f"{kind} at depth {depth}", kind, edits, block=model.chain.points[depth].layer, depth=depth)
+
+
+def _depth_selected(depth: int, wanted: Plan, model: ModelUnderTest) -> bool:
+    point = model.chain.points[depth]
+    ends = [number for number, link in enumerate(model.chain.connections) if link.depth_out == depth]
+    return selected(depth, ends, point.layer, wanted)
+
+
+def _streams(wanted: Plan, model: ModelUnderTest) -> Iterator[int]:
+    for stream in range(model.num_streams) if wanted.streams is None else wanted.streams:
+        if not 0 <= stream < model.num_streams:
+            raise InterventionError(f"no stream {stream}; the model has streams 0 … {model.num_streams - 1}")
+        yield stream
+
+
+def _dropped(depth: int, stream: int, tokens: tuple[int, ...] | None, model: ModelUnderTest) -> Change:
+    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+        def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
+            changed = state.clone()
+            changed[:, slice(None) if tokens is None else list(tokens), stream] = 0
+            return changed
+
+        return {depth: edit}
+
+    return Change(
+        f"drop stream {stream} at depth {depth}",
+        "drop_stream",
+        edits,
+        block=model.chain.points[depth].layer,
+        depth=depth,
+        stream=stream,
+    )
+
+
+def _without_massive(depths: list[int], model: ModelUnderTest) -> Iterator[Change]:
+    for depth in depths:
+        state = model.base.states[depth]
+        # Streams of one token are one row: a massive entry is so against all of the sequence's.
+        found = massive_activations(
+            state.flatten(2).float().cpu(), mask=None if model.mask is None else model.mask.cpu()
+        )
+        if not bool(found.any()):
+            continue
+        at = found.reshape(state.shape).to(state.device)
+        features = sorted({int(f) for f in at.nonzero()[:, 3].unique()})
+
+        def edits(model: ModelUnderTest, depth: int = depth, at: torch.Tensor = at) -> Mapping[int, Edit]:
+            return {depth: lambda value, _: value.masked_fill(at, 0)}
+
+        name = f"zero {int(at.sum())} massive entries at depth {depth} (features {', '.join(map(str, features[:4]))})"
+        yield Change(name, "massive", edits, block=model.chain.points[depth].layer, depth=depth)
+
+
+# --- what takes the place of a matrix (B, T, N, N), or of a state (B, T, N, D)
+
+# Sinkhorn's steps converge geometrically; where they do not within so many, the limit has zeros that are reached like 1/k.
+SINKHORN_STEPS, SINKHORN_ERROR = 10_000, 1e-6
+
+
+def identity_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The identity, at every token."""
+    return torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix)
+
+
+def uniform_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """J/n, at every token."""
+    return torch.full_like(mix, 1 / mix.shape[-1])
+
+
+def mean_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean over all real tokens of all sequences."""
+    real = mix.flatten(0, 1) if mask is None else mix[mask.cpu()]
+    return real.mean(0).expand_as(mix)
+
+
+def sinkhorn_limit(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The doubly stochastic matrix that rows and columns normalised in turn converge to, token by token.
+
+    Scaling rows and columns does not move it, so the limit from H_res is the limit from its logits.
+
+    Raises InterventionError: For matrices with an entry that is not positive, and where the steps do not converge.
+    """
+    if bool((mix <= 0).any()):
+        raise InterventionError(
+            f"sinkhorn: H_res has entries down to {float(mix.min()):.3g}; Sinkhorn's steps need positive ones. Take identity, "
+            "uniform or mean"
+        )
+    limit = mix
+    for _ in range(SINKHORN_STEPS):
+        limit = limit / limit.sum(-2, keepdim=True)
+        limit = limit / limit.sum(-1, keepdim=True)
+        if float((limit.sum(-2) - 1).abs().max()) <= SINKHORN_ERROR:
+            return limit
+    raise InterventionError(
+        f"sinkhorn: after {SINKHORN_STEPS} steps the column sums are still off by "
+        f"{float((limit.sum(-2) - 1).abs().max()):.1e}; the entries of H_res differ by too many orders of magnitude"
+    )
+
+
+MATRICES: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
+    "identity": identity_matrix,
+    "uniform": uniform_matrix,
+    "mean": mean_matrix,
+    "sinkhorn": sinkhorn_limit,
+}
+"""What takes the place of H_res (B, T, N, N), by the kind of the experiment."""
+
+
+def merged_tokens(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean over the real tokens of each sequence, at all of them."""
+    real = _real(state, mask)
+    mean = (state.double() * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
+    return torch.where(real, mean.to(state.dtype), state)
+
+
+def without_mean(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """What differs from the mean over the real tokens of all sequences."""
+    real = _real(state, mask)
+    mean = (state.double() * real).sum((0, 1), keepdim=True) / real.sum().clamp_min(1)
+    return torch.where(real, (state.double() - mean).to(state.dtype), state)
+
+
+def merged_streams(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The mean of the streams, as each of them."""
+    return state.mean(2, keepdim=True).expand_as(state).clone()
+
+
+def _real(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Which tokens count, (B, T, 1, 1)."""
+    real = torch.ones(state.shape[:2], dtype=torch.bool) if mask is None else mask
+    return real.to(state.device)[:, :, None, None]
+
+
+COLLAPSED: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
+    "merge_tokens": merged_tokens,
+    "without_mean": without_mean,
+    "merge_streams": merged_streams,
+}
+"""What a collapse would leave of a state, by the kind of the experiment."""

@@ -13,13 +13,10 @@ from torch import nn
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import EFFECTS, declared, estimated
-from depthscope.probes.interventions.changes import changes
-from depthscope.probes.interventions.errors import InterventionError
+from depthscope.probes.interventions.changes import Change, Plan, changes, plan
 from depthscope.probes.interventions.model_under_test import ModelUnderTest, Passed
-from depthscope.probes.interventions.other_paths import other_paths
-from depthscope.probes.interventions.plans import Change, Plan, plan
 from depthscope.probes.interventions.predictions import Loss, Pick, divergence, relative_change, user_loss
-from depthscope.probes.interventions.targets import targets_of
+from depthscope.probes.model.errors import InterventionError
 from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import ModelOptions, Options, takes_options
 
@@ -162,7 +159,7 @@ def _run_batch(model: nn.Module, batch: Any, plans: Iterable[Plan], settings: _S
         measure.why,
         under_test.num_streams,
         under_test.proof,
-        other_paths(under_test),
+        under_test.other_paths(),
     )
 
 
@@ -172,7 +169,7 @@ class _Measure:
     def __init__(self, model: ModelUnderTest, settings: _Settings) -> None:
         self._model, self._settings = model, settings
         self._base = model.values(model.base.output, settings.logits)
-        self._targets = targets_of(model, self._base, settings.logits)
+        self._targets = model.targets(self._base, settings.logits)
         self.why = "" if settings.loss is not None else self._targets.why
         self.base_loss = self._loss(model.base, self._base)
 
@@ -195,13 +192,6 @@ class _Measure:
             padding = ~self._targets.mask.cpu()
             kl, moved = kl.masked_fill(padding, torch.nan), moved.masked_fill(padding, torch.nan)
         loss = self._loss(passed, values)
-        if change.measured is not None:
-            fits = change.measured.shape == values.shape[:2]
-            apart = ~change.measured if fits else torch.ones(values.shape[:2], dtype=torch.bool)
-            kl, moved, loss = (
-                each.masked_fill(apart, torch.nan) if each.shape == apart.shape else each * torch.nan
-                for each in (kl, moved, loss)
-            )
         return _Effect(change, loss, kl, moved, self._branch_change(change, passed))
 
     def _branch_change(self, change: Change, passed: Passed) -> dict[int, torch.Tensor]:
@@ -209,7 +199,6 @@ class _Measure:
         model = self._model
         if model.chain.over_depth or model.chain.history:  # their states are no sums of what blocks add
             return {}
-        counted = change.measured if change.measured is not None else model.mask
         found = {}
         for block, (start, stop) in model.layers.items():
             before, after = model.base.states.get(start), model.base.states.get(stop)
@@ -217,8 +206,8 @@ class _Measure:
                 continue
             added = (after - before).flatten(2)
             share = relative_change(added, (passed.states[stop] - passed.states[start]).flatten(2)).cpu()
-            if counted is not None:
-                share = share.masked_fill(~counted.cpu(), torch.nan)
+            if model.mask is not None:
+                share = share.masked_fill(~model.mask.cpu(), torch.nan)
             found[block] = share.nanmean(1)
         return found
 
@@ -258,8 +247,6 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
         variables |= estimated(
             "branch_change", ("experiment", "later_block"), _by_block(by_name, shared, later)
         )
-    costs = variables["loss_change_low"][1]
-    variables["rescued"] = ("experiment", _rescued(of_change, variables["loss_change"][1], costs))
     coords = {
         "experiment": np.array(shared, dtype=object),
         "kind": ("experiment", np.array([change.kind for change in of_change], dtype=object)),
@@ -299,17 +286,6 @@ def _by_block(by_name: list[dict[str, _Effect]], names: list[str], blocks: list[
         ]
         rows.append(torch.cat(of_batches, dim=1).double().numpy())
     return np.stack(rows)[..., None]
-
-
-def _rescued(of_change: list[Change], loss_change: np.ndarray, low: np.ndarray) -> np.ndarray:
-    """1 − ΔL(put back) / ΔL(removed); NaN where the removal alone was not tried, or may have cost nothing."""
-    by_name = {change.name: position for position, change in enumerate(of_change)}
-    shares = np.full(len(of_change), np.nan)
-    for position, change in enumerate(of_change):
-        removed = by_name.get(change.compared)
-        if removed is not None and low[removed] > 0:
-            shares[position] = 1 - loss_change[position] / loss_change[removed]
-    return shares
 
 
 def _padded(batches_of: list[torch.Tensor]) -> np.ndarray:

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
-from depthscope.probes.connections.coefficients import Parts, StreamConnectionError
+from depthscope.probes.connections.coefficients import Parts, StreamConnectionError, relative_error
 from depthscope.probes.connections.proof import gather_evidence
-from depthscope.probes.interventions.branch_tensors import BranchOutput, BranchTensors
-from depthscope.probes.interventions.errors import InterventionError
-from depthscope.probes.interventions.gathered import Gathered, WithoutAttention
-from depthscope.probes.interventions.predictions import Pick, output_values
-from depthscope.probes.interventions.repeats import repeats, same_values
+from depthscope.probes.interventions.branch_tensors import (
+    BranchOutput,
+    BranchTensors,
+    Gathered,
+    WithoutAttention,
+)
+from depthscope.probes.interventions.predictions import Pick, Targets, find_targets, output_values
 from depthscope.probes.interventions.state_operations import (
     GIVEN,
     READ,
@@ -28,7 +30,10 @@ from depthscope.probes.interventions.state_operations import (
     Side,
     StateOperations,
     StatePlace,
+    repeats,
+    same_values,
 )
+from depthscope.probes.model.errors import InterventionError
 from depthscope.probes.model.modules import require_module
 from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.while_needed import eager
@@ -42,6 +47,8 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.model_structure import FINAL
 
+# By how much the last state may differ where only rounding does: batches in another order; a heuristic of ours.
+AROUND = 1e-2
 EVERY_SEQUENCE = 2**20  # sequences of one batch that are stored: all of them
 
 Seen: TypeAlias = Mapping[int, torch.Tensor]
@@ -89,9 +96,8 @@ class ModelUnderTest:
         require_module(model)
         self.model = model
         self.batch = batch
-        self._options, self._chain_name = options or Options(), chain
-        taken = ("layers", "layout", "streams", "mask", "sites")
-        own = Options(**{name: getattr(self._options, name) for name in taken}, max_sequences=EVERY_SEQUENCE)
+        given, taken = options or Options(), ("layers", "layout", "streams", "mask", "sites")
+        own = Options(**{name: getattr(given, name) for name in taken}, max_sequences=EVERY_SEQUENCE)
         self._session = Session(model, own, scope=Scope(only_own=True, sums=False))
         self._read_model()
         self.structure = self._session.structure
@@ -120,13 +126,44 @@ class ModelUnderTest:
         with self.unchanged_model(), torch.no_grad(), own_call(self._session.owner):
             return self.values(call_model(self.model, copied(batch)), pick)
 
-    def sibling(self, source: Any) -> ModelUnderTest:
-        """The same model on another batch, or another model on the same batch.
+    def targets(self, logits: torch.Tensor, pick: Pick | None = None) -> Targets:
+        """What the output is compared with, asked of the model itself: see `find_targets`.
 
-        ``source``: what is another one.
+        ``logits``: (B, T, V) of its unchanged output.
         """
-        model, batch = (source, self.batch) if isinstance(source, nn.Module) else (self.model, source)
-        return ModelUnderTest(model, batch, self._options, chain=self._chain_name)
+        return find_targets(
+            self.batch,
+            self.base.output,
+            logits,
+            mask=self.mask,
+            width=self.base.states[max(self.base.states)].shape[-1],
+            again=lambda batch: self.values_again(batch, pick),
+            picked=pick is not None,
+        )
+
+    def other_paths(self) -> str:
+        """What leads around the state in the middle of the model; empty where nothing does.
+
+        The states in the middle are exchanged between the sequences. If nothing else leads from before them to the last
+        state, that one is then the other sequence's, whatever comes between.
+        """
+        last, middle = len(self.chain.points) - 1, len(self.chain.points) // 2
+        # Random masks belong to a row, not to a sequence.
+        mixes = any(module.training for module in self.model.modules())
+        if mixes or len(self.base.states[0]) < 2 or middle == last:
+            return ""
+        try:
+            passed = self.forward({middle: lambda state, seen: state.roll(1, 0)})
+        except InterventionError:
+            return ""
+        expected = self.base.states[last].roll(1, 0).double()
+        apart = relative_error(passed.states[last].double() - expected, expected)
+        if apart <= AROUND:
+            return ""
+        return (
+            f"more than the state at depth {middle} leads to the last one (with the states of other sequences there, it "
+            f"differs from theirs by {apart:.1%}): embeddings of the ids, masks or skips over depth go around a changed state"
+        )
 
     # --- what the model is
 

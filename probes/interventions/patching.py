@@ -16,12 +16,10 @@ from torch import nn
 
 from depthscope.diagnostics.closest_names import did_you_mean
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.interventions.errors import InterventionError
-from depthscope.probes.interventions.model_under_test import ModelUnderTest, Passed
-from depthscope.probes.interventions.patch_measure import Answers, Measure
-from depthscope.probes.interventions.patch_result import Cell, Outcome, patch_result
+from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest, Passed
+from depthscope.probes.interventions.patch_measure import Answers, Cell, Measure, Outcome, patch_result
 from depthscope.probes.interventions.predictions import Loss, Pick
-from depthscope.probes.interventions.state_changes import replaced_state
+from depthscope.probes.model.errors import InterventionError
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import ModelOptions, Options, takes_options
@@ -197,7 +195,7 @@ class _Pair:
                 "would not be known to be all that the later blocks read. Patch with hooks of your own, or use ablate, which "
                 "says the same in its result"
             )
-        self.clean = self.corrupted.sibling(clean)
+        self.clean = ModelUnderTest(model, clean, options, chain=chain)
         shapes = [
             {depth: tuple(s.shape) for depth, s in each.base.states.items()}
             for each in (self.clean, self.corrupted)
@@ -266,9 +264,20 @@ def _of_state(pair: _Pair, depth: int) -> _Place:
         return _Place("residual", depth, why="no forward shows the state")
 
     def forward(chosen: torch.Tensor, checked: bool) -> Passed:
-        return pair.corrupted.forward({depth: replaced_state(clean, chosen)}, checked=checked)
+        return pair.corrupted.forward({depth: _replaced(clean, chosen)}, checked=checked)
 
     return _Place("residual", depth, differs=_unequal(clean, before).any(-1).cpu(), forward=forward)
+
+
+def _replaced(value: torch.Tensor, chosen: torch.Tensor) -> Edit:
+    """Another state at some tokens and streams, (T, N)."""
+
+    def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
+        return torch.where(
+            chosen.to(state.device)[None, :, :, None], value.to(state.device, state.dtype), state
+        )
+
+    return edit
 
 
 def _of_matrix(pair: _Pair, name: str, number: int) -> _Place:

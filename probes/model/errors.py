@@ -1,4 +1,4 @@
-"""Which error is raised for a capture that could not be made? `CaptureError`."""
+"""Which errors are raised for what could not be measured or changed? `CaptureError`, `InterventionError`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,10 @@ from depthscope.diagnostics.errors import DepthscopeError
 
 class CaptureError(DepthscopeError, RuntimeError):
     """A capture that could not be made, or that would be incomplete."""
+
+
+class InterventionError(CaptureError):
+    """A change that cannot be made, or an experiment that the model does not allow."""
 
 
 def as_capture_error(error: Exception) -> Exception:

@@ -26,10 +26,10 @@ def call(*words) -> int:
 def test_ablate_measures_what_each_block_does(text, tmp_path, capsys):
     out = tmp_path / "result.h5"
     words = ("ablate", FACTORY, "--text", text, "--length", 16, "--sequences", 3, "--out", out)
-    assert call(*words, "--do", "skip,repeat", "--blocks", "0-1", "--json") == FINE
+    assert call(*words, "--do", "skip,bypass", "--blocks", "0-1", "--json") == FINE
     printed = json.loads(capsys.readouterr().out)
     assert [row["experiment"] for row in printed["experiments"]] == [
-        "skip block 0", "skip block 1", "repeat block 0", "repeat block 1",
+        "skip block 0", "skip block 1", "without the step to depth 1", "without the step to depth 2",
     ]  # fmt: skip
     assert printed["experiments"][0]["loss_change_low"] < printed["experiments"][0]["loss_change_high"]
     assert printed["base_loss"]["sequences"] == 3

@@ -76,7 +76,7 @@ def test_a_finding_that_no_change_of_the_forward_settles_has_none():
 
 
 def test_hyphens_are_underscores_and_unknown_kinds_are_named():
-    assert kind_named("freeze-stream") is KINDS["freeze_stream"]
+    assert kind_named("drop-stream") is KINDS["drop_stream"]
     with pytest.raises(ValueError, match="no experiment 'unform'; closest: 'uniform'"):
         kind_named("unform")
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from depthscope.probes.interventions import InterventionError, ModelUnderTest, ablate, plan
 from depthscope.probes.interventions.changes import changes
-from depthscope.probes.interventions.repeats import same_values
+from depthscope.probes.interventions.state_operations import same_values
 from tests.models import families
 from tests.models.designs.catalogue import DESIGNS
 from tests.models.families import built
@@ -107,17 +107,6 @@ def test_a_skipped_block_is_a_model_without_it():
     found = only(ModelUnderTest(model, batch), "skip", blocks=1)
     with torch.no_grad():
         torch.testing.assert_close(found.logits, without(**batch, use_cache=False).logits, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(("kind", "order"), [("repeat", [0, 1, 1, 2]), ("swap", [0, 2, 1])])
-def test_blocks_run_in_another_order_as_in_a_model_of_that_order(kind, order):
-    model, batch = llama(), {"input_ids": torch.arange(30).reshape(2, 15)}
-    other = copy.deepcopy(model)
-    other.model.layers = nn.ModuleList(other.model.layers[number] for number in order)
-    other.config.num_hidden_layers = len(order)
-    found = only(ModelUnderTest(model, batch), kind, blocks=1)
-    with torch.no_grad():
-        torch.testing.assert_close(found.logits, other(**batch, use_cache=False).logits, rtol=0, atol=1e-6)
 
 
 def test_all_blocks_skipped_together_are_the_embedding_and_the_head():
@@ -222,17 +211,6 @@ def test_a_dropped_stream_is_zero_from_its_operation_on():
     assert torch.equal(passed.states[1][:, :, :2], under_test.base.states[1][:, :, :2])
 
 
-def test_a_stream_that_is_put_back_at_once_is_rescued_completely():
-    under_test = ModelUnderTest(LocalStreams().eval(), ids())
-    back = {1: lambda state, seen: under_test.base.states[1]}
-    dropped = {0: lambda state, seen: state * torch.tensor([0.0, 1, 1])[:, None]}
-    assert same_values(under_test.forward({**dropped, **back}).output, under_test.base.output)
-    found = changes(plan("rescue", streams=0, depths=[0, 1, 2]), under_test)
-    assert [change.compared for change in found] == ["", found[0].name, found[0].name]
-    restored = under_test.forward(found[1].edits(under_test)).states[1]
-    assert torch.equal(restored[:, :, 0], under_test.base.states[1][:, :, 0])
-
-
 def test_massive_entries_are_set_to_zero_and_named():
     class Writer(nn.Module):
         """Writes 5000 into one feature of the first token."""
@@ -268,27 +246,6 @@ def test_massive_entries_are_set_to_zero_and_named():
     assert torch.equal(passed.states[depth][:, 1:], under_test.base.states[depth][:, 1:])
     with pytest.raises(InterventionError, match="above 100 and 1000 medians"):
         changes(plan("massive"), ModelUnderTest(LocalStreams().eval(), ids()))
-
-
-def test_states_from_the_same_batch_a_run_and_another_model_are_patched():
-    import depthscope as ds
-
-    model = LocalStreams().eval()
-    under_test = ModelUnderTest(model, ids())
-    run = ds.capture(model, ids())
-    for source in (ids(), run):
-        assert same_values(only(under_test, "patch", source=source, depths=2), under_test.base.output)
-    # From another model, at the last depth: its streams under this model's head.
-    other = LocalStreams(replace=replaced("uniform")).eval()
-    with torch.no_grad():
-        expected = other(ids())  # the heads of both are the same
-    torch.testing.assert_close(only(under_test, "patch", source=other, depths=3), expected, rtol=0, atol=1e-6)
-    # One position alone moves nothing before it.
-    moved = only(under_test, "patch", source=ids(seed=1), depths=0, tokens=4) - under_test.base.output
-    assert float(moved[:, :4].abs().max()) == 0
-    assert float(moved[:, 4].abs().max()) > 0
-    with pytest.raises(InterventionError, match="cannot take the place"):
-        only(under_test, "patch", source=ids(length=5), depths=1)
 
 
 # --- what must not be left behind

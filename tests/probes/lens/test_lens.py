@@ -10,8 +10,7 @@ from torch import nn
 import depthscope as ds
 from depthscope.probes.interventions import ModelUnderTest
 from depthscope.probes.lens import HeadError
-from depthscope.probes.lens.head import find_head
-from depthscope.probes.lens.readings import prediction_depth
+from depthscope.probes.lens.readings import find_head, prediction_depth
 from tests.models.families import PAIRS, built
 from tests.models.small_models import deepseek, llama, lucidrains
 from tests.probes.interventions.local_streams import STREAMS, LocalStreams, ids
