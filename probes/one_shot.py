@@ -14,13 +14,11 @@ from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import Loss, loss_value, mean_task, read_task
 from depthscope.probes.model.modules import all_parameters, require_module
-from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.model.while_needed import eager, no_collection
+from depthscope.probes.model.preserved_state import eager, no_collection, preserved_state
 from depthscope.probes.run.attributes import stage_attribute
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import StepStatistics
-from depthscope.probes.session.forward import Forward, Measured, own_call
-from depthscope.probes.session.gradient_hooks import backward_to
+from depthscope.probes.session.forward import Forward, Measured, backward_to, own_call
 from depthscope.probes.session.model_call import batches, call_observed
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session

@@ -20,9 +20,8 @@ from torch import nn
 from depthscope.diagnostics.experiments import estimate
 from depthscope.probes.model.loss_graph import Loss, loss_value
 from depthscope.probes.model.modules import module_paths
-from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.preserved_state import eager, preserved_state
 from depthscope.probes.model.tensors import tensors_in
-from depthscope.probes.model.while_needed import eager
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, copied
 

@@ -26,8 +26,7 @@ from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
 from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.loss_graph import Loss
-from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.model.while_needed import eager
+from depthscope.probes.model.preserved_state import eager, preserved_state
 from depthscope.probes.one_shot import graph_of_frozen, measure, with_gradients
 from depthscope.probes.rescaling import FEWEST, STEPS, first_size, promises, rescaled, sure_slope
 from depthscope.probes.run.attributes import memory_facts

@@ -35,8 +35,7 @@ from depthscope.probes.interventions.state_operations import (
 )
 from depthscope.probes.model.errors import InterventionError
 from depthscope.probes.model.modules import require_module
-from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.model.while_needed import eager
+from depthscope.probes.model.preserved_state import eager, preserved_state
 from depthscope.probes.reading.tensor_memory import stacked
 from depthscope.probes.run.build_run import build_run, sampled_joints
 from depthscope.probes.session.forward import own_call

@@ -16,9 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.probes.model.hooks import in_recomputation
-from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.preserved_state import eager, preserved_state
 from depthscope.probes.model.tensors import floats_in, version
-from depthscope.probes.model.while_needed import eager
 from depthscope.probes.reading.graph import Graph, TracedValue, ValuePlace
 from depthscope.probes.reading.operations import is_read_early, is_view
 from depthscope.probes.reading.recorder import GraphRecorder

@@ -27,8 +27,7 @@ from depthscope.probes.jacobian.differentiable_forward import (
     gradients,
     viewed,
 )
-from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.model.while_needed import eager
+from depthscope.probes.model.preserved_state import eager, preserved_state
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.session.forward import Forward
 from depthscope.probes.session.model_call import call_observed

@@ -11,7 +11,7 @@ from itertools import pairwise, takewhile
 
 import torch
 
-from depthscope.probes.model.while_needed import no_collection
+from depthscope.probes.model.preserved_state import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
 from depthscope.probes.reading.choice import NO_MEMORY, memories
 from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights

@@ -16,10 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.modules import module_paths
-from depthscope.probes.model.operations import Listener
-from depthscope.probes.model.tensors import floats_in, split_over
+from depthscope.probes.model.preserved_state import no_collection
+from depthscope.probes.model.tensors import Listener, floats_in, split_over
 from depthscope.probes.model.user_modes import circumstances
-from depthscope.probes.model.while_needed import no_collection
 from depthscope.probes.reading.graph import (
     CONSTANT,
     FILLS,

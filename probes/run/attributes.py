@@ -21,7 +21,7 @@ from depthscope.probes.connections.constraint import constraint_of, constraint_w
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.run.connection_variables import changes_outside
-from depthscope.probes.run.weights_digest import weights_digest
+from depthscope.probes.run.initial_weights import weights_digest
 from depthscope.probes.session.reservoir import Sequence, training_stamp, weights_stamp
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain

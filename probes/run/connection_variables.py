@@ -18,8 +18,12 @@ from depthscope.probes.connections.coefficients import (
     tolerance,
 )
 from depthscope.probes.connections.proof import Evidence, Joint
-from depthscope.probes.run.linear_variables import depth_variables, factor_variables
-from depthscope.probes.run.plain_factors import PlainFactors, plain_factors
+from depthscope.probes.run.linear_variables import (
+    PlainFactors,
+    depth_variables,
+    factor_variables,
+    plain_factors,
+)
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain, Connection

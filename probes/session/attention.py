@@ -22,7 +22,7 @@ from torch import nn
 
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.layout import LayoutError
-from depthscope.probes.model.operations import OperationsShown
+from depthscope.probes.model.tensors import OperationsShown
 from depthscope.probes.reading.graph import Graph, TracedValue, names
 from depthscope.probes.reading.known_operations import operation_of
 from depthscope.probes.reading.recorder import GraphRecorder
@@ -32,9 +32,6 @@ from depthscope.probes.structure.model_structure import Structure
 OTHER_TOKENS = "its queries are not the tokens of the state"
 CHANGED = "a later forward attended another number of times than the first"
 WHOLE_LAYER = "an operation that is a whole layer shows no weights: capture with gradients=True"
-# In a training loop: per query, the weights of all heads compared with the D² multiplications of a layer's weights, of which a
-# sequence has 12 or more, and three times that with its backward: about 2 % of a measured step. Heuristic.
-SHARE_OF_STEP = 1 / 64
 # A mask that is added is −∞, the smallest number of its type, or such as −10⁹; no logit of a network is near these.
 MASKED = -1e8
 # Elements of the weights that are held at once while fused attention is computed again: 64 MB.
@@ -63,7 +60,6 @@ class AttentionPlaces:
     leads to, or None where it leads to none that is known.
     ``heads, keys, modules``: number of heads and of queries, and the module, by chain and depth.
     ``reasons``: why attention was seen and is not measured, and how often.
-    ``sequences``: how many of the sampled sequences are looked at in a forward; None for all.
     """
 
     calls: dict[tuple[str, int], list[Key | None]] = field(default_factory=dict)
@@ -72,7 +68,6 @@ class AttentionPlaces:
     modules: dict[Key, str] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     seen: Counter[Key] = field(default_factory=Counter)
-    sequences: int | None = None
 
     @property
     def paths(self) -> set[str]:
@@ -80,17 +75,6 @@ class AttentionPlaces:
         placed = {path for (path, _), keys in self.calls.items() if any(keys)}
         # A module that contains another one of them would see its attention as well.
         return {path for path in placed if path and not any(other.startswith(f"{path}.") for other in placed)}
-
-    def limit_cost(self, structure: Structure, batch_size: int) -> None:
-        """Look at so few sequences that a measured step of a training loop costs about 2 % more."""
-        most = max((self.heads[key] * self.keys[key] for key in self.heads), default=0)
-        width = structure.chains[0].shapes[0][-1]
-        self.sequences = int(batch_size * width * width * SHARE_OF_STEP / most) if most else None
-        if self.sequences == 0:
-            self.reasons[
-                f"{most} attention weights per query, for states of {width} features, would cost more than about 2 % of a "
-                'measured step: request the site "attention" in sites= to measure them all the same'
-            ] += len(self.heads)
 
 
 class AttentionWatch:
@@ -269,11 +253,10 @@ def later_attention(
 ) -> tuple[OperationsShown, Callable[[Any], None]] | None:
     """What looks at one call of a module that attends, and what is to be done at its end; None where it is not looked at."""
     expected = places.calls.get((path, forward.next_index("attention", path)))
-    rows = forward.rows[: places.sequences]
-    if expected is None or not any(expected) or not len(rows):
+    if expected is None or not any(expected) or not len(forward.rows):
         return None
     follow = isinstance(module, nn.MultiheadAttention)
-    watch = AttentionWatch(rows, forward.batch_size, heads_follow=lambda: follow)
+    watch = AttentionWatch(forward.rows, forward.batch_size, heads_follow=lambda: follow)
 
     def done(result: Any) -> None:
         if len(watch.found) != len(expected):

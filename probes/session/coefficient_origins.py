@@ -19,9 +19,8 @@ from depthscope.probes.connections.coefficients import Parts, StreamConnectionEr
 from depthscope.probes.connections.computation import Doubt, Origin, Search
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.layout import LayoutError
-from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.preserved_state import eager, preserved_state
 from depthscope.probes.model.tensors import tensors_in
-from depthscope.probes.model.while_needed import eager
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import ReadingError, TracedValue, ValuePlace
 from depthscope.probes.reading.recorder import GraphRecorder

@@ -27,13 +27,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report, in_recomputation
 from depthscope.probes.model.modules import all_parameters
-from depthscope.probes.model.preserved_state import preserved_state
+from depthscope.probes.model.preserved_state import eager, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
-from depthscope.probes.model.while_needed import eager
 from depthscope.probes.session.backward_roots import Edge, edges_behind, running_backward
-from depthscope.probes.session.forward import Forward, own_call, own_calls
-from depthscope.probes.session.gradient_hooks import backward_to
+from depthscope.probes.session.forward import Forward, backward_to, own_call, own_calls
 
 COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call
 COMPILED_FROM = "_torchdynamo_orig_callable"  # on functions that `torch.compile` made

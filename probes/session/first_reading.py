@@ -11,14 +11,13 @@ from torch import nn
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
 from depthscope.probes.model.modules import module_types
-from depthscope.probes.model.while_needed import no_collection
+from depthscope.probes.model.preserved_state import no_collection
 from depthscope.probes.reading.places import KnownPlaces
 from depthscope.probes.session.attention import AttentionPlaces, placed_attention
-from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.find_structure import AxisError, StructureFinder
 from depthscope.probes.session.first_forward import RewrittenError, out_of_sight, replay
 from depthscope.probes.session.forward import Forward, Tape, own_call, own_calls
-from depthscope.probes.session.logit_statistics import LogitStatistics
+from depthscope.probes.session.logit_statistics import ConnectionParameters, LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.session.step import Step
@@ -74,20 +73,19 @@ class FirstReading:
 
     @property
     def first_attention(self) -> int | None:
-        """Of how many sequences the first forward looks at what they attend to; None where it is not looked for."""
-        if not self.options.selection.includes("attention"):
+        """Of how many sequences a forward looks at what they attend to; None where it is not looked for.
+
+        A loop does so where the site is named: it costs more than the rest of a measured step.
+        """
+        selection = self.options.selection
+        if not selection.includes("attention") or not (self.scope.only_own or selection.requests):
             return None
-        if not self.scope.sums:
-            return 0  # only where it lies
-        # The whole sample in a capture; a loop first has to know what that costs.
-        return self.options.max_sequences if self.scope.only_own else 1
+        return self.options.max_sequences if self.scope.sums else 0  # only where it lies
 
     @property
     def later_attention(self) -> int | None:
         """The same of a later forward that is traced."""
-        places = self.attention
-        every = self.options.max_sequences if places.sequences is None else places.sequences
-        return every if places.heads and every else None
+        return self.options.max_sequences if self.attention.heads else None
 
     def end(self, tape: Tape, forward: Forward) -> None:
         """Find the structure in a forward that has ended, and record what that forward showed of it."""
@@ -148,8 +146,6 @@ class FirstReading:
         selection = self.options.selection
         if selection.requests:
             selection.require_attention(structure.chains, self.attention.heads, self.attention.reasons)
-        elif not self.scope.only_own:
-            self.attention.limit_cost(structure, forward.batch_size)
 
     def _new_observer(self, structure: Structure, tape: Tape) -> Observer:
         # A capture follows a forward for the logits; of its one set of weights no value moves.

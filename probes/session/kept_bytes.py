@@ -14,10 +14,8 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from depthscope.probes.model.hooks import without_frames
-from depthscope.probes.model.operations import OperationsShown
-from depthscope.probes.model.preserved_state import preserved_state
-from depthscope.probes.model.tensors import tensors_in
-from depthscope.probes.model.while_needed import eager
+from depthscope.probes.model.preserved_state import eager, preserved_state
+from depthscope.probes.model.tensors import OperationsShown, tensors_in
 from depthscope.probes.session.compiled_model import is_compiled
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model

@@ -14,10 +14,8 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
 from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.reading.tensor_memory import detached, stacked
-from depthscope.probes.session.connection_parameters import ConnectionParameters
-from depthscope.probes.session.forward import Forward, Key, TensorKey
-from depthscope.probes.session.gradient_hooks import GradientListener
-from depthscope.probes.session.logit_statistics import FIRST, LogitStatistics
+from depthscope.probes.session.forward import Forward, GradientListener, Key, TensorKey
+from depthscope.probes.session.logit_statistics import FIRST, ConnectionParameters, LogitStatistics
 from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.statistics.coefficient_sums import coefficient_sums
 from depthscope.probes.statistics.live_sums import LiveSums

@@ -71,8 +71,7 @@ class Options:
         What to capture, by the names that people know, such as ``"mid"``, ``"final"``, ``"h_res"``, ``"attention"`` or
         ``"blocks.3.hook_resid_post"``: see `probes.structure.sites`. By default every state, and every weight of stream
         connections, and what the queries attend to; the insides of plain blocks (``mid``, ``branch_out``) only on request.
-        A training loop looks at the attention of as few of the sampled sequences as cost about 2 % of a measured step, or of
-        none, and ``/coverage`` says so, unless it is named here.
+        A training loop looks at attention only where it is named here.
     mask : Tensor or callable, optional
         (B, T), true on real tokens, or a function from the model's arguments to it. Without it the arguments
         ``attention_mask`` and ``src_key_padding_mask`` are used.

@@ -31,13 +31,13 @@ from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_model import CompiledCalls, CompiledModel
 from depthscope.probes.session.first_forward import (
     NOT_READ,
+    LaterForwards,
     RecordedForward,
     RewrittenError,
     record_operations,
 )
 from depthscope.probes.session.first_reading import FirstReading
 from depthscope.probes.session.forward import CurrentForward, Forward, Measured, Tape, own_call, own_calls
-from depthscope.probes.session.later_forwards import LaterForwards
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.session.step import Step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -12,25 +13,19 @@ from depthscope.diagnostics.schema.loss_course import LossCourse
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import mean_task
 from depthscope.probes.run.build_run import Proven, build_run
-from depthscope.probes.run.statistics_dataset import StepStatistics
+from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
+from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.loss_scale import LossScale
 from depthscope.probes.statistics.row_sums import RowSums
-from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 from depthscope.probes.training.notices import Notices
-from depthscope.probes.training.step_sums import (
-    PooledSums,
-    added_up,
-    finite_gradients,
-    forget_shared_gradients,
-    make_gradients_undefined,
-    num_tokens,
-)
 
 if TYPE_CHECKING:
     from depthscope.probes.training.live.live import Live
+
 
 FROZEN = "no gradient of the loss reaches the residual states: no weight before them is trained, as where a head alone learns"
 
@@ -229,3 +224,63 @@ class MeasuredSteps:
         except Exception as error:
             self._say(f"the weights of step {step} were not measured: {error}", error)
             return None
+
+
+class PooledSums:
+    """The sums of all steps since the weights last changed, by chain."""
+
+    def __init__(self) -> None:
+        self.sums: list[TokenSums] = []
+        self._stamp: int | None = None
+
+    def is_of(self, stamp: int | None) -> bool:
+        """Whether what is pooled has these weights."""
+        return stamp == self._stamp
+
+    def add(self, parts: list[Measured]) -> None:
+        """Add the parts of a step."""
+        # An error from here on leaves half of a sum: what is pooled begins anew then.
+        (pooled, self.sums), (stamp, self._stamp) = (self.sums, []), (self._stamp, None)
+        for part in parts:
+            # Sums over several steps describe one model only as long as its weights are the same.
+            if part.stamp != stamp:
+                pooled, stamp = [], part.stamp
+            pooled = merge_sums(pooled, part.sums)
+        self.sums, self._stamp = pooled, stamp
+
+
+def added_up(parts: list[Measured]) -> list[TokenSums]:
+    """The sums of all forwards of a step, by chain."""
+    sums: list[TokenSums] = []
+    for part in parts:
+        sums = merge_sums(sums, part.sums)
+    return sums
+
+
+def finite_gradients(sums: list[TokenSums]) -> bool:
+    """Whether no gradient overflowed."""
+    gradients = (chain.sums.get(GRADIENT, {}) for chain in sums)
+    return all(bool(value.isfinite().all()) for parts in gradients for value in parts.values())
+
+
+def make_gradients_undefined(sums: list[TokenSums]) -> None:
+    """Put NaN in place of every sum of gradients."""
+    for chain in sums:
+        for name in (GRADIENT, *GRADIENT_SUMS):
+            parts = chain.sums.get(name, {})
+            chain.sums[name] = {key: torch.full_like(value, math.nan) for key, value in parts.items()}
+
+
+def num_tokens(parts: list[Measured]) -> float:
+    """The number of real tokens of all chains, at their first depths."""
+    counts = [chain.sums.get("token_count", {}) for part in parts for chain in part.sums]
+    return sum(float(next(iter(count.values()))) for count in counts if count)
+
+
+def forget_shared_gradients(session: Session, sums: list[TokenSums]) -> None:
+    """Make the gradients undefined of matrices that all tokens share: their squares are no sum over processes."""
+    logits = session.observer.logits
+    for name, number in () if logits is None else logits.of_all_tokens:
+        known = sums[0].sums.get(name, {})
+        if number in known:
+            known[number] = torch.full_like(known[number], torch.nan)

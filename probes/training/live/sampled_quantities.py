@@ -24,8 +24,7 @@ from depthscope.diagnostics.quantities.tokens import Massive
 from depthscope.diagnostics.schema import STATE
 from depthscope.probes.statistics.live_sums import with_mean
 from depthscope.probes.statistics.token_sums import TokenSums
-from depthscope.probes.training.live.exact_quantities import NOT_SHOWN, PROFILE
-from depthscope.probes.training.live.group import LiveGroup
+from depthscope.probes.training.live.exact_quantities import NOT_SHOWN, PROFILE, LiveGroup
 
 # Pooled: the sampled tokens are of many sequences. And as they are few, a biased CKA would be that of noise.
 CHOSEN = {"scope": "data", "estimator": "unbiased"}

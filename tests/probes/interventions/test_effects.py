@@ -134,6 +134,8 @@ def test_a_model_that_sees_later_tokens_has_no_next_token_loss():
 def test_an_unknown_experiment_names_the_closest():
     with pytest.raises(ValueError, match="no experiment 'skipp'; closest: 'skip'"):
         ds.interventions.ablate(LocalStreams(), ids(), "skipp")
+    with pytest.raises(InterventionError, match="has blocks 0 … 2"):
+        ds.interventions.ablate(LocalStreams(), ids(), ds.interventions.plan("skip", blocks=7))
 
 
 def test_a_result_is_saved_beside_its_run_and_told_in_sentences(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from depthscope import probes
-from depthscope.probes.model.while_needed import no_collection
+from depthscope.probes.model.preserved_state import no_collection
 
 
 class Seeing(nn.Module):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from depthscope.probes.run.plain_factors import plain_factors
+from depthscope.probes.run.linear_variables import plain_factors
 
 TOKENS, WIDTH = 40, 32
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from depthscope.probes.run.weights_digest import weights_digest
+from depthscope.probes.run.initial_weights import weights_digest
 
 
 def model(width: int = 64) -> nn.Module:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from depthscope.probes.model.operations import OperationsShown
+from depthscope.probes.model.tensors import OperationsShown
 from depthscope.probes.session.kept_bytes import ZeroInputs
 
 WIDTH = 40

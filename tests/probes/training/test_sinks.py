@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from depthscope import probes
-from depthscope.probes.training.sinks import MlflowSink, TensorBoardSink, TrackioSink, WandbSink
+from depthscope.probes.training.sinks import TensorBoardSink, WandbSink
 
 
 def train(model, ids, *sinks):
@@ -66,28 +66,3 @@ def test_wandb_offline(models, ids, tmp_path, monkeypatch):
     assert run.summary["step"] == 1
     run.finish()
     assert list(tmp_path.rglob("*.wandb"))
-
-
-def test_mlflow_in_a_folder(models, ids, tmp_path, monkeypatch):
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
-    client = mlflow.MlflowClient(tracking_uri=(tmp_path / "runs").as_uri())
-    experiment = client.create_experiment("depthscope", artifact_location=str(tmp_path))
-    run_id = client.create_run(experiment).info.run_id
-    torch.manual_seed(0)
-    rows = {}
-    train(models["deepseek"](), ids, MlflowSink(client, run_id), rows.__setitem__)
-    for name in ("amax_gain_fwd/connection_3", "residual_norm/depth_2"):
-        history = client.get_metric_history(run_id, name)
-        assert [each.step for each in history] == [0, 1]
-        assert history[1].value == pytest.approx(rows[1][name])
-
-
-def test_trackio(models, ids, tmp_path, monkeypatch):
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
-    trackio = pytest.importorskip("trackio", reason="trackio is not installed")
-    run = trackio.init(project="depthscope", embed=False)
-    torch.manual_seed(0)
-    train(models["llama"](), ids, TrackioSink(run))
-    run.finish()
-    assert any(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
