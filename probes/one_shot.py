@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Unpack
 
 import torch
@@ -13,13 +12,13 @@ from torch import nn
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import Loss, loss_value, mean_task, read_task
-from depthscope.probes.model.modules import all_parameters, require_module
+from depthscope.probes.model.modules import require_module
 from depthscope.probes.model.preserved_state import eager, no_collection, preserved_state
 from depthscope.probes.run.attributes import stage_attribute
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.forward import Forward, Measured, backward_to, own_call
-from depthscope.probes.session.model_call import batches, call_observed
+from depthscope.probes.session.model_call import batches, call_observed, graph_of_frozen, with_gradients
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
@@ -159,21 +158,6 @@ def _measure_batch(
         session.drop()  # after an error; nothing is left after a fold
 
 
-def with_gradients(batch: Any) -> Any:
-    """The batch with copies of its floating leaves that require gradients, so that the first state has one too."""
-    if isinstance(batch, torch.Tensor):
-        # A copy, since the flag would stay on the user's tensor, and no leaf, which a model that writes into its input may not
-        # write into; one with a history of its own carries a gradient already.
-        return (
-            batch.detach().requires_grad_().clone() if batch.is_floating_point() and batch.is_leaf else batch
-        )
-    if isinstance(batch, Mapping):
-        # A mask that requires gradients would switch fused attention off.
-        masks = {name for name in batch if "mask" in str(name)}
-        return {name: value if name in masks else with_gradients(value) for name, value in batch.items()}
-    return type(batch)(with_gradients(value) for value in batch) if type(batch) in (tuple, list) else batch
-
-
 def _run_backward(value: torch.Tensor, forward: Forward) -> None:
     """Run the backward up to the first states: no parameter's ``.grad`` is written, no hook of the user's on it runs."""
     if not torch.is_grad_enabled():
@@ -185,19 +169,3 @@ def _run_backward(value: torch.Tensor, forward: Forward) -> None:
             "the loss does not depend on any residual state that carries a gradient; look for detach() or no_grad() before it"
         )
     backward_to(forward, forward.backward_ends(), [value])
-
-
-@contextmanager
-def graph_of_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Let a model whose parameters are all frozen carry gradients during the capture; else its states have no graph."""
-    parameters = [p for p in all_parameters(model) if p.is_floating_point()] if wanted else []
-    if not parameters or any(p.requires_grad for p in parameters):
-        yield
-        return
-    try:
-        for p in parameters:
-            p.requires_grad_(True)
-        yield
-    finally:
-        for p in parameters:
-            p.requires_grad_(False)

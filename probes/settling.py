@@ -27,7 +27,7 @@ from depthscope.probes.interventions.predictions import output_values, sees_late
 from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.loss_graph import Loss
 from depthscope.probes.model.preserved_state import eager, preserved_state
-from depthscope.probes.one_shot import graph_of_frozen, measure, with_gradients
+from depthscope.probes.one_shot import measure
 from depthscope.probes.rescaling import FEWEST, STEPS, first_size, promises, rescaled, sure_slope
 from depthscope.probes.run.attributes import memory_facts
 from depthscope.probes.run.build_run import prove
@@ -35,7 +35,7 @@ from depthscope.probes.run.connection_remarks import all_remarks
 from depthscope.probes.session.coefficient_origins import find_origins, follow
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.kept_bytes import ZERO_INPUTS, kept_bytes
-from depthscope.probes.session.model_call import call_model, copied
+from depthscope.probes.session.model_call import call_model, copied, graph_of_frozen, with_gradients
 from depthscope.probes.session.options import ModelOptions, Options, Scope, takes_options
 
 MOST_FORWARDS = 10

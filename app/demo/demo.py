@@ -113,7 +113,7 @@ def _capture(kind: str, path: Path) -> Any:
     # A byte that is cut off at the border of the held-out text is replaced; the windows are the same for every model.
     text = bytes(corpus()[1].tolist()).decode(errors="replace")
     batch = encode_text(loaded, text, sequences=SEQUENCES, length=LENGTH, seed=0)
-    return probes.capture(
+    run = probes.capture(
         model,
         batch,
         gradients=True,
@@ -127,6 +127,7 @@ def _capture(kind: str, path: Path) -> Any:
             "training": dict(facts),
         },
     )
+    return probes.settle(run, model, batch)
 
 
 def _train(folder: Path) -> None:

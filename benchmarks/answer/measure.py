@@ -12,7 +12,7 @@ import xarray as xr
 from torch import nn
 
 from benchmarks.answer.networks import make, without_blocks
-from depthscope import analyze, capture, judge
+from depthscope import analyze, capture, judge, settle
 from depthscope.app.demo.small_lm import Size
 from depthscope.app.demo.training import Recipe, corpus, held_out_loss, train
 from depthscope.diagnostics.verdicts.same_representation import ALIKE, longest_range
@@ -84,7 +84,9 @@ def analysed(model: nn.Module, settings: Mapping[str, Any]) -> tuple[xr.Dataset,
     held_out, length = corpus()[1], settings["length"]
     starts = torch.linspace(0, len(held_out) - length - 1, SEQUENCES).long()[:, None]
     ids = held_out[starts + torch.arange(length)]
-    run = capture(model, {"input_ids": ids, "labels": ids}, gradients=True, max_sequences=SEQUENCES)
+    batch = {"input_ids": ids, "labels": ids}
+    run = capture(model, batch, gradients=True, max_sequences=SEQUENCES)
+    run = settle(run, model, batch, forwards=0)  # for the bytes that a forward keeps
     analysis = analyze(run, metrics=METRICS)
     assert isinstance(analysis, xr.Dataset)
     return analysis, run

@@ -1,13 +1,15 @@
 """The largest singular values of the Jacobian of every block, and of all blocks together, by products with J and Jᵀ alone.
 
-The model runs once with its weights held constant. From then on Jᵀu is one backward through the stored graph, and Jv one
-backward through the graph of that backward, since u ↦ Jᵀu is linear (the double-backward trick): no forward mode is needed,
-and attention runs on its plain kernel, which alone has second derivatives.
+The model runs once, as in a capture with gradients, which notes where the graph of each state begins. From then on Jᵀu is one
+backward through the stored graph, and Jv one backward through the graph of that backward, since u ↦ Jᵀu is linear (the
+double-backward trick): no forward mode is needed, and attention runs on its plain kernel, which alone has second derivatives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Unpack
 
@@ -15,25 +17,63 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.jacobian.differentiable_forward import (
-    JacobianError,
-    StartError,
-    State,
-    constant_weights,
-    differentiable_states,
-    explained,
-    gradients,
-    viewed,
-)
 from depthscope.probes.model.preserved_state import eager, preserved_state
-from depthscope.probes.reading.graph import TracedValue
-from depthscope.probes.session.forward import Forward
-from depthscope.probes.session.model_call import call_observed
+from depthscope.probes.session.forward import Forward, leads_to
+from depthscope.probes.session.model_call import call_observed, graph_of_frozen, with_gradients
 from depthscope.probes.session.options import ModelOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
+
+SECOND = (
+    "an operation of this model has no second derivative, which products with J need (those with Jᵀ do not); load the model "
+    "with attn_implementation='eager' or without custom kernels"
+)
+UNLINKED = "the later state does not depend on the earlier one: some block between them is skipped or runs without gradients"
+# By words of torch's own messages, which have no classes of their own.
+EXPLANATIONS = {
+    "modified by an inplace operation": "a weight or a state was rewritten since the Jacobian's forward; take the Jacobian "
+    "again after every change of the weights",
+    "is not implemented": SECOND,
+    "does not require grad": SECOND,
+    "checkpoint": "activation checkpointing recomputes blocks in a way that has no second derivative; turn it off, for "
+    "example with model.gradient_checkpointing_disable() or model.eval()",
+}
+
+
+class JacobianError(InputError):
+    """A Jacobian that cannot be had."""
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Where the graph of a state begins: one edge, or one for each stream, which then are the first axis of its ``like``.
+
+    ``like``: a tensor of its shape, type and device.
+    """
+
+    edges: tuple[Any, ...]
+    like: torch.Tensor
+
+    def parts(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """Values of the state as they belong to its edges."""
+        return list(values) if len(self.edges) > 1 else [values]
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn torch's errors into advice."""
+    try:
+        yield
+    except RuntimeError as error:
+        for sign, advice in EXPLANATIONS.items():
+            if sign in str(error):
+                raise JacobianError(f"{advice} (torch: {str(error).splitlines()[0][:200]})") from error
+        raise
+
 
 OVERSAMPLING, POWER = 8, 3
 # Largest relative difference of ⟨u, J v⟩ and ⟨Jᵀu, v⟩ that is rounding; a heuristic. A backward without a graph of its own,
@@ -61,7 +101,7 @@ def jacobian(
     Parameters
     ----------
     model : Module
-        Run as it is. Weights, gradients, buffers, random state and hooks are the same afterwards.
+        Run as it is, once. Weights, gradients, buffers, random state and hooks are the same afterwards.
     batch : mapping, tensor or tuple
         One small batch, as in `capture`: a product costs one backward, and each block takes about 8 (values + 8) of them.
     values : int
@@ -109,23 +149,37 @@ def jacobian(
         raise JacobianError(
             f"got a batch of type {type(batch).__name__}; expected one mapping, tensor or tuple"
         )
-    session, forward = _first_forward(model, batch, Options(**options, max_sequences=1))
+    with preserved_state(model), graph_of_frozen(model, wanted=True), eager(), sdpa_kernel(SDPBackend.MATH):
+        session, forward = _first_forward(model, batch, Options(**options, gradients=True, max_sequences=1))
+        try:
+            return _measured(session, forward, values, chain, seed, progress)
+        finally:
+            session.drop()
+
+
+def _measured(
+    session: Session,
+    forward: Forward,
+    values: int,
+    chain: str | None,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None,
+) -> xr.Dataset:
     number, found_chain = _named(session.structure.chains, chain)
-    states, views = _states(model, batch, found_chain)
+    states = _states(forward, number, len(found_chain.points))
     depths = sorted(states)
 
     def entries(depth: int) -> torch.Tensor:
         """1 at every entry of a real token, 0 at padding; in the model's layout."""
-        state = states[depth].value
+        like = states[depth].like
         if (mask := forward.masks.get(number)) is None:
-            return torch.ones_like(state)
+            return torch.ones_like(like)
         # Numbered entries are rearranged as the state would be: its layout is known in one place only.
-        numbers = torch.arange(state.numel(), device=state.device).reshape(state.shape)
-        numbers = viewed(numbers, views if depth == depths[0] else ())
+        numbers = torch.arange(like.numel(), device=like.device).reshape(like.shape)
         rows = session.structure.canonical(number, numbers, forward.batch_size, depth)
-        kept = torch.zeros_like(state).flatten()
+        kept = torch.zeros_like(like).flatten()
         kept[rows[mask.to(rows.device)].flatten()] = 1
-        return kept.view(state.shape)
+        return kept.view(like.shape)
 
     spans = [*pairwise(depths), (depths[0], depths[-1])]
     found = []
@@ -148,25 +202,25 @@ def jacobian(
         {
             "start": depths[0],
             "chain": found_chain.name or "",
-            "dtype": str(states[depths[0]].value.dtype),
+            "dtype": str(states[depths[0]].like.dtype),
             "seed": seed,
         },
     )
 
 
 def _first_forward(model: nn.Module, batch: Any, options: Options) -> tuple[Session, Forward]:
-    """Find the chains in a forward of its own, without gradients."""
-    session = Session(model, options, scope=Scope(only_own=True))
-    # Weights that are constants here too: torch runs other operations where they are none.
-    with preserved_state(model), constant_weights(model), eager(), torch.no_grad():
-        session.attach()
-        try:
-            call_observed(session, batch)
-            session.raise_first_error()
-            assert session.step.last is not None
-            return session, session.step.last
-        finally:
-            session.detach()
+    """One forward with a graph, which notes where that of each state begins."""
+    session = Session(model, options, scope=Scope(only_own=True, sums=False))
+    session.attach()
+    try:
+        # Inference tensors record no graph even where gradients are on.
+        with torch.inference_mode(False), torch.enable_grad():
+            call_observed(session, with_gradients(batch))
+        session.raise_first_error()
+        assert session.step.last is not None
+        return session, session.step.last
+    finally:
+        session.detach()
 
 
 def _named(chains: Sequence[Chain], name: str | None) -> tuple[int, Chain]:
@@ -179,16 +233,33 @@ def _named(chains: Sequence[Chain], name: str | None) -> tuple[int, Chain]:
     return number, chains[number]
 
 
-def _states(model: nn.Module, batch: Any, chain: Chain) -> tuple[dict[int, State], Sequence[TracedValue]]:
-    """The states of one forward with the graph between them, from the first depth at which a graph can begin."""
-    last = len(chain.points) - 1
-    for first in range(last):
-        try:
-            return differentiable_states(model, batch, chain, first, last)
-        except StartError:
-            if first + 1 == last:
-                raise
-    raise AssertionError("a chain of two states has a first one")
+def _states(forward: Forward, number: int, count: int) -> dict[int, State]:
+    """The states of a chain that have a graph, by depth."""
+    edges: dict[int, dict[int, Any]] = {}
+    for (chain, depth, stream), listener in forward.expected_gradients.items():
+        listener.receivers.clear()  # each product is a backward, whose gradients are not those of a loss
+        if chain == number and depth >= 0 and listener.end is not None:
+            end = listener.end
+            edges.setdefault(depth, {})[stream] = (
+                get_gradient_edge(end) if isinstance(end, torch.Tensor) else end
+            )
+    found = {}
+    for depth, streams in sorted(edges.items()):
+        of = tuple(streams[stream] for stream in sorted(streams))
+        nodes = {edge.node for edge in of}
+        # Of streams that are made of one another a gradient counts what goes through the others twice.
+        if len(of) > 1 and any(leads_to(edge.node, nodes - {edge.node}) for edge in of):
+            continue
+        metadata = [edge.node._input_metadata[edge.output_nr] for edge in of]
+        shape = tuple(metadata[0].shape) if len(of) == 1 else (len(of), *metadata[0].shape)
+        like = torch.empty(shape, dtype=metadata[0].dtype, device=metadata[0].device)
+        found[depth] = State(of, like)
+    if len(found) < 2:
+        raise JacobianError(
+            f"{len(found)} of the {count} states carry a gradient that is their own; a Jacobian needs two: a block runs under "
+            "no_grad, on integers, or its streams are tensors that are made of one another"
+        )
+    return found
 
 
 class _Jacobian:
@@ -227,8 +298,8 @@ class _Jacobian:
         """Jᵀ u: how a gradient at the later state arrives at the earlier one."""
         with explained():
             # Retained: every product is one more backward through the same graph.
-            given = (cotangent * self._seen).to(self._target.value.dtype)
-            return self._gradient(given, retain_graph=True).double() * self._moved
+            given = (cotangent * self._seen).to(self._target.like.dtype)
+            return self._gradient(given).double() * self._moved
 
     def push(self, tangent: torch.Tensor) -> torch.Tensor:
         """J v: how a small change of the earlier state moves the later one."""
@@ -237,18 +308,28 @@ class _Jacobian:
             if self._pulled is None:
                 with torch.inference_mode(False), torch.enable_grad():
                     # u ↦ Jᵀu is linear, so its derivative does not depend on u, and zeros will do.
-                    zeros = torch.zeros_like(self._target.value).requires_grad_()
+                    zeros = torch.zeros_like(self._target.like).requires_grad_()
                     self._pulled = zeros, self._gradient(zeros, create_graph=True)
                 self._require_adjoint()
             zeros, pulled = self._pulled
-            given = (tangent * self._moved).to(self._source.value.dtype)
+            given = (tangent * self._moved).to(self._source.like.dtype)
             (found,) = torch.autograd.grad(pulled, zeros, given, retain_graph=True)
             return found.double() * self._seen
 
-    def _gradient(self, cotangent: torch.Tensor, **options: bool) -> torch.Tensor:
-        (found,) = gradients([self._target], [self._source], [cotangent], **options)
-        assert found is not None
-        return found
+    def _gradient(self, cotangent: torch.Tensor, *, create_graph: bool = False) -> torch.Tensor:
+        parts = torch.autograd.grad(
+            list(self._target.edges),
+            list(self._source.edges),
+            self._target.parts(cotangent),
+            retain_graph=True,
+            create_graph=create_graph,
+            allow_unused=True,
+        )
+        if all(part is None for part in parts):
+            raise JacobianError(UNLINKED)
+        zeros = self._source.parts(torch.zeros_like(self._source.like))
+        known = [zero if part is None else part for part, zero in zip(parts, zeros, strict=True)]
+        return torch.stack(known) if len(known) > 1 else known[0]
 
     def _require_adjoint(self) -> None:
         """⟨u, J v⟩ = ⟨Jᵀu, v⟩ for one random pair: a kernel whose backward has no graph would silently be left out."""
@@ -260,7 +341,7 @@ class _Jacobian:
         pushed = self.push(v)
         gap = (pushed * u).sum() - (self.pull(u) * v).sum()
         error = float(gap.abs() / torch.linalg.vector_norm(pushed))
-        limit = ADJOINT[self._target.value.dtype]
+        limit = ADJOINT[self._target.like.dtype]
         if error > limit:
             self._pulled = None
             raise JacobianError(

@@ -175,7 +175,7 @@ class Forward:
         for key, listener in sorted(self.expected_gradients.items(), key=lambda of: of[0]):
             known = earlier.setdefault(key[0], set())
             node = listener.node
-            if known and key[1] >= 0 and key not in ends and not _leads_to(node, known):
+            if known and key[1] >= 0 and key not in ends and not leads_to(node, known):
                 ends.append(key)
             known.add(node)
         return ends
@@ -214,7 +214,7 @@ class Forward:
         return found
 
 
-def _leads_to(node: Any, wanted: set[Any]) -> bool:
+def leads_to(node: Any, wanted: set[Any]) -> bool:
     """Whether the graph below an operation has one of some others."""
     nodes = walk([node], lambda of: (below for below, _ in of.next_functions if below is not None))
     return any(of in wanted for of in nodes if of is not node)

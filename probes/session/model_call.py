@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
+from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.session.first_forward import RewrittenError
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.session import Session
@@ -82,3 +83,34 @@ def call_observed(session: Session, batch: Any) -> Any:
             session.attach()
             output = call_model(session.model, batch)
         return output
+
+
+def with_gradients(batch: Any) -> Any:
+    """The batch with copies of its floating leaves that require gradients, so that the first state has one too."""
+    if isinstance(batch, torch.Tensor):
+        # A copy, since the flag would stay on the user's tensor, and no leaf, which a model that writes into its input may not
+        # write into; one with a history of its own carries a gradient already.
+        return (
+            batch.detach().requires_grad_().clone() if batch.is_floating_point() and batch.is_leaf else batch
+        )
+    if isinstance(batch, Mapping):
+        # A mask that requires gradients would switch fused attention off.
+        masks = {name for name in batch if "mask" in str(name)}
+        return {name: value if name in masks else with_gradients(value) for name, value in batch.items()}
+    return type(batch)(with_gradients(value) for value in batch) if type(batch) in (tuple, list) else batch
+
+
+@contextmanager
+def graph_of_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
+    """Let a model whose parameters are all frozen carry gradients during the capture; else its states have no graph."""
+    parameters = [p for p in all_parameters(model) if p.is_floating_point()] if wanted else []
+    if not parameters or any(p.requires_grad for p in parameters):
+        yield
+        return
+    try:
+        for p in parameters:
+            p.requires_grad_(True)
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(False)
