@@ -236,7 +236,7 @@ def _print(result: xr.Dataset, place: Path | None, *, is_patch: bool, json: bool
 
 
 def _print_experiments(result: xr.Dataset) -> None:
-    from depthscope.diagnostics.experiments import base_loss, mean_later_change, table_rows
+    from depthscope.diagnostics.experiments import base_loss, table_rows
 
     loss = base_loss(result)
     known = loss.sequences > 0
@@ -244,14 +244,13 @@ def _print_experiments(result: xr.Dataset) -> None:
     say(f"{printable(result.attrs['model'])}, {result.sizes['sample']} sequences, unchanged: {unchanged}")
     say()
     show_rows(
-        ("experiment", "loss change, nats (95 %)", "KL, nats", "output change", "later blocks"),
+        ("experiment", "loss change, nats (95 %)", "KL, nats", "output change"),
         [
             (
                 row["experiment"],
                 _interval(row, "loss_change") if known else "-",
                 _short(row["kl"]),
                 _percent(row["output_change"]),
-                _percent(mean_later_change(row)),
             )
             for row in table_rows(result)
         ],

@@ -128,49 +128,19 @@ def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
         for column in COLUMNS:
             for ending in ESTIMATES:
                 row[column + ending] = _finite(result, column + ending, position)
-        row["later_blocks"] = _later_blocks(result, position)
         rows.append(row)
     return rows
-
-
-def _later_blocks(result: xr.Dataset, position: int) -> list[dict[str, Any]]:
-    """The relative change of what each later block adds, with its 95 % interval; empty where none is known."""
-    if "branch_change" not in result:
-        return []
-    of_experiment = result.isel(experiment=position)
-    found = []
-    for place, block in enumerate(result["later_block"].values.tolist()):
-        values = {
-            name: float(of_experiment[f"branch_change{ending}"].values[place])
-            for name, ending in (("change", ""), ("low", "_low"), ("high", "_high"))
-        }
-        if math.isfinite(values["change"]):
-            known = {name: value if math.isfinite(value) else None for name, value in values.items()}
-            found.append({"block": block, **known})
-    return found
-
-
-def mean_later_change(row: dict[str, Any]) -> float | None:
-    """The mean over the later blocks of the relative change of what each adds.
-
-    Returns: None where no later block is known.
-    """
-    changes = [block["change"] for block in row.get("later_blocks", [])]
-    return sum(changes) / len(changes) if changes else None
 
 
 def table(result: xr.Dataset) -> pd.DataFrame:
     """The effects of experiments as a short table.
 
     ``result``: of `depthscope.interventions.ablate`.
-    Returns: One row an experiment: ``loss_change`` with ``low`` and ``high`` (95 %), ``kl``, ``output_change``,
-    ``later_blocks`` (mean change of what they add).
+    Returns: One row an experiment: ``loss_change`` with ``low`` and ``high`` (95 %), ``kl``, ``output_change``.
     """
     names = {"loss_change": "loss_change", "loss_change_low": "low", "loss_change_high": "high"}
     names |= {name: name for name in ("kl", "output_change")}
     columns = {words: result[name].values for name, words in names.items()}
-    if "branch_change" in result:
-        columns["later_blocks"] = result["branch_change"].mean("later_block").values
     return pd.DataFrame(columns, index=pd.Index(result["experiment"].values, name="experiment"))
 
 
@@ -225,17 +195,15 @@ def sentence(row: dict[str, Any]) -> str:
     'skip block 3: loss +0.5 nats (95 %: +0.25 to +0.75)'
     """
     name, change = row["experiment"], row["loss_change"]
-    of_later = mean_later_change(row)
-    later = "" if of_later is None else f", what later blocks add changes by {percent(of_later)}"
     if change is None:
-        return f"{name}: the output changes by {percent(row['output_change'] or 0.0)}{later}"
+        return f"{name}: the output changes by {percent(row['output_change'] or 0.0)}"
     low, high = row["loss_change_low"], row["loss_change_high"]
     loss = f"{name}: loss {number(change, sign=True)} nats"
     if low is None:
-        return f"{loss} (one sequence: no interval){later}"
+        return f"{loss} (one sequence: no interval)"
     # Within its interval a change of zero is possible, whatever its mean.
     undecided = "; 0 is possible" if low <= 0 <= high else ""
-    return f"{loss} (95 %: {number(low, sign=True)} to {number(high, sign=True)}{undecided}){later}"
+    return f"{loss} (95 %: {number(low, sign=True)} to {number(high, sign=True)}{undecided})"
 
 
 def base_loss(result: xr.Dataset) -> Estimate:

@@ -67,8 +67,7 @@ def ablate(
     Dataset
         ``loss_change`` and ``kl`` in nats and ``output_change`` as a share, by experiment, each with ``_error`` (standard
         error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``token_…`` by sequence and token.
-        ``branch_change`` by experiment and later block is the relative change of what that block adds to the state. The
-        attribute ``left_out`` has the experiments that could not be made, and other chains; ``no_loss`` why there is no loss;
+        The attribute ``left_out`` has the experiments that could not be made, and other chains; ``no_loss`` why there is no loss;
         ``other_paths`` lists where something leads around a changed state.
 
     Raises
@@ -113,8 +112,6 @@ class _Effect:
     loss: torch.Tensor
     kl: torch.Tensor
     output_change: torch.Tensor
-    branch_change: dict[int, torch.Tensor]
-    """Mean over tokens for each sequence, (B,), by later block."""
 
 
 @dataclass
@@ -192,24 +189,7 @@ class _Measure:
             padding = ~self._targets.mask.cpu()
             kl, moved = kl.masked_fill(padding, torch.nan), moved.masked_fill(padding, torch.nan)
         loss = self._loss(passed, values)
-        return _Effect(change, loss, kl, moved, self._branch_change(change, passed))
-
-    def _branch_change(self, change: Change, passed: Passed) -> dict[int, torch.Tensor]:
-        """‖b' − b‖ / ‖b‖ of b = X_after − X_before of each block that begins at the changed depth or later."""
-        model = self._model
-        if model.chain.over_depth or model.chain.history:  # their states are no sums of what blocks add
-            return {}
-        found = {}
-        for block, (start, stop) in model.layers.items():
-            before, after = model.base.states.get(start), model.base.states.get(stop)
-            if start < change.depth or before is None or after is None or before.shape != after.shape:
-                continue
-            added = (after - before).flatten(2)
-            share = relative_change(added, (passed.states[stop] - passed.states[start]).flatten(2)).cpu()
-            if model.mask is not None:
-                share = share.masked_fill(~model.mask.cpu(), torch.nan)
-            found[block] = share.nanmean(1)
-        return found
+        return _Effect(change, loss, kl, moved)
 
 
 # --- the result
@@ -242,18 +222,11 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
     for key, values in differences.items():
         variables |= estimated(key, ("experiment",), values)
     of_change = [by_name[0][each].change for each in shared]
-    later = sorted({block for found in by_name for each in shared for block in found[each].branch_change})
-    if later:
-        variables |= estimated(
-            "branch_change", ("experiment", "later_block"), _by_block(by_name, shared, later)
-        )
     coords = {
         "experiment": np.array(shared, dtype=object),
         "kind": ("experiment", np.array([change.kind for change in of_change], dtype=object)),
         **{each: ("experiment", np.array([getattr(c, each) for c in of_change])) for each in SCALARS},
     }
-    if later:
-        coords["later_block"] = np.array(later)
     if token_text is not None:
         coords["token_text"] = (("sample", "token"), texts_of(token_text, (samples, tokens)))
     left_out = {key: why for row in rows for key, why in row.left_out.items()}
@@ -267,25 +240,6 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
         "interval": "95 %, Student's t over sequences",
     }
     return declared(xr.Dataset(variables, coords, attrs), EFFECTS)
-
-
-def _by_block(by_name: list[dict[str, _Effect]], names: list[str], blocks: list[int]) -> np.ndarray:
-    """Changes of the blocks' outputs, (experiments, blocks, sequences, 1); NaN for blocks before the change."""
-    # The output may have other rows than the states have sequences, as one for each of some masks.
-    sizes = [
-        next((len(change) for each in found.values() for change in each.branch_change.values()), 0)
-        for found in by_name
-    ]
-    rows = []
-    for name in names:
-        of_batches = [
-            torch.stack(
-                [found[name].branch_change.get(block, torch.full((size,), torch.nan)) for block in blocks]
-            )
-            for found, size in zip(by_name, sizes, strict=True)
-        ]
-        rows.append(torch.cat(of_batches, dim=1).double().numpy())
-    return np.stack(rows)[..., None]
 
 
 def _padded(batches_of: list[torch.Tensor]) -> np.ndarray:
