@@ -182,7 +182,7 @@ def require_same(plain: list[torch.Tensor], probed: list[torch.Tensor]) -> None:
     ("build", "probe"),
     [
         (whole, {}),
-        *((way, {"gradients": True, "weights": True, "every": 2}) for way in (in_place, wrapped_blocks)),
+        *((way, {"gradients": True, "weights": True, "every": 2}) for way in (wrapped_blocks,)),
     ],
 )
 def test_a_compiled_training_is_bit_for_bit_the_same(build, probe):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import os
 import pickle
 import random
@@ -29,7 +28,7 @@ from depthscope.probes.jacobian import jacobian
 from depthscope.probes.statistics.token_sums import TokenSums
 from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted, Plain
 from tests.probes.session.hooks_left import hooks_on_model
-from tests.probes.session.raised_errors import ERRORS, STOPS, fault
+from tests.probes.session.raised_errors import STOPS, fault
 
 IDS = torch.randint(1, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
 
@@ -74,8 +73,7 @@ def _only_new_objects_are_searched():
 # --- several probes ---
 
 
-@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first in first out", "last in first out"])
-@pytest.mark.parametrize("name", ["plain", "mhc"])
+@pytest.mark.parametrize(("name", "order"), [("plain", (0, 1)), ("mhc", (1, 0))])
 def test_two_recorders_on_one_model_close_in_any_order(name, order):
     model = build(name)
     before = [list(vars(module)) for module in model.modules()]
@@ -97,7 +95,7 @@ def test_two_recorders_on_one_model_close_in_any_order(name, order):
     assert (hooks_on_model(model), states_alive(model)) == (0, 0)
 
 
-@pytest.mark.parametrize("name", ["plain", "hc"])
+@pytest.mark.parametrize("name", ["hc"])
 def test_a_capture_and_a_jacobian_do_not_count_in_a_recorder(name):
     model = build(name).eval()
     with probes.record(model, gradients=True) as recorder:
@@ -163,7 +161,7 @@ class Counting(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["plain", "mhc"])
+@pytest.mark.parametrize("name", ["mhc"])
 def test_modes_of_the_user_do_not_see_the_probe(name):
     counts = []
     for probed in (False, True):
@@ -292,7 +290,7 @@ def test_a_recorder_in_an_object_of_the_users_can_be_copied():
             assert twin.errors == []
 
 
-@pytest.mark.parametrize("name", ["plain", "mhc"])
+@pytest.mark.parametrize("name", ["plain"])
 def test_a_model_saved_under_a_probe_opens_without_this_package(name, tmp_path):
     model = build(name).eval()
     expected = model(IDS)
@@ -309,7 +307,7 @@ def test_a_model_saved_under_a_probe_opens_without_this_package(name, tmp_path):
 # --- the model changes ---
 
 
-@pytest.mark.parametrize("name", ["plain", "mhc"])
+@pytest.mark.parametrize("name", ["plain"])
 def test_a_layer_that_comes_or_goes_is_said_and_what_was_measured_stays(name):
     model = build(name)
     with probes.record(model) as recorder:
@@ -371,7 +369,9 @@ def test_weights_that_take_the_place_of_others_are_not_pooled_with_them():
 # --- errors ---
 
 
-@pytest.mark.parametrize(("error", "name"), zip(ERRORS, itertools.cycle(MODELS), strict=False))
+@pytest.mark.parametrize(
+    ("error", "name"), [(MemoryError, "plain"), (RecursionError, "hc"), (GeneratorExit, "mhc")]
+)
 def test_an_error_anywhere_in_a_hook_stays_inside_and_the_next_step_measures(name, error):
     twin = build(name)
     expected = [train(twin).detach() for _ in range(6)]
@@ -435,30 +435,6 @@ def test_the_users_own_signal_handler_may_raise_while_a_hook_runs(monkeypatch):
                 recorder.step()
     finally:
         signal.signal(signal.SIGUSR1, before)
-
-
-@pytest.mark.parametrize("error", [ERRORS[0], *STOPS], ids=lambda error: error.__name__)
-def test_the_users_error_passes_as_it_is(error):
-    model, mine = build(), error("mine")
-
-    def fail(x):
-        raise mine
-
-    with probes.record(model, gradients=True) as recorder:
-        train(model)
-        recorder.step()
-        model.midway = fail
-        with pytest.raises(error) as caught:
-            model(IDS)
-        assert caught.value is mine
-        assert caught.traceback[-1].name == "fail"
-        del caught
-        mine.__traceback__ = None
-        train(model)
-        recorder.step()
-    assert recorder.run.statistics.step.values.tolist() == [0, 1]
-    np.testing.assert_allclose(norms(recorder)[1], noted(model, 1), rtol=1e-5)
-    assert (hooks_on_model(model), states_alive(model)) == (0, 0)
 
 
 def test_a_broken_first_forward_teaches_no_structure(monkeypatch):
@@ -546,15 +522,13 @@ def test_a_recorder_is_not_opened_inside_itself():
 # --- batches ---
 
 
-@pytest.mark.parametrize("name", ["plain", "mhc"])
+@pytest.mark.parametrize("name", ["plain"])
 @pytest.mark.parametrize(
     "batch",
     [{"ids": IDS, "attention_mask": torch.zeros_like(IDS)}, {"ids": IDS[:0]}, {"ids": IDS[:, :0]}],
     ids=["padding", "no sequence", "no token"],
 )
 def test_a_batch_without_tokens_is_said_and_counts_for_nothing(name, batch):
-    if name == "encoder_decoder":
-        pytest.skip("its decoder has no mask, and averages over the tokens of the encoder")
     model = build(name).eval()
     with torch.no_grad(), probes.record(model, max_sequences=2) as recorder:
         for step, each in enumerate((batch, {"ids": IDS}, batch, {"ids": IDS})):

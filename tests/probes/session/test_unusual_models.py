@@ -147,24 +147,11 @@ def script_part(block):
 
 READ: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
     "scripted blocks": lambda: (Model([torch.jit.script(Block()) for _ in range(3)]), IDS),
-    "traced blocks": lambda: (
-        Model([torch.jit.trace(Block(), torch.randn(3, 7, WIDTH)) for _ in range(3)]),
-        IDS,
-    ),
-    "scripted parts": lambda: (with_parts(script_part), IDS),
     "quantised weights": lambda: (quantised(), IDS),
-    "torch's quantised layers": lambda: (
-        torch.ao.quantization.quantize_dynamic(Model().eval(), {nn.Linear}, dtype=torch.qint8),
-        IDS,
-    ),
-    "weight norm": lambda: (with_parts(lambda block: nn.utils.weight_norm(block.up)), IDS),
     "parametrised": lambda: (with_parts(lambda block: nn.utils.parametrizations.orthogonal(block.up)), IDS),
-    "functional_call": lambda: (Functional(), IDS),
     "a jacobian inside": lambda: (WithJacobian(), IDS),
-    "data parallel": lambda: (nn.DataParallel(Model()), IDS),
     "own __call__": lambda: (OwnCall(), IDS),
     "a dataclass": lambda: (OfObject(), (Batch(IDS),)),
-    "nested keywords": lambda: (OfNested(), {"batch": {"parts": [{"ids": IDS}]}}),
 }
 REFUSED: dict[str, tuple[Callable[[], tuple[nn.Module, Any]], str]] = {
     "scripted": (lambda: (torch.jit.script(Model()), IDS), "TorchScript"),

@@ -235,14 +235,9 @@ def streams(world, folder):
         require_equal(*found, but=("h_pre_token_count", "h_pre_sum", "connection_parameter"))
 
 
-def compiled(model):
-    return torch.compile(model, backend="aot_eager")
-
-
 WRAPS = {
     "DDP": DistributedDataParallel,
     "shards": lambda model: in_shards(model),
-    "compile(DDP)": lambda model: compiled(DistributedDataParallel(model)),
 }
 
 
@@ -255,7 +250,6 @@ def untouched(world, folder):
     for name, wrap in WRAPS.items():
         found = []
         for is_recorded in (False, True):
-            torch._dynamo.reset()
             model = wrap(one_dimensional(built()))
             options = {"every": 1 + (rank > 0), "store": folder / f"untouched {name}", "metrics": "live"}
             recorder = (
@@ -452,21 +446,19 @@ def in_shards(model):
     return fully_shard(model)
 
 
-SCENARIOS = {
-    2: (
-        learning,
-        streams,
-        sharded,
-        untouched,
-        same_data,
-        ended,
-        resumed,
-        other_model,
-        refused,
-        pipeline,
-    ),
-    4: (uneven, sharded),
-}
+SCENARIOS = (
+    uneven,
+    learning,
+    streams,
+    sharded,
+    untouched,
+    same_data,
+    ended,
+    resumed,
+    other_model,
+    refused,
+    pipeline,
+)
 
 
 def main(folder: Path) -> None:
@@ -474,7 +466,7 @@ def main(folder: Path) -> None:
     world, rank = dist.get_world_size(), dist.get_rank()
     wanted = sys.argv[2:]
     results = {}
-    for scenario in SCENARIOS[world]:
+    for scenario in SCENARIOS:
         if wanted and scenario.__name__ not in wanted:
             continue
         try:

@@ -147,28 +147,6 @@ def test_micro_batches_add_up_and_another_shape_is_told(models, ids):
     assert history["same_sampled_tokens"].values.tolist() == [1.0, 0.0]
 
 
-def test_every_default_metric_or_some_by_name(models, ids):
-    torch.manual_seed(0)
-    some = train(models["llama"](), ids, steps=1, metrics=["effective_rank", "channel_variance"])
-    history = schema.chain_dataset(some.run, "metrics")
-    named = set(history.data_vars) & CATALOGUE.keys()
-    assert named == {"effective_rank", "channel_variance"}
-    torch.manual_seed(0)
-    every = train(models["deepseek"](), ids, steps=1, metrics="all", live_tokens=ids.numel(), max_sequences=8)
-    row = schema.chain_dataset(every.run, "metrics").isel(step=0)
-    assert {"effective_streams", "channel_variance"} <= set(row.data_vars)
-    missing = dict.fromkeys(
-        (
-            *("relative_gradient", "token_cosine", "sequence_share"),
-            "numerical_rank",
-            "singular_value",
-        ),
-        "",
-    )
-    require_same(row, diagnostics.analyze(every.run).isel(step=0), missing=missing)
-    assert not every.errors
-
-
 @pytest.mark.parametrize(
     ("options", "words"),
     [

@@ -20,10 +20,9 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
     pytest.skip("this build of torch has no gloo", allow_module_level=True)
 
 
-@pytest.mark.parametrize("world", SCENARIOS)
-def test_processes(world, tmp_path):
-    """Every scenario in one start of so many processes, which takes most of the time."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+def test_processes(tmp_path):
+    """Every scenario in one start of two processes, which takes most of the time."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     root = str(Path(__file__).parents[3])
     done = subprocess.run(
         [*command, str(WORKER), str(tmp_path)],
@@ -35,8 +34,8 @@ def test_processes(world, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     failed = {}
-    for rank in range(world):
+    for rank in range(2):
         met = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert set(met) == {scenario.__name__ for scenario in SCENARIOS[world]}
+        assert set(met) == {scenario.__name__ for scenario in SCENARIOS}
         failed |= {(rank, scenario): words for scenario, words in met.items() if words}
     assert failed == {}
