@@ -67,8 +67,8 @@ def ablate(
     Dataset
         ``loss_change`` and ``kl`` in nats and ``output_change`` as a share, by experiment, each with ``_error`` (standard
         error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``token_…`` by sequence and token.
-        The attribute ``left_out`` has the experiments that could not be made, and other chains; ``no_loss`` why there is no loss;
-        ``other_paths`` lists where something leads around a changed state.
+        The attribute ``left_out`` has the experiments that could not be made, and other chains; ``no_loss`` why there is no
+        loss; ``other_paths`` lists where something leads around a changed state.
 
     Raises
     ------

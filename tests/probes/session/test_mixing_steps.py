@@ -176,10 +176,7 @@ def why(run):
 @pytest.mark.parametrize(
     ("projection", "local"),
     [
-        ("stable", False),
-        ("in logarithms", False),
-        ("potentials", False),
-        ("softmax of the other axis", False),
+        *((of, False) for of in ("stable", "in logarithms", "potentials", "softmax of the other axis")),
         ("turned", True),
     ],
 )

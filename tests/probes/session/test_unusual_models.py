@@ -58,16 +58,6 @@ class WithJacobian(Model):
         return super().forward(ids) + jacobian.sum()
 
 
-class Functional(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.model = Model()
-
-    def forward(self, ids):
-        values = {name: parameter * 1 for name, parameter in self.model.named_parameters()}
-        return torch.func.functional_call(self.model, values, (ids,))
-
-
 class OwnCall(Model):
     def __call__(self, ids):
         return super().__call__(ids)
@@ -90,11 +80,6 @@ class Batch:
 class OfObject(Model):
     def forward(self, batch):
         return super().forward(torch.as_tensor(batch.ids))
-
-
-class OfNested(Model):
-    def forward(self, *, batch):
-        return super().forward(batch["parts"][0]["ids"])
 
 
 class WithoutArguments(Model):
@@ -139,10 +124,6 @@ def with_parts(change: Callable[[Block], None]) -> Model:
     for block in model.blocks:
         change(block)
     return model
-
-
-def script_part(block):
-    block.up = torch.jit.script(block.up)
 
 
 READ: dict[str, Callable[[], tuple[nn.Module, Any]]] = {
