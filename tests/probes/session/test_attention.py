@@ -136,6 +136,7 @@ def test_every_query_on_one_token_is_found(x):
     assert "attention_entropy_collapse" not in {f.verdict for f in depthscope.judge(analysis)}
     with torch.no_grad():
         model.blocks[2].qkv.weight[: 2 * D].mul_(100)
-    findings = depthscope.judge(depthscope.analyze(probes.capture(model, x)))
+    run = probes.capture(model, x)
+    findings = depthscope.judge(depthscope.analyze(probes.settle(run, model, x)))
     (found,) = [f for f in findings if f.verdict == "attention_entropy_collapse"]
     assert (found.severity.name, found.first, found.last) == ("WARN", 3, 3)

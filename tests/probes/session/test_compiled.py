@@ -279,7 +279,7 @@ def test_a_loss_of_two_outputs_is_followed_where_their_gradients_can_be_told_apa
 
 
 @pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:step:probes.ProbeWarning"
+    "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:step:depthscope.probes.ProbeWarning"
 )
 @pytest.mark.parametrize(
     ("build", "loss", "reason"),

@@ -87,9 +87,15 @@ def _checkpointed(forward, reentrant):
     return lambda x: checkpoint(forward, x, use_reentrant=reentrant)
 
 
-@pytest.mark.usefixtures("process_group")
+@pytest.fixture
+def process_group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("split", [False, True])
-def test_a_split_state_is_refused_and_a_replicated_one_read(split):
+def test_a_split_state_is_refused_and_a_replicated_one_read(split, process_group):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
