@@ -38,7 +38,8 @@ def loss_of(model: nn.Module) -> torch.Tensor:
 def test_the_first_step_is_that_of_a_capture(compiled):
     model = TokensFirst()
     called = torch.compile(model, backend="eager") if compiled else model
-    with probes.record(model, gradients=True, metrics="live", live_tokens=20, max_sequences=2) as recorder:
+    options = {"gradients": True, "max_sequences": 2, "sites": ["attention", "embed", "post"]}
+    with probes.record(model, metrics="live", live_tokens=20, **options) as recorder:
         for step in range(2):
             loss_of(called).backward()
             recorder.step()
@@ -49,9 +50,7 @@ def test_the_first_step_is_that_of_a_capture(compiled):
     statistics = recorder.run["statistics"].to_dataset()
     assert statistics["sequence_count"].values.tolist() == [SEQUENCES] * 2
     assert statistics["token_count"].values.tolist() == [SEQUENCES * TOKENS] * 2
-    captured = probes.capture(
-        model, IDS, gradients=True, loss=lambda output, _: loss_of(lambda _: output), max_sequences=2
-    )
+    captured = probes.capture(model, IDS, loss=lambda output, _: loss_of(lambda _: output), **options)
     assert first.attrs["layout"] == captured.attrs["layout"] == "T B D"
     assert first["trace"]["sample"].values.tolist() == captured["trace"]["sample"].values.tolist()
     for name in ("residual", "gradient"):
