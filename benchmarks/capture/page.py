@@ -120,8 +120,6 @@ distance from 1.00 is noise.
 
 * *A measured step* ends with `recorder.step()`. The weights change before each, as in training, so that raw sequences are kept
   anew: 8, here the whole batch, or 1.
-* *No statistics* puts nothing in the place of what `TokenSums` computes. The row above less this one is the cost of the exact
-  statistics over every token; this one less 1 is the cost of capturing.
 * *probes.capture* is the whole call: it finds the chain anew, runs the model, proves the connections and builds the run.
 * transformer-lens runs the model through its own modules with its own attention; the ratio includes that.
 
