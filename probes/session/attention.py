@@ -58,12 +58,13 @@ class AttentionPlaces:
 
     ``calls``: by module path and index of the call: for each time that it attends, chain and depth of the state that this
     leads to, or None where it leads to none that is known.
-    ``heads``: their number, by chain and depth.
+    ``heads, modules``: number of heads, and the module, by chain and depth.
     ``reasons``: why attention was seen and is not measured, and how often.
     """
 
     calls: dict[tuple[str, int], list[Key | None]] = field(default_factory=dict)
     heads: dict[Key, int] = field(default_factory=dict)
+    modules: dict[Key, str] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     seen: Counter[Key] = field(default_factory=Counter)
 
@@ -82,6 +83,7 @@ class AttentionWatch:
     `row_numbers`.
     ``rows``: sampled sequences of the batch; without any, only where attention lies is found.
     ``heads_follow``: whether the running module joins sequences and heads, those of a sequence next to each other.
+    ``gathered``: gets what the queries gather, the weighted sums of the values, as it is made.
     """
 
     def __init__(
@@ -91,11 +93,12 @@ class AttentionWatch:
         *,
         number: Callable[[torch.Tensor], int] = id,
         heads_follow: Callable[[], bool],
+        gathered: Callable[[torch.Tensor], None] = lambda result: None,
     ):
         self.found: list[tuple[int, torch.Tensor]] = []
         self.reasons: Counter[str] = Counter()
         self._chosen, self._batch_size = rows, batch_size
-        self._number, self._heads_follow = number, heads_follow
+        self._number, self._heads_follow, self._gathered = number, heads_follow, gathered
         # By the identity of the tensor: what was made of the last softmax, its logits and its weights.
         self._waiting: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor, torch.Tensor]] = {}
         self._failed = False
@@ -139,6 +142,7 @@ class AttentionWatch:
         # Weights over streams, experts or depths are one row for each token: (B T, 1, n).
         elif name in PRODUCTS and factor.shape[-2:] == weights.shape[-2:]:
             self._waiting = {}
+            self._gathered(result)
             self._note_weights(logits, weights)
 
     def _note_weights(self, logits: torch.Tensor, weights: torch.Tensor) -> None:
@@ -156,6 +160,7 @@ class AttentionWatch:
         query, key = given["query"], given["key"]
         if query.shape[-2] < 2:
             return
+        self._gathered(result)
         if query.ndim != 4 or query.shape[0] != self._batch_size:
             reason = (
                 f"queries of shape {tuple(query.shape)} do not have the {self._batch_size} sequences first"
@@ -218,6 +223,7 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
             continue
         key = of_call[-1] = number, depth
         places.heads[key] = places.heads.get(key, 0) + rows.shape[2]
+        places.modules[key] = call.path
         _add_rows(forward, key, rows)
     places.seen.update(places.heads.keys())
     return places
