@@ -66,7 +66,7 @@ def watch(
     """
     from depthscope.diagnostics.schema import LiveRows, is_live_store
     from depthscope.diagnostics.schema.live_store import require_live_place
-    from depthscope.probes.training.live.findings import TrainingStopped
+    from depthscope.probes.training.notices import TrainingStopped
     from depthscope.probes.training.watched_script import ScriptWatch
 
     if stop_on not in (None, "warn", "fail"):

@@ -81,8 +81,8 @@ def plan(
     InputError
         For an unknown kind.
     """
-    places = (_numbers(each) for each in (blocks, connections, depths, streams))
-    return Plan(kind_named(kind).name, *places, together, _numbers(tokens))
+    blocks, connections, depths, streams = map(_numbers, (blocks, connections, depths, streams))
+    return Plan(kind_named(kind).name, blocks, connections, depths, streams, together, _numbers(tokens))
 
 
 def _numbers(given: Numbers) -> tuple[int, ...] | None:
