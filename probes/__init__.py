@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import torch  # noqa: F401  without it the package is refused here, and not where one of its names is used
+
 if TYPE_CHECKING:
     from depthscope.probes import interventions
     from depthscope.probes.connections.coefficients import ReconstructionError, StreamConnectionError
