@@ -23,6 +23,7 @@ __all__ = [
     "PLOTLY_SOURCE",
     "build",
     "card",
+    "cards_in_rows",
     "clicked_cell",
     "component",
     "show_drawing",
@@ -106,6 +107,19 @@ def card(
         )
         if shown.caption:
             st.caption(escaped(_short(shown.caption)))
+
+
+def cards_in_rows(figures: Mapping[str, Figure]) -> None:
+    """Figures in rows of two.
+
+    ``figures``: key of its card → figure.
+    """
+    cards = list(figures.items())
+    for first in range(0, len(cards), 2):
+        # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
+        for column, (key, figure) in zip(st.columns(2), cards[first : first + 2], strict=False):
+            with column:
+                card(figure, key=key, height=430 if isinstance(figure, Heatmap) else 300)
 
 
 def _short(caption: str) -> str:

@@ -15,7 +15,7 @@ from depthscope.app.figures import CHOICES, Analyses, FigureKind, Selection
 from depthscope.app.figures.build.values import streams_of
 from depthscope.app.text.glossary import GLOSSARY
 
-__all__ = ["CONTROLS", "choose", "choose_section", "chosen_run"]
+__all__ = ["CONTROLS", "choose"]
 
 
 @dataclass(frozen=True)
@@ -120,29 +120,3 @@ def _choose_depths(analyses: Analyses) -> tuple[int, ...]:
         width=260,
     )
     return tuple(sorted(chosen[:MOST_DEPTHS]))
-
-
-def choose_section(sections: Sequence[str]) -> str:
-    """Which section of a page is shown, in the URL as `?part=`."""
-    # The section of another page, or of other runs: Streamlit raises for a value that is no option.
-    if st.session_state.get("part") not in sections:
-        st.session_state.pop("part", None)
-    return st.segmented_control(
-        "Part",
-        sections,
-        default=sections[0],
-        key="part",
-        bind="query-params",
-        required=True,
-        label_visibility="collapsed",
-    )
-
-
-def chosen_run(names: Sequence[str]) -> str:
-    """The run that heat maps show, in the URL as `?run=`.
-
-    ``names``: runs that can feed them; at least one.
-    """
-    if len(names) == 1:
-        return names[0]
-    return st.selectbox("Run of the heat maps", names, key="run", bind="query-params", width=260)

@@ -19,10 +19,10 @@ from depthscope.app.dashboard.state.background import Analyses
 from depthscope.app.dashboard.state.reading_cache import CACHE_BYTES, ReadingCache
 from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, sentence, version_of
 from depthscope.app.readings.close_up import CloseUp, read_close_up
+from depthscope.app.readings.depth_map import Summary, summary_of
 from depthscope.app.readings.file_version import FileVersion
-from depthscope.app.readings.kept_readings import Summary, keep, kept_readings, kept_summaries, summary_of
+from depthscope.app.readings.kept_readings import keep, kept_readings, kept_summaries
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.requested_metrics import with_requested
 from depthscope.app.readings.run_arrays import mixing_by_step
 from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import schema
@@ -35,7 +35,6 @@ __all__ = [
     "close_up_of",
     "compare_beside",
     "list_runs",
-    "measure",
     "mixing_history_of",
     "progress_of",
     "read_run",
@@ -163,39 +162,6 @@ def read_run(
             return UnreadableRun(name, path, sentence(error))
     reason = "This run changes while it is read. Reload this page when it is written."
     return UnreadableRun(name, path, reason)
-
-
-def measure(
-    reading: Reading, metrics: Sequence[str], *, progress: Callable[[str, int, int], None] | None = None
-) -> str:
-    """Measure the run of a reading by further metrics, which are saved with its analysis.
-
-    ``metrics``: names of the catalogue; of one that the run cannot feed the reason is saved.
-    ``progress``: called with (metric, number done, number in all).
-    Returns: Why it is not possible; empty where it was done.
-    """
-    name, path = reading.run, Path(reading.path)
-    if growing_runs.is_growing(path):
-        return f"{name} is being written: its states are of another step at every moment. Measure it when it has ended."
-    try:
-        version = version_of(path)
-        key = (name, path, version)
-
-        def measured() -> tuple[Reading, ...]:
-            # Asked for here: somebody else may have added others meanwhile.
-            found = _cache.get(key, partial(_kept_or_read, name, path, version, progress))
-            if isinstance(found, UnreadableRun):
-                raise InputError(found.reason)
-            added = with_requested(found, metrics, path=path, max_bytes=LIMIT["max_bytes"], progress=progress)
-            if version_of(path) != version:
-                raise InputError("it was changed while it was measured; reload the page")
-            return added
-
-        keep(path, version, _cache.replace(key, measured))
-        _summaries.pop(path, None)
-    except (ValueError, OSError) as error:
-        return f"{name} cannot be measured: {sentence(error)}"
-    return ""
 
 
 def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:

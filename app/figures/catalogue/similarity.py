@@ -1,17 +1,12 @@
 """How similar are the states of two depths? CKA and angles between every two, and from each to the next."""
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.captions import describe_lines
-from depthscope.app.figures.build.curve_figure import CurveFigure, axis_title
+from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
-from depthscope.app.figures.build.measurement import Measurement
-from depthscope.app.figures.build.values import names_of, positions
-from depthscope.app.figures.specification import Analyses, Line, Lines, Selection
 
 _matrix = partial(MatrixFigure, question="similarity")
 _steps = partial(CurveFigure, question="similarity")
@@ -109,41 +104,6 @@ adjacent_angle = _steps(
     derive=_with_step_angles,
     note="Mean over tokens; near 0: the block does nothing.",
 )
-
-
-def build_cut(analyses: Analyses, *, depths: tuple[int, int], **selection: Any) -> Lines:
-    """CKA of two depths of one run with every depth of it: two rows of the heat map.
-
-    ``**selection``: fields of `Selection`; `run` names the run, else the first one.
-    """
-    choice = Selection.of(selection)
-    # The first run that has CKA where none is selected, as in the heat map above it.
-    slices = Measurement("cka", analyses, choice).slices()
-    run, _, matrix = next(found for found in slices if choice.run in (None, found[0]))
-    text = names_of(matrix, "other_depth")
-    x = positions(matrix, "other_depth")
-    lines = tuple(
-        Line(
-            x,
-            np.asarray(matrix.isel(depth=depth).values, dtype=np.float64),
-            f"depth {depth} ({text[depth]})",
-            group=run,
-            text=text,
-        )
-        # On the diagonal both depths are the same row, which is drawn once.
-        for depth in dict.fromkeys(depths)
-    )
-    title = "CKA of the two depths with every depth"
-    return Lines(
-        name="cka_cut",
-        title=title,
-        x_label=axis_title("depth", "depth"),
-        y_label="linear CKA",
-        lines=lines,
-        caption=f"Run {run}; rows {depths[0]} and {depths[1]} of the heat map.",
-        alt=describe_lines(lines, title, "depth"),
-        metric="cka",
-    )
 
 
 variance_growth = _steps(
