@@ -5,22 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import streamlit as st
 
 from depthscope.app.dashboard.components.chart import build, card, clicked_cell
-from depthscope.app.dashboard.components.choices import choose_index, choose_one
+from depthscope.app.dashboard.components.choices import choose_group, choose_index, choose_one
 from depthscope.app.dashboard.components.controls import choose
 from depthscope.app.dashboard.components.exports import show_exports
 from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.run_facts import facts_table
-from depthscope.app.dashboard.components.run_groups import choose_group
+from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.dashboard.state.run_differences import differences_between
 from depthscope.app.figures import FIGURES, FigureKind, Heatmap, Lines, Selection
 from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.figures.build.folded_runs import folded, folded_colours
@@ -247,19 +245,13 @@ def _differences(
     readings: Sequence[Reading], kind: FigureKind, view: Selection, by: str | None
 ) -> list[Difference] | None:
     """The tested differences; None where they cannot be tested."""
-    place = st.empty()
-
-    def progress(*done: Any) -> None:
-        place.info(f"Testing {CATALOGUE[kind.metric].label}, sequence by sequence …", icon="⏳")
-
     try:
-        if by is not None:
-            return between_groups(readings, [kind.metric], view, by=by)
-        found = differences_between(readings, kind.metric, view, progress=progress)
-        place.empty()
-        return found
+        with st.spinner(f"Testing {CATALOGUE[kind.metric].label}, sequence by sequence …"):
+            if by is not None:
+                return between_groups(readings, [kind.metric], view, by=by)
+            return run_library.differences_between(readings, kind.metric, view)
     except (ValueError, OSError) as error:
-        place.info(f"The differences cannot be tested: {escaped(error)}", icon="ℹ️")
+        st.info(f"The differences cannot be tested: {escaped(error)}", icon="ℹ️")
         return None
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.choices import choose_one
+from depthscope.app.dashboard.components.choices import choose_names, choose_one
 from depthscope.app.dashboard.components.depth_pane import show_depth
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.microscope import (
@@ -21,7 +21,6 @@ from depthscope.app.dashboard.components.microscope import (
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.dashboard.state.named_in_url import choose_names
 from depthscope.app.figures import FIGURES
 from depthscope.app.figures.build.answers import least_needed
 from depthscope.app.readings.close_up import MARKED, TOKEN_MEASURES, WHOSE, CloseUp
@@ -40,10 +39,7 @@ def _show(chosen: ChosenRuns) -> None:
             icon="ℹ️",
         )
         return
-    grows = growing_runs.is_growing(Path(reading.path))
-    follows = grows and not st.toggle(
-        "Pause", key="still", help="The page stays as it is while the run goes on."
-    )
+    follows = growing_runs.is_growing(Path(reading.path))
     # Only this part of the page runs again when a depth is pinned, and while the run grows.
     st.fragment(_look, run_every=1.0 if follows else None)(reading, follows)
 

@@ -7,7 +7,7 @@ import streamlit as st
 import xarray as xr
 
 from depthscope.app.dashboard.components.chart import build, card, cards_in_rows
-from depthscope.app.dashboard.components.choices import choose_index, choose_one
+from depthscope.app.dashboard.components.choices import choose_index, choose_names, choose_one
 from depthscope.app.dashboard.components.controls import choose
 from depthscope.app.dashboard.components.depth_pane import show_matrices
 from depthscope.app.dashboard.components.legend import show_legend
@@ -15,7 +15,6 @@ from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.dashboard.state.named_in_url import choose_names
 from depthscope.app.figures import Heatmap
 from depthscope.app.figures.build.answers import streams_answer
 from depthscope.app.figures.build.matrix_pictures import picture_figure

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import xarray as xr
 
@@ -18,22 +17,24 @@ from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.background import Analyses
 from depthscope.app.dashboard.state.reading_cache import CACHE_BYTES, ReadingCache
 from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, sentence, version_of
+from depthscope.app.figures import Selection
 from depthscope.app.readings.close_up import CloseUp, read_close_up
 from depthscope.app.readings.depth_map import Summary, summary_of
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import keep, kept_readings, kept_summaries
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.run_arrays import mixing_by_step
+from depthscope.app.tables.differences import between_runs
 from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.analysis.differences import Difference
 
 __all__ = [
     "allow",
     "analyse_beside",
     "ask_for",
     "close_up_of",
-    "compare_beside",
+    "differences_between",
     "list_runs",
     "mixing_history_of",
     "progress_of",
@@ -69,16 +70,16 @@ def ask_for(runs: Mapping[str, Path]) -> None:
             read_run(name, {name: path})
 
 
-def compare_beside(
-    request: Mapping[str, Any], version: Hashable, progress: Callable[[str, int, int], None] | None
-) -> None:
-    """Have the differences of runs tested by another process, where there is one; see `Analyses.wait_for_test`.
+def differences_between(readings: Sequence[Reading], metric: str, view: Selection) -> list[Difference]:
+    """Every run against the first, sequence by sequence; remembered until a file changes.
 
-    Raises InputError: Where they cannot be tested.
+    Raises ValueError, OSError: Where they cannot be tested.
     """
-    reason = _beside[0].wait_for_test(request, version, progress) if _beside else ""
-    if reason:
-        raise InputError(reason)
+    versions = tuple((reading.name, FileVersion.of(Path(reading.path))) for reading in readings)
+    return _differences.get(
+        (versions, metric, view),
+        lambda: between_runs(readings, [metric], view, max_bytes=LIMIT["max_bytes"]),
+    )
 
 
 def progress_of(path: Path) -> str | None:
@@ -263,6 +264,8 @@ def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
         for reading in found
     )
 
+
+_differences = ReadingCache(32 * 2**20, lambda found: sum(each.value.nbytes * 4 for each in found) + 1000)
 
 _mixing_histories = ReadingCache(
     CACHE_BYTES // 4, lambda found: found[0].nbytes if found[0] is not None else 100

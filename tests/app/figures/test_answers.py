@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import xarray as xr
+from depthscope.app.text.health import healthy_name
 
 from depthscope.app.figures.build.answers import answer_to
-from depthscope.app.text.health import healthy_name
 from depthscope.diagnostics import analyze
 from depthscope.diagnostics.verdicts import VERDICTS
 

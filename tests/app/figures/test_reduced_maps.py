@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+from depthscope.app.dashboard.pages.tokens import token_figure
 
 from depthscope.app.dashboard.components.microscope import View, _token_panel
-from depthscope.app.dashboard.pages.tokens import token_figure
 from depthscope.app.drawing.plotly import LARGEST_SIDE, shrink, to_plotly
 from depthscope.app.figures import FIGURES, Heatmap
 from depthscope.app.figures.build.bins import Bins, reduce_blocks
