@@ -65,7 +65,7 @@ MEASURES = {
 
 @dataclass(frozen=True)
 class Mark:
-    """A finding about the network, and its depths; None where it is about the whole run or a module."""
+    """A finding and its depths; None where it is about the whole run or a module."""
 
     finding: Finding
     first: int | None = None
@@ -78,7 +78,8 @@ class Summary:
 
     ``name``: the run's name; ``run/chain`` where it has several chains.
     ``depths``: names of its states.
-    ``marks``: worst first.
+    ``marks``: findings about the network, worst first.
+    ``others``: findings about how far the reading of the network can be trusted.
     ``profiles``: key of `MEASURES` → one number a depth, NaN where it is not defined; without those that the run lacks.
     """
 
@@ -87,6 +88,7 @@ class Summary:
     depths: tuple[str, ...]
     loss: float | None
     marks: tuple[Mark, ...]
+    others: tuple[Mark, ...]
     profiles: Mapping[str, tuple[float, ...]]
 
     @property
@@ -123,14 +125,14 @@ def summary_of(reading: Reading) -> Summary:
     marks = [
         Mark(finding, _first_depth(finding, analysis), worst_depth(finding, analysis))
         for finding in reading.findings
-        if finding.about == "network"
     ]
+    parts = [tuple(mark for mark in marks if mark.finding.about == about) for about in ("network", "reading")]
     return Summary(
         reading.name,
         reading.attrs,
         tuple(names),
         loss_of(reading),
-        tuple(marks),
+        *parts,
         profiles_of(analysis, len(names)),
     )
 

@@ -154,7 +154,12 @@ def _require_stored(archive: zipfile.ZipFile | None) -> None:
 def _summary_document(summary: Summary) -> dict[str, Any]:
     return {
         **asdict(summary),
-        "marks": [{**vars(mark), "finding": finding_document(mark.finding)} for mark in summary.marks],
+        **{
+            name: [
+                {**vars(mark), "finding": finding_document(mark.finding)} for mark in getattr(summary, name)
+            ]
+            for name in ("marks", "others")
+        },
         "profiles": {name: _rounded(values) for name, values in summary.profiles.items()},
     }
 
@@ -173,12 +178,16 @@ def finding_document(finding: Finding | None) -> dict[str, Any] | None:
 
 
 def _summary(document: Mapping[str, Any]) -> Summary:
-    marks = ({**mark, "finding": finding_of(mark["finding"])} for mark in document["marks"])
     return Summary(
         **{
             **document,
             "depths": tuple(document["depths"]),
-            "marks": tuple(Mark(**mark) for mark in marks),
+            **{
+                name: tuple(
+                    Mark(**{**each, "finding": finding_of(each["finding"])}) for each in document[name]
+                )
+                for name in ("marks", "others")
+            },
             "profiles": {name: _numbers(values) for name, values in document["profiles"].items()},
         }
     )

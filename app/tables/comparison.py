@@ -112,7 +112,6 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         printed=printed,
         symbols={metric: symbol for metric, symbol in symbols.items() if symbol},
         metrics=tuple(dict.fromkeys(shown)),
-        stacked=True,
         notes=_summary_notes(
             shown, measured_note(readings, shown, view), interval_note(errors), marked.notes
         ),
@@ -296,7 +295,6 @@ def comparison_table(
         data=pd.DataFrame(rows).dropna(axis="columns", how="all"),
         printed=pd.DataFrame(text),
         metrics=used,
-        keys=2,
         notes=tuple(
             filter(
                 None,

@@ -46,9 +46,6 @@ class Table:
     ``metrics``: all metrics that the table rests on, for the bibliography.
     ``cited``: printed columns whose cells are bibliography keys.
     ``wrapped``: printed columns of running text.
-    ``stacked``: whether LaTeX sets the null below the value, for tables of few rows and many columns.
-    ``keys``: how many of the first printed columns name the row; each part of a table that is too wide begins with
-    them.
     ``notes``: sentences below the table: what its signs mean.
     ``best``: printed cells, by row and column, that are the best of their metric.
     """
@@ -62,8 +59,6 @@ class Table:
     metrics: tuple[str, ...] = ()
     cited: tuple[str, ...] = ()
     wrapped: tuple[str, ...] = ()
-    stacked: bool = False
-    keys: int = 1
     notes: tuple[str, ...] = ()
     best: frozenset[tuple[int, str]] = frozenset()
 
@@ -272,7 +267,6 @@ def _measured_table(
         caption=" ".join(
             filter(None, (f"{title}.", proof_sentence({reading.name: reading.attrs}), left_out))
         ),
-        keys=len(keys),
         notes=_notes(reading, columns, view),
         data=data,
         printed=printed.iloc[shown].reset_index(drop=True),

@@ -6,6 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator
 
+from depthscope.app.text.bibliography import keys_of
 from depthscope.app.text.visible import escape, visible
 
 # What pdfTeX cannot set from plain text; the rest of Unicode passes through.
@@ -227,6 +228,20 @@ def cite(keys: Iterable[str]) -> Latex:
     """
     # In brackets: with natbib, which most venues load, \cite makes the authors part of the sentence.
     return Latex(rf"\citep{{{','.join(keys)}}}")
+
+
+_KEYS_IN_BRACKETS = re.compile(r"\((\w+(?:; \w+)*)\)")
+
+
+def with_citations(text: str) -> Latex:
+    """A sentence whose keys in brackets, "(roy2007effective; xie2025mhc)", are citations."""
+    # The keys before anything is escaped or broken.
+    pieces, start = [], 0
+    for found in _KEYS_IN_BRACKETS.finditer(text):
+        if keys := keys_of(found[1].split("; ")):
+            pieces += [tex(text[start : found.start()]), cite(keys)]
+            start = found.end()
+    return Latex("".join([*pieces, tex(text[start:])]))
 
 
 CITEP = Latex("\\providecommand{\\citep}{\\cite}")

@@ -21,7 +21,7 @@ from depthscope.app.drawing.plotly.stack import (
 )
 from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, available
 from depthscope.app.figures.build.matrix_pictures import picture_figure
-from depthscope.app.figures.build.values import names_of
+from depthscope.app.figures.build.values import level_of, names_of
 from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp, Matrix
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import spoken
@@ -68,9 +68,6 @@ MOST_BARS = 8
 """Findings above the panels; the others are on the page Home."""
 
 _DRAWN = "microscope_drawn"
-
-FLAT = 1e-3
-"""A curve whose numbers differ by a smaller part of the largest is a line of words."""
 
 MASSIVE = 10
 """Times the median token of the map: such tokens have rows of their own, above the map. A heuristic of ours."""
@@ -215,7 +212,7 @@ class _Drawn:
         panels, flat = [], []
         for name in view.strips:
             panel = _strip(name, reading, close_up)
-            level = _level(panel.figure)
+            level = level_of(panel.figure)
             if level is None:
                 panels.append(panel)
             else:
@@ -313,16 +310,6 @@ def range_of(finding: Finding, reading: Reading, close_up: CloseUp | None) -> tu
     depths = depths_of_connections(reading, close_up)
     known = depths[finding.first : finding.last + 1]
     return (int(known.min()), int(known.max())) if len(known) else None
-
-
-def _level(figure: Figure) -> float | None:
-    """The number that all measured curves of a figure have everywhere; None where they vary, or are undefined somewhere."""
-    curves = [line.y for line in figure.lines if line.role == "measured"] if isinstance(figure, Lines) else []
-    values = np.concatenate(curves) if curves else np.zeros(0)
-    if values.size < 2 or not np.isfinite(values).all():
-        return None
-    reach = float(np.abs(values).max())
-    return float(values[0]) if float(np.ptp(values)) <= FLAT * reach else None
 
 
 def _length(close_up: CloseUp, sequence: int) -> int:

@@ -23,10 +23,12 @@ from depthscope.app.dashboard.state.growing_runs import LiveState
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope, open_page
 from depthscope.app.readings.depth_map import MEASURES, Mark, Summary, groupable, plain_attributes
-from depthscope.app.text.cards import Card, card_of
+from depthscope.app.tables.findings import cards_for
+from depthscope.app.text.cards import ABOUT_THE_READING, card_of
 from depthscope.app.text.notebook import card_style
 from depthscope.app.text.numbers import UNDEFINED, number
 from depthscope.app.text.visible import visible
+from depthscope.diagnostics.experiments import results_beside
 
 MOST_CARDS = 3
 """Findings of the chosen row that are shown at once: more columns leave too few words in a line."""
@@ -284,21 +286,29 @@ def _show_findings(runs: _Runs, summary: Summary) -> None:
     st.markdown(f"## {escaped(summary.name)}")
     if not summary.marks:
         st.markdown("The signal passes: no metric crossed its threshold.")
-        return
-    cards = [card_of(mark.finding) for mark in summary.marks]
+    listed_as = runs.listed_as[summary.name]
+    path = runs.listed[listed_as]
+    results = results_beside(path, *(summary.attrs.get(of) for of in ("weights_digest", "data_digest")))
 
-    def show(card: Card, mark: Mark) -> None:
-        show_card(card, name=summary.name, depth=mark.worst, runs=[runs.listed_as[summary.name]])
+    def show(marks: Sequence[Mark]) -> None:
+        for mark, card in zip(
+            marks, cards_for([each.finding for each in marks], str(path), results), strict=True
+        ):
+            show_card(card, name=summary.name, depth=mark.worst, runs=[listed_as])
 
-    paired = list(zip(cards, summary.marks, strict=True))
-    for column, each in zip(st.columns(min(len(cards), MOST_CARDS)), paired, strict=False):
+    worst, more = summary.marks[:MOST_CARDS], summary.marks[MOST_CARDS:]
+    for column, mark in zip(st.columns(max(len(worst), 1)), worst, strict=False):
         with column:
-            show(*each)
-    if paired[MOST_CARDS:]:
-        with st.expander(f"{len(paired) - MOST_CARDS} more"):
-            for each in paired[MOST_CARDS:]:
-                show(*each)
+            show([mark])
+    if more:
+        with st.expander(f"{len(more)} more"):
+            show(more)
     show_causes([mark.finding for mark in summary.marks])
+    # What could not be proved is no finding about the network.
+    if summary.others:
+        titles = " · ".join(escaped(card_of(mark.finding).title.rstrip(".")) for mark in summary.others)
+        with st.expander(f"{ABOUT_THE_READING}: {titles}"):
+            show(summary.others)
 
 
 def _put_at() -> None:

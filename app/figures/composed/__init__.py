@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import xarray as xr
 
+from depthscope.app.figures.build.values import level_of
 from depthscope.app.figures.composed.groups import groups_of
 from depthscope.app.figures.composed.panels import Subjects, in_one_line
 from depthscope.app.figures.composed.questions import QUESTIONS, Question
 from depthscope.app.figures.composed.specification import Composed, LetteredPanel, Points
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
+from depthscope.app.text.numbers import number
 
 __all__ = [
     "QUESTIONS",
@@ -58,14 +60,19 @@ def composed_of(question: Question, subjects: Subjects, view: Selection) -> Comp
         made = recipe.panels(subjects, view)
         if isinstance(made, str):
             left_out.setdefault(recipe.title, []).append(made)
-        else:
-            panels += made
+            continue
+        levels = [(panel, level_of(panel.content)) for panel in made]
+        panels += [panel for panel, level in levels if level is None]
+        for panel, level in levels:
+            if level is not None:
+                left_out.setdefault(panel.title, []).append(f"it is {number(level)} everywhere")
+    same = [f"{title} ({'; '.join(why)})" for title, why in left_out.items() if "everywhere" in why[0]]
     return Composed(
         name=question.name,
         title=question.title,
         panels=tuple(panels),
         runs=subjects.shown,
-        caption=_caption(panels),
+        caption=" ".join(filter(None, [_caption(panels), f"Not drawn: {', '.join(same)}." if same else ""])),
         alt=" ".join(f"({letter(place)}) {panel.content.alt}" for place, panel in enumerate(panels)),
         left_out={title: in_one_line(reasons) for title, reasons in left_out.items()},
     )

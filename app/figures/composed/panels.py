@@ -147,7 +147,7 @@ def _of_branch(data: xr.Dataset, branch: str) -> xr.Dataset:
     """The analysis at the connections of one kind alone; without any where it has none of that kind."""
     if "connection" not in data.dims:
         return data
-    known = data["branch"].values.astype(str) if "branch" in data.coords else np.array([])
+    known = data["branch"].values.astype(object).astype(str) if "branch" in data.coords else np.array([])
     labelled = known.size == data.sizes["connection"]
     keep = np.flatnonzero(known == branch) if labelled else np.zeros(0, dtype=int)
     # The places along the network stay: `positions` reads the labels.

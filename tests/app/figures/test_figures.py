@@ -9,7 +9,6 @@ import xarray as xr
 
 from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection, available
 from depthscope.app.figures.axis_limits import visible_limits
-from depthscope.app.figures.catalogue.similarity import build_cut
 from depthscope.app.text.latex import tex
 from depthscope.diagnostics import analyze
 from depthscope.diagnostics.kernels.rank import marchenko_pastur
@@ -171,12 +170,6 @@ def test_the_depth_kernel_has_no_reader_of_itself_or_of_later_layers(mixed):
     kernel = mixed["depth_kernel"].isel(step=-1)
     assert figure.z[5, 2] == float(kernel.sel(connection=5, other_connection=2))
     assert np.isnan(figure.z[np.triu_indices_from(figure.z)]).all()
-
-
-def test_a_cut_is_two_rows_of_the_heat_map(plain):
-    figure = build_cut({"plain": plain}, depths=(1, 4))
-    matrix = plain["cka"].isel(step=-1).sel(estimator="unbiased", tokens="all")
-    np.testing.assert_array_equal([line.y for line in figure.lines], matrix.isel(depth=[1, 4]))
 
 
 def test_alt_text_names_the_lowest_point():

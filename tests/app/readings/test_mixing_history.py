@@ -49,7 +49,7 @@ def test_the_means_of_each_step_are_those_of_the_model(store, tmp_path, monkeypa
         np.testing.assert_array_equal(line.x, [0, 1, 2])
     if not store:
         monkeypatch.setattr(run_library, "_roots", [])
-        shown = charts(open_page("mixing", [path], from_connection="1"))
+        shown = charts(open_page("streams", [path], from_connection="1"))
         assert "h_res_steps" in shown
 
 
