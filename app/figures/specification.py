@@ -208,9 +208,7 @@ class FigureKind(ABC):
     title : str
         Title that stands alone.
     question : str
-        The page of the dashboard: collapse, similarity, mixing or gradients.
-    section : str
-        Heading of the figures of one page that belong together.
+        collapse, similarity, mixing or gradients: the heading in a report.
     metric : str
         Metric of the catalogue without which there is nothing to draw; the one called `name` by default.
     """
@@ -218,7 +216,6 @@ class FigureKind(ABC):
     name: str
     title: str
     question: str = field(kw_only=True)
-    section: str = field(default="", kw_only=True)
     metric: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:

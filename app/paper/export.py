@@ -14,7 +14,7 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, further_fonts, write_figure, write_word
+from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, write_figure
 from depthscope.app.figures import Figure, Heatmap, Selection
 from depthscope.app.figures.composed import QUESTIONS, Composed, Points, Subjects, composed_of, groups_of
 from depthscope.app.figures.numbers import figure_table
@@ -35,7 +35,6 @@ from depthscope.app.tables.findings import sentences_table
 from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_markdown, to_parquet
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut
-from depthscope.app.text.latex import pictured_words
 from depthscope.app.text.venues import Venue, venue_of
 from depthscope.diagnostics import atomic_writes
 from depthscope.diagnostics.errors import InputError
@@ -199,8 +198,6 @@ def write_files(bundle: Bundle, folder: Path) -> None:
     for table in bundle.tables + bundle.further_tables:
         place = "tables" if table in bundle.tables else "data"
         (folder / place / f"{table.name}.parquet").write_bytes(to_parquet(table))
-    for codes, word in pictured_words(text for name, text in texts.items() if name.endswith(".tex")).items():
-        write_word(word, atomic_writes.made_folder(folder / "words") / f"{codes}.pdf")
     _write_manifest(folder, _facts(bundle))
 
 
@@ -257,8 +254,6 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     return {
         "software": software(),
         "commit": source_commit(),
-        # In addition to those of matplotlib, for names in other alphabets.
-        "fonts": further_fonts(reading.name for reading in contents.readings),
         "venue": bundle.venue.name,
         # As it was applied: of runs of different depth the axis was changed.
         "selection": asdict(contents.view),

@@ -14,13 +14,7 @@ from depthscope.app.text.venues import Venue
 
 _HERE = "depthscope.app.paper"
 PACKAGES = "amsmath,array,booktabs,graphicx"
-# Words of other alphabets are pictures, one line high: see `drawing.matplotlib.words`.
-HEAD = (
-    f"{CITEP}\n"
-    "\\providecommand{\\depthscopepath}{.}\n"
-    "\\providecommand{\\depthscopeword}[1]"
-    "{\\raisebox{-0.25em}{\\includegraphics[height=1.2em]{\\depthscopepath/words/#1.pdf}}}\n"
-)
+HEAD = f"{CITEP}\n\\providecommand{{\\depthscopepath}}{{.}}\n"
 _CITE = re.compile(r"\\citep\{([^}]+)\}")
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from depthscope.app.figures import DRAWN, FIGURES, NOT_DRAWN
+from depthscope.app.figures import FIGURES, NOT_DRAWN
 from depthscope.app.figures.build.captions import selection_words, token_count_words
 from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
@@ -141,19 +141,11 @@ def _picked(
 
 
 def table_metrics(axis: str) -> list[str]:
-    """Metrics with a column in the table along an axis, in the order of the figures.
-
-    These are the headline metrics, and those that no figure of the catalogue draws: somebody declared them for a reason,
-    and has not chosen yet where to see them.
-    """
+    """The headline metrics along an axis, in the order of the figures: those with a column in its table."""
     drawn = [name for kind in FIGURES.values() for name in (*kind.needs, *kind.also)]
-    # The catalogue adds metrics that no figure can draw, which need a column all the more.
-    ordered = dict.fromkeys([*drawn, *CATALOGUE])
-    metrics = [CATALOGUE[name] for name in ordered if name in CATALOGUE and name not in NOT_DRAWN]
+    metrics = [CATALOGUE[name] for name in dict.fromkeys([*drawn, *CATALOGUE]) if name not in NOT_DRAWN]
     return [
-        metric.name
-        for metric in metrics
-        if metric.axis == axis and not metric.pairwise and (metric.headline or metric.name not in DRAWN)
+        metric.name for metric in metrics if metric.axis == axis and metric.headline and not metric.pairwise
     ]
 
 

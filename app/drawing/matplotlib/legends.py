@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
 from matplotlib.lines import Line2D
 
 from depthscope.app.drawing.matplotlib.fonts import points_across
@@ -69,9 +68,7 @@ def num_columns(entries: Sequence[str], size: Width) -> int:
     # The handle with its spaces is four and a half em wide. LaTeX of a PGF figure is not measured: half an em a letter.
     longest = max(
         (
-            0.5 * points * len(entry)
-            if isinstance(entry, Latex)
-            else points_across(plain(entry), points, mpl.rcParams["font.family"])
+            0.5 * points * len(entry) if isinstance(entry, Latex) else points_across(plain(entry), points)
             for entry in entries
         ),
         default=0.0,

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import xarray as xr
 
-from depthscope.app.paper import contents
 from depthscope.app.paper.export import write_bundle
 from depthscope.app.text.venues import VENUES
 from tests.models.synthetic_run import synthetic_run
@@ -82,14 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--venues", nargs="+", default=list(VENUES))
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 14])
-    parser.add_argument(
-        "--every", type=int, default=8, help="of 14 runs only each so many-th figure of the supplement"
-    )
     parser.add_argument("--keep", type=Path, help="folder for the PDFs")
     args = parser.parse_args(arguments)
-    failed, draw_all = 0, contents.draw_all
-    # All go through one template; hundreds of drawings say no more than a few.
-    contents.draw_all = lambda readings, view: draw_all(readings, view)[:: args.every]
+    failed = 0
     for count in args.counts:
         runs = runs_of(count)
         for venue in args.venues:

@@ -112,27 +112,6 @@ def test_the_columns_are_the_headline_metrics_of_the_axis():
         assert set(tables.table_metrics(axis)) == headline
 
 
-def test_a_metric_that_no_figure_names_gets_its_columns(readings, monkeypatch):
-    new = {"participation_ratio", "operator_gain", "read_share", "depth_kernel", "mixing_singular_value"}
-    monkeypatch.setattr(tables, "DRAWN", tables.DRAWN - new)
-    by_depth, by_connection = depth_table(readings[1]), mixing_table(readings[1])
-    analysis = readings[1].analysis.isel(step=-1)
-    labels = {"scope": "sequence", "tokens": "all", "centering": "raw", "stream": "mean"}
-    np.testing.assert_array_equal(
-        by_depth.data["participation_ratio"], analysis["participation_ratio"].sel(labels)
-    )
-    assert "participation ratio" in by_depth.printed
-    for norm in ("infinity", "one", "two"):
-        expected = analysis["operator_gain"].sel(reduction="mean", norm=norm)
-        np.testing.assert_array_equal(by_connection.data[f"operator_gain_{norm}"], expected)
-    np.testing.assert_array_equal(
-        by_connection.data["read_share_3"], analysis["read_share"].sel(stream="3").values
-    )
-    assert "read share 3" in by_connection.printed
-    assert "mixing singular value component 0" in by_connection.printed
-    assert not [name for name in by_connection.data if name.startswith("depth_kernel")]  # a matrix
-
-
 def test_summary_has_one_row_a_run_with_the_true_extremes(readings):
     table = summary_table(readings)
     assert list(table.data["run"]) == [reading.name for reading in readings]
