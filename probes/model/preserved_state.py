@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from depthscope.probes.model.hooks import WatchedMethod
 from depthscope.probes.model.modules import all_modules, own_parameters
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -134,6 +135,10 @@ def _put_back(container: Any, content: Any) -> None:
 
 def _put_back_entries(container: Any, content: dict[Any, Any]) -> None:
     now = dict(container.items())
+    # A method that a probe observes comes and goes like a hook, in its own time.
+    for name in [name for each in (now, content) for name, value in each.items() if isinstance(value, WatchedMethod)]:
+        now.pop(name, None)
+        content.pop(name, None)
     if now.keys() == content.keys() and all(map(operator.is_, now.values(), content.values())):
         return
     for name in now.keys() - content.keys():
