@@ -16,7 +16,15 @@ import xarray as xr
 
 from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, write_figure
 from depthscope.app.figures import Figure, Heatmap, Selection
-from depthscope.app.figures.composed import QUESTIONS, Composed, Points, Subjects, composed_of, groups_of
+from depthscope.app.figures.composed import (
+    EVERYWHERE,
+    QUESTIONS,
+    Composed,
+    Points,
+    Subjects,
+    composed_of,
+    groups_of,
+)
 from depthscope.app.figures.numbers import figure_table
 from depthscope.app.paper.contents import CITES, Contents
 from depthscope.app.paper.latex_snippets import (
@@ -179,7 +187,9 @@ def make_bundle(
     readings = read_runs(runs) if isinstance(runs, Mapping) else list(runs)
     contents = Contents.of(readings, view)
     subjects = Subjects(tuple(readings), trees, groups_of(readings, by))
-    composed = tuple(composed_of(question, subjects, contents.view) for question in QUESTIONS.values())
+    composed = tuple(
+        composed_of(question, subjects, contents.view, varied=True) for question in QUESTIONS.values()
+    )
     return Bundle(contents, composed, venue, by, tuple(dict.fromkeys(("pdf", *formats))))
 
 
@@ -208,7 +218,13 @@ def _texts(bundle: Bundle) -> dict[str, str]:
         reading.name: [finding.as_dict() for finding in reading.findings] for reading in contents.readings
     }
     measured = _measured(bundle)
-    described = (contents.readings, contents.view, measured, bundle.by)
+    flat = [
+        f"{figure.title}: {title}"
+        for figure in bundle.composed
+        for title, reason in figure.left_out.items()
+        if reason.endswith(EVERYWHERE)
+    ]
+    described = (contents.readings, contents.view, measured, bundle.by, flat)
     texts = {
         "data/findings.json": json.dumps(found, indent=2, default=str, ensure_ascii=False) + "\n",
         "figures.tex": figures_tex(bundle.shown, CITES, venue),

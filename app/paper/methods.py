@@ -24,29 +24,37 @@ MOST_NAMED = 4
 
 
 def methods_latex(
-    readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str
+    readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str, flat: Sequence[str] = ()
 ) -> list[Latex]:
     """The methods as LaTeX.
 
     ``view``: which version of the numbers is shown.
     ``by``: attribute by which runs are grouped; empty for none.
+    ``flat``: panels that were left out, since their curves are the same everywhere.
     """
-    return [with_citations(paragraph) for paragraph in _paragraphs(readings, view, metrics, by)]
+    return [with_citations(paragraph) for paragraph in _paragraphs(readings, view, metrics, by, flat)]
 
 
-def methods_text(readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str) -> str:
+def methods_text(
+    readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str, flat: Sequence[str] = ()
+) -> str:
     """The methods as plain text, with authors and years."""
-    return "\n\n".join(map(cited, _paragraphs(readings, view, metrics, by))) + "\n"
+    return "\n\n".join(map(cited, _paragraphs(readings, view, metrics, by, flat))) + "\n"
 
 
-def _paragraphs(readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str) -> list[str]:
+def _paragraphs(
+    readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str, flat: Sequence[str]
+) -> list[str]:
     """Paragraphs; what a sentence cites is in brackets at its end, as keys of the bibliography."""
     shown = [name for name in dict.fromkeys(metrics) if name in CATALOGUE]
     paragraphs = [
         [*_runs(readings), *_capture(readings)],
         [*_slices(readings, view, shown, by)],
         [*_definitions(shown)],
-        [*_verdicts(readings)],
+        [
+            *_verdicts(readings),
+            *([f"Not drawn, being the same everywhere: {'; '.join(flat)}"] if flat else []),
+        ],
     ]
     return [" ".join(f"{each}." for each in paragraph) for paragraph in paragraphs if paragraph]
 

@@ -29,6 +29,10 @@ __all__ = [
 ]
 
 
+EVERYWHERE = "at every position of every run"
+"""How the reason ends why a panel is left out that would show nothing but a level."""
+
+
 def compose(
     name: str,
     readings: Sequence[Reading],
@@ -52,8 +56,11 @@ def compose(
     return composed_of(QUESTIONS[name], subjects, view or Selection())
 
 
-def composed_of(question: Question, subjects: Subjects, view: Selection) -> Composed:
-    """As `compose`, of runs whose matrices and histories are shared between several figures."""
+def composed_of(question: Question, subjects: Subjects, view: Selection, *, varied: bool = False) -> Composed:
+    """As `compose`, of runs whose matrices and histories are shared between several figures.
+
+    ``varied``: leave out panels whose curves are the same everywhere, and say so.
+    """
     panels: list[LetteredPanel] = []
     left_out: dict[str, list[str]] = {}
     for recipe in question.recipes:
@@ -61,18 +68,18 @@ def composed_of(question: Question, subjects: Subjects, view: Selection) -> Comp
         if isinstance(made, str):
             left_out.setdefault(recipe.title, []).append(made)
             continue
-        levels = [(panel, level_of(panel.content)) for panel in made]
-        panels += [panel for panel, level in levels if level is None]
-        for panel, level in levels:
-            if level is not None:
-                left_out.setdefault(panel.title, []).append(f"it is {number(level)} everywhere")
-    same = [f"{title} ({'; '.join(why)})" for title, why in left_out.items() if "everywhere" in why[0]]
+        for panel in made:
+            level = level_of(panel.content) if varied else None
+            if level is None:
+                panels.append(panel)
+            else:
+                left_out.setdefault(panel.title, []).append(f"it is {number(level)} {EVERYWHERE}")
     return Composed(
         name=question.name,
         title=question.title,
         panels=tuple(panels),
         runs=subjects.shown,
-        caption=" ".join(filter(None, [_caption(panels), f"Not drawn: {', '.join(same)}." if same else ""])),
+        caption=_caption(panels),
         alt=" ".join(f"({letter(place)}) {panel.content.alt}" for place, panel in enumerate(panels)),
         left_out={title: in_one_line(reasons) for title, reasons in left_out.items()},
     )
