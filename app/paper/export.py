@@ -40,7 +40,7 @@ from depthscope.app.readings.provenance import file_digest, numbers_digest, soft
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.comparison import comparison_table
 from depthscope.app.tables.findings import sentences_table
-from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_markdown, to_parquet
+from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_parquet
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut
 from depthscope.app.text.venues import Venue, venue_of
@@ -243,7 +243,6 @@ def _texts(bundle: Bundle) -> dict[str, str]:
     for table in bundle.tables:
         texts[f"tables/{table.name}.tex"] = to_latex(table, CITES, venue)
         texts[f"tables/{table.name}.csv"] = to_csv(table)
-        texts[f"tables/{table.name}.md"] = to_markdown(table)
     keys = cited_keys(text for name, text in texts.items() if name.endswith(".tex"))
     return texts | {"metrics.bib": cut(keys), "main.tex": main_tex(venue, cites=bool(keys))}
 

@@ -26,7 +26,6 @@ from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findi
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.app.text.cards import ABOUT_THE_READING, Card
-from depthscope.app.text.causes import cause_svg
 from depthscope.app.text.notebook import card_html, card_style
 from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
@@ -117,7 +116,6 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         csv=to_csv,
         fact=_fact,
         card_html=card_html,
-        causes=cause_svg,
         evidence=evidence,
         svg=partial(_svg, styles),
         plot=_plot if interactive else lambda figure: Markup(),

@@ -1,9 +1,8 @@
-"""How is a table written to a file? As LaTeX with booktabs rules, as Markdown, as CSV, as Parquet."""
+"""How is a table written to a file? As LaTeX with booktabs rules, as CSV, as Parquet."""
 
 from __future__ import annotations
 
 import io
-import re
 from typing import Any
 
 import pandas as pd
@@ -12,30 +11,9 @@ from depthscope.app.tables.latex_table import to_latex
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.visible import visible
 
-__all__ = ["csv_text", "to_csv", "to_latex", "to_markdown", "to_parquet"]
+__all__ = ["csv_text", "to_csv", "to_latex", "to_parquet"]
 
 _FORMULA_SIGNS = tuple("=+-@＝＋－＠")  # with the wide forms that spreadsheets of East Asia take too
-
-
-def to_markdown(table: Table) -> str:
-    """A table in Markdown, its caption above."""
-    columns = [str(column) for column in table.printed.columns]
-    cells = table.printed.map(_no_markup).to_numpy().tolist()
-    for row, name in table.best:
-        cells[row][columns.index(name)] = f"**{cells[row][columns.index(name)]}**"
-    rows = [[_no_markup(column) for column in columns], ["---"] * len(columns), *cells]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    notes = ["", " ".join(table.notes)] if table.notes else []
-    return "\n".join([f"**{table.title}.** {_no_markup(table.caption)}", "", *lines, *notes]) + "\n"
-
-
-# An underscore within a word is none for Markdown.
-_MARKUP = re.compile(r"[\\`*\[\]<&~|$]|(?<!\w)_|_(?!\w)")
-
-
-def _no_markup(text: object) -> str:
-    """Text that Markdown shows as it is: no emphasis, link, HTML or mathematics, and no end of a cell."""
-    return _MARKUP.sub(r"\\\g<0>", visible(text).replace("\n", " "))
 
 
 def to_csv(table: Table) -> str:

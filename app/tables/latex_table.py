@@ -37,9 +37,7 @@ def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plai
     names = list(map(str, shown.columns))
     frame = shown.set_axis(range(len(names)), axis=1).astype(object)
     for column, name in enumerate(names):
-        for row in range(len(frame)):
-            code = _cell(table, name, str(frame.iat[row, column]))
-            frame.iat[row, column] = rf"\textbf{{{code}}}" if (row, name) in table.best else code
+        frame[column] = [_cell(table, name, str(cell)) for cell in frame[column]]
     frame.columns = [tex(name) for name in names]
     shape = "".join(_shape(table, name) for name in names)
     if is_turned:

@@ -47,7 +47,6 @@ class Table:
     ``cited``: printed columns whose cells are bibliography keys.
     ``wrapped``: printed columns of running text.
     ``notes``: sentences below the table: what its signs mean.
-    ``best``: printed cells, by row and column, that are the best of their metric.
     """
 
     name: str
@@ -60,7 +59,6 @@ class Table:
     cited: tuple[str, ...] = ()
     wrapped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    best: frozenset[tuple[int, str]] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,14 +11,12 @@ import streamlit as st
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.state.visits import open_microscope
 from depthscope.app.text.cards import Card
-from depthscope.app.text.causes import cause_lines, cause_svg
 from depthscope.app.text.explanations import explanation
 from depthscope.app.text.notebook import card_style
 from depthscope.app.text.sparkline import curve_svg
 from depthscope.app.text.visible import visible
-from depthscope.diagnostics import Finding
 
-__all__ = ["BADGES", "show_card", "show_causes"]
+__all__ = ["BADGES", "show_card"]
 
 # A sign and a word with each colour: red and orange alone are the same to some readers.
 BADGES = {
@@ -77,15 +75,6 @@ def show_card(card: Card, *, name: str, depth: int | None, runs: Sequence[str]) 
                 args=(runs,),
                 kwargs={"look_at": name, "depth": depth},
             )
-
-
-def show_causes(findings: Sequence[Finding]) -> None:
-    """Which findings of a run follow from which, as a small graph; nothing where none does."""
-    graph = cause_svg(findings)
-    if graph:
-        st.caption("What follows from what")
-        words = "; ".join(line.strip() for line in cause_lines(findings))
-        _show_drawing(f"causes_{findings[0].verdict}", graph, words)
 
 
 def _show_drawing(name: str, svg: str, words: str) -> None:

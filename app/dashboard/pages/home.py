@@ -15,7 +15,7 @@ from depthscope.app.dashboard.components.chart import component
 from depthscope.app.dashboard.components.choices import choose_one
 from depthscope.app.dashboard.components.chosen_runs import LOOKED_AT, explain_none
 from depthscope.app.dashboard.components.figure_numbers import cut_words, offer_csv, show_frame
-from depthscope.app.dashboard.components.finding_card import BADGES, show_card, show_causes
+from depthscope.app.dashboard.components.finding_card import BADGES, show_card
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import growing_runs, run_library
@@ -303,7 +303,6 @@ def _show_findings(runs: _Runs, summary: Summary) -> None:
     if more:
         with st.expander(f"{len(more)} more"):
             show(more)
-    show_causes([mark.finding for mark in summary.marks])
     # What could not be proved is no finding about the network.
     if summary.others:
         titles = " · ".join(escaped(card_of(mark.finding).title.rstrip(".")) for mark in summary.others)

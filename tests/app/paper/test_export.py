@@ -63,7 +63,7 @@ def test_bundle_is_whole_and_hashed(bundle):
         expected = {f"figures/{name}.pdf", f"figures/{name}.svg"}
         assert expected | {f"data/{name}_{key}.csv" for key in figure["panels"]} <= set(files)
     assert {f"data/{name}.csv" for name in manifest["data"]} <= set(files)
-    assert {f"tables/summary.{ending}" for ending in ("tex", "csv", "md", "parquet")} <= set(files)
+    assert {f"tables/summary.{ending}" for ending in ("tex", "csv", "parquet")} <= set(files)
     assert manifest["commit"]
 
 
@@ -192,7 +192,7 @@ def test_selection_reaches_figures_and_tables(runs, tmp_path):
     out = write_bundle(one, tmp_path / "paper", view=Selection(scope="data", tokens="ordinary"))
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["selection"]["scope"] == "data"
-    table = (out / "tables" / "summary.md").read_text()
+    table = (out / "tables" / "summary.tex").read_text()
     assert "massive" in table
     assert "massive" in manifest["data"]["effective_rank"]["caption"]
 
