@@ -42,22 +42,29 @@ class DepthMeasure:
 
 MEASURES = {
     "rank": DepthMeasure(
-        f"effective rank ÷ {NOISE_BASELINE}", (0.01, 1.0), ("collapsed", "as varied as noise"), "no states"
+        f"effective rank ÷ {NOISE_BASELINE}",
+        (0.01, 1.0),
+        ("collapsed", "as varied as noise"),
+        "no rank with a noise baseline was recorded",
     ),
     "tokens": DepthMeasure(
         "Dong residual (how far tokens differ)",
         (0.001, 1.0),
         ("all tokens equal", "tokens differ"),
-        "no states",
+        "no Dong residual was recorded",
     ),
     "streams": DepthMeasure(
         "differences between streams that survive",
         (0.01, 1.0),
         ("streams are equal", "all survive"),
-        "one stream",
+        "no streams",
     ),
     "gradient": DepthMeasure(
-        "gradient norm ÷ median over depth", (0.01, 100.0), ("vanishes", "explodes"), "no gradients", True
+        "gradient norm ÷ median over depth",
+        (0.01, 100.0),
+        ("vanishes", "explodes"),
+        "no gradients were recorded",
+        is_two_sided=True,
     ),
 }
 """Name in the address → what colours the map; the first one at first."""

@@ -141,25 +141,20 @@ def _wait(waiting: Mapping[str, Path]) -> None:
 
 
 def _looked_at() -> list[str]:
-    """The run whose row was looked at last on the map, where none is chosen."""
+    """Where no run is chosen: the one whose row was looked at last on the map, else the first one."""
+    listed = run_library.list_runs()
     name = st.session_state.get(LOOKED_AT)
-    if name not in run_library.list_runs():
+    name = name if name in listed else next(iter(listed), None)
+    if name is None:
         return []
-    st.caption(f"No run is chosen: this is {escaped(name)}, which you looked at last.")
+    st.caption(f"No run is chosen: this is {escaped(name)}. Others are on the page Home and at the side.")
     return [name]
 
 
 def explain_none() -> None:
-    """Why no run is shown: there is none, or none is chosen."""
-    if not run_library.list_runs():
-        st.info(
-            "There is no run here yet. Measure a model, then start the dashboard on the result.", icon="ℹ️"
-        )
-        st.code(
-            "depthscope demo\ndepthscope probe CHECKPOINT --text FILE --out runs/a.zarr\ndepthscope dashboard runs",
-            "bash",
-        )
-    else:
-        st.info(
-            "No run is chosen. Click a row of the map on the page Home, or choose in the sidebar.", icon="ℹ️"
-        )
+    """There is no run."""
+    st.info("There is no run here yet. Measure a model, then start the dashboard on the result.", icon="ℹ️")
+    st.code(
+        "depthscope demo\ndepthscope probe CHECKPOINT --text FILE --out runs/a.zarr\ndepthscope dashboard runs",
+        "bash",
+    )

@@ -154,12 +154,12 @@ export default function ({ parentElement, data, setStateValue, setTriggerValue }
     showBar();
     const head = make("tr", {}, make("th", { scope: "col", class: "m" }, make("span", { class: "hidden" }, "Mark")),
       make("th", { scope: "col", class: "r" }, "Run and its worst finding"), make("th", { scope: "col", class: "l" }, "Loss"),
-      make("th", { scope: "col" }, make("div", { class: "ends" }, make("span", {}, "embedding"), make("span", {}, "relative depth"), make("span", {}, "last state"))));
+      make("th", { scope: "col" }, make("div", { class: "ends" }, make("span", {}, "embedding"), make("span", { class: "wide" }, "relative depth"), make("span", {}, "last state"))));
     const lines = data.rows.flatMap((row, i) => [
       ...(data.group && row.cells && row.group !== data.rows[i - 1]?.group
         ? [make("tr", {}, make("th", { colspan: 4, scope: "rowgroup", class: "group" }, `${data.group}: ${row.group}`))] : []),
       line(row)]);
-    const table = make("table", { class: data.rows.length <= 8 ? "few" : "" }, make("caption", {}, data.caption), make("thead", {}, head), make("tbody", {}, ...lines));
+    const table = make("table", { class: `${data.rows.length <= 8 ? "few" : data.rows.length > 14 ? "many" : ""} ${data.rows.some((row) => row.loss) ? "" : "lossless"}` }, make("caption", {}, data.caption), make("thead", {}, head), make("tbody", {}, ...lines));
     box.replaceChildren(bar, make("div", { class: "rows", tabindex: -1 }, table), tip);
     box.querySelector(".rows").scrollTop = scrolled;
     if (!rows().some((each) => each.tabIndex === 0) && rows().length) rows()[0].tabIndex = 0;

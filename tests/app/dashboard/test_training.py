@@ -8,15 +8,13 @@ import re
 
 import numpy as np
 import pytest
-import xarray as xr
 
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.dashboard.state.run_reading import version_of
-from depthscope.app.figures.build.history_figure import MOST_COLUMNS, histories_figure
+from depthscope.app.figures.build.history_figure import MOST_COLUMNS
 from depthscope.app.readings.first_findings import FirstFindings, keep_first_findings, kept_first_findings
 from depthscope.app.readings.readings import read_paths
-from depthscope.app.readings.training_history import Measure, TrainingHistory
 from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import save_run, schema
 from depthscope.diagnostics.schema.live_store import LiveStore
@@ -107,34 +105,6 @@ def test_several_runs_are_drawn_on_the_same_axes_and_their_seeds_as_one_band(sto
     )
 
 
-def test_trainings_of_a_group_are_a_band_at_their_shared_steps():
-    class Known(TrainingHistory):
-        resumed_at, measures = (), {"loss": Measure("loss", "", {}, xr.DataArray(0.0))}
-
-        def __init__(self, name, steps):
-            self.name, self._rows = name, None
-            self._steps = np.array(steps)
-
-        steps = property(lambda self: self._steps)
-
-        def values(self, name, choice):
-            return self._steps + (10.0 if self.name == "b" else 0.0)
-
-        def analysis_at(self, position):
-            raise NotImplementedError
-
-    histories = {"a": Known("a", [0, 1, 2, 3]), "b": Known("b", [1, 2, 3]), "c": Known("c", range(2000))}
-    one, other = histories_figure(
-        histories, "loss", {}, colours={"a": 0, "b": 1, "c": 2}, group_of={"a": "ab", "b": "ab"}, over="mean"
-    ).lines
-    assert (one.label, other.label) == ("ab", "c")
-    np.testing.assert_array_equal(
-        [one.x, one.y, one.lower, one.upper], [[1, 2, 3], [6, 7, 8], [1, 2, 3], [11, 12, 13]]
-    )
-    assert len(other.x) == 2 * MOST_COLUMNS
-    assert other.y.max() == 1999
-
-
 def test_a_page_that_is_opened_before_the_first_step_waits_and_shows_it(tmp_path, make_run, monkeypatch):
     monkeypatch.setattr(run_library, "_roots", [])
     monkeypatch.setitem(growing_runs._rest, "until", 0.0)
@@ -162,17 +132,6 @@ def test_a_run_without_a_history_says_how_to_record_one(tmp_path, make_run, monk
     test = open_page("training", [tmp_path])
     assert "one measured step" in words(test)
     assert "ds.record" in words(test)
-
-
-def test_only_trainings_with_two_measured_steps_are_offered(store, tmp_path, make_run):
-    short = begin(tmp_path / "short", make_run("residual", layers=5))
-    add(short, 0, 6)
-    short.finish()
-    save_run(make_run("residual", layers=2), tmp_path / "plain.zarr.zip")
-    test = open_page("training", [tmp_path], runs=["plain"])
-    offered = [button.label for button in test.button]
-    assert "run" in offered
-    assert "short" not in offered
 
 
 def test_a_saved_copy_shows_the_same_history(store, tmp_path):

@@ -121,15 +121,6 @@ def test_composite_gain_shows_both_directions_with_percentiles_and_limits(mixed)
     assert figure.log_y
 
 
-def test_the_largest_over_tokens_has_no_band(mixed):
-    figure = FIGURES["composite_gain"].build({"mhc": mixed}, reduction="max", direction="forward")
-    (line,) = measured(figure)
-    np.testing.assert_array_equal(
-        line.y, mixed["composite_gain"].isel(step=-1).sel(direction="forward", reduction="max")
-    )
-    assert line.upper is None
-
-
 def test_every_stream_can_be_overlaid(mixed):
     lines = measured(FIGURES["residual_norm"].build({"mhc": mixed}, stream="each"))
     assert [line.label for line in lines] == [f"mhc · stream {i}" for i in range(4)]
@@ -151,13 +142,6 @@ def test_cka_is_the_matrix_of_the_chosen_run_and_estimator(both):
     assert "biased estimator" in figure.caption
     assert "Independent noise" in figure.caption
     assert figure.title.endswith("mhc")
-
-
-def test_angles_to_the_depth_before_are_the_subdiagonal(plain):
-    (line,) = measured(FIGURES["adjacent_angle"].build({"plain": plain}))
-    matrix = plain["angular_distance"].isel(step=-1).sel(tokens="all").values
-    assert np.isnan(line.y[0])
-    np.testing.assert_array_equal(line.y[1:], [matrix[i, i - 1] for i in range(1, len(matrix))])
 
 
 def test_the_depth_kernel_has_no_reader_of_itself_or_of_later_layers(mixed):
@@ -246,13 +230,6 @@ def test_every_component_has_the_percentiles_of_its_tokens(mixed):
         np.testing.assert_array_equal(line.upper, moduli.isel(component=i).sel(reduction="p99"))
 
 
-def test_operator_norms_are_a_line_each(mixed):
-    lines = measured(FIGURES["operator_gain"].build({"mhc": mixed}))
-    gains = mixed["operator_gain"].isel(step=-1).sel(reduction="mean")
-    for line, norm in zip(lines, ("infinity", "one", "two"), strict=True):
-        np.testing.assert_array_equal(line.y, gains.sel(norm=norm))
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -268,10 +245,6 @@ def test_what_depends_on_a_basis_says_so(name, words, mixed):
 def test_one_stream_has_no_basis_to_depend_on_and_invariants_have_none(plain, mixed):
     assert "basis" not in FIGURES["residual_norm"].build({"plain": plain}).caption
     assert "basis of the" not in FIGURES["effective_streams"].build({"mhc": mixed}).caption
-
-
-def test_a_null_that_is_one_number_is_told(plain):
-    assert "Without structure it would be 1." in FIGURES["block_influence"].build({"plain": plain}).caption
 
 
 def test_a_null_is_told_in_the_words_of_its_declaration(mixed):

@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from depthscope.app.dashboard.components.microscope import View, _token_panels
-from depthscope.app.drawing.plotly import LARGEST_SIDE, shrink, to_plotly
-from depthscope.app.figures import FIGURES, Heatmap
+from depthscope.app.drawing.plotly import LARGEST_SIDE, to_plotly
+from depthscope.app.figures import Heatmap
 from depthscope.app.figures.build.bins import Bins, reduce_blocks
-from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.build.matrix_pictures import picture_figure
 
 
@@ -78,15 +77,6 @@ def test_a_long_sequence_keeps_its_depths_and_its_massive_tokens(measure):
     assert "of up to 4 along position" in panel.figure.title
 
 
-@pytest.mark.parametrize("size", [301, 450, 599, 1000])
-def test_an_axis_of_depths_never_has_fewer_than_300_cells(size):
-    axis = np.arange(float(size))
-    small = shrink(Heatmap("cka", "CKA", axis, axis, np.eye(size), "depth", "depth", "cka"))
-    assert small.z.shape == (300, 300)
-    assert np.all(np.abs(np.diff(small.x) - size / 300) <= 1.0)
-    assert (small.x[0] < 2 * size / 300, small.x[-1] > size - 1 - 2 * size / 300) == (True, True)
-
-
 def test_the_ring_is_around_the_cell_that_is_drawn():
     axis = np.arange(700.0)
     figure = Heatmap("cka", "CKA", axis, axis, np.eye(700), "depth", "depth", "cka")
@@ -94,16 +84,6 @@ def test_the_ring_is_around_the_cell_that_is_drawn():
     assert ring.x0 < 699.0 < ring.x1
     assert ring.y0 < 350.0 < ring.y1
     assert max(ring.x1 - ring.x0, ring.y1 - ring.y0) <= 3.0
-
-
-def test_every_matrix_says_which_of_its_axes_have_neighbours(whole):
-    """Heads, experts and modules are names; a new axis is one too until it is declared to have an order."""
-    for kind in FIGURES.values():
-        if isinstance(kind, MatrixFigure):
-            categorical = {"x"} if kind.columns == "head" else set()
-            able = {name: data for name, data in whole.items() if kind.metric in data}
-            if able and all(data[kind.metric].notnull().any() for data in able.values()):
-                assert set(kind.build(able).categorical) == categorical, kind.name
 
 
 @pytest.mark.parametrize(("count", "every"), [(16, 1), (43, 2), (400, 10)])

@@ -1,7 +1,4 @@
-"""The sample article compiles with names of every kind: no error, no lost float, nothing beyond the margin, no missing sign.
-
-The whole grid of venues, numbers of runs and engines is a command of minutes: ``python -m tests.app.paper.articles``.
-"""
+"""The sample article compiles with names of every kind: no lost float, nothing beyond the margin, at most 12 pages."""
 
 from __future__ import annotations
 
