@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.palette import colour_numbers
-from depthscope.app.text.evidence import constraint_sentence, proof_sentence
+from depthscope.app.text.numbers import constraint_sentence, proof_sentence
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.quantities.registry import LABELS
 

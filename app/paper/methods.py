@@ -10,12 +10,10 @@ from depthscope.app.figures.build.captions import versions_words
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.provenance import depthscope_version
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.intervals import NamedError, interval_words
-from depthscope.app.tables.tables import spoken
+from depthscope.app.tables.tables import NamedError, interval_words, spoken
 from depthscope.app.text.bibliography import cited, keys_of
-from depthscope.app.text.evidence import proof_sentence
 from depthscope.app.text.latex import Latex, with_citations
-from depthscope.app.text.numbers import number
+from depthscope.app.text.numbers import number, proof_sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
 from depthscope.diagnostics import CATALOGUE
 

@@ -10,15 +10,18 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.values import names_of, pick
-from depthscope.app.figures.specification import NOISE_BASELINE, Selection
 from depthscope.app.readings.readings import Reading
+from depthscope.app.text.visible import LONGEST_NAME, visible
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.verdicts.age import task_of
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
+from depthscope.diagnostics.verdicts.locations import state_name
 
 MOST_CELLS = 240
 """Cells of a row. A deeper run has the worst of neighbours in one cell: no screen shows more."""
+
+VERSION = {"tokens": "all", "centering": "raw", "stream": "mean", "reduction": "mean"}
+"""Which of several versions of a metric is shown."""
 
 MOST_VALUES = 24
 """An attribute with more values than this, such as a digest, groups nothing."""
@@ -42,7 +45,7 @@ class DepthMeasure:
 
 MEASURES = {
     "rank": DepthMeasure(
-        f"effective rank ÷ {NOISE_BASELINE}",
+        "effective rank ÷ noise baseline",
         (0.01, 1.0),
         ("collapsed", "as varied as noise"),
         "no rank with a noise baseline was recorded",
@@ -127,8 +130,7 @@ def _worst(values: np.ndarray, *, two_sided: bool) -> float | None:
 def summary_of(reading: Reading) -> Summary:
     """The summary of a reading."""
     analysis = reading.analysis
-    along = next((array for array in analysis.data_vars.values() if "depth" in array.dims), None)
-    names = [] if along is None else names_of(along, "depth")
+    names = _names(analysis)
     marks = [
         Mark(finding, _first_depth(finding, analysis), worst_depth(finding, analysis))
         for finding in reading.findings
@@ -142,6 +144,14 @@ def summary_of(reading: Reading) -> Summary:
         *parts,
         profiles_of(analysis, len(names)),
     )
+
+
+def _names(analysis: xr.Dataset) -> list[str]:
+    """What people call each depth."""
+    if not {"site", "layer"} <= set(analysis.coords):
+        return [f"depth {depth}" for depth in range(analysis.sizes.get("depth", 0))]
+    places = zip(analysis["site"].values, analysis["layer"].values, strict=True)
+    return [visible(state_name(str(site), int(layer)), longest=LONGEST_NAME) for site, layer in places]
 
 
 def _first_depth(finding: Finding, analysis: xr.Dataset) -> int | None:
@@ -178,18 +188,33 @@ def profiles_of(analysis: xr.Dataset, depths: int) -> dict[str, tuple[float, ...
 def _rank_share(analysis: xr.Dataset, depths: int) -> np.ndarray | None:
     for scope in ("sequence", "data"):
         ranks = _along_depth(analysis, "effective_rank", depths, scope)
-        null = pick(analysis, "effective_rank_null", Selection(scope=scope))
+        null = _slice(analysis, "effective_rank_null", scope)
         # The rank of one token is 1 whatever the network does: then all sequences are taken together.
         if ranks is not None and null is not None and float(null.max()) > 1:
             return np.asarray(ranks / np.broadcast_to(null.values, ranks.shape), dtype=float)
     return None
 
 
+def _slice(analysis: xr.Dataset, metric: str, scope: str) -> xr.DataArray | None:
+    """A metric at the last step in the version that figures show at first; None where the run lacks it."""
+    if metric not in analysis:
+        return None
+    values = analysis[metric]
+    at: dict[str, int] = {"step": -1} if "step" in values.dims else {}
+    for dim, label in {**VERSION, "scope": scope}.items():
+        if dim in values.dims:
+            labels = values[dim].values.tolist()
+            if label not in labels:
+                return None
+            at[dim] = labels.index(label)
+    return values.isel(at)
+
+
 def _along_depth(
     analysis: xr.Dataset, metric: str, depths: int, scope: str = "sequence"
 ) -> np.ndarray | None:
     """A metric at each depth; of connections at the depth that each writes, and at the embedding 1: nothing is mixed yet."""
-    values = pick(analysis, metric, Selection(scope=scope))
+    values = _slice(analysis, metric, scope)
     if values is None or not bool(values.notnull().any()):
         return None
     numbers = np.asarray(values.values, dtype=float)

@@ -14,20 +14,19 @@ import pandas as pd
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.intervals import NamedError
 from depthscope.app.tables.tables import (
     NULL_NOTE,
     TOKEN_COUNTS,
     UNDEFINED_NOTE,
     Column,
+    NamedError,
     Table,
     column_of,
     interval_note,
     measured_note,
     units_note,
 )
-from depthscope.app.text.evidence import proof_sentence
-from depthscope.app.text.numbers import UNDEFINED, quantity
+from depthscope.app.text.numbers import UNDEFINED, proof_sentence, quantity
 from depthscope.app.text.visible import LONGEST_NAME, shortened
 from depthscope.diagnostics.errors import InputError
 

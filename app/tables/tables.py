@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,9 +18,7 @@ from depthscope.app.figures.build.captions import selection_words, token_count_w
 from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.intervals import NamedError, interval_words
-from depthscope.app.text.evidence import proof_sentence
-from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
+from depthscope.app.text.numbers import UNDEFINED, proof_sentence, quantity, sentence
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.metrics.intervals import margin
 
@@ -366,3 +364,35 @@ def slug(name: str) -> str:
         return name
     mark = hashlib.sha256(name.encode()).hexdigest()[:6]  # two names never share a slug
     return f"{safe}-{mark}" if safe else f"run-{mark}"
+
+
+class NamedError(NamedTuple):
+    """A standard error with the run and the metric that it is of."""
+
+    run: str
+    metric: str
+    error: xr.DataArray | None
+
+
+def interval_words(errors: Iterable[NamedError]) -> str:
+    """What intervals some numbers have; where they are not all of one kind, with the runs or the metrics of each.
+
+    Returns: Such as "half of a 95 % interval (Student's t over 8 sequences)"; empty where nothing has an error.
+    """
+    kinds: dict[str, dict[str, dict[str, None]]] = {}
+    for run, metric, error in errors:
+        if error is not None and bool(error.notnull().any()):
+            kinds.setdefault(margin(error)[1], {}).setdefault(run, {})[metric] = None
+    if len(kinds) < 2:
+        return next(iter(kinds), "")
+    runs = [run for of_kind in kinds.values() for run in of_kind]
+    return ", ".join(f"{words} for {_whose(of_kind, runs)}" for words, of_kind in kinds.items())
+
+
+def _whose(metrics: Mapping[str, Collection[str]], runs: Sequence[str]) -> str:
+    """The runs of one kind of interval; of a run that has several kinds, with the metrics."""
+    if len(set(runs)) == 1:
+        return ", ".join(*metrics.values())
+    return ", ".join(
+        run if runs.count(run) == 1 else f"{run} ({', '.join(names)})" for run, names in metrics.items()
+    )

@@ -13,7 +13,7 @@ import xarray as xr
 from depthscope.app.dashboard.components.figure_numbers import cut_words, numbers_of, offer_csv, show_frame
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
-from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.layout import words
 from depthscope.app.figures import Figure, FigureKind, Heatmap, Lines
 from depthscope.app.text.glossary import help_on
 from depthscope.app.text.visible import visible

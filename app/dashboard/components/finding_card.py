@@ -9,7 +9,7 @@ from pathlib import Path
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.dashboard.state.visits import open_microscope
+from depthscope.app.dashboard.state.chosen_runs import open_microscope
 from depthscope.app.text.cards import Card
 from depthscope.app.text.explanations import explanation
 from depthscope.app.text.notebook import card_style

@@ -13,7 +13,7 @@ from depthscope.app.dashboard.components.chart import build, card, clicked_cell
 from depthscope.app.dashboard.components.choices import choose_group, choose_index, choose_one
 from depthscope.app.dashboard.components.controls import choose
 from depthscope.app.dashboard.components.exports import show_exports
-from depthscope.app.dashboard.components.legend import show_legend
+from depthscope.app.dashboard.components.figure_numbers import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.run_facts import facts_table
@@ -27,12 +27,12 @@ from depthscope.app.figures.build.values import feeds
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import comparison_table, differences
-from depthscope.app.tables.difference_map import difference_map
 from depthscope.app.tables.differences import (
     ONE_RUN_EACH,
     between_groups,
     clearest,
     difference_figure,
+    difference_map,
     differences_at,
     in_words,
 )

@@ -19,9 +19,9 @@ from depthscope.app.dashboard.components.finding_card import BADGES, show_card
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import growing_runs, run_library
+from depthscope.app.dashboard.state.chosen_runs import a_click_leads_on, open_microscope, open_page
 from depthscope.app.dashboard.state.growing_runs import LiveState
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
-from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope, open_page
 from depthscope.app.readings.depth_map import MEASURES, Mark, Summary, groupable, plain_attributes
 from depthscope.app.tables.findings import cards_for
 from depthscope.app.text.cards import ABOUT_THE_READING, card_of

@@ -10,8 +10,8 @@ import streamlit as st
 
 from depthscope.app.dashboard.components.choices import choose_group, choose_names, choose_one
 from depthscope.app.dashboard.components.controls import CONTROLS
+from depthscope.app.dashboard.components.figure_numbers import show_legend
 from depthscope.app.dashboard.components.finding_card import BADGES
-from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.training import (
@@ -25,10 +25,14 @@ from depthscope.app.dashboard.components.training import (
     steps_of,
 )
 from depthscope.app.dashboard.state import growing_runs, run_library
-from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
+from depthscope.app.dashboard.state.chosen_runs import (
+    ChosenRuns,
+    a_click_leads_on,
+    open_microscope,
+    open_page,
+)
 from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
-from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope, open_page
 from depthscope.app.figures.build.folded_runs import folded_colours
 from depthscope.app.figures.build.history_figure import OVER_ROWS, measure_title
 from depthscope.app.figures.palette import colour_numbers

@@ -8,11 +8,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.cells import LARGEST_SIDE, draw_heatmap, reduction_words, shrink
-from depthscope.app.drawing.plotly.colours import FAINT, FONT, PALETTE
 from depthscope.app.drawing.plotly.curves import draw_lines
-from depthscope.app.drawing.plotly.labels import words
-from depthscope.app.drawing.plotly.layout import set_layout
-from depthscope.app.drawing.plotly.ticks import log_ticks
+from depthscope.app.drawing.plotly.layout import FAINT, FONT, PALETTE, log_ticks, set_layout, words
 from depthscope.app.figures import Figure, Heatmap, Lines
 
 __all__ = ["LARGEST_SIDE", "PALETTE", "reduction_words", "shrink", "to_plotly"]

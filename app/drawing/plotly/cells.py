@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.colours import DIVERGING
-from depthscope.app.drawing.plotly.labels import words
-from depthscope.app.drawing.plotly.ticks import log_ticks
+from depthscope.app.drawing.plotly.layout import DIVERGING, log_ticks, words
 from depthscope.app.figures import Heatmap
 from depthscope.app.figures.build.bins import Bins, edges, reduce_blocks
 

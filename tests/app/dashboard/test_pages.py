@@ -20,8 +20,7 @@ from depthscope.app.dashboard.pages.compare import map_difference
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.figures import FIGURES, Selection
 from depthscope.app.readings.readings import read_paths
-from depthscope.app.tables.difference_map import difference_map
-from depthscope.app.tables.differences import profiles_of
+from depthscope.app.tables.differences import difference_map, profiles_of
 from depthscope.app.tables.formats import to_csv, to_latex, to_parquet
 from depthscope.app.text.bibliography import entries
 from depthscope.diagnostics import analyze

@@ -12,8 +12,9 @@ from html.parser import HTMLParser
 
 import pytest
 
-from depthscope.app.readings.readings import read_runs
+from depthscope.app.readings.readings import read_paths, read_runs
 from depthscope.app.report.report import to_html, write_report
+from depthscope.diagnostics import save_run
 from tests.few_figures import draw_few
 
 EVIL = "<script>alert('x')</script> & \"quoted\""
