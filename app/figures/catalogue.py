@@ -64,16 +64,6 @@ spectrum = SpectrumFigure(
     metric="singular_value",
     question="collapse",
 )
-spectrum_map = MatrixFigure(
-    "spectrum_map",
-    "Singular values of the states at every depth",
-    "singular value",
-    rows="order",
-    columns="depth",
-    y_label="order (1 = largest)",
-    metric="singular_value",
-    question="collapse",
-)
 
 _similarity = partial(CurveFigure, question="similarity")
 _matrix = partial(MatrixFigure, question="similarity")

@@ -36,10 +36,9 @@ from depthscope.app.paper.latex_snippets import (
     tables_tex,
 )
 from depthscope.app.paper.methods import methods_latex, methods_text
-from depthscope.app.readings.provenance import file_digest, numbers_digest, software, source_commit
+from depthscope.app.readings.provenance import file_digest, software, source_commit
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.comparison import comparison_table
-from depthscope.app.tables.findings import sentences_table
 from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_parquet
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut
@@ -82,9 +81,8 @@ class Bundle:
 
     @cached_property
     def further_tables(self) -> tuple[Table, ...]:
-        """Tables that are files of numbers alone: the sentences of the findings, runs side by side, every run by depth."""
-        said = sentences_table(self.contents.readings)
-        tables = [*([said] if said else []), *self.contents.tables]
+        """Tables that are files of numbers alone: runs side by side, and every run by depth."""
+        tables = list(self.contents.tables)
         if 1 < len(self.contents.readings) <= MOST_COMPARED:
             # Runs of weights alone have none of the compared metrics.
             with contextlib.suppress(ValueError):
@@ -278,7 +276,6 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
             reading.name: {
                 "path": reading.path,
                 "file_sha256": file_digest(reading.path),
-                "numbers_sha256": numbers_digest(reading.analysis),
                 "attributes": dict(reading.attrs),
             }
             for reading in contents.readings

@@ -111,17 +111,3 @@ def curves_by_step(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Data
     with group_of(reading, "statistics", runs) as statistics:
         curves = None if statistics is None else curves_of(statistics)
     return curves if curves is not None and curves.sizes.get("step", 1) > 1 else None
-
-
-def mixing_by_step(reading: Reading, *, max_bytes: int | None = None) -> xr.DataArray | None:
-    """The mean over tokens of every connection's H_res at each step.
-
-    Returns: Dims ``step``, ``connection``, ``stream_out``, ``stream_in``; NaN without a token. None where fewer than
-    two steps were recorded, or no connection was.
-    """
-    with group_of(reading, "statistics", max_bytes=max_bytes) as statistics:
-        if statistics is None or "h_res_sum" not in statistics or statistics.sizes.get("step", 0) < 2:
-            return None
-        count = statistics["token_count"]
-        sums = statistics["h_res_sum"].transpose("step", "connection", "stream_out", "stream_in")
-        return (sums / count.where(count > 0)).astype(np.float64).load()

@@ -101,25 +101,6 @@ def findings_table(readings: Sequence[Reading]) -> Table:
     )
 
 
-def sentences_table(readings: Sequence[Reading]) -> Table | None:
-    """The sentence of each finding of `findings_table`; None without one."""
-    rows = [
-        {"run": run, "verdict": spoken(finding.verdict), "finding": finding.sentence}
-        for run, finding in _worst_first(readings)
-    ]
-    if not rows:
-        return None
-    data = pd.DataFrame(rows)
-    return Table(
-        "finding_sentences",
-        "Findings",
-        "In the order of the findings.",
-        data,
-        data,
-        wrapped=("finding",),
-    )
-
-
 def _worst_first(readings: Sequence[Reading]) -> list[tuple[str, Finding]]:
     found = [(reading.name, finding) for reading in readings for finding in reading.findings]
     # `sorted` is stable: within a severity, run by run as each was judged.

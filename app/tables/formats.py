@@ -11,7 +11,7 @@ import pandas as pd
 
 from depthscope.app.tables.tables import Table, spoken
 from depthscope.app.text.bibliography import keys_of
-from depthscope.app.text.latex import CITEP, Latex, cite, tex, with_citations
+from depthscope.app.text.latex import CITEP, Latex, cite, tex
 from depthscope.app.text.numbers import UNDEFINED
 from depthscope.app.text.venues import VENUES, Venue
 from depthscope.app.text.visible import visible
@@ -128,8 +128,6 @@ def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plai
 
 
 def _shape(table: Table, name: str) -> str:
-    if name in table.wrapped:
-        return r">{\raggedright\arraybackslash}p{0.55\textwidth}"
     cells = [cell for cell in map(str, table.printed[name]) if cell != UNDEFINED]
     return "r" if cells and name not in table.cited and all(map(_NUMBER.match, cells)) else "l"
 
@@ -137,9 +135,7 @@ def _shape(table: Table, name: str) -> str:
 def _cell(table: Table, name: str, text: str) -> Latex:
     # "depthscope's default" is no key: it is printed as text.
     keys = keys_of([text]) if name in table.cited else []
-    if keys:
-        return cite(keys)
-    return with_citations(text) if name in table.wrapped else tex(text)
+    return cite(keys) if keys else tex(text)
 
 
 def _symbols(table: Table, cites: Mapping[str, str]) -> str:

@@ -43,7 +43,6 @@ class Table:
     ``symbols``: TeX symbol by metric, where it has one.
     ``metrics``: all metrics that the table rests on, for the bibliography.
     ``cited``: printed columns whose cells are bibliography keys.
-    ``wrapped``: printed columns of running text.
     ``notes``: sentences below the table: what its signs mean.
     """
 
@@ -55,7 +54,6 @@ class Table:
     symbols: Mapping[str, str] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     cited: tuple[str, ...] = ()
-    wrapped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 

@@ -32,9 +32,6 @@ class Control:
     words: Mapping[str, str] = field(default_factory=dict)
 
 
-MOST_DEPTHS = 12
-"""Spectra in one figure: with more, lines cannot be distinguished. A heuristic of ours."""
-
 CONTROLS = {
     "scope": Control(
         "Scope",
@@ -73,10 +70,6 @@ def choose(
         streams = streams_of(analyses)
         if "stream" in used and len(streams) > 1:
             selection["stream"] = _choose_stream(streams)
-        if "depths" in used:
-            depths = _choose_depths(analyses)
-            if depths:  # none chosen leaves the figure's own
-                selection["depths"] = depths
     return selection
 
 
@@ -105,18 +98,3 @@ def _choose_stream(streams: Sequence[str]) -> str:
         bind="query-params",
         width=170,
     )
-
-
-def _choose_depths(analyses: Analyses) -> tuple[int, ...]:
-    """Depths whose spectra are shown, up to the last one of the deepest run."""
-    num_depths = max((data.sizes.get("depth", 1) for data in analyses.values()), default=1)
-    chosen = st.multiselect(
-        "Depths",
-        range(num_depths),
-        key="depths",
-        bind="query-params",
-        placeholder="five from first to last",
-        max_selections=MOST_DEPTHS,  # also of those that a URL names
-        width=260,
-    )
-    return tuple(sorted(chosen[:MOST_DEPTHS]))

@@ -18,18 +18,11 @@ from depthscope.app.text.visible import LONGEST_TEXT, visible
 class Page:
     """One page of the dashboard, declared in a file of its own in `depthscope.app.dashboard.pages`.
 
-    Parameters
-    ----------
-    title : str
-        Its name in the navigation.
-    url_path : str
-        Its address below the root, one word; empty for the page at the root. Visitors bookmark it.
-    help : str
-        The sentence below the heading: the question that the page answers.
-    show : callable or None
-        Draws the page from the chosen runs.
-    show_all : callable or None
-        Draws a page that is about all runs, whether some are chosen or not.
+    ``title``: Its name in the navigation.
+    ``url_path``: Its address below the root, one word; empty for the page at the root. Visitors bookmark it.
+    ``help``: The sentence below the heading: the question that the page answers.
+    ``show``: Draws the page from the chosen runs.
+    ``show_all``: Draws a page that is about all runs, whether some are chosen or not.
     """
 
     title: str

@@ -79,9 +79,7 @@ def _show(chosen: ChosenRuns) -> None:
     figure = build(kind, chosen.analyses, selection)
     colours = folded_colours(colour_numbers(chosen.analyses), group_of)
     show_legend(colours)
-    view = Selection.of(
-        {key: value for key, value in selection.items() if key not in ("axis", "run", "depths")}
-    )
+    view = Selection.of({key: value for key, value in selection.items() if key not in ("axis", "run")})
     left, right = st.columns(2, gap="medium") if along else (st.container(), st.container())
     with left:
         card(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import streamlit as st
-import xarray as xr
 
 from depthscope.app.dashboard.components.chart import build, card, cards_in_rows
 from depthscope.app.dashboard.components.choices import choose_index, choose_names, choose_one
@@ -82,7 +81,7 @@ def _show(chosen: ChosenRuns) -> None:
 
 
 def _show_matrices(reading: Reading, close_up: CloseUp, a: int, b: int) -> None:
-    """The matrices of every connection, of the product of some, and of one at the steps of a training."""
+    """The matrices of every connection, and the product of some."""
     pictures = depth_pictures(close_up.mean_matrices, close_up, reading.name)
     card(pictures, key="mixing_pictures", height=PICTURE_HEIGHT)
     first, last = min(a, b), max(a, b)
@@ -94,9 +93,6 @@ def _show_matrices(reading: Reading, close_up: CloseUp, a: int, b: int) -> None:
         st.markdown(f"**{escaped(_words_of(close_up, first, last))}**")
         st.markdown(escaped(_extreme_words(matrices)))
         show_matrices(matrices, "bench")
-    history = run_library.mixing_history_of(reading)
-    if history is not None and a < history.sizes["connection"]:
-        card(step_pictures(history, a, close_up, reading.name), key="mixing_steps", height=PICTURE_HEIGHT)
 
 
 def _words_of(close_up: CloseUp, first: int, last: int) -> str:
@@ -139,25 +135,6 @@ def depth_pictures(means: np.ndarray, close_up: CloseUp, run: str) -> Heatmap:
         title="H_res of every connection",
         run=run,
         x_label="connection (0 = first sublayer)",
-        of="mean over tokens",
-    )
-
-
-def step_pictures(history: xr.DataArray, connection: int, close_up: CloseUp, run: str) -> Heatmap:
-    """H_res of one connection at some steps of a training, the mean over tokens.
-
-    ``close_up``: of the run, for the name of the connection.
-    """
-    steps = history["step"].values if "step" in history.coords else np.arange(history.sizes["step"])
-    return picture_figure(
-        list(history.isel(connection=connection).values),
-        [f"step {step}" for step in steps],
-        range(len(steps)),
-        len(steps),
-        name="h_res_steps",
-        title=f"H_res over the training, step {steps[0]} to {steps[-1]}: {close_up.connection_name(connection)}",
-        run=run,
-        x_label="measured step (0 = first)",
         of="mean over tokens",
     )
 

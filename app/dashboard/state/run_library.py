@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-import xarray as xr
-
 from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.background import Analyses
 from depthscope.app.dashboard.state.reading_cache import CACHE_BYTES, ReadingCache
@@ -23,7 +21,6 @@ from depthscope.app.readings.depth_map import Summary, summary_of
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import keep, kept_readings, kept_summaries
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.run_arrays import mixing_by_step
 from depthscope.app.tables.differences import between_runs
 from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import schema
@@ -36,7 +33,6 @@ __all__ = [
     "close_up_of",
     "differences_between",
     "list_runs",
-    "mixing_history_of",
     "progress_of",
     "read_run",
     "summaries_of",
@@ -217,26 +213,6 @@ def close_up_of(reading: Reading) -> CloseUp | None:
         return None
 
 
-def mixing_history_of(reading: Reading) -> xr.DataArray | None:
-    """The mixing matrices of a reading over the steps of a training, from its file.
-
-    Returns: None where none were recorded, or the file has gone.
-    """
-    path = Path(reading.path)
-    if reading.num_steps < 2 and not schema.is_live_store(path):
-        return None
-    try:
-        version = FileVersion.of(path)
-        found = _mixing_histories.get(
-            (path, version, reading.chain),
-            # In a tuple: of a run without a history that too is known.
-            lambda: (mixing_by_step(reading, max_bytes=LIMIT["max_bytes"]),),
-        )
-    except (schema.SchemaError, OSError):
-        return None
-    return found[0]
-
-
 def _kept_or_read(
     name: str, path: Path, version: FileVersion, progress: Callable[[str, int, int], None] | None
 ) -> tuple[Reading, ...] | UnreadableRun:
@@ -266,10 +242,6 @@ def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
 
 
 _differences = ReadingCache(32 * 2**20, lambda found: sum(each.value.nbytes * 4 for each in found) + 1000)
-
-_mixing_histories = ReadingCache(
-    CACHE_BYTES // 4, lambda found: found[0].nbytes if found[0] is not None else 100
-)
 
 _close_ups = ReadingCache(2 * CACHE_BYTES, lambda close_up: close_up.nbytes if close_up else 0)
 

@@ -18,16 +18,8 @@ __all__ = ["LARGEST_SIDE", "PALETTE", "reduction_words", "shrink", "to_plotly"]
 def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.Figure:
     """Plotly figure of a specification; numbers stay typed arrays.
 
-    Parameters
-    ----------
-    figure : Lines or Heatmap
-        What to draw. Heat maps above 300 × 300 are reduced by blocks and say so in their caption (`shrink`).
-    mark : tuple of float or None
-        Cell of a heat map, (x, y), to ring.
-
-    Returns
-    -------
-    plotly.graph_objects.Figure
+    ``figure``: What to draw. Heat maps above 300 × 300 are reduced by blocks and say so in their caption (`shrink`).
+    ``mark``: Cell of a heat map, (x, y), to ring.
 
     Examples
     --------

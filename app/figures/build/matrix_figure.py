@@ -24,26 +24,15 @@ ORDERED = ("depth", "connection", "order", "component")
 class MatrixFigure(FigureKind):
     """A heat map of one metric of one run; the scale of its colours is that of the metric's declaration.
 
-    Parameters
-    ----------
-    z_label : str
-        Colour bar.
-    rows, columns : str
-        Dimensions of the vertical and the horizontal axis.
-    x_label, y_label : str
-        Their labels; the name of the dimension, without ``other_``, by default.
-    limits : tuple of (float or None) or None
-        Ends of the colour scale; None at an end is the data's own, None is both.
-    below : bool
-        Only what is below the diagonal exists: a reader has nothing to read from itself or from later ones.
-    error : str
-        Metric with the standard error of every cell, where it is not ``<metric>_stderr``.
-    counts : bool
-        Whether the number is taken from the sampled tokens, so that the caption counts them.
-    of_block : {"mean", "largest"}
-        What represents several cells on a screen, see `Heatmap`.
-    note : str
-        Sentence of the caption.
+    ``z_label``: Colour bar.
+    ``rows``, ``columns``: Dimensions of the vertical and the horizontal axis.
+    ``x_label``, ``y_label``: Their labels; the name of the dimension, without ``other_``, by default.
+    ``limits``: Ends of the colour scale; None at an end is the data's own, None is both.
+    ``below``: Only what is below the diagonal exists: a reader has nothing to read from itself or from later ones.
+    ``error``: Metric with the standard error of every cell, where it is not ``<metric>_stderr``.
+    ``counts``: Whether the number is taken from the sampled tokens, so that the caption counts them.
+    ``of_block``: What represents several cells on a screen, see `Heatmap`.
+    ``note``: Sentence of the caption.
     """
 
     z_label: str

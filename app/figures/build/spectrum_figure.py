@@ -31,12 +31,8 @@ NOISE_WORDS = "Dashed: the Marchenko-Pastur law, independent noise of the same s
 class SpectrumFigure(FigureKind):
     """A figure of the singular values of the states at some depths, with those of noise of the same energy.
 
-    Parameters
-    ----------
-    x_label, y_label : str
-        Axes; the first words of the horizontal one name a position in the alt text.
-    note : str
-        Sentence of the caption.
+    ``x_label``, ``y_label``: Axes; the first words of the horizontal one name a position in the alt text.
+    ``note``: Sentence of the caption.
     """
 
     x_label: str

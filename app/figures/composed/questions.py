@@ -25,14 +25,9 @@ from depthscope.app.figures.composed.training import History, Loss
 class Question:
     """A figure of several panels, before it has met any run.
 
-    Parameters
-    ----------
-    name : str
-        Register key, file name, and name of the function in `depthscope.figures`.
-    title : str
-        The beginning of the caption.
-    recipes : tuple of PanelRecipe
-        Its panels, in the order of their letters.
+    ``name``: Register key, file name, and name of the function in `depthscope.figures`.
+    ``title``: The beginning of the caption.
+    ``recipes``: Its panels, in the order of their letters.
     """
 
     name: str

@@ -183,29 +183,6 @@ def test_another_host_name_is_refused(address):
     assert status(port, "/depthscope/plotly/../__init__.py") in (400, 404)
 
 
-def test_a_launch_in_another_process_answers_and_ends_with_it_however_it_ends(runs_root):
-    code = (
-        "import sys; from pathlib import Path; from depthscope.app.dashboard.server import launch; "
-        "print(launch([Path(sys.argv[1])], open_browser=False, block=False), flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(runs_root)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as parent:
-        try:
-            served = parent.stdout.readline().strip()
-            port = urlsplit(served).port
-            assert served == f"http://127.0.0.1:{port}"
-            assert status(port, "/_stcore/health") == 200
-        finally:
-            parent.kill()
-    wait_for(lambda: status(port, "/_stcore/health") == 0, 20)
-
-
 def test_the_browser_writes_numbers_as_python_does(page):
     source = (ROOT / "app" / "dashboard" / "components" / "numbers.js").read_text(encoding="utf-8")
     draw = np.random.default_rng(0)

@@ -134,7 +134,6 @@ def test_a_link_restores_the_pinned_depths(opened):
     (pane,) = parts(test, "pane")
     assert (pane["pin"], pane["other"]) == (3, 1)
     assert "spectrum" in charts(test)
-    assert "Product of H_res from depth 1 to depth 3" in words(test)
 
 
 def test_the_browser_has_the_numbers_tokens_and_matrices_of_every_depth(opened, mhc_run):

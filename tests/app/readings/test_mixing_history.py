@@ -5,10 +5,8 @@ import pytest
 import torch
 
 import depthscope as ds
-from depthscope.app.dashboard.state import run_library
 from depthscope.app.readings.readings import read_paths
-from depthscope.app.readings.run_arrays import mixing_by_step
-from tests.app.dashboard.opening import charts, open_page
+from depthscope.app.readings.training_history import CELLS, history_of
 from tests.models.logit_models import LogitModel, ids, loss
 
 
@@ -29,18 +27,9 @@ def test_the_means_of_each_step_are_those_of_the_model(store, tmp_path, monkeypa
     if not store:
         ds.save_run(recorder.run, path)
     (reading,) = read_paths([str(path)])[0]
-    history = mixing_by_step(reading)
-    assert history.dims == ("step", "connection", "stream_out", "stream_in")
-    np.testing.assert_allclose(history.values, expected, rtol=1e-4)
-    if not store:
-        monkeypatch.setattr(run_library, "_roots", [])
-        shown = charts(open_page("streams", [path], from_connection="1"))
-        assert "h_res_steps" in shown
-
-
-def test_a_run_of_one_step_has_no_history(tmp_path, mhc_run):
-    ds.save_run(mhc_run, tmp_path / "one.zarr.zip")
-    assert (
-        run_library.mixing_history_of(run_library.read_run("one", {"one": tmp_path / "one.zarr.zip"})[0])
-        is None
-    )
+    history = history_of(reading)
+    for connection in range(len(expected[0])):
+        cells = history.values(CELLS, {"connection": str(connection)})
+        n = expected[0][connection].shape[0]
+        shown = cells[:, : n * n].reshape(len(cells), n, n)
+        np.testing.assert_allclose(shown, [step[connection] for step in expected], rtol=1e-4)

@@ -14,7 +14,7 @@ from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables import tables
 from depthscope.app.tables.comparison import comparison_table, differences, summary_table
-from depthscope.app.tables.findings import findings_table, findings_text, sentences_table
+from depthscope.app.tables.findings import findings_table, findings_text
 from depthscope.app.tables.formats import to_csv, to_latex
 from depthscope.app.tables.tables import depth_table, evenly, mixing_table, slug, spoken
 from depthscope.app.text.latex import tex
@@ -148,7 +148,6 @@ def test_latex_is_escaped_cited_and_ruled(readings):
     assert r"\citep{roy2007effective}" in text
     assert r"$\pm$" in text
     assert to_latex(findings_table([found]), cites).count(r"\citep{dong2021attention}") == 1
-    assert to_latex(sentences_table([found]), cites).count(r"\citep{dong2021attention}") == 1
 
 
 @pytest.mark.parametrize(
