@@ -31,21 +31,13 @@ def describe(
             help="With --weights-only: your own rows of how tensors are named and used (TOML).",
         ),
     ] = None,
-    as_dialect: Annotated[
-        str | None,
-        typer.Option(
-            "--as", metavar="NAME", help="With --weights-only: the dialect or model type to read it as."
-        ),
-    ] = None,
     json: Json = False,
 ) -> int:
     """Describe a checkpoint: family, blocks, streams, proof."""
     if weights_only:
-        return _describe_weights(model, dialect, as_dialect, json=json)
-    if dialect is not None or as_dialect is not None:
-        raise InputError(
-            "--dialect and --as say how weight files are read; add --weights-only, or leave them out"
-        )
+        return _describe_weights(model, dialect, json=json)
+    if dialect is not None:
+        raise InputError("--dialect says how weight files are read; add --weights-only, or leave it out")
     loaded = model.load()
     from depthscope import probes
 
@@ -61,9 +53,7 @@ def describe(
     return FINE
 
 
-def _describe_weights(
-    model: ModelAndText, dialect: Path | None, as_dialect: str | None, *, json: bool
-) -> int:
+def _describe_weights(model: ModelAndText, dialect: Path | None, *, json: bool) -> int:
     given = [
         name
         for name in ("weights", "layers", "layout", "streams", "sites", "dtype", "text")
@@ -77,7 +67,7 @@ def _describe_weights(
         from depthscope.probes.static import page
         from depthscope.probes.static.describe import describe_weights
     file = None if dialect is None else str(dialect)
-    found = describe_weights(model.checkpoint, dialect_file=file, as_dialect=as_dialect)
+    found = describe_weights(model.checkpoint, dialect_file=file)
     if json:
         emit(found.as_dict())
         return FINE

@@ -65,10 +65,9 @@ def interleaved(case: Case, names: list[str], backward: bool, rounds: int) -> di
 
 def timed(case: Case, tool: Tool, batch: dict[str, torch.Tensor]) -> float:
     """Seconds of the processor for one step, which other processes disturb less than the clock on the wall."""
-    if tool.trains:
-        with torch.no_grad():
-            # Raises the version counter of the weights, as an optimizer does, and changes nothing.
-            next(case.model.parameters()).view(-1)[0].add_(0.0)
+    with torch.no_grad():
+        # Raises the version counter of the weights, as an optimizer does, and changes nothing.
+        next(case.model.parameters()).view(-1)[0].add_(0.0)
     with tool.around():
         started = time.process_time()
         result = tool.step(batch)

@@ -120,11 +120,8 @@ distance from 1.00 is noise.
 
 * *A measured step* ends with `recorder.step()`. The weights change before each, as in training, so that raw sequences are kept
   anew: 8, here the whole batch, or 1.
-* *No statistics* puts nothing in the place of what `TokenSums` computes. The row above less this one is the cost of the exact
-  statistics over every token; this one less 1 is the cost of capturing.
 * *probes.capture* is the whole call: it finds the chain anew, runs the model, proves the connections and builds the run.
 * transformer-lens runs the model through its own modules with its own attention; the ratio includes that.
-* torchinstruments and neural-observatory keep statistics of the same modules' outputs, and give no states.
 
 **Memory** is the kernel's high-water mark of resident memory, reset when the model was loaded and freed memory was given back,
 in one process per tool, and again after the first batch, in which this package finds the chain. What a step gives is kept for
@@ -135,7 +132,7 @@ memory are empty, and its times come from fewer rounds.
 
 **Not tried:** GPUs, several threads, compiled models, other models than these.
 
-Peers: `pip install {peers}`; baukit is not on PyPI, and is measured where it is installed.
+Peers: `pip install {peers}`.
 """
 
 SMALL = """## The peers on small sizes
@@ -143,6 +140,6 @@ SMALL = """## The peers on small sizes
 Written by `{command}` on {date}, at commit {commit}; {machine}. Not edited by hand.
 
 As above, but for the sizes: one step of each tool in turn, {rounds} rounds, in time of the processor, relative to the plain
-step of the same process. torchinstruments and neural-observatory give no states. The goals of a one-shot capture are
+step of the same process. The goals of a one-shot capture are
 4 × a plain forward and 1.2 × the cache of transformer-lens.
 """

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from tempfile import TemporaryDirectory
+from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -37,13 +36,11 @@ class Tool:
     ``step``: one forward, with a backward where asked, on one batch; this is what is timed.
     ``read``: from the result of a step to states and gradients; not timed.
     ``around``: A context that is open during a step; entering and leaving it are not timed.
-    ``trains``: whether the weights change between two steps, as in training.
     """
 
     step: Callable[[Batch], Any]
     read: Callable[[Any], Captured] | None = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
-    trains: bool = True
 
 
 # --- hooks as one writes them by hand ---
@@ -234,54 +231,6 @@ def torchlens(case: Case, backward: bool) -> Tool:
     return Tool(step, Captured)
 
 
-def torchinstruments(case: Case, backward: bool) -> Tool:
-    """Statistics of each module's output; it gives no states."""
-    from torchinstruments import AlwaysSampler, inject_observer, remove_observer
-
-    @contextmanager
-    def around() -> Iterator[None]:
-        with TemporaryDirectory() as folder:
-            chosen = {"sampler": AlwaysSampler(), "selector": lambda name, _: name in case.sites}
-            inject_observer(case.model, output_dir=folder, **chosen)
-            try:
-                yield
-            finally:
-                remove_observer(case.model)
-
-    return Tool(lambda batch: run(case, batch, backward=backward), around=around)
-
-
-def neural_observatory(case: Case, backward: bool) -> Tool:
-    """Outputs of modules, and statistics of them in its report; the report is not timed."""
-    from neural_observatory import Observatory, ObservatoryConfig
-
-    settings = ObservatoryConfig(include_layers=list(case.sites), exclude_layer_types=[])
-
-    @contextmanager
-    def around() -> Iterator[None]:
-        watching = Observatory(case.model, settings)
-        watching.watch()
-        try:
-            yield
-        finally:
-            watching.stop()
-
-    return Tool(lambda batch: run(case, batch, backward=backward), around=around)
-
-
-def baukit(case: Case, backward: bool) -> Tool:
-    from baukit import TraceDict
-
-    def step(batch: Batch) -> Captured:
-        # retain_grad puts .grad on the outputs that it returns.
-        with TraceDict(case.model, list(case.sites), retain_grad=backward) as traced:
-            run(case, batch, backward=backward)
-        outputs = [traced[site].output for site in case.sites]
-        return Captured([x.detach() for x in outputs], [x.grad for x in outputs if x.grad is not None])
-
-    return Tool(step, lambda captured: captured)
-
-
 # --- this package ---
 
 
@@ -302,75 +251,19 @@ def read_run(tree: Any) -> Captured:
     return Captured(states, gradients)
 
 
-def recording(
-    case: Case,
-    backward: bool,
-    *,
-    sequences: int = 8,
-    start: int = 0,
-    trains: bool = True,
-    statistics: bool = True,
-) -> Tool:
-
+def recording(case: Case, backward: bool, *, sequences: int = 8, start: int = 0) -> Tool:
     # every=1 measures each step: the default would leave most of them out of the timing.
     recorder = probes.record(
-        case.model,
-        start_step=start,
-        gradients=backward,
-        max_sequences=sequences,
-        every=1,
+        case.model, start_step=start, gradients=backward, max_sequences=sequences, every=1
     )
-
-    @contextmanager
-    def around() -> Iterator[None]:
-        with nullcontext() if statistics else no_statistics(), recorder:
-            yield
 
     def step(batch: Batch) -> None:
         run(case, batch, backward=backward)
         recorder.step()
 
     # States are compared where the raw sample is the full batch.
-    samples_batch = sequences >= case.sizes.batch and not start and statistics
-    return Tool(step, (lambda _: read_run(recorder.run)) if samples_batch else None, around, trains)
-
-
-def measured(case: Case, backward: bool) -> Tool:
-    return recording(case, backward)
-
-
-def measured_one(case: Case, backward: bool) -> Tool:
-    return recording(case, backward, sequences=1)
-
-
-def evaluated(case: Case, backward: bool) -> Tool:
-    if backward:
-        raise CannotTakeError("an evaluation has no backward")
-    return recording(case, backward, trains=False)
-
-
-def between(case: Case, backward: bool) -> Tool:
-    return recording(case, backward, start=10**9)
-
-
-def without_statistics(case: Case, backward: bool) -> Tool:
-    return recording(case, backward, sequences=1, statistics=False)
-
-
-@contextmanager
-def no_statistics() -> Iterator[None]:
-    """Leave out what `TokenSums` computes, and only that; a session still counts the states that it received."""
-    from depthscope.probes.statistics.token_sums import TokenSums
-
-    def note(self: TokenSums, depth: int, *_: Any, **__: Any) -> None:
-        self._add("token_count", depth, torch.ones((), dtype=torch.float64))
-
-    def nothing(*_: Any, **__: Any) -> None:
-        pass
-
-    # Patched on the class: a session makes its own sums.
-    with patch.multiple(TokenSums, add_state=note, add_gradient=nothing, add_mixing=nothing):
-        yield
+    samples_batch = sequences >= case.sizes.batch and not start
+    return Tool(step, (lambda _: read_run(recorder.run)) if samples_batch else None, lambda: recorder)
 
 
 Prepare = Callable[[Case, bool], Tool]
@@ -384,11 +277,9 @@ PLAIN: dict[str, Prepare] = {
 }
 OWN: dict[str, Prepare] = {
     "probes.capture": capture,
-    "probes.record, a measured step": measured,
-    "· 1 sequence kept raw": measured_one,
-    "· 1 sequence, no statistics": without_statistics,
-    "probes.record, evaluation": evaluated,
-    "probes.record, between measured steps": between,
+    "probes.record, a measured step": recording,
+    "· 1 sequence kept raw": partial(recording, sequences=1),
+    "probes.record, between measured steps": partial(recording, start=10**9),
 }
 PEERS: dict[str, Prepare] = {
     "nnsight": nnsight,
@@ -396,9 +287,6 @@ PEERS: dict[str, Prepare] = {
     "captum": captum,
     "pyvene": pyvene,
     "torchlens": torchlens,
-    "torchinstruments": torchinstruments,
-    "neural-observatory": neural_observatory,
-    "baukit": baukit,
 }
 TOOLS = PLAIN | OWN | PEERS
 

@@ -8,7 +8,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.numbers import number, percent
-from depthscope.diagnostics.verdicts.age import KNOWS, RESCALED, number_or_none, task_of
+from depthscope.diagnostics.verdicts.age import KNOWS, MANY_STEPS, MOVED, RESCALED, number_or_none, task_of
 from depthscope.diagnostics.verdicts.calibration import DEFAULT
 from depthscope.diagnostics.verdicts.causes import anywhere
 from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
@@ -19,6 +19,9 @@ SLOPES = "scale_slopes"
 # What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
 # anything a small change of the loss would be much of it. Heuristic.
 LEAST_REACH = 0.2
+# A network that is right more often than its predictions expect, by more than this share of what they claim to know, is in the
+# middle of its training, where scales still grow, or has lost its scales: the loss alone does not tell which. Heuristic.
+UNSURE = 0.3
 
 
 def to_lose(attrs: Mapping[str, Any]) -> float | None:
@@ -39,7 +42,11 @@ def to_lose(attrs: Mapping[str, Any]) -> float | None:
     limits=Limits(warn=0.08, fail=0.5),
     follows_from=dict.fromkeys(("loss_not_finite", "residual_not_finite", "mixing_not_finite"), anywhere),
 )
-def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+def off_minimum(
+    attrs: Mapping[str, Any],
+    step: xr.DataArray | None = None,
+    first_weight_distance: xr.DataArray | None = None,
+) -> Iterator[Profile]:
     """The weights are not used as they were trained: other scales lower the loss.
 
     Training leaves each of these scales at a minimum of the loss. Look at the modules that are named for a factor of attention
@@ -66,4 +73,15 @@ def off_minimum(attrs: Mapping[str, Any]) -> Iterator[Profile]:
         f"({DEFAULT})."
     )
     words = "of what the loss can be below that of a constant answer, other scales regain"
-    yield Profile(xr.DataArray(share), words, sentence=sentence)
+    expected = number_or_none(task_of(attrs).get("expected"))
+    is_unsure = expected is not None and expected - loss > UNSURE * max(
+        constant - expected, LEAST_REACH * constant
+    )
+    went_far = first_weight_distance is not None and float(first_weight_distance.max()) > MOVED
+    may_still_learn = is_unsure and not went_far and (step is None or float(step) < MANY_STEPS)
+    if may_still_learn:
+        sentence += (
+            f" Its predictions expect a loss of {number(expected)}: a network in the middle of its training is as unsure, and "
+            "this is then no fault."
+        )
+    yield Profile(xr.DataArray(share), words, sentence=sentence, note_only=may_still_learn)

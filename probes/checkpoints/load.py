@@ -9,7 +9,7 @@ import logging
 import pickle
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,7 @@ def _from_folder(folder: Path, spec: str, dtype: torch.dtype | None) -> LoadedMo
                 pass  # a torn file is found before anything is built on it
     with offline():
         config = _config(folder)
-        model = _pretrained(folder, config, dtype)
+        model = _pretrained(folder, config, dtype, files)
         tokenizer = _tokenizer(folder)
     return LoadedModel(model, tokenizer, folder.resolve().name, file_digest(files), spec)
 
@@ -266,7 +266,9 @@ def _model_class(config: Any, folder: Path) -> Any:
     return causal if type(config) in causal._model_mapping else transformers.AutoModel
 
 
-def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Module:
+def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None, files: list[Path]) -> nn.Module:
+    made = _model_class(config, folder)
+    _require_shapes_of_files(folder, made, config, files)
     # Nothing is fetched, no pickled code runs, and the report lists the weights that are missing.
     options: dict[str, Any] = {"local_files_only": True, "weights_only": True, "output_loading_info": True}
     # What does not fit is then listed, in place of a sentence that refers to a log.
@@ -275,23 +277,14 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Modu
         options["dtype"] = dtype
     with errors_of("transformers", f"'{folder}' does not load"):
         try:
-            model, report = _model_class(config, folder).from_pretrained(
-                str(folder), config=config, **options
-            )
+            model, report = made.from_pretrained(str(folder), config=config, **options)
         except pickle.UnpicklingError as error:  # torch's own words advise to run the code
             raise CheckpointError(
                 f"'{folder}' has a pickle that contains more than tensors and would have to run code to open, or it is torn; "
                 "ask for a .safetensors version"
             ) from error
     # transformers initialises missing weights at random and only warns; a spectrum of them would mean nothing.
-    other = [
-        f"{name}: {tuple(has)}, not {tuple(want)}" for name, has, want in sorted(report["mismatched_keys"])
-    ]
-    if other:
-        raise CheckpointError(
-            f"'{folder}' has {len(other)} weights of another shape than its config.json asks for ({'; '.join(other[:3])}): "
-            "one of the two is of another checkpoint, or was edited"
-        )
+    _require_equal_shapes(folder, report["mismatched_keys"])
     random = sorted(report["missing_keys"])
     if random:
         raise CheckpointError(
@@ -304,6 +297,43 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None) -> nn.Modu
             "%s: %d weights have no place in the model (%s)", folder, len(names), ", ".join(names[:5])
         )
     return model
+
+
+def _require_shapes_of_files(folder: Path, made: Any, config: Any, files: list[Path]) -> None:
+    """Refuse a configuration of another size than the weights, before a model of that size takes the memory."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            with opened(file) as stored:
+                shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 (no dict)
+    if not shapes:
+        return
+    layers = getattr(config, "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(shapes):
+        raise CheckpointError(
+            f"'{folder}/config.json' asks for {layers} layers, the weights are {len(shapes)} tensors: one of the two is of "
+            "another checkpoint, or was edited"
+        )
+    build = made if hasattr(made, "config_class") else made._model_mapping[type(config)]
+    with errors_of("transformers", f"'{folder}' does not load"), torch.device("meta"):
+        expected = {name: tuple(value.shape) for name, value in build(config).state_dict().items()}
+    _require_equal_shapes(
+        folder,
+        [
+            (name, shape, expected[name])
+            for name, shape in shapes.items()
+            if expected.get(name, shape) != shape
+        ],
+    )
+
+
+def _require_equal_shapes(folder: Path, mismatched: Iterable[tuple[str, Any, Any]]) -> None:
+    other = [f"{name}: {tuple(has)}, not {tuple(want)}" for name, has, want in sorted(mismatched)]
+    if other:
+        raise CheckpointError(
+            f"'{folder}' has {len(other)} weights of another shape than its config.json asks for ({'; '.join(other[:3])}): "
+            "one of the two is of another checkpoint, or was edited"
+        )
 
 
 def _tokenizer(folder: Path) -> Any | None:

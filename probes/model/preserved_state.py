@@ -136,7 +136,9 @@ def _put_back(container: Any, content: Any) -> None:
 def _put_back_entries(container: Any, content: dict[Any, Any]) -> None:
     now = dict(container.items())
     # A method that a probe observes comes and goes like a hook, in its own time.
-    for name in [name for each in (now, content) for name, value in each.items() if isinstance(value, WatchedMethod)]:
+    for name in [
+        name for each in (now, content) for name, value in each.items() if isinstance(value, WatchedMethod)
+    ]:
         now.pop(name, None)
         content.pop(name, None)
     if now.keys() == content.keys() and all(map(operator.is_, now.values(), content.values())):

@@ -32,22 +32,12 @@ from depthscope.probes.static.facts import (
     spread_of,
 )
 from depthscope.probes.static.page import StaticDescription
-from depthscope.probes.static.recognition import (
-    STREAM_SETTINGS,
-    Context,
-    Found,
-    Place,
-    place_of,
-    recognise,
-    setting,
-)
+from depthscope.probes.static.recognition import STREAM_SETTINGS, Found, Place, place_of, recognise, setting
 from depthscope.probes.static.remarks import remarks
 from depthscope.probes.static.weights import Settings, settings_of, weigh
 
 
-def describe_weights(
-    path: str | Path, *, dialect_file: str | Path | None = None, as_dialect: str | None = None
-) -> StaticDescription:
+def describe_weights(path: str | Path, *, dialect_file: str | Path | None = None) -> StaticDescription:
     """Describe a checkpoint's connections from its weight files, without building the model.
 
     Parameters
@@ -59,8 +49,6 @@ def describe_weights(
     dialect_file : str or Path, optional
         A TOML file with your own rows: how your checkpoint names its connections and what they compute
         (docs/how_to/checkpoints.md).
-    as_dialect : str, optional
-        The dialect, or the model type, to read the checkpoint as; needed where its own type is known to none.
 
     Returns
     -------
@@ -71,8 +59,8 @@ def describe_weights(
     Raises
     ------
     CheckpointError
-        If the checkpoint is missing, torn or of another format, lacks shards and has no connection in the others, is of an
-        unknown model type and has the names of a known one, or if a row of the file is malformed.
+        If the checkpoint is missing, torn or of another format, lacks shards and has no connection in the others, has the
+        names of a dialect under a model type that is not one of its own, or if a row of the file is malformed.
     """
     path = hub_files(str(path)).path if is_hub_name(str(path)) else given_path(path)
     rows = (*(read_dialects(dialect_file) if dialect_file is not None else ()), *known_dialects())
@@ -80,7 +68,7 @@ def describe_weights(
     config = inventory.settings
     if config is None:
         config = _configuration(path if path.is_dir() else path.parent)
-    found = recognise(inventory.tensors, rows, Context(config, as_dialect or ""))
+    found = recognise(inventory.tensors, rows, config)
     everything = (*found.connections, *found.heads)
     absent = _absent_connections(path, inventory, everything)
     # A setting that config.json lacks gets the dialect's default, and the page lists it as assumed.
@@ -90,9 +78,10 @@ def describe_weights(
     # A head reads the streams and mixes nothing, so that it is no factor of the products.
     lacking = {place_of(name).chain for name in absent}
     connections, collapse = applied_reads(described[: len(found.connections)], lacking)
-    broken = lacking | {place_of(one.name).chain for one in found.unrecognised}
-    products = tuple(composites(connections, broken))
-    shown = {name: value for each in settings.values() for name, value in each.shown.items()}
+    products = tuple(
+        composites(connections, lacking | {place_of(one.name).chain for one in found.unrecognised})
+    )
+    streams = _first_number(config, *STREAM_SETTINGS)
     return StaticDescription(
         checkpoint=str(path),
         model_type=printable(str(config.get("model_type", ""))),
@@ -100,19 +89,12 @@ def describe_weights(
         num_read=len(values),
         num_files=len(inventory.files),
         absent_files=tuple(sorted(set(inventory.absent.values()))),
-        settings=shown,
-        assumed=tuple(
-            name
-            for name in shown
-            if all(name in each.assumed for each in settings.values() if name in each.shown)
-        ),
+        settings={name: value for each in settings.values() for name, value in each.shown.items()},
+        assumed=tuple(dict.fromkeys(name for each in settings.values() for name in each.assumed)),
         connections=tuple(connections),
         heads=(*described[len(found.connections) :], *collapse),
         composites=products,
-        warnings=(
-            *_absence(absent),
-            *remarks(connections, products, _first_number(config, *STREAM_SETTINGS)),
-        ),
+        warnings=(*_absence(absent), *remarks(connections, products, streams)),
         looked_for=tuple(row.looked_for for row in rows if not row.head),
         unrecognised=found.unrecognised,
     )
@@ -133,7 +115,7 @@ def _absent_connections(path: Path, inventory: Inventory, found: Sequence[Found]
             f"'{path}': shards that may hold connections (none is in the others) and are not there: {listed}; complete the "
             "download"
         )
-    kinds = {_without_numbers(name) for one in found for name in one.candidate.tensors}
+    kinds = {_without_numbers(name) for one in found for name in one.tensors}
     return {name: file for name, file in inventory.absent.items() if _without_numbers(name) in kinds}
 
 
@@ -178,24 +160,25 @@ def _connection(
     inventory: Inventory,
     config: Mapping[str, Any],
 ) -> StaticConnection:
-    row, candidate = found.dialect, found.candidate
-    by_role = {role: values[tensor.name] for role, tensor in _read_tensors(found).items()}
-    weights = weigh(found, by_role, settings.values)
+    row, read = found.dialect, _read_tensors(found)
+    weights = weigh(found, {role: values[tensor.name] for role, tensor in read.items()}, settings.values)
     place = _place_in_network(found, inventory)
+    parameters = sorted(found.roles.items(), key=lambda item: item[1].name)
+    floor = weights.sinkhorn.get("floor", 0.0)
     return StaticConnection(
-        module=candidate.module,
+        module=found.module,
         chain=place.chain,
         layer=place.layer,
         branch=place.branch,
-        family=" or ".join(dict.fromkeys(each.family for each in (row, *found.rivals))),
+        family=row.family,
         style=row.style,
         streams=found.streams,
-        fractions=found.fractions,
-        width=found.width,
-        constrained=all(each.doubly_stochastic for each in (row, *found.rivals)),
+        width=found.sizes.get("D"),
+        constrained=row.doubly_stochastic,
         learns_mixing=row.learns_mixing,
-        composes=row.composes,
-        parameters=tuple(_parameters(found)),
+        parameters=tuple(
+            Parameter(each.name, each.shape, each.dtype, role in read) for role, each in parameters
+        ),
         biases={part: spread_of(bias) for part, bias in weights.biases.items()},
         gates=dict(weights.gates),
         h_res=weights.res,
@@ -204,13 +187,10 @@ def _connection(
         logits=weights.logits,
         sinkhorn=dict(weights.sinkhorn),
         mixing=None if weights.res is None else matrix_facts(weights.res),
-        constraint=""
-        if weights.res is None
-        else constraint_of([weights.res], weights.sinkhorn.get("floor", 0.0)),
-        note="; ".join(filter(None, (found.withheld, *found.notes, *settings.notes))),
-        dialect=" or ".join(each.name for each in (row, *found.rivals)),
+        constraint="" if weights.res is None else constraint_of([weights.res], floor),
+        note="; ".join(filter(None, (found.withheld, *found.notes))),
+        dialect=row.name,
         read_lag=found.read_lag,
-        unused=tuple(sorted(tensor.name for tensor in candidate.unused)),
         depth=None
         if weights.query is None
         else depth_read(
@@ -221,8 +201,7 @@ def _connection(
 
 def _read_tensors(found: Found) -> dict[str, StoredTensor]:
     """The tensors whose values the row's formulas use."""
-    used = found.dialect.read_roles()
-    return {role: tensor for role, tensor in found.candidate.roles.items() if role in used}
+    return {role: found.roles[role] for role in found.dialect.read_roles() & found.roles.keys()}
 
 
 def _layers(inventory: Inventory, config: Mapping[str, Any]) -> int:
@@ -234,22 +213,13 @@ def _layers(inventory: Inventory, config: Mapping[str, Any]) -> int:
 
 
 def _place_in_network(found: Found, inventory: Inventory) -> Place:
-    module = found.candidate.module
-    place = place_of(module)
+    place = place_of(found.module)
     if found.dialect.head:
         return Place(place.chain, place.layer, "head")
     if place.branch != "block":
         return place
-    # a connection whose own path names no branch may contain it, as lucidrains' do
-    prefix = f"{module}.branch."
-    inside = [name.removeprefix(prefix) for name in inventory.tensors if name.startswith(prefix)]
-    return place_of(module, inside)
-
-
-def _parameters(found: Found) -> list[Parameter]:
-    read = {tensor.name for tensor in _read_tensors(found).values()}
-    owned = (*found.candidate.roles.values(), *found.candidate.unused)
-    return [
-        Parameter(tensor.name, tensor.shape, tensor.dtype, tensor.name in read)
-        for tensor in sorted(owned, key=lambda tensor: tensor.name)
-    ]
+    # A connection whose own path names no branch may contain it, as lucidrains' do.
+    prefix = f"{found.module}.branch."
+    return place_of(
+        found.module, [name.removeprefix(prefix) for name in inventory.tensors if name.startswith(prefix)]
+    )

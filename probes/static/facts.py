@@ -81,9 +81,9 @@ class MatrixFacts:
 class StaticConnection:
     """A connection at an input that adds nothing; rows of ``h_res`` are destinations. None: the files do not determine it.
 
-    ``composes``: whether products of H_res alone describe mixing over depth; ``sinkhorn``: how ``logits`` become H_res.
-    ``h_pre`` is the read that is applied here; with ``read_lag`` 1 the sub-block before made it, and None means that the files
-    do not tell. ``unused``: parameters that are stored and never applied. ``constraint``: what H_res satisfies, as measured.
+    ``sinkhorn``: how ``logits`` become H_res.
+    ``h_pre``: the read that is applied here; with ``read_lag`` 1 the sub-block before made it; None where unknown.
+    ``constraint``: what H_res satisfies, as measured.
     """
 
     module: str
@@ -93,11 +93,9 @@ class StaticConnection:
     family: str
     style: str
     streams: int
-    fractions: int
     width: int | None
     constrained: bool
     learns_mixing: bool
-    composes: bool
     parameters: tuple[Parameter, ...]
     biases: dict[str, Spread]
     gates: dict[str, float]
@@ -110,7 +108,6 @@ class StaticConnection:
     note: str
     dialect: str
     read_lag: int | None
-    unused: tuple[str, ...]
     depth: DepthRead | None
     constraint: str = ""
 
@@ -178,19 +175,19 @@ def constraint_of(matrices: Sequence[np.ndarray], floor: float = 0.0) -> str:
 def composites(
     connections: Sequence[StaticConnection], broken: Collection[str] = ()
 ) -> list[StaticComposite]:
-    """One product for each chain and number of streams in which every matrix is known and composes.
+    """One product for each chain and number of streams in which every matrix is known.
 
     ``broken``: chains with tensors that look like a connection and were not recognised: a product would leave it out.
     """
     chains: dict[tuple[str, int], list[StaticConnection]] = defaultdict(list)
     for connection in connections:
         # Matrices of an encoder and a decoder, or of other sizes, do not multiply.
-        chains[connection.chain, connection.streams * max(connection.fractions, 1)].append(connection)
+        chains[connection.chain, connection.streams].append(connection)
     return [
         _composite(chain, members)
         for (chain, _), members in chains.items()
         if chain not in broken
-        if all(member.h_res is not None and member.composes for member in members)
+        if all(member.h_res is not None for member in members)
     ]
 
 
@@ -220,9 +217,8 @@ def _composite(chain: str, members: Sequence[StaticConnection]) -> StaticComposi
 
 def _effective_streams(h_res: np.ndarray, members: Sequence[StaticConnection]) -> float | None:
     """Effective streams at the narrowest cut between two connections; None where reads or writes are unknown."""
-    # connections with several branch inputs have matrices in place of vectors, for which the kernel has no cut
-    reads = [member.h_pre for member in members if member.h_pre is not None and member.h_pre.ndim == 1]
-    writes = [member.h_post for member in members if member.h_post is not None and member.h_post.ndim == 1]
+    reads = [member.h_pre for member in members if member.h_pre is not None]
+    writes = [member.h_post for member in members if member.h_post is not None]
     # where it is open which sub-block applies a read, so is the kernel
     if any(member.read_lag is None for member in members):
         return None

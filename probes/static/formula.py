@@ -1,4 +1,4 @@
-"""What is the value of a formula in a dialect's row? Arithmetic over a connection's tensors, and nothing else of Python."""
+"""What is the value of a formula in a dialect's row, and which sizes give the shapes of a row? Arithmetic, nothing else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import ast
 import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,12 @@ from scipy.special import expit, softmax
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels import mixing as kernel
 
-LARGEST_SHAPE_NUMBER = 1e15  # beyond any size of a tensor; factorials would otherwise take all memory
 MOST_PERMUTED = 8  # streams: 8! = 40320 matrices
+BEYOND = 1e15  # any size of a tensor: factorials would otherwise take all memory
 
 
 class FormulaError(InputError):
     """A formula that cannot be read or computed."""
-
-
-# --- what H_res may be made by; a matrix here has the orientation of the module
 
 
 def sinkhorn(logits: np.ndarray, rounds: float, floor: float = 0.0, last: str = "columns") -> np.ndarray:
@@ -53,39 +51,6 @@ def permutations(weights: np.ndarray) -> np.ndarray:
     return np.einsum("r,rij->ij", weights.ravel(), np.eye(n)[order])
 
 
-def kronecker(weights: np.ndarray) -> np.ndarray:
-    """Kronecker product of the 2 × 2 matrices p I + q (swap), of one pair of weights (p, q) each."""
-    swap = np.array([[0.0, 1.0], [1.0, 0.0]])
-    factors = [p * np.eye(2) + q * swap for p, q in weights.reshape(-1, 2)]
-    return functools.reduce(np.kron, factors)
-
-
-def fraction_reads(alpha: np.ndarray, n: float, f: float) -> np.ndarray:
-    """Reads (f·v, f·n) of fractional hyper-connections, from columns that are f groups of v reads and n streams."""
-    return _grouped(alpha, n, f)[:, : -int(n)].reshape(-1, int(f * n))
-
-
-def fraction_mixing(alpha: np.ndarray, n: float, f: float) -> np.ndarray:
-    """H_res (f·n, f·n), destination by source, of fractional hyper-connections."""
-    return _grouped(alpha, n, f)[:, -int(n) :].reshape(int(f * n), int(f * n))
-
-
-def fraction_writes(beta: np.ndarray, n: float, f: float, outer: str) -> np.ndarray:
-    """H_post (n·f, f): beta has one weight for each stream and fraction read, the same for every fraction written.
-
-    ``outer``: which of the two, ``"streams"`` or ``"fractions"``, is the outer part of a row's index.
-    """
-    streams, fractions = int(n), int(f)
-    table = beta.reshape(streams, fractions)
-    if outer == "fractions":
-        return np.repeat(table.T.reshape(-1, 1), fractions, axis=1)
-    return np.repeat(table[:, None], fractions, axis=1).reshape(-1, fractions)
-
-
-def _grouped(alpha: np.ndarray, n: float, f: float) -> np.ndarray:
-    return alpha.T.reshape(int(f), -1, int(f * n))
-
-
 def square(values: np.ndarray) -> np.ndarray:
     """n² values as an n × n matrix, row after row."""
     side = math.isqrt(values.size)
@@ -94,38 +59,24 @@ def square(values: np.ndarray) -> np.ndarray:
     return values.reshape(side, side)
 
 
-def reshape(values: np.ndarray, *sizes: float) -> np.ndarray:
-    """The values in another shape."""
-    return values.reshape([int(size) for size in sizes])
-
-
 FUNCTIONS: dict[str, Callable[..., Any]] = {
     "sigmoid": expit,
     "softmax": functools.partial(softmax, axis=-1),
     "tanh": np.tanh,
     "exp": np.exp,
-    "log": np.log,
     "sqrt": np.sqrt,
-    "abs": np.abs,
     "transpose": np.transpose,
     "square": square,
-    "reshape": reshape,
+    "reshape": lambda values, *sizes: values.reshape([int(size) for size in sizes]),
     "diagonal": np.diag,
     "identity": lambda n: np.eye(int(n)),
     "ones": lambda n: np.ones(int(n)),
-    "one_hot": lambda index, n: np.eye(int(n))[int(index) % int(n)],
     "sinkhorn": sinkhorn,
     "permutations": permutations,
-    "kronecker": kronecker,
-    "fraction_reads": fraction_reads,
-    "fraction_mixing": fraction_mixing,
-    "fraction_writes": fraction_writes,
-    "factorial": lambda n: math.factorial(int(n)) if n <= 2 * MOST_PERMUTED else LARGEST_SHAPE_NUMBER,
-    "log2": np.log2,
+    "factorial": lambda n: math.factorial(int(n)) if n <= 2 * MOST_PERMUTED else BEYOND,
 }
 GRAMMAR = (
     *(ast.BinOp, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod, ast.UnaryOp, ast.USub),
-    *(ast.Compare, ast.Gt, ast.GtE, ast.Lt, ast.LtE, ast.Eq),
     *(ast.Subscript, ast.Slice, ast.Tuple, ast.Load, ast.keyword),
 )
 """What a formula consists of besides numbers, names and calls of `FUNCTIONS`: no attribute, and nothing that runs long."""
@@ -134,7 +85,7 @@ GRAMMAR = (
 class Formula:
     """A formula such as ``2 * sigmoid(base[n:2*n])``, read once and computed for many connections.
 
-    ``text``: numbers, names, ``+ - * / // %``, comparisons, slices, and calls of `FUNCTIONS`.
+    ``text``: numbers, names, ``+ - * / // %``, slices, and calls of `FUNCTIONS`.
     Raises FormulaError: If it contains anything else.
     """
 
@@ -164,13 +115,12 @@ class Formula:
         except (ValueError, TypeError, IndexError, ArithmeticError) as error:
             raise FormulaError(f"{self.text!r} cannot be computed ({error})") from error
 
-    def arguments(self, function: str, names: Mapping[str, Any]) -> dict[str, Any] | None:
+    def arguments(self, function: Callable[..., Any], names: Mapping[str, Any]) -> dict[str, Any] | None:
         """The arguments by name where the formula as a whole is one call of ``function``; else None."""
         call = self._tree
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.func.id != function:
+        if not isinstance(call, ast.Call) or getattr(call.func, "id", None) != function.__name__:
             return None
-        parameters = FUNCTIONS[function].__code__.co_varnames
-        given = dict(zip(parameters, call.args, strict=False))
+        given = dict(zip(function.__code__.co_varnames, call.args, strict=False))
         given |= {word.arg: word.value for word in call.keywords if word.arg}
         return {name: Formula(ast.unparse(argument)).value(names) for name, argument in given.items()}
 
@@ -194,3 +144,67 @@ def _names(tree: ast.AST, text: str) -> set[str]:
                 f"{text[:80]!r} contains a {type(node).__name__}, which is not a part of a formula"
             )
     return found - FUNCTIONS.keys()
+
+
+# --- the sizes that shapes give
+
+Sizes = dict[str, int]
+Shape = tuple[Formula, ...]
+
+# What a symbol may be; those that are not listed (D, r, …) are sizes of features without an upper limit.
+RANGES = {"n": range(2, 65), "k": range(1, 17), "p": range(1, 65)}  # streams, queries, proposals
+
+
+def shape_of(text: str) -> tuple[Shape, ...]:
+    """The alternatives of a shape such as ``"n*(n+2), n*D"`` or ``"n | 1, n"``."""
+    return tuple(tuple(map(Formula, alternative.split(","))) for alternative in text.split("|"))
+
+
+def solve(shapes: Mapping[str, tuple[int, ...]], equations: Mapping[str, Sequence[Shape]]) -> list[Sizes]:
+    """Every assignment of the symbols with which all tensors have the shapes of a row; ``shapes``: by role."""
+    found: list[Sizes] = []
+    # One number may be stored as () or as (1,).
+    choices = [
+        [
+            list(zip(each, shape or (1,), strict=True))
+            for each in equations[role]
+            if len(each) == len(shape or (1,))
+        ]
+        for role, shape in shapes.items()
+    ]
+    for alternatives in itertools.product(*choices):
+        pairs = [pair for each in alternatives for pair in each]
+        found += [sizes for sizes in _assignments(pairs, {}) if sizes not in found]
+    return found
+
+
+def _assignments(pairs: Sequence[tuple[Formula, int]], known: Sizes) -> Iterator[Sizes]:
+    """Assignments that satisfy all equations; the equation with the fewest unknown symbols is solved first."""
+    if not pairs:
+        yield known
+        return
+    formula, size = min(pairs, key=lambda pair: len(pair[0].names - known.keys()))
+    unknown = sorted(formula.names - known.keys(), key=lambda name: len(RANGES.get(name, range(sys.maxsize))))
+    if not unknown:
+        if formula.value(known) == size:
+            yield from _assignments([pair for pair in pairs if pair != (formula, size)], known)
+        return
+    for value in _values(formula, unknown[0], size, known, alone=len(unknown) == 1):
+        yield from _assignments(pairs, {**known, unknown[0]: value})
+
+
+def _values(formula: Formula, name: str, size: int, known: Sizes, *, alone: bool) -> Iterable[int]:
+    """Values of a symbol that an equation allows; where it is the only unknown, those that solve it."""
+    if name in RANGES:
+        return (
+            value for value in RANGES[name] if value <= size
+        )  # a symbol is at most the size that it is part of
+    if not alone:
+        raise FormulaError(
+            f"the size {formula.text!r} has several unknown factors; give each a shape of its own"
+        )
+    # Sizes of features are large, and their equations linear: two values give the line.
+    at_zero, at_one = (float(formula.value({**known, name: value})) for value in (0, 1))
+    slope = at_one - at_zero
+    solution = (size - at_zero) / slope if slope else 0.0
+    return [round(solution)] if solution >= 1 and solution == round(solution) else []

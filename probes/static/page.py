@@ -22,8 +22,6 @@ COLUMNS = (
     "to I", "to J/n",
 )  # fmt: skip
 DEPTH_COLUMNS = ("connection", "sources", "‖query‖", "layers in a block", "state")
-SCALE_COLUMNS = ("connection", "residual ×", "residual +", "branch ×", "branch +")
-SCALES = ("residual", "residual_shift", "branch", "branch_shift")
 PARTS = ("pre", "post", "res")
 NOTHING = "–"  # the files do not determine it, or it is the same in every model
 WIDTH = 120  # characters of a line of words
@@ -123,30 +121,23 @@ def _why_none(found: StaticDescription) -> list[str]:
 def _connection_kinds(connections: Sequence[StaticConnection]) -> list[str]:
     kinds: dict[str, int] = {}
     for one in connections:
-        fractions = f" × {one.fractions} fractions" if one.fractions > 1 else ""
         width = f" of width {one.width}" if one.width else ""
         dtypes = "/".join(sorted({parameter.dtype for parameter in one.parameters}))
         streams = f"{one.streams} streams" if one.streams > 1 else "1 stream"
-        kind = f"{one.family} connections ({one.style}), {streams}{fractions}{width}, {dtypes}"
+        kind = f"{one.family} connections ({one.style}), {streams}{width}, {dtypes}"
         kinds[kind] = kinds.get(kind, 0) + 1
     return [f"{count} {kind}" for kind, count in kinds.items()]
 
 
 def tables(found: StaticDescription) -> list[Table]:
-    """A table for each kind of connection: streams, attention over depth, scales of one stream.
+    """A table of the connections of streams, and one of the attention over depth.
 
     Returns: Columns, and a row of cells for each connection and head. Columns in which nothing is known are left out.
     """
     everything = [*found.connections, *found.heads]
-    depth = [one for one in everything if one.depth]
-    scaled = [one for one in everything if not one.depth and "residual" in one.biases]
-    streams = [one for one in everything if one not in depth and one not in scaled]
-    kinds: list[Table] = [
-        (COLUMNS, [_row(one) for one in streams]),
-        (DEPTH_COLUMNS, [_depth_row(one) for one in depth]),
-        (SCALE_COLUMNS, [_scale_row(one) for one in scaled]),
-    ]
-    return [_without_empty_columns(columns, rows) for columns, rows in kinds if rows]
+    depth = [_depth_row(one) for one in everything if one.depth]
+    streams = [_row(one) for one in everything if not one.depth]
+    return [_without_empty_columns(*each) for each in ((COLUMNS, streams), (DEPTH_COLUMNS, depth)) if each[1]]
 
 
 def _without_empty_columns(columns: tuple[str, ...], rows: list[list[str]]) -> Table:
@@ -190,11 +181,6 @@ def _depth_row(one: StaticConnection) -> list[str]:
     return [_name(one), sources, norms, str(depth.block), NOTHING if one.branch == "head" else state]
 
 
-def _scale_row(one: StaticConnection) -> list[str]:
-    spreads = [one.biases[part] for part in SCALES]
-    return [_name(one), *(f"{each.minimum:.2g}…{each.maximum:.2g}" for each in spreads)]
-
-
 def _value_range(values: np.ndarray | None, *, digits: int = 2) -> str:
     if values is None:
         return NOTHING
@@ -208,8 +194,6 @@ def ending(found: StaticDescription) -> str:
     notes = dict.fromkeys(one.note for one in (*found.connections, *found.heads) if one.note)
     return "\n".join(
         [
-            *(f"  parameters   {words}" for words in _other_parameters(found.connections)),
-            *(f"  unused       {words}" for words in _unused(found.connections)),
             *(f"  H_res        {words}, as measured" for words in _constraints(found.connections)),
             *(_composite_line(composite) for composite in found.composites),
             *(f"  warning      {words}" for words in found.warnings),
@@ -228,19 +212,6 @@ def _constraints(connections: Sequence[StaticConnection]) -> list[str]:
     return [constraint_of(matrices, floor) for (_, floor), matrices in stacks.items()]
 
 
-def _unused(connections: Sequence[StaticConnection]) -> list[str]:
-    """Parameters that are stored and not applied, by their own names."""
-    counts: dict[str, int] = {}
-    for one in connections:
-        for name in one.unused:
-            leaf = name.removeprefix(one.module).lstrip("._")
-            counts[leaf] = counts.get(leaf, 0) + 1
-    if not counts:
-        return []
-    names = ", ".join(f"{leaf} ({count})" for leaf, count in counts.items())
-    return [f"{names}: stored, and never applied by this dialect"]
-
-
 def _named_tensors(found: StaticDescription) -> list[str]:
     """The tensors that look like a connection and fit no dialect, those of all layers in one line."""
     groups = list(by_stem(found.unrecognised).values())
@@ -254,16 +225,6 @@ def _named_tensors(found: StaticDescription) -> list[str]:
             f"  not read     … and {len(groups) - MOST_NAMED} more kinds of tensors (--json names all)"
         )
     return lines
-
-
-def _other_parameters(connections: Sequence[StaticConnection]) -> list[str]:
-    """Parameters without a column of their own, over all connections."""
-    parts = dict.fromkeys(part for one in connections for part in one.biases if part not in (*PARTS, *SCALES))
-    spreads = {part: [one.biases[part] for one in connections if part in one.biases] for part in parts}
-    return [
-        f"{part} {min(each.minimum for each in found):.3g}…{max(each.maximum for each in found):.3g}"
-        for part, found in spreads.items()
-    ]
 
 
 def _composite_line(one: StaticComposite) -> str:

@@ -2,72 +2,84 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from depthscope.probes.checkpoints.errors import CheckpointError, printable
-from depthscope.probes.static.candidates import Candidate, Names, Tensors, candidates
+from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
 from depthscope.probes.static.dialect import Dialect
 from depthscope.probes.static.facts import Unrecognised
-from depthscope.probes.static.shapes import Sizes
-from depthscope.probes.static.suspects import extra_tensors, unrecognised, width_of
+from depthscope.probes.static.formula import FormulaError, Sizes
+
+Tensors = Mapping[str, StoredTensor]  # by full name
+WEIGHT = ".weight"  # of a Linear; x.weight is called x in the rows
+NUMBERS = re.compile(r"\d+")
 
 # Settings that give the number of streams, by model type.
-STREAM_SETTINGS = (
-    "hc_mult", "hc_count", "altup_num_inputs", "mhc_num_stream", "num_residual_streams", "hyper_connection.count",
-    "altup.num_inputs",
-)  # fmt: skip
-
+STREAM_SETTINGS = ("hc_mult", "hc_count", "mhc_num_stream", "num_residual_streams", "hyper_connection.count")
 # Words of module paths, in the order in which a block runs its branches.
 BRANCHES = (
-    ("altup", re.compile(r"altup", re.IGNORECASE)),
     ("attn", re.compile(r"att|ssm|mamba|retention", re.IGNORECASE)),
     ("mlp", re.compile(r"mlp|ffn|feed_?forward|\bff\b|moe|expert", re.IGNORECASE)),
 )
+# Words that name a connection's parts in public code, as whole parts of a name.
+WORDS = re.compile(
+    r"""hyper_?conn | altup | (static|dynamic)_(alpha|beta) | stream_?mix | attn_?res(idual)?s?([._]|$)
+    | (^|[._])(m|d|g|s)?hc([._]|$) | (^|[._])(mhc|hc)_ | _hc([._]|$)
+    | (^|[._])h_?(res|pre|post)([._]|$) | (^|[._])(read_in|write_out|read_out|write_in)([._]|$)
+    | residual_(scale|mix|gate|weight|bias|alpha|beta|lambda)s? | (attention|attn|mlp|ffn)_res_(norm|proj)
+    | resid_lambda | x0_lambda | skip_(weight|lambda|gate)s? | depth_(weight|attention|alpha|mix)s?
+    | (attention|mlp|final)_input[.]query | dense_?former | (^|[._])(dwa|mudd|lime)[._]
+    | (phi|proj|alpha|b|bias)_(pre|post|res)([._]|$) | sinkhorn | birkhoff | permutation_(logit|weight)s?""",
+    re.IGNORECASE | re.VERBOSE,
+)
+# Parameters that change what a connection computes, under names that say nothing of it.
+MODIFIERS = re.compile(r"^(temperature|tau|gate|mix|magnitude|iters)$", re.IGNORECASE)
+# Norms act on the input, which is left out here; scales of quantised tensors belong to the tensor that they are named after.
+HARMLESS = re.compile(
+    r"norm|gamma|(weight_)?scale_inv$|weight_scale(_2)?$|input_scale$|zero_point|_packed$|num_batches",
+    re.IGNORECASE,
+)
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|token_embd|word_embeddings|wte|embedding|embed)$")
+MOST_STREAMS = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Found:
-    """One connection of a checkpoint: its row, its tensors, and what its shapes leave open.
+    """One connection of a checkpoint: tensors that have the names and shapes of a dialect's row.
 
-    ``candidate``: the tensors.
-    ``sizes``: streams, widths, …; None where the shapes do not decide.
+    ``prefix``: what the full names of its tensors begin with.
+    ``roles``: its tensors, as formulas call them.
+    ``sizes``: streams, widths, …
     ``read_lag``: how many sub-blocks later the read is applied; None where the names do not tell.
     ``withheld``: why no weights are given; empty where they are.
     ``notes``: what was assumed.
-    ``rivals``: other rows that fit as well and compute something else.
+    ``misfit``: why it is no connection of the row; empty where it is.
     """
 
-    candidate: Candidate
-    sizes: Sizes | None
-    read_lag: int | None
+    dialect: Dialect
+    module: str
+    prefix: str
+    roles: Mapping[str, StoredTensor]
+    sizes: Sizes
+    read_lag: int | None = None
     withheld: str = ""
     notes: tuple[str, ...] = ()
-    rivals: tuple[Dialect, ...] = ()
+    misfit: str = ""
 
     @property
-    def dialect(self) -> Dialect:
-        """Its row."""
-        return self.candidate.dialect
+    def tensors(self) -> frozenset[str]:
+        """Full names of its tensors."""
+        return frozenset(tensor.name for tensor in self.roles.values())
 
     @property
     def streams(self) -> int:
-        """n; the largest number that the shapes allow where they do not decide, 1 for a row without streams."""
-        options = (self.sizes,) if self.sizes else self.candidate.sizes
-        return max(sizes.get("n", 1) for sizes in options)
-
-    @property
-    def fractions(self) -> int:
-        """Parts of each stream's features; 0 where the shapes do not decide."""
-        return self.sizes.get("f", 1) if self.sizes else 0
-
-    @property
-    def width(self) -> int | None:
-        """Width of a stream; None where no tensor gives it."""
-        sizes = self.sizes or {}
-        return sizes["d"] * self.fractions if "d" in sizes else sizes.get("D")
+        """n; 1 for a row without streams."""
+        return self.sizes.get("n", 1)
 
 
 @dataclass(frozen=True)
@@ -79,259 +91,273 @@ class Recognition:
     unrecognised: tuple[Unrecognised, ...]
 
 
-@dataclass(frozen=True)
-class Context:
-    """What is known of a checkpoint besides its tensors: its configuration, and what a user said that it is."""
-
-    config: Mapping[str, Any] = field(default_factory=dict)
-    named: str = ""
-
-    @property
-    def model_types(self) -> frozenset[str]:
-        """Of the configuration and of its parts (``text_config``)."""
-        parts = [self.config, *(part for part in self.config.values() if isinstance(part, dict))]
-        return frozenset(str(part["model_type"]) for part in parts if part.get("model_type"))
-
-    def allows(self, row: Dialect, model_types: frozenset[str]) -> bool:
-        """Whether a row may be used: it is for every model, or for this type, or no type is known."""
-        if row.users or row.model_types is None or not model_types:
-            return True
-        return bool(model_types & set(row.model_types))
-
-    def contradicts(self, row: Dialect) -> str:
-        """The setting that rules a row out; empty where none does."""
-        for key, value in row.not_if.items():
-            if setting(self.config, key) == value:
-                return f"{key} = {value}"
-        for key, value in row.only_if.items():
-            if setting(self.config, key) != value:
-                return f"{key} is not {value}"
-        return ""
-
-
-def recognise(tensors: Tensors, rows: Sequence[Dialect], context: Context) -> Recognition:
+def recognise(tensors: Tensors, rows: Sequence[Dialect], config: Mapping[str, Any]) -> Recognition:
     """The connections among tensors.
 
-    ``context``: the configuration, and what the user named.
+    ``config``: the configuration of the model; its ``model_type`` rules out the rows of other models.
     Returns: A head has the shapes of a small layer, so it counts only where connections have as many streams of the
     same width.
-    Raises CheckpointError: If the names are those of a dialect and the model type is of none, or the dialect that was
-    named fits nothing.
+    Raises CheckpointError: If the names are those of a dialect that is for other model types.
     """
-    usable, barred = _usable(rows, context)
-    names = Names(tensors)
-    found = {row: list(candidates(row, names)) for row in (*usable, *barred)}
+    types = model_types(config)
+    alike: dict[str, list[str]] = defaultdict(
+        list
+    )  # names that differ in their numbers alone, as those of layers do
+    for name in tensors:
+        alike[NUMBERS.sub("#", name)].append(name)
+    modules: dict[str, list[tuple[str, str]]] = defaultdict(list)  # own names with full names
+    for name in tensors:
+        module, _, leaf = name.removesuffix(WEIGHT).rpartition(".")
+        modules[module].append((leaf, name))
+    found = {row: list(_named(row, tensors, alike.values())) for row in rows}
+    usable = [row for row in rows if row.users or not row.model_types or not types or row.model_types & types]
     fitting = [one for row in usable for one in found[row] if not one.misfit]
-    # heads of deepseek-v4 tell it from its successor, which has none
-    with_head = any(one.dialect.head for one in fitting)
-    settled = _settled(fitting, tensors, context, with_head=with_head)
-    claimed = {name for one in settled for name in one.candidate.tensors}
-    barred_ones = [one for row in barred for one in found[row] if not one.misfit]
-    _require_known_type(rows, barred_ones, claimed, context)
-    connections = [_with_unknown_type(one, rows, context) for one in settled if not one.dialect.head]
-    if context.named and not connections:
-        raise CheckpointError(_nothing_fits(context.named, [one for row in usable for one in found[row]]))
-    sizes = {(one.streams, one.width) for one in connections}
-    heads = [head for one in settled if one.dialect.head for head in _with_streams(one, sizes)]
-    kept = [one.candidate for one in (*connections, *heads)]
-    misfits = [one for row in usable for one in found[row] if one.misfit and not one.dialect.by_shapes]
-    return Recognition(
-        tuple(
-            sorted(
-                (_explained(one, names) for one in connections),
-                key=lambda one: _depth_order(one.candidate.module),
-            )
-        ),
-        tuple(heads),
-        tuple(unrecognised(names, kept, misfits, width_of(tensors, context.config))),
+    # A head tells DeepSeek-V4 from its successor, which has none.
+    settled = _settled(fitting, with_head=any(one.dialect.head for one in fitting))
+    claimed = {name for one in settled for name in one.tensors}
+    _require_known_type(
+        types, [one for row in rows for one in found[row] if not one.misfit and not one.tensors & claimed]
     )
-
-
-def _usable(rows: Sequence[Dialect], context: Context) -> tuple[list[Dialect], list[Dialect]]:
-    """The rows to try, and those that are for other model types than the checkpoint's."""
-    possible = [row for row in rows if not context.contradicts(row)]
-    types, named = context.model_types, context.named
-    if named and any(row.name == named for row in rows):
-        # heads stay: they go with any row
-        return [row for row in possible if row.name == named or row.head], []
-    if named:
-        known = {each for row in rows for each in row.known_types}
-        if named not in known:
-            names = ", ".join(row.name for row in rows if not row.head)
-            raise CheckpointError(
-                f"{printable(named)!r} is neither a dialect nor a model type of one; expected one of {names}"
-            )
-        types = frozenset({named})
-    usable = [row for row in possible if context.allows(row, types)]
-    return usable, [row for row in possible if row not in usable]
-
-
-def _require_known_type(
-    rows: Sequence[Dialect], barred: Sequence[Candidate], claimed: set[str], context: Context
-) -> None:
-    """Refuse where only rows of other model types fit: another model may compute something else under the same names."""
-    unclaimed = [one for one in barred if not one.dialect.head and not one.tensors & claimed]
-    if not unclaimed:
-        return
-    types = context.model_types
-    shown = ", ".join(printable(each) for each in sorted(types))
-    own = [row.name for row in rows if types & row.known_types and not row.head]
-    known = (
-        f"belongs to the dialect {own[0]}, which has other names" if own else "is not known to any dialect"
+    extras = {one.prefix: [tensors[name] for name in _extra_names(one, modules)] for one in settled}
+    connections = [_explained(one, extras[one.prefix], types) for one in settled if not one.dialect.head]
+    sizes = {(one.streams, one.sizes.get("D")) for one in connections}
+    heads = [one for one in settled if one.dialect.head and (one.streams, one.sizes.get("D")) in sizes]
+    reasons = {
+        extra.name: f"{one.dialect.name} has no such tensor"
+        for one in (*connections, *heads)
+        for extra in extras[one.prefix]
+    }
+    misfits = [one for row in usable for one in found[row] if one.misfit]
+    suspects = _suspects(
+        tensors, alike.values(), modules, {one.prefix.rstrip("._") for one in (*connections, *heads)}, config
     )
-    first = unclaimed[0]
-    fits = list(dict.fromkeys(one.dialect.name for one in unclaimed if one.tensors == first.tensors))
-    raise CheckpointError(
-        f"the model type {shown} {known}, and {first.module} has the names or shapes of {' and of '.join(fits)}, which may "
-        f"mean something else there; give --as {fits[0]} if it computes the same, or a row of your own with --dialect FILE"
-    )
-
-
-def _with_unknown_type(one: Found, rows: Sequence[Dialect], context: Context) -> Found:
-    """The connection, with a note where its code is recognised by names that it has under any model type."""
-    types = context.model_types
-    known = any(types & row.known_types for row in rows)
-    if not types or known or context.named or one.dialect.users:
-        return one
-    shown = ", ".join(printable(each) for each in sorted(types))
-    note = f"the model type {shown} is known to no dialect: read as {one.dialect.name} by the names of its tensors"
-    return replace(one, notes=(*one.notes, note))
-
-
-def _nothing_fits(named: str, tried: Sequence[Candidate]) -> str:
-    near = next((one for one in tried if one.misfit and not one.dialect.head), None)
-    why = f": at {near.module}, {near.misfit}" if near else ""
-    return f"no tensors have the names of the dialect {printable(named)!r}{why}; leave --as out to see what is there"
-
-
-# --- which row, where several fit
-
-
-def _settled(
-    fitting: Sequence[Candidate], tensors: Tensors, context: Context, *, with_head: bool
-) -> list[Found]:
-    """One row for each group of tensors; what they leave open is said."""
-    sizes = _sizes_of_model(tensors, context)
-    # A rare row shares its shapes with others: the sizes of the configuration rule it out.
-    fitting = [
-        one for one in fitting if not one.dialect.rare or any(_agrees(each, sizes) for each in one.sizes)
-    ]
-    order = sorted(fitting, key=lambda one: (not one.dialect.users, one.dialect.by_shapes, -len(one.tensors)))
-    accepted: list[list[Candidate]] = []
-    owner: dict[str, list[Candidate]] = {}
-    for one in order:
-        rivals = next((owner[name] for name in one.tensors if name in owner), None)
-        if rivals is None:
-            accepted.append([one])
-            owner |= dict.fromkeys(one.tensors, accepted[-1])
-        elif rivals[0].tensors == one.tensors and not _outranks(rivals[0].dialect, one.dialect):
-            rivals.append(one)
-    return [_decided(rivals, sizes, with_head=with_head) for rivals in accepted]
-
-
-def _sizes_of_model(tensors: Tensors, context: Context) -> Sizes:
-    """Streams (n) and width (D) as far as the configuration or the embedding gives them."""
-    streams = next((value for key in STREAM_SETTINGS if (value := setting(context.config, key))), None)
-    known = {"n": streams, "D": width_of(tensors, context.config)}
-    return {name: int(size) for name, size in known.items() if isinstance(size, (int, float))}
-
-
-def _agrees(sizes: Sizes, known: Sizes) -> bool:
-    # a generalised connection's stream is a part of the width
-    return all(sizes.get(name) == size for name, size in known.items() if not (name == "D" and "m" in sizes))
-
-
-def _outranks(first: Dialect, other: Dialect) -> bool:
-    """Whether a row is preferred to another that has the same tensors: a user's own, and names before shapes alone."""
-    return (first.users and not other.users) or (not first.by_shapes and other.by_shapes)
-
-
-def _decided(rivals: Sequence[Candidate], known: Sizes, *, with_head: bool) -> Found:
-    notes: list[str] = []
-    options = _possible([(one, sizes) for one in rivals for sizes in one.sizes], known)
-    common = [pair for pair in options if not pair[0].dialect.rare]
-    if common and len(common) < len(options):
-        rare = next(one for one, _ in options if one.dialect.rare)
-        options = common
-        notes.append(
-            f"the shapes also fit {rare.dialect.name} ({rare.dialect.title}), which --as {rare.dialect.name} reads"
+    for one in sorted(misfits, key=lambda one: len(one.roles)):
+        reasons |= {name: f"as {one.dialect.name}, {one.misfit}" for name in one.tensors & suspects}
+    owned = {name for one in (*connections, *heads) for name in one.tensors}
+    unrecognised = (
+        Unrecognised(
+            name,
+            tensors[name].shape,
+            tensors[name].dtype,
+            reasons.get(name, "no row has these names and shapes"),
         )
-    kinds = {_computation(one.dialect, sizes) for one, sizes in options}
-    first, sizes = options[0]
-    note = (first.dialect.note,) if first.dialect.note else ()
-    if len(kinds) > 1:
-        agreed = sizes if all(each == sizes for _, each in options) else None
-        others = dict.fromkeys(each.dialect for each, _ in options)
-        rows = tuple(row for row in others if row is not first.dialect)
-        return Found(first, agreed, first.dialect.read_lag, _not_decided(options), tuple(notes), rows)
-    lags = {one.dialect.read_lag for one, _ in options}
-    lag: int | None = first.dialect.read_lag
-    if len(lags) > 1:
-        lag = 0 if with_head else None
-        first = next(one for one, _ in options if one.dialect.read_lag == 0)
-    if lag is None:
-        names = " and ".join(dict.fromkeys(one.dialect.name for one, _ in options))
-        notes.append(
-            f"the names are those of {names}: H_pre is what each sub-block computes; whether it or the next one applies it "
-            "the file does not tell, but config.json or --as does"
-        )
-    return Found(first, sizes, lag, "", (*note, *notes))
-
-
-def _possible(options: list[tuple[Candidate, Sizes]], known: Sizes) -> list[tuple[Candidate, Sizes]]:
-    """Rows and sizes that agree with the streams and the width of the model; all of them where none does."""
-    for name, size in known.items():
-        agreeing = [pair for pair in options if name in pair[1] and _agrees(pair[1], {name: size})]
-        options = agreeing or options
-    return options
-
-
-def _computation(row: Dialect, sizes: Sizes) -> tuple[Any, ...]:
-    """What a row computes, apart from when its read is applied: equal for rows that only name it differently."""
-    formulas = {**row.parts, **row.formulas, **{f"gate {name}": gate for name, gate in row.gates.items()}}
-    roles = {role: str(index) for index, role in enumerate(sorted(row.read_roles()))}
-    texts = tuple(sorted((name, _renamed(formula.text, roles)) for name, formula in formulas.items()))
-    return texts, row.sources_in_rows, row.family, tuple(sorted(sizes.items())) if not row.head else ()
-
-
-def _renamed(text: str, roles: Mapping[str, str]) -> str:
-    return re.sub(r"[A-Za-z_]\w*", lambda match: roles.get(match[0], match[0]), text)
-
-
-def _not_decided(options: Sequence[tuple[Candidate, Sizes]]) -> str:
-    names = list(dict.fromkeys(one.dialect.name for one, _ in options))
-    if len(names) == 1:
-        shown = "; ".join(
-            ", ".join(f"{key} = {size}" for key, size in sorted(sizes.items())) for _, sizes in options[:4]
-        )
-        return f"the shapes do not decide between {shown}: no weights are given"
-    return (
-        f"the names and shapes do not decide between {' and '.join(names)}, which compute different weights: none are given; "
-        f"--as {names[0]} (or {', '.join(names[1:])}) does"
+        for name in sorted((suspects | reasons.keys()) - owned)
     )
+    in_order = sorted(connections, key=lambda one: _depth_order(one.module))
+    return Recognition(tuple(in_order), tuple(heads), tuple(unrecognised))
 
 
-def _with_streams(one: Found, sizes: set[tuple[int, int | None]]) -> Iterator[Found]:
-    """A head with the sizes of the connections; nothing where it has others."""
-    for each in one.candidate.sizes:
-        if (each.get("n", 1), each.get("D")) in sizes:
-            yield replace(one, sizes=each, withheld="")
-            return
-
-
-def _explained(one: Found, names: Names) -> Found:
-    """The connection, without weights where a tensor next to its own may change what it computes."""
-    extras = extra_tensors(one.candidate, names)
-    if not extras or one.withheld:
-        return one
-    shown = ", ".join(f"{each.name} {each.shape}" for each in extras[:3])
-    return replace(one, withheld=f"{one.dialect.name} does not explain {shown}: no weights are given")
+def model_types(config: Mapping[str, Any]) -> frozenset[str]:
+    """The model type of the configuration and of its parts (``text_config``)."""
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    return frozenset(str(part["model_type"]) for part in parts if part.get("model_type"))
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:
     """A setting of the configuration or of a part of it; None where there is none."""
     parts = [config, *(part for part in config.values() if isinstance(part, dict))]
     return next((part[key] for part in parts if key in part), None)
+
+
+# --- the tensors that have the names of a row
+
+
+def _named(row: Dialect, tensors: Tensors, alike: Iterable[Sequence[str]]) -> Iterator[Found]:
+    """The groups of tensors that have a row's names, those with other shapes or with missing tensors too."""
+    for pattern in row.patterns():
+        groups: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
+        for group in alike:
+            if not any(pattern.fullmatch(text) for text in _texts(group[0])):
+                continue
+            for name in group:
+                match = next((match for text in _texts(name) if (match := pattern.fullmatch(text))), None)
+                if match:
+                    groups[match.string[: match.start("leaf")]][match["leaf"]] = tensors[name]
+        for prefix, leaves in groups.items():
+            if not row.absent & leaves.keys():
+                yield _checked(row, prefix, {row.leaves[leaf]: tensor for leaf, tensor in leaves.items()})
+
+
+def _texts(name: str) -> tuple[str, ...]:
+    # A row may call the weight of a Linear x: x, or x.weight.
+    return (name.removesuffix(WEIGHT), name) if name.endswith(WEIGHT) else (name,)
+
+
+def _checked(row: Dialect, prefix: str, roles: Mapping[str, StoredTensor]) -> Found:
+    """The connection with its sizes, or with the reason for which it is none."""
+    one = Found(row, prefix.rstrip("._"), prefix, roles, {}, row.read_lag)
+    missing = sorted(row.required - roles.keys())
+    if missing:
+        return replace(one, misfit=f"it lacks {', '.join(missing)}")
+    try:
+        # An empty tensor has no shape to go by; reading it shows that.
+        sizes = row.sizes({role: tensor.shape for role, tensor in roles.items() if math.prod(tensor.shape)})
+    except FormulaError as error:
+        raise CheckpointError(f"dialect {row.name!r}: {error}; see docs/how_to/checkpoints.md") from error
+    if not sizes:
+        expected = ", ".join(f"{role} ({row.shape_texts[role]})" for role in sorted(roles))
+        return replace(one, misfit=f"its shapes are not {expected}")
+    if len(sizes) > 1:
+        shown = "; ".join(
+            ", ".join(f"{key} = {size}" for key, size in sorted(each.items())) for each in sizes[:4]
+        )
+        return replace(one, misfit=f"its shapes do not decide between {shown}")
+    return replace(one, sizes=sizes[0])
+
+
+# --- which row, where several fit
+
+
+def _settled(fitting: Sequence[Found], *, with_head: bool) -> list[Found]:
+    """One row for each group of tensors: a user's own first, then that which explains most of them."""
+    accepted: list[list[Found]] = []
+    owner: dict[str, list[Found]] = {}
+    for one in sorted(fitting, key=lambda one: (not one.dialect.users, -len(one.tensors))):
+        rivals = next((owner[name] for name in one.tensors if name in owner), None)
+        if rivals is None:
+            accepted.append([one])
+            owner |= dict.fromkeys(one.tensors, accepted[-1])
+        elif rivals[0].tensors == one.tensors and rivals[0].dialect.users == one.dialect.users:
+            rivals.append(one)
+    return [_decided(rivals, with_head=with_head) for rivals in accepted]
+
+
+def _decided(rivals: Sequence[Found], *, with_head: bool) -> Found:
+    first = rivals[0]
+    if len({_computation(one) for one in rivals}) > 1:
+        names = " and ".join(dict.fromkeys(one.dialect.name for one in rivals))
+        why = f"the names and shapes do not decide between {names}, which compute different weights: none are given"
+        return replace(first, withheld=why)
+    if len({one.read_lag for one in rivals}) == 1:
+        return replace(first, notes=(first.dialect.note,) if first.dialect.note else ())
+    first = next(one for one in rivals if one.read_lag == 0)
+    if with_head:
+        return first
+    names = " and ".join(dict.fromkeys(one.dialect.name for one in rivals))
+    note = (
+        f"the names are those of {names}: H_pre is what each sub-block computes; whether it or the next one applies it the "
+        "file does not tell, but the model_type of config.json does"
+    )
+    return replace(first, read_lag=None, notes=(note,))
+
+
+def _computation(one: Found) -> tuple[Any, ...]:
+    """What a row computes, apart from when its read is applied: equal for rows that only name it differently."""
+    row = one.dialect
+    formulas = {**row.parts, **row.formulas, **{f"gate {name}": gate for name, gate in row.gates.items()}}
+    roles = {role: str(index) for index, role in enumerate(sorted(row.read_roles()))}
+    texts = sorted(
+        (name, re.sub(r"[A-Za-z_]\w*", lambda match: roles.get(match[0], match[0]), formula.text))
+        for name, formula in formulas.items()
+    )
+    return tuple(texts), row.sources_in_rows, row.family, () if row.head else tuple(sorted(one.sizes.items()))
+
+
+def _require_known_type(types: frozenset[str], barred: Sequence[Found]) -> None:
+    """Refuse where only rows of other model types fit: another model may compute something else under the same names."""
+    first = next(
+        (one for one in barred if not one.dialect.head and not one.dialect.model_types & types), None
+    )
+    if first is None or not types or not first.dialect.model_types:
+        return
+    fits = " and of ".join(dict.fromkeys(one.dialect.name for one in barred if one.tensors == first.tensors))
+    raise CheckpointError(
+        f"{first.module} has the names of {fits}, and the model type {', '.join(map(printable, sorted(types)))} is none of "
+        f"theirs: another model may mean something else by them. If it computes the same, give a row of your own (like = "
+        f'"{first.dialect.name}") with --dialect FILE'
+    )
+
+
+def _explained(one: Found, extras: Sequence[StoredTensor], types: frozenset[str]) -> Found:
+    """The connection; without weights where a tensor among its own may change what it computes."""
+    row = one.dialect
+    if types and not row.model_types and not row.users:
+        shown = ", ".join(map(printable, sorted(types)))
+        note = f"read as {row.name} by the names of its tensors, under the model type {shown}"
+        one = replace(one, notes=(*one.notes, note))
+    if not extras or one.withheld:
+        return one
+    shown = ", ".join(f"{each.name} {each.shape}" for each in extras[:3])
+    return replace(one, withheld=f"{row.name} does not explain {shown}: no weights are given")
+
+
+def _extra_names(one: Found, modules: Mapping[str, Sequence[tuple[str, str]]]) -> Iterator[str]:
+    """Tensors next to a connection's own that its row does not explain, and that may change what it computes."""
+    module, _, start = one.prefix.rpartition(".")
+    is_its_own = bool(start) or WORDS.search(module.rpartition(".")[2]) is not None
+    for leaf, name in modules.get(module, ()):
+        tells = is_its_own or WORDS.search(leaf) or MODIFIERS.search(leaf)
+        if tells and leaf.startswith(start) and name not in one.tensors and not HARMLESS.search(leaf):
+            yield name
+
+
+# --- what looks like a connection and fits no row
+
+
+def _suspects(
+    tensors: Tensors,
+    alike: Iterable[Sequence[str]],
+    modules: Mapping[str, Sequence[tuple[str, str]]],
+    recognised: set[str],
+    config: Mapping[str, Any],
+) -> set[str]:
+    """The tensors that look like a connection's by their names or shapes; ``recognised``: modules that are known ones."""
+    found = {
+        name for group in alike if WORDS.search(group[0]) for name in group if _has_words(name, recognised)
+    }
+    width = _width(tensors, config)
+    found |= {
+        name
+        for name, tensor in tensors.items()
+        if _maps_streams(tensor.shape, width) and not HARMLESS.search(name)
+    }
+    for members in modules.values():
+        # Matrices from n·D to n² or n (n + 2) numbers, next to an n × n matrix, whatever they are called.
+        sides = {name: sorted(size for size in tensors[name].shape if size != 1)[-2:] for _, name in members}
+        sides = {name: side for name, side in sides.items() if len(side) == 2 and not HARMLESS.search(name)}
+        for n in {few for few, many in sides.values() if few == many and 1 < few <= MOST_STREAMS}:
+            counts = (n * n, n * (n + 2))
+            maps = [
+                name
+                for name, (few, many) in sides.items()
+                if few in counts and many % n == 0 and many > n * n
+            ]
+            found.update(name for name in sides if maps and (name in maps or sides[name] == [n, n]))
+    return found
+
+
+def _has_words(name: str, recognised: set[str]) -> bool:
+    """Whether a name tells of a connection; words of the path of a recognised one around it do not count."""
+    own = name.removesuffix(WEIGHT)
+    if HARMLESS.search(own.rpartition(".")[2]) and "res_norm" not in own:
+        return False
+    parts = own.split(".")
+    around = (end for end in range(len(parts) - 1, 0, -1) if ".".join(parts[:end]) in recognised)
+    return WORDS.search(".".join(parts[next(around, 0) :])) is not None
+
+
+def _width(tensors: Tensors, config: Mapping[str, Any]) -> int | None:
+    """The width of the model: of its configuration, or of its embedding; None where neither exists."""
+    for key in ("hidden_size", "d_model", "n_embd", "embedding_length", "dim"):
+        value = setting(config, key)
+        if isinstance(value, int) and value > 0:
+            return value
+    named = (tensor.shape for name, tensor in tensors.items() if EMBEDDING.search(name.removesuffix(WEIGHT)))
+    return next((shape[1] for shape in named if len(shape) == 2), None)
+
+
+def _maps_streams(shape: tuple[int, ...], width: int | None) -> bool:
+    """Whether a matrix maps n streams of the model's width to the weights of a connection: 2 n, n² or n (n + 2) numbers."""
+    if width is None or len(shape) != 2:
+        return False
+    outputs, (n, rest) = min(shape), divmod(max(shape), width)
+    # A layer with few outputs on an input of twice the width is no rarity.
+    return (
+        rest == 0 and outputs % width > 0 and 2 < n <= MOST_STREAMS and outputs in (2 * n, n * n, n * (n + 2))
+    )
+
+
+# --- where in the network
 
 
 @dataclass(frozen=True)
@@ -349,7 +375,7 @@ def place_of(module: str, inside: Sequence[str] = ()) -> Place:
     Returns: Layer -1 where the path has no number.
     """
     parts = module.split(".")
-    # the first number of a path counts the blocks; what follows it names the part of the block
+    # The first number of a path counts the blocks; what follows it names the part of the block.
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
     own = parts if at is None else parts[at + 1 :]
     # The innermost name is the most specific one; what is inside the module counts last.

