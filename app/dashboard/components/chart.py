@@ -75,7 +75,6 @@ def card(
     key: str,
     height: int = 300,
     clickable: bool = False,
-    mark: tuple[float, float] | None = None,
 ) -> None:
     """A figure with its title and the first sentence of its caption; notes and numbers open, the numbers as a CSV file too.
 
@@ -92,7 +91,7 @@ def card(
             title = f"**{escaped(shown.title)}**"
             st.markdown(title, width="content", help=help_on(shown.title, _short(shown.caption)))
             _numbers(figure, key)
-        drawing = to_plotly(shown, mark=mark)
+        drawing = to_plotly(shown)
         for trace in drawing.data:
             if isinstance(shown, Lines) and len(shown.runs) > 1 and trace.name in map(words, shown.runs):
                 trace.showlegend = False

@@ -15,11 +15,10 @@ from depthscope.app.figures import Figure, Heatmap, Lines
 __all__ = ["LARGEST_SIDE", "PALETTE", "reduction_words", "shrink", "to_plotly"]
 
 
-def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.Figure:
+def to_plotly(figure: Figure) -> go.Figure:
     """Plotly figure of a specification; numbers stay typed arrays.
 
     ``figure``: What to draw. Heat maps above 300 × 300 are reduced by blocks and say so in their caption (`shrink`).
-    ``mark``: Cell of a heat map, (x, y), to ring.
 
     Examples
     --------
@@ -29,7 +28,7 @@ def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.
     >>> drawn.data[0].y.tolist()
     [4.0, 2.0, 1.0]
     """
-    drawn = draw_lines(figure) if isinstance(figure, Lines) else draw_heatmap(shrink(figure), mark)
+    drawn = draw_lines(figure) if isinstance(figure, Lines) else draw_heatmap(shrink(figure))
     set_layout(drawn, **_layout(figure))
     if words := _why_empty(figure):
         _say_empty(drawn, words)

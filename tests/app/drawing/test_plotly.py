@@ -132,11 +132,6 @@ def test_a_chart_of_nothing_says_so(known):
         assert ("undefined everywhere" in said) is not known
 
 
-def test_a_marked_cell_is_ringed():
-    (ring,) = to_plotly(square(5), mark=(3.0, 1.0)).layout.shapes
-    assert (ring.x0, ring.x1, ring.y0, ring.y1) == (2.5, 3.5, 0.5, 1.5)
-
-
 def test_zoom_survives_an_update():
     figure = square(4)
     assert to_plotly(figure).layout.uirevision == to_plotly(figure, mark=(0, 0)).layout.uirevision == "cka"

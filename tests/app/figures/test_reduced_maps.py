@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from depthscope.app.dashboard.components.microscope import View, _token_panels
-from depthscope.app.drawing.plotly import LARGEST_SIDE, to_plotly
-from depthscope.app.figures import Heatmap
+from depthscope.app.drawing.plotly import LARGEST_SIDE
 from depthscope.app.figures.build.bins import Bins, reduce_blocks
 from depthscope.app.figures.build.matrix_pictures import picture_figure
 
@@ -75,15 +74,6 @@ def test_a_long_sequence_keeps_its_depths_and_its_massive_tokens(measure):
         (rows,) = massive  # what is massive has rows of its own
         np.testing.assert_allclose(rows.figure.z[0], tokens.z[700])
     assert "of up to 4 along position" in panel.figure.title
-
-
-def test_the_ring_is_around_the_cell_that_is_drawn():
-    axis = np.arange(700.0)
-    figure = Heatmap("cka", "CKA", axis, axis, np.eye(700), "depth", "depth", "cka")
-    (ring,) = to_plotly(figure, mark=(699.0, 350.0)).layout.shapes
-    assert ring.x0 < 699.0 < ring.x1
-    assert ring.y0 < 350.0 < ring.y1
-    assert max(ring.x1 - ring.x0, ring.y1 - ring.y0) <= 3.0
 
 
 @pytest.mark.parametrize(("count", "every"), [(16, 1), (43, 2), (400, 10)])
