@@ -98,13 +98,14 @@ def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plai
     frame = shown.set_axis(range(len(names)), axis=1).astype(object)
     for column, name in enumerate(names):
         frame[column] = [_cell(table, name, str(cell)) for cell in frame[column]]
-    frame.columns = [tex(name) for name in names]
+    headings = [tex(name) for name in names]
     shape = "".join(_shape(table, name) for name in names)
     if is_turned:
-        first = str(frame.columns[0])
-        frame = frame.set_index(first).T.reset_index(names=first)
+        headings, frame = [headings[0], *frame[0]], pd.DataFrame([headings[1:], *frame.to_numpy()[:, 1:]]).T
         shape = "l" + "r" * len(shown)
-    body = frame.style.hide(axis="index").to_latex(column_format=f"@{{}}{shape}@{{}}", hrules=True)
+    # Headings apart from the labels of columns: two runs, or a run and a heading, may have one name.
+    style = frame.style.hide(axis="index").format_index(headings.__getitem__, axis=1)
+    body = style.to_latex(column_format=f"@{{}}{shape}@{{}}", hrules=True)
     left_out = f"{len(shown)} of {rows} rows, {len(names)} of {columns} columns; the CSV has all."
     notes = [*table.notes, *([left_out] if shown.shape != table.printed.shape else [])]
     environment = "table*" if venue.two_columns else "table"

@@ -114,7 +114,10 @@ export default function ({ parentElement, data, setStateValue, setTriggerValue }
     const strip = make("div", { class: "strip" });
     if (row.cells?.length) {
       strip.append(make("div", { class: "colours", style: `background: ${colours(row.cells)}` }), make("div", { class: "cursor" }), ...marksOf(row));
-    } else strip.append(row.missing ?? "");
+    } else {
+      strip.className = "empty";
+      strip.append(row.missing ?? "");
+    }
     const made = make("tr", { "data-run": row.name, tabindex: row.name === box.at ? 0 : -1, "aria-label": row.alt || `${row.name}: ${row.worst}` },
       make("td", { class: "m" }, tick),
       make("th", { scope: "row", class: "r" }, make("span", { class: "name", title: row.name }, row.name),

@@ -62,7 +62,7 @@ def _look(reading: Reading, follows: bool = False) -> None:
             "Click or ←/→ pins a depth, with shift another to compare with; a click in the map or ↑/↓ marks a token; dragging "
             "zooms in, a double click shows all. Shaded: where the findings are."
         )
-        if close_up is not None:
+        if close_up is not None and close_up.has_texts:
             show_text(close_up, depth_names(reading), view)
     with right, st.container(key="microscope_detail"):
         show_depth(reading, close_up, view, on_token=_marked)
