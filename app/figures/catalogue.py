@@ -56,13 +56,7 @@ sink_mass = _heads(
     "weight on the first token",
 )
 spectrum = SpectrumFigure(
-    "spectrum",
-    "Singular values of the states",
-    "order (1 = largest)",
-    "singular value",
-    note="Not drawn below the rounding of float32.",
-    metric="singular_value",
-    question="collapse",
+    "spectrum", "Singular values of the states", metric="singular_value", question="collapse"
 )
 
 _similarity = partial(CurveFigure, question="similarity")

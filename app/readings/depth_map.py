@@ -135,13 +135,13 @@ def summary_of(reading: Reading) -> Summary:
         Mark(finding, _first_depth(finding, analysis), worst_depth(finding, analysis))
         for finding in reading.findings
     ]
-    parts = [tuple(mark for mark in marks if mark.finding.about == about) for about in ("network", "reading")]
     return Summary(
         reading.name,
         reading.attrs,
         tuple(names),
         loss_of(reading),
-        *parts,
+        tuple(mark for mark in marks if mark.finding.about == "network"),
+        tuple(mark for mark in marks if mark.finding.about != "network"),
         profiles_of(analysis, len(names)),
     )
 

@@ -104,7 +104,7 @@ def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plai
         headings, frame = [headings[0], *frame[0]], pd.DataFrame([headings[1:], *frame.to_numpy()[:, 1:]]).T
         shape = "l" + "r" * len(shown)
     # Headings apart from the labels of columns: two runs, or a run and a heading, may have one name.
-    style = frame.style.hide(axis="index").format_index(headings.__getitem__, axis=1)
+    style = frame.style.hide(axis="index").format_index(lambda column: headings[int(str(column))], axis=1)
     body = style.to_latex(column_format=f"@{{}}{shape}@{{}}", hrules=True)
     left_out = f"{len(shown)} of {rows} rows, {len(names)} of {columns} columns; the CSV has all."
     notes = [*table.notes, *([left_out] if shown.shape != table.printed.shape else [])]

@@ -331,41 +331,39 @@ def _token_panels(close_up: CloseUp, view: View) -> list[Panel]:
     size = np.nan_to_num(np.abs(z), nan=-1.0)
     times = (size / np.maximum(np.median(size, axis=0), 1e-300)).max(axis=1) if len(z) else np.zeros(0)
     massive = np.argsort(-times)[: int(min((times > MASSIVE).sum(), MOST_MASSIVE))]
-    panels = [_token_map(close_up, view, z, tokens)]
+    panels = [_token_map(view, z, tokens)]
     if view.measure == "norm" and massive.size:
         shown = [tokens[row] for row in massive]
-        figure = replace(
-            panels[0].figure,
-            name="massive_tokens",
-            title=f"Massive tokens: more than {MASSIVE} times the median token",
-            x=np.arange(close_up.num_depths),
-            y=np.arange(len(massive)),
-            z=z[massive],
-            y_text=shown,
-        )
-        panels.insert(0, Panel(shrink(figure), height=LINE * len(massive) + 4, ticks=dict(enumerate(shown))))
+        title = f"Massive tokens: more than {MASSIVE} times the median token"
+        figure = _heat_map(view, title, z[massive], shown)
+        panels.insert(0, Panel(figure, height=LINE * len(massive) + 4, ticks=dict(enumerate(shown))))
     return panels
 
 
-def _token_map(close_up: CloseUp, view: View, z: np.ndarray, tokens: Sequence[str]) -> Panel:
-    last = len(z)
+def _heat_map(view: View, title: str, z: np.ndarray, tokens: Sequence[str]) -> Heatmap:
+    """Tokens over depths, reduced where there are more than a screen shows."""
     figure = Heatmap(
         "tokens",
-        f"Tokens of sequence {view.sequence}: {TOKEN_MEASURES[view.measure]}",
-        np.arange(close_up.num_depths),
-        np.arange(last),
+        title,
+        np.arange(z.shape[1]),
+        np.arange(len(z)),
         z,
         "depth",
         "position",
         "",
         log_z=_is_spread(view.measure, z),
-        y_text=tokens[:last],
+        y_text=tokens[: len(z)],
         from_top=True,
         # A mean would hide the one massive token among its neighbours.
         of_block="largest" if view.measure == "norm" else "mean",
     )
     note = reduction_words(figure)
-    figure = replace(shrink(figure), title=f"{figure.title} ({note})" if note else figure.title)
+    return replace(shrink(figure), title=f"{figure.title} ({note})" if note else figure.title)
+
+
+def _token_map(view: View, z: np.ndarray, tokens: Sequence[str]) -> Panel:
+    last = len(z)
+    figure = _heat_map(view, f"Tokens of sequence {view.sequence}: {TOKEN_MEASURES[view.measure]}", z, tokens)
     # The names of the tokens that differ most; the others are named where the mouse is.
     largest = np.nan_to_num(np.abs(z), nan=-1.0).max(axis=1)
     height = int(np.clip(TOKEN_ROWS * last, 120, 420))

@@ -43,7 +43,6 @@ class CurveFigure(FigureKind):
     ``y_label``: Vertical axis.
     ``over``: Dimension with a line for each label: "direction", "stream", or one that is not selected, such as
     "component".
-    ``component``: Label of one component, with braces for its number.
     ``thresholds``: Values drawn as dotted lines, with their labels, in addition to the limits of the verdicts that
     judge the metric.
     ``scope``: Tokens that a metric without scopes is taken from: those of all "data" or of a "sequence".
@@ -55,7 +54,6 @@ class CurveFigure(FigureKind):
 
     y_label: str
     over: str = ""
-    component: str = "σ{}"
     thresholds: tuple[tuple[float, str], ...] = ()
     scope: str = "data"
     around: str = ""
@@ -151,7 +149,7 @@ class CurveFigure(FigureKind):
             return [(label, values)]
         names = [str(name) for name in values[self.over].values]
         if self.over == "component":
-            names = [self.component.format(i + 1) for i in range(len(names))]
+            names = [f"σ{i + 1}" for i in range(len(names))]
         return [(_SIGNS.get(name, name), values.isel({self.over: i})) for i, name in enumerate(names)]
 
 

@@ -29,15 +29,7 @@ NOISE_WORDS = "Dashed: the Marchenko-Pastur law, independent noise of the same s
 
 @dataclass(frozen=True)
 class SpectrumFigure(FigureKind):
-    """A figure of the singular values of the states at some depths, with those of noise of the same energy.
-
-    ``x_label``, ``y_label``: Axes; the first words of the horizontal one name a position in the alt text.
-    ``note``: Sentence of the caption.
-    """
-
-    x_label: str
-    y_label: str
-    note: str = ""
+    """A figure of the singular values of the states at some depths, with those of noise of the same energy."""
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -62,19 +54,19 @@ class SpectrumFigure(FigureKind):
             "Of the mean over streams." if several else "",
             *(_bands(self.metric, analyses) if bands else ()),
             NOISE_WORDS if noise else "",
-            self.note,
+            "Not drawn below the rounding of float32.",
         ]
         return Lines(
             name=self.name,
             title=self.title,
-            x_label=self.x_label,
-            y_label=measurement.axis_label(self.y_label),
+            x_label="order (1 = largest)",
+            y_label=measurement.axis_label("singular value"),
             lines=tuple(lines),
             # A power law is a straight line on two logarithmic axes.
             log_y=True,
             log_x=True,
             caption=measurement.caption(measured, scope=choice.scope, remarks=remarks),
-            alt=describe_lines(lines, self.title, self.x_label.partition(" (")[0]),
+            alt=describe_lines(lines, self.title, "order"),
             metric=self.metric,
             sources=("marchenko1967distribution",) if noise else (),
         )
