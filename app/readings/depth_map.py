@@ -74,7 +74,7 @@ MEASURES = {
 
 
 @dataclass(frozen=True)
-class Mark:
+class PlacedFinding:
     """A finding and its depths; None where it is about the whole run or a module."""
 
     finding: Finding
@@ -97,8 +97,8 @@ class Summary:
     attrs: Mapping[str, Any]
     depths: tuple[str, ...]
     loss: float | None
-    marks: tuple[Mark, ...]
-    others: tuple[Mark, ...]
+    marks: tuple[PlacedFinding, ...]
+    others: tuple[PlacedFinding, ...]
     profiles: Mapping[str, tuple[float, ...]]
 
     @property
@@ -132,7 +132,7 @@ def summary_of(reading: Reading) -> Summary:
     analysis = reading.analysis
     names = _names(analysis)
     marks = [
-        Mark(finding, _first_depth(finding, analysis), worst_depth(finding, analysis))
+        PlacedFinding(finding, _first_depth(finding, analysis), worst_depth(finding, analysis))
         for finding in reading.findings
     ]
     return Summary(

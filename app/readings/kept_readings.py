@@ -21,7 +21,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope import diagnostics
-from depthscope.app.readings.depth_map import Mark, Summary, summary_of
+from depthscope.app.readings.depth_map import PlacedFinding, Summary, summary_of
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.readings import Reading, judged
 from depthscope.diagnostics import Finding, Severity
@@ -184,7 +184,8 @@ def _summary(document: Mapping[str, Any]) -> Summary:
             "depths": tuple(document["depths"]),
             **{
                 name: tuple(
-                    Mark(**{**each, "finding": finding_of(each["finding"])}) for each in document[name]
+                    PlacedFinding(**{**each, "finding": finding_of(each["finding"])})
+                    for each in document[name]
                 )
                 for name in ("marks", "others")
             },

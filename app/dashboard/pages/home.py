@@ -22,7 +22,7 @@ from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import a_click_leads_on, open_microscope, open_page
 from depthscope.app.dashboard.state.growing_runs import LiveState
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
-from depthscope.app.readings.depth_map import MEASURES, Mark, Summary, groupable, plain_attributes
+from depthscope.app.readings.depth_map import MEASURES, PlacedFinding, Summary, groupable, plain_attributes
 from depthscope.app.tables.findings import cards_for
 from depthscope.app.text.cards import ABOUT_THE_READING, card_of
 from depthscope.app.text.notebook import card_style
@@ -235,7 +235,7 @@ def _row(summary: Summary, measure: str, status: str, group: str) -> dict[str, A
     }
 
 
-def _mark(mark: Mark) -> dict[str, Any]:
+def _mark(mark: PlacedFinding) -> dict[str, Any]:
     return {
         "at": mark.first,
         "severity": mark.finding.severity.name,
@@ -290,7 +290,7 @@ def _show_findings(runs: _Runs, summary: Summary) -> None:
     path = runs.listed[listed_as]
     results = results_beside(path, *(summary.attrs.get(of) for of in ("weights_digest", "data_digest")))
 
-    def show(marks: Sequence[Mark]) -> None:
+    def show(marks: Sequence[PlacedFinding]) -> None:
         for mark, card in zip(
             marks, cards_for([each.finding for each in marks], str(path), results), strict=True
         ):

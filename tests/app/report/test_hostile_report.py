@@ -70,7 +70,7 @@ def same_elements(hostile: Page, harmless: Page) -> None:
     assert not {element for element in difference if element[0] not in drawn}
     assert {tag for tag, _ in difference} <= drawn
     # A longer legend may have a frame, which has a style.
-    assert set(hostile.elements) <= {*harmless.elements, ("path", ("style",))}
+    assert set(hostile.elements) <= {*harmless.elements, ("path", ("style",)), ("path", ("class",))}
     assert all(value.startswith(("#", "data:image/png;base64,")) for value in hostile.values)
     assert not INVISIBLE & set("".join(hostile.words))
 
