@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -112,3 +113,12 @@ def test_a_report_of_a_hostile_run_is_written(run, tmp_path):
     page = write_report({TEXTS["surrogate"]: hostile}, tmp_path / "report.html").read_text(encoding="utf-8")
     assert r"a\udc80b" in page
     assert r"a\x00b" in page
+
+
+def test_the_page_may_run_nothing_and_load_nothing(run):
+    page = to_html(read_runs({"plain": run}))
+    (policy,) = [line for line in page.splitlines() if "Content-Security-Policy" in line]
+    assert "default-src 'none'" in policy
+    assert "script-src 'none'" in html.unescape(policy)
+    assert "base-uri 'none'" in policy
+    assert "form-action 'none'" in policy
