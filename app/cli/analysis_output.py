@@ -13,7 +13,7 @@ import xarray as xr
 from depthscope.app.figures import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Table, depth_table, mixing_table
-from depthscope.app.text.evidence import constraint_sentence, proof_sentence
+from depthscope.app.text.numbers import constraint_sentence, proof_sentence
 from depthscope.app.text.terminal import command_line, printable, say, show_rows
 from depthscope.diagnostics import CATALOGUE
 

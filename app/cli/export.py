@@ -73,7 +73,7 @@ def export(
     if json:
         emit({"folder": str(folder), "files": files, "left_out": left_out})
         return FOUND if left_out else FINE
-    for kind in ("figures", "tables", "data", "supplement"):
+    for kind in ("figures", "tables", "data"):
         say(f"{folder / kind}: {sum(name.startswith(f'{kind}/') for name in files)} files")
     # Both ways are printed to be copied: into a paper, or compiled alone.
     say(f"In LaTeX: \\newcommand{{\\depthscopepath}}{{{folder}}} \\input{{{folder}/figures.tex}}")

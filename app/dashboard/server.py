@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import importlib
-import json
-import os
-import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -75,15 +70,13 @@ def launch(
     *,
     port: int | None = None,
     open_browser: bool = True,
-    block: bool = True,
     max_bytes: int | None = None,
-) -> str:
+) -> None:
     """Show runs in a dashboard at a local address.
 
     ``paths``: run files, or folders of runs; nothing else can be opened from the dashboard.
     ``port``: port to use; None takes the first free one from 8501.
     ``open_browser``: open the address in the default browser once the server answers.
-    ``block``: serve until interrupted. False serves from another process, which ends with this one.
     ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     Raises InputError: For no path at all, or a port that is taken.
     """
@@ -97,17 +90,13 @@ def launch(
     importlib.import_module("streamlit")  # a missing extra is an error before an address is printed
     chosen = free_port(port)
     address = f"http://{HOST}:{chosen}"
-    if not block:
-        _serve_from_other_process(paths, chosen, address, max_bytes)
     if open_browser:
         # From a thread: this one is about to serve, and the browser must not come before the server answers.
         Thread(target=lambda: webbrowser.open(address) if _answers(address) else None, daemon=True).start()
-    if block:
-        _import_pages()  # before the address is printed, so that it answers soon after
-        sys.stderr.write(f"dashboard at {address}  (Ctrl-C stops it)\n")
-        sys.stderr.flush()
-        serve(paths, chosen, max_bytes)
-    return address
+    _import_pages()  # before the address is printed, so that it answers soon after
+    sys.stderr.write(f"dashboard at {address}  (Ctrl-C stops it)\n")
+    sys.stderr.flush()
+    serve(paths, chosen, max_bytes)
 
 
 def free_port(port: int | None = None) -> int:
@@ -170,47 +159,10 @@ def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> Non
     application.run(config=CONFIG | {"server.port": port})
 
 
-def _serve_from_other_process(paths: Sequence[Path], port: int, address: str, max_bytes: int | None) -> None:
-    """Serve from another process and wait until it answers."""
-    request = json.dumps(
-        {"paths": [str(path.resolve()) for path in paths], "port": port, "max_bytes": max_bytes}
-    )
-    code = (
-        "import sys; from depthscope.app.dashboard.server import _serve_request; _serve_request(sys.argv[1])"
-    )
-    # A new interpreter and not a fork: torch and Streamlit have threads, whose locks a fork copies in any state.
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, request],
-        # A notebook or a test finds depthscope where its own sys.path leads, which is not always the default one.
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        # The system closes this pipe however this process ends, also when it is killed; the server stops then.
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-    )
-    atexit.register(process.terminate)
-    if not _answers(address, process):
-        process.kill()
-        raise RuntimeError(f"the dashboard did not answer at {address} within {START_SECONDS:g} s")
-
-
-def _serve_request(request: str) -> None:
-    wanted = json.loads(request)
-    # Daemon: a server that is stopped by itself must not wait for the end of its parent.
-    Thread(target=_end_with_parent, daemon=True).start()
-    _import_pages()
-    serve([Path(path) for path in wanted["paths"]], wanted["port"], wanted["max_bytes"])
-
-
-def _end_with_parent() -> None:
-    sys.stdin.read()  # returns when the parent's end of the pipe is closed
-    # A signal, since sys.exit in a thread ends that thread alone; uvicorn answers it by closing the connections.
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _answers(address: str, process: subprocess.Popen | None = None) -> bool:
-    """Whether the server's health check passes before the time is up and before its process ends."""
+def _answers(address: str) -> bool:
+    """Whether the server's health check passes before the time is up."""
     end = time.monotonic() + START_SECONDS
-    while time.monotonic() < end and (process is None or process.poll() is None):
+    while time.monotonic() < end:
         try:
             with urllib.request.urlopen(f"{address}/_stcore/health", timeout=2) as answer:
                 return answer.status == 200

@@ -1,8 +1,8 @@
 """Which figures are there? One definition of each, drawn on the screen and on paper."""
 
+from depthscope.app.figures import catalogue
 from depthscope.app.figures.build.default_figure import default_figures
 from depthscope.app.figures.build.values import feeds
-from depthscope.app.figures.catalogue import collapse, gradients, mixing, similarity
 from depthscope.app.figures.specification import (
     CHOICES,
     Analyses,
@@ -32,73 +32,7 @@ __all__ = [
 ]
 
 DEFINED: dict[str, FigureKind] = {
-    kind.name: kind
-    for kind in (
-        collapse.effective_rank,
-        collapse.participation_ratio,
-        collapse.corrected_participation_ratio,
-        collapse.numerical_rank,
-        collapse.dong_residual,
-        collapse.token_cosine,
-        collapse.sequence_share,
-        collapse.massive_activation,
-        collapse.massive_token_fraction,
-        collapse.attention_entropy,
-        collapse.sink_mass,
-        collapse.spectrum,
-        collapse.spectrum_map,
-        collapse.spectral_density,
-        similarity.cka,
-        similarity.angular_distance,
-        similarity.procrustes,
-        similarity.mutual_knn,
-        similarity.cknna,
-        similarity.adjacent_cka,
-        similarity.adjacent_cosine,
-        similarity.block_influence,
-        similarity.relative_turn,
-        similarity.effective_depth,
-        similarity.variance_growth,
-        similarity.step_spread,
-        similarity.stream_cosine,
-        similarity.closest_stream_cosine,
-        similarity.stream_cka,
-        similarity.adjacent_angle,
-        mixing.mixing_gain,
-        mixing.composite_gain,
-        mixing.composite_attenuation,
-        mixing.doubly_stochastic_violation,
-        mixing.operator_gain,
-        mixing.composite_operator_gain,
-        mixing.deflated_gain,
-        mixing.relative_deflated_gain,
-        mixing.effective_streams,
-        mixing.identity_distance,
-        mixing.composite_identity_distance,
-        mixing.read_share,
-        mixing.signal_share,
-        mixing.write_share,
-        mixing.mixing_singular_value,
-        mixing.mixing_eigenvalue_modulus,
-        mixing.composite_singular_value,
-        mixing.logit_range,
-        mixing.logit_saturation,
-        mixing.mixing_gradient,
-        mixing.logit_gradient,
-        mixing.logit_gradient_share,
-        mixing.depth_kernel,
-        mixing.read_mass,
-        gradients.gradient_norm,
-        gradients.backward_gain,
-        gradients.relative_gradient,
-        gradients.residual_norm,
-        gradients.gradient_rank,
-        gradients.channel_variance,
-        gradients.branch_share,
-        gradients.update_ratio,
-        gradients.weight_gradient_norm,
-        gradients.weight_norm,
-    )
+    kind.name: kind for kind in vars(catalogue).values() if isinstance(kind, FigureKind)
 }
 """Every figure of the catalogue by name, in display order."""
 

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.palette import colour_numbers
-from depthscope.app.text.evidence import constraint_sentence, proof_sentence
+from depthscope.app.text.numbers import constraint_sentence, proof_sentence
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.quantities.registry import LABELS
 
@@ -129,19 +129,13 @@ Figure = Lines | Heatmap
 class Selection:
     """Which of the many versions of a number a figure shows.
 
-    Parameters
-    ----------
-    scope, tokens, centering, stream, estimator, direction, reduction : str
-        Labels of the analysis' dimensions of the same names; `direction="both"` overlays forward and
-        backward, `stream="each"` overlays every stream.
-    axis : {"depth", "relative"}
-        Depth index, or depth divided by the depth of the run, for runs of different depth.
-    step : int or None
-        Training step; None is the last one.
-    run : str or None
-        The run that a heat map shows; None is the first one that can feed it.
-    depths : tuple of int or None
-        Depths whose spectra are shown; None is five from the first to the last.
+    ``scope``, ``tokens``, ``centering``, ``stream``, ``estimator``, ``direction``, ``reduction``: Labels of the
+    analysis' dimensions of the same names; `direction="both"` overlays forward and backward, `stream="each"` overlays
+    every stream.
+    ``axis``: Depth index, or depth divided by the depth of the run, for runs of different depth.
+    ``step``: Training step; None is the last one.
+    ``run``: The run that a heat map shows; None is the first one that can feed it.
+    ``depths``: Depths whose spectra are shown; None is five from the first to the last.
     """
 
     scope: str = "sequence"
@@ -160,19 +154,9 @@ class Selection:
     def of(cls, choices: Mapping[str, Any]) -> "Selection":
         """Selection from keyword choices, refusing names and labels that do not exist.
 
-        Parameters
-        ----------
-        choices : mapping
-            Any of the fields above.
+        ``choices``: Any of the fields above.
 
-        Returns
-        -------
-        Selection
-
-        Raises
-        ------
-        InputError
-            A field or a label that is not one of `CHOICES`.
+        Raises InputError: A field or a label that is not one of `CHOICES`.
         """
         # Checked here once for the command line, the dashboard and Python: a wrong label would otherwise select no numbers,
         # and the figure would look as if the run had none.
@@ -201,24 +185,15 @@ CHOICES: dict[str, tuple[str, ...]] = {
 class FigureKind(ABC):
     """A definition of a figure: of which metric, and under which title; a subclass knows how to draw it.
 
-    Parameters
-    ----------
-    name : str
-        Register key, also the file name in an export.
-    title : str
-        Title that stands alone.
-    question : str
-        The page of the dashboard: collapse, similarity, mixing or gradients.
-    section : str
-        Heading of the figures of one page that belong together.
-    metric : str
-        Metric of the catalogue without which there is nothing to draw; the one called `name` by default.
+    ``name``: Register key, also the file name in an export.
+    ``title``: Title that stands alone.
+    ``question``: collapse, similarity, mixing or gradients: the heading in a report.
+    ``metric``: Metric of the catalogue without which there is nothing to draw; the one called `name` by default.
     """
 
     name: str
     title: str
     question: str = field(kw_only=True)
-    section: str = field(default="", kw_only=True)
     metric: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
@@ -245,31 +220,15 @@ class FigureKind(ABC):
     def figure(self, analyses: Analyses, choice: Selection) -> Figure:
         """The figure of some runs.
 
-        Parameters
-        ----------
-        analyses : mapping
-            Run name → analysis.
-        choice : Selection
-            Which version of the numbers.
-
-        Returns
-        -------
-        Lines or Heatmap
+        ``analyses``: Run name → analysis.
+        ``choice``: Which version of the numbers.
         """
 
     def build(self, analyses: Analyses, **selection: Any) -> Figure:
         """The figure of some runs, by keywords.
 
-        Parameters
-        ----------
-        analyses : mapping
-            Run name → analysis.
-        **selection : str, int or tuple of int
-            Fields of `Selection`.
-
-        Returns
-        -------
-        Lines or Heatmap
+        ``analyses``: Run name → analysis.
+        ``**selection``: Fields of `Selection`.
         """
         figure = self.figure(analyses, Selection.of(selection))
         if isinstance(figure, Lines):

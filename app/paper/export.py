@@ -1,4 +1,4 @@
-"""What does a paper need? Figures and tables with their numbers, the methods, the sources, the provenance, the rest."""
+"""What does a paper need? Figures and tables, the methods, the sources, the provenance, and every number as a file."""
 
 from __future__ import annotations
 
@@ -14,10 +14,17 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, further_fonts, write_word
-from depthscope.app.drawing.matplotlib.many_figures import FigureFiles, write_figures
+from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, write_figure
 from depthscope.app.figures import Figure, Heatmap, Selection
-from depthscope.app.figures.composed import QUESTIONS, Composed, Points, Subjects, composed_of, groups_of
+from depthscope.app.figures.composed import (
+    EVERYWHERE,
+    QUESTIONS,
+    Composed,
+    Points,
+    Subjects,
+    composed_of,
+    groups_of,
+)
 from depthscope.app.figures.numbers import figure_table
 from depthscope.app.paper.contents import CITES, Contents
 from depthscope.app.paper.latex_snippets import (
@@ -26,18 +33,15 @@ from depthscope.app.paper.latex_snippets import (
     main_tex,
     methods_tex,
     preamble_tex,
-    supplement_tex,
     tables_tex,
 )
 from depthscope.app.paper.methods import methods_latex, methods_text
-from depthscope.app.readings.provenance import file_digest, numbers_digest, software, source_commit
+from depthscope.app.readings.provenance import file_digest, software, source_commit
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.comparison import comparison_table
-from depthscope.app.tables.findings import sentences_table
-from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_markdown, to_parquet
+from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_parquet
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut
-from depthscope.app.text.latex import pictured_words
 from depthscope.app.text.venues import Venue, venue_of
 from depthscope.diagnostics import atomic_writes
 from depthscope.diagnostics.errors import InputError
@@ -46,9 +50,6 @@ VECTOR = ("pdf", "svg")
 MANIFEST, MADE_BY = "manifest.json", "depthscope export"
 MOST_COMPARED = 8
 """Runs up to which a table has them side by side; the table of runs has all. A heuristic of ours: a column each."""
-
-MOST_IN_TEXT = 3
-"""Runs up to which that table is in the text: the columns of more take a page each, and are in the supplement."""
 
 
 @dataclass(frozen=True)
@@ -76,24 +77,17 @@ class Bundle:
     @property
     def tables(self) -> tuple[Table, ...]:
         """The tables of the text."""
-        compared = self._compared if len(self.contents.readings) <= MOST_IN_TEXT else ()
-        return (self.contents.summary, self.contents.findings, *compared)
-
-    @property
-    def further_tables(self) -> tuple[Table, ...]:
-        """The tables of the supplement."""
-        said = sentences_table(self.contents.readings)
-        compared = self._compared if len(self.contents.readings) > MOST_IN_TEXT else ()
-        return (*([said] if said else []), *compared, *self.contents.tables)
+        return (self.contents.summary, self.contents.findings)
 
     @cached_property
-    def _compared(self) -> tuple[Table, ...]:
-        """The runs side by side, where there are several."""
+    def further_tables(self) -> tuple[Table, ...]:
+        """Tables that are files of numbers alone: runs side by side, and every run by depth."""
+        tables = list(self.contents.tables)
         if 1 < len(self.contents.readings) <= MOST_COMPARED:
             # Runs of weights alone have none of the compared metrics.
             with contextlib.suppress(ValueError):
-                return (comparison_table(self.contents.readings, view=self.contents.view),)
-        return ()
+                tables.append(comparison_table(self.contents.readings, view=self.contents.view))
+        return tuple(tables)
 
 
 def write_bundle(
@@ -105,9 +99,8 @@ def write_bundle(
     by: str = "",
     formats: Sequence[str] = VECTOR,
     force: bool = False,
-    second_process: bool = False,
 ) -> Path:
-    """Write a folder for a paper: composed figures, tables, methods, metrics.bib, a supplement, and manifest.json.
+    """Write a folder for a paper: composed figures, tables, methods, metrics.bib, every number, and manifest.json.
 
     Parameters
     ----------
@@ -125,8 +118,6 @@ def write_bundle(
         Formats of the figures; PGF needs a LaTeX installation. PDF is always among them: the snippets include it.
     force : bool
         Replace a folder that an earlier export wrote, with all that is in it; a folder of anything else never is.
-    second_process : bool
-        Draw in two processes: the same files, sooner.
 
     Returns
     -------
@@ -143,7 +134,7 @@ def write_bundle(
     # Analysed inside: a folder that is taken is refused before anything is computed.
     with atomic_writes.replaced_folder(Path(out), check=partial(require_place, force=force)) as folder:
         bundle = make_bundle(runs, page, view=view, by=by, formats=formats)
-        write_files(bundle, folder, second_process=second_process)
+        write_files(bundle, folder)
     return Path(out)
 
 
@@ -194,47 +185,28 @@ def make_bundle(
     readings = read_runs(runs) if isinstance(runs, Mapping) else list(runs)
     contents = Contents.of(readings, view)
     subjects = Subjects(tuple(readings), trees, groups_of(readings, by))
-    composed = tuple(composed_of(question, subjects, contents.view) for question in QUESTIONS.values())
+    composed = tuple(
+        composed_of(question, subjects, contents.view, varied=True) for question in QUESTIONS.values()
+    )
     return Bundle(contents, composed, venue, by, tuple(dict.fromkeys(("pdf", *formats))))
 
 
-def write_files(bundle: Bundle, folder: Path, *, second_process: bool = False) -> None:
+def write_files(bundle: Bundle, folder: Path) -> None:
     """Write the files of a bundle into an empty folder."""
-    for name in ("figures", "supplement"):
-        (folder / name).mkdir()  # savefig makes no folder
-    across = Width(bundle.venue.text, FIGURE_POINTS)
-    # Two in a row, as the supplement sets them.
-    half = Width(0.485 * bundle.venue.text, FIGURE_POINTS)
-    figures, supplement = folder / "figures", folder / "supplement"
-    drawings = [
-        *(FigureFiles(one, _paths(figures, one.name, bundle.formats), across) for one in bundle.shown),
-        *(
-            FigureFiles(one, _paths(supplement, one.name, bundle.formats), half)
-            for one in bundle.contents.figures
-        ),
-    ]
-    write_figures(drawings, second_process=second_process)
+    (folder / "figures").mkdir()  # savefig makes no folder
+    for one in bundle.shown:
+        for ending in bundle.formats:
+            across = Width(bundle.venue.text, FIGURE_POINTS)
+            write_figure(one, folder / "figures" / f"{one.name}.{ending}", width=across)
     texts = _texts(bundle)
     for name, text in texts.items():
         path = folder / name
         atomic_writes.made_folder(path.parent)
         path.write_text(text, encoding="utf-8", newline="\n")  # the same bytes on every system
-    for place, table in _placed_tables(bundle):
+    for table in bundle.tables + bundle.further_tables:
+        place = "tables" if table in bundle.tables else "data"
         (folder / place / f"{table.name}.parquet").write_bytes(to_parquet(table))
-    for codes, word in pictured_words(text for name, text in texts.items() if name.endswith(".tex")).items():
-        write_word(word, atomic_writes.made_folder(folder / "words") / f"{codes}.pdf")
     _write_manifest(folder, _facts(bundle))
-
-
-def _paths(folder: Path, name: str, formats: Sequence[str]) -> list[Path]:
-    return [folder / f"{name}.{ending}" for ending in formats]
-
-
-def _placed_tables(bundle: Bundle) -> list[tuple[str, Table]]:
-    return [
-        *(("tables", table) for table in bundle.tables),
-        *(("supplement", table) for table in bundle.further_tables),
-    ]
 
 
 def _texts(bundle: Bundle) -> dict[str, str]:
@@ -244,25 +216,31 @@ def _texts(bundle: Bundle) -> dict[str, str]:
         reading.name: [finding.as_dict() for finding in reading.findings] for reading in contents.readings
     }
     measured = _measured(bundle)
-    described = (contents.readings, contents.view, measured, bundle.by)
+    flat = [
+        f"{figure.title}: {title}"
+        for figure in bundle.composed
+        for title, reason in figure.left_out.items()
+        if reason.endswith(EVERYWHERE)
+    ]
+    described = (contents.readings, contents.view, measured, bundle.by, flat)
     texts = {
         "data/findings.json": json.dumps(found, indent=2, default=str, ensure_ascii=False) + "\n",
         "figures.tex": figures_tex(bundle.shown, CITES, venue),
         "tables.tex": tables_tex(bundle.tables),
         "methods.tex": methods_tex(methods_latex(*described)),
         "methods.txt": methods_text(*described),
-        "supplement.tex": supplement_tex(contents.figures, bundle.further_tables, CITES),
         "preamble.tex": preamble_tex(),
     }
     for figure in bundle.shown:
         for panel in figure.panels:
             texts[f"data/{figure.name}_{panel.key}.csv"] = figure_csv(panel.content)
     for single in contents.figures:
-        texts[f"supplement/{single.name}.csv"] = figure_csv(single)
-    for place, table in _placed_tables(bundle):
-        texts[f"{place}/{table.name}.tex"] = to_latex(table, CITES, venue)
-        texts[f"{place}/{table.name}.csv"] = to_csv(table)
-        texts[f"{place}/{table.name}.md"] = to_markdown(table)
+        texts[f"data/{single.name}.csv"] = figure_csv(single)
+    for table in bundle.further_tables:
+        texts[f"data/{table.name}.csv"] = to_csv(table)
+    for table in bundle.tables:
+        texts[f"tables/{table.name}.tex"] = to_latex(table, CITES, venue)
+        texts[f"tables/{table.name}.csv"] = to_csv(table)
     keys = cited_keys(text for name, text in texts.items() if name.endswith(".tex"))
     return texts | {"metrics.bib": cut(keys), "main.tex": main_tex(venue, cites=bool(keys))}
 
@@ -289,8 +267,6 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     return {
         "software": software(),
         "commit": source_commit(),
-        # In addition to those of matplotlib, for names in other alphabets.
-        "fonts": further_fonts(reading.name for reading in contents.readings),
         "venue": bundle.venue.name,
         # As it was applied: of runs of different depth the axis was changed.
         "selection": asdict(contents.view),
@@ -300,7 +276,6 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
             reading.name: {
                 "path": reading.path,
                 "file_sha256": file_digest(reading.path),
-                "numbers_sha256": numbers_digest(reading.analysis),
                 "attributes": dict(reading.attrs),
             }
             for reading in contents.readings
@@ -315,8 +290,7 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
             for figure in bundle.shown
         },
         "left_out": {figure.name: dict(figure.left_out) for figure in bundle.composed if figure.left_out},
-        "supplement": {
-            figure.name: {"metric": figure.metric, "caption": figure.caption, "alt": figure.alt}
-            for figure in contents.figures
+        "data": {
+            figure.name: {"metric": figure.metric, "caption": figure.caption} for figure in contents.figures
         },
     }

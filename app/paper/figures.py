@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "cells",
     "collapse",
     "gains",
     "gradients",
@@ -398,8 +397,4 @@ gradients = _figure(
 training = _figure(
     "training",
     "Training: the loss with the first warning of each verdict, and profiles along the depth, step by step.",
-)
-cells = _figure(
-    "cells",
-    "Elements of H_res, H_pre and H_post over the steps of a training, a panel each: n² + 2n for n streams.",
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from depthscope.app.figures import Figure
 from depthscope.app.figures.composed import Composed
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import keys_of
@@ -15,16 +14,8 @@ from depthscope.app.text.venues import Venue
 
 _HERE = "depthscope.app.paper"
 PACKAGES = "amsmath,array,booktabs,graphicx"
-# Words of other alphabets are pictures, one line high: see `drawing.matplotlib.words`.
-HEAD = (
-    f"{CITEP}\n"
-    "\\providecommand{\\depthscopepath}{.}\n"
-    "\\providecommand{\\depthscopeword}[1]"
-    "{\\raisebox{-0.25em}{\\includegraphics[height=1.2em]{\\depthscopepath/words/#1.pdf}}}\n"
-)
+HEAD = f"{CITEP}\n\\providecommand{{\\depthscopepath}}{{.}}\n"
 _CITE = re.compile(r"\\citep\{([^}]+)\}")
-# Floats that LaTeX holds back until there is a page for them are limited: it places these first.
-_TABLES_A_PAGE = 4
 
 
 def _head(name: str) -> Latex:
@@ -53,15 +44,6 @@ def tables_tex(tables: Sequence[Table]) -> str:
     return latex_template(_HERE, "tables.tex.jinja").render(head=_head("tables"), tables=tables)
 
 
-def supplement_tex(figures: Sequence[Figure], tables: Sequence[Table], cites: Mapping[str, str]) -> str:
-    """Every single figure, two in a row, and the tables of every run."""
-    cited = [(figure, keys_of([cites.get(figure.metric, ""), *figure.sources])) for figure in figures]
-    pairs = [cited[place : place + 2] for place in range(0, len(cited), 2)]
-    return latex_template(_HERE, "supplement.tex.jinja").render(
-        head=_head("supplement"), pairs=pairs, tables=tables, tables_a_page=_TABLES_A_PAGE
-    )
-
-
 def methods_tex(paragraphs: Sequence[Latex]) -> str:
     """The methods as paragraphs."""
     return "% Written by depthscope: what was measured, and how.\n" + HEAD + "\n\n".join(paragraphs) + "\n"
@@ -77,7 +59,7 @@ def preamble_tex() -> str:
 
 
 def main_tex(venue: Venue, *, cites: bool) -> str:
-    """A sample article that compiles: methods, composed figures, tables, sources, and the supplement."""
+    """A sample article that compiles: methods, composed figures, tables, and sources."""
     return latex_template(_HERE, "main.tex.jinja").render(
         options=Latex(f"{venue.body}pt" + (",twocolumn" if venue.two_columns else "")),
         geometry=Latex(

@@ -10,80 +10,60 @@ from depthscope.app.figures.build.captions import versions_words
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.provenance import depthscope_version
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.intervals import NamedError, interval_words
-from depthscope.app.tables.tables import spoken
-from depthscope.app.text.bibliography import keys_of, source_words
-from depthscope.app.text.evidence import proof_sentence
-from depthscope.app.text.latex import Latex, cite, tex
-from depthscope.app.text.numbers import number, sentence
+from depthscope.app.tables.tables import NamedError, interval_words, spoken
+from depthscope.app.text.bibliography import cited, keys_of
+from depthscope.app.text.latex import Latex, with_citations
+from depthscope.app.text.numbers import number, proof_sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
 from depthscope.diagnostics import CATALOGUE
 
 MOST_NAMED = 4
 """Runs up to which the methods name each with what it is; of more the table of runs does."""
 
-Sentence = tuple[str, tuple[str, ...], str]
-"""Words, the bibliography keys after them, and a formula in TeX after its first word; both may be empty."""
-
 
 def methods_latex(
-    readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str
+    readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str, flat: Sequence[str] = ()
 ) -> list[Latex]:
     """The methods as LaTeX.
 
     ``view``: which version of the numbers is shown.
     ``by``: attribute by which runs are grouped; empty for none.
+    ``flat``: panels that were left out, since their curves are the same everywhere.
     """
-    return [
-        Latex(" ".join(map(_sentence_latex, paragraph)))
-        for paragraph in _paragraphs(readings, view, metrics, by)
-    ]
+    return [with_citations(paragraph) for paragraph in _paragraphs(readings, view, metrics, by, flat)]
 
 
-def methods_text(readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str) -> str:
+def methods_text(
+    readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str, flat: Sequence[str] = ()
+) -> str:
     """The methods as plain text, with authors and years."""
-    paragraphs = (
-        " ".join(map(_sentence_text, paragraph)) for paragraph in _paragraphs(readings, view, metrics, by)
-    )
-    return "\n\n".join(paragraphs) + "\n"
-
-
-def _sentence_latex(said: Sentence) -> str:
-    words, keys, formula = said
-    code = tex(words.removesuffix("."))
-    if formula:
-        # After the name: "effective rank $…$: how many directions …".
-        name, colon, rest = words.removesuffix(".").partition(":")
-        code = Latex(f"{tex(name)} (${formula}$){colon}{tex(rest)}")
-    return f"{code}~{cite(keys)}." if keys else f"{code}."
-
-
-def _sentence_text(said: Sentence) -> str:
-    words, keys, _ = said
-    sources = "; ".join(map(source_words, keys))
-    return f"{words.removesuffix('.')} ({sources})." if keys else f"{words.removesuffix('.')}."
+    return "\n\n".join(map(cited, _paragraphs(readings, view, metrics, by, flat))) + "\n"
 
 
 def _paragraphs(
-    readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str
-) -> list[list[Sentence]]:
+    readings: Sequence[Reading], view: Selection, metrics: Iterable[str], by: str, flat: Sequence[str]
+) -> list[str]:
+    """Paragraphs; what a sentence cites is in brackets at its end, as keys of the bibliography."""
     shown = [name for name in dict.fromkeys(metrics) if name in CATALOGUE]
     paragraphs = [
         [*_runs(readings), *_capture(readings)],
         [*_slices(readings, view, shown, by)],
-        [_definition(name, _has_null(readings, name)) for name in shown],
-        [*_verdicts(readings)],
+        [*_definitions(shown)],
+        [
+            *_verdicts(readings),
+            *([f"Not drawn, being the same everywhere: {'; '.join(flat)}"] if flat else []),
+        ],
     ]
-    return [paragraph for paragraph in paragraphs if paragraph]
+    return [" ".join(f"{each}." for each in paragraph) for paragraph in paragraphs if paragraph]
 
 
-def _runs(readings: Sequence[Reading]) -> Iterable[Sentence]:
+def _runs(readings: Sequence[Reading]) -> Iterable[str]:
     version = f"with depthscope {depthscope_version()}"
     if len(readings) > MOST_NAMED:
-        yield f"We measured {len(readings)} runs {version}; the table of runs lists them", (), ""
+        yield f"We measured {len(readings)} runs {version}; the table of runs lists them"
         return
     described = "; ".join(_described(reading) for reading in readings)
-    yield f"We measured {len(readings)} run{'s' if len(readings) > 1 else ''} {version}: {described}", (), ""
+    yield f"We measured {len(readings)} run{'s' if len(readings) > 1 else ''} {version}: {described}"
 
 
 def _described(reading: Reading) -> str:
@@ -94,8 +74,7 @@ def _described(reading: Reading) -> str:
         f"model {shortened(str(attrs['model']), LONGEST_NAME)}" if attrs.get("model") else "",
         f"connections: {shortened(str(attrs['family']), LONGEST_NAME)}" if attrs.get("family") else "",
         f"{layers} layers" if layers else "",
-        f"{streams} residual streams" if streams != 1 else "one residual stream",
-        f"computed in {attrs['dtype']}" if attrs.get("dtype") else "",
+        f"{streams} residual streams" if streams != 1 else "",
         _training_words(attrs),
     ]
     return f"{reading.name} ({', '.join(filter(None, parts))})"
@@ -121,7 +100,7 @@ def _sample_words(attrs: Mapping[str, Any]) -> str:
     return f"{kept} of {seen} sequences, drawn with seed {sampling['seed']}"
 
 
-def _capture(readings: Sequence[Reading]) -> Iterable[Sentence]:
+def _capture(readings: Sequence[Reading]) -> Iterable[str]:
     counts = {
         reading.name: float(reading.analysis["num_tokens"].sel(scope="data").max())
         for reading in readings
@@ -132,19 +111,17 @@ def _capture(readings: Sequence[Reading]) -> Iterable[Sentence]:
         tokens = " to ".join(f"{count:g}" for count in sorted({min(counts.values()), max(counts.values())}))
         yield (
             f"The residual state before the first block and after every step of a block was kept for {tokens} real tokens "
-            f"of {_those(counts, readings)}; padding was left out",
-            (),
-            "",
+            f"of {_those(counts, readings)}; padding was left out"
         )
     samples = {reading.name: words for reading in readings if (words := _sample_words(reading.attrs))}
     if samples:
         listed = "; ".join(f"{run}: {words}" for run, words in samples.items())
-        yield f"They are those of a uniform sample of the sequences ({listed})", (), ""
+        yield f"They are those of a uniform sample of the sequences ({listed})"
     yield from _same_data(readings)
     yield from _checked(readings)
     unproven = proof_sentence({reading.name: reading.attrs for reading in readings})
     if unproven:
-        yield unproven, (), ""
+        yield unproven
 
 
 def _those(names: Collection[str], readings: Sequence[Reading]) -> str:
@@ -154,21 +131,21 @@ def _those(names: Collection[str], readings: Sequence[Reading]) -> str:
     return ", ".join(names) if len(names) <= MOST_NAMED else f"{len(names)} of the {len(readings)} runs"
 
 
-def _same_data(readings: Sequence[Reading]) -> Iterable[Sentence]:
+def _same_data(readings: Sequence[Reading]) -> Iterable[str]:
     """Whether the runs have seen the same data; nothing of a run alone."""
     if len(readings) < 2:
         return
     digests = {reading.name: reading.attrs.get("data_digest") for reading in readings}
     unknown = [run for run, digest in digests.items() if digest is None]
     if len(set(digests.values()) - {None}) > 1:
-        yield "The runs have not all seen the same data", (), ""
+        yield "The runs have not all seen the same data"
     elif unknown:
-        yield f"What data {_those(unknown, readings)} have seen is not recorded", (), ""
+        yield f"What data {_those(unknown, readings)} have seen is not recorded"
     else:
-        yield "All runs have seen the same data", (), ""
+        yield "All runs have seen the same data"
 
 
-def _checked(readings: Sequence[Reading]) -> Iterable[Sentence]:
+def _checked(readings: Sequence[Reading]) -> Iterable[str]:
     """Which way matrices act, and how large the error of recomputed states is, of the runs of which it is known."""
     known = {
         reading.name: float(error)
@@ -180,23 +157,17 @@ def _checked(readings: Sequence[Reading]) -> Iterable[Sentence]:
     yield (
         "H_res[i, j] carries stream j to stream i, and products have the later connection on the left; of "
         f"{_those(known, readings)} the next state was recomputed from the parts that were read (largest relative error "
-        f"{number(max(known.values()))})",
-        ("xie2025mhc",),
-        "",
+        f"{number(max(known.values()))}) (xie2025mhc)"
     )
     open_runs = [reading.name for reading in readings if reading.attrs.get("orientation") == "ambiguous"]
     if open_runs:
         yield (
             f"Of {_those(open_runs, readings)} the states fit H_res and its transpose equally well: forward and backward "
-            "may be exchanged there",
-            (),
-            "",
+            "may be exchanged there"
         )
 
 
-def _slices(
-    readings: Sequence[Reading], view: Selection, metrics: Sequence[str], by: str
-) -> Iterable[Sentence]:
+def _slices(readings: Sequence[Reading], view: Selection, metrics: Sequence[str], by: str) -> Iterable[str]:
     dims = {
         str(dim)
         for reading in readings
@@ -206,7 +177,7 @@ def _slices(
     }
     words = versions_words(dims, view)
     if words:
-        yield f"Unless a caption says otherwise, the text shows {words}", (), ""
+        yield f"Unless a caption says otherwise, the text shows {words}"
     errors = [
         NamedError(reading.name, spoken(name), reading.analysis[f"{name}_stderr"])
         for reading in readings
@@ -217,62 +188,42 @@ def _slices(
         jackknife = any(
             "jackknife" in str(of.attrs.get("estimator", "")) for _, _, of in errors if of is not None
         )
-        how = (
-            "; that of a metric which is not a mean over sequences is from the jackknife over them"
-            * jackknife
-        )
-        yield f"An error, where a number has one, is {intervals}{how}", (), ""
+        how = "; from the jackknife where a metric is no mean over sequences" * jackknife
+        yield f"An error, where a number has one, is {intervals}{how}"
     if any(_has_null(readings, name) for name in metrics):
         yield (
-            "A noise baseline is what a metric would be without structure, at the same numbers of tokens and features; the "
-            "definition of each metric that has one says of what",
-            (),
-            "",
+            "A noise baseline is what a metric would be without structure, at the same numbers of tokens and features"
         )
     if by:
         yield (
             f"Runs are grouped by {by}: curves are means over the runs of a group with their 95 % interval (Student's t), and "
-            "groups are compared by exchanging the labels of their runs, corrected for the number of positions",
-            (),
-            "",
+            "groups are compared by exchanging the labels of their runs, corrected for the number of positions"
         )
     if view.axis == "relative":
-        yield "Runs of different depth are compared at the same share of their depth", (), ""
+        yield "Runs of different depth are compared at the same share of their depth"
 
 
 def _has_null(readings: Sequence[Reading], name: str) -> bool:
     return any(f"{name}_null" in reading.analysis for reading in readings)
 
 
-# Of names that begin a description.
-_CAPITALS = ("Amax",)
+def _definitions(metrics: Sequence[str]) -> Iterable[str]:
+    """The metrics by the source of their definition: equations are there, and not repeated here."""
+    by_source: dict[str, list[str]] = {}
+    for name in metrics:
+        by_source.setdefault("; ".join(keys_of([CATALOGUE[name].cite])), []).append(spoken(name))
+    parts = [f"{', '.join(names)}{f' ({keys})' if keys else ''}" for keys, names in by_source.items()]
+    if parts:
+        yield f"The documentation of depthscope has the equations of the metrics: {'; '.join(parts)}"
 
 
-def _definition(name: str, has_null: bool) -> Sentence:
-    metric = CATALOGUE[name]
-    label = spoken(name)
-    title, _, rest = metric.description.removesuffix(".").partition(":")
-    # "Effective rank: effective rank, how many …" repeats itself.
-    parts = [rest.strip() if title.casefold() == label.casefold() and rest else title, rest.strip()]
-    meaning = ", ".join(dict.fromkeys(filter(None, parts)))
-    if meaning[1:2].islower() and not meaning.startswith(_CAPITALS):
-        meaning = meaning[0].lower() + meaning[1:]
-    null = (metric.null.__doc__ or "").partition("\n")[0] if has_null and callable(metric.null) else ""
-    null = null.removesuffix(".")
-    null = null[0].lower() + null[1:] if null[1:2].islower() else null
-    text = sentence([f"{label}: {meaning}", metric.estimator, f"noise baseline: {null}" if null else ""])
-    return text, tuple(keys_of([metric.cite])), metric.symbol
-
-
-def _verdicts(readings: Sequence[Reading]) -> Iterable[Sentence]:
+def _verdicts(readings: Sequence[Reading]) -> Iterable[str]:
     # Notes too: their numbers have crossed a limit as well.
     found = [finding for reading in readings for finding in reading.findings]
     if found:
         yield (
             "Verdicts compare these numbers with fixed limits; the table of findings has each number that crossed one, with "
-            "the limit and its source, which is this project where no publication states one",
-            tuple(keys_of(finding.source for finding in found)),
-            "",
+            "the limit and its source, which is depthscope itself where no publication states one"
         )
     elif any(reading.passed for reading in readings):
-        yield "No number crossed the limit of a verdict", (), ""
+        yield "No number crossed the limit of a verdict"

@@ -177,14 +177,6 @@ class CloseUp:
     def _text(self, sequence: int, position: int) -> str:
         return self.texts(sequence)[position]
 
-    def states_at(self, depth: int, stream: str = "mean") -> np.ndarray:
-        """The states of a depth in float64, shape (sequence, token, feature): of one stream, or their mean.
-
-        ``depth``: below `num_depths`; −1 is the last one.
-        ``stream``: ``mean`` or the number of a stream.
-        """
-        return self._view(stream, depth=depth)
-
     def quoted(self, sequence: int) -> list[str]:
         """As `texts`, in quotation marks where it is text."""
         return [f"“{text}”" if self.has_texts else text for text in self.texts(sequence)]

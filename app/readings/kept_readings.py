@@ -12,7 +12,7 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,9 +21,9 @@ import numpy as np
 import xarray as xr
 
 from depthscope import diagnostics
+from depthscope.app.readings.depth_map import PlacedFinding, Summary, summary_of
 from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.readings import Reading, judged
-from depthscope.app.readings.standings import Standing, standings
 from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.atomic_writes import cache_folder, own_folder, remove_below, replaced_file
 from depthscope.diagnostics.errors import InputError
@@ -39,21 +39,6 @@ MOST_POSITIONS = 1024
 
 NAME_LENGTH = 80
 """Letters of a run's name in the name of the cached file: file systems allow 255 bytes."""
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a table of many runs shows of one."""
-
-    name: str  # the run's name; ``run/chain`` where it has several chains
-    attrs: Mapping[str, Any]  # the run's attributes
-    standings: Mapping[str, Standing]  # of `standings`
-    depths: int  # number of states
-
-
-def summary_of(reading: Reading) -> Summary:
-    """The summary of a reading."""
-    return Summary(reading.name, reading.attrs, standings(reading), reading.analysis.sizes.get("depth", 0))
 
 
 def keep(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
@@ -83,7 +68,7 @@ def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | Non
 
 
 def kept_summaries(path: Path, version: FileVersion) -> list[Summary] | None:
-    """What the verdicts of a run were, without opening its analysis."""
+    """What the map of all runs shows of a run, without opening its analysis."""
     return kept_document(path, version, ".json", lambda documents: [_summary(each) for each in documents])
 
 
@@ -168,19 +153,20 @@ def _require_stored(archive: zipfile.ZipFile | None) -> None:
 
 def _summary_document(summary: Summary) -> dict[str, Any]:
     return {
-        "name": summary.name,
-        "attrs": summary.attrs,
-        "depths": summary.depths,
-        "standings": {
-            verdict: {
-                "state": standing.state,
-                "reason": standing.reason,
-                "depth_out": standing.depth_out,
-                "finding": finding_document(standing.finding),
-            }
-            for verdict, standing in summary.standings.items()
+        **asdict(summary),
+        **{
+            name: [
+                {**vars(mark), "finding": finding_document(mark.finding)} for mark in getattr(summary, name)
+            ]
+            for name in ("marks", "others")
         },
+        "profiles": {name: _rounded(values) for name, values in summary.profiles.items()},
     }
+
+
+def _rounded(values: Sequence[float]) -> list[float | None]:
+    """Six digits, since it is drawn and not measured again; JSON has no NaN."""
+    return [float(f"{each:.6g}") if math.isfinite(each) else None for each in values]
 
 
 def finding_document(finding: Finding | None) -> dict[str, Any] | None:
@@ -188,21 +174,28 @@ def finding_document(finding: Finding | None) -> dict[str, Any] | None:
     if finding is None:
         return None
     shown = finding.severity > Severity.PASS and len(finding.profile) <= MOST_POSITIONS
-    # Six digits: it is drawn, and not measured again.
-    profile = [float(f"{each:.6g}") if math.isfinite(each) else None for each in finding.profile]
-    return {**finding.as_dict(), "profile": profile if shown else []}
+    return {**finding.as_dict(), "profile": _rounded(finding.profile) if shown else []}
 
 
 def _summary(document: Mapping[str, Any]) -> Summary:
     return Summary(
-        document["name"],
-        document["attrs"],
-        {
-            verdict: Standing(each["state"], finding_of(each["finding"]), each["reason"], each["depth_out"])
-            for verdict, each in document["standings"].items()
-        },
-        int(document["depths"]),
+        **{
+            **document,
+            "depths": tuple(document["depths"]),
+            **{
+                name: tuple(
+                    PlacedFinding(**{**each, "finding": finding_of(each["finding"])})
+                    for each in document[name]
+                )
+                for name in ("marks", "others")
+            },
+            "profiles": {name: _numbers(values) for name, values in document["profiles"].items()},
+        }
     )
+
+
+def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:
+    return tuple(float("nan") if each is None else each for each in values)
 
 
 def finding_of(document: Mapping[str, Any] | None) -> Finding | None:
@@ -213,7 +206,7 @@ def finding_of(document: Mapping[str, Any] | None) -> Finding | None:
     numbers = {
         name: float("nan") if document[name] is None else document[name] for name in ("value", "threshold")
     }
-    profile = tuple(float("nan") if each is None else each for each in document.get("profile", ()))
+    profile = _numbers(document.get("profile", ()))
     return Finding(**{**document, **numbers, "severity": Severity[document["severity"]], "profile": profile})
 
 

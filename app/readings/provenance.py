@@ -9,9 +9,6 @@ import subprocess
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-import xarray as xr
-
 from depthscope.diagnostics.package_versions import package_versions
 
 # Those that compute or draw what a report and a bundle show.
@@ -59,22 +56,6 @@ def _git(folder: Path, *arguments: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""  # no git on this machine
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def numbers_digest(analysis: xr.Dataset) -> str:
-    """SHA-256 of the numbers of an analysis: the names, dimensions, labels and values of its variables."""
-    found = hashlib.sha256()
-    for name in sorted(map(str, analysis.variables)):
-        variable = analysis[name].variable
-        values = variable.values
-        # Text by its letters: the same labels are stored in several types.
-        data = (
-            np.ascontiguousarray(values).tobytes()
-            if values.dtype.kind in "biufc"
-            else repr(values.tolist()).encode()
-        )
-        found.update(f"{name} {variable.dims} {values.shape} ".encode() + data)
-    return found.hexdigest()
 
 
 def file_digest(path: str) -> str:

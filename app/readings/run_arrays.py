@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.training_history import cells_of, curves_of
+from depthscope.app.readings.training_history import curves_of
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import AbsentError
@@ -111,28 +111,3 @@ def curves_by_step(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Data
     with group_of(reading, "statistics", runs) as statistics:
         curves = None if statistics is None else curves_of(statistics)
     return curves if curves is not None and curves.sizes.get("step", 1) > 1 else None
-
-
-def cells_by_step(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.DataArray | None:
-    """The elements of H_res, H_pre and H_post at the steps of a training, see `cells_of`.
-
-    Returns: None where fewer than two steps were recorded, or no connection of streams was.
-    """
-    with group_of(reading, "statistics", runs) as statistics:
-        if statistics is None or statistics.sizes.get("step", 1) < 2:
-            return None
-        return cells_of(statistics)
-
-
-def mixing_by_step(reading: Reading, *, max_bytes: int | None = None) -> xr.DataArray | None:
-    """The mean over tokens of every connection's H_res at each step.
-
-    Returns: Dims ``step``, ``connection``, ``stream_out``, ``stream_in``; NaN without a token. None where fewer than
-    two steps were recorded, or no connection was.
-    """
-    with group_of(reading, "statistics", max_bytes=max_bytes) as statistics:
-        if statistics is None or "h_res_sum" not in statistics or statistics.sizes.get("step", 0) < 2:
-            return None
-        count = statistics["token_count"]
-        sums = statistics["h_res_sum"].transpose("step", "connection", "stream_out", "stream_in")
-        return (sums / count.where(count > 0)).astype(np.float64).load()

@@ -11,7 +11,6 @@ from depthscope.diagnostics import Finding
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.schema import OF_STREAMS
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict, last_step
-from depthscope.diagnostics.verdicts.causes import worst_depth
 
 NOT_JUDGED = "NOT JUDGED"
 """The state of a verdict that is neither passed nor failed: something was not measured, or is not defined."""
@@ -30,15 +29,6 @@ class Standing:
     # the worst one of the verdict, of several streams; None where it was not judged
     finding: Finding | None = None
     reason: str = ""  # why it was not judged, or does not apply
-    # of a finding about connections: the depth that the worst of them writes, which only the run knows
-    depth_out: int | None = None
-
-    @property
-    def depth(self) -> int | None:
-        """Where the finding is worst; None for one about the run or a module."""
-        if self.finding is None or self.finding.axis != "depth" or self.finding.first < 0:
-            return self.depth_out
-        return max(self.finding.worst, self.finding.first)
 
 
 def standings(reading: Reading) -> dict[str, Standing]:
@@ -65,7 +55,7 @@ def not_judged(found: Mapping[str, Standing], state: str = NOT_JUDGED) -> dict[s
 
 
 def counts_of(found: Iterable[Standing]) -> dict[str, int]:
-    """How many verdicts are in each state; the same numbers in the terminal and in the table of runs."""
+    """How many verdicts are in each state; for a line of the terminal."""
     counts = Counter(standing.state for standing in found)
     missing, idle = counts[NOT_JUDGED], counts[DOES_NOT_APPLY]
     return {"judged": counts.total() - missing - idle, "not judged": missing, "do not apply": idle}
@@ -79,12 +69,7 @@ def counts_words(found: Iterable[Standing]) -> str:
 
 def _standing(verdict: Verdict, finding: Finding | None, reading: Reading) -> Standing:
     if finding is not None:
-        is_between = finding.axis == "connection"
-        return Standing(
-            finding.severity.name,
-            finding,
-            depth_out=worst_depth(finding, reading.analysis) if is_between else None,
-        )
+        return Standing(finding.severity.name, finding)
     family, missing = reading.analysis.attrs.get("family"), verdict.missing(reading.analysis)
     if family in verdict.not_for:
         return Standing(DOES_NOT_APPLY, reason=f"the question has no meaning for {family}")

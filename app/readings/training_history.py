@@ -233,46 +233,6 @@ def _is_shown(name: str, array: xr.DataArray) -> bool:
     return is_measure and array.dims[:1] == ("step",)
 
 
-class UntilStep(TrainingHistory):
-    """A history without what came after a step.
-
-    ``history``: perhaps one that grows.
-    ``step``: the last step that is seen.
-    """
-
-    def __init__(self, history: TrainingHistory, step: int) -> None:
-        self.name, self._history, self._rows = history.name, history, None
-        self._count = max(1, int(np.searchsorted(history.steps, step, side="right")))
-
-    @property
-    def steps(self) -> np.ndarray:
-        """Every measured step."""
-        return self._history.steps[: self._count]
-
-    @property
-    def evaluations_left_out(self) -> int:
-        """Forwards without training between the steps, which count to none of them."""
-        return self._history.evaluations_left_out
-
-    @property
-    def resumed_at(self) -> tuple[int, ...]:
-        """Steps at which a later attempt went on."""
-        return tuple(step for step in self._history.resumed_at if step <= self.steps[-1])
-
-    @property
-    def measures(self) -> Mapping[str, Measure]:
-        """Everything that has numbers by step."""
-        return self._history.measures
-
-    def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
-        """The numbers of a measure; see `TrainingHistory.values`."""
-        return self._history.values(name, choice)[: self._count]
-
-    def analysis_at(self, position: int) -> xr.Dataset:
-        """All metrics of one step."""
-        return self._history.analysis_at(position % self._count)
-
-
 def measures_of(samples: Mapping[str, xr.DataArray]) -> dict[str, Measure]:
     """Those of some numbers of the last step that can be drawn over steps."""
     found = {}

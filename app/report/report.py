@@ -19,15 +19,13 @@ from depthscope.app.drawing.matplotlib import to_svg
 from depthscope.app.drawing.plotly import reduction_words, to_plotly
 from depthscope.app.figures import Figure, Heatmap, Lines, Selection
 from depthscope.app.paper.contents import Contents
-from depthscope.app.readings.kept_readings import summary_of
+from depthscope.app.readings.depth_map import summary_of
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findings_text
 from depthscope.app.tables.formats import to_csv
-from depthscope.app.tables.verdict_table import MILD, VerdictTable, verdict_table
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.app.text.cards import ABOUT_THE_READING, Card
-from depthscope.app.text.causes import cause_svg
 from depthscope.app.text.notebook import card_html, card_style
 from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
@@ -105,9 +103,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
     ``view``: slice.
     ``interactive``: as in `write_report`.
     """
-    table = verdict_table([summary_of(reading) for reading in readings])
-    order = [name for row in table.runs for name in row]
-    readings = sorted(readings, key=lambda reading: order.index(reading.name))
+    readings = sorted(readings, key=lambda reading: summary_of(reading).badness)
     contents = Contents.of(readings, view)
     known = entries(bibliography())
     evidence = _Evidence(contents.figures)
@@ -120,7 +116,6 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         csv=to_csv,
         fact=_fact,
         card_html=card_html,
-        causes=cause_svg,
         evidence=evidence,
         svg=partial(_svg, styles),
         plot=_plot if interactive else lambda figure: Markup(),
@@ -141,28 +136,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         scripts=scripts,
         software=software(),
         styles=styles,
-        verdicts=_verdict_rows(table),
     )
-
-
-def _verdict_rows(table: VerdictTable) -> list[dict[str, Any]]:
-    """The table of verdicts, each run and each finding with the card that it leads to."""
-    columns = [name for name in table.cells.columns if name in table.verdicts]
-    return [
-        {
-            "run": table.runs[i][0],
-            "cells": [
-                {
-                    "column": name,
-                    "text": table.cells[name].iloc[i],
-                    "state": table.states[name].iloc[i].lower().replace(" ", "-"),
-                    "card": "" if table.states[name].iloc[i] in MILD else table.verdicts[name],
-                }
-                for name in columns
-            ],
-        }
-        for i in range(len(table.runs))
-    ]
 
 
 class _Evidence:

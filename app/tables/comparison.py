@@ -14,21 +14,19 @@ import pandas as pd
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.best import are_comparable, best_of, why_not_ranked
-from depthscope.app.tables.intervals import NamedError
 from depthscope.app.tables.tables import (
     NULL_NOTE,
     TOKEN_COUNTS,
     UNDEFINED_NOTE,
     Column,
+    NamedError,
     Table,
     column_of,
     interval_note,
     measured_note,
     units_note,
 )
-from depthscope.app.text.evidence import proof_sentence
-from depthscope.app.text.numbers import UNDEFINED, quantity
+from depthscope.app.text.numbers import UNDEFINED, proof_sentence, quantity
 from depthscope.app.text.visible import LONGEST_NAME, shortened
 from depthscope.diagnostics.errors import InputError
 
@@ -78,7 +76,6 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     data, printed = pd.DataFrame(facts), pd.DataFrame([_printed_facts(row) for row in facts])
     symbols: dict[str, str] = {}
     shown: list[str] = []
-    marked = _Marked(why_not_ranked(readings, view))
     errors: list[NamedError] = []
     for extreme in SUMMARY:
         columns = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
@@ -92,7 +89,6 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         data = data.assign(**{key + end: [cell[end] for cell in cells] for end in (*_WRITTEN, "_at")})
         heading = f"{known.label}, {_SHORT[extreme.place]}"
         printed[heading] = [_cell_text(cell, extreme.place) for cell in cells]
-        marked.best |= {(row, heading) for row in marked.among(extreme.metric, cells)}
         symbols[extreme.metric] = known.symbol
         shown.append(extreme.metric)
     printed = printed.drop(columns="model")  # the widest cell; it stays in the data
@@ -112,11 +108,19 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         printed=printed,
         symbols={metric: symbol for metric, symbol in symbols.items() if symbol},
         metrics=tuple(dict.fromkeys(shown)),
-        stacked=True,
-        notes=_summary_notes(
-            shown, measured_note(readings, shown, view), interval_note(errors), marked.notes
+        notes=tuple(
+            filter(
+                None,
+                (
+                    measured_note(readings, shown, view),
+                    interval_note(errors),
+                    NULL_NOTE,
+                    "@: the depth or connection of the extreme. Fail and warn count findings.",
+                    units_note(shown),
+                    UNDEFINED_NOTE,
+                ),
+            )
         ),
-        best=frozenset(marked.best),
     )
 
 
@@ -195,54 +199,6 @@ def _errors(readings: Sequence[Reading], columns: Sequence[Column | None]) -> li
     ]
 
 
-def _summary_notes(
-    shown: Sequence[str], measured: str, intervals: str, marks: Sequence[str]
-) -> tuple[str, ...]:
-    notes = (
-        measured,
-        intervals,
-        NULL_NOTE,
-        "@: the depth or connection of the extreme.",
-        *marks,
-        "Fail and warn count findings.",
-        units_note(shown),
-        UNDEFINED_NOTE,
-    )
-    return tuple(filter(None, notes))
-
-
-@dataclass
-class _Marked:
-    """The cells of a table that are the best, and why others are not ranked."""
-
-    why_not: str
-    best: set[tuple[int, str]] = field(default_factory=set)
-    nulls_differ: bool = False
-
-    def among(self, metric: str, cells: Sequence[Mapping[str, float]]) -> set[int]:
-        """Which numbers of one metric are the best."""
-        values, margins, nulls = ([cell[part] for cell in cells] for part in ("", "_margin", "_null"))
-        if self.why_not:
-            return set()
-        if not are_comparable(
-            [null for null, value in zip(nulls, values, strict=True) if math.isfinite(value)]
-        ):
-            self.nulls_differ = True
-        return best_of(metric, values, margins, nulls)
-
-    @property
-    def notes(self) -> list[str]:
-        """What bold means here, or why nothing is."""
-        if self.why_not:
-            return [f"Nothing is bold: {self.why_not}."]
-        bold = (
-            "Bold: the best run, and those whose difference from it is within the two intervals, added as squares; nothing "
-            "where no value is better, or a number has no interval."
-        )
-        apart = "Where the baseline differs between runs, no number is called the best."
-        return [bold] * bool(self.best) + [apart] * self.nulls_differ
-
-
 def _unproven(readings: Sequence[Reading]) -> str:
     """Which of the runs are unproven, and why; empty for none."""
     return proof_sentence({reading.name: reading.attrs for reading in readings})
@@ -267,7 +223,6 @@ def comparison_table(
     rows: list[dict[str, Any]] = []
     errors: list[NamedError] = []
     text: list[dict[str, str]] = []
-    marked = _Marked(why_not_ranked(readings, view))
     for metric in metrics:
         columns = {reading.name: _profile(reading, metric, view) for reading in readings}
         known = [column for column in columns.values() if column is not None]
@@ -279,8 +234,6 @@ def comparison_table(
             rows.append(start | {f"{run}{end}": cell[end] for run, cell in cells.items() for end in _WRITTEN})
             printed = {run: quantity(cell[""], cell["_margin"], cell["_null"]) for run, cell in cells.items()}
             text.append({"metric": known[0].label, "relative depth": f"{fraction:.2f}"} | printed)
-            runs = list(cells)
-            marked.best |= {(len(text) - 1, runs[at]) for at in marked.among(metric, list(cells.values()))}
     if not rows:
         raise InputError(
             f"no run has {', '.join(metrics)} along its depth; see: depthscope analyze RUN --json"
@@ -296,7 +249,6 @@ def comparison_table(
         data=pd.DataFrame(rows).dropna(axis="columns", how="all"),
         printed=pd.DataFrame(text),
         metrics=used,
-        keys=2,
         notes=tuple(
             filter(
                 None,
@@ -304,12 +256,10 @@ def comparison_table(
                     measured_note(readings, used, view),
                     interval_note(errors),
                     NULL_NOTE,
-                    *marked.notes,
                     units_note(used),
                 ),
             )
         ),
-        best=frozenset(marked.best),
     )
 
 

@@ -20,23 +20,32 @@ NOTHING = "Nothing found: no metric crossed its threshold."
 
 
 def cards_of(reading: Reading, *, sent: bool = False) -> list[Card]:
-    """The findings of a run as cards, with the experiment that would settle each, and its result once it was run.
+    """The findings of a run as cards.
 
     ``sent``: whether they are sent around: commands then name the file alone, not where it is on the machine that made
     them.
     """
+    path = Path(reading.path).name if sent else reading.path
+    return cards_for(reading.findings, path, reading.results)
+
+
+def cards_for(findings: Iterable[Finding], path: str, results: Mapping[str, xr.Dataset]) -> list[Card]:
+    """Findings as cards, with the experiment that would settle each, and its result once it was run.
+
+    ``path``: of the run, empty where it is not saved.
+    ``results``: of the experiments on the run, by command.
+    """
     from depthscope.diagnostics.experiments import experiment_for
 
-    path = Path(reading.path).name if sent else reading.path
     target = f"CHECKPOINT --run {shlex.quote(path) if path else 'RUN'}"
     return [
         card_of(
             finding,
             # What only notes something asks for nothing.
             experiment=(finding.severity > Severity.INFO and experiment_for(finding, target)) or "",
-            result=_result(finding, reading.results),
+            result=_result(finding, results),
         )
-        for finding in reading.findings
+        for finding in findings
     ]
 
 
@@ -89,26 +98,6 @@ def findings_table(readings: Sequence[Reading]) -> Table:
         printed,
         metrics=metrics,
         cited=("source",),
-        keys=2,  # a run has several findings: its name alone names no row
-    )
-
-
-def sentences_table(readings: Sequence[Reading]) -> Table | None:
-    """The sentence of each finding of `findings_table`; None without one."""
-    rows = [
-        {"run": run, "verdict": spoken(finding.verdict), "finding": finding.sentence}
-        for run, finding in _worst_first(readings)
-    ]
-    if not rows:
-        return None
-    data = pd.DataFrame(rows)
-    return Table(
-        "finding_sentences",
-        "Findings",
-        "In the order of the findings.",
-        data,
-        data,
-        wrapped=("finding",),
     )
 
 

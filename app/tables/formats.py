@@ -1,41 +1,24 @@
-"""How is a table written to a file? As LaTeX with booktabs rules, as Markdown, as CSV, as Parquet."""
+"""How is a table written to a file? As LaTeX with booktabs rules, as CSV, as Parquet."""
 
 from __future__ import annotations
 
 import io
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
-from depthscope.app.tables.latex_table import to_latex
-from depthscope.app.tables.tables import Table
+from depthscope.app.tables.tables import Table, spoken
+from depthscope.app.text.bibliography import keys_of
+from depthscope.app.text.latex import CITEP, Latex, cite, tex
+from depthscope.app.text.numbers import UNDEFINED
+from depthscope.app.text.venues import VENUES, Venue
 from depthscope.app.text.visible import visible
 
-__all__ = ["csv_text", "to_csv", "to_latex", "to_markdown", "to_parquet"]
+__all__ = ["csv_text", "to_csv", "to_latex", "to_parquet"]
 
 _FORMULA_SIGNS = tuple("=+-@＝＋－＠")  # with the wide forms that spreadsheets of East Asia take too
-
-
-def to_markdown(table: Table) -> str:
-    """A table in Markdown, its caption above."""
-    columns = [str(column) for column in table.printed.columns]
-    cells = table.printed.map(_no_markup).to_numpy().tolist()
-    for row, name in table.best:
-        cells[row][columns.index(name)] = f"**{cells[row][columns.index(name)]}**"
-    rows = [[_no_markup(column) for column in columns], ["---"] * len(columns), *cells]
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    notes = ["", " ".join(table.notes)] if table.notes else []
-    return "\n".join([f"**{table.title}.** {_no_markup(table.caption)}", "", *lines, *notes]) + "\n"
-
-
-# An underscore within a word is none for Markdown.
-_MARKUP = re.compile(r"[\\`*\[\]<&~|$]|(?<!\w)_|_(?!\w)")
-
-
-def _no_markup(text: object) -> str:
-    """Text that Markdown shows as it is: no emphasis, link, HTML or mathematics, and no end of a cell."""
-    return _MARKUP.sub(r"\\\g<0>", visible(text).replace("\n", " "))
 
 
 def to_csv(table: Table) -> str:
@@ -86,3 +69,79 @@ def _no_formula(value: Any) -> Any:
         return value
     shown = visible(value, lines=True)
     return f"'{shown}" if shown.lstrip()[:1] in _FORMULA_SIGNS else shown
+
+
+MOST_ROWS, MOST_COLUMNS = 40, 11
+"""That a page holds at a size that is read; the CSV has all."""
+
+FEW_RUNS, MANY_COLUMNS = 6, 9
+"""A table of so few rows and so many columns is turned: the columns of one run below each other."""
+
+_BASELINE = re.compile(r" \(baseline [^)]*\)")
+_NUMBER = re.compile(r"[−-]?\d")
+
+
+def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plain"]) -> str:
+    """A table as a float.
+
+    ``cites``: bibliography key by metric.
+    Returns: Needs the packages amsmath, array, booktabs and graphicx.
+    """
+    rows, columns = table.printed.shape
+    is_turned = rows <= FEW_RUNS and columns > MANY_COLUMNS
+    shown = (
+        table.printed
+        if is_turned
+        else table.printed.iloc[:MOST_ROWS, :MOST_COLUMNS].replace(_BASELINE, "", regex=True)
+    )
+    names = list(map(str, shown.columns))
+    frame = shown.set_axis(range(len(names)), axis=1).astype(object)
+    for column, name in enumerate(names):
+        frame[column] = [_cell(table, name, str(cell)) for cell in frame[column]]
+    headings = [tex(name) for name in names]
+    shape = "".join(_shape(table, name) for name in names)
+    if is_turned:
+        headings, frame = [headings[0], *frame[0]], pd.DataFrame([headings[1:], *frame.to_numpy()[:, 1:]]).T
+        shape = "l" + "r" * len(shown)
+    # Headings apart from the labels of columns: two runs, or a run and a heading, may have one name.
+    style = frame.style.hide(axis="index").format_index(lambda column: headings[int(str(column))], axis=1)
+    body = style.to_latex(column_format=f"@{{}}{shape}@{{}}", hrules=True)
+    left_out = f"{len(shown)} of {rows} rows, {len(names)} of {columns} columns; the CSV has all."
+    notes = [*table.notes, *([left_out] if shown.shape != table.printed.shape else [])]
+    environment = "table*" if venue.two_columns else "table"
+    # A table that is too wide is set smaller: nothing leaves the page.
+    return "\n".join(
+        [
+            CITEP,
+            rf"\begin{{{environment}}}[tbp]",
+            rf"\centering\caption{{{tex(table.caption)}{_symbols(table, cites)}}}",
+            rf"\label{{tab:{tex(table.name)}}}\par\vspace{{4pt}}",
+            r"{\fontsize{8}{9.6}\selectfont\setlength{\tabcolsep}{4pt}%",
+            r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
+            body.rstrip() + "}}",
+            rf"\par\vspace{{3pt}}\parbox{{\textwidth}}{{\raggedright\fontsize{{7}}{{8.4}}\selectfont {tex(' '.join(notes))}}}"
+            if notes
+            else "",
+            rf"\end{{{environment}}}",
+            "",
+        ]
+    )
+
+
+def _shape(table: Table, name: str) -> str:
+    cells = [cell for cell in map(str, table.printed[name]) if cell != UNDEFINED]
+    return "r" if cells and name not in table.cited and all(map(_NUMBER.match, cells)) else "l"
+
+
+def _cell(table: Table, name: str, text: str) -> Latex:
+    # "depthscope's default" is no key: it is printed as text.
+    keys = keys_of([text]) if name in table.cited else []
+    return cite(keys) if keys else tex(text)
+
+
+def _symbols(table: Table, cites: Mapping[str, str]) -> str:
+    parts = []
+    for metric, symbol in table.symbols.items():
+        keys = keys_of([cites.get(metric, "")])
+        parts.append(f"{tex(spoken(metric))} ${symbol}${f'~{cite(keys)}' if keys else ''}")
+    return f" Symbols: {'; '.join(parts)}." if parts else ""

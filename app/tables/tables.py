@@ -5,22 +5,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 import xarray as xr
 
-from depthscope.app.figures import DRAWN, FIGURES, NOT_DRAWN
+from depthscope.app.figures import FIGURES, NOT_DRAWN
 from depthscope.app.figures.build.captions import selection_words, token_count_words
 from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.intervals import NamedError, interval_words
-from depthscope.app.text.evidence import proof_sentence
-from depthscope.app.text.numbers import UNDEFINED, quantity, sentence
+from depthscope.app.text.numbers import UNDEFINED, proof_sentence, quantity, sentence
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.metrics.intervals import margin
 
@@ -45,12 +43,7 @@ class Table:
     ``symbols``: TeX symbol by metric, where it has one.
     ``metrics``: all metrics that the table rests on, for the bibliography.
     ``cited``: printed columns whose cells are bibliography keys.
-    ``wrapped``: printed columns of running text.
-    ``stacked``: whether LaTeX sets the null below the value, for tables of few rows and many columns.
-    ``keys``: how many of the first printed columns name the row; each part of a table that is too wide begins with
-    them.
     ``notes``: sentences below the table: what its signs mean.
-    ``best``: printed cells, by row and column, that are the best of their metric.
     """
 
     name: str
@@ -61,11 +54,7 @@ class Table:
     symbols: Mapping[str, str] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     cited: tuple[str, ...] = ()
-    wrapped: tuple[str, ...] = ()
-    stacked: bool = False
-    keys: int = 1
     notes: tuple[str, ...] = ()
-    best: frozenset[tuple[int, str]] = frozenset()
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,19 +135,11 @@ def _picked(
 
 
 def table_metrics(axis: str) -> list[str]:
-    """Metrics with a column in the table along an axis, in the order of the figures.
-
-    These are the headline metrics, and those that no figure of the catalogue draws: somebody declared them for a reason,
-    and has not chosen yet where to see them.
-    """
+    """The headline metrics along an axis, in the order of the figures: those with a column in its table."""
     drawn = [name for kind in FIGURES.values() for name in (*kind.needs, *kind.also)]
-    # The catalogue adds metrics that no figure can draw, which need a column all the more.
-    ordered = dict.fromkeys([*drawn, *CATALOGUE])
-    metrics = [CATALOGUE[name] for name in ordered if name in CATALOGUE and name not in NOT_DRAWN]
+    metrics = [CATALOGUE[name] for name in dict.fromkeys([*drawn, *CATALOGUE]) if name not in NOT_DRAWN]
     return [
-        metric.name
-        for metric in metrics
-        if metric.axis == axis and not metric.pairwise and (metric.headline or metric.name not in DRAWN)
+        metric.name for metric in metrics if metric.axis == axis and metric.headline and not metric.pairwise
     ]
 
 
@@ -272,7 +253,6 @@ def _measured_table(
         caption=" ".join(
             filter(None, (f"{title}.", proof_sentence({reading.name: reading.attrs}), left_out))
         ),
-        keys=len(keys),
         notes=_notes(reading, columns, view),
         data=data,
         printed=printed.iloc[shown].reset_index(drop=True),
@@ -382,3 +362,35 @@ def slug(name: str) -> str:
         return name
     mark = hashlib.sha256(name.encode()).hexdigest()[:6]  # two names never share a slug
     return f"{safe}-{mark}" if safe else f"run-{mark}"
+
+
+class NamedError(NamedTuple):
+    """A standard error with the run and the metric that it is of."""
+
+    run: str
+    metric: str
+    error: xr.DataArray | None
+
+
+def interval_words(errors: Iterable[NamedError]) -> str:
+    """What intervals some numbers have; where they are not all of one kind, with the runs or the metrics of each.
+
+    Returns: Such as "half of a 95 % interval (Student's t over 8 sequences)"; empty where nothing has an error.
+    """
+    kinds: dict[str, dict[str, dict[str, None]]] = {}
+    for run, metric, error in errors:
+        if error is not None and bool(error.notnull().any()):
+            kinds.setdefault(margin(error)[1], {}).setdefault(run, {})[metric] = None
+    if len(kinds) < 2:
+        return next(iter(kinds), "")
+    runs = [run for of_kind in kinds.values() for run in of_kind]
+    return ", ".join(f"{words} for {_whose(of_kind, runs)}" for words, of_kind in kinds.items())
+
+
+def _whose(metrics: Mapping[str, Collection[str]], runs: Sequence[str]) -> str:
+    """The runs of one kind of interval; of a run that has several kinds, with the metrics."""
+    if len(set(runs)) == 1:
+        return ", ".join(*metrics.values())
+    return ", ".join(
+        run if runs.count(run) == 1 else f"{run} ({', '.join(names)})" for run, names in metrics.items()
+    )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
+from depthscope.app.text.bibliography import keys_of
 from depthscope.app.text.visible import escape, visible
 
 # What pdfTeX cannot set from plain text; the rest of Unicode passes through.
@@ -89,11 +90,7 @@ _LETTERS = {
         "§": r"\S{}",
         "°": r"$^\circ$",
     },
-    # Marks of direction around words that are drawn as one.
-    **{"\u2068": "", "\u2069": ""},
 }
-# Letters drawn as one picture: the code of each is part of a file name, which has 255 bytes at most.
-_LONGEST_WORD, _LONGEST_PHRASE = 14, 16
 # Longer than most words: TeX would set a name of 150 letters beyond the margin. A heuristic of ours.
 _LONGEST_UNBROKEN = 18
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e(-?)0*(\d+)(?!\w)")
@@ -103,31 +100,27 @@ class Latex(str):
     """LaTeX code: a template inserts it as it is, where it escapes any other text."""
 
 
-def tex(text: str, *, words: bool = True) -> Latex:
+def tex(text: str) -> Latex:
     r"""Plain text as LaTeX in ASCII: special signs escaped, signs and powers of ten as mathematics, accents as commands.
 
-    Every engine and encoding reads it in the same way. Words of other alphabets, for which the fonts of a document may have no
-    letters, are pictures: see `pictured_words`.
+    Every engine and encoding reads it in the same way; letters that LaTeX may have no font for are written as Python
+    escapes them.
 
     ``text``: any text; `Latex` is code already and comes back unchanged.
-    ``words``: whether words of other alphabets may be pictures; otherwise their letters are written as Python escapes
-    them.
 
     Examples
     --------
-    >>> tex("a_b 3.2e-07 ± 1%"), tex("naïve")
-    ('a\\_b $3.2\\times10^{-7}$ $\\pm$ 1\\%', 'na\\"{\\i}ve')
-    >>> tex("мо 2")
-    '\\protect\\depthscopeword{1084-1086}\\allowbreak{} 2'
+    >>> tex("a_b 3.2e-07 ± 1%"), tex("naïve"), tex("м 2")
+    ('a\\_b $3.2\\times10^{-7}$ $\\pm$ 1\\%', 'na\\"{\\i}ve', '\\textbackslash{}u043c 2')
     """
     if isinstance(text, Latex):
         return text
-    # A sentence has names in it that were isolated; LaTeX sets them as pictures, beside which nothing moves.
+    # A sentence has names in it that were isolated, for screens.
     plain = text.replace("\u2068", "").replace("\u2069", "")
     shown = unicodedata.normalize("NFC", visible(plain, lines=True))
-    pieces = [_picture(piece, words) if foreign else _with_breaks(piece) for piece, foreign in _pieces(shown)]
+    shown = "".join(escape(letter) if _is_foreign(letter) else letter for letter in shown)
     # After the escaping: an exponent has no special sign, and its dollars must not be escaped.
-    return Latex(_EXPONENT.sub(r"$\1\\times10^{\2\3}$", "".join(pieces)))
+    return Latex(_EXPONENT.sub(r"$\1\\times10^{\2\3}$", _with_breaks(shown)))
 
 
 def _with_breaks(text: str) -> str:
@@ -169,54 +162,6 @@ def _is_foreign(letter: str) -> bool:
     return not (letter.isascii() or letter in SIGNS or letter in _LETTERS or _accented(letter))
 
 
-def _pieces(text: str) -> Iterator[tuple[str, bool]]:
-    """Text in pieces, each with whether it is a word of which LaTeX has no letters.
-
-    The order of words from right to left is theirs: they stay together, with the spaces between them.
-    """
-    start = 0
-    while start < len(text):
-        foreign, leftward, end = _is_foreign(text[start]), _is_leftward(text[start]), start + 1
-        longest = _longest(text[start]) if foreign else len(text)
-        while end < len(text) and end - start < longest and _is_foreign(text[end]) == foreign:
-            end += 1
-            if leftward and text[end : end + 1] == " " and _is_leftward(text[end + 1 : end + 2]):
-                end += 1
-        yield text[start:end], foreign
-        start = end
-
-
-def _longest(letter: str) -> int:
-    """How many letters from this one on are one picture."""
-    # Wide letters, such as Chinese ones, are words of their own: lines break between them.
-    if unicodedata.east_asian_width(letter) in ("W", "F"):
-        return 1
-    return _LONGEST_PHRASE if _is_leftward(letter) else _LONGEST_WORD
-
-
-def _is_leftward(letter: str) -> bool:
-    return bool(letter) and unicodedata.bidirectional(letter) in ("R", "AL")
-
-
-def _picture(text: str, words: bool) -> str:
-    if not words:
-        return "".join(_letter(sign) for letter in text for sign in escape(letter))
-    codes = "-".join(str(ord(letter)) for letter in text)
-    return rf"\protect\depthscopeword{{{codes}}}\allowbreak{{}}"
-
-
-_WORD = re.compile(r"\\depthscopeword\{([0-9-]+)\}")
-
-
-def pictured_words(texts: Iterable[str]) -> dict[str, str]:
-    """The words that LaTeX includes as pictures, ``words/CODES.pdf``.
-
-    Returns: Codes, as in the file name, to the word.
-    """
-    found = dict.fromkeys(codes for text in texts for codes in _WORD.findall(text))
-    return {codes: "".join(chr(int(code)) for code in codes.split("-")) for codes in sorted(found)}
-
-
 def cite(keys: Iterable[str]) -> Latex:
     r"""A citation of bibliography keys.
 
@@ -227,6 +172,20 @@ def cite(keys: Iterable[str]) -> Latex:
     """
     # In brackets: with natbib, which most venues load, \cite makes the authors part of the sentence.
     return Latex(rf"\citep{{{','.join(keys)}}}")
+
+
+_KEYS_IN_BRACKETS = re.compile(r"\((\w+(?:; \w+)*)\)")
+
+
+def with_citations(text: str) -> Latex:
+    """A sentence whose keys in brackets, "(roy2007effective; xie2025mhc)", are citations."""
+    # The keys before anything is escaped or broken.
+    pieces, start = [], 0
+    for found in _KEYS_IN_BRACKETS.finditer(text):
+        if keys := keys_of(found[1].split("; ")):
+            pieces += [tex(text[start : found.start()]), cite(keys)]
+            start = found.end()
+    return Latex("".join([*pieces, tex(text[start:])]))
 
 
 CITEP = Latex("\\providecommand{\\citep}{\\cite}")

@@ -57,9 +57,7 @@ def card_html(card: Any) -> Markup:
 
 def _findings_html(findings: Iterable[Any]) -> str:
     from depthscope.app.text.cards import ABOUT_THE_READING, card_of
-    from depthscope.app.text.causes import cause_svg
 
-    findings = list(findings)
     parts: list[Markup] = []
     heading = Markup("<p>{}</p>").format(ABOUT_THE_READING)
     for finding in findings:
@@ -67,9 +65,7 @@ def _findings_html(findings: Iterable[Any]) -> str:
             parts.append(heading)
         parts.append(card_html(card_of(finding)))
     shown = Markup("").join(parts) or Markup("<p>Nothing found: no metric crossed its threshold.</p>")
-    return Markup('<div class="depthscope"><style>{}{}</style>{}{}</div>').format(
-        _STYLE, card_style(), shown, cause_svg(findings)
-    )
+    return Markup('<div class="depthscope"><style>{}{}</style>{}</div>').format(_STYLE, card_style(), shown)
 
 
 def _metric_html(metric: Any) -> str:

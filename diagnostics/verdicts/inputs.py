@@ -45,7 +45,8 @@ def constant_branch(
 ) -> Iterator[Profile]:
     """A block adds the same vector to every token: it computes nothing.
 
-    Look for weights that are zero beside a bias, for a norm whose gain is zero, or for a nonlinearity that no token passes.
+    Look for weights that are zero where a bias is not, for a norm whose gain is zero, or for a nonlinearity that no token
+    passes.
     """
     tokens = distinct(attrs, "in_all")
     if tokens is None and num_tokens is not None:

@@ -76,7 +76,7 @@ def off_minimum(
     )
     went_far = first_weight_distance is not None and float(first_weight_distance.max()) > MOVED
     may_still_learn = is_unsure and not went_far and (step is None or float(step) < MANY_STEPS)
-    if may_still_learn:
+    if expected is not None and may_still_learn:
         sentence += (
             f" Its predictions expect a loss of {number(expected)}: a network in the middle of its training is as unsure, and "
             "this is then no fault."

@@ -13,7 +13,7 @@ import xarray as xr
 from depthscope.app.dashboard.components.figure_numbers import cut_words, numbers_of, offer_csv, show_frame
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
-from depthscope.app.drawing.plotly.labels import words
+from depthscope.app.drawing.plotly.layout import words
 from depthscope.app.figures import Figure, FigureKind, Heatmap, Lines
 from depthscope.app.text.glossary import help_on
 from depthscope.app.text.visible import visible
@@ -23,6 +23,7 @@ __all__ = [
     "PLOTLY_SOURCE",
     "build",
     "card",
+    "cards_in_rows",
     "clicked_cell",
     "component",
     "show_drawing",
@@ -74,7 +75,6 @@ def card(
     key: str,
     height: int = 300,
     clickable: bool = False,
-    mark: tuple[float, float] | None = None,
 ) -> None:
     """A figure with its title and the first sentence of its caption; notes and numbers open, the numbers as a CSV file too.
 
@@ -91,7 +91,7 @@ def card(
             title = f"**{escaped(shown.title)}**"
             st.markdown(title, width="content", help=help_on(shown.title, _short(shown.caption)))
             _numbers(figure, key)
-        drawing = to_plotly(shown, mark=mark)
+        drawing = to_plotly(shown)
         for trace in drawing.data:
             if isinstance(shown, Lines) and len(shown.runs) > 1 and trace.name in map(words, shown.runs):
                 trace.showlegend = False
@@ -106,6 +106,19 @@ def card(
         )
         if shown.caption:
             st.caption(escaped(_short(shown.caption)))
+
+
+def cards_in_rows(figures: Mapping[str, Figure]) -> None:
+    """Figures in rows of two.
+
+    ``figures``: key of its card → figure.
+    """
+    cards = list(figures.items())
+    for first in range(0, len(cards), 2):
+        # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
+        for column, (key, figure) in zip(st.columns(2), cards[first : first + 2], strict=False):
+            with column:
+                card(figure, key=key, height=430 if isinstance(figure, Heatmap) else 300)
 
 
 def _short(caption: str) -> str:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import streamlit as st
 
-__all__ = ["choose_index", "choose_one"]
+from depthscope.app.readings.readings import Reading
+
+__all__ = ["choose_group", "choose_index", "choose_names", "choose_one", "groups_of"]
+
+SEED = "seed"
+
+SINGLE_RUNS = "single runs"
 
 
 def choose_one(
@@ -50,3 +57,64 @@ def choose_index(label: str, last: int, key: str, *, default: int, width: int = 
         st.session_state[key] = last
     bind = "query-params" if bound else None
     return int(st.number_input(label, 0, last, min(default, last), key=key, bind=bind, width=width))
+
+
+# Streamlit binds a list to the address by the words that are shown; names are shorter, and stay when a title changes.
+def choose_names(
+    label: str, options: Sequence[str], default: Sequence[str], *, key: str, words: dict[str, str], most: int
+) -> list[str]:
+    """Some of many names, in the address under their key.
+
+    ``options, default``: names that there are, and those that are chosen at first.
+    ``key``: of the field, and in the address.
+    Returns: Those that are chosen; the default where none is.
+    """
+    known = set(options)
+    asked = st.query_params.get_all(key)[: 2 * most] if key in st.query_params else []
+    named = [name for name in dict.fromkeys(asked) if name in known][:most]
+    if key not in st.session_state:
+        st.session_state[key] = named or list(default)
+    elif not set(st.session_state[key]) <= known:
+        # Chosen for another run: Streamlit raises for a value that is no option.
+        st.session_state[key] = [name for name in st.session_state[key] if name in known]
+    if asked and not named:
+        del st.query_params[key]
+    st.multiselect(
+        label,
+        options,
+        format_func=words.__getitem__,
+        key=key,
+        max_selections=most,
+        on_change=partial(_put, key),
+    )
+    return list(st.session_state[key][:most]) or list(default)
+
+
+def _put(key: str) -> None:
+    st.query_params[key] = st.session_state[key]
+
+
+def choose_group(readings: Sequence[Reading], label: str, key: str) -> tuple[str | None, dict[str, str]]:
+    """The attribute whose groups are shown, and the group of each run; None and no groups for single runs."""
+    names = groups_of(readings)
+    if not names:
+        return None, {}
+    by = choose_one(
+        label, [SINGLE_RUNS, *names], key, words=lambda n: n if n == SINGLE_RUNS else f"by {n}", width=200
+    )
+    if by == SINGLE_RUNS:
+        return None, {}
+    return by, {reading.name: str(reading.attrs[by]) for reading in readings}
+
+
+def groups_of(readings: Sequence[Reading]) -> list[str]:
+    """Attributes that make groups of the runs, of which at least one has several runs, such as the seeds of a family."""
+    shared = set.intersection(*(set(reading.attrs) for reading in readings)) if readings else set()
+    found = []
+    for name in sorted(shared - {SEED, "created", "data_digest", "weights_digest"}):
+        values = [reading.attrs[name] for reading in readings]
+        if all(isinstance(value, (str, int, float)) for value in values):
+            different = set(map(str, values))
+            if 1 < len(different) < len(values):
+                found.append(name)
+    return found

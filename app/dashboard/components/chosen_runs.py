@@ -42,7 +42,7 @@ def choose_runs() -> None:
             chosen = st.multiselect(
                 "Runs",
                 names,
-                # Of more than these the visitor chooses, from the table of all: each run takes time to analyse, and the first
+                # Of more than these the visitor chooses, from the map of all: each run takes time to analyse, and the first
                 # by the alphabet are no better than others.
                 default=names if len(names) <= CHOSEN_AT_FIRST else [],
                 key="runs",
@@ -105,16 +105,10 @@ def _read(names: Sequence[str]) -> ChosenRuns:
     return ChosenRuns(readings, tuple(unreadable))
 
 
-def require_chosen_runs(*, explain: bool = True) -> ChosenRuns:
-    """The chosen runs, after an explanation of those that cannot be read; ends the page where none is left.
-
-    ``explain``: where none is chosen: a page that begins with all runs leaves the choice to them.
-    """
-    # Read here and not where they are chosen: the table of all runs is drawn before the first of them is analysed. They are
-    # not left in the session, where a page that is open but idle would keep them in memory.
-    names = st.session_state[_KEY]
-    if not names and explain:
-        names = _looked_at()
+def require_chosen_runs() -> ChosenRuns:
+    """The chosen runs, after an explanation of those that cannot be read; ends the page where none is left."""
+    # Not left in the session, where a page that is open but idle would keep them in memory.
+    names = st.session_state[_KEY] or _looked_at()
     chosen = _read(names)
     waiting = {run.name: run.path for run in chosen.unreadable if run.waits}
     if waiting:
@@ -129,8 +123,8 @@ def require_chosen_runs(*, explain: bool = True) -> ChosenRuns:
             # Another name: of a run that a newer version wrote, this one must not destroy what it cannot read.
             st.code("depthscope probe CHECKPOINT --text FILE --out NEW.zarr", "bash")
     if not chosen.readings:
-        if not chosen.unreadable and (explain or not run_library.list_runs()):
-            _explain_none()
+        if not chosen.unreadable:
+            explain_none()
         st.stop()  # ends this run of the script: the rest of the page is not drawn
     return chosen
 
@@ -147,23 +141,20 @@ def _wait(waiting: Mapping[str, Path]) -> None:
 
 
 def _looked_at() -> list[str]:
-    """The run whose row was looked at last on the page of runs, where none is chosen."""
+    """Where no run is chosen: the one whose row was looked at last on the map, else the first one."""
+    listed = run_library.list_runs()
     name = st.session_state.get(LOOKED_AT)
-    if name not in run_library.list_runs():
+    name = name if name in listed else next(iter(listed), None)
+    if name is None:
         return []
-    st.caption(f"No run is chosen: this is {escaped(name)}, which you looked at last.")
+    st.caption(f"No run is chosen: this is {escaped(name)}. Others are on the page Home and at the side.")
     return [name]
 
 
-def _explain_none() -> None:
-    """Why no run is shown: there is none, or none is chosen."""
-    if not run_library.list_runs():
-        st.info(
-            "There is no run here yet. Measure a model, then start the dashboard on the result.", icon="ℹ️"
-        )
-        st.code(
-            "depthscope demo\ndepthscope probe CHECKPOINT --text FILE --out runs/a.zarr\ndepthscope dashboard runs",
-            "bash",
-        )
-    else:
-        st.info("No run is chosen. Click a row of the table of runs, or choose in the sidebar.", icon="ℹ️")
+def explain_none() -> None:
+    """There is no run."""
+    st.info("There is no run here yet. Measure a model, then start the dashboard on the result.", icon="ℹ️")
+    st.code(
+        "depthscope demo\ndepthscope probe CHECKPOINT --text FILE --out runs/a.zarr\ndepthscope dashboard runs",
+        "bash",
+    )

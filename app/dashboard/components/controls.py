@@ -15,7 +15,7 @@ from depthscope.app.figures import CHOICES, Analyses, FigureKind, Selection
 from depthscope.app.figures.build.values import streams_of
 from depthscope.app.text.glossary import GLOSSARY
 
-__all__ = ["CONTROLS", "choose", "choose_section", "chosen_run"]
+__all__ = ["CONTROLS", "choose"]
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,6 @@ class Control:
     term: str
     words: Mapping[str, str] = field(default_factory=dict)
 
-
-MOST_DEPTHS = 12
-"""Spectra in one figure: with more, lines cannot be distinguished. A heuristic of ours."""
 
 CONTROLS = {
     "scope": Control(
@@ -73,10 +70,6 @@ def choose(
         streams = streams_of(analyses)
         if "stream" in used and len(streams) > 1:
             selection["stream"] = _choose_stream(streams)
-        if "depths" in used:
-            depths = _choose_depths(analyses)
-            if depths:  # none chosen leaves the figure's own
-                selection["depths"] = depths
     return selection
 
 
@@ -105,44 +98,3 @@ def _choose_stream(streams: Sequence[str]) -> str:
         bind="query-params",
         width=170,
     )
-
-
-def _choose_depths(analyses: Analyses) -> tuple[int, ...]:
-    """Depths whose spectra are shown, up to the last one of the deepest run."""
-    num_depths = max((data.sizes.get("depth", 1) for data in analyses.values()), default=1)
-    chosen = st.multiselect(
-        "Depths",
-        range(num_depths),
-        key="depths",
-        bind="query-params",
-        placeholder="five from first to last",
-        max_selections=MOST_DEPTHS,  # also of those that a URL names
-        width=260,
-    )
-    return tuple(sorted(chosen[:MOST_DEPTHS]))
-
-
-def choose_section(sections: Sequence[str]) -> str:
-    """Which section of a page is shown, in the URL as `?part=`."""
-    # The section of another page, or of other runs: Streamlit raises for a value that is no option.
-    if st.session_state.get("part") not in sections:
-        st.session_state.pop("part", None)
-    return st.segmented_control(
-        "Part",
-        sections,
-        default=sections[0],
-        key="part",
-        bind="query-params",
-        required=True,
-        label_visibility="collapsed",
-    )
-
-
-def chosen_run(names: Sequence[str]) -> str:
-    """The run that heat maps show, in the URL as `?run=`.
-
-    ``names``: runs that can feed them; at least one.
-    """
-    if len(names) == 1:
-        return names[0]
-    return st.selectbox("Run of the heat maps", names, key="run", bind="query-params", width=260)

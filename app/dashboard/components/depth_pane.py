@@ -65,8 +65,6 @@ def show_depth(reading: Reading, close_up: CloseUp | None, view: View, *, on_tok
     )
     if close_up is None:
         st.caption("The run has no states of single tokens, or its file has changed: reload this page.")
-    elif view.other is not None:
-        _show_product(close_up, view.pin, view.other)
     if "singular_value" in reading.analysis:
         chosen = tuple(sorted({view.pin} if view.other is None else {view.pin, view.other}))
         figure = FIGURES["spectrum"].build({reading.name: reading.analysis}, depths=chosen)
@@ -170,19 +168,6 @@ def _rounded(values: np.ndarray) -> Any:
     """Six digits, and None for what JSON has no number for."""
     plain = [float(f"{value:.6g}") if np.isfinite(value) else None for value in np.ravel(values)]
     return np.array(plain, dtype=object).reshape(values.shape).tolist()
-
-
-def _show_product(close_up: CloseUp, pin: int, other: int) -> None:
-    """The product of the connections between two depths."""
-    first, last = sorted((pin, other))
-    inside = [
-        connection
-        for connection in range(close_up.num_connections)
-        if close_up.depth_in[connection] >= first and close_up.depth_out[connection] <= last
-    ]
-    if len(inside) > 1:
-        st.markdown(f"### Product of H_res from depth {first} to depth {last} ({len(inside)} connections)")
-        show_matrices(close_up.composite(inside[0], inside[-1]), "composite")
 
 
 def show_matrices(matrices: Sequence[Matrix], key: str) -> None:

@@ -9,18 +9,14 @@ from pathlib import Path
 import streamlit as st
 
 from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.dashboard.state.visits import open_microscope
-from depthscope.app.readings.readings import Reading
+from depthscope.app.dashboard.state.chosen_runs import open_microscope
 from depthscope.app.text.cards import Card
-from depthscope.app.text.causes import cause_lines, cause_svg
 from depthscope.app.text.explanations import explanation
 from depthscope.app.text.notebook import card_style
 from depthscope.app.text.sparkline import curve_svg
 from depthscope.app.text.visible import visible
-from depthscope.diagnostics import Finding
-from depthscope.diagnostics.verdicts.causes import worst_depth
 
-__all__ = ["show_card", "show_causes", "tally"]
+__all__ = ["BADGES", "show_card"]
 
 # A sign and a word with each colour: red and orange alone are the same to some readers.
 BADGES = {
@@ -39,13 +35,16 @@ _drawing = st.components.v2.component(
 )
 
 
-def show_card(card: Card, *, of: Reading | None = None, name: str = "") -> None:
-    """One finding in a bordered box.
+def show_card(card: Card, *, name: str, depth: int | None, runs: Sequence[str]) -> None:
+    """One finding in a bordered box, with a button that opens the microscope there.
 
-    ``of``: what it is about: with it the card has a button that opens the microscope there.
-    ``name``: of its run, where only that is known.
+    ``name``: of the reading that it is about.
+    ``depth``: where it is worst.
+    ``runs``: names in the list of runs that are chosen then.
     """
     word, colour, sign = BADGES[card.severity]
+    finding = card.finding
+    key = f"{name}_{finding.verdict}_{finding.stream}_{finding.axis}_{finding.first}"
     with st.container(border=True, gap="xxsmall"):
         with st.container(horizontal=True, vertical_alignment="center", gap="small"):
             st.badge(f"{sign} {word}", color=colour)
@@ -53,10 +52,7 @@ def show_card(card: Card, *, of: Reading | None = None, name: str = "") -> None:
         explained = f", follows from {card.follows}" if card.follows else ""
         st.caption(f"**Where:** {escaped(card.where + explained)}")
         if card.curve:
-            name = (
-                f"{of.name if of else name}_{card.finding.verdict}_{card.finding.stream}_{card.finding.first}"
-            )
-            _show_drawing(f"curve_{name}", curve_svg(card.finding), card.curve)
+            _show_drawing(f"curve_{key}", curve_svg(card.finding), card.curve)
             st.caption(f"**Curve:** {escaped(card.curve)}")
         # Escaping comes last: names and keys contain underscores.
         st.markdown(f"**Why:** {escaped(' '.join(filter(None, (card.why, card.limit))))}")
@@ -71,44 +67,17 @@ def show_card(card: Card, *, of: Reading | None = None, name: str = "") -> None:
         with st.container(horizontal=True, gap="small"):
             with st.popover("Equation and sources", type="tertiary"):
                 st.code(explanation(card.finding.verdict), language=None, wrap_lines=True)
-            if of is not None:
-                _offer_microscope(card.finding, of)
-
-
-def _offer_microscope(finding: Finding, reading: Reading) -> None:
-    """A button that opens the run where a finding is worst."""
-    depth = worst_depth(finding, reading.analysis)
-    st.button(
-        "Microscope" if depth is None else f"Microscope at depth {depth}",
-        key=f"open_{reading.name}_{finding.verdict}_{finding.stream}_{finding.axis}_{finding.first}",
-        type="tertiary",
-        on_click=open_microscope,
-        args=(st.session_state.get("chosen_runs", []),),
-        kwargs={"look_at": reading.name, "depth": depth},
-    )
-
-
-def show_causes(findings: Sequence[Finding]) -> None:
-    """Which findings of a run follow from which, as a small graph; nothing where none does."""
-    graph = cause_svg(findings)
-    if graph:
-        st.caption("What follows from what")
-        words = "; ".join(line.strip() for line in cause_lines(findings))
-        _show_drawing(f"causes_{findings[0].verdict}", graph, words)
+            st.button(
+                "Microscope" if depth is None else f"Microscope at depth {depth}",
+                key=f"open_{key}",
+                type="tertiary",
+                on_click=open_microscope,
+                args=(runs,),
+                kwargs={"look_at": name, "depth": depth},
+            )
 
 
 def _show_drawing(name: str, svg: str, words: str) -> None:
     # Streamlit refuses keys with two underscores, which the name of a run may have.
     key = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:20]
     _drawing(data={"name": name, "svg": svg, "alt": words}, key=f"drawing_{key}")
-
-
-def tally(findings: Sequence[Finding]) -> None:
-    """Badges with the number of findings of each severity."""
-    with st.container(horizontal=True, gap="small"):
-        for severity, (word, colour, sign) in BADGES.items():
-            count = sum(finding.severity.name == severity for finding in findings)
-            if count:
-                st.badge(f"{sign} {count} {word}{'s' if count > 1 else ''}", color=colour)
-        if not findings:
-            st.badge("✓ nothing found", color="green")

@@ -48,16 +48,3 @@ def _code(text: str) -> str:
     # Markdown takes one space off at each end, where a backtick of the text would join the fence.
     room = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{room}{text}{room}{fence}"
-
-
-def inside_sentence(title: str) -> str:
-    """A title as it is written inside a sentence: its first letter small, but for an abbreviation.
-
-    ``title``: such as the title of a figure.
-
-    Examples
-    --------
-    >>> inside_sentence("Token cosine"), inside_sentence("CKA of every two depths")
-    ('token cosine', 'CKA of every two depths')
-    """
-    return title if title[1:2].isupper() else f"{title[:1].lower()}{title[1:]}"

@@ -21,10 +21,11 @@ from depthscope.app.drawing.plotly.stack import (
 )
 from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, available
 from depthscope.app.figures.build.matrix_pictures import picture_figure
-from depthscope.app.figures.build.values import names_of
+from depthscope.app.figures.build.values import level_of, names_of
 from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp, Matrix
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import spoken
+from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.verdicts.causes import worst_depth
@@ -37,6 +38,7 @@ __all__ = [
     "pinned_by_page",
     "range_of",
     "show_panels",
+    "show_text",
     "strips_of",
 ]
 
@@ -63,11 +65,17 @@ PICTURE_ROW = 11
 """Pixels of a row of the pictures of H_res."""
 
 MOST_BARS = 8
-"""Findings above the panels; the others are on the page of runs."""
+"""Findings above the panels; the others are on the page Home."""
 
 _DRAWN = "microscope_drawn"
 
+MASSIVE = 10
+"""Times the median token of the map: such tokens have rows of their own, above the map. A heuristic of ours."""
+
+MOST_MASSIVE = 4
+
 _component = component("panels", "plotly_page")
+_text = component("token_text", "numbers", "matrices")
 
 
 @dataclass(frozen=True)
@@ -128,10 +136,11 @@ def first_pin(reading: Reading) -> int:
     return next((min(max(depth, 0), last) for depth in places if depth is not None), last)
 
 
-def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pin: Any) -> None:
+def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pin: Any) -> list[str]:
     """The panels of a reading.
 
     ``close_up``: its states, where the run has them.
+    Returns: The curves that are the same at every depth, with their number: they are not drawn.
     """
     drawn = st.session_state.get(_DRAWN)
     if drawn is None or not drawn.is_of(reading, close_up, view):
@@ -145,6 +154,30 @@ def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pi
         },
         key="microscope",
         on_pin_change=on_pin,
+    )
+    return drawn.flat
+
+
+def show_text(close_up: CloseUp, names: Sequence[str], view: View) -> None:
+    """The text of the sequence, coloured by the numbers of its tokens at the depth under the cursor, or that is pinned."""
+    last = _length(close_up, view.sequence)
+    z = close_up.token_map(view.measure, view.sequence, view.stream)[:last]
+    rounded = [[float(f"{each:.6g}") if np.isfinite(each) else None for each in row] for row in z]
+    at = min(view.pin, close_up.num_depths - 1)
+    _text(
+        data={
+            "name": "microscope",
+            "what": "text",
+            "texts": close_up.texts(view.sequence)[:last],
+            "values": rounded,
+            "names": list(names) or [str(depth) for depth in range(close_up.num_depths)],
+            "depth": at,
+            "sequence": view.sequence,
+            "measure": TOKEN_MEASURES[view.measure],
+            "log": _is_spread(view.measure, z),
+            "first": int(np.argmax(np.nan_to_num(np.abs(z[:, at]), nan=-1.0))) if last else 0,
+        },
+        key="token_text",
     )
 
 
@@ -170,17 +203,25 @@ class _Drawn:
     close_up: CloseUp | None
     view: View
     data: dict[str, Any]
+    flat: list[str]
 
     @classmethod
     def of(cls, reading: Reading, close_up: CloseUp | None, view: View) -> _Drawn:
         names = depth_names(reading)
         bars = _bars(reading, close_up, len(names))
-        panels = [_strip(name, reading, close_up) for name in view.strips]
+        panels, flat = [], []
+        for name in view.strips:
+            panel = _strip(name, reading, close_up)
+            level = level_of(panel.figure)
+            if level is None:
+                panels.append(panel)
+            else:
+                flat.append(f"{FIGURES[name].title.removesuffix(' across depth')} ({number(level)})")
         rows = 0
         if close_up is not None:
             if close_up.num_connections:
                 panels += _picture_panels(reading, close_up, view, len(names))
-            panels.append(_token_panel(close_up, view))
+            panels += _token_panels(close_up, view)
             rows = 1 + len(panels)
             if close_up.num_streams > 1:
                 panels.append(_stream_panel(close_up))
@@ -198,7 +239,7 @@ class _Drawn:
                 "one to compare with, escape forgets it, up and down mark a token, enter goes to the numbers of the depth."
             ),
         }
-        return cls(reading, close_up, view, data)
+        return cls(reading, close_up, view, data, flat)
 
     def is_of(self, reading: Reading, close_up: CloseUp | None, view: View) -> bool:
         same = replace(view, pin=self.view.pin, other=self.view.other)
@@ -271,33 +312,60 @@ def range_of(finding: Finding, reading: Reading, close_up: CloseUp | None) -> tu
     return (int(known.min()), int(known.max())) if len(known) else None
 
 
-def _token_panel(close_up: CloseUp, view: View) -> Panel:
-    z = close_up.token_map(view.measure, view.sequence, view.stream)
+def _length(close_up: CloseUp, sequence: int) -> int:
+    """Without the padding at the end, which would only take room."""
+    return int(np.flatnonzero(close_up.mask[sequence]).max(initial=0)) + 1
+
+
+def _is_spread(measure: str, z: np.ndarray) -> bool:
+    """Whether logarithms are shown: norms of massive tokens are a hundred times those of the others."""
+    known = z[np.isfinite(z) & (z > 0)]
+    return measure == "norm" and known.size > 0 and bool(known.max() > 10 * known.min())
+
+
+def _token_panels(close_up: CloseUp, view: View) -> list[Panel]:
+    """The map of all tokens, and above it one of those that are massive, in rows that are seen."""
+    z = close_up.token_map(view.measure, view.sequence, view.stream)[: _length(close_up, view.sequence)]
     texts = close_up.quoted(view.sequence)
     tokens = [f"{position} {text}" if close_up.has_texts else text for position, text in enumerate(texts)]
-    # Padding at the end would only take room.
-    last = int(np.flatnonzero(close_up.mask[view.sequence]).max(initial=0)) + 1
-    spread = z[np.isfinite(z) & (z > 0)]
+    size = np.nan_to_num(np.abs(z), nan=-1.0)
+    times = (size / np.maximum(np.median(size, axis=0), 1e-300)).max(axis=1) if len(z) else np.zeros(0)
+    massive = np.argsort(-times)[: int(min((times > MASSIVE).sum(), MOST_MASSIVE))]
+    panels = [_token_map(view, z, tokens)]
+    if view.measure == "norm" and massive.size:
+        shown = [tokens[row] for row in massive]
+        title = f"Massive tokens: more than {MASSIVE} times the median token"
+        figure = _heat_map(view, title, z[massive], shown)
+        panels.insert(0, Panel(figure, height=LINE * len(massive) + 4, ticks=dict(enumerate(shown))))
+    return panels
+
+
+def _heat_map(view: View, title: str, z: np.ndarray, tokens: Sequence[str]) -> Heatmap:
+    """Tokens over depths, reduced where there are more than a screen shows."""
     figure = Heatmap(
         "tokens",
-        f"Tokens of sequence {view.sequence}: {TOKEN_MEASURES[view.measure]}",
-        np.arange(close_up.num_depths),
-        np.arange(last),
-        z[:last],
+        title,
+        np.arange(z.shape[1]),
+        np.arange(len(z)),
+        z,
         "depth",
         "position",
         "",
-        # Norms of massive tokens are a hundred times those of the others.
-        log_z=view.measure == "norm" and spread.size > 0 and spread.max() > 10 * spread.min(),
-        y_text=tokens[:last],
+        log_z=_is_spread(view.measure, z),
+        y_text=tokens[: len(z)],
         from_top=True,
-        # As the map of the page Tokens.
+        # A mean would hide the one massive token among its neighbours.
         of_block="largest" if view.measure == "norm" else "mean",
     )
     note = reduction_words(figure)
-    figure = replace(shrink(figure), title=f"{figure.title} ({note})" if note else figure.title)
-    # The names of the tokens that stand out; the others are named where the mouse is.
-    largest = np.nan_to_num(np.abs(z[:last]), nan=-1.0).max(axis=1)
+    return replace(shrink(figure), title=f"{figure.title} ({note})" if note else figure.title)
+
+
+def _token_map(view: View, z: np.ndarray, tokens: Sequence[str]) -> Panel:
+    last = len(z)
+    figure = _heat_map(view, f"Tokens of sequence {view.sequence}: {TOKEN_MEASURES[view.measure]}", z, tokens)
+    # The names of the tokens that differ most; the others are named where the mouse is.
+    largest = np.nan_to_num(np.abs(z), nan=-1.0).max(axis=1)
     height = int(np.clip(TOKEN_ROWS * last, 120, 420))
     marked = _marked_row(view)
     ticks = {} if marked is None or marked >= last else {marked: tokens[marked]}

@@ -16,16 +16,13 @@ function ink([red, green, blue]) {
   return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
 }
 
-export default function ({ parentElement, data, setStateValue }) {
+export default function ({ parentElement, data }) {
   let box = parentElement.querySelector(".depthscope-text");
   if (!box) {
     box = make("div", { class: "depthscope-text" });
     parentElement.appendChild(box);
   }
   box.depth = data.depth;
-  const slider = make("input", { type: "range", min: 0, max: data.names.length - 1, step: 1, "aria-label": "Depth of the colours",
-    oninput: () => { box.depth = Number(slider.value); paint(); },
-    onchange: () => setStateValue("depth", Number(slider.value)) });
   const scale = make("span", { class: "scale" });
   const said = make("p", { class: "said", "aria-live": "polite" });
   const path = make("div", { class: "path" });
@@ -76,8 +73,16 @@ export default function ({ parentElement, data, setStateValue }) {
     } });
   // A line break is one in the text too.
   tokens.forEach((token, i) => text.append(token, ...(data.texts[i].includes("⏎") ? [make("br")] : [])));
-  slider.value = box.depth;
-  box.replaceChildren(make("div", { class: "bar" }, slider, scale), text, make("div", { class: "detail" }, path, said));
+  box.replaceChildren(make("div", { class: "bar" }, scale), text, make("div", { class: "detail" }, path, said));
   paint();
   if (box.at === undefined || box.at >= tokens.length) tell(data.first);
+  box.listening?.abort();
+  box.listening = new AbortController();
+  document.addEventListener("depthscope-place", ({ detail }) => {
+    const depth = detail.name === data.name ? detail.at ?? detail.pin : null;
+    if (depth === null || depth === box.depth || depth >= data.names.length) return;
+    box.depth = depth;
+    paint();
+  }, { signal: box.listening.signal });
+  return () => box.listening?.abort();
 }

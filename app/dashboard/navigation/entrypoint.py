@@ -13,7 +13,7 @@ import streamlit as st
 from depthscope.app.dashboard.components.chosen_runs import choose_runs
 from depthscope.app.dashboard.components.page import show_page
 from depthscope.app.dashboard.pages import PAGES
-from depthscope.app.dashboard.state.visits import follow
+from depthscope.app.dashboard.state.chosen_runs import follow
 
 st.set_page_config(page_title="depthscope", page_icon="🔭", layout="wide")
 pages = {

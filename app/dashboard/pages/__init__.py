@@ -9,16 +9,11 @@ from depthscope.app.dashboard.components.page import Page
 PAGES: tuple[Page, ...] = tuple(
     import_module(f"depthscope.app.dashboard.pages.{name}").PAGE
     for name in (
-        "runs",
+        "home",
         "microscope",
-        "collapse",
-        "similarity",
-        "mixing",
-        "gradients",
-        "tokens",
+        "streams",
         "training",
         "compare",
-        "data",
     )
 )
 """Every page, in the order of the navigation; the first one opens at the root of the address."""

@@ -1,38 +1,42 @@
-"""How do runs differ, and is it more than chance? Curves at the same relative depth, and tests of their differences."""
+"""How do runs differ, and is it more than chance? Curves, tests and maps, then the numbers and figures to take away."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import card, clicked_cell
-from depthscope.app.dashboard.components.choices import choose_index, choose_one
+from depthscope.app.dashboard.components.chart import build, card, clicked_cell
+from depthscope.app.dashboard.components.choices import choose_group, choose_index, choose_one
 from depthscope.app.dashboard.components.controls import choose
-from depthscope.app.dashboard.components.legend import show_legend
+from depthscope.app.dashboard.components.exports import show_exports
+from depthscope.app.dashboard.components.figure_numbers import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
-from depthscope.app.dashboard.components.run_groups import choose_group
+from depthscope.app.dashboard.components.run_facts import facts_table
+from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.dashboard.state.run_differences import differences_between
-from depthscope.app.figures import FIGURES, FigureKind, Lines, Selection
+from depthscope.app.figures import FIGURES, FigureKind, Heatmap, Lines, Selection
 from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.figures.build.folded_runs import folded, folded_colours
+from depthscope.app.figures.build.matrix_figure import MatrixFigure
+from depthscope.app.figures.build.values import feeds
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import comparison_table, differences
-from depthscope.app.tables.difference_map import difference_map
 from depthscope.app.tables.differences import (
     ONE_RUN_EACH,
     between_groups,
     clearest,
     difference_figure,
+    difference_map,
     differences_at,
     in_words,
 )
+from depthscope.app.text.numbers import number
 from depthscope.app.text.terminal import command_line
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE
@@ -43,26 +47,19 @@ FIRST = "effective_rank"
 """The figure that is compared at first, where the runs feed it."""
 
 
-FEW_RUNS = 3
-"""Runs whose table has room in half of the page."""
-
-
-def comparable(chosen: ChosenRuns) -> list[str]:
-    """Figures of one number along depth or connections that a chosen run feeds."""
-    return [
-        name
-        for name, kind in FIGURES.items()
-        if isinstance(kind, CurveFigure)
-        and CATALOGUE[kind.metric].axis in ("depth", "connection")
-        and chosen.feeding(kind.needs)
-    ]
+MAPS = {
+    name: kind
+    for name, kind in FIGURES.items()
+    if isinstance(kind, MatrixFigure) and (kind.rows, kind.columns) == ("depth", "other_depth")
+}
+"""Figures whose cells are pairs of depths."""
 
 
 def _show(chosen: ChosenRuns) -> None:
-    names = comparable(chosen)
+    names = _measures(chosen)
     if not names:
         st.info(
-            "None of the chosen runs has a number along its depth: there is nothing to compare.", icon="ℹ️"
+            "None of the chosen runs has a number that is defined: there is nothing to compare.", icon="ℹ️"
         )
         return
     readings = list(chosen.readings.values())
@@ -73,22 +70,37 @@ def _show(chosen: ChosenRuns) -> None:
         )
         by, group_of = choose_group(readings, "Compare", "compare_by")
     kind = FIGURES[name]
-    selection = {**choose([kind], chosen.analyses, without=("axis",)), "axis": "relative"}
-    curves = kind.build(chosen.analyses, **{key: selection[key] for key in selection if key in kind.uses})
-    assert isinstance(curves, Lines)
+    along = _is_along_depth(kind)
+    selection = choose([kind], chosen.analyses, without=("axis",) if along else ())
+    if along:
+        selection["axis"] = "relative"
+    if "run" in kind.uses:
+        selection["run"] = choose_one("Run of the heat map", chosen.feeding(kind.needs), "run", width=260)
+    figure = build(kind, chosen.analyses, selection)
     colours = folded_colours(colour_numbers(chosen.analyses), group_of)
     show_legend(colours)
-    view = Selection.of({key: value for key, value in selection.items() if key != "axis"})
-    left, right = st.columns(2, gap="medium")
+    view = Selection.of({key: value for key, value in selection.items() if key not in ("axis", "run")})
+    left, right = st.columns(2, gap="medium") if along else (st.container(), st.container())
     with left:
-        card(folded(curves, group_of), key="compare_curves", height=340)
-        if len(readings) <= FEW_RUNS:  # next to the tests, which are as long
-            _show_table(readings, kind, view)
+        card(
+            folded(figure, group_of) if isinstance(figure, Lines) else figure,
+            key="compare_curves",
+            height=340,
+        )
     for warning in differences(readings):
         st.caption(f"⚠ {escaped(warning)}")
-    _show_map(readings, names, CATALOGUE[kind.metric].axis, view, group_of)
-    if len(readings) > FEW_RUNS:
+    if along:
+        curves = [each for each in names if _is_along_depth(FIGURES[each])]
         _show_table(readings, kind, view)
+        _show_map(readings, curves, CATALOGUE[kind.metric].axis, view, group_of)
+    _show_similarity(chosen)
+    used = {key: value for key, value in selection.items() if key in kind.uses}
+    show_exports(figure, kind, readings, used)
+    with st.container(border=True):
+        st.markdown("## About the runs")
+        st.table(facts_table(readings), border="horizontal")
+    if not along:
+        return
     # Last: a test that was not made yet takes seconds, and what is above can be read meanwhile.
     with right:
         if len(readings) < 2:
@@ -98,6 +110,94 @@ def _show(chosen: ChosenRuns) -> None:
             )
         else:
             _show_differences(readings, kind, view, by, colours)
+
+
+def _measures(chosen: ChosenRuns) -> list[str]:
+    """Figures that a chosen run feeds, curves along depth first: these can be compared."""
+    names = [name for name, kind in FIGURES.items() if chosen.feeding(kind.needs)]
+    return sorted(names, key=lambda name: not _is_along_depth(FIGURES[name]))
+
+
+def _is_along_depth(kind: FigureKind) -> bool:
+    return isinstance(kind, CurveFigure) and CATALOGUE[kind.metric].axis in ("depth", "connection")
+
+
+def _show_similarity(chosen: ChosenRuns) -> None:
+    """How similar the states of every two depths are: of two runs or by two measures, and the difference of two runs."""
+    runs = chosen.feeding(*((name,) for name in MAPS))
+    if not runs:
+        return
+    st.markdown("## Similarity of every two depths")
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        names = [name for name in MAPS if any(feeds(chosen.analyses[run], MAPS[name].needs) for run in runs)]
+        measure = choose_one("Similarity", names, "similarity", words=_title, width=280)
+        first = choose_one("Run of the left map", runs, "similar_a", width=200)
+        others = [name for name in runs if name != first]
+        second = choose_one("Run of the right map", others, "similar_b", width=200) if others else None
+    drawn = [_map_of(chosen, run, measure) for run in (first, second) if run is not None]
+    figures = {
+        f"similarity_{side}": each for side, each in zip("ab", drawn, strict=False) if each is not None
+    }
+    if len(figures) == 2:
+        figures["similarity_difference"] = map_difference(*figures.values())
+    for column, (key, figure) in zip(st.columns(max(len(figures), 2)), figures.items(), strict=False):
+        with column:
+            card(replace(figure, name=key), key=key, height=400)
+
+
+def _title(name: str) -> str:
+    return MAPS[name].title.replace(" of every two depths", "").replace(" between every two depths", "")
+
+
+def _map_of(chosen: ChosenRuns, run: str, measure: str) -> Heatmap | None:
+    """The map of a run by a measure; None, and why, where the run does not have it."""
+    data = chosen.analyses[run]
+    try:
+        figure = MAPS[measure].build(chosen.analyses, run=run)
+    except ValueError:
+        reason = data.attrs.get("not_computed", {}).get(measure, "it was not measured")
+        st.info(escaped(f"{run} has no {_title(measure)}: {reason}."), icon="ℹ️")
+        return None
+    return figure if isinstance(figure, Heatmap) else None
+
+
+def map_difference(left: Heatmap, right: Heatmap) -> Heatmap:
+    """One map less another one, at the depths of the shallower run and the nearest relative depths of the other.
+
+    ``left, right``: of the same measure, of two runs.
+    """
+    shallow = left if len(left.x) <= len(right.x) else right
+    size = len(shallow.x)
+
+    def at_shared_depths(z: np.ndarray) -> np.ndarray:
+        # Between two measured depths there is no state: the nearest one, and no interpolation.
+        nearest = np.round(np.linspace(0, len(z) - 1, size)).astype(int)
+        return z[np.ix_(nearest, nearest)]
+
+    z = at_shared_depths(left.z) - at_shared_depths(right.z)
+    known = z[np.isfinite(z)]
+    reach = float(np.abs(known).max()) if known.size else 0.0
+    place = np.unravel_index(int(np.nanargmax(np.abs(z))), z.shape) if known.size else (0, 0)
+    words = (
+        f"{left.run} minus {right.run}; the largest difference is {number(float(z[place]))}, between depths {place[0]} and "
+        f"{place[1]} of {shallow.run}."
+        if known.size
+        else f"{left.run} minus {right.run}: undefined everywhere."
+    )
+    nearest = "" if len(left.x) == len(right.x) else " Runs of unequal depth: at the nearest relative depths."
+    return replace(
+        shallow,
+        name=f"{left.name}_difference",
+        title=f"Difference: {left.run} − {right.run}",
+        z=z,
+        z_label="difference",
+        limits=(-reach, reach) if reach > 0 else None,
+        diverging=True,
+        log_z=False,
+        caption=words + nearest,
+        alt=words + nearest,
+        run="",
+    )
 
 
 def _show_map(
@@ -143,19 +243,13 @@ def _differences(
     readings: Sequence[Reading], kind: FigureKind, view: Selection, by: str | None
 ) -> list[Difference] | None:
     """The tested differences; None where they cannot be tested."""
-    place = st.empty()
-
-    def progress(*done: Any) -> None:
-        place.info(f"Testing {CATALOGUE[kind.metric].label}, sequence by sequence …", icon="⏳")
-
     try:
-        if by is not None:
-            return between_groups(readings, [kind.metric], view, by=by)
-        found = differences_between(readings, kind.metric, view, progress=progress)
-        place.empty()
-        return found
+        with st.spinner(f"Testing {CATALOGUE[kind.metric].label}, sequence by sequence …"):
+            if by is not None:
+                return between_groups(readings, [kind.metric], view, by=by)
+            return run_library.differences_between(readings, kind.metric, view)
     except (ValueError, OSError) as error:
-        place.info(f"The differences cannot be tested: {escaped(error)}", icon="ℹ️")
+        st.info(f"The differences cannot be tested: {escaped(error)}", icon="ℹ️")
         return None
 
 
@@ -204,8 +298,8 @@ def _show_table(readings: Sequence[Reading], kind: FigureKind, view: Selection) 
 
 
 PAGE = Page(
-    title="Compare",
+    title="Compare and export",
     url_path="compare",
-    help="How do the chosen runs differ at the same relative depth, and is it more than chance?",
+    help="How do the chosen runs differ at the same relative depth, is it more than chance, and how does it get into a paper?",
     show=_show,
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 import streamlit as st
 
+from depthscope.app.dashboard.components.choices import choose_names, choose_one
 from depthscope.app.dashboard.components.depth_pane import show_depth
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.microscope import (
@@ -15,13 +15,14 @@ from depthscope.app.dashboard.components.microscope import (
     depth_names,
     first_pin,
     show_panels,
+    show_text,
     strips_of,
 )
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.dashboard.state.named_in_url import choose_names
 from depthscope.app.figures import FIGURES
+from depthscope.app.figures.build.answers import least_needed
 from depthscope.app.readings.close_up import MARKED, TOKEN_MEASURES, WHOSE, CloseUp
 from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import schema
@@ -31,17 +32,14 @@ MOST_STRIPS = 12
 
 
 def _show(chosen: ChosenRuns) -> None:
-    reading = chosen.readings[_choose("look", list(chosen.readings), "Run", width=320)]
+    reading = chosen.readings[choose_one("Run", list(chosen.readings), "look", width=320)]
     if not depth_names(reading):
         st.info(
             "This run has no states: it was made of weights alone, or of other numbers without a depth.",
             icon="ℹ️",
         )
         return
-    grows = growing_runs.is_growing(Path(reading.path))
-    follows = grows and not st.toggle(
-        "Pause", key="still", help="The page stays as it is while the run goes on."
-    )
+    follows = growing_runs.is_growing(Path(reading.path))
     # Only this part of the page runs again when a depth is pinned, and while the run grows.
     st.fragment(_look, run_every=1.0 if follows else None)(reading, follows)
 
@@ -51,14 +49,21 @@ def _look(reading: Reading, follows: bool = False) -> None:
         reading = _say_state(reading)
     close_up = run_library.close_up_of(reading)
     st.markdown(f"## {escaped(reading.name)}")
+    least = least_needed(reading.analysis, reading.results)
+    if least:
+        st.caption(escaped(least))
     left, right = st.columns([4, 3], gap="medium")
     with left:
         view = _choose_view(reading, close_up)
-        show_panels(reading, close_up, view, on_pin=_pinned)
+        flat = show_panels(reading, close_up, view, on_pin=_pinned)
+        if flat:
+            st.caption(f"The same at every depth, and not drawn: {escaped('; '.join(flat))}.")
         st.caption(
             "Click or ←/→ pins a depth, with shift another to compare with; a click in the map or ↑/↓ marks a token; dragging "
             "zooms in, a double click shows all. Shaded: where the findings are."
         )
+        if close_up is not None and close_up.has_texts:
+            show_text(close_up, depth_names(reading), view)
     with right, st.container(key="microscope_detail"):
         show_depth(reading, close_up, view, on_token=_marked)
 
@@ -80,47 +85,23 @@ def _say_state(reading: Reading) -> Reading:
     return found
 
 
-def _choose(
-    key: str, options: list[str], label: str, *, width: int = 110, words: Mapping[str, str] | None = None
-) -> str:
-    """One of some names, in the URL under its key."""
-    # A name of another folder, or of a link: Streamlit raises for a value that is no option.
-    if st.session_state.get(key) not in options:
-        st.session_state.pop(key, None)
-    if len(options) == 1:
-        return options[0]
-    names = words or {}
-    return st.selectbox(
-        label,
-        options,
-        format_func=lambda option: names.get(option, option),
-        key=key,
-        bind="query-params",
-        width=width,
-    )
-
-
 def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
     names, shown = strips_of(reading)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         measure, sequence, stream, whose = next(iter(TOKEN_MEASURES)), 0, "mean", "mean"
         token = _token_of(close_up)
         if close_up is not None:
-            measure = st.selectbox(
-                "Tokens",
-                list(TOKEN_MEASURES),
-                format_func=TOKEN_MEASURES.__getitem__,
-                key="measure",
-                bind="query-params",
-                width=230,
+            measure = choose_one(
+                "Tokens", list(TOKEN_MEASURES), "measure", words=TOKEN_MEASURES.__getitem__, width=230
             )
             sequences = [str(number) for number in range(close_up.num_sequences)]
-            sequence = int(_choose("sequence", sequences, "Sequence"))
+            sequence = int(choose_one("Sequence", sequences, "sequence", width=110))
             if close_up.num_streams > 1:
-                stream = _choose("of_stream", ["mean", *map(str, range(close_up.num_streams))], "Stream")
+                streams = ["mean", *map(str, range(close_up.num_streams))]
+                stream = choose_one("Stream", streams, "of_stream", width=110)
             if close_up.num_connections:
                 options = [each for each in WHOSE if each != MARKED or token is not None]
-                whose = _choose("whose", options, "H_res of", width=200, words=WHOSE)
+                whose = choose_one("H_res of", options, "whose", words=WHOSE.__getitem__, width=200)
             if close_up.num_sequences < close_up.sequences:
                 st.caption(
                     f"The first {close_up.num_sequences} of {close_up.sequences} sequences: the others do not fit into memory."
@@ -143,7 +124,7 @@ def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
 def _depth_of(name: str, last: int) -> int | None:
     """A depth of the URL; one of a deeper run, or none at all, is none."""
     text = st.query_params.get(name, "")
-    if st.session_state.get(name) is not None:  # a click of the page of runs leads here
+    if st.session_state.get(name) is not None:  # a click on the map leads here
         text = str(st.session_state.pop(name))
     if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > last:
         st.query_params.pop(name, None)

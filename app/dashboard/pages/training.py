@@ -8,13 +8,12 @@ from typing import TypeGuard
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.choices import choose_one
+from depthscope.app.dashboard.components.choices import choose_group, choose_names, choose_one
 from depthscope.app.dashboard.components.controls import CONTROLS
+from depthscope.app.dashboard.components.figure_numbers import show_legend
 from depthscope.app.dashboard.components.finding_card import BADGES
-from depthscope.app.dashboard.components.legend import show_legend
 from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.components.page import Page
-from depthscope.app.dashboard.components.run_groups import choose_group
 from depthscope.app.dashboard.components.training import (
     Shown,
     default_measures,
@@ -26,17 +25,20 @@ from depthscope.app.dashboard.components.training import (
     steps_of,
 )
 from depthscope.app.dashboard.state import growing_runs, run_library
-from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.dashboard.state.live_status import live_state
-from depthscope.app.dashboard.state.named_in_url import choose_names
+from depthscope.app.dashboard.state.chosen_runs import (
+    ChosenRuns,
+    a_click_leads_on,
+    open_microscope,
+    open_page,
+)
+from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
-from depthscope.app.dashboard.state.visits import a_click_leads_on, open_microscope, open_page
 from depthscope.app.figures.build.folded_runs import folded_colours
 from depthscope.app.figures.build.history_figure import OVER_ROWS, measure_title
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.first_findings import Begun
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.training_history import TrainingHistory, UntilStep
+from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.app.tables.tables import spoken
 from depthscope.diagnostics.verdicts.causes import worst_depth
 
@@ -69,12 +71,6 @@ def _show(chosen: ChosenRuns) -> None:
         readings = [chosen.readings[each] for each in (histories if name == TOGETHER else [name])]
         if name == TOGETHER:
             _, group_of = choose_group(readings, "Seeds", "training_by")
-        # Only of what goes on: a training that has ended has nothing to pause.
-        paused = any(_is_growing(history) for history in histories.values()) and st.toggle(
-            "Pause", key="paused", help="The page stays as it is while the run goes on."
-        )
-        if not paused:
-            st.session_state.pop("paused_at", None)
     if name != TOGETHER and name not in histories:
         _explain_none(found[name])
         if not histories:
@@ -88,8 +84,8 @@ def _show(chosen: ChosenRuns) -> None:
         show_legend(folded_colours(shown, group_of))
     # A short history is judged here: a page that follows nothing is drawn once.
     seconds = JUDGING_SECONDS / len(readings)
-    follows = not paused and any([_goes_on(histories[reading.name], seconds) for reading in readings])
-    st.fragment(_follow, run_every=1.0 if follows else None)(readings, colours, group_of, paused, follows)
+    follows = any([_goes_on(histories[reading.name], seconds) for reading in readings])
+    st.fragment(_follow, run_every=1.0 if follows else None)(readings, colours, group_of, follows)
 
 
 def _has_steps(found: TrainingHistory | UnreadableRun) -> TypeGuard[TrainingHistory]:
@@ -137,7 +133,6 @@ def _follow(
     readings: Sequence[Reading],
     colours: Mapping[str, int],
     group_of: Mapping[str, str],
-    paused: bool,
     followed: bool,
 ) -> None:
     if a_click_leads_on():
@@ -152,12 +147,11 @@ def _follow(
     left = [_goes_on(history, JUDGING_SECONDS / len(histories)) for history in histories.values()]
     findings = {run: growing_runs.first_findings_of(history) for run, history in histories.items()}
     begun = {run: each.begun() for run, each in findings.items()}
-    _say(histories, paused)
-    seen = _as_paused(histories) if paused else histories
-    shown = _choose(seen, colours, group_of)
+    _say(histories)
+    shown = _choose(histories, colours, group_of)
     left_column, right = st.columns([3, 2], gap="medium")
     with left_column:
-        show_history(seen, shown, begun, on_change=_changed)
+        show_history(histories, shown, begun, on_change=_changed)
         judged = sum(each.num_judged for each in findings.values())
         steps = sum(len(history.steps) for history in histories.values())
         st.caption(
@@ -165,21 +159,15 @@ def _follow(
             f"Verdicts: {judged} of {steps} steps judged{' so far' if judged < steps else ''}."
         )
     with right, st.container(key="training_detail"):
-        show_step_heading(seen, shown)
+        show_step_heading(histories, shown)
         for reading in readings:
             _list_findings(reading, begun[reading.name], several=len(readings) > 1)
-        show_step(seen, shown)
+        show_step(histories, shown)
     if followed and not any(left):
         st.rerun()  # of the whole page: this stops the fragment's clock
 
 
-def _as_paused(histories: Mapping[str, TrainingHistory]) -> dict[str, TrainingHistory]:
-    """The histories up to the step that was the last one when the visitor paused them."""
-    at = st.session_state.setdefault("paused_at", int(steps_of(histories)[-1]))
-    return {run: UntilStep(history, at) for run, history in histories.items()}
-
-
-def _say(histories: Mapping[str, TrainingHistory], paused: bool) -> None:
+def _say(histories: Mapping[str, TrainingHistory]) -> None:
     """Whether each run goes on, and of a single one what its history is."""
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         for run, history in histories.items():
@@ -187,9 +175,6 @@ def _say(histories: Mapping[str, TrainingHistory], paused: bool) -> None:
                 state = live_state(history.status, history.times)
                 words = state.words if len(histories) == 1 else f"{escaped(run)}: {state.words}"
                 st.badge(words, color=state.colour)
-        if paused:
-            at = st.session_state.get("paused_at", int(steps_of(histories)[-1]))
-            st.badge(f"paused at step {at:,}".replace(",", " "))
         if len(histories) == 1:
             (history,) = histories.values()
             st.caption(escaped(", ".join(_facts(history))), width="content")

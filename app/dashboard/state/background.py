@@ -1,4 +1,4 @@
-"""How do runs get analysed and tested while a visitor looks at something else? By worker processes, one per core."""
+"""How do runs get analysed while a visitor looks at something else? By worker processes, one per core."""
 
 # What they find is saved in the user's cache (`kept_readings`): the server reads it from there, and never analyses itself.
 
@@ -11,17 +11,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Condition, Thread
 from typing import Any
 
-from depthscope.app.dashboard.state.run_reading import LIMIT, version_of
+from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, sentence, version_of
 from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.first_findings import keep_first_findings
+from depthscope.app.readings.kept_readings import keep
 
-__all__ = ["Analyses"]
+__all__ = ["Analyses", "work"]
 
 IDLE_SECONDS = 20.0
 """A process without work ends after these: its imports are a hundred megabytes."""
@@ -29,10 +31,11 @@ IDLE_SECONDS = 20.0
 
 @dataclass
 class _Job:
-    """What is asked of another process: waiting, under way or done."""
+    """An analysis: waiting, under way or done."""
 
-    request: Mapping[str, Any]  # as JSON
-    version: Hashable  # of the files that it is about
+    name: str
+    path: Path
+    version: FileVersion
     progress: tuple[str, int, int] = ("starting", 0, 1)
     is_taken: bool = False
     is_done: bool = False
@@ -40,14 +43,14 @@ class _Job:
 
 
 class Analyses:
-    """Analyses and tests of runs by other processes; one for the server.
+    """Analyses of runs by other processes; one for the server.
 
     ``most``: processes at a time; as many as there are cores by default.
     """
 
     def __init__(self, most: int | None = None):
         self._most = most or num_cores()
-        self._jobs: dict[Hashable, _Job] = {}
+        self._jobs: dict[Path, _Job] = {}
         self._changed = Condition()
         self._num_threads = 0
 
@@ -56,20 +59,14 @@ class Analyses:
 
         ``first``: before all others, since somebody waits for them.
         """
-        wanted: dict[Hashable, _Job] = {}
-        for name, path in runs.items():
-            with suppress(OSError):  # it has gone
-                wanted[path] = _Job({"name": name, "path": str(path)}, version_of(path))
-        self._add(wanted, first=first)
-
-    def _add(self, wanted: Mapping[Hashable, _Job], *, first: bool) -> None:
         with self._changed:
-            for key, job in wanted.items():
-                known = self._jobs.get(key)
-                if known is None or known.version != job.version:
-                    self._jobs[key] = job
-                if first:
-                    self._jobs = {key: self._jobs.pop(key), **self._jobs}
+            for name, path in runs.items():
+                with suppress(OSError):  # it has gone
+                    version = version_of(path)
+                    if path not in self._jobs or self._jobs[path].version != version:
+                        self._jobs[path] = _Job(name, path, version)
+                    if first:
+                        self._jobs = {path: self._jobs.pop(path), **self._jobs}
             left = sum(not job.is_taken for job in self._jobs.values())
             for _ in range(min(self._most, left) - self._num_threads):
                 self._num_threads += 1
@@ -93,28 +90,8 @@ class Analyses:
     def wait_for(self, name: str, path: Path, progress: Callable[[str, int, int], None] | None) -> None:
         """Have one run analysed before all others, and wait for it."""
         self.ask({name: path}, first=True)
-        self._wait_for(path, progress)
-
-    def wait_for_test(
-        self,
-        request: Mapping[str, Any],
-        version: Hashable,
-        progress: Callable[[str, int, int], None] | None,
-    ) -> str:
-        """Have the differences of runs tested before all others, and wait for it.
-
-        ``request``: ``runs``, ``metric`` and ``view``.
-        ``version``: of the files of the runs: with another one they are tested again.
-        Returns: Why they cannot be tested; empty where they were.
-        """
-        key = json.dumps(request)
-        self._add({key: _Job(request, version)}, first=True)
-        self._wait_for(key, progress)
-        return self._jobs[key].reason
-
-    def _wait_for(self, key: Hashable, progress: Callable[[str, int, int], None] | None) -> None:
         with self._changed:
-            while (job := self._jobs.get(key)) is not None and not job.is_done:
+            while (job := self._jobs.get(path)) is not None and not job.is_done:
                 if progress is not None:
                     progress(*job.progress)
                 self._changed.wait(0.3)
@@ -128,7 +105,7 @@ class Analyses:
                     _end(process)
                     process = None
                 process = process or _process()
-                for answer in _answers(process, job.request):
+                for answer in _answers(process, {"name": job.name, "path": str(job.path)}):
                     with self._changed:
                         job.progress = tuple(answer.get("progress", job.progress))
                         reason = answer.get("reason", reason)
@@ -136,7 +113,7 @@ class Analyses:
             except (OSError, ValueError) as error:  # it cannot be started, or has died
                 reason = _lost(process, error)
                 process = None
-                logging.getLogger(__name__).warning("%s: %s", ascii(job.request), reason)
+                logging.getLogger(__name__).warning("%s: %s", ascii(str(job.path)), reason)
             with self._changed:
                 job.reason, job.is_done = reason, True
                 self._changed.notify_all()
@@ -162,9 +139,8 @@ def num_cores() -> int:
 
 
 def _process() -> subprocess.Popen[str]:
-    code = "from depthscope.app.dashboard.state.worker import work; work()"
     return subprocess.Popen(
-        [sys.executable, "-c", code, json.dumps(LIMIT["max_bytes"])],
+        [sys.executable, "-c", f"from {__name__} import work; work()", json.dumps(LIMIT["max_bytes"])],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -214,3 +190,38 @@ def _lost(process: subprocess.Popen[str] | None, error: Exception) -> str:
     else:
         how = f"ended with exit status {code}"
     return f"The process that analysed it {how}. Analyse it by itself: depthscope analyze"
+
+
+def work() -> None:
+    """In a worker process: analyse the runs named on stdin, one a line, and report on stdout how far each is."""
+    with suppress(OSError):
+        os.nice(5)  # pages before analyses
+    LIMIT["max_bytes"] = json.loads(sys.argv[1])
+    # Libraries may print; what is read at the other end is answers alone.
+    answers, sys.stdout = sys.stdout, sys.stderr
+
+    def say(**answer: Any) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            say(reason=_analyse(request["name"], Path(request["path"]), lambda *done: say(progress=done)))
+        except (
+            Exception
+        ) as error:  # a foreign file may fail in any way, and the next one is none of its business
+            kind = "" if isinstance(error, (OSError, ValueError)) else f"{type(error).__name__}: "
+            say(reason=f"{kind}{sentence(error)}")
+
+
+def _analyse(name: str, path: Path, progress: Callable[[str, int, int], None]) -> str:
+    """Why a run cannot be analysed; empty where its analysis is saved."""
+    version = version_of(path)
+    found = read(name, path, progress)
+    if isinstance(found, UnreadableRun):
+        return found.reason
+    keep(path, version, found)
+    with suppress(OSError, ValueError):  # the page of the training then judges its steps itself
+        keep_first_findings(path, version, found)
+    return ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import streamlit as st
 import xarray as xr
 
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
@@ -46,3 +48,39 @@ class ChosenRuns:
         return [
             name for name, data in self.analyses.items() if any(feeds(data, tuple(each)) for each in needs)
         ]
+
+
+_KEY = "visit"
+
+
+def open_microscope(runs: Sequence[str], *, look_at: str, depth: int | None = None) -> None:
+    """Note that the microscope is to be opened.
+
+    ``runs``: names in the list of runs: they are chosen in the sidebar.
+    ``look_at``: name of the reading that is under the microscope.
+    """
+    open_page("microscope", runs, look=look_at, pin=depth)
+
+
+def open_page(page: str, runs: Sequence[str], **values: Any) -> None:
+    """Note that a page is to be opened.
+
+    ``runs``: names in the list of runs: they are chosen in the sidebar.
+    ``values``: of further controls, by their keys.
+    """
+    st.session_state[_KEY] = (page, {"runs": list(dict.fromkeys(runs)), **values})
+
+
+def a_click_leads_on() -> bool:
+    """Whether a click leads to another page."""
+    return _KEY in st.session_state
+
+
+def follow(pages: Mapping[str, Any]) -> None:
+    """Go where the last click leads."""
+    visit = st.session_state.pop(_KEY, None)
+    if visit is not None:
+        page, chosen = visit
+        for name, value in chosen.items():
+            st.session_state[name] = value
+        st.switch_page(pages[page])

@@ -7,36 +7,32 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import xarray as xr
 
 from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.background import Analyses
 from depthscope.app.dashboard.state.reading_cache import CACHE_BYTES, ReadingCache
 from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, sentence, version_of
+from depthscope.app.figures import Selection
 from depthscope.app.readings.close_up import CloseUp, read_close_up
+from depthscope.app.readings.depth_map import Summary, summary_of
 from depthscope.app.readings.file_version import FileVersion
-from depthscope.app.readings.kept_readings import Summary, keep, kept_readings, kept_summaries, summary_of
+from depthscope.app.readings.kept_readings import keep, kept_readings, kept_summaries
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.requested_metrics import with_requested
-from depthscope.app.readings.run_arrays import mixing_by_step
+from depthscope.app.tables.differences import between_runs
 from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.analysis.differences import Difference
 
 __all__ = [
     "allow",
     "analyse_beside",
     "ask_for",
     "close_up_of",
-    "compare_beside",
+    "differences_between",
     "list_runs",
-    "measure",
-    "mixing_history_of",
     "progress_of",
     "read_run",
     "summaries_of",
@@ -70,16 +66,16 @@ def ask_for(runs: Mapping[str, Path]) -> None:
             read_run(name, {name: path})
 
 
-def compare_beside(
-    request: Mapping[str, Any], version: Hashable, progress: Callable[[str, int, int], None] | None
-) -> None:
-    """Have the differences of runs tested by another process, where there is one; see `Analyses.wait_for_test`.
+def differences_between(readings: Sequence[Reading], metric: str, view: Selection) -> list[Difference]:
+    """Every run against the first, sequence by sequence; remembered until a file changes.
 
-    Raises InputError: Where they cannot be tested.
+    Raises ValueError, OSError: Where they cannot be tested.
     """
-    reason = _beside[0].wait_for_test(request, version, progress) if _beside else ""
-    if reason:
-        raise InputError(reason)
+    versions = tuple((reading.name, FileVersion.of(Path(reading.path))) for reading in readings)
+    return _differences.get(
+        (versions, metric, view),
+        lambda: between_runs(readings, [metric], view, max_bytes=LIMIT["max_bytes"]),
+    )
 
 
 def progress_of(path: Path) -> str | None:
@@ -165,39 +161,6 @@ def read_run(
     return UnreadableRun(name, path, reason)
 
 
-def measure(
-    reading: Reading, metrics: Sequence[str], *, progress: Callable[[str, int, int], None] | None = None
-) -> str:
-    """Measure the run of a reading by further metrics, which are saved with its analysis.
-
-    ``metrics``: names of the catalogue; of one that the run cannot feed the reason is saved.
-    ``progress``: called with (metric, number done, number in all).
-    Returns: Why it is not possible; empty where it was done.
-    """
-    name, path = reading.run, Path(reading.path)
-    if growing_runs.is_growing(path):
-        return f"{name} is being written: its states are of another step at every moment. Measure it when it has ended."
-    try:
-        version = version_of(path)
-        key = (name, path, version)
-
-        def measured() -> tuple[Reading, ...]:
-            # Asked for here: somebody else may have added others meanwhile.
-            found = _cache.get(key, partial(_kept_or_read, name, path, version, progress))
-            if isinstance(found, UnreadableRun):
-                raise InputError(found.reason)
-            added = with_requested(found, metrics, path=path, max_bytes=LIMIT["max_bytes"], progress=progress)
-            if version_of(path) != version:
-                raise InputError("it was changed while it was measured; reload the page")
-            return added
-
-        keep(path, version, _cache.replace(key, measured))
-        _summaries.pop(path, None)
-    except (ValueError, OSError) as error:
-        return f"{name} cannot be measured: {sentence(error)}"
-    return ""
-
-
 def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
     """What the verdicts of a run say, where that is known without an analysis.
 
@@ -250,26 +213,6 @@ def close_up_of(reading: Reading) -> CloseUp | None:
         return None
 
 
-def mixing_history_of(reading: Reading) -> xr.DataArray | None:
-    """The mixing matrices of a reading over the steps of a training, from its file.
-
-    Returns: None where none were recorded, or the file has gone.
-    """
-    path = Path(reading.path)
-    if reading.num_steps < 2 and not schema.is_live_store(path):
-        return None
-    try:
-        version = FileVersion.of(path)
-        found = _mixing_histories.get(
-            (path, version, reading.chain),
-            # In a tuple: of a run without a history that too is known.
-            lambda: (mixing_by_step(reading, max_bytes=LIMIT["max_bytes"]),),
-        )
-    except (schema.SchemaError, OSError):
-        return None
-    return found[0]
-
-
 def _kept_or_read(
     name: str, path: Path, version: FileVersion, progress: Callable[[str, int, int], None] | None
 ) -> tuple[Reading, ...] | UnreadableRun:
@@ -298,9 +241,7 @@ def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
     )
 
 
-_mixing_histories = ReadingCache(
-    CACHE_BYTES // 4, lambda found: found[0].nbytes if found[0] is not None else 100
-)
+_differences = ReadingCache(32 * 2**20, lambda found: sum(each.value.nbytes * 4 for each in found) + 1000)
 
 _close_ups = ReadingCache(2 * CACHE_BYTES, lambda close_up: close_up.nbytes if close_up else 0)
 

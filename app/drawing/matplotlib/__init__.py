@@ -6,7 +6,6 @@ import io
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from matplotlib.figure import Figure as Canvas
 
 from depthscope.app.drawing.matplotlib.composed import draw_composed, draw_into
 from depthscope.app.drawing.matplotlib.curves import HEALTHY, draw_lines
-from depthscope.app.drawing.matplotlib.fonts import further_fonts
 from depthscope.app.drawing.matplotlib.matrices import DENSE, DENSE_ON_A_PAGE, draw_heatmap
 from depthscope.app.drawing.matplotlib.style import FIGURE_POINTS, WIDTHS, Width, figure_style, pgf_style
-from depthscope.app.drawing.matplotlib.words import write_word
 from depthscope.app.figures.composed import Composed, Points
 from depthscope.app.figures.specification import Figure, Heatmap, Lines
 from depthscope.app.text.latex import Latex, tex
@@ -34,11 +31,9 @@ __all__ = [
     "draw_composed",
     "draw_into",
     "figure_style",
-    "further_fonts",
     "to_matplotlib",
     "to_svg",
     "write_figure",
-    "write_word",
 ]
 
 FORMATS = ("pdf", "svg", "pgf", "png")
@@ -78,7 +73,7 @@ def write_figure(figure: Figure | Composed, *paths: Path, width: str | Width = "
             # would print as they are.
             with pgf_style():
                 # Where a PGF figure is measured there are no pictures of words.
-                _drawn(translated(figure, partial(tex, words=False)), size).savefig(path)
+                _drawn(translated(figure, tex), size).savefig(path)
 
 
 def translated(figure: Any, translate: Callable[[str], str]) -> Any:

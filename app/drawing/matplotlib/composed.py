@@ -23,10 +23,8 @@ from depthscope.app.drawing.matplotlib.curves import (
     plot_lines,
 )
 from depthscope.app.drawing.matplotlib.fitting import Label, fit_labels, label_axes
-from depthscope.app.drawing.matplotlib.fonts import set_fonts
-from depthscope.app.drawing.matplotlib.legends import legend_name, num_columns, variant_of
 from depthscope.app.drawing.matplotlib.matrices import add_bar, plot_heatmap
-from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
+from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure, legend_name, num_columns, variant_of
 from depthscope.app.drawing.matplotlib.style import Width, inches_of, plain, wrapped
 from depthscope.app.figures.composed import Composed, LetteredPanel, Points, letter
 from depthscope.app.figures.palette import look_of
@@ -63,7 +61,6 @@ def draw_composed(figure: Composed, size: Width) -> PaperFigure:
     if lines:
         handles, names = zip(*entries, *_unnamed_thresholds(figure, axes.values()), strict=True)
         canvas.legend(handles, names, loc="outside lower center", ncols=per_row, frameon=False)
-    set_fonts(canvas)
     fit_labels(canvas, labels)
     return canvas
 
@@ -75,8 +72,6 @@ def draw_into(figure: Composed, axes: Mapping[str, Axes]) -> None:
     ``axes``: by the keys of the panels; a panel without axes is not drawn, and the letters of the others follow on.
     """
     _draw_panels(figure, axes)
-    for ax in axes.values():
-        set_fonts(ax)
     entries = [*_entries(figure), *_unnamed_thresholds(figure, axes.values())]
     if axes and len(entries) > 1:
         canvas = next(iter(axes.values())).get_figure(root=True)
@@ -116,7 +111,6 @@ def _add_legend(canvas: Figure, entries: Sequence[tuple[Any, str]]) -> None:
     # Below the figure, which `bbox_inches="tight"` keeps: inside it would lie over somebody's axes.
     legend = canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3)
     legend.set_gid(OUR_LEGEND)
-    set_fonts(legend)
 
 
 def _mark_of(handle: Any, label: str) -> tuple[str, str]:

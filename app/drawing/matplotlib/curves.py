@@ -14,12 +14,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from depthscope.app.drawing.matplotlib.fitting import fit_labels, label_axes
-from depthscope.app.drawing.matplotlib.fonts import set_fonts
-from depthscope.app.drawing.matplotlib.legends import fits_inside, named_apart, num_columns
-from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
+from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure, fits_inside, named_apart, num_columns
 from depthscope.app.drawing.matplotlib.style import Width, are_whole, inches_of, plain, plain_ticks
-from depthscope.app.figures.axis_limits import visible_limits
-from depthscope.app.figures.line_looks import looks_of
+from depthscope.app.figures.line_looks import looks_of, visible_limits
 from depthscope.app.figures.palette import MARK_EDGE, SHAPES, Look
 from depthscope.app.figures.specification import NOISE_BASELINE, Line, Lines
 
@@ -46,7 +43,6 @@ def draw_lines(figure: Lines, size: Width) -> Canvas:
     plot_lines(axes, figure, looks)
     labels = label_axes(axes, figure.x_label, figure.y_label, (size.inches, 0.7 * _axes_height(size)))
     _legend(canvas, axes, figure, size, named)
-    set_fonts(canvas)
     fit_labels(canvas, labels)
     return canvas
 

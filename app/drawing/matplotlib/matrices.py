@@ -11,7 +11,6 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from depthscope.app.drawing.matplotlib.fitting import Label, fit_labels, label_axes
-from depthscope.app.drawing.matplotlib.fonts import set_fonts
 from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
 from depthscope.app.drawing.matplotlib.style import Width, are_whole, plain, plain_ticks
 from depthscope.app.figures.build.bins import edges
@@ -34,7 +33,6 @@ def draw_heatmap(figure: Heatmap, size: Width, *, dense: int = DENSE) -> Canvas:
     mesh = plot_heatmap(axes, figure, dense=dense)
     labels = label_axes(axes, figure.x_label, figure.y_label, (size.inches, 0.7 * across))
     labels.append(add_bar(axes, mesh, figure.z_label))
-    set_fonts(canvas)
     fit_labels(canvas, labels)
     return canvas
 

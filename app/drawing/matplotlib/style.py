@@ -176,17 +176,16 @@ def wrapped(text: str, inches: float, points: float | None = None) -> str:
     size = float(mpl.rcParams["font.size"]) if points is None else points
     # Room for three letters at least, so that narrow axes have no column of single ones.
     room = max(inches * 72, 3 * size)
-    families = mpl.rcParams["font.family"]
     lines = [""]
     for word in plain(text).split(" "):
         longer = f"{lines[-1]} {word}" if lines[-1] else word
-        if points_across(longer, size, families) <= room:
+        if points_across(longer, size) <= room:
             lines[-1] = longer
             continue
         # A word that is longer than a line, such as a path, is broken where the line ends.
         start = 0
         for end in range(1, len(word) + 1):
-            if points_across(word[start:end], size, families) > room:
+            if points_across(word[start:end], size) > room:
                 lines.append(word[start : end - 1])
                 start = end - 1
         lines.append(word[start:])

@@ -8,29 +8,17 @@ import numpy as np
 import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.cells import LARGEST_SIDE, draw_heatmap, reduction_words, shrink
-from depthscope.app.drawing.plotly.colours import FAINT, FONT, PALETTE
 from depthscope.app.drawing.plotly.curves import draw_lines
-from depthscope.app.drawing.plotly.labels import words
-from depthscope.app.drawing.plotly.layout import set_layout
-from depthscope.app.drawing.plotly.ticks import log_ticks
+from depthscope.app.drawing.plotly.layout import FAINT, FONT, PALETTE, log_ticks, set_layout, words
 from depthscope.app.figures import Figure, Heatmap, Lines
 
 __all__ = ["LARGEST_SIDE", "PALETTE", "reduction_words", "shrink", "to_plotly"]
 
 
-def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.Figure:
+def to_plotly(figure: Figure) -> go.Figure:
     """Plotly figure of a specification; numbers stay typed arrays.
 
-    Parameters
-    ----------
-    figure : Lines or Heatmap
-        What to draw. Heat maps above 300 × 300 are reduced by blocks and say so in their caption (`shrink`).
-    mark : tuple of float or None
-        Cell of a heat map, (x, y), to ring.
-
-    Returns
-    -------
-    plotly.graph_objects.Figure
+    ``figure``: What to draw. Heat maps above 300 × 300 are reduced by blocks and say so in their caption (`shrink`).
 
     Examples
     --------
@@ -40,7 +28,7 @@ def to_plotly(figure: Figure, *, mark: tuple[float, float] | None = None) -> go.
     >>> drawn.data[0].y.tolist()
     [4.0, 2.0, 1.0]
     """
-    drawn = draw_lines(figure) if isinstance(figure, Lines) else draw_heatmap(shrink(figure), mark)
+    drawn = draw_lines(figure) if isinstance(figure, Lines) else draw_heatmap(shrink(figure))
     set_layout(drawn, **_layout(figure))
     if words := _why_empty(figure):
         _say_empty(drawn, words)

@@ -9,11 +9,9 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.colours import DIVERGING
-from depthscope.app.drawing.plotly.labels import words
-from depthscope.app.drawing.plotly.ticks import log_ticks
+from depthscope.app.drawing.plotly.layout import DIVERGING, log_ticks, words
 from depthscope.app.figures import Heatmap
-from depthscope.app.figures.build.bins import Bins, edges, reduce_blocks
+from depthscope.app.figures.build.bins import Bins, reduce_blocks
 
 # 300 × 300 numbers of float32 are 480 kB in the JSON of a figure; the names of 64 × 64 cells are about 120 kB of text.
 LARGEST_SIDE = 300
@@ -70,10 +68,8 @@ def _block_names(names: Sequence[str] | None, bins: Bins) -> list[str] | None:
     ]
 
 
-def draw_heatmap(
-    figure: Heatmap, mark: tuple[float, float] | None = None, *, most_ticks: int = 9
-) -> go.Figure:
-    """Heat map, its numbers as float32, with one cell ringed where asked.
+def draw_heatmap(figure: Heatmap, *, most_ticks: int = 9) -> go.Figure:
+    """Heat map, its numbers as float32.
 
     ``most_ticks``: of a logarithmic colour bar.
     """
@@ -107,8 +103,6 @@ def draw_heatmap(
             hovertemplate=_hover(figure),
         )
     )
-    if mark is not None:
-        _ring(drawn, figure, mark)
     return drawn
 
 
@@ -145,20 +139,3 @@ def _hover(figure: Heatmap) -> str:
         return f"{names}<b>{value}</b><extra></extra>"
     across, up = words(figure.x_label), words(figure.y_label)
     return f"{names}{across} %{{x:.4~g}}, {up} %{{y:.4~g}}<br><b>{value}</b><extra></extra>"
-
-
-def _ring(drawn: go.Figure, figure: Heatmap, mark: tuple[float, float]) -> None:
-    """Outline of the cell that a position is in: of a reduced map it has neighbours of the position in it too."""
-    ends = []
-    for axis, place in zip((figure.x, figure.y), mark, strict=True):
-        cell = int(np.argmin(np.abs(axis - place)))
-        borders = edges(axis)
-        ends += [float(borders[cell]), float(borders[cell + 1])]
-    drawn.add_shape(
-        type="rect",
-        x0=ends[0],
-        x1=ends[1],
-        y0=ends[2],
-        y1=ends[3],
-        line={"color": "#EE6677", "width": 2.5},
-    )

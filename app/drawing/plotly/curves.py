@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.colours import DASHES, GREY, HEALTHY, PALETTE
-from depthscope.app.drawing.plotly.labels import words
-from depthscope.app.drawing.plotly.ticks import log_ticks
+from depthscope.app.drawing.plotly.layout import DASHES, GREY, HEALTHY, PALETTE, log_ticks, words
 from depthscope.app.figures import Line, Lines
-from depthscope.app.figures.axis_limits import visible_limits
-from depthscope.app.figures.line_looks import looks_of
+from depthscope.app.figures.line_looks import looks_of, visible_limits
 from depthscope.app.figures.palette import MARK_EDGE, Look
 
 

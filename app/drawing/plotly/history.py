@@ -9,9 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.colours import GREY
-from depthscope.app.drawing.plotly.labels import words
-from depthscope.app.drawing.plotly.layout import set_layout
+from depthscope.app.drawing.plotly.layout import GREY, set_layout, words
 from depthscope.app.drawing.plotly.stack import (
     ABOVE,
     BOTTOM,

@@ -10,11 +10,8 @@ import numpy as np
 import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.cells import draw_heatmap
-from depthscope.app.drawing.plotly.colours import FAINT, FONT, GREY
 from depthscope.app.drawing.plotly.curves import draw_lines
-from depthscope.app.drawing.plotly.labels import words
-from depthscope.app.drawing.plotly.layout import set_layout
-from depthscope.app.drawing.plotly.ticks import log_ticks
+from depthscope.app.drawing.plotly.layout import FAINT, FONT, GREY, log_ticks, set_layout, words
 from depthscope.app.figures import Figure, Lines
 from depthscope.app.figures.line_looks import looks_of
 from depthscope.app.figures.specification import NOISE_BASELINE

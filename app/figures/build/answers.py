@@ -1,14 +1,14 @@
-"""What is the answer of a page, before its figures? One sentence a run from numbers that the figures show too."""
+"""Which blocks are needed least, and what becomes of the streams? A sentence a run, from numbers that figures show too."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.values import names_of, pick
-from depthscope.app.figures.specification import NOISE_BASELINE, Selection
+from depthscope.app.figures.specification import Selection
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import LONGEST_NAME, visible
 from depthscope.diagnostics.experiments.results import sentence, table_rows
@@ -24,21 +24,12 @@ HALVES = {"mid": "first half of ", "post": "second half of "}
 HARDLY = 0.1
 """Of the share that each of n streams would have: below it a stream hardly takes part. A heuristic of ours."""
 
-FADED = 0.1
-"""Of the gradient at the last state: below it the gradient at the first has faded. A heuristic of ours."""
 
-
-def answer_to(question: str, analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
-    """The answer that a run gives to a question of the register of figures; empty where it has none.
+def least_needed(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
+    """The blocks that turn the state least, and the loss without them; empty where that was not measured.
 
     ``results``: of the experiments on the run, by command.
     """
-    answer = _ANSWERS.get(question)
-    return answer(analysis, results) if answer is not None else ""
-
-
-def _least_needed(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
-    """The blocks that turn the state least, and the loss without them."""
     influence = _profile(analysis, "block_influence")
     if influence is None or not np.isfinite(influence).any():
         return ""
@@ -70,43 +61,7 @@ def _sublayers(along: xr.DataArray) -> list[str]:
     ]
 
 
-def _collapse(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
-    """How far the rank is from that of noise where it is lowest, and how similar the tokens are where they are most so."""
-    return " ".join(filter(None, (_lowest_rank(analysis), _most_similar_tokens(analysis))))
-
-
-def _lowest_rank(analysis: xr.Dataset) -> str:
-    ranks = _profile(analysis, "effective_rank")
-    null = pick(analysis, "effective_rank_null", Selection())
-    if ranks is None or not np.isfinite(ranks).any():
-        return ""
-    low = int(np.nanargmin(ranks))
-    lowest = (
-        f"Effective rank is lowest {_place(analysis, 'effective_rank', low)}: {number(float(ranks[low]))}"
-    )
-    known = np.ravel(np.nan if null is None else null.values)
-    # One baseline for all depths, or one for each.
-    baseline = float(known[low] if known.size == ranks.size else known[0])
-    if 0 < baseline <= 1:  # the rank of one token is 1 whatever the network does
-        return (
-            "Sequences have one token each: no rank within a sequence can fall. See the ranks over all data."
-        )
-    return (
-        f"{lowest}, {100 * ranks[low] / baseline:.0f} % of the {NOISE_BASELINE}."
-        if baseline > 0
-        else f"{lowest}."
-    )
-
-
-def _most_similar_tokens(analysis: xr.Dataset) -> str:
-    cosines = _profile(analysis, "token_cosine")
-    if cosines is None or not np.isfinite(cosines).any():
-        return ""
-    high = int(np.nanargmax(cosines))
-    return f"Tokens are most similar {_place(analysis, 'token_cosine', high)}: mean cosine {number(float(cosines[high]))}."
-
-
-def _streams(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
+def streams_answer(analysis: xr.Dataset) -> str:
     """Which streams carry what the connections read, whether they mix, and what of their differences is left."""
     return " ".join(filter(None, (_carriers(analysis), _mixers(analysis), _survivors(analysis))))
 
@@ -157,35 +112,6 @@ def _survivors(analysis: xr.Dataset) -> str:
     return f"{written} of the initial differences between streams survive {where}."
 
 
-def _gradients(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
-    """What becomes of the gradient on its way back through the network, and where it is smallest and largest."""
-    norms = _profile(analysis, "gradient_norm")
-    if norms is None or not np.isfinite(norms).any():
-        return ""
-    if not np.isfinite(norms[~np.isnan(norms)]).all():
-        return "The gradient is infinite at some depths."
-    if np.nanmax(norms) == 0:
-        return "There is no gradient at any depth."
-    # Depths count from the input, and a gradient goes from the last state to the first.
-    end, start = np.flatnonzero(np.isfinite(norms))[[0, -1]]
-    low, high = int(np.nanargmin(norms)), int(np.nanargmax(norms))
-    smallest, largest = (
-        f"{number(float(norms[at]))} {_place(analysis, 'gradient_norm', at)}" for at in (low, high)
-    )
-    way = f"On its way back, from depth {start} to depth {end}, the gradient {_change(norms[start], norms[end])}"
-    return f"{way}; smallest {smallest}, largest {largest}."
-
-
-def _change(before: float, after: float) -> str:
-    """What becomes of a gradient from where it enters the network to where it leaves it."""
-    if before == 0:
-        return f"grows from 0 to {number(float(after))}" if after else "is 0 at both"
-    ratio = float(after / before)
-    if ratio >= 1:
-        return f"grows {number(ratio)} ×"
-    return f"{'fades' if ratio < FADED else 'falls'} to {percent(ratio)}"
-
-
 def _place(analysis: xr.Dataset, metric: str, position: int) -> str:
     """Where that is, as verdicts name it."""
     values = pick(analysis, metric, Selection())
@@ -197,12 +123,3 @@ def _profile(analysis: xr.Dataset, metric: str, axis: str = "depth") -> np.ndarr
     """A metric along one axis in its usual version; None where the run has it not, or not along that axis alone."""
     values = pick(analysis, metric, Selection())
     return None if values is None or values.dims != (axis,) else np.asarray(values.values, dtype=np.float64)
-
-
-_ANSWERS: dict[str, Callable[[xr.Dataset, Mapping[str, xr.Dataset]], str]] = {
-    "collapse": _collapse,
-    "similarity": _least_needed,
-    "mixing": _streams,
-    "gradients": _gradients,
-}
-"""Question → its answer."""

@@ -40,31 +40,20 @@ def axis_title(dim: str, axis: str) -> str:
 class CurveFigure(FigureKind):
     """A figure of one metric along its axis; the axis and its scale are those of the metric's declaration.
 
-    Parameters
-    ----------
-    y_label : str
-        Vertical axis.
-    over : str
-        Dimension with a line for each label: "direction", "stream", or one that is not selected, such as "component".
-    component : str
-        Label of one component, with braces for its number.
-    thresholds : tuple of (float, str)
-        Values drawn as dotted lines, with their labels, in addition to the limits of the verdicts that judge the metric.
-    scope : str
-        Tokens that a metric without scopes is taken from: those of all "data" or of a "sequence".
-    around : str
-        Metric with the band: along ``quantile``, or as ± of the value.
-    note : str
-        Sentence that ends the remarks of the caption.
-    derive : function, optional
-        Takes an analysis and returns one in which the metric is what is drawn.
-    derived_from : tuple of str
-        Further metrics that `derive` reads.
+    ``y_label``: Vertical axis.
+    ``over``: Dimension with a line for each label: "direction", "stream", or one that is not selected, such as
+    "component".
+    ``thresholds``: Values drawn as dotted lines, with their labels, in addition to the limits of the verdicts that
+    judge the metric.
+    ``scope``: Tokens that a metric without scopes is taken from: those of all "data" or of a "sequence".
+    ``around``: Metric with the band: along ``quantile``, or as ± of the value.
+    ``note``: Sentence that ends the remarks of the caption.
+    ``derive``: Takes an analysis and returns one in which the metric is what is drawn.
+    ``derived_from``: Further metrics that `derive` reads.
     """
 
     y_label: str
     over: str = ""
-    component: str = "σ{}"
     thresholds: tuple[tuple[float, str], ...] = ()
     scope: str = "data"
     around: str = ""
@@ -160,7 +149,7 @@ class CurveFigure(FigureKind):
             return [(label, values)]
         names = [str(name) for name in values[self.over].values]
         if self.over == "component":
-            names = [self.component.format(i + 1) for i in range(len(names))]
+            names = [f"σ{i + 1}" for i in range(len(names))]
         return [(_SIGNS.get(name, name), values.isel({self.over: i})) for i, name in enumerate(names)]
 
 

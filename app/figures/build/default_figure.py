@@ -19,12 +19,12 @@ _LINES = ("direction", "kind", "norm", "component", "quantile")
 def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) -> list[FigureKind]:
     """A figure for each of some metrics that one can be made for.
 
-    ``defined``: figures of the catalogue, whose pages and sections are used.
+    ``defined``: figures of the catalogue, whose questions are used.
     """
     # Called when the app is imported: a metric that no default figure can draw must not stop the command line.
     # tests/rules/test_registered_figures.py fails for it, with the advice of `default_figure`.
     return [
-        default_figure(metric, *_place(metric, defined)) for metric in metrics if not undrawn_dims(metric)
+        default_figure(metric, _question(metric, defined)) for metric in metrics if not undrawn_dims(metric)
     ]
 
 
@@ -40,7 +40,7 @@ def undrawn_dims(metric: Metric) -> list[str]:
     return others if len(at_once) > 1 else []
 
 
-def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
+def default_figure(metric: Metric, question: str) -> FigureKind:
     """The figure that a declaration gives: a heat map of a matrix, curves of anything else.
 
     Raises InputError: For a metric with more dimensions than a figure has axes.
@@ -48,7 +48,7 @@ def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
     if undrawn := undrawn_dims(metric):
         raise InputError(
             f"{metric.name} has the dims {', '.join(metric.dims)}: no default figure shows {' and '.join(undrawn)} at once; "
-            "define one in app/figures/catalogue"
+            "define one in app/figures/catalogue.py"
         )
     others = _further_dims(metric)
     across = [dim for dim in others if dim not in _LINES]
@@ -61,10 +61,9 @@ def default_figure(metric: Metric, question: str, section: str) -> FigureKind:
             rows=metric.axis,
             columns=across[0],
             question=question,
-            section=section,
         )
     over = others[0] if others else ""
-    return CurveFigure(metric.name, metric.title, metric.label, over=over, question=question, section=section)
+    return CurveFigure(metric.name, metric.title, metric.label, over=over, question=question)
 
 
 def _further_dims(metric: Metric) -> list[str]:
@@ -73,18 +72,14 @@ def _further_dims(metric: Metric) -> list[str]:
     return [dim for dim in metric.dims if dim != metric.axis and (dim not in LABELLED or dim == "direction")]
 
 
-def _place(metric: Metric, defined: Sequence[FigureKind]) -> tuple[str, str]:
-    """Page and section: those of the figures of the same module, else by what the metric is computed from."""
+def _question(metric: Metric, defined: Sequence[FigureKind]) -> str:
+    """That of the figures of the same module, else by what the metric is computed from."""
     siblings = [kind for kind in defined if CATALOGUE[kind.metric].question == metric.question]
     if siblings:
-        return siblings[-1].question, siblings[-1].section
+        return siblings[-1].question
     # h_res, h_pre and h_post are the parts of a connection.
     if any(root.startswith("h_") for root in metric.roots):
-        page = "mixing"
-    elif any("gradient" in root or "weight" in root for root in metric.roots):
-        page = "gradients"
-    else:
-        page = "similarity" if metric.pairwise else "collapse"
-    # A page whose figures have no sections shows those without one.
-    sections = {kind.section for kind in defined if kind.question == page}
-    return page, "" if sections == {""} else "Other metrics"
+        return "mixing"
+    if any("gradient" in root or "weight" in root for root in metric.roots):
+        return "gradients"
+    return "similarity" if metric.pairwise else "collapse"

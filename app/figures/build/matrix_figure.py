@@ -7,10 +7,10 @@ from typing import Literal
 
 import numpy as np
 
-from depthscope.app.figures.axis_limits import visible_limits
 from depthscope.app.figures.build.captions import describe_matrix, selection_words
 from depthscope.app.figures.build.measurement import Measurement
 from depthscope.app.figures.build.values import LABELLED, fed, names_of, positions
+from depthscope.app.figures.line_looks import visible_limits
 from depthscope.app.figures.specification import Analyses, Array, FigureKind, Heatmap, Selection
 from depthscope.app.text.numbers import number, sentence
 from depthscope.diagnostics.errors import InputError
@@ -24,26 +24,15 @@ ORDERED = ("depth", "connection", "order", "component")
 class MatrixFigure(FigureKind):
     """A heat map of one metric of one run; the scale of its colours is that of the metric's declaration.
 
-    Parameters
-    ----------
-    z_label : str
-        Colour bar.
-    rows, columns : str
-        Dimensions of the vertical and the horizontal axis.
-    x_label, y_label : str
-        Their labels; the name of the dimension, without ``other_``, by default.
-    limits : tuple of (float or None) or None
-        Ends of the colour scale; None at an end is the data's own, None is both.
-    below : bool
-        Only what is below the diagonal exists: a reader has nothing to read from itself or from later ones.
-    error : str
-        Metric with the standard error of every cell, where it is not ``<metric>_stderr``.
-    counts : bool
-        Whether the number is taken from the sampled tokens, so that the caption counts them.
-    of_block : {"mean", "largest"}
-        What represents several cells on a screen, see `Heatmap`.
-    note : str
-        Sentence of the caption.
+    ``z_label``: Colour bar.
+    ``rows``, ``columns``: Dimensions of the vertical and the horizontal axis.
+    ``x_label``, ``y_label``: Their labels; the name of the dimension, without ``other_``, by default.
+    ``limits``: Ends of the colour scale; None at an end is the data's own, None is both.
+    ``below``: Only what is below the diagonal exists: a reader has nothing to read from itself or from later ones.
+    ``error``: Metric with the standard error of every cell, where it is not ``<metric>_stderr``.
+    ``counts``: Whether the number is taken from the sampled tokens, so that the caption counts them.
+    ``of_block``: What represents several cells on a screen, see `Heatmap`.
+    ``note``: Sentence of the caption.
     """
 
     z_label: str

@@ -1,8 +1,8 @@
-"""Which spectrum do the states have at some depths? Singular values by order, and the density of the eigenvalues."""
+"""Which spectrum do the states have at some depths? Singular values by order, with those of noise."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,28 +24,12 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.intervals import margin
 
 NUM_DEPTHS = 5  # each has a null: ten lines in one figure. A heuristic of ours.
-NUM_BINS = 20  # at least so many points of a density
 NOISE_WORDS = "Dashed: the Marchenko-Pastur law, independent noise of the same shape and energy."
 
 
 @dataclass(frozen=True)
 class SpectrumFigure(FigureKind):
-    """A figure of the singular values of the states at some depths, with those of noise of the same energy.
-
-    Parameters
-    ----------
-    x_label, y_label : str
-        Axes; the first words of the horizontal one name a position in the alt text.
-    curve : function
-        Orders and singular values, each (K,), in; positions and heights of the points of the curve out.
-    note : str
-        Sentence of the caption.
-    """
-
-    x_label: str
-    y_label: str
-    curve: Callable[[Array, Array], tuple[Array, Array]]
-    note: str = ""
+    """A figure of the singular values of the states at some depths, with those of noise of the same energy."""
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -70,20 +54,19 @@ class SpectrumFigure(FigureKind):
             "Of the mean over streams." if several else "",
             *(_bands(self.metric, analyses) if bands else ()),
             NOISE_WORDS if noise else "",
-            self.note,
+            "Not drawn below the rounding of float32.",
         ]
         return Lines(
             name=self.name,
             title=self.title,
-            x_label=self.x_label,
-            # The units are those of a singular value; a density has none.
-            y_label=measurement.axis_label(self.y_label) if self.curve is by_order else self.y_label,
+            x_label="order (1 = largest)",
+            y_label=measurement.axis_label("singular value"),
             lines=tuple(lines),
             # A power law is a straight line on two logarithmic axes.
             log_y=True,
             log_x=True,
             caption=measurement.caption(measured, scope=choice.scope, remarks=remarks),
-            alt=describe_lines(lines, self.title, self.x_label.partition(" (")[0]),
+            alt=describe_lines(lines, self.title, "order"),
             metric=self.metric,
             sources=("marchenko1967distribution",) if noise else (),
         )
@@ -106,14 +89,15 @@ class SpectrumFigure(FigureKind):
             floor = _rounding(sigma, orders)
             # On a log axis rounding noise would look like a cliff at the end of the spectrum.
             sigma = np.where(sigma > floor, sigma, np.nan)
-            x, y = self.curve(orders, sigma)
             lower = upper = None
-            if self.curve is by_order and np.isfinite(deviation).any():
+            if np.isfinite(deviation).any():
                 # A band that reaches zero or below cannot be drawn on a log axis.
                 lower, upper = np.maximum(sigma - deviation, floor), sigma + deviation
-            yield Line(x, y, label, lower=lower, upper=upper, group=run, text=[names[depth]] * len(x))
+            yield Line(
+                orders, sigma, label, lower=lower, upper=upper, group=run, text=[names[depth]] * len(orders)
+            )
             if np.isfinite(noise).any():
-                yield Line(*self.curve(orders, noise), null_label(label), role="null", group=run)
+                yield Line(orders, noise, null_label(label), role="null", group=run)
 
 
 def _bands(metric: str, analyses: Mapping[str, xr.Dataset]) -> list[str]:
@@ -150,35 +134,3 @@ def _rounding(sigma: Array, orders: Array) -> float:
     if not known.any():
         return 0.0
     return float(np.finfo(np.float32).eps * orders[known].max() * sigma[known].max())
-
-
-def by_order(orders: Array, sigma: Array) -> tuple[Array, Array]:
-    """The singular values themselves."""
-    return orders, sigma
-
-
-def density(orders: Array, sigma: Array) -> tuple[Array, Array]:
-    """Share of the eigenvalues between two orders over the decades between them, at their middle."""
-    # Singular values come sorted: the share of eigenvalues between two orders is known exactly, without a histogram.
-    ends = _bin_ends(orders)
-    if len(ends) < 2:
-        return np.zeros(0), np.zeros(0)
-    # Eigenvalues of XᵀX are squared singular values.
-    energy, share = np.log10(sigma[ends] ** 2), np.diff(orders[ends]) / orders[-1]
-    width, middle = energy[:-1] - energy[1:], 0.5 * (energy[:-1] + energy[1:])
-    known = width > 1e-9  # equal eigenvalues have no density: their bin has no width
-    # From the largest eigenvalue to the least so far; a curve goes from left to right.
-    return 10 ** middle[known][::-1], (share[known] / width[known])[::-1]
-
-
-def _bin_ends(orders: Array) -> list[int]:
-    """Indices of the orders between which eigenvalues are counted.
-
-    Bins of equal width in order would hide the few large eigenvalues, those of equal width in log order would be noise
-    at the top; so a bin is half its order wide, and at most a twentieth of all.
-    """
-    ends = [0]
-    for index, order in enumerate(orders):
-        if order - orders[ends[-1]] >= min(0.5 * order, orders[-1] / NUM_BINS):
-            ends.append(index)
-    return ends

@@ -5,12 +5,24 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.specification import Analyses, Array, Selection
+from depthscope.app.figures.specification import Analyses, Array, Lines, Selection
 from depthscope.app.text.visible import LONGEST_NAME, visible
 from depthscope.diagnostics.verdicts.locations import connection_name, state_name
 
 LABELLED = ("scope", "tokens", "centering", "stream", "estimator", "direction", "reduction")
 """Dimensions of an analysis of which a selection takes one label."""
+
+FLAT = 1e-3
+"""A curve whose numbers differ by a smaller part of the largest is better said than drawn. A heuristic of ours."""
+
+
+def level_of(figure: object) -> float | None:
+    """The number that all measured curves of a figure have everywhere; None where they vary, or are undefined somewhere."""
+    curves = [line.y for line in figure.lines if line.role == "measured"] if isinstance(figure, Lines) else []
+    values = np.concatenate(curves) if curves else np.zeros(0)
+    if values.size < 2 or not np.isfinite(values).all():
+        return None
+    return float(values[0]) if float(np.ptp(values)) <= FLAT * float(np.abs(values).max()) else None
 
 
 def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 
 import xarray as xr
 
+from depthscope.app.figures.build.values import level_of
 from depthscope.app.figures.composed.groups import groups_of
 from depthscope.app.figures.composed.panels import Subjects, in_one_line
 from depthscope.app.figures.composed.questions import QUESTIONS, Question
 from depthscope.app.figures.composed.specification import Composed, LetteredPanel, Points
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
+from depthscope.app.text.numbers import number
 
 __all__ = [
     "QUESTIONS",
@@ -25,6 +27,10 @@ __all__ = [
     "in_one_line",
     "letter",
 ]
+
+
+EVERYWHERE = "at every position of every run"
+"""How the reason ends why a panel is left out that would show nothing but a level."""
 
 
 def compose(
@@ -50,16 +56,24 @@ def compose(
     return composed_of(QUESTIONS[name], subjects, view or Selection())
 
 
-def composed_of(question: Question, subjects: Subjects, view: Selection) -> Composed:
-    """As `compose`, of runs whose matrices and histories are shared between several figures."""
+def composed_of(question: Question, subjects: Subjects, view: Selection, *, varied: bool = False) -> Composed:
+    """As `compose`, of runs whose matrices and histories are shared between several figures.
+
+    ``varied``: leave out panels whose curves are the same everywhere, and say so.
+    """
     panels: list[LetteredPanel] = []
     left_out: dict[str, list[str]] = {}
     for recipe in question.recipes:
         made = recipe.panels(subjects, view)
         if isinstance(made, str):
             left_out.setdefault(recipe.title, []).append(made)
-        else:
-            panels += made
+            continue
+        for panel in made:
+            level = level_of(panel.content) if varied else None
+            if level is None:
+                panels.append(panel)
+            else:
+                left_out.setdefault(panel.title, []).append(f"it is {number(level)} {EVERYWHERE}")
     return Composed(
         name=question.name,
         title=question.title,

@@ -17,7 +17,7 @@ from depthscope.app.figures.composed.specification import LetteredPanel, Points
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.run_arrays import MixingMatrices, cells_by_step, curves_by_step, matrices_of
+from depthscope.app.readings.run_arrays import MixingMatrices, curves_by_step, matrices_of
 from depthscope.app.text.numbers import number
 
 MOST_MAPS = 3
@@ -67,12 +67,6 @@ class Subjects:
         """What was measured by step, of the runs that have several steps."""
         found = {reading.name: curves_by_step(reading, self.runs) for reading in self.readings}
         return {run: history for run, history in found.items() if history is not None}
-
-    @cached_property
-    def cells(self) -> dict[str, xr.DataArray]:
-        """Elements of the mixing matrices by step, of the runs that have them at several steps."""
-        found = {reading.name: cells_by_step(reading, self.runs) for reading in self.readings}
-        return {run: cells for run, cells in found.items() if cells is not None}
 
     def why_not(self, metric: str) -> str:
         """Why no run has a metric."""
@@ -147,7 +141,7 @@ def _of_branch(data: xr.Dataset, branch: str) -> xr.Dataset:
     """The analysis at the connections of one kind alone; without any where it has none of that kind."""
     if "connection" not in data.dims:
         return data
-    known = data["branch"].values.astype(str) if "branch" in data.coords else np.array([])
+    known = data["branch"].values.astype(object).astype(str) if "branch" in data.coords else np.array([])
     labelled = known.size == data.sizes["connection"]
     keep = np.flatnonzero(known == branch) if labelled else np.zeros(0, dtype=int)
     # The places along the network stay: `positions` reads the labels.

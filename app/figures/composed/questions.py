@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from depthscope.app.figures import catalogue
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
-from depthscope.app.figures.catalogue import collapse, gradients, mixing, similarity
 from depthscope.app.figures.composed.panels import (
     Clouds,
     Curves,
@@ -18,21 +18,16 @@ from depthscope.app.figures.composed.panels import (
     streams_as_rows,
     whole_products,
 )
-from depthscope.app.figures.composed.training import Cells, History, Loss
+from depthscope.app.figures.composed.training import History, Loss
 
 
 @dataclass(frozen=True)
 class Question:
     """A figure of several panels, before it has met any run.
 
-    Parameters
-    ----------
-    name : str
-        Register key, file name, and name of the function in `depthscope.figures`.
-    title : str
-        The beginning of the caption.
-    recipes : tuple of PanelRecipe
-        Its panels, in the order of their letters.
+    ``name``: Register key, file name, and name of the function in `depthscope.figures`.
+    ``title``: The beginning of the caption.
+    ``recipes``: Its panels, in the order of their letters.
     """
 
     name: str
@@ -92,43 +87,48 @@ QUESTIONS: dict[str, Question] = {
             "collapse",
             "Collapse across depth",
             (
-                Curves("rank", "effective rank, all tokens", collapse.effective_rank, {"tokens": "all"}),
+                Curves("rank", "effective rank, all tokens", catalogue.effective_rank, {"tokens": "all"}),
                 Curves(
                     "rank_ordinary",
                     "effective rank, ordinary tokens",
-                    collapse.effective_rank,
+                    catalogue.effective_rank,
                     {"tokens": "ordinary"},
                 ),
                 Curves(
-                    "participation", "participation ratio", collapse.corrected_participation_ratio, log_y=True
+                    "participation",
+                    "participation ratio",
+                    catalogue.corrected_participation_ratio,
+                    log_y=True,
                 ),
-                Curves("token_cosine", "cosine between tokens", collapse.token_cosine),
-                Curves("dong_residual", "distance from equal tokens", collapse.dong_residual),
-                Curves("streams", "cosine between streams", similarity.stream_cosine),
+                Curves("token_cosine", "cosine between tokens", catalogue.token_cosine),
+                Curves("dong_residual", "distance from equal tokens", catalogue.dong_residual),
+                Curves("streams", "cosine between streams", catalogue.stream_cosine),
             ),
         ),
         Question(
             "similarity",
             "Similarity of depths",
             (
-                Maps("cka", "CKA", similarity.cka),
-                Curves("adjacent_cosine", "cosine with the depth before", similarity.adjacent_cosine),
-                Curves("adjacent_cka", "CKA with the depth before", similarity.adjacent_cka),
-                Curves("block_influence", "block influence", similarity.block_influence),
+                Maps("cka", "CKA", catalogue.cka),
+                Curves("adjacent_cosine", "cosine with the depth before", catalogue.adjacent_cosine),
+                Curves("adjacent_cka", "CKA with the depth before", catalogue.adjacent_cka),
+                Curves("block_influence", "block influence", catalogue.block_influence),
             ),
         ),
         Question(
             "gains",
             "Gains of the stream mixing",
             (
-                Curves("single_forward", "single, forward", mixing.mixing_gain, _FORWARD),
-                Curves("single_backward", "single, backward", mixing.mixing_gain, _BACKWARD),
-                Curves("composite_forward", "composite, forward", mixing.composite_gain, _FORWARD),
-                Curves("composite_backward", "composite, backward", mixing.composite_gain, _BACKWARD),
-                Curves("attn_forward", "attention, forward", mixing.mixing_gain, _FORWARD, branch="attn"),
-                Curves("attn_backward", "attention, backward", mixing.mixing_gain, _BACKWARD, branch="attn"),
-                Curves("mlp_forward", "MLP, forward", mixing.mixing_gain, _FORWARD, branch="mlp"),
-                Curves("mlp_backward", "MLP, backward", mixing.mixing_gain, _BACKWARD, branch="mlp"),
+                Curves("single_forward", "single, forward", catalogue.mixing_gain, _FORWARD),
+                Curves("single_backward", "single, backward", catalogue.mixing_gain, _BACKWARD),
+                Curves("composite_forward", "composite, forward", catalogue.composite_gain, _FORWARD),
+                Curves("composite_backward", "composite, backward", catalogue.composite_gain, _BACKWARD),
+                Curves("attn_forward", "attention, forward", catalogue.mixing_gain, _FORWARD, branch="attn"),
+                Curves(
+                    "attn_backward", "attention, backward", catalogue.mixing_gain, _BACKWARD, branch="attn"
+                ),
+                Curves("mlp_forward", "MLP, forward", catalogue.mixing_gain, _FORWARD, branch="mlp"),
+                Curves("mlp_backward", "MLP, backward", catalogue.mixing_gain, _BACKWARD, branch="mlp"),
             ),
         ),
         Question("mixing", "Mixing matrices", (Matrices(),)),
@@ -136,7 +136,7 @@ QUESTIONS: dict[str, Question] = {
             "kernel",
             "Who reads whom: the depth kernel",
             (
-                Maps("kernel", "depth kernel", mixing.depth_kernel, most=2),
+                Maps("kernel", "depth kernel", catalogue.depth_kernel, most=2),
                 Maps("read", "read share", _read_map, most=2, prepare=streams_as_rows),
                 Maps("write", "write share", _write_map, most=2, prepare=streams_as_rows),
             ),
@@ -167,12 +167,12 @@ QUESTIONS: dict[str, Question] = {
             "gradients",
             "Gradients and sensitivity",
             (
-                Curves("gradient_norm", "gradient norm", gradients.gradient_norm),
-                Curves("backward_gain", "backward gain", gradients.backward_gain),
-                Curves("relative_gradient", "gradient relative to the state", gradients.relative_gradient),
-                Curves("gradient_rank", "rank of the gradients", gradients.gradient_rank),
-                Curves("residual_norm", "norm of the state", gradients.residual_norm),
-                Curves("branch_share", "share of the branch", gradients.branch_share),
+                Curves("gradient_norm", "gradient norm", catalogue.gradient_norm),
+                Curves("backward_gain", "backward gain", catalogue.backward_gain),
+                Curves("relative_gradient", "gradient relative to the state", catalogue.relative_gradient),
+                Curves("gradient_rank", "rank of the gradients", catalogue.gradient_rank),
+                Curves("residual_norm", "norm of the state", catalogue.residual_norm),
+                Curves("branch_share", "share of the branch", catalogue.branch_share),
             ),
         ),
         Question(
@@ -186,7 +186,6 @@ QUESTIONS: dict[str, Question] = {
                 History("composite_gain", "composite gain, forward"),
             ),
         ),
-        Question("cells", "Elements of the mixing matrices over the training", (Cells(),)),
     )
 }
 """Every composed figure by name, in display order."""

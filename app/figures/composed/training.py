@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.axis_limits import visible_limits
 from depthscope.app.figures.build.curve_figure import axis_title
 from depthscope.app.figures.build.values import LABELLED, defined_labels
 from depthscope.app.figures.composed.groups import grouped
@@ -96,83 +95,6 @@ def first_steps(history: xr.Dataset) -> dict[int, list[str]]:
 
 MOST_CELLS = 36
 """Panels of one page. A heuristic of ours: those of four streams are 24."""
-
-
-@dataclass(frozen=True)
-class Cells:
-    """A panel for each element of H_res, H_pre and H_post, with its curve at the first, a middle and the last connection."""
-
-    key: str = "cells"
-    title: str = "elements of H_res, H_pre and H_post"
-
-    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
-        """The panels, or the reason why there is none."""
-        del view  # means over all tokens of a step
-        if not subjects.cells:
-            return "no run has mixing matrices at several training steps: record a model with streams by ds.record"
-        names = list(
-            dict.fromkeys(str(name) for cells in subjects.cells.values() for name in cells["cell"].values)
-        )
-        if len(names) > MOST_CELLS:
-            return (
-                f"{len(names)} elements do not fit onto a page, which has room for {MOST_CELLS}; the dashboard's page of the "
-                "training draws them"
-            )
-        figures = [self._of_one(name, subjects) for name in names]
-        kinds = [name.split()[0] for name in names]
-        limits = {
-            kind: _ends([each for each, other in zip(figures, kinds, strict=True) if other == kind])
-            for kind in kinds
-        }
-        return [
-            LetteredPanel(_key(name), name, replace(figure, limits=limits[kind]))
-            for name, kind, figure in zip(names, kinds, figures, strict=True)
-        ]
-
-    def _of_one(self, name: str, subjects: Subjects) -> Lines:
-        lines = []
-        for run, cells in subjects.cells.items():
-            if name not in cells["cell"].values:
-                continue
-            last = cells.sizes["connection"] - 1
-            places = sorted({0, last // 2, last})
-            for place in places:
-                y = cells.sel(cell=name).isel(connection=place).values.astype(np.float64)
-                label = run if len(places) == 1 else f"{run} · connection {place}"
-                lines.append(Line(cells["step"].values.astype(np.float64), y, label, group=run))
-        ends = "; ".join(f"{line.label} {number(line.y[0])} to {number(line.y[-1])}" for line in lines)
-        figure = Lines(
-            name=name,
-            title=name,
-            x_label="training step",
-            y_label="",
-            lines=tuple(lines),
-            caption="Means over tokens; to ← from, and one scale for all elements of a matrix.",
-            alt=f"{name} over training steps: {ends}.",
-            runs=colour_numbers(subjects.analyses),
-        )
-        return grouped(figure, subjects.groups) if subjects.groups else figure
-
-
-def _key(cell: str) -> str:
-    """A name for a file too.
-
-    Examples
-    --------
-    >>> _key("H_res 0←1"), _key("H_pre 0")
-    ('h_res_0_1', 'h_pre_0')
-    """
-    return cell.lower().replace(" ", "_").replace("←", "_")
-
-
-def _ends(figures: Sequence[Lines]) -> tuple[float, float] | None:
-    """The ends of an axis that all panels share."""
-    values = np.concatenate([line.y for figure in figures for line in figure.lines])
-    known = values[np.isfinite(values)]
-    if not known.size:
-        return None
-    low, high = visible_limits(float(known.min()), float(known.max()))
-    return low - 0.05 * (high - low), high + 0.05 * (high - low)
 
 
 @dataclass(frozen=True)

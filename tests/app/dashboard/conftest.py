@@ -1,9 +1,17 @@
-"""A headless Chromium for the tests that need a real browser."""
+"""Runs of every kind and the pages that show them, and a headless Chromium for the tests that need a real browser."""
 
 import os
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+
+from depthscope.app.dashboard.state import run_library
+from depthscope.diagnostics import create_run, save_run
+from tests.app.dashboard.opening import open_page
+
+RLO = "\u202e"
 
 FLAGS = [
     "--no-sandbox",
@@ -49,3 +57,39 @@ def page(browser):
         yield context.new_page()
     finally:
         context.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_search_for_components():
+    """Before each run of a page AppTest reads the metadata of every installed package, for components that none has."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("streamlit.components.v2.manifest_scanner.scan_component_manifests", lambda: [])
+        yield
+
+
+@pytest.fixture(scope="session")
+def saved_runs(tmp_path_factory, residual_run, mhc_run, make_run) -> Path:
+    """A folder with one run of each kind that pages meet."""
+    root = tmp_path_factory.mktemp("saved")
+    save_run(residual_run, root / "plain.zarr.zip")
+    save_run(mhc_run, root / "mhc.zarr.zip")
+    save_run(make_run("residual", layers=3, gradients=False), root / "blind.zarr")
+    trace = residual_run["trace"].to_dataset().load()
+    broken = trace["residual"].copy(deep=True)
+    broken[3] = np.nan
+    save_run(create_run(trace.assign(residual=broken), attrs=residual_run.attrs), root / "nan.zarr.zip")
+    shape = trace["mask"].shape
+    texts = np.array([[f"t{s}.{t}" for t in range(shape[1])] for s in range(shape[0])], dtype=object)
+    texts[0, 0] = f"<b>{RLO}evil</b>"
+    named = trace.assign(token_text=(trace["mask"].dims, texts))
+    save_run(create_run(named, attrs=residual_run.attrs), root / "<i>named.zarr.zip")
+    padding = trace.assign(mask=trace["mask"] & False)
+    save_run(create_run(padding, attrs=residual_run.attrs), root / "padding.zarr.zip")
+    return root
+
+
+@pytest.fixture
+def opened(saved_runs, monkeypatch):
+    """Open one page on the saved runs."""
+    monkeypatch.setattr(run_library, "_roots", [])
+    return lambda page, **parameters: open_page(page, [saved_runs], **parameters)

@@ -36,9 +36,9 @@ def parts(test: AppTest, what: str) -> list[dict]:
     return [data for data in sent if data.get("what") == what]
 
 
-def board(test: AppTest) -> dict:
-    """The table of all runs, by the name of the run."""
-    (found,) = parts(test, "board")
+def depth_map(test: AppTest) -> dict:
+    """The rows of the map of all runs, by the name of the run."""
+    (found,) = parts(test, "map")
     return {row["name"]: row for row in found["rows"]}
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import http.client
+import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -13,6 +16,7 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from depthscope.app.dashboard.access import HEADERS, guarded, policy
+from depthscope.app.dashboard.server import CONFIG, free_port, launch
 from depthscope.diagnostics import save_run
 from tests.app.dashboard.serving import serving
 
@@ -116,7 +120,7 @@ def address(tmp_path_factory, make_run) -> Iterator[str]:
     "path",
     [
         "/",
-        "/collapse",
+        "/streams",
         "/nowhere",
         "/_stcore/health",
         "/_stcore/host-config",
@@ -158,3 +162,41 @@ def test_the_server_answers_no_program_that_drives_it(address):
     )
     assert connection.getresponse().status in (403, 404, 405)
     connection.close()
+
+
+# --- the launch
+
+
+def test_the_server_is_local_and_silent():
+    assert CONFIG["server.address"] == "127.0.0.1"
+    assert CONFIG["server.allowedHosts"] == ["localhost", "127.0.0.1"]
+    assert CONFIG["browser.gatherUsageStats"] is False
+    assert CONFIG["server.fileWatcherType"] == "none"
+    assert not {"server.enableCORS", "server.enableXsrfProtection"} & set(CONFIG)
+
+
+def test_the_dashboard_needs_no_torch():
+    package = "depthscope.app.dashboard"
+    code = f"import sys, {package}.server, {package}.components.page; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "False"
+
+
+def test_a_taken_port_is_refused_and_a_free_one_is_found():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=f"port {port} is taken"):
+            free_port(port)
+    assert free_port(port) == port
+    assert free_port() >= 8501
+
+
+def test_a_launch_without_runs_or_on_nothing_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no run was given"):
+        launch([])
+    with pytest.raises(FileNotFoundError, match="absent does not exist; make a run with"):
+        launch([tmp_path / "absent"])

@@ -1,47 +1,60 @@
-"""Does the dashboard work in a real browser: no errors, no request outside, clicks and links that restore the view?"""
+"""Does the dashboard work in a real browser: no errors, no request outside, and clicks that lead where they say?"""
 
+from __future__ import annotations
+
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from depthscope.app.dashboard.pages import PAGES
+from depthscope.app.dashboard.state import run_library
+from depthscope.app.readings.readings import COMPLETE
 from depthscope.app.text.numbers import number
-from depthscope.diagnostics import save_run
-from tests.app.dashboard.serving import CHART, ROOT, Watch, serving_process, status, wait_for
+from depthscope.diagnostics import analyze, save_run, schema
+from tests.app.dashboard.serving import CHART, ROOT, Watch, serving, serving_process, status, wait_for
+from tests.app.hostile_text import TEXTS, file_names
 
 pytestmark = pytest.mark.browser
 
+HOSTILE = {
+    case: TEXTS[case]
+    for case in ("url", "markdown_link", "directive", "entities", "arrows", "math", "plotly")
+}
+NAMES = file_names(HOSTILE)
+
 
 @pytest.fixture(scope="module")
-def runs_root(tmp_path_factory, residual_run, mhc_run) -> Path:
+def runs_root(tmp_path_factory, residual_run, mhc_run, make_run) -> Path:
+    """Two runs, and one with an attack in its name and its attributes for each hostile text."""
     root = tmp_path_factory.mktemp("served")
     save_run(residual_run, root / "plain.zarr.zip")
     save_run(mhc_run, root / "mhc.zarr.zip")
+    small = make_run("residual", layers=2, weights=False)
+    names = ["effective_rank", "cka", "residual_norm", "gradient_norm", "num_tokens"]
+    metrics = analyze(small, metrics=names).assign_attrs({COMPLETE: True})
+    for case, name in NAMES.items():
+        run = xr.DataTree.from_dict({"/": xr.Dataset(attrs=small.attrs), "/metrics": metrics})
+        run.attrs |= dict.fromkeys(("model", "commit", "created", "software"), HOSTILE[case])
+        save_run(run, root / "run.zarr.zip")
+        (root / "run.zarr.zip").rename(root / f"{name}.zarr.zip")
     return root
 
 
 @pytest.fixture(scope="module")
-def served(chromium, runs_root) -> Iterator[tuple[str, int]]:
-    with serving_process(runs_root) as found:
+def address(chromium, runs_root) -> Iterator[str]:
+    with serving_process(runs_root) as (found, _):
         yield found
 
 
-@pytest.fixture(scope="module")
-def address(served) -> str:
-    return served[0]
-
-
-def href(page) -> str:
-    # Not `page.url`, which hears of nothing while a test only waits.
-    return page.evaluate("() => location.href")
-
-
-def microscope_heading(page, words: str) -> None:
+def heading(page, words: str) -> None:
     page.wait_for_function(
         "words => document.querySelector('.depthscope-pane h2')?.textContent.startsWith(words)",
         arg=words,
@@ -52,10 +65,10 @@ def microscope_heading(page, words: str) -> None:
 def test_every_page_draws_without_an_error_and_without_leaving_the_host(page, address):
     watch = Watch(page, address)
     for shown in PAGES:
-        if shown.url_path == "training":  # these runs have one step each, see test_training
+        if shown.url_path == "training":  # these runs have one step each, see below
             continue
-        page.goto(f"{address}/{shown.url_path}")
-        page.wait_for_selector(CHART, timeout=60_000)
+        page.goto(f"{address}/{shown.url_path}?runs=plain&runs=mhc")
+        page.wait_for_selector(CHART if shown.url_path else ".depthscope-map tr[data-run]", timeout=60_000)
         page.wait_for_timeout(500)
         assert page.get_by_test_id("stException").count() == 0
         for chart in page.locator(".depthscope-chart").all():
@@ -69,65 +82,105 @@ def test_every_page_draws_without_an_error_and_without_leaving_the_host(page, ad
     assert watch.outside == []
 
 
+def test_a_click_on_the_map_opens_the_microscope_at_that_depth(page, address):
+    page.goto(address)
+    strip = page.locator(".depthscope-map tr[data-run=plain] .strip")
+    strip.wait_for(timeout=60_000)
+    box = strip.bounding_box()
+    page.mouse.move(box["x"] + 0.5 * box["width"], box["y"] + 0.7 * box["height"])
+    tip = page.locator(".depthscope-map .tip").inner_text()
+    depth = int(tip.split(":")[0].removeprefix("depth "))
+    assert depth > 0
+    page.mouse.click(box["x"] + 0.5 * box["width"], box["y"] + 0.7 * box["height"])
+    heading(page, f"Depth {depth}:")
+    panels = page.locator(".depthscope-microscope")
+    # The cursor follows the mouse in the browser, before anything is sent; a click and the keys pin, and a link restores it.
+    page.wait_for_selector(".depthscope-microscope .main-svg", timeout=60_000)
+    box = panels.bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + 120)
+    under = page.locator(".depthscope-microscope .cursor").get_attribute("data-depth")
+    page.mouse.click(box["x"] + box["width"] * 0.7, box["y"] + 120)
+    heading(page, f"Depth {under}:")
+    panels.focus()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Shift+ArrowRight")
+    words = f"Depth {int(under) - 1} against depth {under}:"
+    heading(page, words)
+    # Not `page.url`, which hears of nothing while a test only waits. The pane is ahead of the address.
+    href = "() => location.href"
+    wait_for(lambda: f"against={under}" in page.evaluate(href), 20)
+    link = page.evaluate(href)
+    page.goto(f"{address}/streams")
+    page.goto(link)
+    heading(page, words)
+
+
+def test_the_map_is_walked_by_keys_and_marked_runs_are_compared(page, address):
+    page.goto(address)
+    rows = page.locator(".depthscope-map tr[data-run]")
+    rows.first.wait_for(timeout=60_000)
+    rows.first.focus()
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Space")
+    page.get_by_text("2 marked:").wait_for()
+    page.get_by_role("button", name="Compare", exact=True).click()
+    page.get_by_role("heading", name="Compare and export").wait_for(timeout=60_000)
+
+
+FOREIGN = """() => {
+    const own = (url) => !url || new URL(url, location.href).origin === location.origin || /^(data|blob):/.test(url);
+    const found = [];
+    for (const element of document.querySelectorAll("*")) {
+        const tag = element.tagName.toLowerCase();
+        if (["iframe", "object", "embed", "base", "form", "frame", "applet", "portal"].includes(tag)) found.push(tag);
+        for (const {name, value} of element.attributes) {
+            if (/^on/i.test(name)) found.push(`${tag} ${name}`);
+            if (/^\\s*javascript:/i.test(value)) found.push(`${tag} ${name}=${value}`);
+        }
+        for (const name of ["src", "href", "action", "data", "srcset", "poster"]) {
+            const value = element.getAttribute(name) ?? element.getAttribute("xlink:" + name);
+            if (value !== null && !own(value)) found.push(`${tag} ${name}=${value}`);
+        }
+    }
+    return found;
+}"""
+TEXT = """() => [document.body.innerText,
+    ...[...document.querySelectorAll("[aria-label]")].map((element) => element.getAttribute("aria-label"))].join("\\n")"""
+
+
+def test_hostile_names_and_attributes_are_text(page, address, runs_root, monkeypatch):
+    monkeypatch.setattr(run_library, "_roots", [runs_root.resolve()])
+    names = [name for name in run_library.list_runs() if name not in ("plain", "mhc")]
+    assert len(names) == len(NAMES)
+    watch = Watch(page, address)
+    dialogs: list[str] = []
+    page.on("dialog", lambda dialog: (dialogs.append(dialog.message), dialog.dismiss()))
+    for path in ("", "compare"):
+        page.goto(f"{address}/{path}?{urlencode([('runs', name) for name in names])}")
+        page.wait_for_selector(CHART if path else ".depthscope-map tr[data-run]", timeout=120_000)
+        page.get_by_test_id("stStatusWidget").wait_for(state="detached", timeout=120_000)
+        page.wait_for_timeout(1000)
+        assert page.get_by_test_id("stException").count() == 0
+        assert page.evaluate(FOREIGN) == []
+        text = " ".join(page.evaluate(TEXT).split())
+        assert not set("\u202a\u202d\u202e\u2066\u200b\u200e\ufeff\x00\x1b") & set(text)
+        for name in names:
+            assert " ".join(name.split()) in text, name
+    for case, words in HOSTILE.items():  # in the table of facts
+        assert words in text, case
+    assert page.evaluate("() => window.hostile") is None
+    assert dialogs == []
+    assert watch.errors == []
+    assert watch.outside == []
+
+
 def test_another_host_name_is_refused(address):
     port = urlsplit(address).port
     assert status(port, "/", host="evil.example") == 403
     assert status(port, "/", host=f"127.0.0.1:{port}") == 200
     assert status(port, "/depthscope/plotly/plotly.min.js") == 200
     assert status(port, "/depthscope/plotly/../__init__.py") in (400, 404)
-
-
-def test_a_launch_in_another_process_answers_and_ends_with_it_however_it_ends(runs_root):
-    code = (
-        "import sys; from pathlib import Path; from depthscope.app.dashboard.server import launch; "
-        "print(launch([Path(sys.argv[1])], open_browser=False, block=False), flush=True); input()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(runs_root)],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as parent:
-        try:
-            served = parent.stdout.readline().strip()
-            port = urlsplit(served).port
-            assert served == f"http://127.0.0.1:{port}"
-            assert status(port, "/_stcore/health") == 200
-            parent.kill()
-        finally:
-            parent.kill()
-    wait_for(lambda: status(port, "/_stcore/health") == 0, 20)
-
-
-def test_the_cursor_the_pin_the_keys_and_the_link(page, address):
-    page.goto(f"{address}/microscope?runs=plain&pin=2")
-    page.wait_for_selector(".depthscope-microscope .main-svg", timeout=60_000)
-    microscope_heading(page, "Depth 2:")
-    panels = page.locator(".depthscope-microscope")
-    box = panels.bounding_box()
-    # The cursor follows the mouse in the browser, before anything is sent.
-    page.mouse.move(box["x"] + box["width"] * 0.6, box["y"] + 120)
-    under = page.locator(".depthscope-microscope .cursor").get_attribute("data-depth")
-    assert under not in (None, "", "2")
-    page.mouse.click(box["x"] + box["width"] * 0.6, box["y"] + 120)
-    microscope_heading(page, f"Depth {under}:")
-    panels.focus()
-    page.keyboard.press("ArrowLeft")
-    page.keyboard.press("ArrowLeft")
-    microscope_heading(page, f"Depth {int(under) - 2}:")
-    page.keyboard.press("Shift+ArrowRight")
-    microscope_heading(page, f"Depth {int(under) - 2} against depth {int(under) - 1}:")
-    # The pane is ahead of the address, which the server writes.
-    wait_for(lambda: f"pin={int(under) - 2}" in href(page) and f"against={int(under) - 1}" in href(page), 20)
-    link = href(page)
-    page.goto(f"{address}/collapse")
-    page.goto(link)
-    microscope_heading(page, f"Depth {int(under) - 2} against depth {int(under) - 1}:")
-    panels.focus()
-    page.keyboard.press("Escape")
-    microscope_heading(page, f"Depth {int(under) - 2}:")
 
 
 def test_the_browser_writes_numbers_as_python_does(page):
@@ -139,3 +192,48 @@ def test_the_browser_writes_numbers_as_python_does(page):
     assert written == [number(value) for value in values]
     special = page.evaluate(f"() => {{ {source}; return [null, NaN, Infinity, -Infinity].map(digits); }}")
     assert special == [number(value) for value in (np.nan, np.nan, np.inf, -np.inf)]
+
+
+def test_zoom_and_pin_survive_while_another_process_writes(page, tmp_path):
+    writer = subprocess.Popen(
+        [sys.executable, "-m", "tests.app.dashboard.growing_run", str(tmp_path / "run"), "2000", "0.1"],
+        cwd=ROOT,
+    )
+    try:
+        wait_for(lambda: (tmp_path / "run" / schema.LOG).exists(), 30)
+        page.wait_for_timeout(1500)
+        with serving(tmp_path) as address:
+            watch = Watch(page, address)
+            page.goto(f"{address}/training?measures=residual_norm")
+            page.wait_for_selector(".depthscope-training .main-svg", timeout=60_000)
+            panels = page.locator(".depthscope-training")
+            plot = "() => document.querySelector('.depthscope-training .plot')"
+            last = f"{plot}._fullData.find((trace) => trace.type === 'heatmap').x.at(-1)"
+            shown = f"{plot}._fullLayout.xaxis.range"
+            where = "() => location.href"
+            page.wait_for_timeout(2000)  # the page has found its places
+            before = page.evaluate(last)
+            wait_for(lambda: page.evaluate(last) > before, 30)
+            box = panels.bounding_box()
+            y = box["y"] + 60
+            page.mouse.move(box["x"] + 0.35 * box["width"], y)
+            page.mouse.down()
+            page.mouse.move(box["x"] + 0.6 * box["width"], y, steps=5)
+            page.mouse.up()
+            wait_for(lambda: "zoom_training=" in page.evaluate(where), 30)
+            zoomed = page.evaluate(shown)
+            page.wait_for_timeout(800)  # else the two are a double click
+            page.mouse.click(box["x"] + 0.5 * box["width"], y)
+            wait_for(lambda: "step=" in page.evaluate(where), 30)
+            pinned = page.locator(".depthscope-training .pin").get_attribute("data-depth")
+            page.wait_for_timeout(2500)  # two beats
+            assert page.evaluate(shown) == pytest.approx(zoomed)
+            assert page.locator(".depthscope-training .pin").get_attribute("data-depth") == pinned
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.wait()
+            page.get_by_text("killed at step").wait_for(timeout=60_000)
+            assert watch.errors == []
+            assert watch.outside == []
+    finally:
+        writer.kill()
+        writer.wait()

@@ -1,271 +1,316 @@
-"""Does every page show what its runs contain, and does a bad run explain itself?"""
+"""Does every page show the numbers of its runs, restore what a link asks for, and say what it cannot show?"""
 
-import base64
 import json
-import shutil
-import socket
-import subprocess
-import sys
-from pathlib import Path
+import re
+import shlex
+from io import BytesIO, StringIO
 
 import numpy as np
+import pandas as pd
 import pytest
-import xarray as xr
-from streamlit.testing.v1 import AppTest
 
+from depthscope.app.cli.main import main
+from depthscope.app.dashboard.components import exports
+from depthscope.app.dashboard.components.choices import groups_of
+from depthscope.app.dashboard.components.controls import CONTROLS
 from depthscope.app.dashboard.components.figure_numbers import numbers_of
 from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.dashboard.components.run_facts import facts_table
 from depthscope.app.dashboard.pages import PAGES
-from depthscope.app.dashboard.server import CONFIG, free_port, launch
+from depthscope.app.dashboard.pages.compare import map_difference
 from depthscope.app.dashboard.state import run_library
-from depthscope.app.figures import FIGURES, available
-from depthscope.app.readings.readings import read_runs
-from depthscope.app.text.bibliography import source_words
-from depthscope.app.text.numbers import number
-from depthscope.diagnostics import analyze, create_run, save_run, schema
-from tests.app.dashboard.opening import ENTRY, charts, open_page, words
+from depthscope.app.figures import FIGURES, Selection
+from depthscope.app.readings.readings import read_paths
+from depthscope.app.tables.differences import difference_map, profiles_of
+from depthscope.app.tables.formats import to_csv, to_latex, to_parquet
+from depthscope.app.text.bibliography import entries
+from depthscope.diagnostics import analyze
+from depthscope.diagnostics.errors import InputError
+from tests.app.dashboard.conftest import RLO
+from tests.app.dashboard.opening import charts, numbers, parts, words
+from tests.app.hostile_text import TEXTS, mutated
+
+PAGE_NAMES = [page.url_path for page in PAGES]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory, residual_run, mhc_run, make_run) -> Path:
-    root = tmp_path_factory.mktemp("runs")
-    save_run(residual_run, root / "plain.zarr.zip")
-    save_run(mhc_run, root / "mhc.zarr.zip")
-    save_run(make_run("residual", layers=3, gradients=False), root / "blind.zarr")
-    return root
+@pytest.mark.parametrize("page", PAGE_NAMES)
+def test_every_page_opens_on_runs_of_any_kind(page, opened):
+    for names in (["plain"], ["plain", "mhc", "blind"], ["nan", "padding"], ["padding"]):
+        test = opened(page, runs=names)
+        assert not test.error, (names, test.error)
+        assert charts(test) or parts(test, "map") or test.info, names
+        assert all(len(data["alt"]) > 20 for data in charts(test).values())
+        shown = [part.value for part in test.main if part.type in ("code", "markdown")]
+        assert not {"None", "`None`"} & set(shown)
 
 
-@pytest.fixture
-def opened(runs, monkeypatch):
-    """Open one page on some files."""
-    monkeypatch.setattr(run_library, "_roots", [])
+PARAMETERS = (
+    *(
+        "runs",
+        "run",
+        "stream",
+        "depths",
+        "at",
+        "colour",
+        "find",
+        "group",
+        "look",
+        "pin",
+        "against",
+        *CONTROLS,
+    ),
+    *("measure", "sequence", "of_stream", "whose", "token", "strips", "mixing_run", "from_connection"),
+    *("to_connection", "stream_figures", "trained", "measures", "step", "versus", "training_tokens"),
+    *("zoom_training", "zoom_microscope", "training_by", "over_depths", "measure_of", "compare_by"),
+    *(
+        "compare_at",
+        "map_of",
+        "map_less",
+        "similarity",
+        "similar_a",
+        "similar_b",
+        "table",
+        "table_run",
+        "venue",
+    ),
+)
+VALUES = [
+    *({**TEXTS, **mutated(seed=4, count=3)}.values()),
+    *(
+        "-1",
+        "9" * 400,
+        "1.5",
+        "1e3",
+        "inf",
+        "nan",
+        "1e308,-1e308",
+        "1.2.3,4",
+        "x,<b>" * 20_000,
+        "true",
+        "٣",
+        "{}",
+    ),
+    *("..%2f..%2fetc%2fpasswd", "..\\..\\windows\\win.ini", "/etc/passwd", "plain,mhc", "plain\x00"),
+]
 
-    def opened_page(page: str, *names: str, **parameters: str) -> AppTest:
-        return open_page(page, [runs / name for name in names] or [runs], **parameters)
 
-    return opened_page
+@pytest.mark.parametrize("page", PAGE_NAMES)
+def test_whatever_an_address_asks_for_the_page_opens(page, opened):
+    # An address is bytes: a lone surrogate cannot be written in it.
+    values = [value.encode("utf-8", "replace").decode() for value in VALUES[PAGE_NAMES.index(page) :: 5]]
+    asked = {name: values[number % len(values)] for number, name in enumerate(PARAMETERS)}
+    test = opened(page, **asked, **{"embed": "true", "": "x", TEXTS["script"]: "1"})
+    assert not test.error
+    assert "Traceback" not in words(test)
+    test = opened(page, runs=["plain", "gone\u202e", "<b>"])
+    said = words(test).replace("`", "")
+    assert "Not here" in said
+    assert "\u202e" not in said
 
 
-@pytest.mark.parametrize("page", [page.url_path for page in PAGES])
-@pytest.mark.parametrize("names", [("plain.zarr.zip",), ("plain.zarr.zip", "mhc.zarr.zip", "blind.zarr")])
-def test_every_page_opens_on_runs_of_any_kind(page, names, opened):
-    test = opened(page, *names)
-    shown = charts(test)
-    # A history needs several steps, and these runs have one; streams have to be there to be mixed.
-    assert bool(shown) == (page != "training" and (page != "mixing" or "mhc.zarr.zip" in names))
-    for data in shown.values():
-        assert len(data["alt"]) > 20
-    assert not [
-        part for part in test.main if part.type in ("code", "markdown") and part.value in ("None", "`None`")
+# --- the microscope
+
+
+def test_the_map_has_the_norm_of_every_token(opened, residual_run):
+    data = charts(opened("microscope", runs="plain", sequence="1", measure="norm ‖x‖"))["microscope"]
+    maps = [trace for trace in json.loads(data["figure"])["data"] if trace["type"] == "heatmap"]
+    trace = residual_run["trace"].to_dataset()
+    expected = np.linalg.norm(trace["residual"].values[:, 1, :, 0], axis=-1).T
+    expected[~trace["mask"].values[1]] = np.nan
+    shown = numbers(maps[-1].get("customdata", maps[-1]["z"]))
+    np.testing.assert_allclose(shown, expected[: len(shown)], rtol=1e-6)
+    assert len(data["names"]) == trace.sizes["depth"]
+
+
+def test_the_text_has_the_numbers_of_the_map_and_shows_what_is_hidden(opened, residual_run):
+    (text,) = parts(opened("microscope", runs="<i>named"), "text")
+    assert "\\u202e" in text["texts"][0]
+    norms = np.linalg.norm(residual_run["trace"]["residual"].values[:, 0, :, 0], axis=-1).T
+    values = np.array(text["values"])
+    np.testing.assert_allclose(values, norms[: len(values)], rtol=1e-5)
+
+
+def test_a_link_restores_the_pinned_depths(opened):
+    test = opened("microscope", runs="mhc", pin="3", against="1")
+    (pane,) = parts(test, "pane")
+    assert (pane["pin"], pane["other"]) == (3, 1)
+    assert "spectrum" in charts(test)
+
+
+def test_the_browser_has_the_numbers_tokens_and_matrices_of_every_depth(opened, mhc_run):
+    test = opened("microscope", runs="mhc", token="0.2")
+    (pane,) = parts(test.selectbox(key="whose").set_value("marked").run(), "pane")
+    trace = mhc_run["trace"].to_dataset()
+    depths = trace.sizes["depth"]
+    assert all(len(row["values"]) == len(row["noise"]) == depths for row in pane["numbers"])
+    h = trace["h_res"].values[:, 0, 2].astype(np.float64)
+    np.testing.assert_allclose([each["h"] for each in pane["matrices"]], h, rtol=1e-5)
+    product = np.eye(h.shape[-1])
+    for connection, shown in zip(h, pane["products"], strict=True):
+        product = connection @ product
+        np.testing.assert_allclose(shown["h"], product, rtol=1e-4, atol=1e-9)
+        found = np.sort_complex([complex(*each) for each in shown["eigenvalues"]])
+        np.testing.assert_allclose(found, np.sort_complex(np.linalg.eigvals(product)), atol=1e-5)
+    norms = np.linalg.norm(trace["residual"].values.mean(axis=3), axis=-1)
+    norms[:, ~trace["mask"].values] = -1
+    for depth, shown in enumerate(pane["tokens"]):
+        _, sequence, position, *_ = shown["tokens"][0]
+        assert norms[depth, sequence, position] == pytest.approx(norms[depth].max())
+    assert pane["token"] == [0, 2]
+
+
+@pytest.mark.parametrize("wrong", ["99", "99.0", "-1.0", "٣.٣", "9" * 30])
+def test_a_depth_or_token_that_there_is_not_is_none(opened, wrong):
+    (pane,) = parts(opened("microscope", runs="mhc", pin=wrong, against=wrong, token=wrong), "pane")
+    assert 0 <= pane["pin"] < len(pane["names"])
+    assert pane["token"] is None
+
+
+# --- streams
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 5), (5, 0), (2, 2)])
+def test_the_product_of_any_two_connections(a, b, opened, mhc_run):
+    test = opened("streams", runs="mhc", from_connection=str(a), to_connection=str(b))
+    h = mhc_run["trace"]["h_res"].values.astype(np.float64)
+    first, last = min(a, b), max(a, b)
+    product = np.eye(h.shape[-1])
+    for connection in range(first, last + 1):
+        product = h[connection] @ product
+    mask = mhc_run["trace"]["mask"].values
+    (bench,) = parts(test, "bench")
+    np.testing.assert_allclose(bench["matrices"][0]["h"], product[mask].mean(axis=0), rtol=1e-5)
+    drawn = json.loads(charts(test)["h_res_pictures"]["figure"])["data"]
+    cells = numbers(next(each for each in drawn if each["type"] == "heatmap")["z"])
+    n = h.shape[-1]
+    for connection in (first, last):
+        start = connection * (n + 3)
+        expected = h[connection][mask].mean(axis=0)
+        np.testing.assert_allclose(cells[:n, start : start + n], expected, rtol=1e-5)
+        np.testing.assert_allclose(cells[:n, start + n + 1], expected.sum(axis=1) - 1, atol=1e-6)
+
+
+def test_survival_is_that_of_the_analysis_and_figures_are_chosen_by_link(opened, mhc_run):
+    test = opened("streams", runs="mhc")
+    (sent,) = [
+        t for t in json.loads(charts(test)["deflated_gain"]["figure"])["data"] if t.get("name") == "mhc"
     ]
-
-
-def test_a_chart_contains_the_numbers_of_the_analysis(opened, mhc_run):
-    data = charts(opened("mixing", "mhc.zarr.zip", part="Streams"))["deflated_gain"]
-    traces = json.loads(data["figure"])["data"]
-    (sent,) = [t for t in traces if t.get("name") == "mhc"]
-    values = np.frombuffer(base64.b64decode(sent["y"]["bdata"]), dtype=sent["y"]["dtype"])
     expected = analyze(mhc_run)["deflated_gain"].isel(step=-1).sel(reduction="mean")
-    np.testing.assert_allclose(values, expected)
+    np.testing.assert_allclose(numbers(sent["y"]), expected)
+    shown = charts(opened("streams", runs="mhc", stream_figures=["depth_kernel", "write_share"]))
+    assert set(shown) == {"h_res_pictures", "depth_kernel", "write_share"}
 
 
-def test_the_overview_begins_with_the_verdict_and_ends_with_the_facts(monkeypatch, tmp_path, mhc_run):
-    trace = mhc_run["trace"].to_dataset().load()
-    copies = trace["residual"].isel(stream=[0]).values.repeat(trace.sizes["stream"], axis=3)
-    copied = create_run(trace.assign(residual=trace["residual"].copy(data=copies)), attrs=mhc_run.attrs)
-    save_run(copied, tmp_path / "copies.zarr.zip")
-    monkeypatch.setattr(run_library, "_roots", [])
-    test = open_page("", [tmp_path / "copies.zarr.zip"])
-    said = words(test)
-    assert "The streams are still copies of one another deep in the network." in said
-    assert "1 − cosine of any two of them is" in said
-    assert "below 1e-9 (depthscope's default)" in said
-    assert all(f"{label}:" in said for label in ("Where", "Why", "Next"))
-    facts = test.table[0].value
+def test_what_a_run_lacks_is_said(opened, monkeypatch):
+    assert "has streams to mix" in opened("streams", runs="plain").info[0].value
+    monkeypatch.setattr(run_library, "close_up_of", lambda reading: None)
+    assert "matrices of single tokens" in words(opened("streams", runs="mhc"))
+
+
+# --- compare and export
+
+
+def test_compared_runs_are_tested_once_and_the_command_is_named(opened, monkeypatch):
+    names = ["plain", "<i>named"]
+    test = opened("compare", runs=names)
+    assert any(name.startswith("difference_") for name in charts(test))
+    assert any(block.value.startswith("depthscope compare ") for block in test.code)
+    monkeypatch.setattr(run_library, "between_runs", None)
+    assert charts(opened("compare", runs=names)) == charts(test)
+
+
+def test_two_maps_of_similarity_have_a_difference(opened, saved_runs):
+    shown = charts(opened("compare", runs=["plain", "mhc"]))
+    assert {"similarity_a", "similarity_b", "similarity_difference"} <= set(shown)
+    readings, _ = read_paths([str(saved_runs / "plain.zarr.zip"), str(saved_runs / "mhc.zarr.zip")])
+    maps = [FIGURES["cka"].build({each.name: each.analysis}) for each in readings]
+    assert np.nanmax(np.abs(map_difference(maps[0], maps[0]).z)) == 0
+    difference = map_difference(*maps)
+    assert difference.z.shape == min(maps, key=lambda each: len(each.x)).z.shape
+    np.testing.assert_allclose(difference.z[0, -1], maps[0].z[0, -1] - maps[1].z[0, -1])
+
+
+def test_the_map_of_differences_has_the_largest_first_and_no_units(saved_runs):
+    readings, _ = read_paths([str(saved_runs / "plain.zarr.zip"), str(saved_runs / "mhc.zarr.zip")])
+    one, other = readings
+    metrics = ["residual_norm", "effective_rank", "composite_gain"]
+    view = Selection()
+    figure, rows = difference_map({"a": [one], "b": [other]}, metrics, view, axis="depth")
+    assert set(rows) == {"residual_norm", "effective_rank"}
+    largest = np.nanmax(np.abs(figure.z), axis=1)
+    assert largest[0] == largest.max() == figure.limits[1] == -figure.limits[0]
+    (first,), (second,) = (profiles_of([reading], "residual_norm", view) for reading in readings)
+    a, b = float(first[-1]), float(second[-1])
+    assert figure.z[rows.index("residual_norm"), len(figure.x) - 1] == pytest.approx(2 * (b - a) / (b + a))
+    same, _ = difference_map({"a": [one, one], "b": [one]}, metrics, view, axis="depth")
+    assert np.nanmax(np.abs(same.z)) == 0
+    with pytest.raises(InputError, match="no measure along their connections"):
+        difference_map({"a": [one], "b": [other]}, metrics, view, axis="connection")
+
+
+def test_runs_are_grouped_by_what_several_share(saved_runs):
+    names = ("plain.zarr.zip", "nan.zarr.zip", "mhc.zarr.zip")
+    readings, _ = read_paths([str(saved_runs / name) for name in names])
+    assert "family" in groups_of(readings)
+    assert "seed" not in groups_of(readings)
+
+
+def test_a_figure_for_a_paper_comes_with_the_entries_that_it_cites(opened):
+    codes = [block.value for block in opened("compare", runs="plain").code]
+    (latex,) = [code for code in codes if "includegraphics" in code]
+    (bibtex,) = [code for code in codes if code.startswith("@")]
+    (cited,) = re.findall(r"\\citep\{([^}]*)\}", latex)
+    assert set(entries(bibtex)) == set(cited.split(","))
+    python = [code for code in codes if "import " in code]
+    assert [re.findall("(?:import|from) .*", code) for code in python] == [["import depthscope as ds"]] * 2
+
+
+def test_every_format_has_what_is_shown(saved_runs):
+    readings, _ = read_paths([str(saved_runs / "mhc.zarr.zip")])
+    figure = FIGURES["cka"].build({"mhc": readings[0].analysis})
+    table = exports.measure_table(figure)
+    parquet = pd.read_parquet(BytesIO(to_parquet(table)))
+    np.testing.assert_allclose(parquet.iloc[:, 2:].to_numpy(float), figure.z)
+    saved = pd.read_csv(StringIO(to_csv(table)))
+    np.testing.assert_allclose(saved.iloc[:, 2:].to_numpy(float), figure.z)
+    assert to_latex(table, {}).count(r"\\") >= len(figure.y)
+    data = pd.DataFrame([[1.0, 2.0, f"a{RLO}b"]], columns=["x", "x", f"n{RLO}"])
+    plain = exports.plain_frame(data)
+    assert list(plain.columns) == ["x", "x (1)", "n\\u202e"]
+    assert plain.iloc[0, 2] == "a\\u202eb"
+
+
+@pytest.mark.parametrize(
+    "what", [exports.MEASURE, exports.DEPTH, exports.CONNECTION, exports.SUMMARY, exports.FINDINGS]
+)
+def test_the_commands_and_the_python_of_every_table_give_what_is_shown(
+    what, opened, capsys, monkeypatch, tmp_path
+):
+    test = opened("compare", runs="mhc", table=what, scope="data")
+    shown = test.dataframe[0].value
+    codes = [block.value for block in test.code]
+    python = next(code for code in codes if code.startswith("import") and "print(" in code)
+    exec(compile(python, "shown", "exec"), {})
+    made = pd.read_csv(StringIO(capsys.readouterr().out))
+    assert made.shape == shown.shape
+    (command, *_) = [code for code in codes if code.startswith("depthscope ") and "--json" in code]
+    assert all(shlex.split(each)[0] == "depthscope" for each in command.splitlines())
+    if what == exports.MEASURE:
+        np.testing.assert_allclose(made["y"], shown["y"].astype(float))
+        monkeypatch.chdir(tmp_path)
+        assert main(shlex.split(command)[1:]) == 0
+        first = float(shown["y"].iloc[0])
+        printed = [float(each) for each in re.findall(r"-?\d+\.\d+(?:e-?\d+)?", capsys.readouterr().out)]
+        assert any(abs(each - first) < 1e-9 * abs(first) for each in printed)
+
+
+def test_the_facts_of_the_runs_end_the_page(opened, mhc_run):
+    facts = opened("compare", runs="mhc").table[-1].value
     assert facts.loc["Model"].iloc[0].replace("\\", "") == mhc_run.attrs["model"]
     assert "rebuilt to 1e-7" in facts.loc["Reconstruction proof"].iloc[0].replace("\\", "")
     assert facts.loc["Tokens analysed"].iloc[0] == "28"
 
 
-def test_a_page_that_nothing_feeds_explains_why_and_what_to_do(opened):
-    mixing = words(opened("mixing", "plain.zarr.zip"))
-    assert "has streams to mix" in mixing
-    assert "depthscope demo" in mixing
-    gradients = words(opened("gradients", "blind.zarr"))
-    assert "None of the chosen runs has gradients" in gradients
-    assert "--gradients" in gradients
-
-
-def test_the_url_restores_the_choices(opened):
-    test = opened("similarity", runs="mhc", estimator="biased", a="2", b="7")
-    assert test.multiselect(key="runs").value == ["mhc"]
-    assert [field.value for field in test.number_input] == [2, 7]
-    assert "Depth 2 against depth 7" in words(test)
-    ring = json.loads(charts(test)["cka"]["figure"])["layout"]["shapes"][0]
-    assert (ring["x0"], ring["y0"]) == (6.5, 1.5)
-
-
-def test_a_depth_that_a_shallower_run_lacks_is_brought_into_it(opened):
-    test = opened("similarity", runs="blind", a="1", b="9")
-    assert [field.value for field in test.number_input] == [1, 3]
-
-
-def test_a_control_changes_the_chart(opened):
-    test = opened("collapse", "plain.zarr.zip")
-    before = charts(test)["effective_rank"]["figure"]
-    test.segmented_control(key="scope").set_value("data").run()
-    assert not test.exception
-    assert charts(test)["effective_rank"]["figure"] != before
-
-
-@pytest.mark.parametrize("question", ["collapse", "mixing", "gradients"])
-def test_the_parts_of_a_page_show_every_figure_that_the_run_feeds_once(question, opened, mhc_run):
-    fed = {
-        name: kind for name, kind in available({"a": analyze(mhc_run)}).items() if kind.question == question
-    }
-    for part in dict.fromkeys(kind.section for kind in fed.values()):
-        expected = {name for name, kind in fed.items() if kind.section == part}
-        assert set(charts(opened(question, "mhc.zarr.zip", part=part))) == expected
-
-
-def test_a_part_of_another_page_opens_the_first_one(opened):
-    assert "gradient_norm" in charts(opened("gradients", "mhc.zarr.zip", part="Paths"))
-
-
-def test_what_costs_more_is_computed_when_it_is_asked_for_and_kept(opened, runs, residual_run):
-    test = opened("similarity", "plain.zarr.zip", measure_b="CKNNA")
-    before = {path: path.stat().st_mtime_ns for path in runs.glob("plain.zarr.zip")}
-    (button,) = [each for each in test.button if each.key == "request_right_compute"]
-    button.click().run()
-    assert not test.exception
-    assert not test.error
-    assert "cknna" in charts(test)
-    assert before == {path: path.stat().st_mtime_ns for path in runs.glob("plain.zarr.zip")}
-    run_library._cache.clear()
-    (kept,) = run_library.read_run("plain")
-    expected = analyze(residual_run, metrics="cknna")
-    np.testing.assert_allclose(kept.analysis["cknna"].values, expected["cknna"].values)
-    assert "cknna" not in kept.analysis.attrs["on_request"]
-
-
-def test_depths_of_spectra_can_be_chosen(runs, opened, whole_run, whole):
-    nodes = {"/trace": whole_run["plain"]["trace"].to_dataset(), "/metrics": whole["plain"]}
-    run = xr.DataTree.from_dict({"/": xr.Dataset(attrs=whole_run["plain"].attrs), **nodes})
-    save_run(run, runs.parent / "whole.zarr.zip")
-    test = opened("collapse", "../whole.zarr.zip", part="Spectrum")
-    assert "depth 4" in charts(test)["spectrum"]["alt"]
-    test.multiselect(key="depths").set_value([1, 2]).run()
-    assert not test.exception
-    alt = charts(test)["spectral_density"]["alt"]
-    assert "depth 1" in alt
-    assert "depth 4" not in alt
-
-
-def test_heat_maps_follow_the_chosen_run(opened):
-    test = opened("similarity")
-    assert "of blind" in charts(test)["cka"]["alt"]
-    test.selectbox(key="run").set_value("mhc").run()
-    assert "of mhc" in charts(test)["cka"]["alt"]
-
-
-def broken(path: Path) -> None:
-    path.write_bytes(b"nonsense")
-
-
-def put(tree: xr.DataTree, path: Path) -> None:
-    schema.write_zip(tree, path)
-
-
-def newer(path: Path) -> None:
-    put(xr.DataTree.from_dict({"/": xr.Dataset(attrs={"schema_version": "9.0"})}), path)
-
-
-def foreign(path: Path) -> None:
-    put(xr.DataTree(xr.Dataset({"a": ("x", [1.0])})), path)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "reason"),
-    [
-        (broken, "cannot be read"),
-        (newer, "read it with a newer depthscope"),
-        (foreign, "not a depthscope run"),
-    ],
-)
-def test_a_bad_run_explains_itself_and_leaves_the_good_ones(
-    spoil, reason, opened, tmp_path, runs, monkeypatch
-):
-    spoil(tmp_path / "bad.zarr.zip")
-    shutil.copy(runs / "plain.zarr.zip", tmp_path / "good.zarr.zip")
-    run_library.allow([tmp_path])
-    monkeypatch.setattr(run_library, "allow", lambda paths: None)
-    monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
-    test = AppTest.from_file(str(ENTRY), default_timeout=120).run()
-    assert not test.exception
-    said = words(test)
-    assert "bad cannot be shown" in said
-    assert reason in said
-    assert "depthscope probe" in said
-    assert "effective_rank" in charts(test)
-
-
-def test_an_empty_folder_gives_the_next_command(monkeypatch, tmp_path):
-    monkeypatch.setattr(run_library, "_roots", [tmp_path])
-    test = AppTest.from_file(str(ENTRY), default_timeout=60).run()
-    assert not test.exception
-    assert "no run here yet" in words(test)
-    assert "depthscope demo" in words(test)
-
-
-def test_the_chains_of_a_run_are_shown_together(monkeypatch, tmp_path, make_run):
-    parts = {"encoder": make_run("residual", layers=2), "decoder": make_run("residual", layers=3)}
-    traces = {name: run["trace"].to_dataset() for name, run in parts.items()}
-    save_run(create_run(traces, attrs=dict(parts["encoder"].attrs)), tmp_path / "two.zarr.zip")
-    monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
-    test = AppTest.from_file(str(ENTRY), default_timeout=120).run()
-    assert not test.exception
-    assert "two/encoder:" in charts(test)["effective_rank"]["alt"]
-    assert "two/decoder:" in charts(test)["effective_rank"]["alt"]
-
-
-# --- the library ---
-
-
-def test_only_what_lies_below_the_roots_is_listed(monkeypatch, tmp_path, runs):
-    inside = tmp_path / "inside"
-    inside.mkdir()
-    shutil.copy(runs / "plain.zarr.zip", inside / "a.zarr.zip")
-    (inside / "link.zarr.zip").symlink_to(runs / "mhc.zarr.zip")
-    monkeypatch.setattr(run_library, "_roots", [inside.resolve()])
-    assert list(run_library.list_runs()) == ["a"]
-    outside = run_library.read_run("../../etc/passwd")
-    assert isinstance(outside, run_library.UnreadableRun)
-    assert "not below the paths" in outside.reason
-
-
-def test_runs_of_the_same_name_get_distinct_names(monkeypatch, tmp_path, runs):
-    for folder in ("one", "two"):
-        (tmp_path / folder).mkdir()
-        shutil.copy(runs / "plain.zarr.zip", tmp_path / folder / "a.zarr.zip")
-    monkeypatch.setattr(
-        run_library, "_roots", [tmp_path / "one" / "a.zarr.zip", tmp_path / "two" / "a.zarr.zip"]
-    )
-    assert list(run_library.list_runs()) == ["a", "two/a"]
-
-
-def test_a_run_is_analysed_again_only_when_its_file_changes(monkeypatch, tmp_path, runs, make_run):
-    shutil.copy(runs / "plain.zarr.zip", tmp_path / "a.zarr.zip")
-    monkeypatch.setattr(run_library, "_roots", [tmp_path.resolve()])
-    first = run_library.read_run("a")
-    assert run_library.read_run("a") is first
-    save_run(make_run("residual", layers=2), tmp_path / "a.zarr.zip", force=True)
-    second = run_library.read_run("a")
-    assert second is not first
-    assert second[0].analysis.sizes["depth"] == 3
-
-
-# --- numbers and words ---
+# --- numbers and words
 
 
 def test_the_table_contains_every_number_of_a_figure(residual_run):
@@ -280,65 +325,9 @@ def test_the_table_contains_every_number_of_a_figure(residual_run):
     )
 
 
-def test_the_rank_among_the_facts_says_its_scope(residual_run):
-    (reading,) = read_runs({"plain": residual_run})
-    fact = facts_table([reading]).loc["Effective rank of the last state", "plain"]
-    rank = reading.analysis["effective_rank"].isel(step=-1, depth=-1)
-    pooled = rank.sel(scope="data", tokens="all", centering="raw", stream="mean")
-    assert fact.replace("\\", "").startswith(number(float(pooled)))  # escaped for Markdown
-    assert "all sequences pooled" in fact
-
-
 def test_text_from_a_run_is_never_markdown():
     assert escaped("[x](y) :material/home: $x$ <b> &amp;") == (
         r"\[x\]\(y\) \:material\/home\: \$x\$ \<b\> \&amp\;"
     )
     # Streamlit looks for addresses in what Markdown has read, escaped or not; it leaves code alone.
     assert escaped("[x](http://evil) www.a.b `a@b.c") == "`[x](http://evil)` `www.a.b` `` `a@b.c ``"
-
-
-def test_sources_are_cited_by_author_and_year():
-    assert source_words("roy2007effective") == "Roy & Vetterli 2007"
-    assert source_words("xie2025mhc") == "Xie et al. 2025"
-    assert source_words("this project") == "this project"
-
-
-# --- the launch ---
-
-
-def test_the_server_is_local_and_silent():
-    assert CONFIG["server.address"] == "127.0.0.1"
-    assert CONFIG["server.allowedHosts"] == ["localhost", "127.0.0.1"]
-    assert CONFIG["browser.gatherUsageStats"] is False
-    assert CONFIG["server.fileWatcherType"] == "none"
-    assert not {"server.enableCORS", "server.enableXsrfProtection"} & set(CONFIG)
-
-
-def test_the_dashboard_needs_no_torch():
-    package = "depthscope.app.dashboard"
-    code = (
-        f"import sys, {package}.server, {package}.state.chosen_runs, {package}.components.page; "
-        "print('torch' in sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "False"
-
-
-def test_a_taken_port_is_refused_and_a_free_one_is_found():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ValueError, match=f"port {port} is taken"):
-            free_port(port)
-    assert free_port(port) == port
-    assert free_port() >= 8501
-
-
-def test_a_launch_without_runs_or_on_nothing_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no run was given"):
-        launch([])
-    with pytest.raises(FileNotFoundError, match="absent does not exist; make a run with"):
-        launch([tmp_path / "absent"])

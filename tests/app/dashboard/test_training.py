@@ -5,28 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-import xarray as xr
 
 from depthscope.app.dashboard.state import growing_runs, run_library
-from depthscope.app.dashboard.state.live_status import live_state
+from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.dashboard.state.run_reading import version_of
-from depthscope.app.figures.build.history_figure import MOST_COLUMNS, histories_figure
-from depthscope.app.readings.first_findings import FirstFindings
-from depthscope.app.readings.kept_first_findings import keep_first_findings, kept_first_findings
+from depthscope.app.figures.build.history_figure import MOST_COLUMNS
+from depthscope.app.readings.first_findings import FirstFindings, keep_first_findings, kept_first_findings
 from depthscope.app.readings.readings import read_paths
-from depthscope.app.readings.training_history import Measure, TrainingHistory
 from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import save_run, schema
 from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.app.dashboard.growing_run import SPIKE, add, begin, with_state
-from tests.app.dashboard.opening import board, charts, numbers, open_page, words
-from tests.app.dashboard.serving import ROOT, Watch, serving, wait_for
+from tests.app.dashboard.opening import charts, depth_map, numbers, open_page, words
 
 
 @pytest.fixture
@@ -60,17 +53,6 @@ def test_steps_are_followed_and_the_state_is_said(store):
     store.close()
     test.run()
     assert "ended at step 20" in words(test)
-
-
-def test_a_paused_page_stays_and_says_where(store):
-    test = opened(store)
-    test.toggle(key="paused").set_value(True).run()
-    add(store, 20, 6)
-    test.run()
-    said = words(test)
-    assert "paused at step 19" in said
-    assert re.search(r"step 20, \d+ s ago", said)
-    assert "Step 19, the last one" in said
 
 
 def test_a_link_restores_step_comparison_and_zoom(store):
@@ -123,43 +105,17 @@ def test_several_runs_are_drawn_on_the_same_axes_and_their_seeds_as_one_band(sto
     )
 
 
-def test_trainings_of_a_group_are_a_band_at_their_shared_steps():
-    class Known(TrainingHistory):
-        resumed_at, measures = (), {"loss": Measure("loss", "", {}, xr.DataArray(0.0))}
-
-        def __init__(self, name, steps):
-            self.name, self._rows = name, None
-            self._steps = np.array(steps)
-
-        steps = property(lambda self: self._steps)
-
-        def values(self, name, choice):
-            return self._steps + (10.0 if self.name == "b" else 0.0)
-
-        def analysis_at(self, position):
-            raise NotImplementedError
-
-    histories = {"a": Known("a", [0, 1, 2, 3]), "b": Known("b", [1, 2, 3]), "c": Known("c", range(2000))}
-    one, other = histories_figure(
-        histories, "loss", {}, colours={"a": 0, "b": 1, "c": 2}, group_of={"a": "ab", "b": "ab"}, over="mean"
-    ).lines
-    assert (one.label, other.label) == ("ab", "c")
-    np.testing.assert_array_equal(
-        [one.x, one.y, one.lower, one.upper], [[1, 2, 3], [6, 7, 8], [1, 2, 3], [11, 12, 13]]
-    )
-    assert len(other.x) == 2 * MOST_COLUMNS
-    assert other.y.max() == 1999
-
-
 def test_a_page_that_is_opened_before_the_first_step_waits_and_shows_it(tmp_path, make_run, monkeypatch):
     monkeypatch.setattr(run_library, "_roots", [])
     monkeypatch.setitem(growing_runs._rest, "until", 0.0)
     store = LiveStore(tmp_path / "run")
-    pages = {page: open_page(page, [tmp_path], runs=["run"]) for page in ("training", "", "gradients")}
+    pages = {
+        page: open_page(page, [tmp_path], runs=["run"]) for page in ("training", "microscope", "compare")
+    }
     for test in pages.values():
         assert "no step of it was measured yet" in words(test)
         assert "cannot be" not in words(test)
-    assert "no step of it" in board(pages[""])["run"]["sentence"]
+    assert "no step of it" in depth_map(open_page("", [tmp_path]))["run"]["worst"]
     with_state(store, make_run("residual", layers=5))
     add(store, 0, 6)
     for test in pages.values():
@@ -170,36 +126,12 @@ def test_a_page_that_is_opened_before_the_first_step_waits_and_shows_it(tmp_path
     store.close()
 
 
-@pytest.mark.browser
-def test_an_open_page_shows_the_first_step_by_itself(page, tmp_path, make_run):
-    store = LiveStore(tmp_path / "run")
-    with serving(tmp_path) as address:
-        page.goto(f"{address}/training")
-        page.get_by_text("no step of it was measured yet").wait_for(timeout=60_000)
-        with_state(store, make_run("residual", layers=5))
-        for step in range(2):
-            add(store, step, 6)
-        page.wait_for_selector(".depthscope-training .main-svg", timeout=60_000)
-    store.close()
-
-
 def test_a_run_without_a_history_says_how_to_record_one(tmp_path, make_run, monkeypatch):
     monkeypatch.setattr(run_library, "_roots", [])
     save_run(make_run("residual", layers=2), tmp_path / "plain.zarr.zip")
     test = open_page("training", [tmp_path])
     assert "one measured step" in words(test)
     assert "ds.record" in words(test)
-
-
-def test_only_trainings_with_two_measured_steps_are_offered(store, tmp_path, make_run):
-    short = begin(tmp_path / "short", make_run("residual", layers=5))
-    add(short, 0, 6)
-    short.finish()
-    save_run(make_run("residual", layers=2), tmp_path / "plain.zarr.zip")
-    test = open_page("training", [tmp_path], runs=["plain"])
-    offered = [button.label for button in test.button]
-    assert "run" in offered
-    assert "short" not in offered
 
 
 def test_a_saved_copy_shows_the_same_history(store, tmp_path):
@@ -244,11 +176,11 @@ def test_a_resumed_training_shows_where_and_forgets_what_it_superseded(store):
     resumed.close()
 
 
-def test_the_table_of_runs_says_what_is_written_and_stale(store, make_run):
+def test_the_map_says_what_is_written_and_stale(store, make_run):
     save_run(make_run("residual", layers=2), store.path.parent / "saved.zarr.zip")
     test = open_page("", [store.path.parent])
-    status = {name: row["status"] for name, row in board(test).items()}
-    assert status["saved"] == "saved"
+    status = {name: row["status"] for name, row in depth_map(test).items()}
+    assert status["saved"] == ""
     assert re.fullmatch(r"step 19, \d+ s ago( · STALE)?", status["run"])
 
 
@@ -263,56 +195,6 @@ def test_the_microscope_follows_the_last_step(store):
     store.close()
     test.run()
     assert "Numbers of step" not in words(test)
-
-
-@pytest.mark.browser
-def test_zoom_pin_and_scroll_survive_while_another_process_writes(page, tmp_path):
-    writer = subprocess.Popen(
-        [sys.executable, "-m", "tests.app.dashboard.growing_run", str(tmp_path / "run"), "2000", "0.1"],
-        cwd=ROOT,
-    )
-    try:
-        wait_for(lambda: (tmp_path / "run" / schema.LOG).exists(), 30)
-        page.wait_for_timeout(1500)
-        with serving(tmp_path) as address:
-            watch = Watch(page, address)
-            page.goto(f"{address}/training?measures=residual_norm")
-            page.wait_for_selector(".depthscope-training .main-svg", timeout=60_000)
-            panels = page.locator(".depthscope-training")
-            plot = "() => document.querySelector('.depthscope-training .plot')"
-            last = f"{plot}._fullData.find((trace) => trace.type === 'heatmap').x.at(-1)"
-            shown = f"{plot}._fullLayout.xaxis.range"
-            where = "() => location.href"  # `page.url` stays as it was while this thread sleeps
-            page.wait_for_timeout(2000)  # the page has found its places
-            before = page.evaluate(last)
-            wait_for(lambda: page.evaluate(last) > before, 30)
-            box = panels.bounding_box()
-            y = box["y"] + 60
-            page.mouse.move(box["x"] + 0.35 * box["width"], y)
-            page.mouse.down()
-            page.mouse.move(box["x"] + 0.6 * box["width"], y, steps=5)
-            page.mouse.up()
-            wait_for(lambda: "zoom_training=" in page.evaluate(where), 30)
-            zoomed = page.evaluate(shown)
-            page.wait_for_timeout(800)  # else the two are a double click
-            page.mouse.click(box["x"] + 0.5 * box["width"], y)
-            wait_for(lambda: "step=" in page.evaluate(where), 30)
-            pinned = page.locator(".depthscope-training .pin").get_attribute("data-depth")
-            page.wait_for_timeout(2500)  # two beats
-            assert page.evaluate(shown) == pytest.approx(zoomed)
-            assert page.locator(".depthscope-training .pin").get_attribute("data-depth") == pinned
-            link = page.evaluate(where)
-            os.kill(writer.pid, signal.SIGKILL)
-            writer.wait()
-            page.get_by_text("killed at step").wait_for(timeout=60_000)
-            page.goto(link)
-            page.wait_for_selector(".depthscope-training .main-svg", timeout=60_000)
-            wait_for(lambda: page.evaluate(shown) == pytest.approx(zoomed, rel=1e-3), 30)
-            assert watch.errors == []
-            assert watch.outside == []
-    finally:
-        writer.kill()
-        writer.wait()
 
 
 def test_the_first_findings_of_a_training_that_ended_are_kept_until_it_changes(store, monkeypatch):

@@ -13,7 +13,7 @@ pytest.importorskip("hyper_connections")
 import depthscope as ds
 from depthscope.app.demo import small_lm, training
 from depthscope.app.demo.small_lm import CONNECTIONS, Size, build
-from depthscope.app.demo.training import Recipe, schedule
+from depthscope.app.demo.training import Recipe
 
 SIZE = Size(layers=2, width=16, heads=2)
 RECIPE = Recipe(steps=30, batch=4, length=16, size=SIZE, learning_rate=1e-2, record_every=10)
@@ -59,70 +59,13 @@ def test_fresh_hyper_connections_compute_the_residual_function_and_mhc_does_not(
     assert (logits["mhc"] - logits["residual"]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("kind", CONNECTIONS)
-def test_causal_and_loss_by_hand(kind):
-    model = with_head(build(kind, size=SIZE))
-    ids = torch.arange(24).reshape(2, 12)
-    changed = ids.clone()
-    changed[:, 8:] = 0
-    assert torch.allclose(model(ids).logits[:, :8], model(changed).logits[:, :8], atol=1e-5)
-    labels = ids.masked_fill(ids > 20, -100)
-    output = model(ids, labels=labels)
-    chances = output.logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    torch.testing.assert_close(output.loss, -chances[labels[:, 1:] >= 0].mean())
-    assert build(kind, size=SIZE)(ids, labels=ids).loss.item() == pytest.approx(math.log(256))
-
-
-def test_rotation_keeps_norms_and_depends_on_distance_only():
-    torch.manual_seed(0)
-    x = torch.randn(1, 1, 1, 8).expand(1, 1, 10, 8)
-    turned = small_lm.rotated(x)
-    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1))
-    products = (turned @ turned.mT)[0, 0]
-    torch.testing.assert_close(products.diagonal(3), products[0, 3].expand(7), atol=1e-5, rtol=1e-5)
-
-
-def test_unknown_connection():
-    with pytest.raises(ValueError, match="got connection 'dense', expected one of residual, hc, mhc"):
-        small_lm.connection_class("dense")
-
-
 # --- training
-
-
-def test_schedule():
-    assert schedule(0.0, 0.1) > 0
-    assert schedule(0.05, 0.1) == pytest.approx(0.5)
-    assert schedule(1.0, 0.1) == pytest.approx(0.0)
-    rates = [schedule(part, 0.1) for part in np.linspace(0.1, 1, 20)]
-    assert rates == sorted(rates, reverse=True)
 
 
 def test_the_held_out_part_is_not_trained_on():
     train, held_out = training.corpus()
     assert len(held_out) == pytest.approx((len(train) + len(held_out)) / 10, rel=0.01)
     assert 2.5 < training.unigram_entropy() < 4.0
-
-
-def test_only_branch_matrices_and_head_decay():
-    decaying, others = training.create_optimizer(build("mhc", size=SIZE), RECIPE).param_groups
-    assert len(decaying["params"]) == 4 * SIZE.layers + 1
-    assert decaying["weight_decay"] > 0
-    assert others["weight_decay"] == 0
-
-
-def test_threads_are_given_back():
-    before, inside = torch.get_num_threads(), []
-
-    def fail():
-        with training.single_threaded():
-            inside.append(torch.get_num_threads())
-            raise KeyError("a model that breaks")
-
-    with pytest.raises(KeyError, match="breaks"):
-        fail()
-    assert inside == [1]
-    assert torch.get_num_threads() == before
 
 
 def test_three_trainings_are_recorded_and_their_weights_load_again(tmp_path):

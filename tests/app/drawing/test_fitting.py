@@ -1,4 +1,4 @@
-"""Does any text leave its page or lie over another one: in every figure, for every venue, of one, two and seven runs?"""
+"""Does any text leave its page or lie over another one: in every composed figure, of two and three runs?"""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from depthscope.app.readings.readings import read_runs
 from depthscope.app.text.venues import VENUES
 from tests.app.example_figures import MAP, X
 
-NAMES = ("plain", "hc-1e-3", "mhc-seed-0-with-a-long-name", "d", "e_5", "модель шесть", "run seven")
+NAMES = ("plain", "hc-1e-3", "mhc-seed-0-with-a-long-name")
 NARROWEST = "neurips"
 SEEN = 0.5
 """Dots, of which an inch has 150."""
@@ -27,13 +27,12 @@ def runs_of(make_run):
         name: make_run(families[place % 3], layers=2, samples=3, seed=place)
         for place, name in enumerate(NAMES)
     }
-    alone = {NAMES[2]: runs[NAMES[2]]}
-    return {1: alone, 2: dict(list(runs.items())[:2]), 7: runs}
+    return {2: dict(list(runs.items())[:2]), 3: runs}
 
 
 @pytest.fixture(scope="module")
 def readings_of(runs_of):
-    every = {reading.name: reading for reading in read_runs(runs_of[7])}
+    every = {reading.name: reading for reading in read_runs(runs_of[3])}
     return {count: [every[name] for name in runs] for count, runs in runs_of.items()}
 
 
@@ -78,13 +77,7 @@ def test_a_text_beyond_the_page_is_noticed(monkeypatch):
     assert problems_of(canvas, monkeypatch)[0]
 
 
-# One venue of every width, with as many runs as it can get.
-OTHERS = {VENUES[venue].text: venue for venue in VENUES if VENUES[venue].text != VENUES[NARROWEST].text}
-
-
-@pytest.mark.parametrize(
-    ("venue", "count"), [(NARROWEST, 2), (NARROWEST, 7), *((venue, 7) for venue in OTHERS.values())]
-)
+@pytest.mark.parametrize(("venue", "count"), [(NARROWEST, 2), ("icml", 3)])
 def test_no_text_of_a_composed_figure_leaves_the_page(runs_of, readings_of, venue, count, monkeypatch):
     drawn = 0
     for name in QUESTIONS:

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from depthscope.app.drawing.plotly import PALETTE, shrink, to_plotly
-from depthscope.app.drawing.plotly.ticks import log_ticks
-from depthscope.app.figures import FIGURES, Heatmap, Line, Lines, available
+from depthscope.app.drawing.plotly.layout import log_ticks
+from depthscope.app.figures import FIGURES, Heatmap, Line, Lines
 from depthscope.diagnostics import analyze
 
 
@@ -38,10 +38,6 @@ def test_the_browser_gets_the_numbers_of_the_figure(whole):
             assert len(sent) == len(figure.lines)
             for values, line in zip(sent, figure.lines, strict=True):
                 np.testing.assert_array_equal(values, line.y)
-
-
-def test_every_kind_of_figure_was_drawn(whole):
-    assert list(available(whole)) == list(FIGURES)
 
 
 def test_a_run_keeps_its_colour_where_another_run_is_missing(both):
@@ -76,25 +72,6 @@ def test_a_logarithmic_axis_has_a_few_ticks_that_are_numbers_in_full(low, high, 
     assert (np.log10(values) >= low - 1e-6).all()
     assert (np.log10(values) <= high + 1e-6).all()
     np.testing.assert_allclose([float(name) for name in ticks["ticktext"]], values, rtol=1e-5)
-
-
-def test_the_axis_reaches_the_next_threshold_and_no_further():
-    x = np.arange(3.0)
-    limits = tuple(
-        Line(x[[0, 2]], np.full(2, v), f"limit {v:g}", role="threshold") for v in (1.0, 10.0, 100.0)
-    )
-    figure = Lines("gain", "Gain", "x", "y", (Line(x, np.array([1.1, 1.3, 2.0]), "a"), *limits), log_y=True)
-    low, high = to_plotly(figure).layout.yaxis.range
-    assert low < 0.0
-    assert 1.0 < high < 2.0
-
-
-def test_the_name_of_a_falling_baseline_is_above_it():
-    x = np.arange(1.0, 10.0)
-    lines = (Line(x, np.full(9, 1.0), "a"), Line(x, 20.0 - x, "noise baseline", "null"))
-    (note,) = to_plotly(Lines("rank", "Rank", "x", "y", lines)).layout.annotations
-    on_its_side = 20.0 - (x[-3:] if note.xanchor == "right" else x[:3])
-    assert note.y == on_its_side.max()
 
 
 def test_a_band_leaves_out_what_a_log_axis_cannot_show():
@@ -155,22 +132,9 @@ def test_a_chart_of_nothing_says_so(known):
         assert ("undefined everywhere" in said) is not known
 
 
-def test_a_logarithmic_bar_has_round_numbers():
-    axis = np.arange(2.0)
-    z = np.array([[1.0, 10.0], [100.0, np.nan]])
-    bar = to_plotly(Heatmap("g", "G", axis, axis, z, "x", "y", "gain", log_z=True)).data[0].colorbar
-    assert list(bar.ticktext) == ["1", "2", "5", "10", "20", "50", "100"]
-    np.testing.assert_allclose(bar.tickvals, np.log10([1, 2, 5, 10, 20, 50, 100]))
-
-
-def test_a_marked_cell_is_ringed():
-    (ring,) = to_plotly(square(5), mark=(3.0, 1.0)).layout.shapes
-    assert (ring.x0, ring.x1, ring.y0, ring.y1) == (2.5, 3.5, 0.5, 1.5)
-
-
 def test_zoom_survives_an_update():
     figure = square(4)
-    assert to_plotly(figure).layout.uirevision == to_plotly(figure, mark=(0, 0)).layout.uirevision == "cka"
+    assert to_plotly(figure).layout.uirevision == "cka"
 
 
 def test_a_logarithmic_axis_says_why_nothing_is_on_it():

@@ -3,12 +3,9 @@
 import numpy as np
 import pytest
 
-from depthscope.app.dashboard.components.microscope import View, _token_panel
-from depthscope.app.dashboard.pages.tokens import token_figure
-from depthscope.app.drawing.plotly import LARGEST_SIDE, shrink, to_plotly
-from depthscope.app.figures import FIGURES, Heatmap
+from depthscope.app.dashboard.components.microscope import View, _token_panels
+from depthscope.app.drawing.plotly import LARGEST_SIDE
 from depthscope.app.figures.build.bins import Bins, reduce_blocks
-from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.build.matrix_pictures import picture_figure
 
 
@@ -63,56 +60,20 @@ def _norms(drawn) -> np.ndarray:
 @pytest.mark.parametrize("measure", ["norm", "distance"])
 def test_a_long_sequence_keeps_its_depths_and_its_massive_tokens(measure):
     tokens = _Tokens()
-    figure = token_figure(tokens, measure, 0, "mean", "run")
-    drawn = to_plotly(figure).data[0]
-    shown = _norms(drawn)
+    *massive, panel = _token_panels(tokens, View((), measure, 0, "mean", 0, None))
+    shown = panel.figure.z
     assert shown.shape == (300, 33)
-    assert np.asarray(drawn.x).tolist() == list(range(33))
+    assert panel.figure.x.tolist() == list(range(33))
     streak = np.flatnonzero(shown.max(axis=0) > 250.0)
     assert streak.tolist() == list(range(17, 33))  # not two depths early
     if measure == "norm":
         np.testing.assert_allclose(shown.max(axis=0), tokens.z.max(axis=0), rtol=1e-6)
         assert (shown == 500.0).sum() == 1
         row = int(np.argmax(shown[:, 30]))
-        assert abs(np.asarray(drawn.y)[row] - 700) <= 1.5
-    assert "of up to 4 along position;" in shrink(figure).caption
-
-
-def test_the_microscope_shows_the_same_map_as_the_page_tokens():
-    tokens = _Tokens()
-    panel = _token_panel(tokens, View((), "norm", 0, "mean", 0, None))
-    page = shrink(token_figure(tokens, "norm", 0, "mean", "run"))
-    np.testing.assert_array_equal(panel.figure.z, page.z)
-    np.testing.assert_array_equal(panel.figure.y, page.y)
-    assert "largest of up to 4 along position" in panel.figure.title
-
-
-@pytest.mark.parametrize("size", [301, 450, 599, 1000])
-def test_an_axis_of_depths_never_has_fewer_than_300_cells(size):
-    axis = np.arange(float(size))
-    small = shrink(Heatmap("cka", "CKA", axis, axis, np.eye(size), "depth", "depth", "cka"))
-    assert small.z.shape == (300, 300)
-    assert np.all(np.abs(np.diff(small.x) - size / 300) <= 1.0)
-    assert (small.x[0] < 2 * size / 300, small.x[-1] > size - 1 - 2 * size / 300) == (True, True)
-
-
-def test_the_ring_is_around_the_cell_that_is_drawn():
-    axis = np.arange(700.0)
-    figure = Heatmap("cka", "CKA", axis, axis, np.eye(700), "depth", "depth", "cka")
-    (ring,) = to_plotly(figure, mark=(699.0, 350.0)).layout.shapes
-    assert ring.x0 < 699.0 < ring.x1
-    assert ring.y0 < 350.0 < ring.y1
-    assert max(ring.x1 - ring.x0, ring.y1 - ring.y0) <= 3.0
-
-
-def test_every_matrix_says_which_of_its_axes_have_neighbours(whole):
-    """Heads, experts and modules are names; a new axis is one too until it is declared to have an order."""
-    for kind in FIGURES.values():
-        if isinstance(kind, MatrixFigure):
-            categorical = {"x"} if kind.columns == "head" else set()
-            able = {name: data for name, data in whole.items() if kind.metric in data}
-            if able and all(data[kind.metric].notnull().any() for data in able.values()):
-                assert set(kind.build(able).categorical) == categorical, kind.name
+        assert abs(panel.figure.y[row] - 700) <= 1.5
+        (rows,) = massive  # what is massive has rows of its own
+        np.testing.assert_allclose(rows.figure.z[0], tokens.z[700])
+    assert "of up to 4 along position" in panel.figure.title
 
 
 @pytest.mark.parametrize(("count", "every"), [(16, 1), (43, 2), (400, 10)])

@@ -1,32 +1,18 @@
-"""The sample article of every venue, compiled: `python -m tests.app.paper.articles` tries the whole grid, in minutes."""
+"""Runs with names of every kind, and what is wrong with a sample article."""
 
 from __future__ import annotations
 
-import argparse
 import re
-import shutil
 import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import xarray as xr
 
-from depthscope.app.paper import contents
-from depthscope.app.paper.export import write_bundle
-from depthscope.app.text.venues import VENUES
 from tests.models.synthetic_run import synthetic_run
 
-ENGINES = ("pdflatex", "lualatex")
 MOST_OVERFULL = 5.0
 """Points beyond the margin that nobody sees."""
 
-WRONG = (
-    *("Missing character", "Float(s) lost", "Float too large", "undefined references", "multiply defined"),
-    "LaTeX Warning: Citation",
-)
 NAMES = (
     "plain",
     "m_1 50% #2 {x} $y$",
@@ -76,37 +62,3 @@ def problems_of(folder: Path, engine: str) -> list[str]:
         if words in log:
             found.append(f"{words}: {log[log.index(words) : log.index(words) + 200]}")
     return found
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--venues", nargs="+", default=list(VENUES))
-    parser.add_argument("--counts", nargs="+", type=int, default=[1, 2, 14])
-    parser.add_argument(
-        "--every", type=int, default=8, help="of 14 runs only each so many-th figure of the supplement"
-    )
-    parser.add_argument("--keep", type=Path, help="folder for the PDFs")
-    args = parser.parse_args(arguments)
-    failed, draw_all = 0, contents.draw_all
-    # All go through one template; hundreds of drawings say no more than a few.
-    contents.draw_all = lambda readings, view: draw_all(readings, view)[:: args.every]
-    for count in args.counts:
-        runs = runs_of(count)
-        for venue in args.venues:
-            with tempfile.TemporaryDirectory() as scratch:
-                start = time.process_time()
-                bundle = write_bundle(runs, Path(scratch) / "bundle", venue=venue, formats=("pdf",))
-                drawn = time.process_time() - start
-                for engine in ENGINES:
-                    place = shutil.copytree(bundle, Path(scratch) / engine)
-                    found = problems_of(place, engine)
-                    failed += bool(found)
-                    if args.keep and (place / "main.pdf").exists():
-                        args.keep.mkdir(exist_ok=True)
-                        shutil.copy(place / "main.pdf", args.keep / f"{venue}-{count}-{engine}.pdf")
-                    print(venue, count, engine, f"{drawn:.0f} s drawn", found or "fine", flush=True)  # noqa: T201
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -39,7 +39,7 @@ def test_every_figure_has_a_function_and_a_name_of_its_own():
     assert depthscope.figures is figures
 
 
-@pytest.mark.parametrize("name", [name for name in QUESTIONS if name not in ("training", "cells")])
+@pytest.mark.parametrize("name", [name for name in QUESTIONS if name != "training"])
 def test_panels_are_lettered_and_above_no_legend(runs, readings, name):
     # Matrices are in the runs themselves; the other figures need no second analysis.
     shown = {"mhc": runs["mhc"]} if name in ("mixing", "spectra") else readings

@@ -1,20 +1,12 @@
 """Are the mixing matrices of every step those that the model had, from a saved run and from a live store?"""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
-import xarray as xr
 
 import depthscope as ds
-from depthscope.app.dashboard.state import run_library
-from depthscope.app.figures import Selection
-from depthscope.app.figures.composed import compose
-from depthscope.app.figures.composed.training import Cells
 from depthscope.app.readings.readings import read_paths
-from depthscope.app.readings.run_arrays import mixing_by_step
-from tests.app.dashboard.opening import charts, open_page
+from depthscope.app.readings.training_history import CELLS, history_of
 from tests.models.logit_models import LogitModel, ids, loss
 
 
@@ -35,35 +27,9 @@ def test_the_means_of_each_step_are_those_of_the_model(store, tmp_path, monkeypa
     if not store:
         ds.save_run(recorder.run, path)
     (reading,) = read_paths([str(path)])[0]
-    history = mixing_by_step(reading)
-    assert history.dims == ("step", "connection", "stream_out", "stream_in")
-    np.testing.assert_allclose(history.values, expected, rtol=1e-4)
-    panels = {panel.key: panel.content for panel in compose("cells", [reading]).panels}
-    n = history.sizes["stream_in"]
-    assert len([key for key in panels if key.startswith("h_res")]) == n * n
-    assert len({panel.limits for key, panel in panels.items() if key.startswith("h_res")}) == 1
-    for place, line in zip(
-        sorted({0, (len(expected[0]) - 1) // 2, len(expected[0]) - 1}), panels["h_res_0_1"].lines, strict=True
-    ):
-        np.testing.assert_allclose(line.y, [step[place][0, 1] for step in expected], rtol=1e-4)
-        np.testing.assert_array_equal(line.x, [0, 1, 2])
-    if not store:
-        monkeypatch.setattr(run_library, "_roots", [])
-        shown = charts(open_page("mixing", [path], from_connection="1"))
-        assert "h_res_steps" in shown
-
-
-def test_more_elements_than_a_page_holds_are_refused():
-    cells = [f"H_res {to}←{source}" for to in range(8) for source in range(8)]
-    history = xr.DataArray(
-        np.zeros((2, 1, 64)), dims=("step", "connection", "cell"), coords={"step": [0, 1], "cell": cells}
-    )
-    assert "64 elements" in Cells().panels(SimpleNamespace(cells={"wide": history}), Selection())
-
-
-def test_a_run_of_one_step_has_no_history(tmp_path, mhc_run):
-    ds.save_run(mhc_run, tmp_path / "one.zarr.zip")
-    assert (
-        run_library.mixing_history_of(run_library.read_run("one", {"one": tmp_path / "one.zarr.zip"})[0])
-        is None
-    )
+    history = history_of(reading)
+    for connection in range(len(expected[0])):
+        cells = history.values(CELLS, {"connection": str(connection)})
+        n = expected[0][connection].shape[0]
+        shown = cells[:, : n * n].reshape(len(cells), n, n)
+        np.testing.assert_allclose(shown, [step[connection] for step in expected], rtol=1e-4)

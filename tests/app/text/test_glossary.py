@@ -12,9 +12,9 @@ from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS
 
 SHOWN = [
-    *(text for page in PAGES for text in (page.title, page.heading, page.help, page.missing)),
+    *(text for page in PAGES for text in (page.title, page.help)),
     *(text for control in CONTROLS.values() for text in (control.label, *control.words.values())),
-    *(text for kind in FIGURES.values() for text in (kind.title, kind.section)),
+    *(kind.title for kind in FIGURES.values()),
     *(metric.label for metric in CATALOGUE.values()),
     *(text for verdict in VERDICTS.values() for text in (verdict.title, verdict.advice)),
     *(entry.meaning for entry in GLOSSARY.values()),

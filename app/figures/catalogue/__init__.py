@@ -1,1 +1,0 @@
-"""Which figures are there? One file a question."""
