@@ -22,7 +22,7 @@ from benchmarks.analysis import measure, page
 from benchmarks.analysis.comparison import Comparison
 from benchmarks.shared import process, tables
 
-TOPICS = ("cka", "ranks", "mixing")
+TOPICS = ("cka", "ranks")
 # Names of distributions, for the versions on the page.
 PEERS = (
     *("torch-cka", "cka-pytorch", "pytorch-cka", "ckatorch", "repsim", "torchlens"),

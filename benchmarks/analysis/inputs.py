@@ -1,4 +1,4 @@
-"""On which data are tools compared? Walks over depth, spectra, massive tokens, states of SmolLM2, mixing matrices."""
+"""On which data are tools compared? Walks over depth, spectra, massive tokens, states of SmolLM2."""
 
 from __future__ import annotations
 
@@ -39,22 +39,6 @@ def spectra(count: int) -> dict[str, np.ndarray]:
     }
 
 
-def massive(layers: int, sequences: int, tokens: int, *, width: int, seed: int = 0) -> np.ndarray:
-    """A walk (L, B, T, D) on unequal axes; first tokens are massive at all but the first and the last depths."""
-    rng = np.random.default_rng(seed)
-    steps = rng.standard_normal((layers, sequences, tokens, width), dtype=np.float32)
-    states = np.cumsum(steps, axis=0, dtype=np.float32) * np.logspace(0, -1, width, dtype=np.float32)
-    middle = slice(layers // 8, layers - max(1, layers // 10))
-    # Two features of the first token, as in trained language models (Sun et al. 2024).
-    states[middle, :, 0, :2] += np.float32(300.0) * rng.uniform(0.8, 1.2, (sequences, 2)).astype(np.float32)
-    return states
-
-
-def in_order(states: np.ndarray, order: int) -> np.ndarray:
-    """Sequences (L, B, T, D) in another order, which changes no similarity."""
-    return states[:, np.random.default_rng(order).permutation(states.shape[1])]
-
-
 def smollm2(sequences: int, tokens: int) -> np.ndarray:
     """Residual states (L, B, T, D) of SmolLM2-135M on Python's documentation, without the last one.
 
@@ -77,22 +61,3 @@ def smollm2(sequences: int, tokens: int) -> np.ndarray:
     with torch.no_grad():
         output = loaded.model(**batch, output_hidden_states=True)
     return torch.stack(output.hidden_states[:-1]).numpy()  # the last one comes after the final norm
-
-
-def mixing(kind: str, shape: tuple[int, ...], streams: int, *, seed: int = 0) -> np.ndarray:
-    """Mixing matrices (*shape, n, n) in float64: near the identity, doubly stochastic, or of unconstrained HC."""
-    rng = np.random.default_rng(seed)
-    noise = rng.standard_normal((*shape, streams, streams))
-    if kind == "HC":
-        return np.eye(streams) + 0.3 * noise
-    # exp(8) is 3000: the diagonal takes nearly the whole row.
-    matrix = np.exp(noise + (8.0 * np.eye(streams) if kind == "near identity" else 0.0))
-    # Sinkhorn, plainly: inputs must not come from the kernel under test.
-    # Twenty rounds, as in the mHC paper.
-    for _ in range(20):
-        matrix /= matrix.sum(-2, keepdims=True)
-        matrix /= matrix.sum(-1, keepdims=True)
-    return matrix
-
-
-KINDS = ("near identity", "doubly stochastic", "HC")

@@ -3,7 +3,7 @@
 Steps of all ways to record are taken in turn with plain ones, on one model in one process with one thread, and the medians of
 their CPU times are given as ratios to that of the plain step. Attaching the hooks of the next step is counted; building the
 run at the end of the training is not. ``--memory`` adds the peak memory, one process for each way; ``--once`` what a model
-costs that is met for the first time, with the parts of it; ``--growth`` the memory over so many measured steps.
+costs that is met for the first time; ``--growth`` the memory over so many measured steps.
 """
 
 from __future__ import annotations

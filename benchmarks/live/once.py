@@ -1,12 +1,9 @@
-"""What does a model cost that is met for the first time? Descriptions, captures, first measured steps, and where it goes."""
+"""What does a model cost that is met for the first time? Descriptions, captures, first measured steps."""
 
 from __future__ import annotations
 
-import signal
 import time
-from collections import Counter
 from collections.abc import Callable
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,32 +11,6 @@ import torch
 from benchmarks.live.cases import Training
 from benchmarks.shared import memory
 from benchmarks.shared.rounds import ratio
-
-# A sample of the stack counts for the first part, from the innermost frame on, of which it has a file.
-PARTS = {
-    "verdicts": ("diagnostics/verdicts/",),
-    "metrics": ("diagnostics/", "probes/training/live/"),
-    "experiments": ("probes/settling.py", "probes/interventions/"),
-    "remarks": ("probes/connections/", "probes/session/coefficient_origins.py"),
-    "attention": ("probes/session/attention",),
-    "operations seen": tuple(
-        f"probes/{name}.py"
-        for name in (
-            "reading/recorder",
-            "reading/places",
-            "reading/known_operations",
-            "reading/tensor_memory",
-        )
-    ),
-    "structure": ("probes/structure/", "probes/session/find_structure.py"),
-    "sums": ("probes/statistics/",),
-    "the run": ("probes/run/",),
-    "reading": ("probes/reading/",),
-    "hooks": ("probes/",),
-}
-SHARED = ("probes/reading/graph.py", "probes/reading/operations.py")  # of several parts
-THE_MODEL = "the model's own"
-EVERY = 0.002  # seconds of processor time between two samples
 
 
 def seconds(step: Callable[[], Any]) -> float:
@@ -50,7 +21,7 @@ def seconds(step: Callable[[], Any]) -> float:
 
 
 def first_costs(training: Training, rounds: int) -> dict[str, Any]:
-    """Ratios to a plain forward, or to a plain step, with quartiles, and the parts of each."""
+    """Ratios to a plain forward, or to a plain step, with quartiles."""
     from depthscope import probes
 
     def forward() -> None:
@@ -80,7 +51,6 @@ def first_costs(training: Training, rounds: int) -> dict[str, Any]:
     for name, call in (*calls.items(), ("first measured step", lambda: first_step(training))):
         with_backward = name in ("capture with gradients", "first measured step")
         found[name]["peak"] = peak_of(call) / own["step" if with_backward else "forward"]
-        found[name]["parts"] = parts(call)
     return found
 
 
@@ -106,37 +76,6 @@ def first_step(training: Training) -> None:
 
     with probes.record(training.model, gradients=True, metrics="live") as recorder:
         recorder.step(training.step())
-
-
-def parts(step: Callable[[], Any]) -> dict[str, float]:
-    """The shares of the processor time of a step, by sampling its stack; the largest first."""
-    counts: Counter[str] = Counter()
-
-    def sample(_: int, frame: FrameType | None) -> None:
-        files = []
-        while frame is not None:
-            files.append(frame.f_code.co_filename.rpartition("/depthscope/")[2])
-            frame = frame.f_back
-        counts[next((part for file in files if (part := _part(file))), THE_MODEL)] += 1
-
-    before = signal.signal(signal.SIGPROF, sample)
-    try:
-        signal.setitimer(signal.ITIMER_PROF, EVERY, EVERY)
-        step()
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0.0)
-        signal.signal(signal.SIGPROF, before)
-    total = max(sum(counts.values()), 1)
-    return {part: count / total for part, count in counts.most_common()}
-
-
-def _part(file: str) -> str:
-    """The part of this package that a file belongs to; that of the model's own code where it is none of ours."""
-    if file.endswith("torch/nn/modules/module.py"):
-        return THE_MODEL
-    if file.startswith(("/", *SHARED)):
-        return ""
-    return next((part for part, files in PARTS.items() if file.startswith(files)), "")
 
 
 def growth(training: Training, steps: int) -> dict[str, Any]:

@@ -30,8 +30,7 @@ Written by `{command}` on {date}, at commit {commit}; {machine}. Not edited by h
 **How.** Measured and plain steps are taken in turn, in one process with one thread; a ratio is the median of their processor
 times over that of the plain step, with the quartiles in brackets. A first measured step reads the model; it and the next two
 are of a recorder of its own. Descriptions and captures are relative to a forward without a graph of the same batch. *Peak* is
-the memory above the loaded model, relative to that of the forward, or of the step where there is a backward. *Where it goes*
-are samples of the stack: *operations seen* has the model's own arithmetic where a mode sees it. A goal that is missed is in
+the memory above the loaded model, relative to that of the forward, or of the step where there is a backward. A goal that is missed is in
 bold, with the goal. Where a forward of its own takes next to no memory, its multiples say nothing.
 
 **What would reach the goals.** Every operation and every call of a module is noted in Python, 30 to 40 µs each, and a thin
@@ -54,9 +53,9 @@ def markdown(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
             continue
         cells = [[way, _ratio(name, way, row), "", ""] for way, row in rows.items() if way != "plain"]
         for what, row in results.get("once", {}).get(name, {}).items():
-            cells.append([what, _ratio(name, what, row), _peak(row), parts_sentence(row)])
+            cells.append([what, _ratio(name, what, row), _peak(row)])
         title = f"{names[name]}, plain step {1000 * rows['plain']['seconds']:.0f} ms"
-        header = ["", "× plain", "peak, × plain", "where it goes"]
+        header = ["", "× plain", "peak, × plain"]
         parts.append(tables.as_markdown((title, header, cells)))
         if name in results.get("growth", {}):
             parts.append(f"{growth_sentence(results['growth'][name])}\n")
@@ -67,7 +66,7 @@ def lines_once(rows: Mapping[str, Any]) -> Iterator[str]:
     """What a model costs that is met for the first time, for a terminal."""
     for what, row in rows.items():
         low, high = row["quartiles"]
-        peak = f"  peak {row['peak']:.2f} ×  {parts_sentence(row)}" if "peak" in row else ""
+        peak = f"  peak {row['peak']:.2f} ×" if "peak" in row else ""
         yield f"  {what:28s} {row['ratio']:.2f}  ({low:.2f} … {high:.2f})  {row['seconds']:.3f} s{peak}"
 
 
@@ -81,12 +80,6 @@ def growth_sentence(growth: Mapping[str, Any]) -> str:
         f"({f'**{change}**, goal {FLAT:.0%}' if missed else change}); the live numbers of a row are "
         f"{growth['bytes_of_a_row'] / 1024:.1f} KiB."
     )
-
-
-def parts_sentence(row: Mapping[str, Any]) -> str:
-    """The largest parts of what something costs."""
-    shares = [f"{part} {share:.0%}" for part, share in row.get("parts", {}).items() if share >= 0.04]
-    return ", ".join(shares)
 
 
 def _ratio(case: str, what: str, row: Mapping[str, Any]) -> str:
