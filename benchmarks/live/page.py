@@ -30,8 +30,8 @@ Written by `{command}` on {date}, at commit {commit}; {machine}. Not edited by h
 **How.** Measured and plain steps are taken in turn, in one process with one thread; a ratio is the median of their processor
 times over that of the plain step, with the quartiles in brackets. A first measured step reads the model; it and the next two
 are of a recorder of its own. Descriptions and captures are relative to a forward without a graph of the same batch. *Peak* is
-the memory above the loaded model, relative to that of the forward, or of the step where there is a backward. A goal that is missed is in
-bold, with the goal. Where a forward of its own takes next to no memory, its multiples say nothing.
+the memory above the loaded model, relative to that of the forward, or of the step where there is a backward. A goal that
+is missed is in bold, with the goal. Where a forward of its own takes next to no memory, its multiples say nothing.
 
 **What would reach the goals.** Every operation and every call of a module is noted in Python, 30 to 40 µs each, and a thin
 block takes about as long itself. Of a description of 200 blocks (in forwards: the model under hooks and a mode 4.7, of which

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from benchmarks.published import gains
 from benchmarks.published.figure_8 import matrices, order_errors
 from benchmarks.published.row import Row
 from depthscope.diagnostics.kernels import mixing, rank, similarity
 
 LAYERS = 8
+# About: the largest composite gains of the 27B models of the paper, of its Fig. 3 and 7.
+LARGEST_GAINS = {"HC": 3000.0, "mHC": 1.6}
+DIRECTIONS = {"forward": mixing.forward_gain, "backward": mixing.backward_gain}
 TINY = 1e-30  # below this, exp(s) − 1 is s to the last bit
 
 
@@ -37,10 +39,9 @@ def truncated_sinkhorn() -> Iterator[Row]:
 
 def gains_of_printed_matrices() -> Iterator[Row]:
     """mHC Fig. 3 and 7: Amax gains of the learned matrices that are printed, those of Fig. 8 (means over tokens)."""
-    orders = {"HC": gains.HC_ORDER, "mHC": gains.MHC_ORDER}
-    for family, order in orders.items():
+    for family, order in LARGEST_GAINS.items():
         part = matrices(family)
-        for direction, gain in gains.DIRECTIONS.items():
+        for direction, gain in DIRECTIONS.items():
             single = max(gain(part[name]) for name in ("H1", "H30", "H60"))
             product = max(gain(part[name]) for name in ("P1-30", "P31-60", "P1-60"))
             yield Row(f"{family}: largest of three connections, {direction}", None, single)
@@ -50,17 +51,6 @@ def gains_of_printed_matrices() -> Iterator[Row]:
                 product,
                 elsewhere=order,
             )
-
-
-def uniform_start() -> Iterator[Row]:
-    """A fresh mHC with zero logits mixes uniformly: gain 1 hides rank 1 (closed form)."""
-    # exp(0) = 1 everywhere: one Sinkhorn step gives 1/4.
-    h = mixing.sinkhorn(np.zeros((6, 4, 4)))
-    product = mixing.composite(h)
-    yield Row("forward gain of six connections", 1.0, mixing.forward_gain(product), 1e-12)
-    yield Row("backward gain of six connections", 1.0, mixing.backward_gain(product), 1e-12)
-    yield Row("effective rank of their product", 1.0, rank.effective_rank(product), 1e-6)
-    yield Row("differences between streams left", 0.0, np.exp(mixing.deflated_gain(h)[-1]), 1e-12)
 
 
 def rank_collapse() -> Iterator[Row]:
@@ -186,9 +176,6 @@ RESULTS = (
     order_of_products,
     truncated_sinkhorn,
     gains_of_printed_matrices,
-    gains.gains_of_free_mixing,
-    gains.gains_of_constrained_mixing,
-    uniform_start,
     rank_collapse,
     pre_norm_growth,
     cka_of_noise,
