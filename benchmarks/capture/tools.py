@@ -77,10 +77,6 @@ def hooks(case: Case, backward: bool, store: Callable[[torch.Tensor], torch.Tens
     return Tool(step, lambda captured: captured)
 
 
-def references(case: Case, backward: bool) -> Tool:
-    return hooks(case, backward, lambda tensor: tensor)
-
-
 def clones(case: Case, backward: bool) -> Tool:
     return hooks(case, backward, torch.clone)
 
@@ -271,7 +267,6 @@ Prepare = Callable[[Case, bool], Tool]
 PLAIN: dict[str, Prepare] = {
     "plain": plain,
     "plain again": plain,
-    "hooks, references kept": references,
     "hooks, clones": clones,
     "transformers output_hidden_states": hidden_states,
 }

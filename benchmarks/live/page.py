@@ -31,17 +31,7 @@ Written by `{command}` on {date}, at commit {commit}; {machine}. Not edited by h
 times over that of the plain step, with the quartiles in brackets. A first measured step reads the model; it and the next two
 are of a recorder of its own. Descriptions and captures are relative to a forward without a graph of the same batch. *Peak* is
 the memory above the loaded model, relative to that of the forward, or of the step where there is a backward. A goal that
-is missed is in bold, with the goal. Where a forward of its own takes next to no memory, its multiples say nothing.
-
-**What would reach the goals.** Every operation and every call of a module is noted in Python, 30 to 40 µs each, and a thin
-block takes about as long itself. Of a description of 200 blocks (in forwards: the model under hooks and a mode 4.7, of which
-1 are its own; which memory is the model's 1.2, its states and their proof 1.4, chains and layouts 1.2, what is covered and
-the run 0.8) small steps of one kind are recomputed together, but each block is read for itself. To read blocks of one class
-once, and to compare the operations of the others with these, was not built: it would take the 3.8 after the forward down to
-what it takes to make states, connections and names of each block. Below three forwards operations have to be noted outside of
-Python. Of a measured step of such a network the sums of each state and gradient (some twenty small operations each) and the
-look at each attention have to be taken together for all depths at the end of the forward. Of a capture a third are the metrics
-by which experiments are chosen: singular values and CKA of every depth."""
+is missed is in bold, with the goal. Where a forward of its own takes next to no memory, its multiples say nothing."""
 
 
 def markdown(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
@@ -51,7 +41,7 @@ def markdown(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
         if "reason" in rows:
             parts.append(f"{names[name]}: {rows['reason']}")
             continue
-        cells = [[way, _ratio(name, way, row), "", ""] for way, row in rows.items() if way != "plain"]
+        cells = [[way, _ratio(name, way, row), ""] for way, row in rows.items() if way != "plain"]
         for what, row in results.get("once", {}).get(name, {}).items():
             cells.append([what, _ratio(name, what, row), _peak(row)])
         title = f"{names[name]}, plain step {1000 * rows['plain']['seconds']:.0f} ms"
