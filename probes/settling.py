@@ -17,7 +17,7 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import HARMFUL, SETTLED_BY
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, suspected
-from depthscope.diagnostics.verdicts.age import RESCALED, TASK, age_of
+from depthscope.diagnostics.verdicts.age import KNOWS, RESCALED, TASK, age_of, share_of_constant
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 from depthscope.diagnostics.verdicts.consequences import CONSEQUENCES
 from depthscope.diagnostics.verdicts.off_minimum import to_lose
@@ -189,13 +189,15 @@ def _rescaled(
 ) -> dict[str, Any]:
     """What the loss would be with other scales of what the modules give, of a network that has something to lose.
 
-    ``suspected``: whether anything is; else it is tried only where the gradients of the run promise that the loss would fall.
+    ``suspected``: whether anything is; else it is tried only where the loss is near that of a constant answer, or the
+    gradients of the run promise that it would fall.
     """
     attrs = {str(name): value for name, value in run.attrs.items()}
     reach, sequences = to_lose(attrs), first_size(batch)
     if reach is None or _batch_axis(options) or sequences < FEWEST:
         return {}
-    if not suspected and not promises(_slopes(run, sequences), reach):
+    knows_little = (share_of_constant(attrs) or 0.0) > KNOWS
+    if not (suspected or knows_little or promises(_slopes(run, sequences), reach)):
         return {}
     traces = (
         [node.attrs for node in run["trace"].subtree if node.data_vars] if "trace" in run.children else []

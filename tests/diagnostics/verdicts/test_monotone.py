@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from depthscope import diagnostics, probes
+from depthscope import diagnostics
 from depthscope.diagnostics import Severity
 from tests.diagnostics.verdicts.test_on_models import counting, learned, next_token
+from tests.models.verdict_models import captured
 
 torch.set_num_threads(1)
 
@@ -76,7 +77,7 @@ def severity(fault: str | None, dose: float = 0.0) -> tuple[Severity, list[str]]
     model = copy.deepcopy(healthy())
     if fault is not None:
         FAULTS[fault](model, dose)
-    run = probes.capture(model, counting(99), gradients=True, loss=next_token)
+    run = captured(model, counting(99), loss=next_token)
     found = diagnostics.judge(diagnostics.analyze(run))
     worst = max((each.severity for each in found), default=Severity.PASS)
     return worst, [each.verdict for each in found if each.severity == worst]

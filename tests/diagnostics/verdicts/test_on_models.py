@@ -341,7 +341,7 @@ CASES: dict[str, Case] = {
         lambda: learned(2.0), FAIL, loss=next_token, batch=counting(), says="claim to know", beside=("off_minimum",)
     ),
     "off_minimum": case(
-        lambda: learned(0.3), FAIL, loss=next_token, batch=counting(), says="With factors on what"
+        lambda: learned(0.3), FAIL, loss=next_token, batch=counting(), says="With factors on what", step=1000
     ),
     "untrained_weights": Case(
         lambda: with_attrs(captured(pre_norm()), checkpoint="new"), WARN, says="checkpoint has its initial value"
