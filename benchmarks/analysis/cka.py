@@ -55,9 +55,6 @@ def loader(states: torch.Tensor) -> Loader:
     return Loader([(index, index)])
 
 
-# --- this package ---
-
-
 def own(states: np.ndarray, *, convert: Callable[[np.ndarray], Any], unbiased: bool = True) -> Step:
     return partial(similarity.cka_matrix, convert(states), unbiased=unbiased)
 
