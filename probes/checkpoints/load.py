@@ -9,7 +9,7 @@ import logging
 import pickle
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,10 @@ from depthscope.probes.checkpoints.own_files import (
     read_json,
     require_file,
 )
+from depthscope.probes.checkpoints.tensor_inventory import StoredTensor, headers
 from depthscope.probes.checkpoints.user_code import errors_of_user_code
 from depthscope.probes.checkpoints.weight_files import (
     load_strictly,
-    opened,
     safetensors_files,
     shards,
     state_dict,
@@ -193,13 +193,11 @@ def _from_folder(folder: Path, spec: str, dtype: torch.dtype | None) -> LoadedMo
     check_folder(folder)
     settings = _settings(folder)
     files = _weight_files(folder, settings)
-    for file in files:
-        if file.suffix == ".safetensors":
-            with opened(file):
-                pass  # a torn file is found before anything is built on it
+    # A torn file is found before anything is built on it.
+    stored = headers(file for file in files if file.suffix == ".safetensors")
     with offline():
         config = _config(folder)
-        model = _pretrained(folder, config, dtype, files)
+        model = _pretrained(folder, config, dtype, stored)
         tokenizer = _tokenizer(folder)
     return LoadedModel(model, tokenizer, folder.resolve().name, file_digest(files), spec)
 
@@ -266,9 +264,11 @@ def _model_class(config: Any, folder: Path) -> Any:
     return causal if type(config) in causal._model_mapping else transformers.AutoModel
 
 
-def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None, files: list[Path]) -> nn.Module:
+def _pretrained(
+    folder: Path, config: Any, dtype: torch.dtype | None, stored: Mapping[str, StoredTensor]
+) -> nn.Module:
     made = _model_class(config, folder)
-    _require_shapes_of_files(folder, made, config, files)
+    _require_size_of_files(folder, made, config, stored)
     # Nothing is fetched, no pickled code runs, and the report lists the weights that are missing.
     options: dict[str, Any] = {"local_files_only": True, "weights_only": True, "output_loading_info": True}
     # What does not fit is then listed, in place of a sentence that refers to a log.
@@ -283,8 +283,8 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None, files: lis
                 f"'{folder}' has a pickle that contains more than tensors and would have to run code to open, or it is torn; "
                 "ask for a .safetensors version"
             ) from error
-    # transformers initialises missing weights at random and only warns; a spectrum of them would mean nothing.
     _require_equal_shapes(folder, report["mismatched_keys"])
+    # transformers initialises missing weights at random and only warns; a spectrum of them would mean nothing.
     random = sorted(report["missing_keys"])
     if random:
         raise CheckpointError(
@@ -299,32 +299,22 @@ def _pretrained(folder: Path, config: Any, dtype: torch.dtype | None, files: lis
     return model
 
 
-def _require_shapes_of_files(folder: Path, made: Any, config: Any, files: list[Path]) -> None:
+def _require_size_of_files(folder: Path, made: Any, config: Any, stored: Mapping[str, StoredTensor]) -> None:
     """Refuse a configuration of another size than the weights, before a model of that size takes the memory."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            with opened(file) as stored:
-                shapes |= {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118 (no dict)
-    if not shapes:
+    # Of packed weights the files have other shapes than the model, which its quantiser unpacks.
+    if not stored or getattr(config, "quantization_config", None) is not None:
         return
     layers = getattr(config, "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > len(shapes):
+    if isinstance(layers, int) and layers > len(stored):
         raise CheckpointError(
-            f"'{folder}/config.json' asks for {layers} layers, the weights are {len(shapes)} tensors: one of the two is of "
+            f"'{folder}/config.json' asks for {layers} layers, the weights are {len(stored)} tensors: one of the two is of "
             "another checkpoint, or was edited"
         )
-    build = made if hasattr(made, "config_class") else made._model_mapping[type(config)]
     with errors_of("transformers", f"'{folder}' does not load"), torch.device("meta"):
-        expected = {name: tuple(value.shape) for name, value in build(config).state_dict().items()}
-    _require_equal_shapes(
-        folder,
-        [
-            (name, shape, expected[name])
-            for name, shape in shapes.items()
-            if expected.get(name, shape) != shape
-        ],
-    )
+        build = made if hasattr(made, "config_class") else made._model_mapping[type(config)]
+        expected = build(config).state_dict()
+    known = [(name, of.shape, tuple(expected[name].shape)) for name, of in stored.items() if name in expected]
+    _require_equal_shapes(folder, [each for each in known if each[1] != each[2]])
 
 
 def _require_equal_shapes(folder: Path, mismatched: Iterable[tuple[str, Any, Any]]) -> None:

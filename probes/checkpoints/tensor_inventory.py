@@ -68,12 +68,12 @@ def take_inventory(path: Path) -> Inventory:
         listed = named_files(index, names)
         present = {name: require_file(file) for name, file in listed.items() if exists(file)}
         absent = {tensor: name for tensor, name in names.items() if name not in present}
-        return Inventory(_headers(present.values()), absent, tuple(listed.values()))
+        return Inventory(headers(present.values()), absent, tuple(listed.values()))
     files = safetensors_files(path)
     if not files:
         return _gguf_inventory(path)
     _require_complete_series(files)
-    return Inventory(_headers(files), {}, tuple(files))
+    return Inventory(headers(files), {}, tuple(files))
 
 
 def _gguf_inventory(path: Path) -> Inventory:
@@ -161,7 +161,8 @@ def _require_complete_series(files: list[Path]) -> None:
         )
 
 
-def _headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+def headers(files: Iterable[Path]) -> dict[str, StoredTensor]:
+    """The tensors of safetensors files by their names; refused where a file is torn."""
     found = {}
     for file in files:
         with opened(file) as stored:

@@ -6,14 +6,12 @@ The operations of the first forward tell; where they leave open whether gradient
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from depthscope.probes.connections.coefficients import Parts, StreamConnectionError
 from depthscope.probes.connections.computation import Doubt, Origin, Search
@@ -26,7 +24,7 @@ from depthscope.probes.reading.graph import ReadingError, TracedValue, ValuePlac
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.reading.recording import recording
 from depthscope.probes.session.forward import Forward, own_call
-from depthscope.probes.session.model_call import call_model
+from depthscope.probes.session.model_call import call_model, requiring_gradients
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.read_parts import ReadStructure
@@ -100,9 +98,13 @@ def follow(session: Session, origins: CoefficientOrigins, batch: Any) -> None:
 
     recorder.on_taken = take
     try:
+        # What was computed from frozen parameters shows in the graph alone.
+        frozen = [
+            p for p in model.parameters() if p.is_floating_point() and not p.requires_grad and p.is_leaf
+        ]
         # The random states are those before the measured forward, so that it drops what that one dropped.
         with (
-            preserved_state(model), eager(), own_call(session.owner), _all_require_gradients(model), torch.enable_grad(),
+            preserved_state(model), eager(), own_call(session.owner), requiring_gradients(frozen), torch.enable_grad(),
         ):  # fmt: skip
             with recording(recorder):
                 output = call_model(model, batch)
@@ -111,19 +113,6 @@ def follow(session: Session, origins: CoefficientOrigins, batch: Any) -> None:
     except Exception as error:
         # It ran without the mode: a remark less, and no error of the user's.
         logger.info("the forward could not be followed: %s", without_frames(error))
-
-
-@contextmanager
-def _all_require_gradients(model: nn.Module) -> Iterator[None]:
-    """Frozen parameters take part in the graph too: what was computed from them shows in it alone."""
-    frozen = [p for p in model.parameters() if p.is_floating_point() and not p.requires_grad and p.is_leaf]
-    try:
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter in frozen:
-            parameter.requires_grad_(False)
 
 
 def _set_gradients(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
@@ -104,13 +104,17 @@ def with_gradients(batch: Any) -> Any:
 def graph_of_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
     """Let a model whose parameters are all frozen carry gradients during the capture; else its states have no graph."""
     parameters = [p for p in all_parameters(model) if p.is_floating_point()] if wanted else []
-    if not parameters or any(p.requires_grad for p in parameters):
+    with requiring_gradients([] if any(p.requires_grad for p in parameters) else parameters):
         yield
-        return
+
+
+@contextmanager
+def requiring_gradients(frozen: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let frozen parameters take part in the graph of a forward made inside."""
     try:
-        for p in parameters:
-            p.requires_grad_(True)
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         yield
     finally:
-        for p in parameters:
-            p.requires_grad_(False)
+        for parameter in frozen:
+            parameter.requires_grad_(False)

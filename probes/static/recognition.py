@@ -149,14 +149,17 @@ def recognise(tensors: Tensors, rows: Sequence[Dialect], config: Mapping[str, An
 
 def model_types(config: Mapping[str, Any]) -> frozenset[str]:
     """The model type of the configuration and of its parts (``text_config``)."""
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    return frozenset(str(part["model_type"]) for part in parts if part.get("model_type"))
+    return frozenset(str(part["model_type"]) for part in _parts(config) if part.get("model_type"))
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:
     """A setting of the configuration or of a part of it; None where there is none."""
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    return next((part[key] for part in parts if key in part), None)
+    return next((part[key] for part in _parts(config) if key in part), None)
+
+
+def _parts(config: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The configuration, and those of the model's parts that it contains."""
+    return [config, *(part for part in config.values() if isinstance(part, dict))]
 
 
 # --- the tensors that have the names of a row
