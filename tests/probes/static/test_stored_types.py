@@ -75,7 +75,8 @@ def test_quantised_values_are_those_of_the_gguf_package(tmp_path):
     }
     flat = Dialect(
         name="flat", title="", family="mine", names=("{path}.*",), tensors={"H_res_logits": "2, 32"},
-        projections={"H_pre_logits": "1, n"}, parts=lambda t: {"res": t.H_res_logits.reshape(t.n, t.n)}, mixing=lambda t: t.res,
+        projections={"H_pre_logits": "1, n"}, parts=lambda t: {"res": t.H_res_logits.reshape(t.n, t.n)},
+        mixing=lambda t: t.res,
     )  # fmt: skip
     file = write_gguf(tmp_path, tensors, {"model_type": "mine"}, {}, quantised="H_res")
     (one,) = probes.describe_weights(file, dialects=[flat]).connections
