@@ -5,7 +5,7 @@ from __future__ import annotations
 import xarray as xr
 
 from depthscope.app.readings.readings import COMPLETE
-from depthscope.app.readings.stored_metrics import renewed
+from depthscope.app.readings.run_arrays import renewed
 from depthscope.diagnostics import analyze
 
 
