@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -72,14 +71,6 @@ def test_only_what_lies_below_the_roots_is_listed(root, saved):
     outside = read_run("../../etc/passwd")
     assert isinstance(outside, UnreadableRun)
     assert "not below the paths" in outside.reason
-
-
-def test_runs_of_the_same_name_get_distinct_names(root, saved, monkeypatch):
-    for folder in ("one", "two"):
-        (root / folder).mkdir()
-        put(saved[".zarr.zip"][0], root / folder / "a.zarr.zip")
-    monkeypatch.setattr(run_library, "_roots", [root / "one" / "a.zarr.zip", root / "two" / "a.zarr.zip"])
-    assert list(run_library.list_runs()) == ["a", "two/a"]
 
 
 def newer(path: Path) -> None:
@@ -184,23 +175,6 @@ def test_the_cache_is_bounded_by_bytes_and_keeps_what_was_used_last():
     with pytest.raises(OSError, match="gone"):
         cache.get("lost", lambda: (_ for _ in ()).throw(OSError("gone")))
     assert cache.get("lost", lambda: b"x") == b"x"
-
-
-def test_one_value_is_made_once_however_many_ask():
-    cache = ReadingCache(10**6, len)
-    made: list[int] = []
-
-    def make() -> bytes:
-        time.sleep(0.05)
-        made.append(1)
-        return b"x"
-
-    threads = [threading.Thread(target=cache.get, args=("key", make)) for _ in range(20)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(made) == 1
 
 
 # --- analyses by other processes

@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import xarray as xr
-from matplotlib.colors import to_hex
 from matplotlib.figure import Figure as Canvas
 
 import depthscope
 from depthscope.app.drawing.matplotlib import Width, write_figure
 from depthscope.app.figures import FIGURES
 from depthscope.app.figures.composed import QUESTIONS, compose
-from depthscope.app.figures.palette import RUN_COLOURS, colour_numbers
 from depthscope.app.paper import figures
 from depthscope.app.readings.readings import judged, read_runs
 
@@ -58,19 +56,6 @@ def test_panels_are_lettered_and_above_no_legend(runs, readings, name):
         text.get_fontsize() for axes in canvas.axes for text in axes.findobj(lambda a: hasattr(a, "get_text"))
     ]
     assert min(sizes) >= 7
-
-
-def test_a_run_has_one_colour_in_all_figures(readings):
-    numbers = colour_numbers({reading.name: reading.analysis for reading in readings})
-    expected = {name: RUN_COLOURS[number] for name, number in numbers.items()}
-    for name in ("collapse", "gains", "gradients"):
-        canvas = figures.__dict__[name](readings)
-        for axes in canvas.axes:
-            lines = {line.get_label(): to_hex(line.get_color()) for line in axes.lines}
-            for run in set(lines) & set(expected):
-                assert lines[run].upper() == expected[run], (name, run)
-    single = FIGURES["mixing_gain"].build({r.name: r.analysis for r in readings}, direction="forward")
-    assert list(single.runs) == ["plain", "hc", "mhc"]  # the run that it lacks keeps its colour
 
 
 def test_what_a_run_lacks_is_left_out_with_a_reason(readings):

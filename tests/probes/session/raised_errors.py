@@ -8,12 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from depthscope import probes
 
 PROBES = Path(probes.__file__).parent
-ERRORS = (MemoryError, torch.OutOfMemoryError, RecursionError, StopIteration, GeneratorExit, ValueError)
 STOPS = (KeyboardInterrupt, SystemExit)  # which must reach the user from wherever they are raised
 
 

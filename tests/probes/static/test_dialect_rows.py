@@ -9,7 +9,6 @@ from safetensors.torch import save_file
 
 from depthscope import probes
 from depthscope.probes.checkpoints.errors import CheckpointError
-from depthscope.probes.static.dialect import known_dialects, read_dialects
 from depthscope.probes.static.formula import Formula, FormulaError, shape_of, solve
 
 ROW = """
@@ -55,11 +54,6 @@ def test_a_users_row_is_read_like_any_other(tmp_path):
     assert "mixer_strength 3 (assumed" in str(found)
 
 
-def test_without_the_row_the_tensors_are_left(tmp_path):
-    files(tmp_path)
-    assert probes.describe_weights(tmp_path).connections == ()
-
-
 def test_a_users_row_comes_before_the_table(tmp_path):
     base = torch.randn(24, generator=torch.Generator().manual_seed(1))
     names = {"fn": torch.zeros(24, 64), "base": base, "scale": torch.ones(3)}
@@ -78,14 +72,6 @@ def test_a_users_row_comes_before_the_table(tmp_path):
     assert (own.dialect, own.family) == ("swapped", "mine")
     np.testing.assert_allclose(own.h_pre, usual.h_post / 2 + 1e-6, atol=1e-9)
     np.testing.assert_array_equal(own.h_res, usual.h_res)
-
-
-def test_a_users_row_is_right_under_a_model_type_that_nobody_knows(tmp_path):
-    files(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "my_model", "mixer_strength": 2.0}')
-    found = probes.describe_weights(tmp_path, dialect_file=tmp_path / "mine.toml")
-    assert len(found.connections) == 4
-    assert found.settings == {"mixer_strength": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -133,20 +119,6 @@ def test_a_formula_that_does_not_fit_the_tensors_names_the_row_and_the_place(for
     with pytest.raises(CheckpointError, match=words) as raised:
         probes.describe_weights(tmp_path, dialect_file=tmp_path / "mine.toml")
     assert "'mine', at h.0.attn_mixer" in str(raised.value)
-
-
-def test_a_missing_file_of_rows_is_told(tmp_path):
-    with pytest.raises(CheckpointError, match="no file of dialects at"):
-        read_dialects(tmp_path / "nowhere.toml")
-
-
-def test_rows_of_the_table_name_only_what_they_give():
-    names = [row.name for row in known_dialects()]
-    assert len(names) == len(set(names))
-    for row in known_dialects():
-        assert row.required <= row.shapes.keys()
-        assert row.title
-        assert row.family
 
 
 @pytest.mark.parametrize(

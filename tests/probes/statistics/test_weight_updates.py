@@ -281,21 +281,6 @@ def test_every_module_is_in_the_chain_of_its_block_and_the_others_in_the_first()
     assert total == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(
-    ("build", "blocks"),
-    [
-        (lambda models: models["deepseek"](), "model.layers."),
-        (lambda models: models["lucidrains"]("mhc"), "layers."),
-        (lambda models: models["lucidrains"]("hc", closure=True), "layers."),
-    ],
-)
-def test_modules_of_a_stream_block_have_its_number(models, ids, build, blocks):
-    (found,) = recorded_chains(build(models), ids).values()
-    for path, layer in zip(found["weight"].values, found["weight_layer"].values, strict=True):
-        expected = int(path.removeprefix(blocks).split(".")[0]) if path.startswith(blocks) else -1
-        assert layer == expected, path
-
-
 # --- a scaled loss ---
 
 
