@@ -219,7 +219,6 @@ def test_so_it_is_with_everything_that_a_training_does(build, setting):
     ("build", "setting"),
     [
         (whole, {"backend": "aot_eager"}),
-        (blocks_in_place, {"micro_batches": 2}),
         (in_place, {"checkpointing": False}),
         (compiled_forward, {}),
     ],

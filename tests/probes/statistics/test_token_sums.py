@@ -134,14 +134,6 @@ def test_squares_that_float32_cannot_hold(scale):
     )
 
 
-def test_zero_tokens_have_no_direction():
-    states = [draw(0), draw(1)]
-    states[0][1] = states[1][2] = 0.0
-    sums = seen(states)
-    assert_as_defined(sums, states, None)
-    assert sums.array("unit_count", [0])[0].tolist() == [2 * T] * N
-
-
 def test_a_state_may_be_rewritten_after_it_was_seen():
     states = [draw(0), draw(1)]
     first = states[0].clone()
@@ -193,12 +185,6 @@ def test_parts_of_the_data_add_up_to_the_whole():
     part.merge(seen([state[1:] for state in states], mask[1:]))
     for name in expected(states, mask):
         np.testing.assert_allclose(part.array(name, [1]), full.array(name, [1]), rtol=1e-6, atol=1e-6)
-
-
-def test_depths_that_were_not_seen_are_nan():
-    array = seen([draw(0)]).array("norm_sum", [0, 7])
-    assert np.isfinite(array[0]).all()
-    assert np.isnan(array[1]).all()
 
 
 def test_autocast_changes_nothing():

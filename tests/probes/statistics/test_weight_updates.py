@@ -110,19 +110,6 @@ def test_a_row_is_the_step_that_ends_with_it(batches):
     assert recorder.run.statistics.weight_layer.values.tolist() == [-1, 0, 0, 1, 1, 2, 2, -1]
 
 
-def test_micro_batches_accumulate_to_the_gradient_of_the_whole(batches):
-    runs = []
-    for parts in (1, 2, 4):
-        model = fresh()
-        with probes.record(model, weights=True) as recorder:
-            for part in batches[0].chunk(parts):
-                (loss_of(model, part) / parts).backward()
-            recorder.step()
-        runs.append(recorder.run.statistics.weight_gradient_square_norm.values)
-    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5)
-    np.testing.assert_allclose(runs[2], runs[0], rtol=1e-5)
-
-
 def test_a_shared_weight_counts_once_with_the_gradient_of_both_uses(batches):
     model, twin = fresh(tied=True), fresh(tied=True)
     loss_of(twin, batches[0]).backward()
@@ -170,9 +157,6 @@ def test_half_precision_is_added_up_in_full(batches, dtype):
     moved = {name: p.detach().double() - before[name] for name, p in model.named_parameters()}
     assert_equal(recorder.run, "weight_gradient_square_norm", [gradients], rtol=1e-12)
     assert_equal(recorder.run, "weight_update_square_norm", [squares(moved)], rtol=1e-12)
-
-
-# --- what cannot be measured ---
 
 
 class Offloaded(Model):
@@ -246,9 +230,6 @@ def test_an_optimizer_inside_the_backward_takes_its_gradients_along(batches):
     assert "gradient freed inside the backward" in reason
     moved = {name: p.detach() - before[name] for name, p in twin.named_parameters()}
     assert_equal(recorder.run, "weight_update_square_norm", [squares(moved)], rtol=1e-5)
-
-
-# --- no memory leaks ---
 
 
 # --- which chain and which block ---
