@@ -39,6 +39,10 @@ def checkout(folder: Path) -> Path:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             # depthscope/ consists of links to the rooms: followed, it would be a second copy that no edit reaches.
             shutil.copy2(ROOT / name, folder / name, follow_symlinks=False)
+    for room in ("app", "diagnostics", "probes"):  # what is compiled already is not compiled again
+        for compiled in (ROOT / room).rglob("__pycache__"):
+            unfinished = shutil.ignore_patterns("*.pyc.*")
+            shutil.copytree(compiled, folder / compiled.relative_to(ROOT), ignore=unfinished)
     return folder
 
 

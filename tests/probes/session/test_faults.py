@@ -20,7 +20,6 @@ import pytest
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthscope import probes
@@ -259,27 +258,6 @@ def test_a_child_process_neither_writes_nor_warns(tmp_path):
         recorder.step()
     assert store.exists()
     assert recorder.run.statistics.step.values.tolist() == [0, 1]
-
-
-@pytest.mark.parametrize("start", ["fork"])
-def test_workers_of_a_loader_leave_the_recorder_alone(tmp_path, start):
-    model, store = build(), tmp_path / "run.zarr.zip"
-    loader = DataLoader(
-        TensorDataset(IDS.repeat(4, 1)),
-        batch_size=3,
-        num_workers=2,
-        multiprocessing_context=start,
-        persistent_workers=True,
-    )
-    with probes.record(model, store=store, gradients=True) as recorder:
-        for _ in range(2):
-            for (ids,) in loader:
-                train(model, ids)
-                recorder.step()
-        assert not store.exists()
-    del loader
-    assert recorder.errors == []
-    np.testing.assert_allclose(norms(recorder), [noted(model, n) for n in range(8)], rtol=1e-5)
 
 
 def test_a_recorder_in_an_object_of_the_users_can_be_copied():

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from depthscope import probes
 from depthscope.probes.checkpoints.errors import CheckpointError
-from depthscope.probes.static.formula import Formula, FormulaError, shape_of, solve
+from depthscope.probes.static.formula import Formula, FormulaError
 
 ROW = """
 [[dialect]]
@@ -128,10 +128,3 @@ def test_a_formula_that_does_not_fit_the_tensors_names_the_row_and_the_place(for
 def test_a_formula_is_arithmetic_and_nothing_else(text):
     with pytest.raises(FormulaError):
         Formula(text).value({"n": 2, "x": np.zeros(2)})
-
-
-def test_shapes_give_the_sizes_or_several_solutions():
-    equations = {name: shape_of(text) for name, text in {"a": "n*k, k*(n+1)", "b": "n, n + 1"}.items()}
-    assert solve({"b": (4, 5)}, equations) == [{"n": 4}]
-    assert solve({"b": (5, 4)}, equations) == []
-    assert solve({"a": (8, 10)}, equations) == [{"k": 2, "n": 4}]
