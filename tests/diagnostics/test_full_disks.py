@@ -9,7 +9,7 @@ import pytest
 from tests.diagnostics.full_disks import in_another_process
 
 # A limit on a file's size comes out of the same call as a full disk; whatever else is written goes through these writers.
-CASES = [("zip", "file"), ("zarr", "disk"), ("analyze", "disk"), ("record", "disk"), ("record", "file")]
+CASES = [("zip", "file"), ("zarr", "disk"), ("analyze", "disk"), ("record", "disk")]
 FULL = ("no space left on device", "file too large", "no space left")
 
 

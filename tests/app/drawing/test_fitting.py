@@ -1,4 +1,4 @@
-"""Does any text leave its page or lie over another one: in every composed figure of three runs?"""
+"""Does any text leave its page or lie over another one? Of composed figures it is looked at where they are tested."""
 
 from __future__ import annotations
 
@@ -7,26 +7,12 @@ from itertools import combinations
 import pytest
 from matplotlib.text import Text
 
-from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, draw_composed, figure_style, to_matplotlib
+from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, to_matplotlib
 from depthscope.app.figures import Heatmap, Line, Lines
-from depthscope.app.figures.composed import QUESTIONS, compose
-from depthscope.app.readings.readings import read_runs
-from depthscope.app.text.venues import VENUES
 from tests.app.example_figures import MAP, X
 
-NAMES = ("plain", "hc-1e-3", "mhc-seed-0-with-a-long-name")
-NARROWEST = "neurips"
 SEEN = 0.5
 """Dots, of which an inch has 150."""
-
-
-@pytest.fixture(scope="module")
-def runs(make_run):
-    families = ("residual", "hc", "mhc")
-    return {
-        name: make_run(family, layers=2, samples=3, seed=place)
-        for place, (name, family) in enumerate(zip(NAMES, families, strict=True))
-    }
 
 
 def texts_of(canvas, monkeypatch):
@@ -68,19 +54,6 @@ def test_a_text_beyond_the_page_is_noticed(monkeypatch):
     canvas.draw_without_rendering()
     canvas.axes[0].xaxis.label.set_text("a label that is longer than its figure " * 3)
     assert problems_of(canvas, monkeypatch)[0]
-
-
-def test_no_text_of_a_composed_figure_leaves_the_page(runs, monkeypatch):
-    drawn, readings = 0, read_runs(runs)
-    for name in QUESTIONS:
-        figure = compose(name, readings, runs=runs)
-        if not figure.panels:
-            continue
-        with figure_style(Width(VENUES[NARROWEST].text, FIGURE_POINTS)) as size:
-            canvas = draw_composed(figure, size)
-        drawn += 1
-        assert problems_of(canvas, monkeypatch) == ([], []), name
-    assert drawn >= 6
 
 
 @pytest.mark.parametrize("width", [2.6, 3.25])
