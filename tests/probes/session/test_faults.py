@@ -12,8 +12,11 @@ import subprocess
 import sys
 import threading
 import weakref
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,9 +30,53 @@ from depthscope.probes.jacobian import jacobian
 from depthscope.probes.statistics.token_sums import TokenSums
 from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted
 from tests.probes.session.hooks_left import hooks_on_model
-from tests.probes.session.raised_errors import STOPS, fault
 
 IDS = torch.randint(1, VOCABULARY, (3, 6), generator=torch.Generator().manual_seed(0))
+
+
+PROBES = Path(probes.__file__).parent
+STOPS = (KeyboardInterrupt, SystemExit)  # which must reach the user from wherever they are raised
+
+
+def _inside_a_hook(frame: Any) -> bool:
+    names = ("__call__", "_report_errors")
+    while frame is not None:
+        if frame.f_code.co_filename.endswith("probes/model/hooks.py") and frame.f_code.co_name in names:
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def fault(error: type[BaseException], after: int, tripped: list[str]) -> Iterator[None]:
+    """Raise an error at the n-th function that code of ours calls inside of a hook, be it ours or torch's."""
+    left = after
+
+    def profile(frame: Any, kind: str, argument: Any) -> None:
+        nonlocal left
+        caller = frame if kind == "c_call" else frame.f_back
+        if (
+            kind not in ("call", "c_call")
+            or caller is None
+            or not caller.f_code.co_filename.startswith(str(PROBES))
+        ):
+            return
+        # What ends a hook is not a measurement: an error there is one of the interpreter's.
+        if caller.f_code.co_name in ("__torch_function__", "outside_user_modes", "__exit__"):
+            return
+        if caller.f_code.co_filename.endswith("hooks.py") or not _inside_a_hook(caller):
+            return
+        left -= 1
+        if left == 0:
+            sys.setprofile(None)
+            tripped.append(f"{caller.f_code.co_name}:{caller.f_lineno}")
+            raise error("no memory for a probe")
+
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(None)
 
 
 def build(name: str = "plain") -> Noted:
