@@ -100,7 +100,7 @@ DOORS: dict[str, Callable[[Path], object]] = {
     "resume": lambda folder: _record(folder, resume=True),
     "analyze": _command("analyze", "HERE/run.zarr", "--metrics", "residual_norm"),
     "export": _command("export", "HERE/run.zarr", "--out", "HERE/paper", "--force"),
-    "report": _command("report", "HERE/run.zarr", "--out", "HERE/report.html", "--force"),
+    "report": _command("export", "HERE/run.zarr", "--out", "HERE/report.html", "--force"),
     "dashboard's cache": _keep,
     "list_runs": list_runs,
 }
@@ -148,6 +148,7 @@ def plant(link: Path, victim: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::depthscope.probes.ProbeWarning")
+@pytest.mark.usefixtures("few_figures")
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("door", DOORS)
 def test_no_file_outside_of_the_folder_moves_or_vanishes(door, places, sent, tmp_path):

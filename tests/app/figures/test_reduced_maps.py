@@ -52,11 +52,6 @@ class _Tokens:
         return [f"“{text}”" for text in self.texts(sequence)]
 
 
-def _norms(drawn) -> np.ndarray:
-    """What a heat map of plotly shows: of a logarithmic one the numbers are custom data."""
-    return np.asarray(drawn.z if drawn.customdata is None else drawn.customdata)
-
-
 @pytest.mark.parametrize("measure", ["norm", "distance"])
 def test_a_long_sequence_keeps_its_depths_and_its_massive_tokens(measure):
     tokens = _Tokens()
