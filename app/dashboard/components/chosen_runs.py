@@ -136,7 +136,7 @@ def _wait(waiting: Mapping[str, Path]) -> None:
     names = ", ".join(f"**{escaped(name)}**" for name in waiting)
     st.info(
         f"{names}: {run_library.BEFORE_THE_FIRST_STEP} The page looks each second and shows the first one.",
-        icon="⏳",
+        icon="ℹ️",
     )
 
 
