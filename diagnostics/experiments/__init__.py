@@ -20,13 +20,12 @@ from depthscope.diagnostics.experiments.results import (
     table_rows,
     with_lens,
 )
-from depthscope.diagnostics.experiments.settling import HARMFUL, SETTLED_BY, consequence_words, experiment_for
+from depthscope.diagnostics.experiments.settling import SETTLED_BY, consequence_words, experiment_for
 from depthscope.diagnostics.experiments.variables import CELLS, EFFECTS, LENS, PATCHES, declared
 
 __all__ = [
     "CELLS",
     "EFFECTS",
-    "HARMFUL",
     "KINDS",
     "LENS",
     "PATCHES",

@@ -49,7 +49,7 @@ class Finding:
     chain : str
         The chain, where a run has several.
     because : str
-        The verdict that explains this finding, which is then no more than INFO.
+        The verdict that explains this finding: of an effect the cause, of what the loss shows where to look first.
     proof : str
         Whether the reading that it is about is proven: ``"proven"``, ``"unproven: …"``, or empty where the run does not say.
     undecided : str
@@ -65,7 +65,9 @@ class Finding:
     about : {"network", "reading"}
         Whether it is about the network, or only about how far the run can be trusted.
     settled : str
-        Of a suspicion: ``"shown"`` where an experiment showed that it does harm, ``"refuted"``, or ``"not settled"``.
+        ``"shown"`` where an experiment, or without labels the output, bore it out, ``"refuted"``, or ``"not settled"``.
+    explains : bool
+        Whether its number is beyond the limit of a warning, so that it says where to look when the loss shows harm.
     profile : tuple of float
         The numbers that were judged, one for each position on the axis, in the units of `value`; NaN where undefined.
     """
@@ -92,6 +94,7 @@ class Finding:
     scale: str = "ratio"
     about: str = "network"
     settled: str = ""
+    explains: bool = field(default=False, compare=False, repr=False)
     # Not compared: NaN is not equal to itself, and two findings with the same number at the same place are the same.
     profile: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
@@ -113,7 +116,7 @@ class Finding:
         """
         plain = asdict(replace(self, profile=())) | {"severity": self.severity.name}
         # A row of a table, and of what is kept of 500 runs: the profile of 1000 depths has no place there.
-        del plain["profile"]
+        del plain["profile"], plain["explains"]
         # JSON has neither NaN nor infinities; Python would write them and other parsers fail.
         for name in ("value", "threshold"):
             if not math.isfinite(plain[name]):

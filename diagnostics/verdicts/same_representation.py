@@ -10,9 +10,8 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
-from depthscope.diagnostics.verdicts.calibration import DEFAULT
-from depthscope.diagnostics.verdicts.causes import overlapping
-from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, number, verdict
+from depthscope.diagnostics.verdicts.rule import Kind
 
 # Every two states of 16 collapsed blocks have a debiased CKA of 1.000, and the ends an angle of 0.003 π; of a fresh Pre-LN
 # stack 0.70 and 0.25 π, of trained residual, HC and mHC networks 0.56 to 0.67, of SmolLM2 0.28 and 0.48 π.
@@ -62,6 +61,7 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
 
 # What grows or fades at every connection leaves all states alike beside it: then that is the finding.
 @verdict(
+    Kind.LOSS,
     metric="cka",
     judges=Number(
         "debiased CKA of the two least similar states of the longest range of blocks that hold one representation",
@@ -69,13 +69,8 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
         "−1 to 1",
     ),
     limits=Limits(warn=ALIKE, fail=SAME, scale="cosine"),
-    follows_from={
-        "gain_explosion": overlapping,
-        "exploding_state": overlapping,
-        "dead_state": overlapping,
-    },
-    before_training=True,
-    suspicion=True,
+    follows_from=("gain_explosion", "exploding_state"),
+    tried_by="bypass",
 )
 def same_representation(
     cka: xr.DataArray,

@@ -12,8 +12,8 @@ from typing import Any, TypeGuard
 
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.calibration import DEFAULT
-from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.rule import Kind
 
 # --- what the matrices claim to be: the constraints that they satisfy, or are meant to ---
 
@@ -59,6 +59,7 @@ def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator
 
 
 @verdict(
+    Kind.FACT,
     metric="identity_distance",
     judges=Number(
         "distance of the computed matrix from the one that is applied", "‖H − H applied‖", "0 or more"
@@ -75,6 +76,7 @@ def discarded_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 
 @verdict(
+    Kind.FACT,
     metric="doubly_stochastic_violation",
     judges=Number(
         "error of the sums over the sources, which should be exact", "max_i |Σ_j H_ij − 1|", "0 or more"
@@ -92,6 +94,7 @@ def transposed_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 # Every connection multiplies the sum of the streams by n, which is at least 2: no other value comes here.
 @verdict(
+    Kind.FACT,
     metric="mixing_gain",
     judges=Number("factor by which each connection multiplies the sum of the streams", "n", "1 or more"),
     limits=Limits(fail=1.0),
@@ -108,6 +111,7 @@ def constant_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 # The largest gradient of a logit against that of a write weight, for a random combination of the outputs: a few
 # roundings.
 @verdict(
+    Kind.FACT,
     metric="mixing_gradient",
     judges=Number(
         "largest gradient of a logit of the mixing over that of a write weight",
@@ -126,8 +130,9 @@ def unlearnable_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 
 @verdict(
+    Kind.FACT,
     metric="read_share",
-    judges=Number("weight with which the branch reads where the design writes with it", range="0 or more"),
+    judges=Number("weight with which the branch reads where the design writes with it"),
     limits=Limits(info=1.0),
 )
 def swapped_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
@@ -139,6 +144,7 @@ def swapped_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 
 @verdict(
+    Kind.FACT,
     metric="mixing_gain",
     judges=Number(
         "change of the coefficients with what they should not depend on, relative to themselves",
@@ -156,6 +162,7 @@ def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
 
 
 @verdict(
+    Kind.FACT,
     metric="channel_variance",
     judges=Number(
         "number of batch norms whose running statistics are not those of the data", range="0 or more"
@@ -169,18 +176,3 @@ def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     whether its buffers are saved and loaded, whether momentum is 0, and whether inputs are scaled as in training.
     """
     yield from told(attrs, "stale_statistics")
-
-
-@verdict(
-    metric="weight_gradient_norm",
-    judges=Number("number of modules whose input is zero for 95 % of the features", range="0 or more"),
-    limits=Limits(warn=0.0),
-    before_training=True,
-)
-def zero_input(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The input of a module is almost all zeros: no token passes what is before it.
-
-    Look for a ReLU whose inputs are all negative, as after too high a learning rate, a closed gate, or a product with zero.
-    The weights of such features get no gradient, and what is left of the module's output is little more than its bias.
-    """
-    yield from told(attrs, "zero_input")
