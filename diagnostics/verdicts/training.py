@@ -80,15 +80,22 @@ def worse_than_constant(
     error = (number_or_none(task.get("uncertainty")) or 0.0) / float(task["constant"])
     words = "the loss, relative to that of always answering with how often each class comes (less the noise of the sample), is"
     is_sure = min(share, share_of_guessing(attrs) or share) > NO_START
-    # As it was drawn a network claims to know nothing, and one that lost what it knew mostly still claims to.
-    expected = number_or_none(task.get("expected"))
-    claims = expected is None or float(task["constant"]) - expected > LEAST_CLAIM * float(task["constant"])
-    may_be_new = not claims and not is_sure and not _is_old(step, first_weight_distance)
+    may_be_new = not is_sure and _may_be_new(attrs) and not _is_old(step, first_weight_distance)
     yield Profile(xr.DataArray(share - ONE_SIDED * error), words, is_sure=is_sure, note_only=may_be_new)
 
 
 # What predictions claim to know is no less than a fifth of all that there is to know.
 LEAST_CLAIM = 0.2
+
+
+def _may_be_new(attrs: Mapping[str, Any]) -> bool:
+    """Whether a network knows nothing and claims to know hardly anything, as it does where it was just drawn.
+
+    One that lost what it knew mostly claims to know it still.
+    """
+    expected, constant = (number_or_none(task_of(attrs).get(name)) for name in ("expected", "constant"))
+    claims = expected is None or constant is None or constant - expected > LEAST_CLAIM * constant
+    return not claims and (share_of_constant(attrs) or 0.0) > NOTHING_LEARNED
 
 
 def _is_old(step: xr.DataArray | None, first_weight_distance: xr.DataArray | None) -> bool:
@@ -110,7 +117,11 @@ def _is_old(step: xr.DataArray | None, first_weight_distance: xr.DataArray | Non
     limits=Limits(warn=0.15, fail=0.5),
     follows_from=("worse_than_constant",),
 )
-def surer_than_right(attrs: Mapping[str, Any]) -> Iterator[Profile]:
+def surer_than_right(
+    attrs: Mapping[str, Any],
+    step: xr.DataArray | None = None,
+    first_weight_distance: xr.DataArray | None = None,
+) -> Iterator[Profile]:
     """The predictions are overconfident: they are surer than they are right.
 
     Training makes them as sure as they are right. See whether inputs come as in training (scale, order, padding, ids), labels
@@ -128,7 +139,8 @@ def surer_than_right(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     )
     wrong = (loss - ONE_SIDED * error - expected) / claimed
     words = "of what the predictions claim to know, the part that is wrong is"
-    yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "")
+    may_be_new = _may_be_new(attrs) and not _is_old(step, first_weight_distance)
+    yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", note_only=may_be_new)
 
 
 # What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
@@ -218,7 +230,9 @@ def untrained_weights(
     Of a checkpoint: see which names of the file were not found in the model, or mapped to the wrong blocks, and load it with
     strict=True. Blocks that were just added, or copied to make a network deeper, begin so.
     """
-    share = share_of_guessing(attrs)
+    share, task = share_of_guessing(attrs), task_of(attrs)
+    if share is not None:  # of a few sequences a loss is low by chance
+        share += ONE_SIDED * (number_or_none(task.get("uncertainty")) or 0.0) / float(task["guessing"])
     untouched, equal = attrs.get("untouched_blocks") or [], attrs.get("equal_blocks") or []
     kinds = []
     if residual_norm is not None and "layer" in residual_norm.coords:
