@@ -18,7 +18,6 @@ from depthscope.diagnostics.experiments.results import (
     save_result,
     table,
     table_rows,
-    with_lens,
 )
 from depthscope.diagnostics.experiments.settling import SETTLED_BY, consequence_words, experiment_for
 from depthscope.diagnostics.experiments.variables import CELLS, EFFECTS, LENS, PATCHES, declared
@@ -54,5 +53,4 @@ __all__ = [
     "share_of",
     "table",
     "table_rows",
-    "with_lens",
 ]

@@ -56,7 +56,7 @@ VERDICTS: dict[str, Verdict] = {
         training.surer_than_right,
         training.off_minimum,
         training.untrained_weights,
-        inputs.looks_ahead,
+        wiring.looks_ahead,
         magnitude.dead_state,
         magnitude.exploding_state,
         magnitude.vanishing_state,

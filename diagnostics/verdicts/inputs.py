@@ -1,7 +1,4 @@
-"""Does what leaves a block still depend on what came in? On the sequence, and on nothing that comes later.
-
-The differences that came in bound those that can be lost. Limits are set by hand.
-"""
+"""Does what leaves a block still depend on what came in? The differences that came in bound those that can be lost."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ import xarray as xr
 from depthscope.diagnostics.verdicts.age import task_of
 from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
-from depthscope.diagnostics.verdicts.wiring import told
 
 DISTINCT = "distinct_tokens"
 """Attribute of a run: how many different tokens the sampled sequences have, each on average and all together."""
 
 FEWEST = 3  # different tokens, of which a rank can fall
+FEW_TOKENS = 8  # different tokens, of fewer of which what is alike may be chance
 # A Dong residual that rounding leaves of equal tokens.
 EQUAL = 1e-5
 
@@ -85,19 +82,3 @@ def equal_sequences(sequence_share: xr.DataArray, attrs: Mapping[str, Any]) -> I
     elif float(share.isel(depth=0)) > SHARED_INPUT:
         later = xr.DataArray(np.arange(share.sizes["depth"]) > 0, dims="depth")
         yield Profile(share.where(later), WORDS, begins=True)
-
-
-@verdict(
-    Kind.FACT,
-    metric="gradient_norm",
-    judges=Number(
-        "share of an output's gradient, or of its change, that comes from later tokens", range="0 to 1"
-    ),
-    limits=Limits(fail=1e-3),
-)
-def looks_ahead(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The network sees the tokens that it has to predict.
-
-    Check the causal mask on the path that runs: a fast path may mask where a slow one (dropout, a bias, a cache) does not.
-    """
-    yield from told(attrs, "looks_ahead")

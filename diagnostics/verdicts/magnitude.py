@@ -205,7 +205,6 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
     judges=Number(
         "gain of the product of all mixing matrices, forward or backward, or its norm",
         "max_i |Σ_j P_ij|, max_j |Σ_i P_ij|, ‖P‖₂; p99 over tokens",
-        "0 or more",
     ),
     limits=Limits(warn=10.0, fail=100.0),
     follows_from=("constant_mixing",),
@@ -268,7 +267,6 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
     judges=Number(
         "weakest row or column sum of the product of all mixing matrices; of free matrices over what these may leave",
         "min_i |Σ_j P_ij|, min_j |Σ_i P_ij|; p1 over tokens",
-        "0 or more",
     ),
     limits=Limits(warn=FADED, fail=0.05, above=False),
     follows_from=("sinkhorn_not_converged",),
@@ -320,7 +318,6 @@ def _fade_of_free(connections: int) -> float:
     judges=Number(
         "gradient times size of the state, over that at the last block",
         "√Σ ‖∂L/∂x_l‖² ‖x_l‖², over that of the last l",
-        "0 or more",
     ),
     limits=Limits(warn=30.0, fail=1000.0),
     follows_from=("gain_explosion",),
@@ -346,7 +343,6 @@ def exploding_gradient(
     judges=Number(
         "gradient over that at the last block, alone or times the size of the state, the larger",
         "max(‖∂L/∂x_l‖, ‖∂L/∂x_l‖ ‖x_l‖), each over that of the last l",
-        "0 or more",
     ),
     limits=Limits(warn=0.1, fail=1e-3, above=False),
 )

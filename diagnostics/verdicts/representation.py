@@ -13,7 +13,7 @@ import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
-from depthscope.diagnostics.verdicts.inputs import below_input, distinct, one_answer
+from depthscope.diagnostics.verdicts.inputs import FEW_TOKENS, below_input, distinct, one_answer
 from depthscope.diagnostics.verdicts.rule import Kind
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
@@ -120,7 +120,6 @@ FEW_DIRECTIONS = 3.0
     judges=Number(
         "number of directions in use over the most that an earlier state uses",
         "numerical rank at l / max over earlier",
-        "0 or more",
     ),
     limits=Limits(warn=0.6, above=False),
     follows_from=("rank_collapse", "common_vector"),
@@ -141,8 +140,6 @@ def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
 
 
 MOST_ALIKE = 0.98
-# Different tokens, of fewer of which a high cosine may be chance. Heuristic.
-FEW_TOKENS = 8
 
 
 # Two tokens with a cosine of 0.98 have an angle of 11°, with one of 0.995 of 6°. States after a ReLU, whose numbers are all

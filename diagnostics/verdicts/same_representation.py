@@ -11,6 +11,7 @@ import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, number, verdict
+from depthscope.diagnostics.verdicts.inputs import FEW_TOKENS, distinct
 from depthscope.diagnostics.verdicts.rule import Kind
 
 # Every two states of 16 collapsed blocks have a debiased CKA of 1.000, and the ends an angle of 0.003 π; of a fresh Pre-LN
@@ -88,7 +89,8 @@ def same_representation(
     Raise the scale of the branches or their learning rate, look for a skip that is scaled up or a branch that is scaled down,
     and take fewer layers. Then see whether the loss without these blocks is the same: they can be left out.
     """
-    if "unbiased" not in cka["estimator"]:
+    tokens = distinct(attrs, "in_all")
+    if "unbiased" not in cka["estimator"] or (tokens is not None and tokens < FEW_TOKENS):
         return
     alike = _between_blocks(cka.sel(estimator="unbiased", tokens="ordinary", drop=True))
     given = zip(VIEWS, (joined_cka, least_stream_cka, trimmed_cka, whitened_cka), strict=True)
@@ -118,7 +120,7 @@ def same_representation(
         first, last = longest_range(together & (lowest >= ALIKE))
         if last - first >= max(FEWEST_STEPS, share * steps):
             words = _views(alike, views, slice(first, last + 1))
-            found = _one_representation(alike, angles, first, last, attrs, num_tokens, words, failing=failing)
+            found = _one_representation(alike, angles, first, last, num_tokens, words, failing=failing)
             found = replace(found, sentence=found.sentence + _turn_of_later_half(relative_turn))
             # On the axis of all depths: undefined inside a block.
             yield replace(found, values=found.values.reindex(depth=np.arange(cka.sizes["depth"])))
@@ -143,7 +145,6 @@ def _one_representation(
     angles: xr.DataArray,
     first: int,
     last: int,
-    attrs: Mapping[str, Any],
     num_tokens: xr.DataArray | None,
     views: str,
     *,
@@ -164,11 +165,9 @@ def _one_representation(
         "them by more than "
         f"{number(step)}°."
     )
-    told, moving = _prediction(attrs, begins, ends)
-    sentence += told
     values = np.full(len(alike), np.nan)
-    # Of states that turn against each other, or of which the head reads something else, it is no more than a warning.
-    values[part] = least if failing and not moving else min(least, SAME)
+    # Of states that turn against each other it is no more than a warning.
+    values[part] = least if failing else min(least, SAME)
     return Profile(
         alike.isel(other_depth=0, drop=True).copy(data=values),
         f"{WORDS} of the two least similar states is",
@@ -182,25 +181,6 @@ def _views(alike: xr.DataArray, views: Mapping[str, xr.DataArray], part: slice) 
     least = {VIEWS[name]: float(of.values[part, part].min()) for name, of in views.items()}
     told = [f"{words} {value:.3f}" for words, value in least.items() if abs(value - mean) >= 5e-4]
     return f"; {', '.join(told)}" if told else ""
-
-
-def _prediction(attrs: Mapping[str, Any], first: int, last: int) -> tuple[str, bool]:
-    """What a lens reads in the range, where one was read, and whether the prediction still moves within it.
-
-    States that differ by little may differ in what the head reads: where the interval of the depth from which on the
-    prediction no longer changes begins in the later half of the range, the range does work, and is no failure.
-    """
-    found = attrs.get("prediction_depth")
-    if not isinstance(found, Mapping):
-        return "", False
-    mean, low = float(found["mean"]), float(found["low"])
-    sentence = f" By the {found['lens']} lens the prediction no longer changes from depth {number(mean)} on"
-    # One sequence has no interval: its depth alone is not enough to excuse anything.
-    if (first + last) / 2 < low <= last:
-        return f"{sentence}: within this range it still changes.", True
-    if mean <= first:
-        return f"{sentence}: the range changes no prediction.", False
-    return f"{sentence}.", False
 
 
 def _all(alike: xr.DataArray, first: int, last: int) -> str:

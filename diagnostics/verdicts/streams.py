@@ -164,7 +164,6 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
     judges=Number(
         "largest distance from the identity of any product of mixing matrices from the embedding on",
         "max_c ‖P_c/p − I‖_F / √n; median over tokens",
-        "0 or more",
     ),
     limits=Limits(info=STUCK, above=False),
 )

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import xarray as xr
+from tests.models.shown_harm import with_result
 
 from depthscope import diagnostics
 from depthscope.diagnostics import Severity, schema
-from tests.models.shown_harm import with_result
 
 NAMES = ("relative_turn", "effective_depth", "variance_growth")
 
