@@ -33,7 +33,7 @@ from depthscope.probes.run.build_run import prove
 from depthscope.probes.run.connection_remarks import all_remarks
 from depthscope.probes.session.coefficient_origins import find_origins, follow
 from depthscope.probes.session.forward import own_call
-from depthscope.probes.session.kept_bytes import ZERO_INPUTS, kept_bytes
+from depthscope.probes.session.kept_bytes import FOREIGN_NORMS, kept_bytes
 from depthscope.probes.session.model_call import call_model, copied, graph_of_frozen, with_gradients
 from depthscope.probes.session.options import ModelOptions, Options, Scope, takes_options
 
@@ -131,7 +131,7 @@ def _examined(run: xr.DataTree, model: nn.Module, batch: Any, options: Mapping[s
         sequences, evidence = prove(session)
     except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
         return {}
-    remarks = all_remarks(session, evidence, [of.index for of in sequences], kept.pop(ZERO_INPUTS, {}))
+    remarks = all_remarks(session, evidence, [of.index for of in sequences], kept.pop(FOREIGN_NORMS, []))
     trace = next(node.to_dataset() for node in run["trace"].subtree if node.data_vars)
     memory = memory_facts(trace, session.observer.dtype, kept)
     return {**({"remarks": remarks} if remarks else {}), **({"memory": memory} if memory else {})}

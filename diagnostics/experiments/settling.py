@@ -72,10 +72,11 @@ def experiment_for(finding: Placed, target: str = "CHECKPOINT") -> str | None:
     return " ".join(words)
 
 
-_CHANGED = {
+CHANGED = {
     "bypass": "Without the steps from depth {first} to {last}",
     "merge_tokens": "With the mean of its sequence in place of every token's state at depth {last}",
 }
+"""What the experiments that `depthscope.settle` makes change, in words."""
 
 
 def consequence_words(result: Mapping[str, Any]) -> str:
@@ -88,7 +89,7 @@ def consequence_words(result: Mapping[str, Any]) -> str:
     'Without the steps from depth 5 to 15 the loss changes by +0.01 ± 0.02 (from 2.1).'
     """
     first, last = result["depths"]
-    changed = _CHANGED[result["kind"]].format(first=first, last=last)
+    changed = CHANGED[result["kind"]].format(first=first, last=last)
     if first == last:
         changed = changed.replace(f"the steps from depth {first} to {last}", f"the step to depth {last}")
     parts = []

@@ -49,7 +49,8 @@ def _effect(
         # A finding worse than its cause needs more than that cause, and is reported as it is.
         if cause.verdict not in causes or cause.severity < finding.severity:
             continue
-        if depths_of(finding, analysis)[1] >= depths_of(cause, analysis)[0]:
+        # A gradient inherits what deeper blocks do, everything else what earlier ones do.
+        if "gradient" in finding.verdict or depths_of(finding, analysis)[1] >= depths_of(cause, analysis)[0]:
             sentence = (
                 f"{finding.sentence} It follows from another finding: {cause.verdict.replace('_', ' ')}."
             )

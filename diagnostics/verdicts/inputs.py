@@ -32,6 +32,12 @@ def distinct(attrs: Mapping[str, Any], scope: str) -> float | None:
     return float(found) if isinstance(found, (int, float)) else None
 
 
+def has_few_tokens(attrs: Mapping[str, Any]) -> bool:
+    """Whether what is alike in a batch may be chance, or its sequences are so short that all tokens are where sinks are."""
+    each, of_all = distinct(attrs, "per_sequence"), distinct(attrs, "in_all")
+    return (each is not None and each < FEWEST) or (of_all is not None and of_all < FEW_TOKENS)
+
+
 def one_answer(attrs: Mapping[str, Any]) -> bool:
     """Whether the labels are one a sequence."""
     return task_of(attrs).get("targets_per_sequence") == 1

@@ -13,7 +13,13 @@ import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
-from depthscope.diagnostics.verdicts.inputs import FEW_TOKENS, below_input, distinct, one_answer
+from depthscope.diagnostics.verdicts.inputs import (
+    FEW_TOKENS,
+    below_input,
+    distinct,
+    has_few_tokens,
+    one_answer,
+)
 from depthscope.diagnostics.verdicts.rule import Kind
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
@@ -170,14 +176,12 @@ def common_vector(
         token_cosine.sel(scope="data", tokens="ordinary", centering=centering, stream="mean", drop=True)
         for centering in ("raw", "centred")
     )
-    if below_input(1.0 - raw, attrs, "in_all") is None:
+    if has_few_tokens(attrs) or below_input(1.0 - raw, attrs, "in_all") is None:
         return
     if distinct(attrs, "in_all") is None:  # then what the first states share may have come in
         raw = raw.where(raw["depth"] != raw["depth"][0]) if float(raw[0]) > MOST_ALIKE else raw
     at = int(np.nanargmax(raw.values)) if raw.notnull().any() else 0
-    tokens = distinct(attrs, "in_all")
-    if tokens is None and num_tokens is not None:
-        tokens = float(num_tokens.sel(scope="data", tokens="ordinary").max())
+    tokens = None if num_tokens is None else float(num_tokens.sel(scope="data", tokens="ordinary").max())
     yield Profile(
         raw,
         "the mean cosine between any two tokens of the data is",

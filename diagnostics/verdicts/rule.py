@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-from depthscope.diagnostics.experiments import consequence_words
+from depthscope.diagnostics.experiments import CHANGED, consequence_words
 from depthscope.diagnostics.verdicts.age import KNOWS, Age, number_or_none, share_of_constant, task_of
 from depthscope.diagnostics.verdicts.finding import Severity
 
@@ -120,7 +120,9 @@ def result_of(
     """The result of the experiment on a finding at this place; a file may have anything in its place."""
     results = attrs.get(CONSEQUENCES)
     for result in results if isinstance(results, (list, tuple)) else ():
-        if not isinstance(result, Mapping) or "why" in result or result.get("verdict") != verdict:
+        if not isinstance(result, Mapping) or not {"first", "last", "depths", "kind"} <= set(result):
+            continue
+        if "why" in result or result.get("verdict") != verdict or result["kind"] not in CHANGED:
             continue
         if result.get("stream") == stream and (
             first < 0 or (result["first"] <= last and first <= result["last"])

@@ -11,7 +11,7 @@ import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, number, verdict
-from depthscope.diagnostics.verdicts.inputs import FEW_TOKENS, distinct
+from depthscope.diagnostics.verdicts.inputs import has_few_tokens
 from depthscope.diagnostics.verdicts.rule import Kind
 
 # Every two states of 16 collapsed blocks have a debiased CKA of 1.000, and the ends an angle of 0.003 π; of a fresh Pre-LN
@@ -89,8 +89,7 @@ def same_representation(
     Raise the scale of the branches or their learning rate, look for a skip that is scaled up or a branch that is scaled down,
     and take fewer layers. Then see whether the loss without these blocks is the same: they can be left out.
     """
-    tokens = distinct(attrs, "in_all")
-    if "unbiased" not in cka["estimator"] or (tokens is not None and tokens < FEW_TOKENS):
+    if "unbiased" not in cka["estimator"] or has_few_tokens(attrs):
         return
     alike = _between_blocks(cka.sel(estimator="unbiased", tokens="ordinary", drop=True))
     given = zip(VIEWS, (joined_cka, least_stream_cka, trimmed_cka, whitened_cka), strict=True)

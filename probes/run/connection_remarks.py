@@ -85,7 +85,7 @@ def _with(matrices: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 NAMED = 3  # modules in a sentence
 
 
-def _module_remarks(model: nn.Module, seen: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+def _module_remarks(model: nn.Module, foreign_norms: Sequence[str]) -> list[dict[str, Any]]:
     """Remarks in the form of those about connections; empty where nothing is odd."""
     norms = {
         name: module
@@ -94,24 +94,19 @@ def _module_remarks(model: nn.Module, seen: Mapping[str, Sequence[str]]) -> list
     }
     trained = [name for name, module in norms.items() if not module.training and _is_trained(module)]
     stale = [name for name in trained if _is_stale(norms[name])]
-    foreign, zero = (
-        [name for name in trained if name in seen.get("stale_statistics", ())],
-        seen.get("zero_input", ()),
-    )
-    sentences = {
-        "stale_statistics": f"{len(stale)} of {len(norms)} batch norms ({_named(stale)}) have trained weights, and running "
+    foreign = [name for name in trained if name in foreign_norms]
+    if not stale and not foreign:
+        return []
+    sentence = (
+        f"{len(stale)} of {len(norms)} batch norms ({_named(stale)}) have trained weights, and running "
         "statistics of mean 0 and variance 1 as they were made"
         if stale
         else f"{len(foreign)} of {len(norms)} batch norms ({_named(foreign)}) have running statistics of other data: in a "
-        "typical channel the standard deviation differs by a factor of 3 or more, or the mean by 3 of them",
-        "zero_input": f"{_named(zero)} get{'s' * (len(zero) == 1)} hardly any number but 0: 95 % or more of the features are "
-        "0 for every token",
-    }
-    counts = {"stale_statistics": len(stale or foreign), "zero_input": len(zero)}
+        "typical channel the standard deviation differs by a factor of 3 or more, or the mean by 3 of them"
+    )
+    count = float(len(stale or foreign))
     return [
-        {"kind": kind, "sentence": sentences[kind], "value": float(count), "connections": [], "sure": True}
-        for kind, count in counts.items()
-        if count
+        {"kind": "stale_statistics", "sentence": sentence, "value": count, "connections": [], "sure": True}
     ]
 
 

@@ -143,9 +143,7 @@ def test_states_near_the_end_of_float32_are_analysed(make_run, family):
 
 # Sums over earlier steps, and steps beside the mean of all.
 OF_ALL_DEPTHS = {
-    f"{name}{ending}"
-    for name in ("variance_growth", "relative_turn", "effective_depth")
-    for ending in ("", "_stderr")
+    f"{name}{ending}" for name in ("relative_turn", "effective_depth") for ending in ("", "_stderr")
 }
 
 

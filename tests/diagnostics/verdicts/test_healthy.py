@@ -136,11 +136,11 @@ def test_no_gradient_below_frozen_weights_is_no_failure(tmp_path):
     assert (
         analysis["gradient_norm"].isnull().any("stream").values.ravel().tolist() == [True] * 3 + [False] * 4
     )
-    assert "gradient_not_finite" not in {finding.verdict for finding in diagnostics.judge(analysis)}
+    assert "not_finite" not in {finding.verdict for finding in diagnostics.judge(analysis)}
     spoilt = run["trace"].to_dataset().load().copy(deep=True)
     spoilt["gradient"][5, 0, 0] = float("nan")
     found = diagnostics.judge(diagnostics.analyze(diagnostics.create_run(spoilt, attrs=run.attrs)))
-    assert [(f.first, f.last) for f in found if f.verdict == "gradient_not_finite"] == [(5, 5)]
+    assert [(f.first, f.last) for f in found if f.verdict == "not_finite"] == [(5, 5)]
 
 
 def test_the_matrices_of_altup_are_not_judged_by_their_product():

@@ -261,7 +261,7 @@ def case(model: Callable[[], nn.Module], *expected: Any, batch: Any = None, **mo
 
 CASES: dict[str, Case] = {
     "same_representation": case(
-        lambda: plain(lambda i: step(lambda x, block: x + 0.003 * (block(x) - x), Block()), 8), FAIL, "depth", 0, 8,
+        lambda: plain(lambda i: step(lambda x, block: x + 0.003 * (block(x) - x), Block()), 8), WARN, "depth", 0, 8,
         says="All layers hold one representation", batch=tokens(4, 32), step=1000,
     ),
     "nothing_measured": Case(without_a_real_token, FAIL, says="the mask leaves no token"),
@@ -272,7 +272,7 @@ CASES: dict[str, Case] = {
         sure_of_the_wrong, FAIL, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes", step=1000
     ),
     "surer_than_right": case(
-        lambda: learned(2.0), FAIL, loss=next_token, batch=counting(), says="claim to know", beside=("off_minimum",)
+        lambda: learned(2.0), FAIL, loss=next_token, batch=counting(), says="claim to know", beside=("off_minimum",), step=1000
     ),
     "off_minimum": case(
         lambda: learned(0.3), FAIL, loss=next_token, batch=counting(), says="With factors on what", step=1000
@@ -288,7 +288,6 @@ CASES: dict[str, Case] = {
     ),
     "dead_state": case(
         lambda: plain(at(3, lambda: step(lambda x: 0 * x))), FAIL, "depth", 4, 4, says="zero after block 3 (depth 4)",
-        beside=("zero_input",),
     ),
     "exploding_state": Case(
         lambda: probes.capture(plain(partial(without_skip, gain=4.0, activation=torch.relu), 20), tokens()),
@@ -333,10 +332,11 @@ CASES: dict[str, Case] = {
     "stream_collapse": case(
         lambda: streams(0.5 * IDENTITY + 0.5 * UNIFORM), WARN, "connection", 6, 11, says="0.781 %"
     ),
-    "stuck_at_identity": case(lambda: streams(10 * IDENTITY, make=Constrained), WARN),
+    "stuck_at_identity": case(lambda: streams(10 * IDENTITY, make=Constrained), INFO),
     "unused_stream": case(lambda: streams(NEAR, reads=vectors(0.3, 0.3, 0.3, 0.005)), WARN, stream="3"),
     "copied_streams": case(
-        lambda: streams(NEAR, reads=vectors(*[0.25] * 4), writes=vectors(*[1.0] * 4), apart=0.0), WARN, "depth", 6, 12
+        lambda: streams(NEAR, reads=vectors(*[0.25] * 4), writes=vectors(*[1.0] * 4), apart=0.0),
+        WARN, "depth", 6, 12, step=1000,
     ),
     "passing_streams": case(passing, WARN),
     "rank_collapse": case(
@@ -347,7 +347,7 @@ CASES: dict[str, Case] = {
         lambda: plain(at(3, half)), WARN, "depth", 4, 4, batch=tokens(4, 32), says="The most are"
     ),
     "common_vector": case(lambda: plain(at(3, lambda: step(shifted, Block()))), FAIL, "depth", 4, 6),
-    "idle_layer": case(lambda: plain(at(3, idle)), WARN, "depth", 4, 4),
+    "idle_layer": case(lambda: plain(at(3, idle)), INFO, "depth", 4, 4),
     "equal_sequences": case(
         lambda: plain(at(3, forgetful)), FAIL, "depth", 4, 6, layers="blocks.{i}", says="between sequences"
     ),
@@ -403,10 +403,10 @@ def test_an_optimizer_that_has_copies_of_the_weights_moves_none():
 
 
 @pytest.mark.parametrize(
-    ("restored", "loss", "expected"), [(5, 3.0, [WARN]), (3, 1.0, [WARN]), (1, 3.0, []), (0, 3.0, [WARN])]
+    ("restored", "loss", "expected"), [(5, 3.0, [WARN]), (3, 1.0, [WARN]), (1, 3.0, []), (0, 3.0, [])]
 )
 def test_blocks_that_were_not_restored(restored, loss, expected):
-    """A few of them, or all but the final norm, in any network; others where the network has learned something."""
+    """A few of them in any network; others where the network has learned something."""
     model = pre_norm()
     if not restored:
         norm = nn.LayerNorm(WIDTH)
@@ -423,4 +423,4 @@ def test_blocks_that_were_not_restored(restored, loss, expected):
 
 
 def test_every_verdict_has_a_network_that_fails_it():
-    assert list(CASES) == list(VERDICTS)
+    assert set(CASES) == set(VERDICTS)
