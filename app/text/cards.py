@@ -107,6 +107,8 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
     known = VERDICTS.get(finding.verdict)
     # A verdict of somebody else has no declaration here; its name is all that is known.
     title = known.title if known else f"{finding.verdict.replace('_', ' ').capitalize()}."
+    if finding.settled == "not settled":
+        title = f"Suspected: {title[0].lower()}{title[1:]}"
     return Card(
         finding=finding,
         title=title,

@@ -42,6 +42,7 @@ def _of_verdict(verdict: Verdict) -> str:
         "",
         f"Judges the {verdict.judged} ({source_words(verdict.limits.source)}).",
     ]
+    lines.append(f"Rests on {verdict.kind.value}.")
     if verdict.advice:
         lines.append(f"What to try: {verdict.advice}")
     if verdict.not_for:

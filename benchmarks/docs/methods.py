@@ -78,6 +78,7 @@ def _metric(metric: Metric) -> str:
 
 def _verdict(verdict: Verdict) -> str:
     facts = {
+        "Kind": verdict.kind.value,
         "Judges": verdict.judges.name,
         "Formula": verdict.judges.formula,
         "Range": verdict.judges.range,
