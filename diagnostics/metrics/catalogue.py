@@ -61,7 +61,6 @@ DECLARED: tuple[Metric, ...] = (
     mixing.composite_identity_distance,
     # Where H_res is a softmax, or Sinkhorn of the exponential, of logits.
     logits.logit_range,
-    logits.logit_saturation,
     logits.logit_gradient,
     logits.mixing_gradient,
     logits.logit_gradient_share,

@@ -28,7 +28,6 @@ from depthscope.diagnostics.kernels.mixing.paths import (
     streams_across,
 )
 from depthscope.diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
-from depthscope.diagnostics.kernels.mixing.projection import sinkhorn_sensitivity, softmax_sensitivity
 from depthscope.diagnostics.kernels.mixing.singular import singular_values
 from depthscope.diagnostics.kernels.mixing.spectra import eigenvalues, spectral_gap
 from depthscope.diagnostics.kernels.mixing.stochastic import (
@@ -61,8 +60,6 @@ __all__ = [
     "read_mass",
     "singular_values",
     "sinkhorn",
-    "sinkhorn_sensitivity",
-    "softmax_sensitivity",
     "spectral_gap",
     "streams_across",
     "suffix_composites",
