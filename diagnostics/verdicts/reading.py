@@ -37,8 +37,10 @@ def small_sample(
     # The rank of gradients is at most the number of sequences, a handful in every run: its null is the comparison.
     notes = {name: note for name, note in attrs.get("notes", {}).items() if name != "gradient_rank"}
     sentences = [_small(name, note) for name, note in notes.items()]
-    has_tokens = num_tokens is None or float(num_tokens.sel(scope="sequence", tokens="all").max()) > 1.0
-    if dong_residual is not None and has_tokens:
+    # Data without tokens has no sequences to collapse.
+    if dong_residual is not None and (
+        num_tokens is None or float(num_tokens.sel(scope="sequence", tokens="all").max()) > 1.0
+    ):
         sentences += _without_differences(dong_residual, attrs, sequence_share)
     words = "the number of questions that the sample is small for is"
     yield Profile(xr.DataArray(float(len(sentences))), words, sentence=" ".join(sentences))

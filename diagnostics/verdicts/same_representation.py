@@ -25,15 +25,12 @@ FIXED = 0.02
 STEP = 1.0 / 180.0
 WORDS = "the debiased CKA"
 # What else of the states has to be alike, by metric: their mean over streams hides what differs between streams, and of
-# large features alone CKA may be 1. Whitened states are named, and decide nothing: what directions of small variance are
-# worth is what skipping the range shows.
+# large features alone CKA may be 1.
 VIEWS = {
     "joined_cka": "of all streams joined",
     "least_stream_cka": "of the least similar stream",
     "trimmed_cka": "without large features",
-    "whitened_cka": "of whitened states",
 }
-NAMED_ONLY = "whitened_cka"
 # A step between two depths is a block, or half of one. Fewer cannot turn the states by much in a healthy network either.
 FEWEST_STEPS = 4
 # Share of the steps that a range must span.
@@ -81,7 +78,6 @@ def same_representation(
     joined_cka: xr.DataArray | None = None,
     least_stream_cka: xr.DataArray | None = None,
     trimmed_cka: xr.DataArray | None = None,
-    whitened_cka: xr.DataArray | None = None,
     relative_turn: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
     """All layers hold one representation: the depth adds nothing.
@@ -92,7 +88,7 @@ def same_representation(
     if "unbiased" not in cka["estimator"] or has_few_tokens(attrs):
         return
     alike = _between_blocks(cka.sel(estimator="unbiased", tokens="ordinary", drop=True))
-    given = zip(VIEWS, (joined_cka, least_stream_cka, trimmed_cka, whitened_cka), strict=True)
+    given = zip(VIEWS, (joined_cka, least_stream_cka, trimmed_cka), strict=True)
     views = {
         name: _between_blocks(table.sel(tokens="ordinary", drop=True))
         for name, table in given
@@ -106,9 +102,8 @@ def same_representation(
     still = np.abs(np.subtract.outer(np.arange(steps + 1), np.arange(steps + 1))) <= 1
     # All steps within a range are small where each is: kept apart from the angle between its ends.
     small = turned < np.where(still, STEP, np.inf)
-    deciding = [of.values for name, of in views.items() if name != NAMED_ONLY]
     # Of a silent stream there is no CKA, and the other views decide.
-    lowest = np.fmin.reduce([table, *deciding])
+    lowest = np.fmin.reduce([table, *(of.values for of in views.values())])
     kinds = (
         (True, (table >= SAME) & (turned < TURNED), NEARLY_ALL),
         (True, (table >= SAME) & (turned < FIXED), HALF),
