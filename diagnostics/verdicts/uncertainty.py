@@ -21,12 +21,12 @@ def findings(verdict: Verdict, analysis: xr.Dataset) -> list[Finding]:
     """
     found = verdict.findings(analysis)
     names = [name for name in (*verdict.needs, *verdict.wants) if _has_interval(analysis, name)]
-    if not names or not any(finding.severity for finding in found):
+    if not names or not any(finding.severity > Severity.INFO for finding in found):
         return found
     ends = [verdict.findings(_moved(analysis, moves)) for moves in _ends(names)]
     return [
         _undecided(finding, min(int(analysis[f"{name}_stderr"].attrs[DEGREES]) for name in names))
-        if finding.severity and any(_passes(end, finding) for end in ends)
+        if finding.severity > Severity.INFO and any(_passes(end, finding) for end in ends)
         else finding
         for finding in found
     ]
