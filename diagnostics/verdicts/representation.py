@@ -25,8 +25,8 @@ from depthscope.diagnostics.verdicts.rule import Kind
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
 # layers with the smallest angles of a trained model, and give no limit. Heuristic.
 IDLE = 0.01
-# One step of many that healthy networks need little, down to 0.0037 of π of streams whose mean it turns, is a note.
-DOES_NOTHING = 0.003
+# What a step turns the states by where it adds nothing: the rounding of a cosine in float64, and no trained block.
+DEAD = 1e-6
 
 
 def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
@@ -192,14 +192,14 @@ def common_vector(
 
 
 @verdict(
-    Kind.EXPLANATION,
+    Kind.LOSS,
     metric="angular_distance",
     judges=Number(
         "angle by which a layer turns the states, as a share of a half turn",
         "arccos cos(x_{l−1}, x_l) / π, mean over tokens",
         "0 to 1",
     ),
-    limits=Limits(info=IDLE, warn=DOES_NOTHING, above=False),
+    limits=Limits(info=IDLE, warn=DEAD, above=False),
     follows_from=("gain_explosion", "same_representation", "common_vector"),
 )
 def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
@@ -217,10 +217,13 @@ def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) ->
     if "site" in steps.coords:
         layers &= ~steps["site"].isin(["final", "pre"])
     turned = steps.copy(data=angles).where(layers)
+    # Where most of the steps add nothing, their branches were made to begin so.
+    most_are_dead = int((turned < DEAD).sum()) > int(turned.notnull().sum()) // 2
     yield Profile(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
         template="the step {where} barely changes the residual stream: it turns it by {percent} of a half turn",
+        note_only=most_are_dead,
     )
 
 

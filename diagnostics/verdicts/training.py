@@ -228,7 +228,7 @@ def untrained_weights(
     """These weights look untrained, or copied.
 
     Of a checkpoint: see which names of the file were not found in the model, or mapped to the wrong blocks, and load it with
-    strict=True. Blocks that were just added, or copied to make a network deeper, begin so.
+    strict=True. Blocks that were just added or copied begin so.
     """
     share, task = share_of_guessing(attrs), task_of(attrs)
     if share is not None:  # of a few sequences a loss is low by chance
@@ -310,8 +310,7 @@ def lost_update(
     """An optimizer step leaves a module unchanged, or hardly moves any.
 
     Normal where the learning rate is zero. Else see whether the module gets a gradient, the optimizer has it, and half
-    precision rounds the update away; where all hardly move, raise the learning rate, and see what a schedule, a clip of the
-    gradient or a loss scale divides it by.
+    precision rounds the update away; where all hardly move, see what divides the learning rate, and raise it.
     """
     if update_ratio.notnull().any():
         yield Profile(update_ratio, CHANGE, metric="update_ratio")
@@ -351,9 +350,8 @@ def silent_module(
 ) -> Iterator[Profile]:
     """A module is not trained while others are: it is frozen, or its gradient is exactly zero.
 
-    Where it is meant, as in fine-tuning from some block on or with adapters, nothing is to do. Else set requires_grad before
-    the optimizer is made, and look for a no_grad, an output that is not used or multiplied by zero, an expert that no token
-    chooses, or a nonlinearity that no token passes.
+    Where it is meant, as in fine-tuning, nothing is to do. Else set requires_grad before the optimizer is made, and look for a
+    no_grad, an output that is not used or multiplied by zero, or an expert that no token chooses.
     """
     words = "the number of modules that are not trained is"
     if update_ratio is not None:

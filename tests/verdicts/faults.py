@@ -367,6 +367,7 @@ def _(net):
     "idle_layer",
     hosts=("pre-norm transformer", "pre-norm MLP", "parallel branches"),
     age="trained",  # a fresh one may begin so
+    fact=True,
 )
 def _(net):
     number = net.block()
@@ -673,7 +674,7 @@ def _(net):
     return Place()
 
 
-@fault("a sublayer writes nothing", WARN, "idle_layer", hosts=MIXED, age="trained")
+@fault("a sublayer writes nothing", WARN, "idle_layer", hosts=MIXED, age="trained", fact=True)
 def _(net):
     place = net.weights(lambda write, mix, read: (0 * write, mix, read), net.connection())
     return replace(place, last=place.first, ends=True)
