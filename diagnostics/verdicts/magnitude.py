@@ -69,13 +69,11 @@ def not_finite(
     if gradient_norm is not None:
         absent = gradient_norm["depth"].isin(gradient_norm.attrs.get(WITHOUT_GRADIENT, []))
         kinds.append(("gradient", _not_finite(gradient_norm, "depth").where(~absent)))
-    metrics = {"state": "residual_norm", "mixing matrix": "mixing_gain", "gradient": "gradient_norm"}
     for kind, values in kinds:
         if values is not None:
-            words = f"the number of tokens whose {kind} is not finite is"
-            yield replace(Profile(values, words, begins=True), metric=metrics[kind])
+            yield Profile(values, f"the number of tokens whose {kind} is not finite is", begins=True)
     if loss_not_finite is not None:
-        yield Profile(loss_not_finite, "the number of losses that are not finite is", metric="loss")
+        yield Profile(loss_not_finite, "the number of losses that are not finite is")
 
 
 def _first(values: xr.DataArray) -> float:

@@ -513,7 +513,8 @@ def _(net):
     return net.mixes(lambda mix: torch.full_like(mix, 1 / net.plan.streams), net.connection())
 
 
-@fault("mixing makes the streams equal over depth", WARN, "stream_collapse", hosts=("HC", *STOCHASTIC),
+# Published networks of streams begin so.
+@fault("mixing makes the streams equal over depth", WARN, "stream_collapse", hosts=("HC", *STOCHASTIC), age="trained",
        plan=(("start", "apart"), ("blocks", 6)))  # fmt: skip
 def _(net):
     share, n = net.rng.uniform(0.45, 0.7), net.plan.streams

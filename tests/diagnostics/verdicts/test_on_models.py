@@ -330,7 +330,7 @@ CASES: dict[str, Case] = {
         lambda: streams(random_logits(0.5, 3.0), make=partial(Constrained, overshoot=1.12)), WARN, "connection", 0, 11
     ),
     "stream_collapse": case(
-        lambda: streams(0.5 * IDENTITY + 0.5 * UNIFORM), WARN, "connection", 6, 11, says="0.781 %"
+        lambda: streams(0 * IDENTITY, make=Constrained), WARN, "connection", 0, 11, beside=("copied_streams",)
     ),
     "stuck_at_identity": case(lambda: streams(10 * IDENTITY, make=Constrained), INFO),
     "unused_stream": case(lambda: streams(NEAR, reads=vectors(0.3, 0.3, 0.3, 0.005)), WARN, stream="3"),
