@@ -21,7 +21,6 @@ from tests.models.verdict_models import (
     CONNECTIONS,
     IDENTITY,
     NEAR,
-    UNIFORM,
     WIDTH,
     Attention,
     Block,
