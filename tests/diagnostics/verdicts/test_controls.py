@@ -44,5 +44,6 @@ def test_a_transposed_mixing_matrix_is_kept_as_it_is_applied():
 def test_a_fresh_deepseek_mixes_uniformly():
     torch.manual_seed(0)
     found = findings(captured(deepseek_v4(3).eval(), {"input_ids": tokens()}))
-    loud = {finding.verdict for finding in found if finding.severity > Severity.INFO}
-    assert loud == {"stream_collapse"}
+    # Its streams become equal, which is normal of weights as they were drawn: said, and no warning.
+    assert {finding.severity for finding in found} == {Severity.INFO}
+    assert "stream_collapse" in {finding.verdict for finding in found}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -137,8 +138,9 @@ def counting(seed: int = 100) -> torch.Tensor:
     return torch.stack(rows, 1)
 
 
-def learned(factor: float) -> nn.Module:
-    """A network that has learned to count, and a factor on its head since."""
+@cache
+def counter() -> nn.Module:
+    """A network that has learned to count."""
     torch.manual_seed(0)
     model = pre_norm()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -148,8 +150,14 @@ def learned(factor: float) -> nn.Module:
         next_token(model(batch), batch).backward()
         optimizer.step()
     model.zero_grad()
-    model.head.weight.data *= factor
-    model.head.bias.data *= factor
+    return model
+
+
+def learned(factor: float) -> nn.Module:
+    """The same, and a factor on its head since."""
+    model = copy.deepcopy(counter())
+    for parameter in model.head.parameters():
+        parameter.data *= factor
     return model
 
 
