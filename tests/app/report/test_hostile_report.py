@@ -94,12 +94,8 @@ def test_hostile_attributes_and_keys_are_text(run, harmless_attributes):
         assert visible(text, lines=True, longest=LONGEST_TEXT) in words, case
 
 
-NAMES = [case for case in CASES if case != "empty"]
-
-
-@pytest.mark.parametrize("first", range(0, len(NAMES), 24))
-def test_hostile_run_names_are_text(first, run):
-    chosen = {case: CASES[case][:300] for case in NAMES[first : first + 24]}
+def test_hostile_run_names_are_text(run):
+    chosen = {case: text[:300] for case, text in list(CASES.items())[::5] if text}
     harmless = Page(to_html(read_runs({f"run {number}": run for number in range(len(chosen))})))
     text = to_html(read_runs({f"{number} {name}": run for number, name in enumerate(chosen.values())}))
     page = Page(text)
