@@ -306,7 +306,7 @@ def _settled(
     }
     results = []
     for each in wanted:
-        number = rows.get((each.kind, each.depths[-1]))
+        number = rows.get((each.kind, (each.depths or (-1,))[-1]))
         why = next(
             (words for words in result.attrs["left_out"] if words.startswith(each.kind)),
             "it could not be made",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,12 +21,12 @@ def all_remarks(
     session: Session,
     evidence: Evidence,
     indices: Sequence[int],
-    seen: Mapping[str, Sequence[str]] | None = None,
+    foreign_norms: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """What is odd about a run, as plain values.
 
     ``indices``: of the sampled sequences, over all forwards.
-    ``seen``: by kind, the modules that a forward which was watched has shown, see `ZeroInputs`.
+    ``foreign_norms``: the batch norms whose running statistics are of other data, as a forward has shown, see `NormInputs`.
     """
     structure, origins = session.structure, session.observer.origins
     facts = [
@@ -52,7 +52,7 @@ def all_remarks(
         if structure.inner_streams
         else ()
     )
-    of_modules = _module_remarks(session.model, seen or {})
+    of_modules = _module_remarks(session.model, foreign_norms)
     return [*(remark.as_dict() for remark in (*inner, *remarks(facts))), *of_modules]
 
 
