@@ -152,7 +152,7 @@ def test_the_matrices_of_altup_are_not_judged_by_their_product():
 @pytest.fixture(scope="session")
 def smollm2_runs(smollm2):
     """One capture of a text with labels, one of a sentence, and one of single tokens."""
-    batch = encode_text(smollm2, sample_text(), sequences=2, length=48)
+    batch = encode_text(smollm2, sample_text(), sequences=2, length=24)
     ids = batch["input_ids"]
     return {
         "text": probes.capture(smollm2.model, batch | {"labels": ids}, gradients=True),
