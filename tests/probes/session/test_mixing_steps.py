@@ -212,7 +212,7 @@ def test_free_matrices_and_mixtures_of_permutations_have_no_logits():
 def test_saturated_logits_let_hardly_any_gradient_through():
     """Off-diagonal logits of −8: what reaches the logits is about e^−8 of what reaches H_res."""
     model = LogitModel()
-    for far, expected in ((8, 1), (8 / 3, 0)):
+    for far in (8, 8 / 3):
         with torch.no_grad():
             for each in model.coefficients:
                 each.gate[2] = 0.0
@@ -223,6 +223,3 @@ def test_saturated_logits_let_hardly_any_gradient_through():
         wanted = np.sqrt(parts[1][0]["logits"] / parts[1][0]["matrix"])
         np.testing.assert_allclose(share, wanted, rtol=1e-3)
         np.testing.assert_allclose(analysis["logit_range"].sel(reduction="mean"), far, rtol=1e-5)
-        found = [each for each in ds.judge(analysis) if each.verdict == "saturated_logits"]
-        assert len(found) == expected
-        assert all((each.severity.name, each.value) == ("INFO", float(share.max())) for each in found)
