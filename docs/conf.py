@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent / "_site"))  # the site's own Sphinx extensions
-os.environ["OMP_NUM_THREADS"] = "1"  # -j 2 runs two notebooks at once, whose threads would wait for one another
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # -j 2 runs two notebooks at once, whose threads would wait for one another
+)
 
 
 project = "depthscope"

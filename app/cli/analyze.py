@@ -115,7 +115,7 @@ def _with_metrics(run: Any, groups: dict[str, Any], *, complete: bool) -> Any:
     """The run with everything that it contains, and the new metrics in place of its own."""
     import xarray as xr
 
-    from depthscope.app.readings.stored_metrics import renewed
+    from depthscope.app.readings.run_arrays import renewed
     from depthscope.diagnostics import schema
 
     # Trace and statistics are written again as they are: saving replaces the folder.

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from depthscope.app.cli.main import main
-from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import keep, kept_readings
+from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import list_runs, open_run, save_run
 from tests.models.synthetic_run import synthetic_run

@@ -12,7 +12,7 @@ import xarray as xr
 
 from depthscope import diagnostics
 from depthscope.app.cli.main import main
-from depthscope.app.dashboard.components.run_facts import facts_table
+from depthscope.app.dashboard.components.page import facts_table
 from depthscope.app.figures import FIGURES, available
 from depthscope.app.paper.export import write_bundle
 from depthscope.app.readings.readings import read_runs

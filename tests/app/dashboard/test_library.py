@@ -17,9 +17,8 @@ import xarray as xr
 from depthscope.app.dashboard.components.chosen_runs import MOST_RUNS
 from depthscope.app.dashboard.state import background, run_library, run_reading
 from depthscope.app.dashboard.state.background import Analyses
-from depthscope.app.dashboard.state.reading_cache import ReadingCache
 from depthscope.app.dashboard.state.run_library import read_run
-from depthscope.app.dashboard.state.run_reading import UnreadableRun, version_of
+from depthscope.app.dashboard.state.run_reading import ReadingCache, UnreadableRun, version_of
 from depthscope.app.readings.kept_readings import kept_summaries
 from depthscope.app.readings.readings import COMPLETE
 from depthscope.diagnostics import analyze, save_run, schema

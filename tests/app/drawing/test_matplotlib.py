@@ -10,8 +10,8 @@ import pytest
 from matplotlib import ft2font
 
 from depthscope.app.drawing.matplotlib import WIDTHS, to_matplotlib, write_figure
-from depthscope.app.drawing.matplotlib.fonts import FONTS, can_draw
 from depthscope.app.drawing.matplotlib.matrices import edges
+from depthscope.app.drawing.matplotlib.style import FONTS, can_draw
 from depthscope.app.figures import Heatmap, Line, Lines
 from tests.app.example_figures import CURVES, MAP, X
 

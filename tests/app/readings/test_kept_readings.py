@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from depthscope.app.readings import kept_readings as keeping
-from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import keep, kept_readings, kept_summaries, summary_of
+from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import list_runs, open_run, save_run
 

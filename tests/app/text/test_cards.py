@@ -11,8 +11,15 @@ import jsonschema
 import pytest
 
 from depthscope.app.cli.main import main
-from depthscope.app.text.cards import CARD_SCHEMA, MOST_LINES, card_lines, card_of, cards_text
-from depthscope.app.text.explanations import explanation, names
+from depthscope.app.text.cards import (
+    CARD_SCHEMA,
+    MOST_LINES,
+    card_lines,
+    card_of,
+    cards_text,
+    explanation,
+    names,
+)
 from depthscope.app.text.terminal import encodable, say
 from depthscope.diagnostics import Finding, Severity, save_run
 from depthscope.diagnostics.verdicts import VERDICTS

@@ -11,9 +11,7 @@ import torch
 from depthscope import probes
 from depthscope.diagnostics import kernels
 from depthscope.probes.checkpoints.errors import CheckpointError
-
-# Rows to begin one of one's own with.
-from depthscope.probes.static.dialects import DEEPSEEK_V4, DEEPSEEK_V41
+from depthscope.probes.static.dialects import DEEPSEEK_V4, DEEPSEEK_V41  # to begin a row of one's own with
 from tests.probes.static.dialect_files import CASES, Case, D, N, Random
 from tests.probes.static.written_files import write_gguf, write_safetensors
 
