@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.app.readings.readings import COMPLETE, LIVE, Reading, with_live
+from depthscope.app.readings.readings import LIVE, Reading, with_live
 from depthscope.app.readings.training_history import curves_of
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import schema
@@ -123,10 +123,10 @@ def renewed(fresh: xr.Dataset, stored: xr.Dataset | None, *, complete: bool) -> 
     ``complete``: whether `fresh` is all that the run can feed; complete stored metrics stay complete.
     """
     if stored is None:
-        return fresh.assign_attrs({COMPLETE: complete})
+        return fresh.assign_attrs({schema.COMPLETE: complete})
     if LIVE in stored.attrs:
         merged = with_live(fresh, stored)
-        return merged.assign_attrs({**_attributes(fresh, stored, merged), COMPLETE: complete})
+        return merged.assign_attrs({**_attributes(fresh, stored, merged), schema.COMPLETE: complete})
     _require_same_trace(fresh, stored)
     # A stored value of a metric that this trace cannot feed would contradict the reason in `not_computed`.
     not_computed = set(fresh.attrs.get("not_computed", {}))
@@ -137,8 +137,8 @@ def renewed(fresh: xr.Dataset, stored: xr.Dataset | None, *, complete: bool) -> 
     }
     merged = stored.drop_vars(removed).assign(dict(fresh.data_vars))
     merged = merged.assign(_stored_errors(fresh, stored))
-    complete = complete or bool(stored.attrs.get(COMPLETE))
-    return merged.assign_attrs({**_attributes(fresh, stored, merged), COMPLETE: complete})
+    complete = complete or bool(stored.attrs.get(schema.COMPLETE))
+    return merged.assign_attrs({**_attributes(fresh, stored, merged), schema.COMPLETE: complete})
 
 
 def _require_same_trace(fresh: xr.Dataset, stored: xr.Dataset) -> None:

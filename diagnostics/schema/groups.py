@@ -10,6 +10,9 @@ from depthscope.diagnostics.schema.attributes import encode_dataset
 
 GROUPS = ("trace", "statistics", "metrics", "coverage")
 
+COMPLETE = "complete"
+"""Attribute of /metrics: true where they are all that the run can feed."""
+
 
 def chains(run: xr.DataTree) -> list[str]:
     """Names of the residual chains of a run; ``[""]`` where there is one."""

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from depthscope.app.cli.main import FINE, FOUND, main
-from depthscope.app.readings.readings import COMPLETE
 from depthscope.diagnostics import analyze, schema
+from depthscope.diagnostics.schema import COMPLETE
 from depthscope.diagnostics.verdicts import VERDICTS
 from tests.app.cli.conftest import METRICS
 

@@ -17,9 +17,9 @@ import xarray as xr
 
 from depthscope.app.dashboard.pages import PAGES
 from depthscope.app.dashboard.state import run_library
-from depthscope.app.readings.readings import COMPLETE
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import analyze, save_run, schema
+from depthscope.diagnostics.schema import COMPLETE
 from tests.app.dashboard.serving import CHART, ROOT, Watch, serving, status, wait_for
 from tests.app.hostile_text import TEXTS, file_names
 

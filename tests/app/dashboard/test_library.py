@@ -20,9 +20,9 @@ from depthscope.app.dashboard.state.background import Analyses
 from depthscope.app.dashboard.state.run_library import read_run
 from depthscope.app.dashboard.state.run_reading import ReadingCache, UnreadableRun, version_of
 from depthscope.app.readings.kept_readings import kept_summaries
-from depthscope.app.readings.readings import COMPLETE
 from depthscope.diagnostics import analyze, save_run, schema
 from depthscope.diagnostics.experiments import result_path, save_result
+from depthscope.diagnostics.schema import COMPLETE
 from tests.app.dashboard.opening import open_page, words
 
 SUFFIXES = (".zarr.zip", ".zarr")

@@ -11,10 +11,11 @@ import xarray as xr
 
 from depthscope.app.figures import FIGURES
 from depthscope.app.paper import contents
-from depthscope.app.readings.readings import COMPLETE, read_runs
+from depthscope.app.readings.readings import read_runs
 from depthscope.app.report.report import to_html, write_report
 from depthscope.app.text.visible import LONGEST_TEXT, visible
 from depthscope.diagnostics import analyze
+from depthscope.diagnostics.schema import COMPLETE
 from tests.app.hostile_text import TEXTS, mutated
 
 CASES = TEXTS | mutated(seed=1, count=8)
