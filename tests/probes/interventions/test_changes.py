@@ -38,13 +38,7 @@ def only(model: ModelUnderTest, kind: str, **places):
     return model.forward(change.edits(model)).output
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "attention residuals, block-wise",
-        "DenseFormer",
-    ],
-)
+@pytest.mark.parametrize("name", ["attention residuals, block-wise", "DenseFormer"])
 def test_a_step_that_reads_sums_over_depth_is_silent_in_all_of_them(name):
     """As where the branch's own module gives zeros."""
     design = next(design for design in DESIGNS if design.name == name)
