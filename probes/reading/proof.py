@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from depthscope.probes.reading.branches import Branch, branches_of
 from depthscope.probes.reading.connections import ConnectionParts, DepthParts
 from depthscope.probes.reading.cuts import Cut
-from depthscope.probes.reading.graph import ModuleCall, TracedValue, walk
+from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import (
     JOINS,
@@ -172,6 +173,18 @@ def _inside_branches(memory: Memory) -> set[int]:
     graph, sources = memory.graph, [branch.source for branch in branches_of(memory)]
     behind, later = graph.earlier(sources, memory.carried), graph.later(memory.root)
     return {number for number, marked in enumerate(behind) if marked and later[number]}
+
+
+def why_not_in_order(graph: Graph, cuts: Sequence[Sequence[TracedValue]]) -> str:
+    """Why some states are no depths; empty where each is computed from the one before."""
+    for number, (before, after) in enumerate(pairwise(cuts), 1):
+        if not all(value in before or any(graph.depends(value, of) for of in before) for value in after):
+            where = graph.path(after[-1]) or "the model"
+            return (
+                f"state {number}, made in {where}, is not computed from state {number - 1}: they lie in lanes side by side, "
+                "which are not one stream"
+            )
+    return ""
 
 
 class WeightCoverage:

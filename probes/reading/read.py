@@ -28,7 +28,13 @@ from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
 from depthscope.probes.reading.memory import Memory, without_inner
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MIXES, only_moves
-from depthscope.probes.reading.proof import Recomputed, WeightCoverage, recomputed_depth, tolerance
+from depthscope.probes.reading.proof import (
+    Recomputed,
+    WeightCoverage,
+    recomputed_depth,
+    tolerance,
+    why_not_in_order,
+)
 from depthscope.probes.reading.states import States
 
 
@@ -286,7 +292,8 @@ class _Reader:
         scaled = (self.graph.values[n] for branch in self.branches for n in branch.steps)
         carried += [value for value in scaled if not only_moves(value)]
         allowed = tolerance(carried)
-        why = coverage.why_incomplete() or (self._other_end(cuts) if over_depth else "")
+        why = why_not_in_order(self.graph, cuts) or coverage.why_incomplete()
+        why = why or (self._other_end(cuts) if over_depth else "")
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
