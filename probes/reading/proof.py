@@ -254,11 +254,15 @@ class WeightCoverage:
             share = self.shares()["elsewhere"]
             return f"{share:.0%} of the weights lie in no branch (first: {names[0]})"
         if (value := self._residual_sum(range(self.memory.root.number + 1), self._before)) is not None:
-            return f"before the first state a branch is added already, in {self.graph.path(value) or 'the model'}"
+            return (
+                f"{self.graph.path(value) or 'the model'} adds a branch before the first state that was found"
+            )
         end = max(value.number for value in self.last) + 1
         later = (n for n in range(end, len(self._head)) if self._is_of_no_other(self.graph.values[n]))
         if (value := self._residual_sum(later, self._head, after=self.last[-1])) is not None:
-            return f"more is added to what came of the last state, in {self.graph.path(value) or 'the model'}"
+            return (
+                f"{self.graph.path(value) or 'the model'} adds a branch after the last state that was found"
+            )
         return (
             self._hidden_branches() or self._parts_put_next() or self._unread_writes() or self._unknown_sum()
         )

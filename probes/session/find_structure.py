@@ -162,7 +162,7 @@ class StructureFinder:
             units = memory.units
             if memory in read or not memory.is_proven or memory.name in known or not units & blocks:
                 continue
-            why = f"a further state of these blocks; chain={name!r} reads it in their place"
+            why = f"also proven: a further residual stream of these blocks; chain={name!r} reads it in their place"
             yield LeftOut(memory.name, why=why)
 
     # --- which memories
@@ -189,17 +189,22 @@ class StructureFinder:
 
     @property
     def _or_layers(self) -> str:
-        """The advice to name blocks, with a pattern that fits the model, for a user who did not."""
-        pattern = likely_blocks(self.graph) or "model.layers.{i}"
-        named = self.options.blocks is not None
-        return "" if named else f", or name the modules whose states are wanted with layers={pattern!r}"
+        """The advice to name blocks, with a pattern that was tried on this model, for a user who did not."""
+        if self.options.blocks is not None:
+            return ""
+        pattern = likely_blocks(self.graph, self.model)
+        return ", or name the modules whose states are wanted with layers=" + (
+            repr(pattern) if pattern else ""
+        )
 
     def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[ReadChain]:
         """The chains of some plain memories, in order; further ones that cannot be read are named."""
         first = taken[0][0]
         found = self._chains_of_stages(taken[0])
         if (why := self.rereading.reading.left_out.get(first.name)) is not None:
-            self._unread.append(LeftOut(first.name, why=f"a further state of these blocks: {why}"))
+            self._unread.append(
+                LeftOut(first.name, why=f"a further residual stream of these blocks is not measured: {why}")
+            )
         for stages in taken[1:]:
             try:
                 further = self._chains_of_stages(stages)
@@ -230,8 +235,8 @@ class StructureFinder:
                 names = ", ".join(self._choices)
                 raise ChainError(f"chain={wanted!r} names no residual memory of the model, which has {names}")
             return [[self._choices[wanted]]]
-        first = self.memories[0]
-        if not first.is_plain:
+        first = next(filter(self._fits, self.memories), self.memories[0])
+        if not first.is_plain or first is not self.memories[0]:
             return [[first]]
         plain = [memory for memory in self.memories if memory.is_plain]
         trunks = trunks_of(self.graph, plain)
@@ -253,12 +258,23 @@ class StructureFinder:
             ),
         ]
 
+    def _fits(self, memory: MemoryReading) -> bool:
+        """Whether the states of a memory have the axes that layout= names, and the streams of streams=."""
+        layout, streams = self.options.layout, self.options.streams
+        values = memory.states[-1].values
+        axes = len(self.graph.values[values[-1]].shape)
+        is_asserted = layout is not None and "N" in layout
+        return (layout is None or len(parse_layout(layout)) - axes in (0, len(values) > 1)) and (
+            is_asserted or streams in (None, memory.num_streams)
+        )
+
     def _further_state_left_out(self, stages: Sequence[MemoryReading], why: str) -> LeftOut:
         """What is said of a further state that cannot be read."""
         units = _units(stages)
         kinds, blocks = sorted({self.graph.calls[unit].kind for unit in units}), len(units)
         share = sum(memory.weights["branches"] for memory in stages)
-        return LeftOut(stages[0].name, blocks, "/".join(kinds), share, f"a further state: {why}")
+        why = f"a further residual stream that is not measured: {why.removeprefix('unproven: ')}"
+        return LeftOut(stages[0].name, blocks, "/".join(kinds), share, why)
 
     # --- what the user names
 

@@ -242,8 +242,8 @@ def _final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> 
         if normed:
             path = graph.path(normed[0])
             why = (
-                f"a norm takes the last state before the end of {path or 'the model'}, and no module returns what it gives "
-                "for every token"
+                f"the last state is normalised in {path or 'the model'}, and no module returns the result for every token in "
+                "the state's shape"
             )
     return None, why
 
