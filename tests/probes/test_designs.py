@@ -118,7 +118,7 @@ def test_gradients_of_the_states_are_those_of_the_designs_own_hooks(name):
 )
 def test_each_sequence_and_token_counts_once(name):
     batch = NAMED[name].batch(0)
-    run = probes.capture(NAMED[name].build(), batch, settle=0)
+    run = probes.capture(NAMED[name].build(), batch)
     assert run["trace"]["sample"].values.tolist() == list(range(len(batch)))
     assert run.attrs["sampling"]["sequences_seen"] == len(batch)
     assert int(run["statistics"]["token_count"][0]) == batch.numel()
@@ -138,7 +138,7 @@ def spoilt(design_name: str, change) -> Outcome:
     design = NAMED[design_name]
     model, batch = design.build(), design.batch(0)
     truth = design.truth(model, batch)
-    run = probes.capture(model, batch, settle=0)
+    run = probes.capture(model, batch)
     assert judged(design, run, truth).word == "right"
     trace = run["trace"].to_dataset().load()
     run["trace"] = xr.DataTree(change(trace))

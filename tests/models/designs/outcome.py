@@ -56,7 +56,7 @@ def outcome(design: Design, *, batches: int = 1, labels: bool = True, **options:
     try:
         with torch.random.fork_rng():
             torch.manual_seed(notes.SEED)
-            run = probes.capture(model, given if batches > 1 else given[0], **{"settle": 0} | options)
+            run = probes.capture(model, given if batches > 1 else given[0], **options)
     except ValueError as error:
         # A ValueError of torch or of numpy is no refusal of ours: its class is theirs.
         ours = type(error).__module__.startswith("depthscope")
