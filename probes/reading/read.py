@@ -140,11 +140,10 @@ class _Reader:
         """The memory's description; ReadingError where none can be given."""
         if (of_all_tokens := self._of_all_tokens()) is not None:
             return self._instead(of_all_tokens)
-        scaling = list(self.names.scaling.values())
-        found = cuts_of(self.memory, self.branches, self.names.layers, scaling)
-        changed = [] if found.over_depth else self.names.changed_between_blocks()
+        found = cuts_of(self.memory, self.branches, self.names.layers)
+        changed = [] if found.over_depth else [steps for steps, _ in self.names.steps_alone.values()]
         if changed:
-            found = cuts_of(self.memory, self.branches, self.names.layers, [*scaling, *changed])
+            found = cuts_of(self.memory, self.branches, self.names.layers, changed)
         self.states = States(self.memory, self.branches)
         if found.over_depth or self.states.num_streams(found.cuts[-1]) > 1:
             self._take_own_gates()

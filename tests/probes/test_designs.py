@@ -47,6 +47,13 @@ OTHERWISE = {
         "highway", "highway by lerp", "state halved between blocks", "state halved after every block",
         "the state times a function of itself", "reads of normalised streams",
     ),
+    ("states", "refused", "states"): (
+        "a share of a block with a residual of its own", "such a share by lerp", "such a share by a gate a token",
+        "one gate on the state and such a block", "every second block with such a gate",
+    ),
+    ("states", "states", "unproven"): (
+        "a block halves the state", "a block zeroes the state",
+    ),
     ("right", "-", "unproven"): (
         "tokens merged between blocks", "ResNet with stages",
     ),
@@ -87,6 +94,8 @@ def test_advice_and_the_authors_answers_give_what_is_said_of_them(name):
         "DenseFormer",
         "mixture of depths",
         "streams as list",
+        "such a share by a gate a token",
+        "a block halves the state",
     ],
 )
 def test_later_forwards_are_read_like_the_first(name):
