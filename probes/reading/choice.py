@@ -51,7 +51,6 @@ from depthscope.probes.reading.roots import (
     MOST_CANDIDATES,
     candidates,
     folded_beginnings,
-    starts_that_grow,
     with_further_beginnings,
 )
 from depthscope.probes.reading.states import has_feature_axis
@@ -79,11 +78,6 @@ class Ranked:
     size: int = (
         0  # of its first value, without what an earlier memory only has there several times, as streams
     )
-
-    @property
-    def grows(self) -> bool:
-        """Whether features are joined to it, instead of added."""
-        return self.memory.start.grows is not None
 
     @property
     def rank(self) -> tuple[object, ...]:
@@ -434,7 +428,6 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     for start in (
         *(start_with_streams(*of) for of in folded_beginnings(graph)),
         *_with_streams(found),
-        *starts_that_grow([of.memory for of in found]),
     ):
         memory = without_forks(graph, start)
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
@@ -442,8 +435,6 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     found = [of for of in found if of.memory.num_writes]
     found = [of for of in found if not _is_condition(of.memory)] or found
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
-    sums = max((of.share for of in found if of.memory.num_writes > 1 and not of.grows), default=0)
-    found = [of for of in found if not of.grows or (of.memory.num_writes > 1 and sums < of.share / 2)]
     for of in found:
         root = of.memory.root
         earlier = [other.memory for other in found if other.memory.root is not root]

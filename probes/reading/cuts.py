@@ -20,7 +20,7 @@ Cut = list[TracedValue]
 
 @dataclass(frozen=True)
 class Cuts:
-    """The states of a memory: the values of each, or the reads of a memory that grows."""
+    """The states of a memory: the values of each, or the reads of a history of states."""
 
     cuts: list[Cut]
     over_depth: bool
@@ -36,8 +36,6 @@ def cuts_of(
     """
     life = _Life(memory, branches, layers, list(scaling))
     cuts = life.cuts()
-    if memory.start.grows is not None:
-        return Cuts(cuts, False)
     sizes = [size_of(memory, cut) for cut in cuts]
     aged = _long_lived(cuts)
     least = sizes[-1]
@@ -63,13 +61,6 @@ def cuts_of(
     renewed &= all(len(cut) > 1 for cut in cuts[1:])
     is_list |= renewed and all(not memory.begins.isdisjoint(memory.back([value])) for value in cuts[1])
     return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes[is_list:])) > 1)
-
-
-def joined_features(memory: Memory, cut: Cut) -> Cut:
-    """The state of a memory that grows as the value in which its features are joined, where there is one."""
-    joins = (taker for taker in memory.graph.takers(cut[-1]) if memory.holds(taker))
-    fitting = (join for join in joins if set(memory.inside(join)) == set(cut))
-    return cut if memory.start.grows is None or len(cut) == 1 else list(fitting)[:1] or cut
 
 
 def _inner(memory: Memory, cuts: list[Cut], sizes: list[int]) -> frozenset[int]:
@@ -229,7 +220,7 @@ class _Life:
         wider: Cut = []
         for time, until in self.times():
             last = time == self.writes[-1]
-            if last and self.memory.start.grows is None:
+            if last:
                 live, size = self._at_end(time, until, sizes, len(found[-1]) if found else 1)
             else:
                 live, size = self._fewest(time, until)

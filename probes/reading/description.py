@@ -98,7 +98,6 @@ class MemoryReading:
     weights: Mapping[str, float]
     # Where the head's sum of its last state and earlier ones ends, if the head alone reads one
     mixed_for_head: str = ""
-    grows: bool = False  # whether each branch adds features of its own to those before, as in DenseNet
     # In which it is carried or branches' outputs are scaled, but for that of its first value
     casts: tuple[torch.dtype, ...] = ()
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from depthscope.probes.reading.carrying import Carried, Growth, MayJoin, Rules, places_in
+from depthscope.probes.reading.carrying import Carried, MayJoin, Rules, places_in
 from depthscope.probes.reading.graph import PARAMETER, Graph, TracedValue, walk
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
@@ -42,9 +42,6 @@ class Start:
     seeds: Mapping[int, Numbers] = field(default_factory=dict)
     # Further first values, each a stream of the first state
     others: Mapping[int, Numbers] = field(default_factory=dict)
-    grows: int | None = (
-        None  # the axis of the shape along which joined pieces are further features, as in DenseNet
-    )
 
 
 @dataclass
@@ -81,7 +78,7 @@ class Memory:
 
     @property
     def count(self) -> int:
-        """How many elements one stream has; of one that grows, in the first state."""
+        """How many elements one stream has."""
         return self.start.numbers.distinct
 
     @property
@@ -126,7 +123,7 @@ class Memory:
         return {v.number for v in walk(counted(ends), lambda value: counted(self.inside(value)))}
 
     def is_whole(self, value: TracedValue) -> bool:
-        """Whether a value has every token and feature of the memory, or as many as the first state of one that grows."""
+        """Whether a value has every token and feature of the memory."""
         numbers = self.carried[value.number]
         return numbers.count >= self.count and numbers.distinct >= self.count
 
@@ -189,26 +186,12 @@ def start_with_streams(root: TracedValue, axis: int, streams: int = 0, inner: in
     return Start(root, shape, Numbers((*one.axes[:axis], along, *after)).shared())
 
 
-def start_that_grows(graph: Graph, root: TracedValue, axis: int) -> Start:
-    """A memory's begin with the first features along an axis, to which others are joined later."""
-    limit = max(value.shape[axis] for value in graph.values if len(value.shape) == len(root.shape))
-    memory = follow(graph, _growing(root, axis, limit))
-    last = memory.carried[memory.end.number].dense().max()
-    return _growing(root, axis, int(last // math.prod(root.shape[axis + 1 :]) % limit) + 1)
-
-
-def _growing(root: TracedValue, axis: int, width: int) -> Start:
-    shape = (*root.shape[:axis], width, *root.shape[axis + 1 :])
-    return Start(root, shape, Numbers.first(shape).take(axis, slice(0, root.shape[axis], 1)), grows=axis)
-
-
 def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:
     """The memory that begins so; ``until`` is the number of the last value that is looked at."""
     root = start.root
     memory = Memory(graph, start)
     memory.carried[root.number], memory.depth[root.number] = start.numbers, 0
-    growth = None if start.grows is None else Growth(start.shape, start.grows, root.shape[start.grows])
-    rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory), growth=growth)
+    rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
     memory.carried |= start.others
     memory.depth |= dict.fromkeys(start.others, 0)
     waiting = [n for n in start.seeds if graph.depends(graph.values[n], root)]

@@ -15,7 +15,7 @@ from depthscope.probes.model.preserved_state import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
 from depthscope.probes.reading.choice import NO_MEMORY, memories
 from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
-from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, joined_features, last_read, size_of
+from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, last_read, size_of
 from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
@@ -313,7 +313,6 @@ class _Reader:
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
-            grows=self.memory.start.grows is not None,
             casts=tuple(dict.fromkeys(v.dtype for v in carried if v.dtype != self.memory.root.dtype)),
         )
         self._before = replace(found, connections=())
@@ -346,12 +345,11 @@ class _Reader:
 
     def _states(self, cuts: Sequence[Cut]) -> list[StateReading]:
         sites = labels(self.names, cuts)
-        cuts = [joined_features(self.memory, cut) for cut in cuts]
         found = []
         for cut, (layer, site) in zip(cuts, sites, strict=True):
             numbers = tuple(value.number for value in cut)
             carried = tuple(self.memory.carried[value.number] for value in cut)
-            found.append(StateReading(layer, site, numbers, carried, partial(self.states.held, cut)))
+            found.append(StateReading(layer, site, numbers, carried, partial(self.states.array, cut)))
         return found
 
     def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue, walk
-from depthscope.probes.reading.memory import Memory, Start, start_that_grows, without_forks
+from depthscope.probes.reading.memory import Memory, without_forks
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     CHANNEL_NORMS,
@@ -28,7 +28,6 @@ from depthscope.probes.reading.operations import (
     only_moves,
     spreads,
 )  # fmt: skip
-from depthscope.probes.reading.states import feature_axis
 
 MOST_CANDIDATES = 14
 MOST_FIRST = 6  # of each kind that may hold streams
@@ -277,22 +276,6 @@ def _sums_with_others(memory: Memory, until: int) -> dict[int, set[int]]:
                 for origin in _scaled(addend):
                     sums.setdefault(origin.number, set()).add(number)
     return sums
-
-
-def starts_that_grow(memories: Iterable[Memory]) -> list[Start]:
-    """Memories whose features grow, where a plain one ends at a join of its features with others made of it."""
-    found: dict[TracedValue, Start] = {}
-    for memory in memories:
-        for read, join in memory.leaves:
-            if join.name != "cat" or memory.root in found or not memory.is_whole(read):
-                continue
-            axis = (join.args[1] if len(join.args) > 1 else 0) % len(join.shape)
-            others = [piece for piece in addends(join) if not memory.holds(piece)]
-            if not others or not all(memory.graph.depends(piece, memory.root) for piece in others):
-                continue
-            if memory.carried[read.number].step(axis) == math.prod(memory.shape[feature_axis(memory) + 1 :]):
-                found[memory.root] = start_that_grows(memory.graph, memory.root, feature_axis(memory))
-    return list(found.values())
 
 
 def _scaled(value: TracedValue) -> Iterator[TracedValue]:

@@ -348,7 +348,7 @@ class StructureFinder:
         ]
         if repeats_first(self.graph, memory):
             counts = counts[1:]
-        if len(set(counts)) > 1 and not memory.grows:
+        if len(set(counts)) > 1:
             raise LayoutError(
                 f"the states of {memory.name} have {' or '.join(map(str, sorted(set(counts))))} streams; expected the same "
                 "number at every depth. Name the modules whose states are wanted with layers="

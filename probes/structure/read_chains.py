@@ -94,7 +94,7 @@ class ChainReader:
                 (p if self._is_named_rightly(p, value) else replace(p, site="mid"), value)
                 for p, value in points
             ]
-        if self.memory.over_depth or self.memory.grows:
+        if self.memory.over_depth:
             points = [(self._as_read(point, value), value) for point, value in points]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
@@ -116,19 +116,12 @@ class ChainReader:
         if (made := self._made_elsewhere(point, value)) is not None:
             return replace(point, module=made)
         following = next((b for b in self.branches if b.layer > point.layer and self._call_of(b) >= 0), None)
-        if point.site != "post" or self._shows(point, value, "output") is not False:
+        if point.site != "post" or self._shows(point, value, "output") is not False or following is None:
             return point
-        if following is None:
-            made = self.graph.path(value)
-            return replace(point, module=made) if self.memory.grows and made else point
         if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
             return point
         block, made = self.graph.calls[self._call_of(following)].path, self.graph.path(value)
-        if self.memory.grows and not f"{made}.".startswith(f"{block}."):
-            return point  # joined after the block before, by neither
         module = made if made.startswith(f"{block}.") else block
-        if self.memory.grows and point.at == "input" and point.path.startswith(f"{block}."):
-            module = point.path  # its first layer takes what the block itself joins
         return replace(point, layer=following.layer, site="pre", module=module)
 
     def _made_elsewhere(self, point: HookPoint, value: TracedValue) -> str | None:
@@ -278,8 +271,7 @@ class ChainReader:
         counts = {of.count for of in self.memory.states[depth].numbers}
         if len(numbers) == 1 and (self._num_tensors == 1 or counts != {math.prod(self.memory.shape)}):
             value = self.graph.values[numbers[0]] if depth else self._first()
-            point, shown = self._point_of(depth, value, layout)
-            return self._with_later_joins(depth, point), shown
+            return self._point_of(depth, value, layout)
         found = [self._point_of(depth, self.graph.values[number], layout) for number in numbers]
         if len({self.layout_of(value) for _, value in found}) > 1 or counts != {math.prod(self.memory.shape)}:
             raise LayoutError(
@@ -293,20 +285,6 @@ class ChainReader:
         ] * (self.memory.num_streams if len(found) == 1 else 1)
         point, value = max(found, key=lambda of: of[1].number)
         return replace(point, streams=tuple(streams)), value
-
-    def _with_later_joins(self, depth: int, point: HookPoint) -> HookPoint:
-        """A state of features that are joined again at each later depth: whether the next gradient is a part of its own."""
-        if not self.memory.grows or not depth:
-            return point
-        states = [self.graph.values[number] for state in self.memory.states for number in state.values]
-        value, following = states[depth], states[depth + 1 : depth + 2]
-        later = {t for p in value.parents for t in self.graph.takers(p) if t.number > value.number}
-        later = {taker for taker in later if has_gradient(taker)}
-        if not later:
-            return point
-        pieces = [addends(of)[: len(addends(value))] for of in (value, *following)]
-        again = later <= {*states[depth + 1 :]} and len(pieces) == 2 and pieces[0] == pieces[1]
-        return replace(point, is_joined_again=again, is_read_before=not again)
 
     def _with_gradient(self, point: HookPoint, value: TracedValue) -> HookPoint:
         """What shows a state; with what has its gradient, where a function of autograd makes it and reads it itself."""
