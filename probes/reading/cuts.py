@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -24,7 +25,6 @@ class Cuts:
 
     cuts: list[Cut]
     over_depth: bool
-    inner: frozenset[int] = frozenset()  # sums inside of blocks that hold more than the states between blocks
 
 
 def cuts_of(
@@ -37,17 +37,6 @@ def cuts_of(
     life = _Life(memory, branches, layers, list(scaling))
     cuts = life.cuts()
     sizes = [size_of(memory, cut) for cut in cuts]
-    aged = _long_lived(cuts)
-    least = sizes[-1]
-    returns = sizes.count(least) > 2 and _widens_in_blocks(cuts, sizes, branches, layers)
-    states = [value.number for cut, size in zip(cuts, sizes, strict=True) if size == least for value in cut]
-    if returns and not any(
-        first < len(cuts) // 2 and states.count(number) > 1 for number, first in aged.items()
-    ):
-        # Inside of a block there is more, as the way of a residual of its own; between blocks there is not.
-        inner = _inner(memory, cuts, sizes)
-        cuts = [cut for cut, size in zip(cuts, sizes, strict=True) if size == least]
-        return Cuts(cuts, bool(_long_lived(cuts)), inner)
     # The first state may be one value that is copied for each of several streams, as into a list, of which branches read sums.
     alive = {value.number for cut in cuts[1:] for value in cut}
     taken = sum(branch.read.number in alive for branch in branches)
@@ -60,19 +49,7 @@ def cuts_of(
     renewed = len(sizes) > 3 and sizes[0] < sizes[1] and len(set(everything)) == len(everything)
     renewed &= all(len(cut) > 1 for cut in cuts[1:])
     is_list |= renewed and all(not memory.begins.isdisjoint(memory.back([value])) for value in cuts[1])
-    return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes[is_list:])) > 1)
-
-
-def _inner(memory: Memory, cuts: list[Cut], sizes: list[int]) -> frozenset[int]:
-    """The values inside of blocks to which something was added there, next to the states between blocks."""
-    found: set[int] = set()
-    depth, least = 0, sizes[-1]
-    for cut, size in zip(cuts, sizes, strict=True):
-        if size == least:
-            depth = max(memory.depth[value.number] for value in cut)
-        else:
-            found |= {value.number for value in cut if memory.depth[value.number] > depth}
-    return frozenset(found)
+    return Cuts(cuts, _has_long_lived(cuts) or len(set(sizes[is_list:])) > 1)
 
 
 def size_of(memory: Memory, cut: Cut) -> int:
@@ -89,35 +66,11 @@ def last_read(memory: Memory, branches: list[Branch]) -> TracedValue:
     return value
 
 
-def _long_lived(cuts: list[Cut]) -> dict[int, int]:
-    """Values that are needed unchanged for longer than a cut has values, and the first cut of each."""
-    ages: dict[int, int] = {}
-    first: dict[int, int] = {}
-    for number, cut in enumerate(cuts):
-        for value in cut:
-            ages[value.number] = ages.get(value.number, 0) + 1
-            first.setdefault(value.number, number)
+def _has_long_lived(cuts: list[Cut]) -> bool:
+    """Whether a value is needed unchanged for longer than a cut has values."""
+    ages = Counter(value.number for cut in cuts for value in cut)
     most = sorted(len(cut) for cut in cuts)[len(cuts) // 2]
-    return {number: first[number] for number, age in ages.items() if age >= 3 and age > most}
-
-
-def _widens_in_blocks(
-    cuts: list[Cut], sizes: Sequence[int], branches: list[Branch], layers: Sequence[int]
-) -> bool:
-    """Whether states hold more again and again and less in between, or more inside of one block alone."""
-    least = sizes[-1]
-    begin = sizes.index(least)
-    wide = [at for at in range(begin, len(sizes)) if sizes[at] > least]
-    if any(after - before > 1 for before, after in pairwise(wide)):
-        return True
-    written = sorted(
-        (branch.writes[-1].number, layer) for branch, layer in zip(branches, layers, strict=True)
-    )
-    for at in wide:
-        after = bisect_right(written, (max(value.number for value in cuts[at]), math.inf))
-        if not 0 < after < len(written) or written[after - 1][1] != written[after][1]:
-            return False
-    return bool(wide)
+    return any(age >= 3 and age > most for age in ages.values())
 
 
 class _Life:

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise, takewhile
 
 import torch
@@ -25,7 +25,7 @@ from depthscope.probes.reading.description import (
     StateReading,
 )  # fmt: skip
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
-from depthscope.probes.reading.memory import Memory, without_inner
+from depthscope.probes.reading.memory import Memory, without_forks
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MIXES, only_moves
 from depthscope.probes.reading.proof import (
@@ -55,8 +55,10 @@ class Rereading:
         try:
             found = memories(self.graph)
             _refuse_recurrence(self.graph, found[0])
-            self._readers = [_Reader(memory, found) for memory in found]
-            number_blocks([reader.names for reader in self._readers])
+            self._readers = _numbered(found)
+            outer = [reader.outer() for reader in self._readers]
+            if any(new is not old for new, old in zip(outer, found, strict=True)):
+                self._readers = _numbered(outer)
             done, left_out = [self._readers[0].reading()], {}
         except ReadingError as error:
             return NetworkReading((), {}, str(error))
@@ -106,6 +108,12 @@ def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
             )
 
 
+def _numbered(found: Sequence[Memory]) -> list[_Reader]:
+    readers = [_Reader(memory, found) for memory in found]
+    number_blocks([reader.names for reader in readers])
+    return readers
+
+
 class _Reader:
     """The reading of one memory."""
 
@@ -127,6 +135,30 @@ class _Reader:
         self.names = BranchNames(memory, self.branches)
         self.name, self.place = name_of(self.names), self.graph.place(memory.root)
 
+    @cached_property
+    def _first_cuts(self) -> Cuts:
+        return cuts_of(self.memory, self.branches, self.names.layers)
+
+    def outer(self) -> Memory:
+        """The memory without sums inside of blocks that add all of what they make to one state, as an interpolation does."""
+        memory, cuts = self.memory, self._first_cuts.cuts
+        states = [cut for cut in cuts[:-1] if size_of(memory, cut) == memory.count] + [[memory.end]]
+        if not len(set(self.names.layers)) < len(states) < len(cuts):
+            return memory
+        inner: set[int] = set()
+        for (before, *_), (after, *_) in pairwise(states):
+            *_, joined = memory.line(after)
+            taken, depth = memory.inside(joined), memory.depth
+            made = [value for value in taken if depth[value.number] > depth[before.number]]
+            if len(made) < len(taken):
+                inner |= {number for number in memory.back(made) if depth[number] > depth[before.number]}
+        outer = without_forks(self.graph, replace(memory.start, banned=memory.start.banned | inner))
+        if not branches_of(outer):
+            return memory
+        found = _numbered([outer])[0]._first_cuts
+        same = found.cuts[:-1] == states[:-1] and len(found.cuts) == len(states)
+        return outer if same and not found.over_depth else memory
+
     def again(self) -> MemoryReading:
         """The same, of a later forward that ran the same operations: what was proven of the first one is not proven again."""
         if self._inner is not None:
@@ -140,7 +172,7 @@ class _Reader:
         """The memory's description; ReadingError where none can be given."""
         if (of_all_tokens := self._of_all_tokens()) is not None:
             return self._instead(of_all_tokens)
-        found = cuts_of(self.memory, self.branches, self.names.layers)
+        found = self._first_cuts
         changed = [] if found.over_depth else [steps for steps, _ in self.names.steps_alone.values()]
         if changed:
             found = cuts_of(self.memory, self.branches, self.names.layers, changed)
@@ -151,13 +183,11 @@ class _Reader:
             read = self._instead(plain)
             path = self.graph.path(self.memory.end) or "the model"
             return replace(read, mixed_for_head=path) if read.is_proven else read
-        outer = without_inner(self.memory, found.inner) if found.inner else self.memory
-        if outer.carried.keys() < self.memory.carried.keys():
-            if not branches_of(outer) and self._inner_streams(found.cuts) > 1:
-                return self._between_blocks(
-                    found.cuts
-                )  # whose way leads through what is inside of the blocks
-            return self._instead(_Reader(outer, self.others))
+        sizes = [size_of(self.memory, cut) for cut in found.cuts]
+        narrow = [cut for cut, size in zip(found.cuts, sizes, strict=True) if size == min(sizes)]
+        if found.over_depth and len(narrow) > 2 and (inner := self._inner_streams(narrow)) > 1:
+            why = f"unproven: {inner} streams are expanded and merged inside each step, and one is handed on"
+            return replace(self._described(narrow, [], [0.0], over_depth=False), proof=why)
         return self._read_between(found)
 
     def _take_own_gates(self) -> None:
@@ -267,12 +297,6 @@ class _Reader:
             others = [others[at] for at in self._turn]
         rest = iter(others)
         return [order.get(place) or next(rest) for place in range(len(after))]
-
-    def _between_blocks(self, cuts: Sequence[Cut]) -> MemoryReading:
-        """The states alone, where every step makes several streams of one and merges them again."""
-        found = self._described(cuts, [], [0.0], over_depth=False)
-        why = f"unproven: {found.inner_streams} streams are expanded and merged inside each step, and one is handed on"
-        return replace(found, proof=why)
 
     def _described(
         self,

@@ -34,8 +34,7 @@ OTHERWISE = {
         "feed-forward chain", "skip through a linear map", "the state is rolled over tokens",
         "the state's features in reverse", "the mean over tokens is carried", "half of the features are carried",
         "attention without a skip", "recurrent layers without a skip", "tokens replaced between blocks",
-        "tokens turned between blocks", "a share of a block with a residual of its own", "such a share by lerp",
-        "such a share by a gate a token", "every second block with such a gate",
+        "tokens turned between blocks",
     ),
     ("right", "-", "part"): (
         "two towers side by side",
@@ -50,7 +49,8 @@ OTHERWISE = {
         "the state times a function of itself", "reads of normalised streams",
     ),
     ("states", "refused", "states"): (
-        "one gate on the state and such a block",
+        "a share of a block with a residual of its own", "such a share by lerp", "such a share by a gate a token",
+        "one gate on the state and such a block", "every second block with such a gate",
     ),
     ("states", "states", "unproven"): (
         "a block halves the state", "a block zeroes the state",
@@ -95,6 +95,7 @@ def test_advice_and_the_authors_answers_give_what_is_said_of_them(name):
         "DenseFormer",
         "mixture of depths",
         "streams as list",
+        "such a share by a gate a token",
         "a block halves the state",
     ],
 )
