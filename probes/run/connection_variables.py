@@ -10,14 +10,15 @@ import numpy as np
 import torch
 
 from depthscope.diagnostics import schema
-from depthscope.probes.connections.coefficients import (
+from depthscope.probes.connections.proof import (
     DepthWeights,
+    Evidence,
+    Joint,
     Parts,
     ReconstructionError,
     relative_error,
     tolerance,
 )
-from depthscope.probes.connections.proof import Evidence, Joint
 from depthscope.probes.run.linear_variables import (
     PlainFactors,
     depth_variables,

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import StreamConnectionError
+from depthscope.probes.connections.proof import StreamConnectionError
 from depthscope.probes.model.layout import LayoutError, count_streams, parse_layout
 from depthscope.probes.reading.description import PROVEN, MemoryReading
 from depthscope.probes.reading.graph import INPUT, Graph, TracedValue
@@ -46,9 +46,14 @@ from depthscope.probes.structure.not_covered import (
     states_without_gradients,
 )
 from depthscope.probes.structure.read_chains import ChainReader, ReadChain
-from depthscope.probes.structure.read_layout import num_fractions, read_layout, repeats_first, shape_layout
+from depthscope.probes.structure.read_layout import (
+    SequenceAxis,
+    num_fractions,
+    read_layout,
+    repeats_first,
+    shape_layout,
+)
 from depthscope.probes.structure.read_parts import ReadStructure
-from depthscope.probes.structure.sequence_axis import SequenceAxis
 from depthscope.probes.structure.stages import (
     trunks_of,
     with_ending,

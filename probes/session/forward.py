@@ -13,7 +13,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from depthscope.probes.connections.coefficients import Weights
+from depthscope.probes.connections.proof import Weights
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Hook, Report, in_recomputation
 from depthscope.probes.model.user_modes import in_transformation

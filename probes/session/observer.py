@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from depthscope.probes.connections.coefficients import Parts
+from depthscope.probes.connections.proof import Parts
 from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from depthscope.probes.connections.coefficients import Parts
+from depthscope.probes.connections.proof import Parts
 
 
 def coefficient_sums(parts: Parts, mask_BT: torch.Tensor | None) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.connections.coefficients import DepthWeights, Parts, StreamConnectionError
+from depthscope.probes.connections.proof import DepthWeights, Parts, StreamConnectionError
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.read import Rereading

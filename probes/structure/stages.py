@@ -14,8 +14,7 @@ from depthscope.probes.reading.memory import Memory, follow, start_of
 from depthscope.probes.reading.operations import FUNCTIONS, NORMS
 from depthscope.probes.structure.chain import NO_FINAL_NORM, Chain, HookPoint
 from depthscope.probes.structure.read_chains import ReadChain
-from depthscope.probes.structure.read_layout import shape_layout
-from depthscope.probes.structure.sequence_axis import SequenceAxis
+from depthscope.probes.structure.read_layout import SequenceAxis, shape_layout
 
 
 def trunks_of(graph: Graph, memories: Sequence[MemoryReading]) -> list[list[MemoryReading]]:

@@ -7,7 +7,7 @@ import torch
 import xarray as xr
 
 from depthscope import probes
-from depthscope.probes.reading import let_go
+from depthscope.probes.reading import tensor_memory
 from tests.models.designs.catalogue import DESIGNS
 from tests.models.designs.design import Design
 from tests.models.designs.outcome import Outcome, all_outcomes, judged, outcome
@@ -70,7 +70,7 @@ def expected(design: Design) -> tuple[str, str, str]:
 @pytest.fixture(autouse=True)
 def _small_tensors_are_let_go_too(monkeypatch):
     """Else nothing of such small models is let go before their forward ends."""
-    monkeypatch.setattr(let_go, "FEWEST_BYTES", 0)
+    monkeypatch.setattr(tensor_memory, "FEWEST_BYTES", 0)
 
 
 @EACH

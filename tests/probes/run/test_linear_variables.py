@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from depthscope.diagnostics import schema
-from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.proof import Evidence, Joint, Proof
+from depthscope.probes.connections.proof import Evidence, Joint, Parts, Proof
 from depthscope.probes.run.attributes import chain_proof, run_proof
 from depthscope.probes.run.linear_variables import depth_variables, factor_variables, linear_coords
 from depthscope.probes.structure.chain import Chain, Connection
