@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.reading.graph import FILLS, INPUT, PARAMETER, TracedValue, walk
+from depthscope.probes.reading.graph import FILLS, TracedValue
 from depthscope.probes.reading.known_operations import CARRYING, KnownOperation, is_layer, operation_of
 from depthscope.probes.reading.operations import FUNCTIONS, MIXES, MOST_STREAMS
 
@@ -118,7 +118,7 @@ def ended(
         for of, group, parents in zip(made, groups, carried, strict=True)
         if is_alive(of) or any(p.number < first and p.func is not None and p.is_floating for p in parents)
     }
-    held = [of for of in held if not _is_fixed(of)]
+    held = [of for of in held if not of.is_fixed]
     candidates = {groups[of.number - first] for of in held} - alive
     candidates -= _memories(made, groups, candidates)
     return [of for of in held if groups[of.number - first] in candidates]
@@ -148,7 +148,7 @@ def _carried(value: TracedValue) -> Sequence[TracedValue]:
         return ()
     operation = _operation(value)
     if operation is None or operation.views or operation.name in PASSED_ON:
-        return [parent for parent in value.parents if not _is_fixed(parent)]
+        return [parent for parent in value.parents if not parent.is_fixed]
     return ()
 
 
@@ -163,12 +163,6 @@ def _is_layer(value: TracedValue) -> bool:
     if operation is None or operation.name != "convolution":
         return operation is not None and is_layer(operation, value.parents)
     return min(value.parents[1].shape[:2]) > MOST_STREAMS
-
-
-def _is_fixed(value: TracedValue) -> bool:
-    """Whether a value was computed from no parameter, and from no numbers of the batch but whole ones."""
-    origins = walk([value], lambda of: of.parents)
-    return not any(of.kind == PARAMETER or (of.kind == INPUT and of.is_floating) for of in origins)
 
 
 def _memories(made: Sequence[TracedValue], groups: Sequence[int], candidates: set[int]) -> set[int]:

@@ -241,6 +241,13 @@ class StructureFinder:
                 raise ChainError(f"chain={wanted!r} names no residual memory of the model, which has {names}")
             return [[self._choices[wanted]]]
         first = next(filter(self._fits, self.memories), self.memories[0])
+        if self.options.layout is not None and not any(map(self._fits, self.memories)):
+            shapes = {name: self.graph.values[memory.end].shape for name, memory in self._choices.items()}
+            raise LayoutError(
+                f"layout={self.options.layout!r} has the axes of no residual stream that was found; found are states of the "
+                f"shapes {', '.join(f'{shape} in {name}' for name, shape in shapes.items())}. Leave layout= out, or name axes "
+                "of these"
+            )
         if not first.is_plain or first is not self.memories[0]:
             return [[first]]
         plain = [memory for memory in self.memories if memory.is_plain]
@@ -265,13 +272,12 @@ class StructureFinder:
 
     def _fits(self, memory: MemoryReading) -> bool:
         """Whether the states of a memory have the axes that layout= names, and the streams of streams=."""
-        layout, streams = self.options.layout, self.options.streams
-        values = memory.states[-1].values
+        layout, streams, values = self.options.layout, self.options.streams, memory.states[-1].values
+        if layout is None:
+            return streams in (None, memory.num_streams)
         axes = len(self.graph.values[values[-1]].shape)
-        is_asserted = layout is not None and "N" in layout
-        return (layout is None or len(parse_layout(layout)) - axes in (0, len(values) > 1)) and (
-            is_asserted or streams in (None, memory.num_streams)
-        )
+        has_axes = len(parse_layout(layout)) - axes in (0, len(values) > 1)
+        return has_axes and ("N" in layout or streams in (None, memory.num_streams))
 
     def _further_state_left_out(self, stages: Sequence[MemoryReading], why: str) -> LeftOut:
         """What is said of a further state that cannot be read."""
