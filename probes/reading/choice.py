@@ -21,7 +21,6 @@ from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, wa
 from depthscope.probes.reading.memory import (
     Memory,
     Start,
-    follow,
     start_of,
     start_with_streams,
     without_forks,
@@ -35,7 +34,6 @@ from depthscope.probes.reading.operations import (
     MATRICES,
     MOST_STREAMS,
     NORMS,
-    PRODUCTS,
     REDUCES,
     SUMS,
     VIEWS,
@@ -97,7 +95,7 @@ def memories(graph: Graph) -> list[Memory]:
     """What is carried through a forward: the model's memory, then further ones by rank."""
     first, rest = candidates(graph)
     learned = [value for value in rest[:MOST_FURTHER] if value.of_parameter]  # as latents are
-    ranked = _ranked(graph, first) or _ranked(graph, learned) or _with_products_as_branches(graph)
+    ranked = _ranked(graph, first) or _ranked(graph, learned)
     if not ranked:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
@@ -120,38 +118,6 @@ def memories(graph: Graph) -> list[Memory]:
         if not any(_is_within(graph, root, memory) for memory, _ in taken):
             _take(graph, taken, _with_shares([_larger(_of_root(graph, root))], everything))
     return [memory for memory, _ in taken]
-
-
-def _with_products_as_branches(graph: Graph) -> list[Ranked]:
-    """Memories to which nothing is added but themselves, scaled by a function of them: a branch each.
-
-    As in the cross networks of recommenders, and in blocks that add their gated input.
-    """
-    found, roots = [], dict[TracedValue, None]()
-    for value in graph.values:
-        both = value.parents if value.name in PRODUCTS and len(value.parents) == 2 else ()
-        first, *others = sorted(both, key=lambda of: of.number) or (None,)
-        if first is not None and len(first.shape) > 1 and all(of.numel <= first.numel for of in others):
-            roots |= {first: None} if graph.depends(others[0], first) else {}
-    for root in [*roots][:MOST_CANDIDATES]:
-        memory = follow(graph, start_of(root))
-        products = frozenset(
-            number for number in memory.carried if _is_scaled_by_itself(memory, graph.values[number])
-        )
-        if products:
-            memory = without_forks(graph, replace(memory.start, banned=products))
-            found.append(Ranked(memory, _used(memory)))
-    found = [of for of in found if of.memory.num_writes]
-    _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
-    return sorted(found, key=lambda of: of.rank, reverse=True)
-
-
-def _is_scaled_by_itself(memory: Memory, value: TracedValue) -> bool:
-    """Whether a value is the memory times what was computed from it: a number for each feature, or one for all."""
-    if value.name not in PRODUCTS or len(memory.inside(value)) != 1 or memory.passes_function(value):
-        return False
-    others = [of for of in value.parents if not memory.holds(of)]
-    return any(memory.graph.depends(of, memory.root) for of in others)
 
 
 def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
