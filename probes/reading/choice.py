@@ -102,13 +102,6 @@ def memories(graph: Graph) -> list[Memory]:
     taken: list[Taken] = []
     best = _with_finer_streams(_before_branches(_within_long_skip(graph, ranked), ranked), ranked).memory
     best = with_further_beginnings(best)
-    merges = [_merge(best, of.memory) for of in ranked]
-    if any(merges):
-        best = without_inner(best, set().union(*merges))
-        ranked = [
-            replace(of, memory=without_inner(of.memory, merge)) if merge else of
-            for of, merge in zip(ranked, merges, strict=True)
-        ]
     first_memory = _after_first_norm(_with_picked_tokens(after_spread(_with_empty_streams(best))))
     first_memory = without_local_sums(_with_hidden_sums(first_memory))
     for track in tracks(with_unread_streams(_between_expansions(first_memory))):
@@ -173,25 +166,6 @@ def _gives_one(source: TracedValue, memory: Memory, finer: Memory) -> bool:
     """Whether a branch gives the features of one of the finer memory's streams, by itself or once for each stream."""
     streams, width = memory.count // finer.count, memory.shape[-1]
     return source.numel == finer.count or source.shape[-2:] == (streams, width // streams)
-
-
-def _merge(memory: Memory, other: Memory) -> set[int]:
-    """The sum in which two memories of one size that began with different values end; empty where they do not."""
-    graph, shared = memory.graph, memory.trunk & other.trunk
-    if not shared or memory.count != other.count or memory.holds(other.root) or other.holds(memory.root):
-        return set()
-    first = graph.values[min(shared)]
-    sides = [{value.number for value in of.inside(first)} for of in (memory, other)]
-    if not sides[0].isdisjoint(sides[1]):
-        return set()
-    for of, begin in ((memory, other.root), (other, memory.root)):
-        writes = sorted(of.writes.keys() & of.trunk)
-        later = (added for number in writes if number > first.number for added in of.writes[number])
-        if writes[0] >= first.number or any(graph.depends(v, first) for v in later):
-            return set()
-        if graph.depends(begin, graph.values[writes[0]]):
-            return set()  # it begins inside of a branch of the other one
-    return {first.number}
 
 
 def _unknown(graph: Graph) -> str:
