@@ -100,8 +100,7 @@ def memories(graph: Graph) -> list[Memory]:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    best = _with_finer_streams(_before_branches(_within_long_skip(graph, ranked), ranked), ranked).memory
-    best = with_further_beginnings(best)
+    best = with_further_beginnings(_within_long_skip(graph, ranked).memory)
     first_memory = _after_first_norm(_with_picked_tokens(after_spread(_with_empty_streams(best))))
     first_memory = without_local_sums(_with_hidden_sums(first_memory))
     for track in tracks(with_unread_streams(_between_expansions(first_memory))):
@@ -122,50 +121,9 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
     for other in ranked[1:]:
         if other.memory.num_writes > 1 and other.share > best.share / 2:
             inner = other.memory, branches_of(other.memory)
-            if inner[1] and (_nested(graph, inner, outer) or _begins_in_branch(best.memory, inner[1])):
+            if inner[1] and _nested(graph, inner, outer):
                 return other
     return best
-
-
-def _begins_in_branch(memory: Memory, branches: Sequence[Branch]) -> bool:
-    """Whether a memory begins inside of one of some branches, as values of a first attention that later ones add to theirs."""
-    graph, root = memory.graph, memory.root
-    return any(graph.depends(root, of.read) and graph.depends(of.source, root) for of in branches)
-
-
-def _before_branches(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
-    """The memory; an earlier one to which the same sums add, if the first value is computed in a branch of that."""
-    root, trunk = best.memory.root, best.memory.trunk
-    for of in ranked:
-        memory = of.memory
-        writes = memory.writes.keys() & memory.trunk
-        begins_before = memory.graph.depends(root, memory.root) and not memory.holds(root)
-        if begins_before and len(writes) > 1 and writes <= trunk and of.share >= best.share:
-            return of
-    return best
-
-
-def _with_finer_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
-    """The memory; that with streams of the same first value, if branches only move or mix these, or all give one of them."""
-    memory, sources = best.memory, [branch.source for branch in branches_of(best.memory)]
-    for of in ranked:
-        finer = of.memory
-        if finer.root is not memory.root or finer.count >= memory.count or of.share < best.share:
-            continue
-        of_one = finer.num_writes >= memory.num_writes and all(
-            branch.source.numel == finer.count for branch in branches_of(finer)
-        )
-        if any(map(finer.holds, sources)) or (
-            of_one and all(_gives_one(of, memory, finer) for of in sources)
-        ):
-            return of
-    return best
-
-
-def _gives_one(source: TracedValue, memory: Memory, finer: Memory) -> bool:
-    """Whether a branch gives the features of one of the finer memory's streams, by itself or once for each stream."""
-    streams, width = memory.count // finer.count, memory.shape[-1]
-    return source.numel == finer.count or source.shape[-2:] == (streams, width // streams)
 
 
 def _unknown(graph: Graph) -> str:
