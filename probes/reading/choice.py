@@ -24,7 +24,6 @@ from depthscope.probes.reading.memory import (
     start_of,
     start_with_streams,
     without_forks,
-    without_inner,
 )
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
@@ -103,7 +102,7 @@ def memories(graph: Graph) -> list[Memory]:
     best = with_further_beginnings(_within_long_skip(graph, ranked).memory)
     first_memory = _after_first_norm(_with_picked_tokens(after_spread(_with_empty_streams(best))))
     first_memory = without_local_sums(_with_hidden_sums(first_memory))
-    for track in tracks(with_unread_streams(_between_expansions(first_memory))):
+    for track in tracks(with_unread_streams(first_memory)):
         taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
@@ -230,38 +229,6 @@ def _with_hidden_sums(memory: Memory) -> Memory:
     return memory
 
 
-def _between_expansions(memory: Memory) -> Memory:
-    """The memory from where it is spread over streams by weights, to where these are merged by weights (as in AltUp)."""
-    values = memory.graph.values
-    reads = {number: branch.reads for branch in branches_of(memory) for number in branch.way()}
-    writes = memory.writes.keys() & memory.trunk
-    known: set[int] = set()
-    for number in sorted(memory.carried):
-        join = values[number]
-        pieces = {p.number for p in addends(join)} if join.name in JOINS else set()
-        born = pieces & memory.born - known
-        known |= pieces
-        taken = [read for piece in born for read in reads.get(piece, ())]
-        # One further stream alone may be a history that grows, unless all that comes later goes through this join.
-        sums = any(write > number for write in writes - memory.born)
-        is_begin = (
-            sums and join.name == "stack" and memory.root.number not in memory.back([memory.end], {number})
-        )
-        if (
-            number not in memory.trunk
-            or len(born) < 2 - is_begin
-            or _is_sum(memory, join)
-            or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken)
-        ):
-            continue
-        if taken and all(memory.depth[read.number] == 0 for read in taken):
-            start = replace(memory.start, root=join, numbers=memory.carried[number])
-            return _between_expansions(without_forks(memory.graph, start))
-        if not any(write > number for write in writes - born) and len(writes) > len(born):
-            return without_inner(memory, {number})
-    return memory
-
-
 def _with_empty_streams(memory: Memory) -> Memory:
     """The memory from where its first value fills one of several streams, of which the others begin with constants."""
     graph, writes = memory.graph, memory.writes.keys() & memory.trunk
@@ -286,16 +253,6 @@ def _with_empty_streams(memory: Memory) -> Memory:
         if wide.num_writes >= memory.num_writes:
             return wide
     return memory
-
-
-def _is_sum(memory: Memory, join: TracedValue) -> bool:
-    """Whether a state, no part of several streams, and branches are put next to one another only to be added up."""
-    for piece in addends(join):
-        while memory.holds(piece) and only_moves(piece):
-            piece = piece.parents[0]
-        if memory.holds(piece) and memory.carried[piece.number].count > memory.count:
-            return False
-    return any(memory.carried[of.number].count <= memory.count for of in memory.after(join))
 
 
 def _fills_one_place(numbers: Numbers, axis: int) -> bool:
