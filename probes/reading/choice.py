@@ -137,7 +137,6 @@ def _unknown(graph: Graph) -> str:
 def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
     """Take the memories that are apart from those taken, at least until they are added to these, and in no branch of them."""
     for other in ranked:
-        other = _until_added(other, [known for known, _ in taken])
         apart = not any(other.memory.trunk & known.trunk for known, _ in taken)
         is_state = other.memory.num_writes and graph.depends_on_input(other.memory.end)
         if other.share < LEAST_SHARE or not is_state or not apart:
@@ -147,21 +146,6 @@ def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
             continue  # no chain: as a bias of attention, to which the scores of each block are added apart
         if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
             taken.append((other.memory, branches))
-
-
-def _until_added(of: Ranked, taken: Sequence[Memory]) -> Ranked:
-    """A memory up to the sum by which it comes into one that was taken and began elsewhere; itself where it does not."""
-    graph, memory = of.memory.graph, of.memory
-    for known in taken:
-        shared = memory.trunk & known.trunk
-        begins_apart = not known.holds(memory.root) and not memory.holds(known.root)
-        begins_apart &= (
-            memory.count == known.count
-        )  # what goes along the tokens inside of a branch has fewer elements
-        if shared and begins_apart and not graph.depends(memory.root, known.root):
-            shorter = without_forks(graph, replace(memory.start, banned=memory.start.banned | {min(shared)}))
-            return replace(of, memory=shorter)
-    return of
 
 
 def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:
@@ -288,7 +272,6 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
-    found = [of for of in found if not _is_condition(of.memory)] or found
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     for of in found:
         root = of.memory.root
@@ -380,20 +363,6 @@ def _differs_between_streams(numbers: Numbers, shape: tuple[int, ...]) -> bool:
     """Whether what has a shape, and is added to a memory, is another for each of its streams along an axis of these."""
     for axis in range(-len(shape), 0):
         if shape[axis] > 1 and numbers.collapsed([len(numbers.shape) + axis]) is not None:
-            return True
-    return False
-
-
-def _is_condition(memory: Memory) -> bool:
-    """Whether a memory begins with what is spread over something larger of the input, as gates that a condition gives."""
-    graph, root = memory.graph, memory.root
-    for number in memory.trunk:
-        value = graph.values[number]
-        if value.name not in SUMS or memory.depth[number]:
-            continue
-        least = min(graph.values[n].numel for n in memory.back([value]))  # before it was spread
-        others = (v for v in addends(value) if not memory.holds(v) and least < v.numel == value.numel)
-        if any(graph.depends_on_input(v) and not graph.depends(v, root) for v in others):
             return True
     return False
 
