@@ -40,7 +40,6 @@ from depthscope.probes.reading.operations import (
     centred,
     is_unknown,
     named,
-    only_moves,
     weights,
 )  # fmt: skip
 from depthscope.probes.reading.roots import (
@@ -100,7 +99,7 @@ def memories(graph: Graph) -> list[Memory]:
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
     best = with_further_beginnings(_within_long_skip(graph, ranked).memory)
-    first_memory = _after_first_norm(_with_picked_tokens(after_spread(_with_empty_streams(best))))
+    first_memory = _after_first_norm(after_spread(_with_empty_streams(best)))
     first_memory = without_local_sums(_with_hidden_sums(first_memory))
     for track in tracks(with_unread_streams(first_memory)):
         taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
@@ -163,26 +162,6 @@ def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
         ):
             return True
     return False
-
-
-def _with_picked_tokens(memory: Memory) -> Memory:
-    """The memory from where some of its tokens alone go on, as those that a mask leaves, if no branch was added before.
-
-    Also where several parts are put together again, as of the frames of a film, whose class tokens become one.
-    """
-    values = memory.graph.values
-    begin = [values[n] for n in sorted(memory.trunk) if not memory.depth[n]]
-    parts = [value for value in begin if not memory.is_whole(value)]
-    ends = (of for of in parts if memory.root.number not in memory.back([memory.end], {of.number}))
-    part = next(ends, None)
-    if part is None:
-        return memory
-    for value in memory.after(part):
-        if memory.depth[value.number] or not only_moves(value):
-            break
-        part = value
-    again = without_forks(memory.graph, replace(start_of(part), functions=memory.start.functions))
-    return again if again.num_writes == memory.num_writes else memory
 
 
 def _after_first_norm(memory: Memory) -> Memory:
