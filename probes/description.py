@@ -109,8 +109,9 @@ class Description:
     def __str__(self) -> str:
         chains = ", ".join(f"{name or 'one chain'}: {depth} states" for name, depth in self.chains.items())
         sites = ", ".join(f"{count} {site}" for site, count in self.sites.items())
+        family = FAMILIES.get(self.family, self.family)
         lines = [
-            f"{self.model}: {FAMILIES.get(self.family, self.family)}, {self.num_blocks} × {self.block or 'block'}, {self.dtype}",
+            f"{self.model}: {family}, {self.num_blocks} × {self.block or 'block'}, {self.dtype}",
             f"  streams      {self.n_streams} of width {self.width}, layout {self.layout}",
             f"  chain        {chains} ({sites})",
         ]
