@@ -49,7 +49,6 @@ class BranchReading:
     # Where the elements of the memory's first value are, to which each of these values is added.
     numbers: tuple[Numbers, ...] = field(repr=False)
     parts: Mapping[str, torch.Tensor] = field(repr=False)
-    less_its_read: bool = False  # whether what it read is subtracted from what it gave, as in AltUp
 
 
 @dataclass(frozen=True)

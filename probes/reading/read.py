@@ -426,18 +426,8 @@ class _Reader:
         return BranchReading(
             self.names.paths[number], self.names.kind(number), self.names.layers[number],
             reads, -1 if unit is None else unit, branch.way(),
-            tuple(branch.numbers[value] for value in branch.way()), parts, self._is_less_its_read(branch),
+            tuple(branch.numbers[value] for value in branch.way()), parts,
         )  # fmt: skip
-
-    def _is_less_its_read(self, branch: Branch) -> bool:
-        """Whether what a branch read is subtracted from what it gave."""
-        for write in branch.writes:
-            taken = write.args[1] if write.name == "sub" else None
-            if isinstance(taken, TracedValue) and self.memory.holds(taken):
-                alike = taken.name == branch.read.name and taken.args == branch.read.args
-                if taken is branch.read or (alike and taken.kwargs == branch.read.kwargs):
-                    return True
-        return False
 
     def _over_depth(self, cuts: Sequence[Cut]) -> MemoryReading:
         last = before_norms(self.memory, last_read(self.memory, self.branches))

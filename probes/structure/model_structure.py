@@ -119,7 +119,7 @@ class Structure:
 
     @property
     def family(self) -> str:
-        """The connection family: residual, highway, hc, mhc, independent_hc, gated, altup, depth_history, or unproven."""
+        """The connection family: residual, highway, hc, mhc, independent_hc, gated, depth_history, or unproven."""
         if self.connections:
             return self.chains[0].family
         if any(chain.history for chain in self.chains):
