@@ -12,7 +12,6 @@ from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue,
 from depthscope.probes.reading.memory import Memory, follow
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
-    CHANNEL_NORMS,
     FUNCTIONS,
     MATRICES,
     MIXES,
@@ -55,42 +54,8 @@ def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
 
 
 def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
-    found = list(dict.fromkeys(_cut_out(graph, _turned(graph, graph.values[number])) for number in numbers))
-    return [v for v in found if len(v.shape) > 1 and v.numel > 1]
-
-
-def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
-    """What is cut out of a value, or what a parameter is copied to for each sequence, before anything else takes it."""
-    part, is_parameter = value, value.of_parameter
-    while len(takers := graph.takers(value)) == 1 and only_moves(takers[0]):
-        value = takers[0]
-        # As a generator makes of its noise.
-        is_image = len(part.shape) == 2 < len(value.shape) - 1 and any(
-            map(is_of_channels, graph.takers(value))
-        )
-        if value.numel < part.numel or (is_parameter and value.numel > part.numel) or is_image:
-            part = value
-    return part
-
-
-def _turned(graph: Graph, value: TracedValue) -> TracedValue:
-    """What a layer along the tokens gave, once its last axis, which is theirs, is put before the features; else the value."""
-    at = value
-    while len(value.shape) == 2 and len(takers := graph.takers(at)) == 1:
-        at = takers[0]
-        last = len(at.shape) - 1
-        turned = at.name == "permute" and at.args[1][-1] % (last + 1) != last
-        turned |= at.name == "transpose" and last in {dim % (last + 1) for dim in at.args[1:3]}
-        if turned and last > 1:
-            return at
-        if at.name not in VIEWS and not (at.name == "add" and any(p.of_parameter for p in at.parents)):
-            break
-    return value
-
-
-def is_of_channels(value: TracedValue) -> bool:
-    """Whether an operation takes the second axis for the features."""
-    return value.name == "convolution" or value.name in CHANNEL_NORMS
+    found = (graph.values[number] for number in dict.fromkeys(numbers))
+    return [value for value in found if len(value.shape) > 1 and value.numel > 1]
 
 
 class _Sums:
