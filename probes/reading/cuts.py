@@ -14,7 +14,7 @@ import numpy as np
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import JOINS, MATRICES, NORMS, only_moves
+from depthscope.probes.reading.operations import JOINS, MATRICES, only_moves
 
 Cut = list[TracedValue]
 
@@ -274,7 +274,6 @@ class _Life:
         if last:  # what hands the last state on, contains the sum; the norm of the head does not
             around, shown = self.memory.graph.stack(value), self.memory.graph.shown
             given = [n for n in handed if any(s.call in around for s in shown.get(way[n].number, ()))]
-            given = given or self._given_by_block(way)
             handed = [n for n in handed if n <= usual] or given[:1]
         if handed and not widen:
             way = way[: handed[-1] + 1]
@@ -285,19 +284,6 @@ class _Life:
             while len(way) > least and self._only_moves(way[-2], way[-1]):
                 way.pop()
         return way[-1], tuple(step.name for step in way[1:])
-
-    def _given_by_block(self, way: Sequence[TracedValue]) -> list[int]:
-        """What a block without a number makes of its sum by an activation, and gives."""
-        graph, call = self.memory.graph, way[0].call
-        layers = {
-            layer
-            for branch, layer in zip(self.branches, self.layers, strict=True)
-            if any(call in graph.stack(write) for write in branch.writes)
-        }
-        if len(layers) > 1 or not call or any(of.name in NORMS for of in way):
-            return []
-        shown = [graph.shown.get(of.number, ()) for of in way]
-        return [n for n, of in enumerate(shown) if n and any(s.at == "output" and s.call == call for s in of)]
 
     @staticmethod
     def _only_moves(before: TracedValue, step: TracedValue) -> bool:
