@@ -56,6 +56,7 @@ from depthscope.probes.structure.read_layout import (
 from depthscope.probes.structure.read_parts import ReadStructure
 from depthscope.probes.structure.stages import (
     trunks_of,
+    with_ending,
     with_final,
     with_made_state,
     with_next_stage,
@@ -331,6 +332,7 @@ class StructureFinder:
                 layout_of = partial(self._layout_of, part.memories[0], "")
                 chain = with_next_stage(chain, with_made_state(self.graph, part, layout_of))
             memories = tuple(memory for part in chains for memory in part.memories)
+            chain = with_ending(self.graph, chain, self.sequences) if depths is None else chain
             chain = replace(
                 with_final(self.graph, chain, memories[-1]),
                 family="highway" if any(map(_gates_the_state, memories)) else "",

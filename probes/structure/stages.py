@@ -114,6 +114,31 @@ def _numbered_from(chain: Chain, number: int) -> Chain:
     )
 
 
+def with_ending(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
+    """The chain with what blocks of its classes, in places like theirs, give after its last state, in another shape."""
+    kinds = set(chain.block_class.split("/"))
+    places = {_without_numbers(path) for path in chain.blocks}
+    last = chain.points[-1].value_in(graph)
+    for number, call in enumerate(graph.calls):
+        ends = graph.ends_of(number)
+        if call.kind not in kinds or _without_numbers(call.path) not in places:
+            continue
+        if ends is None or ends[0] is not last:
+            continue
+        value = ends[1]
+        if value.shape == last.shape or not _has_layout(value, chain.layout, sequences):
+            continue
+        point = HookPoint(call.path, call.number, "output", chain.points[-1].layer + 1, "post", call.path)
+        chain = replace(
+            chain,
+            points=(*chain.points, point),
+            shapes=(*chain.shapes, value.shape),
+            blocks=(*chain.blocks, call.path),
+        )
+        last = value
+    return chain
+
+
 def _without_numbers(path: str) -> str:
     return re.sub(r"\d+", "{i}", path)
 
