@@ -21,9 +21,9 @@ from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, wa
 from depthscope.probes.reading.memory import (
     Memory,
     Start,
-    follow,
     start_of,
     start_with_streams,
+    without_forks,
 )
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
@@ -172,7 +172,7 @@ def _after_first_norm(memory: Memory) -> Memory:
     first = values[begin[-1]]
     if first.numel != memory.root.numel or memory.root.number in memory.back([memory.end], {first.number}):
         return memory
-    return follow(memory.graph, start_of(first))
+    return without_forks(memory.graph, start_of(first))
 
 
 def _with_hidden_sums(memory: Memory) -> Memory:
@@ -183,7 +183,7 @@ def _with_hidden_sums(memory: Memory) -> Memory:
         new = {number: numbers for number, numbers in found.items() if number not in seeds}
         if not new:
             break
-        again = follow(memory.graph, replace(memory.start, seeds={**seeds, **new}))
+        again = without_forks(memory.graph, replace(memory.start, seeds={**seeds, **new}))
         if not new.keys() & again.trunk:
             break
         memory = again
@@ -210,7 +210,7 @@ def _with_empty_streams(memory: Memory) -> Memory:
         later = (graph.values[n] for n in sorted(memory.trunk) if n >= min(writes, default=0))
         if any(memory.carried[of.number].count < of.numel for of in later if of.shape == value.shape):
             return memory  # a history, of which each block fills one more place
-        wide = follow(graph, start_with_streams(value, axes[0]))
+        wide = without_forks(graph, start_with_streams(value, axes[0]))
         if wide.num_writes >= memory.num_writes:
             return wide
     return memory
@@ -245,7 +245,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         *(start_with_streams(*of) for of in folded_beginnings(graph)),
         *_with_streams(found),
     ):
-        memory = follow(graph, start)
+        memory = without_forks(graph, start)
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
@@ -264,10 +264,10 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
 
 def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:
     """The memory that begins with a value, and that on which norms and activations lie, where such a one leads on."""
-    plain = follow(graph, start_of(root))
+    plain = without_forks(graph, start_of(root))
     found = [Ranked(plain, _used(plain))]
     if _leads_on(plain):
-        passing = follow(graph, replace(start_of(root), functions=True))
+        passing = without_forks(graph, replace(start_of(root), functions=True))
         found.append(Ranked(passing, _used(passing)))
     return found
 

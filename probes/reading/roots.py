@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue, walk
-from depthscope.probes.reading.memory import Memory, follow
+from depthscope.probes.reading.memory import Memory, without_forks
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -228,7 +228,7 @@ def with_further_beginnings(memory: Memory) -> Memory:
         del found[number]  # a copy of another one
     if not found:
         return memory
-    return follow(memory.graph, replace(memory.start, others=found))
+    return without_forks(memory.graph, replace(memory.start, others=found))
 
 
 def _sums_with_others(memory: Memory, until: int) -> dict[int, set[int]]:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.graph import Graph, TracedValue
-from depthscope.probes.reading.memory import Memory, Start, follow, start_of, without_inner
+from depthscope.probes.reading.memory import Memory, Start, start_of, without_forks, without_inner
 from depthscope.probes.reading.operations import MOST_STREAMS, SUMS
 
 
@@ -28,7 +28,7 @@ def after_spread(memory: Memory) -> Memory:
     joins = [of for of in after if not all(later[p.number] for p in memory.inside(of))]
     if all(of.name in SUMS and memory.carried[of.number].count > memory.count for of in joins):
         start = replace(memory.start, root=values[number], numbers=memory.carried[number])
-        again = follow(memory.graph, start)
+        again = without_forks(memory.graph, start)
         return again if again.num_writes == memory.num_writes else memory
     return memory
 
@@ -85,7 +85,7 @@ def _parted(memory: Memory, fork: TracedValue, ways: list[set[int]], last: int) 
     main = without_inner(memory, merges | (written - ways[0]))
     start = memory.start if fork is memory.root else replace(start_of(fork), functions=memory.start.functions)
     sides = [
-        follow(graph, replace(start, banned=memory.start.banned | merges | (written - way)))
+        without_forks(graph, replace(start, banned=memory.start.banned | merges | (written - way)))
         for way in ways[1:]
     ]
     return [main, *(track for side in sides for track in tracks(side))]
@@ -116,7 +116,7 @@ def with_streams_apart(memory: Memory) -> list[Memory]:
             start, root=first, numbers=start.numbers if numbers.count == memory.count else numbers
         )
         starts.append(replace(start, banned=start.banned | {after.number}) if after is not None else start)
-    parts = [part for part in (follow(memory.graph, of) for of in starts) if part.num_writes]
+    parts = [part for part in (without_forks(memory.graph, of) for of in starts) if part.num_writes]
     parts.sort(key=lambda part: part.start.numbers.count == memory.count)
     return [part for part in parts if branches_of(part)] or [memory]
 
