@@ -321,38 +321,11 @@ def without_forks(graph: Graph, start: Start) -> Memory:
     memory = follow(graph, start)
     for _ in range(7):
         forks = {number for number in memory.trunk if _is_fork(memory, graph.values[number])}
-        forks |= {n for n in memory.carried.keys() - memory.trunk if _is_part(memory, graph.values[n])}
-        forks |= _sums_around_norms(memory)
         if not forks:
             break
         start = replace(start, banned=start.banned | forks)
         memory = follow(graph, start)
     return memory
-
-
-def _sums_around_norms(memory: Memory) -> set[int]:
-    """What branches read of several values of which some came through a norm on the way of the memory and others did not."""
-    # Through how many norms each value came from the first one; what a branch gives came from none.
-    found, passed = set[int](), dict[int, int]()
-    for number in sorted(memory.carried) if memory.start.functions else ():
-        value = memory.graph.values[number]
-        before = [passed[of.number] for of in memory.inside(value) if of.number in passed]
-        if not before and value is not memory.root:
-            continue
-        passed[number] = max(before, default=0) + (number in memory.trunk and memory.passes_function(value))
-        if len(set(before)) > 1 and number not in memory.trunk:
-            found.add(number)
-    return found
-
-
-def _is_part(memory: Memory, value: TracedValue) -> bool:
-    """Whether something is added to, or put next to, a part of the memory inside of a branch: the end is whole without it."""
-    if memory.is_whole(value) or not memory.is_whole(memory.end):
-        return False
-    joined = value.name in JOINS and any(
-        not memory.holds(v) and memory.graph.depends(v, memory.root) for v in addends(value)
-    )
-    return joined or value.number in memory.writes.keys() - memory.born
 
 
 def without_inner(memory: Memory, inner: Collection[int]) -> Memory:
