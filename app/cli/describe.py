@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -24,20 +23,11 @@ def describe(
             help="Read the connections from safetensors or GGUF (folder or file), and build no model.",
         ),
     ] = False,
-    dialect: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="With --weights-only: your own rows of how tensors are named and used (TOML).",
-        ),
-    ] = None,
     json: Json = False,
 ) -> int:
     """Describe a checkpoint: family, blocks, streams, proof."""
     if weights_only:
-        return _describe_weights(model, dialect, json=json)
-    if dialect is not None:
-        raise InputError("--dialect says how weight files are read; add --weights-only, or leave it out")
+        return _describe_weights(model, json=json)
     loaded = model.load()
     from depthscope import probes
 
@@ -53,7 +43,7 @@ def describe(
     return FINE
 
 
-def _describe_weights(model: ModelAndText, dialect: Path | None, *, json: bool) -> int:
+def _describe_weights(model: ModelAndText, *, json: bool) -> int:
     given = [
         name
         for name in ("weights", "layers", "layout", "streams", "sites", "dtype", "text")
@@ -66,8 +56,7 @@ def _describe_weights(model: ModelAndText, dialect: Path | None, *, json: bool) 
     with working("importing torch"):
         from depthscope.probes.static import page
         from depthscope.probes.static.describe import describe_weights
-    file = None if dialect is None else str(dialect)
-    found = describe_weights(model.checkpoint, dialect_file=file)
+    found = describe_weights(model.checkpoint)
     if json:
         emit(found.as_dict())
         return FINE

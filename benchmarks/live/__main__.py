@@ -16,7 +16,6 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr
-from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,6 @@ WAYS: dict[str, dict[str, Any] | None] = {
     "plain again": None,
     "between measured steps": {"metrics": "live", "start_step": 10**9},
     "statistics": {},
-    "statistics, 1 sequence raw": {"max_sequences": 1},
     'metrics="live"': {"metrics": "live"},
     'metrics="live", each row judged': {"metrics": "live", "on_finding": lambda step, finding: None},
     'metrics="all"': {"metrics": "all"},
@@ -105,11 +103,9 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
             return first_costs(training, min(task["rounds"], 5))
         if "growth" in task:
             return growth(training, task["growth"])
-        return (
-            peak(training, task["memory"])
-            if "memory" in task
-            else times(training, task["ways"], task["rounds"])
-        )
+        if "memory" in task:
+            return peak(training, task["memory"])
+        return times(training, task["ways"], task["rounds"])
 
 
 def step_of(training: Training, way: str) -> Callable[[], Any]:
@@ -120,15 +116,14 @@ def step_of(training: Training, way: str) -> Callable[[], Any]:
     from depthscope import probes
 
     recorder = probes.record(training.model, gradients=True, **options)
-    return partial(recorded, training, recorder)
 
+    def recorded() -> float:
+        with recorder:  # at whose end the hooks of the next step are attached, as in a loop
+            started = time.process_time()
+            recorder.step(training.step())
+            return time.process_time() - started
 
-def recorded(training: Training, recorder: Any) -> float:
-    """The seconds of one measured step; at its end the hooks of the next one are attached, as in a loop."""
-    with recorder:
-        started = time.process_time()
-        recorder.step(training.step())
-        return time.process_time() - started
+    return recorded
 
 
 def times(training: Training, ways: list[str], rounds: int) -> dict[str, Any]:

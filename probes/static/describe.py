@@ -22,7 +22,8 @@ from depthscope.probes.checkpoints.tensor_inventory import (
     take_inventory,
 )
 from depthscope.probes.static.depth import applied_reads, depth_read
-from depthscope.probes.static.dialect import known_dialects, read_dialects
+from depthscope.probes.static.dialect import Dialect
+from depthscope.probes.static.dialects import TABLE
 from depthscope.probes.static.facts import (
     Parameter,
     StaticConnection,
@@ -37,7 +38,7 @@ from depthscope.probes.static.remarks import remarks
 from depthscope.probes.static.weights import Settings, settings_of, weigh
 
 
-def describe_weights(path: str | Path, *, dialect_file: str | Path | None = None) -> StaticDescription:
+def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> StaticDescription:
     """Describe a checkpoint's connections from its weight files, without building the model.
 
     Parameters
@@ -46,9 +47,8 @@ def describe_weights(path: str | Path, *, dialect_file: str | Path | None = None
         A transformers folder (``config.json``, and safetensors, sharded or not), one ``.safetensors`` or ``.gguf`` file
         or an index, or ``organisation/name`` on the Hugging Face hub. Shards may be missing: the connections in them
         are left out, and ``warnings`` names the shards.
-    dialect_file : str or Path, optional
-        A TOML file with your own rows: how your checkpoint names its connections and what they compute
-        (docs/how_to/checkpoints.md).
+    dialects : sequence of Dialect
+        Your own rows: how your checkpoint names its connections and what they compute (docs/how_to/checkpoints.md).
 
     Returns
     -------
@@ -60,15 +60,15 @@ def describe_weights(path: str | Path, *, dialect_file: str | Path | None = None
     ------
     CheckpointError
         If the checkpoint is missing, torn or of another format, lacks shards and has no connection in the others, has the
-        names of a dialect under a model type that is not one of its own, or if a row of the file is malformed.
+        names of a dialect under a model type that is not one of its own, or if a row cannot be computed.
     """
     path = hub_files(str(path)).path if is_hub_name(str(path)) else given_path(path)
-    rows = (*(read_dialects(dialect_file) if dialect_file is not None else ()), *known_dialects())
+    rows = (*dialects, *TABLE)
     inventory = take_inventory(path)
     config = inventory.settings
     if config is None:
         config = _configuration(path if path.is_dir() else path.parent)
-    found = recognise(inventory.tensors, rows, config)
+    found = recognise(inventory.tensors, rows, config, own=dialects)
     everything = (*found.connections, *found.heads)
     absent = _absent_connections(path, inventory, everything)
     # A setting that config.json lacks gets the dialect's default, and the page lists it as assumed.
@@ -171,7 +171,7 @@ def _connection(
         layer=place.layer,
         branch=place.branch,
         family=row.family,
-        style=row.style,
+        style=row.style or row.name,
         streams=found.streams,
         width=found.sizes.get("D"),
         constrained=row.doubly_stochastic,
@@ -200,8 +200,8 @@ def _connection(
 
 
 def _read_tensors(found: Found) -> dict[str, StoredTensor]:
-    """The tensors whose values the row's formulas use."""
-    return {role: found.roles[role] for role in found.dialect.read_roles() & found.roles.keys()}
+    """The tensors whose values the row's functions use."""
+    return {role: found.roles[role] for role in found.dialect.read_roles & found.roles.keys()}
 
 
 def _layers(inventory: Inventory, config: Mapping[str, Any]) -> int:

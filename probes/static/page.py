@@ -105,9 +105,9 @@ def _why_none(found: StaticDescription) -> list[str]:
     if found.unrecognised:
         return [
             *_named_tensors(found),
-            "  They look like a connection, so this need not be a plain residual network: give a row of your own with "
-            "--dialect FILE (docs/how_to/checkpoints.md),",
-            "  or run the model (describe without --weights-only).",
+            "  They look like a connection, so this need not be a plain residual network: run the model (describe without "
+            "--weights-only),",
+            "  or give a row of your own (describe_weights(path, dialects=[...]), docs/how_to/checkpoints.md).",
         ]
     known = "; ".join(words.split("; ")[0].partition(": ")[2] for words in found.looked_for)
     return [

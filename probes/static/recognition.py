@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from depthscope.probes.checkpoints.errors import CheckpointError, printable
 from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
-from depthscope.probes.static.dialect import Dialect
+from depthscope.probes.static.dialect import Dialect, Sizes
 from depthscope.probes.static.facts import Unrecognised
-from depthscope.probes.static.formula import FormulaError, Sizes
 
 Tensors = Mapping[str, StoredTensor]  # by full name
 WEIGHT = ".weight"  # of a Linear; x.weight is called x in the rows
@@ -91,9 +90,12 @@ class Recognition:
     unrecognised: tuple[Unrecognised, ...]
 
 
-def recognise(tensors: Tensors, rows: Sequence[Dialect], config: Mapping[str, Any]) -> Recognition:
+def recognise(
+    tensors: Tensors, rows: Sequence[Dialect], config: Mapping[str, Any], own: Collection[Dialect] = ()
+) -> Recognition:
     """The connections among tensors.
 
+    ``own``: the rows among them that the user gave, which come first and are for every model type.
     ``config``: the configuration of the model; its ``model_type`` rules out the rows of other models.
     Returns: A head has the shapes of a small layer, so it counts only where connections have as many streams of the
     same width.
@@ -110,16 +112,22 @@ def recognise(tensors: Tensors, rows: Sequence[Dialect], config: Mapping[str, An
         module, _, leaf = name.removesuffix(WEIGHT).rpartition(".")
         modules[module].append((leaf, name))
     found = {row: list(_named(row, tensors, alike.values())) for row in rows}
-    usable = [row for row in rows if row.users or not row.model_types or not types or row.model_types & types]
+    usable = [
+        row for row in rows if row in own or not row.model_types or not types or row.model_types & types
+    ]
     fitting = [one for row in usable for one in found[row] if not one.misfit]
     # A head tells DeepSeek-V4 from its successor, which has none.
-    settled = _settled(fitting, with_head=any(one.dialect.head for one in fitting))
+    settled = _settled(fitting, own, with_head=any(one.dialect.head for one in fitting))
     claimed = {name for one in settled for name in one.tensors}
     _require_known_type(
         types, [one for row in rows for one in found[row] if not one.misfit and not one.tensors & claimed]
     )
     extras = {one.prefix: [tensors[name] for name in _extra_names(one, modules)] for one in settled}
-    connections = [_explained(one, extras[one.prefix], types) for one in settled if not one.dialect.head]
+    connections = [
+        _explained(one, extras[one.prefix], types if one.dialect not in own else frozenset())
+        for one in settled
+        if not one.dialect.head
+    ]
     sizes = {(one.streams, one.sizes.get("D")) for one in connections}
     heads = [one for one in settled if one.dialect.head and (one.streams, one.sizes.get("D")) in sizes]
     reasons = {
@@ -177,7 +185,7 @@ def _named(row: Dialect, tensors: Tensors, alike: Iterable[Sequence[str]]) -> It
                 if match:
                     groups[match.string[: match.start("leaf")]][match["leaf"]] = tensors[name]
         for prefix, leaves in groups.items():
-            if not row.absent & leaves.keys():
+            if not set(row.absent) & leaves.keys():
                 yield _checked(row, prefix, {row.leaves[leaf]: tensor for leaf, tensor in leaves.items()})
 
 
@@ -191,14 +199,11 @@ def _checked(row: Dialect, prefix: str, roles: Mapping[str, StoredTensor]) -> Fo
     one = Found(row, prefix.rstrip("._"), prefix, roles, {}, row.read_lag)
     missing = sorted(row.required - roles.keys())
     if missing:
-        return replace(one, misfit=f"it lacks {', '.join(missing)}")
-    try:
-        # An empty tensor has no shape to go by; reading it shows that.
-        sizes = row.sizes({role: tensor.shape for role, tensor in roles.items() if math.prod(tensor.shape)})
-    except FormulaError as error:
-        raise CheckpointError(f"dialect {row.name!r}: {error}; see docs/how_to/checkpoints.md") from error
+        return replace(one, misfit=f"it lacks {', '.join(map(row.own_name, missing))}")
+    # An empty tensor has no shape to go by; reading it shows that.
+    sizes = row.sizes({role: tensor.shape for role, tensor in roles.items() if math.prod(tensor.shape)})
     if not sizes:
-        expected = ", ".join(f"{role} ({row.shape_texts[role]})" for role in sorted(roles))
+        expected = ", ".join(f"{row.own_name(role)} ({row.shapes[role]})" for role in sorted(roles))
         return replace(one, misfit=f"its shapes are not {expected}")
     if len(sizes) > 1:
         shown = "; ".join(
@@ -211,23 +216,23 @@ def _checked(row: Dialect, prefix: str, roles: Mapping[str, StoredTensor]) -> Fo
 # --- which row, where several fit
 
 
-def _settled(fitting: Sequence[Found], *, with_head: bool) -> list[Found]:
+def _settled(fitting: Sequence[Found], own: Collection[Dialect], *, with_head: bool) -> list[Found]:
     """One row for each group of tensors: a user's own first, then that which explains most of them."""
     accepted: list[list[Found]] = []
     owner: dict[str, list[Found]] = {}
-    for one in sorted(fitting, key=lambda one: (not one.dialect.users, -len(one.tensors))):
+    for one in sorted(fitting, key=lambda one: (one.dialect not in own, -len(one.tensors))):
         rivals = next((owner[name] for name in one.tensors if name in owner), None)
         if rivals is None:
             accepted.append([one])
             owner |= dict.fromkeys(one.tensors, accepted[-1])
-        elif rivals[0].tensors == one.tensors and rivals[0].dialect.users == one.dialect.users:
+        elif rivals[0].tensors == one.tensors and (rivals[0].dialect in own) == (one.dialect in own):
             rivals.append(one)
     return [_decided(rivals, with_head=with_head) for rivals in accepted]
 
 
 def _decided(rivals: Sequence[Found], *, with_head: bool) -> Found:
     first = rivals[0]
-    if len({_computation(one) for one in rivals}) > 1:
+    if len({_computed(one) for one in rivals}) > 1:
         names = " and ".join(dict.fromkeys(one.dialect.name for one in rivals))
         why = f"the names and shapes do not decide between {names}, which compute different weights: none are given"
         return replace(first, withheld=why)
@@ -244,16 +249,8 @@ def _decided(rivals: Sequence[Found], *, with_head: bool) -> Found:
     return replace(first, read_lag=None, notes=(note,))
 
 
-def _computation(one: Found) -> tuple[Any, ...]:
-    """What a row computes, apart from when its read is applied: equal for rows that only name it differently."""
-    row = one.dialect
-    formulas = {**row.parts, **row.formulas, **{f"gate {name}": gate for name, gate in row.gates.items()}}
-    roles = {role: str(index) for index, role in enumerate(sorted(row.read_roles()))}
-    texts = sorted(
-        (name, re.sub(r"[A-Za-z_]\w*", lambda match: roles.get(match[0], match[0]), formula.text))
-        for name, formula in formulas.items()
-    )
-    return tuple(texts), row.sources_in_rows, row.family, () if row.head else tuple(sorted(one.sizes.items()))
+def _computed(one: Found) -> tuple[Any, ...]:
+    return one.dialect.computation, () if one.dialect.head else tuple(sorted(one.sizes.items()))
 
 
 def _require_known_type(types: frozenset[str], barred: Sequence[Found]) -> None:
@@ -266,15 +263,15 @@ def _require_known_type(types: frozenset[str], barred: Sequence[Found]) -> None:
     fits = " and of ".join(dict.fromkeys(one.dialect.name for one in barred if one.tensors == first.tensors))
     raise CheckpointError(
         f"{first.module} has the names of {fits}, and the model type {', '.join(map(printable, sorted(types)))} is none of "
-        f"theirs: another model may mean something else by them. If it computes the same, give a row of your own (like = "
-        f'"{first.dialect.name}") with --dialect FILE'
+        f"theirs: another model may mean something else by them. If it computes the same, say so by a row of your own: "
+        f"describe_weights(path, dialects=[...]), see docs/how_to/checkpoints.md"
     )
 
 
 def _explained(one: Found, extras: Sequence[StoredTensor], types: frozenset[str]) -> Found:
     """The connection; without weights where a tensor among its own may change what it computes."""
     row = one.dialect
-    if types and not row.model_types and not row.users:
+    if types and not row.model_types:
         shown = ", ".join(map(printable, sorted(types)))
         note = f"read as {row.name} by the names of its tensors, under the model type {shown}"
         one = replace(one, notes=(*one.notes, note))

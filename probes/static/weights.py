@@ -1,16 +1,17 @@
-"""What are the weights of a recognised connection at an input that adds nothing? Its row's formulas, computed."""
+"""What are the weights of a recognised connection at an input that adds nothing? The functions of its row."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.checkpoints.errors import CheckpointError
-from depthscope.probes.static.dialect import Dialect
-from depthscope.probes.static.formula import Formula, FormulaError, sinkhorn
+from depthscope.probes.static.dialect import Dialect, Values
+from depthscope.probes.static.dialects import sinkhorn
 from depthscope.probes.static.recognition import Found, setting
 
 LARGEST_SETTING = 10_000  # a heuristic: public models have 20 rounds of Sinkhorn and magnitudes of a few
@@ -66,64 +67,61 @@ def _is_number(value: Any) -> bool:
 def weigh(found: Found, values: Mapping[str, np.ndarray], constants: Mapping[str, float]) -> StaticWeights:
     """The weights of a connection where the input adds nothing; ``values``: its tensors, by role.
 
-    Raises CheckpointError: If a formula of the row cannot be computed on these tensors.
+    Raises CheckpointError: Where a function of the row cannot be computed on these tensors.
     """
-    row = found.dialect
-    names: dict[str, Any] = {"n": found.streams, **found.sizes, **constants, **values}
+    row, n = found.dialect, found.streams
+    given = Values(**{"n": n, **found.sizes, **constants, **values})
     try:
-        gates = {part: float(np.ravel(gate)[0]) for part, gate in _computed(row.gates, names).items()}
-        parts = _computed(row.parts, names)
-        biases = {part: _destinations_first(np.asarray(bias), row, part) for part, bias in parts.items()}
-        if found.withheld:
-            return StaticWeights(biases=biases, gates=gates)
-        names |= parts
-        results = _computed(row.formulas, names)
-        logits, how = _sinkhorn(row, names)
-        return StaticWeights(
-            res=_of_streams(results, "mixing", (found.streams, found.streams), row),
-            pre=_of_streams(results, "read", (found.streams,), row),
-            post=_of_streams(results, "write", (found.streams,), row),
-            query=np.atleast_2d(results["query"]) if "query" in results else None,
-            biases=biases,
-            gates=gates,
-            logits=logits,
-            sinkhorn=how,
+        gates = {} if row.gates is None else row.gates(given)
+        parts = {} if row.parts is None else row.parts(given)
+        known = StaticWeights(
+            biases={part: _oriented(bias, row, part) for part, bias in parts.items() if bias is not None},
+            gates={part: float(np.ravel(gate)[0]) for part, gate in gates.items() if gate is not None},
         )
-    except FormulaError as error:
+        if found.withheld:
+            return known
+        given = Values(**vars(given), **parts)
+        functions = {"pre": row.read, "post": row.write, "res": row.mixing}
+        how = {} if row.sinkhorn is None else row.sinkhorn(given)
+        if how:
+            functions["res"] = lambda given: sinkhorn(given.res, **how)
+        results = {
+            part: _of_streams(function(given), part, (n, n) if part == "res" else (n,), row)
+            for part, function in functions.items()
+            # Without an optional tensor there is nothing to compute from.
+            if function is not None and parts.get(part, ()) is not None
+        }
+        query = None if row.query is None else np.atleast_2d(row.query(given))
+    except AttributeError as error:
+        raise CheckpointError(
+            f"dialect {row.name!r}, at {found.module}: {error.name!r} is not a tensor, size, constant or part of the row; "
+            "correct the row"
+        ) from error
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"dialect {row.name!r}, at {found.module}: {error}; correct the row") from error
+    if how:
+        known = replace(known, logits=known.biases["res"], sinkhorn=_described(how, row))
+    return replace(known, **results, query=query)
 
 
-def _computed(formulas: Mapping[str, Formula], names: Mapping[str, Any]) -> dict[str, Any]:
-    """The values of those formulas whose tensors exist: optional ones may be missing."""
-    return {name: formula.value(names) for name, formula in formulas.items() if formula.names <= names.keys()}
-
-
-def _sinkhorn(row: Dialect, names: Mapping[str, Any]) -> tuple[np.ndarray | None, dict[str, Any]]:
-    """The logits of H_res and how they become it, where the mixing is Sinkhorn's."""
-    mixing = row.formulas.get("mixing")
-    call = mixing.arguments(sinkhorn, names) if mixing and mixing.names <= names.keys() else None
-    if call is None:
-        return None, {}
-    # The last side in the module's orientation; the rows of H_res are destinations.
-    last_is_columns = call.get("last", "columns") == "columns"
-    how = {
-        "sinkhorn_steps": int(call["rounds"]),
+def _described(how: Mapping[str, Any], row: Dialect) -> dict[str, Any]:
+    """How logits become H_res, whose rows are destinations: the last side is in the orientation of the module."""
+    last_is_columns = how.get("last", "columns") == "columns"
+    return {
+        "sinkhorn_steps": int(how["rounds"]),
         "last": "row" if last_is_columns == row.sources_in_rows else "column",
-        "floor": float(call.get("floor", 0.0)),
+        "floor": float(how.get("floor", 0.0)),
     }
-    return _destinations_first(call["logits"], row, "res"), how
 
 
-def _destinations_first(values: np.ndarray, row: Dialect, part: str) -> np.ndarray:
-    return values.T if part in ("res", "mixing") and values.ndim == 2 and row.sources_in_rows else values
+def _oriented(values: np.ndarray, row: Dialect, part: str) -> np.ndarray:
+    """With destinations in the rows."""
+    values = np.asarray(values)
+    return values.T if part == "res" and values.ndim == 2 and row.sources_in_rows else values
 
 
-def _of_streams(
-    results: Mapping[str, Any], name: str, shape: tuple[int, ...], row: Dialect
-) -> np.ndarray | None:
-    if name not in results:
-        return None
-    values = np.asarray(results[name])
+def _of_streams(values: np.ndarray, part: str, shape: tuple[int, ...], row: Dialect) -> np.ndarray:
+    values = np.asarray(values)
     if values.shape != shape:
-        raise FormulaError(f"{name} gives the shape {values.shape}; expected {shape}")
-    return _destinations_first(values, row, name)
+        raise InputError(f"H_{part} has the shape {values.shape}; expected {shape}")
+    return _oriented(values, row, part)

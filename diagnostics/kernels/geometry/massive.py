@@ -5,6 +5,7 @@ Shapes: ``...`` batch, ``N`` rows (tokens), ``d`` columns (features).
 
 from typing import Any
 
+import numpy as np
 from array_api_compat import array_namespace
 
 from depthscope.diagnostics.kernels._arrays import Array, rows
@@ -56,12 +57,14 @@ def _median_entry(xp: Any, size: Array, mask: Array | None) -> Array:
         counted = counted & mask[..., None]
     # Entries that do not count are sorted behind all others, and the number of entries leaves them out.
     size = xp.where(counted, size, xp.full_like(size, xp.inf))
-    ordered = xp.sort(xp.reshape(size, (*size.shape[:-2], -1)), axis=-1)
+    flat = xp.reshape(size, (*size.shape[:-2], -1))
     entries = xp.sum(xp.astype(counted, xp.int64), axis=(-2, -1))
-    last = ordered.shape[-1] - 1
     # The two middle entries, which are one for an odd number.
-    pair = xp.stack([(entries - 1) // 2, entries // 2], axis=-1)
-    return xp.mean(xp.take_along_axis(ordered, xp.clip(pair, min=0, max=last), axis=-1), axis=-1)
+    pair = xp.clip(xp.stack([(entries - 1) // 2, entries // 2], axis=-1), min=0, max=flat.shape[-1] - 1)
+    # A sort of all entries takes an eighth of the analysis of a language model; only numpy has less.
+    of_numpy = isinstance(flat, np.ndarray)
+    ordered = np.partition(flat, np.unique(pair), axis=-1) if of_numpy else xp.sort(flat, axis=-1)
+    return xp.mean(xp.take_along_axis(ordered, pair, axis=-1), axis=-1)
 
 
 def massive_tokens(

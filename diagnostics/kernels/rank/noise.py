@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.integrate import quad
 
 from depthscope.diagnostics.kernels._arrays import Array, as_count
 
@@ -91,6 +90,7 @@ def _semicircle(angle: Array, gamma: float) -> tuple[Array, Array]:
 
 def _expectation(of: Callable[[float], float], gamma: float) -> float:
     """E[f(λ)] under the Marchenko-Pastur law of ratio γ ≤ 1 and mean 1."""
+    from scipy.integrate import quad  # half a second to import, which a capture need not wait for
 
     def integrand(angle: float) -> float:
         energy, density = _semicircle(angle, gamma)

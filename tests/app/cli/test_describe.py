@@ -75,8 +75,6 @@ def test_no_connection_is_fine_and_said(tmp_path, capsys):
         (["smollm2"], "no checkpoint at"),
         (["FOLDER/config.json"], "contains no safetensors"),
         (["FOLDER"], "has the names of deepseek-v4 and of"),
-        (["FOLDER", "--dialect", "FOLDER/nowhere.toml"], "nowhere.toml"),
-        (["FOLDER", "--dialect", "FOLDER/config.json"], "is not a TOML file"),
         (
             ["FOLDER", "--layers", "layers", "--dtype", "float32"],
             "--layers and --weights-only do not go together",
@@ -91,18 +89,6 @@ def test_what_cannot_be_read_is_one_line(words, said, checkpoint, capsys):
     assert "Traceback" not in error
 
 
-def test_a_users_own_row_is_given_by_a_file(checkpoint, capsys):
-    row = '[[dialect]]\nname = "mine"\nlike = "deepseek-v4"\nfamily = "my_family"\n'
-    (checkpoint / "mine.toml").write_text(row)
-    assert (
-        main(["describe", str(checkpoint), "--weights-only", "--dialect", str(checkpoint / "mine.toml")])
-        == FINE
-    )
-    out = capsys.readouterr().out
-    assert "(unheard_of): 2 my_family connections" in out
-    assert "dialect      mine" in out
-
-
 def test_tensors_that_look_like_a_connection_are_named(tmp_path, capsys):
     save_file(
         {f"h.{layer}.mhc.theta": torch.zeros(5, 7) for layer in range(3)}, tmp_path / "model.safetensors"
@@ -110,10 +96,4 @@ def test_tensors_that_look_like_a_connection_are_named(tmp_path, capsys):
     assert main(["describe", str(tmp_path), "--weights-only"]) == FINE
     out = capsys.readouterr().out
     assert "not read     h.0.mhc.theta (5, 7) F32 and 2 alike: no row has these names and shapes" in out
-    assert "--dialect FILE" in out
-
-
-def test_options_of_weight_files_alone_are_refused_without_them(checkpoint, capsys):
-    (checkpoint / "mine.toml").write_text("")
-    assert main(["describe", str(checkpoint), "--dialect", str(checkpoint / "mine.toml")]) == USAGE
-    assert "--dialect says how weight files are read" in capsys.readouterr().err
+    assert "give a row of your own" in out

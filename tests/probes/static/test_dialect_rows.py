@@ -1,6 +1,8 @@
-"""Rows of dialects: a user's own in a file, and what is said of malformed ones."""
+"""Rows of dialects: a user's own, and what is said of one that cannot be computed."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,27 +10,30 @@ import torch
 from safetensors.torch import save_file
 
 from depthscope import probes
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.checkpoints.errors import CheckpointError
-from depthscope.probes.static.dialect import known_dialects, read_dialects
-from depthscope.probes.static.formula import Formula, FormulaError, shape_of, solve
 
-ROW = """
-[[dialect]]
-name = "mine"
-family = "circulant"
-names = ["{path}.{branch}_mixer.*"]
-tensors = { map = "n*D, 3*n", start = "3*n" }
-parts = { pre = "start[:n]", post = "start[n:2*n]", res = "start[2*n:]" }
-rows = "sources"
-read = "softmax(pre)"
-write = "strength * sigmoid(post)"
-mixing = "diagonal(tanh(res))"
-[dialect.constants]
-strength = { keys = ["mixer_strength"], default = 3.0 }
-"""
+# What a user's own row is made of.
+from depthscope.probes.static.dialect import Constant, Dialect, solve
+from depthscope.probes.static.dialects import DEEPSEEK_V4, TABLE, permutations, sinkhorn
+
+MINE = Dialect(
+    name="mine",
+    title="three maps in one projection",
+    family="circulant",
+    names=("{path}.{branch}_mixer.*",),
+    projections={"map": "n*D, 3*n"},
+    tensors={"start": "3*n"},
+    parts=lambda t: {"pre": t.start[: t.n], "post": t.start[t.n : 2 * t.n], "res": t.start[2 * t.n :]},
+    sources_in_rows=True,
+    read=lambda t: np.exp(t.pre) / np.exp(t.pre).sum(),
+    write=lambda t: t.strength / (1 + np.exp(-t.post)),
+    mixing=lambda t: np.diag(np.tanh(t.res)),
+    constants={"strength": Constant(("mixer_strength",), 3.0)},
+)
 
 
-def files(folder, row: str = ROW, n: int = 5):
+def files(folder, n: int = 5):
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for layer in range(2):
@@ -36,13 +41,13 @@ def files(folder, row: str = ROW, n: int = 5):
             tensors[f"h.{layer}.{branch}_mixer.map"] = torch.randn(n * 8, 3 * n, generator=generator)
             tensors[f"h.{layer}.{branch}_mixer.start"] = torch.randn(3 * n, generator=generator)
     save_file(tensors, folder / "model.safetensors")
-    (folder / "mine.toml").write_text(row, encoding="utf-8")
     return tensors
 
 
 def test_a_users_row_is_read_like_any_other(tmp_path):
     tensors = files(tmp_path)
-    found = probes.describe_weights(tmp_path, dialect_file=tmp_path / "mine.toml")
+    assert probes.describe_weights(tmp_path).connections == ()  # without it
+    found = probes.describe_weights(tmp_path, dialects=[MINE])
     assert [(one.layer, one.branch, one.family) for one in found.connections] == [
         (layer, branch, "circulant") for layer in range(2) for branch in ("attn", "mlp")
     ]
@@ -53,11 +58,8 @@ def test_a_users_row_is_read_like_any_other(tmp_path):
     assert (one.streams, one.width) == (5, 8)
     assert found.assumed == ("mixer_strength",)
     assert "mixer_strength 3 (assumed" in str(found)
-
-
-def test_without_the_row_the_tensors_are_left(tmp_path):
-    files(tmp_path)
-    assert probes.describe_weights(tmp_path).connections == ()
+    (tmp_path / "config.json").write_text('{"model_type": "my_model", "mixer_strength": 2.0}')
+    assert probes.describe_weights(tmp_path, dialects=[MINE]).settings == {"mixer_strength": 2.0}
 
 
 def test_a_users_row_comes_before_the_table(tmp_path):
@@ -66,100 +68,51 @@ def test_a_users_row_comes_before_the_table(tmp_path):
     save_file(
         {f"layers.0.hc_attn_{name}": tensor for name, tensor in names.items()}, tmp_path / "m.safetensors"
     )
-    row = (
-        '[[dialect]]\nname = "swapped"\nlike = "deepseek-v4"\nfamily = "mine"\nparts = { pre = "base[n:2*n]", '
-        + ('post = "base[:n]", res = "square(base[2*n:])" }\n')
-    )
-    (tmp_path / "mine.toml").write_text(row)
+
+    def parts(t):
+        return {
+            "pre": t.base[t.n : 2 * t.n],
+            "post": t.base[: t.n],
+            "res": t.base[2 * t.n :].reshape(t.n, t.n),
+        }
+
+    swapped = replace(DEEPSEEK_V4, name="swapped", family="mine", parts=parts)
     usual = probes.describe_weights(tmp_path / "m.safetensors").connections[0]
-    own = probes.describe_weights(
-        tmp_path / "m.safetensors", dialect_file=tmp_path / "mine.toml"
-    ).connections[0]
+    own = probes.describe_weights(tmp_path / "m.safetensors", dialects=[swapped]).connections[0]
     assert (own.dialect, own.family) == ("swapped", "mine")
     np.testing.assert_allclose(own.h_pre, usual.h_post / 2 + 1e-6, atol=1e-9)
     np.testing.assert_array_equal(own.h_res, usual.h_res)
 
 
-def test_a_users_row_is_right_under_a_model_type_that_nobody_knows(tmp_path):
-    files(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "my_model", "mixer_strength": 2.0}')
-    found = probes.describe_weights(tmp_path, dialect_file=tmp_path / "mine.toml")
-    assert len(found.connections) == 4
-    assert found.settings == {"mixer_strength": 2.0}
-
-
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (("[[dialect]]", "[dialect]"), r"no \[\[dialect\]\] table"),
-        (('name = "mine"\n', ""), "its name is missing"),
-        (('family = "circulant"\n', ""), "it has no family"),
-        (("rows =", "row ="), "'row' is not a key of a row; expected name, family"),
-        (('rows = "sources"', 'rows = "sideways"'), "rows is 'sideways'; expected 'sources' or 'destinations'"),
-        (('"{path}.{branch}_mixer.*"', '"h.*.mixer"'), "must begin with '{path}.' and have one"),
-        (('"start[:n]"', '"begin[:n]"'), "pre uses 'begin', which is not a tensor, symbol of a shape, constant or part"),
-        (('"softmax(pre)"', '"open(pre)"'), "calls what is not a function"),
-        (('"softmax(pre)"', '"pre.__class__"'), "contains a Attribute, which is not a part of a formula"),
-        (('"softmax(pre)"', '"softmax(pre"'), "is not a formula"),
-        (('"n*D, 3*n"', "12"), "tensors contains a whole number; expected text"),
-        (('keys = ["mixer_strength"], ', ""), "constants.strength is not a table with keys"),
-        (("default = 3.0", 'default = "three"'), "constants.strength.default is not a number"),
-        (('read = "softmax(pre)"', "read = 3"), "read is a whole number; expected text"),
-        (('read = "softmax(pre)"', 'read = "softmax(pre)'), r"is not a TOML file \("),
-        (('name = "mine"', 'name = "mine"\nlike = "deepseek-v5"'), "like = 'deepseek-v5' is not an earlier row"),
-        (('name = "mine"', 'name = "mine"\nread_lag = 2'), "read_lag is 2; expected 0 or 1"),
+        ({"mixing": lambda t: np.diag(t.post[:2])}, r"H_res has the shape \(2, 2\); expected \(5, 5\)"),
+        ({"mixing": lambda t: np.diag(t.res + t.start)}, "could not be broadcast"),
+        ({"read": lambda t: t.begin}, "'begin' is not a tensor, size, constant or part of the row"),
+        ({"mixing": lambda t: permutations(t.res, 9)}, "permutations of 9 streams; expected at most 8"),
+        ({"mixing": lambda t: sinkhorn(np.diag(t.res), 3, last="up")}, "sinkhorn ends on 'up'"),
     ],
-)  # fmt: skip
-def test_a_malformed_row_is_refused_in_one_sentence(change, words, tmp_path):
-    assert change[0] in ROW
-    files(tmp_path, ROW.replace(*change))
+)
+def test_a_row_that_does_not_fit_the_tensors_is_named_with_the_place(change, words, tmp_path):
+    files(tmp_path)
     with pytest.raises(CheckpointError, match=words) as raised:
-        probes.describe_weights(tmp_path, dialect_file=tmp_path / "mine.toml")
+        probes.describe_weights(tmp_path, dialects=[replace(MINE, **change)])
+    assert "'mine', at h.0.attn_mixer" in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize(
-    ("formula", "words"),
-    [
-        ('"diagonal(tanh(post[:2]))"', r"mixing gives the shape \(2, 2\); expected \(5, 5\)"),
-        ('"square(res)"', "square of 5 values, which is not a square number"),
-        ('"permutations(res)"', "permutations of 5 weights"),
-        ("\"sinkhorn(square(start[:9]), 3, last='up')\"", "sinkhorn ends on 'up'"),
-        ('"diagonal(res + start)"', "cannot be computed"),
-    ],
-)
-def test_a_formula_that_does_not_fit_the_tensors_names_the_row_and_the_place(formula, words, tmp_path):
-    files(tmp_path, ROW.replace('"diagonal(tanh(res))"', formula))
-    with pytest.raises(CheckpointError, match=words) as raised:
-        probes.describe_weights(tmp_path, dialect_file=tmp_path / "mine.toml")
-    assert "'mine', at h.0.attn_mixer" in str(raised.value)
+def test_names_have_one_place_for_a_tensor():
+    with pytest.raises(InputError, match=r"must begin with '\{path\}\.' and have one"):
+        replace(MINE, names=("h.*.mixer",))
 
 
-def test_a_missing_file_of_rows_is_told(tmp_path):
-    with pytest.raises(CheckpointError, match="no file of dialects at"):
-        read_dialects(tmp_path / "nowhere.toml")
-
-
-def test_rows_of_the_table_name_only_what_they_give():
-    names = [row.name for row in known_dialects()]
-    assert len(names) == len(set(names))
-    for row in known_dialects():
-        assert row.required <= row.shapes.keys()
-        assert row.title
-        assert row.family
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["__import__('os')", "[n for n in x]", "lambda: 1", "n if n else 1", "x.shape", "f(*n)"],
-)
-def test_a_formula_is_arithmetic_and_nothing_else(text):
-    with pytest.raises(FormulaError):
-        Formula(text).value({"n": 2, "x": np.zeros(2)})
+def test_rows_of_the_table_have_names_of_their_own():
+    assert len({row.name for row in TABLE}) == len(TABLE)
 
 
 def test_shapes_give_the_sizes_or_several_solutions():
-    equations = {name: shape_of(text) for name, text in {"a": "n*k, k*(n+1)", "b": "n, n + 1"}.items()}
-    assert solve({"b": (4, 5)}, equations) == [{"n": 4}]
-    assert solve({"b": (5, 4)}, equations) == []
-    assert solve({"a": (8, 10)}, equations) == [{"k": 2, "n": 4}]
+    texts = {"a": "n*k, k*(n+1)", "b": "n, n + 1"}
+    assert solve({"b": (4, 5)}, texts) == [{"n": 4}]
+    assert solve({"b": (5, 4)}, texts) == []
+    assert solve({"a": (8, 10)}, texts) == [{"k": 2, "n": 4}]

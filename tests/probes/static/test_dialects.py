@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,10 @@ import torch
 from depthscope import probes
 from depthscope.diagnostics import kernels
 from depthscope.probes.checkpoints.errors import CheckpointError
+from depthscope.probes.static.dialects import (
+    DEEPSEEK_V4,
+    DEEPSEEK_V41,
+)  # rows to begin a row of one's own with
 from tests.probes.static.dialect_files import CASES, SUBLAYERS, Case, D, N, Random
 from tests.probes.static.written_files import write_gguf, write_safetensors, write_shards
 
@@ -88,9 +94,7 @@ def test_without_a_model_type_the_lag_is_open_and_said(tmp_path):
     assert {one.read_lag for one in found.connections} == {None}
     assert found.composites[0].effective_streams is None
     assert "whether it or the next one applies it" in str(found)
-    row = '[[dialect]]\nname = "mine"\nlike = "deepseek-v4.1"\nbranches = ["attn", "ffn"]\n'
-    (tmp_path / "mine.toml").write_text(row)
-    lagged = probes.describe_weights(tmp_path, dialect_file=tmp_path / "mine.toml")
+    lagged = probes.describe_weights(tmp_path, dialects=[replace(DEEPSEEK_V41, name="mine")])
     assert [one.read_lag for one in lagged.connections] == [1] * 6
 
 
@@ -109,10 +113,8 @@ def test_an_unknown_model_type_needs_a_row_of_its_own(tmp_path):
         CheckpointError, match=r"the names of deepseek-v4 .* model type deepseek_v9 is none of theirs"
     ):
         probes.describe_weights(folder)
-    (tmp_path / "mine.toml").write_text(
-        '[[dialect]]\nname = "mine"\nlike = "deepseek-v4"\nbranches = ["attn", "ffn"]\n'
-    )
-    assert len(probes.describe_weights(folder, dialect_file=tmp_path / "mine.toml").connections) == 6
+    mine = replace(DEEPSEEK_V4, name="mine", model_types=frozenset())
+    assert len(probes.describe_weights(folder, dialects=[mine]).connections) == 6
 
 
 # --- designs over depth: what weights alone tell

@@ -8,6 +8,7 @@ import torch
 
 from depthscope import probes
 from depthscope.probes.checkpoints.errors import CheckpointError
+from depthscope.probes.static.dialect import Dialect  # a user's own row
 from tests.probes.static.dialect_files import CASES
 from tests.probes.static.written_files import write_gguf, write_safetensors
 
@@ -72,13 +73,13 @@ def test_quantised_values_are_those_of_the_gguf_package(tmp_path):
         "h.0.attn.H_res_logits": logits.reshape(1, -1).reshape(2, 32),
         "h.0.attn.H_pre_logits": weights,
     }
-    row = (
-        '[[dialect]]\nname = "flat"\nfamily = "mine"\nnames = ["{path}.*"]\nmixing = "res"\nparts = { res = '
-        + ('"reshape(H_res_logits, n, n)" }\ntensors = { H_res_logits = "2, 32", H_pre_logits = "1, n" }\n')
-    )
-    (tmp_path / "flat.toml").write_text(row)
+    flat = Dialect(
+        name="flat", title="", family="mine", names=("{path}.*",), tensors={"H_res_logits": "2, 32"},
+        projections={"H_pre_logits": "1, n"}, parts=lambda t: {"res": t.H_res_logits.reshape(t.n, t.n)},
+        mixing=lambda t: t.res,
+    )  # fmt: skip
     file = write_gguf(tmp_path, tensors, {"model_type": "mine"}, {}, quantised="H_res")
-    (one,) = probes.describe_weights(file, dialect_file=tmp_path / "flat.toml").connections
+    (one,) = probes.describe_weights(file, dialects=[flat]).connections
     kind = gguf.GGMLQuantizationType.Q8_0
     expected = gguf.quants.dequantize(
         gguf.quants.quantize(tensors["h.0.attn.H_res_logits"].numpy(), kind), kind

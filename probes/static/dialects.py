@@ -1,0 +1,396 @@
+"""How do public checkpoints name the parts of their connections, and what do those compute? A row a dialect."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from scipy.special import expit, softmax
+
+from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.kernels import mixing as kernel
+from depthscope.probes.static.dialect import Constant, Dialect, Values
+
+MOST_PERMUTED = 8  # streams: 8! = 40320 matrices
+
+
+def sinkhorn(logits: np.ndarray, rounds: float, floor: float = 0.0, last: str = "columns") -> np.ndarray:
+    """Sinkhorn of exp(logits), in ``rounds`` rounds that end on ``last`` (rows or columns of the logits).
+
+    With a floor the first normalisation is a softmax to which it is added, and every later sum has it too, as in DeepSeek-V4.
+    """
+    if last not in ("rows", "columns"):
+        raise InputError(f"sinkhorn ends on {last!r}; expected 'rows' or 'columns'")
+    if not floor:
+        return np.asarray(kernel.sinkhorn(logits, steps=int(rounds), last=last.removesuffix("s")))
+    first, other = (-1, -2) if last == "columns" else (-2, -1)
+    matrix = softmax(logits, axis=first) + floor
+    matrix = matrix / (matrix.sum(axis=other, keepdims=True) + floor)
+    for _ in range(int(rounds) - 1):
+        for axis in (first, other):
+            matrix = matrix / (matrix.sum(axis=axis, keepdims=True) + floor)
+    return matrix
+
+
+def permutations(weights: np.ndarray, n: int) -> np.ndarray:
+    """Σ_r weights_r P_r over the n! permutation matrices, in the order of `itertools.permutations`."""
+    if n > MOST_PERMUTED:
+        raise InputError(f"permutations of {n} streams; expected at most {MOST_PERMUTED}")
+    order = np.array(list(itertools.permutations(range(n))))
+    return np.einsum("r,rij->ij", weights.ravel(), np.eye(n)[order])
+
+
+def square(values: np.ndarray) -> np.ndarray:
+    """n² values as an n × n matrix, row after row."""
+    return values.reshape(math.isqrt(values.size), -1)
+
+
+def split(values: np.ndarray, n: int) -> dict[str, np.ndarray]:
+    """The parts of n (n + 2) values: n of pre, n of post, an n × n matrix of res."""
+    return {"pre": values[:n], "post": values[n : 2 * n], "res": square(values[2 * n :])}
+
+
+def _three(scale: np.ndarray) -> dict[str, Any]:
+    return dict(zip(("pre", "post", "res"), scale, strict=True))
+
+
+def _sigmoid_with_floor(t: Values) -> np.ndarray:
+    return expit(t.pre) + t.eps
+
+
+def _sigmoid(t: Values) -> np.ndarray:
+    return expit(t.pre)
+
+
+def _twice_sigmoid(t: Values) -> np.ndarray:
+    return 2 * expit(t.post)
+
+
+def _identity(t: Values) -> np.ndarray:
+    return np.eye(t.n)
+
+
+# --- DeepSeek-V4 and its relatives: one projection of all streams, one bias, one scale for each part
+
+_GLM = ("glm5_next", "glm5_next_text", "glm5next", "glm5-next")
+_V4 = ("deepseek_v4", "deepseek_v4_text", "deepseek4", *_GLM)
+_PANGU = ("openpangu_v2", "openpangu-v2")
+_EPSILON = ("hyper_connection.epsilon", "hyper_connection.eps")
+_ITERATIONS = "hyper_connection.sinkhorn_iterations"
+
+DEEPSEEK_V4 = Dialect(
+    name="deepseek-v4",
+    title="DeepSeek-V4, raw names and GGUF; GLM-5.3-Flash; openPangu-2.0 in GGUF",
+    family="mhc",
+    style="returned",
+    model_types=frozenset((*_V4, *_PANGU)),
+    names=("{path}.hc_{branch}_*",),
+    branches=("attn", "ffn", "mlp"),
+    projections={"fn": "n*(n+2), n*D"},
+    tensors={"base": "n*(n+2)", "scale": "3"},
+    parts=lambda t: split(t.base, t.n),
+    gates=lambda t: _three(t.scale),
+    sources_in_rows=True,
+    read=_sigmoid_with_floor,
+    write=_twice_sigmoid,
+    sinkhorn=lambda t: {"rounds": t.rounds, "floor": t.eps},
+    doubly_stochastic=True,
+    constants={
+        "rounds": Constant(("hc_sinkhorn_iters", "mhc_recur_norm", _ITERATIONS, "hyper_connection.sinkhorn_iters"), 20),
+        "eps": Constant(("hc_eps", *_EPSILON), 1e-6),
+    },
+)  # fmt: skip
+DEEPSEEK_V41 = replace(
+    DEEPSEEK_V4,
+    name="deepseek-v4.1",
+    title="DeepSeek-V4.1: names of DeepSeek-V4 without a head; what a sub-block computes as read, the next one applies",
+    model_types=frozenset(
+        ("deepseek_v41", "deepseek_v41_text", "deepseek_v4_1", "deepseek_v4_1_text", "deepseek41", "deepseek4.1")
+    ),
+    note="a sub-block applies the H_pre that the one before computed: H_pre here is what is applied, the first one stream 0",
+    read_lag=1,
+)  # fmt: skip
+DEEPSEEK_V4_MODULES = replace(
+    DEEPSEEK_V4,
+    name="deepseek-v4-transformers",
+    title="DeepSeek-V4, names of the modules of transformers and of torchtitan",
+    model_types=frozenset(_V4),
+    names=("{path}.{branch}_hc.*", "{path}.hc_{branch}.*", "{path}.*"),
+    branches=(),
+    stored={"fn": "hc_fn|fn", "base": "hc_base|base", "scale": "hc_scale|scale"},
+)
+OPENPANGU_V2 = replace(
+    DEEPSEEK_V4,
+    name="openpangu-v2",
+    title="openPangu-2.0",
+    model_types=frozenset(),
+    names=("{path}.{branch}_mhc_module.*",),
+    branches=(),
+    stored={"fn": "phi", "base": "branch_beta", "scale": "branch_alpha"},
+    optional={"norm_gamma": "n*D"},
+    unread=("norm_gamma",),
+    constants={
+        "rounds": Constant(("mhc_recur_norm", _ITERATIONS), 20),
+        "eps": Constant(("hc_eps", "hyper_connection.epsilon"), 1e-6),
+    },
+)
+MEGATRON = replace(
+    DEEPSEEK_V4,
+    name="megatron",
+    title="Megatron-Core and Bridge",
+    model_types=frozenset(),
+    names=("{path}.{branch}_hyper_connection.*",),
+    branches=(),
+    note="as Megatron-Core applies it since it matches DeepSeek-V4; its first releases multiplied by the transposed H_res",
+    projections={"mapping_proj": "n*(n+2), n*D"},
+    tensors={"bias": "n*(n+2)", "alpha_pre": "1", "alpha_post": "1", "alpha_res": "1"},
+    parts=lambda t: split(t.bias, t.n),
+    gates=lambda t: _three((t.alpha_pre, t.alpha_post, t.alpha_res)),
+    constants={
+        "rounds": Constant(("mhc_sinkhorn_iterations", "sinkhorn_iterations", "hc_sinkhorn_iters", _ITERATIONS), 20),
+        "eps": Constant(("mhc_epsilon", "hc_eps", "hyper_connection.epsilon"), 1e-6),
+    },
+)  # fmt: skip
+PADDLEFLEET = replace(
+    MEGATRON,
+    name="paddlefleet",
+    title="PaddleFleet, whose projections are stored input by output",
+    note="as PaddleFleet applies it since it matches DeepSeek-V4; its first releases multiplied by the transposed H_res",
+    projections={"mapping_proj": "n*D, n*(n+2)"},
+)
+HY_V4 = Dialect(
+    name="hy-v4",
+    title="HY4: independent streams",
+    family="independent_hc",
+    style="returned",
+    model_types=frozenset(("hy_v4", "hy_v4_vl", "hy_v4_text", "hyv4", "hy-v4")),
+    names=(
+        *("{path}.hc_{branch}_layer.hc_pre.*", "{path}.hc_pre.hc_{branch}_layer.*"),
+        *("{path}.{branch}_hc.*", "{path}.hc_{branch}_*"),
+    ),
+    branches=("attn", "ffn", "mlp"),
+    projections={"fn": "2*n, n*D"},
+    tensors={"base": "2*n", "scale": "2"},
+    stored={"fn": "fn|hc_fn", "base": "base|hc_base", "scale": "scale|hc_scale"},
+    parts=lambda t: {"pre": t.base[: t.n], "post": t.base[t.n :]},
+    gates=lambda t: {"pre": t.scale[0], "post": t.scale[1]},
+    read=_sigmoid_with_floor,
+    write=lambda t: t.magnitude * expit(t.post) + t.eps,
+    mixing=_identity,
+    learns_mixing=False,
+    constants={
+        "magnitude": Constant(("hc_magnitude", "hyper_connection.magnitude"), 2.0),
+        "eps": Constant(("hc_eps", "hyper_connection.epsilon"), 1e-6),
+    },
+)
+_GATED = {"norm": "n*D", "down": "r, n*D", "up": "n*D, r"}
+_GATED_NAMES = {"norm": "hc_norm|norm", "down": "input_mix_weight_down|down", "up": "input_mix_weight_up|up"}
+QWEN4_GATED = Dialect(
+    name="qwen4-gated",
+    title="Qwen4-exp and Qwen3.8-Next: gated streams",
+    family="gated_streams",
+    style="gated",
+    model_types=frozenset(("qwen4_exp", "qwen4_exp_text", "qwen4exp", "qwen3_8_next", "qwen3_8_next_text")),
+    names=("{path}.{branch}_hyper_connection.*", "{path}.hc_{branch}_*"),
+    tensors={},
+    projections={**_GATED, "inject": "n, n*D"},
+    stored={**_GATED_NAMES, "inject": "block_inject_weight|inject"},
+    write=lambda t: np.ones(t.n),
+    mixing=_identity,
+    learns_mixing=False,
+    note="gated streams have no biases: every read is per feature, every write 2 sigmoid(0) = 1 at a zero input",
+)
+
+# --- the package hyper-connections and those that took its names
+
+HYPER_CONNECTIONS = Dialect(
+    name="hyper-connections",
+    title="hyper-connections, static (SHC) and dynamic (DHC): static_alpha (n, n + 1) with static_beta (n)",
+    family="hc",
+    style="width",
+    names=("{path}.*",),
+    absent=("residual_scale", "H_res_logits", "norm"),
+    tensors={"static_alpha": "n, n + 1"},
+    optional={
+        **{"static_beta": "n", "dynamic_alpha_fn": "D, n + 1", "dynamic_beta_fn": "D"},
+        **{"dynamic_alpha_scale": "1", "dynamic_beta_scale": "1", "norm_gamma": "D"},
+    },
+    unread=("dynamic_alpha_fn", "dynamic_beta_fn", "norm_gamma"),
+    stored={"norm_gamma": "norm.gamma"},
+    parts=lambda t: {
+        "pre": t.static_alpha[:, 0],
+        "post": t.get("static_beta"),
+        "res": t.static_alpha[:, 1:],
+    },
+    gates=lambda t: {
+        "pre": t.get("dynamic_alpha_scale"),
+        "post": t.get("dynamic_beta_scale"),
+        "res": t.get("dynamic_alpha_scale"),
+    },
+    sources_in_rows=True,
+    read=lambda t: t.pre,
+    write=lambda t: t.post,
+    mixing=lambda t: t.res,
+)
+MHC_LUCIDRAINS = Dialect(
+    name="mhc-lucidrains",
+    title="mHC of the package hyper-connections, first and second version: static_alpha (n, n + 1) with residual_scale",
+    family="mhc",
+    style="width",
+    names=("{path}.*",),
+    absent=("H_res_logits",),
+    tensors={"static_alpha": "n, n + 1", "residual_scale": "1"},
+    optional={
+        **{"static_beta": "n | n, 1, 1", "dynamic_alpha_fn": "D, n + 1 | p, D, n + 1"},
+        **{"dynamic_beta_fn": "D | D, 1", "pre_branch_scale": "1", "h_post_scale": "1", "norm_gamma": "D"},
+    },
+    unread=("dynamic_alpha_fn", "dynamic_beta_fn", "norm_gamma"),
+    stored={"norm_gamma": "norm.gamma"},
+    parts=lambda t: {
+        "pre": t.static_alpha[:, 0],
+        "post": None if t.get("static_beta") is None else t.static_beta.reshape(t.n),
+        "res": t.static_alpha[:, 1:],
+    },
+    gates=lambda t: {
+        "pre": t.get("pre_branch_scale"),
+        "post": t.get("h_post_scale"),
+        "res": t.residual_scale,
+    },
+    sources_in_rows=True,
+    read=_sigmoid,
+    write=_twice_sigmoid,
+    sinkhorn=lambda t: {"rounds": t.rounds, "last": "rows"},
+    doubly_stochastic=True,
+    constants={"rounds": Constant(("sinkhorn_iters", "mhc_sinkhorn_iters", "num_sinkhorn_iters"), 20)},
+)
+MHC_FLATTENED = replace(
+    MHC_LUCIDRAINS,
+    name="mhc-flattened",
+    title="mHC whose weights depend on all streams together: static_alpha (n, n + 1), dynamic_alpha_fn (n·D, n + n²)",
+    projections={"dynamic_alpha_fn": "n*D, n*(n + 1)"},
+    optional={
+        **{"static_beta": "n", "dynamic_beta_fn": "n*D, n", "pre_branch_scale": "1", "h_post_scale": "1"},
+        "norm_gamma": "n*D | D",
+    },
+    unread=("dynamic_beta_fn", "norm_gamma"),
+)
+MHC_LITE = Dialect(
+    name="mhc-lite",
+    title="mHC-lite: H_res is a mixture of the n! permutations",
+    family="mhc_lite",
+    style="width",
+    names=("{path}.*",),
+    tensors={"static_alpha": "n + factorial(n)"},
+    optional={
+        **{"static_beta": "n", "dynamic_alpha_fn": "n*D, n + factorial(n)", "dynamic_beta_fn": "n*D, n"},
+        **{"pre_branch_scale": "1", "residual_scale": "1", "h_post_scale": "1", "norm_gamma": "n*D | D"},
+    },
+    unread=("dynamic_alpha_fn", "dynamic_beta_fn", "norm_gamma"),
+    stored={"norm_gamma": "norm.gamma"},
+    parts=lambda t: {
+        "pre": t.static_alpha[: t.n],
+        "post": t.get("static_beta"),
+        "res": t.static_alpha[t.n :],
+    },
+    gates=lambda t: {
+        "pre": t.get("pre_branch_scale"),
+        "post": t.get("h_post_scale"),
+        "res": t.get("residual_scale"),
+    },
+    sources_in_rows=True,
+    read=_sigmoid,
+    write=_twice_sigmoid,
+    mixing=lambda t: permutations(softmax(t.res), t.n),
+    doubly_stochastic=True,
+)
+
+# --- attention over depth
+
+KIMI_K3 = Dialect(
+    name="kimi-k3",
+    title="Kimi-K3: attention residuals over the sums of blocks",
+    family="depth_attention",
+    model_types=frozenset(("kimi_k3", "kimi_linear", "kimi-k3", "kimi-linear", "kimi_k25")),
+    names=("{path}.{branch}_res_*", "{path}.{branch}_res.*"),
+    branches=("self_attention", "mlp"),
+    tensors={"proj": "1, D", "norm": "D"},
+    query=lambda t: t.proj * t.norm,
+    constants={"block": Constant(("attn_res_block_size", "attention.residual_block_size"), 12)},
+)
+KIMI_K3_OUTPUT = replace(
+    KIMI_K3,
+    name="kimi-k3-output",
+    title="Kimi-K3: the attention residual before the final norm",
+    head=True,
+    names=("{path}.output_attn_res_*", "{path}.output_attn_res.*"),
+    branches=(),
+)
+
+# --- heads: the read of the streams before the final norm
+
+HEAD = Dialect(
+    name="head",
+    title="the head of DeepSeek-V4 and its relatives",
+    family="head",
+    style="returned",
+    head=True,
+    names=("{path}.hc_head.*", "{path}.hc_head_*", "{path}.output_hc_*"),
+    projections={"fn": "n, n*D | n*D, n"},
+    tensors={"base": "n", "scale": "1"},
+    stored={
+        "fn": "fn|hc_fn|hc_head_fn",
+        "base": "base|hc_base|hc_head_base",
+        "scale": "scale|hc_scale|hc_head_scale",
+    },
+    parts=lambda t: {"pre": t.base},
+    gates=lambda t: {"pre": t.scale},
+    read=_sigmoid_with_floor,
+    learns_mixing=False,
+    constants={"eps": Constant(("hc_eps", *_EPSILON), 1e-6)},
+)
+OPENPANGU_V2_MERGE = replace(
+    HEAD,
+    name="openpangu-v2-merge",
+    title="the head of openPangu-2.0",
+    names=("{path}.merge_mhc_module.*",),
+    projections={"phi": "n, n*D"},
+    tensors={"branch_alpha_pre": "1", "branch_beta_pre": "n | 1"},
+    stored={},
+    optional={"norm_gamma": "n*D"},
+    unread=("norm_gamma",),
+    parts=lambda t: {"pre": np.ones(t.n) * t.branch_beta_pre},
+    gates=lambda t: {"pre": t.branch_alpha_pre},
+    constants={"eps": Constant(("hc_eps", "hyper_connection.epsilon"), 1e-6)},
+)
+QWEN4_MIXER = Dialect(
+    name="qwen4-mixer",
+    title="the head of gated streams",
+    family="head",
+    style="gated",
+    head=True,
+    names=("{path}.hyper_connection_mixer.*", "{path}.output_hc_*"),
+    tensors={},
+    projections=_GATED,
+    stored=_GATED_NAMES,
+    learns_mixing=False,
+    note="the head of gated streams reads per feature: there is no scalar H_pre",
+)
+
+TABLE = (
+    *(
+        DEEPSEEK_V4,
+        DEEPSEEK_V41,
+        DEEPSEEK_V4_MODULES,
+        OPENPANGU_V2,
+        MEGATRON,
+        PADDLEFLEET,
+        HY_V4,
+        QWEN4_GATED,
+    ),
+    *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, MHC_FLATTENED, MHC_LITE, KIMI_K3, KIMI_K3_OUTPUT),
+    *(HEAD, OPENPANGU_V2_MERGE, QWEN4_MIXER),
+)
+"""The rows of public dialects."""
