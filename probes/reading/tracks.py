@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from depthscope.probes.reading.branches import branches_of
-from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.branches import Branch, branches_of
+from depthscope.probes.reading.graph import Graph, TracedValue, walk
 from depthscope.probes.reading.memory import Memory, Start, start_of, without_forks, without_inner
-from depthscope.probes.reading.operations import MOST_STREAMS, SUMS
+from depthscope.probes.reading.operations import JOINS, MOST_STREAMS, SUMS, moved
 
 
 def after_spread(memory: Memory) -> Memory:
@@ -31,6 +31,52 @@ def after_spread(memory: Memory) -> Memory:
         again = without_forks(memory.graph, start)
         return again if again.num_writes == memory.num_writes else memory
     return memory
+
+
+def without_local_sums(memory: Memory) -> Memory:
+    """The memory without sums of a state that one branch alone reads: what is added there is a part of that branch."""
+    branches, local, readers = branches_of(memory), dict[int, Branch](), dict[int, set[int]]()
+    for at, branch in enumerate(branches):
+        for read in (branch.read, *branch.reads):
+            readers.setdefault(read.number, set()).add(at)
+    for branch in branches:
+        found = set[int]()
+        if not all(of.number in memory.trunk for write in branch.writes for of in memory.inside(write)):
+            continue  # it is the next state of a side track
+        for value in walk(branch.writes, lambda of: filter(memory.holds, memory.graph.takers(of))):
+            found |= {-1} if value.number in memory.trunk else readers.get(value.number, set())
+            if len(found) > 1 or -1 in found:
+                break
+        else:
+            local |= {write.number: branches[next(iter(found))] for write in branch.writes if found}
+    chained = any(write.number in local for reader in local.values() for write in reader.writes)
+    if not local or chained or memory.num_writes < 2:  # sums that follow one another are the states
+        return memory
+    return without_inner(memory, set(local))
+
+
+def with_unread_streams(memory: Memory) -> Memory:
+    """The memory with all streams of its last state, where what follows takes some of several values alone."""
+    graph, branches = memory.graph, branches_of(memory)
+    last = max((branch.read.number for branch in branches), default=0)
+    later = [graph.values[number] for number in sorted(memory.carried) if number > last and branches]
+    ends = [of for of in later if of.name not in JOINS and all(t.name in JOINS for t in graph.takers(of))]
+    unread = [of for of in ends if not graph.reaches_output(of) and of not in moved(graph, of.parents[0])]
+    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) if unread else set[int]()
+
+    def alive(moment: int) -> int:
+        """How many elements are needed after a moment."""
+        values = [graph.values[number] for number in relevant if number <= moment]
+        later = {
+            of for of in values if any(t.number > moment and t.number in relevant for t in graph.takers(of))
+        }
+        return sum(memory.carried[of.number].count for of in values if of in later or of is memory.end)
+
+    written = max((write.number for branch in branches for write in branch.writes), default=0)
+    missing = alive(last) - alive(written)
+    if not unread or sum(memory.carried[of.number].count for of in unread) != missing:
+        return memory
+    return replace(memory, unread=unread, trunk=memory.trunk | memory.back(unread), branches=None)
 
 
 def tracks(memory: Memory) -> list[Memory]:
