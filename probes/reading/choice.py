@@ -55,7 +55,6 @@ from depthscope.probes.reading.tracks import (
     tracks,
     with_streams_apart,
     with_unread_streams,
-    without_local_sums,
 )
 
 LEAST_SHARE = 0.002  # of the weights
@@ -100,7 +99,7 @@ def memories(graph: Graph) -> list[Memory]:
     taken: list[Taken] = []
     best = with_further_beginnings(_within_long_skip(graph, ranked).memory)
     first_memory = _after_first_norm(after_spread(_with_empty_streams(best)))
-    first_memory = without_local_sums(_with_hidden_sums(first_memory))
+    first_memory = _with_hidden_sums(first_memory)
     for track in tracks(with_unread_streams(first_memory)):
         taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
     _take(graph, taken, ranked[1:])

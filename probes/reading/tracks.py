@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from depthscope.probes.reading.branches import Branch, branches_of
-from depthscope.probes.reading.graph import Graph, TracedValue, walk
+from depthscope.probes.reading.branches import branches_of
+from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.memory import Memory, Start, start_of, without_forks, without_inner
 from depthscope.probes.reading.operations import JOINS, MOST_STREAMS, SUMS, moved
 
@@ -31,28 +31,6 @@ def after_spread(memory: Memory) -> Memory:
         again = without_forks(memory.graph, start)
         return again if again.num_writes == memory.num_writes else memory
     return memory
-
-
-def without_local_sums(memory: Memory) -> Memory:
-    """The memory without sums of a state that one branch alone reads: what is added there is a part of that branch."""
-    branches, local, readers = branches_of(memory), dict[int, Branch](), dict[int, set[int]]()
-    for at, branch in enumerate(branches):
-        for read in (branch.read, *branch.reads):
-            readers.setdefault(read.number, set()).add(at)
-    for branch in branches:
-        found = set[int]()
-        if not all(of.number in memory.trunk for write in branch.writes for of in memory.inside(write)):
-            continue  # it is the next state of a side track
-        for value in walk(branch.writes, lambda of: filter(memory.holds, memory.graph.takers(of))):
-            found |= {-1} if value.number in memory.trunk else readers.get(value.number, set())
-            if len(found) > 1 or -1 in found:
-                break
-        else:
-            local |= {write.number: branches[next(iter(found))] for write in branch.writes if found}
-    chained = any(write.number in local for reader in local.values() for write in reader.writes)
-    if not local or chained or memory.num_writes < 2:  # sums that follow one another are the states
-        return memory
-    return without_inner(memory, set(local))
 
 
 def with_unread_streams(memory: Memory) -> Memory:

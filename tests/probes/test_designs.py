@@ -34,6 +34,8 @@ OTHERWISE = {
         "feed-forward chain", "skip through a linear map", "the state is rolled over tokens",
         "the state's features in reverse", "the mean over tokens is carried", "half of the features are carried",
         "attention without a skip", "recurrent layers without a skip", "tokens replaced between blocks",
+    ),
+    ("unproven, states off", "-", "unproven, states off"): (
         "tokens turned between blocks",
     ),
     ("right", "-", "part"): (

@@ -68,7 +68,9 @@ class TurnedTokens(Decoder):
 
     def walk(self, x):
         for number, block in enumerate(self.blocks):
-            x = x.flip(1) if number == 2 else x
+            if number == 2:
+                x = x.flip(1)
+                truth.state(x, number, "pre", need="")
             x = block(x)
         return x
 
