@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +14,9 @@ if TYPE_CHECKING:
     from sphinx.application import Sphinx
 
 sys.path.insert(0, str(Path(__file__).parent / "_site"))  # the site's own Sphinx extensions
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # -j 2 runs two notebooks at once, whose threads would wait for one another
+)
 
 
 project = "depthscope"

@@ -8,7 +8,7 @@ gain, a checkpoint in part) is not, and some steps of descent along these scales
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -91,10 +91,11 @@ class Scales:
         before = self.of_sequences.get(path)
         self.of_sequences[path] = rows if before is None else before + rows
 
-    def sure(self) -> dict[str, float]:
-        """The derivatives of the loss along the logarithm of a factor that chance does not explain, by module."""
-        slopes = {path: sure_slope(rows, self.sequences) for path, rows in self.of_sequences.items()}
-        return {path: slope for path, slope in slopes.items() if slope}
+
+def sure(rows: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The derivatives of the loss along the logarithm of a factor that chance does not explain, by module."""
+    slopes = {path: sure_slope(of, len(of)) for path, of in rows.items()}
+    return {path: slope for path, slope in slopes.items() if slope}
 
 
 def sure_slope(rows: torch.Tensor, sequences: int) -> float:
@@ -152,26 +153,26 @@ class _Descent:
 
 
 def rescaled(
-    model: nn.Module, batch: Any, loss: Loss | None, *, reach: float, sequences: int, steps: int = STEPS
+    model: nn.Module, parts: Sequence[Any], loss: Loss | None, *, reach: float, steps: int = STEPS
 ) -> dict[str, Any]:
     """What the loss would be with other scales of what the modules give, and which; empty where none is lower.
 
+    ``parts``: of a batch, for one forward each; sequences are the first axis of what modules give.
     ``reach``: what there is to lose, in the units of the loss.
-    ``sequences``: number of sequences of the batch, which are the first axis of what modules give.
     ``steps``: at most so many forwards with their backward.
     Returns: With ``half_width``, that of a 95 % interval over the sequences.
     """
     descent, base = _Descent(), math.nan
     for number in range(steps):
-        value, scales = _derivatives(model, batch, loss, sequences, descent.logs)
+        value, rows = _derivatives(model, parts, loss, descent.logs)
         if value is None or not math.isfinite(value):
             break
-        slopes = scales.sure()
+        slopes = sure(rows)
         if not number:
             base = value
             if not promises(slopes, reach):
                 return {}
-        descent.arrive(value, scales.of_sequences)
+        descent.arrive(value, rows)
         if descent.waited >= PATIENCE:
             break
         descent.step(slopes)
@@ -198,21 +199,27 @@ def _half_width(way: torch.Tensor | float, change: float) -> float:
 
 
 def _derivatives(
-    model: nn.Module, batch: Any, loss: Loss | None, sequences: int, logs: Mapping[str, float]
-) -> tuple[float | None, Scales]:
-    """The loss with these factors, and its derivatives; nothing is written to the model."""
-    scales = Scales(sequences, logs)
-    with _as_measured(model), torch.enable_grad(), scales.on(model):
-        given = copied(batch)
-        value = loss_value(call_model(model, given), given, loss, required=False)
-        made = list(scales.given)
-        if value is None or not value.requires_grad or not made:
-            return None, scales
-        gradients = torch.autograd.grad(value, [tensor for _, tensor, _ in made], allow_unused=True)
-        for (path, tensor, version), gradient in zip(made, gradients, strict=True):
-            if gradient is not None:
-                scales.add(path, tensor, version, gradient)
-    return float(value.detach()), scales
+    model: nn.Module, parts: Sequence[Any], loss: Loss | None, logs: Mapping[str, float]
+) -> tuple[float | None, dict[str, torch.Tensor]]:
+    """The loss with these factors, and its derivatives for each sequence; nothing is written to the model."""
+    sizes = list(map(first_size, parts))
+    total, of_parts = 0.0, list[dict[str, torch.Tensor]]()
+    for part, size in zip(parts, sizes, strict=True):
+        scales, share = Scales(size, logs), size / sum(sizes)
+        with _as_measured(model), torch.enable_grad(), scales.on(model):
+            given = copied(part)
+            value = loss_value(call_model(model, given), given, loss, required=False)
+            made = list(scales.given)
+            if value is None or not value.requires_grad or not made:
+                return None, {}
+            gradients = torch.autograd.grad(value, [tensor for _, tensor, _ in made], allow_unused=True)
+            for (path, tensor, version), gradient in zip(made, gradients, strict=True):
+                if gradient is not None:
+                    scales.add(path, tensor, version, gradient)
+        total += share * float(value.detach())
+        of_parts.append({path: share * rows for path, rows in scales.of_sequences.items()})
+    shared = [path for path in of_parts[0] if all(path in of for of in of_parts)]
+    return total, {path: torch.cat([of[path] for of in of_parts]) for path in shared}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.diagnostics import analyze
+from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import HARMFUL, SETTLED_BY
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
@@ -35,7 +35,7 @@ from depthscope.probes.run.connection_remarks import all_remarks
 from depthscope.probes.session.coefficient_origins import find_origins, follow
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.kept_bytes import ZERO_INPUTS, kept_bytes
-from depthscope.probes.session.model_call import call_model, copied, graph_of_frozen, with_gradients
+from depthscope.probes.session.model_call import batches, call_model, copied, graph_of_frozen, with_gradients
 from depthscope.probes.session.options import ModelOptions, Options, Scope, takes_options
 
 MOST_FORWARDS = 10
@@ -68,8 +68,8 @@ def settle(
         A run of this model.
     model : Module
         The model, as it was measured.
-    batch : mapping, tensor or tuple
-        One batch.
+    batch : mapping, tensor, tuple or iterable of these
+        As in `capture`: the batch that was measured, or its parts; a forward takes the memory of one part.
     loss : callable, optional
         ``loss(output, batch) -> scalar``, as in `capture`.
     forwards : int
@@ -82,10 +82,11 @@ def settle(
     Returns
     -------
     DataTree
-        The run. Its attribute ``consequences`` has one mapping for each suspicion that was tried, or why it could not be;
-        ``rescaled`` a lower loss with other scales; ``remarks`` also from what the coefficients of connections are computed,
-        whether these learn, which modules get zeros, and whether outputs see later tokens (two or three forwards);
-        ``memory``, of a run with gradients, what a forward keeps for its backward, as measured.
+        The run; what is added is in its attributes and those of its metrics. ``consequences`` has one mapping for each
+        suspicion that was tried, or why it could not be; ``rescaled`` a lower loss with other scales; ``remarks`` also from
+        what the coefficients of connections are computed, whether these learn, which modules get zeros, and whether outputs
+        see later tokens (two or three forwards); ``memory``, of a run with gradients, what a forward keeps for its backward,
+        as measured.
 
     Raises
     ------
@@ -94,8 +95,12 @@ def settle(
     """
     if forwards < 0:
         raise InputError(f"got forwards={forwards}; expected 0 or more")
-    found: xr.DataTree = run.copy(deep=False)
-    found.attrs = {**run.attrs, **_examined(run, model, batch, options)}
+    parts = list(batches(batch))
+    if not parts:
+        raise InputError(
+            "no batch was given; expected the one that was measured, or an iterable of its parts"
+        )
+    added = _examined(run, model, parts[0], options)
     suspicions = _suspicions(run) if forwards else []
     results: list[dict[str, Any]] = []
     for chain in dict.fromkeys(chain for chain, _, _ in suspicions) if forwards > FIRST_FORWARDS else ():
@@ -105,14 +110,17 @@ def settle(
             if name == chain and finding.verdict in SETTLED_BY
         ]
         if of_chain:
-            results += _settled(chain, of_chain, model, batch, loss, forwards - FIRST_FORWARDS, options)
-    found.attrs |= {CONSEQUENCES: results} if results else {}
-    if ahead := _looks_ahead(run, model, batch, options):
-        found.attrs["remarks"] = [*found.attrs.get("remarks", ()), *ahead]
+            results += _settled(chain, of_chain, model, parts, loss, forwards - FIRST_FORWARDS, options)
+    added |= {CONSEQUENCES: results} if results else {}
+    if ahead := _looks_ahead(run, model, parts[0], options):
+        added["remarks"] = [*added.get("remarks", run.attrs.get("remarks", ())), *ahead]
     scales = (
-        _rescaled(run, model, batch, loss, forwards, options, suspected=bool(suspicions)) if forwards else {}
+        _rescaled(run, model, parts, loss, forwards, options, suspected=bool(suspicions)) if forwards else {}
     )
-    found.attrs |= {RESCALED: scales} if scales else {}
+    added |= {RESCALED: scales} if scales else {}
+    found: xr.DataTree = run.copy(deep=False)
+    for node in (found, *(found["metrics"].subtree if "metrics" in found.children else ())):
+        node.attrs = {**node.attrs, **added}
     return found
 
 
@@ -180,7 +188,7 @@ def _batch_axis(options: Mapping[str, Any]) -> int:
 def _rescaled(
     run: xr.DataTree,
     model: nn.Module,
-    batch: Any,
+    parts: list[Any],
     loss: Loss | None,
     forwards: int,
     options: Mapping[str, Any],
@@ -193,11 +201,12 @@ def _rescaled(
     gradients of the run promise that it would fall.
     """
     attrs = {str(name): value for name, value in run.attrs.items()}
-    reach, sequences = to_lose(attrs), first_size(batch)
-    if reach is None or _batch_axis(options) or sequences < FEWEST:
+    reach = to_lose(attrs)
+    if reach is None or _batch_axis(options) or sum(map(first_size, parts)) < FEWEST:
         return {}
     knows_little = (share_of_constant(attrs) or 0.0) > KNOWS
-    if not (suspected or knows_little or promises(_slopes(run, sequences), reach)):
+    # The gradients in the run are those of the loss of one part.
+    if not (suspected or knows_little or promises(_slopes(run, first_size(parts[0])), reach)):
         return {}
     traces = (
         [node.attrs for node in run["trace"].subtree if node.data_vars] if "trace" in run.children else []
@@ -210,8 +219,7 @@ def _rescaled(
     if age_of(xr.Dataset(coords=last, attrs=attrs)).trained is False:
         return {}
     try:
-        steps = min(STEPS, forwards)
-        return rescaled(model, batch, loss, reach=reach, sequences=sequences, steps=steps)
+        return rescaled(model, parts, loss, reach=reach, steps=min(STEPS, forwards))
     except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
         return {}
 
@@ -220,7 +228,7 @@ def _slopes(run: xr.DataTree, sequences: int) -> dict[str, float]:
     """Derivatives of the loss along the logarithm of a factor on the first state, on each step, and on what the head reads.
 
     They are ⟨∂loss/∂X, X − X before⟩; those that chance explains, as they differ between the sampled sequences, are left out.
-    ``sequences``: of the batch.
+    ``sequences``: in each part of the batch.
     """
     rows: dict[str, np.ndarray] = {}
     for node in run["trace"].subtree if "trace" in run.children else ():
@@ -268,26 +276,29 @@ def _judged_metrics() -> tuple[str, ...]:
 
 def _suspicions(run: xr.DataTree) -> list[tuple[str, Finding, xr.Dataset]]:
     """What is suspected, by chain, with the analysis that it is read off."""
-    if "trace" not in run.children:
-        return []
-    part = run.copy(deep=False)
-    for node in part["trace"].subtree:
-        sizes = {"sample": slice(SEQUENCES), "token": slice(TOKENS)}
-        node.dataset = node.to_dataset(inherit=False).isel(sizes, missing_dims="ignore")
-    analysis = analyze(part, metrics=_judged_metrics())
-    chains = (
-        {"": analysis}
-        if isinstance(analysis, xr.Dataset)
-        else {name: node.to_dataset() for name, node in analysis.children.items()}
-    )
-    return [(chain, finding, each) for chain, each in chains.items() for finding in suspected(each)]
+    stored = {chain: schema.chain_dataset(run, "metrics", chain) for chain in schema.chains(run)}
+    known = {chain: of for chain, of in stored.items() if of is not None and of.attrs.get(schema.COMPLETE)}
+    if len(known) < len(stored):
+        if "trace" not in run.children:
+            return []
+        part = run.copy(deep=False)
+        for node in part["trace"].subtree:
+            sizes = {"sample": slice(SEQUENCES), "token": slice(TOKENS)}
+            node.dataset = node.to_dataset(inherit=False).isel(sizes, missing_dims="ignore")
+        found = analyze(part, metrics=_judged_metrics())
+        known = (
+            {"": found}
+            if isinstance(found, xr.Dataset)
+            else {name: node.to_dataset() for name, node in found.children.items()}
+        )
+    return [(chain, finding, each) for chain, each in known.items() for finding in suspected(each)]
 
 
 def _settled(
     chain: str,
     places: list[tuple[Finding, xr.Dataset]],
     model: nn.Module,
-    batch: Any,
+    batch: list[Any],
     loss: Loss | None,
     most: int,
     options: Mapping[str, Any],

@@ -57,7 +57,7 @@ def analyze(
     import xarray as xr
 
     from depthscope.app.cli.analysis_output import analysis_as_dict, print_analysis, tabulate
-    from depthscope.app.readings.readings import COMPLETE, read_runs
+    from depthscope.app.readings.readings import read_runs
     from depthscope.diagnostics import analyze as measure
     from depthscope.diagnostics import schema
 
@@ -96,7 +96,7 @@ def analyze(
     measured = xr.DataTree.from_dict({"/": xr.Dataset(attrs=opened.attrs), **groups})
     if out is not None:
         # Of named metrics other commands compute the rest.
-        marked = {path: each.assign_attrs({COMPLETE: not asked}) for path, each in groups.items()}
+        marked = {path: each.assign_attrs({schema.COMPLETE: not asked}) for path, each in groups.items()}
         tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs=opened.attrs), **marked})
         written = schema.save_run(tree, out, force=force)
     else:
@@ -115,7 +115,7 @@ def _with_metrics(run: Any, groups: dict[str, Any], *, complete: bool) -> Any:
     """The run with everything that it contains, and the new metrics in place of its own."""
     import xarray as xr
 
-    from depthscope.app.readings.stored_metrics import renewed
+    from depthscope.app.readings.run_arrays import renewed
     from depthscope.diagnostics import schema
 
     # Trace and statistics are written again as they are: saving replaces the folder.

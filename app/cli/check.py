@@ -59,7 +59,7 @@ def check(
 def _limits(chosen: Sequence[str]) -> tuple[Severity | None, set[str]]:
     """The lowest severity that fails a check (None where none is named), and the verdicts that fail it."""
     from depthscope.diagnostics import Severity
-    from depthscope.diagnostics.closest_names import did_you_mean
+    from depthscope.diagnostics.errors import did_you_mean
     from depthscope.diagnostics.verdicts import VERDICTS
 
     # A note (INFO) is never a reason to fail: it describes the model and asks for nothing.

@@ -62,8 +62,8 @@ def probe(
         ),
     ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, metavar="B", help="Sequences per forward (default all in one).")
-    ] = None,
+        int, typer.Option(min=1, metavar="B", help="Sequences per forward, which has their memory.")
+    ] = 2,
     keep: Annotated[
         int | None,
         typer.Option(
@@ -106,15 +106,17 @@ def probe(
     loaded = model.load()
     # After `load`, which prints that torch is being imported while it is.
     from depthscope import probes
+    from depthscope.app.readings.readings import read_paths
     from depthscope.probes.checkpoints.text_batch import batches_of, token_texts
 
     tokens = model.batch(loaded, text)
     if gradients is None and "labels" not in tokens:
         remark(f"no gradients: {printable(loaded.name)} takes no labels, so that there is no loss")
-    with working(f"probing {loaded.name}"), capture_errors_for_users():
+    parts = batches_of(tokens, batch)
+    with working(f"probing {loaded.name} on {model.text_name}"), capture_errors_for_users():
         run = probes.capture(
             loaded.model,
-            tokens if batch is None else batches_of(tokens, batch),
+            parts,
             gradients="labels" in tokens if gradients is None else gradients,
             **model.read_as,
             sites=names(model.sites),
@@ -128,12 +130,16 @@ def probe(
                 "data_digest": text_digest(text),
             },
         )
-        if settle:
-            run = probes.settle(run, loaded.model, tokens, forwards=settle, **model.read_as)
+    run, why_not = _analysed(run)
+    if settle:
+        with working("trying what is suspected"), capture_errors_for_users():
+            run = probes.settle(run, loaded.model, parts, forwards=settle, **model.read_as)
     path = schema.save_run(run, place, force=force)
     # What comes next needs neither, and a model is as large as its run.
-    del loaded, tokens
-    _print_saved(run, path, _judged(path), json=json)
+    del loaded, tokens, parts
+    _print_saved(run, path, [] if why_not else read_paths([str(path)])[0], json=json)
+    if why_not:
+        remark(f"{path} is saved, and not judged: {why_not}")
     return FINE
 
 
@@ -148,16 +154,15 @@ def _is_folder_of_checkpoints(folder: Path) -> bool:
     return folder.is_dir() and not (folder / "config.json").exists() and any(folder.glob("*/config.json"))
 
 
-def _judged(path: Path) -> list[Reading]:
-    """The saved run, one reading for each of its chains; none where it cannot be judged, since the run is there."""
-    from depthscope.app.readings.readings import read_paths
+def _analysed(run: xr.DataTree) -> tuple[xr.DataTree, str]:
+    """The run with its metrics; or as it is, and why it cannot be analysed, since what was measured is not lost for it."""
+    from depthscope.app.readings.readings import with_metrics
 
     try:
-        with working("analysing and judging") as progress:
-            return read_paths([str(path)], progress=progress)[0]
+        with working("analysing") as progress:
+            return with_metrics(run, progress), ""
     except ValueError as error:
-        remark(f"{path} is saved, and not judged: {error}")
-        return []
+        return run, str(error)
 
 
 def _print_saved(run: xr.DataTree, path: Path, readings: Sequence[Reading], *, json: bool) -> None:
@@ -198,7 +203,7 @@ def _print_saved(run: xr.DataTree, path: Path, readings: Sequence[Reading], *, j
 def _probe_history(
     model: ModelAndText,
     place: Path,
-    batch: int | None,
+    batch: int,
     gradients: bool | None,
     factory: str | None,
     *,

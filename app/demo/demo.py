@@ -74,15 +74,12 @@ def measure(checkpoints: Path, runs: Path) -> None:
     Prints one line for each model.
     """
     from depthscope.app.demo.training import single_threaded
-    from depthscope.app.readings.readings import COMPLETE, read_runs
-    from depthscope.diagnostics import analyze, open_run, save_run, schema
+    from depthscope.app.readings.readings import read_runs, with_metrics
+    from depthscope.diagnostics import open_run, save_run
 
     for kind in TITLES:
         with single_threaded():
-            run = _capture(kind, checkpoints / f"{kind}.safetensors")
-        parts = {name: schema.chain_dataset(run, name) for name in ("trace", "statistics")}
-        metrics = analyze(run).assign_attrs({COMPLETE: True})
-        run = schema.create_run(**parts, metrics=metrics, attrs={str(k): v for k, v in run.attrs.items()})
+            run = with_metrics(_capture(kind, checkpoints / f"{kind}.safetensors"))
         save_run(run, runs / f"{kind}.zarr", force=True)
         history = open_run(next(checkpoints.glob(f"{kind}-training*")))
         save_run(history.load(), runs / f"{kind}-training.zarr", force=True)

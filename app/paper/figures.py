@@ -31,8 +31,7 @@ from depthscope.app.tables.comparison import summary_table
 from depthscope.app.tables.findings import findings_table
 from depthscope.app.tables.tables import depth_table, mixing_table
 from depthscope.app.text.venues import venue_of
-from depthscope.diagnostics.closest_names import did_you_mean
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.errors import InputError, did_you_mean
 from depthscope.diagnostics.experiments import open_result
 
 if TYPE_CHECKING:

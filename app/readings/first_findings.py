@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import finding_document, finding_of, keep_document, kept_document
+from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import TrainingHistory, history_of
 from depthscope.diagnostics import Finding, Severity, judge, schema

@@ -22,7 +22,7 @@ import xarray as xr
 
 from depthscope import diagnostics
 from depthscope.app.readings.depth_map import PlacedFinding, Summary, summary_of
-from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import Reading, judged
 from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.atomic_writes import cache_folder, own_folder, remove_below, replaced_file

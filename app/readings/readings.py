@@ -18,10 +18,8 @@ from depthscope.diagnostics.experiments import results_beside, with_lens
 from depthscope.diagnostics.metrics.declaration import AXES
 from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import DIMS, FACTS, with_facts
+from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.verdicts.magnitude import with_joined_stages
-
-COMPLETE = "complete"
-"""Attribute of /metrics: true where they are all that the run can feed."""
 
 LIVE = "live"
 """Attribute of /metrics that were computed at the steps of a training, as `probes.record(metrics=…)` does."""
@@ -229,7 +227,7 @@ def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, x
         return False
     # A history has metrics of steps whose states are gone; an analysis of the last trace would replace it by one step.
     final = all(
-        data.attrs.get(COMPLETE) or (data.sizes.get("step", 1) > 1 and LIVE not in data.attrs)
+        data.attrs.get(schema.COMPLETE) or (data.sizes.get("step", 1) > 1 and LIVE not in data.attrs)
         for data in known.values()
     )
     has_trace = any(schema.chain_dataset(run, "trace", chain) is not None for chain in stored)
@@ -275,6 +273,14 @@ def _only_unmeasured(fresh: xr.DataArray, live: xr.DataArray) -> xr.DataArray:
     measured = live.notnull().any(places)
     labels = {dim: fresh[dim] for dim in measured.dims if dim in fresh.coords}
     return fresh.where(~measured.reindex(labels, fill_value=False))
+
+
+def with_metrics(run: xr.DataTree, progress: Callable[[str, int, int], None] | None = None) -> xr.DataTree:
+    """A run with all metrics that it can feed, so that whoever opens it need not compute them."""
+    nodes = {node.path: node.to_dataset(inherit=False) for node in run.subtree}
+    for chain, metrics in by_chain(analyze(run, progress=progress)).items():
+        nodes[f"/{group_path('metrics', chain)}"] = metrics.assign_attrs({schema.COMPLETE: True})
+    return xr.DataTree.from_dict(nodes)
 
 
 def by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:

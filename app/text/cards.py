@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 import shlex
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-from depthscope.app.text.bibliography import cited, source_words
-from depthscope.app.text.causes import cause_lines, place_of
+from depthscope.app.text.bibliography import Reference, cited, source_words
+from depthscope.app.text.numbers import number
 from depthscope.app.text.sparkline import curve_blocks, curve_words
-from depthscope.diagnostics import Finding
+from depthscope.diagnostics import CATALOGUE, Finding, Metric
 from depthscope.diagnostics.schema import UNPROVEN
+from depthscope.diagnostics.verdicts import VERDICTS, Verdict
 
 __all__ = ["ABOUT_THE_READING", "CARD_SCHEMA", "Card", "card_lines", "card_of", "place_of"]
 
@@ -74,7 +77,6 @@ class Card:
     @property
     def more(self) -> str:
         """Equation, limits and sources of the verdict; empty for a verdict of somebody else."""
-        from depthscope.app.text.explanations import explanation
         from depthscope.diagnostics.verdicts import VERDICTS
 
         return explanation(self.finding.verdict) if self.finding.verdict in VERDICTS else ""
@@ -198,3 +200,151 @@ def cards_text(cards: Iterable[Card], *, width: int = WIDTH, shown: Callable[[st
         lines = [_wrapped(shown(line), width, " " * 6, " " * 12) for line in graph]
         parts.append("\n".join(["What follows from what", *(part for line in lines for part in line)]))
     return "\n\n".join(parts)
+
+
+def names() -> list[str]:
+    """Everything that can be explained: verdicts first, then metrics."""
+    return [*VERDICTS, *CATALOGUE]
+
+
+@cache  # decoding the TeX of a source takes a while, and a page asks again each time it is drawn
+def explanation(name: str, *, width: int = 100) -> str:
+    """A description of a verdict or a metric, with its equation, its limits and its sources.
+
+    Returns: Equations are TeX, as in the docstrings that they come from.
+    """
+    parts = [_of_verdict(VERDICTS[name])] if name in VERDICTS else []
+    # A verdict may judge the null of a metric.
+    metric = CATALOGUE.get((VERDICTS[name].metric if name in VERDICTS else name).removesuffix("_null"))
+    if metric is not None:
+        parts.append(_of_metric(metric))
+    else:  # such as the loss, which the training gives
+        parts.append(f"Source: {source_words(VERDICTS[name].limits.source)}")
+    # Equations are indented, and stay on their line however long they are.
+    lines = "\n\n".join(parts).splitlines()
+    return "\n".join(line if line.startswith(" ") else textwrap.fill(line, width) for line in lines)
+
+
+def _of_verdict(verdict: Verdict) -> str:
+    lines = [
+        verdict.name,
+        verdict.title,
+        "",
+        f"Judges the {verdict.judged} ({source_words(verdict.limits.source)}).",
+    ]
+    if verdict.advice:
+        lines.append(f"What to try: {verdict.advice}")
+    if verdict.not_for:
+        lines.append(f"Not judged for: {', '.join(verdict.not_for)}.")
+    if verdict.follows_from:
+        lines.append(f"Explained, where it applies, by: {', '.join(verdict.follows_from)}.")
+    return "\n".join(lines)
+
+
+def _of_metric(metric: Metric) -> str:
+    facts = [
+        f"Measured by: {metric.name}, {metric.question_text}",
+        "",
+        _plain(inspect.getdoc(metric.function) or metric.description),
+        "",
+        f"How it is computed: {metric.estimator}.",
+        f"Units: {metric.units}. Basis: {metric.basis}.",
+    ]
+    if isinstance(metric.null, str):
+        facts.append(f"Noise baseline: none; {metric.null}.")
+    facts += [f"Source: {cited(key.strip(), form=_full)}" for key in metric.cite.split(",") if key.strip()]
+    return "\n".join(facts)
+
+
+def _plain(docstring: str) -> str:
+    """A docstring without the marks of its markup: a paragraph is one line, an equation an indented one."""
+    paragraphs = []
+    for paragraph in re.split(r"\n\s*\n", docstring):
+        words = " ".join(paragraph.split())
+        equation = words.removeprefix(".. math:: ")
+        paragraphs.append(f"    {equation}" if equation != words else words)
+    text = "\n\n".join(paragraphs)
+    return re.sub(r":math:`([^`]*)`", r"\1", text).replace("``", "`")
+
+
+def _full(found: Reference) -> str:
+    return " ".join(filter(None, (f"{found.author_year}, {found.title}.", found.url)))
+
+
+def cause_lines(findings: Sequence[Finding]) -> list[str]:
+    """The graph as text, each effect below its cause.
+
+    Returns: Empty where no finding follows from another one.
+
+    Examples
+    --------
+    >>> from depthscope.diagnostics import Severity
+    >>> one = Finding("nan", Severity.FAIL, "", "", 1.0, 0.0, "", "depth", 3, 3, "")
+    >>> two = Finding("gradient", Severity.INFO, "", "", 1.0, 0.0, "", "run", -1, -1, "", because="nan")
+    >>> cause_lines([one, two])
+    ['nan, depth 3', '  └ gradient, whole run']
+    """
+    worst = _worst_of_each(findings)
+    effects = _effects(worst)
+    lines: list[str] = []
+    placed: set[str] = set()
+
+    def place(name: str, column: int) -> None:
+        # Two findings may explain each other: the second time it is there already.
+        if name in placed:
+            return
+        placed.add(name)
+        lines.append(
+            f"{'  ' * column}{'└ ' if column else ''}{name.replace('_', ' ')}, {place_of(worst[name])}"
+        )
+        for effect in effects.get(name, ()):
+            place(effect, column + 1)
+
+    for name in _roots(worst, effects):
+        place(name, 0)
+    return lines
+
+
+def place_of(finding: Finding) -> str:
+    """The place of a finding, such as ``depth 3–7`` or ``whole run``."""
+    # A negative position is none.
+    if finding.axis == "run" or finding.first < 0:
+        place = "whole run"
+    elif finding.last == finding.first:
+        place = f"{finding.axis} {finding.first}"
+    else:
+        place = f"{finding.axis} {finding.first}–{finding.last}{_worst_words(finding)}"
+    # The mean over streams is not one of them.
+    return place if finding.stream in (None, "mean") else f"{place}, stream {finding.stream}"
+
+
+def _worst_words(finding: Finding) -> str:
+    """Where a finding is worst; empty where a reader sees the same number everywhere."""
+    judged = [each for each in finding.profile[finding.first : finding.last + 1] if not math.isnan(each)]
+    is_somewhere = finding.worst >= 0 and len(judged) > 1 and number(min(judged)) != number(max(judged))
+    return f", worst at {finding.worst}" if is_somewhere else ""
+
+
+def _worst_of_each(findings: Sequence[Finding]) -> dict[str, Finding]:
+    """By verdict: its worst finding, which represents those of other streams."""
+    worst: dict[str, Finding] = {}
+    for finding in findings:
+        if finding.verdict not in worst or finding.severity > worst[finding.verdict].severity:
+            worst[finding.verdict] = finding
+    return worst
+
+
+def _effects(worst: dict[str, Finding]) -> dict[str, list[str]]:
+    """By verdict: those that follow from it."""
+    effects: dict[str, list[str]] = {}
+    for name, finding in worst.items():
+        if finding.because in worst and finding.because != name:
+            effects.setdefault(finding.because, []).append(name)
+    return effects
+
+
+def _roots(worst: dict[str, Finding], effects: dict[str, list[str]]) -> Iterator[str]:
+    """Causes that follow from nothing else, then those of a circle, in which each follows from another."""
+    caused = {name for names in effects.values() for name in names}
+    yield from (name for name in effects if name not in caused)
+    yield from (name for name in worst if name in effects)

@@ -50,7 +50,7 @@ def card_style() -> Markup:
 
 def card_html(card: Any) -> Markup:
     """A card as HTML, with its equation and sources folded."""
-    from depthscope.app.text.explanations import explanation
+    from depthscope.app.text.cards import explanation
 
     return Markup(_card_template().render(card=card, explanation=explanation(card.finding.verdict)))
 
@@ -70,7 +70,7 @@ def _findings_html(findings: Iterable[Any]) -> str:
 
 def _metric_html(metric: Any) -> str:
     """A metric as its explanation, with the equations as they are printed."""
-    from depthscope.app.text.explanations import explanation
+    from depthscope.app.text.cards import explanation
 
     parts = [
         _equation(part.strip())

@@ -14,8 +14,7 @@ from depthscope.diagnostics.analysis import sample_size
 from depthscope.diagnostics.analysis.jackknife import jackknife as jackknife_errors
 from depthscope.diagnostics.analysis.jackknife import num_replicas
 from depthscope.diagnostics.analysis.training_curves import losses, training_curves
-from depthscope.diagnostics.closest_names import did_you_mean
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.errors import InputError, did_you_mean
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import (
@@ -27,7 +26,7 @@ from depthscope.diagnostics.quantities.registry import (
     with_facts,
 )
 from depthscope.diagnostics.schema import INFERRED, chain_dataset, chains, open_run
-from depthscope.diagnostics.schema.analysis import Analysis, AnalysisTree
+from depthscope.diagnostics.schema.groups import Analysis, AnalysisTree
 
 Progress = Callable[[str, int, int], None]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from depthscope.diagnostics.closest_names import did_you_mean
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,17 @@
-"""Where in a run is a dataset? The groups of the tree, and the chains below them."""
+"""Where in a run is a dataset? The groups of the tree, the chains below them, and what their metrics are."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import xarray as xr
 
-from depthscope.diagnostics.schema.analysis import Analysis
+from depthscope.diagnostics.schema.attributes import encode_dataset
 
 GROUPS = ("trace", "statistics", "metrics", "coverage")
+
+COMPLETE = "complete"
+"""Attribute of /metrics: true where they are all that the run can feed."""
 
 
 def chains(run: xr.DataTree) -> list[str]:
@@ -44,3 +49,36 @@ def group_path(group: str, chain: str) -> str:
     ('trace', 'trace/decoder')
     """
     return f"{group}/{chain}" if chain else group
+
+
+class Analysis(xr.Dataset):
+    """A Dataset of metrics, which writes attributes that netCDF has no type for, such as a dict, as JSON text."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, dataset: xr.Dataset) -> Analysis:
+        """The same variables, coordinates and attributes."""
+        return cls(dataset.data_vars, dataset.coords, dataset.attrs)
+
+    def to_netcdf(self, *arguments: Any, **options: Any) -> Any:
+        """As of Dataset."""
+        return xr.Dataset.to_netcdf(encode_dataset(self), *arguments, **options)
+
+    def to_zarr(self, *arguments: Any, **options: Any) -> Any:
+        """As of Dataset."""
+        return xr.Dataset.to_zarr(encode_dataset(self), *arguments, **options)
+
+
+class AnalysisTree(xr.DataTree):
+    """An `Analysis` of each of several chains."""
+
+    __slots__ = ()
+
+    def to_netcdf(self, *arguments: Any, **options: Any) -> Any:
+        """As of DataTree."""
+        return xr.DataTree.to_netcdf(self.map_over_datasets(encode_dataset), *arguments, **options)
+
+    def to_zarr(self, *arguments: Any, **options: Any) -> Any:
+        """As of DataTree."""
+        return xr.DataTree.to_zarr(self.map_over_datasets(encode_dataset), *arguments, **options)

@@ -31,8 +31,7 @@ from depthscope.diagnostics.atomic_writes import open_below
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.attributes import json_default, storable_texts
 from depthscope.diagnostics.schema.groups import GROUPS
-from depthscope.diagnostics.schema.limits import Limit, require_dense
-from depthscope.diagnostics.schema.validation import SchemaError
+from depthscope.diagnostics.schema.validation import Limit, SchemaError, require_dense
 
 try:
     import fcntl

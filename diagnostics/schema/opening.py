@@ -17,11 +17,10 @@ from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.schema.groups import chain_dataset, group_path
 from depthscope.diagnostics.schema.joining import PARTS, join_parts, parts_of
-from depthscope.diagnostics.schema.limits import require_ordinary
 from depthscope.diagnostics.schema.live_rows import is_live_store
 from depthscope.diagnostics.schema.live_store import live_log_of, newest_state, open_live
 from depthscope.diagnostics.schema.saving import ORDER, SUFFIXES, suffix_of, without_suffix
-from depthscope.diagnostics.schema.validation import SchemaError, validate
+from depthscope.diagnostics.schema.validation import SchemaError, require_ordinary, validate
 from depthscope.diagnostics.schema.zarr_stores import check_zarr
 
 # Values as stored: a run has no dates, and no packed numbers. A unit such as "s" must not become a time span. Version 3 by

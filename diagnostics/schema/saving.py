@@ -24,8 +24,7 @@ from depthscope.diagnostics.atomic_writes import (
 from depthscope.diagnostics.errors import TakenError
 from depthscope.diagnostics.schema.attributes import encode_dataset
 from depthscope.diagnostics.schema.groups import GROUPS
-from depthscope.diagnostics.schema.limits import MAX_TEXT
-from depthscope.diagnostics.schema.validation import SchemaError, validate
+from depthscope.diagnostics.schema.validation import MAX_TEXT, SchemaError, validate
 from depthscope.diagnostics.schema.zarr_stores import MAX_CHUNK, METADATA
 
 LIVE = "live_store"

@@ -17,15 +17,15 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 
-from depthscope.diagnostics.schema.limits import (
+from depthscope.diagnostics.schema.validation import (
     MAX_FILES,
     MAX_GROUPS,
     MAX_TEXT,
     MAX_VARIABLES,
     Limit,
+    SchemaError,
     require_dense,
 )
-from depthscope.diagnostics.schema.validation import SchemaError
 
 METADATA = "zarr.json"
 MAX_CHUNK = 64 << 20

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.diagnostics.errors import did_you_mean
 from depthscope.probes.connections.proof import Parts, StreamConnectionError, gather_evidence, relative_error
 from depthscope.probes.interventions.branch_tensors import (
     BranchOutput,

@@ -14,8 +14,7 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.diagnostics.closest_names import did_you_mean
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.errors import InputError, did_you_mean
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest, Passed
 from depthscope.probes.interventions.patch_measure import Answers, Cell, Measure, Outcome, patch_result
 from depthscope.probes.interventions.predictions import Loss, Pick

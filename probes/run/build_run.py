@@ -14,11 +14,10 @@ from depthscope.diagnostics.schema.groups import group_path
 from depthscope.probes.connections.proof import Evidence, Joint, Parts, gather_evidence
 from depthscope.probes.run.attributes import memory_facts, run_attributes
 from depthscope.probes.run.connection_remarks import all_remarks
-from depthscope.probes.run.coverage import coverage, coverage_counts, coverage_dataset
-from depthscope.probes.run.groups import chain_groups
+from depthscope.probes.run.connection_variables import weight_variables
+from depthscope.probes.run.coverage import chain_groups, coverage, coverage_counts, coverage_dataset
 from depthscope.probes.run.statistics_dataset import StepStatistics, statistics_dataset, step_variables
 from depthscope.probes.run.trace_dataset import trace_dataset
-from depthscope.probes.run.weight_variables import weight_variables
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums

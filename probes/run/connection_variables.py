@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema import FROZEN_MODULES
 from depthscope.probes.connections.proof import (
     DepthWeights,
     Evidence,
@@ -25,8 +28,10 @@ from depthscope.probes.run.linear_variables import (
     factor_variables,
     plain_factors,
 )
-from depthscope.probes.session.reservoir import Sequence, padded, token_masks
+from depthscope.probes.session.reservoir import Sequence as KeptSequence
+from depthscope.probes.session.reservoir import padded, token_masks
 from depthscope.probes.session.session import Session
+from depthscope.probes.statistics.weight_updates import VARIABLES, WeightNorms
 from depthscope.probes.structure.chain import Chain, Connection
 
 # A connection with one branch input has no view axis; its variables then have the papers' names.
@@ -51,7 +56,7 @@ def connection_coords(connections: tuple[Connection, ...]) -> dict[str, Any]:
 def connection_variables(
     session: Session,
     number: int,
-    sequences: list[Sequence],
+    sequences: list[KeptSequence],
     evidence: Evidence,
     tokens: int,
     positions: list[int],
@@ -117,7 +122,7 @@ def _read_error(joint: Joint) -> float:
 def _branch_variables(
     number: int,
     chain: Chain,
-    sequences: list[Sequence],
+    sequences: list[KeptSequence],
     tokens: int,
     precision: torch.dtype,
     positions: list[int],
@@ -140,7 +145,7 @@ def _branch_variables(
 
 
 def _states_and_outputs(
-    number: int, positions: Iterable[int], sequences: list[Sequence], tokens: int
+    number: int, positions: Iterable[int], sequences: list[KeptSequence], tokens: int
 ) -> tuple[Callable[[int], torch.Tensor], list[torch.Tensor]]:
     """The states of a chain by depth, and the outputs of some of its branches; (K, T, D) each."""
 
@@ -155,7 +160,7 @@ def _states_and_outputs(
 
 
 def _depth_variables(
-    number: int, chain: Chain, sequences: list[Sequence], tokens: int, precision: torch.dtype
+    number: int, chain: Chain, sequences: list[KeptSequence], tokens: int, precision: torch.dtype
 ) -> dict[str, Any]:
     """The weights of connections over depth, and the error of X_{k+1} = Σ_j carry_kj v_j + scale_k F_k."""
     states, outputs = _states_and_outputs(number, range(len(chain.connections)), sequences, tokens)
@@ -270,7 +275,7 @@ def _proof_of(found: PlainFactors) -> str:
     )
 
 
-def changes_outside(session: Session, sequences: list[Sequence]) -> list[dict[str, Any]]:
+def changes_outside(session: Session, sequences: list[KeptSequence]) -> list[dict[str, Any]]:
     """Where the streams change outside of the connections and branches, as by a per-layer embedding or noise: ‖change‖ / ‖X‖.
 
     One dict with ``depth_in, depth_out, module, change`` for each such place.
@@ -294,3 +299,77 @@ def changes_outside(session: Session, sequences: list[Sequence]) -> list[dict[st
         change = relative_error(added, before)
         changes.append({"depth_in": begin, "depth_out": depth, "module": module, "change": change})
     return changes
+
+
+OUTSIDE_BLOCKS = -1  # for a layer
+
+
+def weight_variables(
+    rows: Sequence[WeightNorms | None],
+    chains: Sequence[Chain],
+    number: int,
+    starts: Sequence[int],
+    stage: int,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The variables and coordinates of one group of ``/statistics``; empty where nothing was measured.
+
+    A module belongs to the chain whose block contains it, any other one to the first chain. Of a chain's stages, whose first
+    depths are ``starts``, each gets the modules of the blocks that end in it.
+    """
+    measured = next((row for row in reversed(rows) if row is not None), None)
+    if measured is None:
+        return {}, {}
+    chosen, layers = [], []
+    for i, path in enumerate(measured.paths):
+        chain, layer, depth = _chain_layer_depth(path, chains)
+        # Of the stage that contains this depth; weights before the first stored depth go to the first stage.
+        if chain == number and max(0, bisect_right(starts, depth) - 1) == stage:
+            chosen.append(i)
+            layers.append(layer)
+    if not chosen:
+        return {}, {}
+    # A weight variable covers all steps of the run: NaN in those that measured no weights.
+    undefined = np.full(len(measured.paths), math.nan)
+    variables: dict[str, Any] = {}
+    for name in VARIABLES:
+        values = np.stack([undefined if row is None else row.values[name] for row in rows])
+        variables[name] = (("step", "weight"), values[:, chosen])
+    frozen = [measured.paths[i] for i in chosen if measured.paths[i] in measured.frozen]
+    if frozen:
+        # Of the last step: its update is undefined, since nothing was to change.
+        update = "weight_update_square_norm"
+        variables[update] = (*variables[update], {FROZEN_MODULES: frozen})
+    variables["weight_count"] = ("weight", measured.counts[chosen])
+    coords = {
+        "weight": np.array([measured.paths[i] for i in chosen], dtype=object),
+        "weight_layer": ("weight", np.array(layers, dtype=int)),
+    }
+    return variables, coords
+
+
+def _chain_layer_depth(path: str, chains: Sequence[Chain]) -> tuple[int, int, int]:
+    """Chain, block number and last depth of a module; outside of all blocks the start of the first chain."""
+    for number, chain in enumerate(chains):
+        layers = _block_layers(chain)
+        containing = [block for block in layers if path == block or path.startswith(f"{block}.")]
+        if containing:
+            layer = layers[max(containing, key=len)]  # the innermost of nested blocks
+            own = [i for i, place in enumerate(chain.points) if place.layer == layer]
+            # The state of a block may be none of the chain's, as that of the first one where queries read outputs.
+            earlier = [i for i, place in enumerate(chain.points) if place.layer < layer]
+            return number, layer, max(own or earlier, default=0)
+    return 0, OUTSIDE_BLOCKS, 0
+
+
+def _block_layers(chain: Chain) -> dict[str, int]:
+    """Paths of the modules with a block's weights, with the number of the block among the depths."""
+    layers: dict[str, int] = {}
+    for place, following in pairwise(chain.points):
+        if place.path in chain.blocks:
+            # A state read at a block's input was made by the block before: this block makes the next one.
+            layers.setdefault(place.path, following.layer if place.at == "input" else place.layer)
+    for link in chain.connections:
+        around = [block for block in chain.blocks if link.path.startswith(f"{block}.")]
+        for path in filter(None, (*around, link.path, link.branch_path)):
+            layers.setdefault(path, link.layer)
+    return layers

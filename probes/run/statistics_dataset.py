@@ -13,7 +13,7 @@ import xarray as xr
 from depthscope.diagnostics import schema
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords
-from depthscope.probes.run.groups import depth_coords, without_gradient
+from depthscope.probes.run.coverage import depth_coords, without_gradient
 from depthscope.probes.session.logit_statistics import LOGIT_SUMS
 from depthscope.probes.statistics.token_sums import Sums, TokenSums, stacked
 from depthscope.probes.statistics.weight_updates import WeightNorms

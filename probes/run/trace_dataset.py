@@ -12,7 +12,7 @@ from depthscope.diagnostics import schema
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.attributes import chain_proof
 from depthscope.probes.run.connection_variables import connection_coords, connection_variables
-from depthscope.probes.run.groups import connections_within, depth_coords, without_gradient
+from depthscope.probes.run.coverage import connections_within, depth_coords, without_gradient
 from depthscope.probes.run.initial_weights import equal_blocks, untouched, untouched_blocks
 from depthscope.probes.run.linear_variables import linear_coords
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks

@@ -9,16 +9,16 @@ from typing import Any, TypeVar
 import torch
 
 from depthscope.probes.connections.proof import Parts
-from depthscope.probes.model.arguments import find_mask, fit_mask
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
+from depthscope.probes.model.modules import find_mask, fit_mask
 from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.reading.tensor_memory import detached, stacked
 from depthscope.probes.session.forward import Forward, GradientListener, Key, TensorKey
 from depthscope.probes.session.logit_statistics import FIRST, ConnectionParameters, LogitStatistics
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.statistics.coefficient_sums import coefficient_sums
 from depthscope.probes.statistics.live_sums import LiveSums
+from depthscope.probes.statistics.row_sums import coefficient_sums
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.structure.model_structure import FINAL, ShownTensor, Structure
 

@@ -11,10 +11,9 @@ from typing import Any, TypedDict, TypeVar
 
 import torch
 
-from depthscope.diagnostics.closest_names import did_you_mean
-from depthscope.diagnostics.errors import InputError
-from depthscope.probes.model.arguments import Mask
+from depthscope.diagnostics.errors import InputError, did_you_mean
 from depthscope.probes.model.layout import is_packed, parse_layout
+from depthscope.probes.model.modules import Mask
 from depthscope.probes.structure.sites import SiteSelection, select
 
 Function = TypeVar("Function", bound=Callable[..., Any])

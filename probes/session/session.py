@@ -15,17 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.model.arguments import is_decoding, named_arguments
 from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.hooks import (
     Attachment,
     in_pipeline_inference,
     num_running_calls,
 )
-from depthscope.probes.model.modules import PresentModules
+from depthscope.probes.model.layout import require_whole_sequences
+from depthscope.probes.model.modules import PresentModules, is_decoding, named_arguments
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode
-from depthscope.probes.model.whole_sequences import require_whole_sequences
 from depthscope.probes.session.attention import add_attention_sums, placed_attention
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_model import CompiledCalls, CompiledModel

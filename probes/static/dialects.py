@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -53,7 +54,7 @@ def split(values: np.ndarray, n: int) -> dict[str, np.ndarray]:
     return {"pre": values[:n], "post": values[n : 2 * n], "res": square(values[2 * n :])}
 
 
-def _three(scale: np.ndarray) -> dict[str, Any]:
+def _three(scale: Iterable[Any]) -> dict[str, Any]:
     return dict(zip(("pre", "post", "res"), scale, strict=True))
 
 

@@ -85,7 +85,7 @@ def weigh(found: Found, values: Mapping[str, np.ndarray], constants: Mapping[str
         how = {} if row.sinkhorn is None else row.sinkhorn(given)
         if how:
             functions["res"] = lambda given: sinkhorn(given.res, **how)
-        results = {
+        results: dict[str, Any] = {
             part: _of_streams(function(given), part, (n, n) if part == "res" else (n,), row)
             for part, function in functions.items()
             # Without an optional tensor there is nothing to compute from.

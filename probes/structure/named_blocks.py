@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from torch import nn
 
-from depthscope.diagnostics.closest_names import did_you_mean
+from depthscope.diagnostics.errors import did_you_mean
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue
 from depthscope.probes.structure.chain import Chain, ChainError, HookPoint, layer_numbers

@@ -16,8 +16,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from depthscope.diagnostics.closest_names import did_you_mean
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.errors import InputError, did_you_mean
 from depthscope.probes.structure.chain import Chain, Connection
 
 STATES = ("embed", "pre", "mid", "post")

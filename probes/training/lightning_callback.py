@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from depthscope.probes.training.learning_rate import num_updated, with_optimizer
 from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import Recorder
+from depthscope.probes.training.sinks import num_updated, with_optimizer
 
 try:
     from lightning.pytorch import Callback

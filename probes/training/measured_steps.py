@@ -17,8 +17,7 @@ from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.loss_scale import LossScale
-from depthscope.probes.statistics.row_sums import RowSums
+from depthscope.probes.statistics.row_sums import LossScale, RowSums
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
 from depthscope.probes.training.notices import Notices

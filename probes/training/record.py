@@ -12,13 +12,13 @@ from torch import nn
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.diagnostics.schema.joining import PART
+from depthscope.probes.model.layout import require_whole_sequences
 from depthscope.probes.model.modules import require_module
-from depthscope.probes.model.whole_sequences import require_whole_sequences
 from depthscope.probes.run.attributes import stage_attribute
 from depthscope.probes.session.compiled_model import inner_model
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.loss_scale import LossScale
+from depthscope.probes.statistics.row_sums import LossScale
 from depthscope.probes.statistics.weight_updates import WeightUpdates
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.processes import (

@@ -18,12 +18,11 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import remove_inert_hooks
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.loss_scale import LossScale
+from depthscope.probes.statistics.row_sums import LossScale
 from depthscope.probes.statistics.weight_updates import WeightUpdates
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.measured_steps import MeasuredSteps
-from depthscope.probes.training.notices import Notices
-from depthscope.probes.training.open_recorders import OPEN, close_at_exit
+from depthscope.probes.training.notices import OPEN, Notices, close_at_exit
 
 if TYPE_CHECKING:
     from depthscope.probes.training.live.live import Live

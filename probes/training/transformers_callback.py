@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from depthscope.probes.training.learning_rate import with_optimizer
 from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import Recorder
+from depthscope.probes.training.sinks import with_optimizer
 
 
 class TransformersCallback(TrainerCallback):

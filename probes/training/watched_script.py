@@ -18,10 +18,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from depthscope.probes.model.hooks import Attachment
 from depthscope.probes.session.backward_roots import living_scalers
 from depthscope.probes.session.compiled_model import is_compiled, living_modules
-from depthscope.probes.training.learning_rate import num_updated
 from depthscope.probes.training.notices import warn
 from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import Recorder
+from depthscope.probes.training.sinks import num_updated
 
 Reference: TypeAlias = Callable[[], Any]  # a weak one
 NOTED = "_per_optimizer_states"  # of a GradScaler, by the id of the optimizer; there is no public name

@@ -25,7 +25,7 @@ from typing import Any
 PAGE = 4096
 SMALL: dict[str, Any] = {"layers": 1, "tokens": 8, "features": 8}
 SIZED: dict[str, Any] = {"layers": 2, "tokens": 16, "features": 16}
-STEPS = 6
+STEPS = 3
 SECONDS = 120  # after which an attempt is killed
 Work = Callable[[Path, Path], object]
 """Writes into a folder of the small disk; another folder has room."""

@@ -66,8 +66,8 @@ STEPS = (
 )  # fmt: skip
 
 
-def stop_at(patch: pytest.MonkeyPatch, number: int, *, before: bool, stop) -> list[str]:
-    """Call `stop` at a numbered step of what follows, before the step or when it is done."""
+def stop_at(patch: pytest.MonkeyPatch, number: int, *, stop) -> list[str]:
+    """Call `stop` after a numbered step of what follows."""
     count = itertools.count()
     stopped: list[str] = []
 
@@ -78,12 +78,10 @@ def stop_at(patch: pytest.MonkeyPatch, number: int, *, before: bool, stop) -> li
             here = not stopped and next(count) == number
             if here:
                 stopped.append(name)
-            if here and before:
-                stop()
             try:
                 return step(*args, **kwargs)
             finally:  # a step may raise as a part of its work, such as making a folder that exists
-                if here and not before:
+                if here:
                     stop()
 
         patch.setattr(owner, name, call)
@@ -94,9 +92,8 @@ def stop_at(patch: pytest.MonkeyPatch, number: int, *, before: bool, stop) -> li
 
 
 @posix
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize("write", [write_file, write_folder])
-def test_a_writer_that_dies_at_any_step_leaves_the_former_or_the_new(tmp_path, monkeypatch, write, before):
+def test_a_writer_that_dies_at_any_step_leaves_the_former_or_the_new(tmp_path, write):
     target = tmp_path / "target"
     write(target, "former")
     former = content(target)
@@ -104,7 +101,7 @@ def test_a_writer_that_dies_at_any_step_leaves_the_former_or_the_new(tmp_path, m
         child = os.fork()
         if not child:
             with pytest.MonkeyPatch.context() as patch:
-                stop_at(patch, number, before=before, stop=lambda: os._exit(9))
+                stop_at(patch, number, stop=lambda: os._exit(9))
                 write(target, "new")
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -137,7 +134,7 @@ def test_an_error_at_any_step_leaves_the_former_or_the_new(tmp_path, monkeypatch
 
     for number in itertools.count():
         with pytest.MonkeyPatch.context() as patch:
-            stopped = stop_at(patch, number, before=True, stop=stop)
+            stopped = stop_at(patch, number, stop=stop)
             with contextlib.suppress(KeyboardInterrupt, OSError):
                 write(target, "new")
         assert content(target) in (former, dict.fromkeys(former, "new")), (number, stopped)
@@ -375,15 +372,14 @@ for run in cycle(runs):
 
 
 @posix
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 @pytest.mark.parametrize("suffix", schema.SUFFIXES)
-def test_a_run_whose_writer_is_killed_is_the_former_or_the_new(tmp_path, make_run, number, suffix):
+def test_a_run_whose_writer_is_killed_is_the_former_or_the_new(tmp_path, make_run, suffix):
     runs = [make_run(family, layers=1, tokens=8, features=8) for family in ("residual", "hc")]
     target = tmp_path / f"run{suffix}"
     with subprocess.Popen([sys.executable, "-c", WRITER, target], stdout=subprocess.PIPE, cwd=ROOT) as writer:
         assert writer.stdout.readline() == b"written\n"
-        time.sleep(random.Random(int(number)).uniform(0, 0.3))
-        writer.send_signal(number)
+        time.sleep(random.Random(suffix).uniform(0, 0.3))
+        writer.send_signal(signal.SIGKILL)
     write_file(tmp_path / "other", "the next writer")
     with schema.open_run(target) as found:
         trace = found["trace"].to_dataset().load()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from torch import nn
 
@@ -90,9 +89,3 @@ def perturbed(model: nn.Module, *words: str) -> nn.Module:
         if any(word in name for word in words or ("_hc.",)):
             nn.init.normal_(parameter, std=0.5)
     return model
-
-
-def seeded(build: Any, *args: Any, **options: Any) -> nn.Module:
-    """A model in eval mode, the same each time."""
-    torch.manual_seed(0)
-    return perturbed(build(*args, **options)).eval()

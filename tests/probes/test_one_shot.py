@@ -96,17 +96,6 @@ def test_deepseek_gradients_equal_autograd(models, text_batch):
         np.testing.assert_allclose(run.trace.gradient.values[depth], gradient.numpy(), rtol=1e-6, atol=1e-9)
 
 
-def test_a_fresh_deepseek_is_ambiguous_only_where_it_must_be(models, text_batch):
-    """With base = 0 the matrices of a fresh model are uniform up to the small dynamic part."""
-    model = models["deepseek"](fresh=True)
-    for name, parameter in model.named_parameters():
-        if "_hc." in name:
-            nn.init.zeros_(parameter)
-    run = probes.capture(model, text_batch)
-    assert run.attrs["orientation"] == "destination_source"
-    np.testing.assert_allclose(run.trace.h_res.values, 0.25, atol=1e-5)
-
-
 def test_lucidrains_alpha_by_hand(models, ids):
     """H_res equals the formula of the free connections: static + scale · tanh(normed @ dynamic)."""
     model = models["lucidrains"]("hc")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from depthscope.probes.rescaling import Scales, _derivatives, rescaled
+from depthscope.probes.rescaling import Scales, _derivatives, rescaled, sure
 
 torch.set_num_threads(1)
 
@@ -29,23 +29,30 @@ def regression(factor: float = 1.0, sequences: int = 32):
     x = torch.randn(sequences, 5, 6, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         y = Sum()(x) + 0.1 * torch.randn(sequences, 5, 3, generator=torch.Generator().manual_seed(2))
-    return Sum(factor), x, lambda output, _: functional.mse_loss(output, y)
+    rows = {
+        20: slice(20),
+        12: slice(20, None),
+        sequences: slice(None),
+    }  # of the parts of a batch, by their sizes
+    return Sum(factor), x, lambda output, part: functional.mse_loss(output, y[rows[len(part)]])
 
 
 def test_the_derivative_is_that_of_a_factor():
     model, x, loss = regression(2.0)
-    slopes = _derivatives(model, x, loss, 32, {})[1].sure()
+    of_parts = sure(_derivatives(model, [x[:20], x[20:]], loss, {})[1])
+    slopes = sure(_derivatives(model, [x], loss, {})[1])
     step = 1e-2
     for path in ("a", "head"):
-        high, low = (_derivatives(model, x, loss, 32, {path: by})[0] for by in (step, -step))
+        high, low = (_derivatives(model, [x], loss, {path: by})[0] for by in (step, -step))
         assert slopes[path] == pytest.approx((high - low) / (2 * step), rel=1e-2)
+        assert of_parts[path] == pytest.approx(slopes[path], rel=1e-5)
 
 
 def test_steps_find_the_factor_that_was_planted_and_leave_the_model_as_it_was():
     model, x, loss = regression(3.0)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     state = torch.get_rng_state()
-    found = rescaled(model, x, loss, reach=0.1, sequences=32)
+    found = rescaled(model, [x[:20], x[20:]], loss, reach=0.1)
     assert found["loss"] == pytest.approx(float(loss(model(x), x).detach()))
     right, _, _ = regression()
     assert found["rescaled"] < 0.5 * found["loss"]
@@ -66,7 +73,7 @@ def test_a_network_at_its_minimum_is_left_after_one_forward():
     model, x, loss = regression()
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    assert rescaled(model, x, loss, reach=1.0, sequences=32) == {}
+    assert rescaled(model, [x], loss, reach=1.0) == {}
     assert len(calls) == 1
 
 

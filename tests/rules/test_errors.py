@@ -13,8 +13,6 @@ import xarray as xr
 import depthscope as ds
 from tests.rules.test_names import modules
 
-MADE_BY_LIBRARIES = ("streamlit", "argparse")
-
 
 def _own_exceptions() -> dict[str, type[BaseException]]:
     found = {}
@@ -78,15 +76,3 @@ except ImportError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert f"depthscope.{name} needs {missing}" in done.stdout
     assert f"[{extra}]" in done.stdout
-
-
-def test_the_optimizer_has_one_spelling():
-    for name in modules():
-        if name.startswith("depthscope.app.dashboard"):
-            continue
-        for function in vars(importlib.import_module(name)).values():
-            if inspect.isfunction(function) or inspect.isclass(function):
-                names = [*getattr(function, "__annotations__", {}), getattr(function, "__name__", "")]
-                if inspect.isfunction(function):
-                    names += inspect.signature(function).parameters
-                assert not [each for each in names if "optimis" in each.lower()], (name, function)

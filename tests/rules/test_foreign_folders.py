@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from depthscope.app.cli.main import main
-from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import keep, kept_readings
+from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import list_runs, open_run, save_run
 from tests.models.synthetic_run import synthetic_run
@@ -100,7 +100,7 @@ DOORS: dict[str, Callable[[Path], object]] = {
     "resume": lambda folder: _record(folder, resume=True),
     "analyze": _command("analyze", "HERE/run.zarr", "--metrics", "residual_norm"),
     "export": _command("export", "HERE/run.zarr", "--out", "HERE/paper", "--force"),
-    "report": _command("report", "HERE/run.zarr", "--out", "HERE/report.html", "--force"),
+    "report": _command("export", "HERE/run.zarr", "--out", "HERE/report.html", "--force"),
     "dashboard's cache": _keep,
     "list_runs": list_runs,
 }
@@ -148,6 +148,7 @@ def plant(link: Path, victim: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::depthscope.probes.ProbeWarning")
+@pytest.mark.usefixtures("few_figures")
 @pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("door", DOORS)
 def test_no_file_outside_of_the_folder_moves_or_vanishes(door, places, sent, tmp_path):

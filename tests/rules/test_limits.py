@@ -16,13 +16,6 @@ def analyses(whole, hc_run, mhc_run):
     return {**whole, "hc": diagnostics.analyze(hc_run), "small": diagnostics.analyze(mhc_run)}
 
 
-def _profiles(analyses):
-    for analysis in analyses.values():
-        for verdict in VERDICTS.values():
-            for profile in verdict.profiles(last_step(analysis)):
-                yield analysis, verdict, profile
-
-
 def test_a_declared_healthy_range_is_what_no_verdict_reports(analyses):
     judged = {
         name: {passing_range({"run": limits}) for limits in judged_limits(name, analyses).values()}

@@ -12,48 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MODEL = """
-import torch
-from torch import nn
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.norm, self.linear = nn.LayerNorm(width), nn.Linear(width, width)
-
-    def forward(self, x):
-        return x + torch.tanh(self.linear(self.norm(x)))
-
-
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.blocks = nn.Embedding(300, 16), nn.ModuleList(Block(16) for _ in range(3))
-
-    def forward(self, input_ids):
-        x = self.embed(input_ids)
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-def make():
-    torch.manual_seed(0)
-    return Model()
-"""
-CAPTURE = """
-import sys
-import depthscope as ds
-
-assert "torch" not in sys.modules, "importing depthscope imports torch"
-import torch
-from mymodel import make
-
-run = ds.capture(make(), torch.arange(24).reshape(2, 12), max_sequences=2)
-ds.save_run(run, "a.zarr.zip")
-assert ds.open_run("a.zarr.zip").trace.residual.sizes["depth"] == 4
-"""
 # Our rooms have these names in the checkout, and a user's project may well have them too.
 OWN_FOLDERS = ("app", "probes", "diagnostics", "tests")
 
@@ -69,21 +27,6 @@ def run(*command: object, folder: Path, fails: bool = False) -> str:
     )
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
-
-
-def served(*command: object, folder: Path) -> str:
-    """What a server prints up to its address; then it is stopped."""
-    words = [str(part) for part in command]
-    with subprocess.Popen(
-        words, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        printed = ""
-        for line in process.stdout or ():
-            printed += line
-            if "http://" in line:  # it has started; by itself it would not end
-                break
-        process.terminate()
-    return printed
 
 
 @pytest.fixture(scope="module")
@@ -117,25 +60,6 @@ def test_wheel_and_sdist_hold_every_file_under_one_name(built):
     # The checkout's depthscope/ consists of links, which would point to nothing in an archive.
     assert not any(member.issym() for member in members)
     assert not {path.partition("/")[0] for path in inside} & {*OWN_FOLDERS, "benchmarks"}
-
-
-@pytest.fixture(scope="module")
-def installed(built, tmp_path_factory) -> tuple[Path, Path]:
-    """An empty environment with the core only, and a project folder with the user's own `app/`, `probes/` and so on."""
-    folder = tmp_path_factory.mktemp("project")
-    environment = tmp_path_factory.mktemp("environment")
-    # Not the environment of the tests, in which every extra is installed.
-    run(sys.executable, "-m", "venv", environment, folder=folder)
-    run(environment / "bin" / "pip", "install", "-q", built["wheel"], folder=folder)
-    for name in OWN_FOLDERS:
-        (folder / name).mkdir()
-        (folder / name / "__init__.py").write_text(
-            # Not an ImportError, which the command line may take for a missing extra.
-            f"raise SystemExit('the user\\'s own {name}/ was imported')\n"
-        )
-    (folder / "mymodel.py").write_text(MODEL)
-    (folder / "train.py").write_text(CAPTURE)
-    return environment / "bin", folder
 
 
 def test_a_checkout_without_links_is_refused_and_both_ways_on_work(tmp_path):

@@ -12,7 +12,7 @@ import xarray as xr
 
 from depthscope import diagnostics
 from depthscope.app.cli.main import main
-from depthscope.app.dashboard.components.run_facts import facts_table
+from depthscope.app.dashboard.components.page import facts_table
 from depthscope.app.figures import FIGURES, available
 from depthscope.app.paper.export import write_bundle
 from depthscope.app.readings.readings import read_runs
@@ -134,11 +134,14 @@ def test_tables_pages_and_reports_say_it(runs, readings, tmp_path):
 
 @pytest.mark.parametrize("command", ["check", "compare", "analyze"])
 def test_commands_say_it_in_text_and_json(runs, tmp_path, capsys, command):
-    path = schema.save_run(runs["streams"], tmp_path / "run.zarr.zip")
-    paths = [str(path)]
+    measured = diagnostics.analyze(runs["streams"], metrics=["residual_norm", "mixing_gain"])
+    nodes = {"trace": runs["streams"]["trace"].to_dataset(), "metrics": measured.assign_attrs(complete=True)}
+    run = schema.create_run(**nodes, attrs=runs["streams"].attrs)
+    paths = [str(schema.save_run(run, tmp_path / "run.zarr.zip"))]
     if command == "compare":
-        paths.append(str(schema.save_run(runs["streams"], tmp_path / "again.zarr.zip")))
+        paths.append(str(schema.save_run(run, tmp_path / "again.zarr.zip")))
     for options in ([], ["--json"]):
+        options += ["--metrics", "residual_norm"] if command == "analyze" else []
         assert main([command, *paths, *options]) in (0, 1)
         out, err = capsys.readouterr()
         assert REASON in " ".join((out + err).split())

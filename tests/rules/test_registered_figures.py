@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import xarray as xr
 
 from depthscope.app.figures import DEFINED, DRAWN, FIGURES, NOT_DRAWN, Heatmap, Lines, catalogue
 from depthscope.app.figures.build.default_figure import default_figure, default_figures, undrawn_dims
@@ -88,23 +87,6 @@ def test_a_default_figure_shows_the_numbers_of_the_defined_one(name, whole):
     assert default.log_y == mine.log_y
 
 
-def test_a_default_figure_is_beside_its_siblings():
-    assert (DEFAULTS["effective_rank"].question, DEFAULTS["cka"].question) == ("collapse", "similarity")
-    assert {DEFAULTS[name].question for name in ("weight_norm", "gradient_norm")} == {"gradients"}
-    alone = replace(CATALOGUE["mixing_gain"], question="a new module")
-    (kind,) = default_figures([alone], tuple(DEFINED.values()))
-    assert kind.question == "mixing"
-    pairs = replace(CATALOGUE["cka"], question="a new module")
-    (kind,) = default_figures([pairs], tuple(DEFINED.values()))
-    assert kind.question == "similarity"
-
-
-def test_a_metric_with_more_dims_than_a_figure_has_axes_is_refused():
-    metric = replace(CATALOGUE["operator_gain"], dims=("kind", "norm", "connection"))
-    with pytest.raises(ValueError, match="no default figure shows kind and norm at once"):
-        default_figure(metric, "mixing")
-
-
 def test_a_metric_that_no_figure_can_draw_is_left_out_of_the_default_ones():
     """FIGURES is built when the app is imported: one such metric must not take the command line down."""
     undrawable = replace(CATALOGUE["operator_gain"], dims=("kind", "norm", "connection"))
@@ -121,8 +103,3 @@ def test_thresholds_are_the_limits_of_the_verdicts_on_the_metric(name):
     levels = {level for limit in limits for _, level in limit.levels}
     drawn = {value for value, _ in DEFINED[name].thresholds}
     assert not levels or drawn - {1.0} <= levels
-
-
-def test_a_run_that_lacks_the_metric_is_told(whole):
-    data = {"a": whole["plain"], "b": xr.Dataset()}
-    assert "Not measured in b." in DEFAULTS["effective_rank"].build(data).caption

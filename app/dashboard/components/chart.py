@@ -11,7 +11,7 @@ import streamlit as st
 import xarray as xr
 
 from depthscope.app.dashboard.components.figure_numbers import cut_words, numbers_of, offer_csv, show_frame
-from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
 from depthscope.app.drawing.plotly.layout import words
 from depthscope.app.figures import Figure, FigureKind, Heatmap, Lines

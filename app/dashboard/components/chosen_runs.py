@@ -7,7 +7,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.run_reading import UnreadableRun

@@ -13,7 +13,7 @@ import streamlit as st
 
 from depthscope.app.dashboard.components.choices import choose_one
 from depthscope.app.dashboard.components.figure_numbers import cut_words, show_frame
-from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.drawing.matplotlib import write_figure
 from depthscope.app.figures import CHOICES, Figure, FigureKind, Selection
 from depthscope.app.figures.numbers import figure_table

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import re
+import string
 from collections.abc import Sequence
 from pathlib import Path
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.markdown import escaped
 from depthscope.app.dashboard.state.chosen_runs import open_microscope
-from depthscope.app.text.cards import Card
-from depthscope.app.text.explanations import explanation
+from depthscope.app.text.cards import Card, explanation
 from depthscope.app.text.notebook import card_style
 from depthscope.app.text.sparkline import curve_svg
-from depthscope.app.text.visible import visible
+from depthscope.app.text.visible import LONGEST_TEXT, visible
 
 __all__ = ["BADGES", "show_card"]
 
@@ -81,3 +81,46 @@ def _show_drawing(name: str, svg: str, words: str) -> None:
     # Streamlit refuses keys with two underscores, which the name of a run may have.
     key = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:20]
     _drawing(data={"name": name, "svg": svg, "alt": words}, key=f"drawing_{key}")
+
+
+# Every sign of ASCII that is no letter may have a backslash before it, and none has a meaning then: not "[" of links, "&" of
+# entities, ":" of Streamlit's directives (":red[…]"), "$" of mathematics, nor "/", without which ":material/…:" is no icon.
+_SPECIAL = re.compile(f"([{re.escape(string.punctuation)}])")
+
+# After Markdown has been read, Streamlit searches the text itself for these, whether it had been escaped or not: addresses
+# become links, signs of their own become arrows and dashes, and its logo an image. Code is the text that it leaves alone.
+_SEARCHED = re.compile(r"https?://|www\.|@|:streamlit:|^(?:<?->?|<-|--|[<>~]=)$", re.IGNORECASE)
+_ICON = ":material/"  # is replaced even inside code, but not with a backslash before the "/"
+
+
+def escaped(text: object) -> str:
+    r"""Text that Markdown shows as it is; a word that Streamlit would make a link or a picture of is shown as code.
+
+    ``text``: anything, such as the name of a run.
+    Returns: In one line, and at most about a page of it.
+
+    Examples
+    --------
+    >>> escaped("a_b *c*"), escaped("see http://a.example")
+    ('a\\_b \\*c\\*', 'see `http://a.example`')
+    """
+    words = visible(" ".join(str(text).split()), longest=LONGEST_TEXT).split(" ")
+    return " ".join(_as_code(word) if _SEARCHED.search(word) else _backslashed(word) for word in words)
+
+
+def _backslashed(text: str) -> str:
+    return _SPECIAL.sub(r"\\\1", text)
+
+
+def _as_code(word: str) -> str:
+    return _backslashed(_ICON).join(_code(part) for part in word.split(_ICON))
+
+
+def _code(text: str) -> str:
+    """Inline code, between more backticks than it has in a row."""
+    if not text:
+        return ""
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    # Markdown takes one space off at each end, where a backtick of the text would join the fence.
+    room = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{room}{text}{room}{fence}"

@@ -20,7 +20,7 @@ from depthscope.app.drawing.plotly.stack import (
     stack_height,
 )
 from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, available
-from depthscope.app.figures.build.matrix_pictures import picture_figure
+from depthscope.app.figures.build.matrix_figure import picture_figure
 from depthscope.app.figures.build.values import level_of, names_of
 from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp, Matrix
 from depthscope.app.readings.readings import Reading

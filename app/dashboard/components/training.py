@@ -10,12 +10,11 @@ import pandas as pd
 import streamlit as st
 
 from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, component
-from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.microscope import pinned_by_page
 from depthscope.app.drawing.plotly.history import Mark, draw_history
 from depthscope.app.drawing.plotly.stack import Panel, stack_height
 from depthscope.app.figures import Figure, Heatmap
-from depthscope.app.figures.build.folded_runs import folded
 from depthscope.app.figures.build.history_figure import (
     histories_figure,
     history_figure,
@@ -23,6 +22,7 @@ from depthscope.app.figures.build.history_figure import (
     profile_figure,
     row_names,
 )
+from depthscope.app.figures.build.spread import folded
 from depthscope.app.readings.first_findings import Begun
 from depthscope.app.readings.training_history import Measure, TrainingHistory
 from depthscope.app.tables.tables import spoken

@@ -14,15 +14,14 @@ from depthscope.app.dashboard.components.choices import choose_group, choose_ind
 from depthscope.app.dashboard.components.controls import choose
 from depthscope.app.dashboard.components.exports import show_exports
 from depthscope.app.dashboard.components.figure_numbers import show_legend
-from depthscope.app.dashboard.components.markdown import escaped
-from depthscope.app.dashboard.components.page import Page
-from depthscope.app.dashboard.components.run_facts import facts_table
+from depthscope.app.dashboard.components.finding_card import escaped
+from depthscope.app.dashboard.components.page import Page, facts_table
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES, FigureKind, Heatmap, Lines, Selection
 from depthscope.app.figures.build.curve_figure import CurveFigure
-from depthscope.app.figures.build.folded_runs import folded, folded_colours
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
+from depthscope.app.figures.build.spread import folded, folded_colours
 from depthscope.app.figures.build.values import feeds
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.readings import Reading

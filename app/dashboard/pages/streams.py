@@ -10,13 +10,13 @@ from depthscope.app.dashboard.components.choices import choose_index, choose_nam
 from depthscope.app.dashboard.components.controls import choose
 from depthscope.app.dashboard.components.depth_pane import show_matrices
 from depthscope.app.dashboard.components.figure_numbers import show_legend
-from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import Heatmap
 from depthscope.app.figures.build.answers import streams_answer
-from depthscope.app.figures.build.matrix_pictures import picture_figure
+from depthscope.app.figures.build.matrix_figure import picture_figure
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.close_up import CloseUp, Matrix
 from depthscope.app.readings.readings import Reading

@@ -11,8 +11,7 @@ import streamlit as st
 from depthscope.app.dashboard.components.choices import choose_group, choose_names, choose_one
 from depthscope.app.dashboard.components.controls import CONTROLS
 from depthscope.app.dashboard.components.figure_numbers import show_legend
-from depthscope.app.dashboard.components.finding_card import BADGES
-from depthscope.app.dashboard.components.markdown import escaped
+from depthscope.app.dashboard.components.finding_card import BADGES, escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.components.training import (
     Shown,
@@ -33,8 +32,8 @@ from depthscope.app.dashboard.state.chosen_runs import (
 )
 from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
-from depthscope.app.figures.build.folded_runs import folded_colours
 from depthscope.app.figures.build.history_figure import OVER_ROWS, measure_title
+from depthscope.app.figures.build.spread import folded_colours
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.first_findings import Begun
 from depthscope.app.readings.readings import Reading

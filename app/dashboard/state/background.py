@@ -19,9 +19,9 @@ from threading import Condition, Thread
 from typing import Any
 
 from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, sentence, version_of
-from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.first_findings import keep_first_findings
 from depthscope.app.readings.kept_readings import keep
+from depthscope.app.readings.provenance import FileVersion
 
 __all__ = ["Analyses", "work"]
 

@@ -13,10 +13,16 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from depthscope.app.dashboard.state.reading_cache import CACHE_BYTES, ReadingCache
-from depthscope.app.dashboard.state.run_reading import UnreadableRun, read, sentence, version_of
-from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.dashboard.state.run_reading import (
+    CACHE_BYTES,
+    ReadingCache,
+    UnreadableRun,
+    read,
+    sentence,
+    version_of,
+)
 from depthscope.app.readings.first_findings import FirstFindings, KnownFindings, kept_first_findings
+from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.app.readings.training_history import history_of as read_history

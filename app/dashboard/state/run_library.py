@@ -13,13 +13,20 @@ from pathlib import Path
 
 from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.background import Analyses
-from depthscope.app.dashboard.state.reading_cache import CACHE_BYTES, ReadingCache
-from depthscope.app.dashboard.state.run_reading import LIMIT, UnreadableRun, read, sentence, version_of
+from depthscope.app.dashboard.state.run_reading import (
+    CACHE_BYTES,
+    LIMIT,
+    ReadingCache,
+    UnreadableRun,
+    read,
+    sentence,
+    version_of,
+)
 from depthscope.app.figures import Selection
 from depthscope.app.readings.close_up import CloseUp, read_close_up
 from depthscope.app.readings.depth_map import Summary, summary_of
-from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import keep, kept_readings, kept_summaries
+from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.differences import between_runs
 from depthscope.app.text.visible import visible_name

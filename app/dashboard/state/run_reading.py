@@ -1,19 +1,20 @@
-"""What does a file of the listed runs contain? Read, analysed and judged, or the reason why that is not possible."""
+"""What does a file of the listed runs contain? Read and judged, or why not; kept in memory up to some bytes."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock, RLock
+from typing import Any
 
-from depthscope.app.readings.file_version import FileVersion
+from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.text.visible import LONGEST_TEXT, visible
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.experiments import RESULTS, result_path
-
-__all__ = ["LIMIT", "UnreadableRun", "read", "sentence", "version_of"]
 
 LIMIT: dict[str, int | None] = {"max_bytes": None}
 """Of the arrays of one run, as named at launch."""
@@ -69,3 +70,83 @@ def sentence(error: Exception) -> str:
     ``error``: of a file, whose names and texts may be anybody's.
     """
     return visible(error, lines=True, longest=LONGEST_TEXT)
+
+
+CACHE_BYTES = 512 * 2**20
+"""Memory for analysed runs: 2 000 runs of 12 layers, or a few of 1 000. A heuristic of ours: it is left to the models."""
+
+
+class ReadingCache:
+    """Values by key, bounded by their bytes and not by their number: one run may be as large as a thousand others.
+
+    Values are shared by all visitors and never changed. One value is made at a time, whoever asks: visitors who open the
+    same run wait for one analysis, and the memory that analyses need is that of one.
+
+    ``most_bytes``: bytes of all values together. The value used last stays also where it is larger alone, since the
+    next click of a visitor needs it again.
+    ``size_of``: bytes of a value.
+    """
+
+    def __init__(self, most_bytes: int, size_of: Callable[[Any], int]):
+        self.most_bytes = most_bytes
+        self._size_of = size_of
+        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self._lock = Lock()
+        # Reentrant, so that making a value may ask for another one.
+        self._making = RLock()
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all cached values."""
+        with self._lock:
+            return sum(size for _, size in self._kept.values())
+
+    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value of a key, made where it is not cached.
+
+        ``make``: makes it; what it raises is raised, and nothing is cached.
+        """
+        kept = self._find(key)
+        if kept is not None:
+            return kept
+        with self._making:
+            kept = self._find(key)  # somebody else has made it meanwhile
+            if kept is None:
+                kept = make()
+                self._keep(key, kept)
+        return kept
+
+    def replace(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Another value for a key, made while no other is.
+
+        ``make``: makes it, and may ask for the present one; what it raises is raised, and the present one stays.
+        """
+        with self._making:
+            made = make()
+            self._keep(key, made)
+        return made
+
+    def peek(self, key: Hashable) -> Any:
+        """The value of a key, None where it is not cached; nothing is made."""
+        return self._find(key)
+
+    def _find(self, key: Hashable) -> Any:
+        with self._lock:
+            if key not in self._kept:
+                return None
+            self._kept.move_to_end(key)
+            return self._kept[key][0]
+
+    def _keep(self, key: Hashable, value: Any) -> None:
+        size = self._size_of(value)
+        with self._lock:
+            self._kept[key] = (value, size)
+            total = sum(kept for _, kept in self._kept.values())
+            while total > self.most_bytes and len(self._kept) > 1:
+                _, (_, dropped) = self._kept.popitem(last=False)
+                total -= dropped
+
+    def clear(self) -> None:
+        """Keep nothing."""
+        with self._lock:
+            self._kept.clear()

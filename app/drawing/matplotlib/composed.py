@@ -22,10 +22,17 @@ from depthscope.app.drawing.matplotlib.curves import (
     keywords_of,
     plot_lines,
 )
-from depthscope.app.drawing.matplotlib.fitting import Label, fit_labels, label_axes
 from depthscope.app.drawing.matplotlib.matrices import add_bar, plot_heatmap
 from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure, legend_name, num_columns, variant_of
-from depthscope.app.drawing.matplotlib.style import Width, inches_of, plain, wrapped
+from depthscope.app.drawing.matplotlib.style import (
+    Label,
+    Width,
+    fit_labels,
+    inches_of,
+    label_axes,
+    plain,
+    wrapped,
+)
 from depthscope.app.figures.composed import Composed, LetteredPanel, Points, letter
 from depthscope.app.figures.palette import look_of
 from depthscope.app.figures.specification import NOISE_BASELINE, Heatmap, Line, Lines

@@ -13,9 +13,16 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from depthscope.app.drawing.matplotlib.fitting import fit_labels, label_axes
 from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure, fits_inside, named_apart, num_columns
-from depthscope.app.drawing.matplotlib.style import Width, are_whole, inches_of, plain, plain_ticks
+from depthscope.app.drawing.matplotlib.style import (
+    Width,
+    are_whole,
+    fit_labels,
+    inches_of,
+    label_axes,
+    plain,
+    plain_ticks,
+)
 from depthscope.app.figures.line_looks import looks_of, visible_limits
 from depthscope.app.figures.palette import MARK_EDGE, SHAPES, Look
 from depthscope.app.figures.specification import NOISE_BASELINE, Line, Lines

@@ -10,9 +10,16 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
-from depthscope.app.drawing.matplotlib.fitting import Label, fit_labels, label_axes
 from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
-from depthscope.app.drawing.matplotlib.style import Width, are_whole, plain, plain_ticks
+from depthscope.app.drawing.matplotlib.style import (
+    Label,
+    Width,
+    are_whole,
+    fit_labels,
+    label_axes,
+    plain,
+    plain_ticks,
+)
 from depthscope.app.figures.build.bins import edges
 from depthscope.app.figures.specification import Heatmap
 

@@ -12,8 +12,7 @@ from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from depthscope.app.drawing.matplotlib.fonts import points_across
-from depthscope.app.drawing.matplotlib.style import Width, plain, settings_of
+from depthscope.app.drawing.matplotlib.style import Width, plain, points_across, settings_of
 from depthscope.app.figures.specification import Line
 from depthscope.app.text.latex import Latex
 from depthscope.app.text.visible import shortened

@@ -1,18 +1,25 @@
-"""What does a venue ask of a figure? A width, a type size, TrueType fonts, the same bytes again."""
+"""What does a venue ask of a figure? Width, type size and fonts, no text beyond the page, the same bytes again."""
 
 from __future__ import annotations
 
+import functools
 import math
 import shutil
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib import font_manager, ft2font
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+from matplotlib.text import Text
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import (
     FuncFormatter,
     LogLocator,
@@ -21,8 +28,8 @@ from matplotlib.ticker import (
     NullLocator,
     ScalarFormatter,
 )
+from matplotlib.transforms import Bbox
 
-from depthscope.app.drawing.matplotlib.fonts import FONTS, can_draw, points_across
 from depthscope.app.text.latex import Latex, unicode_declarations
 from depthscope.app.text.venues import VENUES
 from depthscope.app.text.visible import LONGEST_LABEL, LONGEST_NAME, escape, shortened, visible
@@ -190,3 +197,124 @@ def wrapped(text: str, inches: float, points: float | None = None) -> str:
                 start = end - 1
         lines.append(word[start:])
     return "\n".join(line for line in lines if line)
+
+
+FONTS = ("STIXGeneral", "DejaVu Sans")
+"""Fonts of figures; the second one has the signs that the first one lacks."""
+
+# Matplotlib 3.11 orders letters from right to left and joins them, by libraqm; before it, they would stand the wrong way
+# round or apart.
+_SHAPES = hasattr(ft2font, "__libraqm_version__")
+
+
+@functools.lru_cache(maxsize=4096)
+def can_draw(letter: str) -> bool:
+    """Whether a letter can be drawn, as it is written and not as an empty box.
+
+    Returns: False for joiners, which nobody would read, and for letters that this matplotlib cannot order or join.
+    """
+    if letter.isspace():
+        return True
+    if unicodedata.category(letter) in ("Cf", "Mc") or "\ufe00" <= letter <= "\ufe0f":
+        return False
+    if not _SHAPES and unicodedata.bidirectional(letter) in ("R", "AL", "AN"):
+        return False
+    return any(_has(family, letter) for family in FONTS)
+
+
+def points_across(text: str, points: float) -> float:
+    """How wide a text is; of several lines the widest."""
+    properties = FontProperties(family=list(FONTS), size=points)
+    lines = ["".join(filter(can_draw, line)) for line in text.splitlines()]
+    widths = (text_to_path.get_text_width_height_descent(line, properties, False)[0] for line in lines)
+    return float(max(widths, default=0.0))
+
+
+def _has(family: str, letter: str) -> bool:
+    """Whether a family has an outline of a letter."""
+    font: Any = font_manager.get_font(font_manager.findfont(FontProperties(family=[family])))
+    if not font.get_char_index(ord(letter)):
+        return False
+    font.load_char(ord(letter))
+    return len(font.get_path()[0]) > 0
+
+
+# Layouts after which a label is left as it is: lines that are added make axes narrower, which may take one more.
+MOST_LAYOUTS = 4
+COLOUR_BAR = "<colorbar>"
+"""The label that matplotlib gives the axes of a colour bar."""
+GAP = 4.0
+"""Points between a label and what is next to it: its width is that of outlines, which a screen rounds to its dots."""
+
+
+class Label(NamedTuple):
+    """A label with its words before they are wrapped, and the axes that it belongs to."""
+
+    axes: Axes
+    text: Text
+    words: str
+
+
+def label_axes(axes: Axes, x_label: str, y_label: str, inches: tuple[float, float]) -> list[Label]:
+    """Label both axes, wrapped to a room in inches until `fit_labels` knows the real one."""
+    words = (x_label, y_label)
+    artists = (axes.xaxis.label, axes.yaxis.label)
+    for artist, text, room in zip(artists, words, inches, strict=True):
+        artist.set_text(wrapped(text, room))
+    return [Label(axes, artist, text) for artist, text in zip(artists, words, strict=True)]
+
+
+def fit_labels(canvas: Figure, labels: Sequence[Label]) -> None:
+    """Lay a figure out, and wrap its labels to the room that this leaves them.
+
+    ``canvas``: with an engine that lays it out.
+    ``labels``: titles and labels of axes, also of colour bars.
+    """
+    engine = canvas.get_layout_engine()
+    assert engine is not None
+    # The layout leaves the widths of titles and labels out. It only gets tighter: wider rooms again would go back and forth.
+    rooms = [float("inf")] * len(labels)
+    for _ in range(MOST_LAYOUTS):
+        engine.execute(canvas)
+        taken = {axes: _taken(axes) for axes in canvas.axes}
+        rooms = [min(room, _room(label, taken)) for room, label in zip(rooms, labels, strict=True)]
+        lines = [
+            wrapped(label.words, room / canvas.dpi, float(label.text.get_fontsize()))
+            for room, label in zip(rooms, labels, strict=True)
+        ]
+        changed = [
+            label.text for label, text in zip(labels, lines, strict=True) if label.text.get_text() != text
+        ]
+        for label, text in zip(labels, lines, strict=True):
+            label.text.set_text(text)
+        if not changed:
+            return
+
+
+def _taken(axes: Axes) -> Bbox:
+    """What axes take with their ticks, and with their labels but for the overhang of these."""
+    box = axes.get_tightbbox(for_layout_only=True)
+    return axes.get_window_extent() if box is None else box
+
+
+def _room(label: Label, taken: Mapping[Axes, Bbox]) -> float:
+    """Pixels along a label."""
+    own = label.axes.get_window_extent()
+    canvas = label.axes.get_figure(root=True)
+    assert canvas is not None
+    if label.text is label.axes.yaxis.label:
+        return own.height
+    gap = GAP * canvas.dpi / 72
+    row = {
+        axes: box
+        for axes, box in taken.items()
+        if axes is not label.axes and box.y0 < own.y1 and own.y0 < box.y1
+    }
+    left = max([gap, *(box.x1 + gap for box in row.values() if box.x1 <= own.x0)])
+    # Above its own colour bar a title may go on.
+    ends = [box.x0 - gap for axes, box in row.items() if box.x0 >= own.x1 and axes.get_label() != COLOUR_BAR]
+    right = min([canvas.bbox.width - gap, *ends])
+    if label.text is label.axes.xaxis.label:
+        middle = (own.x0 + own.x1) / 2
+        return 2 * min(middle - left, right - middle)
+    return right - own.x0

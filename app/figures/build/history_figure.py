@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from depthscope.app.figures.build.bins import Bins
-from depthscope.app.figures.build.folded_runs import folded
+from depthscope.app.figures.build.spread import folded
 from depthscope.app.figures.build.values import names_of
 from depthscope.app.figures.specification import NOISE_BASELINE, Figure, Heatmap, Line, Lines
 from depthscope.app.readings.training_history import CELLS, DRIFT, Measure, TrainingHistory

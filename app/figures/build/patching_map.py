@@ -11,8 +11,7 @@ from depthscope.app.figures.build.captions import describe_matrix
 from depthscope.app.figures.specification import Array, Heatmap
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import LONGEST_LABEL, visible
-from depthscope.diagnostics.closest_names import did_you_mean
-from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.errors import InputError, did_you_mean
 
 SITE_WORDS = {"residual": "the state", "h_res": "H_res", "h_pre": "H_pre", "h_post": "H_post"}
 """Site of a patch → what was put in."""

@@ -10,10 +10,9 @@ from typing import Any, Protocol
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.folded_runs import folded_colours
+from depthscope.app.figures.build.spread import folded_colours
 from depthscope.app.figures.build.values import fed
-from depthscope.app.figures.composed.groups import differing_ranges, grouped
-from depthscope.app.figures.composed.specification import LetteredPanel, Points
+from depthscope.app.figures.composed.specification import LetteredPanel, Points, differing_ranges, grouped
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
 from depthscope.app.readings.readings import Reading

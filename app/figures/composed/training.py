@@ -11,9 +11,8 @@ import xarray as xr
 
 from depthscope.app.figures.build.curve_figure import axis_title
 from depthscope.app.figures.build.values import LABELLED, defined_labels
-from depthscope.app.figures.composed.groups import grouped
 from depthscope.app.figures.composed.panels import MOST_MAPS, Subjects, first_of
-from depthscope.app.figures.composed.specification import LetteredPanel
+from depthscope.app.figures.composed.specification import LetteredPanel, grouped
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
 from depthscope.app.text.numbers import number

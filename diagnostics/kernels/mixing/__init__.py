@@ -10,7 +10,6 @@ refused with a ValueError.
 [[0.625, 0.375], [0.375, 0.625]]
 """
 
-from depthscope.diagnostics.kernels.mixing.collapse import deflated_gain
 from depthscope.diagnostics.kernels.mixing.constraints import Constraint, constraint_errors, named_constraint
 from depthscope.diagnostics.kernels.mixing.depth_kernels import depth_kernel
 from depthscope.diagnostics.kernels.mixing.gains import (
@@ -29,8 +28,12 @@ from depthscope.diagnostics.kernels.mixing.paths import (
 )
 from depthscope.diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
 from depthscope.diagnostics.kernels.mixing.projection import sinkhorn_sensitivity, softmax_sensitivity
-from depthscope.diagnostics.kernels.mixing.singular import singular_values
-from depthscope.diagnostics.kernels.mixing.spectra import eigenvalues, spectral_gap
+from depthscope.diagnostics.kernels.mixing.spectra import (
+    deflated_gain,
+    eigenvalues,
+    singular_values,
+    spectral_gap,
+)
 from depthscope.diagnostics.kernels.mixing.stochastic import (
     Violation,
     doubly_stochastic_violation,

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels._arrays import Array
 from depthscope.diagnostics.kernels.mixing._matrices import log, square
-from depthscope.diagnostics.kernels.mixing.singular import singular_values
+from depthscope.diagnostics.kernels.mixing.spectra import singular_values
 
 
 def forward_gain(p: Array) -> Array:

@@ -5,17 +5,21 @@ values, so that one decomposition serves all. On any matrix
 rank ≥ effective rank ≥ entropy rank ≥ participation ratio ≥ stable rank.
 """
 
-from depthscope.diagnostics.kernels.rank.deficiency import numerical_rank, numerical_rank_of
+from depthscope.diagnostics.kernels.rank.deficiency import (
+    dong_residual,
+    numerical_rank,
+    numerical_rank_of,
+    stable_rank,
+    stable_rank_of,
+)
 from depthscope.diagnostics.kernels.rank.entropy import (
     effective_rank,
     effective_rank_of,
     entropy_rank,
     entropy_rank_of,
 )
-from depthscope.diagnostics.kernels.rank.leading import stable_rank, stable_rank_of
 from depthscope.diagnostics.kernels.rank.noise import MarchenkoPastur, marchenko_pastur
 from depthscope.diagnostics.kernels.rank.participation import participation_ratio, participation_ratio_of
-from depthscope.diagnostics.kernels.rank.residual import dong_residual
 from depthscope.diagnostics.kernels.rank.spectrum import singular_values
 
 __all__ = [

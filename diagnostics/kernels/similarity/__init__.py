@@ -7,7 +7,7 @@ from depthscope.diagnostics.kernels.similarity.layer_cka import (
     minibatch_cka,
 )
 from depthscope.diagnostics.kernels.similarity.neighbours import cknna, mutual_knn
-from depthscope.diagnostics.kernels.similarity.procrustes_distance import procrustes
+from depthscope.diagnostics.kernels.similarity.pairwise import procrustes
 
 __all__ = [
     "cka_from_hsic",

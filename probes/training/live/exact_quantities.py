@@ -20,7 +20,7 @@ from depthscope.diagnostics.quantities.registry import CHOICES, DIMS, LABELS, Un
 from depthscope.diagnostics.schema import CUT_GRADIENT, WITHOUT_GRADIENT
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.probes.run.connection_variables import connection_coords
-from depthscope.probes.run.groups import chain_groups, depth_coords
+from depthscope.probes.run.coverage import chain_groups, depth_coords
 from depthscope.probes.run.statistics_dataset import GRADIENT
 from depthscope.probes.session.logit_statistics import LOGIT_GRADIENT, MIXING_GRADIENT
 from depthscope.probes.session.session import Session

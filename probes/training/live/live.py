@@ -18,7 +18,6 @@ from depthscope.diagnostics.verdicts import VERDICTS
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
-from depthscope.probes.training.learning_rate import LearningRate
 from depthscope.probes.training.live.exact_quantities import live_groups
 from depthscope.probes.training.live.findings import (
     SAMPLED_TOKENS,
@@ -27,10 +26,9 @@ from depthscope.probes.training.live.findings import (
     histories,
     scalars,
 )
-from depthscope.probes.training.live.on_host import on_host
-from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow, packed
+from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow, on_host, packed
 from depthscope.probes.training.notices import TrainingStopped
-from depthscope.probes.training.sinks import Sink
+from depthscope.probes.training.sinks import LearningRate, Sink
 
 
 class Live:

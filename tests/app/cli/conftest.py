@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from depthscope.app.readings.readings import COMPLETE
 from depthscope.diagnostics import analyze, schema
+from depthscope.diagnostics.schema import COMPLETE
 
 # Three hundred variables take a second to write, and to open: commands read what there is.
 METRICS = (

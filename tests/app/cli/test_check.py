@@ -7,8 +7,10 @@ import json
 import pytest
 
 from depthscope.app.cli.main import FINE, FOUND, main
-from depthscope.diagnostics import schema
+from depthscope.diagnostics import analyze, schema
+from depthscope.diagnostics.schema import COMPLETE
 from depthscope.diagnostics.verdicts import VERDICTS
+from tests.app.cli.conftest import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +18,7 @@ def exploding(unmeasured, tmp_path_factory) -> str:
     """The HC run with every connection half as large again: 1.5 to the power of 6 is a gain above 10."""
     run = schema.open_run(unmeasured / "hc.zarr.zip").load()
     run["trace"].dataset = run["trace"].to_dataset().assign(h_res=1.5 * run["trace"]["h_res"])
+    run["metrics"] = analyze(run, metrics=METRICS).assign_attrs({COMPLETE: True})
     return str(schema.save_run(run, tmp_path_factory.mktemp("runs") / "exploding.zarr.zip"))
 
 

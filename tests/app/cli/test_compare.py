@@ -18,7 +18,11 @@ def test_compare_aligns_by_relative_depth(saved, capsys):
     with schema.open_run(saved / "hc.zarr.zip") as run:
         from depthscope.diagnostics import analyze
 
-        last = analyze(run)["residual_norm"].sel(stream="mean").isel(step=-1, depth=-1)
+        last = (
+            analyze(run, metrics=["residual_norm"])["residual_norm"]
+            .sel(stream="mean")
+            .isel(step=-1, depth=-1)
+        )
     assert printed["aligned"][-1]["hc"] == pytest.approx(float(last))
 
 

@@ -6,6 +6,7 @@ import json
 import os
 
 import pytest
+import torch
 import xarray as xr
 
 from depthscope import probes
@@ -24,7 +25,9 @@ def _stand_in(monkeypatch, run: xr.DataTree):
     )
     monkeypatch.setattr(
         "depthscope.probes.checkpoints.text_batch.encode_text",
-        lambda model, text, **more: seen.update(text=text, **more) or {},
+        lambda model, text, **more: (
+            seen.update(text=text, **more) or {"input_ids": torch.zeros(2, 8, dtype=int)}
+        ),
     )
     monkeypatch.setattr("depthscope.probes.checkpoints.text_batch.token_texts", lambda model, batch: None)
 

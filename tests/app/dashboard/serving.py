@@ -18,13 +18,6 @@ CHART = ".depthscope-chart .main-svg, .depthscope-panels .main-svg"
 @contextmanager
 def serving(path: Path) -> Iterator[str]:
     """The address of a dashboard in a process of its own, killed on every way out."""
-    with serving_process(path) as (address, _):
-        yield address
-
-
-@contextmanager
-def serving_process(path: Path) -> Iterator[tuple[str, int]]:
-    """The address of a dashboard in a process of its own, and the number of the process."""
     port = free_port()
     code = (
         "import sys; from pathlib import Path; from depthscope.app.dashboard.server import launch; "
@@ -38,7 +31,7 @@ def serving_process(path: Path) -> Iterator[tuple[str, int]]:
     )
     try:
         wait_for(lambda: server.poll() is None and status(port, "/_stcore/health") == 200, 180)
-        yield f"http://127.0.0.1:{port}", server.pid
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.kill()
         server.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,10 +17,10 @@ import xarray as xr
 
 from depthscope.app.dashboard.pages import PAGES
 from depthscope.app.dashboard.state import run_library
-from depthscope.app.readings.readings import COMPLETE
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import analyze, save_run, schema
-from tests.app.dashboard.serving import CHART, ROOT, Watch, serving, serving_process, status, wait_for
+from depthscope.diagnostics.schema import COMPLETE
+from tests.app.dashboard.serving import CHART, ROOT, Watch, serving, status, wait_for
 from tests.app.hostile_text import TEXTS, file_names
 
 pytestmark = pytest.mark.browser
@@ -50,7 +51,7 @@ def runs_root(tmp_path_factory, residual_run, mhc_run, make_run) -> Path:
 
 @pytest.fixture(scope="module")
 def address(chromium, runs_root) -> Iterator[str]:
-    with serving_process(runs_root) as (found, _):
+    with serving(runs_root) as found:
         yield found
 
 
@@ -194,46 +195,45 @@ def test_the_browser_writes_numbers_as_python_does(page):
     assert special == [number(value) for value in (np.nan, np.nan, np.inf, -np.inf)]
 
 
-def test_zoom_and_pin_survive_while_another_process_writes(page, tmp_path):
-    writer = subprocess.Popen(
-        [sys.executable, "-m", "tests.app.dashboard.growing_run", str(tmp_path / "run"), "2000", "0.1"],
-        cwd=ROOT,
-    )
+def test_zoom_and_pin_survive_while_another_process_writes(page, address, runs_root):
+    place = runs_root / "growing"
+    command = [sys.executable, "-m", "tests.app.dashboard.growing_run", str(place), "2000", "0.1"]
+    writer = subprocess.Popen(command, cwd=ROOT)
     try:
-        wait_for(lambda: (tmp_path / "run" / schema.LOG).exists(), 30)
+        wait_for(lambda: (place / schema.LOG).exists(), 30)
         page.wait_for_timeout(1500)
-        with serving(tmp_path) as address:
-            watch = Watch(page, address)
-            page.goto(f"{address}/training?measures=residual_norm")
-            page.wait_for_selector(".depthscope-training .main-svg", timeout=60_000)
-            panels = page.locator(".depthscope-training")
-            plot = "() => document.querySelector('.depthscope-training .plot')"
-            last = f"{plot}._fullData.find((trace) => trace.type === 'heatmap').x.at(-1)"
-            shown = f"{plot}._fullLayout.xaxis.range"
-            where = "() => location.href"
-            page.wait_for_timeout(2000)  # the page has found its places
-            before = page.evaluate(last)
-            wait_for(lambda: page.evaluate(last) > before, 30)
-            box = panels.bounding_box()
-            y = box["y"] + 60
-            page.mouse.move(box["x"] + 0.35 * box["width"], y)
-            page.mouse.down()
-            page.mouse.move(box["x"] + 0.6 * box["width"], y, steps=5)
-            page.mouse.up()
-            wait_for(lambda: "zoom_training=" in page.evaluate(where), 30)
-            zoomed = page.evaluate(shown)
-            page.wait_for_timeout(800)  # else the two are a double click
-            page.mouse.click(box["x"] + 0.5 * box["width"], y)
-            wait_for(lambda: "step=" in page.evaluate(where), 30)
-            pinned = page.locator(".depthscope-training .pin").get_attribute("data-depth")
-            page.wait_for_timeout(2500)  # two beats
-            assert page.evaluate(shown) == pytest.approx(zoomed)
-            assert page.locator(".depthscope-training .pin").get_attribute("data-depth") == pinned
-            os.kill(writer.pid, signal.SIGKILL)
-            writer.wait()
-            page.get_by_text("killed at step").wait_for(timeout=60_000)
-            assert watch.errors == []
-            assert watch.outside == []
+        watch = Watch(page, address)
+        page.goto(f"{address}/training?runs=growing&measures=residual_norm")
+        page.wait_for_selector(".depthscope-training .main-svg", timeout=60_000)
+        panels = page.locator(".depthscope-training")
+        plot = "() => document.querySelector('.depthscope-training .plot')"
+        last = f"{plot}._fullData.find((trace) => trace.type === 'heatmap').x.at(-1)"
+        shown = f"{plot}._fullLayout.xaxis.range"
+        where = "() => location.href"
+        page.wait_for_timeout(2000)  # the page has found its places
+        before = page.evaluate(last)
+        wait_for(lambda: page.evaluate(last) > before, 30)
+        box = panels.bounding_box()
+        y = box["y"] + 60
+        page.mouse.move(box["x"] + 0.35 * box["width"], y)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 0.6 * box["width"], y, steps=5)
+        page.mouse.up()
+        wait_for(lambda: "zoom_training=" in page.evaluate(where), 30)
+        zoomed = page.evaluate(shown)
+        page.wait_for_timeout(800)  # else the two are a double click
+        page.mouse.click(box["x"] + 0.5 * box["width"], y)
+        wait_for(lambda: "step=" in page.evaluate(where), 30)
+        pinned = page.locator(".depthscope-training .pin").get_attribute("data-depth")
+        page.wait_for_timeout(2500)  # two beats
+        assert page.evaluate(shown) == pytest.approx(zoomed)
+        assert page.locator(".depthscope-training .pin").get_attribute("data-depth") == pinned
+        os.kill(writer.pid, signal.SIGKILL)
+        writer.wait()
+        page.get_by_text("killed at step").wait_for(timeout=60_000)
+        assert watch.errors == []
+        assert watch.outside == []
     finally:
         writer.kill()
         writer.wait()
+        shutil.rmtree(place, ignore_errors=True)

@@ -35,28 +35,26 @@ def test_a_row_has_the_numbers_of_its_run_the_worst_run_first(opened, mhc_run):
     assert any(mark["at"] == 3 and mark["severity"] == "FAIL" for mark in first["marks"])
 
 
-@pytest.mark.parametrize("measure", MEASURES)
-def test_every_colour_is_a_number_of_the_analysis(measure, mhc_run):
-    analysis = analyze(mhc_run)
+def test_every_colour_is_a_number_of_the_analysis(mhc_run):
     (reading,) = read_runs({"a": mhc_run})
-    values = np.array(summary_of(reading).profiles[measure])
-    depths = analysis.sizes["depth"]
-    assert values.shape == (depths,)
+    analysis, depths = reading.analysis, reading.analysis.sizes["depth"]
     last = analysis.isel(step=-1)
-    raw = {"scope": "sequence", "tokens": "all", "centering": "raw", "stream": "mean"}
-    if measure == "rank":
-        expected = shares(analysis)
-    elif measure == "tokens":
-        residual = last["dong_residual"]
-        expected = residual.sel({dim: raw[dim] for dim in residual.dims if dim in raw}).values
-    elif measure == "streams":
-        gain = last["deflated_gain"].sel(reduction="mean").values
-        expected = np.concatenate([[1.0], gain, [gain[-1]] * (depths - 1 - len(gain))])
-    else:
-        norm = last["gradient_norm"]
-        norm = norm.sel({dim: raw[dim] for dim in norm.dims if dim in raw}).values
-        expected = norm / np.median(norm)
-    np.testing.assert_allclose(values, expected)
+
+    def raw(name):
+        values = last[name]
+        at = {"scope": "sequence", "tokens": "all", "centering": "raw", "stream": "mean"}
+        return values.sel({dim: at[dim] for dim in values.dims if dim in at}).values
+
+    gain, norm = last["deflated_gain"].sel(reduction="mean").values, raw("gradient_norm")
+    expected = {
+        "rank": shares(analysis),
+        "tokens": raw("dong_residual"),
+        "streams": np.concatenate([[1.0], gain, [gain[-1]] * (depths - 1 - len(gain))]),
+        "gradient": norm / np.median(norm),
+    }
+    assert set(expected) == set(MEASURES)
+    for measure, values in summary_of(reading).profiles.items():
+        np.testing.assert_allclose(values, expected[measure], err_msg=measure)
 
 
 def test_a_rank_of_sequences_of_one_token_is_that_of_all_of_them(make_run):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 
 import pytest
 
@@ -15,26 +13,20 @@ from depthscope.app.cli.main import main
 from depthscope.app.demo import demo
 
 
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory):
-    """The folder and the output of `depthscope demo`, run twice in a pipe: the second one replaces what the first wrote."""
-    folder = tmp_path_factory.mktemp("demo")
-    words = [sys.executable, "-m", "depthscope", "demo", "--out", str(folder), "--no-browser"]
-    for _ in range(2):
-        done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=300)
-    return folder, done.stdout
-
-
-def test_a_line_for_each_model_and_the_command_of_the_dashboard(shown):
-    folder, out = shown
-    *models, last = out.strip().splitlines()
+def test_a_line_for_each_model_and_runs_that_can_be_browsed(tmp_path, make_run, monkeypatch, capsys):
+    """On fewer tokens, in this process; the command as it is printed is run where the README's commands are."""
+    folder = tmp_path / "demo"
+    ds.save_run(
+        make_run("hc", layers=1), folder / "runs" / "residual.zarr"
+    )  # of an earlier one, which is replaced
+    monkeypatch.setattr(demo, "SEQUENCES", 2)
+    monkeypatch.setattr(demo, "LENGTH", 32)
+    monkeypatch.setattr(demo, "_in_another_process", lambda task, *folders: demo.measure(*folders))
+    assert main(["demo", "--out", str(folder), "--no-browser"]) == 0
+    *models, last = capsys.readouterr().out.strip().splitlines()
     assert [line.split()[0] for line in models] == ["residual", "HC", "mHC"]
     assert all(re.search(r"loss \d\.\d\d  (nothing found|(INFO|WARN|FAIL): )", line) for line in models)
     assert last == f"open the dashboard with: depthscope dashboard {folder}/runs"
-
-
-def test_runs_and_trainings_are_judged_and_can_be_browsed(shown):
-    folder, _ = shown
     runs = sorted(path.name for path in (folder / "runs").iterdir())
     assert runs == sorted(f"{kind}{end}.zarr" for kind in demo.TITLES for end in ("", "-training"))
     for kind in demo.TITLES:

@@ -16,7 +16,7 @@ from depthscope.app.demo.small_lm import CONNECTIONS, Size, build
 from depthscope.app.demo.training import Recipe
 
 SIZE = Size(layers=2, width=16, heads=2)
-RECIPE = Recipe(steps=30, batch=4, length=16, size=SIZE, learning_rate=1e-2, record_every=10)
+RECIPE = Recipe(steps=21, batch=4, length=16, size=SIZE, learning_rate=1e-2, record_every=10)
 
 
 def models(size: Size = SIZE, seed: int = 0) -> dict[str, small_lm.SmallLM]:

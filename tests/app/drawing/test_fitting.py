@@ -1,4 +1,4 @@
-"""Does any text leave its page or lie over another one: in every composed figure, of two and three runs?"""
+"""Does any text leave its page or lie over another one? Of composed figures it is looked at where they are tested."""
 
 from __future__ import annotations
 
@@ -7,33 +7,12 @@ from itertools import combinations
 import pytest
 from matplotlib.text import Text
 
-from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, draw_composed, figure_style, to_matplotlib
+from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, to_matplotlib
 from depthscope.app.figures import Heatmap, Line, Lines
-from depthscope.app.figures.composed import QUESTIONS, compose
-from depthscope.app.readings.readings import read_runs
-from depthscope.app.text.venues import VENUES
 from tests.app.example_figures import MAP, X
 
-NAMES = ("plain", "hc-1e-3", "mhc-seed-0-with-a-long-name")
-NARROWEST = "neurips"
 SEEN = 0.5
 """Dots, of which an inch has 150."""
-
-
-@pytest.fixture(scope="module")
-def runs_of(make_run):
-    families = ("residual", "hc", "mhc")
-    runs = {
-        name: make_run(families[place % 3], layers=2, samples=3, seed=place)
-        for place, name in enumerate(NAMES)
-    }
-    return {2: dict(list(runs.items())[:2]), 3: runs}
-
-
-@pytest.fixture(scope="module")
-def readings_of(runs_of):
-    every = {reading.name: reading for reading in read_runs(runs_of[3])}
-    return {count: [every[name] for name in runs] for count, runs in runs_of.items()}
 
 
 def texts_of(canvas, monkeypatch):
@@ -75,20 +54,6 @@ def test_a_text_beyond_the_page_is_noticed(monkeypatch):
     canvas.draw_without_rendering()
     canvas.axes[0].xaxis.label.set_text("a label that is longer than its figure " * 3)
     assert problems_of(canvas, monkeypatch)[0]
-
-
-@pytest.mark.parametrize(("venue", "count"), [(NARROWEST, 2), ("icml", 3)])
-def test_no_text_of_a_composed_figure_leaves_the_page(runs_of, readings_of, venue, count, monkeypatch):
-    drawn = 0
-    for name in QUESTIONS:
-        figure = compose(name, readings_of[count], runs=runs_of[count])
-        if not figure.panels:
-            continue
-        with figure_style(Width(VENUES[venue].text, FIGURE_POINTS)) as size:
-            canvas = draw_composed(figure, size)
-        drawn += 1
-        assert problems_of(canvas, monkeypatch) == ([], []), (name, venue, count)
-    assert drawn >= 6
 
 
 @pytest.mark.parametrize("width", [2.6, 3.25])

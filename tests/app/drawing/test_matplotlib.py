@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 from dataclasses import replace
 
@@ -10,9 +9,9 @@ import numpy as np
 import pytest
 from matplotlib import ft2font
 
-from depthscope.app.drawing.matplotlib import WIDTHS, to_matplotlib, to_svg, write_figure
-from depthscope.app.drawing.matplotlib.fonts import FONTS, can_draw
+from depthscope.app.drawing.matplotlib import WIDTHS, to_matplotlib, write_figure
 from depthscope.app.drawing.matplotlib.matrices import edges
+from depthscope.app.drawing.matplotlib.style import FONTS, can_draw
 from depthscope.app.figures import Heatmap, Line, Lines
 from tests.app.example_figures import CURVES, MAP, X
 
@@ -83,22 +82,6 @@ def test_empty_and_single_values_are_drawn(tmp_path):
     write_figure(zeros, tmp_path / "z.pdf")
     write_figure(one, tmp_path / "o.pdf")
     assert edges(np.array([3.0])).tolist() == [2.5, 3.5]
-
-
-def test_many_runs_keep_the_axes_visible(tmp_path):
-    lines = tuple(Line(X, X + k, f"run number {k} of twelve", group=str(k)) for k in range(12))
-    canvas = to_matplotlib(Lines("m", "M", "x", "y", lines))
-    canvas.draw_without_rendering()
-    assert canvas.axes[0].get_position().height * canvas.get_size_inches()[1] > 1.0  # inches
-
-
-def test_svg_ids_carry_the_name_of_the_figure():
-    text = to_svg(CURVES)
-    ids = re.findall(r'\bid="([^"]+)"', text)
-    assert ids
-    assert all(name.startswith("curves-") for name in ids)
-    used = set(re.findall(r'href="#([^"]+)"', text)) | set(re.findall(r"url\(#([^)]+)\)", text))
-    assert used <= set(ids)
 
 
 @pytest.mark.parametrize("bad", [{"width": "a4"}, {"path": "f.gif"}])

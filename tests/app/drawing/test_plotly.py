@@ -57,12 +57,6 @@ def test_a_null_is_dashed_in_the_colour_of_its_run(both):
     assert len({trace.line.color for trace in nulls}) == 2
 
 
-def test_a_baseline_is_named_once_on_the_plot(both):
-    drawn = to_plotly(FIGURES["numerical_rank"].build(both))
-    assert [note.text for note in drawn.layout.annotations] == ["noise baseline"]
-    assert not to_plotly(FIGURES["residual_norm"].build({"mhc": both["mhc"]})).layout.annotations
-
-
 @pytest.mark.parametrize(("low", "high"), [(-5.6, -5.2), (0.0, 0.005), (2.0, 4.0), (-0.3, 0.3), (-3.0, -1.5)])
 @pytest.mark.parametrize("most", [3, 6])
 def test_a_logarithmic_axis_has_a_few_ticks_that_are_numbers_in_full(low, high, most):
@@ -97,11 +91,6 @@ def test_whiskers_are_the_standard_error_where_the_band_is_a_spread():
     np.testing.assert_array_equal(curve.error_y.array, error)
 
 
-def test_both_axes_of_a_spectrum_are_logarithmic(whole):
-    drawn = to_plotly(FIGURES["spectrum"].build(whole))
-    assert (drawn.layout.xaxis.type, drawn.layout.yaxis.type) == ("log", "log")
-
-
 def square(size: int, **more) -> Heatmap:
     axis = np.arange(size, dtype=float)
     z = np.add.outer(axis, axis)
@@ -117,11 +106,6 @@ def test_a_large_heat_map_is_reduced_by_blocks_and_says_so():
     assert len(to_plotly(square(700)).to_json()) < 550_000  # 300² numbers of float32 in base64, and the axes
 
 
-def test_a_small_heat_map_stays_as_it_is():
-    figure = square(300)
-    assert shrink(figure) is figure
-
-
 @pytest.mark.parametrize("known", [False, True])
 def test_a_chart_of_nothing_says_so(known):
     values = np.full(3, 2.0 if known else np.nan)
@@ -130,11 +114,6 @@ def test_a_chart_of_nothing_says_so(known):
     for figure in (line, cells):
         said = [each.text for each in to_plotly(figure).layout.annotations]
         assert ("undefined everywhere" in said) is not known
-
-
-def test_zoom_survives_an_update():
-    figure = square(4)
-    assert to_plotly(figure).layout.uirevision == "cka"
 
 
 def test_a_logarithmic_axis_says_why_nothing_is_on_it():

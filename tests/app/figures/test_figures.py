@@ -80,14 +80,6 @@ def test_the_null_and_the_standard_error_stand_beside_the_rank(plain):
     assert "the baseline" in figure.caption
 
 
-def test_the_null_of_a_rank_names_its_law(plain):
-    rank, cosine = (FIGURES[name].build({"plain": plain}) for name in ("participation_ratio", "token_cosine"))
-    assert "by the Marchenko-Pastur law." in rank.caption
-    assert rank.sources == ("marchenko1967distribution",)
-    assert "Marchenko" not in cosine.caption
-    assert cosine.sources == ()
-
-
 def test_the_caption_counts_the_tokens_behind_the_numbers(plain):
     within = FIGURES["effective_rank"].build({"plain": plain})
     pooled = FIGURES["effective_rank"].build({"plain": plain}, scope="data")
@@ -95,13 +87,6 @@ def test_the_caption_counts_the_tokens_behind_the_numbers(plain):
     assert f"N = {real} tokens." in pooled.caption
     assert "tokens per sequence" in within.caption
     assert pooled.caption.startswith("Over the tokens of all sequences pooled")
-
-
-def test_relative_depth_ends_at_one_for_runs_of_any_depth(both):
-    lines = measured(FIGURES["token_cosine"].build(both, axis="relative"))
-    assert [line.x[0] for line in lines] == [0.0, 0.0]
-    assert [line.x[-1] for line in lines] == [1.0, 1.0]
-    assert len(lines[0].x) != len(lines[1].x)
 
 
 def test_a_run_without_streams_is_named_as_missing(both):
@@ -119,19 +104,6 @@ def test_composite_gain_shows_both_directions_with_percentiles_and_limits(mixed)
     np.testing.assert_array_equal(forward.upper, gain.sel(direction="forward", reduction="p99"))
     assert [line.y[0] for line in figure.lines if line.role == "threshold"] == [1.0, 10.0, 100.0]
     assert figure.log_y
-
-
-def test_every_stream_can_be_overlaid(mixed):
-    lines = measured(FIGURES["residual_norm"].build({"mhc": mixed}, stream="each"))
-    assert [line.label for line in lines] == [f"mhc · stream {i}" for i in range(4)]
-    for i, line in enumerate(lines):
-        np.testing.assert_array_equal(line.y, mixed["residual_norm"].isel(step=-1).sel(stream=str(i)))
-
-
-def test_singular_values_are_a_line_each(mixed):
-    lines = measured(FIGURES["mixing_singular_value"].build({"mhc": mixed}))
-    values = mixed["mixing_singular_value"].isel(step=-1).sel(reduction="mean").transpose("component", ...)
-    np.testing.assert_array_equal([line.y for line in lines], values)
 
 
 def test_cka_is_the_matrix_of_the_chosen_run_and_estimator(both):
@@ -220,16 +192,6 @@ def test_the_cosine_with_the_depth_before_has_a_band_of_tokens(whole):
     assert "Whiskers: 95 % interval over sequences (n =" in figure.caption
 
 
-def test_every_component_has_the_percentiles_of_its_tokens(mixed):
-    lines = measured(FIGURES["mixing_singular_value"].build({"mhc": mixed}))
-    moduli = mixed["mixing_singular_value"].isel(step=-1)
-    assert [line.label for line in lines] == [f"mhc · σ{i}" for i in range(1, 5)]
-    for i, line in enumerate(lines):
-        np.testing.assert_array_equal(line.y, moduli.isel(component=i).sel(reduction="mean"))
-        np.testing.assert_array_equal(line.lower, moduli.isel(component=i).sel(reduction="p1"))
-        np.testing.assert_array_equal(line.upper, moduli.isel(component=i).sel(reduction="p99"))
-
-
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -240,34 +202,6 @@ def test_every_component_has_the_percentiles_of_its_tokens(mixed):
 )
 def test_what_depends_on_a_basis_says_so(name, words, mixed):
     assert words in FIGURES[name].build({"mhc": mixed}).caption
-
-
-def test_one_stream_has_no_basis_to_depend_on_and_invariants_have_none(plain, mixed):
-    assert "basis" not in FIGURES["residual_norm"].build({"plain": plain}).caption
-    assert "basis of the" not in FIGURES["effective_streams"].build({"mhc": mixed}).caption
-
-
-def test_a_null_is_told_in_the_words_of_its_declaration(mixed):
-    caption = FIGURES["read_mass"].build({"mhc": mixed}).caption
-    assert (
-        "how many later connections there are: a plain residual network reads each output in full." in caption
-    )
-
-
-def test_a_sample_that_is_too_small_is_told(plain):
-    noted = plain.assign_attrs(notes={"gradient_rank": "10 sequences are few."})
-    assert "10 sequences are few." in FIGURES["gradient_rank"].build({"a": noted}).caption
-    both = FIGURES["gradient_rank"].build({"a": noted, "b": plain.assign_attrs(notes={})}).caption
-    assert "a: 10 sequences are few." in both
-
-
-def test_a_missing_error_has_its_reason(whole):
-    data = whole["plain"].copy()
-    lone = data["dong_residual_stderr"].where(False).assign_attrs(undefined_because="one sequence")
-    data["dong_residual_stderr"] = lone
-    (line,) = measured(figure := FIGURES["dong_residual"].build({"a": data}))
-    assert line.lower is None
-    assert "No standard error: one sequence." in figure.caption
 
 
 def test_latex_can_set_every_sign_of_a_figure(whole):

@@ -6,7 +6,7 @@ import pytest
 from depthscope.app.dashboard.components.microscope import View, _token_panels
 from depthscope.app.drawing.plotly import LARGEST_SIDE
 from depthscope.app.figures.build.bins import Bins, reduce_blocks
-from depthscope.app.figures.build.matrix_pictures import picture_figure
+from depthscope.app.figures.build.matrix_figure import picture_figure
 
 
 @pytest.mark.parametrize(("by", "of"), [("mean", np.nanmean), ("largest", np.nanmax)])
@@ -50,11 +50,6 @@ class _Tokens:
 
     def quoted(self, sequence):
         return [f"“{text}”" for text in self.texts(sequence)]
-
-
-def _norms(drawn) -> np.ndarray:
-    """What a heat map of plotly shows: of a logarithmic one the numbers are custom data."""
-    return np.asarray(drawn.z if drawn.customdata is None else drawn.customdata)
 
 
 @pytest.mark.parametrize("measure", ["norm", "distance"])

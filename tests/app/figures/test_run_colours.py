@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 import xarray as xr
@@ -14,11 +13,9 @@ from depthscope.app.drawing.matplotlib import curves, to_matplotlib
 from depthscope.app.drawing.plotly import to_plotly
 from depthscope.app.figures import FIGURES, Line, Lines, Selection
 from depthscope.app.figures.composed import compose
-from depthscope.app.figures.palette import MARK_EDGE, RUN_COLOUR, RUN_COLOURS, SHAPES, colour_numbers, look_of
+from depthscope.app.figures.palette import MARK_EDGE, RUN_COLOUR, RUN_COLOURS, colour_numbers
 from depthscope.app.paper.contents import draw_all
 from depthscope.app.readings.readings import read_runs
-from depthscope.app.tables.differences import difference_figure
-from depthscope.diagnostics.analysis.differences import Difference
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +31,6 @@ def colours_of(readings):
     return {
         line.get_label(): to_hex(line.get_color()).upper() for line in axes.lines if line.get_label() in names
     }
-
-
-def test_the_palette_is_that_of_a_paper():
-    assert list(RUN_COLOURS) == [to_hex(colour).upper() for colour in mpl.color_sequences["petroff10"]]
-
-
-def test_looks_repeat_after_a_hundred_runs_and_shapes_after_ten():
-    looks = [look_of(number) for number in range(10 * len(RUN_COLOURS))]
-    assert len({(look.colour, look.shape) for look in looks}) == len(looks)
-    assert [look.shape for look in looks[: len(SHAPES)]] == list(SHAPES)
 
 
 def test_a_run_has_the_colour_of_its_name_whatever_is_shown_with_it(readings):
@@ -109,14 +96,3 @@ def test_many_lines_have_marks_on_the_screen_and_the_legend_has_them_too():
     assert len({(trace.line.color, trace.line.dash) for trace in drawn}) == len(lines)
     legend = {trace.name: trace.marker.symbol for trace in traces if trace.showlegend is not False}
     assert [legend[f"run{number}"] for number in range(2)] == ["circle", "square"]
-
-
-def test_a_difference_has_the_colour_of_its_run():
-    values = xr.DataArray(np.arange(3.0), dims="depth")
-    pairs = [
-        Difference("effective_rank", "hc", other, values, values, values, "paired")
-        for other in ("mhc", "residual")
-    ]
-    figure = difference_figure(pairs, "Effective rank", {"hc": 0, "mhc": 1, "residual": 2})
-    colours = {trace.name: trace.line.color for trace in to_plotly(figure).data if trace.name}
-    assert (colours["mhc − hc"], colours["residual − hc"]) == RUN_COLOURS[1:3]

@@ -133,19 +133,6 @@ def test_a_folder_with_files_is_refused_and_untouched(runs, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.usefixtures("few_figures")
-def test_an_earlier_export_is_replaced_with_force_alone(runs, tmp_path):
-    one = {"plain": runs["plain"]}
-    out = write_bundle(one, tmp_path / "paper")
-    (out / "main.tex").write_text("edited by hand")
-    with pytest.raises(ValueError, match="--force"):
-        write_bundle(one, out)
-    assert (out / "main.tex").read_text() == "edited by hand"
-    write_bundle(one, out, force=True)
-    assert "Signal propagation" in (out / "main.tex").read_text()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["paper"]
-
-
 @pytest.mark.parametrize("manifest", ['{"files": {}}', '{"made_by": "another export", "files": {}}'])
 def test_a_manifest_of_another_program_makes_no_folder_ours(runs, tmp_path, manifest):
     (tmp_path / "manifest.json").write_text(manifest)

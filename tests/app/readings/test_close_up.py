@@ -49,11 +49,6 @@ def test_a_map_has_the_number_of_every_token(close_up, trace):
                     assert np.isnan(found) if not mask[sequence, token] else found == pytest.approx(value)
 
 
-def test_an_unknown_measure_names_the_known_ones(close_up):
-    with pytest.raises(ValueError, match="norm, distance, last"):
-        close_up.token_map("colour", 0)
-
-
 def test_the_largest_tokens_and_entries_of_a_depth(close_up, trace):
     x = trace["residual"].values.astype(np.float64).mean(axis=3)[2]
     real = real_tokens(trace)
@@ -101,12 +96,6 @@ def test_the_matrices_of_a_connection_and_of_the_worst_token(close_up, trace):
         assert abs(np.linalg.det(tokens[-1].h_res - value * np.eye(4))) < 1e-9
 
 
-def test_a_product_has_the_later_connection_on_the_left(close_up, trace):
-    h = trace["h_res"].values.astype(np.float64)
-    products = [h[4][place] @ h[3][place] @ h[2][place] for place in real_tokens(trace)]
-    np.testing.assert_allclose(close_up.composite(2, 4)[0].h_res, sum(products) / len(products), atol=1e-6)
-
-
 def test_of_a_run_that_is_too_large_the_first_sequences_are_read(mhc_run, tmp_path, monkeypatch):
     save_run(mhc_run, tmp_path / "a.zarr.zip")
     monkeypatch.setattr(reading, "MOST_BYTES", 1)
@@ -130,13 +119,3 @@ def test_a_group_that_a_run_lacks_is_said_in_every_format(suffix, mhc_run, tmp_p
     save_run(mhc_run, tmp_path / f"a{suffix}")
     with pytest.raises(AbsentError, match="it has no group metrics"):
         schema.open_group(tmp_path / f"a{suffix}", "metrics")
-
-
-def test_a_run_without_states_has_none(mhc_run, tmp_path):
-    trace = mhc_run["trace"].to_dataset().drop_vars(["residual", "gradient"], errors="ignore")
-    with pytest.raises(FileNotFoundError, match=r"missing\.zarr.zip"):
-        schema.open_group(tmp_path / "missing.zarr.zip", "trace")
-    run = schema.create_run(metrics=trace[["mask"]].assign(x=("depth", np.zeros(3))), attrs={})
-    save_run(run, tmp_path / "m.zarr.zip")
-    with pytest.raises(AbsentError, match="no group trace"):
-        read_close_up(tmp_path / "m.zarr.zip")

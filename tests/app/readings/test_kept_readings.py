@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from depthscope.app.readings import kept_readings as keeping
-from depthscope.app.readings.file_version import FileVersion
 from depthscope.app.readings.kept_readings import keep, kept_readings, kept_summaries, summary_of
+from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import list_runs, open_run, save_run
 
@@ -19,14 +19,20 @@ def cache_home(tmp_path, monkeypatch):
     return home
 
 
-@pytest.fixture(params=["a.zarr.zip", "a.zarr"])
-def saved(request, tmp_path, mhc_run, cache_home):
-    path = tmp_path / "runs" / request.param
+@pytest.fixture(scope="module", params=["a.zarr.zip", "a.zarr"])
+def read_once(request, tmp_path_factory, mhc_run):
+    path = save_run(mhc_run, tmp_path_factory.mktemp("runs") / request.param)
+    with open_run(path) as run:
+        return path, read_runs({"a": run})
+
+
+@pytest.fixture
+def saved(read_once, tmp_path, cache_home):
+    """A run of its own for each test, and the readings of it."""
+    source, readings = read_once
+    path = tmp_path / "runs" / source.name
     path.parent.mkdir()
-    save_run(mhc_run, path)
-    run = open_run(path)
-    readings = read_runs({"a": run})
-    run.close()
+    (shutil.copytree if source.is_dir() else shutil.copy)(source, path)
     return path, readings
 
 

@@ -7,7 +7,7 @@ import torch
 
 from depthscope import probes
 from depthscope.app.readings.readings import read_runs
-from depthscope.app.readings.stored_metrics import renewed
+from depthscope.app.readings.run_arrays import renewed
 from depthscope.diagnostics import analyze, schema
 from tests.models.small_models import llama
 

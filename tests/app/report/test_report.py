@@ -191,6 +191,7 @@ def test_a_note_below_other_findings_is_folded(page):
     assert {severity for folded, severity in cards if folded} == {"info"}
 
 
+@pytest.mark.usefixtures("few_figures")
 def test_a_report_does_not_say_where_its_runs_are(make_run, tmp_path):
     folder = tmp_path / "a private folder"
     folder.mkdir()

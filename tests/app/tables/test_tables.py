@@ -15,9 +15,8 @@ from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables import tables
 from depthscope.app.tables.comparison import comparison_table, differences, summary_table
 from depthscope.app.tables.findings import findings_table, findings_text
-from depthscope.app.tables.formats import to_csv, to_latex
-from depthscope.app.tables.tables import depth_table, evenly, mixing_table, slug, spoken
-from depthscope.app.text.latex import tex
+from depthscope.app.tables.formats import to_latex
+from depthscope.app.tables.tables import depth_table, mixing_table, slug
 from depthscope.app.text.numbers import number, quantity
 from depthscope.app.text.venues import VENUES
 from depthscope.diagnostics import CATALOGUE, Finding, Severity
@@ -150,36 +149,12 @@ def test_latex_is_escaped_cited_and_ruled(readings):
     assert to_latex(findings_table([found]), cites).count(r"\citep{dong2021attention}") == 1
 
 
-@pytest.mark.parametrize(
-    ("plain", "said"),
-    [
-        ("50 % of a_b #1", r"50 \% of a\_b \#1"),
-        (r"a\b^c~d", r"a\textbackslash{}b\textasciicircum{}c\textasciitilde{}d"),
-        ("3.2e-7", r"$3.2\times10^{-7}$"),
-        ("−1 ≤ σ₁", r"$-$1 $\le$ $\sigma$$_1$"),
-        ("version1e5", "version1e5"),
-    ],
-)
-def test_tex_of_text(plain, said):
-    assert tex(plain) == said
-
-
-def test_csv(readings):
-    first = to_csv(summary_table(readings)).splitlines()[0]
-    assert first.startswith("run,model,family,streams,layers,num_tokens,tokens_per_sequence")
-
-
 def test_findings_in_plain_words():
     text = findings_text([FINDING, replace(FINDING, severity=Severity.WARN, axis="run", first=-1, last=-1)])
     assert text.startswith("FAIL  The tokens of a sequence become equal.\n      Where    depth 5–7\n")
     assert "\n      Next     Check the skips." in text
     assert "\n\nWARN  The tokens of a sequence become equal.\n      Where    whole run\n" in text
     assert findings_text([]).startswith("Nothing found")
-
-
-def test_undefined_threshold_prints_a_dash(readings):
-    found = replace(readings[0], findings=(replace(FINDING, threshold=math.nan),))
-    assert findings_table([found]).printed["threshold"][0] == "–"
 
 
 def test_a_value_and_a_threshold_that_differ_are_printed_as_different(readings):
@@ -196,12 +171,6 @@ def test_slugs_are_safe_and_differ():
     assert all(
         set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.-") and name[0] != "." for name in names
     )
-
-
-def test_rows_are_even():
-    assert evenly(3, 5) == [0, 1, 2]
-    assert evenly(101, 3) == [0, 50, 100]
-    assert spoken("adjacent_cka") == "adjacent CKA"
 
 
 def test_few_runs_are_columns_and_of_many_a_page_has_the_first(readings):
@@ -241,14 +210,6 @@ def test_each_column_says_its_tokens_and_bold_is_only_what_was_tested(readings):
         assert f"n = {pooled:g} tokens" in of_all
         assert "within each sequence" in of_each
         assert f"n = {within:g} tokens per sequence" in of_each
-
-
-def _marked(first, second, **changed):
-    """The tables of two runs of which the second is the best by far, with one thing about it changed."""
-    analysis = second.analysis.assign(effective_rank=second.analysis["effective_rank"] * 100)
-    analysis = analysis.assign(changed.pop("numbers", {}))
-    other = replace(second, analysis=analysis, attrs={**second.attrs, **changed})
-    return [table([first, other]) for table in (summary_table, comparison_table)]
 
 
 def test_findings_are_listed_by_severity_over_all_runs(readings):

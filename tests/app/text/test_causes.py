@@ -2,8 +2,7 @@
 
 import pytest
 
-from depthscope.app.text.cards import card_of, cards_text
-from depthscope.app.text.causes import cause_lines
+from depthscope.app.text.cards import card_of, cards_text, cause_lines
 from depthscope.diagnostics import Finding, Severity
 
 

@@ -14,8 +14,6 @@ from array_api_compat.numpy import linalg
 from depthscope import diagnostics
 from depthscope.diagnostics import kernels, schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.metrics.declaration import metric
-from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 
 
 def count_calls(monkeypatch, module, names):
@@ -132,12 +130,6 @@ def test_a_run_is_not_written_to(make_run):
     xr.testing.assert_identical(run, before)
 
 
-def test_a_choice_of_variant_computes_no_other(residual_run, monkeypatch):
-    spectra = count_calls(monkeypatch, kernels.rank, ["singular_values"])
-    diagnostics.effective_rank(residual_run.trace.residual, scope="data", center=True)
-    assert spectra["singular_values"] == 1  # small states of all depths at once
-
-
 def test_composites_are_shared(hc_run, monkeypatch):
     mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites"])
     diagnostics.analyze(
@@ -149,11 +141,6 @@ def test_composites_are_shared(hc_run, monkeypatch):
 def test_an_unknown_metric_is_refused_with_the_closest(residual_run):
     with pytest.raises(ValueError, match="no metric 'efective_rank'; closest: 'effective_rank'"):
         diagnostics.analyze(residual_run, metrics=["efective_rank"])
-
-
-def test_one_name_is_one_metric(residual_run):
-    one = diagnostics.analyze(residual_run, metrics="residual_norm")
-    xr.testing.assert_identical(one, diagnostics.analyze(residual_run, metrics=["residual_norm"]))
 
 
 @pytest.mark.parametrize("metrics", [[None], [3], 3])
@@ -266,32 +253,6 @@ def test_a_run_without_a_token_says_so(make_run):
     assert [finding.verdict for finding in diagnostics.judge(found)] == ["nothing_measured"]
 
 
-def test_quantities_are_computed_once_and_reasons_kept(residual_run):
-    source = Quantities(residual_run["trace"].to_dataset())
-    assert source["residual_states"] is source["residual_states"]
-    assert source.computed == {"residual_states"}
-    for _ in range(2):
-        with pytest.raises(Unavailable, match="needs more than one stream"):
-            source["h_post"]
-    with pytest.raises(LookupError, match="no quantity 'nonsense'"):
-        source["nonsense"]
-
-
-def test_a_metric_is_one_function(residual_run):
-    @metric(
-        symbol="m", dims="depth stream", cite="roy2007effective", basis="feature", null=0.0, estimator="mean"
-    )
-    def mean_activation(residual_states):
-        """Mean activation."""
-        return residual_states.over_depth(lambda views: views[:, residual_states.mask].mean((1, 2)))
-
-    found = mean_activation(residual_run.trace.residual)
-    np.testing.assert_allclose(
-        found, residual_run.trace.residual.mean(("sample", "token", "feature")), atol=1e-6
-    )
-    assert found.attrs["long_name"] == "Mean activation"
-
-
 def test_an_analysis_writes_itself_and_is_judged_when_it_comes_back(mhc_run, tmp_path):
     found = diagnostics.analyze(mhc_run)
     with warnings.catch_warnings(action="ignore"):  # zarr's own, of text
@@ -303,17 +264,3 @@ def test_an_analysis_writes_itself_and_is_judged_when_it_comes_back(mhc_run, tmp
         assert [each.sentence for each in diagnostics.judge(back)] == [
             each.sentence for each in diagnostics.judge(found)
         ]
-
-
-def test_an_analysis_of_several_chains_writes_itself(make_run, tmp_path):
-    chain = make_run("residual", layers=2)["trace"].to_dataset()
-    run = schema.create_run({"encoder": chain, "decoder": chain}, attrs=make_run("residual", layers=2).attrs)
-    with warnings.catch_warnings(action="ignore"):  # zarr's own, of text
-        diagnostics.analyze(run).to_zarr(tmp_path / "a.zarr")
-    with xr.open_datatree(tmp_path / "a.zarr", engine="zarr") as back:
-        assert set(back.children) == {"encoder", "decoder"}
-
-
-def test_metrics_may_come_by_position(mhc_run):
-    by_name = diagnostics.analyze(mhc_run, metrics=["effective_rank"])
-    assert by_name.identical(diagnostics.analyze(mhc_run, ["effective_rank"]))

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import scipy.stats
 import xarray as xr
 
 from depthscope import diagnostics
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.jackknife import jackknife, resampled
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.quantities.over_sequences import fold
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
 
@@ -124,13 +122,6 @@ def test_one_sequence_has_no_error_and_says_why(make_run):
     assert "one sequence" in alone.attrs["notes"]["standard errors"]
 
 
-def test_progress_counts_the_sequences_left_out(make_run):
-    told = []
-    run = make_run("residual", layers=1, samples=3)
-    diagnostics.analyze(run, metrics=["cka"], jackknife=True, progress=lambda *now: told.append(now))
-    assert told == [("cka", 0, 4), *(("jackknife", done, 4) for done in (1, 2, 3)), ("", 4, 4)]
-
-
 def test_only_pooled_tokens_are_measured_again(make_run, monkeypatch):
     run = make_run("residual", layers=1, samples=3)
     calls = []
@@ -145,28 +136,3 @@ def test_only_pooled_tokens_are_measured_again(make_run, monkeypatch):
     assert calls == [
         (2, n, 32) for n in (28, 28, 32) for _ in range(2)
     ]  # both depths at once; raw and centred
-
-
-SEQUENCES, TOKENS, REPLICATIONS = 12, 10, 200
-VARIANCES = np.array([4.0, 2.0, 1.0, 0.5])
-
-
-def population(rng):
-    """Tokens whose sequences share a part, as text does: (replication, sample, token, feature)."""
-    shared = rng.standard_normal((REPLICATIONS, SEQUENCES, 1, len(VARIANCES)))
-    own = rng.standard_normal((REPLICATIONS, SEQUENCES, TOKENS, len(VARIANCES)))
-    return (0.6 * shared + 0.8 * own) * np.sqrt(VARIANCES)
-
-
-def held(values, errors, truth):
-    """How often the 95 % interval of Student's t holds the truth."""
-    return np.mean(abs(values - truth) < scipy.stats.t.ppf(0.975, SEQUENCES - 1) * errors)
-
-
-def test_an_error_that_takes_tokens_for_independent_would_hold_it_too_seldom():
-    states = population(np.random.default_rng(2))
-    means = states.mean((1, 2))[:, 0]
-    of_tokens = states[..., 0].std((1, 2), ddof=1) / (SEQUENCES * TOKENS) ** 0.5
-    of_sequences = fold(xr.DataArray(states[..., 0].mean(2), dims=("depth", "sequence")))[1]
-    assert held(means, of_tokens, 0.0) < 0.75
-    assert 0.85 <= held(means, of_sequences, 0.0) <= 0.99

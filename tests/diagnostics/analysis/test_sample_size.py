@@ -79,17 +79,3 @@ def test_errors_from_few_sequences_are_noted(run_of, samples, words):
     said = notes(run_of(samples, 10, 8, 2), "dong_residual", jackknife=True)
     assert words in said.get("standard errors", "")
     assert bool(said) == bool(words)
-
-
-def test_how_well_an_error_is_known_is_what_simulation_gives():
-    samples = np.random.default_rng(0).standard_normal((20000, 9))
-    errors = samples.std(1, ddof=1)
-    assert errors.std() / errors.mean() == pytest.approx(1 / (2 * 8) ** 0.5, rel=0.03)
-
-
-def test_notes_survive_the_disk(run_of, tmp_path):
-    run = run_of(3, 10, 8, 8)
-    run["metrics"] = diagnostics.analyze(run, metrics=["gradient_rank"])
-    with schema.open_run(schema.save_run(run, tmp_path / "run.zarr.zip")) as back:
-        stored = schema.chain_dataset(back, "metrics")
-        assert "3 sequences" in stored.attrs["notes"]["gradient_rank"]

@@ -37,11 +37,9 @@ def difficult(family, **sizes):
     return run
 
 
-@pytest.mark.parametrize("family", ["residual", "mhc"])
-def test_every_metric_in_parts_is_the_metric_of_the_whole(family, tmp_path):
-    run = difficult(family, layers=5 if family == "residual" else 2)
+def test_every_metric_in_parts_is_the_metric_of_the_whole(tmp_path):
+    run = difficult("mhc", layers=2)
     expected = analyze(run, metrics=list(CATALOGUE))
-    require_equal(analyze(run, metrics=list(CATALOGUE), scheduler="threads"), expected, exact=False)
     path = save_run(run, tmp_path / "run.zarr")
     require_equal(analyze(path, metrics=list(CATALOGUE), scheduler="threads"), expected, exact=False)
     parts = {scheduled.part_of(CATALOGUE[name]) for name in expected.data_vars if name in CATALOGUE}

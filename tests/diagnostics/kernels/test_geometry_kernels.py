@@ -19,10 +19,6 @@ def cosine(a, b):
     return a @ b / np.sqrt(a @ a) / np.sqrt(b @ b)
 
 
-def angle(a, b):
-    return np.arccos(np.clip(cosine(a, b), -1, 1))
-
-
 @pytest.fixture
 def x(rng):
     return rng.normal(size=(2, 9, 5)) + 0.4

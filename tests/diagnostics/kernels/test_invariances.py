@@ -7,12 +7,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from depthscope.diagnostics.kernels import geometry, rank, similarity
-from tests.diagnostics.kernels.measures import MEASURES, ONE, UNIT_FREE, measured
+from depthscope.diagnostics.kernels import rank
+from tests.diagnostics.kernels.measures import MEASURES, UNIT_FREE, measured
 
 SEEDS = st.integers(0, 2**32 - 1)
 SHAPES = st.tuples(st.integers(14, 40), st.integers(2, 6))
-RANKS = [name for name in ONE if name not in ("singular_values", "token_cosine")]
 SHAPES_OF_POINTS = (
     *("linear_cka", "unbiased linear_cka", "procrustes"),
     *("cka_matrix", "unbiased cka_matrix"),
@@ -40,21 +39,6 @@ def test_rotation_scale_and_offset_do_not_matter(name, seed, shape, scale):
     rng, x, y = sides(seed, shape)
     turned = scale * (x @ rotation(rng, shape[1]) + 10.0 * rng.normal(size=shape[1]))
     np.testing.assert_allclose(measured(name, turned, y), measured(name, x, y), rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("offset", [1e4, 1e6])
-@pytest.mark.parametrize("unbiased", [False, True])
-@given(seed=SEEDS, shape=st.tuples(st.integers(5, 60), st.integers(1, 80)))
-@quick
-def test_cka_does_not_see_an_offset(unbiased, offset, seed, shape):
-    """The numbers are those of float32, in which peers give 1.45, 0 and NaN."""
-    rng, x, y = sides(seed, shape)
-    far = [(side + offset * rng.normal(size=shape[1])).astype(np.float32) for side in (x, y)]
-    near = [side.astype(float) - side.astype(float).mean(axis=0) for side in far]
-    due = similarity.linear_cka(*near, unbiased=unbiased)
-    assert similarity.linear_cka(*far, unbiased=unbiased) == pytest.approx(due, abs=1e-6, nan_ok=True)
-    table = similarity.cka_matrix(np.stack(far), unbiased=unbiased)
-    assert table[0, 1] == pytest.approx(due, abs=1e-6, nan_ok=True)
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -96,18 +80,3 @@ def test_the_chain_of_ranks(seed, n, d, tilt, center):
         )
     ]
     assert all(larger >= smaller * (1 - 1e-11) for larger, smaller in pairwise(chain))
-
-
-@given(seed=SEEDS, shape=SHAPES)
-@quick
-def test_what_must_change_changes(seed, shape):
-    """A stretched axis lowers the ranks, a common part raises cosines."""
-    _, x, _ = sides(seed, shape)
-    x = x - x.mean(axis=0)
-    stretched = x * np.r_[100.0, np.ones(shape[1] - 1)]
-    for name in ("effective_rank", "entropy_rank", "participation_ratio", "stable_rank"):
-        assert getattr(rank, name)(stretched) < getattr(rank, name)(
-            x @ np.linalg.inv(np.linalg.cholesky(x.T @ x)).T
-        )
-    assert geometry.token_cosine(x + 20.0) > geometry.token_cosine(x)
-    assert rank.dong_residual(x + 20.0) < rank.dong_residual(x)

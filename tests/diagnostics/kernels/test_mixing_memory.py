@@ -8,8 +8,6 @@ from itertools import permutations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from depthscope.diagnostics.kernels import mixing
 
@@ -51,10 +49,10 @@ def arrays(result) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_matrices_in_any_order_in_memory_are_read_and_left_alone(name):
-    for n in (2, 3, 4, 5):
-        # More than are rotated at once, and one connection, of which a part is the whole memory.
+    for n in (2, 4):
+        # One connection too, of which a part is the whole memory.
         for count in (1, 2):
-            given = mixing.sinkhorn(np.random.default_rng(n).standard_normal((count, 300, n, n)), steps=20)
+            given = mixing.sinkhorn(np.random.default_rng(n).standard_normal((count, 30, n, n)), steps=20)
             expected = arrays(KERNELS[name](given.copy()))
             for order in ORDERS:
                 values = in_order(given, order)
@@ -62,22 +60,3 @@ def test_matrices_in_any_order_in_memory_are_read_and_left_alone(name):
                 np.testing.assert_array_equal(values, given)
                 for one, other in zip(arrays(found), expected, strict=True):
                     np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-7)
-
-
-BATCH = 7  # as no other axis is long
-
-
-@pytest.mark.parametrize("name", KERNELS)
-@settings(max_examples=4, deadline=None)
-@given(powers=st.lists(st.integers(-120, 120), min_size=BATCH, max_size=BATCH), n=st.integers(2, 5))
-def test_a_matrix_of_a_batch_has_the_value_that_it_has_alone(name, powers, n):
-    """Whatever the sizes of the others are."""
-    logits = np.random.default_rng(n).standard_normal((3, BATCH, n, n))
-    matrices = mixing.sinkhorn(logits) * 10.0 ** np.array(powers)[:, None, None]
-    together = arrays(KERNELS[name](matrices))
-    for at in range(BATCH):
-        alone = arrays(KERNELS[name](matrices[:, at : at + 1]))
-        for many, one in zip(together, alone, strict=True):
-            if BATCH in many.shape:
-                axis = many.shape.index(BATCH)
-                np.testing.assert_allclose(many.take(at, axis), one.take(0, axis), rtol=1e-9, atol=1e-300)

@@ -1,41 +1,12 @@
 """Products over depth against exact fractions, mpmath and the laws that they must keep."""
 
 import math
-from fractions import Fraction
 
 import mpmath
 import numpy as np
 import pytest
 
 from depthscope.diagnostics.kernels import mixing
-
-
-def exact_products(h):
-    """P_{a→b} in fractions, by pair."""
-    found = {}
-    for a in range(len(h)):
-        product = None
-        for b in range(a, len(h)):
-            layer = [[Fraction(float(x)) for x in row] for row in h[b]]
-            product = layer if product is None else times(layer, product)
-            found[a, b] = product
-    return found
-
-
-def times(left, right):
-    return [
-        [sum(x * y for x, y in zip(row, col, strict=True)) for col in zip(*right, strict=True)]
-        for row in left
-    ]
-
-
-def test_composites_by_fractions(array, rng):
-    h = rng.normal(size=(5, 3, 3))
-    exact = exact_products(h)
-    prefix, suffix = mixing.prefix_composites(array(h)), mixing.suffix_composites(array(h))
-    for k in range(5):
-        np.testing.assert_allclose(prefix[k], np.array(exact[0, k], dtype=float), rtol=1e-12, atol=1e-14)
-        np.testing.assert_allclose(suffix[k], np.array(exact[k, 4], dtype=float), rtol=1e-12, atol=1e-14)
 
 
 def test_row_stochastic_matrices_keep_a_forward_gain_of_one_at_any_depth(array, rng):

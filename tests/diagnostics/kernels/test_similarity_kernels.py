@@ -127,14 +127,6 @@ def test_unbiased_hsic_by_sums_over_distinct_indices(array, rng):
         assert float(similarity.hsic1(array(x @ x.T), array(y @ y.T))) == pytest.approx(expected, rel=1e-9)
 
 
-def test_unbiased_cka_is_zero_on_average_and_negative_at_times(rng):
-    got = similarity.linear_cka(rng.normal(size=(300, 12, 20)), rng.normal(size=(300, 12, 20)), unbiased=True)
-    got = got[np.isfinite(got)]
-    assert abs(got.mean()) < 0.05
-    assert (got < 0).mean() > 0.2
-    assert np.isnan(similarity.linear_cka(np.eye(3), np.eye(3), unbiased=True))
-
-
 @pytest.mark.parametrize(("n", "dx", "dy"), [(100, 1000, 1000), (60, 20, 90)])
 def test_null_of_biased_cka(rng, n, dx, dy):
     got = similarity.linear_cka(rng.normal(size=(6, n, dx)), rng.normal(size=(6, n, dy))).mean()
@@ -160,15 +152,6 @@ def test_cka_matrix_is_exact_at_any_offset(array, rng, n, d, offset, unbiased):
     got = np.asarray(similarity.cka_matrix(array(single, "float32"), unbiased=unbiased))
     np.testing.assert_allclose(got, exact_matrix(single, unbiased), atol=1e-6)
     assert got.dtype == np.float64
-
-
-def test_uncentred_float32_grams_would_fail(rng):
-    x = (walk(rng, 2, 40, 64) + 1e4 * rng.normal(size=64)).astype(np.float32)
-    k = [m @ m.T for m in x]
-    k = [g - g.mean(0) - g.mean(1)[:, None] + g.mean() for g in k]
-    naive = (k[0] * k[1]).sum() / np.sqrt((k[0] ** 2).sum() * (k[1] ** 2).sum())
-    assert abs(naive - exact_matrix(x, False)[0, 1]) > 1e-3
-    assert abs(similarity.cka_matrix(x)[0, 1] - exact_matrix(x, False)[0, 1]) < 1e-6
 
 
 def test_both_costs_give_the_same_matrix_and_blocks_do_not_matter(monkeypatch, rng):
@@ -210,16 +193,6 @@ def test_batches_that_are_not_of_the_same_layers_are_refused(array, rng):
 
 
 # Canonical correlations and shapes
-
-
-def test_procrustes_is_a_metric_and_sharp_near_zero(rng):
-    x, y, z = rng.normal(size=(3, 20, 4))
-    d = similarity.procrustes
-    assert float(d(x, y, squared=True)) == pytest.approx(2 - 2 * np.cos(float(d(x, y))), rel=1e-9)
-    assert d(x, z) <= d(x, y) + d(y, z) + 1e-12
-    assert float(d(x, y)) == pytest.approx(float(d(y, x)), rel=1e-12)
-    moved = x + 1e-10 * y
-    assert 1e-11 < float(d(x, moved)) < 1e-9
 
 
 @pytest.mark.parametrize("shape", [(9, 4), (4, 9)])

@@ -2,9 +2,10 @@
 
 import numpy as np
 
-from depthscope.app.readings.readings import COMPLETE, read_runs
+from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import analyze, judge, schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope.diagnostics.schema import COMPLETE
 
 
 def stored_by_an_earlier_version(run):

@@ -16,7 +16,7 @@ import zarr
 from google_crc32c import value as crc32c
 
 from depthscope.diagnostics import CATALOGUE, analyze, schema
-from depthscope.diagnostics.schema import limits, zarr_stores
+from depthscope.diagnostics.schema import validation, zarr_stores
 
 SMALL = {"layers": 2, "samples": 2, "tokens": 4, "features": 8}
 
@@ -269,4 +269,4 @@ def test_a_run_above_the_limit_is_refused(run, tmp_path, suffix):
 
 
 def test_the_default_limit_follows_the_bytes_on_disk():
-    assert limits.Limit.of(10**9, None).max_bytes == (256 << 20) + 32 * 10**9
+    assert validation.Limit.of(10**9, None).max_bytes == (256 << 20) + 32 * 10**9

@@ -7,8 +7,7 @@ import xarray as xr
 from depthscope import diagnostics
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables.findings import cards_of
-from depthscope.app.text.cards import ABOUT_THE_READING, card_of, cards_text
-from depthscope.app.text.causes import place_of
+from depthscope.app.text.cards import ABOUT_THE_READING, card_of, cards_text, place_of
 from depthscope.diagnostics import Finding, Severity, schema
 from depthscope.diagnostics.verdicts import VERDICTS, Findings, Limits, Profile, Verdict
 from depthscope.diagnostics.verdicts.causes import worst_depth

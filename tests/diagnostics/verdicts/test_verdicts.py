@@ -8,7 +8,7 @@ import xarray as xr
 
 from depthscope import diagnostics
 from depthscope.app.text.bibliography import bibliography, entries
-from depthscope.app.text.explanations import explanation
+from depthscope.app.text.cards import explanation
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.experiments import with_lens

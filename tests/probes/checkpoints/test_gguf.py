@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from depthscope.diagnostics.atomic_writes import cache_folder
 from depthscope.probes.checkpoints import gguf
 from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
@@ -145,17 +144,6 @@ def test_a_cache_of_another_user_is_ignored(tiny, cache, caplog, monkeypatch):
     assert load_checkpoint(str(file)).model is model
     assert len(conversions) == 2
     assert "is owned by another user" in caplog.text
-
-
-def test_dtype_is_cast_after_the_copy(tiny):
-    file, _, _ = tiny
-    load_checkpoint(str(file))
-    assert load_checkpoint(str(file), dtype="bfloat16").model.dtype == torch.bfloat16
-
-
-def test_relative_cache_home_is_ignored(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "here")
-    assert cache_folder() == Path.home() / ".cache" / "depthscope"
 
 
 def test_file_that_is_no_gguf(tmp_path, cache):

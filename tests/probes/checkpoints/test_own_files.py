@@ -11,8 +11,6 @@ import pytest
 from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.checkpoints.own_files import (
     JSON_LIMIT,
-    check_folder,
-    given_path,
     own_file,
     read_json,
     require_file,
@@ -55,11 +53,6 @@ def test_only_regular_files_are_opened(make, kind, tmp_path):
         require_file(tmp_path / "x")
 
 
-@pytest.mark.parametrize("name", ["own.bin", "sub/own.bin", "./own.bin", "missing.bin"])
-def test_files_of_the_folder_are_its_own(folder, name):
-    assert own_file(folder, name) == folder / name
-
-
 @pytest.mark.parametrize(
     "name",
     [
@@ -93,18 +86,6 @@ def test_links_to_outside_are_refused(folder, target):
         own_file(folder, "way/outside.bin")
 
 
-def test_links_within_the_folder_are_its_own(folder):
-    (folder / "link.bin").symlink_to("sub/own.bin")
-    assert own_file(folder, "link.bin").is_file()
-
-
-def test_a_circle_of_links_is_refused(folder):
-    (folder / "a.bin").symlink_to("b.bin")
-    (folder / "b.bin").symlink_to("a.bin")
-    with pytest.raises(CheckpointError, match=r"cannot be (followed|read)"):
-        check_folder(folder)
-
-
 @pytest.fixture
 def hub_snapshot(tmp_path) -> Path:
     """A file as the cache of the Hugging Face hub keeps it: a link of the snapshot to a blob of the repository."""
@@ -118,11 +99,6 @@ def hub_snapshot(tmp_path) -> Path:
     return snapshot
 
 
-def test_the_hub_cache_is_one_checkpoint(hub_snapshot):
-    check_folder(hub_snapshot)
-    assert read_json(own_file(hub_snapshot, "config.json"), "configuration") == {}
-
-
 def test_of_the_hub_cache_only_the_blobs_of_the_same_repository(hub_snapshot):
     other = hub_snapshot.parents[2] / "models--org--secret" / "blobs"
     other.mkdir(parents=True)
@@ -132,16 +108,6 @@ def test_of_the_hub_cache_only_the_blobs_of_the_same_repository(hub_snapshot):
     for name in "ab":
         with pytest.raises(CheckpointError, match="leads out"):
             own_file(hub_snapshot, name)
-
-
-@pytest.mark.parametrize("name", ["config.json", "vocab.model", "additional_chat_templates/x.jinja"])
-@pytest.mark.parametrize("make", [pipe, device, listening])
-def test_no_file_of_a_folder_may_block(folder, name, make):
-    check_folder(folder)
-    (folder / name).parent.mkdir(exist_ok=True)
-    make(folder / name)
-    with pytest.raises(CheckpointError, match=r"a named pipe|a socket|leads out"):
-        check_folder(folder)
 
 
 @pytest.mark.parametrize(
@@ -168,8 +134,3 @@ def test_json_beyond_the_limit_is_not_read(tmp_path):
         file.truncate(JSON_LIMIT + 1)  # sparse: takes no disk
     with pytest.raises(CheckpointError, match="64 at most"):
         read_json(tmp_path / "x.json", "index")
-
-
-def test_a_home_that_there_is_not():
-    with pytest.raises(CheckpointError, match="names no home folder"):
-        given_path("~nobody-of-this-name/x")

@@ -58,16 +58,6 @@ def test_windows_are_real_parts_of_the_text_and_do_not_overlap():
     assert batch["attention_mask"].all()
 
 
-def test_seed_chooses():
-    text = sample_text()
-    first, again, other = (
-        encode_text(loaded(Reader()), text, sequences=3, length=16, seed=seed)["input_ids"]
-        for seed in (0, 0, 1)
-    )
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-
-
 def test_short_text_is_padded_and_masked():
     batch = encode_text(loaded(Reader(), Letters()), "abcdefg", sequences=4, length=4)
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4], [5, 6, 7, 0]]

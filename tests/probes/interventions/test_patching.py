@@ -93,102 +93,16 @@ def constrained():
     return built(next(family for family in STREAMS if family.name == "mHCv2"))
 
 
-class Coefficients:
-    """What the connections of a model on hyper-connections' mHCv2 compute in one forward, by hooks on their own functions."""
-
-    def __init__(self, model, batch):
-        self.read, self.mix, self.write, self.states = [], [], [], []
-        connections = [m for m in model.modules() if hasattr(m, "width_connection")]
-        with contextlib.ExitStack() as stack:
-            for module in connections:
-                stack.enter_context(self._watched(module))
-            with torch.no_grad():
-                model(batch)
-        self.modules = connections
-
-    @contextlib.contextmanager
-    def _watched(self, module):
-        constrain, add, width = (
-            module.residual_mix_constraint_fn,
-            module.depth_connection,
-            module.width_connection,
-        )
-
-        def mixed(logits):
-            self.mix.append(constrain(logits))
-            return self.mix[-1]
-
-        def written(output, residuals, *, beta):
-            self.write.append(beta)
-            return add(output, residuals, beta=beta)
-
-        def entered(residuals):
-            self.states.append(residuals)
-            self.read.append(reads(module, residuals))
-            return width(residuals)
-
-        module.residual_mix_constraint_fn = mixed
-        module.depth_connection, module.width_connection = written, entered
-        try:
-            yield
-        finally:
-            module.residual_mix_constraint_fn = constrain
-            del module.depth_connection, module.width_connection
-
-
-def reads(module, residuals):
-    """σ(norm(x) W s + b): H_pre (B, T, N) of a connection with one input and no fractions."""
-    dynamic = module.norm(residuals) @ module.dynamic_alpha_fn[0, :, :1] * module.pre_branch_scale
-    return torch.sigmoid(dynamic + module.static_alpha[:, :1]).squeeze(-1)
-
-
-@contextlib.contextmanager
-def by_hand(site, module, number, clean, token, stream):
-    """One coefficient of the clean forward in a connection, at a token, and at one stream or at all."""
-    of = slice(None) if stream < 0 else slice(stream, stream + 1)
-    if site == "h_res":
-        constrain = module.residual_mix_constraint_fn
-
-        def mixed(logits):
-            matrix = constrain(logits).clone()
-            # The package's matrix is source by destination: a stream that is written is one of its columns.
-            matrix[..., token, :, of] = clean.mix[number][..., token, :, of]
-            return matrix
-
-        module.residual_mix_constraint_fn = mixed
-        yield
-        module.residual_mix_constraint_fn = constrain
-    elif site == "h_post":
-        add = module.depth_connection
-
-        def written(output, residuals, *, beta):
-            beta = beta.clone()
-            beta[:, token, of] = clean.write[number][:, token, of]
-            return add(output, residuals, beta=beta)
-
-        module.depth_connection = written
-        yield
-        del module.depth_connection
-    else:
-        width = module.width_connection
-
-        def entered(residuals):
-            _, mixed, rest = width(residuals)
-            weights = reads(module, residuals).clone()
-            weights[:, token, of] = clean.read[number][:, token, of]
-            return torch.einsum("btn,btnd->btd", weights, residuals), mixed, rest
-
-        module.width_connection = entered
-        yield
-        del module.width_connection
-
-
 def test_streams_of_mhc_are_those_of_hooks_bit_for_bit():
     model = constrained()
     clean, corrupted = pair(length=5, at=4)
-    states = Coefficients(model, clean).states
+    states: list[torch.Tensor] = []
+    connections = [module for module in model.modules() if hasattr(module, "width_connection")]
+    watched = [(module, True, lambda module, args: states.append(args[0])) for module in connections]
+    with torch.no_grad(), hooked(watched):
+        model(clean)
     found = patch(model, clean, corrupted, depths=2, tokens=4, answer=ANSWER, against=AGAINST)
-    (module,) = [m for m in model.modules() if hasattr(m, "width_connection")][2:3]
+    module = connections[2]
     for at, stream in enumerate(found.stream.values.tolist()):
         of = slice(None) if stream < 0 else stream
 

@@ -2,49 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import FrozenInstanceError
-
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from depthscope import probes
-from depthscope.probes.session.model_call import call_observed
-from depthscope.probes.session.options import Options
-from depthscope.probes.session.session import Session
-
-
-def found(model: nn.Module, batch: object, **options: object) -> Session:
-    session = Session(model, Options(**options))
-    session.attach()
-    try:
-        with torch.no_grad():
-            call_observed(session, batch)
-        session.raise_first_error()
-    finally:
-        session.detach()
-    return session
-
-
-def test_the_structure_is_unknown_before_the_first_forward_and_frozen_after_it(models, ids):
-    model = models["deepseek"]()
-    with pytest.raises(probes.CaptureError, match="unknown before its first forward; call the model"):
-        _ = Session(model, Options()).structure
-    structure = found(model, ids).structure
-    assert structure.family == "mhc", "the operations of its forward are those of Sinkhorn's iteration"
-    assert structure.num_streams == 4
-    assert len(structure.connections) == 6
-    assert [(state.chain, state.depth) for state in structure.captured] == [
-        (0, depth) for depth in range(7)
-    ] + [(0, -1)]
-    with pytest.raises(FrozenInstanceError):
-        structure.chains = ()
-
-
-def test_two_forwards_show_one_structure(models, ids):
-    model = models["llama"]()
-    assert found(model, ids).structure == found(model, ids.flip(0)).structure
 
 
 @pytest.mark.parametrize("name", ["llama", "deepseek", "lucidrains"])

@@ -312,18 +312,15 @@ def test_nothing_of_a_forward_outlives_the_block(ids, probe, ending):
             for _ in range(2):
                 model(ids.clone()).square().mean().backward()
                 recorder.step()
-            if ending != "success":
-                output = model(ids.clone(), fail=ValueError("mine") if ending == "forward" else False)
-                Explosive.apply(output, ValueError).sum().backward()
+            output = model(ids.clone(), fail=ValueError("mine") if ending == "forward" else False)
+            Explosive.apply(output, ValueError).sum().backward()
 
     for module in model.modules():
         module.register_forward_hook(follow)
     before = tensors()
     recorder = probes.record(model, **probe)
-    expected = nullcontext() if ending == "success" else pytest.raises(ValueError, match="mine")
-    with expected:
+    with pytest.raises(ValueError, match="mine"):
         loop(recorder)
-    del expected  # it holds the traceback, and with it the loop's own tensors
     gc.collect()
     assert len(alive) > 50
     assert [ref() for ref in alive if ref() is not None] == []
@@ -332,38 +329,3 @@ def test_nothing_of_a_forward_outlives_the_block(ids, probe, ending):
     model.zero_grad()
     del recorder
     assert tensors() <= before, "fewer where another test's tensors went meanwhile"
-
-
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable.:FutureWarning")
-@pytest.mark.parametrize(("name", "reentrant"), [("llama", False), ("deepseek", True)])
-def test_checkpointing_gives_the_same_states_and_gradients(models, text_batch, reentrant, name):
-    runs = []
-    for checkpointed in (False, True):
-        model = models[name]().train()
-        if checkpointed:
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        with probes.record(model, gradients=True) as recorder:
-            for _ in range(2):
-                model(**text_batch, use_cache=False).loss.backward()
-                recorder.step()
-        assert recorder.errors == []
-        runs.append(recorder.run)
-    plain, checkpointed = runs
-    for name in ("residual", "gradient"):
-        np.testing.assert_array_equal(plain.trace[name].values, checkpointed.trace[name].values, err_msg=name)
-    np.testing.assert_array_equal(
-        plain.statistics.gradient_square_norm_sum.values,
-        checkpointed.statistics.gradient_square_norm_sum.values,
-    )
-
-
-def test_autocast_does_not_reach_the_statistics(models, text_batch):
-    model = models["llama"]()
-    with torch.autocast("cpu", dtype=torch.bfloat16), probes.record(model) as recorder:
-        model(**text_batch)
-        recorder.step()
-    run = recorder.run
-    x = run.trace.residual.values[..., 0, :].astype(np.float64)
-    mask = run.trace.mask.values
-    expected = (np.square(x).sum(-1) * mask).sum((1, 2))
-    np.testing.assert_allclose(run.statistics.square_norm_sum.values[0, :, 0], expected, rtol=1e-6)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import depthscope as ds
-from tests.models.logit_models import PROJECTIONS, LogitModel, ids, loss, rounds
+from tests.models.logit_models import LogitModel, ids, loss
 from tests.probes.interventions import local_streams
 
 CONNECTIONS = 3
@@ -154,20 +154,6 @@ def test_the_training_is_the_same_and_no_graph_stays():
             assert not any(each() is not None for each in graphs)
 
 
-def test_two_backwards_through_one_forward_have_no_sum_of_squares():
-    model = LogitModel()
-    with ds.record(model, gradients=True) as recorder:
-        for seed in range(2):
-            batch = ids(seed=seed)
-            output = model(batch)
-            loss(output, batch).backward(retain_graph=True)
-            output.square().mean().backward()
-            recorder.step()
-    statistics = recorder.run.statistics
-    assert statistics["logit_range_sum"][1].notnull().all()
-    assert statistics["logit_gradient_square_sum"][1].isnull().all()
-
-
 def why(run):
     table = run["coverage"].to_dataset().to_dataframe()
     return set(table[table["site"] == "mixing_logits"]["why"])
@@ -223,13 +209,6 @@ def test_free_matrices_and_mixtures_of_permutations_have_no_logits():
     assert "" not in reasons(model)
 
 
-def test_an_exponential_before_the_logits_is_not_taken_for_them(monkeypatch):
-    """The logits are scaled by an exponential of the same shape: what that one takes gives no H_res by scaling."""
-    monkeypatch.setitem(PROJECTIONS, "scaled", lambda z: rounds((z * torch.exp(0.3 * z.roll(1, -1))).exp()))
-    (reason,) = reasons(LogitModel("scaled", layers=2))
-    assert "no tensor whose exponential" in reason
-
-
 def test_saturated_logits_let_hardly_any_gradient_through():
     """Off-diagonal logits of −8: what reaches the logits is about e^−8 of what reaches H_res."""
     model = LogitModel()
@@ -247,16 +226,3 @@ def test_saturated_logits_let_hardly_any_gradient_through():
         found = [each for each in ds.judge(analysis) if each.verdict == "saturated_logits"]
         assert len(found) == expected
         assert all((each.severity.name, each.value) == ("INFO", float(share.max())) for each in found)
-
-
-def test_gradients_are_those_of_the_loss_whatever_a_scaler_multiplies_it_by():
-    model, scaler = LogitModel(), torch.amp.GradScaler("cpu", init_scale=1024.0)
-    with ds.record(model, gradients=True, scaler=scaler) as recorder:
-        for step in range(2):
-            batch = ids(seed=step)
-            scaler.scale(loss(model(batch), batch)).backward()
-            recorder.step()
-    scaled = sums(model)["logits"] / 1024.0**2
-    np.testing.assert_allclose(
-        recorder.run.statistics["logit_gradient_square_sum"][1], scaled, rtol=1e-4, atol=1e-12
-    )

@@ -23,14 +23,12 @@ class ListOfStreams(nn.Module):
         "first and scaled": lambda x, scale: [x, *(x * scale[n] for n in range(1, STREAMS))],
         "cut": lambda x, scale: list((x[:, :, None] * scale[:, None]).unbind(2)),
         "one tensor": lambda x, scale: [x] * STREAMS,
-        "zeros": lambda x, scale: [x] + [torch.zeros_like(x)] * (STREAMS - 1),
     }
 
-    def __init__(self, start: str, *, reads_early: bool = False, takes_first: bool = False):
+    def __init__(self, start: str, *, takes_first: bool = False):
         super().__init__()
         torch.manual_seed(0)
         self.put_in: dict[tuple[int, int], torch.Tensor] = {}  # by depth and stream
-        self.reads_early = reads_early  # the first stream, before the others of its state are made
         self.takes_first = takes_first  # the head takes the first stream alone
         self.start = self.starts[start]
         self.embed = nn.Embedding(30, WIDTH)
@@ -50,7 +48,7 @@ class ListOfStreams(nn.Module):
         return [self.put_in.get((depth, number), stream) for number, stream in enumerate(streams)]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        self.states, early = [], torch.zeros(())
+        self.states = []
         streams = self.replaced(self.start(self.embed(ids), self.scale))
         self.states.append(streams)
         for block, res, pre, post in zip(self.blocks, self.res, self.pre, self.post, strict=True):
@@ -58,13 +56,11 @@ class ListOfStreams(nn.Module):
             before, streams = streams, []
             for row, gain in zip(res, post, strict=True):
                 streams.append(sum(weight * x for weight, x in zip(row, before, strict=True)) + gain * out)
-                if self.reads_early and len(streams) == 1:
-                    early = early + streams[0].square().mean()
             streams = self.replaced(streams)
             self.states.append(streams)
         self.second = streams[1]
         taken = streams[0] if self.takes_first else sum(streams)
-        return self.head(taken) + (early if self.reads_early else 0)
+        return self.head(taken)
 
 
 def loss(output: torch.Tensor, batch: object = None) -> torch.Tensor:

@@ -219,27 +219,3 @@ def test_it_is_refused_by_its_name_and_the_users_call_goes_on(name):
     assert found.shape == expected.shape
     if not (found.is_meta or found.is_nested or isinstance(batch, torch._subclasses.FakeTensor)):
         assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("inference", [False, True])
-def test_a_validation_without_a_graph_costs_no_step_and_counts_in_none(inference):
-    torch.manual_seed(0)
-    rows = []
-    for validates in (False, True):
-        torch.manual_seed(0)
-        model = Model()
-        with probes.record(model, gradients=True, max_sequences=64) as recorder:
-            for _ in range(2):
-                if validates:
-                    with torch.inference_mode() if inference else torch.no_grad():
-                        model(IDS.flip(0))
-                model(IDS).square().mean().backward()
-                if validates:
-                    with torch.no_grad():
-                        model(IDS[:1])
-                recorder.step()
-        assert recorder.errors == []
-        rows.append(recorder.run)
-    for name in ("token_count", "square_norm_sum", "gradient_square_norm_sum"):
-        np.testing.assert_array_equal(rows[0].statistics[name].values, rows[1].statistics[name].values)
-    np.testing.assert_array_equal(rows[0].trace.gradient.values, rows[1].trace.gradient.values)

@@ -17,11 +17,10 @@ import pytest
 import torch
 from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from depthscope import probes
-from depthscope.probes.checkpoints import tensor_inventory
 from depthscope.probes.checkpoints.weight_files import CheckpointError
 from tests.models.stream_models import glm5_next, hy_v4, qwen4_exp
 
@@ -207,39 +206,6 @@ def test_connections_of_no_row_are_named_and_not_read(make, tmp_path):
     assert "not read     static_alpha (8, 10) F32" in str(found)
 
 
-def test_library_model_has_places_gates_and_what_is_assumed(models, tmp_path):
-    model = models["lucidrains"]("mhc")
-    save_file(model.state_dict(), tmp_path / "m.safetensors")
-    found = probes.describe_weights(tmp_path / "m.safetensors")
-    assert [(one.module, one.layer) for one in found.connections[:3]] == [
-        ("layers.0.0", 0),
-        ("layers.0.1", 0),
-        ("layers.1.0", 1),
-    ]
-    assert found.connections[0].branch == "attn"  # by what it wraps: attend
-    first = model.layers[0][0]
-    assert found.connections[0].gates == pytest.approx(
-        {
-            "pre": first.pre_branch_scale.item(),
-            "res": first.residual_scale.item(),
-            "post": first.h_post_scale.item(),
-        }
-    )
-    assert "sinkhorn_iters 20 (assumed: config.json does not tell)" in str(found)
-
-
-def test_sixteen_bit_checkpoints(models, tmp_path):
-    model = trained(models["deepseek"](layers=1)).to(torch.bfloat16)
-    model.save_pretrained(tmp_path)
-    one = probes.describe_weights(tmp_path).connections[0]
-    module = without_dynamics(model.model.layers[0].attn_hc)
-    with torch.no_grad():
-        post, comb, _ = module(streams().bfloat16())
-    assert {parameter.dtype for parameter in one.parameters} == {"BF16"}
-    np.testing.assert_allclose(one.h_res, comb[0, 0].T.float(), atol=3e-6)
-    np.testing.assert_allclose(one.h_post, post[0, 0].float(), atol=1e-2)  # the module rounds it to bfloat16
-
-
 # --- names
 
 
@@ -266,34 +232,7 @@ def test_chains_are_multiplied_apart(tmp_path):
     assert [(one.chain, one.connections) for one in found.composites] == [("layers", 2), ("mtp", 1)]
 
 
-def test_layer_ten_comes_after_layer_two(tmp_path):
-    tensors = {}
-    for layer in range(11):
-        tensors |= {
-            f"layers.{layer}.{branch}_hc.{name}": tensor
-            for branch in ("self_attn", "mlp")
-            for name, tensor in projected(torch.randn(24)).items()
-        }
-    save_file(tensors, tmp_path / "m.safetensors")
-    places = [(one.layer, one.branch) for one in probes.describe_weights(tmp_path).connections]
-    assert places == [(layer, branch) for layer in range(11) for branch in ("attn", "mlp")]
-
-
 # --- only what is needed is read
-
-
-def test_only_parameters_of_connections_are_read(saved, monkeypatch):
-    _, folder = saved("deepseek", shards=True)
-    read = []
-    values = tensor_inventory._finite_values
-    monkeypatch.setattr(
-        tensor_inventory, "_finite_values", lambda tensor: read.append(tensor.name) or values(tensor)
-    )
-    found = probes.describe_weights(folder)
-    described = (*found.connections, *found.heads)
-    assert sorted(read) == sorted(each.name for one in described for each in one.parameters if each.read)
-    assert all(name.endswith(("base", "scale")) for name in read)
-    assert found.num_read == len(read) < found.num_tensors / 4
 
 
 def test_a_large_file_is_read_at_the_places_that_count(tmp_path):
@@ -328,24 +267,6 @@ def shards(saved, tmp_path) -> tuple[Path, dict[str, str], set[str]]:
     return copy, weight_map, {file for name, file in weight_map.items() if "hc_" in name}
 
 
-def test_a_shard_without_connections_may_be_absent(shards):
-    folder, weight_map, needed = shards
-    whole = probes.describe_weights(folder)
-    spare = sorted(set(weight_map.values()) - needed)
-    (folder / spare[0]).unlink()
-    found = probes.describe_weights(folder)
-    assert found.absent_files == (spare[0],)
-    assert found.num_tensors == whole.num_tensors
-    assert f"{found.num_files} files, 1 of them not there" in str(found)
-    for one, same in zip(found.connections, whole.connections, strict=True):
-        np.testing.assert_array_equal(one.h_res, same.h_res)
-
-
-def header_only(file: Path) -> None:
-    raw = file.read_bytes()
-    file.write_bytes(raw[: 8 + int.from_bytes(raw[:8], "little")])
-
-
 def test_an_absent_shard_hides_its_own_connections_alone(shards):
     folder, weight_map, _ = shards
     whole = probes.describe_weights(folder)
@@ -369,13 +290,6 @@ def test_absent_shards_leave_it_open_whether_there_are_connections(shards):
     for name in needed:
         (folder / name).unlink()
     with pytest.raises(CheckpointError, match="may hold connections"):
-        probes.describe_weights(folder)
-
-
-def test_torn_shard_with_a_connection_is_an_error(shards):
-    folder, _, needed = shards
-    header_only(folder / min(needed))
-    with pytest.raises(CheckpointError, match="torn"):
         probes.describe_weights(folder)
 
 
@@ -491,7 +405,7 @@ def test_no_tensor_is_read_from_outside_the_folder(tmp_path, name):
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "x.safetensors"])
+@pytest.mark.parametrize("name", ["config.json", "x.safetensors"])
 def test_pipes_and_devices_are_not_waited_for(tmp_path, make, name):
     (checkpoint(tmp_path, torch.zeros(24)) / name).unlink(missing_ok=True)
     make(tmp_path / name)
@@ -574,30 +488,3 @@ def test_configuration_of_another_model_is_told(tmp_path):
     assert any("config.json gives 8 streams" in words for words in found.warnings)
     assert found.settings["hc_sinkhorn_iters"] == 5
     assert found.assumed == ("hc_eps",)
-
-
-def test_description_is_plain_values(saved):
-    _, folder = saved("deepseek")
-    told = json.loads(json.dumps(probes.describe_weights(folder).as_dict()))
-    one = told["connections"][0]
-    assert len(one["h_res"]) == len(one["h_res"][0]) == N
-    assert set(one["biases"]["pre"]) == {"minimum", "mean", "maximum"}
-    assert one["parameters"][0] == {
-        "name": "model.layers.0.hc_attn_base", "shape": [24], "dtype": "F32", "read": True,
-    }  # fmt: skip
-
-
-def test_weights_of_a_shard_equal_the_tensors_in_it(saved):
-    """The reader against the library's own."""
-    _, folder = saved("deepseek")
-    raw = load_file(folder / "model.safetensors")["model.layers.0.hc_attn_base"]
-    logits = probes.describe_weights(folder).connections[0].logits
-    np.testing.assert_array_equal(logits, raw[2 * N :].reshape(N, N).T.double())
-
-
-def test_a_connection_without_values_is_refused(models, tmp_path):
-    tensors = {name: value.clone() for name, value in models["lucidrains"]("mhc").state_dict().items()}
-    tensors["layers.0.0.residual_scale"] = torch.zeros(0)
-    save_file(tensors, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"'layers\.0\.0\.residual_scale' has no values"):
-        probes.describe_weights(tmp_path / "m.safetensors")

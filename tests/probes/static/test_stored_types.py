@@ -15,9 +15,8 @@ from tests.probes.static.written_files import write_gguf, write_safetensors
 gguf = pytest.importorskip("gguf")
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_sixteen_bits_are_rounded_values_of_the_same(name, tmp_path):
-    case = CASES[name]()
+def test_sixteen_bits_are_rounded_values_of_the_same(tmp_path):
+    case = CASES["deepseek_v4"]()
     rounded = {key: value.to(torch.bfloat16) for key, value in case.tensors.items()}
     full = {key: value.float() for key, value in rounded.items()}
     for part in ("half", "full"):
@@ -147,9 +146,7 @@ SMALL = {
 
 
 @pytest.mark.model
-@pytest.mark.parametrize(
-    "kind", ["llama", "mixtral", "qwen3_moe", "bert", "vit", "dinov2", "mamba", "granite", "gemma3_text"]
-)
+@pytest.mark.parametrize("kind", ["mixtral", "vit", "mamba"])
 def test_a_plain_network_has_no_connection_and_nothing_that_looks_like_one(kind, tmp_path):
     from transformers import AutoConfig, AutoModel
 

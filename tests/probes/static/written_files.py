@@ -23,18 +23,6 @@ def write_safetensors(folder: Path, tensors: Tensors, config: dict[str, Any]) ->
     return folder
 
 
-def write_shards(folder: Path, tensors: Tensors, config: dict[str, Any], count: int = 3) -> Path:
-    """Several files and an index."""
-    names = sorted(tensors)
-    index = {name: f"model-{at % count + 1:05d}-of-{count:05d}.safetensors" for at, name in enumerate(names)}
-    for file in set(index.values()):
-        save_file({name: tensors[name].clone() for name in names if index[name] == file}, folder / file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    if config:
-        (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def write_gguf(
     folder: Path, tensors: Tensors, config: dict[str, Any], settings: dict[str, float], *, quantised: str = ""
 ) -> Path:

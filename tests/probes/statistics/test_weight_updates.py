@@ -110,19 +110,6 @@ def test_a_row_is_the_step_that_ends_with_it(batches):
     assert recorder.run.statistics.weight_layer.values.tolist() == [-1, 0, 0, 1, 1, 2, 2, -1]
 
 
-def test_micro_batches_accumulate_to_the_gradient_of_the_whole(batches):
-    runs = []
-    for parts in (1, 2, 4):
-        model = fresh()
-        with probes.record(model, weights=True) as recorder:
-            for part in batches[0].chunk(parts):
-                (loss_of(model, part) / parts).backward()
-            recorder.step()
-        runs.append(recorder.run.statistics.weight_gradient_square_norm.values)
-    np.testing.assert_allclose(runs[1], runs[0], rtol=1e-5)
-    np.testing.assert_allclose(runs[2], runs[0], rtol=1e-5)
-
-
 def test_a_shared_weight_counts_once_with_the_gradient_of_both_uses(batches):
     model, twin = fresh(tied=True), fresh(tied=True)
     loss_of(twin, batches[0]).backward()
@@ -170,9 +157,6 @@ def test_half_precision_is_added_up_in_full(batches, dtype):
     moved = {name: p.detach().double() - before[name] for name, p in model.named_parameters()}
     assert_equal(recorder.run, "weight_gradient_square_norm", [gradients], rtol=1e-12)
     assert_equal(recorder.run, "weight_update_square_norm", [squares(moved)], rtol=1e-12)
-
-
-# --- what cannot be measured ---
 
 
 class Offloaded(Model):
@@ -248,9 +232,6 @@ def test_an_optimizer_inside_the_backward_takes_its_gradients_along(batches):
     assert_equal(recorder.run, "weight_update_square_norm", [squares(moved)], rtol=1e-5)
 
 
-# --- no memory leaks ---
-
-
 # --- which chain and which block ---
 
 
@@ -279,21 +260,6 @@ def test_every_module_is_in_the_chain_of_its_block_and_the_others_in_the_first()
     assert layers == set(found["decoder"]["weight_layer"].values.tolist()) == {0, 1, 2}
     total = sum(float(group["weight_count"].sum()) for group in found.values())
     assert total == sum(p.numel() for p in model.parameters())
-
-
-@pytest.mark.parametrize(
-    ("build", "blocks"),
-    [
-        (lambda models: models["deepseek"](), "model.layers."),
-        (lambda models: models["lucidrains"]("mhc"), "layers."),
-        (lambda models: models["lucidrains"]("hc", closure=True), "layers."),
-    ],
-)
-def test_modules_of_a_stream_block_have_its_number(models, ids, build, blocks):
-    (found,) = recorded_chains(build(models), ids).values()
-    for path, layer in zip(found["weight"].values, found["weight_layer"].values, strict=True):
-        expected = int(path.removeprefix(blocks).split(".")[0]) if path.startswith(blocks) else -1
-        assert layer == expected, path
 
 
 # --- a scaled loss ---

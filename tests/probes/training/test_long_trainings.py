@@ -12,8 +12,6 @@ import torch
 from torch import nn
 
 import depthscope as ds
-from depthscope.probes.statistics.row_sums import RowSums
-from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.training.notices import ProbeWarning
 from tests.models.plain_stack import Block
 from tests.models.small_models import Feedforward
@@ -81,33 +79,6 @@ def test_a_further_step_takes_little_more_than_its_numbers(metrics):
 
 def statistics_of(recorder):
     return recorder.run["statistics"].to_dataset()
-
-
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_row_has_what_the_sums_have(apart):
-    sums = TokenSums()
-    for depth in (0, 2, 3):
-        sums.add_state(depth, noise(2, 5, 2, 6, seed=depth), None)
-        sums.add_gradient(depth, noise(2, 5, 2, 6, seed=9 + depth), None)
-    sums.latest["connection_parameter"] = {0: torch.tensor([0.1, -3.0]), 1: torch.tensor([2.5, 7.0])}
-    if apart:  # as of a stage with another number of streams
-        sums.add_state(4, noise(2, 5, 1, 6, seed=4), None)
-    compact = sums.compact()
-    row = RowSums(compact)
-    for table in (compact.sums, compact.maxima, compact.latest):
-        for name, parts in table.items():
-            assert list(row.keys(name)) == list(parts)
-            own = [key for key in parts if parts[key].shape == parts[next(iter(parts))].shape]
-            for keys in (own, own[1:], own[::-1]):
-                one, other = compact.array(name, keys), row.array(name, keys)
-                assert (one is None) == (other is None) == (not keys)
-                if one is not None and other is not None:
-                    np.testing.assert_array_equal(one, other)
-                    assert one.dtype == other.dtype
-    missing = row.array("norm_sum", [0, 1])
-    assert np.isnan(missing[1]).all()
-    assert not np.isnan(missing[0]).any()
-    assert row.array("norm_sum", [7]) is None is row.array("nothing", [0])
 
 
 def trained_gan(recorded: bool) -> tuple[list[torch.Tensor], list[ds.Recorder]]:

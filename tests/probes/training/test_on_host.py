@@ -7,7 +7,7 @@ import torch
 
 from depthscope import probes
 from depthscope.probes.training.live import live as live_module
-from depthscope.probes.training.live import on_host as module
+from depthscope.probes.training.live import row as module
 from tests.models.logit_models import LogitModel, ids, loss
 
 
