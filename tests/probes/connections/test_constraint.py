@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from depthscope import probes
-from depthscope.probes.connections.constraint import measured_constraint, measured_family
+from depthscope.probes.connections.proof import measured_constraint, measured_family
 from tests.models.verdict_models import (
     IDENTITY,
     UNIFORM,
