@@ -117,12 +117,12 @@ def _print_findings(readings: Sequence[Reading]) -> None:
         }
         for title, line in lines.items():
             if line:
-                say(f"  {title} {printable(line)}")
+                say(f"  {title}: {printable(line)}")
         # How many verdicts were judged, and why most of the others were not: what was not judged has not passed.
         found = standings(reading)
         reasons = not_judged(found)
         why = f" (not judged: {printable(next(iter(reasons)))})" if reasons else ""
-        say(f"  verdicts {counts_words(found.values())}{why}")
+        say(f"  verdicts: {counts_words(found.values())}{why}")
         say()
         say(cards_text(cards_of(reading), width=columns(), shown=encodable) or NOTHING)
         say()

@@ -199,8 +199,8 @@ class StreamMemory:
 
         Examples
         --------
-        >>> StreamMemory(width=1000, streams=4, sublayers=60, element_bytes=2).sentence()[:38]
-        'memory traffic 11.3 × a plain residual'
+        >>> StreamMemory(width=1000, streams=4, sublayers=60, element_bytes=2).sentence()[:31]
+        'traffic 11.3 × a plain residual'
         """
         facts = self.as_dict()
         kept, recomputed = facts["kept_bytes"], facts["recomputed_kept_bytes"]
@@ -212,7 +212,7 @@ class StreamMemory:
             else ""
         )
         return (
-            f"memory traffic {facts['traffic_ratio']:.3g} × a plain residual ({facts['fused_traffic_ratio']:.3g} × fused); "
+            f"traffic {facts['traffic_ratio']:.3g} × a plain residual ({facts['fused_traffic_ratio']:.3g} × fused); "
             f"saved for the backward: {self.streams} ×, {bytes_text(kept)} per token{again}"
         )
 

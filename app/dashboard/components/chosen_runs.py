@@ -136,15 +136,22 @@ def _wait(waiting: Mapping[str, Path]) -> None:
     names = ", ".join(f"**{escaped(name)}**" for name in waiting)
     st.info(
         f"{names}: {run_library.BEFORE_THE_FIRST_STEP} The page looks each second and shows the first one.",
-        icon="⏳",
+        icon="ℹ️",
     )
 
 
 def _looked_at() -> list[str]:
-    """Where no run is chosen: the one whose row was looked at last on the map, else the first one."""
+    """Where no run is chosen: the one whose row was looked at last on the map, else the worst that is known, as on the map."""
     listed = run_library.list_runs()
     name = st.session_state.get(LOOKED_AT)
-    name = name if name in listed else next(iter(listed), None)
+    if name not in listed:
+        found = {name: run_library.summaries_of(name, path) for name, path in listed.items()}
+        known = {
+            name: min(each.badness for each in of)
+            for name, of in found.items()
+            if isinstance(of, list) and of
+        }
+        name = min(known, key=known.__getitem__, default=next(iter(listed), None))
     if name is None:
         return []
     st.caption(f"No run is chosen: this is {escaped(name)}. Others are on the page Home and at the side.")

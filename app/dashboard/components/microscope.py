@@ -212,6 +212,11 @@ class _Drawn:
         panels, flat = [], []
         for name in view.strips:
             panel = _strip(name, reading, close_up)
+            # The last row of a training may lack what the run has elsewhere.
+            if isinstance(panel.figure, Lines) and not any(
+                of.role == "measured" and np.isfinite(of.y).any() for of in panel.figure.lines
+            ):
+                continue
             level = level_of(panel.figure)
             if level is None:
                 panels.append(panel)

@@ -105,7 +105,7 @@ def _show(chosen: ChosenRuns) -> None:
         if len(readings) < 2:
             st.info(
                 "One run is chosen. Choose a second one at the side: their differences are tested here.",
-                icon="👈",
+                icon="ℹ️",
             )
         else:
             _show_differences(readings, kind, view, by, colours)
