@@ -249,15 +249,12 @@ def _require_proof(evidence: Evidence, limit: float) -> None:
 
 # Up to which error a sum counts as 1, by the precision in which the model computes: some roundings of its last digit.
 # Connections compute their weights in float32 where the states are float64.
-TOLERANCE = {
+SUM_TOLERANCE = {
     torch.float64: 1e-5,
     torch.float32: 1e-5,
     torch.float16: 3e-3,
     torch.bfloat16: 2e-2,
 }
-
-MEASURED = frozenset({"hc", "mhc", "streams"})
-"""Names of families that are told apart by measurement alone."""
 
 NOTHING_MIXES = "identity: nothing mixes"
 """The constraint of connections that have no matrix."""
@@ -281,7 +278,9 @@ def measured_constraint(
     finite = together[together.isfinite().all(-1).all(-1)]
     if not len(finite):
         return None
-    return named_constraint(finite.numpy(), tolerance=TOLERANCE.get(precision, TOLERANCE[torch.float32]))
+    return named_constraint(
+        finite.numpy(), tolerance=SUM_TOLERANCE.get(precision, SUM_TOLERANCE[torch.float32])
+    )
 
 
 def constraint_of(evidence: Evidence) -> Constraint | None:

@@ -262,10 +262,6 @@ def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:
         )
 
 
-# Different numbers of a matrix, which are all rounded by no chance; an error of a sum that float32 never leaves.
-MANY, HALF_PRECISION = 4, 5e-4
-
-
 # --- what the matrix is
 
 

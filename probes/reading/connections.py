@@ -86,7 +86,7 @@ class Held:
         targets: Sequence[TracedValue],
         sources: Sequence[Sequence[TracedValue]],
     ):
-        self._states, self._replays, self._sources = states, replays, sources
+        self._states, self._replays = states, replays
         self._streams = [states.num_streams(values) for values in sources]
         units: Table = {}
         for at, (values, streams) in enumerate(zip(sources, self._streams, strict=True)):
