@@ -100,7 +100,10 @@ def memories(graph: Graph) -> list[Memory]:
         taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
-        if not any(_is_within(graph, root, memory) for memory, _ in taken):
+        if not any(
+            memory.holds(root) or (graph.depends(root, memory.root) and graph.depends(memory.end, root))
+            for memory, _ in taken
+        ):
             _take(graph, taken, _with_shares([_larger(_of_root(graph, root))], everything))
     return [memory for memory, _ in taken]
 
@@ -140,10 +143,6 @@ def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
             continue  # no chain: as a bias of attention, to which the scores of each block are added apart
         if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
             taken.append((other.memory, branches))
-
-
-def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:
-    return memory.holds(root) or (graph.depends(root, memory.root) and graph.depends(memory.end, root))
 
 
 def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
@@ -237,7 +236,10 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
             made = (of for of in carried if of.name in LAYERS and of.numel > plain.count)
             roots += [of for of in islice(made, 1) if of not in roots]
         if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
-            roots += [of for of in _norms_after(plain) if of not in roots][:2]
+            normed = (
+                v for read, v in plain.leaves if v.name in NORMS and not v.item and plain.is_whole(read)
+            )
+            roots += [of for of in normed if of not in roots][:2]
     for start in (
         *(start_with_streams(*of) for of in folded_beginnings(graph)),
         *_with_streams(found),
@@ -372,11 +374,6 @@ def _breaks(memory: Memory) -> list[TracedValue]:
         # What makes features of a few channels is taken for a matrix of streams at first.
         or (of.name in MATRICES and not memory.num_writes and read.shape[-1] <= FEW_STREAMS)
     ]  # fmt: skip
-
-
-def _norms_after(memory: Memory) -> list[TracedValue]:
-    """What norms make of a whole memory."""
-    return [of for read, of in memory.leaves if of.name in NORMS and not of.item and memory.is_whole(read)]
 
 
 def _used(memory: Memory) -> set[TracedValue]:

@@ -281,14 +281,13 @@ class _Life:
             way = way[: 1 + usual]
         else:  # without what only puts it into another order, as the next block does
             least = 1 + (_end_of_spread(way) if widen else 0)
-            while len(way) > least and self._only_moves(way[-2], way[-1]):
+            while (
+                len(way) > least
+                and (way[-1].numel, way[-1].dtype) == (way[-2].numel, way[-2].dtype)
+                and only_moves(way[-1])
+            ):
                 way.pop()
         return way[-1], tuple(step.name for step in way[1:])
-
-    @staticmethod
-    def _only_moves(before: TracedValue, step: TracedValue) -> bool:
-        """Whether a step gives the same elements."""
-        return (step.numel, step.dtype) == (before.numel, before.dtype) and only_moves(step)
 
     def _is_passive(self, value: TracedValue, step: TracedValue, widen: bool) -> bool:
         memory = self.memory

@@ -237,7 +237,11 @@ def _end(memory: Memory) -> TracedValue:
     graph = memory.graph
     values = [graph.values[number] for number in memory.carried]
     written = [value for value in values if memory.depth[value.number]]
-    ends = [v for v in written if graph.reaches_output(v) or _is_unused_state(graph, v)]
+    # What a block hands on that weights made which work nowhere else is a state, as the last text state of two streams.
+    ends = [
+        v for v in written
+        if graph.reaches_output(v) or (v.number in graph.handed_on and _has_own_weights(graph, v))
+    ]  # fmt: skip
     ends = ends or [v for v in written if _has_own_weights(graph, v)]
     most = max((memory.depth[value.number] for value in ends), default=0)
     latest = [value for value in ends if memory.depth[value.number] == most]
@@ -249,11 +253,6 @@ def _has_own_weights(graph: Graph, value: TracedValue) -> bool:
     """Whether a value that does not reach the output was made by a parameter that works in nothing that does."""
     made_by = walk([value], lambda of: (p for p in of.parents if not graph.reaches_output(p)))
     return any(of.kind == PARAMETER and not graph.reaches_output(of) for of in made_by)
-
-
-def _is_unused_state(graph: Graph, value: TracedValue) -> bool:
-    """Whether a block hands a value on that weights made which work nowhere else, as the last text state of two streams."""
-    return value.number in graph.handed_on and _has_own_weights(graph, value)
 
 
 def _joining(memory: Memory) -> MayJoin:

@@ -177,8 +177,11 @@ class _Reader:
         if changed:
             found = cuts_of(self.memory, self.branches, self.names.layers, changed)
         self.states = States(self.memory, self.branches)
-        if found.over_depth or self.states.num_streams(found.cuts[-1]) > 1:
-            self._take_own_gates()
+        # Of streams, gates of each feature are parts of the branches: their weights are then one number for each stream.
+        has_streams = found.over_depth or self.states.num_streams(found.cuts[-1]) > 1
+        if has_streams and with_own_gates(self.memory, self.branches, self.states.feature_stride):
+            self._numbers = {branch.source.number: at for at, branch in enumerate(self.branches)}
+            self.states = States(self.memory, self.branches)
         if found.over_depth and (plain := self._before_last_mixture()) is not None:
             read = self._instead(plain)
             path = self.graph.path(self.memory.end) or "the model"
@@ -189,12 +192,6 @@ class _Reader:
             why = f"unproven: {inner} streams are expanded and merged inside each step, and one is handed on"
             return replace(self._described(narrow, [], [0.0], over_depth=False), proof=why)
         return self._read_between(found)
-
-    def _take_own_gates(self) -> None:
-        """Take gates of each feature for parts of the branches, whose weights are then one number for each stream."""
-        if with_own_gates(self.memory, self.branches, self.states.feature_stride):
-            self._numbers = {branch.source.number: number for number, branch in enumerate(self.branches)}
-            self.states = States(self.memory, self.branches)
 
     def _instead(self, other: _Reader) -> MemoryReading:
         """The reading of another memory in the place of this one."""

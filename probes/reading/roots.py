@@ -224,8 +224,10 @@ def with_further_beginnings(memory: Memory) -> Memory:
         same = [n for n in sorted(sums) if memory.graph.values[n].shape == value.shape]
         if len(sums) > 1 and same and _is_beginning(memory, value, until):
             found[number] = memory.carried[same[0]]
-    for number in [n for n in found if not found.keys().isdisjoint(_origins(memory, n))]:
-        del found[number]  # a copy of another one
+    for number in [*found]:
+        origins = {origin.number for origin in _scaled(memory.graph.values[number])} - {number}
+        if not found.keys().isdisjoint(origins):
+            del found[number]  # a copy of another one
     if not found:
         return memory
     return without_forks(memory.graph, replace(memory.start, others=found))
@@ -249,10 +251,6 @@ def _scaled(value: TracedValue) -> Iterator[TracedValue]:
     while value.name in PASSES and (of := [p for p in value.parents if p.is_floating]):
         value = max(of, key=lambda parent: parent.numel)
         yield value
-
-
-def _origins(memory: Memory, number: int) -> set[int]:
-    return {origin.number for origin in _scaled(memory.graph.values[number])} - {number}
 
 
 def _is_beginning(memory: Memory, value: TracedValue, until: int) -> bool:

@@ -264,10 +264,7 @@ def _norms_of(after: Memory) -> list[int]:
     for number in sorted(after.carried):
         value = after.graph.values[number]
         inside = after.inside(value)
-        if after.depth[number] == 0 and (_is_norm(after, value) or any(p.number in found for p in inside)):
+        is_norm = after.passes_function(value) and (value.name in NORMS or value.name not in FUNCTIONS)
+        if after.depth[number] == 0 and (is_norm or any(p.number in found for p in inside)):
             found.add(number)
     return sorted(found)
-
-
-def _is_norm(memory: Memory, value: TracedValue) -> bool:
-    return memory.passes_function(value) and (value.name in NORMS or value.name not in FUNCTIONS)
