@@ -240,14 +240,18 @@ class StructureFinder:
                 names = ", ".join(self._choices)
                 raise ChainError(f"chain={wanted!r} names no residual memory of the model, which has {names}")
             return [[self._choices[wanted]]]
-        first = next(filter(self._fits, self.memories), self.memories[0])
-        if self.options.layout is not None and not any(map(self._fits, self.memories)):
+        fitting = [memory for memory in self.memories if self._has_axes(memory)]
+        if not fitting:
             shapes = {name: self.graph.values[memory.end].shape for name, memory in self._choices.items()}
             raise LayoutError(
                 f"layout={self.options.layout!r} has the axes of no residual stream that was found; found are states of the "
                 f"shapes {', '.join(f'{shape} in {name}' for name, shape in shapes.items())}. Leave layout= out, or name axes "
                 "of these"
             )
+        layout, streams = self.options.layout or "", self.options.streams
+        # Where layout= names streams, nothing in the model has to show them.
+        asserted = "N" in layout or streams is None
+        first = next((of for of in fitting if asserted or of.num_streams == streams), fitting[0])
         if not first.is_plain or first is not self.memories[0]:
             return [[first]]
         plain = [memory for memory in self.memories if memory.is_plain]
@@ -270,14 +274,11 @@ class StructureFinder:
             ),
         ]
 
-    def _fits(self, memory: MemoryReading) -> bool:
-        """Whether the states of a memory have the axes that layout= names, and the streams of streams=."""
-        layout, streams, values = self.options.layout, self.options.streams, memory.states[-1].values
-        if layout is None:
-            return streams in (None, memory.num_streams)
+    def _has_axes(self, memory: MemoryReading) -> bool:
+        """Whether the states of a memory have as many axes as layout= names, where it does."""
+        layout, values = self.options.layout, memory.states[-1].values
         axes = len(self.graph.values[values[-1]].shape)
-        has_axes = len(parse_layout(layout)) - axes in (0, len(values) > 1)
-        return has_axes and ("N" in layout or streams in (None, memory.num_streams))
+        return layout is None or len(parse_layout(layout)) - axes in (0, len(values) > 1)
 
     def _further_state_left_out(self, stages: Sequence[MemoryReading], why: str) -> LeftOut:
         """What is said of a further state that cannot be read."""

@@ -157,6 +157,11 @@ def test_overrides_choose_the_state_next_to_a_residual_of_attention_values(overr
     assert all(any(torch.equal(state, of) for state in states) for of in taken)
 
 
+def test_a_layout_that_no_state_has_is_refused(batch):
+    with pytest.raises(ds.LayoutError, match=r"found are states of the shapes \(2, 7, 16\) in block"):
+        ds.capture(Looped().eval(), batch, layout="B T N D H")
+
+
 class Image(nn.Module):
     """An image through most of the weights, and next to it a few tokens."""
 
