@@ -14,13 +14,12 @@ from torch import nn
 
 from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.experiments import HARMFUL, SETTLED_BY
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.verdicts import VERDICTS, Finding, suspected
+from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity, suspected
 from depthscope.diagnostics.verdicts.age import KNOWS, RESCALED, TASK, age_of, share_of_constant
-from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
-from depthscope.diagnostics.verdicts.consequences import CONSEQUENCES
-from depthscope.diagnostics.verdicts.off_minimum import to_lose
+from depthscope.diagnostics.verdicts.causes import worst_depth
+from depthscope.diagnostics.verdicts.rule import CONSEQUENCES, SUSPECTED
+from depthscope.diagnostics.verdicts.training import to_lose
 from depthscope.probes.interventions.changes import Plan, plan
 from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
@@ -34,7 +33,7 @@ from depthscope.probes.run.build_run import prove
 from depthscope.probes.run.connection_remarks import all_remarks
 from depthscope.probes.session.coefficient_origins import find_origins, follow
 from depthscope.probes.session.forward import own_call
-from depthscope.probes.session.kept_bytes import ZERO_INPUTS, kept_bytes
+from depthscope.probes.session.kept_bytes import FOREIGN_NORMS, kept_bytes
 from depthscope.probes.session.model_call import batches, call_model, copied, graph_of_frozen, with_gradients
 from depthscope.probes.session.options import ModelOptions, Options, Scope, takes_options
 
@@ -107,7 +106,7 @@ def settle(
         of_chain = [
             (finding, analysis)
             for name, finding, analysis in suspicions
-            if name == chain and finding.verdict in SETTLED_BY
+            if name == chain and VERDICTS[finding.verdict].tried_by and _is_open(finding)
         ]
         if of_chain:
             results += _settled(chain, of_chain, model, parts, loss, forwards - FIRST_FORWARDS, options)
@@ -140,7 +139,7 @@ def _examined(run: xr.DataTree, model: nn.Module, batch: Any, options: Mapping[s
         sequences, evidence = prove(session)
     except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
         return {}
-    remarks = all_remarks(session, evidence, [of.index for of in sequences], kept.pop(ZERO_INPUTS, {}))
+    remarks = all_remarks(session, evidence, [of.index for of in sequences], kept.pop(FOREIGN_NORMS, []))
     trace = next(node.to_dataset() for node in run["trace"].subtree if node.data_vars)
     memory = memory_facts(trace, session.observer.dtype, kept)
     return {**({"remarks": remarks} if remarks else {}), **({"memory": memory} if memory else {})}
@@ -263,12 +262,7 @@ def _output_again(model: nn.Module, batch: Any, batch_axis: int) -> torch.Tensor
 @cache
 def _judged_metrics() -> tuple[str, ...]:
     """The metrics that suspicions are read off."""
-    taken = {
-        name
-        for verdict in VERDICTS.values()
-        if verdict.suspicion
-        for name in (*verdict.needs, *verdict.wants)
-    }
+    taken = {name for verdict in VERDICTS.values() for name in (*verdict.needs, *verdict.wants)}
     return tuple(
         name for name, metric in CATALOGUE.items() if metric.default and taken & {name, f"{name}_null"}
     )
@@ -323,7 +317,7 @@ def _settled(
     }
     results = []
     for each in wanted:
-        number = rows.get((each.kind, each.depths[-1] if each.depths else _first_depth(result, each.kind)))
+        number = rows.get((each.kind, (each.depths or (-1,))[-1]))
         why = next(
             (words for words in result.attrs["left_out"] if words.startswith(each.kind)),
             "it could not be made",
@@ -333,10 +327,9 @@ def _settled(
     return results
 
 
-def _first_depth(result: xr.Dataset, kind: str) -> int:
-    return next(
-        (int(d) for k, d in zip(result["kind"].values, result["depth"].values, strict=True) if k == kind), -1
-    )
+def _is_open(finding: Finding) -> bool:
+    """Whether a result would decide how loud a finding is."""
+    return finding.severity > Severity.INFO or finding.settled == SUSPECTED
 
 
 def _place(finding: Finding, chain: str, depths: tuple[int, int]) -> dict[str, Any]:
@@ -346,44 +339,19 @@ def _place(finding: Finding, chain: str, depths: tuple[int, int]) -> dict[str, A
         "stream": finding.stream,
         "first": finding.first,
         "last": finding.last,
-        "kind": SETTLED_BY[finding.verdict],
-        "claim": "harmful" if finding.verdict in HARMFUL else "of no use",
+        "kind": VERDICTS[finding.verdict].tried_by,
         "depths": list(depths),
     }
 
 
 def _plan_of(finding: Finding, analysis: xr.Dataset) -> tuple[Plan, tuple[int, int]]:
     """The experiment that settles a suspicion, and the first and last depth that it changes."""
-    kind = SETTLED_BY[finding.verdict]
-    if kind == "identity":
-        return plan(kind, together=True), (0, analysis.sizes.get("depth", 1) - 1)
-    if kind in ("bypass", "without_attention"):
-        first, last = _steps(finding, analysis)
-        steps = list(range(first, last + 1))
-        if kind == "without_attention":  # between the halves of blocks there is none
-            steps = [depth for depth in steps if not math.isnan(finding.profile[depth])]
-        return plan(kind, depths=steps), (first, last)
-    at = finding.first if kind == "merge_streams" else worst_depth(finding, analysis)
-    at = depths_of(finding, analysis)[0] if at is None else at
+    kind = VERDICTS[finding.verdict].tried_by
+    if kind == "bypass":  # a state of a range that is one has no step before it
+        first, last = finding.first + 1, finding.last
+        return plan(kind, depths=list(range(first, last + 1))), (first, last)
+    at = worst_depth(finding, analysis) or 0
     return plan(kind, depths=at), (at, at)
-
-
-def _steps(finding: Finding, analysis: xr.Dataset) -> tuple[int, int]:
-    """The steps that do nothing, in a row: those about the worst one. A state of a range that is one has no step before it."""
-    if finding.verdict == "same_representation":
-        return finding.first + 1, finding.last
-    profile = np.asarray(finding.profile)
-    beyond = profile > finding.threshold if finding.above else profile < finding.threshold
-    first = last = finding.worst
-    # Positions without a number, as between the halves of blocks, are no step that does something.
-    while first > finding.first and (beyond[first - 1] or math.isnan(profile[first - 1])):
-        first -= 1
-    while last < finding.last and (beyond[last + 1] or math.isnan(profile[last + 1])):
-        last += 1
-    if finding.axis == "connection":
-        written = analysis["depth_out"].values if "depth_out" in analysis.coords else None
-        return (first + 1, last + 1) if written is None else (int(written[first]), int(written[last]))
-    return first, last
 
 
 def _by_sequence(loss: Loss | None) -> Loss | None:

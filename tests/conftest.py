@@ -10,6 +10,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import xarray as xr
@@ -26,11 +27,15 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def _session_folder() -> str:
     """Where tests write and cache, shared by the workers: in memory where there is room. A run has hundreds of small files,
-    which a disk takes twenty times as long to make and to remove.
+    which a disk takes twenty times as long to make and to remove. What ``--basetemp`` names stays.
     """
-    memory = "/dev/shm"
+    memory = Path("/dev/shm")
     has_room = os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 << 30
-    return tempfile.mkdtemp(prefix="depthscope-tests-", dir=memory if has_room else None)
+    for left in memory.glob("depthscope-tests-*-*"):
+        process = left.name.split("-")[2]
+        if process.isdigit() and not Path("/proc", process).exists():  # of a session that was killed
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.mkdtemp(prefix=f"depthscope-tests-{os.getpid()}-", dir=memory if has_room else None)
 
 
 if "PYTEST_XDIST_WORKER" not in os.environ:

@@ -43,8 +43,8 @@ def ablate(
         str,
         typer.Option(
             metavar="A,B",
-            help="skip (blocks); identity, uniform, mean, sinkhorn (in place of H_res); drop-stream, massive, bypass, "
-            "without-attention, merge-tokens, without-mean, merge-streams (states).",
+            help="skip (blocks); identity, uniform, mean, sinkhorn (in place of H_res); drop-stream, bypass, "
+            "merge-tokens (states).",
         ),
     ] = "skip",
     blocks: Annotated[str | None, _places("blocks")] = None,

@@ -268,7 +268,7 @@ def _named(name: str, run: xr.DataTree | xr.Dataset | str | PathLike[str]) -> li
         return read_runs({name: run})
     if isinstance(run, xr.Dataset):
         attrs = shown_attributes(dict(run.attrs))
-        return [judged(name, attrs, run, chain="", path="", results={}, is_alone=False)]
+        return [judged(name, attrs, run, chain="", path="", results={})]
     return [
         replace(reading, name=f"{name}/{reading.chain}" if reading.chain else name)
         for reading in read_paths([fspath(run)])[0]

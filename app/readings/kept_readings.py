@@ -140,7 +140,6 @@ def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
                 results=results_beside(
                     path, *(document["attrs"].get(of) for of in ("weights_digest", "data_digest"))
                 ),
-                is_alone=len(documents) == 1,
                 num_steps=int(document["num_steps"]),
             )
 

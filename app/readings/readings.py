@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import xarray as xr
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import CATALOGUE, Finding, analyze, judge, schema
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.experiments import results_beside, with_lens
+from depthscope.diagnostics.experiments import results_beside
 from depthscope.diagnostics.metrics.declaration import AXES
 from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import DIMS, FACTS, with_facts
@@ -100,8 +99,6 @@ def read_runs(
             chain=chain,
             path=str((paths or {}).get(name, "")),
             results=results.get(name, {}),
-            # A lens reads one chain of several, and does not say which.
-            is_alone=len(analyses[name]) == 1,
             num_steps=_num_steps(run, chain),
         )
         for name, run in runs.items()
@@ -117,15 +114,13 @@ def judged(
     chain: str,
     path: str,
     results: Mapping[str, xr.Dataset],
-    is_alone: bool,
     num_steps: int = 1,
 ) -> Reading:
     """A reading of an analysis: the verdicts are asked here.
 
     ``name, attrs, analysis, chain, path, results, num_steps``: see `Reading`.
-    ``is_alone``: whether the run has no other chain: the result of a lens is evidence then.
     """
-    found = judge(_with_evidence(analysis, results if is_alone else {}), passed=True)
+    found = judge(analysis, passed=True)
     return Reading(
         name,
         attrs,
@@ -142,14 +137,6 @@ def judged(
 def _num_steps(run: xr.DataTree, chain: str) -> int:
     statistics = schema.chain_dataset(run, "statistics", chain)
     return 1 if statistics is None else statistics.sizes.get("step", 1)
-
-
-def _with_evidence(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> xr.Dataset:
-    if "lens" in results:
-        # A lens of another chain, or a file that only looks like one, is no evidence; the run is judged without it.
-        with suppress(ValueError, KeyError):
-            return with_lens(analysis, results["lens"])
-    return analysis
 
 
 def shown_attributes(value: Any) -> Any:

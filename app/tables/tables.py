@@ -173,8 +173,8 @@ def spoken(name: str) -> str:
 
     Examples
     --------
-    >>> spoken("adjacent_cka"), spoken("dong_residual"), spoken("few_tokens_for_cka")
-    ('adjacent CKA', 'Dong residual', 'few tokens for CKA')
+    >>> spoken("adjacent_cka"), spoken("dong_residual"), spoken("rank_collapse")
+    ('adjacent CKA', 'Dong residual', 'rank collapse')
     """
     if name in CATALOGUE:
         return CATALOGUE[name].label

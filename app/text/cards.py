@@ -109,6 +109,8 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
     known = VERDICTS.get(finding.verdict)
     # A verdict of somebody else has no declaration here; its name is all that is known.
     title = known.title if known else f"{finding.verdict.replace('_', ' ').capitalize()}."
+    if finding.settled == "not settled":
+        title = f"Suspected: {title[0].lower()}{title[1:]}"
     return Card(
         finding=finding,
         title=title,
@@ -232,6 +234,7 @@ def _of_verdict(verdict: Verdict) -> str:
         "",
         f"Judges the {verdict.judged} ({source_words(verdict.limits.source)}).",
     ]
+    lines.append(f"Rests on {verdict.kind.value}.")
     if verdict.advice:
         lines.append(f"What to try: {verdict.advice}")
     if verdict.not_for:

@@ -78,7 +78,7 @@ def _metric(metric: Metric) -> str:
 
 def _verdict(verdict: Verdict) -> str:
     facts = {
-        "Judges": verdict.judges.name,
+        "Judges": f"{verdict.judges.name}; {verdict.kind.value}",
         "Formula": verdict.judges.formula,
         "Range": verdict.judges.range,
         "Limits": verdict.limits.words,

@@ -20,7 +20,6 @@ OF_LOSSES = {
     "loss": {"long_name": "Loss", "units": "1", "symbol": r"\mathcal{L}"},
     "loss_not_finite": {"long_name": "Losses that are not finite", "units": "1"},
     "loss_rise": {"long_name": "Rise of the loss above its lowest, over the loss at the start", "units": "1"},
-    "loss_spike": {"long_name": "Largest rise of the loss so far, over the loss at the start", "units": "1"},
     "unmoved_steps": {"long_name": "Measured steps so far, where no weight has moved in them", "units": "1"},
 }
 OF_WEIGHTS = ("weight_square_norm", "weight_gradient_square_norm")
@@ -66,7 +65,6 @@ def sums_of(curve: str) -> tuple[str, ...]:
     """The sums that a curve is computed from, of its own step alone, except for drifts, which are from the first step on."""
     others = {
         DRIFT: ("connection_parameter",),
-        "loss_spike": ("loss_rise",),
         "unmoved_steps": OF_WEIGHTS,
     }
     return _sums_of(CATALOGUE[curve].function) if curve in CATALOGUE else others.get(curve, (curve,))
@@ -112,11 +110,6 @@ def _with_stream_labels(statistics: xr.Dataset) -> xr.Dataset:
 def losses(statistics: xr.Dataset) -> dict[str, xr.DataArray]:
     """What is known of the loss and of all weights, by step; no metrics of the catalogue, since they have no place."""
     known = {name: statistics[name] for name in OF_LOSSES if name in statistics}
-    if "loss_rise" in known:
-        rises = known["loss_rise"]
-        known["loss_spike"] = rises.copy(
-            data=np.fmax.accumulate(rises.values, axis=rises.get_axis_num("step"))
-        )
     if set(OF_WEIGHTS) <= statistics.keys():
         known["unmoved_steps"] = _unmoved_steps(*(statistics[name] for name in OF_WEIGHTS))
     return {name: value.assign_attrs(OF_LOSSES[name]) for name, value in known.items()}

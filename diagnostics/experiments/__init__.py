@@ -18,15 +18,14 @@ from depthscope.diagnostics.experiments.results import (
     save_result,
     table,
     table_rows,
-    with_lens,
 )
-from depthscope.diagnostics.experiments.settling import HARMFUL, SETTLED_BY, consequence_words, experiment_for
+from depthscope.diagnostics.experiments.settling import CHANGED, SETTLED_BY, consequence_words, experiment_for
 from depthscope.diagnostics.experiments.variables import CELLS, EFFECTS, LENS, PATCHES, declared
 
 __all__ = [
     "CELLS",
+    "CHANGED",
     "EFFECTS",
-    "HARMFUL",
     "KINDS",
     "LENS",
     "PATCHES",
@@ -55,5 +54,4 @@ __all__ = [
     "share_of",
     "table",
     "table_rows",
-    "with_lens",
 ]

@@ -48,16 +48,7 @@ KINDS: dict[str, ExperimentKind] = {
         ),
         ExperimentKind("drop_stream", "depth", "one stream is set to zero at one depth", streams=True),
         ExperimentKind("bypass", "depth", "the steps to the named depths are left out, all at once"),
-        ExperimentKind(
-            "without_attention",
-            "depth",
-            "attention on the way to the named depths gathers zeros, all at once",
-        ),
-        # What a collapse would leave of a state, in its place.
         ExperimentKind("merge_tokens", "depth", "every token's state is the mean of its sequence"),
-        ExperimentKind("without_mean", "depth", "the mean of all tokens is taken away from every state"),
-        ExperimentKind("merge_streams", "depth", "every stream is the mean of the streams", streams=True),
-        ExperimentKind("massive", "depth", "massive activations are set to zero"),
     )
 }
 """Every kind of experiment, by name."""

@@ -62,28 +62,6 @@ def results_beside(
     return results
 
 
-def with_lens(analysis: xr.Dataset, lens: xr.Dataset) -> xr.Dataset:
-    """An analysis that knows from which depth on the model's prediction no longer changes, as evidence for `judge`.
-
-    ``analysis``: of `analyze`, of the chain that the lens read.
-    Returns: With the attribute ``prediction_depth``: the lens that was trained, where there is one, the mean depth with
-    its 95 % interval over sequences, and the last depth. Unchanged where no lens reads the output's prediction.
-    Raises InputError: Where the two have other depths: they are of other models, or of other chains.
-    """
-    last = int(lens["depth"].max())
-    depths = analysis["depth"].values if "depth" in analysis.coords else np.arange(0)
-    if not len(depths) or last not in depths:
-        raise InputError(
-            f"the lens read depths up to {last}, the analysis has {len(depths)} depths; expected both of the same chain"
-        )
-    known = {name: found for name, found in prediction_depths(lens).items() if math.isfinite(found.mean)}
-    if not known:
-        return analysis
-    name, found = next(iter(known.items()))
-    evidence = {"lens": name, "mean": found.mean, "low": found.low, "high": found.high, "last": last}
-    return analysis.assign_attrs(prediction_depth=evidence)
-
-
 def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
     """Write a result to one file (a zipped Zarr), which takes an earlier one's place when it is complete.
 

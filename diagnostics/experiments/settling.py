@@ -10,38 +10,18 @@ from depthscope.diagnostics.numbers import number, percent
 
 SETTLED_BY: dict[str, str] = {
     # Steps that are said to do nothing: without them nothing changes.
-    **dict.fromkeys(
-        (
-            "same_representation",
-            "idle_layer",
-            "wasted_layer",
-        ),
-        "bypass",
-    ),
-    # Attention alone: what the rest of its block does is not asked.
-    "attention_entropy_collapse": "without_attention",
+    **dict.fromkeys(("same_representation", "idle_layer"), "bypass"),
     # States of which a collapse is said to leave little: with only that left, nothing changes.
-    "rank_collapse": "merge_tokens",
-    "common_vector": "without_mean",
-    "copied_streams": "merge_streams",
-    # Matrices that are said to be the identity, or to learn nothing: the identity in their place changes nothing.
-    "stuck_at_identity": "identity",
+    **dict.fromkeys(("rank_collapse", "common_vector"), "merge_tokens"),
     # A gain that is said to grow or fade by mixing: without mixing it does not.
-    **dict.fromkeys(("gain_explosion", "attenuation", "negative_mixing"), "identity"),
-    **dict.fromkeys(("uniform_mixing", "stream_collapse"), "uniform"),
+    **dict.fromkeys(("stuck_at_identity", "gain_explosion", "attenuation", "negative_mixing"), "identity"),
+    "stream_collapse": "uniform",
     "constant_mixing": "mean",
-    **dict.fromkeys(("sinkhorn_not_converged", "expansive_mixing"), "sinkhorn"),
-    # A stream that is said to carry all, or nothing.
-    **dict.fromkeys(
-        ("dominant_stream", "loud_stream", "unread_stream", "unwritten_stream", "passing_streams"),
-        "drop_stream",
-    ),
-    "massive_activations": "massive",
+    "sinkhorn_not_converged": "sinkhorn",
+    # A stream that is said to carry nothing.
+    **dict.fromkeys(("unused_stream", "passing_streams"), "drop_stream"),
 }
 """Verdict name → the experiment that tells whether it matters to the model's output."""
-
-HARMFUL = ("attention_entropy_collapse", "massive_activations", "common_vector", "attenuation")
-"""Verdicts that say that something does harm; all others say that it does nothing."""
 
 
 class Placed(Protocol):
@@ -92,15 +72,11 @@ def experiment_for(finding: Placed, target: str = "CHECKPOINT") -> str | None:
     return " ".join(words)
 
 
-_CHANGED = {
+CHANGED = {
     "bypass": "Without the steps from depth {first} to {last}",
-    "without_attention": "Without the attention on the way to depths {first} to {last}",
     "merge_tokens": "With the mean of its sequence in place of every token's state at depth {last}",
-    "without_mean": "Without the mean of all tokens at depth {last}",
-    "merge_streams": "With the mean of the streams in place of each of them at depth {last}",
-    "massive": "With the massive activations at depth {last} set to zero",
-    "identity": "Without any mixing of the streams",
 }
+"""What the experiments that `depthscope.settle` makes change, in words."""
 
 
 def consequence_words(result: Mapping[str, Any]) -> str:
@@ -113,10 +89,9 @@ def consequence_words(result: Mapping[str, Any]) -> str:
     'Without the steps from depth 5 to 15 the loss changes by +0.01 ± 0.02 (from 2.1).'
     """
     first, last = result["depths"]
-    changed = _CHANGED[result["kind"]].format(first=first, last=last)
+    changed = CHANGED[result["kind"]].format(first=first, last=last)
     if first == last:
         changed = changed.replace(f"the steps from depth {first} to {last}", f"the step to depth {last}")
-        changed = changed.replace(f"depths {first} to {last}", f"depth {last}")
     parts = []
     if result.get("loss_change") is not None:
         reach = result.get("half_width")

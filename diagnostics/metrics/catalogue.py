@@ -61,7 +61,6 @@ DECLARED: tuple[Metric, ...] = (
     mixing.composite_identity_distance,
     # Where H_res is a softmax, or Sinkhorn of the exponential, of logits.
     logits.logit_range,
-    logits.logit_saturation,
     logits.logit_gradient,
     logits.mixing_gradient,
     logits.logit_gradient_share,
@@ -89,10 +88,8 @@ DECLARED: tuple[Metric, ...] = (
     propagation.branch_share,
     propagation.adjacent_cosine,
     propagation.adjacent_cosine_band,
-    depth_use.variance_growth,
     depth_use.relative_turn,
     depth_use.effective_depth,
-    depth_use.step_spread,
     # From the statistics of `record(model, weights=True)`, not from a trace.
     weight_updates.weight_norm,
     weight_updates.weight_gradient_norm,

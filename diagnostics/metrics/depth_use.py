@@ -1,4 +1,4 @@
-"""How much of the depth is used? The turn of each step against that of independent branches, and how the variance grows."""
+"""How much of the depth is used? The turn of each step against that of independent branches."""
 
 from __future__ import annotations
 
@@ -6,37 +6,9 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import OURS, metric
-from depthscope.diagnostics.quantities.states import States
-from depthscope.diagnostics.quantities.token_steps import Steps, ends_branch
+from depthscope.diagnostics.quantities.token_steps import Steps
 
 PER_SEQUENCE = "over the tokens of a sequence, mean over sequences"
-
-
-@metric(
-    symbol=r"\|x_l\|^2 / (\|x_0\|^2 + \textstyle\sum_{k \le l} \|b_k\|^2)",
-    dims="depth stream",
-    scale="log",
-    cite=f"{OURS}, after sun2025curse",
-    basis="stream",
-    null="1 for branches that are independent of the state",
-    estimator=PER_SEQUENCE,
-    of_sequences=True,
-)
-def variance_growth(token_steps: Steps) -> xr.Variable:
-    r"""Growth of the state beyond that of independent branches; above 1 the branches add up, below they cancel.
-
-    .. math:: \|x_l\|^2 \Big/ \Big(\|x_0\|^2 + \textstyle\sum_{k \le l} \|b_k\|^2\Big), \quad b_k = x_k - x_{k-1}
-
-    This project's ratio, after Sun et al. 2025, who follow the variance of Pre-LN states: it grows linearly with depth for
-    independent branches and up to exponentially for aligned ones. 1 where each branch is independent of the state that it is
-    added to, at most l + 1; and the later blocks,
-    whose branches are normalised, change the state the less the larger it is. NaN at the final norm.
-    """
-    added = np.where(token_steps.is_branch[:, None, None], token_steps.added, 0.0)
-    independent = token_steps.square[0] + np.cumsum(added, axis=0)
-    ratio = token_steps.square / np.where(independent > 0, independent, np.nan)
-    ratio[1:][~token_steps.is_branch[1:]] = np.nan
-    return xr.Variable(("depth", "stream", "sequence"), token_steps.by_sequence(ratio))
 
 
 @metric(
@@ -89,35 +61,3 @@ def effective_depth(token_steps: Steps) -> xr.Variable:
     # A sequence without tokens, or with a state that is not finite, has no depth either.
     unknown = np.isnan(token_steps.by_sequence(token_steps.square))
     return xr.Variable(("depth", "stream", "sequence"), np.where(unknown, np.nan, reached))
-
-
-@metric(
-    symbol=r"1 - \|\bar{b}_l\|^2 / \overline{\|b_l\|^2}",
-    dims="depth stream",
-    scale="log",
-    cite=OURS,
-    basis="stream",
-    null="1 for steps that are independent from token to token",
-    estimator="over all real tokens",
-    of_steps=True,
-)
-def step_spread(residual_states: States) -> xr.Variable:
-    r"""How much of a step depends on the token; 0 where it adds the same vector to all of them.
-
-    .. math:: 1 - \frac{\|\bar{b}_l\|^2}{\overline{\|b_l\|^2}}, \quad b_l = x_l - x_{l-1}
-
-    A branch that writes nothing but its bias has 0, although it turns the states. NaN where a step adds nothing, and at the
-    embedding and the final norm.
-    """
-
-    def measure(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-        added = after - before
-        size = (added**2).sum(-1).mean(-1)
-        about = ((added - added.mean(1, keepdims=True)) ** 2).sum(-1).mean(-1)
-        # What float32 leaves of equal steps is no spread.
-        rounding = (np.finfo(np.float32).eps ** 2) * (after**2).sum(-1).mean(-1)
-        return np.where(
-            size > rounding, np.maximum(about - rounding, 0.0) / np.where(size > 0, size, 1.0), np.nan
-        )
-
-    return residual_states.over_steps(measure).where(xr.Variable(("depth",), ends_branch(residual_states)))

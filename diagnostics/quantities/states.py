@@ -138,34 +138,13 @@ class States:
             found += np.split(values, len(loaded))
         return xr.Variable(("depth", "stream", *dims), np.stack(found))
 
-    def over_steps(
-        self,
-        measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        dims: tuple[str, ...] = (),
-    ) -> xr.Variable:
-        """Measure every step from a depth to the next, on the real tokens; NaN at the first depth.
-
-        ``measure``: views before and after (V, N, D), float64, in, values (V, ...) out.
-        ``dims``: names of the further dims of a value.
-        Returns: Dims (depth, stream, *dims); NaN where either state is not finite.
-        """
-
-        def of_step(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-            # View by view: in float64 all of them take several times what is stored.
-            views = [slice(view, view + 1) for view in range(len(before))]
-            return np.concatenate(
-                [measure(before[v].astype(np.float64), after[v].astype(np.float64)) for v in views]
-            )
-
-        return self._over_steps(of_step, dims)
-
     def over_token_steps(
         self,
         measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
         summary: Callable[[np.ndarray], np.ndarray],
         dims: tuple[str, ...] = (),
     ) -> xr.Variable:
-        """As `over_steps`, of what is measured token by token: a few at a time, which is faster and takes less memory.
+        """Measure every step from a depth to the next token by token, a few at a time, which takes less memory.
 
         ``measure``: views of some tokens before and after (V, n, D), float64, in, values (V, n, ...) out.
         ``summary``: values of all real tokens (V, N, ...) in, values (V, ...) out.
@@ -180,26 +159,18 @@ class States:
             ]
             return summary(np.concatenate(parts, axis=1))
 
-        return self._over_steps(of_step, dims)
-
-    def _over_steps(
-        self,
-        measure: Callable[[np.ndarray, np.ndarray], np.ndarray],
-        dims: tuple[str, ...],
-    ) -> xr.Variable:
-        """Measure every step on the real tokens as they are stored."""
         found: list[np.ndarray] = []
         views, finite_before = self.load(0)
         before = self.rows(views)
         for depth in range(1, len(self)):
             views, finite_after = self.load(depth)
             after = self.rows(views)
-            values = np.asarray(measure(before, after), dtype=float)
+            values = np.asarray(of_step(before, after), dtype=float)
             values[~(finite_before & finite_after)] = np.nan
             found.append(values)
             before, finite_before = after, finite_after
         # The first depth ends no step. Where there is no other, measured against itself it has the shape of one.
-        like = found[0] if found else np.asarray(measure(before, before), dtype=float)
+        like = found[0] if found else np.asarray(of_step(before, before), dtype=float)
         return xr.Variable(("depth", "stream", *dims), np.stack([np.full_like(like, np.nan), *found]))
 
     def over_sequences(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, partial
 
 import numpy as np
 import xarray as xr
@@ -15,29 +15,34 @@ from depthscope.diagnostics.quantities.registry import with_row_facts
 from depthscope.diagnostics.schema import GROUPS
 from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.verdicts import (
-    attention,
     inputs,
     magnitude,
-    off_minimum,
     reading,
-    references,
     representation,
     same_representation,
-    single_streams,
     streams,
-    training_loss,
+    training,
     uncertainty,
-    weight_updates,
     wiring,
 )
-from depthscope.diagnostics.verdicts.age import age_of
 from depthscope.diagnostics.verdicts.causes import explain
-from depthscope.diagnostics.verdicts.consequences import graded, unsettled, weighed
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Findings, Severity
 from depthscope.diagnostics.verdicts.reading import with_inferred_reads, with_proof
+from depthscope.diagnostics.verdicts.rule import CONSEQUENCES, Kind
 
-__all__ = ["VERDICTS", "Finding", "Findings", "Limits", "Profile", "Severity", "Verdict", "judge", "verdict"]
+__all__ = [
+    "VERDICTS",
+    "Finding",
+    "Findings",
+    "Kind",
+    "Limits",
+    "Profile",
+    "Severity",
+    "Verdict",
+    "judge",
+    "verdict",
+]
 
 # In the order in which passed verdicts are listed; findings are ordered by `judge`.
 VERDICTS: dict[str, Verdict] = {
@@ -45,21 +50,16 @@ VERDICTS: dict[str, Verdict] = {
     for each in (
         same_representation.same_representation,
         reading.nothing_measured,
-        training_loss.loss_not_finite,
-        training_loss.diverged_loss,
-        training_loss.loss_spike,
-        training_loss.worse_than_constant,
-        training_loss.surer_than_right,
-        off_minimum.off_minimum,
-        training_loss.untrained_weights,
-        training_loss.equal_blocks,
-        inputs.looks_ahead,
-        magnitude.residual_not_finite,
-        magnitude.mixing_not_finite,
+        magnitude.not_finite,
+        training.diverged_loss,
+        training.worse_than_constant,
+        training.surer_than_right,
+        training.off_minimum,
+        training.untrained_weights,
+        wiring.looks_ahead,
         magnitude.dead_state,
         magnitude.exploding_state,
         magnitude.vanishing_state,
-        magnitude.gradient_not_finite,
         magnitude.cut_gradient,
         magnitude.gain_explosion,
         magnitude.attenuation,
@@ -73,37 +73,23 @@ VERDICTS: dict[str, Verdict] = {
         wiring.foreign_coefficients,
         streams.sinkhorn_not_converged,
         streams.negative_mixing,
-        streams.expansive_mixing,
-        streams.uniform_mixing,
         streams.stream_collapse,
         streams.stuck_at_identity,
-        streams.saturated_logits,
-        single_streams.unread_stream,
-        single_streams.unwritten_stream,
-        single_streams.dominant_stream,
-        single_streams.loud_stream,
-        single_streams.silent_stream,
+        streams.unused_stream,
         streams.copied_streams,
         streams.passing_streams,
-        streams.wasted_layer,
         representation.rank_collapse,
         representation.lost_directions,
         representation.common_vector,
         representation.idle_layer,
-        inputs.constant_branch,
         inputs.equal_sequences,
         wiring.stale_statistics,
-        wiring.zero_input,
-        attention.attention_entropy_collapse,
+        representation.attention_entropy_collapse,
         representation.massive_activations,
-        references.batch_without_differences,
-        representation.few_tokens_for_cka,
-        representation.small_sample,
-        weight_updates.large_update,
-        weight_updates.lost_update,
-        weight_updates.slow_updates,
-        weight_updates.frozen_module,
-        weight_updates.silent_module,
+        training.large_update,
+        training.lost_update,
+        training.silent_module,
+        reading.small_sample,
         reading.unproven_reading,
     )
 }
@@ -112,6 +98,10 @@ ABOUT_THE_RUN = {reading.nothing_measured.name} | {
     each.name for each in VERDICTS.values() if each.about == "reading"
 }
 """Verdicts that say how far a run can be trusted, and nothing about its network."""
+CAUSES = {each.name: each.follows_from for each in VERDICTS.values()}
+ON_THE_LOSS = tuple(
+    each.name for each in VERDICTS.values() if each.kind is Kind.LOSS and each.metric == "loss"
+)
 
 
 def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findings:
@@ -155,42 +145,26 @@ def last_step(analysis: xr.Dataset) -> xr.Dataset:
 
 
 def suspected(analysis: xr.Dataset) -> list[Finding]:
-    """What is suspected of one chain: what an experiment may settle, and what its loss shows.
-
-    The worst first, those that follow from another one last.
-    """
+    """What statistics and the loss of one chain suspect, the worst first: what `depthscope.settle` tries is among it."""
     last = with_row_facts(last_step(analysis))
-    found = [
-        each
-        for verdict in VERDICTS.values()
-        if verdict.suspicion or verdict.metric == "loss"
-        for each in verdict.findings(last)
-        if each.severity > Severity.INFO
-    ]
-    explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
-    order = sorted(
-        range(len(found)), key=lambda at: (bool(explained[at].because), *_severity_order(found[at]))
+    found = [each for verdict in VERDICTS.values() for each in verdict.findings(last) if each.explains]
+    return sorted(
+        explain(found, last, CAUSES, ON_THE_LOSS),
+        key=lambda each: (bool(each.because), *_severity_order(each)),
     )
-    return [found[at] for at in order]
 
 
 def _judge_chain(analysis: xr.Dataset, chain: str) -> list[Finding]:
     last = _without_overflow(with_row_facts(last_step(analysis)))
-    found = [
-        weighed(finding, last.attrs, chain) if each.suspicion else finding
-        for each in VERDICTS.values()
-        for finding in uncertainty.findings(each, last)
-    ]
+    results = last.attrs.get(CONSEQUENCES)
+    results = results if isinstance(results, (list, tuple)) else ()
+    of_chain = [each for each in results if isinstance(each, Mapping) and each.get("chain", "") == chain]
+    last = last.assign_attrs({CONSEQUENCES: of_chain})
+    found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
     judged = {finding.verdict for finding in found} - ABOUT_THE_RUN
     found += reading.nothing_measured.findings(last.assign_attrs({reading.JUDGED: len(judged)}))
-    explained = explain(found, last, {name: each.follows_from for name, each in VERDICTS.items()})
-    # What follows from another finding needs no consequence of its own.
-    told = [
-        unsettled(each, last.attrs, chain) if VERDICTS[each.verdict].suspicion else each for each in explained
-    ]
-    age = cache(partial(age_of, last))
-    told = [graded(each, last.attrs, age) for each in told]
-    return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in told]
+    explained = explain(found, last, CAUSES, ON_THE_LOSS)
+    return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in explained]
 
 
 def _without_overflow(analysis: xr.Dataset) -> xr.Dataset:

@@ -81,14 +81,6 @@ def share_of_constant(attrs: Mapping[str, Any]) -> float | None:
     return _share(attrs, "constant")
 
 
-def knows_frequencies_alone(task: Mapping[str, Any], loss: float | None) -> bool:
-    """Whether a network with this loss knows how often each class comes, and nothing of its input."""
-    guessing, constant = (number_or_none(task.get(name)) for name in ("guessing", "constant"))
-    if loss is None or constant is None or loss < NOTHING_LEARNED * constant:
-        return False
-    return guessing is None or loss < KNOWS * guessing
-
-
 def _share(attrs: Mapping[str, Any], of: str) -> float | None:
     loss, other = (number_or_none(task_of(attrs).get(name)) for name in ("loss", of))
     return loss / other if loss is not None and other else None

@@ -1,8 +1,8 @@
-"""Which findings follow from another one? Those that a worse or equal finding explains, further on in the network."""
+"""Where in depth is a finding, and which findings does another one explain? Both are asked of their names and spans."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import xarray as xr
@@ -12,47 +12,36 @@ from depthscope.diagnostics.verdicts.finding import Finding, Severity
 Span = tuple[int, int]
 """First and last depth of a finding."""
 
-Relation = Callable[[Span, Span], bool]
-"""Whether an effect, given its span and that of its cause, is where the cause explains it."""
-
-
-def from_there_on(effect: Span, cause: Span) -> bool:
-    """Whether the effect begins at the cause or deeper: what a depth does, all later ones inherit."""
-    return effect[0] >= cause[0]
-
-
-def deeper(effect: Span, cause: Span) -> bool:
-    """Whether the effect begins deeper than the cause, which cannot act on its own input."""
-    return effect[0] > cause[0]
-
-
-def within(effect: Span, cause: Span) -> bool:
-    """Whether the effect is nowhere but at the cause."""
-    return cause[0] <= effect[0] and effect[1] <= cause[1]
-
-
-def overlapping(effect: Span, cause: Span) -> bool:
-    """Whether they have a depth in common."""
-    return effect[0] <= cause[1] and cause[0] <= effect[1]
-
-
-def anywhere(effect: Span, cause: Span) -> bool:
-    """True: the cause reaches every depth, as one NaN spoils all gradients."""
-    return True
-
 
 def explain(
-    findings: Sequence[Finding], analysis: xr.Dataset, causes: Mapping[str, Mapping[str, Relation]]
+    findings: Sequence[Finding],
+    analysis: xr.Dataset,
+    causes: Mapping[str, Sequence[str]],
+    explained: Sequence[str],
 ) -> list[Finding]:
-    """Findings of one chain, those that follow from another one reduced to INFO.
+    """Findings of one chain, of which those that another one explains name it.
 
-    ``causes``: by verdict: the verdicts that it may follow from, and where.
+    An effect is a note where a loud finding that is at least as bad as it explains it: what a depth does, all later ones
+    inherit. What the loss shows stays loud, and names the statistic that is farthest beyond its limit: there to look.
+
+    ``causes``: by verdict, the verdicts that it may follow from.
+    ``explained``: the verdicts on the loss, which any statistic explains; the others are facts or statistics.
     """
-    return [_explained(finding, findings, analysis, causes.get(finding.verdict, {})) for finding in findings]
+    found = [_effect(each, findings, analysis, causes.get(each.verdict, ())) for each in findings]
+    notes = [each for each in findings if each.explains and each.verdict not in explained]
+    places = sorted(notes, key=lambda each: (each.axis != "run", each.excess))
+    return [
+        replace(
+            each, because=places[-1].verdict, sentence=f"{each.sentence} Look first at {_named(places[-1])}."
+        )
+        if each.verdict in explained and each.severity > Severity.INFO and not each.because and places
+        else each
+        for each in found
+    ]
 
 
-def _explained(
-    finding: Finding, findings: Sequence[Finding], analysis: xr.Dataset, causes: Mapping[str, Relation]
+def _effect(
+    finding: Finding, findings: Sequence[Finding], analysis: xr.Dataset, causes: Sequence[str]
 ) -> Finding:
     if finding.severity <= Severity.INFO:
         return finding
@@ -60,11 +49,21 @@ def _explained(
         # A finding worse than its cause needs more than that cause, and is reported as it is.
         if cause.verdict not in causes or cause.severity < finding.severity:
             continue
-        if causes[cause.verdict](depths_of(finding, analysis), depths_of(cause, analysis)):
-            name = cause.verdict.replace("_", " ")
-            sentence = f"{finding.sentence} It follows from another finding: {name}."
+        # A gradient inherits what deeper blocks do, everything else what earlier ones do.
+        if "gradient" in finding.verdict or depths_of(finding, analysis)[1] >= depths_of(cause, analysis)[0]:
+            sentence = (
+                f"{finding.sentence} It follows from another finding: {cause.verdict.replace('_', ' ')}."
+            )
             return replace(finding, severity=Severity.INFO, sentence=sentence, because=cause.verdict)
     return finding
+
+
+def _named(finding: Finding) -> str:
+    name = finding.verdict.replace("_", " ")
+    if finding.axis == "run":
+        return name
+    end = "" if finding.last == finding.first else f" to {finding.last}"
+    return f"{name} at {finding.axis} {finding.first}{end}"
 
 
 def worst_depth(finding: Finding, analysis: xr.Dataset) -> int | None:

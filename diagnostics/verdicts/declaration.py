@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
@@ -15,10 +15,12 @@ import xarray as xr
 from depthscope.diagnostics import numbers
 from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.age import Age, age_of
-from depthscope.diagnostics.verdicts.calibration import DEFAULT, NOT_CONTRADICTED, as_far, source_of
-from depthscope.diagnostics.verdicts.causes import Relation
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
+from depthscope.diagnostics.verdicts.rule import Kind, grade, result_of
+
+DEFAULT = "depthscope's default"
+"""The source of a limit that no publication states: set by hand."""
 
 # What is smaller is what the rounding of float64, 1e-16, leaves of a share after some connections.
 NOTHING = 1e-20
@@ -28,21 +30,17 @@ MEANINGLESS: dict[str, tuple[str, ...]] = {
     "stuck_at_identity": ("residual", "highway", "independent_hc", "gated"),
 }
 
+SPOILING = ("not_finite", "dead_state")
+"""What is not a number, or zero, explains every statistic of what comes after it."""
+
 
 @dataclass(frozen=True)
 class Limits:
-    """From which value on a verdict reports, by severity.
+    """From which value on a verdict reports, by severity; None where it does not have it.
 
-    Parameters
-    ----------
-    info, warn, fail : float, optional
-        Where each severity begins; None where the verdict does not have it.
-    above : bool
-        Whether values above the limits are bad, or values below.
-    source : str
-        A key of ``references.bib``, `calibration.DEFAULT`, or `calibration.NOT_CONTRADICTED`.
-    scale : {"ratio", "cosine"}
-        On which scale a number is far from its limit, see `Finding.excess`.
+    ``above``: whether values above the limits are bad, or values below.
+    ``source``: a key of ``references.bib``, or `DEFAULT`.
+    ``scale``: ``"ratio"`` or ``"cosine"``: on which scale a number is far from its limit, see `Finding.excess`.
     """
 
     info: float | None = None
@@ -76,50 +74,28 @@ class Limits:
 
 @dataclass(frozen=True)
 class Number:
-    """The number that a verdict compares with its limits, as every page tells it.
-
-    Parameters
-    ----------
-    name : str
-        In words.
-    formula : str
-        In plain signs; empty for a count and for what a sentence says.
-    range : str
-        The values that it can have: ``"0 to 1"``.
-    """
+    """The number that a verdict compares with its limits: its name, formula in plain signs, and the values it can have."""
 
     name: str
     formula: str = ""
-    range: str = ""
+    range: str = "0 or more"
 
 
 @dataclass(frozen=True)
 class Profile:
     """What a verdict judges: numbers along depth, along the connections or modules, or one for the run.
 
-    Parameters
-    ----------
-    values : DataArray
-        One dim, ``depth``, ``connection`` or ``weight``, or none.
-    words : str
-        What the number is, to be followed by it: ``"the forward gain is"``.
-    stream : str, optional
-        The stream that it belongs to.
-    begins : bool
-        Whether the sentence has the number with which it begins beside the worst: of what spreads from there on.
-    note_only : bool
-        Whether it is a note however far beyond: what is known to be harmless, or may well be meant.
-    at_any_age : bool
-        Whether no network that begins to train is so far beyond: where its age is not known, nothing is taken off.
-    note : str
-        A further sentence.
-    template : str
-        The sentence up to the limit, in place of words, number and place: with ``{value}``, ``{percent}`` and ``{where}``.
-    sentence : str
-        The complete sentence, in place of the one made of `words`, number and position.
-    metric : str
-        The metric of which `values` are a slice as it is: its figures show the limits. Empty for numbers that are made of
-        several, or compared with another position.
+    ``values``: one dim, ``depth``, ``connection`` or ``weight``, or none.
+    ``words``: what the number is, to be followed by it: ``"the forward gain is"``.
+    ``stream``: the stream that it belongs to.
+    ``begins``: whether the sentence has the number with which it begins beside the worst: of what spreads from there on.
+    ``note_only``: whether it is a note however far beyond: what is known to be harmless, or may well be meant.
+    ``is_sure``: whether no network that begins to train is so far beyond: where its age is not known, nothing is taken off.
+    ``note``: a further sentence.
+    ``template``: the sentence up to the limit, in place of words, number and place: ``{value}``, ``{percent}``, ``{where}``.
+    ``sentence``: the complete sentence, in place of the one made of `words`, number and position.
+    ``metric``: the metric of which `values` are a slice as it is: its figures show the limits. Empty for numbers that are made
+    of several, or compared with another position.
     """
 
     values: xr.DataArray
@@ -127,7 +103,7 @@ class Profile:
     stream: str | None = None
     begins: bool = False
     note_only: bool = False
-    at_any_age: bool = False
+    is_sure: bool = False
     note: str = ""
     template: str = ""
     sentence: str = ""
@@ -144,50 +120,34 @@ class Profile:
 class Verdict:
     """One question with its limits; the docstring of its function is the title and the advice.
 
-    Parameters
-    ----------
-    name, title, advice : str
-        The function's name, the first line of its docstring, and the rest of it.
-    metric : str
-        The metric that the number comes from.
-    judges : Number
-        The number itself: it may be made of several metrics, or compared with another position.
-    limits : Limits
-        Stated here and nowhere else.
-    needs : tuple of str
-        Variables of the analysis, and ``attrs``, that the function takes.
-    function : function
-        Variables in, profiles out; None where the question does not apply.
-    wants : tuple of str
-        Variables that it takes where the analysis has them: its parameters that are None by default.
-    follows_from : mapping of str to function
-        Other verdicts that explain this one, and where, see `causes`; it is then no more than INFO.
-    about : {"network", "reading"}
-        What it is about, see `Finding`.
-    drawn_on : tuple of str
-        Metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
-    before_training : bool
-        Whether such a number is normal in a network that is not trained: it is then a note, and where the age of the network
-        is not known it warns, with both readings.
-    suspicion : bool
-        Whether its number alone is a suspicion, of which the experiment of `SETTLED_BY` shows whether it does harm; of the
-        others the number is the harm.
+    ``name, title, advice``: the function's name, the first line of its docstring, and the rest of it.
+    ``kind``: what it rests on, which decides when it is loud, see `rule`.
+    ``metric``: the metric that the number comes from; ``judges`` the number itself.
+    ``needs, wants``: variables of the analysis, and ``attrs``, that the function takes; those where the analysis has them.
+    ``function``: variables in, profiles out; None where the question does not apply.
+    ``follows_from``: other verdicts that explain this one, which is then a note.
+    ``drawn_on``: metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
+    ``tried_by``: the experiment of `depthscope.settle` that shows whether what it is about is of use.
     """
 
     name: str
     title: str
     advice: str
+    kind: Kind
     metric: str
     judges: Number
     limits: Limits
     needs: tuple[str, ...]
     function: Callable[..., Iterable[Profile] | None]
     wants: tuple[str, ...] = ()
-    follows_from: Mapping[str, Relation] = field(default_factory=dict)
-    about: str = "network"
+    follows_from: tuple[str, ...] = ()
     drawn_on: tuple[str, ...] = ()
-    before_training: bool = False
-    suspicion: bool = False
+    tried_by: str = ""
+
+    @property
+    def about(self) -> str:
+        """Whether it is about the ``"network"``, or only about the ``"reading"``: how far the run can be trusted."""
+        return "reading" if self.kind is Kind.READING else "network"
 
     @property
     def judged(self) -> str:
@@ -201,31 +161,13 @@ class Verdict:
         return MEANINGLESS.get(self.name, ())
 
     def findings(self, analysis: xr.Dataset) -> list[Finding]:
-        """Judge one chain.
+        """Judge one chain: an analysis of `diagnostics.analyze` without ``step``.
 
-        Parameters
-        ----------
-        analysis : Dataset
-            What `diagnostics.analyze` gives, without ``step``.
-
-        Returns
-        -------
-        list of Finding
-            PASS among them; one for each stream where several numbers are beyond; empty where the question
-            does not apply.
+        Returns: PASS among them; one for each stream of which numbers are beyond; empty where the question does not apply.
         """
         age = cache(partial(age_of, analysis))  # most verdicts pass, and ask for none
-        found = [self._judge(profile, age) for profile in self.profiles(analysis)]
-        merged = _merged_by_stream([finding for finding in found if finding is not None])
-        return [self._with_reference(finding) for finding in merged]
-
-    def _with_reference(self, finding: Finding) -> Finding:
-        """A finding about the network with how many healthy ones have such a number."""
-        # Their numbers along an axis are others than one of the run.
-        if not finding.severity or self.about != "network" or (self.drawn_on and finding.axis == "run"):
-            return finding
-        told = as_far(self.name, finding.value, above=finding.above)
-        return replace(finding, sentence=f"{finding.sentence}{told}")
+        found = [self._judge(profile, age, analysis) for profile in self.profiles(analysis)]
+        return _merged_by_stream([finding for finding in found if finding is not None])
 
     def profiles(self, analysis: xr.Dataset) -> list[Profile]:
         """What is judged of one chain; empty where the question does not apply, or its variables are missing."""
@@ -248,36 +190,40 @@ class Verdict:
         """Variables without which it cannot judge, and that an analysis does not have."""
         return [name for name in self.needs if name != "attrs" and name not in analysis]
 
-    def _judge(self, profile: Profile, age: Callable[[], Age]) -> Finding | None:
+    def _judge(self, profile: Profile, age: Callable[[], Age], analysis: xr.Dataset) -> Finding | None:
         values = np.atleast_1d(profile.values.values.astype(float))
         if np.isnan(values).all():  # undefined is neither passed nor failed
             return None
         limits = self.limits
-        mildest = limits.levels[0][1]
-        beyond = np.flatnonzero(limits.beyond(values, mildest))
+        beyond = np.flatnonzero(limits.beyond(values, limits.levels[0][1]))
         at = int(np.nanargmax(values) if limits.above else np.nanargmin(values))
-        severity, limit = limits.severity(values[at])
-        # After the limit is known: the sentence names the limit that was crossed, whatever the severity becomes.
-        readings = ""
-        if severity > Severity.INFO and profile.note_only:
-            severity = Severity.INFO
-        if severity > Severity.INFO and self.before_training and not age().trained:
-            is_fresh = age().trained is False
-            if is_fresh or not profile.at_any_age:
-                severity = Severity.INFO if is_fresh else Severity.WARN
-                readings = _both_readings(age())
-        if not severity:  # a passed verdict is at its worst value, for no position is beyond the limits
+        by_limits, limit = limits.severity(values[at])
+        if not by_limits:  # a passed verdict is at its worst value, for no position is beyond the limits
             beyond = np.array([at])
         axis = str(profile.values.dims[0]) if profile.values.dims else "run"
         first, last = (-1, -1) if axis == "run" else (int(beyond[0]), int(beyond[-1]))
+        # The sentence names the limit that was crossed, whatever the severity becomes.
+        sentence = self._sentence(profile, values[at], limit, by_limits, at, beyond)
+        severity, words, settled = min(by_limits, Severity.INFO), "", ""
+        if by_limits > Severity.INFO and not profile.note_only:
+            result = result_of(analysis.attrs, self.name, profile.stream, first, last)
+            severity, words, settled = grade(
+                self.kind,
+                by_limits,
+                age(),
+                analysis.attrs,
+                result,
+                is_tried=bool(self.tried_by),
+                is_sure=profile.is_sure,
+            )
         return Finding(
             verdict=self.name,
             severity=severity,
-            sentence=f"{self._sentence(profile, values[at], limit, severity, at, beyond)}{readings}",
+            sentence=f"{sentence}{words}",
             metric=profile.metric or self.metric,
             value=float(values[at]),
             threshold=float(limit),
-            source=self.limits.source,
+            source=limits.source,
             axis=axis,
             first=first,
             last=last,
@@ -288,6 +234,8 @@ class Verdict:
             worst=-1 if axis == "run" else at,
             scale=limits.scale,
             about=self.about,
+            settled=settled,
+            explains=by_limits > Severity.INFO and not profile.note_only,
             profile=tuple(values.tolist()) if profile.values.dims else (),
         )
 
@@ -296,8 +244,7 @@ class Verdict:
     ) -> str:
         if profile.sentence:
             return profile.sentence
-        limits = self.limits
-        side = "above" if limits.above else "below"
+        side = "above" if self.limits.above else "below"
         where = place(profile.values, at) if profile.values.dims else ""
         written = number
         said = f"{profile.words} {number(value)} {where}"
@@ -312,43 +259,23 @@ class Verdict:
                 begins = (
                     f"begins with {written(float(profile.values[first]))} {place(profile.values, first)} and "
                 )
-            mildest = written(limits.levels[0][1])
+            mildest = written(self.limits.levels[0][1])
             sentence += f"; it {begins}is {side} {mildest} {span(profile.values, beyond)}"
         note = f" {profile.note}" if profile.note and severity else ""
         return f"{sentence[0].upper()}{sentence[1:]}.{note}"
 
 
 def verdict(
+    kind: Kind,
     *,
     metric: str,
     judges: Number,
     limits: Limits,
-    follows_from: Mapping[str, Relation] | None = None,
-    about: str = "network",
+    follows_from: tuple[str, ...] = (),
     drawn_on: tuple[str, ...] = (),
-    before_training: bool = False,
-    suspicion: bool = False,
+    tried_by: str = "",
 ) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
-    """Declare the function below as a verdict; its parameters name variables of an analysis.
-
-    Parameters
-    ----------
-    metric : str
-        The metric that the number comes from.
-    judges : Number
-        What is compared with the limits.
-    limits : Limits
-        From which value on it reports.
-    follows_from : mapping of str to function, optional
-        See `Verdict`.
-    about, drawn_on, before_training, suspicion
-        See `Verdict`.
-
-    Returns
-    -------
-    function
-        A decorator that makes a `Verdict`.
-    """
+    """Declare the function below as a verdict; its parameters name variables of an analysis, the others see `Verdict`."""
 
     def declare(function: Callable[..., Iterable[Profile] | None]) -> Verdict:
         title, _, advice = (inspect.getdoc(function) or "").partition("\n")
@@ -357,34 +284,19 @@ def verdict(
             name=function.__name__,
             title=title,
             advice=" ".join(advice.split()),
+            kind=kind,
             metric=metric,
             judges=judges,
-            limits=_sourced(function.__name__, limits),
+            limits=limits,
             needs=tuple(each.name for each in parameters if each.default is not None),
             function=function,
             wants=tuple(each.name for each in parameters if each.default is None),
-            follows_from=follows_from or {},
-            about=about,
+            follows_from=follows_from if kind in (Kind.FACT, Kind.READING) else (*SPOILING, *follows_from),
             drawn_on=drawn_on,
-            before_training=before_training,
-            suspicion=suspicion,
+            tried_by=tried_by,
         )
 
     return declare
-
-
-def _both_readings(age: Age) -> str:
-    """How a number that is normal before training reads in a network that is not trained, or may not be."""
-    if age.trained is False:
-        return f" Normal before training: {age.words}."
-    return f" If the network is trained, this is a fault; before training it is normal, and {age.words}."
-
-
-def _sourced(name: str, limits: Limits) -> Limits:
-    """The limits with the source as it is told: how many networks do not contradict them."""
-    if limits.source != NOT_CONTRADICTED:
-        return limits
-    return replace(limits, source=source_of(name, mildest=limits.levels[0][1], above=limits.above))
 
 
 def _merged_by_stream(found: list[Finding]) -> list[Finding]:

@@ -24,50 +24,27 @@ class Severity(IntEnum):
 class Finding:
     """One finding about a run.
 
-    Parameters
-    ----------
-    verdict : str
-        Name of the verdict, such as ``"rank_collapse"``.
-    severity : Severity
-        INFO, WARN or FAIL; PASS for a verdict that was met.
-    sentence : str
-        Plain words with place, number and threshold.
-    metric : str
-        The metric that the number comes from.
-    value, threshold : float
-        The worst number found and the limit that it is compared with.
-    source : str
-        Where the threshold comes from: a key of ``references.bib``, or ``"depthscope's default"``.
-    axis : str
-        ``"depth"``, ``"connection"``, ``"weight"`` or ``"run"``.
-    first, last : int
-        First and last position on the axis beyond the limit, inclusive: where it begins and ends; −1 for a run.
-    advice : str
-        What to try.
-    stream : str, optional
-        The stream that it is about.
-    chain : str
-        The chain, where a run has several.
-    because : str
-        The verdict that explains this finding, which is then no more than INFO.
-    proof : str
-        Whether the reading that it is about is proven: ``"proven"``, ``"unproven: …"``, or empty where the run does not say.
-    undecided : str
-        Where the number is within its uncertainty of the limit, what would decide it; the finding is then no more than INFO.
-    quantity : str
-        What the number is, in words: ``"mean cosine between streams"``. The metric may be another one that it is made of.
-    above : bool
-        Whether numbers above the threshold are bad, or those below.
-    worst : int
-        Position on the axis of the number; −1 for a run.
-    scale : {"ratio", "cosine"}
-        How far the number is from its limit: by their ratio, or, of cosines, by the ratio of their angles.
-    about : {"network", "reading"}
-        Whether it is about the network, or only about how far the run can be trusted.
-    settled : str
-        Of a suspicion: ``"shown"`` where an experiment showed that it does harm, ``"refuted"``, or ``"not settled"``.
-    profile : tuple of float
-        The numbers that were judged, one for each position on the axis, in the units of `value`; NaN where undefined.
+    ``verdict``: name of the verdict, such as ``"rank_collapse"``.
+    ``severity``: INFO, WARN or FAIL; PASS for a verdict that was met.
+    ``sentence``: plain words with place, number and threshold.
+    ``metric``: the metric that the number comes from.
+    ``value, threshold``: the worst number found and the limit that it is compared with.
+    ``source``: where the threshold comes from: a key of ``references.bib``, or ``"depthscope's default"``.
+    ``axis``: ``"depth"``, ``"connection"``, ``"weight"`` or ``"run"``.
+    ``first, last``: positions on the axis beyond the limit, inclusive: where it begins and ends; −1 for a run.
+    ``advice``: what to try.
+    ``stream, chain``: the stream that it is about, and the chain, where a run has several.
+    ``because``: the verdict that explains this finding: of an effect the cause, of what the loss shows where to look first.
+    ``proof``: whether its reading is proven: ``"proven"``, ``"unproven: …"``, or empty where the run does not say.
+    ``undecided``: what would decide a number that is within its uncertainty of the limit; the finding is then at most INFO.
+    ``quantity``: what the number is, in words. The metric may be another one that it is made of.
+    ``above``: whether numbers above the threshold are bad, or those below.
+    ``worst``: position on the axis of the number; −1 for a run.
+    ``scale``: how far the number is from its limit: ``"ratio"``, or, of cosines, the ratio of their angles.
+    ``about``: ``"network"``, or ``"reading"``: how far the run can be trusted.
+    ``settled``: ``"shown"`` where an experiment bore it out, ``"refuted"``, or ``"not settled"``; empty where none can.
+    ``explains``: whether its number is beyond the limit of a warning, so that it says where to look when the loss shows harm.
+    ``profile``: the numbers that were judged, one for each position, in the units of `value`; NaN where undefined.
     """
 
     verdict: str
@@ -92,6 +69,7 @@ class Finding:
     scale: str = "ratio"
     about: str = "network"
     settled: str = ""
+    explains: bool = field(default=False, compare=False, repr=False)
     # Not compared: NaN is not equal to itself, and two findings with the same number at the same place are the same.
     profile: tuple[float, ...] = field(default=(), compare=False, repr=False)
 
@@ -113,7 +91,7 @@ class Finding:
         """
         plain = asdict(replace(self, profile=())) | {"severity": self.severity.name}
         # A row of a table, and of what is kept of 500 runs: the profile of 1000 depths has no place there.
-        del plain["profile"]
+        del plain["profile"], plain["explains"]
         # JSON has neither NaN nor infinities; Python would write them and other parsers fail.
         for name in ("value", "threshold"):
             if not math.isfinite(plain[name]):

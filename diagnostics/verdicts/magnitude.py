@@ -16,11 +16,10 @@ import xarray as xr
 from depthscope.diagnostics.metrics.gradients import NUM_FEATURES
 from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
 from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRADIENT
-from depthscope.diagnostics.verdicts.calibration import DEFAULT, NOT_CONTRADICTED
-from depthscope.diagnostics.verdicts.causes import anywhere, deeper, from_there_on
-from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, verdict
 from depthscope.diagnostics.verdicts.declaration import number as _in_words
 from depthscope.diagnostics.verdicts.locations import place, span
+from depthscope.diagnostics.verdicts.rule import Kind
 from depthscope.diagnostics.verdicts.wiring import ONE_EXACT_SUM, satisfies
 
 ROUNDED = 1e-6  # of a sum and a singular value that are the same
@@ -45,51 +44,58 @@ def _not_finite(values: xr.DataArray, axis: str) -> xr.DataArray:
 
 
 @verdict(
+    Kind.FACT,
     metric="residual_norm",
-    judges=Number("number of tokens whose state is not finite", range="0 or more"),
+    judges=Number("number of tokens whose state, mixing matrix or gradient is not finite, or of losses"),
     limits=Limits(fail=0.0),
-    follows_from={"mixing_not_finite": from_there_on},
 )
-def residual_not_finite(residual_norm: xr.DataArray) -> Iterable[Profile]:
-    """The residual has NaN or infinities.
-
-    Look at the block before the first such depth: overflow in half precision, a division by zero in a norm,
-    or exploded weights. Rerun that block in float32 and lower the learning rate.
-    """
-    yield Profile(
-        _not_finite(residual_norm, "depth"), "the number of tokens whose state is not finite is", begins=True
-    )
-
-
-@verdict(
-    metric="mixing_gain",
-    judges=Number("number of tokens whose mixing matrix is not finite", range="0 or more"),
-    limits=Limits(fail=0.0),
-    follows_from={"residual_not_finite": deeper},
-)
-def mixing_not_finite(
-    mixing_gain: xr.DataArray, residual_norm: xr.DataArray | None = None
+def not_finite(
+    residual_norm: xr.DataArray | None = None,
+    mixing_gain: xr.DataArray | None = None,
+    gradient_norm: xr.DataArray | None = None,
+    loss_not_finite: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
-    """Mixing matrices have NaN or infinities.
+    """Something is NaN or infinite: states, mixing matrices, gradients or the loss.
 
-    Look at the logits of that connection, and at the norm of what they are computed from: overflow in half
-    precision, or a division by zero. No product with it is known, so later composites are undefined.
+    Look at the first place: overflow in half precision, a division by zero in a norm, exploded weights, labels that are all
+    ignored. Rerun that block in float32, lower the learning rate or the loss scale, and go back to a checkpoint from before.
     """
+    states = None if residual_norm is None else _not_finite(residual_norm, "depth")
+    mixing = None if mixing_gain is None else _unknown_mixing(mixing_gain, states)
+    kinds = [("state", states), ("mixing matrix", mixing)]
+    # A matrix that is not finite leaves no finite state behind it: the first place is named first.
+    if mixing is not None and states is not None and _first(mixing) < _first(states):
+        kinds.reverse()
+    if gradient_norm is not None:
+        absent = gradient_norm["depth"].isin(gradient_norm.attrs.get(WITHOUT_GRADIENT, []))
+        kinds.append(("gradient", _not_finite(gradient_norm, "depth").where(~absent)))
+    for kind, values in kinds:
+        if values is not None:
+            yield Profile(values, f"the number of tokens whose {kind} is not finite is", begins=True)
+    if loss_not_finite is not None:
+        yield Profile(loss_not_finite, "the number of losses that are not finite is")
+
+
+def _first(values: xr.DataArray) -> float:
+    beyond = np.flatnonzero(values.values > 0)
+    return float(beyond[0]) if len(beyond) else np.inf
+
+
+def _unknown_mixing(mixing_gain: xr.DataArray, states: xr.DataArray | None) -> xr.DataArray | None:
+    """Where mixing matrices are not finite; None where they were not read."""
     gain = mixing_gain.sel(reduction="mean")  # training curves have no quantiles
     # A matrix that is not finite leaves no finite state behind it. So gains that are missing beside finite states are of
     # matrices that were not read in that step; where no state is known, so are gains that are missing at every connection.
-    unread = gain.isnull().all() if residual_norm is None else _not_finite(residual_norm, "depth").max() == 0
-    if NOT_FINITE in mixing_gain.attrs or not (gain.isnull().any() and unread):
-        yield Profile(
-            _not_finite(gain, "connection"),
-            "the number of tokens whose mixing matrix is not finite is",
-            begins=True,
-        )
+    unread = gain.isnull().all() if states is None else not (states > 0).any()
+    if NOT_FINITE not in mixing_gain.attrs and bool(gain.isnull().any() and unread):
+        return None
+    return _not_finite(gain, "connection")
 
 
 @verdict(
+    Kind.FACT,
     metric="residual_norm",
-    judges=Number("number of depths at which the state is zero", range="0 or more"),
+    judges=Number("number of depths at which the state is zero"),
     limits=Limits(fail=0.0),
 )
 def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
@@ -113,9 +119,10 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
 # Heuristic: a hundred independent unit branches grow by 10 and agreeing ones by 100, so that 1e4 leaves room for a small
 # embedding. Beyond 1e8 the sum no longer resolves the embedding in float32, whose spacing is 1.2e-7.
 @verdict(
+    Kind.FRESH,
     metric="residual_norm",
-    judges=Number("size of the state over that at the embedding", "rms ‖x_l‖ / rms ‖x_0‖", "0 or more"),
-    limits=Limits(warn=1e4, fail=1e8, source=NOT_CONTRADICTED),
+    judges=Number("size of the state over that at the embedding", "rms ‖x_l‖ / rms ‖x_0‖"),
+    limits=Limits(warn=1e4, fail=1e8),
 )
 def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The state grows by orders of magnitude through the depth.
@@ -127,9 +134,10 @@ def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> It
 
 # The inverse of those of an exploding state.
 @verdict(
+    Kind.FRESH,
     metric="residual_norm",
-    judges=Number("size of the state over that at the embedding", "rms ‖x_l‖ / rms ‖x_0‖", "0 or more"),
-    limits=Limits(warn=1e-4, fail=1e-8, above=False, source=NOT_CONTRADICTED),
+    judges=Number("size of the state over that at the embedding", "rms ‖x_l‖ / rms ‖x_0‖"),
+    limits=Limits(warn=1e-4, fail=1e-8, above=False),
 )
 def vanishing_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The state shrinks towards zero through the depth.
@@ -154,26 +162,9 @@ def _relative_size(norm: xr.DataArray, before: float) -> Iterator[Profile]:
 
 
 @verdict(
+    Kind.FACT,
     metric="gradient_norm",
-    judges=Number("number of tokens whose gradient is not finite", range="0 or more"),
-    limits=Limits(fail=0.0),
-    follows_from={"residual_not_finite": anywhere, "mixing_not_finite": anywhere},
-)
-def gradient_not_finite(gradient_norm: xr.DataArray) -> Iterable[Profile]:
-    """The gradient has NaN or infinities.
-
-    Lower the loss scale or the learning rate, clip the gradient, and look at the loss itself first.
-    """
-    absent = gradient_norm["depth"].isin(gradient_norm.attrs.get(WITHOUT_GRADIENT, []))
-    yield Profile(
-        _not_finite(gradient_norm, "depth").where(~absent),
-        "the number of tokens whose gradient is not finite is",
-    )
-
-
-@verdict(
-    metric="gradient_norm",
-    judges=Number("number of states that no gradient reaches below a cut", range="0 or more"),
+    judges=Number("number of states that no gradient reaches below a cut"),
     limits=Limits(fail=0.0),
 )
 def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
@@ -207,14 +198,14 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
 # Between the 1.6 of mHC and the 3000 of an unstable HC that the mHC paper reports, of gains averaged over tokens; so for one
 # connection.
 @verdict(
+    Kind.FRESH,
     metric="composite_gain",
     judges=Number(
         "gain of the product of all mixing matrices, forward or backward, or its norm",
         "max_i |Σ_j P_ij|, max_j |Σ_i P_ij|, ‖P‖₂; p99 over tokens",
-        "0 or more",
     ),
-    limits=Limits(warn=10.0, fail=100.0, source=NOT_CONTRADICTED),
-    follows_from={"constant_mixing": anywhere},
+    limits=Limits(warn=10.0, fail=100.0),
+    follows_from=("constant_mixing",),
     drawn_on=("composite_gain", "composite_operator_gain"),
 )
 def gain_explosion(
@@ -269,16 +260,15 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
 
 
 @verdict(
+    Kind.FRESH,
     metric="composite_attenuation",
     judges=Number(
         "weakest row or column sum of the product of all mixing matrices; of free matrices over what these may leave",
         "min_i |Σ_j P_ij|, min_j |Σ_i P_ij|; p1 over tokens",
-        "0 or more",
     ),
     limits=Limits(warn=FADED, fail=0.05, above=False),
-    follows_from={"sinkhorn_not_converged": from_there_on},
+    follows_from=("sinkhorn_not_converged",),
     drawn_on=("composite_attenuation",),
-    suspicion=True,
 )
 def attenuation(
     composite_attenuation: xr.DataArray, composite_singular_value: xr.DataArray, attrs: Mapping[str, Any]
@@ -321,14 +311,14 @@ def _fade_of_free(connections: int) -> float:
 # Deep networks without norms begin with 10 to 20 at the embedding, and train. The gradient alone is 10 to 120 times as large
 # at the embedding of a healthy Pre-LN network as at its end, whose states are as much larger: a number, no finding.
 @verdict(
+    Kind.FRESH,
     metric="relative_gradient",
     judges=Number(
         "gradient times size of the state, over that at the last block",
         "√Σ ‖∂L/∂x_l‖² ‖x_l‖², over that of the last l",
-        "0 or more",
     ),
-    limits=Limits(warn=30.0, fail=1000.0, source=NOT_CONTRADICTED),
-    follows_from={"gain_explosion": anywhere},
+    limits=Limits(warn=30.0, fail=1000.0),
+    follows_from=("gain_explosion",),
 )
 def exploding_gradient(
     gradient_norm: xr.DataArray, residual_norm: xr.DataArray, relative_gradient: xr.DataArray | None = None
@@ -346,14 +336,13 @@ def exploding_gradient(
 
 
 @verdict(
+    Kind.FRESH,
     metric="gradient_norm",
     judges=Number(
         "gradient over that at the last block, alone or times the size of the state, the larger",
         "max(‖∂L/∂x_l‖, ‖∂L/∂x_l‖ ‖x_l‖), each over that of the last l",
-        "0 or more",
     ),
     limits=Limits(warn=0.1, fail=1e-3, above=False),
-    follows_from={"dead_state": anywhere},
 )
 def vanishing_gradient(
     gradient_norm: xr.DataArray,

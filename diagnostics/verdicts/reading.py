@@ -11,16 +11,68 @@ import xarray as xr
 
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.schema import PROVEN, UNPROVEN
-from depthscope.diagnostics.verdicts.calibration import DEFAULT
-from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Finding
+from depthscope.diagnostics.verdicts.inputs import EQUAL, FEWEST, distinct
+from depthscope.diagnostics.verdicts.rule import Kind
 
 
 @verdict(
-    metric="residual_norm",
-    judges=Number("number of readings that are not proven", range="0 or more"),
+    Kind.READING,
+    metric="num_tokens",
+    judges=Number("number of questions that the sample is small for"),
     limits=Limits(info=0.0),
-    about="reading",
+)
+def small_sample(
+    attrs: Mapping[str, Any],
+    dong_residual: xr.DataArray | None = None,
+    sequence_share: xr.DataArray | None = None,
+    num_tokens: xr.DataArray | None = None,
+) -> Iterable[Profile]:
+    """The sample is small for some of the questions.
+
+    These numbers say more about the sample than about the network: capture more sequences, or longer ones, with different
+    tokens in every sequence.
+    """
+    # The rank of gradients is at most the number of sequences, a handful in every run: its null is the comparison.
+    notes = {name: note for name, note in attrs.get("notes", {}).items() if name != "gradient_rank"}
+    sentences = [_small(name, note) for name, note in notes.items()]
+    # Data without tokens has no sequences to collapse.
+    if dong_residual is not None and (
+        num_tokens is None or float(num_tokens.sel(scope="sequence", tokens="all").max()) > 1.0
+    ):
+        sentences += _without_differences(dong_residual, attrs, sequence_share)
+    words = "the number of questions that the sample is small for is"
+    yield Profile(xr.DataArray(float(len(sentences))), words, sentence=" ".join(sentences))
+
+
+def _small(name: str, note: str) -> str:
+    if name == "standard errors":
+        return f"{note[0].upper()}{note[1:]}."
+    return f"The sample is small for {name.replace('_', ' ')}: {note}."
+
+
+def _without_differences(
+    dong_residual: xr.DataArray, attrs: Mapping[str, Any], share: xr.DataArray | None
+) -> Iterable[str]:
+    """What a batch whose tokens or sequences are all the same cannot show."""
+    tokens = distinct(attrs, "per_sequence")
+    first = dong_residual.sel(tokens="ordinary", stream="mean").isel(depth=0)
+    if (tokens is None and float(first) < EQUAL) or tokens == 1:
+        yield "All tokens of each sequence are identical at the embedding: this batch cannot show rank collapse."
+    elif tokens is not None and tokens < FEWEST:
+        yield f"The sequences have {tokens:.2g} different tokens each: this batch cannot show rank collapse."
+    elif share is None or tokens is None or distinct(attrs, "in_all") != tokens:
+        return
+    elif float(share.sel(stream="mean").isel(depth=0)) < EQUAL:
+        yield "All sequences of this batch are the same: it cannot show whether the network tells them apart."
+
+
+@verdict(
+    Kind.READING,
+    metric="residual_norm",
+    judges=Number("number of readings that are not proven"),
+    limits=Limits(info=0.0),
 )
 def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     """The reported connections could not be verified against the forward pass.
@@ -48,8 +100,9 @@ JUDGED = "verdicts_judged"
 
 
 @verdict(
+    Kind.FACT,
     metric="num_tokens",
-    judges=Number("number of verdicts that could be judged", range="0 or more"),
+    judges=Number("number of verdicts that could be judged"),
     limits=Limits(fail=1.0, above=False),
 )
 def nothing_measured(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:

@@ -5,23 +5,28 @@ Limits without a comment or a source are heuristics of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
-from depthscope.diagnostics.verdicts.calibration import NOT_CONTRADICTED
-from depthscope.diagnostics.verdicts.causes import from_there_on, overlapping, within
 from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
-from depthscope.diagnostics.verdicts.references import below_input, distinct, one_answer
+from depthscope.diagnostics.verdicts.inputs import (
+    FEW_TOKENS,
+    below_input,
+    distinct,
+    has_few_tokens,
+    one_answer,
+)
+from depthscope.diagnostics.verdicts.rule import Kind
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
 # layers with the smallest angles of a trained model, and give no limit. Heuristic.
 IDLE = 0.01
-# One step of many that healthy networks need little, down to 0.0037 of π of streams whose mean it turns, is a note.
-DOES_NOTHING = 0.003
+# What a step turns the states by where it adds nothing: the rounding of a cosine in float64, and no trained block.
+DEAD = 1e-6
 
 
 def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
@@ -40,15 +45,15 @@ OF_ONE_ANSWER = 5.0
 
 
 @verdict(
+    Kind.FRESH,
     metric="effective_rank",
     judges=Number(
         "share left of the differences between the tokens of a sequence; times 5 where a sequence has one answer",
         "max(Dong residual, 3 (erank − 1) / (erank of noise − 1)), raw, within a sequence",
         "0 to about 3",
     ),
-    limits=Limits(warn=0.15, fail=0.03, above=False, source=NOT_CONTRADICTED),
-    follows_from={"dead_state": from_there_on},
-    suspicion=True,
+    limits=Limits(warn=0.15, fail=0.03, above=False),
+    tried_by="merge_tokens",
 )
 def rank_collapse(
     effective_rank: xr.DataArray,
@@ -116,17 +121,14 @@ FEW_DIRECTIONS = 3.0
 
 # What a block leaves out of a sum that passes everything on is not lost: in networks that are trained the rank hardly falls.
 @verdict(
+    Kind.FRESH,
     metric="numerical_rank",
     judges=Number(
         "number of directions in use over the most that an earlier state uses",
         "numerical rank at l / max over earlier",
-        "0 or more",
     ),
     limits=Limits(warn=0.6, above=False),
-    follows_from=dict.fromkeys(
-        ("dead_state", "rank_collapse", "common_vector"),
-        from_there_on,
-    ),
+    follows_from=("rank_collapse", "common_vector"),
 )
 def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
     """A block loses directions of the state, which no later block can restore.
@@ -144,21 +146,20 @@ def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
 
 
 MOST_ALIKE = 0.98
-# Different tokens, of fewer of which a high cosine may be chance. Heuristic.
-FEW_TOKENS = 8
 
 
 # Two tokens with a cosine of 0.98 have an angle of 11°, with one of 0.995 of 6°. States after a ReLU, whose numbers are all
 # positive, have cosines up to 0.97 in a fresh ResNet.
 @verdict(
+    Kind.FRESH,
     metric="token_cosine",
     judges=Number(
         "mean cosine between any two tokens of the data", "mean over pairs of cos(x_i, x_j), raw", "−1 to 1"
     ),
-    limits=Limits(warn=MOST_ALIKE, fail=0.995, source=NOT_CONTRADICTED, scale="cosine"),
-    follows_from={"rank_collapse": from_there_on, "dead_state": from_there_on},
+    limits=Limits(warn=MOST_ALIKE, fail=0.995, scale="cosine"),
+    follows_from=("rank_collapse",),
     drawn_on=("token_cosine",),
-    suspicion=True,
+    tried_by="merge_tokens",
 )
 def common_vector(
     token_cosine: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None
@@ -175,14 +176,12 @@ def common_vector(
         token_cosine.sel(scope="data", tokens="ordinary", centering=centering, stream="mean", drop=True)
         for centering in ("raw", "centred")
     )
-    if below_input(1.0 - raw, attrs, "in_all") is None:
+    if has_few_tokens(attrs) or below_input(1.0 - raw, attrs, "in_all") is None:
         return
     if distinct(attrs, "in_all") is None:  # then what the first states share may have come in
         raw = raw.where(raw["depth"] != raw["depth"][0]) if float(raw[0]) > MOST_ALIKE else raw
     at = int(np.nanargmax(raw.values)) if raw.notnull().any() else 0
-    tokens = distinct(attrs, "in_all")
-    if tokens is None and num_tokens is not None:
-        tokens = float(num_tokens.sel(scope="data", tokens="ordinary").max())
+    tokens = None if num_tokens is None else float(num_tokens.sel(scope="data", tokens="ordinary").max())
     yield Profile(
         raw,
         "the mean cosine between any two tokens of the data is",
@@ -193,22 +192,15 @@ def common_vector(
 
 
 @verdict(
+    Kind.LOSS,
     metric="angular_distance",
     judges=Number(
         "angle by which a layer turns the states, as a share of a half turn",
         "arccos cos(x_{l−1}, x_l) / π, mean over tokens",
         "0 to 1",
     ),
-    limits=Limits(info=IDLE, warn=DOES_NOTHING, above=False),
-    follows_from={
-        "gain_explosion": overlapping,
-        "wasted_layer": within,
-        "same_representation": within,
-        # Beside a large vector that all tokens share, nothing that is added turns them.
-        "common_vector": from_there_on,
-    },
-    before_training=True,
-    suspicion=True,
+    limits=Limits(info=IDLE, warn=DEAD, above=False),
+    follows_from=("gain_explosion", "same_representation", "common_vector"),
 )
 def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
     """A layer barely changes the residual stream.
@@ -225,10 +217,13 @@ def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) ->
     if "site" in steps.coords:
         layers &= ~steps["site"].isin(["final", "pre"])
     turned = steps.copy(data=angles).where(layers)
+    # Where most of the steps add nothing, their branches were made to begin so.
+    most_are_dead = int((turned < DEAD).sum()) > int(turned.notnull().sum()) // 2
     yield Profile(
         turned,
         "the angle by which a layer turns the states, as a share of π, is",
         template="the step {where} barely changes the residual stream: it turns it by {percent} of a half turn",
+        note_only=most_are_dead,
     )
 
 
@@ -238,12 +233,12 @@ SINKS = 2
 
 
 @verdict(
+    Kind.FRESH,
     metric="massive_token_fraction",
     judges=Number(
         "share of the tokens with a massive activation", "|a| > 100 and |a| > 1000 median |a|", "0 to 1"
     ),
     limits=Limits(info=0.0, warn=0.05),
-    suspicion=True,
 )
 def massive_activations(
     massive_token_fraction: xr.DataArray, massive_activation: xr.DataArray
@@ -277,46 +272,28 @@ def _massive_locations(attrs: Mapping[str, Any], largest: float) -> str:
     return f"The largest there is {number(largest)} times the median{locations}."
 
 
-# Half of the range of CKA: fewer tokens than features. Heuristic.
+# The 30 layers of SmolLM2-135M have at least 0.41, where single heads are near 0. A layer whose
+# queries and keys are 60 × too large has at most 0.015.
 @verdict(
-    metric="cka_null",
-    judges=Number("biased CKA of unrelated noise of that size", "d / (d + N)", "0 to 1"),
-    limits=Limits(info=0.5),
-    about="reading",
+    Kind.FRESH,
+    metric="attention_entropy",
+    judges=Number(
+        "largest entropy of attention over the heads of a layer, as a share of uniform attention",
+        "max over heads of H / ln(number of keys)",
+        "0 to 1",
+    ),
+    limits=Limits(warn=0.1, above=False),
 )
-def few_tokens_for_cka(cka_null: xr.DataArray) -> Iterable[Profile] | None:
-    """There are too few tokens for the biased CKA.
+def attention_entropy_collapse(attention_entropy: xr.DataArray) -> Iterator[Profile]:
+    """Attention entropy collapse: in every head each query attends to a single token.
 
-    Read the unbiased one, or sample more tokens: the noise baseline is d/(d + N).
+    Normalise queries and keys before their product, cap the logits, or lower the learning rate or the scale of the query and
+    key weights: a softmax that is saturated passes no gradient to them.
     """
-    # Where the unbiased one is known too, nobody has to read the other.
-    if set(cka_null["estimator"].values.tolist()) != {"biased"}:
-        return None
-    null = cka_null.sel(estimator="biased", tokens="all", drop=True)
-    return [Profile(null, "unrelated noise of that size would have a biased CKA of")]
-
-
-@verdict(
-    metric="num_tokens",
-    judges=Number("number of metrics that the sample is small for", range="0 or more"),
-    limits=Limits(info=0.0),
-    about="reading",
-)
-def small_sample(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
-    """The sample is small for some of the questions.
-
-    These numbers say more about the sample than about the network: capture more sequences, or longer ones.
-    """
-    if "notes" not in attrs:
-        return None
-    # The rank of gradients is at most the number of sequences, a handful in every run: its null is the comparison.
-    notes = {name: note for name, note in attrs["notes"].items() if name != "gradient_rank"}
-    sentence = " ".join(_small(name, note) for name, note in notes.items())
-    words = "the number of quantities that the sample is small for is"
-    return [Profile(xr.DataArray(float(len(notes))), words, sentence=sentence)]
-
-
-def _small(name: str, note: str) -> str:
-    if name == "standard errors":
-        return f"{note[0].upper()}{note[1:]}."
-    return f"The sample is small for {name.replace('_', ' ')}: {note}."
+    # The head that spreads most: heads that copy the token before, or rest on a sink, are common in trained models.
+    most = attention_entropy.max("head")
+    yield Profile(
+        most,
+        "the largest entropy of attention over the heads, as a share of uniform attention, is",
+        begins=True,
+    )

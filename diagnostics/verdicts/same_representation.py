@@ -10,9 +10,9 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
-from depthscope.diagnostics.verdicts.calibration import DEFAULT
-from depthscope.diagnostics.verdicts.causes import overlapping
-from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, number, verdict
+from depthscope.diagnostics.verdicts.inputs import has_few_tokens
+from depthscope.diagnostics.verdicts.rule import Kind
 
 # Every two states of 16 collapsed blocks have a debiased CKA of 1.000, and the ends an angle of 0.003 π; of a fresh Pre-LN
 # stack 0.70 and 0.25 π, of trained residual, HC and mHC networks 0.56 to 0.67, of SmolLM2 0.28 and 0.48 π.
@@ -25,15 +25,12 @@ FIXED = 0.02
 STEP = 1.0 / 180.0
 WORDS = "the debiased CKA"
 # What else of the states has to be alike, by metric: their mean over streams hides what differs between streams, and of
-# large features alone CKA may be 1. Whitened states are named, and decide nothing: what directions of small variance are
-# worth is what skipping the range shows.
+# large features alone CKA may be 1.
 VIEWS = {
     "joined_cka": "of all streams joined",
     "least_stream_cka": "of the least similar stream",
     "trimmed_cka": "without large features",
-    "whitened_cka": "of whitened states",
 }
-NAMED_ONLY = "whitened_cka"
 # A step between two depths is a block, or half of one. Fewer cannot turn the states by much in a healthy network either.
 FEWEST_STEPS = 4
 # Share of the steps that a range must span.
@@ -62,6 +59,7 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
 
 # What grows or fades at every connection leaves all states alike beside it: then that is the finding.
 @verdict(
+    Kind.LOSS,
     metric="cka",
     judges=Number(
         "debiased CKA of the two least similar states of the longest range of blocks that hold one representation",
@@ -69,13 +67,8 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
         "−1 to 1",
     ),
     limits=Limits(warn=ALIKE, fail=SAME, scale="cosine"),
-    follows_from={
-        "gain_explosion": overlapping,
-        "exploding_state": overlapping,
-        "dead_state": overlapping,
-    },
-    before_training=True,
-    suspicion=True,
+    follows_from=("gain_explosion", "exploding_state"),
+    tried_by="bypass",
 )
 def same_representation(
     cka: xr.DataArray,
@@ -85,7 +78,6 @@ def same_representation(
     joined_cka: xr.DataArray | None = None,
     least_stream_cka: xr.DataArray | None = None,
     trimmed_cka: xr.DataArray | None = None,
-    whitened_cka: xr.DataArray | None = None,
     relative_turn: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
     """All layers hold one representation: the depth adds nothing.
@@ -93,10 +85,10 @@ def same_representation(
     Raise the scale of the branches or their learning rate, look for a skip that is scaled up or a branch that is scaled down,
     and take fewer layers. Then see whether the loss without these blocks is the same: they can be left out.
     """
-    if "unbiased" not in cka["estimator"]:
+    if "unbiased" not in cka["estimator"] or has_few_tokens(attrs):
         return
     alike = _between_blocks(cka.sel(estimator="unbiased", tokens="ordinary", drop=True))
-    given = zip(VIEWS, (joined_cka, least_stream_cka, trimmed_cka, whitened_cka), strict=True)
+    given = zip(VIEWS, (joined_cka, least_stream_cka, trimmed_cka), strict=True)
     views = {
         name: _between_blocks(table.sel(tokens="ordinary", drop=True))
         for name, table in given
@@ -110,9 +102,8 @@ def same_representation(
     still = np.abs(np.subtract.outer(np.arange(steps + 1), np.arange(steps + 1))) <= 1
     # All steps within a range are small where each is: kept apart from the angle between its ends.
     small = turned < np.where(still, STEP, np.inf)
-    deciding = [of.values for name, of in views.items() if name != NAMED_ONLY]
     # Of a silent stream there is no CKA, and the other views decide.
-    lowest = np.fmin.reduce([table, *deciding])
+    lowest = np.fmin.reduce([table, *(of.values for of in views.values())])
     kinds = (
         (True, (table >= SAME) & (turned < TURNED), NEARLY_ALL),
         (True, (table >= SAME) & (turned < FIXED), HALF),
@@ -123,7 +114,7 @@ def same_representation(
         first, last = longest_range(together & (lowest >= ALIKE))
         if last - first >= max(FEWEST_STEPS, share * steps):
             words = _views(alike, views, slice(first, last + 1))
-            found = _one_representation(alike, angles, first, last, attrs, num_tokens, words, failing=failing)
+            found = _one_representation(alike, angles, first, last, num_tokens, words, failing=failing)
             found = replace(found, sentence=found.sentence + _turn_of_later_half(relative_turn))
             # On the axis of all depths: undefined inside a block.
             yield replace(found, values=found.values.reindex(depth=np.arange(cka.sizes["depth"])))
@@ -148,7 +139,6 @@ def _one_representation(
     angles: xr.DataArray,
     first: int,
     last: int,
-    attrs: Mapping[str, Any],
     num_tokens: xr.DataArray | None,
     views: str,
     *,
@@ -169,11 +159,9 @@ def _one_representation(
         "them by more than "
         f"{number(step)}°."
     )
-    told, moving = _prediction(attrs, begins, ends)
-    sentence += told
     values = np.full(len(alike), np.nan)
-    # Of states that turn against each other, or of which the head reads something else, it is no more than a warning.
-    values[part] = least if failing and not moving else min(least, SAME)
+    # Of states that turn against each other it is no more than a warning.
+    values[part] = least if failing else min(least, SAME)
     return Profile(
         alike.isel(other_depth=0, drop=True).copy(data=values),
         f"{WORDS} of the two least similar states is",
@@ -187,25 +175,6 @@ def _views(alike: xr.DataArray, views: Mapping[str, xr.DataArray], part: slice) 
     least = {VIEWS[name]: float(of.values[part, part].min()) for name, of in views.items()}
     told = [f"{words} {value:.3f}" for words, value in least.items() if abs(value - mean) >= 5e-4]
     return f"; {', '.join(told)}" if told else ""
-
-
-def _prediction(attrs: Mapping[str, Any], first: int, last: int) -> tuple[str, bool]:
-    """What a lens reads in the range, where one was read, and whether the prediction still moves within it.
-
-    States that differ by little may differ in what the head reads: where the interval of the depth from which on the
-    prediction no longer changes begins in the later half of the range, the range does work, and is no failure.
-    """
-    found = attrs.get("prediction_depth")
-    if not isinstance(found, Mapping):
-        return "", False
-    mean, low = float(found["mean"]), float(found["low"])
-    sentence = f" By the {found['lens']} lens the prediction no longer changes from depth {number(mean)} on"
-    # One sequence has no interval: its depth alone is not enough to excuse anything.
-    if (first + last) / 2 < low <= last:
-        return f"{sentence}: within this range it still changes.", True
-    if mean <= first:
-        return f"{sentence}: the range changes no prediction.", False
-    return f"{sentence}.", False
 
 
 def _all(alike: xr.DataArray, first: int, last: int) -> str:

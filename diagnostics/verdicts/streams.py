@@ -1,6 +1,6 @@
 """Do the streams stay different, mix as claimed, and all get used? Verdicts on connections.
 
-Limits without a comment or a source are heuristics of ours.
+Limits are set by hand.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.verdicts.calibration import DEFAULT, NOT_CONTRADICTED
-from depthscope.diagnostics.verdicts.causes import anywhere, from_there_on, overlapping
-from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, number, verdict
+from depthscope.diagnostics.verdicts.rule import Kind
 from depthscope.diagnostics.verdicts.wiring import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies, told
 
-# Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`. Heuristic.
+# Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`.
 PARTED = 0.99
 
 COLLAPSED = 0.01
@@ -31,22 +29,18 @@ EXACT = 1.0 - DIFFER
 # Of the differences between streams: what is smaller is what rounding leaves of 1.
 ROUNDING = 1e-14
 
-# An identity distance of 0.05: of four streams, each gives 1.4 % of itself to every other at a connection. Heuristic.
+# An identity distance of 0.05: of four streams, each gives 1.4 % of itself to every other at a connection.
 STUCK = 0.05
 
-# Distance of one H_res of four streams from the identity at off-diagonal logits of −6.5; their gradient is as small.
-SATURATED = 0.005
-# A free entry moves by about the learning rate in its first step: what is closer to the identity, and not on it, is held.
-ONE_STEP = 1e-4
-
 SUM_ERROR = 1e-2
-# Factors by which sums of the composite differ from 1 where errors have added up to something, and to a failure. Heuristic.
+# Factors by which sums of the composite differ from 1 where errors have added up to something, and to a failure.
 ADDED_UP, FAILING = 1.25, 4.0
 
 
 # An error of single sums alone does no harm: twenty rounds leave some tokens of trained networks with 0.07, whose logits are
 # some 8 apart. What the errors of all connections make of the sums of their product does.
 @verdict(
+    Kind.FRESH,
     metric="doubly_stochastic_violation",
     judges=Number(
         "factor by which a row or column sum of the product of all mixing matrices is off 1",
@@ -91,8 +85,9 @@ def sinkhorn_not_converged(
 # exp and a division cannot give a negative number: 1e-6 allows for float32 sums of a matrix that was recovered from states.
 # A tenth is no error of rounding or of a formula any more.
 @verdict(
+    Kind.FRESH,
     metric="doubly_stochastic_violation",
-    judges=Number("size of the most negative entry of a mixing matrix", "max(0, −min_ij H_ij)", "0 or more"),
+    judges=Number("size of the most negative entry of a mixing matrix", "max(0, −min_ij H_ij)"),
     limits=Limits(warn=1e-6, fail=0.1),
 )
 def negative_mixing(
@@ -111,48 +106,16 @@ def negative_mixing(
     return [Profile(size, "the most negative entry of a mixing matrix has the size")]
 
 
-# A doubly stochastic matrix has norm 1. The published mHC of 60 connections has 1.14 over the later half (its Fig. 8), which
-# is a note; the limits are ours.
 @verdict(
-    metric="composite_singular_value",
-    judges=Number(
-        "spectral norm of one mixing matrix, or of the product of all",
-        "σ₁(H), σ₁(P); p99 over tokens",
-        "0 or more",
-    ),
-    limits=Limits(info=1.05, warn=ADDED_UP, fail=2.0),
-    follows_from={"sinkhorn_not_converged": from_there_on, "negative_mixing": from_there_on},
-)
-def expansive_mixing(
-    mixing_singular_value: xr.DataArray, composite_singular_value: xr.DataArray, attrs: Mapping[str, Any]
-) -> Iterable[Profile] | None:
-    """The mixing of an mHC expands, although doubly stochastic matrices do not.
-
-    Truncated Sinkhorn breaks it slowly over depth: more iterations, or end on the other side at times.
-    """
-    if not satisfies(attrs, DOUBLY):
-        return None
-    single, composed = (
-        values.sel(component=0, reduction="p99", drop=True)
-        for values in (mixing_singular_value, composite_singular_value)
-    )
-    return [
-        Profile(single, "the spectral norm of one connection is"),
-        Profile(composed, "the spectral norm of the mixing from the embedding on is"),
-    ]
-
-
-@verdict(
+    Kind.FRESH,
     metric="relative_deflated_gain",
     judges=Number(
         "share of the first differences between streams that is left, relative to what they have in common",
         "σ₁(P on 1⊥) / p; median over tokens",
-        "0 or more",
     ),
     limits=Limits(warn=COLLAPSED, above=False),
-    follows_from={"uniform_mixing": from_there_on},
+    follows_from=("constant_mixing",),
     drawn_on=("relative_deflated_gain",),
-    before_training=True,
 )
 def stream_collapse(
     relative_deflated_gain: xr.DataArray, stream_cosine: xr.DataArray | None = None
@@ -163,6 +126,9 @@ def stream_collapse(
     less often. The gain does not show it: a uniform matrix has gain 1.
     """
     left = relative_deflated_gain.sel(reduction="median", drop=True)
+    before = left.shift(connection=1, fill_value=1.0)
+    # What is left after earlier connections may be rounding already, and its ratios mean nothing.
+    alone = (left / before).where(np.isfinite(before) & (before > ROUNDING) & (left < np.inf))
     parted = _parted_by_writes(stream_cosine)
     yield Profile(
         left,
@@ -170,7 +136,8 @@ def stream_collapse(
         template="{percent} of the initial differences between streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
-        note_only=bool(parted),
+        # One connection that makes them the same does so by mistake; that many do together is how published ones begin.
+        note_only=bool(parted) or not bool((alone < COLLAPSED).any()),
         note=parted,
     )
 
@@ -192,46 +159,15 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
 
 
 @verdict(
-    metric="relative_deflated_gain",
-    judges=Number(
-        "share of the differences between streams that one connection leaves",
-        "r_c / r_{c−1}, r as the relative deflated gain",
-        "0 or more",
-    ),
-    limits=Limits(warn=COLLAPSED, above=False),
-    follows_from={"constant_mixing": anywhere},
-)
-def uniform_mixing(relative_deflated_gain: xr.DataArray) -> Iterator[Profile]:
-    """One connection alone makes all streams the same.
-
-    A zero-bias initialisation of mHC does this: exp(0) is uniform. Put a bias on the diagonal of the logits.
-    """
-    left = relative_deflated_gain.sel(reduction="median", drop=True)
-    before = left.shift(connection=1, fill_value=1.0)
-    # What is left after earlier connections may be rounding already, and its ratios mean nothing.
-    yield Profile(
-        (left / before).where(np.isfinite(before) & (before > ROUNDING) & (left < np.inf)),
-        "the smallest fraction of the differences between streams that one connection leaves is",
-        template="one connection alone leaves {percent} of the differences between streams {where}",
-        begins=True,
-    )
-
-
-@verdict(
+    Kind.EXPLANATION,
     metric="composite_identity_distance",
     judges=Number(
         "largest distance from the identity of any product of mixing matrices from the embedding on",
         "max_c ‖P_c/p − I‖_F / √n; median over tokens",
-        "0 or more",
     ),
-    limits=Limits(warn=STUCK, above=False),
-    follows_from={"discarded_mixing": anywhere},
-    before_training=True,
-    suspicion=True,
+    limits=Limits(info=STUCK, above=False),
 )
-def stuck_at_identity(
-    composite_identity_distance: xr.DataArray, identity_distance: xr.DataArray, attrs: Mapping[str, Any]
-) -> Iterable[Profile] | None:
+def stuck_at_identity(composite_identity_distance: xr.DataArray) -> Iterable[Profile]:
     """The streams do not mix: even the product of all H_res is the identity.
 
     Normal in a fresh network that starts there. After training, look at the gradient of the logits
@@ -240,17 +176,15 @@ def stuck_at_identity(
     """
     # Connections that are each close to the identity may mix much together: judged by their product.
     most = composite_identity_distance.sel(reduction="median", drop=True).max("connection")
-    single = float(identity_distance.sel(reduction="median", drop=True).max("connection"))
-    # Saturated logits of Sinkhorn do not move whatever the training; free matrices and others do from the first step on. As of
-    # copies: what training can move and has not put to use is a note, what it cannot is a warning.
-    held = single < (SATURATED if satisfies(attrs, ONE_EXACT_SUM) else ONE_STEP)
-    words = "the largest distance from the identity of any product of H_res from the embedding on is"
-    return [Profile(most, words, note_only=not held)]
+    yield Profile(
+        most, "the largest distance from the identity of any product of H_res from the embedding on is"
+    )
 
 
 # Near copies are a note, whatever merging them costs: training has parted them, and what they are worth is the task's. Exact
 # ones are no other network than one with a single stream.
 @verdict(
+    Kind.LOSS,
     metric="stream_cosine",
     judges=Number(
         "mean cosine between streams in the later half, or of the two most alike",
@@ -258,14 +192,8 @@ def stuck_at_identity(
         "−1 to 1",
     ),
     limits=Limits(info=COPIED, warn=EXACT, scale="cosine"),
-    follows_from={
-        "uniform_mixing": from_there_on,
-        "stream_collapse": overlapping,
-        "passing_streams": anywhere,
-        "loud_stream": anywhere,
-    },
+    follows_from=("stream_collapse", "passing_streams"),
     drawn_on=("stream_cosine", "closest_stream_cosine"),
-    before_training=True,
 )
 def copied_streams(
     stream_cosine: xr.DataArray, closest_stream_cosine: xr.DataArray | None = None
@@ -304,13 +232,14 @@ def _copies(what: str, apart: float) -> str:
 
 
 @verdict(
+    Kind.FACT,
     metric="stream_cosine",
     judges=Number(
         "largest 1 − cosine of the streams between blocks, where they differ inside",
         "max (1 − cos(x_i, x_j)) at the ends of blocks",
         "0 to 2",
     ),
-    limits=Limits(warn=0.001, above=False, source=NOT_CONTRADICTED),
+    limits=Limits(warn=0.001, above=False),
 )
 def passing_streams(
     attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
@@ -335,54 +264,39 @@ def passing_streams(
     return [Profile(xr.DataArray(min(apart)), words)] if apart else None
 
 
+# Of four streams one with 3 % of the signal. The effective number of streams, which cannot be large for two, is no limit.
 @verdict(
-    metric="read_mass",
+    Kind.FRESH,
+    metric="signal_share",
     judges=Number(
-        "weight with which all later connections together read a sublayer's output", "Σ_k |M_kj|", "0 or more"
+        "mean share of a stream in the signal that is read, or in what is written, over an equal share",
+        "n · mean_c ‖H_pre,s x_s‖ / Σ_s ‖H_pre,s x_s‖, n · mean_c |H_post,s| / Σ_s |H_post,s|",
+        "0 to n",
     ),
-    limits=Limits(warn=0.01, above=False, source=NOT_CONTRADICTED),
-    suspicion=True,
-    drawn_on=("read_mass",),
+    limits=Limits(warn=0.1, above=False),
+    follows_from=("constant_mixing",),
 )
-def wasted_layer(depth_kernel: xr.DataArray) -> Iterator[Profile]:
-    """No later connection reads what a sublayer writes.
+def unused_stream(
+    read_share: xr.DataArray,
+    write_share: xr.DataArray | None = None,
+    signal_share: xr.DataArray | None = None,
+) -> Iterator[Profile]:
+    """A stream is hardly read, or hardly written, by any connection.
 
-    It may be left out, unless the head reads it. Check that connection's H_post, and if H_res erases it.
+    What is left of the network has fewer streams: vary the initial read and write weights, check the gradients of H_pre and
+    H_post and the norm of each stream before it is read, or use fewer streams.
     """
-    table = depth_kernel.transpose("connection", "other_connection")
-    mass = depth_kernel.isel(other_connection=0, drop=True).copy(data=kernel.read_mass(table.values))
-    words = "all later connections together read of a sublayer's output a weight of"
-    told = "the later sublayers read almost nothing of what is written {where} (total weight {value})"
-    yield Profile(mass, words, metric="read_mass", template=told)
-
-
-# Saturation of a projection whose logits are too far apart: those of −8 off the diagonal have 0.998. Heuristic.
-NEARLY_PERMUTATIONS = 0.99
-
-
-# Off-diagonal logits of −8 let at most 1.3e-3 through, those of −6 at most 1e-2; a uniform H_res of four streams 0.25. A note,
-# since an optimizer that divides by the size of the gradient moves such logits all the same, only slowly.
-@verdict(
-    metric="logit_gradient_share",
-    judges=Number(
-        "largest share of the gradient of H_res that reaches its logits at any connection",
-        "max_c ‖∂L/∂H̃‖ / ‖∂L/∂H‖",
-        "0 or more",
-    ),
-    limits=Limits(info=2e-3, above=False),
-)
-def saturated_logits(logit_gradient_share: xr.DataArray, logit_saturation: xr.DataArray) -> Iterator[Profile]:
-    """H_res can hardly learn: almost none of its gradient reaches its logits.
-
-    Softmax and Sinkhorn of logits that are far apart (off-diagonal ones near −8) let no gradient through. Begin with logits
-    nearer to each other, such as −3 off the diagonal, or leave them out of weight decay and give them a higher learning rate.
-    """
-    saturation = float(logit_saturation.sel(reduction="median", drop=True).min("connection"))
-    # The gradient may be small for another reason: where streams are equal, as in the first connection, or are averaged
-    # behind the last one, it lies along what the projection takes away.
-    if saturation >= NEARLY_PERMUTATIONS:
-        yield Profile(
-            logit_gradient_share.max("connection"),
-            "the largest fraction of the gradient of H_res that reaches its logits at any connection is",
-            note=f"Every projection lets through less than {number(1 - saturation)} of what a uniform one does.",
-        )
+    # What is read of a stream is its weight times its size; without states, as of weight files, the weight alone.
+    kinds = (
+        ("read weight", read_share),
+        ("share in the signal that is read", signal_share),
+        ("write weight", write_share),
+    )
+    for what, share in kinds:
+        if share is None:
+            continue
+        names = [stream for stream in share["stream"].values.tolist() if stream != "mean"]
+        for stream in names:
+            relative = len(names) * share.sel(stream=stream, drop=True).mean("connection")
+            words = f"the {what} of stream {stream}, relative to an equal share, is"
+            yield Profile(relative, words, stream=str(stream))

@@ -12,8 +12,8 @@ from typing import Any, TypeGuard
 
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.calibration import DEFAULT
-from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, Verdict
+from depthscope.diagnostics.verdicts.rule import Kind
 
 # --- what the matrices claim to be: the constraints that they satisfy, or are meant to ---
 
@@ -58,87 +58,70 @@ def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator
             )
 
 
-@verdict(
+def remark(name: str, title: str, advice: str, *, metric: str, judges: Number, limits: Limits) -> Verdict:
+    """The verdict on one kind of remark."""
+    return Verdict(
+        name, title, advice, Kind.FACT, metric, judges, limits, ("attrs",), lambda attrs: told(attrs, name)
+    )
+
+
+discarded_mixing = remark(
+    "discarded_mixing",
+    "A mixing matrix is computed and discarded.",
+    "Nothing that the network returns depends on it, and its parameters get no gradient: multiply the "
+    "streams by it, or take it out.",
     metric="identity_distance",
-    judges=Number(
-        "distance of the computed matrix from the one that is applied", "‖H − H applied‖", "0 or more"
-    ),
+    judges=Number("distance of the computed matrix from the one that is applied", "‖H − H applied‖"),
     limits=Limits(warn=ROUNDING),
 )
-def discarded_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """A mixing matrix is computed and discarded.
-
-    Nothing that the network returns depends on it, and its parameters get no gradient: multiply the streams by it, or take it
-    out.
-    """
-    yield from told(attrs, "discarded_mixing")
-
-
-@verdict(
+transposed_mixing = remark(
+    "transposed_mixing",
+    "A mixing matrix is applied transposed.",
+    "Forward and backward are exchanged: the sums that are exact should be those over the sources. "
+    "Between two doubly stochastic designs that are trained from scratch it makes little difference; with "
+    "weights of the other one it does.",
     metric="doubly_stochastic_violation",
-    judges=Number(
-        "error of the sums over the sources, which should be exact", "max_i |Σ_j H_ij − 1|", "0 or more"
-    ),
+    judges=Number("error of the sums over the sources, which should be exact", "max_i |Σ_j H_ij − 1|"),
     limits=Limits(warn=ROUNDING),
 )
-def transposed_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """A mixing matrix is applied transposed.
-
-    Forward and backward are exchanged: the sums that are exact should be those over the sources. Between two doubly
-    stochastic designs that are trained from scratch it makes little difference; with weights of the other one it does.
-    """
-    yield from told(attrs, "transposed_mixing")
-
-
 # Every connection multiplies the sum of the streams by n, which is at least 2: no other value comes here.
-@verdict(
+constant_mixing = remark(
+    "constant_mixing",
+    "Every entry of the mixing matrices is 1, whatever their parameters.",
+    "Look at the axes of Sinkhorn's sums: along an axis of size one every number is divided by itself. "
+    "The streams are equal from the first connection on, and grow by their number at each.",
     metric="mixing_gain",
     judges=Number("factor by which each connection multiplies the sum of the streams", "n", "1 or more"),
     limits=Limits(fail=1.0),
 )
-def constant_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """Every entry of the mixing matrices is 1, whatever their parameters.
-
-    Look at the axes of Sinkhorn's sums: along an axis of size one every number is divided by itself. The streams are equal
-    from the first connection on, and grow by their number at each.
-    """
-    yield from told(attrs, "constant_mixing")
-
-
 # The largest gradient of a logit against that of a write weight, for a random combination of the outputs: a few
 # roundings.
-@verdict(
+unlearnable_mixing = remark(
+    "unlearnable_mixing",
+    "The mixing matrices get no gradient.",
+    "Where the graph is cut, take the detach away. Where all streams are alike, break the symmetry: a "
+    "bias on the diagonal of the logits, and reads or writes that differ from stream to stream.",
     metric="mixing_gradient",
     judges=Number(
         "largest gradient of a logit of the mixing over that of a write weight",
         "‖∂L/∂H̃‖ / ‖∂L/∂H_post‖",
-        "0 or more",
     ),
     limits=Limits(warn=1e-6, above=False),
 )
-def unlearnable_mixing(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The mixing matrices get no gradient.
-
-    Where the graph is cut, take the detach away. Where all streams are alike, break the symmetry: a bias on the diagonal of
-    the logits, and reads or writes that differ from stream to stream.
-    """
-    yield from told(attrs, "unlearnable_mixing")
-
-
-@verdict(
+swapped_weights = remark(
+    "swapped_weights",
+    "Read and write weights look swapped.",
+    "The branch reads with what the documented design writes with: check their order where they are "
+    "split, returned and applied.",
     metric="read_share",
-    judges=Number("weight with which the branch reads where the design writes with it", range="0 or more"),
+    judges=Number("weight with which the branch reads where the design writes with it"),
     limits=Limits(info=1.0),
 )
-def swapped_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """Read and write weights look swapped.
-
-    The branch reads with what the documented design writes with: check their order where they are split, returned and applied.
-    """
-    yield from told(attrs, "swapped_weights")
-
-
-@verdict(
+foreign_coefficients = remark(
+    "foreign_coefficients",
+    "Coefficients are computed from something other than the streams they are applied to.",
+    "In hyper-connections they are a function of the token's own streams at this connection: look for a "
+    "stale variable, a shift or a norm over other tokens.",
     metric="mixing_gain",
     judges=Number(
         "change of the coefficients with what they should not depend on, relative to themselves",
@@ -146,41 +129,26 @@ def swapped_weights(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     ),
     limits=Limits(warn=1e-3),
 )
-def foreign_coefficients(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """Coefficients are computed from something other than the streams they are applied to.
-
-    In hyper-connections they are a function of the token's own streams at this connection: look for a stale variable, a
-    shift or a norm over other tokens.
-    """
-    yield from told(attrs, "foreign_coefficients")
-
-
-@verdict(
+stale_statistics = remark(
+    "stale_statistics",
+    "The running statistics of BatchNorm are not those of its data, or were never updated.",
+    "In evaluation it normalises with the mean and variance of something else. See whether it was ever in "
+    "training mode, whether its buffers are saved and loaded, whether momentum is 0, and whether inputs "
+    "are scaled as in training.",
     metric="channel_variance",
     judges=Number(
         "number of batch norms whose running statistics are not those of the data", range="0 or more"
     ),
     limits=Limits(fail=0.0),
 )
-def stale_statistics(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The running statistics of BatchNorm are not those of its data, or were never updated.
-
-    In evaluation it normalises with the mean and variance of something else. See whether it was ever in training mode,
-    whether its buffers are saved and loaded, whether momentum is 0, and whether inputs are scaled as in training.
-    """
-    yield from told(attrs, "stale_statistics")
-
-
-@verdict(
-    metric="weight_gradient_norm",
-    judges=Number("number of modules whose input is zero for 95 % of the features", range="0 or more"),
-    limits=Limits(warn=0.0),
-    before_training=True,
+looks_ahead = remark(
+    "looks_ahead",
+    "The network sees the tokens that it has to predict.",
+    "Check the causal mask on the path that runs: a fast path may mask where a slow one (dropout, a bias, "
+    "a cache) does not.",
+    metric="gradient_norm",
+    judges=Number(
+        "share of an output's gradient, or of its change, that comes from later tokens", range="0 to 1"
+    ),
+    limits=Limits(fail=1e-3),
 )
-def zero_input(attrs: Mapping[str, Any]) -> Iterator[Profile]:
-    """The input of a module is almost all zeros: no token passes what is before it.
-
-    Look for a ReLU whose inputs are all negative, as after too high a learning rate, a closed gate, or a product with zero.
-    The weights of such features get no gradient, and what is left of the module's output is little more than its bias.
-    """
-    yield from told(attrs, "zero_input")

@@ -188,7 +188,8 @@ def offline() -> Iterator[None]:
 
 
 def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
-    if event not in NETWORK_EVENTS or not getattr(_loading, "active", False):
+    # While the interpreter ends, the names of a module become None before the last events come.
+    if not NETWORK_EVENTS or event not in NETWORK_EVENTS or not getattr(_loading, "active", False):
         return
     # An address of the internet is a tuple; a text is a socket of this machine.
     if event == "socket.connect" and not isinstance(arguments[1], tuple):

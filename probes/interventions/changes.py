@@ -14,8 +14,7 @@ from typing import Any, TypeAlias
 import torch
 
 from depthscope.diagnostics.experiments import ExperimentKind, kind_named
-from depthscope.diagnostics.kernels.geometry import massive_activations
-from depthscope.probes.interventions.branch_tensors import BranchOutput, Gathered
+from depthscope.probes.interventions.branch_tensors import BranchOutput
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest, Passed
 from depthscope.probes.model.errors import InterventionError
 
@@ -63,8 +62,7 @@ def plan(
     ----------
     kind : str
         ``"skip"`` (a block); ``"identity"``, ``"uniform"``, ``"mean"``, ``"sinkhorn"`` (in place of H_res);
-        ``"drop_stream"``, ``"massive"``, ``"bypass"``, ``"without_attention"``, ``"merge_tokens"``, ``"without_mean"``,
-        ``"merge_streams"`` (of the state at a depth).
+        ``"drop_stream"``, ``"bypass"``, ``"merge_tokens"`` (of the state at a depth).
     blocks, connections, depths, streams : int or iterable of int, optional
         Where; every place by default. A depth means the block or connection that ends there.
     together : bool
@@ -207,7 +205,6 @@ def _places(kind: ExperimentKind, model: ModelUnderTest) -> str:
     return (
         f"the model has blocks {min(model.layers)} … {max(model.layers)}, depths 0 (embedding) … {last}, "
         f"{len(model.chain.connections)} connections and {model.num_streams} stream{'s' * (model.num_streams != 1)}"
-        + ("; massive activations are those above 100 and 1000 medians" if kind.name == "massive" else "")
     )
 
 
@@ -315,20 +312,15 @@ def _remixed(rule: str, number: int, model: ModelUnderTest) -> Change:
 def _of_depths(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
     """The experiments of a plan on states."""
     depths = [depth for depth in range(len(model.chain.points)) if _depth_selected(depth, wanted, model)]
-    if kind.name in COLLAPSED:
-        return (_collapsed(kind.name, depth, model) for depth in depths)
+    if kind.name == "merge_tokens":
+        return (_merged(depth, model) for depth in depths)
     if kind.name == "drop_stream":
         return (
             _dropped(depth, stream, wanted.tokens, model)
             for depth in depths
             for stream in _streams(wanted, model)
         )
-    made: dict[str, Callable[[], Iterator[Change]]] = {
-        "massive": lambda: _without_massive(depths, model),
-        "bypass": lambda: _bypassed([depth for depth in depths if depth], wanted, model),
-        "without_attention": lambda: _without_attention([depth for depth in depths if depth], wanted),
-    }
-    return made[kind.name]()
+    return _bypassed([depth for depth in depths if depth], wanted, model)
 
 
 def _bypassed(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
@@ -342,25 +334,12 @@ def _bypassed(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterato
         yield Change(f"without the {steps}", "bypass", bypassing(first - 1, last), depth=last)
 
 
-def _without_attention(depths: list[int], wanted: Plan) -> Iterator[Change]:
-    """No attention on the way to the named depths at once, or to one at a time where none is named."""
-    for span in [depths] if wanted.depths and depths else [[depth] for depth in depths]:
-        steps = f"depths {span[0]} … {span[-1]}" if len(span) > 1 else f"depth {span[0]}"
-        # What is gathered is zero: there is no state to be changed.
-        edits = dict.fromkeys(map(Gathered, span), constant(torch.zeros(())))
-        yield Change(
-            f"without the attention on the way to {steps}",
-            "without_attention",
-            lambda model, edits=edits: edits,  # type: ignore[misc]
-            depth=span[-1],
-        )
-
-
-def _collapsed(kind: str, depth: int, model: ModelUnderTest) -> Change:
+def _merged(depth: int, model: ModelUnderTest) -> Change:
     def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
-        return {depth: lambda state, seen: COLLAPSED[kind](state, model.mask)}
+        return {depth: lambda state, seen: merged_tokens(state, model.mask)}
 
-    return Change(f"{kind} at depth {depth}", kind, edits, block=model.chain.points[depth].layer, depth=depth)
+    name, layer = "merge_tokens", model.chain.points[depth].layer
+    return Change(f"{name} at depth {depth}", name, edits, block=layer, depth=depth)
 
 
 def _depth_selected(depth: int, wanted: Plan, model: ModelUnderTest) -> bool:
@@ -393,25 +372,6 @@ def _dropped(depth: int, stream: int, tokens: tuple[int, ...] | None, model: Mod
         depth=depth,
         stream=stream,
     )
-
-
-def _without_massive(depths: list[int], model: ModelUnderTest) -> Iterator[Change]:
-    for depth in depths:
-        state = model.base.states[depth]
-        # Streams of one token are one row: a massive entry is so against all of the sequence's.
-        found = massive_activations(
-            state.flatten(2).float().cpu(), mask=None if model.mask is None else model.mask.cpu()
-        )
-        if not bool(found.any()):
-            continue
-        at = found.reshape(state.shape).to(state.device)
-        features = sorted({int(f) for f in at.nonzero()[:, 3].unique()})
-
-        def edits(model: ModelUnderTest, depth: int = depth, at: torch.Tensor = at) -> Mapping[int, Edit]:
-            return {depth: lambda value, _: value.masked_fill(at, 0)}
-
-        name = f"zero {int(at.sum())} massive entries at depth {depth} (features {', '.join(map(str, features[:4]))})"
-        yield Change(name, "massive", edits, block=model.chain.points[depth].layer, depth=depth)
 
 
 # --- what takes the place of a matrix (B, T, N, N), or of a state (B, T, N, D)
@@ -471,32 +431,7 @@ MATRICES: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]]
 
 def merged_tokens(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The mean over the real tokens of each sequence, at all of them."""
-    real = _real(state, mask)
+    counted = torch.ones(state.shape[:2], dtype=torch.bool) if mask is None else mask
+    real = counted.to(state.device)[:, :, None, None]
     mean = (state.double() * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
     return torch.where(real, mean.to(state.dtype), state)
-
-
-def without_mean(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """What differs from the mean over the real tokens of all sequences."""
-    real = _real(state, mask)
-    mean = (state.double() * real).sum((0, 1), keepdim=True) / real.sum().clamp_min(1)
-    return torch.where(real, (state.double() - mean).to(state.dtype), state)
-
-
-def merged_streams(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean of the streams, as each of them."""
-    return state.mean(2, keepdim=True).expand_as(state).clone()
-
-
-def _real(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """Which tokens count, (B, T, 1, 1)."""
-    real = torch.ones(state.shape[:2], dtype=torch.bool) if mask is None else mask
-    return real.to(state.device)[:, :, None, None]
-
-
-COLLAPSED: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
-    "merge_tokens": merged_tokens,
-    "without_mean": without_mean,
-    "merge_streams": merged_streams,
-}
-"""What a collapse would leave of a state, by the kind of the experiment."""

@@ -16,8 +16,6 @@ from depthscope.probes.connections.proof import Parts, StreamConnectionError, ga
 from depthscope.probes.interventions.branch_tensors import (
     BranchOutput,
     BranchTensors,
-    Gathered,
-    WithoutAttention,
 )
 from depthscope.probes.interventions.predictions import Pick, Targets, find_targets, output_values
 from depthscope.probes.interventions.state_operations import (
@@ -229,7 +227,7 @@ class ModelUnderTest:
     ) -> Passed:
         """Run the model with the states at some depths changed; everything after a state follows from the changed one.
 
-        ``edits``: by depth, by `Gathered`, or by `BranchOutput` of a connection over depth, (B, T, D). An edit that returns
+        ``edits``: by depth, or by `BranchOutput` of a connection over depth, (B, T, D). An edit that returns
         the very tensor it was given changes nothing.
         ``reads``: by connection: of what its branch reads of the streams, (B, T, V, D) with V inputs of the branch.
         ``checked``: whether the states are compared with those that are shown, and the connections read. Without it a
@@ -237,7 +235,7 @@ class ModelUnderTest:
         Raises InterventionError: Where a state cannot be changed, or its change did not arrive where the state is
         shown.
         """
-        of_states = {at: edit for at, edit in edits.items() if not isinstance(at, (Gathered, BranchOutput))}
+        of_states = {at: edit for at, edit in edits.items() if not isinstance(at, BranchOutput)}
         of_branches: dict[Side, Mapping[int, Edit]] = {
             READ: reads or {},
             GIVEN: {at.connection: edit for at, edit in edits.items() if isinstance(at, BranchOutput)},
@@ -254,16 +252,11 @@ class ModelUnderTest:
         operations = StateOperations(
             self.model, {**self._own_places(), **places}, self._change(of_states, of_branches, states)
         )
-        gathered = [at.depth for at in edits if isinstance(at, Gathered)]
-        attention = WithoutAttention(
-            operations, self.number, gathered, [depth for _, depth in self._own_places()]
-        )
         if checked:
             passed = self._run(operations.on(), lambda: self._check(states, edited=bool(edits or reads)))
         else:
             with self.unchanged_model(), operations.on(), torch.no_grad():
                 passed = Passed(call_model(self.model, copied(self.batch)))
-        attention.require_found()
         for at in (*((self.number, depth) for depth in of_states), *places):
             # An operation that did not run again, or ran twice, has changed another state or none.
             if operations.met[at] != 1:

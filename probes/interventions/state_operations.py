@@ -118,10 +118,6 @@ class StateOperations:
         self._turns: Counter[tuple[Any, ...]] = Counter()
         self._operations: dict[int, Operation] = {}  # by the number of what they made
 
-    def listen(self, listener: Callable[[Any, Any, Any, Any], None]) -> None:
-        """Give every operation of the forward, with what it took and gave, to one more function."""
-        self._recorder.listeners.append(listener)
-
     @contextmanager
     def on(self) -> Iterator[None]:
         """Follow the operations of the forward made inside; nothing is left on the model afterwards."""

@@ -121,8 +121,14 @@ def _not_read(parameters: list[nn.Parameter]) -> str:
 
 def _distinct_tokens(sequences: list[Sequence]) -> dict[str, float] | None:
     """How many different tokens came in; None where the model's input is no row of integers per sequence."""
-    rows = [sequence.row.reshape(-1) for sequence in sequences if sequence.row is not None]
-    if not rows or any(row.is_floating_point() or row.is_complex() or row.numel() < 2 for row in rows):
+    known = [sequence for sequence in sequences if sequence.row is not None]
+    rows = [sequence.row.reshape(-1) for sequence in known if sequence.row is not None]
+    # Of packed sequences a row is a single number of many tokens.
+    is_packed = any(
+        len(row) == 1 and any(len(mask) > 1 for mask in sequence.mask.values())
+        for row, sequence in zip(rows, known, strict=True)
+    )
+    if not rows or is_packed or any(row.is_floating_point() or row.is_complex() for row in rows):
         return None
     each = [int(row.unique().numel()) for row in rows]
     return {"per_sequence": sum(each) / len(each), "in_all": float(torch.cat(rows).unique().numel())}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +20,12 @@ def all_remarks(
     session: Session,
     evidence: Evidence,
     indices: Sequence[int],
-    seen: Mapping[str, Sequence[str]] | None = None,
+    foreign_norms: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """What is odd about a run, as plain values.
 
     ``indices``: of the sampled sequences, over all forwards.
-    ``seen``: by kind, the modules that a forward which was watched has shown, see `ZeroInputs`.
+    ``foreign_norms``: the batch norms whose running statistics are of other data, as a forward has shown, see `NormInputs`.
     """
     structure, origins = session.structure, session.observer.origins
     facts = [
@@ -51,7 +51,7 @@ def all_remarks(
         if structure.inner_streams
         else ()
     )
-    of_modules = _module_remarks(session.model, seen or {})
+    of_modules = _module_remarks(session.model, foreign_norms)
     return [*(remark.as_dict() for remark in (*inner, *remarks(facts))), *of_modules]
 
 
@@ -84,7 +84,7 @@ def _with(matrices: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
 NAMED = 3  # modules in a sentence
 
 
-def _module_remarks(model: nn.Module, seen: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+def _module_remarks(model: nn.Module, foreign_norms: Sequence[str]) -> list[dict[str, Any]]:
     """Remarks in the form of those about connections; empty where nothing is odd."""
     norms = {
         name: module
@@ -93,24 +93,19 @@ def _module_remarks(model: nn.Module, seen: Mapping[str, Sequence[str]]) -> list
     }
     trained = [name for name, module in norms.items() if not module.training and _is_trained(module)]
     stale = [name for name in trained if _is_stale(norms[name])]
-    foreign, zero = (
-        [name for name in trained if name in seen.get("stale_statistics", ())],
-        seen.get("zero_input", ()),
-    )
-    sentences = {
-        "stale_statistics": f"{len(stale)} of {len(norms)} batch norms ({_named(stale)}) have trained weights, and running "
+    foreign = [name for name in trained if name in foreign_norms]
+    if not stale and not foreign:
+        return []
+    sentence = (
+        f"{len(stale)} of {len(norms)} batch norms ({_named(stale)}) have trained weights, and running "
         "statistics of mean 0 and variance 1 as they were made"
         if stale
         else f"{len(foreign)} of {len(norms)} batch norms ({_named(foreign)}) have running statistics of other data: in a "
-        "typical channel the standard deviation differs by a factor of 3 or more, or the mean by 3 of them",
-        "zero_input": f"{_named(zero)} get{'s' * (len(zero) == 1)} hardly any number but 0: 95 % or more of the features are "
-        "0 for every token",
-    }
-    counts = {"stale_statistics": len(stale or foreign), "zero_input": len(zero)}
+        "typical channel the standard deviation differs by a factor of 3 or more, or the mean by 3 of them"
+    )
+    count = float(len(stale or foreign))
     return [
-        {"kind": kind, "sentence": sentences[kind], "value": float(count), "connections": [], "sure": True}
-        for kind, count in counts.items()
-        if count
+        {"kind": "stale_statistics", "sentence": sentence, "value": count, "connections": [], "sure": True}
     ]
 
 

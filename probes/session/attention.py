@@ -83,7 +83,6 @@ class AttentionWatch:
     `row_numbers`.
     ``rows``: sampled sequences of the batch; without any, only where attention lies is found.
     ``heads_follow``: whether the running module joins sequences and heads, those of a sequence next to each other.
-    ``gathered``: gets what the queries gather, the weighted sums of the values, as it is made.
     """
 
     def __init__(
@@ -93,12 +92,11 @@ class AttentionWatch:
         *,
         number: Callable[[torch.Tensor], int] = id,
         heads_follow: Callable[[], bool],
-        gathered: Callable[[torch.Tensor], None] = lambda result: None,
     ):
         self.found: list[tuple[int, torch.Tensor]] = []
         self.reasons: Counter[str] = Counter()
         self._chosen, self._batch_size = rows, batch_size
-        self._number, self._heads_follow, self._gathered = number, heads_follow, gathered
+        self._number, self._heads_follow = number, heads_follow
         # By the identity of the tensor: what was made of the last softmax, its logits and its weights.
         self._waiting: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor, torch.Tensor]] = {}
         self._failed = False
@@ -142,7 +140,6 @@ class AttentionWatch:
         # Weights over streams, experts or depths are one row for each token: (B T, 1, n).
         elif name in PRODUCTS and factor.shape[-2:] == weights.shape[-2:]:
             self._waiting = {}
-            self._gathered(result)
             self._note_weights(logits, weights)
 
     def _note_weights(self, logits: torch.Tensor, weights: torch.Tensor) -> None:
@@ -160,7 +157,6 @@ class AttentionWatch:
         query, key = given["query"], given["key"]
         if query.shape[-2] < 2:
             return
-        self._gathered(result)
         if query.ndim != 4 or query.shape[0] != self._batch_size:
             reason = (
                 f"queries of shape {tuple(query.shape)} do not have the {self._batch_size} sequences first"

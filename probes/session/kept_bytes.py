@@ -1,12 +1,12 @@
 """How many bytes does a forward keep for its backward? Counted in one more forward, without a hook on what autograd saves.
 
-The same forward shows which weights get hardly anything but zeros, and batch norms whose data are others.
+The same forward shows batch norms whose data are others than those of their running statistics.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,19 +21,14 @@ from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.session.session import Session
 
-ZERO_INPUTS = "zero_inputs"
+FOREIGN_NORMS = "foreign_norms"
 COMPILED = "the model is compiled: its kernels keep other tensors than the code as it is written"
 
-aten = torch.ops.aten
-PRODUCTS = (aten.mm.default, aten.addmm.default, aten.convolution.default)
-# A module with a larger share of input features that are 0 for every token gets hardly anything. This project.
-DEAD = 0.95
-# Fewer features may all be zero by chance.
-FEWEST = 8
+FEWEST = 8  # tokens, of fewer of which mean and deviation may be off by chance
 # By which factor the standard deviation of a typical channel differs from the running one, or by how many of the running ones
 # its mean is apart, where the statistics are those of other data. This project.
 FOREIGN = 3.0
-BATCH_NORM = aten.native_batch_norm.default
+BATCH_NORM = torch.ops.aten.native_batch_norm.default
 # The arguments of a batch norm in evaluation.
 MEAN, VARIANCE, TRAINING = 3, 4, 5
 
@@ -80,20 +75,20 @@ def kept_bytes(session: Session, batch: Any) -> dict[str, Any]:
     (checkpointed) block counts with what it keeps until then.
 
     ``session``: that measured this batch; its hooks are off.
-    Returns: ``measured_kept_bytes`` and ``measured_tokens``, or ``not_measured``: why not; and `ZERO_INPUTS`, by kind, the
-    modules whose inputs are odd.
+    Returns: ``measured_kept_bytes`` and ``measured_tokens``, or ``not_measured``: why not; and `FOREIGN_NORMS`, the
+    batch norms whose running statistics are of other data.
     """
     model = session.model
     if any(map(is_compiled, model.modules())):
         return {"not_measured": COMPILED}
-    storages, zeros = _Storages(), ZeroInputs(model)
+    storages, norms = _Storages(), NormInputs(model)
     try:
         # By name: their memory must not be given to another tensor before the end.
         held = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
         storages.know(held)
         with preserved_state(model), eager(), own_call(session.owner), torch.enable_grad():
             storages.know(model.buffers())  # the copies, which a forward of ours writes into
-            with OperationsShown(zeros.note), OperationsShown(storages.note):
+            with OperationsShown(norms.note), OperationsShown(storages.note):
                 output = call_model(model, batch)
             # The last nodes of the graph, without the outputs that they belong to.
             graph = [tensor.grad_fn for tensor in tensors_in(output) if tensor.grad_fn is not None]
@@ -110,44 +105,22 @@ def kept_bytes(session: Session, batch: Any) -> dict[str, Any]:
     return {
         "measured_kept_bytes": kept,
         "measured_tokens": math.prod(structure.canonical(0, first, last.batch_size).shape[:2]),
-        ZERO_INPUTS: zeros.modules(),
+        FOREIGN_NORMS: norms.foreign(),
     }
 
 
-class ZeroInputs:
-    """What the matrices and batch norms of a model get from any token, in any call."""
+class NormInputs:
+    """What the batch norms of a model get, against their running statistics."""
 
     def __init__(self, model: nn.Module):
-        self._names = {
-            p.untyped_storage()._cdata: name
-            for name, p in model.named_parameters()
-            if p.ndim > 1 and type(p) is nn.Parameter and p.layout is torch.strided
-        }
         self._model = model
         self._norms: dict[int, str] = {}
-        # By the name of a weight: which features of its input are not zero for some token.
-        self._alive: dict[str, torch.Tensor] = {}
         self._foreign: dict[str, bool] = {}
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
-        """Note what a product with a weight, or a batch norm, took."""
+        """Note what a batch norm in evaluation took."""
         if func is BATCH_NORM and not args[TRAINING]:
             self._note_norm(args)
-        if func not in PRODUCTS:
-            return
-        given = [each for each in args if type(each) in (torch.Tensor, nn.Parameter) and each.ndim > 1]
-        names = [self._names.get(each.untyped_storage()._cdata) for each in given]
-        named = [name for name in names if name is not None]
-        taken = [each for each, name in zip(given, names, strict=True) if name is None]
-        # Of an expert without a token there is nothing to look at.
-        if len(named) == len(taken) == 1 and taken[0].numel():
-            alive = taken[0].transpose(1, -1).flatten(0, -2).ne(0).any(0)
-            before = self._alive.get(named[0])
-            # Of a weight that two products with inputs of different sizes share, the larger input counts.
-            if before is None or len(before) < len(alive):
-                self._alive[named[0]] = alive
-            elif len(before) == len(alive):
-                self._alive[named[0]] = before | alive
 
     def _note_norm(self, args: Any) -> None:
         taken, mean, variance = args[0], args[MEAN], args[VARIANCE]
@@ -170,14 +143,6 @@ class ZeroInputs:
             found = float(apart.median()) > FOREIGN or not 1 / FOREIGN < ratio < FOREIGN
             self._foreign[name] = self._foreign.get(name, True) and found
 
-    def modules(self) -> Mapping[str, list[str]]:
-        """Their modules, in the order of the forward, by the kind of remark that says so."""
-        # The input of the first weight is the data, where words and pixels may well be zero.
-        dead = [
-            name
-            for number, (name, alive) in enumerate(self._alive.items())
-            if not alive.any() or (number and len(alive) >= FEWEST and float((~alive).float().mean()) > DEAD)
-        ]
-        owners = dict.fromkeys(name.rpartition(".")[0] or name for name in dead)
-        foreign = [name for name, is_foreign in self._foreign.items() if is_foreign]
-        return {"zero_input": list(owners), "stale_statistics": foreign}
+    def foreign(self) -> list[str]:
+        """Those whose running statistics are of other data, in the order of the forward."""
+        return [name for name, is_foreign in self._foreign.items() if is_foreign]

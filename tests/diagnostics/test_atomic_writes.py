@@ -66,8 +66,8 @@ STEPS = (
 )  # fmt: skip
 
 
-def stop_at(patch: pytest.MonkeyPatch, number: int, *, stop) -> list[str]:
-    """Call `stop` after a numbered step of what follows."""
+def stop_at(patch: pytest.MonkeyPatch, number: int, *, before: bool, stop) -> list[str]:
+    """Call `stop` at a numbered step of what follows, before the step or when it is done."""
     count = itertools.count()
     stopped: list[str] = []
 
@@ -78,10 +78,12 @@ def stop_at(patch: pytest.MonkeyPatch, number: int, *, stop) -> list[str]:
             here = not stopped and next(count) == number
             if here:
                 stopped.append(name)
+            if here and before:
+                stop()
             try:
                 return step(*args, **kwargs)
             finally:  # a step may raise as a part of its work, such as making a folder that exists
-                if here:
+                if here and not before:
                     stop()
 
         patch.setattr(owner, name, call)
@@ -101,7 +103,7 @@ def test_a_writer_that_dies_at_any_step_leaves_the_former_or_the_new(tmp_path, w
         child = os.fork()
         if not child:
             with pytest.MonkeyPatch.context() as patch:
-                stop_at(patch, number, stop=lambda: os._exit(9))
+                stop_at(patch, number, before=False, stop=lambda: os._exit(9))
                 write(target, "new")
             os._exit(0)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -134,7 +136,7 @@ def test_an_error_at_any_step_leaves_the_former_or_the_new(tmp_path, monkeypatch
 
     for number in itertools.count():
         with pytest.MonkeyPatch.context() as patch:
-            stopped = stop_at(patch, number, stop=stop)
+            stopped = stop_at(patch, number, before=True, stop=stop)
             with contextlib.suppress(KeyboardInterrupt, OSError):
                 write(target, "new")
         assert content(target) in (former, dict.fromkeys(former, "new")), (number, stopped)

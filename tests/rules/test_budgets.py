@@ -50,7 +50,7 @@ SOURCE = ("probes", "diagnostics", "app", "depthscope")
 GATES = {
     "lines of source": (72_900, 60_000),
     "files of source": (415, 320),
-    "lines of tests": (48_250, 36_000),
+    "lines of tests": (46_200, 36_000),
     "lines of benchmarks": (3_500, 3_500),
     "pages of docs": (30, 30),
     "words of docs": (31_000, 40_000),

@@ -10,7 +10,7 @@ from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.verdicts import VERDICTS
-from depthscope.diagnostics.verdicts.calibration import DEFAULT
+from depthscope.diagnostics.verdicts.declaration import DEFAULT
 
 KEYS = set(entries(bibliography()))
 # Limits that a publication states, by the name of their metric or verdict: none does for any of ours.
@@ -21,17 +21,14 @@ OUR_DEFINITIONS = {
     *("num_tokens", "identity_distance"),
     *("relative_gradient", "branch_share", "signal_share", "relative_deflated_gain"),
     *("composite_identity_distance", "closest_stream_cosine"),
-    *("logit_range", "logit_saturation", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
+    *("logit_range", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
     *("relative_turn", "effective_depth"),
-    *("sequence_share", "step_spread", "variance_growth"),
+    *("sequence_share",),
 }
-NOT_CONTRADICTED = "set by hand, not contradicted by "
 
 
 def is_a_source(source: str, name: str) -> bool:
-    return (
-        source in (OURS, DEFAULT) or source.startswith(NOT_CONTRADICTED) or STATED_LIMITS.get(name) == source
-    )
+    return source in (OURS, DEFAULT) or STATED_LIMITS.get(name) == source
 
 
 def test_a_limit_is_not_attributed_to_a_publication_that_states_none():

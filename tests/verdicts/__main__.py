@@ -1,4 +1,4 @@
-"""The command ``python -m tests.verdicts``: draws a zoo, judges it, and prints found, missed and false alarms."""
+"""The command ``python -m tests.verdicts``: draws a zoo, judges it, and prints what is found and what is blamed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter
 import torch
 
 from tests.verdicts.drawing import Case, cases, run_case
-from tests.verdicts.scoring import RIGHT
+from tests.verdicts.scoring import HARMFUL, HARMLESS, HEALTHY, LOUD
 
 
 def main() -> int:
@@ -37,15 +37,20 @@ def main() -> int:
     sys.stdout.write(f"draw {draw}, {args.cases} networks\n")
     outcomes = []
     for case in _chosen(args, draw):
-        outcomes.append((case, run_case(case)))
-        if args.all or outcomes[-1][1].outcome not in RIGHT:
-            sys.stdout.write(f"{outcomes[-1][1].line}\n")
+        outcomes.append(run_case(case))
+        if args.all or not outcomes[-1].is_right:
+            sys.stdout.write(f"{outcomes[-1].line}\n")
             sys.stdout.flush()
-    spent = sum(outcome.seconds for _, outcome in outcomes)
-    for faulty in (True, False):
-        counts = Counter(outcome.outcome for case, outcome in outcomes if case.faulty == faulty)
+    spent = sum(outcome.seconds for outcome in outcomes)
+    for group in (HARMFUL, HARMLESS, HEALTHY):
+        of_group = [each for each in outcomes if each.group == group]
+        counts = Counter(each.outcome for each in of_group)
         words = ", ".join(f"{count} {word}" for word, count in counts.most_common())
-        sys.stdout.write(f"{'faulty' if faulty else 'healthy'}: {words}\n")
+        loud = [each for each in of_group if each.outcome == LOUD]
+        place = (
+            f"; place right in {sum(each.placed for each in loud)} of {len(loud)}" if group == HARMFUL else ""
+        )
+        sys.stdout.write(f"{len(of_group)} {group}: {words}{place}\n")
     sys.stdout.write(f"{spent:.0f} s of one core\n")
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import random
 import traceback
 from collections.abc import Callable
@@ -60,19 +62,41 @@ def planted_plan(fault: Fault, rng: random.Random) -> Plan:
     return replace(plan, **dict(fault.plan))
 
 
-def faulty_run(fault: Fault, rng: random.Random) -> tuple[Plan, Place, Callable[[], xr.DataTree]]:
-    """A network with the fault, where it is, and how it is measured."""
+@dataclass(frozen=True)
+class Planted:
+    """A network with a fault: where it is, what it costs, and how it is measured."""
+
+    plan: Plan
+    place: Place
+    cost: float
+    measure: Callable[[], xr.DataTree]
+    fact: bool
+
+    @property
+    def group(self) -> str:
+        """Of a trained network the loss tells harm; of a fresh one, and of what a training shows, the declaration."""
+        is_harmless = self.plan.steps and self.cost <= HARM and not self.fact
+        return scoring.HARMLESS if is_harmless else scoring.HARMFUL
+
+
+HARM = 0.05
+"""Share of what a network has learned, above which its loss is harmed."""
+
+
+def faulty_run(fault: Fault, rng: random.Random) -> Planted:
     plan = planted_plan(fault, rng)
     net = Network(built(plan), plan, rng)
-    if not fault.early:
-        measuring.trained(net.model, plan)
+    healthy = measuring.trained(copy.deepcopy(net.model), plan) if plan.steps else None
+    if not fault.early and healthy is not None:
+        net = Network(copy.deepcopy(healthy), plan, rng)
     place = fault.plant(net)
     if fault.early:
         measuring.trained(net.model, plan)
     measure = fault.measure
     if measure is not None:
-        return plan, place, lambda: measure(net, place)
-    return plan, place, lambda: measuring.captured(net.model.eval(), plan)
+        return Planted(plan, place, math.inf, lambda: measure(net, place), fault.fact)
+    cost = math.inf if healthy is None else measuring.cost(healthy, net.model.eval(), plan)
+    return Planted(plan, place, cost, lambda: measuring.settled(net.model.eval(), plan), fault.fact)
 
 
 def healthy_network(kind: Kind, rng: random.Random) -> tuple[Plan, nn.Module]:
@@ -87,19 +111,21 @@ def run_case(case: Case) -> Outcome:
     rng, start = random.Random(case.seed), scoring.clock()
     torch.manual_seed(case.seed)
     words = ""
+    group, placed = scoring.HEALTHY, False
     try:
         if isinstance(case.what, Fault):
-            plan, place, measure = faulty_run(case.what, rng)
-            words = plan.words
-            outcome, told = scoring.score_fault(case.what, place, measuring.analysed(measure()))
+            planted = faulty_run(case.what, rng)
+            words, group, trained = planted.plan.words, planted.group, planted.plan.steps > 0
+            analysis = measuring.analysed(planted.measure())
+            outcome, placed, told = scoring.score_fault(case.what, planted.place, analysis, trained=trained)
         else:
             plan, model = healthy_network(case.what, rng)
             words = plan.words
-            outcome, told = scoring.score_healthy(measuring.analysed(measuring.captured(model, plan)))
+            outcome, told = scoring.score_healthy(measuring.analysed(measuring.settled(model, plan)))
     except Exception as error:
         # The product's own errors say why it does not read a network.
         if type(error).__module__.startswith("depthscope"):
             outcome, told = REFUSED, (f"{type(error).__name__}: {error}"[:300],)
         else:
             outcome, told = CRASHED, (traceback.format_exc(limit=-3)[-600:],)
-    return Outcome(case.what.title, words, outcome, told, scoring.clock() - start, case.seed)
+    return Outcome(case.what.title, words, group, outcome, told, placed, scoring.clock() - start, case.seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from typing import Any
 
@@ -76,18 +77,40 @@ def trained(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | Non
     return model.eval()
 
 
-def captured(model: nn.Module, plan: Plan, **options: Any) -> xr.DataTree:
-    """A run with gradients."""
+def measured_with(plan: Plan) -> tuple[Any, Any]:
+    """The batch that is captured, and its loss."""
     if plan.family in IMAGES:
         pictures, labels = images(plan, plan.sequences, 1)
-        return probes.capture(
-            model, pictures, gradients=True, loss=lambda output, _: functional.cross_entropy(output, labels), **options
-        )  # fmt: skip
+        return pictures, lambda output, _: functional.cross_entropy(output, labels)
+    batch = batch_of(plan)
+    return batch, lambda output, given: functional_loss(
+        output, given["input_ids"], given.get("attention_mask")
+    )
 
-    def loss(output: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return functional_loss(output, batch["input_ids"], batch.get("attention_mask"))
 
-    return probes.capture(model, batch_of(plan), gradients=True, loss=loss, **options)
+def captured(model: nn.Module, plan: Plan, **options: Any) -> xr.DataTree:
+    """A run with gradients."""
+    batch, loss = measured_with(plan)
+    return probes.capture(model, batch, gradients=True, loss=loss, **options)
+
+
+def settled(model: nn.Module, plan: Plan) -> xr.DataTree:
+    """The same, and what `settle` tries, as the command ``probe`` does."""
+    batch, loss = measured_with(plan)
+    return probes.settle(captured(model, plan), model, batch, loss=loss)
+
+
+@torch.no_grad()
+def cost(healthy: nn.Module, spoilt: nn.Module, plan: Plan) -> float:
+    """What a fault costs on new data, as a share of what the healthy network has learned; inf where it is not finite."""
+    sizes = 8 if plan.family in IMAGES else plan.vocabulary
+    losses = [
+        [float(loss_on(plan, model, 5000 + batch)) for batch in range(4)] for model in (healthy, spoilt)
+    ]
+    before, after = (sum(each) / len(each) for each in losses)
+    if not math.isfinite(after):
+        return math.inf
+    return (after - before) / max(math.log(sizes) - before, 0.1 * math.log(sizes))
 
 
 def recorded(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer, steps: int = 2) -> xr.DataTree:

@@ -1,4 +1,8 @@
-"""Was the fault found at its place and with its severity, missed, or was a healthy network blamed?"""
+"""Is a harmful fault found, and its place; is a harmless or a healthy network blamed?
+
+Of a trained network the loss says what is harmful: planted faults that cost nothing are harmless, and must not be loud. Of a
+fresh one the declaration of the fault does, since its loss says nothing yet.
+"""
 
 from __future__ import annotations
 
@@ -13,30 +17,35 @@ from depthscope.diagnostics import Finding, Severity
 from tests.verdicts.faults import Fault
 from tests.verdicts.places import Place
 
-# Outcomes of a faulty network; "mild" and "elsewhere" are told, and count as missed.
-FOUND, MILD, ELSEWHERE, MISSED = "found", "too mild", "elsewhere", "missed"
-# Of a healthy one.
-QUIET, ALARM = "quiet", "false alarm"
-# Of both: the capture refused the network, or ended in another error.
+HARMFUL, HARMLESS, HEALTHY = "harmful", "harmless", "healthy"
+LOUD, QUIET = "loud", "quiet"
 REFUSED, CRASHED = "refused", "crashed"
-RIGHT = (FOUND, QUIET)
+"""The capture refused the network, or ended in another error."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one network."""
+    """What became of one network: `placed` says whether the place of a harmful fault is named."""
 
     title: str
     words: str
+    group: str
     outcome: str
     told: tuple[str, ...] = ()
+    placed: bool = False
     seconds: float = field(default=0.0, compare=False)
     seed: int = 0
 
     @property
+    def is_right(self) -> bool:
+        return self.outcome == (LOUD if self.group == HARMFUL else QUIET)
+
+    @property
     def line(self) -> str:
-        told = f": {'; '.join(self.told)}" if self.told else ""
-        return f"{self.outcome}: {self.title} [{self.words}; case {self.seed}]{told}"
+        word = "right" if self.is_right else "wrong"
+        place = ", place right" if self.placed else ""
+        told = "" if self.is_right and (self.placed or self.group != HARMFUL) else f": {'; '.join(self.told)}"
+        return f"{word}: {self.group}, {self.outcome}{place}: {self.title} [{self.words}; case {self.seed}]{told}"
 
 
 def by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
@@ -56,25 +65,25 @@ def told(findings: Sequence[Finding]) -> tuple[str, ...]:
 
 
 def score_fault(
-    fault: Fault, place: Place, analysis: xr.Dataset | xr.DataTree
-) -> tuple[str, tuple[str, ...]]:
-    """The outcome of a planted fault, and what was told instead where it is not found."""
+    fault: Fault, place: Place, analysis: xr.Dataset | xr.DataTree, *, trained: bool
+) -> tuple[str, bool, tuple[str, ...]]:
+    """Whether a planted fault is loud, whether its place is named, and what was told."""
     findings, parts = diagnostics.judge(analysis), by_chain(analysis)
     named = [each for each in findings if each.verdict in fault.says]
-    here = [each for each in named if place.holds(each, parts[each.chain])]
-    if any(each.severity >= fault.severity for each in here):
-        return FOUND, ()
-    if here:
-        return MILD, told(here)
-    if named:
-        return ELSEWHERE, (f"planted {place}", *told(named))
-    return MISSED, (f"planted {place}", *told(loud(findings)))
+    placed = any(place.holds(each, parts[each.chain]) for each in named)
+    # What the loss of a trained network shows, its statistics explain; of a fresh one they are all that can be loud.
+    is_loud = bool(loud(findings if trained else named)) or (bool(named) and fault.severity == Severity.INFO)
+    return (
+        LOUD if is_loud else QUIET,
+        placed,
+        (f"planted {place}", *told(findings if named else loud(findings))),
+    )
 
 
 def score_healthy(analysis: xr.Dataset | xr.DataTree) -> tuple[str, tuple[str, ...]]:
-    """The outcome of a healthy network, and what it was blamed for."""
+    """Whether a healthy network is blamed, and for what."""
     blamed = loud(diagnostics.judge(analysis))
-    return (ALARM, told(blamed)) if blamed else (QUIET, ())
+    return (LOUD if blamed else QUIET), told(blamed)
 
 
 def clock() -> float:

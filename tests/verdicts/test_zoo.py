@@ -12,8 +12,8 @@ import xarray as xr
 
 from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.verdicts import VERDICTS
-from tests.verdicts import measuring, references, scoring
-from tests.verdicts.drawing import Case, cases, faulty_run, run_case
+from tests.verdicts import measuring, scoring
+from tests.verdicts.drawing import Case, Planted, cases, faulty_run, run_case
 from tests.verdicts.faults import FAULTS, Fault, Network
 from tests.verdicts.healthy import KINDS
 from tests.verdicts.networks import FAMILIES, MIXINGS, built
@@ -21,15 +21,6 @@ from tests.verdicts.places import Place
 from tests.verdicts.plans import Plan
 
 torch.set_num_threads(1)
-
-
-def test_the_weights_of_a_block_that_has_no_state_are_recorded():
-    plan = Plan(family="attention residuals", blocks=2, width=32)
-    model = built(plan)
-    run = measuring.recorded(model, plan, torch.optim.AdamW(model.parameters()))
-    layers = run["statistics"]["weight_layer"].to_series()
-    assert layers["blocks.0.norm"] == 0
-    assert float(run["statistics"]["weight_update_square_norm"].sel(weight="blocks.0.norm").isel(step=-1)) > 0
 
 
 def test_a_draw_is_the_same_for_the_same_seed():
@@ -48,13 +39,8 @@ def test_a_large_draw_has_every_mechanism_and_every_kind():
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.title)
 def test_a_mechanism_names_verdicts_and_hosts_that_exist(fault):
-    # All of them, or none: then it is a mechanism that no verdict names yet, and the page counts it as missed.
-    assert set(fault.says) <= set(VERDICTS) or not set(fault.says) & set(VERDICTS)
+    assert set(fault.says) <= set(VERDICTS)
     assert set(fault.hosts) <= set(FAMILIES)
-    # A verdict that never reaches the severity could not find it.
-    assert all(
-        VERDICTS[name].limits.levels[-1][0] >= fault.severity for name in fault.says if name in VERDICTS
-    )
 
 
 # --- what is planted is there: seen by plain hooks, without the product ---
@@ -110,23 +96,6 @@ def test_the_gradient_ends_where_the_input_is_detached():
     assert reached == [number >= place.last for number in range(len(seen))]
 
 
-def test_one_token_alone_is_amplified():
-    net, place = planted("one connection amplifies 400 × for one token in 256")
-    connection = net.connections[place.first - 1]
-    mix = connection(torch.randn(8, 32, 3, 32))[1]
-    sums = mix.sum(-1).abs().amax(-1)
-    assert int((sums > 100).sum()) == 1
-
-
-def test_differences_grow_and_sums_stay():
-    net, _ = planted("differences between streams grow while sums stay 1")
-    product = torch.eye(3)
-    for connection in net.connections:
-        product = connection(torch.zeros(1, 1, 3, 32))[1][0, 0].detach() @ product
-    assert float(product.sum(-1).sub(1).abs().max()) < 0.05
-    assert float(torch.linalg.matrix_norm(product, 2)) > 100
-
-
 def test_two_streams_stay_copies():
     net, _ = planted("two of several streams are copies")
     last = states(net.model, IDS)[-1].detach()
@@ -180,42 +149,33 @@ def test_a_place_is_right_within_one_depth(place, told, right):
     assert place.holds(finding(**told), analysis) == right
 
 
-def test_a_milder_finding_is_not_found():
+def test_a_fault_is_found_loud_at_its_place_or_not_found():
     fault = next(each for each in FAULTS if each.title == "a block multiplies the state by zero")
-    _, place, measure = faulty_run(fault, random.Random(3))
-    analysis = measuring.analysed(measure())
-    assert scoring.score_fault(fault, place, analysis)[0] == scoring.FOUND
-    stricter: Fault = replace(fault, says=("small_sample",))
-    assert scoring.score_fault(stricter, place, analysis)[0] in (scoring.MILD, scoring.MISSED)
+    planted = faulty_run(fault, random.Random(3))
+    assert planted.group == scoring.HARMFUL
+    analysis, place = measuring.analysed(planted.measure()), planted.place
+    assert scoring.score_fault(fault, place, analysis, trained=False)[:2] == (scoring.LOUD, True)
+    other: Fault = replace(fault, says=("small_sample",))
+    assert scoring.score_fault(other, place, analysis, trained=False)[:2] == (scoring.QUIET, False)
     elsewhere = replace(place, first=place.first + 2, last=place.last + 2)
-    assert scoring.score_fault(fault, elsewhere, analysis)[0] == scoring.ELSEWHERE
+    assert scoring.score_fault(fault, elsewhere, analysis, trained=False)[1] is False
 
 
-def test_a_refusal_is_no_finding():
+@pytest.mark.parametrize(
+    ("cost", "steps", "fact", "group"),
+    [
+        (0.01, 100, False, scoring.HARMLESS),
+        (0.2, 100, False, scoring.HARMFUL),
+        (0.01, 100, True, scoring.HARMFUL),
+        (0.01, 0, False, scoring.HARMFUL),  # the loss of a fresh network says nothing yet
+    ],
+)
+def test_the_loss_of_a_trained_network_says_what_is_harmful(cost, steps, fact, group):
+    assert Planted(Plan(steps=steps), Place(), cost, lambda: None, fact).group == group
+
+
+def test_an_error_of_a_network_is_no_finding():
     def refuse(net):
-        raise VERDICT_ERROR
+        raise RuntimeError("not one of the product's own errors")
 
-    fault = replace(FAULTS[0], plant=refuse)
-    assert run_case(Case(fault, 0)).outcome == scoring.CRASHED
-
-
-VERDICT_ERROR = RuntimeError("not one of the product's own errors")
-
-
-# --- the page and the calibration set ---
-
-
-def test_the_reference_networks_are_of_today():
-    rows = references.kept_rows()
-    titles = [kind.title for kind in references.KINDS]
-    assert len(set(titles)) == len(titles)
-    assert sum(kind.steps > 0 for kind in references.KINDS) >= 60
-    assert {row["kind"] for row in rows} <= set(titles)
-    assert len({(row["kind"], row["number"]) for row in rows}) == len(rows)
-    grown = [row for row in rows if int(row["steps"])]
-    assert len(grown) >= 20
-    for row in grown:  # it has learned what it was trained on
-        assert float(row["loss"]) < 0.95 * float(row["guessing"]), row["kind"]
-    # What more than one of twenty healthy networks is blamed for is no limit.
-    for name in VERDICTS:
-        assert sum(name in row["loud"].split() for row in rows) <= 0.05 * len(rows), name
+    assert run_case(Case(replace(FAULTS[0], plant=refuse), 0)).outcome == scoring.CRASHED

@@ -27,7 +27,6 @@ from depthscope.diagnostics.kernels.mixing.paths import (
     streams_across,
 )
 from depthscope.diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
-from depthscope.diagnostics.kernels.mixing.projection import sinkhorn_sensitivity, softmax_sensitivity
 from depthscope.diagnostics.kernels.mixing.spectra import (
     deflated_gain,
     eigenvalues,
@@ -64,8 +63,6 @@ __all__ = [
     "read_mass",
     "singular_values",
     "sinkhorn",
-    "sinkhorn_sensitivity",
-    "softmax_sensitivity",
     "spectral_gap",
     "streams_across",
     "suffix_composites",

@@ -169,7 +169,7 @@ class Live:
             loss = float(loss.detach())
         if isinstance(loss, (int, float)) and not math.isfinite(loss):
             row = xr.Dataset({"loss_not_finite": 1.0}, attrs=next(iter(self.attrs.values()), {}))
-            self._tell_findings(step, self._watched.new(VERDICTS["loss_not_finite"].findings(row)), say)
+            self._tell_findings(step, self._watched.new(VERDICTS["not_finite"].findings(row)), say)
 
     def row_of(self, step: int) -> LiveRow | None:
         """The row of a measured step; None where it could not be computed."""

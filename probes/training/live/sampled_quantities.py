@@ -35,7 +35,7 @@ SAMPLED_QUANTITIES = (
     *("residual", "mask", "h_res", "h_pre", "h_post"),
     *("massive", "token_masks", "token_counts", "ordinary_tokens", "num_features", "num_profiles"),
     *("singular_values", "row_fourth_powers", "cka_table", "depth_angles", "mean_turns"),
-    *("token_norms", "gradient_token_norms", "mixing", "signal_sizes", "projected_matrices"),
+    *("token_norms", "gradient_token_norms", "mixing", "signal_sizes"),
 )
 
 SPECTRA = ("tokens", "centering", "depth", "component")
@@ -288,17 +288,6 @@ class SampledTokens:
         """The mixing matrices."""
         dims, matrices = self._known("h_res")
         return Mixing(xr.DataArray(matrices, dims=dims), self.mask())
-
-    def projected_matrices(self) -> np.ndarray:
-        """H_res where it is made of logits."""
-        # Of a chain whose logits were seen: else H_res is no softmax of any.
-        if not any(
-            number in self._sums.sums.get("logit_token_count", {}) for number in self._group.connections
-        ):
-            raise Unavailable(NOT_SHOWN)
-        matrices = self._known("h_res")[1][:, 0].astype(np.float64)
-        matrices[~np.isfinite(matrices).all((1, 2, 3))] = np.nan
-        return matrices
 
     def signal_sizes(self) -> xr.Variable:
         """How much of each stream is read."""

@@ -10,10 +10,7 @@ import pytest
 from depthscope.app.cli.main import BUG, FINE, FOUND, USAGE, main
 from depthscope.app.readings import readings
 
-COMMANDS = {
-    "check": [],
-    "export": ["--out", "paper"],
-}  # those that draw last
+COMMANDS = {"check": [], "export": ["--out", "paper"]}  # those that draw last
 
 
 @pytest.fixture

@@ -138,7 +138,7 @@ def _measured(family, run, seed):
     """A reading of the one metric that is needed."""
     analysis = depthscope.analyze(run, metrics=["stream_cosine"])
     name = f"{family}{seed}"
-    return judged(name, {"family": family}, analysis, chain="", path="", results={}, is_alone=False)
+    return judged(name, {"family": family}, analysis, chain="", path="", results={})
 
 
 def test_groups_are_means_with_bands_and_marks(make_run):

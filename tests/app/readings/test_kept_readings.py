@@ -49,11 +49,7 @@ def test_what_comes_back_is_what_was_kept(saved):
             np.testing.assert_array_equal(kept.analysis[name].values, variable.values)
         else:
             assert list(map(str, kept.analysis[name].values.flat)) == list(map(str, variable.values.flat))
-    assert (kept.findings, kept.passed, kept.attrs) == (
-        made.findings,
-        made.passed,
-        made.attrs,
-    )
+    assert (kept.findings, kept.passed, kept.attrs) == (made.findings, made.passed, made.attrs)
     (summary,) = kept_summaries(path, FileVersion.of(path))
     made = summary_of(made)
     for name in ("name", "depths", "loss", "marks", "others"):

@@ -33,7 +33,7 @@ def test_what_has_no_meaning_for_a_network_does_not_apply_and_is_not_called_not_
         standings(reading)
         for reading in read_runs({name: make_run(name) for name in ("residual", "hc", "mhc")})
     )
-    for name in ("stream_collapse", "gain_explosion", "transposed_mixing", "copied_streams", "loud_stream"):
+    for name in ("stream_collapse", "gain_explosion", "transposed_mixing", "copied_streams", "unused_stream"):
         assert plain[name].state == DOES_NOT_APPLY, name
         assert mhc[name].state != DOES_NOT_APPLY, name
     # Free matrices claim no sums.

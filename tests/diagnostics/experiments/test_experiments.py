@@ -24,7 +24,7 @@ from depthscope.diagnostics.experiments import (
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity
 
 FINDING = Finding(
-    verdict="wasted_layer",
+    verdict="idle_layer",
     severity=Severity.WARN,
     sentence="",
     metric="depth_kernel",
@@ -103,7 +103,7 @@ def test_what_the_experiment_of_a_finding_gave_is_found_by_kind_and_place():
     assert result_for(finding, _result()) == "skip block 2: loss +0.5 nats (95 %: +0.3 to +0.7)"
     # At another place, or of another kind, nothing was tried.
     assert result_for(replace(finding, first=3, last=3), _result()) == ""
-    other = replace(finding, verdict="wasted_layer", first=2, last=2)
+    other = replace(finding, verdict="idle_layer", first=2, last=2)
     assert result_for(other, _result()).endswith("0 is possible)")
     assert result_for(replace(finding, verdict="small_sample"), _result()) == ""
 

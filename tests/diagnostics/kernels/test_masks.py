@@ -21,10 +21,7 @@ OF_NOTHING = {
     ),
     **{"gradient_norm": 0.0, "massive_activations": 0.0, "massive_tokens": 0.0},
 }
-REFUSED = {
-    "mutual_knn": "for 0 rows",
-    "cknna": "for 0 rows",
-}
+REFUSED = {"mutual_knn": "for 0 rows", "cknna": "for 0 rows"}
 NOT_FINITE = r" contains 2 NaN or infinite values of \d+, the first at index \(.*3, 2\)"
 
 

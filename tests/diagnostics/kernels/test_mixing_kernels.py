@@ -322,11 +322,7 @@ def test_independent_streams_count_in_full(array):
 
 def test_results_are_float64_of_the_same_kind(rng):
     h = torch.asarray(rng.random((4, 5, 3, 3)), dtype=torch.float32)
-    for kernel in (
-        mixing.forward_gain,
-        mixing.composite,
-        mixing.deflated_gain,
-    ):
+    for kernel in (mixing.forward_gain, mixing.composite, mixing.deflated_gain):
         out = kernel(h)
         assert isinstance(out, torch.Tensor)
         assert out.dtype == torch.float64

@@ -39,8 +39,9 @@ SPECTRA = {
 }
 
 
-@pytest.mark.parametrize("shape", [(128, 200), (400, 128)])
-@pytest.mark.parametrize("case", SPECTRA)
+@pytest.mark.parametrize(
+    ("case", "shape"), [*((case, (128, 200)) for case in SPECTRA), ("deep collapse", (400, 128))]
+)
 def test_effective_rank_survives_bad_conditions(rng, case, shape):
     s = SPECTRA[case]
     x = with_spectrum(s, *shape, rng)

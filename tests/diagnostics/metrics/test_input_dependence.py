@@ -1,4 +1,4 @@
-"""Does a step depend on the token, and a state on the sequence? Against constructions whose shares are known."""
+"""Does a state depend on the sequence? Against constructions whose shares are known."""
 
 from __future__ import annotations
 
@@ -13,26 +13,6 @@ def measured(states, name):
     return (
         diagnostics.analyze(residual_run(states), metrics=name)[name].isel(step=0).sel(stream="mean").values
     )
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_the_spread_of_a_step_is_the_share_that_depends_on_the_token(share):
-    rng = np.random.default_rng(0)
-    states = walk(3)
-    own = rng.standard_normal(states[0].shape)
-    own -= own.mean((0, 1))
-    own *= (share / (own**2).sum(-1).mean()) ** 0.5
-    common = np.zeros(states.shape[-1])
-    common[0] = (1.0 - share) ** 0.5
-    states[2] = states[1] + own + common
-    assert measured(states, "step_spread")[2] == pytest.approx(share, abs=1e-5)
-    assert np.isnan(measured(states, "step_spread")[0])
-
-
-def test_a_step_that_adds_nothing_has_no_spread():
-    states = walk(3)
-    states[2] = states[1]
-    assert np.isnan(measured(states, "step_spread")[2])
 
 
 def test_the_share_between_sequences():

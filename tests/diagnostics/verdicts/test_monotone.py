@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from functools import cache
-
 import pytest
 import torch
 from torch import nn
@@ -17,11 +14,6 @@ from tests.models.verdict_models import captured
 torch.set_num_threads(1)
 
 WIDTH = 32
-
-
-@cache
-def healthy() -> nn.Module:
-    return learned(1.0)
 
 
 def generator() -> torch.Generator:
@@ -74,7 +66,7 @@ FAULTS = {
 
 def severity(fault: str | None, dose: float = 0.0) -> tuple[Severity, list[str]]:
     """The worst finding of the whole network, and who has it."""
-    model = copy.deepcopy(healthy())
+    model = learned(1.0)
     if fault is not None:
         FAULTS[fault](model, dose)
     run = captured(model, counting(99), loss=next_token)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import pytest
@@ -22,14 +22,11 @@ from tests.models.verdict_models import (
     CONNECTIONS,
     IDENTITY,
     NEAR,
-    UNIFORM,
     WIDTH,
     Attention,
     Block,
-    Connection,
     Constrained,
     Layer,
-    Streams,
     captured,
     passing,
     plain,
@@ -93,13 +90,6 @@ def half() -> nn.Module:
     return step(lambda x, block: block(x) * (torch.arange(WIDTH) < WIDTH // 3), Block())
 
 
-def dead_relu() -> nn.Module:
-    """A branch whose first bias lets no token pass."""
-    up, down = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
-    nn.init.constant_(up.bias, -50.0)
-    return step(lambda x, up, down: x + down(up(x).relu()), up, down)
-
-
 def spiked(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
     """A block that also adds a huge number to one feature of the first token."""
     spike = torch.zeros(x.shape[1:])
@@ -110,12 +100,6 @@ def spiked(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
 def shifted(x: torch.Tensor, block: nn.Module) -> torch.Tensor:
     """A block that also adds the same vector to all tokens."""
     return block(x) + 40 * torch.linspace(-1, 1, WIDTH)
-
-
-def only_a_bias() -> nn.Module:
-    block = idle()
-    nn.init.normal_(block.mlp.branch[2].bias)
-    return block
 
 
 def forgetful() -> nn.Module:
@@ -154,8 +138,9 @@ def counting(seed: int = 100) -> torch.Tensor:
     return torch.stack(rows, 1)
 
 
-def learned(factor: float) -> nn.Module:
-    """A network that has learned to count, and a factor on its head since."""
+@cache
+def counter() -> nn.Module:
+    """A network that has learned to count."""
     torch.manual_seed(0)
     model = pre_norm()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
@@ -165,18 +150,15 @@ def learned(factor: float) -> nn.Module:
         next_token(model(batch), batch).backward()
         optimizer.step()
     model.zero_grad()
-    model.head.weight.data *= factor
-    model.head.bias.data *= factor
     return model
 
 
-def copied_block(number: int, first: int) -> nn.Module:
-    """Blocks of which the one after ``first`` has its weights."""
-    if number in (first, first + 1):
-        torch.manual_seed(first)
-    block = Block()
-    nn.init.normal_(block.mlp.norm.weight, 1.0, 0.1)  # trained, as fresh blocks may be copies
-    return block
+def learned(factor: float) -> nn.Module:
+    """The same, and a factor on its head since."""
+    model = copy.deepcopy(counter())
+    for parameter in model.head.parameters():
+        parameter.data *= factor
+    return model
 
 
 class Uncausal(Block):
@@ -200,11 +182,6 @@ def recorded_step(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int
             optimizer.step()
             recorder.step(loss)
     return recorder.run
-
-
-def bottomless(output: torch.Tensor, batch: Any) -> torch.Tensor:
-    """A loss whose gradient is infinite where it is zero."""
-    return (output - output.detach()).abs().sqrt().sum()
 
 
 def one_step(module: str, rate: float | None) -> xr.DataTree:
@@ -232,21 +209,6 @@ def with_attrs(run: xr.DataTree, **attrs: Any) -> xr.DataTree:
     return run
 
 
-def hardly_moved() -> xr.DataTree:
-    """Sixty steps at a learning rate that moves nothing, of a network that answers the same whatever comes."""
-    model, batch = pre_norm(), tokens()
-    nn.init.zeros_(model.head.weight)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-5)
-    with probes.record(model, gradients=True, weights=True, every=60) as recorder:
-        for _ in range(61):
-            loss = next_token(model(batch), batch)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            recorder.step(loss)
-    return recorder.run
-
-
 # --- streams with one failure ---
 
 
@@ -257,24 +219,6 @@ def vectors(*values: float) -> list[torch.Tensor]:
 
 def with_one(number: int, other: torch.Tensor, rest: torch.Tensor = NEAR) -> list[torch.Tensor]:
     return [other if i == number else rest for i in range(CONNECTIONS)]
-
-
-class Claiming(Constrained):
-    """Claims Sinkhorn by its attributes, and applies its matrix as it stands."""
-
-    mixing = Connection.mixing
-
-
-def drifting() -> Streams:
-    """Rows exact, every column within 1 %, and all errors favour the same stream, as in a long truncated Sinkhorn."""
-    share = 0.0097 / 3
-    drift = (1 - share) * IDENTITY + share * torch.tensor([1.0, 0.0, 0.0, 0.0])
-    return streams([0.8 * IDENTITY + 0.2 * UNIFORM] + [drift] * 95, make=Claiming)
-
-
-def with_writes(number: int, write: torch.Tensor) -> list[torch.Tensor]:
-    drawn = [1 + 0.3 * torch.randn(4, generator=torch.Generator().manual_seed(i)) for i in range(CONNECTIONS)]
-    return [write if i == number else one for i, one in enumerate(drawn)]
 
 
 def wired(bug: str, **more: Any) -> Case:
@@ -313,6 +257,7 @@ class Case:
     says: str = ""
     part: dict[str, list[str]] = field(default_factory=dict)  # of the analysis
     step: int = 0  # of the training, where the age of the network is part of the failure
+    fresh: bool = True
 
 
 def case(model: Callable[[], nn.Module], *expected: Any, batch: Any = None, **more: Any) -> Case:
@@ -323,22 +268,18 @@ def case(model: Callable[[], nn.Module], *expected: Any, batch: Any = None, **mo
 
 CASES: dict[str, Case] = {
     "same_representation": case(
-        lambda: plain(lambda i: step(lambda x, block: x + 0.003 * (block(x) - x), Block()), 8), FAIL, "depth", 0, 8,
+        lambda: plain(lambda i: step(lambda x, block: x + 0.003 * (block(x) - x), Block()), 8), WARN, "depth", 0, 8,
         says="All layers hold one representation", batch=tokens(4, 32), step=1000,
     ),
     "nothing_measured": Case(without_a_real_token, FAIL, says="the mask leaves no token"),
-    "loss_not_finite": Case(lambda: with_losses(2.0, math.nan), FAIL, says="losses that are not finite is 1"),
     "diverged_loss": Case(
         lambda: with_losses(3.0, 2.0, 2.0, 2.0, 8.0, 8.0, 8.0), FAIL, says="relative to the start, is 3"
-    ),
-    "loss_spike": Case(
-        lambda: with_losses(3.0, *[2.0] * 6, *[8.0] * 6, *[2.0] * 9), WARN, says="largest rise of the loss"
     ),
     "worse_than_constant": case(
         sure_of_the_wrong, FAIL, loss=next_token, batch=tokens(4, 32) % 6, says="how often each class comes", step=1000
     ),
     "surer_than_right": case(
-        lambda: learned(2.0), FAIL, loss=next_token, batch=counting(), says="claim to know", beside=("off_minimum",)
+        lambda: learned(2.0), FAIL, loss=next_token, batch=counting(), says="claim to know", beside=("off_minimum",), step=1000
     ),
     "off_minimum": case(
         lambda: learned(0.3), FAIL, loss=next_token, batch=counting(), says="With factors on what", step=1000
@@ -346,22 +287,14 @@ CASES: dict[str, Case] = {
     "untrained_weights": Case(
         lambda: with_attrs(captured(pre_norm()), checkpoint="new"), WARN, says="checkpoint has its initial value"
     ),
-    "equal_blocks": case(
-        lambda: plain(lambda i: copied_block(i, 2)), FAIL, "depth", 3, 4, says="Blocks 2, 3",
-        beside=("worse_than_constant",), step=1000
-    ),
     "looks_ahead": case(
         lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, says="the outputs depend on later tokens"
     ),
-    "residual_not_finite": case(
+    "not_finite": case(
         lambda: plain(at(3, overflowing)), FAIL, "depth", 4, 6, says="after block 3 (depth 4)"
-    ),
-    "mixing_not_finite": case(
-        lambda: streams(with_one(5, math.inf * IDENTITY)), FAIL, "connection", 5, 5, says="is 96 at connection 5"
     ),
     "dead_state": case(
         lambda: plain(at(3, lambda: step(lambda x: 0 * x))), FAIL, "depth", 4, 4, says="zero after block 3 (depth 4)",
-        beside=("zero_input",),
     ),
     "exploding_state": Case(
         lambda: probes.capture(plain(partial(without_skip, gain=4.0, activation=torch.relu), 20), tokens()),
@@ -371,7 +304,6 @@ CASES: dict[str, Case] = {
         lambda: probes.capture(plain(partial(without_skip, gain=0.5, activation=torch.relu), 16), tokens()),
         WARN, "depth", 9, 16, beside=("common_vector"),
     ),
-    "gradient_not_finite": case(pre_norm, FAIL, "depth", 0, 6, loss=bottomless),
     "cut_gradient": case(
         lambda: plain(at(3, lambda: step(lambda x, block: block(x.detach()), Block()))), FAIL, "depth", 0, 3,
         says="up to the one after block 2 (depth 3)",
@@ -404,35 +336,16 @@ CASES: dict[str, Case] = {
     "negative_mixing": case(
         lambda: streams(random_logits(0.5, 3.0), make=partial(Constrained, overshoot=1.12)), WARN, "connection", 0, 11
     ),
-    "expansive_mixing": case(
-        drifting, INFO, "connection", 62, 95, batch=tokens(2, 8), beside=("idle_layer",)
-    ),
-    "uniform_mixing": case(lambda: streams(0 * IDENTITY, make=Constrained), WARN, "connection", 0, 0),
     "stream_collapse": case(
-        lambda: streams(0.5 * IDENTITY + 0.5 * UNIFORM), WARN, "connection", 6, 11, says="0.781 %"
+        lambda: streams(0 * IDENTITY, make=Constrained), WARN, "connection", 0, 11, beside=("copied_streams",)
     ),
-    "stuck_at_identity": case(lambda: streams(10 * IDENTITY, make=Constrained), WARN),
-    "saturated_logits": case(
-        lambda: streams(8 * IDENTITY, make=Constrained), INFO, says="lets through less than", beside=("stuck_at_identity",)
-    ),
-    "unread_stream": case(lambda: streams(NEAR, reads=vectors(0.3, 0.3, 0.3, 0.005)), WARN, stream="3"),
-    "unwritten_stream": case(lambda: streams(NEAR, writes=vectors(1, 0.5, 1, 0.01)), WARN, stream="3"),
-    "dominant_stream": case(lambda: streams(NEAR, reads=vectors(0.02, 1, 0.02, 0.02)), WARN, stream="1"),
-    "loud_stream": case(
-        lambda: streams(0.99 * IDENTITY + 0.01 * UNIFORM, writes=vectors(9.0, 10.0, 1000.0, 11.0)), WARN, "depth", 1, 12,
-        stream="2", beside=("unwritten_stream",),
-    ),
-    "silent_stream": case(
-        lambda: streams(torch.diag(torch.tensor([1.0, 1.0, 1.0, 0.0])) @ NEAR, writes=vectors(1, 0.5, 0.7, 0)),
-        WARN, "depth", 7, 12, stream="3", beside=("attenuation", "unwritten_stream"), says="exactly zero",
-    ),
+    "stuck_at_identity": case(lambda: streams(10 * IDENTITY, make=Constrained), INFO),
+    "unused_stream": case(lambda: streams(NEAR, reads=vectors(0.3, 0.3, 0.3, 0.005)), WARN, stream="3"),
     "copied_streams": case(
-        lambda: streams(NEAR, reads=vectors(*[0.25] * 4), writes=vectors(*[1.0] * 4), apart=0.0), WARN, "depth", 6, 12
+        lambda: streams(NEAR, reads=vectors(*[0.25] * 4), writes=vectors(*[1.0] * 4), apart=0.0),
+        WARN, "depth", 6, 12, step=1000,
     ),
     "passing_streams": case(passing, WARN),
-    "wasted_layer": case(
-        lambda: streams(NEAR, writes=with_writes(7, torch.zeros(4))), WARN, "connection", 7, 7, says="mlp of block 3"
-    ),
     "rank_collapse": case(
         lambda: plain(lambda i: Attention(causal=False), 8), FAIL, "depth", 2, 8, says="where noise has",
         beside=("vanishing_gradient",),
@@ -441,16 +354,12 @@ CASES: dict[str, Case] = {
         lambda: plain(at(3, half)), WARN, "depth", 4, 4, batch=tokens(4, 32), says="The most are"
     ),
     "common_vector": case(lambda: plain(at(3, lambda: step(shifted, Block()))), FAIL, "depth", 4, 6),
-    "idle_layer": case(lambda: plain(at(3, idle)), WARN, "depth", 4, 4),
-    "constant_branch": case(lambda: plain(at(3, only_a_bias)), WARN, "depth", 4, 4),
+    "idle_layer": case(lambda: plain(at(3, idle)), INFO, "depth", 4, 4),
     "equal_sequences": case(
         lambda: plain(at(3, forgetful)), FAIL, "depth", 4, 6, layers="blocks.{i}", says="between sequences"
     ),
     "stale_statistics": case(
         lambda: plain(at(3, batch_norm)).eval(), FAIL, says="have trained weights", beside=("worse_than_constant",)
-    ),
-    "zero_input": case(
-        lambda: plain(at(3, dead_relu)), WARN, says="blocks.3.parts.1 gets hardly any number", beside=("constant_branch",)
     ),
     "attention_entropy_collapse": case(
         lambda: plain(at(3, choosing)), WARN, "depth", 4, 4, says="share of uniform attention", beside=("exploding_gradient",),
@@ -458,19 +367,9 @@ CASES: dict[str, Case] = {
     "massive_activations": case(
         lambda: plain(at(2, lambda: step(spiked, Block()))), INFO, "depth", 3, 6, says="features 7; positions 0"
     ),
-    "batch_without_differences": case(
-        pre_norm, INFO, batch=torch.full((4, 24), 7), says="cannot show rank collapse"
-    ),
-    "few_tokens_for_cka": case(
-        pre_norm, INFO, batch=tokens(1, 8), says="0.8", part={"estimator": ["biased"]}
-    ),
     "small_sample": case(pre_norm, INFO, batch=tokens(1, 8), says="small for cka: 8 tokens"),
     "large_update": Case(lambda: one_step("blocks.3.mlp.branch.2", 1.0), FAIL, says="in blocks.3.mlp.branch.2"),
     "lost_update": Case(lambda: one_step("blocks.2.mlp.norm", 0.0), WARN, says="in blocks.2.mlp.norm"),
-    "slow_updates": Case(hardly_moved, WARN, says="of that of a constant answer after 60 steps"),
-    "frozen_module": Case(
-        lambda: one_step("blocks.2.mlp.norm", None), WARN, says="No parameter of blocks.2.mlp.norm is trained"
-    ),
     "silent_module": Case(without_use, WARN, says="exactly zero", beside=("lost_update", "idle_layer", "untrained_weights")),
     "unproven_reading": case(
         lambda: plain(partial(without_skip, gain=1.0, activation=torch.tanh), 4), INFO,
@@ -479,16 +378,17 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-# The later ones rest on experiments that `capture` no longer makes, and are milder without them: see `depthscope.settle`.
-@pytest.mark.parametrize("name", list(CASES)[:32])
+@pytest.mark.parametrize("name", CASES)
 def test_a_network_built_to_fail_is_found(name):
     expected, run = CASES[name], CASES[name].build()
     analysis = diagnostics.analyze(run).sel(expected.part)
+    # What is built for the test is fresh, unless it has trained for some steps.
+    if not expected.step:
+        analysis = analysis.assign_attrs(untouched=analysis.attrs.get("untouched", expected.fresh))
     found = diagnostics.judge(analysis.assign_coords(step=[expected.step]) if expected.step else analysis)
     told = [finding for finding in found if finding.verdict == name]
     assert [finding.severity for finding in told] == [expected.severity]
     (finding,) = told
-    assert not finding.because
     assert finding.stream == expected.stream
     if finding.axis != "weight":
         assert (finding.axis, finding.first, finding.last) == (expected.axis, expected.first, expected.last)
@@ -510,10 +410,10 @@ def test_an_optimizer_that_has_copies_of_the_weights_moves_none():
 
 
 @pytest.mark.parametrize(
-    ("restored", "loss", "expected"), [(5, 3.0, [WARN]), (3, 1.0, [WARN]), (1, 3.0, []), (0, 3.0, [WARN])]
+    ("restored", "loss", "expected"), [(5, 3.0, [WARN]), (3, 1.0, [WARN]), (1, 3.0, []), (0, 3.0, [])]
 )
 def test_blocks_that_were_not_restored(restored, loss, expected):
-    """A few of them, or all but the final norm, in any network; others where the network has learned something."""
+    """A few of them in any network; others where the network has learned something."""
     model = pre_norm()
     if not restored:
         norm = nn.LayerNorm(WIDTH)
@@ -530,4 +430,4 @@ def test_blocks_that_were_not_restored(restored, loss, expected):
 
 
 def test_every_verdict_has_a_network_that_fails_it():
-    assert list(CASES) == list(VERDICTS)
+    assert set(CASES) == set(VERDICTS)

@@ -100,6 +100,14 @@ def test_weights_that_would_be_random_are_refused(folder):
         load_checkpoint(str(folder))
 
 
+def test_empty_folder_and_folder_without_config(tmp_path):
+    with pytest.raises(CheckpointError, match="is empty"):
+        load_checkpoint(str(tmp_path))
+    (tmp_path / "weights.txt").touch()
+    with pytest.raises(CheckpointError, match=r"no config.json in .* \(found: weights.txt\)"):
+        load_checkpoint(str(tmp_path))
+
+
 def test_config_without_weights(folder):
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no safetensors or pytorch_model.bin"):

@@ -11,6 +11,7 @@ import pytest
 from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.checkpoints.own_files import (
     JSON_LIMIT,
+    check_folder,
     own_file,
     read_json,
     require_file,
@@ -134,3 +135,10 @@ def test_json_beyond_the_limit_is_not_read(tmp_path):
         file.truncate(JSON_LIMIT + 1)  # sparse: takes no disk
     with pytest.raises(CheckpointError, match="64 at most"):
         read_json(tmp_path / "x.json", "index")
+
+
+def test_a_circle_of_links_is_refused(folder):
+    (folder / "a.bin").symlink_to("b.bin")
+    (folder / "b.bin").symlink_to("a.bin")
+    with pytest.raises(CheckpointError, match=r"cannot be (followed|read)"):
+        check_folder(folder)

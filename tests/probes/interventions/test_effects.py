@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-
 import numpy as np
 import pytest
 import scipy.stats
@@ -48,11 +46,8 @@ def test_what_a_collapse_would_leave_takes_the_place_of_a_state():
     model_under_test = ds.interventions.ModelUnderTest(model, batch)
     depth, last = 2, max(model_under_test.base.states)
     state = model_under_test.base.states[depth]
-    mean = state.mean((0, 1), keepdim=True)
     expected = {
         "merge_tokens": state.mean(1, keepdim=True).expand_as(state),
-        "without_mean": state - mean,
-        "merge_streams": state.mean(2, keepdim=True).expand_as(state),
         "bypass": model_under_test.base.states[depth - 1],
     }
     for kind, changed in expected.items():
@@ -63,22 +58,6 @@ def test_what_a_collapse_would_leave_takes_the_place_of_a_state():
     passed = model_under_test.forward(change.edits(model_under_test))
     assert torch.equal(passed.states[last], model_under_test.base.states[0])
     assert len(changes(ds.interventions.plan("bypass"), model_under_test)) == last
-
-
-def test_attention_alone_is_left_out():
-    """The attention of some blocks gathers zeros, as with values of zero, and the rest of these blocks runs."""
-    model, batch = llama(), ids(4)
-    without = copy.deepcopy(model)
-    for block in without.model.layers[1:3]:
-        nn.init.zeros_(block.self_attn.v_proj.weight)
-    with torch.no_grad():
-        moved = (without(batch).logits - model(batch).logits).norm(dim=-1) / model(batch).logits.norm(dim=-1)
-    plan = ds.interventions.plan("without_attention", depths=[2, 3])
-    found = ds.interventions.ablate(model, batch, plan)
-    np.testing.assert_allclose(found.token_output_change[0], moved, atol=1e-5)
-    plan, streams = ds.interventions.plan("without_attention", depths=2), LocalStreams(layers=2).eval()
-    with pytest.raises(InterventionError, match="no attention was seen on the way to depth 2"):
-        ds.interventions.ablate(streams, ids(3), plan)
 
 
 def test_padding_does_not_count():

@@ -8,12 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from depthscope.probes.model.loss_graph import (
-    compared_by_gradient,
-    mean_task,
-    read_task,
-    squares_by_gradient,
-)
+from depthscope.probes.model.loss_graph import compared_by_gradient, mean_task, read_task, squares_by_gradient
 
 IDS = torch.randint(0, 7, (3, 5), generator=torch.Generator().manual_seed(0))
 

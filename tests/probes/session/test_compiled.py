@@ -179,11 +179,7 @@ def require_same(plain: list[torch.Tensor], probed: list[torch.Tensor]) -> None:
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
-    ("build", "probe"),
-    [
-        (whole, {}),
-        (wrapped_blocks, {"gradients": True, "weights": True, "every": 2}),
-    ],
+    ("build", "probe"), [(whole, {}), (wrapped_blocks, {"gradients": True, "weights": True, "every": 2})]
 )
 def test_a_compiled_training_is_bit_for_bit_the_same(build, probe):
     plain, _ = trained(build)
@@ -217,11 +213,7 @@ def test_so_it_is_with_everything_that_a_training_does(build, setting):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     ("build", "setting"),
-    [
-        (whole, {"backend": "aot_eager"}),
-        (in_place, {"checkpointing": False}),
-        (compiled_forward, {}),
-    ],
+    [(whole, {"backend": "aot_eager"}), (in_place, {"checkpointing": False}), (compiled_forward, {})],
 )
 def test_without_dropout_states_and_gradients_are_those_of_the_uncompiled_model(build, setting):
     found = []

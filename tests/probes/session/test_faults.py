@@ -569,3 +569,21 @@ def test_a_batch_without_tokens_is_said_and_counts_for_nothing(name, batch):
     statistics = next(n for n in recorder.run["statistics"].subtree if "token_count" in n.data_vars)
     assert statistics.step.values.tolist() == [1, 3, 4]
     assert statistics.token_count.values.tolist() == [IDS.numel()] * 3
+
+
+def test_the_model_may_call_itself():
+    model = build()
+    with probes.record(model) as recorder:
+        model(IDS)
+        recorder.step()
+        model.midway = lambda x: _call(model)
+        model(IDS)
+        with pytest.warns(probes.ProbeWarning, match="step 1 was not measured: .*ran 2 times"):
+            recorder.step()
+        model(IDS)
+        recorder.step()
+    assert recorder.run.statistics.step.values.tolist() == [0, 2]
+
+
+def _call(model: nn.Module) -> None:
+    model(IDS)

@@ -222,10 +222,7 @@ def test_a_loop_may_go_on_after_an_error_of_its_own(ids):
 
 @pytest.mark.parametrize(
     ("owner", "name"),
-    [
-        (TokenSums, "add_state"),
-        (WeightUpdates, "_copy"),
-    ],
+    [(TokenSums, "add_state"), (WeightUpdates, "_copy")],
     ids=lambda value: getattr(value, "__name__", value),
 )
 @pytest.mark.filterwarnings("ignore:steps .* for the same reason:depthscope.probes.ProbeWarning")

@@ -488,3 +488,11 @@ def test_configuration_of_another_model_is_told(tmp_path):
     assert any("config.json gives 8 streams" in words for words in found.warnings)
     assert found.settings["hc_sinkhorn_iters"] == 5
     assert found.assumed == ("hc_eps",)
+
+
+def test_a_connection_without_values_is_refused(models, tmp_path):
+    tensors = {name: value.clone() for name, value in models["lucidrains"]("mhc").state_dict().items()}
+    tensors["layers.0.0.residual_scale"] = torch.zeros(0)
+    save_file(tensors, tmp_path / "m.safetensors")
+    with pytest.raises(CheckpointError, match=r"'layers\.0\.0\.residual_scale' has no values"):
+        probes.describe_weights(tmp_path / "m.safetensors")

@@ -128,9 +128,7 @@ def test_squares_that_float32_cannot_hold(scale):
     sums = TokenSums()
     sums.add_gradient(0, states[0], None)
     np.testing.assert_allclose(
-        sums.array("gradient_square_norm_sum", [0])[0],
-        (states[0].double() ** 2).sum((0, 1, 3)),
-        rtol=1e-6,
+        sums.array("gradient_square_norm_sum", [0])[0], (states[0].double() ** 2).sum((0, 1, 3)), rtol=1e-6
     )
 
 

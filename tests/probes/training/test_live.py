@@ -253,7 +253,7 @@ def test_padding_and_states_that_are_not_finite(models, text_batch):
     ) as broken:
         model(**text_batch)
         broken.step()
-    assert told[0] == "residual_not_finite"
+    assert told[0] == "not_finite"
     row = schema.chain_dataset(broken.run, "metrics").isel(step=0)
     for name in ("residual_norm", "effective_rank"):
         pooled = row[name].sel(stream="mean").isel(scope=0, tokens=0, centering=0, missing_dims="ignore")

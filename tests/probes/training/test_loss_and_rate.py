@@ -132,7 +132,7 @@ def test_a_loss_that_diverges_is_a_finding_live_and_later(tmp_path):
 def test_a_loss_that_is_not_finite_is_told_between_measured_steps(bad, capsys):
     told: list[tuple[int, str, str]] = []
     steps_with([1.0, torch.tensor(bad), 1.0, 1.0], told, every=3)
-    assert told == [(1, "loss_not_finite", "FAIL")]
+    assert told == [(1, "not_finite", "FAIL")]
     assert "step 1: FAIL: The number of losses that are not finite is 1" in capsys.readouterr().err
     with pytest.raises(probes.TrainingStopped) as stopped:
         steps_with([1.0, bad], told, every=10, stop_on="fail")

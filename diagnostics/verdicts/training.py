@@ -1,0 +1,393 @@
+"""What do the loss, its labels and the updates of the weights show? Verdicts on the training. Limits are set by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import xarray as xr
+
+from depthscope.diagnostics.numbers import number, percent
+from depthscope.diagnostics.schema import FROZEN_MODULES
+from depthscope.diagnostics.verdicts.age import (
+    KNOWS,
+    MANY_STEPS,
+    MOVED,
+    NOTHING_LEARNED,
+    RESCALED,
+    number_or_none,
+    share_of_constant,
+    share_of_guessing,
+    task_of,
+)
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.rule import Kind
+
+# --- the loss ---
+
+
+# A quarter of the loss at the start is more than the noise of batches and a warm-up; three quarters are nearly all that a
+# training can learn.
+@verdict(
+    Kind.FACT,
+    metric="loss",
+    judges=Number(
+        "rise of the loss above its lowest value, relative to the start", "(loss now − lowest) / first"
+    ),
+    limits=Limits(warn=0.25, fail=0.75),
+)
+def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profile]:
+    """The loss diverged: it has risen far above its lowest value.
+
+    Go back to a checkpoint from before the rise, with a lower learning rate, a longer warm-up or a tighter clip of the
+    gradient; see what grew first. Without meaning for a loss that no training lowers, as an adversary's.
+    """
+    words = (
+        f"the rise of the loss (now {number(float(loss))}) above its lowest value, relative to the start, is"
+    )
+    yield Profile(loss_rise, words)
+
+
+ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
+# Times the loss of guessing, above which no start of a training is.
+NO_START = 2.0
+
+
+# A constant answer knows how often each class comes and nothing of the input. Networks learn that in their first steps: one
+# that loses more, beyond the noise of a sample, has nothing left of what it learned, or sees what it was never trained on.
+@verdict(
+    Kind.LOSS,
+    metric="loss",
+    judges=Number(
+        "loss, less the noise of the sample, over that of a constant answer", "(loss − 1.645 se) / H(classes)"
+    ),
+    limits=Limits(warn=NOTHING_LEARNED, fail=1.05),
+    follows_from=("diverged_loss",),
+)
+def worse_than_constant(
+    attrs: Mapping[str, Any],
+    step: xr.DataArray | None = None,
+    first_weight_distance: xr.DataArray | None = None,
+) -> Iterator[Profile]:
+    """The network is no better than an answer that never changes.
+
+    See whether every weight is in its place, the labels belong to the inputs, and the learning rate is right, and read the
+    other findings. On data of another kind than it was trained on this says only that they are new to it.
+    """
+    share, task = share_of_constant(attrs), task_of(attrs)
+    if share is None or attrs.get("untouched"):  # of which `untrained_weights` says so
+        return
+    error = (number_or_none(task.get("uncertainty")) or 0.0) / float(task["constant"])
+    words = "the loss, relative to that of always answering with how often each class comes (less the noise of the sample), is"
+    is_sure = min(share, share_of_guessing(attrs) or share) > NO_START
+    may_be_new = not is_sure and _may_be_new(attrs) and not _is_old(step, first_weight_distance)
+    yield Profile(xr.DataArray(share - ONE_SIDED * error), words, is_sure=is_sure, note_only=may_be_new)
+
+
+# What predictions claim to know is no less than a fifth of all that there is to know.
+LEAST_CLAIM = 0.2
+
+
+def _may_be_new(attrs: Mapping[str, Any]) -> bool:
+    """Whether a network knows nothing and claims to know hardly anything, as it does where it was just drawn.
+
+    One that lost what it knew mostly claims to know it still.
+    """
+    expected, constant = (number_or_none(task_of(attrs).get(name)) for name in ("expected", "constant"))
+    claims = expected is None or constant is None or constant - expected > LEAST_CLAIM * constant
+    return not claims and (share_of_constant(attrs) or 0.0) > NOTHING_LEARNED
+
+
+def _is_old(step: xr.DataArray | None, first_weight_distance: xr.DataArray | None) -> bool:
+    """Whether steps or the way of the weights show that a network is past the start of its training."""
+    went_far = first_weight_distance is not None and float(first_weight_distance.max()) > MOVED
+    return went_far or (step is not None and float(step) >= MANY_STEPS)
+
+
+# Healthy trained networks lose what their predictions expect, or less: the entropy of classes; of numbers, the variance of the
+# targets less that of the predictions.
+@verdict(
+    Kind.LOSS,
+    metric="loss",
+    judges=Number(
+        "part of what the predictions claim to know that is wrong",
+        "(loss − 1.645 se − expected) / max(constant − expected, constant / 5)",
+        "0 and below where they are right",
+    ),
+    limits=Limits(warn=0.15, fail=0.5),
+    follows_from=("worse_than_constant",),
+)
+def surer_than_right(
+    attrs: Mapping[str, Any],
+    step: xr.DataArray | None = None,
+    first_weight_distance: xr.DataArray | None = None,
+) -> Iterator[Profile]:
+    """The predictions are overconfident: they are surer than they are right.
+
+    Training makes them as sure as they are right. See whether inputs come as in training (scale, order, padding, ids), labels
+    belong to them, and every weight is in its place; on new data it may be that the network has learned the old by heart.
+    """
+    task = task_of(attrs)
+    known = [number_or_none(task.get(name)) for name in ("loss", "expected", "constant", "expected_error")]
+    if None in known or attrs.get("untouched"):
+        return
+    loss, expected, constant, error = (float(value or 0.0) for value in known)
+    claimed = max(constant - expected, LEAST_CLAIM * constant)
+    sentence = (
+        f"The loss, {number(loss)}, is above what the predictions themselves expect, {number(expected)}: they claim to know "
+        f"{number(constant - expected)} more than a constant answer ({DEFAULT})."
+    )
+    wrong = (loss - ONE_SIDED * error - expected) / claimed
+    words = "of what the predictions claim to know, the part that is wrong is"
+    may_be_new = _may_be_new(attrs) and not _is_old(step, first_weight_distance)
+    yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", note_only=may_be_new)
+
+
+# What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
+# anything a small change of the loss would be much of it.
+LEAST_REACH = 0.2
+# A network that is right more often than its predictions expect, by more than this share of what they claim to know, is in the
+# middle of its training, where scales still grow, or has lost its scales: the loss alone does not tell which.
+UNSURE = 0.3
+
+
+def to_lose(attrs: Mapping[str, Any]) -> float | None:
+    """What the loss is below that of a constant answer, in nats; None where either is not known."""
+    task = task_of(attrs)
+    loss, most = number_or_none(task.get("loss")), number_or_none(task.get("constant", task.get("guessing")))
+    return None if loss is None or not most else max(most - loss, LEAST_REACH * most)
+
+
+# Beyond the interval, trained networks of more than 100 kinds regain 0.05 at most.
+@verdict(
+    Kind.LOSS,
+    metric="loss",
+    judges=Number(
+        "share of what the loss can be below that of a constant answer that other scales regain",
+        "gained / (constant − loss + gained)",
+        "0 to 1",
+    ),
+    limits=Limits(warn=0.08, fail=0.5),
+)
+def off_minimum(
+    attrs: Mapping[str, Any],
+    step: xr.DataArray | None = None,
+    first_weight_distance: xr.DataArray | None = None,
+) -> Iterator[Profile]:
+    """The weights are not used as they were trained: other scales lower the loss.
+
+    Training leaves each of these scales at a minimum of the loss. Look at the modules that are named for a factor of attention
+    logits or norms, an eps, a gain that was not restored, weights of another block; or the data are foreign to the network.
+    """
+    result, task = attrs.get(RESCALED), task_of(attrs)
+    result = result if isinstance(result, Mapping) else {}
+    reach, loss = to_lose(attrs), number_or_none(result.get("loss"))
+    best = number_or_none(result.get("rescaled"))
+    constant = number_or_none(task.get("constant")) or float("inf")
+    # What still has to learn can do so by its scales too.
+    if reach is None or loss is None or best is None or min(loss, best) > KNOWS * constant:
+        return
+    half_width = number_or_none(result.get("half_width")) or 0.0
+    gained = max(loss - best - half_width, 0.0)
+    share = gained / (reach + gained)
+    most = ", ".join(f"{name} × {number(factor)}" for name, factor in result.get("most") or ())
+    more = ", …" if (number_or_none(result.get("modules")) or 0.0) > len(result.get("most") or ()) else ""
+    interval = f" ± {number(half_width, digits=2)}" if half_width else ""
+    sentence = (
+        f"With factors on what {result.get('modules')} modules give ({most}{more}) the loss falls from "
+        f"{number(loss)} to {number(best)}{interval}: {percent(share)} of what it then is below that of a constant answer "
+        f"({DEFAULT})."
+    )
+    expected = number_or_none(task.get("expected"))
+    is_unsure = expected is not None and expected - loss > UNSURE * max(
+        constant - expected, LEAST_REACH * constant
+    )
+    may_still_learn = is_unsure and not _is_old(step, first_weight_distance)
+    if expected is not None and may_still_learn:
+        sentence += (
+            f" Its predictions expect a loss of {number(expected)}: a network in the middle of its training is as unsure, and "
+            "this is then no fault."
+        )
+    words = "of what the loss can be below that of a constant answer, other scales regain"
+    yield Profile(xr.DataArray(share), words, sentence=sentence, note_only=may_still_learn)
+
+
+# --- weights that are not those of a training ---
+
+
+# A block that no gradient reaches, or whose output nothing uses, stays as it was drawn; training parts equal blocks.
+@verdict(
+    Kind.FACT,
+    metric="loss",
+    judges=Number("number of blocks, or of checkpoints, that look untrained"),
+    limits=Limits(warn=0.0),
+)
+def untrained_weights(
+    attrs: Mapping[str, Any], residual_norm: xr.DataArray | None = None
+) -> Iterator[Profile]:
+    """These weights look untrained, or copied.
+
+    Of a checkpoint: see which names of the file were not found in the model, or mapped to the wrong blocks, and load it with
+    strict=True. Blocks that were just added or copied begin so.
+    """
+    share, task = share_of_guessing(attrs), task_of(attrs)
+    if share is not None:  # of a few sequences a loss is low by chance
+        share += ONE_SIDED * (number_or_none(task.get("uncertainty")) or 0.0) / float(task["guessing"])
+    untouched, equal = attrs.get("untouched_blocks") or [], attrs.get("equal_blocks") or []
+    kinds = []
+    if residual_norm is not None and "layer" in residual_norm.coords:
+        every = {*residual_norm["layer"].values.tolist()} - {-1}
+        # No design: they are few, or the network has learned something.
+        is_few = 2 * len(untouched) < len(every)
+        if untouched and (is_few or (share is not None and share < NOTHING_LEARNED)):
+            sentence = (
+                f"Every bias and gain of block {', '.join(map(str, untouched))} has its initial value, and others of the "
+                f"network do not; expected all or none ({DEFAULT})."
+            )
+            kinds.append((untouched, sentence, False))
+        if equal:
+            named = ", ".join(map(str, equal))
+            sentence = (
+                f"Blocks {named} have the same weights in memory of their own; expected none ({DEFAULT})."
+            )
+            kinds.append((equal, sentence, not (share is not None and share < KNOWS)))
+        for blocks, sentence, may_be_meant in kinds:
+            found = (
+                residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords)
+            )
+            words = "the number of blocks that look untrained is"
+            yield Profile(found, words, sentence=sentence, note_only=may_be_meant)
+    if attrs.get("checkpoint"):
+        is_untouched = bool(attrs.get("untouched"))
+        sentence = f"Every bias and gain of this checkpoint has its initial value; expected trained ones ({DEFAULT})."
+        words = "the number of checkpoints that look untrained is"
+        yield Profile(xr.DataArray(float(is_untouched)), words, sentence=sentence if is_untouched else "")
+
+
+# --- updates of the weights ---
+
+NUM_NAMED = 3  # modules in a sentence
+CHANGE = "the change of the weights in one step, relative to the weights, is"
+
+
+# The rule of thumb is 1e-3 a step, see the metric. The ratio is to the weights after the step: a step that replaces a module
+# completely has 1.
+@verdict(
+    Kind.FRESH,
+    metric="update_ratio",
+    judges=Number("change of a module's weights in one step over the weights", "‖ΔW‖ / ‖W‖"),
+    limits=Limits(warn=0.1, fail=0.5),
+    drawn_on=("update_ratio",),
+)
+def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
+    """One optimizer step rewrites much of a module.
+
+    Lower its learning rate or warm up longer. In the first steps of Adam it is the learning rate over the size
+    of a weight: start such weights larger, or leave those that start near zero to themselves.
+    """
+    yield Profile(update_ratio, CHANGE, metric="update_ratio")
+
+
+# Of a loop that accumulates gradients, the optimizer steps only now and then.
+FEWEST_STEPS = 5
+PAST_WARM_UP = 50
+# A hundredth of the rule of thumb: ten thousand such steps replace a tenth of the weights or less.
+SLOW = 1e-5
+LOST = 1e-7
+
+
+# About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
+@verdict(
+    Kind.FACT,
+    metric="update_ratio",
+    judges=Number("change of a module's weights in one step over the weights", "‖ΔW‖ / ‖W‖"),
+    limits=Limits(warn=LOST, above=False),
+    drawn_on=("update_ratio",),
+)
+def lost_update(
+    attrs: Mapping[str, Any], update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None
+) -> Iterator[Profile]:
+    """An optimizer step leaves a module unchanged, or hardly moves any.
+
+    Normal where the learning rate is zero. Else see whether the module gets a gradient, the optimizer has it, and half
+    precision rounds the update away; where all hardly move, see what divides the learning rate, and raise it.
+    """
+    if update_ratio.notnull().any():
+        yield Profile(update_ratio, CHANGE, metric="update_ratio")
+        share, step = share_of_constant(attrs), float(update_ratio.coords.get("step", 0.0))
+        middle = float(update_ratio.median())
+        if share is not None and share >= NOTHING_LEARNED and step >= PAST_WARM_UP and middle < SLOW:
+            sentence = (
+                f"The loss is {100 * share:.0f} % of that of a constant answer after {step:.0f} steps, each of which changes "
+                f"half of the modules by {number(middle)} of their weights or less, limit {number(SLOW)} ({DEFAULT})."
+            )
+            yield Profile(xr.DataArray(0.0), CHANGE, sentence=sentence)
+    # Where no optimizer was seen to touch a weight no single update is known, and the norms show it.
+    elif unmoved_steps is not None and float(unmoved_steps) >= FEWEST_STEPS:
+        sentence = (
+            f"No weight has changed in {float(unmoved_steps):.0f} measured steps, although gradients reach them; a step of "
+            f"an optimizer is expected in each of {FEWEST_STEPS} ({DEFAULT})."
+        )
+        yield Profile(xr.DataArray(0.0), CHANGE, sentence=sentence)
+
+
+# Of the squares of all weights: what a silent module loses the network where it has less is nothing, as of the first query of
+# attention over depth, which chooses among one.
+SMALL_SHARE = 1e-3
+
+
+@verdict(
+    Kind.FACT,
+    metric="weight_gradient_norm",
+    judges=Number("number of modules that are frozen, or get no gradient, while others are trained"),
+    limits=Limits(warn=0.0),
+    follows_from=("cut_gradient",),
+)
+def silent_module(
+    update_ratio: xr.DataArray | None = None,
+    weight_gradient_norm: xr.DataArray | None = None,
+    weight_norm: xr.DataArray | None = None,
+) -> Iterator[Profile]:
+    """A module is not trained while others are: it is frozen, or its gradient is exactly zero.
+
+    Where it is meant, as in fine-tuning, nothing is to do. Else set requires_grad before the optimizer is made, and look for a
+    no_grad, an output that is not used or multiplied by zero, or an expert that no token chooses.
+    """
+    words = "the number of modules that are not trained is"
+    if update_ratio is not None:
+        frozen = update_ratio["weight"].isin(update_ratio.attrs.get(FROZEN_MODULES, []))
+        trained = update_ratio.notnull()
+        sentence = f"No parameter of {_names(frozen)} is trained, while {int(trained.sum())} other modules are ({DEFAULT})."
+        yield Profile(
+            frozen.astype(float).assign_coords(update_ratio.coords).where(trained | frozen),
+            words,
+            sentence=sentence if bool(frozen.any()) else "",
+            note_only=_is_meant(frozen, trained),
+        )
+    if weight_gradient_norm is None or not bool((weight_gradient_norm > 0).any()):
+        return
+    frozen = weight_gradient_norm["weight"].isin(weight_gradient_norm.attrs.get(FROZEN_MODULES, []))
+    zero = (weight_gradient_norm == 0) & ~frozen
+    if weight_norm is not None:
+        zero = zero & (float((weight_norm**2).where(zero).sum() / (weight_norm**2).sum()) >= SMALL_SHARE)
+    values = zero.astype(float).where(weight_gradient_norm.notnull())
+    sentence = f"The gradient of {_names(zero)} is exactly zero, where others get one ({DEFAULT})."
+    yield Profile(values, words, sentence=sentence if bool(zero.any()) else "")
+
+
+def _is_meant(frozen: xr.DataArray, trained: xr.DataArray) -> bool:
+    """Whether what is frozen looks chosen: everything below some block, or all but a few adapters."""
+    if int(frozen.sum()) >= int(trained.sum()):
+        return True
+    if "weight_layer" not in frozen.coords:
+        return False
+    # Modules outside of the blocks, of layer −1, are in no order.
+    layers = frozen["weight_layer"].values
+    of_frozen, of_trained = (layers[each.values & (layers >= 0)] for each in (frozen, trained))
+    return not len(of_frozen) or not len(of_trained) or bool(of_frozen.max() < of_trained.min())
+
+
+def _names(chosen: xr.DataArray) -> str:
+    names = chosen["weight"].values[chosen.values].astype(object).astype(str).tolist()
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return f"{', '.join(names[:NUM_NAMED])}{more}"
