@@ -12,7 +12,7 @@ import torch  # noqa: F401  without it the package is refused here, and not wher
 
 if TYPE_CHECKING:
     from depthscope.probes import interventions
-    from depthscope.probes.connections.coefficients import ReconstructionError, StreamConnectionError
+    from depthscope.probes.connections.proof import ReconstructionError, StreamConnectionError
     from depthscope.probes.description import describe
     from depthscope.probes.history import probe_checkpoints
     from depthscope.probes.model.errors import CaptureError
@@ -32,10 +32,10 @@ _HOMES = {
     "ChainError": "structure.chain",
     "LayoutError": "model.layout",
     "ProbeWarning": "training.notices",
-    "ReconstructionError": "connections.coefficients",
+    "ReconstructionError": "connections.proof",
     "Recorder": "training.recorder",
     "SiteError": "structure.sites",
-    "StreamConnectionError": "connections.coefficients",
+    "StreamConnectionError": "connections.proof",
     "TrainingStopped": "training.notices",
     "capture": "one_shot",
     "describe": "description",

@@ -39,6 +39,19 @@ class ConnectionFacts:
     column_sum_error: float
 
 
+# What a family is called in the first line, by the name that a run has.
+FAMILIES = {
+    "highway": "residual with gates on state and branch (highway)",
+    "hc": "hyper-connections (hc)",
+    "mhc": "hyper-connections with doubly stochastic mixing (mhc)",
+    "streams": "hyper-connections at weights of an initialisation (streams)",
+    "independent_hc": "hyper-connections whose streams are not mixed (independent_hc)",
+    "gated": "streams read by gates of each feature (gated)",
+    "depth_attention": "blocks attend to the outputs of earlier blocks (depth_attention)",
+    "depth_history": "blocks read weighted sums of earlier outputs (depth_history)",
+    "unknown": "streams as layout= and streams= say (unknown)",
+    "unproven": "states that could not be proven (unproven)",
+}
 # Descriptions of what was proven; an unproven reading gives its own reason.
 OVER_DEPTH = "each next state is recomputed from the embedding and the branches' outputs, weighted over depth"
 PROOFS = {
@@ -96,8 +109,9 @@ class Description:
     def __str__(self) -> str:
         chains = ", ".join(f"{name or 'one chain'}: {depth} states" for name, depth in self.chains.items())
         sites = ", ".join(f"{count} {site}" for site, count in self.sites.items())
+        family = FAMILIES.get(self.family, self.family)
         lines = [
-            f"{self.model}: {self.family}, {self.num_blocks} × {self.block or 'block'}, {self.dtype}",
+            f"{self.model}: {family}, {self.num_blocks} × {self.block or 'block'}, {self.dtype}",
             f"  streams      {self.n_streams} of width {self.width}, layout {self.layout}",
             f"  chain        {chains} ({sites})",
         ]

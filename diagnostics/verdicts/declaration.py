@@ -25,11 +25,8 @@ DEFAULT = "depthscope's default"
 # What is smaller is what the rounding of float64, 1e-16, leaves of a share after some connections.
 NOTHING = 1e-20
 
-# Families of connections for which a verdict has no meaning. AltUp's branch output contains the active stream itself: its
-# matrix gives that stream up, so that products of matrices mean nothing; and it always reads the active stream only. Of the
-# others the streams never mix by construction: an identity is no finding.
+# Families of connections for which a verdict has no meaning: streams that never mix by construction are no finding.
 MEANINGLESS: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(("gain_explosion", "attenuation", "stream_collapse", "unused_stream"), ("altup",)),
     "stuck_at_identity": ("residual", "highway", "independent_hc", "gated"),
 }
 

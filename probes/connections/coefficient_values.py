@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from depthscope.probes.connections.coefficients import Parts, per_token
 from depthscope.probes.connections.logits import SAME
+from depthscope.probes.connections.proof import Parts, per_token
 from depthscope.probes.reading.description import ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, names, walk
 from depthscope.probes.reading.operations import addends, reordered

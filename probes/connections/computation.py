@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 
 from depthscope.probes.connections.coefficient_values import CoefficientValues
-from depthscope.probes.connections.coefficients import per_token
 from depthscope.probes.connections.logits import SAME
+from depthscope.probes.connections.proof import per_token
 from depthscope.probes.reading.graph import (
     INPUT,
     TracedValue,

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from depthscope.probes.connections.coefficients import per_token, spread
+from depthscope.probes.connections.proof import per_token, spread
 from depthscope.probes.reading.graph import INPUT, PARAMETER, Graph, TracedValue, names
 
 # torch's names of operations that take logits; of a stable softmax written by hand, of its exponential.

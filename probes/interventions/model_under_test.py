@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from depthscope.diagnostics.errors import did_you_mean
-from depthscope.probes.connections.coefficients import Parts, StreamConnectionError, relative_error
-from depthscope.probes.connections.proof import gather_evidence
+from depthscope.probes.connections.proof import Parts, StreamConnectionError, gather_evidence, relative_error
 from depthscope.probes.interventions.branch_tensors import (
     BranchOutput,
     BranchTensors,

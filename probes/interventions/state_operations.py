@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import relative_error
+from depthscope.probes.connections.proof import relative_error
 from depthscope.probes.model.errors import InterventionError
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.reading.graph import TracedValue

@@ -17,7 +17,7 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics.experiments import LENS, declared, estimated
-from depthscope.probes.connections.coefficients import relative_error
+from depthscope.probes.connections.proof import relative_error
 from depthscope.probes.interventions.effects import texts_of
 from depthscope.probes.interventions.model_under_test import ModelUnderTest
 from depthscope.probes.interventions.predictions import Pick, by_token, divergence, named_logits

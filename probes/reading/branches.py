@@ -161,21 +161,11 @@ def before_norms(memory: Memory, value: TracedValue) -> TracedValue:
     while value.number not in memory.trunk and memory.inside(value):
         if value.number in memory.writes or (memory.mixes(value) and memory.is_whole(value)):
             break
-        if _begins_side_track(memory, value):
-            break
         value = memory.inside(value)[0]
         way.append(value)
     norms = [at for at, step in enumerate(way[:-1]) if memory.passes_function(step)]
     before = way[norms[-1] + 1 if norms else 0 : -1]
     return next((step for step in before if _is_weighed(memory, step)), way[-1])
-
-
-def _begins_side_track(memory: Memory, value: TracedValue) -> bool:
-    """Whether something of the input is added to the memory, and branches add to the sum, as in a tower with a condition."""
-    others = [of for of in addends(value) if not memory.holds(of) and memory.graph.depends_on_input(of)]
-    if value.name not in SUMS or not others or not memory.is_whole(value):
-        return False
-    return value.number in memory.back([memory.graph.values[number] for number in memory.writes])
 
 
 def _is_weighed(memory: Memory, value: TracedValue) -> bool:

@@ -6,8 +6,7 @@ is opaque: where it adds different elements up, mixes tokens or features, or is 
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -47,23 +46,6 @@ Carried = dict[int, Numbers]
 MayJoin = Callable[[TracedValue, Numbers], bool]
 
 
-class Growth:
-    """The features of a memory that grows: what is joined along their axis has the next ones."""
-
-    def __init__(self, shape: Sequence[int], axis: int, known: int):
-        self._stride, self._size, self._known = math.prod(shape[axis + 1 :]), shape[axis], known
-
-    def further(self, model: Numbers, axis: int, count: int) -> Numbers | None:
-        """The numbers of some features more, along an axis of a value that has others; None where that has none along it."""
-        if model.array is not None or model.shape[axis] < 2 or model.step(axis) != self._stride:
-            return None
-        first = (model.offset + sum(int(of[0]) for of in model.axes)) // self._stride % self._size
-        begin, self._known = self._known, self._known + count
-        places = int(model.axes[axis][0]) + (begin - first + np.arange(count)) * self._stride
-        axes = (*model.axes[:axis], places, *model.axes[axis + 1 :])
-        return Numbers(axes, model.offset) if self._known <= self._size else None
-
-
 class Rules:
     """The rules of one forward for one memory."""
 
@@ -74,9 +56,8 @@ class Rules:
         *,
         functions: bool,
         may_join: MayJoin,
-        growth: Growth | None = None,
     ):
-        self._graph, self._carried, self._growth = graph, carried, growth
+        self._graph, self._carried = graph, carried
         self._functions, self._may_join = functions, may_join
 
     def numbers(self, value: TracedValue) -> Numbers | None:
@@ -200,8 +181,6 @@ class Rules:
             return Numbers(array=np.full(piece.shape, NOTHING))
         if value.name == "stack" or (piece.shape == model.shape and self._is_stacked(value, axis)):
             return model
-        if self._growth is not None:
-            return self._growth.further(model, axis, piece.shape[axis])
         one = model.collapsed([axis])
         return None if one is None else one.expand(piece.shape)
 

@@ -10,7 +10,7 @@ memories.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -21,7 +21,6 @@ from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, wa
 from depthscope.probes.reading.memory import (
     Memory,
     Start,
-    follow,
     start_of,
     start_with_streams,
     without_forks,
@@ -35,15 +34,14 @@ from depthscope.probes.reading.operations import (
     MATRICES,
     MOST_STREAMS,
     NORMS,
-    PRODUCTS,
     REDUCES,
     SUMS,
     VIEWS,
     addends,
     centred,
     is_unknown,
+    moved,
     named,
-    only_moves,
     weights,
 )  # fmt: skip
 from depthscope.probes.reading.roots import (
@@ -51,17 +49,9 @@ from depthscope.probes.reading.roots import (
     MOST_CANDIDATES,
     candidates,
     folded_beginnings,
-    starts_that_grow,
     with_further_beginnings,
 )
 from depthscope.probes.reading.states import has_feature_axis
-from depthscope.probes.reading.tracks import (
-    after_spread,
-    tracks,
-    with_streams_apart,
-    with_unread_streams,
-    without_local_sums,
-)
 
 LEAST_SHARE = 0.002  # of the weights
 MOST_FURTHER = 24
@@ -81,11 +71,6 @@ class Ranked:
     )
 
     @property
-    def grows(self) -> bool:
-        """Whether features are joined to it, instead of added."""
-        return self.memory.start.grows is not None
-
-    @property
     def rank(self) -> tuple[object, ...]:
         """The larger, the better."""
         memory = self.memory
@@ -103,61 +88,24 @@ def memories(graph: Graph) -> list[Memory]:
     """What is carried through a forward: the model's memory, then further ones by rank."""
     first, rest = candidates(graph)
     learned = [value for value in rest[:MOST_FURTHER] if value.of_parameter]  # as latents are
-    ranked = _ranked(graph, first) or _ranked(graph, learned) or _with_products_as_branches(graph)
+    ranked = _ranked(graph, first) or _ranked(graph, learned)
     if not ranked:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
     taken: list[Taken] = []
-    best = _with_finer_streams(_before_branches(_within_long_skip(graph, ranked), ranked), ranked).memory
-    best = with_further_beginnings(best)
-    merges = [_merge(best, of.memory) for of in ranked]
-    if any(merges):
-        best = without_inner(best, set().union(*merges))
-        ranked = [
-            replace(of, memory=without_inner(of.memory, merge)) if merge else of
-            for of, merge in zip(ranked, merges, strict=True)
-        ]
-    first_memory = _after_first_norm(_with_picked_tokens(after_spread(_with_empty_streams(best))))
-    first_memory = without_local_sums(_with_hidden_sums(first_memory))
-    for track in tracks(with_unread_streams(_between_expansions(first_memory))):
+    best = with_further_beginnings(_within_long_skip(graph, ranked).memory)
+    first_memory = _after_first_norm(after_spread(_with_empty_streams(best)))
+    first_memory = _with_hidden_sums(first_memory)
+    for track in tracks(with_unread_streams(first_memory)):
         taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
-        if not any(_is_within(graph, root, memory) for memory, _ in taken):
+        if not any(
+            memory.holds(root) or (graph.depends(root, memory.root) and graph.depends(memory.end, root))
+            for memory, _ in taken
+        ):
             _take(graph, taken, _with_shares([_larger(_of_root(graph, root))], everything))
     return [memory for memory, _ in taken]
-
-
-def _with_products_as_branches(graph: Graph) -> list[Ranked]:
-    """Memories to which nothing is added but themselves, scaled by a function of them: a branch each.
-
-    As in the cross networks of recommenders, and in blocks that add their gated input.
-    """
-    found, roots = [], dict[TracedValue, None]()
-    for value in graph.values:
-        both = value.parents if value.name in PRODUCTS and len(value.parents) == 2 else ()
-        first, *others = sorted(both, key=lambda of: of.number) or (None,)
-        if first is not None and len(first.shape) > 1 and all(of.numel <= first.numel for of in others):
-            roots |= {first: None} if graph.depends(others[0], first) else {}
-    for root in [*roots][:MOST_CANDIDATES]:
-        memory = follow(graph, start_of(root))
-        products = frozenset(
-            number for number in memory.carried if _is_scaled_by_itself(memory, graph.values[number])
-        )
-        if products:
-            memory = without_forks(graph, replace(memory.start, banned=products))
-            found.append(Ranked(memory, _used(memory)))
-    found = [of for of in found if of.memory.num_writes]
-    _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
-    return sorted(found, key=lambda of: of.rank, reverse=True)
-
-
-def _is_scaled_by_itself(memory: Memory, value: TracedValue) -> bool:
-    """Whether a value is the memory times what was computed from it: a number for each feature, or one for all."""
-    if value.name not in PRODUCTS or len(memory.inside(value)) != 1 or memory.passes_function(value):
-        return False
-    others = [of for of in value.parents if not memory.holds(of)]
-    return any(memory.graph.depends(of, memory.root) for of in others)
 
 
 def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
@@ -169,69 +117,9 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
     for other in ranked[1:]:
         if other.memory.num_writes > 1 and other.share > best.share / 2:
             inner = other.memory, branches_of(other.memory)
-            if inner[1] and (_nested(graph, inner, outer) or _begins_in_branch(best.memory, inner[1])):
+            if inner[1] and _nested(graph, inner, outer):
                 return other
     return best
-
-
-def _begins_in_branch(memory: Memory, branches: Sequence[Branch]) -> bool:
-    """Whether a memory begins inside of one of some branches, as values of a first attention that later ones add to theirs."""
-    graph, root = memory.graph, memory.root
-    return any(graph.depends(root, of.read) and graph.depends(of.source, root) for of in branches)
-
-
-def _before_branches(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
-    """The memory; an earlier one to which the same sums add, if the first value is computed in a branch of that."""
-    root, trunk = best.memory.root, best.memory.trunk
-    for of in ranked:
-        memory = of.memory
-        writes = memory.writes.keys() & memory.trunk
-        begins_before = memory.graph.depends(root, memory.root) and not memory.holds(root)
-        if begins_before and len(writes) > 1 and writes <= trunk and of.share >= best.share:
-            return of
-    return best
-
-
-def _with_finer_streams(best: Ranked, ranked: Sequence[Ranked]) -> Ranked:
-    """The memory; that with streams of the same first value, if branches only move or mix these, or all give one of them."""
-    memory, sources = best.memory, [branch.source for branch in branches_of(best.memory)]
-    for of in ranked:
-        finer = of.memory
-        if finer.root is not memory.root or finer.count >= memory.count or of.share < best.share:
-            continue
-        of_one = finer.num_writes >= memory.num_writes and all(
-            branch.source.numel == finer.count for branch in branches_of(finer)
-        )
-        if any(map(finer.holds, sources)) or (
-            of_one and all(_gives_one(of, memory, finer) for of in sources)
-        ):
-            return of
-    return best
-
-
-def _gives_one(source: TracedValue, memory: Memory, finer: Memory) -> bool:
-    """Whether a branch gives the features of one of the finer memory's streams, by itself or once for each stream."""
-    streams, width = memory.count // finer.count, memory.shape[-1]
-    return source.numel == finer.count or source.shape[-2:] == (streams, width // streams)
-
-
-def _merge(memory: Memory, other: Memory) -> set[int]:
-    """The sum in which two memories of one size that began with different values end; empty where they do not."""
-    graph, shared = memory.graph, memory.trunk & other.trunk
-    if not shared or memory.count != other.count or memory.holds(other.root) or other.holds(memory.root):
-        return set()
-    first = graph.values[min(shared)]
-    sides = [{value.number for value in of.inside(first)} for of in (memory, other)]
-    if not sides[0].isdisjoint(sides[1]):
-        return set()
-    for of, begin in ((memory, other.root), (other, memory.root)):
-        writes = sorted(of.writes.keys() & of.trunk)
-        later = (added for number in writes if number > first.number for added in of.writes[number])
-        if writes[0] >= first.number or any(graph.depends(v, first) for v in later):
-            return set()
-        if graph.depends(begin, graph.values[writes[0]]):
-            return set()  # it begins inside of a branch of the other one
-    return {first.number}
 
 
 def _unknown(graph: Graph) -> str:
@@ -246,7 +134,6 @@ def _unknown(graph: Graph) -> str:
 def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
     """Take the memories that are apart from those taken, at least until they are added to these, and in no branch of them."""
     for other in ranked:
-        other = _until_added(other, [known for known, _ in taken])
         apart = not any(other.memory.trunk & known.trunk for known, _ in taken)
         is_state = other.memory.num_writes and graph.depends_on_input(other.memory.end)
         if other.share < LEAST_SHARE or not is_state or not apart:
@@ -256,25 +143,6 @@ def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
             continue  # no chain: as a bias of attention, to which the scores of each block are added apart
         if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
             taken.append((other.memory, branches))
-
-
-def _until_added(of: Ranked, taken: Sequence[Memory]) -> Ranked:
-    """A memory up to the sum by which it comes into one that was taken and began elsewhere; itself where it does not."""
-    graph, memory = of.memory.graph, of.memory
-    for known in taken:
-        shared = memory.trunk & known.trunk
-        begins_apart = not known.holds(memory.root) and not memory.holds(known.root)
-        begins_apart &= (
-            memory.count == known.count
-        )  # what goes along the tokens inside of a branch has fewer elements
-        if shared and begins_apart and not graph.depends(memory.root, known.root):
-            shorter = without_forks(graph, replace(memory.start, banned=memory.start.banned | {min(shared)}))
-            return replace(of, memory=shorter)
-    return of
-
-
-def _is_within(graph: Graph, root: TracedValue, memory: Memory) -> bool:
-    return memory.holds(root) or (graph.depends(root, memory.root) and graph.depends(memory.end, root))
 
 
 def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
@@ -288,26 +156,6 @@ def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
         ):
             return True
     return False
-
-
-def _with_picked_tokens(memory: Memory) -> Memory:
-    """The memory from where some of its tokens alone go on, as those that a mask leaves, if no branch was added before.
-
-    Also where several parts are put together again, as of the frames of a film, whose class tokens become one.
-    """
-    values = memory.graph.values
-    begin = [values[n] for n in sorted(memory.trunk) if not memory.depth[n]]
-    parts = [value for value in begin if not memory.is_whole(value)]
-    ends = (of for of in parts if memory.root.number not in memory.back([memory.end], {of.number}))
-    part = next(ends, None)
-    if part is None:
-        return memory
-    for value in memory.after(part):
-        if memory.depth[value.number] or not only_moves(value):
-            break
-        part = value
-    again = without_forks(memory.graph, replace(start_of(part), functions=memory.start.functions))
-    return again if again.num_writes == memory.num_writes else memory
 
 
 def _after_first_norm(memory: Memory) -> Memory:
@@ -338,38 +186,6 @@ def _with_hidden_sums(memory: Memory) -> Memory:
     return memory
 
 
-def _between_expansions(memory: Memory) -> Memory:
-    """The memory from where it is spread over streams by weights, to where these are merged by weights (as in AltUp)."""
-    values = memory.graph.values
-    reads = {number: branch.reads for branch in branches_of(memory) for number in branch.way()}
-    writes = memory.writes.keys() & memory.trunk
-    known: set[int] = set()
-    for number in sorted(memory.carried):
-        join = values[number]
-        pieces = {p.number for p in addends(join)} if join.name in JOINS else set()
-        born = pieces & memory.born - known
-        known |= pieces
-        taken = [read for piece in born for read in reads.get(piece, ())]
-        # One further stream alone may be a history that grows, unless all that comes later goes through this join.
-        sums = any(write > number for write in writes - memory.born)
-        is_begin = (
-            sums and join.name == "stack" and memory.root.number not in memory.back([memory.end], {number})
-        )
-        if (
-            number not in memory.trunk
-            or len(born) < 2 - is_begin
-            or _is_sum(memory, join)
-            or any(memory.back([read]) & known - {memory.root.number} & memory.born for read in taken)
-        ):
-            continue
-        if taken and all(memory.depth[read.number] == 0 for read in taken):
-            start = replace(memory.start, root=join, numbers=memory.carried[number])
-            return _between_expansions(without_forks(memory.graph, start))
-        if not any(write > number for write in writes - born) and len(writes) > len(born):
-            return without_inner(memory, {number})
-    return memory
-
-
 def _with_empty_streams(memory: Memory) -> Memory:
     """The memory from where its first value fills one of several streams, of which the others begin with constants."""
     graph, writes = memory.graph, memory.writes.keys() & memory.trunk
@@ -396,16 +212,6 @@ def _with_empty_streams(memory: Memory) -> Memory:
     return memory
 
 
-def _is_sum(memory: Memory, join: TracedValue) -> bool:
-    """Whether a state, no part of several streams, and branches are put next to one another only to be added up."""
-    for piece in addends(join):
-        while memory.holds(piece) and only_moves(piece):
-            piece = piece.parents[0]
-        if memory.holds(piece) and memory.carried[piece.number].count > memory.count:
-            return False
-    return any(memory.carried[of.number].count <= memory.count for of in memory.after(join))
-
-
 def _fills_one_place(numbers: Numbers, axis: int) -> bool:
     """Whether all that a value holds of a memory lies at one place along an axis."""
     held = np.moveaxis(numbers.dense(), axis, 0) != NOTHING
@@ -430,20 +236,19 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
             made = (of for of in carried if of.name in LAYERS and of.numel > plain.count)
             roots += [of for of in islice(made, 1) if of not in roots]
         if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
-            roots += [of for of in _norms_after(plain) if of not in roots][:2]
+            normed = (
+                v for read, v in plain.leaves if v.name in NORMS and not v.item and plain.is_whole(read)
+            )
+            roots += [of for of in normed if of not in roots][:2]
     for start in (
         *(start_with_streams(*of) for of in folded_beginnings(graph)),
         *_with_streams(found),
-        *starts_that_grow([of.memory for of in found]),
     ):
         memory = without_forks(graph, start)
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
-    found = [of for of in found if not _is_condition(of.memory)] or found
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
-    sums = max((of.share for of in found if of.memory.num_writes > 1 and not of.grows), default=0)
-    found = [of for of in found if not of.grows or (of.memory.num_writes > 1 and sums < of.share / 2)]
     for of in found:
         root = of.memory.root
         earlier = [other.memory for other in found if other.memory.root is not root]
@@ -538,20 +343,6 @@ def _differs_between_streams(numbers: Numbers, shape: tuple[int, ...]) -> bool:
     return False
 
 
-def _is_condition(memory: Memory) -> bool:
-    """Whether a memory begins with what is spread over something larger of the input, as gates that a condition gives."""
-    graph, root = memory.graph, memory.root
-    for number in memory.trunk:
-        value = graph.values[number]
-        if value.name not in SUMS or memory.depth[number]:
-            continue
-        least = min(graph.values[n].numel for n in memory.back([value]))  # before it was spread
-        others = (v for v in addends(value) if not memory.holds(v) and least < v.numel == value.numel)
-        if any(graph.depends_on_input(v) and not graph.depends(v, root) for v in others):
-            return True
-    return False
-
-
 def _with_shares(ranked: list[Ranked], everything: set[TracedValue]) -> list[Ranked]:
     for of in ranked:
         of.share = _size(of.used) / max(_size(everything), 1)
@@ -585,11 +376,6 @@ def _breaks(memory: Memory) -> list[TracedValue]:
     ]  # fmt: skip
 
 
-def _norms_after(memory: Memory) -> list[TracedValue]:
-    """What norms make of a whole memory."""
-    return [of for read, of in memory.leaves if of.name in NORMS and not of.item and memory.is_whole(read)]
-
-
 def _used(memory: Memory) -> set[TracedValue]:
     """The weights that work between a memory's first and last value."""
     graph = memory.graph
@@ -600,3 +386,173 @@ def _used(memory: Memory) -> set[TracedValue]:
         if after[number] and before[number] and number != memory.root.number
         for weight in of
     }
+
+
+def after_spread(memory: Memory) -> Memory:
+    """The memory from where its first value is spread over streams, if that is added to all of these again, as in a loop."""
+    values, trunk = memory.graph.values, memory.trunk
+    first = min(memory.writes.keys() & trunk, default=0)
+    wide = [n for n in sorted(trunk) if n < first and memory.carried[n].count > memory.count]
+    ends = [memory.end, *(read for branch in branches_of(memory) for read in branch.reads)] if wide else []
+    number = next((n for n in wide if all(n in memory.back([end]) for end in ends)), None)
+    if number is None or memory.root.number not in memory.back([memory.end], {number}):
+        return memory  # nothing comes around it
+    later = memory.graph.later(values[number])
+    after = (values[n] for n in trunk if later[n] and n > number)
+    joins = [of for of in after if not all(later[p.number] for p in memory.inside(of))]
+    if all(of.name in SUMS and memory.carried[of.number].count > memory.count for of in joins):
+        start = replace(memory.start, root=values[number], numbers=memory.carried[number])
+        again = without_forks(memory.graph, start)
+        return again if again.num_writes == memory.num_writes else memory
+    return memory
+
+
+def with_unread_streams(memory: Memory) -> Memory:
+    """The memory with all streams of its last state, where what follows takes some of several values alone."""
+    graph, branches = memory.graph, branches_of(memory)
+    last = max((branch.read.number for branch in branches), default=0)
+    later = [graph.values[number] for number in sorted(memory.carried) if number > last and branches]
+    ends = [of for of in later if of.name not in JOINS and all(t.name in JOINS for t in graph.takers(of))]
+    unread = [of for of in ends if not graph.reaches_output(of) and of not in moved(graph, of.parents[0])]
+    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) if unread else set[int]()
+
+    def alive(moment: int) -> int:
+        """How many elements are needed after a moment."""
+        values = [graph.values[number] for number in relevant if number <= moment]
+        later = {
+            of for of in values if any(t.number > moment and t.number in relevant for t in graph.takers(of))
+        }
+        return sum(memory.carried[of.number].count for of in values if of in later or of is memory.end)
+
+    written = max((write.number for branch in branches for write in branch.writes), default=0)
+    missing = alive(last) - alive(written)
+    if not unread or sum(memory.carried[of.number].count for of in unread) != missing:
+        return memory
+    return replace(memory, unread=unread, trunk=memory.trunk | memory.back(unread), branches=None)
+
+
+def tracks(memory: Memory) -> list[Memory]:
+    """The memory, or one for each way on which it goes on for good from one value: reversible blocks, a head of blocks.
+
+    Where values are joined before the last write nothing is taken apart: what leaves comes back there.
+    """
+    branches, values, root = branches_of(memory), memory.graph.values, memory.root
+    if memory.carried[root.number].count > memory.count:
+        return [memory]  # which begins with several streams, each of which may be a track
+    last = max((write.number for branch in branches for write in branch.writes), default=0)
+    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {root.number}
+    inside = {n: [p.number for p in memory.inside(values[n])] for n in sorted(relevant) if n <= last}
+    if any(len(parents) > 1 for parents in inside.values()):
+        return [memory]
+    forks = ((of, ways) for of, ways in _forks(memory, inside) if values[of].shape == root.shape)
+    number, ways = next(forks, (root.number, []))
+    if any(sum(not way.isdisjoint(w.number for w in b.writes) for way in ways) > 1 for b in branches):
+        return [memory]  # of earlier outputs each is added to several sums, which branches read: a history
+    return _parted(memory, values[number], ways, last) if ways else [memory]
+
+
+def _forks(memory: Memory, inside: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, list[set[int]]]]:
+    """The values that go on in several ways, each with some writes, and the writes of each way; the first value first.
+
+    ``inside``: of which value each is carried.
+    """
+    takers: dict[int, list[int]] = {memory.root.number: []}
+    writes: dict[int, set[int]] = {}  # of a value and of all that is carried from it
+    for number, parents in inside.items():
+        takers.setdefault(number, [])
+        for parent in parents:
+            takers.setdefault(parent, []).append(number)
+    for number in sorted(takers, reverse=True):
+        own = {number} & memory.writes.keys()
+        writes[number] = own.union(*(writes[taker] for taker in takers[number]))
+    for number in sorted(takers):
+        ways = [writes[taker] for taker in takers[number] if len(writes[taker]) > 1]
+        if len(ways) > 1:
+            yield number, ways
+
+
+def _parted(memory: Memory, fork: TracedValue, ways: list[set[int]], last: int) -> list[Memory]:
+    """The memory with one of the ways after a value, and each of the others from that value on.
+
+    It goes on to what lies in the container of the modules before, else to the most writes.
+    """
+    graph, written = memory.graph, set().union(*ways)
+    containers = [_container(graph, n) for n in sorted(memory.back([fork]) & memory.writes.keys())]
+    ways.sort(key=lambda way: (_container(graph, min(way)) in containers, len(way)), reverse=True)
+    merges = {n for n in memory.trunk if n > last and len(memory.inside(graph.values[n])) > 1}
+    main = without_inner(memory, merges | (written - ways[0]))
+    start = memory.start if fork is memory.root else replace(start_of(fork), functions=memory.start.functions)
+    sides = [
+        without_forks(graph, replace(start, banned=memory.start.banned | merges | (written - way)))
+        for way in ways[1:]
+    ]
+    return [main, *(track for side in sides for track in tracks(side))]
+
+
+def _container(graph: Graph, number: int) -> str:
+    """The module with numbered parts in one of which a value was made."""
+    parts = graph.path(graph.values[number]).split(".")
+    while parts and not parts[-1].isdigit():
+        parts.pop()
+    return ".".join(parts[:-1])
+
+
+def with_streams_apart(memory: Memory) -> list[Memory]:
+    """The memory, or its parts with streams, which come first, and the parts with plain blocks before and after those.
+
+    Everything goes through the value that begins a part, and branches of one with streams read one stream's worth of them.
+    What is expanded again and again, as inside of each block, has no such part.
+    """
+    begins, starts = _parts_by_streams(memory), list[Start]()
+    if not begins:
+        return [memory]
+    for first, after in zip(begins, [*begins[1:], None], strict=True):
+        numbers, start = memory.carried[first.number], memory.start
+        if numbers.count == memory.count and first is not memory.root:
+            start = replace(start_of(first), functions=start.functions, banned=start.banned)
+        start = replace(
+            start, root=first, numbers=start.numbers if numbers.count == memory.count else numbers
+        )
+        starts.append(replace(start, banned=start.banned | {after.number}) if after is not None else start)
+    parts = [part for part in (without_forks(memory.graph, of) for of in starts) if part.num_writes]
+    parts.sort(key=lambda part: part.start.numbers.count == memory.count)
+    return [part for part in parts if branches_of(part)] or [memory]
+
+
+def _parts_by_streams(memory: Memory) -> list[TracedValue]:
+    """The values with which parts begin that have another number of streams; empty where one number is that of all blocks."""
+    passages = list(_passages(memory))
+    sizes = [memory.carried[value.number].count for value in passages]
+    begins = [at for at, size in enumerate(sizes) if not at or size != sizes[at - 1]]
+    wide = [at for at in begins if sizes[at] > memory.count]
+    others = [at for at in begins if at not in wide]
+    if not wide or begins[0] in wide or len({sizes[at] for at in wide}) < len(wide) or len(others) > 2:
+        return []
+    if any(sizes[at] % memory.count or sizes[at] > MOST_STREAMS * memory.count for at in wide):
+        return []
+    depth = {at: memory.depth[passages[at].number] for at in range(len(passages))}
+    if any(depth[at] != depth[at - 1] for at in wide):
+        return []  # a history holds what branches gave in between
+    merged = others[1] if len(others) > 1 else None
+    if merged is not None and merged < wide[-1]:
+        return []
+    last = memory.depth[memory.end.number]
+    if len(wide) == 1 and not depth[wide[0]] and (depth[merged] if merged is not None else last) == last:
+        return []  # streams from the first block to the last one
+    until = memory.end.number + 1 if merged is None else passages[merged].number
+    inside = [b for b in branches_of(memory) if passages[wide[0]].number < b.source.number < until]
+    reads = {memory.carried[branch.read.number].count for branch in inside}
+    return [passages[at] for at in begins] if len(inside) > 1 and reads == {memory.count} else []
+
+
+def _passages(memory: Memory) -> Iterator[TracedValue]:
+    """The values of the trunk through which everything goes, in their order: no step leads past them."""
+    furthest = -1
+    values, reach = memory.graph.values, dict[int, int]()
+    for number in sorted(memory.trunk):
+        for parent in memory.inside(values[number]):
+            reach[parent.number] = number
+    for number in sorted(memory.trunk):
+        if furthest <= number:
+            yield values[number]
+        furthest = max(furthest, reach.get(number, number))

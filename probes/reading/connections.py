@@ -86,7 +86,7 @@ class Held:
         targets: Sequence[TracedValue],
         sources: Sequence[Sequence[TracedValue]],
     ):
-        self._states, self._replays, self._sources = states, replays, sources
+        self._states, self._replays = states, replays
         self._streams = [states.num_streams(values) for values in sources]
         units: Table = {}
         for at, (values, streams) in enumerate(zip(sources, self._streams, strict=True)):
@@ -105,10 +105,6 @@ class Held:
             for value, zero in zip(values, zeros, strict=True)
         ]
         found = self._states.sorted(tensors, [box.numbers for box in boxes], self._replays.num_features)
-        for at in sources:  # what a source has not yet is zero in it: any weight is right
-            missing = self._states.missing_features(self._sources[at])
-            if missing is not None and found.shape[-1] > 1:
-                found[..., missing] = found[..., ~missing].mean(-1, keepdim=True)
         return weights(found.permute(1, 2, 0, 3))
 
 
@@ -331,7 +327,10 @@ class Linear:
         held_values = list(dict.fromkeys([*ordered, *reads]))
         counts = {self.states.num_streams([value]) for value in ordered}
         if counts != {1}:
-            raise ReadingError(f"the memory grows, and its states have {sorted(counts)} streams")
+            raise ReadingError(
+                f"what is carried becomes larger on its way ({min(counts)} to {max(counts)} times the first state), so it is "
+                "no fixed number of residual streams"
+            )
         root = self.states.memory.root
         if (streams := self.states.num_streams([root])) > 1:
             raise ReadingError(
@@ -339,7 +338,7 @@ class Linear:
             )
         outputs = [self.states.output(branch) for branch in branches]
         if any(output.shape[1] > 1 for output in outputs):
-            raise ReadingError("the memory grows, and a branch gives several streams of it")
+            raise ReadingError("branches read earlier states, and one of them gives several streams at once")
         sources = [[root], *([branch.source] for branch in branches)]
         found = self.held(held_values, sources)
         columns = {value.number: found.columns([value], range(len(sources))) for value in held_values}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,18 +14,17 @@ import numpy as np
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import JOINS, MATRICES, NORMS, only_moves
+from depthscope.probes.reading.operations import JOINS, MATRICES, only_moves
 
 Cut = list[TracedValue]
 
 
 @dataclass(frozen=True)
 class Cuts:
-    """The states of a memory: the values of each, or the reads of a memory that grows."""
+    """The states of a memory: the values of each, or the reads of a history of states."""
 
     cuts: list[Cut]
     over_depth: bool
-    inner: frozenset[int] = frozenset()  # sums inside of blocks that hold more than the states between blocks
 
 
 def cuts_of(
@@ -36,20 +36,7 @@ def cuts_of(
     """
     life = _Life(memory, branches, layers, list(scaling))
     cuts = life.cuts()
-    if memory.start.grows is not None:
-        return Cuts(cuts, False)
     sizes = [size_of(memory, cut) for cut in cuts]
-    aged = _long_lived(cuts)
-    least = sizes[-1]
-    returns = sizes.count(least) > 2 and _widens_in_blocks(cuts, sizes, branches, layers)
-    states = [value.number for cut, size in zip(cuts, sizes, strict=True) if size == least for value in cut]
-    if returns and not any(
-        first < len(cuts) // 2 and states.count(number) > 1 for number, first in aged.items()
-    ):
-        # Inside of a block there is more, as the way of a residual of its own; between blocks there is not.
-        inner = _inner(memory, cuts, sizes)
-        cuts = [cut for cut, size in zip(cuts, sizes, strict=True) if size == least]
-        return Cuts(cuts, bool(_long_lived(cuts)), inner)
     # The first state may be one value that is copied for each of several streams, as into a list, of which branches read sums.
     alive = {value.number for cut in cuts[1:] for value in cut}
     taken = sum(branch.read.number in alive for branch in branches)
@@ -62,26 +49,7 @@ def cuts_of(
     renewed = len(sizes) > 3 and sizes[0] < sizes[1] and len(set(everything)) == len(everything)
     renewed &= all(len(cut) > 1 for cut in cuts[1:])
     is_list |= renewed and all(not memory.begins.isdisjoint(memory.back([value])) for value in cuts[1])
-    return Cuts(cuts, bool(_long_lived(cuts)) or len(set(sizes[is_list:])) > 1)
-
-
-def joined_features(memory: Memory, cut: Cut) -> Cut:
-    """The state of a memory that grows as the value in which its features are joined, where there is one."""
-    joins = (taker for taker in memory.graph.takers(cut[-1]) if memory.holds(taker))
-    fitting = (join for join in joins if set(memory.inside(join)) == set(cut))
-    return cut if memory.start.grows is None or len(cut) == 1 else list(fitting)[:1] or cut
-
-
-def _inner(memory: Memory, cuts: list[Cut], sizes: list[int]) -> frozenset[int]:
-    """The values inside of blocks to which something was added there, next to the states between blocks."""
-    found: set[int] = set()
-    depth, least = 0, sizes[-1]
-    for cut, size in zip(cuts, sizes, strict=True):
-        if size == least:
-            depth = max(memory.depth[value.number] for value in cut)
-        else:
-            found |= {value.number for value in cut if memory.depth[value.number] > depth}
-    return frozenset(found)
+    return Cuts(cuts, _has_long_lived(cuts) or len(set(sizes[is_list:])) > 1)
 
 
 def size_of(memory: Memory, cut: Cut) -> int:
@@ -98,35 +66,11 @@ def last_read(memory: Memory, branches: list[Branch]) -> TracedValue:
     return value
 
 
-def _long_lived(cuts: list[Cut]) -> dict[int, int]:
-    """Values that are needed unchanged for longer than a cut has values, and the first cut of each."""
-    ages: dict[int, int] = {}
-    first: dict[int, int] = {}
-    for number, cut in enumerate(cuts):
-        for value in cut:
-            ages[value.number] = ages.get(value.number, 0) + 1
-            first.setdefault(value.number, number)
+def _has_long_lived(cuts: list[Cut]) -> bool:
+    """Whether a value is needed unchanged for longer than a cut has values."""
+    ages = Counter(value.number for cut in cuts for value in cut)
     most = sorted(len(cut) for cut in cuts)[len(cuts) // 2]
-    return {number: first[number] for number, age in ages.items() if age >= 3 and age > most}
-
-
-def _widens_in_blocks(
-    cuts: list[Cut], sizes: Sequence[int], branches: list[Branch], layers: Sequence[int]
-) -> bool:
-    """Whether states hold more again and again and less in between, or more inside of one block alone."""
-    least = sizes[-1]
-    begin = sizes.index(least)
-    wide = [at for at in range(begin, len(sizes)) if sizes[at] > least]
-    if any(after - before > 1 for before, after in pairwise(wide)):
-        return True
-    written = sorted(
-        (branch.writes[-1].number, layer) for branch, layer in zip(branches, layers, strict=True)
-    )
-    for at in wide:
-        after = bisect_right(written, (max(value.number for value in cuts[at]), math.inf))
-        if not 0 < after < len(written) or written[after - 1][1] != written[after][1]:
-            return False
-    return bool(wide)
+    return any(age >= 3 and age > most for age in ages.values())
 
 
 class _Life:
@@ -229,7 +173,7 @@ class _Life:
         wider: Cut = []
         for time, until in self.times():
             last = time == self.writes[-1]
-            if last and self.memory.start.grows is None:
+            if last:
                 live, size = self._at_end(time, until, sizes, len(found[-1]) if found else 1)
             else:
                 live, size = self._fewest(time, until)
@@ -330,7 +274,6 @@ class _Life:
         if last:  # what hands the last state on, contains the sum; the norm of the head does not
             around, shown = self.memory.graph.stack(value), self.memory.graph.shown
             given = [n for n in handed if any(s.call in around for s in shown.get(way[n].number, ()))]
-            given = given or self._given_by_block(way)
             handed = [n for n in handed if n <= usual] or given[:1]
         if handed and not widen:
             way = way[: handed[-1] + 1]
@@ -338,27 +281,13 @@ class _Life:
             way = way[: 1 + usual]
         else:  # without what only puts it into another order, as the next block does
             least = 1 + (_end_of_spread(way) if widen else 0)
-            while len(way) > least and self._only_moves(way[-2], way[-1]):
+            while (
+                len(way) > least
+                and (way[-1].numel, way[-1].dtype) == (way[-2].numel, way[-2].dtype)
+                and only_moves(way[-1])
+            ):
                 way.pop()
         return way[-1], tuple(step.name for step in way[1:])
-
-    def _given_by_block(self, way: Sequence[TracedValue]) -> list[int]:
-        """What a block without a number makes of its sum by an activation, and gives."""
-        graph, call = self.memory.graph, way[0].call
-        layers = {
-            layer
-            for branch, layer in zip(self.branches, self.layers, strict=True)
-            if any(call in graph.stack(write) for write in branch.writes)
-        }
-        if len(layers) > 1 or not call or any(of.name in NORMS for of in way):
-            return []
-        shown = [graph.shown.get(of.number, ()) for of in way]
-        return [n for n, of in enumerate(shown) if n and any(s.at == "output" and s.call == call for s in of)]
-
-    @staticmethod
-    def _only_moves(before: TracedValue, step: TracedValue) -> bool:
-        """Whether a step gives the same elements."""
-        return (step.numel, step.dtype) == (before.numel, before.dtype) and only_moves(step)
 
     def _is_passive(self, value: TracedValue, step: TracedValue, widen: bool) -> bool:
         memory = self.memory

@@ -49,7 +49,6 @@ class BranchReading:
     # Where the elements of the memory's first value are, to which each of these values is added.
     numbers: tuple[Numbers, ...] = field(repr=False)
     parts: Mapping[str, torch.Tensor] = field(repr=False)
-    less_its_read: bool = False  # whether what it read is subtracted from what it gave, as in AltUp
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,6 @@ class MemoryReading:
     weights: Mapping[str, float]
     # Where the head's sum of its last state and earlier ones ends, if the head alone reads one
     mixed_for_head: str = ""
-    grows: bool = False  # whether each branch adds features of its own to those before, as in DenseNet
     # In which it is carried or branches' outputs are scaled, but for that of its first value
     casts: tuple[torch.dtype, ...] = ()
 

@@ -108,6 +108,12 @@ class TracedValue:
         self.args, self.kwargs, self.parents = args, kwargs, parents
         self.shape, self.dtype = tuple(tensor.shape), tensor.dtype
         self.numel, self.is_floating = math.prod(self.shape), tensor.dtype.is_floating_point
+        self._of_fixed = all(parent.is_fixed for parent in parents)
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether it was computed from no parameter, and from no numbers of the batch but whole ones."""
+        return self._of_fixed and self.kind != PARAMETER and not (self.kind == INPUT and self.is_floating)
 
     def is_like(self, other: TracedValue) -> bool:
         """Whether the same operation made another value, of operands with the same numbers."""

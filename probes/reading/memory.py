@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from depthscope.probes.reading.carrying import Carried, Growth, MayJoin, Rules, places_in
+from depthscope.probes.reading.carrying import Carried, MayJoin, Rules, places_in
 from depthscope.probes.reading.graph import PARAMETER, Graph, TracedValue, walk
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
@@ -42,9 +42,6 @@ class Start:
     seeds: Mapping[int, Numbers] = field(default_factory=dict)
     # Further first values, each a stream of the first state
     others: Mapping[int, Numbers] = field(default_factory=dict)
-    grows: int | None = (
-        None  # the axis of the shape along which joined pieces are further features, as in DenseNet
-    )
 
 
 @dataclass
@@ -81,7 +78,7 @@ class Memory:
 
     @property
     def count(self) -> int:
-        """How many elements one stream has; of one that grows, in the first state."""
+        """How many elements one stream has."""
         return self.start.numbers.distinct
 
     @property
@@ -126,7 +123,7 @@ class Memory:
         return {v.number for v in walk(counted(ends), lambda value: counted(self.inside(value)))}
 
     def is_whole(self, value: TracedValue) -> bool:
-        """Whether a value has every token and feature of the memory, or as many as the first state of one that grows."""
+        """Whether a value has every token and feature of the memory."""
         numbers = self.carried[value.number]
         return numbers.count >= self.count and numbers.distinct >= self.count
 
@@ -189,26 +186,12 @@ def start_with_streams(root: TracedValue, axis: int, streams: int = 0, inner: in
     return Start(root, shape, Numbers((*one.axes[:axis], along, *after)).shared())
 
 
-def start_that_grows(graph: Graph, root: TracedValue, axis: int) -> Start:
-    """A memory's begin with the first features along an axis, to which others are joined later."""
-    limit = max(value.shape[axis] for value in graph.values if len(value.shape) == len(root.shape))
-    memory = follow(graph, _growing(root, axis, limit))
-    last = memory.carried[memory.end.number].dense().max()
-    return _growing(root, axis, int(last // math.prod(root.shape[axis + 1 :]) % limit) + 1)
-
-
-def _growing(root: TracedValue, axis: int, width: int) -> Start:
-    shape = (*root.shape[:axis], width, *root.shape[axis + 1 :])
-    return Start(root, shape, Numbers.first(shape).take(axis, slice(0, root.shape[axis], 1)), grows=axis)
-
-
 def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:
     """The memory that begins so; ``until`` is the number of the last value that is looked at."""
     root = start.root
     memory = Memory(graph, start)
     memory.carried[root.number], memory.depth[root.number] = start.numbers, 0
-    growth = None if start.grows is None else Growth(start.shape, start.grows, root.shape[start.grows])
-    rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory), growth=growth)
+    rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
     memory.carried |= start.others
     memory.depth |= dict.fromkeys(start.others, 0)
     waiting = [n for n in start.seeds if graph.depends(graph.values[n], root)]
@@ -254,7 +237,11 @@ def _end(memory: Memory) -> TracedValue:
     graph = memory.graph
     values = [graph.values[number] for number in memory.carried]
     written = [value for value in values if memory.depth[value.number]]
-    ends = [v for v in written if graph.reaches_output(v) or _is_unused_state(graph, v)]
+    # What a block hands on that weights made which work nowhere else is a state, as the last text state of two streams.
+    ends = [
+        v for v in written
+        if graph.reaches_output(v) or (v.number in graph.handed_on and _has_own_weights(graph, v))
+    ]  # fmt: skip
     ends = ends or [v for v in written if _has_own_weights(graph, v)]
     most = max((memory.depth[value.number] for value in ends), default=0)
     latest = [value for value in ends if memory.depth[value.number] == most]
@@ -266,11 +253,6 @@ def _has_own_weights(graph: Graph, value: TracedValue) -> bool:
     """Whether a value that does not reach the output was made by a parameter that works in nothing that does."""
     made_by = walk([value], lambda of: (p for p in of.parents if not graph.reaches_output(p)))
     return any(of.kind == PARAMETER and not graph.reaches_output(of) for of in made_by)
-
-
-def _is_unused_state(graph: Graph, value: TracedValue) -> bool:
-    """Whether a block hands a value on that weights made which work nowhere else, as the last text state of two streams."""
-    return value.number in graph.handed_on and _has_own_weights(graph, value)
 
 
 def _joining(memory: Memory) -> MayJoin:
@@ -338,38 +320,11 @@ def without_forks(graph: Graph, start: Start) -> Memory:
     memory = follow(graph, start)
     for _ in range(7):
         forks = {number for number in memory.trunk if _is_fork(memory, graph.values[number])}
-        forks |= {n for n in memory.carried.keys() - memory.trunk if _is_part(memory, graph.values[n])}
-        forks |= _sums_around_norms(memory)
         if not forks:
             break
         start = replace(start, banned=start.banned | forks)
         memory = follow(graph, start)
     return memory
-
-
-def _sums_around_norms(memory: Memory) -> set[int]:
-    """What branches read of several values of which some came through a norm on the way of the memory and others did not."""
-    # Through how many norms each value came from the first one; what a branch gives came from none.
-    found, passed = set[int](), dict[int, int]()
-    for number in sorted(memory.carried) if memory.start.functions else ():
-        value = memory.graph.values[number]
-        before = [passed[of.number] for of in memory.inside(value) if of.number in passed]
-        if not before and value is not memory.root:
-            continue
-        passed[number] = max(before, default=0) + (number in memory.trunk and memory.passes_function(value))
-        if len(set(before)) > 1 and number not in memory.trunk:
-            found.add(number)
-    return found
-
-
-def _is_part(memory: Memory, value: TracedValue) -> bool:
-    """Whether something is added to, or put next to, a part of the memory inside of a branch: the end is whole without it."""
-    if memory.is_whole(value) or not memory.is_whole(memory.end):
-        return False
-    joined = value.name in JOINS and any(
-        not memory.holds(v) and memory.graph.depends(v, memory.root) for v in addends(value)
-    )
-    return joined or value.number in memory.writes.keys() - memory.born
 
 
 def without_inner(memory: Memory, inner: Collection[int]) -> Memory:

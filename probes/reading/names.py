@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue, container_of, walk
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import LAYERS, PRODUCTS, only_moves, weights
+from depthscope.probes.reading.operations import LAYERS, only_moves, weights
 
 Part = TypeVar("Part", int, str)
 ATTENTION = re.compile(r"att|mixer|ssm|mamba|rnn|gru|lstm|recur", re.IGNORECASE)
@@ -38,7 +38,7 @@ class BranchNames:
         self.layers: list[int] = []
         self.between: set[int] = set()  # the sources of branches that lie in no block, next to blocks
         self.first_layer = -1  # of the block that made the first value; -1 where none did
-        self.scaling = self._scaling_blocks()
+        self.scaled: list[tuple[int, int]] = []  # what blocks without a branch give, and their layers
 
     def _inside(self, branch: Branch) -> list[TracedValue]:
         """The operations of a branch."""
@@ -63,47 +63,36 @@ class BranchNames:
             common = common[:-1] if len(common) > 1 else common
         return common
 
-    def _scaling_blocks(self) -> dict[int, list[int]]:
-        """Calls of blocks between others that add nothing to the memory, and what each carries on and scales."""
-        graph, found = self.graph, dict[int, list[int]]()
-        ends = [value for branch in self.branches for value in (branch.source, *branch.writes)]
-        last = max((value.number for value in ends), default=0)
-        busy = {call for value in ends for call in graph.stack(value)}
-        containers = {graph.calls[call].container for call in busy} - {None}
-        for number in sorted(n for n in self.memory.trunk if self.memory.root.number < n < last):
-            for call in graph.stack(graph.values[number]):
-                if call not in busy and graph.calls[call].container in containers:
-                    found.setdefault(call, []).append(number)
-                    break
-        return {
-            call: numbers
-            for call, numbers in found.items()
-            if any(graph.values[n].name in PRODUCTS for n in numbers)
-            and not any(self.memory.passes_function(graph.values[n]) for n in numbers)
-            and not any(self.memory.adds_constant(graph.values[n]) for n in numbers)
-        }
+    @cached_property
+    def steps_alone(self) -> dict[int, tuple[list[int], int | None]]:
+        """What changes the memory without a branch, between two blocks or as all that a block does: by their last value.
 
-    def changed_between_blocks(self) -> list[list[int]]:
-        """What changes the memory after one block has given it and before the next takes it, as added positions do."""
+        With the call of that block, as of one that scales the memory; what lies between blocks, as added positions, has none.
+        """
         graph, memory = self.graph, self.memory
         units = {self.unit(number) for number in range(len(self.branches))} - {None}
         containers = {graph.calls[unit].container for unit in units if unit is not None} - {None}
 
-        def is_shown(value: TracedValue, at: str) -> bool:
-            shown = graph.shown.get(value.number, ())
-            return any(of.at == at and graph.calls[of.call].container in containers for of in shown)
+        def shown(value: TracedValue, at: str) -> set[int]:
+            of = (show.call for show in graph.shown.get(value.number, ()) if show.at == at)
+            return {call for call in of if graph.calls[call].container in containers}
 
-        found = []
-        for number in sorted(memory.trunk if containers else ()):
-            steps: list[int] = []
-            if not is_shown(graph.values[number], "input"):
+        found: dict[int, tuple[list[int], int | None]] = {}
+        for end in sorted(memory.trunk if containers else ()):
+            given = shown(graph.values[end], "output") - units
+            if not (given or shown(graph.values[end], "input")):
                 continue
-            for value in memory.line(graph.values[number]):
-                if is_shown(value, "output") or value.number in memory.writes or memory.mixes(value):
+            steps: list[int] = []
+            for value in memory.line(graph.values[end]):
+                begun = given & shown(value, "input") if given else shown(value, "output")
+                if begun or value.number in memory.writes or memory.mixes(value):
                     break
                 steps.insert(0, value.number)
-            if is_shown(value, "output") and any(not only_moves(graph.values[n]) for n in steps):
-                found.append(steps)
+            done = [graph.values[n] for n in steps]
+            if given and any(memory.passes_function(of) or memory.adds_constant(of) for of in done):
+                continue
+            if begun and any(not only_moves(of) for of in done):
+                found[end] = steps, max(given, default=None)
         return found
 
     def unit(self, number: int) -> int | None:
@@ -212,6 +201,18 @@ class BranchNames:
                     members.setdefault(name, []).append(kind)
         return found
 
+    def number(self, modules: Mapping[str, str], first: int | None = None) -> None:
+        """Number the blocks of branches together with those that have none, from ``first`` on if that is given."""
+        keys, places = [*self.keys], dict[int, int]()
+        for end, (_, call) in self.steps_alone.items():
+            if call is not None:
+                places[end] = len(places) + sum(branch.writes[-1].number < end for branch in self.branches)
+                keys.insert(places[end], self._key(self.graph.calls[call].path, call))
+        layers = numbered(keys, modules)
+        layers = layers if first is None else [first + layer - layers[0] for layer in layers]
+        self.scaled = [(end, layers[at]) for end, at in places.items()]
+        self.layers = [layer for at, layer in enumerate(layers) if at not in places.values()]
+
     def key_of_root(self) -> Key | None:
         """The block that made the first value, as the first block of a stage makes it with a shortcut of its own."""
         stack = self.graph.stack(self.memory.root)
@@ -252,25 +253,23 @@ class Key(NamedTuple):
         return self.digits, self.call
 
 
-def numbered(
-    keys: Sequence[Key], modules: Mapping[str, str], scaling: Collection[str] = frozenset()
-) -> list[int]:
+def numbered(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
     """Block numbers: the containers' own where these ascend, else the order of the blocks.
 
-    A number may be left out where a block of the same class did not run, or where it only scales (``scaling``: their paths).
+    A number may be left out where a block of the same class did not run.
     """
     blocks = [key for key in keys if key.is_block] or list(keys)
-    own = iter(_of_blocks(blocks, modules, scaling))
+    own = iter(_of_blocks(blocks, modules))
     found: list[int] = []
     for key in keys:  # what has no number, next to blocks that have one, belongs to the block before it
         found.append(next(own) if key in blocks else found[-1] if found else -1)
     return found
 
 
-def _of_blocks(keys: Sequence[Key], modules: Mapping[str, str], scaling: Collection[str]) -> list[int]:
+def _of_blocks(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
     groups = [next(group) for _, group in groupby(keys, Key.block)]
     counted = all(len(key.digits) == 1 and not key.call for key in groups)
-    if counted and all(_follows(a, b, modules, scaling) for a, b in pairwise(groups)):
+    if counted and all(_follows(a, b, modules) for a, b in pairwise(groups)):
         return [key.digits[0] for key in keys]
     order: list[int] = []
     for number, (_, group) in enumerate(groupby(keys, Key.block)):
@@ -278,12 +277,10 @@ def _of_blocks(keys: Sequence[Key], modules: Mapping[str, str], scaling: Collect
     return order
 
 
-def _follows(a: Key, b: Key, modules: Mapping[str, str], scaling: Collection[str]) -> bool:
+def _follows(a: Key, b: Key, modules: Mapping[str, str]) -> bool:
     (first,), (second,) = a.digits, b.digits
     if second <= first:
         return False
-    if all(f"{a.container}.{n}" in scaling for n in range(first + 1, second)):
-        return True
     kinds = {modules.get(f"{a.container}.{n}") for n in range(first, second + 1)}
     return second == first + 1 or (len(kinds) == 1 and None not in kinds)
 
@@ -295,8 +292,7 @@ def number_blocks(all_names: Sequence[BranchNames]) -> None:
         if any(key.digits for key in keys):
             outside = (branch for branch, key in zip(names.branches, keys, strict=True) if not key.is_block)
             names.between = {branch.source.number for branch in outside}
-        scaling = {names.graph.calls[call].path for call in names.scaling}
-        names.layers = numbered(names.keys, names.graph.modules, scaling)
+        names.number(names.graph.modules)
     for before, names in pairwise(sorted(all_names, key=lambda names: names.memory.root.number)):
         root = names.key_of_root()
         if root is None or not names.graph.depends(names.memory.root, before.memory.end):
@@ -305,43 +301,30 @@ def number_blocks(all_names: Sequence[BranchNames]) -> None:
         # The block in which that ended
         is_known = bool(units.intersection(names.graph.stack(names.memory.root)))
         names.first_layer = max(before.layers) + (not is_known)
-        own = numbered(names.keys, {})
-        names.layers = [names.first_layer + 1 + number - own[0] for number in own]
+        names.number({}, names.first_layer + 1)
 
 
 def labels(names: BranchNames, cuts: Sequence[Sequence[TracedValue]]) -> list[tuple[int, str]]:
     """The block and site of each state, from the branches that were written before it and those that write after it."""
     found: list[tuple[int, str]] = []
     pairs = zip(names.branches, names.layers, strict=True)
-    waiting = sorted(
-        ((b.writes[0].number, layer, b.source.number in names.between) for b, layer in pairs), reverse=True
-    )
+    written = [(b.writes[0].number, layer, b.source.number in names.between) for b, layer in pairs]
+    waiting = sorted([*written, *((end, layer, False) for end, layer in names.scaled)], reverse=True)
     coming = Counter(layer for _, layer, is_between in waiting if not is_between)
     layer = None  # the highest one that was written
     for number, cut in enumerate(cuts):
         moment = max(value.number for value in cut)
         while waiting and waiting[-1][0] <= moment:
-            _, written, is_between = waiting.pop()
-            layer = written if layer is None else max(layer, written)
-            coming[written] -= not is_between
-            if not coming[written]:
-                del coming[written]
-        if (scaled := _scaled_by(names, moment)) is not None:
-            layer = scaled
-            found.append((layer, "post"))
-        elif number == 0 and layer is None and names.first_layer >= 0:
+            _, of, is_between = waiting.pop()
+            layer = of if layer is None else max(layer, of)
+            coming[of] -= not is_between
+            if not coming[of]:
+                del coming[of]
+        if number == 0 and layer is None and names.first_layer >= 0:
             found.append((names.first_layer, "post"))
         else:
             found.append(_label(number, layer, coming, found))
     return found
-
-
-def _scaled_by(names: BranchNames, moment: int) -> int | None:
-    """The number of the block that only scaled a state, where blocks have their containers' numbers."""
-    for call, numbers in names.scaling.items():
-        if moment in numbers and [key.digits[-1] if key.digits else -1 for key in names.keys] == names.layers:
-            return int(names.graph.calls[call].path.rpartition(".")[2])
-    return None
 
 
 def _label(

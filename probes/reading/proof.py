@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from depthscope.probes.reading.branches import Branch, branches_of
 from depthscope.probes.reading.connections import ConnectionParts, DepthParts
 from depthscope.probes.reading.cuts import Cut
-from depthscope.probes.reading.graph import ModuleCall, TracedValue, walk
+from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import (
     JOINS,
@@ -174,6 +175,18 @@ def _inside_branches(memory: Memory) -> set[int]:
     return {number for number, marked in enumerate(behind) if marked and later[number]}
 
 
+def why_not_in_order(graph: Graph, cuts: Sequence[Sequence[TracedValue]]) -> str:
+    """Why some states are no depths; empty where each is computed from the one before."""
+    for number, (before, after) in enumerate(pairwise(cuts), 1):
+        if not all(value in before or any(graph.depends(value, of) for of in before) for value in after):
+            where = graph.path(after[-1]) or "the model"
+            return (
+                f"state {number}, made in {where}, is not computed from state {number - 1}: they lie in lanes side by side, "
+                "which are not one stream"
+            )
+    return ""
+
+
 class WeightCoverage:
     """Where the parameters work that reach the output: before the first state, in a branch, in the head, or elsewhere."""
 
@@ -241,11 +254,15 @@ class WeightCoverage:
             share = self.shares()["elsewhere"]
             return f"{share:.0%} of the weights lie in no branch (first: {names[0]})"
         if (value := self._residual_sum(range(self.memory.root.number + 1), self._before)) is not None:
-            return f"before the first state a branch is added already, in {self.graph.path(value) or 'the model'}"
+            return (
+                f"{self.graph.path(value) or 'the model'} adds a branch before the first state that was found"
+            )
         end = max(value.number for value in self.last) + 1
         later = (n for n in range(end, len(self._head)) if self._is_of_no_other(self.graph.values[n]))
         if (value := self._residual_sum(later, self._head, after=self.last[-1])) is not None:
-            return f"more is added to what came of the last state, in {self.graph.path(value) or 'the model'}"
+            return (
+                f"{self.graph.path(value) or 'the model'} adds a branch after the last state that was found"
+            )
         return (
             self._hidden_branches() or self._parts_put_next() or self._unread_writes() or self._unknown_sum()
         )

@@ -6,7 +6,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise, takewhile
 
 import torch
@@ -15,7 +15,7 @@ from depthscope.probes.model.preserved_state import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
 from depthscope.probes.reading.choice import NO_MEMORY, memories
 from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
-from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, joined_features, last_read, size_of
+from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, last_read, size_of
 from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
@@ -25,10 +25,16 @@ from depthscope.probes.reading.description import (
     StateReading,
 )  # fmt: skip
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
-from depthscope.probes.reading.memory import Memory, without_inner
+from depthscope.probes.reading.memory import Memory, without_forks
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MIXES, only_moves
-from depthscope.probes.reading.proof import Recomputed, WeightCoverage, recomputed_depth, tolerance
+from depthscope.probes.reading.proof import (
+    Recomputed,
+    WeightCoverage,
+    recomputed_depth,
+    tolerance,
+    why_not_in_order,
+)
 from depthscope.probes.reading.states import States
 
 
@@ -49,8 +55,10 @@ class Rereading:
         try:
             found = memories(self.graph)
             _refuse_recurrence(self.graph, found[0])
-            self._readers = [_Reader(memory, found) for memory in found]
-            number_blocks([reader.names for reader in self._readers])
+            self._readers = _numbered(found)
+            outer = [reader.outer() for reader in self._readers]
+            if any(new is not old for new, old in zip(outer, found, strict=True)):
+                self._readers = _numbered(outer)
             done, left_out = [self._readers[0].reading()], {}
         except ReadingError as error:
             return NetworkReading((), {}, str(error))
@@ -100,6 +108,12 @@ def _refuse_recurrence(graph: Graph, memory: Memory) -> None:
             )
 
 
+def _numbered(found: Sequence[Memory]) -> list[_Reader]:
+    readers = [_Reader(memory, found) for memory in found]
+    number_blocks([reader.names for reader in readers])
+    return readers
+
+
 class _Reader:
     """The reading of one memory."""
 
@@ -121,6 +135,30 @@ class _Reader:
         self.names = BranchNames(memory, self.branches)
         self.name, self.place = name_of(self.names), self.graph.place(memory.root)
 
+    @cached_property
+    def _first_cuts(self) -> Cuts:
+        return cuts_of(self.memory, self.branches, self.names.layers)
+
+    def outer(self) -> Memory:
+        """The memory without sums inside of blocks that add all of what they make to one state, as an interpolation does."""
+        memory, cuts = self.memory, self._first_cuts.cuts
+        states = [cut for cut in cuts[:-1] if size_of(memory, cut) == memory.count] + [[memory.end]]
+        if not len(set(self.names.layers)) < len(states) < len(cuts):
+            return memory
+        inner: set[int] = set()
+        for (before, *_), (after, *_) in pairwise(states):
+            *_, joined = memory.line(after)
+            taken, depth = memory.inside(joined), memory.depth
+            made = [value for value in taken if depth[value.number] > depth[before.number]]
+            if len(made) < len(taken):
+                inner |= {number for number in memory.back(made) if depth[number] > depth[before.number]}
+        outer = without_forks(self.graph, replace(memory.start, banned=memory.start.banned | inner))
+        if not branches_of(outer):
+            return memory
+        found = _numbered([outer])[0]._first_cuts
+        same = found.cuts[:-1] == states[:-1] and len(found.cuts) == len(states)
+        return outer if same and not found.over_depth else memory
+
     def again(self) -> MemoryReading:
         """The same, of a later forward that ran the same operations: what was proven of the first one is not proven again."""
         if self._inner is not None:
@@ -134,32 +172,26 @@ class _Reader:
         """The memory's description; ReadingError where none can be given."""
         if (of_all_tokens := self._of_all_tokens()) is not None:
             return self._instead(of_all_tokens)
-        scaling = list(self.names.scaling.values())
-        found = cuts_of(self.memory, self.branches, self.names.layers, scaling)
-        changed = [] if found.over_depth else self.names.changed_between_blocks()
+        found = self._first_cuts
+        changed = [] if found.over_depth else [steps for steps, _ in self.names.steps_alone.values()]
         if changed:
-            found = cuts_of(self.memory, self.branches, self.names.layers, [*scaling, *changed])
+            found = cuts_of(self.memory, self.branches, self.names.layers, changed)
         self.states = States(self.memory, self.branches)
-        if found.over_depth or self.states.num_streams(found.cuts[-1]) > 1:
-            self._take_own_gates()
+        # Of streams, gates of each feature are parts of the branches: their weights are then one number for each stream.
+        has_streams = found.over_depth or self.states.num_streams(found.cuts[-1]) > 1
+        if has_streams and with_own_gates(self.memory, self.branches, self.states.feature_stride):
+            self._numbers = {branch.source.number: at for at, branch in enumerate(self.branches)}
+            self.states = States(self.memory, self.branches)
         if found.over_depth and (plain := self._before_last_mixture()) is not None:
             read = self._instead(plain)
             path = self.graph.path(self.memory.end) or "the model"
             return replace(read, mixed_for_head=path) if read.is_proven else read
-        outer = without_inner(self.memory, found.inner) if found.inner else self.memory
-        if outer.carried.keys() < self.memory.carried.keys():
-            if not branches_of(outer) and self._inner_streams(found.cuts) > 1:
-                return self._between_blocks(
-                    found.cuts
-                )  # whose way leads through what is inside of the blocks
-            return self._instead(_Reader(outer, self.others))
+        sizes = [size_of(self.memory, cut) for cut in found.cuts]
+        narrow = [cut for cut, size in zip(found.cuts, sizes, strict=True) if size == min(sizes)]
+        if found.over_depth and len(narrow) > 2 and (inner := self._inner_streams(narrow)) > 1:
+            why = f"unproven: {inner} streams are expanded and merged inside each step, and one is handed on"
+            return replace(self._described(narrow, [], [0.0], over_depth=False), proof=why)
         return self._read_between(found)
-
-    def _take_own_gates(self) -> None:
-        """Take gates of each feature for parts of the branches, whose weights are then one number for each stream."""
-        if with_own_gates(self.memory, self.branches, self.states.feature_stride):
-            self._numbers = {branch.source.number: number for number, branch in enumerate(self.branches)}
-            self.states = States(self.memory, self.branches)
 
     def _instead(self, other: _Reader) -> MemoryReading:
         """The reading of another memory in the place of this one."""
@@ -263,12 +295,6 @@ class _Reader:
         rest = iter(others)
         return [order.get(place) or next(rest) for place in range(len(after))]
 
-    def _between_blocks(self, cuts: Sequence[Cut]) -> MemoryReading:
-        """The states alone, where every step makes several streams of one and merges them again."""
-        found = self._described(cuts, [], [0.0], over_depth=False)
-        why = f"unproven: {found.inner_streams} streams are expanded and merged inside each step, and one is handed on"
-        return replace(found, proof=why)
-
     def _described(
         self,
         cuts: Sequence[Cut],
@@ -286,7 +312,8 @@ class _Reader:
         scaled = (self.graph.values[n] for branch in self.branches for n in branch.steps)
         carried += [value for value in scaled if not only_moves(value)]
         allowed = tolerance(carried)
-        why = coverage.why_incomplete() or (self._other_end(cuts) if over_depth else "")
+        why = why_not_in_order(self.graph, cuts) or coverage.why_incomplete()
+        why = why or (self._other_end(cuts) if over_depth else "")
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
@@ -307,7 +334,6 @@ class _Reader:
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             weights=coverage.shares(),
-            grows=self.memory.start.grows is not None,
             casts=tuple(dict.fromkeys(v.dtype for v in carried if v.dtype != self.memory.root.dtype)),
         )
         self._before = replace(found, connections=())
@@ -340,12 +366,11 @@ class _Reader:
 
     def _states(self, cuts: Sequence[Cut]) -> list[StateReading]:
         sites = labels(self.names, cuts)
-        cuts = [joined_features(self.memory, cut) for cut in cuts]
         found = []
         for cut, (layer, site) in zip(cuts, sites, strict=True):
             numbers = tuple(value.number for value in cut)
             carried = tuple(self.memory.carried[value.number] for value in cut)
-            found.append(StateReading(layer, site, numbers, carried, partial(self.states.held, cut)))
+            found.append(StateReading(layer, site, numbers, carried, partial(self.states.array, cut)))
         return found
 
     def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:
@@ -398,18 +423,8 @@ class _Reader:
         return BranchReading(
             self.names.paths[number], self.names.kind(number), self.names.layers[number],
             reads, -1 if unit is None else unit, branch.way(),
-            tuple(branch.numbers[value] for value in branch.way()), parts, self._is_less_its_read(branch),
+            tuple(branch.numbers[value] for value in branch.way()), parts,
         )  # fmt: skip
-
-    def _is_less_its_read(self, branch: Branch) -> bool:
-        """Whether what a branch read is subtracted from what it gave."""
-        for write in branch.writes:
-            taken = write.args[1] if write.name == "sub" else None
-            if isinstance(taken, TracedValue) and self.memory.holds(taken):
-                alike = taken.name == branch.read.name and taken.args == branch.read.args
-                if taken is branch.read or (alike and taken.kwargs == branch.read.kwargs):
-                    return True
-        return False
 
     def _over_depth(self, cuts: Sequence[Cut]) -> MemoryReading:
         last = before_norms(self.memory, last_read(self.memory, self.branches))

@@ -46,17 +46,19 @@ from depthscope.probes.reading.known_operations import (
     SAVING,
     KnownOperation,
     decomposed,
+    factors_of_sum,
     is_layer,
     is_saved,
     is_unwritten,
     only_operation,
     operation_of,
 )  # fmt: skip
-from depthscope.probes.reading.let_go import can_end, ended
 from depthscope.probes.reading.operations import MOST_STREAMS, NORMS
 from depthscope.probes.reading.tensor_memory import (
     TensorEntry,
+    can_end,
     detached,
+    ended,
     filled_with,
     geometry,
     is_imagined,
@@ -66,7 +68,6 @@ from depthscope.probes.reading.tensor_memory import (
     storage_of,
     unseen_by_modes,
 )
-from depthscope.probes.reading.trials import factors_of_sum
 
 # An operation, what it takes with values for tensors, these values, and what it writes into.
 _Taken = tuple[KnownOperation, Any, Any, list[TracedValue], list[torch.Tensor]]

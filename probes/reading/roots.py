@@ -9,10 +9,9 @@ from dataclasses import replace
 
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue, walk
-from depthscope.probes.reading.memory import Memory, Start, start_that_grows, without_forks
+from depthscope.probes.reading.memory import Memory, without_forks
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
-    CHANNEL_NORMS,
     FUNCTIONS,
     MATRICES,
     MIXES,
@@ -28,7 +27,6 @@ from depthscope.probes.reading.operations import (
     only_moves,
     spreads,
 )  # fmt: skip
-from depthscope.probes.reading.states import feature_axis
 
 MOST_CANDIDATES = 14
 MOST_FIRST = 6  # of each kind that may hold streams
@@ -56,42 +54,8 @@ def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
 
 
 def _possible(graph: Graph, numbers: Iterable[int]) -> list[TracedValue]:
-    found = list(dict.fromkeys(_cut_out(graph, _turned(graph, graph.values[number])) for number in numbers))
-    return [v for v in found if len(v.shape) > 1 and v.numel > 1]
-
-
-def _cut_out(graph: Graph, value: TracedValue) -> TracedValue:
-    """What is cut out of a value, or what a parameter is copied to for each sequence, before anything else takes it."""
-    part, is_parameter = value, value.of_parameter
-    while len(takers := graph.takers(value)) == 1 and only_moves(takers[0]):
-        value = takers[0]
-        # As a generator makes of its noise.
-        is_image = len(part.shape) == 2 < len(value.shape) - 1 and any(
-            map(is_of_channels, graph.takers(value))
-        )
-        if value.numel < part.numel or (is_parameter and value.numel > part.numel) or is_image:
-            part = value
-    return part
-
-
-def _turned(graph: Graph, value: TracedValue) -> TracedValue:
-    """What a layer along the tokens gave, once its last axis, which is theirs, is put before the features; else the value."""
-    at = value
-    while len(value.shape) == 2 and len(takers := graph.takers(at)) == 1:
-        at = takers[0]
-        last = len(at.shape) - 1
-        turned = at.name == "permute" and at.args[1][-1] % (last + 1) != last
-        turned |= at.name == "transpose" and last in {dim % (last + 1) for dim in at.args[1:3]}
-        if turned and last > 1:
-            return at
-        if at.name not in VIEWS and not (at.name == "add" and any(p.of_parameter for p in at.parents)):
-            break
-    return value
-
-
-def is_of_channels(value: TracedValue) -> bool:
-    """Whether an operation takes the second axis for the features."""
-    return value.name == "convolution" or value.name in CHANNEL_NORMS
+    found = (graph.values[number] for number in dict.fromkeys(numbers))
+    return [value for value in found if len(value.shape) > 1 and value.numel > 1]
 
 
 class _Sums:
@@ -260,8 +224,10 @@ def with_further_beginnings(memory: Memory) -> Memory:
         same = [n for n in sorted(sums) if memory.graph.values[n].shape == value.shape]
         if len(sums) > 1 and same and _is_beginning(memory, value, until):
             found[number] = memory.carried[same[0]]
-    for number in [n for n in found if not found.keys().isdisjoint(_origins(memory, n))]:
-        del found[number]  # a copy of another one
+    for number in [*found]:
+        origins = {origin.number for origin in _scaled(memory.graph.values[number])} - {number}
+        if not found.keys().isdisjoint(origins):
+            del found[number]  # a copy of another one
     if not found:
         return memory
     return without_forks(memory.graph, replace(memory.start, others=found))
@@ -279,32 +245,12 @@ def _sums_with_others(memory: Memory, until: int) -> dict[int, set[int]]:
     return sums
 
 
-def starts_that_grow(memories: Iterable[Memory]) -> list[Start]:
-    """Memories whose features grow, where a plain one ends at a join of its features with others made of it."""
-    found: dict[TracedValue, Start] = {}
-    for memory in memories:
-        for read, join in memory.leaves:
-            if join.name != "cat" or memory.root in found or not memory.is_whole(read):
-                continue
-            axis = (join.args[1] if len(join.args) > 1 else 0) % len(join.shape)
-            others = [piece for piece in addends(join) if not memory.holds(piece)]
-            if not others or not all(memory.graph.depends(piece, memory.root) for piece in others):
-                continue
-            if memory.carried[read.number].step(axis) == math.prod(memory.shape[feature_axis(memory) + 1 :]):
-                found[memory.root] = start_that_grows(memory.graph, memory.root, feature_axis(memory))
-    return list(found.values())
-
-
 def _scaled(value: TracedValue) -> Iterator[TracedValue]:
     """A value and what it is a copy of, a view, or a product with weights."""
     yield value
     while value.name in PASSES and (of := [p for p in value.parents if p.is_floating]):
         value = max(of, key=lambda parent: parent.numel)
         yield value
-
-
-def _origins(memory: Memory, number: int) -> set[int]:
-    return {origin.number for origin in _scaled(memory.graph.values[number])} - {number}
 
 
 def _is_beginning(memory: Memory, value: TracedValue, until: int) -> bool:

@@ -90,11 +90,6 @@ class States:
                 del self._arrays[next(iter(self._arrays))]
         return self._arrays[key]
 
-    def held(self, cut: Sequence[TracedValue]) -> torch.Tensor:
-        """The same, without features that are not there yet."""
-        missing = self.missing_features(cut)
-        return self.array(cut) if missing is None else self.array(cut)[..., ~missing]
-
     def sorted(
         self, tensors: Sequence[torch.Tensor], numbers: Sequence[Numbers], num_features: int
     ) -> torch.Tensor:
@@ -107,9 +102,6 @@ class States:
         order, n = self.order(numbers)
         flat = torch.cat([tensor.reshape(len(tensor), -1).to(kind) for tensor in tensors], 1)
         shape = self._shape(num_features)
-        if self.memory.start.grows is not None and n == 1:  # zero where a feature is not there yet
-            places = torch.from_numpy(np.concatenate([of.dense().reshape(-1) for of in numbers]))
-            flat, order = flat.new_zeros(len(flat), math.prod(shape)).index_copy(1, places, flat), None
         flat = flat if order is None else flat[:, order.to(flat.device)]
         if flat.shape[1] != math.prod(shape) * n:
             raise ReadingError("a state does not hold every token and feature of the first one")
@@ -126,14 +118,6 @@ class States:
         if not found.is_sorted:
             tensor = tensor.reshape(len(tensor), *found.sizes).permute(0, *(1 + dim for dim in found.order))
         return tensor.reshape(len(tensor), -1, found.streams, num_features)
-
-    def missing_features(self, values: Sequence[TracedValue]) -> torch.Tensor | None:
-        """Which features some values of a memory that grows have not, (D,); None of another memory."""
-        if self.memory.start.grows is None:
-            return None
-        numbers = np.concatenate([self.numbers(value).dense().reshape(-1) for value in values])
-        held = np.unique(numbers // self.feature_stride % self.num_features)
-        return torch.from_numpy(~np.isin(np.arange(self.num_features), held))
 
     def output(self, branch: Branch) -> torch.Tensor:
         """What a branch gave as (tokens, streams, features); zero at the tokens and features that it does not write to."""

@@ -17,8 +17,7 @@ from depthscope.diagnostics.kernels.memory import StreamMemory, bytes_text
 from depthscope.diagnostics.package_versions import package_versions
 from depthscope.diagnostics.schema import PROVEN, UNPROVEN
 from depthscope.diagnostics.schema.joining import STAGE
-from depthscope.probes.connections.constraint import constraint_of, constraint_words, measured_family
-from depthscope.probes.connections.proof import Evidence
+from depthscope.probes.connections.proof import Evidence, constraint_of, constraint_words, measured_family
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.run.connection_variables import changes_outside
 from depthscope.probes.run.initial_weights import weights_digest

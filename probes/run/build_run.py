@@ -11,8 +11,7 @@ import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema.groups import group_path
-from depthscope.probes.connections.coefficients import Parts
-from depthscope.probes.connections.proof import Evidence, Joint, gather_evidence
+from depthscope.probes.connections.proof import Evidence, Joint, Parts, gather_evidence
 from depthscope.probes.run.attributes import memory_facts, run_attributes
 from depthscope.probes.run.connection_remarks import all_remarks
 from depthscope.probes.run.connection_variables import weight_variables

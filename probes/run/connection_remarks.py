@@ -11,9 +11,8 @@ from torch import nn
 
 from depthscope.probes.connections.coefficient_values import vector
 from depthscope.probes.connections.computation import Origin
-from depthscope.probes.connections.connection_facts import Facts
 from depthscope.probes.connections.proof import Evidence
-from depthscope.probes.connections.remarks import passing_inside, remarks
+from depthscope.probes.connections.remarks import Facts, passing_inside, remarks
 from depthscope.probes.session.session import Session
 
 

@@ -13,14 +13,15 @@ import torch
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema import FROZEN_MODULES
-from depthscope.probes.connections.coefficients import (
+from depthscope.probes.connections.proof import (
     DepthWeights,
+    Evidence,
+    Joint,
     Parts,
     ReconstructionError,
     relative_error,
     tolerance,
 )
-from depthscope.probes.connections.proof import Evidence, Joint
 from depthscope.probes.run.linear_variables import (
     PlainFactors,
     depth_variables,

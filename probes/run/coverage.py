@@ -10,8 +10,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics import schema
-from depthscope.probes.connections.coefficients import DepthWeights
-from depthscope.probes.connections.proof import Evidence
+from depthscope.probes.connections.proof import DepthWeights, Evidence
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import DEPTH, PLAIN, Chain, Connection, HookPoint
 from depthscope.probes.structure.model_structure import FINAL

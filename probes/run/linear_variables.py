@@ -14,7 +14,7 @@ import torch
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.connections.coefficients import relative_error, tolerance
+from depthscope.probes.connections.proof import relative_error, tolerance
 from depthscope.probes.structure.chain import Connection
 
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]

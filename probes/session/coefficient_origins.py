@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.connections.coefficients import Parts, StreamConnectionError
 from depthscope.probes.connections.computation import Doubt, Origin, Search
+from depthscope.probes.connections.proof import Parts, StreamConnectionError
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.preserved_state import eager, preserved_state

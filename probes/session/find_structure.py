@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import StreamConnectionError
+from depthscope.probes.connections.proof import StreamConnectionError
 from depthscope.probes.model.layout import LayoutError, count_streams, parse_layout
 from depthscope.probes.reading.description import PROVEN, MemoryReading
 from depthscope.probes.reading.graph import INPUT, Graph, TracedValue
@@ -46,9 +46,14 @@ from depthscope.probes.structure.not_covered import (
     states_without_gradients,
 )
 from depthscope.probes.structure.read_chains import ChainReader, ReadChain
-from depthscope.probes.structure.read_layout import num_fractions, read_layout, repeats_first, shape_layout
+from depthscope.probes.structure.read_layout import (
+    SequenceAxis,
+    num_fractions,
+    read_layout,
+    repeats_first,
+    shape_layout,
+)
 from depthscope.probes.structure.read_parts import ReadStructure
-from depthscope.probes.structure.sequence_axis import SequenceAxis
 from depthscope.probes.structure.stages import (
     trunks_of,
     with_ending,
@@ -162,7 +167,7 @@ class StructureFinder:
             units = memory.units
             if memory in read or not memory.is_proven or memory.name in known or not units & blocks:
                 continue
-            why = f"a further state of these blocks; chain={name!r} reads it in their place"
+            why = f"also proven: a further residual stream of these blocks; chain={name!r} reads it in their place"
             yield LeftOut(memory.name, why=why)
 
     # --- which memories
@@ -189,17 +194,22 @@ class StructureFinder:
 
     @property
     def _or_layers(self) -> str:
-        """The advice to name blocks, with a pattern that fits the model, for a user who did not."""
-        pattern = likely_blocks(self.graph) or "model.layers.{i}"
-        named = self.options.blocks is not None
-        return "" if named else f", or name the modules whose states are wanted with layers={pattern!r}"
+        """The advice to name blocks, with a pattern that was tried on this model, for a user who did not."""
+        if self.options.blocks is not None:
+            return ""
+        pattern = likely_blocks(self.graph, self.model)
+        return ", or name the modules whose states are wanted with layers=" + (
+            repr(pattern) if pattern else ""
+        )
 
     def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[ReadChain]:
         """The chains of some plain memories, in order; further ones that cannot be read are named."""
         first = taken[0][0]
         found = self._chains_of_stages(taken[0])
         if (why := self.rereading.reading.left_out.get(first.name)) is not None:
-            self._unread.append(LeftOut(first.name, why=f"a further state of these blocks: {why}"))
+            self._unread.append(
+                LeftOut(first.name, why=f"a further residual stream of these blocks is not measured: {why}")
+            )
         for stages in taken[1:]:
             try:
                 further = self._chains_of_stages(stages)
@@ -230,8 +240,19 @@ class StructureFinder:
                 names = ", ".join(self._choices)
                 raise ChainError(f"chain={wanted!r} names no residual memory of the model, which has {names}")
             return [[self._choices[wanted]]]
-        first = self.memories[0]
-        if not first.is_plain:
+        fitting = [memory for memory in self.memories if self._has_axes(memory)]
+        if not fitting:
+            shapes = {name: self.graph.values[memory.end].shape for name, memory in self._choices.items()}
+            raise LayoutError(
+                f"layout={self.options.layout!r} has the axes of no residual stream that was found; found are states of the "
+                f"shapes {', '.join(f'{shape} in {name}' for name, shape in shapes.items())}. Leave layout= out, or name axes "
+                "of these"
+            )
+        layout, streams = self.options.layout or "", self.options.streams
+        # Where layout= names streams, nothing in the model has to show them.
+        asserted = "N" in layout or streams is None
+        first = next((of for of in fitting if asserted or of.num_streams == streams), fitting[0])
+        if not first.is_plain or first is not self.memories[0]:
             return [[first]]
         plain = [memory for memory in self.memories if memory.is_plain]
         trunks = trunks_of(self.graph, plain)
@@ -253,12 +274,19 @@ class StructureFinder:
             ),
         ]
 
+    def _has_axes(self, memory: MemoryReading) -> bool:
+        """Whether the states of a memory have as many axes as layout= names, where it does."""
+        layout, values = self.options.layout, memory.states[-1].values
+        axes = len(self.graph.values[values[-1]].shape)
+        return layout is None or len(parse_layout(layout)) - axes in (0, len(values) > 1)
+
     def _further_state_left_out(self, stages: Sequence[MemoryReading], why: str) -> LeftOut:
         """What is said of a further state that cannot be read."""
         units = _units(stages)
         kinds, blocks = sorted({self.graph.calls[unit].kind for unit in units}), len(units)
         share = sum(memory.weights["branches"] for memory in stages)
-        return LeftOut(stages[0].name, blocks, "/".join(kinds), share, f"a further state: {why}")
+        why = f"a further residual stream that is not measured: {why.removeprefix('unproven: ')}"
+        return LeftOut(stages[0].name, blocks, "/".join(kinds), share, why)
 
     # --- what the user names
 
@@ -332,7 +360,7 @@ class StructureFinder:
         ]
         if repeats_first(self.graph, memory):
             counts = counts[1:]
-        if len(set(counts)) > 1 and not memory.grows:
+        if len(set(counts)) > 1:
             raise LayoutError(
                 f"the states of {memory.name} have {' or '.join(map(str, sorted(set(counts))))} streams; expected the same "
                 "number at every depth. Name the modules whose states are wanted with layers="

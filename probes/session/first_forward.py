@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import DepthWeights, StreamConnectionError
+from depthscope.probes.connections.proof import DepthWeights, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, Report, in_recomputation
 from depthscope.probes.model.layout import LayoutError

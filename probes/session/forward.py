@@ -13,7 +13,7 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
-from depthscope.probes.connections.coefficients import Weights
+from depthscope.probes.connections.proof import Weights
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Hook, Report, in_recomputation
 from depthscope.probes.model.user_modes import in_transformation
@@ -116,8 +116,6 @@ class Forward:
     # Of states that lack others: the model's own tensor and a copy.
     streams: dict[Key, dict[int, tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
     stream_gradients: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # likewise
-    # Gradients of which earlier states have a part
-    joined_gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
     expected_gradients: dict[TensorKey, GradientListener] = field(default_factory=dict)
     arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
     # By the number of the recorded value.

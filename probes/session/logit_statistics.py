@@ -16,7 +16,6 @@ from functools import partial
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import spread
 from depthscope.probes.connections.logits import (
     NO_GRAPH,
     NOT_SEEN,
@@ -25,6 +24,7 @@ from depthscope.probes.connections.logits import (
     find_logits,
     is_same_matrix,
 )
+from depthscope.probes.connections.proof import spread
 from depthscope.probes.model.hooks import Hook, Report
 from depthscope.probes.model.tensors import version
 from depthscope.probes.reading.graph import Graph, TracedValue, ValuePlace

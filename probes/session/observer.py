@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from depthscope.probes.connections.coefficients import Parts
+from depthscope.probes.connections.proof import Parts
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Report
 from depthscope.probes.model.modules import find_mask, fit_mask
@@ -62,7 +62,6 @@ class Observer:
         self._calls, self._times = calls, times
         self.scope = scope
         self.unread: set[TensorKey] = set()  # streams of which nothing is made
-        self._joined_again = {of.key[:2] for of in structure.shown if of.point.is_joined_again}
 
     @property
     def parameter_cells(self) -> Mapping[int, tuple[str, ...]]:
@@ -186,10 +185,7 @@ class Observer:
             if gradients is None:
                 return
             gradient = torch.stack(gradients)
-        if of.point.is_joined_again or (of.chain, of.depth - 1) in self._joined_again:
-            gradient = _with_next_gradient(forward.joined_gradients, of, gradient)
-        if gradient is not None:
-            self._record_gradient(forward, of.chain, of.depth, gradient)
+        self._record_gradient(forward, of.chain, of.depth, gradient)
 
     def complete_gradients(self, forward: Forward) -> None:
         """After the backward: the loss does not depend on the streams of a state of which no gradient came with the others."""
@@ -300,19 +296,6 @@ class Observer:
                 own = self.structure.chains[number].connections[position].layout
                 output = self.structure.canonical(number, output, forward.batch_size, own=own).squeeze(2)
             forward.branches[number, position] = forward.sampled(output)
-
-
-def _with_next_gradient(
-    waiting: dict[Key, torch.Tensor], of: ShownTensor, gradient: torch.Tensor
-) -> torch.Tensor | None:
-    """The gradient of a state of features that the next state joins again, to others: through this one, and all later ones."""
-    following = waiting.pop((of.chain, of.depth + 1), None)
-    if of.point.is_joined_again:
-        if following is None:
-            return None
-        gradient = gradient + following[tuple(map(slice, gradient.shape))]
-    waiting[of.chain, of.depth] = gradient
-    return gradient
 
 
 def _with_other_streams(waiting: dict[Key, dict[int, T]], of: ShownTensor, stream: T) -> list[T] | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficients import Weights
+from depthscope.probes.connections.proof import Weights
 from depthscope.probes.model.modules import all_parameters
 
 

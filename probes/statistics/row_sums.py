@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.connections.coefficients import Parts
+from depthscope.probes.connections.proof import Parts
 from depthscope.probes.statistics.token_sums import TokenSums, array_of
 
 

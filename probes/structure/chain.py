@@ -41,8 +41,6 @@ class HookPoint:
     streams: tuple[HookPoint, ...] = ()  # what shows each stream, where each is a tensor of its own
     # Whether a branch that is written into this state read the tensor already: it has the gradient of that, too.
     is_read_before: bool = False
-    # Whether the next state joins further features to the values that this one joins: its gradient comes through both.
-    is_joined_again: bool = False
     # Whether a function of autograd makes the tensor and reads it itself: it has a part of the gradient alone.
     is_read_inside: bool = False
     gradient_at: HookPoint | None = None  # what has the gradient of the state in the place of such a tensor

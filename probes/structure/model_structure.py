@@ -98,12 +98,11 @@ class Structure:
     @cached_property
     def shown(self) -> tuple[ShownTensor, ...]:
         """What shows the captured states; a tensor that is every stream of a state comes once for each."""
-        found, captured = [], {state[:2] for state in self.captured}
+        found = []
         for chain, depth, point in self.captured:
             of = point.streams or (point,)
             is_shared = len(set(of)) < len(of)
             is_shared |= any(p.is_read_before or p.is_read_inside for p in (point, *of))
-            is_shared |= point.is_joined_again and (chain, depth + 1) not in captured
             found += [ShownTensor(chain, depth, n, p, len(of), is_shared) for n, p in enumerate(of)]
         return tuple(found)
 
@@ -120,7 +119,7 @@ class Structure:
 
     @property
     def family(self) -> str:
-        """The connection family: residual, highway, hc, mhc, independent_hc, gated, altup, depth_history, or unproven."""
+        """The connection family: residual, highway, hc, mhc, independent_hc, gated, depth_history, or unproven."""
         if self.connections:
             return self.chains[0].family
         if any(chain.history for chain in self.chains):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -136,20 +137,19 @@ def linked_calls(graph: Graph) -> list[int]:
     return max(every, key=len, default=[])
 
 
-def likely_blocks(graph: Graph) -> str:
-    """A pattern of modules that may be blocks: of one class and container, called one after another; empty where none are."""
-    found: dict[tuple[str, str], int] = {}
-    for call in graph.calls:
-        if call.path[-1:].isdigit():
-            key = re.sub(r"(?<![^.])\d+(?![^.])", "{i}", call.path), call.kind
-            found[key] = found.get(key, 0) + 1
-    patterns = {pattern for (pattern, _), times in found.items() if times > 1}
-    outer = {
-        of: times
-        for of, times in found.items()
-        if times > 1 and not any(of[0].startswith(f"{other}.") for other in patterns)
-    }
-    return max(outer, key=lambda of: outer[of], default=("", ""))[0]
+def likely_blocks(graph: Graph, model: nn.Module) -> str:
+    """A pattern of modules that can be named as blocks: called one after another; empty where none are."""
+    numbers = Counter(
+        re.sub(r"(?<![^.])\d+(?![^.])", "{i}", c.path) for c in graph.calls if c.path[-1:].isdigit()
+    )
+    # The outermost ones, and of these the ones that are called most often, first.
+    for pattern in sorted(numbers, key=lambda pattern: (pattern.count("."), -numbers[pattern])):
+        try:
+            if len(named_calls(graph, model, [pattern])) > 1:
+                return pattern
+        except ChainError:
+            continue
+    return ""
 
 
 def with_named_blocks(graph: Graph, chain: Chain, calls: Sequence[int], depths: Sequence[int]) -> Chain:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
+from depthscope.probes.connections.coefficient_values import factors_of
+from depthscope.probes.connections.proof import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
+from depthscope.probes.reading.names import kind_of, shared_start
+from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
+    MOVES,
     SAME,
     addends,
     before_all_readers,
@@ -21,8 +25,7 @@ from depthscope.probes.reading.operations import (
     reordered,
     same_elements,
 )
-from depthscope.probes.structure.chain import Chain, Connection, HookPoint
-from depthscope.probes.structure.read_connections import ConnectionReader
+from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class ChainReader:
         self._of_layer: dict[int, list[BranchReading]] = {}
         for branch in self.branches:
             self._of_layer.setdefault(branch.layer, []).append(branch)
+        self.is_sinkhorn = True  # whether Sinkhorn's iteration made every matrix so far
         self.is_fine = False  # whether numbered parts of blocks are the blocks
         self._called = {call.path for call in graph.calls}  # a block whose forward is called directly is not
         self.units = self._units()  # the call of the block of each branch
@@ -63,10 +67,12 @@ class ChainReader:
         joined: tuple[Connection, ...] = ()
         is_sinkhorn = False
         if inside or not self.memory.is_plain:
-            of_state = partial(self._producer, places=())
-            reader = ConnectionReader(self.graph, self.memory, self.layout_of, self._block, of_state)
-            joined = reader.plain(depths) if self.memory.is_plain else reader.weighted()
-            is_sinkhorn = not self.memory.is_plain and bool(joined) and reader.is_sinkhorn
+            if self.memory.is_plain:  # where every branch is the output of a module
+                plain = [c for of in self.connections for c in self._plain_connections(of, depths)]
+                joined = () if None in plain else tuple(c for c in plain if c is not None)
+            else:
+                joined = tuple(self._connection(of) for of in self.connections if of.branches)
+                is_sinkhorn = bool(joined) and self.is_sinkhorn
         if self.memory.is_plain and not inside:
             depths = [depth for depth in depths if not self._is_inside(depth)]
             depths = depths if wanted is None else list(wanted)
@@ -94,7 +100,7 @@ class ChainReader:
                 (p if self._is_named_rightly(p, value) else replace(p, site="mid"), value)
                 for p, value in points
             ]
-        if self.memory.over_depth or self.memory.grows:
+        if self.memory.over_depth:
             points = [(self._as_read(point, value), value) for point, value in points]
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
@@ -116,19 +122,12 @@ class ChainReader:
         if (made := self._made_elsewhere(point, value)) is not None:
             return replace(point, module=made)
         following = next((b for b in self.branches if b.layer > point.layer and self._call_of(b) >= 0), None)
-        if point.site != "post" or self._shows(point, value, "output") is not False:
+        if point.site != "post" or self._shows(point, value, "output") is not False or following is None:
             return point
-        if following is None:
-            made = self.graph.path(value)
-            return replace(point, module=made) if self.memory.grows and made else point
         if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
             return point
         block, made = self.graph.calls[self._call_of(following)].path, self.graph.path(value)
-        if self.memory.grows and not f"{made}.".startswith(f"{block}."):
-            return point  # joined after the block before, by neither
         module = made if made.startswith(f"{block}.") else block
-        if self.memory.grows and point.at == "input" and point.path.startswith(f"{block}."):
-            module = point.path  # its first layer takes what the block itself joins
         return replace(point, layer=following.layer, site="pre", module=module)
 
     def _made_elsewhere(self, point: HookPoint, value: TracedValue) -> str | None:
@@ -248,6 +247,92 @@ class ChainReader:
             common.pop()
         return ".".join(common) or branch.path
 
+    # --- connections: the calls that mix or add, and what the coefficients are computed from
+
+    def _connection(self, of: ConnectionReading) -> Connection:
+        """A connection of a memory with streams, or over depth."""
+        branch = of.branches[-1]
+        given = self._shown_branch(branch)
+        call = None if given is None else self.graph.calls[given[0]]
+        behind = self._behind_coefficients(of)
+        self.is_sinkhorn &= times_in_turn(behind, self.memory.num_streams) >= LEAST_IN_TURN
+        path = self._module_of(behind, branch) or branch.path or self._producer(of.depth_out, ())
+        kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
+        parameters = (self.graph.parameter_names.get(value.number) for value in behind)
+        return Connection(
+            path=path,
+            index=of.depth_in,
+            layer=branch.layer,
+            branch=kind,
+            branch_path=None if call is None else call.path,
+            branch_index=0 if call is None else call.number,
+            style=DEPTH if self.memory.over_depth else READ,
+            depth_in=of.depth_in,
+            depth_out=of.depth_out,
+            parameters=tuple(dict.fromkeys(filter(None, parameters))),
+        )
+
+    def _behind_coefficients(self, of: ConnectionReading) -> list[TracedValue]:
+        """What the coefficients of a connection are computed from: all that scales and mixes the streams."""
+        given = self.memory.carried.keys() | {number for branch in of.branches for number in branch.way}
+        factors = (factor.number for factor in factors_of(self.graph, self.memory, of))
+        return [self.graph.values[n] for n in sorted(self.graph.ancestors(factors, given) - given)]
+
+    def _module_of(self, values: Sequence[TracedValue], branch: BranchReading) -> str:
+        """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
+        computed = (value for value in values if value.func and value.name not in MOVES | SAME)
+        stacks = [self.graph.stack(value) for value in computed]
+        common = shared_start(stacks)
+        path = self.graph.calls[common[-1]].path if common else ""
+        around = path == self._block(branch) or f"{branch.path}.".startswith(f"{path}.")
+        return "" if around else path
+
+    def _plain_connections(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
+        """The branches that are added between two plain states; None for one that no module gives."""
+        for branch in of.branches:
+            for given in self._shown_parts(branch):
+                if given is None or not given[1]:
+                    yield None
+                    continue
+                call, layout = given
+                path, index = self.graph.calls[call].path, self.graph.calls[call].number
+                own = branch.kind if branch.kind in ("attn", "mlp") else "block"
+                yield Connection(
+                    path=path,
+                    index=index,
+                    layer=branch.layer,
+                    branch=own if path == branch.path else kind_of(path, self.graph.modules),
+                    branch_path=path,
+                    branch_index=index,
+                    style="normed" if of.functions else "add",
+                    depth_in=depths.index(of.depth_in),
+                    depth_out=depths.index(of.depth_out),
+                    layout=layout,
+                )
+
+    def _shown_parts(self, branch: BranchReading) -> list[tuple[int, str] | None]:
+        """The calls that give what a branch adds; several where that is a sum of what these give, as in parallel blocks."""
+        given, source = self._shown_branch(branch), self.graph.values[branch.way[0]]
+        if given is not None or source.name != "add":
+            return [given]
+        return [self._shown_by(addend, branch.numbers[0]) for addend in addends(source)]
+
+    def _shown_branch(self, branch: BranchReading) -> tuple[int, str] | None:
+        """The outermost call that gives what a branch adds, that itself or what is moved or scaled of it; and its layout."""
+        way = list(zip(branch.way, branch.numbers, strict=True))
+        shown = (self._shown_by(self.graph.values[number], of) for number, of in reversed(way))
+        return next((given for given in shown if given is not None), None)
+
+    def _shown_by(self, value: TracedValue, numbers: Numbers) -> tuple[int, str] | None:
+        whole = math.prod(self.memory.shape)  # what a branch gives for some of the tokens has other places
+        for other in same_elements(self.graph, value) if value.numel >= whole else ():
+            shown = self.graph.shown.get(other.number, ())
+            calls = [each.call for each in shown if each.at == "output" and not each.item]
+            if calls:
+                own = numbers.reshape(other.shape) if other.numel == value.numel else None
+                return min(calls), "" if own is None else self.layout_of(other, own)
+        return None
+
     # --- states
 
     def _is_inside(self, depth: int) -> bool:
@@ -278,8 +363,7 @@ class ChainReader:
         counts = {of.count for of in self.memory.states[depth].numbers}
         if len(numbers) == 1 and (self._num_tensors == 1 or counts != {math.prod(self.memory.shape)}):
             value = self.graph.values[numbers[0]] if depth else self._first()
-            point, shown = self._point_of(depth, value, layout)
-            return self._with_later_joins(depth, point), shown
+            return self._point_of(depth, value, layout)
         found = [self._point_of(depth, self.graph.values[number], layout) for number in numbers]
         if len({self.layout_of(value) for _, value in found}) > 1 or counts != {math.prod(self.memory.shape)}:
             raise LayoutError(
@@ -293,20 +377,6 @@ class ChainReader:
         ] * (self.memory.num_streams if len(found) == 1 else 1)
         point, value = max(found, key=lambda of: of[1].number)
         return replace(point, streams=tuple(streams)), value
-
-    def _with_later_joins(self, depth: int, point: HookPoint) -> HookPoint:
-        """A state of features that are joined again at each later depth: whether the next gradient is a part of its own."""
-        if not self.memory.grows or not depth:
-            return point
-        states = [self.graph.values[number] for state in self.memory.states for number in state.values]
-        value, following = states[depth], states[depth + 1 : depth + 2]
-        later = {t for p in value.parents for t in self.graph.takers(p) if t.number > value.number}
-        later = {taker for taker in later if has_gradient(taker)}
-        if not later:
-            return point
-        pieces = [addends(of)[: len(addends(value))] for of in (value, *following)]
-        again = later <= {*states[depth + 1 :]} and len(pieces) == 2 and pieces[0] == pieces[1]
-        return replace(point, is_joined_again=again, is_read_before=not again)
 
     def _with_gradient(self, point: HookPoint, value: TracedValue) -> HookPoint:
         """What shows a state; with what has its gradient, where a function of autograd makes it and reads it itself."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.connections.coefficients import DepthWeights, Parts, StreamConnectionError
+from depthscope.probes.connections.proof import DepthWeights, Parts, StreamConnectionError
 from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.read import Rereading
@@ -89,8 +89,6 @@ class ReadStructure:
             return depth_family([of for of in weights if isinstance(of, DepthWeights)])
         if not self.mixes and any(of.read is None for of in weights if isinstance(of, Parts)):
             return "gated"
-        if any(branch.less_its_read for branch in memory.branches):
-            return "altup"
         return ("mhc" if is_sinkhorn else "hc") if self.mixes else "independent_hc"
 
     def connections(self, memory: MemoryReading) -> list[ConnectionReading]:

@@ -14,8 +14,7 @@ from depthscope.probes.reading.memory import Memory, follow, start_of
 from depthscope.probes.reading.operations import FUNCTIONS, NORMS
 from depthscope.probes.structure.chain import NO_FINAL_NORM, Chain, HookPoint
 from depthscope.probes.structure.read_chains import ReadChain
-from depthscope.probes.structure.read_layout import shape_layout
-from depthscope.probes.structure.sequence_axis import SequenceAxis
+from depthscope.probes.structure.read_layout import SequenceAxis, shape_layout
 
 
 def trunks_of(graph: Graph, memories: Sequence[MemoryReading]) -> list[list[MemoryReading]]:
@@ -242,8 +241,8 @@ def _final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> 
         if normed:
             path = graph.path(normed[0])
             why = (
-                f"a norm takes the last state before the end of {path or 'the model'}, and no module returns what it gives "
-                "for every token"
+                f"the last state is normalised in {path or 'the model'}, and no module returns the result for every token in "
+                "the state's shape"
             )
     return None, why
 
@@ -265,10 +264,7 @@ def _norms_of(after: Memory) -> list[int]:
     for number in sorted(after.carried):
         value = after.graph.values[number]
         inside = after.inside(value)
-        if after.depth[number] == 0 and (_is_norm(after, value) or any(p.number in found for p in inside)):
+        is_norm = after.passes_function(value) and (value.name in NORMS or value.name not in FUNCTIONS)
+        if after.depth[number] == 0 and (is_norm or any(p.number in found for p in inside)):
             found.add(number)
     return sorted(found)
-
-
-def _is_norm(memory: Memory, value: TracedValue) -> bool:
-    return memory.passes_function(value) and (value.name in NORMS or value.name not in FUNCTIONS)

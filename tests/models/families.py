@@ -20,7 +20,7 @@ from torch import nn
 
 from tests.models.designs.layouts import unseen
 from tests.models.small_models import Feedforward
-from tests.models.stream_models import deepseek_v4, gemma3n, glm5_next, hy_v4, perturbed, qwen4_exp
+from tests.models.stream_models import deepseek_v4, glm5_next, hy_v4, perturbed, qwen4_exp
 
 # Tiny random models draw warnings about settings that only trained ones need.
 transformers.logging.set_verbosity_error()
@@ -552,12 +552,6 @@ STREAMS = (
         partial(_perturbed, qwen4_exp),
         "layers.{i}",
         "gated",
-    ),
-    _streams(
-        "gemma3n",
-        partial(_perturbed, gemma3n),
-        "layers.{i}",
-        "altup",
     ),
     _hyper("HC", "hc", free),
     _hyper("mHC", "mhc", constrained),

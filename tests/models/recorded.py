@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from depthscope.probes.reading.description import NetworkReading
@@ -12,6 +13,8 @@ from depthscope.probes.reading.read import Rereading
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.reading.recording import recording
 from depthscope.probes.session.model_call import call_model
+from tests.models.designs.design import Design
+from tests.models.designs.truth import SEED
 
 
 def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
@@ -25,3 +28,10 @@ def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
 def read_model(model: nn.Module, batch: Any) -> NetworkReading:
     """The reading of one forward, without gradients."""
     return Rereading(recorded(model, batch)[0]).reading
+
+
+def reading_of(design: Design) -> NetworkReading:
+    """The reading of a design's first batch."""
+    with torch.random.fork_rng():
+        torch.manual_seed(SEED)
+        return read_model(design.build(), design.batch(0))

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 import xarray as xr
 
 from depthscope import probes
-from depthscope.probes.reading import let_go
+from depthscope.probes.reading import tensor_memory
 from tests.models.designs.catalogue import DESIGNS
 from tests.models.designs.design import Design
 from tests.models.designs.outcome import Outcome, all_outcomes, judged, outcome
 from tests.models.designs.parts import tilted
 
-# Each design is described; of what takes longer, a sixteenth.
-EVERY = 16
-
-
-def each(designs: Sequence[Design], every: int = EVERY) -> pytest.MarkDecorator:
-    """A test of every so-many-th design."""
-    cases = [pytest.param(design, id=design.name) for design in designs[::every]]
-    return pytest.mark.parametrize("design", cases)
-
-
-EACH = each(DESIGNS, every=1)
+EACH = pytest.mark.parametrize("design", DESIGNS, ids=lambda design: design.name)
+NAMED = {design.name: design for design in DESIGNS}
 
 
 # What is not «right» at once, and «right» again with its author's answers to all questions (`tests.models.designs.outcome`):
@@ -46,6 +35,9 @@ OTHERWISE = {
         "the state's features in reverse", "the mean over tokens is carried", "half of the features are carried",
         "attention without a skip", "recurrent layers without a skip", "tokens replaced between blocks",
     ),
+    ("unproven, states off", "-", "unproven, states off"): (
+        "tokens turned between blocks",
+    ),
     ("right", "-", "part"): (
         "two towers side by side",
     ),
@@ -57,6 +49,13 @@ OTHERWISE = {
     ("states", "states", "states"): (
         "highway", "highway by lerp", "state halved between blocks", "state halved after every block",
         "the state times a function of itself", "reads of normalised streams",
+    ),
+    ("states", "refused", "states"): (
+        "a share of a block with a residual of its own", "such a share by lerp", "such a share by a gate a token",
+        "one gate on the state and such a block", "every second block with such a gate",
+    ),
+    ("states", "states", "unproven"): (
+        "a block halves the state", "a block zeroes the state",
     ),
     ("right", "-", "unproven"): (
         "tokens merged between blocks", "ResNet with stages",
@@ -73,47 +72,52 @@ def expected(design: Design) -> tuple[str, str, str]:
 @pytest.fixture(autouse=True)
 def _small_tensors_are_let_go_too(monkeypatch):
     """Else nothing of such small models is let go before their forward ends."""
-    monkeypatch.setattr(let_go, "FEWEST_BYTES", 0)
+    monkeypatch.setattr(tensor_memory, "FEWEST_BYTES", 0)
 
 
 @EACH
 def test_a_design_is_right_or_what_is_said_of_it(design):
-    found = all_outcomes(design)
-
-    assert tuple(of.word if of else "-" for of in found) == expected(design), [str(of) for of in found]
-
-
-FIXED = [design for design in DESIGNS if not design.training]
-# Each forward and backward more costs as much as the table's own test.
-LATER, BACKWARD = FIXED[::24], FIXED[1::24]
+    found = outcome(design)
+    assert found.word == expected(design)[0], str(found)
 
 
-@each(LATER, every=1)
-def test_later_forwards_are_read_like_the_first(design):
-    word, _, _ = expected(design)
-    if word in ("right", "states", "unproven"):
-        assert outcome(design, batches=2).word == word
+@pytest.mark.parametrize("name", [name for names in OTHERWISE.values() for name in names])
+def test_advice_and_the_authors_answers_give_what_is_said_of_them(name):
+    found = all_outcomes(NAMED[name])[1:]
+    assert tuple(of.word if of else "-" for of in found) == expected(NAMED[name])[1:], [
+        str(of) for of in found
+    ]
 
 
-# No gradients of their own: one tensor changes in place, or nothing is recorded for a backward; and where a read attends to
-# one sum alone it equals that sum, which has a gradient of its own. A first state that only an operation in the model's own
-# loop shows has none yet (NaN, undefined): a limit of ours.
-WITHOUT_GRADIENTS = (
-    "HC in the model's loop",
-    "adds in place",
-    "into a buffer",
-    "DenseFormer in one buffer",
-    "inference mode inside",
-    "attention residuals, block-wise",
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pre-norm, tensor in and out",
+        "mHC: streams first",
+        "DenseFormer",
+        "mixture of depths",
+        "streams as list",
+        "such a share by a gate a token",
+        "a block halves the state",
+    ],
 )
+def test_later_forwards_are_read_like_the_first(name):
+    assert outcome(NAMED[name], batches=2).word == expected(NAMED[name])[0]
 
 
-@each(BACKWARD, every=1)
-def test_gradients_of_the_states_are_those_of_the_designs_own_hooks(design):
-    word, _, _ = expected(design)
-    if word in ("right", "states") and not any(words in design.name for words in WITHOUT_GRADIENTS):
-        found = outcome(design, gradients=True, loss=tilted)
-        assert found.word == word, found
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pre-norm, on vectors",
+        "post-norm",
+        "mHC: weights returned by a module",
+        "streams in a dict, stacked last",
+        "LIMe",
+    ],
+)
+def test_gradients_of_the_states_are_those_of_the_designs_own_hooks(name):
+    found = outcome(NAMED[name], gradients=True, loss=tilted)
+    assert found.word == expected(NAMED[name])[0], found
 
 
 @pytest.mark.parametrize(
@@ -125,9 +129,8 @@ def test_gradients_of_the_states_are_those_of_the_designs_own_hooks(design):
     ],
 )
 def test_each_sequence_and_token_counts_once(name):
-    (design,) = (of for of in DESIGNS if of.name == name)
-    batch = design.batch(0)
-    run = probes.capture(design.build(), batch)
+    batch = NAMED[name].batch(0)
+    run = probes.capture(NAMED[name].build(), batch)
     assert run["trace"]["sample"].values.tolist() == list(range(len(batch)))
     assert run.attrs["sampling"]["sequences_seen"] == len(batch)
     assert int(run["statistics"]["token_count"][0]) == batch.numel()
@@ -144,7 +147,7 @@ def test_every_design_has_a_name_of_its_own():
 
 def spoilt(design_name: str, change) -> Outcome:
     """The outcome of a design that is read right, after its run was changed."""
-    (design,) = (of for of in DESIGNS if of.name == design_name)
+    design = NAMED[design_name]
     model, batch = design.build(), design.batch(0)
     truth = design.truth(model, batch)
     run = probes.capture(model, batch)

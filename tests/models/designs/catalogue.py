@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.models.designs.depth import DEPTH_DESIGNS
 from tests.models.designs.design import Design
 from tests.models.designs.images import IMAGE_DESIGNS
+from tests.models.designs.kinds import KIND_DESIGNS
 from tests.models.designs.layouts import LAYOUT_DESIGNS
 from tests.models.designs.plain_blocks import BLOCK_DESIGNS
 from tests.models.designs.plain_loops import LOOP_DESIGNS
@@ -27,4 +28,5 @@ DESIGNS: tuple[Design, ...] = (
     *STEP_DESIGNS,
     *STYLE_DESIGNS,
     *LAYOUT_DESIGNS,
+    *KIND_DESIGNS,
 )

@@ -222,6 +222,113 @@ class HalvedBehind(Decoder):
         return x
 
 
+class FactorBlock(nn.Module):
+    """Nothing but a factor of the state."""
+
+    def __init__(self, layer: int, factor: float):
+        super().__init__()
+        self.layer, self.factor = layer, factor
+
+    def forward(self, x):
+        truth.connection(residual_scale=self.factor)
+        x = self.factor * x
+        truth.state(x, self.layer)
+        return x
+
+
+class HalvingBlock(Decoder):
+    """One of the blocks halves the state, and adds nothing to it."""
+
+    factor = 0.5
+
+    def __init__(self):
+        super().__init__(4)
+        self.blocks[2] = FactorBlock(2, self.factor)
+
+
+class ZeroingBlock(HalvingBlock):
+    """One of the blocks multiplies the state with zero, so that nothing of the blocks before it is left."""
+
+    factor = 0.0
+
+
+class InterpolatedBlock(PreNorm):
+    def inner(self, x):
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+    def forward(self, x):
+        added = self.inner(x) - x
+        truth.connection(residual_scale=1, branch_scale=0.003, branch_out=added)
+        x = x + 0.003 * added
+        truth.state(x, self.layer)
+        return x
+
+
+class Interpolated(Decoder):
+    """A block with a residual of its own, of which a constant share is taken."""
+
+    block = InterpolatedBlock
+
+
+class LerpInnerBlock(InterpolatedBlock):
+    def forward(self, x):
+        inner = self.inner(x)
+        truth.connection(residual_scale=0.75, branch_scale=0.25, branch_out=inner)
+        x = torch.lerp(x, inner, 0.25)
+        truth.state(x, self.layer)
+        return x
+
+
+class LerpInner(Decoder):
+    """The same in one call of ``torch.lerp``."""
+
+    block = LerpInnerBlock
+
+
+class GatedInnerBlock(InterpolatedBlock):
+    def __init__(self, layer: int):
+        super().__init__(layer)
+        self.router = nn.Linear(WIDTH, 1)
+
+    def forward(self, x):
+        gate, added = torch.sigmoid(self.router(x)), self.inner(x) - x
+        truth.connection(residual_scale=1, branch_scale=gate[..., 0], branch_out=added)
+        x = x + gate * added
+        truth.state(x, self.layer)
+        return x
+
+
+class GatedInner(Decoder):
+    """The same with a gate that a router gives each token, as in mixtures of depths."""
+
+    block = GatedInnerBlock
+
+
+class SharedInnerBlock(GatedInnerBlock):
+    def forward(self, x):
+        gate, inner = torch.sigmoid(self.router(x)), self.inner(x)
+        truth.connection(residual_scale=1 - gate[..., 0], branch_scale=gate[..., 0], branch_out=inner)
+        x = gate * inner + (1 - gate) * x
+        truth.state(x, self.layer)
+        return x
+
+
+class SharedInner(Decoder):
+    """The gate shares out between the state and the block."""
+
+    block = SharedInnerBlock
+
+
+class GatedEverySecond(Decoder):
+    """Every second block has such a gate, as in mixtures of depths; the others have none."""
+
+    def __init__(self):
+        super().__init__(4)
+        for number in (1, 3):
+            self.blocks[number] = GatedInnerBlock(number)
+
+
 class NormedBetween(Decoder):
     """A norm without module between blocks."""
 
@@ -357,6 +464,13 @@ SCALED_DESIGNS = (
     Design("constant factors of state and branch", WeightedSum),
     Design("state halved between blocks", HalvedBetween),
     Design("state halved after every block", HalvedBehind),
+    Design("a block halves the state", HalvingBlock),
+    Design("a block zeroes the state", ZeroingBlock),
+    Design("a share of a block with a residual of its own", Interpolated),
+    Design("such a share by lerp", LerpInner),
+    Design("such a share by a gate a token", GatedInner),
+    Design("one gate on the state and such a block", SharedInner, family="highway"),
+    Design("every second block with such a gate", GatedEverySecond),
     Design("norm by a function between blocks", NormedBetween),
     Design("vector added between blocks", PositionsBetween),
     Design("scale and shift of state and branch", Zaya),

@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 import time
 import warnings
 from collections import Counter
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
-from tests.models.matrix.campaign import Result, run_cases
-from tests.models.matrix.cases import cases
-from tests.models.matrix.verdict import FAILURES
+from tests.models.matrix.cases import SEQUENCES, TOKENS, Case, NotBuildable, cases
+from tests.models.matrix.verdict import CRASHED, FAILURES, NOT_BUILDABLE, Verdict, judge
 
-# Imported before the processes are forked, so that not each of them spends a second on it.
-SHARED = (
-    "transformers.modeling_utils", "transformers.generation", "transformers.models.llama.modeling_llama",
-    "transformers.models.clip.modeling_clip", "transformers.models.whisper.modeling_whisper",
-    "transformers.models.swin.modeling_swin", "depthscope.probes.description",
-)  # fmt: skip
+
+@dataclass(frozen=True)
+class Result:
+    """What came of one model with one batch."""
+
+    package: str
+    name: str
+    outcome: str
+    reason: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def main() -> int:
@@ -32,44 +36,39 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.models.matrix", description=__doc__)
     parser.add_argument("name", nargs="?", default="", help="models with this in their package or name")
     parser.add_argument("--tenth", action="store_true", help="the fixed tenth that CI tries")
-    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of weights and captures")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results")
     args = parser.parse_args()
-    prepare()
-    start = time.monotonic()
-    chosen = [c for c in cases() if args.name in f"{c.package}/{c.name}" and (c.in_tenth or not args.tenth)]
-    results = run_cases(chosen, seed=args.seed, jobs=args.jobs, on_result=_tell)
-    summary(results, time.monotonic() - start)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    start, results = time.monotonic(), list[Result]()
+    for case in cases():
+        if args.name in f"{case.package}/{case.name}" and (case.in_tenth or not args.tenth):
+            for result in tried(case, args.seed):
+                results.append(result)
+                if result.outcome in FAILURES:  # at once: a run of minutes may be stopped before its table
+                    reason = " ".join(result.reason.split())[:300]
+                    sys.stderr.write(f"{result.outcome}: {result.package} {result.name}: {reason}\n")
+    counts = dict(Counter(result.outcome for result in results))
+    sys.stdout.write(f"{counts}\n\n{len(results)} in {time.monotonic() - start:.0f} s\n")
     if args.json:
         args.json.write_text(json.dumps([asdict(result) for result in results], indent=0, default=str))
     return int(any(result.outcome in FAILURES for result in results))
 
 
-def prepare() -> None:
-    """Settings and imports that every process shares."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    transformers.logging.set_verbosity_error()
-    for name in SHARED:
-        importlib.import_module(name)
-
-
-def _tell(result: Result) -> None:
-    # At once: a run of minutes may be stopped before its table.
-    if result.outcome in FAILURES:
-        sys.stderr.write(
-            f"{result.outcome}: {result.package} {result.name}: {' '.join(result.reason.split())[:300]}\n"
-        )
-
-
-def summary(results: list[Result], seconds: float) -> None:
-    """Counts, and the models that took longest."""
-    slowest = sorted(results, key=lambda result: -result.seconds)[:5]
-    sys.stdout.write(
-        f"{dict(Counter(result.outcome for result in results))}\n\n{len(results)} in {seconds:.0f} s; longest: "
-        f"{', '.join(f'{result.name} {result.seconds:.1f} s' for result in slowest)}\n"
-    )
+def tried(case: Case, seed: int) -> Iterator[Result]:
+    """Build and judge one model with all of its batches."""
+    try:
+        for subject in case.subjects(seed):
+            verdict: Verdict = judge(subject.model, subject.make, case.expected, (SEQUENCES, TOKENS))
+            known = {"class": type(subject.model).__name__, "batch": subject.recipe, "states": verdict.states}
+            name = f"{case.name} {subject.note}".strip()
+            yield Result(case.package, name, verdict.outcome, verdict.reason, known | verdict.facts)
+    except NotBuildable as error:
+        yield Result(case.package, case.name, NOT_BUILDABLE, " ".join(str(error).split()))
+    except Exception as error:  # of the model's own code, or of ours: the table names it
+        yield Result(case.package, case.name, CRASHED, f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
-"""Which models are tried? Every type of transformers, a member of every family of timm and torchvision, and the designs."""
+"""Which models are tried? Every type of transformers, a member of every family of timm and torchvision."""
 
 from __future__ import annotations
 
-import importlib.util
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 from torch import nn
@@ -52,15 +50,12 @@ class Case:
         ``subjects(seed)`` builds it; raises `NotBuildable`.
     expected : Expected
         What is known of its connections.
-    judged : callable, optional
-        ``judged(seed)`` gives (outcome, reason) where a model has a judge of its own.
     """
 
     package: str
     name: str
-    subjects: Callable[[int], list[Subject]] | None
+    subjects: Callable[[int], list[Subject]]
     expected: Expected
-    judged: Callable[[int], tuple[str, str]] | None = None
 
     @property
     def in_tenth(self) -> bool:
@@ -77,28 +72,4 @@ def cases() -> list[Case]:
     from tests.models.matrix.image_models import image_cases
     from tests.models.matrix.transformers_models import transformers_cases
 
-    return [*transformers_cases(), *image_cases(), *design_cases()]
-
-
-def design_cases() -> list[Case]:
-    """The public designs that are re-written here, each with a ground truth of its own, where they exist."""
-    if importlib.util.find_spec("tests.models.designs") is None:
-        return []
-    from tests.models.designs.catalogue import DESIGNS
-
-    return [Case("design", design.name, None, Expected(), partial(_judged, design)) for design in DESIGNS]
-
-
-def _judged(design: Any, seed: int) -> tuple[str, str]:
-    from tests.models.designs.outcome import advised, outcome
-
-    found = outcome(design)
-    if found.word == "states":  # factors of plain connections are stored where they are asked for
-        again = outcome(design, **advised(found))
-        if again.word == "right":
-            return "right", "factors of the branches: with sites=[…, 'branch_out']"
-    # Its own words: states and matrices that are all right, or of which some are missing or named as something else.
-    words = {"states": "unproven", "unproven, states off": "unproven", "misnamed": "wrong"}
-    if found.word == "part" and not found.why.startswith("not covered: "):
-        words["part"] = "wrong"  # a tower is missing, and the run does not say so
-    return words.get(found.word, found.word), str(found) if found.word in words else found.why
+    return [*transformers_cases(), *image_cases()]

@@ -19,25 +19,23 @@ class Expected:
         Axes of a block's output, where it holds several streams.
     apart : bool
         Whether each stream is a tensor of its own.
-    grows : bool
-        Whether every layer joins all earlier outputs anew: the gradient of a state is that of this join and of all later ones.
     """
 
     families: tuple[str, ...] = ()
     streams: int = 1
     layout: str = ""
     apart: bool = False
-    grows: bool = False
 
 
 PLAIN = Expected()
+# Networks that have no residual connection, or that are outside of what is read: to be refused or unproven.
+NO_RESIDUAL = Expected(("unproven", "unknown", "dense"))
 # Their blocks read, or start again from, states of earlier depths: whatever the word, it is not «residual».
 OVER_DEPTH = Expected(("depth_attention", "depth_history", "attention_residual", "depth"))
 _MHC = Expected(("mhc",), 4, "B T N D")
 _INDEPENDENT = Expected(("independent_hc",), 4, "B T N D")
 _GATED = Expected(("gated",), 4, "B T (N D)")
 _REVERSIBLE = Expected(("streams",), 2, apart=True)
-_ALTUP = Expected(("altup",), 4, "N B T D")
 
 TRANSFORMERS: dict[str, Expected] = {
     "deepseek_v4": _MHC,
@@ -48,8 +46,8 @@ TRANSFORMERS: dict[str, Expected] = {
     "hy_v4_vl_text": _INDEPENDENT,
     "qwen4_exp": _GATED,
     "qwen4_exp_text": _GATED,
-    "gemma3n": _ALTUP,
-    "gemma3n_text": _ALTUP,
+    "gemma3n": NO_RESIDUAL,
+    "gemma3n_text": NO_RESIDUAL,
     "reformer": _REVERSIBLE,
     "inkling2": OVER_DEPTH,
     "inkling2_text": OVER_DEPTH,
@@ -57,12 +55,9 @@ TRANSFORMERS: dict[str, Expected] = {
     "inkling2_loop_text": OVER_DEPTH,
 }
 
-# Networks whose blocks have no residual connection, or join their states by concatenation: to be refused or unproven.
-NO_RESIDUAL = Expected(("unproven", "unknown", "dense"))
-_DENSE = Expected(grows=True)
 IMAGES: dict[str, Expected] = {
-    "torchvision/densenet121": _DENSE,
-    "timm/densenet": _DENSE,
+    "torchvision/densenet121": NO_RESIDUAL,
+    "timm/densenet": NO_RESIDUAL,
     "timm/repvit": Expected(("highway",)),  # squeeze-and-excitation multiplies the state itself
     "torchvision/alexnet": NO_RESIDUAL,
     "torchvision/vgg11": NO_RESIDUAL,

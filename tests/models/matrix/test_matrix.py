@@ -151,14 +151,3 @@ def test_axes_are_told_by_two_more_forwards():
     assert record.axes["blocks.1", 0, False] == "BTD"
     packed = partial(lambda b, t: {"x": vectors(b * t, 1)["x"][:, 0]})
     assert verdict.observe(Plain().eval(), packed, (3, 7), gradients=False).axes["blocks.1", 0, False] == "PD"
-
-
-FAULTS = """
-import os, signal, time
-from tests.models.matrix.isolation import in_child
-crashed = in_child(lambda: os.kill(os.getpid(), signal.SIGSEGV), seconds=5)
-hung = in_child(lambda: time.sleep(60), seconds=1)
-failed = in_child(lambda: 1 / 0, seconds=5)
-large = in_child(lambda: len(bytearray(b"a" * 400_000_000)), seconds=20)
-print(crashed.signal == signal.SIGSEGV, hung.timed_out, "ZeroDivisionError" in failed.stderr, large.mib > 256)
-"""

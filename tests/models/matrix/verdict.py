@@ -308,25 +308,17 @@ def _labels(found: list[Depth], record: Record, expected: Expected) -> Iterator[
     """A depth that is called the output of a module is its output: bit for bit, with its gradient, in the right axes."""
     if expected.streams > 1:
         return  # a connection's next state is functional; the states between the blocks are compared below
-    for number, depth in enumerate(found):
+    for depth in found:
         named = _named(depth, record)
         if not named:
             continue
-        # What a row of joins begins with is one tensor, whose own gradient is that of all of them.
-        is_join = expected.grows and number > 0 and _begins_with(depth, found[number - 1])
-        later = found[number + 1] if is_join and number + 1 < len(found) else None
-        answers = [_matches(depth, seen, record, expected, later) for seen in named]
+        answers = [_matches(depth, seen, record, expected) for seen in named]
         if "" not in answers:
             yield f"{depth}: {min(answers, key=lambda a: ('values' in a, len(a)))}"
 
 
-def _matches(
-    depth: Depth, seen: tuple[Seen, str], record: Record, expected: Expected, later: Depth | None = None
-) -> str:
-    """Nothing where a depth's state is this tensor; otherwise what differs.
-
-    ``later``: the next depth; where it joins the same features again, its gradient is a part of this one's.
-    """
+def _matches(depth: Depth, seen: tuple[Seen, str], record: Record, expected: Expected) -> str:
+    """Nothing where a depth's state is this tensor; otherwise what differs."""
     if expected.apart and depth.state.sizes["stream"] > 1:
         streams = [
             replace(depth, state=depth.state.isel(stream=[n])) for n in range(depth.state.sizes["stream"])
@@ -360,20 +352,7 @@ def _matches(
         return "gradient: none is recorded, but one arrived"
     gradient = canonical(tensor.gradient, fitting[0], expected).reshape(values.shape)
     found = np.asarray(depth.state.gradient.values)
-    if later is not None and _begins_with(later, depth):
-        gradient = gradient + np.asarray(later.state.gradient.values)[..., : values.shape[-1]]
-        return (
-            ""
-            if np.allclose(gradient, found, rtol=1e-5, atol=1e-6 * np.abs(found).max())
-            else "gradient: differs"
-        )
     return "" if same(gradient, found) else "gradient: differs"
-
-
-def _begins_with(depth: Depth, features_of: Depth) -> bool:
-    """Whether the first features of a state are those of another one."""
-    values, first = (np.asarray(of.state.residual.values) for of in (depth, features_of))
-    return same(values[..., : first.shape[-1]], first)
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from depthscope import probes
-from depthscope.probes.connections.constraint import measured_constraint, measured_family
+from depthscope.probes.connections.proof import measured_constraint, measured_family
 from tests.models.verdict_models import (
     IDENTITY,
     UNIFORM,
@@ -65,6 +65,6 @@ def test_padding_and_what_is_not_finite_do_not_count():
 
 def test_other_names_are_told_by_structure_and_stay():
     found = measured_constraint([torch.eye(3)])
-    for name in ("residual", "independent_hc", "gated", "altup", "depth_history", "unproven", "unknown"):
+    for name in ("residual", "independent_hc", "gated", "depth_history", "unproven", "unknown"):
         assert measured_family(name, found) == name
     assert measured_family("hc", None) == "hc"

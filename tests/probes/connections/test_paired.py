@@ -109,8 +109,10 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 64, (2, 5), generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("style", ["inside", "closure", "methods"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "style"),
+    [*((case, "inside") for case in CASES), ("mhc", "closure"), ("hc in fractions", "methods")],
+)
 def test_every_version_and_style_is_read_and_proven(case, style, ids):
     connection, streams, version, family, views = CASES[case]
     model = built(connection, streams, style, version)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import depthscope as ds
-from depthscope.probes.connections.coefficients import spread
+from depthscope.probes.connections.proof import spread
 from depthscope.probes.model.layout import LayoutError
 
 WIDTH, STREAMS = 16, 4

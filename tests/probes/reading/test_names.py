@@ -8,7 +8,7 @@ from torch import nn
 
 import depthscope as ds
 from tests.models.designs.catalogue import DESIGNS
-from tests.models.designs.read_outcome import reading_of
+from tests.models.recorded import reading_of
 
 
 def read(name: str):

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from depthscope.probes.reading.known_operations import factors_of_sum
 from depthscope.probes.reading.read import Rereading
-from depthscope.probes.reading.trials import factors_of_sum
 from tests.models.opaque import (
     BATCH,
     DEPTH,

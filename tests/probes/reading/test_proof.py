@@ -8,8 +8,7 @@ from torch import nn
 
 from depthscope.probes.reading import choice, connections
 from tests.models.designs.catalogue import DESIGNS
-from tests.models.designs.read_outcome import reading_of
-from tests.models.recorded import read_model
+from tests.models.recorded import read_model, reading_of
 
 
 def named(name: str):

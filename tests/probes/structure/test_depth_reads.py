@@ -68,7 +68,7 @@ def test_a_block_that_gives_another_state_does_not_end_the_chain():
     u = nn.functional.normalize(torch.randn(32), dim=0)
     model.blocks[1].after = lambda x: (x @ u).unsqueeze(-1) * u
     run = captured(model)
-    assert run.attrs["proof"] == "unproven: more is added to what came of the last state, in blocks.2"
+    assert run.attrs["proof"] == "unproven: blocks.2 adds a branch after the last state that was found"
     assert list(run["trace"]["module"].values[1:]) == [f"blocks.{number}" for number in range(4)]
 
 

@@ -119,7 +119,7 @@ def test_a_norm_of_any_name_is_the_final_one(last, end):
 def test_a_norm_that_shows_no_state_of_every_token_is_said_to_be_there(last, end):
     run, row = coverage(last, end)
     assert "final" not in run["trace"]
-    assert row["why"].startswith("a norm takes the last state before the end of ")
+    assert row["why"].startswith("the last state is normalised in ")
 
 
 @pytest.mark.parametrize(

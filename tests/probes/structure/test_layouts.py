@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from depthscope import probes
-from depthscope.probes.structure.sequence_axis import SequenceAxis
+from depthscope.probes.structure.read_layout import SequenceAxis
 from tests.models.recorded import recorded
 
 BATCH, TOKENS, WIDTH = 4, 4, 4  # of one size, so that no size tells one axis from another
