@@ -14,6 +14,7 @@ from torch import nn
 
 from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.experiments import SETTLED_BY
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity, suspected
 from depthscope.diagnostics.verdicts.age import KNOWS, RESCALED, TASK, age_of, share_of_constant
@@ -106,7 +107,7 @@ def settle(
         of_chain = [
             (finding, analysis)
             for name, finding, analysis in suspicions
-            if name == chain and VERDICTS[finding.verdict].tried_by and _is_open(finding)
+            if name == chain and VERDICTS[finding.verdict].tried and _is_open(finding)
         ]
         if of_chain:
             results += _settled(chain, of_chain, model, parts, loss, forwards - FIRST_FORWARDS, options)
@@ -339,14 +340,14 @@ def _place(finding: Finding, chain: str, depths: tuple[int, int]) -> dict[str, A
         "stream": finding.stream,
         "first": finding.first,
         "last": finding.last,
-        "kind": VERDICTS[finding.verdict].tried_by,
+        "kind": SETTLED_BY[finding.verdict],
         "depths": list(depths),
     }
 
 
 def _plan_of(finding: Finding, analysis: xr.Dataset) -> tuple[Plan, tuple[int, int]]:
     """The experiment that settles a suspicion, and the first and last depth that it changes."""
-    kind = VERDICTS[finding.verdict].tried_by
+    kind = SETTLED_BY[finding.verdict]
     if kind == "bypass":  # a state of a range that is one has no step before it
         first, last = finding.first + 1, finding.last
         return plan(kind, depths=list(range(first, last + 1))), (first, last)

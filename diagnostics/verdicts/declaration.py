@@ -127,7 +127,7 @@ class Verdict:
     ``function``: variables in, profiles out; None where the question does not apply.
     ``follows_from``: other verdicts that explain this one, which is then a note.
     ``drawn_on``: metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
-    ``tried_by``: the experiment of `depthscope.settle` that shows whether what it is about is of use.
+    ``tried``: whether `depthscope.settle` runs its experiment of `SETTLED_BY`, which shows whether what it is about is of use.
     """
 
     name: str
@@ -142,7 +142,7 @@ class Verdict:
     wants: tuple[str, ...] = ()
     follows_from: tuple[str, ...] = ()
     drawn_on: tuple[str, ...] = ()
-    tried_by: str = ""
+    tried: bool = False
 
     @property
     def about(self) -> str:
@@ -213,7 +213,7 @@ class Verdict:
                 age(),
                 analysis.attrs,
                 result,
-                is_tried=bool(self.tried_by),
+                is_tried=self.tried,
                 is_sure=profile.is_sure,
             )
         return Finding(
@@ -273,7 +273,7 @@ def verdict(
     limits: Limits,
     follows_from: tuple[str, ...] = (),
     drawn_on: tuple[str, ...] = (),
-    tried_by: str = "",
+    tried: bool = False,
 ) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
     """Declare the function below as a verdict; its parameters name variables of an analysis, the others see `Verdict`."""
 
@@ -293,7 +293,7 @@ def verdict(
             wants=tuple(each.name for each in parameters if each.default is None),
             follows_from=follows_from if kind in (Kind.FACT, Kind.READING) else (*SPOILING, *follows_from),
             drawn_on=drawn_on,
-            tried_by=tried_by,
+            tried=tried,
         )
 
     return declare

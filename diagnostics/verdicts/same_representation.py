@@ -68,7 +68,7 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
     ),
     limits=Limits(warn=ALIKE, fail=SAME, scale="cosine"),
     follows_from=("gain_explosion", "exploding_state"),
-    tried_by="bypass",
+    tried=True,
 )
 def same_representation(
     cka: xr.DataArray,
