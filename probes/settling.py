@@ -280,12 +280,7 @@ def _suspicions(run: xr.DataTree) -> list[tuple[str, Finding, xr.Dataset]]:
         for node in part["trace"].subtree:
             sizes = {"sample": slice(SEQUENCES), "token": slice(TOKENS)}
             node.dataset = node.to_dataset(inherit=False).isel(sizes, missing_dims="ignore")
-        found = analyze(part, metrics=_judged_metrics())
-        known = (
-            {"": found}
-            if isinstance(found, xr.Dataset)
-            else {name: node.to_dataset() for name, node in found.children.items()}
-        )
+        known = schema.by_chain(analyze(part, metrics=_judged_metrics()))
     return [(chain, finding, each) for chain, each in known.items() for finding in suspected(each)]
 
 

@@ -58,8 +58,10 @@ def analyze(
 
     from depthscope.app.cli.analysis_output import analysis_as_dict, print_analysis, tabulate
     from depthscope.app.readings.readings import read_runs
+    from depthscope.app.readings.run_arrays import with_metrics
     from depthscope.diagnostics import analyze as measure
     from depthscope.diagnostics import schema
+    from depthscope.diagnostics.schema.groups import group_path
 
     # What cannot be written is refused before anything is computed.
     if out is not None:
@@ -90,9 +92,8 @@ def analyze(
             opened.load()
             opened.close()
             analysis = measure(opened, metrics=asked, jackknife=jackknife, progress=progress)
-    groups = {"/metrics": analysis} if isinstance(analysis, xr.Dataset) else {
-        f"/metrics/{chain}": node.to_dataset() for chain, node in analysis.children.items()
-    }  # fmt: skip
+    chains = schema.by_chain(analysis)
+    groups = {f"/{group_path('metrics', chain)}": each for chain, each in chains.items()}
     measured = xr.DataTree.from_dict({"/": xr.Dataset(attrs=opened.attrs), **groups})
     if out is not None:
         # Of named metrics other commands compute the rest.
@@ -100,7 +101,7 @@ def analyze(
         tree = xr.DataTree.from_dict({"/": xr.Dataset(attrs=opened.attrs), **marked})
         written = schema.save_run(tree, out, force=force)
     else:
-        written = schema.save_run(_with_metrics(opened, groups, complete=not asked), run, force=True)
+        written = schema.save_run(with_metrics(opened, chains, complete=not asked), run, force=True)
     # Judged and printed is what was measured now, not what the run contained before.
     readings = read_runs({schema.without_suffix(run.name): measured})
     tables = [tabulate(reading, selection, asked or ()) for reading in readings]
@@ -109,21 +110,6 @@ def analyze(
     else:
         print_analysis(tables, written)
     return FINE
-
-
-def _with_metrics(run: Any, groups: dict[str, Any], *, complete: bool) -> Any:
-    """The run with everything that it contains, and the new metrics in place of its own."""
-    import xarray as xr
-
-    from depthscope.app.readings.run_arrays import renewed
-    from depthscope.diagnostics import schema
-
-    # Trace and statistics are written again as they are: saving replaces the folder.
-    nodes = {node.path: node.to_dataset() for node in run.subtree if node.path not in groups}
-    for path, metrics in groups.items():
-        stored = schema.chain_dataset(run, "metrics", path.removeprefix("/metrics").strip("/"))
-        nodes[path] = renewed(metrics, stored, complete=complete)
-    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=run.attrs), **nodes})
 
 
 @contextmanager

@@ -106,7 +106,6 @@ def probe(
     loaded = model.load()
     # After `load`, which prints that torch is being imported while it is.
     from depthscope import probes
-    from depthscope.app.readings.readings import read_paths
     from depthscope.probes.checkpoints.text_batch import batches_of, token_texts
 
     tokens = model.batch(loaded, text)
@@ -130,16 +129,15 @@ def probe(
                 "data_digest": text_digest(text),
             },
         )
-    run, why_not = _analysed(run)
-    if settle:
+    run = _analysed(run)
+    # What cannot be analysed raises no suspicion, and is saved as it was measured.
+    if settle and "metrics" in run.children:
         with working("trying what is suspected"), capture_errors_for_users():
             run = probes.settle(run, loaded.model, parts, forwards=settle, **model.read_as)
     path = schema.save_run(run, place, force=force)
     # What comes next needs neither, and a model is as large as its run.
     del loaded, tokens, parts
-    _print_saved(run, path, [] if why_not else read_paths([str(path)])[0], json=json)
-    if why_not:
-        remark(f"{path} is saved, and not judged: {why_not}")
+    _print_saved(run, path, _judged(path), json=json)
     return FINE
 
 
@@ -154,15 +152,27 @@ def _is_folder_of_checkpoints(folder: Path) -> bool:
     return folder.is_dir() and not (folder / "config.json").exists() and any(folder.glob("*/config.json"))
 
 
-def _analysed(run: xr.DataTree) -> tuple[xr.DataTree, str]:
-    """The run with its metrics; or as it is, and why it cannot be analysed, since what was measured is not lost for it."""
-    from depthscope.app.readings.readings import with_metrics
+def _analysed(run: xr.DataTree) -> xr.DataTree:
+    """The run with its metrics; as it is where it cannot be analysed, which is said when it is judged."""
+    from depthscope.app.readings.run_arrays import with_metrics
+    from depthscope.diagnostics import analyze, schema
 
     try:
         with working("analysing") as progress:
-            return with_metrics(run, progress), ""
+            return with_metrics(run, schema.by_chain(analyze(run, progress=progress)))
+    except ValueError:
+        return run
+
+
+def _judged(path: Path) -> list[Reading]:
+    """The saved run, one reading for each of its chains; none where it cannot be judged, since the run is there."""
+    from depthscope.app.readings.readings import read_paths
+
+    try:
+        return read_paths([str(path)])[0]
     except ValueError as error:
-        return run, str(error)
+        remark(f"{path} is saved, and not judged: {error}")
+        return []
 
 
 def _print_saved(run: xr.DataTree, path: Path, readings: Sequence[Reading], *, json: bool) -> None:

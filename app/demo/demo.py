@@ -74,12 +74,14 @@ def measure(checkpoints: Path, runs: Path) -> None:
     Prints one line for each model.
     """
     from depthscope.app.demo.training import single_threaded
-    from depthscope.app.readings.readings import read_runs, with_metrics
-    from depthscope.diagnostics import open_run, save_run
+    from depthscope.app.readings.readings import read_runs
+    from depthscope.app.readings.run_arrays import with_metrics
+    from depthscope.diagnostics import analyze, open_run, save_run, schema
 
     for kind in TITLES:
         with single_threaded():
-            run = with_metrics(_capture(kind, checkpoints / f"{kind}.safetensors"))
+            run = _capture(kind, checkpoints / f"{kind}.safetensors")
+            run = with_metrics(run, schema.by_chain(analyze(run)))
         save_run(run, runs / f"{kind}.zarr", force=True)
         history = open_run(next(checkpoints.glob(f"{kind}-training*")))
         save_run(history.load(), runs / f"{kind}-training.zarr", force=True)

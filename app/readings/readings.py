@@ -17,7 +17,6 @@ from depthscope.diagnostics.experiments import results_beside
 from depthscope.diagnostics.metrics.declaration import AXES
 from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import DIMS, FACTS, with_facts
-from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.verdicts.magnitude import with_joined_stages
 
 LIVE = "live"
@@ -188,7 +187,7 @@ def _analyses(
     for dataset in known.values():
         _require_own_dims(dataset)
     if not _suffices(run, stored, known):
-        fresh = by_chain(analyze(run, progress=progress))
+        fresh = schema.by_chain(analyze(run, progress=progress))
         known = {chain: _with_stored(dataset, known.get(chain)) for chain, dataset in fresh.items()}
     return [
         # Stored metrics may lack the run's attributes of its reading, which every finding and figure repeats.
@@ -260,21 +259,6 @@ def _only_unmeasured(fresh: xr.DataArray, live: xr.DataArray) -> xr.DataArray:
     measured = live.notnull().any(places)
     labels = {dim: fresh[dim] for dim in measured.dims if dim in fresh.coords}
     return fresh.where(~measured.reindex(labels, fill_value=False))
-
-
-def with_metrics(run: xr.DataTree, progress: Callable[[str, int, int], None] | None = None) -> xr.DataTree:
-    """A run with all metrics that it can feed, so that whoever opens it need not compute them."""
-    nodes = {node.path: node.to_dataset(inherit=False) for node in run.subtree}
-    for chain, metrics in by_chain(analyze(run, progress=progress)).items():
-        nodes[f"/{group_path('metrics', chain)}"] = metrics.assign_attrs({schema.COMPLETE: True})
-    return xr.DataTree.from_dict(nodes)
-
-
-def by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
-    """The analyses of a run by the names of its chains; the empty name where it has one."""
-    if isinstance(analysis, xr.Dataset):
-        return {"": analysis}
-    return {chain: node.to_dataset() for chain, node in analysis.children.items()}
 
 
 def read_paths(

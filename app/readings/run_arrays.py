@@ -18,6 +18,7 @@ from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.kernels.mixing.products import composite
+from depthscope.diagnostics.schema.groups import group_path
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,6 +113,20 @@ def curves_by_step(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Data
     with group_of(reading, "statistics", runs) as statistics:
         curves = None if statistics is None else curves_of(statistics)
     return curves if curves is not None and curves.sizes.get("step", 1) > 1 else None
+
+
+def with_metrics(
+    run: xr.DataTree, metrics: Mapping[str, xr.Dataset], *, complete: bool = True
+) -> xr.DataTree:
+    """A run with new metrics, by chain, in place of its own; what else it contains stays as it is.
+
+    ``complete``: as in `renewed`; whoever opens a run with complete metrics need not compute them.
+    """
+    nodes = {node.path: node.to_dataset(inherit=False) for node in run.subtree}
+    for chain, fresh in metrics.items():
+        stored = schema.chain_dataset(run, "metrics", chain)
+        nodes[f"/{group_path('metrics', chain)}"] = renewed(fresh, stored, complete=complete)
+    return xr.DataTree.from_dict(nodes)
 
 
 def renewed(fresh: xr.Dataset, stored: xr.Dataset | None, *, complete: bool) -> xr.Dataset:

@@ -10,7 +10,7 @@ from depthscope.diagnostics.schema.coefficients import (
     SUMMED,
     SUMS_OF_COEFFICIENTS,
 )
-from depthscope.diagnostics.schema.groups import COMPLETE, GROUPS, chain_dataset, chains
+from depthscope.diagnostics.schema.groups import COMPLETE, GROUPS, by_chain, chain_dataset, chains
 from depthscope.diagnostics.schema.live_rows import LOG, LiveRows, Status, is_being_written, is_live_store
 from depthscope.diagnostics.schema.live_store import POOLED_STEP, RESUMED_AT, newest_state
 from depthscope.diagnostics.schema.opening import list_runs, open_group, open_run, open_tree
@@ -94,6 +94,7 @@ __all__ = [
     "SchemaError",
     "Status",
     "Variable",
+    "by_chain",
     "chain_dataset",
     "chains",
     "check_version",

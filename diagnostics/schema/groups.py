@@ -38,6 +38,13 @@ def chain_dataset(run: xr.DataTree, group: str, chain: str = "") -> xr.Dataset |
     return dataset if dataset.variables else None  # the node above several chains is empty
 
 
+def by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
+    """The analyses of a run by the names of its chains; the empty name where it has one."""
+    if isinstance(analysis, xr.DataTree) and analysis.children:
+        return {chain: node.to_dataset() for chain, node in analysis.children.items()}
+    return {"": analysis if isinstance(analysis, xr.Dataset) else analysis.to_dataset()}
+
+
 def group_path(group: str, chain: str) -> str:
     """The path of a group's dataset below the root; a run with one chain has no level of chains.
 

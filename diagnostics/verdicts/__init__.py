@@ -12,7 +12,7 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import with_row_facts
-from depthscope.diagnostics.schema import GROUPS
+from depthscope.diagnostics.schema import GROUPS, by_chain
 from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.verdicts import (
     inputs,
@@ -200,18 +200,12 @@ def _severity_order(finding: Finding) -> tuple[bool, float, bool, float]:
 
 def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
     """The analysis of each chain, by its name; "" where there is one."""
-    if isinstance(analysis, xr.Dataset):
-        found = {"": analysis}
-    elif not isinstance(analysis, xr.DataTree):
+    if not isinstance(analysis, xr.Dataset | xr.DataTree):
         raise _no_analysis(f"a {type(analysis).__name__}")
-    elif set(GROUPS) & set(analysis.children):
+    if isinstance(analysis, xr.DataTree) and set(GROUPS) & set(analysis.children):
         raise _no_analysis("a run")
-    elif analysis.children:
-        found = {chain: node.to_dataset() for chain, node in analysis.children.items()}
-    else:
-        found = {"": analysis.to_dataset()}
     # Of a file that `to_netcdf` wrote and xarray opened.
-    found = {chain: decode_dataset(part) for chain, part in found.items()}
+    found = {chain: decode_dataset(part) for chain, part in by_chain(analysis).items()}
     for chain, part in found.items():
         # An analysis of a run that can feed no metric has reasons only.
         if "not_computed" not in part.attrs and not set(CATALOGUE) & set(part.data_vars):

@@ -48,14 +48,6 @@ class Outcome:
         return f"{word}: {self.group}, {self.outcome}{place}: {self.title} [{self.words}; case {self.seed}]{told}"
 
 
-def by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Dataset]:
-    if isinstance(analysis, xr.Dataset):
-        return {"": analysis}
-    return {name: node.to_dataset() for name, node in analysis.children.items()} or {
-        "": analysis.to_dataset()
-    }
-
-
 def loud(findings: Sequence[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.severity > Severity.INFO]
 
@@ -68,7 +60,7 @@ def score_fault(
     fault: Fault, place: Place, analysis: xr.Dataset | xr.DataTree, *, trained: bool
 ) -> tuple[str, bool, tuple[str, ...]]:
     """Whether a planted fault is loud, whether its place is named, and what was told."""
-    findings, parts = diagnostics.judge(analysis), by_chain(analysis)
+    findings, parts = diagnostics.judge(analysis), diagnostics.schema.by_chain(analysis)
     named = [each for each in findings if each.verdict in fault.says]
     placed = any(place.holds(each, parts[each.chain]) for each in named)
     # What the loss of a trained network shows, its statistics explain; of a fresh one they are all that can be loud.

@@ -12,6 +12,7 @@ import xarray as xr
 from depthscope import probes
 from depthscope.app.cli.main import FINE, FOUND, USAGE, main
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.errors import InputError
 from depthscope.probes.checkpoints.load import LoadedModel
 
 
@@ -145,3 +146,18 @@ def test_probe_says_what_the_run_leaves_out_and_what_is_not_proven(monkeypatch, 
     assert f"not covered: {sentence}" in printed
     assert run.attrs["proof"] in printed
     assert schema.open_run(tmp_path / "r.zarr.zip").attrs["not_covered"] == run.attrs["not_covered"]
+
+
+def test_a_run_that_cannot_be_analysed_is_saved_and_that_is_said(monkeypatch, tmp_path, make_run, capsys):
+    _stand_in(monkeypatch, make_run("residual", layers=2))
+
+    def refuse(*_, **__):
+        raise InputError("its states cannot be measured")
+
+    for room in ("diagnostics", "app.readings.readings", "probes.settling"):
+        monkeypatch.setattr(f"depthscope.{room}.analyze", refuse)
+    out = tmp_path / "r.zarr.zip"
+    assert main(["probe", "models/tiny.gguf", "--out", str(out)]) == FINE
+    assert "is saved, and not judged: its states cannot be measured" in capsys.readouterr().err
+    with schema.open_run(out) as run:
+        assert "trace" in run.children
