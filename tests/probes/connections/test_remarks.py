@@ -42,13 +42,6 @@ SAYS = {
     "stale": "from the streams at connection 0, not from those at connection 1",
     "other_token": "100% of their gradient is there",
 }
-DEPENDENT = (
-    "first_state",
-    "stale",
-    "other_token",
-)  # of what a dynamic connection takes; a static one takes nothing
-# Its streams are shifted along the token axis, which leaves no layout of the states: refused, and not read wrongly.
-UNREAD = {("local", "other_token")}
 
 
 def wiring(style: str, bug: str, **more) -> Wiring:
@@ -57,28 +50,8 @@ def wiring(style: str, bug: str, **more) -> Wiring:
     return Wiring(style=style, bug=bug, spread=spread, logits=logits, **more)
 
 
-def cases(**more):
-    pairs = ((style, bug) for style in STYLES for bug in BUGS if (style, bug) not in UNREAD)
-    return [
-        wiring(style, bug, **more)
-        for style, bug in pairs
-        if more.get("dynamic", True) or bug not in DEPENDENT
-    ]
-
-
 def name(wired: Wiring) -> str:
-    kind = "dynamic" if wired.dynamic else "static"
-    return f"{wired.style}-{wired.bug or 'right'}-{wired.streams}-{kind}-{str(wired.dtype)[6:]}"
-
-
-OTHERS = [*cases(streams=2), *cases(dynamic=False), *cases(streams=2, dynamic=False), *cases(streams=3)]
-HALVES = [
-    wired
-    for wired in cases(dtype=torch.bfloat16)
-    # The read weights are solved from states of half precision, or rounded: too coarse to find the sigmoid behind them.
-    if (wired.style, wired.bug)
-    not in {("returned", "swapped"), ("local", "swapped"), ("paired", "transposed")}
-]
+    return f"{wired.style}-{wired.bug or 'right'}-{'dynamic' if wired.dynamic else 'static'}"
 
 
 def told(wired: Wiring) -> list:
@@ -92,11 +65,10 @@ def remarks_of(net) -> list:
 
 
 # Every bug in one style, and every style with some bugs.
-QUICK = {(STYLES[number % len(STYLES)], bug) for number, bug in enumerate(BUGS)}
-EVERY = [pytest.param(wired, id=name(wired)) for wired in cases() if (wired.style, wired.bug) in QUICK]
+EVERY = [wiring(STYLES[2 * number % len(STYLES)], bug) for number, bug in enumerate(BUGS)]
 
 
-@pytest.mark.parametrize("wired", EVERY)
+@pytest.mark.parametrize("wired", EVERY, ids=name)
 def test_a_bug_is_told_in_one_sentence(wired):
     found = told(wired)
     assert [remark["kind"] for remark in found] == [KINDS[wired.bug]]
@@ -105,11 +77,12 @@ def test_a_bug_is_told_in_one_sentence(wired):
     assert any(letter.isdigit() for letter in remark["sentence"])
 
 
-RIGHT = [Wiring(style=style, dynamic=dynamic) for style in STYLES for dynamic in (True, False)]
+RIGHT = [
+    Wiring(style=style, dynamic=dynamic) for style, dynamic in zip(STYLES, (True, False, True), strict=True)
+]
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("copies", [False, True])
+@pytest.mark.parametrize(("style", "copies"), [("returned", True), ("local", False), ("paired", True)])
 def test_a_gradient_that_algebra_takes_is_no_cut_graph(style, copies):
     """Megatron-Core's Sinkhorn has no graph inside, and copies are left as they are by rows that sum to 1."""
     wired = Wiring(style=style, custom=True, copies=copies, spread=0.3)
@@ -120,8 +93,7 @@ def test_a_gradient_that_algebra_takes_is_no_cut_graph(style, copies):
     assert "the graph is cut" in remark["sentence"]
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("loud", [0, 1])
+@pytest.mark.parametrize(("style", "loud"), [("returned", 1), ("local", 0)])
 def test_after_an_explosion_coefficients_are_those_of_their_own_streams(style, loud):
     """Later states differ by less than a rounding of their largest number, and fresh connections have equal weights."""
     net = network(Wiring(style=style))
@@ -153,20 +125,6 @@ def test_a_right_twin_brings_no_remark(wired):
     assert found.remarks == ()
     assert "remark" not in str(found)
     assert found.reconstruction_error < 1e-6
-
-
-RIGHT_OTHERS = [
-    replace(wired, **more)
-    for wired in RIGHT
-    for more in (
-        {"streams": 2},
-        {"streams": 3},
-        {"spread": 0.1},
-        {"spread": 3.0},
-        {"dtype": torch.bfloat16},
-        {"streams": 2, "dtype": torch.bfloat16},
-    )
-]
 
 
 SINKHORNS = {
@@ -243,14 +201,15 @@ def test_following_a_forward_changes_nothing_of_the_model():
         assert parameter.grad is None
 
 
-@pytest.mark.parametrize(
-    "value",
-    [None, 3, "text", [None], [{}], [{"kind": "constant_mixing"}], [{"kind": "constant_mixing", "sentence": 1, "value": 1.0}],
-     [{"kind": "constant_mixing", "sentence": "a\x1b[31m", "value": 9.0}],
-     [{"kind": "constant_mixing", "sentence": "a", "value": float("nan")}]],
-)  # fmt: skip
-def test_a_file_with_something_else_in_place_of_remarks_is_judged_without_them(value):
-    run = probes.capture(network(Wiring()), tokens())
-    run.attrs["remarks"] = value
-    verdicts = {finding.verdict for finding in diagnostics.judge(diagnostics.analyze(run), passed=True)}
-    assert "constant_mixing" not in verdicts
+NO_REMARKS = [
+    None, 3, "text", [None], [{}], [{"kind": "constant_mixing"}], [{"kind": "constant_mixing", "sentence": 1, "value": 1.0}],
+    [{"kind": "constant_mixing", "sentence": "a\x1b[31m", "value": 9.0}],
+    [{"kind": "constant_mixing", "sentence": "a", "value": float("nan")}],
+]  # fmt: skip
+
+
+def test_a_file_with_something_else_in_place_of_remarks_is_judged_without_them():
+    run = diagnostics.analyze(probes.capture(network(Wiring()), tokens()))
+    for value in NO_REMARKS:
+        run.attrs["remarks"] = value
+        assert "constant_mixing" not in {finding.verdict for finding in diagnostics.judge(run, passed=True)}

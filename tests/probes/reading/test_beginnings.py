@@ -42,8 +42,10 @@ class Streams(Trunk):
         return self.head(sum(streams))
 
 
-@pytest.mark.parametrize("start", ["projections in a list", "a stack of one", "repeated"])
-@pytest.mark.parametrize("shape", [(2, 6, 5), (7, 5)], ids=["tokens", "rows"])
+@pytest.mark.parametrize(
+    ("start", "shape"),
+    [("projections in a list", (7, 5)), ("a stack of one", (2, 6, 5)), ("repeated", (7, 5))],
+)
 def test_streams_in_a_list_are_read_however_they_begin(start, shape):
     model, x = Streams(start).eval(), torch.randn(*shape)
     run = ds.capture(model, x, max_sequences=16)

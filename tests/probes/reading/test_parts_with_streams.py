@@ -1,4 +1,4 @@
-"""Streams in a part of the depth or in a list, and gates of features next to their weights: as the code's own numbers are."""
+"""Streams in a part of the depth, and gates of features next to their weights: as the code's own numbers are."""
 
 from __future__ import annotations
 
@@ -140,71 +140,3 @@ def test_a_gate_of_each_feature_is_a_part_of_the_branch_next_to_the_weights_of_s
         for block in model.inside:
             block.gain.copy_(torch.rand(WIDTH))
     compare(model)
-
-
-class Steps(nn.Module):
-    """Streams in a list, `step` as often as there are layers, and a head that reads all of them."""
-
-    def __init__(self, depth: int = 3):
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed, self.begins = nn.Linear(4, 2 * WIDTH), nn.Linear(4, WIDTH)
-        self.head = nn.Linear(2 * WIDTH, 2)
-        self.mix = nn.ParameterList(torch.eye(2) + 0.3 * torch.randn(2, 2) for _ in range(depth))
-        self.write = nn.ParameterList(torch.randn(2) for _ in range(depth))
-        self.first, self.second = (nn.ModuleList(mlp() for _ in range(depth)) for _ in range(2))
-        self.passed: list[torch.Tensor] = []
-
-    def begin(self, batch):
-        return list(self.embed(batch).chunk(2, -1))
-
-    def forward(self, batch):
-        streams = self.begin(batch)
-        self.passed = [torch.stack(streams, 2)]
-        for number in range(len(self.mix)):
-            streams = self.step(number, *streams)
-        return self.head(torch.cat(streams, -1))
-
-
-class InList(Steps):
-    """Three streams in a list, of which the others begin with constants or as the first; branches read a sum or the first."""
-
-    def __init__(self, begin: str, reads_first: bool):
-        super().__init__()
-        self.kind, self.reads_first = begin, reads_first
-        self.constants = nn.ParameterList(torch.randn(WIDTH) for _ in range(2))
-        self.mix = nn.ParameterList(torch.eye(3) + 0.3 * torch.randn(3, 3) for _ in self.first)
-        self.write = nn.ParameterList(torch.randn(3) for _ in self.first)
-        self.head = nn.Linear(3 * WIDTH, 2)
-
-    def begin(self, batch):
-        x = self.begins(batch)
-        others = {
-            "zeros": [torch.zeros_like(x) for _ in range(2)],
-            "parameters": [constant.expand_as(x) for constant in self.constants],
-            "same": [x, x],
-        }
-        return [x, *others[self.kind]]
-
-    def step(self, number, *streams):
-        mix, write = self.mix[number], self.write[number]
-        made = self.first[number](streams[0] if self.reads_first else sum(streams))
-        mixed = (sum(mix[to, n] * of for n, of in enumerate(streams)) for to in range(3))
-        streams = [of + write[to] * made for to, of in enumerate(mixed)]
-        self.passed.append(torch.stack(streams, 2))
-        return streams
-
-
-@pytest.mark.parametrize("reads_first", [True, False])
-@pytest.mark.parametrize("begin", ["zeros", "parameters", "same"])
-def test_streams_of_a_list_may_begin_with_constants_and_be_read_one_at_a_time(begin, reads_first):
-    model = InList(begin, reads_first)
-    trace = ds.capture(model, BATCH)["trace"]
-
-    assert trace.attrs["proof"] == "proven"
-    with torch.no_grad():
-        model(BATCH)
-        np.testing.assert_allclose(trace["residual"], torch.stack(model.passed), atol=1e-6)
-        true = torch.stack(list(model.mix))[-trace.sizes["connection"] :, None, None]
-        np.testing.assert_allclose(trace["h_res"], true.expand(trace["h_res"].shape), atol=1e-6)
-    assert trace.sizes["connection"] == (2 if begin == "same" else 3)

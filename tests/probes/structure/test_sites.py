@@ -123,30 +123,28 @@ def test_only_the_asked_branch_is_kept(models, ids):
     assert list(trace.connection.values) == [3]
 
 
-@pytest.mark.parametrize(
-    ("name", "variables", "connections"),
-    [
-        ("h_res", {"h_res"}, range(6)),
+def test_weights_of_streams_by_their_names(models, ids):
+    whole = probes.capture(models["deepseek"](), {"input_ids": ids})
+    for name, variables, connections in (
         ("comb", {"h_res"}, range(6)),
-        ("H_post", {"h_post"}, range(6)),
         ("alpha", {"h_pre", "h_res"}, range(6)),
-        ("blocks.{i}.attn_hc.hook_comb", {"h_res"}, [0, 2, 4]),
         ("blocks.1.mlp_hc.hook_post", {"h_post"}, [3]),
         ("blocks.2.attn_hc.hook_out", {"branch_in"}, [4]),
-    ],
-)
-def test_weights_of_streams_by_their_names(models, ids, name, variables, connections):
-    run = probes.capture(models["deepseek"](), {"input_ids": ids}, sites=name)
-    whole = probes.capture(models["deepseek"](), {"input_ids": ids})
-    trace = run["trace"].to_dataset()
-    held = {"h_res", "h_pre", "h_post", "branch_in", "branch_out"} & set(trace.data_vars)
-    assert held == variables
-    assert list(trace.connection.values) == list(connections)
-    for variable in variables:
-        np.testing.assert_array_equal(
-            trace[variable].values, whole.trace[variable].sel(connection=list(connections)).values
-        )
-    assert run.attrs["reconstruction_error"] < 1e-6, "proven all the same"
+    ):
+        run = probes.capture(models["deepseek"](), {"input_ids": ids}, sites=name)
+        trace = run["trace"].to_dataset()
+        assert {"h_res", "h_pre", "h_post", "branch_in", "branch_out"} & set(trace.data_vars) == variables
+        assert list(trace.connection.values) == list(connections)
+        for variable in variables:
+            true = whole.trace[variable].sel(connection=list(connections)).values
+            np.testing.assert_array_equal(trace[variable].values, true)
+        assert run.attrs["reconstruction_error"] < 1e-6, "proven all the same"
+
+
+def test_other_names_of_the_weights_mean_the_same():
+    for names in (("h_res", "H_res", "comb", "blocks.{i}.attn_hc.hook_comb"), ("h_post", "H_post", "beta")):
+        assert len({select(name).requests[0].kinds for name in names}) == 1
+    assert select("blocks.{i}.attn_hc.hook_comb").requests[0].branch == "attn"
 
 
 @pytest.mark.parametrize(
@@ -254,13 +252,12 @@ def test_names_say_what_they_mean():
         ("hook_resid_*", ["hook_resid_pre", "hook_resid_mid", "hook_resid_post"]),
     ],
 )
-def test_a_pattern_is_the_names_that_it_stands_for(models, ids, pattern, names):
-    one, several = (
-        probes.capture(models["llama"](), {"input_ids": ids}, sites=sites) for sites in (pattern, names)
-    )
-    for name, values in several["trace"].to_dataset().data_vars.items():
-        np.testing.assert_array_equal(one["trace"][name].values, values.values)
-    assert table(one)["expected"].sum() == table(several)["expected"].sum()
+def test_a_pattern_is_the_names_that_it_stands_for(pattern, names):
+    one, several = select(pattern).requests, select(names).requests
+    asked = {
+        (request.kinds, number, request.branch) for request in one for number in request.blocks or [None]
+    }
+    assert asked == {(of.kinds, number, of.branch) for of in several for number in of.blocks or [None]}
 
 
 @pytest.mark.parametrize(
