@@ -23,8 +23,7 @@ from depthscope.probes.model.errors import InterventionError
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.operations import is_read_early, is_view
-from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.reading.recording import recording
+from depthscope.probes.reading.recorder import GraphRecorder, recording
 
 # Of two forwards of one batch: sums of a device in another order. A heuristic of ours.
 REPEATED = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}

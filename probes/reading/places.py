@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatc
 
 from depthscope.probes.model.user_modes import circumstances
 from depthscope.probes.reading.graph import FILLS, OUTPUT, Graph, ReadingError, TracedValue
-from depthscope.probes.reading.known_operations import decomposed, operation_of
+from depthscope.probes.reading.operations import decomposed, operation_of
 from depthscope.probes.reading.tensor_memory import detached
 
 OTHER = "other operations ran in {} than in the forward that was read; the next measured forward is read anew"

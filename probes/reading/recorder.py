@@ -7,11 +7,14 @@ or a norm takes and gives inside of a branch is let go with the forward.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as hooked
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
@@ -38,11 +41,13 @@ from depthscope.probes.reading.graph import (
     tensors_of,
     walk,
 )
-from depthscope.probes.reading.known_operations import (
+from depthscope.probes.reading.operations import (
     ADD,
     EMPTY,
     FUSED,
+    MOST_STREAMS,
     MUL,
+    NORMS,
     SAVING,
     KnownOperation,
     decomposed,
@@ -52,8 +57,7 @@ from depthscope.probes.reading.known_operations import (
     is_unwritten,
     only_operation,
     operation_of,
-)  # fmt: skip
-from depthscope.probes.reading.operations import MOST_STREAMS, NORMS
+)
 from depthscope.probes.reading.tensor_memory import (
     TensorEntry,
     can_end,
@@ -588,3 +592,29 @@ class GraphRecorder(TorchDispatchMode):
             if value.held is not None:
                 value.held = detached(value.held, copy=True)
                 value.is_rewritten = True
+
+
+@contextmanager
+def recording(recorder: GraphRecorder) -> Iterator[None]:
+    """Record the forward of a model that runs inside; hooks of torch on all modules note the calls."""
+
+    def enter(module: nn.Module, args: Any) -> None:
+        path = recorder.paths.get(id(module))
+        if path is not None:
+            recorder.enter(path, module, args, {})
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        path = recorder.paths.get(id(module))
+        if path is not None:
+            recorder.leave(path, output)
+
+    before = hooked.register_module_forward_pre_hook(enter)
+    after = hooked.register_module_forward_hook(leave, always_call=True)
+    try:
+        with recorder, warnings.catch_warnings():
+            # Of a model that torch.compile returned, whose own call is noted as well as that of the model inside.
+            warnings.filterwarnings("ignore", "Using `torch.compile\\(module\\)` when there are global hooks")
+            yield
+    finally:
+        before.remove()
+        after.remove()

@@ -10,8 +10,15 @@ from typing import Any
 import torch
 
 from depthscope.probes.reading.graph import FILLS, TracedValue
-from depthscope.probes.reading.known_operations import CARRYING, KnownOperation, is_layer, operation_of
-from depthscope.probes.reading.operations import FUNCTIONS, MIXES, MOST_STREAMS
+from depthscope.probes.reading.operations import (
+    CARRYING,
+    FUNCTIONS,
+    MIXES,
+    MOST_STREAMS,
+    KnownOperation,
+    is_layer,
+    operation_of,
+)
 
 
 def geometry(tensor: torch.Tensor) -> tuple[Any, ...]:

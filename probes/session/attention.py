@@ -24,7 +24,7 @@ from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import OperationsShown
 from depthscope.probes.reading.graph import Graph, TracedValue, names
-from depthscope.probes.reading.known_operations import operation_of
+from depthscope.probes.reading.operations import operation_of
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.forward import Forward, Key, Tape
 from depthscope.probes.structure.model_structure import Structure

@@ -21,8 +21,7 @@ from depthscope.probes.model.preserved_state import eager, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import ReadingError, TracedValue, ValuePlace
-from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.reading.recording import recording
+from depthscope.probes.reading.recorder import GraphRecorder, recording
 from depthscope.probes.session.forward import Forward, own_call
 from depthscope.probes.session.model_call import call_model, requiring_gradients
 from depthscope.probes.session.observer import Observer

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.proof import StreamConnectionError
+from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, count_streams, parse_layout
 from depthscope.probes.reading.description import PROVEN, MemoryReading
 from depthscope.probes.reading.graph import INPUT, Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
-from depthscope.probes.session.first_forward import RewrittenError
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.chain import Chain, ChainError
 from depthscope.probes.structure.model_structure import (
@@ -62,6 +62,10 @@ from depthscope.probes.structure.stages import (
     with_next_stage,
     with_opening,
 )
+
+
+class RewrittenError(CaptureError):
+    """A state of the first forward was rewritten in place before it could be copied."""
 
 
 class AxisError(RewrittenError):

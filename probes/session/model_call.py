@@ -13,7 +13,7 @@ from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.modules import all_parameters
-from depthscope.probes.session.first_forward import RewrittenError
+from depthscope.probes.session.find_structure import RewrittenError
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.session import Session
 

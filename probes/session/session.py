@@ -28,14 +28,14 @@ from depthscope.probes.model.user_modes import in_transformation, unreadable_mod
 from depthscope.probes.session.attention import add_attention_sums, placed_attention
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_model import CompiledCalls, CompiledModel
+from depthscope.probes.session.find_structure import RewrittenError
 from depthscope.probes.session.first_forward import (
     NOT_READ,
+    FirstReading,
     LaterForwards,
     RecordedForward,
-    RewrittenError,
     record_operations,
 )
-from depthscope.probes.session.first_reading import FirstReading
 from depthscope.probes.session.forward import CurrentForward, Forward, Measured, Tape, own_call, own_calls
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope

@@ -10,8 +10,7 @@ from torch import nn
 from depthscope.probes.reading.description import NetworkReading
 from depthscope.probes.reading.graph import Graph, tensors_of
 from depthscope.probes.reading.read import Rereading
-from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.reading.recording import recording
+from depthscope.probes.reading.recorder import GraphRecorder, recording
 from depthscope.probes.session.model_call import call_model
 from tests.models.designs.design import Design
 from tests.models.designs.truth import SEED

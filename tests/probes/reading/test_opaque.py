@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from depthscope.probes.reading.known_operations import factors_of_sum
+from depthscope.probes.reading.operations import factors_of_sum
 from depthscope.probes.reading.read import Rereading
 from tests.models.opaque import (
     BATCH,
