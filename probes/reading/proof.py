@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -175,7 +175,7 @@ def _inside_branches(memory: Memory) -> set[int]:
     return {number for number, marked in enumerate(behind) if marked and later[number]}
 
 
-def why_not_in_order(graph: Graph, cuts: Sequence[Sequence[TracedValue]]) -> str:
+def why_not_in_order(graph: Graph, cuts: Sequence[Cut]) -> str:
     """Why some states are no depths; empty where each is computed from the one before."""
     for number, (before, after) in enumerate(pairwise(cuts), 1):
         if not all(value in before or any(graph.depends(value, of) for of in before) for value in after):
@@ -184,6 +184,40 @@ def why_not_in_order(graph: Graph, cuts: Sequence[Sequence[TracedValue]]) -> str
                 f"state {number}, made in {where}, is not computed from state {number - 1}: they lie in lanes side by side, "
                 "which are not one stream"
             )
+    return ""
+
+
+def why_not_apart(memory: Memory, cuts: Sequence[Cut], known: Set[int]) -> str:
+    """What is computed on beside the states, each of which parts what comes before from what comes after; empty for nothing.
+
+    By value: the last state that it was computed from, and how often its way passed a state since without touching it.
+    ``known``: what other memories carry, beside which nothing has to be said.
+    """
+    graph, later = memory.graph, memory.graph.later(memory.root)
+    of_states: dict[int, set[int]] = {}
+    for at, cut in enumerate(cuts):
+        for value in cut:
+            of_states.setdefault(value.number, set()).add(at)
+    made = [max(value.number for value in cut) for cut in cuts]
+    level, beside = {memory.root.number: -1}, {memory.root.number: 0}
+    for value in graph.values[memory.root.number + 1 : made[-1] + 1]:
+        number = value.number
+        taken = [parent.number for parent in value.parents if parent.number in level] if later[number] else []
+        if not taken or not graph.reaches_output(value):
+            continue
+        own = of_states.get(number, set())
+        states = (at for before in taken for at in of_states.get(before, ()) if number > made[at])
+        level[number] = max(*(level[before] for before in taken), *states, -1)
+        if own and made[min(own)] == number:
+            level[number] = max(level[number], min(own))
+        beside[number] = 0
+        for before in taken:
+            far = 0 if before in of_states or before in known else beside[before]
+            passed = set(range(level[before] + 1, level[number] + 1)) - of_states.get(before, set()) - own
+            if passed and far and graph.values[before].numel >= memory.count:
+                where = graph.path(graph.values[before]) or "the model"
+                return f"what {where} makes is computed on beside the states: it passes state {max(passed)}, and is none"
+            beside[number] = max(beside[number], far + bool(passed))
     return ""
 
 
@@ -198,7 +232,7 @@ class WeightCoverage:
         others: Sequence[Memory],
     ):
         self._all = [memory, *others]
-        self._others = set().union(*(other.carried for other in others), *map(_inside_branches, others))
+        self.of_others = set().union(*(other.carried for other in others), *map(_inside_branches, others))
         self.memory, self.graph, self.branches, self.last = memory, memory.graph, branches, last
         graph, outputs = self.graph, self.graph.outputs or [memory.end]
         self._used = weights_in(graph, graph.earlier(outputs))
@@ -269,7 +303,7 @@ class WeightCoverage:
 
     def _is_of_no_other(self, value: TracedValue) -> bool:
         """Whether a value is made of no other memory's, as the sum of two tracks is."""
-        return not any(p.number in self._others for p in value.parents)
+        return not any(p.number in self.of_others for p in value.parents)
 
     def _residual_sum(
         self, numbers: Iterable[int], marks: bytearray, after: TracedValue | None = None
@@ -280,7 +314,7 @@ class WeightCoverage:
         """
         for number in numbers:
             value = self.graph.values[number]
-            if not marks[number] or number in self._others:
+            if not marks[number] or number in self.of_others:
                 continue
             if self._joining_blocks.intersection(self.graph.stack(value)):
                 continue

@@ -33,6 +33,7 @@ from depthscope.probes.reading.proof import (
     WeightCoverage,
     recomputed_depth,
     tolerance,
+    why_not_apart,
     why_not_in_order,
 )
 from depthscope.probes.reading.states import States
@@ -313,7 +314,9 @@ class _Reader:
         carried += [value for value in scaled if not only_moves(value)]
         allowed = tolerance(carried)
         why = why_not_in_order(self.graph, cuts) or coverage.why_incomplete()
-        why = why or (self._other_end(cuts) if over_depth else "")
+        why = why or (
+            self._other_end(cuts) if over_depth else why_not_apart(self.memory, cuts, coverage.of_others)
+        )
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
