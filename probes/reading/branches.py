@@ -194,12 +194,7 @@ def _way(memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int
             before = _before_step(memory, value, back, numbers)
         else:
             back, coefficient, before = _before_mixing(value, numbers)
-        if (
-            back is None
-            or before is None
-            or _is_held(memory, back, before)
-            or not memory.graph.depends(back, memory.root)
-        ):
+        if back is None or before is None or not memory.graph.depends(back, memory.root):
             break
         way.append((back, coefficient, before))  # a value, and what it is scaled by in the step after
     way = way[: _length_without_norm(memory, [(value, coefficient) for value, coefficient, _ in way])]
@@ -241,14 +236,6 @@ def _before_step(memory: Memory, after: TracedValue, before: TracedValue, number
     return None if moved is None else _inverted(moved.dense(), numbers.dense(), before)
 
 
-def _is_held(memory: Memory, value: TracedValue, numbers: Numbers) -> bool:
-    """Whether the memory holds what has numbers of a value, of which the rest may be a buffer."""
-    own = memory.carried.get(value.number)
-    if own is None or own.count == value.numel:
-        return own is not None
-    return bool((own.dense()[numbers.dense() != NOTHING] != NOTHING).any())
-
-
 def _before_written(memory: Memory, value: TracedValue, numbers: Numbers) -> TracedValue | None:
     """What was written into a value, if nothing else of it has numbers."""
     if value.name not in SCATTERS or value.name in ADDING:
@@ -284,19 +271,7 @@ def _before(
     """The value that a step moves or scales, and its coefficient."""
     if only_moves(value) and value.args and isinstance(value.args[0], TracedValue):
         return value.args[0], None
-    if value.name in ("add", "sub"):
-        return _beside_constant(memory, value), None
     return _scaled(memory, value, gates) if value.name in PRODUCTS else (None, None)
-
-
-def _beside_constant(memory: Memory, value: TracedValue) -> TracedValue | None:
-    """What is added to a constant that is no weight, as to the zeros with which a sum begins."""
-    added = addends(value)
-    depending = [v for v in added if memory.graph.depends(v, memory.root)]
-    others = [v for v in added if v not in depending]
-    if len(depending) != 1 or depending[0].shape != value.shape or not others:
-        return None
-    return None if any(memory.graph.has_origin(v) for v in others) else depending[0]
 
 
 def _before_mixing(
@@ -362,38 +337,16 @@ def _reads(memory: Memory, source: TracedValue) -> list[TracedValue]:
 
 def hidden_sums(memory: Memory, branches: list[Branch]) -> dict[int, Numbers]:
     """Parts of sums that begin anew, as those of a few blocks: what is added up before the memory is joined by the sum."""
-    members = {v.number: b for b in branches for v in (b.source, *b.steps.values())}
-    members |= {number: b for b in branches for number in b.steps}
-    found: dict[int, Numbers] = {}
+    depends, found = memory.graph.depends, dict[int, Numbers]()
     for branch in branches:
-        waiting = [branch.source]
+        waiting = [branch.source] if branch.source.number in memory.born and branch.numbers else []
         while waiting:
             value = waiting.pop()
-            if value.name not in ("add", "sub") or not branch.numbers:
+            parts = [v for v in addends(value) if depends(v, memory.root) and v.shape == value.shape]
+            if value.name not in ("add", "sub") or len(parts) < 2:
                 continue
-            parts = [
-                v for v in addends(value) if memory.graph.depends(v, memory.root) and v.shape == value.shape
-            ]
-            for part in parts if len(parts) > 1 else ():
-                before = _of_another(memory, part, branch, members)
-                if before is not None:
-                    found[before.number] = branch.numbers[branch.source.number]
-                elif branch.source.number in memory.born and not any(
-                    other is not part and memory.graph.depends(part, other) for other in parts
-                ):
+            for part in parts:
+                if not any(other is not part and depends(part, other) for other in parts):
                     found[part.number] = branch.numbers[branch.source.number]
                     waiting.append(part)
     return {number: of for number, of in found.items() if number not in memory.carried}
-
-
-def _of_another(
-    memory: Memory, part: TracedValue, branch: Branch, members: dict[int, Branch]
-) -> TracedValue | None:
-    """What another branch gave, if a part of a sum is that, moved or scaled."""
-    at: TracedValue | None = part
-    while at is not None and memory.graph.depends(at, memory.root):
-        other = members.get(at.number)
-        if other is not None and other is not branch and at.shape == branch.source.shape:
-            return at
-        at = _before(memory, at, set())[0]
-    return None

@@ -9,8 +9,7 @@ memories.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -24,7 +23,6 @@ from depthscope.probes.reading.memory import (
     start_of,
     start_with_streams,
     without_forks,
-    without_inner,
 )
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
@@ -92,12 +90,10 @@ def memories(graph: Graph) -> list[Memory]:
     if not ranked:
         raise ReadingError(NO_MEMORY + _unknown(graph))
     everything = set[TracedValue]().union(*(of.used for of in ranked))
-    taken: list[Taken] = []
     best = with_further_beginnings(_within_long_skip(graph, ranked).memory)
-    first_memory = _after_first_norm(after_spread(_with_empty_streams(best)))
-    first_memory = _with_hidden_sums(first_memory)
-    for track in tracks(with_unread_streams(first_memory)):
-        taken += [(memory, branches_of(memory)) for memory in with_streams_apart(track)]
+    first_memory = _with_hidden_sums(_after_first_norm(after_spread(_with_empty_streams(best))))
+    parts = with_streams_apart(with_unread_streams(first_memory))
+    taken: list[Taken] = [(memory, branches_of(memory)) for memory in parts]
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
         if not any(
@@ -282,32 +278,7 @@ def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
         of.memory.root for of in ranked if any(_may_mix(of.memory, taker) for _, taker in of.memory.leaves)
     )
     axes = [(root, axis) for root in roots if len(root.shape) > 3 for axis in range(len(root.shape) - 1)]
-    found = [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
-    parts = dict.fromkeys(
-        part for of in ranked for way in of.memory.leaves for part in _mixed_part(of.memory, *way)
-    )
-    return found + [start_with_streams(*part) for part in parts]
-
-
-def _mixed_part(
-    memory: Memory, read: TracedValue, of: TracedValue
-) -> Iterator[tuple[TracedValue, int, int, int]]:
-    """The part of an axis of a memory's first value along which a matrix mixes places: streams folded into that axis."""
-    root, numbers = memory.root, memory.carried[read.number]
-    mixes = of.name in MATRICES and _may_mix(memory, of)
-    if not mixes or len(root.shape) < 4 or memory.count != root.numel:  # of three axes one may be of tokens
-        return
-    position = next(at for at, argument in enumerate(of.args) if argument is read) - MATRICES[of.name][0]
-    along = len(read.shape) - (2 if position and len(read.shape) > 1 else 1)
-    streams = numbers.distinct_along(along)
-    if not 1 < streams == read.shape[along] <= MOST_STREAMS:
-        return
-    step = numbers.step(along)
-    for axis, size in enumerate(root.shape[:-1]):
-        below = math.prod(root.shape[axis + 1 :])
-        inner, rest = divmod(step, below)
-        if inner and not rest and streams < size and not size % (streams * inner):
-            yield root, axis, streams, inner
+    return [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
 
 
 def _may_mix(memory: Memory, of: TracedValue) -> bool:
@@ -330,17 +301,7 @@ def _is_spread(memory: Memory, value: TracedValue) -> bool:
             continue
         if memory.root.number in memory.back([value], {number}):
             return False  # to some alone
-        if any(_differs_between_streams(memory.carried[number], of.shape) for of in added):
-            return False
     return True
-
-
-def _differs_between_streams(numbers: Numbers, shape: tuple[int, ...]) -> bool:
-    """Whether what has a shape, and is added to a memory, is another for each of its streams along an axis of these."""
-    for axis in range(-len(shape), 0):
-        if shape[axis] > 1 and numbers.collapsed([len(numbers.shape) + axis]) is not None:
-            return True
-    return False
 
 
 def _with_shares(ranked: list[Ranked], everything: set[TracedValue]) -> list[Ranked]:
@@ -429,72 +390,6 @@ def with_unread_streams(memory: Memory) -> Memory:
     if not unread or sum(memory.carried[of.number].count for of in unread) != missing:
         return memory
     return replace(memory, unread=unread, trunk=memory.trunk | memory.back(unread), branches=None)
-
-
-def tracks(memory: Memory) -> list[Memory]:
-    """The memory, or one for each way on which it goes on for good from one value: reversible blocks, a head of blocks.
-
-    Where values are joined before the last write nothing is taken apart: what leaves comes back there.
-    """
-    branches, values, root = branches_of(memory), memory.graph.values, memory.root
-    if memory.carried[root.number].count > memory.count:
-        return [memory]  # which begins with several streams, each of which may be a track
-    last = max((write.number for branch in branches for write in branch.writes), default=0)
-    relevant = memory.back([memory.end, *(branch.read for branch in branches)]) - {root.number}
-    inside = {n: [p.number for p in memory.inside(values[n])] for n in sorted(relevant) if n <= last}
-    if any(len(parents) > 1 for parents in inside.values()):
-        return [memory]
-    forks = ((of, ways) for of, ways in _forks(memory, inside) if values[of].shape == root.shape)
-    number, ways = next(forks, (root.number, []))
-    if any(sum(not way.isdisjoint(w.number for w in b.writes) for way in ways) > 1 for b in branches):
-        return [memory]  # of earlier outputs each is added to several sums, which branches read: a history
-    return _parted(memory, values[number], ways, last) if ways else [memory]
-
-
-def _forks(memory: Memory, inside: Mapping[int, Sequence[int]]) -> Iterator[tuple[int, list[set[int]]]]:
-    """The values that go on in several ways, each with some writes, and the writes of each way; the first value first.
-
-    ``inside``: of which value each is carried.
-    """
-    takers: dict[int, list[int]] = {memory.root.number: []}
-    writes: dict[int, set[int]] = {}  # of a value and of all that is carried from it
-    for number, parents in inside.items():
-        takers.setdefault(number, [])
-        for parent in parents:
-            takers.setdefault(parent, []).append(number)
-    for number in sorted(takers, reverse=True):
-        own = {number} & memory.writes.keys()
-        writes[number] = own.union(*(writes[taker] for taker in takers[number]))
-    for number in sorted(takers):
-        ways = [writes[taker] for taker in takers[number] if len(writes[taker]) > 1]
-        if len(ways) > 1:
-            yield number, ways
-
-
-def _parted(memory: Memory, fork: TracedValue, ways: list[set[int]], last: int) -> list[Memory]:
-    """The memory with one of the ways after a value, and each of the others from that value on.
-
-    It goes on to what lies in the container of the modules before, else to the most writes.
-    """
-    graph, written = memory.graph, set().union(*ways)
-    containers = [_container(graph, n) for n in sorted(memory.back([fork]) & memory.writes.keys())]
-    ways.sort(key=lambda way: (_container(graph, min(way)) in containers, len(way)), reverse=True)
-    merges = {n for n in memory.trunk if n > last and len(memory.inside(graph.values[n])) > 1}
-    main = without_inner(memory, merges | (written - ways[0]))
-    start = memory.start if fork is memory.root else replace(start_of(fork), functions=memory.start.functions)
-    sides = [
-        without_forks(graph, replace(start, banned=memory.start.banned | merges | (written - way)))
-        for way in ways[1:]
-    ]
-    return [main, *(track for side in sides for track in tracks(side))]
-
-
-def _container(graph: Graph, number: int) -> str:
-    """The module with numbered parts in one of which a value was made."""
-    parts = graph.path(graph.values[number]).split(".")
-    while parts and not parts[-1].isdigit():
-        parts.pop()
-    return ".".join(parts[:-1])
 
 
 def with_streams_apart(memory: Memory) -> list[Memory]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, bisect_right
-from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,7 +48,7 @@ def cuts_of(
     renewed = len(sizes) > 3 and sizes[0] < sizes[1] and len(set(everything)) == len(everything)
     renewed &= all(len(cut) > 1 for cut in cuts[1:])
     is_list |= renewed and all(not memory.begins.isdisjoint(memory.back([value])) for value in cuts[1])
-    return Cuts(cuts, _has_long_lived(cuts) or len(set(sizes[is_list:])) > 1)
+    return Cuts(cuts, len(set(sizes[is_list:])) > 1)
 
 
 def size_of(memory: Memory, cut: Cut) -> int:
@@ -64,13 +63,6 @@ def last_read(memory: Memory, branches: list[Branch]) -> TracedValue:
         if value.number <= last or (memory.mixes(value) and memory.is_whole(value)):
             break
     return value
-
-
-def _has_long_lived(cuts: list[Cut]) -> bool:
-    """Whether a value is needed unchanged for longer than a cut has values."""
-    ages = Counter(value.number for cut in cuts for value in cut)
-    most = sorted(len(cut) for cut in cuts)[len(cuts) // 2]
-    return any(age >= 3 and age > most for age in ages.values())
 
 
 class _Life:

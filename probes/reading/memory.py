@@ -277,7 +277,7 @@ def _note_write(memory: Memory, value: TracedValue, inside: list[TracedValue]) -
     if value.name in JOINS:
         _note_pieces(memory, value, inside)
         return
-    new = [v for v in addends(value) if not memory.holds(v) and memory.graph.depends(_put(v), memory.root)]
+    new = [v for v in addends(value) if not memory.holds(v) and memory.graph.depends(v, memory.root)]
     if new and not memory.passes_function(value) and not _fills_empty_places(memory, value):
         memory.writes[value.number] = new
         memory.depth[value.number] += 1
@@ -290,13 +290,6 @@ def _fills_empty_places(memory: Memory, value: TracedValue) -> bool:
     places = places_in(memory.graph, value, value.args[SCATTERS[value.name][-1]])
     held = memory.carried[value.number].dense()
     return places is not None and bool((held[places.dense() != NOTHING] == NOTHING).all())
-
-
-def _put(value: TracedValue) -> TracedValue:
-    """A value, or what was copied into it: of what was there before nothing is left."""
-    while value.name == "copy":
-        (value,) = addends(value) or (value.parents[-1],)
-    return value
 
 
 def _note_pieces(memory: Memory, value: TracedValue, inside: list[TracedValue]) -> None:
@@ -325,20 +318,6 @@ def without_forks(graph: Graph, start: Start) -> Memory:
         start = replace(start, banned=start.banned | forks)
         memory = follow(graph, start)
     return memory
-
-
-def without_inner(memory: Memory, inner: Collection[int]) -> Memory:
-    """The memory without some sums, as those inside of its blocks, which are then branches with a residual of their own."""
-    everything = set(inner)
-    for number in sorted(memory.trunk):  # as where a block subtracts what it took from what it gives
-        taken = memory.inside(memory.graph.values[number])
-        sums = [value for value in taken if value.number in everything]
-        inside = walk(sums, lambda value: (p for p in memory.inside(value) if p.number in everything))
-        begins = {before.number for value in inside for before in memory.inside(value)} - everything
-        if sums and {value.number for value in taken} - everything <= begins:
-            everything.add(number)
-    start = replace(memory.start, banned=memory.start.banned | frozenset(everything))
-    return without_forks(memory.graph, start)
 
 
 def _is_fork(memory: Memory, value: TracedValue) -> bool:

@@ -13,7 +13,7 @@ import torch
 from depthscope.probes.reading.branches import Branch, branches_of
 from depthscope.probes.reading.connections import ConnectionParts, DepthParts
 from depthscope.probes.reading.cuts import Cut
-from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, walk
+from depthscope.probes.reading.graph import Graph, TracedValue, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import (
     JOINS,
@@ -316,8 +316,6 @@ class WeightCoverage:
             value = self.graph.values[number]
             if not marks[number] or number in self.of_others:
                 continue
-            if self._joining_blocks.intersection(self.graph.stack(value)):
-                continue
             branch = residual_branch(self.graph, value, after)
             if branch and (value.numel == self.memory.count or self._is_next_to_blocks(branch)):
                 return value
@@ -331,25 +329,10 @@ class WeightCoverage:
         )
 
     @cached_property
-    def _blocks(self) -> list[ModuleCall]:
-        """The calls of modules with a number in which branches are computed."""
-        around = [self._block_around(branch.source) for branch in self.branches]
-        return [self.graph.calls[call] for call in around if call is not None]
-
-    @cached_property
     def _containers(self) -> set[str | None]:
-        """What holds these modules."""
-        return {block.container for block in self._blocks}
-
-    @cached_property
-    def _joining_blocks(self) -> set[int]:
-        """Calls of blocks, of the classes of this memory's, in which a memory begins: what they add up is theirs.
-
-        What such a block takes and gives has to be a state.
-        """
-        kinds = {block.kind for block in self._blocks}
-        calls = (self._block_around(memory.root) for memory in self._all)
-        return {call for call in calls if call is not None and self.graph.calls[call].kind in kinds}
+        """What holds the modules with a number in which branches are computed."""
+        around = [self._block_around(branch.source) for branch in self.branches]
+        return {self.graph.calls[call].container for call in around if call is not None}
 
     def _block_around(self, value: TracedValue) -> int | None:
         """The innermost call of a module with a number around a value."""

@@ -473,22 +473,11 @@ class _Reader:
         pairs = [(branch.read, write) for branch in self.branches for write in branch.writes]
         for before, after in pairwise(values):
             sums = [(read, of) for read, of in pairs if before.number < of.number < after.number]
-            made = [
-                of
-                for read, of in sums
-                if self._is_given(of) or not {before, read}.isdisjoint(memory.line(of))
-            ]
+            made = [of for read, of in sums if not {before, read}.isdisjoint(memory.line(of))]
             if made and memory.mixed_between(made[-1], after):
                 found.append(made[-1])
             found.append(after)
         return found
-
-    def _is_given(self, write: TracedValue) -> bool:
-        """Whether all that a block gives is the sum that it made, as of the blocks since the last one that was put aside."""
-        graph, sums = self.graph, self.memory.writes.keys() - self.memory.born
-        given = (of.call for of in graph.shown.get(write.number, ()) if of.at == "output")
-        alone = (len(graph.sides.get((call, "output"), ())) == 1 for call in given)
-        return write.number in sums & graph.handed_on and any(alone)
 
     def _first_state(self, values: Sequence[TracedValue]) -> TracedValue:
         """The last value through which all that is read and all later states come."""

@@ -14,7 +14,6 @@ from depthscope.probes.reading.graph import (
     INPUT,
     SHAPE_ONLY,
     Graph,
-    ReadingError,
     TracedValue,
     names,
     values_in,
@@ -90,12 +89,7 @@ class SequenceAxis:
         for position, argument in enumerate(value.args):
             for operand in values_in(argument):
                 given = self._found[operand.number]
-                after = (
-                    self._axis_of_picked
-                    if value.name == "index" and len(value.parents) > 2
-                    else self._axis_after
-                )
-                own = None if given is None else after(value, position, operand, *given)
+                own = None if given is None else self._axis_after(value, position, operand, *given)
                 found += [] if own is None else [own]
         return max(found, key=lambda of: of[1]) if found else None
 
@@ -126,24 +120,6 @@ class SequenceAxis:
                 return None
             size = value.shape[new] // inner
         return inner * math.prod(value.shape[new + 1 :]), size
-
-    def _axis_of_picked(
-        self, value: TracedValue, position: int, operand: TracedValue, stride: int, size: int
-    ) -> tuple[int, int] | None:
-        """The same of what several tensors of numbers pick out of an operand, by the numbers of its sequences."""
-        if position or _place(operand.shape, stride, size) is None:
-            return self._axis_after(value, position, operand, stride, size)
-        try:
-            own = torch.arange(operand.numel).div(stride, rounding_mode="floor").remainder(size)
-            picked = [None if of is None else self.graph.tensor(of).cpu() for of in value.args[1]]
-            found = torch.ops.aten.index(own.reshape(operand.shape), picked).flatten()
-        except (ReadingError, RuntimeError):
-            return None
-        counts = found.bincount(minlength=size)
-        if not len(found) or not bool((counts == counts[0]).all()):
-            return None
-        each = len(found) // size
-        return (each, size) if bool((found == torch.arange(len(found)) // each).all()) else None
 
     @staticmethod
     def _goes_along(value: TracedValue, position: int, rank: int, dim: int) -> bool:
