@@ -35,7 +35,6 @@ from depthscope.probes.reading.operations import (
     REDUCES,
     SUMS,
     VIEWS,
-    addends,
     centred,
     is_unknown,
     moved,
@@ -291,17 +290,9 @@ def _may_mix(memory: Memory, of: TracedValue) -> bool:
 
 
 def _is_spread(memory: Memory, value: TracedValue) -> bool:
-    """Whether a value is a memory, nothing of which is missing, several times: nothing of the input is added to some alone."""
-    numbers, graph = memory.carried.get(value.number), memory.graph
-    if numbers is None or not numbers.count == value.numel > memory.count <= numbers.distinct:
-        return False
-    for number in memory.back([value]):
-        added = [v for v in addends(graph.values[number]) if not memory.holds(v)]
-        if graph.values[number].name not in SUMS or not any(map(graph.depends_on_input, added)):
-            continue
-        if memory.root.number in memory.back([value], {number}):
-            return False  # to some alone
-    return True
+    """Whether a value is a memory, nothing of which is missing, several times."""
+    numbers = memory.carried.get(value.number)
+    return numbers is not None and numbers.count == value.numel > memory.count <= numbers.distinct
 
 
 def _with_shares(ranked: list[Ranked], everything: set[TracedValue]) -> list[Ranked]:

@@ -38,10 +38,7 @@ def cuts_of(
     sizes = [size_of(memory, cut) for cut in cuts]
     # The first state may be one value that is copied for each of several streams, as into a list, of which branches read sums.
     alive = {value.number for cut in cuts[1:] for value in cut}
-    taken = sum(branch.read.number in alive for branch in branches)
-    is_list = len(sizes) > 2 and sizes[0] < sizes[1] and not taken
-    # One of several streams may begin as a branch of the first, and is taken by the next one.
-    is_list |= len(sizes) > 3 and all(len(cut) > 1 for cut in cuts[2:-1]) and 2 * taken < len(branches)
+    is_list = len(sizes) > 2 and sizes[0] < sizes[1] and not any(b.read.number in alive for b in branches)
     # Or branches read one of the streams, of which each goes on from the first, and every step makes new ones: of a history
     # some values are kept, and others begin as what a branch gives.
     everything = [value.number for cut in cuts for value in cut]

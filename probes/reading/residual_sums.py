@@ -72,8 +72,6 @@ def _grows(graph: Graph, value: TracedValue) -> bool:
     parts = addends(value) if value.name == "cat" else []
     if len(parts) < 2:
         return False
-    if len(parts) > 2:
-        return any(addends(of) == parts[:-1] for of in graph.takers(parts[0]) if of.name == "cat")
     axis = (value.args[1] if len(value.args) > 1 else value.kwargs.get("dim", 0)) % len(value.shape)
     # An empty vector may be joined to what has more axes.
     one_more = len(value.shape) > 2 and any(part.shape[axis : axis + 1] == (1,) for part in parts)

@@ -115,8 +115,6 @@ class _Sums:
         root = self._root[carrier.number]
         if value.name == "cat":
             return len({self._root[part.number] for part in parts}) > 1
-        if value.name in SCATTERS and (root.name in SCATTERS or not (root.kind or root.parents)):
-            return True  # of an empty buffer that is filled part by part
         # As of a block with a shortcut of its own, whose output was put together of parts.
         return root.numel < value.numel and all(map(self._graph.depends_on_input, parts))
 

@@ -58,7 +58,6 @@ from depthscope.probes.structure.stages import (
     trunks_of,
     with_ending,
     with_final,
-    with_made_state,
     with_next_stage,
     with_opening,
 )
@@ -334,8 +333,7 @@ class StructureFinder:
             chains = list(group)
             chain = with_opening(self.graph, chains[0], self.sequences) if depths is None else chains[0].chain
             for part in chains[1:]:
-                layout_of = partial(self._layout_of, part.memories[0], "")
-                chain = with_next_stage(chain, with_made_state(self.graph, part, layout_of))
+                chain = with_next_stage(chain, part.chain)
             memories = tuple(memory for part in chains for memory in part.memories)
             chain = with_ending(self.graph, chain, self.sequences) if depths is None else chain
             chain = replace(

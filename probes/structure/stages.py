@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import Graph, ModuleCall, Shown, TracedValue
+from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import Memory, follow, start_of
 from depthscope.probes.reading.operations import FUNCTIONS, NORMS
 from depthscope.probes.structure.chain import NO_FINAL_NORM, Chain, HookPoint
@@ -68,8 +68,12 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
         if taken.shape == state.shape or not _has_layout(taken, chain.layout, sequences):
             break
         given = any(of.at == "output" and of.call == call for of in graph.shown.get(state.number, ()))
-        chain = _with_state_before(chain, block, taken, given=given)
-        state = taken
+        begin, layer = chain.points[0], chain.points[1].layer - 1
+        if not given or begin.site != "embed" or layer < 0:
+            break
+        begin = replace(begin, layer=layer, site="post", module=block.path)
+        opening = HookPoint(block.path, block.number, "input", -1, "embed", "(input)")
+        chain, state = chain.preceded_by(opening, begin, taken.shape), taken
     return chain
 
 
@@ -85,33 +89,6 @@ def _has_layout(taken: TracedValue, layout: str, sequences: SequenceAxis) -> boo
         return sequences.graph.depends_on_input(taken) and shape_layout(taken, sequences) == layout
     except LayoutError:
         return False
-
-
-def _with_state_before(chain: Chain, block: ModuleCall, taken: TracedValue, *, given: bool) -> Chain:
-    """The chain with what a block takes before its first state, which that block makes.
-
-    ``given``: whether it gives that state; otherwise it lies inside of the block.
-    """
-    opening, begin = HookPoint(block.path, block.number, "input", -1, "embed", "(input)"), chain.points[0]
-    if not given:
-        if not chain.connections:
-            shapes = (taken.shape, *chain.shapes[1:])
-            return replace(chain, points=(opening, *chain.points[1:]), shapes=shapes)
-        begin = replace(begin, layer=chain.points[1].layer, site="mid", module=block.path)
-    elif begin.site == "embed":
-        if chain.points[1].layer == 0:
-            chain = _numbered_from(chain, 1)
-        begin = replace(begin, layer=chain.points[1].layer - 1, site="post", module=block.path)
-    return chain.preceded_by(opening, begin, taken.shape)
-
-
-def _numbered_from(chain: Chain, number: int) -> Chain:
-    """The chain with its blocks numbered from another number than 0."""
-    return replace(
-        chain,
-        points=tuple(replace(p, layer=p.layer + number) if p.layer >= 0 else p for p in chain.points),
-        connections=tuple(replace(c, layer=c.layer + number) for c in chain.connections),
-    )
 
 
 def with_ending(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
@@ -141,31 +118,6 @@ def with_ending(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
 
 def _without_numbers(path: str) -> str:
     return re.sub(r"\d+", "{i}", path)
-
-
-def with_made_state(graph: Graph, part: ReadChain, layout_of: Callable[[TracedValue], str]) -> Chain:
-    """The chain of a stage with what a block gave as its first state, where that was changed outside of blocks.
-
-    As where positions are added to what a block that makes fewer tokens gave.
-    """
-    chain, (memory,) = part.chain, part.memories
-    first, begin = max(memory.states[0].values), chain.points[0]
-    around = graph.values[first].call  # where the block was called, it was changed
-    is_in_block = graph.calls[around].kind in chain.block_class.split("/")
-    if begin.site != "post" or begin.layer < 0 or is_in_block:
-        return chain
-    for number in sorted(n for n in memory.carried if n < first):
-        value = graph.values[number]
-        calls = [graph.calls[shown.call] for shown in graph.shown.get(number, ()) if shown.at == "output"]
-        blocks = [c for c in calls if _stage_of(c.path) is not None and c.parent == around]
-        if not blocks or value.shape != graph.values[first].shape or layout_of(value) != chain.layout:
-            continue
-        block = min(blocks, key=lambda call: len(call.path))
-        made = HookPoint(block.path, block.number, "output", begin.layer, "post", block.path)
-        taker = begin.path if begin.at == "input" else begin.module
-        begin = replace(begin, layer=chain.points[1].layer, site="pre", module=taker)
-        return chain.preceded_by(made, begin, value.shape)
-    return chain
 
 
 def with_next_stage(chain: Chain, stage: Chain) -> Chain:
