@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import hyper_connections.mHCv2 as constrained_v2
-import mhc
 import torch
 import transformers
 from hyper_connections import hyper_connections as free
@@ -20,7 +19,7 @@ from torch import nn
 
 from tests.models.designs.layouts import unseen
 from tests.models.small_models import Feedforward
-from tests.models.stream_models import deepseek_v4, glm5_next, hy_v4, perturbed, qwen4_exp
+from tests.models.stream_models import deepseek_v4, hy_v4, perturbed, qwen4_exp
 
 # Tiny random models draw warnings about settings that only trained ones need.
 transformers.logging.set_verbosity_error()
@@ -51,8 +50,6 @@ class Family:
         Number of residual streams.
     layout : str
         The axes of what the blocks take and give, where states inside of blocks have others.
-    takes : bool
-        Whether a block takes the state; otherwise it gives it only.
     """
 
     name: str
@@ -64,7 +61,6 @@ class Family:
     connection: str = "residual"
     streams: int = 1
     layout: str = ""
-    takes: bool = True
 
 
 def built(family: Family) -> nn.Module:
@@ -125,17 +121,6 @@ def image(side: int = 32) -> torch.Tensor:
     return torch.randn(3, 3, side, side, generator=_generator())
 
 
-def pixels(side: int = 32) -> dict[str, torch.Tensor]:
-    """Images for a model of transformers."""
-    return {"pixel_values": image(side)}
-
-
-def speech() -> dict[str, torch.Tensor]:
-    """A spectrogram and a target."""
-    features = torch.randn(3, 8, 2 * LENGTH, generator=_generator())
-    return {"input_features": features, "decoder_input_ids": ids(9)}
-
-
 # --- transformers ---
 
 SIZES = {
@@ -143,14 +128,9 @@ SIZES = {
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 FEED = {"intermediate_size": 64}
-ROUTED = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
 SEQUENCES = {
     "vocab_size": VOCABULARY, "d_model": 32, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "decoder_start_token_id": 1,
-}  # fmt: skip
-LAYERS_OF_BOTH = {
-    "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
 }  # fmt: skip
 
 
@@ -201,8 +181,6 @@ DECODERS = (
         ),
     ),
     _decoder("gpt_neox", "GPTNeoX", "gpt_neox.layers.{i}", **FEED),
-    _decoder("phi", "Phi", **FEED),
-    _decoder("falcon", "Falcon", "transformer.h.{i}"),
     Family(
         name="opt",
         **_text_model(
@@ -210,45 +188,13 @@ DECODERS = (
         ),
     ),
     _decoder("mixtral", "Mixtral", **FEED, num_local_experts=4, num_key_value_heads=2),
-    _decoder("qwen3_moe", "Qwen3Moe", **FEED, **ROUTED, num_experts=4, num_key_value_heads=2, head_dim=8),
-    # One dense block and then routed ones: blocks of one class with different parts.
-    _decoder(
-        "deepseek_v3", "DeepseekV3", **FEED, **ROUTED, n_routed_experts=4, n_group=1, topk_group=1, kv_lora_rank=16,
-        q_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1,
-        num_key_value_heads=4,
-    ),
     _decoder("mamba", "Mamba", "backbone.layers.{i}", state_size=4),
-    _decoder("mamba2", "Mamba2", "backbone.layers.{i}", state_size=4, num_heads=8, head_dim=8, n_groups=1, chunk_size=8),
-    _decoder(
-        "recurrent_gemma", "RecurrentGemma", **FEED, lru_width=32, num_key_value_heads=1, attention_window_size=8
-    ),
-    # rescale_every would halve the state after every few blocks in evaluation.
-    _decoder("rwkv", "Rwkv", "rwkv.blocks.{i}", attention_hidden_size=32, context_length=64, rescale_every=0, use_cache=False),
 )  # fmt: skip
 
 ENCODERS = (
     _encoder("bert", "Bert"),
-    _encoder("roberta", "Roberta", max_position_embeddings=64),
-    _encoder("esm", "Esm", max_position_embeddings=64, mask_token_id=3, position_embedding_type="rotary"),
     _encoder(
         "albert", "Albert", "encoder.albert_layer_groups.0.albert_layers.0", embedding_size=16
-    ),
-    Family(
-        name="vit",
-        package="transformers",
-        build=partial(_huggingface, "ViTModel", "ViTConfig", image_size=32, patch_size=8, **{**SIZES, **FEED}),
-        batch=pixels,
-        blocks=(("layers.{i}", 3),),
-    ),
-    Family(
-        name="dinov2",
-        package="transformers",
-        build=partial(
-            _huggingface, "Dinov2Model", "Dinov2Config", image_size=32, patch_size=8, hidden_size=32, num_hidden_layers=3,
-            num_attention_heads=4, mlp_ratio=2,
-        ),
-        batch=pixels,
-        blocks=(("encoder.layer.{i}", 3),),
     ),
 )  # fmt: skip
 
@@ -263,25 +209,6 @@ PAIRS = (
         ),
         batch=pairs_of_text,
         blocks=(("encoder.block.{i}.layer.{i}", 6), ("decoder.block.{i}.layer.{i}", 6)),  # each sublayer is a module
-        chains=("encoder", "decoder"),
-    ),
-    Family(
-        name="bart",
-        package="transformers",
-        build=partial(_huggingface, "BartForConditionalGeneration", "BartConfig", **SEQUENCES, **LAYERS_OF_BOTH),
-        batch=pairs_of_text,
-        blocks=(("model.encoder.layers.{i}", 3), ("model.decoder.layers.{i}", 2)),
-        chains=("encoder", "decoder"),
-    ),
-    Family(
-        name="whisper",
-        package="transformers",
-        build=partial(
-            _huggingface, "WhisperForConditionalGeneration", "WhisperConfig", **SEQUENCES, **LAYERS_OF_BOTH, num_mel_bins=8,
-            max_source_positions=LENGTH, max_target_positions=LENGTH, suppress_tokens=None, begin_suppress_tokens=None,
-        ),
-        batch=speech,
-        blocks=(("model.encoder.layers.{i}", 3), ("model.decoder.layers.{i}", 2)),
         chains=("encoder", "decoder"),
     ),
     Family(
@@ -347,10 +274,10 @@ TORCH = (
 # --- images ---
 
 
-def _torchvision_resnet(bottleneck: bool, layers: list[int]) -> nn.Module:
-    from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+def _torchvision_resnet() -> nn.Module:
+    from torchvision.models.resnet import BasicBlock, ResNet
 
-    return ResNet(Bottleneck if bottleneck else BasicBlock, layers, num_classes=5)
+    return ResNet(BasicBlock, [2, 2, 2, 2], num_classes=5)
 
 
 def _torchvision_convnext() -> nn.Module:
@@ -360,38 +287,12 @@ def _torchvision_convnext() -> nn.Module:
     return ConvNeXt(settings, num_classes=5)
 
 
-def _torchvision_swin(version: int) -> nn.Module:
-    from torchvision.models import swin_transformer as swin
+def _torchvision_swin() -> nn.Module:
+    from torchvision.models.swin_transformer import SwinTransformer
 
-    parts = (
-        {}
-        if version == 1
-        else {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    return SwinTransformer(
+        [2, 2], embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4], num_classes=5
     )
-    return swin.SwinTransformer(
-        [2, 2], embed_dim=16, depths=[2, 2], num_heads=[2, 4], window_size=[4, 4], num_classes=5, **parts
-    )
-
-
-def _torchvision_efficientnet() -> nn.Module:
-    from torchvision.models.efficientnet import EfficientNet, MBConvConfig
-
-    settings = [
-        MBConvConfig(1, 3, 1, 16, 8, 2),
-        MBConvConfig(4, 3, 2, 8, 16, 3),
-        MBConvConfig(4, 5, 2, 16, 24, 3),
-    ]
-    return EfficientNet(settings, dropout=0.0, stochastic_depth_prob=0.0, num_classes=5, last_channel=48)
-
-
-def _torchvision_vit() -> nn.Module:
-    from torchvision.models import VisionTransformer
-
-    model = VisionTransformer(
-        image_size=32, patch_size=8, num_layers=3, num_heads=4, hidden_dim=32, mlp_dim=64, num_classes=5
-    )
-    nn.init.normal_(model.heads.head.weight)  # it starts at zero, and so would all gradients
-    return model
 
 
 def _image_model(
@@ -400,68 +301,12 @@ def _image_model(
     return Family(name=name, package=package, build=build, batch=image, blocks=((blocks, count),), **more)
 
 
-def _timm(name: str, **sizes: Any) -> Callable[[], nn.Module]:
-    def create() -> nn.Module:
-        import timm
-
-        return timm.create_model(name, pretrained=False, num_classes=5, **sizes)
-
-    return create
-
-
-def _timm_mixer() -> nn.Module:
-    from timm.models import MlpMixer
-
-    # Its head starts at zero too.
-    model = MlpMixer(num_classes=5, img_size=32, patch_size=8, num_blocks=3, embed_dim=32)
-    nn.init.normal_(model.head.weight)
-    return model
-
-
 IMAGES = (
-    _image_model("resnet18", "torchvision", partial(_torchvision_resnet, False, [2, 2, 2, 2]), "layer*.{i}", 8),
-    _image_model("resnet50", "torchvision", partial(_torchvision_resnet, True, [3, 4, 6, 3]), "layer*.{i}", 16),
+    _image_model("resnet18", "torchvision", _torchvision_resnet, "layer*.{i}", 8),
     # ConvNeXt and Swin have their stages at odd positions, with a downsampling module between two of them.
     _image_model("convnext", "torchvision", _torchvision_convnext, "features.[135].{i}", 6),
-    _image_model("swin", "torchvision", partial(_torchvision_swin, 1), "features.[13].{i}", 4),
-    _image_model("swin_v2", "torchvision", partial(_torchvision_swin, 2), "features.[13].{i}", 4),
-    _image_model("efficientnet", "torchvision", _torchvision_efficientnet, "features.[123].{i}", 8),
-    _image_model("vit", "torchvision", _torchvision_vit, "encoder.layers.*", 3),
-    # zero_init_last would make every fresh block the identity, with no branch to find.
-    _image_model("resnet18", "timm", _timm("resnet18", zero_init_last=False), "layer*.{i}", 8),
-    _image_model("resnet50", "timm", _timm("resnet50", zero_init_last=False), "layer*.{i}", 16),
-    _image_model(
-        "convnext", "timm", _timm("convnext_atto", depths=(2, 2, 2, 2), dims=(8, 16, 24, 32)), "stages.*.blocks.{i}", 8
-    ),
-    _image_model(
-        "swin",
-        "timm",
-        _timm(
-            "swin_tiny_patch4_window7_224", img_size=32, patch_size=2, window_size=4, embed_dim=16, depths=(2, 2),
-            num_heads=(2, 4),
-        ),
-        "layers.*.blocks.{i}",
-        4,
-    ),
-    _image_model("efficientnet", "timm", _timm("efficientnet_b0"), "blocks.[1-6].{i}", 15),
-    _image_model(
-        "vit",
-        "timm",
-        _timm("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=3, num_heads=4),
-        "blocks.{i}",
-        3,
-    ),
-    _image_model(
-        "mlp-mixer",
-        "timm",
-        _timm_mixer,
-        "blocks.{i}",
-        3,
-    ),
+    _image_model("swin", "torchvision", _torchvision_swin, "features.[13].{i}", 4),
 )  # fmt: skip
-
-
-# --- two tracks ---
 
 
 # --- streams ---
@@ -496,19 +341,6 @@ def _lucidrains(connections: Any, **sizes: int) -> nn.Module:
     return perturbed(Lucidrains(connections, **sizes), "alpha", "beta", "_scale")
 
 
-class DepthHistory(nn.Module):
-    """Feed-forward layers under the skips of the package ``mhc``, which mix past layers, not streams."""
-
-    def __init__(self, layers: int = 4):
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 32)
-        self.trunk = mhc.MHCSequential([Feedforward(32) for _ in range(layers)], max_history=3)
-        self.head = nn.Linear(32, VOCABULARY)
-
-    def forward(self, tokens):
-        return self.head(self.trunk(self.embed(tokens)))
-
-
 def _streams(name: str, build: Callable[[], nn.Module], blocks: str, connection: str, **more: Any) -> Family:
     return Family(
         name=name, package="transformers", build=build, batch=text, blocks=((blocks, 4),), connection=connection, streams=4,
@@ -536,12 +368,6 @@ STREAMS = (
         "mhc",
     ),
     _streams(
-        "glm5_next",
-        partial(_perturbed, glm5_next),
-        "layers.{i}",
-        "mhc",
-    ),
-    _streams(
         "hy_v4",
         partial(_perturbed, hy_v4),
         "model.layers.{i}",
@@ -557,15 +383,6 @@ STREAMS = (
     _hyper("mHC", "mhc", constrained),
     _hyper("mHCv2", "mhc", constrained_v2),
     _hyper("frac-connections", "hc", free, streams=1, fractions=4),
-    Family(
-        name="MHCSequential",
-        package="mhc",
-        build=DepthHistory,
-        batch=ids,
-        blocks=(("trunk.skip_layers.{i}", 4),),
-        connection="depth_history",
-        takes=False,
-    ),
 )
 
 
@@ -582,7 +399,6 @@ def _undeclared(name: str, layout: str) -> Family:
 UNDECLARED = (
     _undeclared("in the feature axis", "b t (n d)"),
     _undeclared("in the batch axis", "(b n) t d"),
-    _undeclared("on an axis of their own", "b n t d"),
 )
 
 

@@ -38,6 +38,9 @@ OTHERWISE = {
     ("unproven, states off", "-", "unproven, states off"): (
         "tokens turned between blocks",
     ),
+    ("unproven", "-", "unproven, states off"): (
+        "momentum",
+    ),
     ("right", "-", "part"): (
         "two towers side by side",
     ),

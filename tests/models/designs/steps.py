@@ -13,7 +13,7 @@ from tests.models.designs.design import Design
 from tests.models.designs.parts import BLOCKS, STREAMS, WIDTH, Attention, Mlp
 from tests.models.designs.styles import Mixed, StreamBase
 
-HALVES, HALVES_APART = "b t (n d) -> b t n d", "b t n d -> b t n d"
+APART = "b t n d -> b t n d"
 
 
 class GatedByCondition(nn.Module):
@@ -70,14 +70,14 @@ class WrittenLast(StreamBase):
     def forward(self, ids):
         x = self.embed(ids)
         streams = [x * scale for scale in (1.5, 0.5, -1.0, 2.0)]
-        truth.state(torch.stack(streams, 2), -1, "embed", axes=HALVES_APART)
+        truth.state(torch.stack(streams, 2), -1, "embed", axes=APART)
         for row, branch in enumerate(self.branches):
             out = branch(sum(weight * stream for weight, stream in zip(self.pre[row], streams, strict=True)))
             streams = [sum(w * x for w, x in zip(weights, streams, strict=True)) for weights in self.res[row]]
             streams[0], streams[-1] = streams[0] + out, streams[-1] - out
             post = torch.tensor([1.0, 0.0, 0.0, -1.0])
             truth.connection(h_res=self.res[row], h_pre=self.pre[row], h_post=post)
-            truth.state(torch.stack(streams, 2), row, axes=HALVES_APART)
+            truth.state(torch.stack(streams, 2), row, axes=APART)
         return self.head(self.norm(sum(streams)))
 
 
@@ -92,7 +92,7 @@ class CoarseBranches(StreamBase):
             added = (branch.bfloat16()(read)[:, :, None] * weight[:, None]).float()
             truth.connection(h_res=self.res[row], h_pre=self.pre[row], h_post=weight.float())
             x = self.res[row] @ x + added
-            truth.state(x, row, axes=HALVES_APART)
+            truth.state(x, row, axes=APART)
         return self.head(self.norm(x.sum(2)))
 
 

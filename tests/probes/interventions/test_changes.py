@@ -28,7 +28,7 @@ FAMILIES = [
         families.UNDECLARED,
     )
     for family in group
-    if family.name in NAMES and (family.name != "vit" or family.package == "timm")
+    if family.name in NAMES
 ]  # fmt: skip
 
 

@@ -20,10 +20,10 @@ def mlp() -> nn.Sequential:
 class Network(nn.Module):
     """An embedding, branches, weights of streams, and what a forward noted."""
 
-    def __init__(self, width: int = WIDTH):
+    def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.head = nn.Linear(5, width), nn.Linear(width, 3)
+        self.embed, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
         self.branches = nn.ModuleList(mlp() for _ in range(DEPTH))
         self.res = nn.Parameter(torch.eye(STREAMS) + 0.2 * torch.randn(DEPTH, STREAMS, STREAMS))
         self.pre, self.post = (nn.Parameter(torch.rand(DEPTH, STREAMS) + 0.2) for _ in range(2))
@@ -35,22 +35,6 @@ class Network(nn.Module):
     def forward(self, x):
         self.passed: list[torch.Tensor] = []
         return self.run(self.embed(x))
-
-
-class Interleaved(Network):
-    """Streams are neighbours in the axis of the features."""
-
-    def __init__(self):
-        super().__init__(STREAMS * WIDTH)
-
-    def run(self, x):
-        self.note(x.unflatten(-1, (WIDTH, STREAMS)).mT)
-        for number, branch in enumerate(self.branches):
-            v = x.view(*x.shape[:2], WIDTH, STREAMS)
-            added = branch(v @ self.pre[number])
-            x = (v @ self.res[number].T + added[..., None] * self.post[number]).reshape(x.shape)
-            self.note(x.unflatten(-1, (WIDTH, STREAMS)).mT)
-        return self.head(x)
 
 
 class Buffer(Network):
@@ -100,7 +84,7 @@ class Flat(Network):
         return self.head(state.sum(0))
 
 
-@pytest.mark.parametrize("kind", [Interleaved, Buffer, Injected, Flat])
+@pytest.mark.parametrize("kind", [Buffer, Injected, Flat])
 def test_streams_are_found_where_they_lie(kind):
     model, x = kind(), torch.randn(2, 6, 5)
     run = ds.capture(model, x)
