@@ -35,16 +35,6 @@ def by_reciprocal(x: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(size + 1e-6)
 
 
-class Block(nn.Module):
-    def __init__(self, *, post: bool = False):
-        super().__init__()
-        self.norm, self.post = nn.RMSNorm(WIDTH), nn.RMSNorm(WIDTH) if post else nn.Identity()
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH))
-
-    def forward(self, x):
-        return self.post(x + self.mlp(self.norm(x)))
-
-
 class Streams(nn.Module):
     """Hyper-connections, whose branch begins with a norm."""
 
@@ -141,39 +131,3 @@ def test_states_are_compared_in_double_precision_whatever_the_default_is():
         assert int(spread(2**25, 64)[-1]) == 2**25 - 1
     finally:
         torch.set_default_dtype(torch.float32)
-
-
-class FromNumbers(nn.Module):
-    """The published streams of a library, which begin with a linear map of the input and not with an embedding."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        library = pytest.importorskip("hyper_connections")
-        begin, self.expand, self.reduce = library.mc_get_init_and_expand_reduce_stream_functions(STREAMS)
-        self.begin, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
-        self.blocks = nn.ModuleList(begin(dim=WIDTH, branch=Block().mlp) for _ in range(4))
-        with torch.no_grad():
-            for parameter in self.blocks.parameters():
-                parameter += 0.1 * torch.randn_like(parameter)
-
-    def forward(self, x):
-        x = self.expand(self.begin(x))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.reduce(x))
-
-
-def test_streams_may_begin_with_a_linear_map():
-    model = FromNumbers().eval()
-    batch = torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
-    run = ds.capture(model, batch)
-    assert (run.attrs["proof"], run.attrs["n_streams"]) == ("proven", STREAMS)
-    given = []
-    for block in model.blocks:
-        block.register_forward_hook(lambda *of: given.append(of[2].detach()))
-    model(batch)
-    ends = run.trace.residual.values[1:]
-    for state, after in zip(ends, given, strict=True):
-        streams = after.unflatten(0, (2, STREAMS)).transpose(1, 2)
-        assert (torch.as_tensor(state) - streams).abs().max() < 1e-5
