@@ -32,6 +32,7 @@ from depthscope.probes.session.attention import (
     placed_attention,
     watch_attention,
 )
+from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.find_structure import AxisError, RewrittenError, StructureFinder
 from depthscope.probes.session.forward import (
     CurrentForward,
@@ -41,7 +42,6 @@ from depthscope.probes.session.forward import (
     own_call,
     own_calls,
 )
-from depthscope.probes.session.logit_statistics import ComputedValues, ConnectionParameters, LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.session.step import Step
@@ -134,16 +134,12 @@ class RecordedForward:
         if self._attention is not None and isinstance(recorder, GraphRecorder):
             rows = forward.rows[: self._attention]
             tape.attention = watch_attention(recorder, self._model, forward, rows)
-        if self._observer is not None and self._observer.logits is not None:
-            tape.logits = ComputedValues(recorder.graph, self._observer.structure.num_streams)
         return MethodWatch(recorder, recorder.end)
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
         """Note a value that is taken: the tensor has its graph by now."""
         if not value.is_floating or tensor.ndim < 2 or forward.cancelled:
             return
-        if tape.logits is not None:
-            tape.logits.take(value, tensor)
         if value.number not in tape.met:
             tape.met.add(value.number)
             states = self._record_operation(forward, tape, value, tensor)
@@ -254,12 +250,11 @@ def record_operations(
         if read is not None:
             _record_read(tape, forward, observer, read.rereading.again(graph))
             graph = read.rereading.graph
-        if known is not None and not isinstance(tape.recorder, PlacedRecorder):
-            needed = _values_read(graph, observer)
-            if needed is not None:
-                known.learn(model, graph, needed)
+        # Without a graph torch detaches inside of some operations of a later forward, which then are not those that were read.
+        has_graph = any(value.has_graph for value in tape.graph.outputs)
+        if known is not None and has_graph and not isinstance(tape.recorder, PlacedRecorder):
+            known.learn(model, graph, _values_read(graph, observer))
     except NOT_READ:
-        tape.logits = None
         if known is not None:
             known.forget()
         raise
@@ -267,25 +262,19 @@ def record_operations(
         graph.let_go()
 
 
-def _values_read(graph: Graph, observer: Observer) -> set[int] | None:
-    """The numbers of the values by which a forward was recorded; None where it is not known yet which they are."""
+def _values_read(graph: Graph, observer: Observer) -> set[int]:
+    """The numbers of the values by which a forward was recorded."""
     structure, found = observer.structure, set(graph.read)
     points = [
         point for of in structure.shown for point in (of.point, of.point.gradient_at) if point is not None
     ]
     states = [point.value_in(graph) for point in points if point.at == "operation"]
-    found |= {value.number for value in states if value is not None}
-    logits = (
-        set()
-        if observer.logits is None
-        else observer.logits.known_values(graph, range(len(structure.connections)))
-    )
-    return None if logits is None else found | logits
+    return found | {value.number for value in states if value is not None}
 
 
 def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: MemoryReading) -> None:
     """Record the coefficients of one forward, by the reading of its memory."""
-    structure, chain = observer.structure, observer.structure.chains[0]
+    structure = observer.structure
     assert structure.read is not None
     for number, (weights, given) in enumerate(structure.read.weights(memory, forward.batch_size)):
         if isinstance(weights, DepthWeights):
@@ -296,16 +285,8 @@ def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: Memor
             forward.fired.add(("branch", 0, number))
             continue
         observer.record_connection(forward, number, weights)
-        around = [
-            chain.points[depth].value_in(tape.graph)
-            for depth in (chain.connections[number].depth_in, chain.connections[number].depth_out)
-        ]
-        if observer.logits is not None and tape.logits is not None and None not in around:
-            within = range(*(value.number for value in around if value is not None))
-            observer.logits.record(forward, number, weights.mix, tape.logits, within)
     if observer.scope.origins is not None and observer.origins is None and structure.num_streams > 1:
         observer.origins = observer.scope.origins(structure.read, memory, forward, observer)
-    tape.logits = None  # it holds tensors of the graph
 
 
 def out_of_sight(model: nn.Module, forward: Forward) -> str:
@@ -562,11 +543,9 @@ class FirstReading:
             selection.require_attention(structure.chains, self.attention.heads, self.attention.reasons)
 
     def _new_observer(self, structure: Structure, tape: Tape) -> Observer:
-        # A capture follows a forward for the logits; of its one set of weights no value moves.
-        parameters = logits = None
-        if self.scope.is_loop and structure.connections:
+        parameters = None
+        if self.scope.is_loop and structure.connections:  # of a capture's one set of weights no value moves
             parameters = ConnectionParameters(self.model, structure)
-            logits = LogitStatistics(self.options.gradients, self._report, self._loss_scale)
         return Observer(
             structure,
             self.options,
@@ -576,7 +555,6 @@ class FirstReading:
             calls=Counter(call.path for call in tape.graph.calls),
             times={(chain, depth): point.moment_in(tape.graph) for chain, depth, point in structure.captured},
             parameters=parameters,
-            logits=logits,
         )
 
     def _adopt(self, observer: Observer) -> None:
