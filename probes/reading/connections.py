@@ -15,8 +15,7 @@ from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.graph import ReadingError, TracedValue, filled
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import JOINS, MIXES, MOVES, PRODUCTS
-from depthscope.probes.reading.replays import FeaturesDiffer, Replays, Table
-from depthscope.probes.reading.states import States
+from depthscope.probes.reading.states import FeaturesDiffer, Replays, States, Table
 
 # How many equal steps are run at once, at least, and of how many numbers at most.
 LEAST_GROUP, MOST_AT_ONCE = 4, 2**22

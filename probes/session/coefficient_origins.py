@@ -26,7 +26,7 @@ from depthscope.probes.session.forward import Forward, own_call
 from depthscope.probes.session.model_call import call_model, requiring_gradients
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.session import Session
-from depthscope.probes.structure.read_parts import ReadStructure
+from depthscope.probes.structure.model_structure import ReadStructure
 
 logger = logging.getLogger(__name__)
 

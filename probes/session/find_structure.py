@@ -23,6 +23,7 @@ from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.options import Options
 from depthscope.probes.structure.chain import Chain, ChainError
 from depthscope.probes.structure.model_structure import (
+    ReadStructure,
     Structure,
     chain_names,
     require_all_sequences,
@@ -53,7 +54,6 @@ from depthscope.probes.structure.read_layout import (
     repeats_first,
     shape_layout,
 )
-from depthscope.probes.structure.read_parts import ReadStructure
 from depthscope.probes.structure.stages import (
     trunks_of,
     with_ending,
