@@ -8,7 +8,7 @@ hyper-connections. Shapes: B batch, T token, n stream, D feature.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -48,10 +48,6 @@ class Wiring:
         "random", or "zero" for the initialisation at which every H_res is uniform.
     spread : float
         Standard deviation of random logits; where it is large, 20 rounds of Sinkhorn leave an error in one sum.
-    first : bool
-        Whether blocks take streams (n, B, T, D) instead of (B, T, n, D).
-    dtype : dtype
-        Of the parameters and states; coefficients are computed in float32.
     custom : bool
         Whether Sinkhorn is an autograd function that runs its rounds without a graph, as that of Megatron-Core does.
     copies : bool
@@ -64,15 +60,8 @@ class Wiring:
     dynamic: bool = True
     logits: str = "random"
     spread: float = 1.0
-    first: bool = False
-    dtype: torch.dtype = torch.float32
     custom: bool = False
     copies: bool = False
-
-    @property
-    def right(self) -> Wiring:
-        """The twin without the bug."""
-        return replace(self, bug="")
 
 
 def sinkhorn(logits: torch.Tensor, rounds: int = 20) -> torch.Tensor:
@@ -153,7 +142,7 @@ def mixed(wiring: Wiring, number: int, res: torch.Tensor, x: torch.Tensor) -> to
         return x
     if wiring.bug == "transposed" or (wiring.bug == "transposed_once" and number == 3):
         res = res.mT
-    return (res.float() @ x.float()).to(x.dtype)
+    return res @ x
 
 
 def read(wiring: Wiring, pre: torch.Tensor, post: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -280,13 +269,11 @@ class Block(nn.Module):
     def forward(self, x, first, previous):
         if self.wiring.bug == "passing":
             x = x.unsqueeze(2).expand(-1, -1, self.wiring.streams, -1)
-        elif self.wiring.first:
-            x, first, previous = (each.movedim(0, 2) for each in (x, first, previous))
         middle = self.attention.step(x, first, previous)
         after = self.mlp.step(middle, first, x)
         if self.wiring.bug == "passing":
             return after.mean(2)
-        return after.movedim(2, 0) if self.wiring.first else after
+        return after
 
 
 class Network(nn.Module):
@@ -308,17 +295,16 @@ class Network(nn.Module):
                 x = block(x, x, x)
             return self.head(x)
         x = x.unsqueeze(2) + self.offsets
-        x = x.movedim(2, 0) if self.wiring.first else x
         first = previous = x
         for block in self.blocks:
             x, previous = block(x, first, previous), x
-        return self.head(x.mean(0 if self.wiring.first else 2))
+        return self.head(x.mean(2))
 
 
 def network(wiring: Wiring, seed: int = 0) -> Network:
     """A network in eval mode, the same each time."""
     torch.manual_seed(seed)
-    return Network(wiring).to(wiring.dtype).eval()
+    return Network(wiring).eval()
 
 
 def tokens(sequences: int = 3, length: int = 7) -> torch.Tensor:
