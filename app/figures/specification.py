@@ -3,12 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.palette import colour_numbers
+from depthscope.app.figures.palette import Look, colour_numbers, look_of
 from depthscope.app.text.numbers import constraint_sentence, proof_sentence
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.quantities.registry import LABELS
@@ -123,6 +124,25 @@ class Heatmap:
 
 
 Figure = Lines | Heatmap
+
+
+def looks_of(figure: Lines) -> dict[int, Look]:
+    """How every measured line of a figure is drawn."""
+    measured = [line for line in figure.lines if line.role == "measured"]
+    # With runs that this figure lacks: the others keep their colours. A mean over seeds has a name of its own.
+    numbers = dict(figure.runs)
+    for line in measured:
+        if line.group not in numbers:
+            numbers[line.group] = next(number for number in count() if number not in numbers.values())
+    if len(numbers) < 2:
+        first = next(iter(numbers.values()), 0)
+        return {id(line): look_of(first + place) for place, line in enumerate(measured)}
+    num_drawn = dict.fromkeys(numbers, 0)
+    looks = {}
+    for line in measured:
+        looks[id(line)] = look_of(numbers[line.group], num_drawn[line.group])
+        num_drawn[line.group] += 1
+    return looks
 
 
 @dataclass(frozen=True)

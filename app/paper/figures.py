@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
 import numpy as np
 import xarray as xr
 
-from depthscope.app.drawing.matplotlib import Width, draw_composed, draw_into, figure_style, to_matplotlib
+from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, draw_into, to_matplotlib
 from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection
 from depthscope.app.figures.build.patching_map import patching_map
 from depthscope.app.figures.composed import QUESTIONS, Composed, compose, in_one_line
@@ -354,8 +354,7 @@ def _figure(name: str, about: str) -> Drawing:
         page = venue_of(venue)
         figure = _composed(name, runs, by, selection)
         if axes is None:
-            with figure_style(Width(page.text, 8)) as size:
-                return draw_composed(figure, size)
+            return to_matplotlib(figure, width=Width(page.text, FIGURE_POINTS))
         given = _by_key(figure, axes)
         draw_into(figure, given)
         return given

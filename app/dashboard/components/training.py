@@ -12,8 +12,7 @@ import streamlit as st
 from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, component
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.microscope import pinned_by_page
-from depthscope.app.drawing.plotly.history import Mark, draw_history
-from depthscope.app.drawing.plotly.stack import Panel, stack_height
+from depthscope.app.drawing.plotly.panels import Bar, Panel, draw_panels, panels_height
 from depthscope.app.figures import Figure, Heatmap
 from depthscope.app.figures.build.history_figure import (
     histories_figure,
@@ -132,8 +131,8 @@ def show_history(
     _panels(
         data={
             "name": "training",
-            "figure": draw_history(panels, marks, resumed=resumed).to_json(),
-            "height": stack_height(panels, marks),
+            "figure": draw_panels(panels, marks, marks=resumed).to_json(),
+            "height": panels_height(panels, marks),
             "places": places,
             "names": None,
             "follows": True,
@@ -151,11 +150,11 @@ def show_history(
     )
 
 
-def _marks(histories: Mapping[str, TrainingHistory], begun: Mapping[str, Sequence[Begun]]) -> list[Mark]:
+def _marks(histories: Mapping[str, TrainingHistory], begun: Mapping[str, Sequence[Begun]]) -> list[Bar]:
     """The first findings of each run, as many as have room."""
     most = max(1, MOST_MARKS // len(histories))
     return [
-        Mark(
+        Bar(
             spoken(each.finding.verdict) if len(histories) == 1 else f"{run}: {spoken(each.finding.verdict)}",
             each.finding.severity.name,
             float(each.step),
