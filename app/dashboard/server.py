@@ -156,7 +156,10 @@ def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> Non
     index = Path(str(files("streamlit") / "static" / "index.html"))
     guard = Middleware(guarded, hosts=tuple(CONFIG["server.allowedHosts"]), page_policy=policy(index))
     application = st.App(script, routes=[Mount(chart.PLOTLY_ROUTE, plotly)], middleware=[guard])
-    application.run(config=CONFIG | {"server.port": port})
+    try:
+        application.run(config=CONFIG | {"server.port": port})
+    finally:
+        run_library.stop()
 
 
 def _answers(address: str) -> bool:

@@ -21,7 +21,7 @@ from depthscope.app.dashboard.state.run_reading import (
     sentence,
     version_of,
 )
-from depthscope.app.readings.first_findings import FirstFindings, KnownFindings, kept_first_findings
+from depthscope.app.readings.first_findings import FirstFindings
 from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import TrainingHistory
@@ -72,7 +72,7 @@ _followed: dict[tuple[Path, str], TrainingHistory] = {}
 _histories = ReadingCache(CACHE_BYTES // 4, lambda history: history.num_bytes)
 """Of runs that have ended."""
 
-_first_findings: WeakKeyDictionary[TrainingHistory, FirstFindings | KnownFindings] = WeakKeyDictionary()
+_first_findings: WeakKeyDictionary[TrainingHistory, FirstFindings] = WeakKeyDictionary()
 
 
 def is_growing(path: Path) -> bool:
@@ -167,12 +167,12 @@ def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
             if not schema.is_live_store(path):
                 version = FileVersion.of(path)
                 history: TrainingHistory = _histories.get(
-                    (path, version, reading.chain), partial(_opened_history, reading)
+                    (path, version, reading.chain), partial(read_history, reading)
                 )
                 return history
             followed = _followed.get((path, reading.chain))
             if followed is None:
-                followed = _followed[path, reading.chain] = _opened_history(reading)
+                followed = _followed[path, reading.chain] = read_history(reading)
                 while len(_followed) > MOST_FOLLOWED:
                     _followed.pop(next(iter(_followed)))
             else:
@@ -183,17 +183,7 @@ def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
             return UnreadableRun(reading.name, path, sentence(error))
 
 
-def _opened_history(reading: Reading) -> TrainingHistory:
-    """A history, with its first findings where they were saved of a training that has ended."""
-    history = read_history(reading)
-    path = Path(reading.path)
-    known = None if is_growing(path) else kept_first_findings(path, version_of(path), reading.chain)
-    if known is not None:
-        _first_findings[history] = known
-    return history
-
-
-def first_findings_of(history: TrainingHistory) -> FirstFindings | KnownFindings:
+def first_findings_of(history: TrainingHistory) -> FirstFindings:
     """Where findings began: one for a history, which remembers the steps that were judged."""
     with _lock:
         return _first_findings.setdefault(history, FirstFindings(history))

@@ -42,6 +42,7 @@ __all__ = [
     "list_runs",
     "progress_of",
     "read_run",
+    "stop",
     "summaries_of",
 ]
 
@@ -62,6 +63,12 @@ _beside: list[Analyses] = []
 def analyse_beside() -> None:
     """Leave analyses to other processes from now on, so that pages stay quick and analyses go on without a page."""
     _beside[:] = [Analyses()]
+
+
+def stop() -> None:
+    """End the analyses of other processes: the server ends."""
+    for analyses in _beside:
+        analyses.stop()
 
 
 def ask_for(runs: Mapping[str, Path]) -> None:

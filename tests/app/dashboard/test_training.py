@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 
 import numpy as np
@@ -11,11 +10,7 @@ import pytest
 
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.growing_runs import live_state
-from depthscope.app.dashboard.state.run_reading import version_of
 from depthscope.app.figures.build.history_figure import MOST_COLUMNS
-from depthscope.app.readings.first_findings import FirstFindings, keep_first_findings, kept_first_findings
-from depthscope.app.readings.readings import read_paths
-from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import save_run, schema
 from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.app.dashboard.growing_run import SPIKE, add, begin, with_state
@@ -195,27 +190,3 @@ def test_the_microscope_follows_the_last_step(store):
     store.close()
     test.run()
     assert "Numbers of step" not in words(test)
-
-
-def test_the_first_findings_of_a_training_that_ended_are_kept_until_it_changes(store, monkeypatch):
-    path = store.path.resolve()
-    store.finish()
-    store.close()
-    readings, _ = read_paths([str(path)])
-    version = version_of(path)
-    assert kept_first_findings(path, version, "") is None
-    keep_first_findings(path, version, readings)
-    history = read_history(readings[0])
-    found = FirstFindings(history)
-    while found.look(1.0):
-        pass
-    known = kept_first_findings(path, version, "")
-    assert known.num_judged == found.num_judged
-    expected = [(each.finding.sentence, each.step, each.before, each.lasts) for each in found.begun()]
-    assert [(each.finding.sentence, each.step, each.before, each.lasts) for each in known.begun()] == expected
-    # A page asks for them, and judges no step itself.
-    monkeypatch.setattr("depthscope.app.readings.first_findings.judge", None)
-    growing_runs._followed.clear()
-    assert f"{known.num_judged} of 20 steps judged" in words(opened(store))
-    os.utime(path / schema.LOG, ns=(0, 10**18))
-    assert kept_first_findings(path, version_of(path), "") is None
