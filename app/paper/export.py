@@ -32,7 +32,6 @@ from depthscope.app.paper.latex_snippets import (
     figures_tex,
     main_tex,
     methods_tex,
-    preamble_tex,
     tables_tex,
 )
 from depthscope.app.paper.methods import methods_latex, methods_text
@@ -115,7 +114,7 @@ def write_bundle(
     by : str
         Attribute that the runs of a group share, such as ``"family"``: figures show means over the runs of a group.
     formats : sequence of str
-        Formats of the figures; PGF needs a LaTeX installation. PDF is always among them: the snippets include it.
+        Formats of the figures. PDF is always among them: the snippets include it.
     force : bool
         Replace a folder that an earlier export wrote, with all that is in it; a folder of anything else never is.
 
@@ -229,7 +228,6 @@ def _texts(bundle: Bundle) -> dict[str, str]:
         "tables.tex": tables_tex(bundle.tables),
         "methods.tex": methods_tex(methods_latex(*described)),
         "methods.txt": methods_text(*described),
-        "preamble.tex": preamble_tex(),
     }
     for figure in bundle.shown:
         for panel in figure.panels:

@@ -133,9 +133,7 @@ def _require_stored(archive: zipfile.ZipFile | None) -> None:
 
 def _summary_document(summary: Summary) -> dict[str, Any]:
     # Six digits, since it is drawn and not measured again.
-    profiles = {
-        name: [float(f"{each:.6g}") for each in values] for name, values in summary.profiles.items()
-    }
+    profiles = {name: [float(f"{each:.6g}") for each in values] for name, values in summary.profiles.items()}
     return asdict(replace(summary, marks=(), others=())) | {
         "profiles": profiles,
         "marks": list(map(_mark_document, summary.marks)),

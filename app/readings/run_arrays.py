@@ -13,7 +13,6 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.readings.readings import LIVE, Reading, with_live
-from depthscope.app.readings.training_history import curves_of
 from depthscope.app.text.visible import visible, visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import AbsentError, InputError
@@ -101,18 +100,6 @@ def _connection_name(trace: xr.Dataset, connection: int) -> str:
     branch = visible(trace["branch"].values[connection])
     layer = int(trace["connection_layer"].values[connection])
     return f"connection {connection}: {'' if branch == 'block' else f'{branch} of '}block {layer}"
-
-
-def curves_by_step(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Dataset | None:
-    """What was measured at several steps of a training.
-
-    Returns: The analysis where it has several steps, else the curves of the run's statistics; None where neither has.
-    """
-    if reading.analysis.sizes.get("step", 1) > 1:
-        return reading.analysis
-    with group_of(reading, "statistics", runs) as statistics:
-        curves = None if statistics is None else curves_of(statistics)
-    return curves if curves is not None and curves.sizes.get("step", 1) > 1 else None
 
 
 def with_metrics(

@@ -13,9 +13,10 @@ import streamlit as st
 from depthscope.app.dashboard.components.chosen_runs import require_chosen_runs, say_unknown_runs
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.readings.readings import Reading, memory_sentence
-from depthscope.app.text.numbers import number
-from depthscope.app.text.visible import LONGEST_TEXT, visible
+from depthscope.app.readings.depth_map import plain_attributes
+from depthscope.app.readings.readings import Reading
+from depthscope.app.tables.tables import spoken
+from depthscope.app.text.visible import LONGEST_NAME, LONGEST_TEXT, shortened, visible
 
 
 @dataclass(frozen=True)
@@ -61,69 +62,33 @@ def show_page(page: Page) -> None:
         )
 
 
-_DIGEST_LENGTH = len("sha256:") + 12
-"""Twelve hexadecimal digits distinguish data sets at a glance; the run has all of them."""
-
-_PLAIN = {
-    "Model": "model",
-    "Family": "family",
-    "Streams": "n_streams",
-    "Mixing matrices": "constraint",
-    "Reading": "proof",
-    "Precision": "dtype",
-    "Loss reduction": "loss_reduction",
-    "Seed": "seed",
-    "Commit": "commit",
-    "Created": "created",
-}
-"""Fact → attribute that is shown as it is."""
-
-
 def facts_table(readings: Iterable[Reading]) -> pd.DataFrame:
-    """Facts as rows, runs as columns; a fact that no run has is left out.
+    """Facts as rows, runs as columns: what the attributes of the runs say in a word, a number or a sentence.
 
     Returns: Of escaped text, with a dash where a run lacks a fact.
     """
     table = pd.DataFrame({escaped(reading.name): _facts(reading) for reading in readings})
-    # A row of dashes would only lengthen the table.
-    table = table[table.notna().any(axis=1)].fillna("–")
-    return table.map(lambda value: escaped(str(value))).rename_axis("fact")
+    return table.fillna("–").map(escaped).rename_axis("fact")
 
 
 def _facts(reading: Reading) -> dict[str, Any]:
-    attrs, analysis = reading.attrs, reading.analysis
-    proof, expected, digest = (
-        attrs.get(name) for name in ("reconstruction_error", "sites_expected", "data_digest")
-    )
-    digest = str(digest or "")
-    software = attrs.get("software")
-    facts = {name: attrs.get(attribute) for name, attribute in _PLAIN.items()} | {
-        "Depth": f"{analysis.sizes['depth']} states" if "depth" in analysis.sizes else None,
+    analysis = reading.analysis
+    counts = analysis["num_tokens"].sel(scope="data", tokens="all") if "num_tokens" in analysis else None
+    facts = {
+        "states": analysis.sizes.get("depth"),
         # The largest over depth: stages of a convolutional network have fewer tokens further down.
-        "Tokens analysed": f"{float(analysis['num_tokens'].sel(scope='data', tokens='all').max()):g}"
-        if "num_tokens" in analysis
-        else None,
-        "Reconstruction proof": f"states rebuilt to {number(proof, digits=2)}"
-        if isinstance(proof, (int, float))
-        else proof,
-        # Which axis of H_res is the source is known only where the connections were proven.
-        "Orientation": None if proof is None else str(attrs.get("orientation", "unknown")).replace("_", " "),
-        "Sites": None if expected is None else f"{attrs.get('sites_fired')} of {expected} expected fired",
-        "Changed outside connections": _sentences(attrs.get("changes_outside"), "module"),
-        "Not covered": _sentences(attrs.get("not_covered"), "sentence"),
-        "Memory": memory_sentence(attrs),
-        "Data": f"{digest[:_DIGEST_LENGTH]}…" if len(digest) > _DIGEST_LENGTH else digest,
-        "Parts": _sentences([attrs.get("parts")], "sentence"),
-        "Software": ", ".join(f"{name} {version}" for name, version in software.items())
-        if isinstance(software, Mapping)
-        else software,
+        "tokens analysed": None if counts is None else f"{float(counts.max()):g}",
+        **plain_attributes({name: _in_words(value) for name, value in reading.attrs.items()}),
     }
-    return {name: None if value in (None, "") else value for name, value in facts.items()}
+    return {
+        spoken(name): shortened(str(value), LONGEST_NAME)
+        for name, value in facts.items()
+        if value not in (None, "")
+    }
 
 
-def _sentences(parts: Any, name: str) -> str | None:
-    """One entry of each of some mappings; what else a file of another tool has there is shown as it is."""
-    if not parts or parts == [None]:
-        return None
-    known = isinstance(parts, list) and all(isinstance(part, Mapping) and name in part for part in parts)
-    return "; ".join(str(part[name]) for part in parts) if known else str(parts)
+def _in_words(value: Any) -> Any:
+    """Of a list of facts, or of one that has a sentence, the sentences."""
+    parts = value if isinstance(value, list) else [value]
+    known = [part["sentence"] for part in parts if isinstance(part, Mapping) and "sentence" in part]
+    return "; ".join(map(str, known)) if known and len(known) == len(parts) else value

@@ -188,7 +188,9 @@ def _is_printed(panel: LetteredPanel) -> bool:
 
 def _variants(figure: Composed) -> list[str]:
     """Distinct variants of all panels, in the order of their dashes; the plain line first."""
-    return list(dict.fromkeys(["", *map(variant_of, measured_of([panel.content for panel in figure.panels]))]))
+    return list(
+        dict.fromkeys(["", *map(variant_of, measured_of([panel.content for panel in figure.panels]))])
+    )
 
 
 def _looks(figure: Composed, content: Lines) -> dict[int, Look]:
