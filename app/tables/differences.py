@@ -12,11 +12,12 @@ import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures.build.values import names_of, pick, positions
+from depthscope.app.figures.composed.specification import groups_of
 from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import one_direction
 from depthscope.app.tables.tables import spoken
-from depthscope.app.text.numbers import UNDEFINED, number, quantity
+from depthscope.app.text.numbers import UNDEFINED, consecutive, number, quantity
 from depthscope.diagnostics import CATALOGUE, schema
 from depthscope.diagnostics.analysis.differences import (
     Difference,
@@ -145,11 +146,9 @@ def between_groups(
     Raises InputError: Where a run lacks the attribute, or all runs have the same.
     """
     groups: dict[str, list[Reading]] = {}
+    group_of = groups_of(readings, by)
     for reading in readings:
-        if reading.attrs.get(by) is None:
-            known = ", ".join(sorted(name for name, value in reading.attrs.items() if np.isscalar(value)))
-            raise InputError(f"run {reading.name} has no attribute {by!r} to group by; it has {known}")
-        groups.setdefault(str(reading.attrs[by]), []).append(reading)
+        groups.setdefault(group_of[reading.name], []).append(reading)
     if len(groups) < 2:
         raise InputError(f"all runs have {by} {next(iter(groups), '')!r}; name an attribute that differs")
     first, *others = groups
@@ -261,14 +260,9 @@ def _ranges(difference: Difference, axis: str) -> str:
     """The positions that differ, as ranges."""
     value = difference.value
     labels = value[axis].values if axis in value.coords else np.arange(value.sizes[axis])
-    runs: list[list[int]] = []
-    for at in np.flatnonzero(difference.differs):
-        if runs and at == runs[-1][-1] + 1:
-            runs[-1].append(int(at))
-        else:
-            runs.append([int(at)])
     return ", ".join(
-        f"{labels[run[0]]}" if len(run) == 1 else f"{labels[run[0]]}–{labels[run[-1]]}" for run in runs
+        f"{labels[run[0]]}" if len(run) == 1 else f"{labels[run[0]]}–{labels[run[-1]]}"
+        for run in consecutive(np.flatnonzero(difference.differs))
     )
 
 

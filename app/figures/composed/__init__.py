@@ -13,7 +13,7 @@ from depthscope.app.figures.composed.questions import QUESTIONS, Question
 from depthscope.app.figures.composed.specification import Composed, LetteredPanel, Points, groups_of
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.text.numbers import number
+from depthscope.app.text.numbers import consecutive, number
 
 __all__ = [
     "QUESTIONS",
@@ -121,14 +121,9 @@ def _caption(panels: Sequence[LetteredPanel]) -> str:
 
 def _letters(places: Sequence[int]) -> str:
     """The letters of some panels, as ranges where three or more follow on each other: a-c, e."""
-    runs: list[list[int]] = []
-    for place in places:
-        if runs and place == runs[-1][-1] + 1:
-            runs[-1].append(place)
-        else:
-            runs.append([place])
     return ", ".join(
-        f"{letter(run[0])}–{letter(run[-1])}" if len(run) > 2 else ", ".join(map(letter, run)) for run in runs
+        f"{letter(run[0])}–{letter(run[-1])}" if len(run) > 2 else ", ".join(map(letter, run))
+        for run in consecutive(places)
     )
 
 
