@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.readings.readings import LIVE, Reading, with_live
-from depthscope.app.text.visible import visible, visible_name
+from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.kernels.mixing.products import composite
@@ -25,7 +25,6 @@ class MixingMatrices:
     """The mixing of one run, as means over its tokens."""
 
     single: np.ndarray  # H_res of every connection, (connection, n, n); rows are destinations
-    names: tuple[str, ...]  # such as ``connection 5: attn of block 2``
     # product from one connection through another, the later one on the left: the mean of the products of each
     # token
     products: Mapping[tuple[int, int], np.ndarray]
@@ -89,17 +88,8 @@ def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatr
         ranges = dict.fromkeys([(0, half - 1), (half, last), (0, last)] if half else [(0, last)])
         return MixingMatrices(
             values.mean(axis=1),
-            tuple(_connection_name(trace, place) for place in range(len(values))),
             {pair: composite(values[pair[0] : pair[1] + 1]).mean(axis=0) for pair in ranges},
         )
-
-
-def _connection_name(trace: xr.Dataset, connection: int) -> str:
-    if "branch" not in trace or "connection_layer" not in trace:
-        return f"connection {connection}"
-    branch = visible(trace["branch"].values[connection])
-    layer = int(trace["connection_layer"].values[connection])
-    return f"connection {connection}: {'' if branch == 'block' else f'{branch} of '}block {layer}"
 
 
 def with_metrics(

@@ -141,7 +141,7 @@ def _numbers(reading: Reading, view: View, depths: int) -> list[dict[str, Any]]:
 def _tokens(close_up: CloseUp, depth: int, stream: str) -> dict[str, list[list[Any]]]:
     return {
         "tokens": [
-            [each.text, each.sequence, each.position, number(each.norm), number(each.ratio)]
+            [each.text, each.sequence, each.position, number(each.value), number(each.ratio)]
             for each in close_up.largest_tokens(depth, stream=stream)
         ],
         "entries": [

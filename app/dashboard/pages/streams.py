@@ -114,7 +114,7 @@ def _extreme_words(matrices: list[Matrix]) -> str:
         return f"{number(float(sums.min()))} to {number(float(sums.max()))}"
 
     words = [
-        f"{name}: row sums {ends(each.row_sums)}, column sums {ends(each.column_sums)}, largest singular value "
+        f"{name}: row sums {ends(each.h_res.sum(axis=1))}, column sums {ends(each.h_res.sum(axis=0))}, largest singular value "
         f"{number(float(np.linalg.norm(each.h_res, 2)))}"
         for name, each in (("Mean over tokens", mean), (worst.of[:1].upper() + worst.of[1:], worst))
     ]
