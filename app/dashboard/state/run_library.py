@@ -33,19 +33,6 @@ from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.differences import Difference
 
-__all__ = [
-    "allow",
-    "analyse_beside",
-    "ask_for",
-    "close_up_of",
-    "differences_between",
-    "list_runs",
-    "progress_of",
-    "read_run",
-    "stop",
-    "summaries_of",
-]
-
 BEFORE_THE_FIRST_STEP = "It is being recorded, and no step of it was measured yet."
 
 _roots: list[Path] = []
@@ -184,24 +171,21 @@ def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
         return UnreadableRun(name, path, BEFORE_THE_FIRST_STEP, waits=True)
     if growing_runs.is_growing(path):
         # Analysed again now and then; what its rows say at the moment is in `live_states`.
-        return (
-            _summarised(growing_runs.read_growing(name, path, None)) if growing_runs.is_known(path) else None
-        )
+        known = growing_runs.read_growing(name, path, None) if growing_runs.is_known(path) else None
+        return known if known is None else _summarised(known)
     try:
         version = version_of(path)
     except OSError as error:
         return UnreadableRun(name, path, sentence(error))
-    known = _cache.peek((name, path, version))
-    if isinstance(known, UnreadableRun):
-        return known
     if path in _summaries and _summaries[path][0] == version:
         return _summaries[path][1]
-    found = kept_summaries(path, version) if known is None else [summary_of(each) for each in known]
+    known = _cache.peek((name, path, version))
+    found = kept_summaries(path, version) if known is None else _summarised(known)
     if found is None and _beside and _beside[0].result_of(path, version) is not None:
         # It cannot be read, or what was found could not be saved: then it is analysed here.
-        return _summarised(read_run(name, {name: path}))
-    if found is not None:
-        _summaries[path] = (version, found)
+        found = _summarised(read_run(name, {name: path}))
+    if isinstance(found, list):
+        _summaries[path] = version, found
     return found
 
 

@@ -60,7 +60,7 @@ PARAMETERS = (
     ),
     *("measure", "sequence", "of_stream", "whose", "token", "strips", "mixing_run", "from_connection"),
     *("to_connection", "stream_figures", "trained", "measures", "step", "versus", "training_tokens"),
-    *("zoom_training", "zoom_microscope", "training_by", "over_depths", "measure_of", "compare_by"),
+    *("zoom_training", "zoom_microscope", "training_by", "measure_of", "compare_by"),
     *(
         "compare_at",
         "map_of",

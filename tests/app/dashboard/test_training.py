@@ -82,7 +82,7 @@ def test_several_runs_are_drawn_on_the_same_axes_and_their_seeds_as_one_band(sto
         other.finish()
         other.close()
     save_run(make_run("residual", layers=2), folder / "plain.zarr.zip")
-    chosen = {"runs": ["run", "second", "third", "plain"], "measures": "residual_norm", "over_depths": "last"}
+    chosen = {"runs": ["run", "second", "third", "plain"], "measures": "residual_norm"}
     test = open_page("training", [folder], **chosen)
     assert "and not shown: plain" in words(test)
     figure = json.loads(charts(test)["training"]["figure"])
@@ -90,8 +90,8 @@ def test_several_runs_are_drawn_on_the_same_axes_and_their_seeds_as_one_band(sto
     assert list(curves) == ["run", "second", "third"]
     assert not [trace for trace in figure["data"] if trace["type"] == "heatmap"]
     np.testing.assert_array_equal(numbers(curves["second"]["x"]), np.arange(5, 25))
-    # The last of six depths of step s has the norm 6 (1 + s/1000).
-    np.testing.assert_allclose(numbers(curves["second"]["y"]), 6 * (1 + np.arange(5, 25) / 1000), rtol=1e-6)
+    # Of six depths of step s with the norms 1 to 6 times (1 + s/1000) the mean.
+    np.testing.assert_allclose(numbers(curves["second"]["y"]), 3.5 * (1 + np.arange(5, 25) / 1000), rtol=1e-6)
     assert {"residual_norm_at_step"} == set(charts(test)) - {"training"}
     # One of them alone has its map.
     assert numbers(heat_map(open_page("training", [folder], **chosen, trained="second"))["z"]).shape == (
