@@ -1,7 +1,7 @@
 """Which figures are there? One definition of each, drawn on the screen and on paper."""
 
 from depthscope.app.figures import catalogue
-from depthscope.app.figures.build.default_figure import default_figures
+from depthscope.app.figures.build.curve_figure import default_figures
 from depthscope.app.figures.build.values import feeds
 from depthscope.app.figures.specification import (
     CHOICES,

@@ -20,12 +20,11 @@ from depthscope.app.figures.composed import (
     EVERYWHERE,
     QUESTIONS,
     Composed,
-    Points,
     Subjects,
     composed_of,
     groups_of,
 )
-from depthscope.app.figures.numbers import figure_table
+from depthscope.app.figures.specification import Points, figure_table
 from depthscope.app.paper.contents import CITES, Contents
 from depthscope.app.paper.latex_snippets import (
     cited_keys,

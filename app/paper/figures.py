@@ -25,7 +25,7 @@ from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, draw_into, t
 from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection
 from depthscope.app.figures.build.patching_map import patching_map
 from depthscope.app.figures.composed import QUESTIONS, Composed, compose, in_one_line
-from depthscope.app.figures.numbers import figure_table
+from depthscope.app.figures.specification import figure_table
 from depthscope.app.readings.readings import Reading, judged, read_paths, read_runs, shown_attributes
 from depthscope.app.tables.comparison import summary_table
 from depthscope.app.tables.findings import findings_table

@@ -10,12 +10,12 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.choices import choose_one
-from depthscope.app.dashboard.components.figure_numbers import cut_words, show_frame
+from depthscope.app.dashboard.components.chart import cut_words, show_frame
+from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.drawing.matplotlib import write_figure
 from depthscope.app.figures import CHOICES, Figure, FigureKind, Selection
-from depthscope.app.figures.numbers import figure_table
+from depthscope.app.figures.specification import figure_table
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.formats import to_csv, to_latex, to_parquet
 from depthscope.app.tables.tables import Table

@@ -10,8 +10,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.chosen_runs import choose_runs
-from depthscope.app.dashboard.components.page import show_page
+from depthscope.app.dashboard.components.page import choose_runs, show_page
 from depthscope.app.dashboard.pages import PAGES
 from depthscope.app.dashboard.state.chosen_runs import follow
 

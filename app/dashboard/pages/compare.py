@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import build, card, clicked_cell
-from depthscope.app.dashboard.components.choices import choose_group, choose_index, choose_one
-from depthscope.app.dashboard.components.controls import choose
+from depthscope.app.dashboard.components.chart import build, card, clicked_cell, show_legend
+from depthscope.app.dashboard.components.controls import choose, choose_group, choose_index, choose_one
 from depthscope.app.dashboard.components.exports import show_exports
-from depthscope.app.dashboard.components.figure_numbers import show_legend
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.page import Page, facts_table
 from depthscope.app.dashboard.state import run_library

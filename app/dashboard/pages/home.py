@@ -11,12 +11,10 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import component
-from depthscope.app.dashboard.components.choices import choose_one
-from depthscope.app.dashboard.components.chosen_runs import LOOKED_AT, explain_none
-from depthscope.app.dashboard.components.figure_numbers import cut_words, offer_csv, show_frame
+from depthscope.app.dashboard.components.chart import component, cut_words, offer_csv, show_frame
+from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import BADGES, escaped, show_card
-from depthscope.app.dashboard.components.page import Page
+from depthscope.app.dashboard.components.page import LOOKED_AT, Page, explain_none
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import a_click_leads_on, open_microscope, open_page
 from depthscope.app.dashboard.state.growing_runs import LiveState

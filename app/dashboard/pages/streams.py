@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import build, card, cards_in_rows
-from depthscope.app.dashboard.components.choices import choose_index, choose_names, choose_one
-from depthscope.app.dashboard.components.controls import choose
+from depthscope.app.dashboard.components.chart import build, card, cards_in_rows, show_legend
+from depthscope.app.dashboard.components.controls import choose, choose_index, choose_names, choose_one
 from depthscope.app.dashboard.components.depth_pane import show_matrices
-from depthscope.app.dashboard.components.figure_numbers import show_legend
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import run_library

@@ -11,10 +11,8 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, component
-from depthscope.app.dashboard.components.choices import choose_group, choose_names, choose_one
-from depthscope.app.dashboard.components.controls import CONTROLS
-from depthscope.app.dashboard.components.figure_numbers import show_legend
+from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, component, show_legend
+from depthscope.app.dashboard.components.controls import CONTROLS, choose_group, choose_names, choose_one
 from depthscope.app.dashboard.components.finding_card import BADGES, escaped
 from depthscope.app.dashboard.components.microscope import pinned_by_page
 from depthscope.app.dashboard.components.page import Page

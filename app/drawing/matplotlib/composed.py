@@ -34,9 +34,9 @@ from depthscope.app.drawing.matplotlib.style import (
     plain,
     wrapped,
 )
-from depthscope.app.figures.composed import Composed, LetteredPanel, Points, letter
+from depthscope.app.figures.composed import Composed, LetteredPanel, letter
 from depthscope.app.figures.palette import Look, look_of
-from depthscope.app.figures.specification import NOISE_BASELINE, Figure, Heatmap, Lines, looks_of
+from depthscope.app.figures.specification import NOISE_BASELINE, Figure, Heatmap, Lines, Points, looks_of
 from depthscope.app.text.visible import shortened
 
 # A panel needs this much for its ticks, label and colour bar. Inches, a heuristic of ours.

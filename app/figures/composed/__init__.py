@@ -10,7 +10,7 @@ import xarray as xr
 from depthscope.app.figures.build.values import level_of
 from depthscope.app.figures.composed.panels import Subjects, in_one_line
 from depthscope.app.figures.composed.questions import QUESTIONS, Question
-from depthscope.app.figures.composed.specification import Composed, LetteredPanel, Points, groups_of
+from depthscope.app.figures.composed.specification import Composed, LetteredPanel, groups_of
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import consecutive, number
@@ -19,7 +19,6 @@ __all__ = [
     "QUESTIONS",
     "Composed",
     "LetteredPanel",
-    "Points",
     "Question",
     "Subjects",
     "compose",

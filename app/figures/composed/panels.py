@@ -12,9 +12,9 @@ import xarray as xr
 
 from depthscope.app.figures.build.spread import folded, folded_colours
 from depthscope.app.figures.build.values import fed
-from depthscope.app.figures.composed.specification import LetteredPanel, Points, differing_ranges
+from depthscope.app.figures.composed.specification import LetteredPanel, differing_ranges
 from depthscope.app.figures.palette import colour_numbers
-from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
+from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Points, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.run_arrays import MixingMatrices, matrices_of
 from depthscope.app.readings.training_history import TrainingHistory, history_of

@@ -9,38 +9,11 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.values import pick, positions
-from depthscope.app.figures.specification import Array, Figure, Selection
+from depthscope.app.figures.specification import Figure, Points, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.analysis.differences import of_seeds
 from depthscope.diagnostics.errors import InputError
-
-
-# Without `eq`, here and below: arrays compare element by element, which has no truth value.
-@dataclass(frozen=True, eq=False)
-class Points:
-    """Points of some runs in the complex plane, with the unit circle.
-
-    ``name, title``: as of any figure.
-    ``x_label, y_label``: axes.
-    ``points``: run name → complex numbers of any shape.
-    ``caption, alt, metric``: as of any figure.
-    ``sources``: bibliography keys.
-    ``runs``: all runs that are shown together, with the numbers of their colours; see `Lines`.
-    ``radial_log``: whether distances from the origin are log₂(1 + |z|), which leaves the unit circle where it is.
-    """
-
-    name: str
-    title: str
-    x_label: str
-    y_label: str
-    points: Mapping[str, Array]
-    caption: str = ""
-    alt: str = ""
-    metric: str = ""
-    sources: tuple[str, ...] = ()
-    runs: Mapping[str, int] = field(default_factory=dict)
-    radial_log: bool = False
 
 
 @dataclass(frozen=True, eq=False)

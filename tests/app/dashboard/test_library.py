@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from depthscope.app.dashboard.components.chosen_runs import MOST_RUNS
+from depthscope.app.dashboard.components.page import MOST_RUNS
 from depthscope.app.dashboard.state import background, run_library, run_reading
 from depthscope.app.dashboard.state.background import Analyses
 from depthscope.app.dashboard.state.run_library import read_run

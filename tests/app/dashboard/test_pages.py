@@ -11,9 +11,8 @@ import pytest
 
 from depthscope.app.cli.main import main
 from depthscope.app.dashboard.components import exports
-from depthscope.app.dashboard.components.choices import groups_of
-from depthscope.app.dashboard.components.controls import CONTROLS
-from depthscope.app.dashboard.components.figure_numbers import numbers_of
+from depthscope.app.dashboard.components.chart import numbers_of
+from depthscope.app.dashboard.components.controls import CONTROLS, groups_of
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.pages import PAGES
 from depthscope.app.dashboard.pages.compare import map_difference
