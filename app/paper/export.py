@@ -34,7 +34,7 @@ from depthscope.app.paper.latex_snippets import (
     tables_tex,
 )
 from depthscope.app.paper.methods import methods_latex, methods_text
-from depthscope.app.readings.provenance import file_digest, software, source_commit
+from depthscope.app.readings.provenance import file_digest, software
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.comparison import comparison_table
 from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_parquet
@@ -263,7 +263,6 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     contents = bundle.contents
     return {
         "software": software(),
-        "commit": source_commit(),
         "venue": bundle.venue.name,
         # As it was applied: of runs of different depth the axis was changed.
         "selection": asdict(contents.view),

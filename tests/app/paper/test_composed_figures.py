@@ -36,7 +36,7 @@ def readings(runs):
 
 
 def test_every_figure_has_a_function_and_a_name_of_its_own():
-    assert set(QUESTIONS) == set(figures.__all__) - {"measure", "numbers", "panels", "patching", "table"}
+    assert set(QUESTIONS) == set(figures.__all__) - {"measure", "numbers", "panels", "table"}
     assert not set(QUESTIONS) & set(FIGURES)
     assert depthscope.figures is figures
 
