@@ -105,15 +105,16 @@ def escaped(text: object) -> str:
     ('a\\_b \\*c\\*', 'see `http://a.example`')
     """
     words = visible(" ".join(str(text).split()), longest=LONGEST_TEXT).split(" ")
-    return " ".join(_as_code(word) if _SEARCHED.search(word) else _backslashed(word) for word in words)
+    return " ".join(
+        _backslashed(_ICON).join(_code(part) for part in word.split(_ICON))
+        if _SEARCHED.search(word)
+        else _backslashed(word)
+        for word in words
+    )
 
 
 def _backslashed(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", text)
-
-
-def _as_code(word: str) -> str:
-    return _backslashed(_ICON).join(_code(part) for part in word.split(_ICON))
 
 
 def _code(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import numpy as np
 import pandas as pd
@@ -110,7 +109,11 @@ class Shown:
 
 def _show(chosen: ChosenRuns) -> None:
     found = {name: growing_runs.history_of(reading) for name, reading in chosen.readings.items()}
-    histories = {name: each for name, each in found.items() if _has_steps(each)}
+    histories = {
+        name: each
+        for name, each in found.items()
+        if (isinstance(each, TrainingHistory) and len(each.steps) >= 2 and bool(each.measures))
+    }
     without = [name for name in found if name not in histories]
     names = [*([TOGETHER] if len(histories) > 1 else []), *histories, *without]
     group_of: dict[str, str] = {}
@@ -136,17 +139,11 @@ def _show(chosen: ChosenRuns) -> None:
     st.fragment(_follow, run_every=1.0 if follows else None)(readings, colours, group_of, follows)
 
 
-def _has_steps(found: TrainingHistory | UnreadableRun) -> TypeGuard[TrainingHistory]:
-    return isinstance(found, TrainingHistory) and len(found.steps) >= 2 and bool(found.measures)
-
-
 def _goes_on(history: TrainingHistory, seconds: float) -> bool:
     """Whether steps are added or are left to judge, after so many seconds of judging."""
-    return growing_runs.first_findings_of(history).look(seconds) or _is_growing(history)
-
-
-def _is_growing(history: TrainingHistory) -> bool:
-    return history.status is not None and live_state(history.status, history.times).is_growing
+    return growing_runs.first_findings_of(history).look(seconds) or (
+        history.status is not None and live_state(history.status, history.times).is_growing
+    )
 
 
 def _explain_none(history: TrainingHistory | UnreadableRun) -> None:
