@@ -226,17 +226,17 @@ def _row(summary: Summary, measure: str, status: str, group: str) -> dict[str, A
         "block": block,
         "names": [visible(name) for name in summary.depths],
         "missing": "" if cells else MEASURES[measure].missing,
-        "marks": [_mark(mark) for mark in summary.marks if mark.first is not None],
+        "marks": [
+            {
+                "at": mark.first,
+                "severity": mark.finding.severity.name,
+                "title": visible(card_of(mark.finding).title.rstrip(".")),
+            }
+            for mark in summary.marks
+            if mark.first is not None
+        ],
         "depth": summary.marks[0].worst if summary.marks else None,
         "alt": f"{summary.name}: {title}. {_profile_words(summary, measure)}",
-    }
-
-
-def _mark(mark: PlacedFinding) -> dict[str, Any]:
-    return {
-        "at": mark.first,
-        "severity": mark.finding.severity.name,
-        "title": visible(card_of(mark.finding).title.rstrip(".")),
     }
 
 
