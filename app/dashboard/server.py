@@ -77,7 +77,6 @@ def launch(
     ``paths``: run files, or folders of runs; nothing else can be opened from the dashboard.
     ``port``: port to use; None takes the first free one from 8501.
     ``open_browser``: open the address in the default browser once the server answers.
-    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     Raises InputError: For no path at all, or a port that is taken.
     """
     if not paths:

@@ -60,7 +60,6 @@ FIGURES: dict[str, FigureKind] = DEFINED | {
 def available(analyses: Analyses) -> dict[str, FigureKind]:
     """Figures that at least one of the runs can feed.
 
-    ``analyses``: run name → analysis.
     Returns: Name → kind, in display order.
     """
     return {

@@ -203,8 +203,6 @@ class Selection:
     def of(cls, choices: Mapping[str, Any]) -> Selection:
         """Selection from keyword choices, refusing names and labels that do not exist.
 
-        ``choices``: Any of the fields above.
-
         Raises InputError: A field or a label that is not one of `CHOICES`.
         """
         # Checked here once for the command line, the dashboard and Python: a wrong label would otherwise select no numbers,
@@ -267,18 +265,10 @@ class FigureKind(ABC):
 
     @abstractmethod
     def figure(self, analyses: Analyses, choice: Selection) -> Figure:
-        """The figure of some runs.
-
-        ``analyses``: Run name → analysis.
-        ``choice``: Which version of the numbers.
-        """
+        """The figure of some runs."""
 
     def build(self, analyses: Analyses, **selection: Any) -> Figure:
-        """The figure of some runs, by keywords.
-
-        ``analyses``: Run name → analysis.
-        ``**selection``: Fields of `Selection`.
-        """
+        """The figure of some runs, by keywords."""
         figure = self.figure(analyses, Selection.of(selection))
         if isinstance(figure, Lines):
             figure = replace(figure, runs=colour_numbers(analyses))

@@ -261,7 +261,6 @@ class CloseUp:
     def pictures(self, whose: str, token: tuple[int, int] | None = None) -> tuple[list[Matrix], list[Matrix]]:
         """H_res of every connection, and their products from the first one on.
 
-        ``whose``: a key of `WHOSE`.
         ``token``: sequence and position of the marked one.
         Returns: Nothing where no token is real.
         """

@@ -69,7 +69,6 @@ def group_of(
 def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatrices | None:
     """The mixing matrices of a run, and their products over its first half, its second half and all of it.
 
-    ``runs``: as in `group_of`.
     Returns: None for a run without streams, or whose matrices are not stored.
     """
     with group_of(reading, "trace", runs) as trace:

@@ -188,7 +188,6 @@ class TrainingHistory:
 def history_of(reading: Reading, runs: Mapping[str, xr.DataTree] = MappingProxyType({})) -> TrainingHistory:
     """The history of a reading, from its file, which was checked when it was read.
 
-    ``runs``: runs in memory, as in `group_of`.
     Returns: One that can be refreshed, of a live store.
     """
     path = Path(reading.path)

@@ -90,11 +90,7 @@ def require_report(path: Path) -> None:
 
 
 def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> str:
-    """The report as one HTML document that asks nothing of any network.
-
-    ``readings``: runs.
-    ``view``: slice.
-    """
+    """The report as one HTML document that asks nothing of any network."""
     readings = sorted(readings, key=lambda reading: summary_of(reading).badness)
     contents = Contents.of(readings, view)
     known = entries(bibliography())

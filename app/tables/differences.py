@@ -38,7 +38,6 @@ def between_runs(
 ) -> list[Difference]:
     """Every run against the first, sequence by sequence where they have seen the same ones.
 
-    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     Returns: Of the metrics that both runs of a pair can feed; empty where there are not two runs with a trace.
     """
     found = []
@@ -306,9 +305,7 @@ def difference_map(
 ) -> tuple[Heatmap, list[str]]:
     """The relative difference of two runs, or of the means of two groups of runs: a row for each measure, the largest first.
 
-    ``groups``: exactly two, by name.
     ``metrics``: those that a row may show; of other axes, or of one group alone, they are left out.
-    ``axis``: ``depth`` or ``connection``.
     Returns: second − first over the mean of their sizes, from −2 to 2, at the depths of the shallower run; and the
     metric of each row.
     Raises InputError: Where no measure is known of both.

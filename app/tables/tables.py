@@ -187,8 +187,6 @@ def spoken(name: str) -> str:
 def depth_table(reading: Reading, view: Selection | None = None, *, rows: int = 26) -> Table:
     """Rank, cosine, similarity and norms by depth.
 
-    ``reading``: one run.
-    ``view``: slice; the figures' own by default.
     ``rows``: most rows printed; the data have all.
     """
     view = view or Selection()

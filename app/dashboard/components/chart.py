@@ -104,10 +104,7 @@ def card(
 
 
 def cards_in_rows(figures: Mapping[str, Figure]) -> None:
-    """Figures in rows of two.
-
-    ``figures``: key of its card → figure.
-    """
+    """Figures in rows of two."""
     cards = list(figures.items())
     for first in range(0, len(cards), 2):
         # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
@@ -201,19 +198,12 @@ def numbers_of(figure: Figure) -> pd.DataFrame:
 
 
 def show_frame(table: pd.DataFrame, **options: Any) -> None:
-    """The first rows and columns of a table, its numbers as everywhere on the pages; they are sorted as numbers.
-
-    ``table``: without two columns of one name.
-    ``options``: of `st.dataframe`.
-    """
+    """The first rows and columns of a table, its numbers as everywhere on the pages; they are sorted as numbers."""
     st.dataframe(_spelled(table), hide_index=True, placeholder=UNDEFINED, **options)
 
 
 def offer_csv(table: pd.DataFrame, name: str, *, key: str, label: str = "Download CSV") -> None:
-    """A button that saves a table.
-
-    ``name``: of the file, without its ending.
-    """
+    """A button that saves a table."""
     st.download_button(
         label,
         # Computed when it is asked for: a file that is ready for every table of every visitor fills the memory.

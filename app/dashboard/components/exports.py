@@ -38,11 +38,7 @@ _OPTIONS = ("scope", "tokens", "centering", "reduction")
 def show_exports(
     figure: Figure, kind: FigureKind, readings: Sequence[Reading], used: Mapping[str, Any]
 ) -> None:
-    """A figure for a paper, and its numbers to take away, each with its code.
-
-    ``figure``: what the page shows.
-    ``used``: the choices that made it.
-    """
+    """A figure for a paper, and its numbers to take away, each with its code."""
     st.markdown("## Export")
     left, right = st.columns(2, gap="medium")
     # What is not said is the default; names of runs are those of their paths, so that a heat map of one run needs none.
@@ -117,10 +113,7 @@ def plain_frame(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def _show_paper_figure(figure: Figure, call: str) -> None:
-    """Buttons that save a figure for paper, the LaTeX that includes it, and the lines that make it.
-
-    ``call``: of `ds.figures.measure`, without its closing bracket.
-    """
+    """Buttons that save a figure for paper, the LaTeX that includes it, and the lines that make it."""
     with st.container(horizontal=True, vertical_alignment="bottom"):
         venue = choose_one("Figure for", list(VENUES), "venue", width=160)
         for ending, mime in MIMES.items():

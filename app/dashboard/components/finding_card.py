@@ -39,7 +39,6 @@ def show_card(card: Card, *, name: str, depth: int | None, runs: Sequence[str]) 
     """One finding in a bordered box, with a button that opens the microscope there.
 
     ``name``: of the reading that it is about.
-    ``depth``: where it is worst.
     ``runs``: names in the list of runs that are chosen then.
     """
     word, colour, sign = BADGES[card.severity]

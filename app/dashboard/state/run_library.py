@@ -85,10 +85,7 @@ def progress_of(path: Path) -> str | None:
 
 
 def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
-    """Fix the files and folders that this process may show.
-
-    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
-    """
+    """Fix the files and folders that this process may show."""
     LIMIT["max_bytes"] = max_bytes
     _roots[:] = [path.resolve() for path in paths]
 

@@ -47,8 +47,6 @@ def to_matplotlib(figure: Figure | Composed, *, width: str | Width = "icml") -> 
 def write_figure(figure: Figure | Composed, *paths: Path, width: str | Width = "icml") -> None:
     """Draw a figure once and write it to files; their endings say the formats.
 
-    ``*paths``: end in ``.pdf``, ``.svg`` or ``.png``.
-    ``width``: as in `to_matplotlib`.
     Raises InputError: For a width or an ending that is not known.
     """
     # All endings before the first file: a wrong one leaves none of them.

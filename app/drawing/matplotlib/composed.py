@@ -87,7 +87,6 @@ def draw(figure: Composed | Figure, size: Width, *, dense: int = DENSE) -> Paper
 def draw_into(figure: Composed, axes: Mapping[str, Axes]) -> None:
     """Draw panels into somebody's axes, lettered in their order, with a legend below all that their figure contains.
 
-    ``figure``: what to draw.
     ``axes``: by the keys of the panels; a panel without axes is not drawn, and the letters of the others follow on.
     """
     _draw_panels(figure, axes)

@@ -128,7 +128,6 @@ def histories_figure(
     """A measure of several trainings over their steps: a curve for each run, or the band of the runs of a group.
 
     ``histories``: run → history; those without the measure are left out, and at least one has it.
-    ``colours``: run → number of its colour.
     ``group_of``: run → its group, whose runs are put together at the steps that all of them have; empty for single runs.
     Of a measure with rows their mean is drawn.
     """

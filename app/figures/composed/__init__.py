@@ -41,7 +41,6 @@ def compose(
 ) -> Composed:
     """A composed figure of some runs, with the panels that they can feed.
 
-    ``name``: a key of `QUESTIONS`.
     ``readings``: runs, in the order of their colours.
     ``view``: which version of the numbers, as far as a panel does not fix it.
     ``runs``: the runs in memory, by the names that `read_runs` was given; those of a path are opened where a panel

@@ -370,8 +370,5 @@ def whole_products(found: MixingMatrices) -> np.ndarray:
 
 
 def in_one_line(reasons: Iterable[str]) -> str:
-    """Distinct reasons, once each.
-
-    ``reasons``: sentences without a full stop.
-    """
+    """Distinct reasons, once each."""
     return "; ".join(dict.fromkeys(reasons))
