@@ -15,9 +15,7 @@ from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
-from depthscope.app.readings.depth_map import plain_attributes
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.tables import spoken
 from depthscope.app.text.visible import LONGEST_NAME, LONGEST_TEXT, shortened, visible
 
 
@@ -73,27 +71,45 @@ def facts_table(readings: Iterable[Reading]) -> pd.DataFrame:
     return table.fillna("–").map(escaped).rename_axis("fact")
 
 
+# Attribute of a run → what the fact is called; others are in the run itself.
+_NAMES = {
+    "model": "model",
+    "family": "family",
+    "n_streams": "streams",
+    "constraint": "mixing matrices",
+    "proof": "reading",
+    "orientation": "orientation",
+    "not_covered": "not covered",
+    "memory": "memory",
+    "dtype": "precision",
+    "loss_reduction": "loss reduction",
+    "seed": "seed",
+    "data": "data",
+    "data_digest": "digest of the data",
+    "created": "created",
+    "software": "software",
+}
+
+
 def _facts(reading: Reading) -> dict[str, Any]:
-    analysis = reading.analysis
+    analysis, attrs = reading.analysis, reading.attrs
     counts = analysis["num_tokens"].sel(scope="data", tokens="all") if "num_tokens" in analysis else None
     facts = {
+        **{name: _in_words(attrs.get(attribute)) for attribute, name in _NAMES.items()},
         "states": analysis.sizes.get("depth"),
         # The largest over depth: stages of a convolutional network have fewer tokens further down.
         "tokens analysed": None if counts is None else f"{float(counts.max()):g}",
-        **plain_attributes({name: _in_words(value) for name, value in reading.attrs.items()}),
     }
-    return {
-        spoken(name): shortened(str(value), LONGEST_NAME)
-        for name, value in facts.items()
-        if value not in (None, "")
-    }
+    known = {name: value for name, value in facts.items() if value not in (None, "", [])}
+    return {name: shortened(str(value), 3 * LONGEST_NAME) for name, value in known.items()}
 
 
 def _in_words(value: Any) -> Any:
-    """Of a list of facts, or of one that has a sentence, the sentences."""
+    """Of one or several facts with a sentence the sentences, of versions a list; what else there is as it is."""
     parts = value if isinstance(value, list) else [value]
-    known = [part["sentence"] for part in parts if isinstance(part, Mapping) and "sentence" in part]
-    return "; ".join(map(str, known)) if known and len(known) == len(parts) else value
+    if parts and all(isinstance(part, Mapping) and "sentence" in part for part in parts):
+        return "; ".join(str(part["sentence"]) for part in parts)
+    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
 
 
 CHOSEN_AT_FIRST = 3
