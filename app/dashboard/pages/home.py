@@ -53,8 +53,8 @@ class _Runs:
         runs = cls(listed, growing_runs.live_states(listed))
         known = {name: run_library.summaries_of(name, path) for name, path in listed.items()}
         wanted = {name: listed[name] for name, found in known.items() if found is None}
-        run_library.ask_for(wanted)
-        known |= {name: run_library.summaries_of(name, path) for name, path in wanted.items()}
+        if run_library.ask_for(wanted):
+            known |= {name: run_library.summaries_of(name, path) for name, path in wanted.items()}
         for name, found in known.items():
             if found is None:
                 runs.waiting.append(name)

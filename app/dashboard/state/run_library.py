@@ -58,13 +58,15 @@ def stop() -> None:
         analyses.stop()
 
 
-def ask_for(runs: Mapping[str, Path]) -> None:
-    """Have runs analysed, now or soon; their `summaries_of` follow."""
-    if _beside:
-        _beside[0].ask({name: path for name, path in runs.items() if not growing_runs.is_growing(path)})
-    for name, path in runs.items():
-        if not _beside or growing_runs.is_growing(path):
-            read_run(name, {name: path})
+def ask_for(runs: Mapping[str, Path]) -> bool:
+    """Have runs analysed, now or soon; whether some of their `summaries_of` are known now."""
+    later = {name: path for name, path in runs.items() if _beside and not growing_runs.is_growing(path)}
+    if later:
+        _beside[0].ask(later)
+    now = {name: path for name, path in runs.items() if name not in later}
+    for name, path in now.items():
+        read_run(name, {name: path})
+    return bool(now)
 
 
 def differences_between(readings: Sequence[Reading], metric: str, view: Selection) -> list[Difference]:
