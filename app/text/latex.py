@@ -92,8 +92,8 @@ def tex(text: str) -> Latex:
 
 
 def _has_a_font(letter: str) -> bool:
-    marked = letter <= "\u017f" and unicodedata.normalize("NFD", letter)
-    is_marked = bool(marked) and len(marked) == 2 and marked[0].isascii() and marked[0].isalpha()
+    marked = unicodedata.normalize("NFD", letter)
+    is_marked = letter <= "\u017f" and len(marked) == 2 and marked[0].isascii() and marked[0].isalpha()
     return letter.isascii() or letter in SIGNS or letter in _LETTERS or is_marked
 
 

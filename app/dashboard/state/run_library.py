@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.background import Analyses
@@ -32,6 +33,7 @@ from depthscope.app.tables.differences import between_runs
 from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.differences import Difference
+from depthscope.diagnostics.experiments import RESULTS, result_path
 
 BEFORE_THE_FIRST_STEP = "It is being recorded, and no step of it was measured yet."
 
@@ -39,7 +41,7 @@ _roots: list[Path] = []
 """The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
 
 
-_summaries: dict[Path, tuple[FileVersion, list[Summary]]] = {}
+_summaries: dict[Path, tuple[tuple[Any, ...], list[Summary]]] = {}
 """Read once: a table of 500 runs is drawn anew at every click. Each has some ten kilobytes."""
 
 
@@ -173,19 +175,27 @@ def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
         known = growing_runs.read_growing(name, path, None) if growing_runs.is_known(path) else None
         return known if known is None else _summarised(known)
     try:
+        place = _place_of(path)
+        if path in _summaries and _summaries[path][0] == place:
+            return _summaries[path][1]
         version = version_of(path)
     except OSError as error:
         return UnreadableRun(name, path, sentence(error))
-    if path in _summaries and _summaries[path][0] == version:
-        return _summaries[path][1]
     known = _cache.peek((name, path, version))
     found = kept_summaries(path, version) if known is None else _summarised(known)
     if found is None and _beside and _beside[0].result_of(path, version) is not None:
         # It cannot be read, or what was found could not be saved: then it is analysed here.
         found = _summarised(read_run(name, {name: path}))
     if isinstance(found, list):
-        _summaries[path] = version, found
+        _summaries[path] = place, found
     return found
+
+
+def _place_of(path: Path) -> tuple[Any, ...]:
+    """What tells at a glance that a run was replaced: its version is that of a thousand files, of each of 500 rows."""
+    others = (path / "zarr.json", *(result_path(path, what) for what in RESULTS))
+    entries = [path.stat(), *(other.stat() for other in others if other.exists())]
+    return tuple((entry.st_dev, entry.st_ino, entry.st_mtime_ns, entry.st_ctime_ns) for entry in entries)
 
 
 def _summarised(found: tuple[Reading, ...] | UnreadableRun) -> list[Summary] | UnreadableRun:
