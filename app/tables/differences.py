@@ -55,7 +55,7 @@ def between_runs(
             for metric in metrics
         }
         for first, other in _pairs([reading for reading in readings if reading.name in traces], readings):
-            digests = tuple(each.attrs.get("data_digest") for each in (first, other))
+            digests = first.attrs.get("data_digest"), other.attrs.get("data_digest")
             paired = same_sequences(traces[first.name], traces[other.name], digests)
             for metric in metrics:
                 values = {each.name: profiles[each.name, metric] for each in (first, other)}

@@ -259,10 +259,13 @@ def _add_panel(
 
     ``domain``: share of the drawing, from and to.
     """
-    is_lines = isinstance(panel.figure, Lines)
     # A tick takes some sixteen pixels.
     ticks = max(3, panel.height // 16)
-    own = draw_lines(panel.figure) if is_lines else draw_heatmap(panel.figure, most_ticks=ticks)
+    own = (
+        draw_lines(panel.figure)
+        if isinstance(panel.figure, Lines)
+        else draw_heatmap(panel.figure, most_ticks=ticks)
+    )
     axis: dict[str, Any] = {
         "domain": list(domain),
         "gridcolor": FAINT,
@@ -272,7 +275,7 @@ def _add_panel(
         "automargin": False,
         "fixedrange": True,  # a zoom is one of depth, in all panels
     }
-    if is_lines:
+    if isinstance(panel.figure, Lines):
         scale = own.layout.yaxis.to_plotly_json()
         axis |= {key: scale[key] for key in ("type", "range") if key in scale}
         if axis.get("type") == "log":
