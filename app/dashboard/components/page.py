@@ -100,8 +100,10 @@ def _facts(reading: Reading) -> dict[str, Any]:
         # The largest over depth: stages of a convolutional network have fewer tokens further down.
         "tokens analysed": None if counts is None else f"{float(counts.max()):g}",
     }
-    known = {name: value for name, value in facts.items() if value not in (None, "", [])}
-    return {name: shortened(str(value), 3 * LONGEST_NAME) for name, value in known.items()}
+    known = {name: str(value) for name, value in facts.items() if value not in (None, "", [])}
+    # A word, such as a digest, is not broken: a long one would make its column wider than the page.
+    longest = {True: 3 * LONGEST_NAME, False: 24}
+    return {name: shortened(text, longest[" " in text], counted=False) for name, text in known.items()}
 
 
 def _in_words(value: Any) -> Any:
