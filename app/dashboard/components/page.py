@@ -71,6 +71,9 @@ def facts_table(readings: Iterable[Reading]) -> pd.DataFrame:
     return table.fillna("–").map(escaped).rename_axis("fact")
 
 
+DIGEST = 24
+"""Letters of a digest, by which data sets are told apart at a glance; the run has all of them."""
+
 # Attribute of a run → what the fact is called; others are in the run itself.
 _NAMES = {
     "model": "model",
@@ -101,9 +104,11 @@ def _facts(reading: Reading) -> dict[str, Any]:
         "tokens analysed": None if counts is None else f"{float(counts.max()):g}",
     }
     known = {name: str(value) for name, value in facts.items() if value not in (None, "", [])}
-    # A word, such as a digest, is not broken: a long one would make its column wider than the page.
-    longest = {True: 3 * LONGEST_NAME, False: 24}
-    return {name: shortened(text, longest[" " in text], counted=False) for name, text in known.items()}
+    return {
+        # A digest is one word, which a table does not break.
+        name: shortened(text, DIGEST if name == _NAMES["data_digest"] else 3 * LONGEST_NAME, counted=False)
+        for name, text in known.items()
+    }
 
 
 def _in_words(value: Any) -> Any:
