@@ -74,7 +74,6 @@ def read_runs(
 ) -> list[Reading]:
     """Analyse and judge runs; complete stored metrics are used as they are.
 
-    ``runs``: runs by the names to print.
     ``paths``: where runs were opened from: the result of a lens that was saved there is evidence for its verdicts.
     ``progress``: called with (metric, number done, number in all) for each run.
     ``last_step``: of a live store read the metrics of the last step alone: those of all steps may be gigabytes.
@@ -115,10 +114,7 @@ def judged(
     results: Mapping[str, xr.Dataset],
     num_steps: int = 1,
 ) -> Reading:
-    """A reading of an analysis: the verdicts are asked here.
-
-    ``name, attrs, analysis, chain, path, results, num_steps``: see `Reading`.
-    """
+    """A reading of an analysis: the verdicts are asked here."""
     found = judge(analysis, passed=True)
     return Reading(
         name,
@@ -141,7 +137,6 @@ def _num_steps(run: xr.DataTree, chain: str) -> int:
 def shown_attributes(value: Any) -> Any:
     """Attributes of a run in whose text everything can be seen, at every level.
 
-    ``value``: attributes, or one of them.
     Returns: Numbers are unchanged.
     """
     if isinstance(value, Mapping):
@@ -270,7 +265,6 @@ def read_paths(
     """Open, analyse and judge runs; one that cannot be read, analysed or judged is left out, and the others stay.
 
     ``paths``: run files, or folders with some in them.
-    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     ``progress``: called with (metric, number done, number in all) for each run.
     Returns: The readings, and the reasons why runs were left out by their names.
     Raises Exception: That of the run, where there is one run and it is left out.
@@ -304,7 +298,6 @@ def open_runs(paths: Sequence[str], *, max_bytes: int | None = None) -> dict[str
     """Open runs, and folders of runs, under names that are short and differ.
 
     ``paths``: run files, or folders with some in them.
-    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     """
     return {name: schema.open_run(path, max_bytes=max_bytes) for name, path in find_runs(paths).items()}
 

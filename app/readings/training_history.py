@@ -7,11 +7,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import xarray as xr
 
 from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.run_arrays import group_of
 from depthscope.diagnostics import schema, training_curves
 from depthscope.diagnostics.analysis.training_curves import curves_of_sums, sums_of
 from depthscope.diagnostics.errors import AbsentError
@@ -183,7 +185,7 @@ class TrainingHistory:
         return found.isel(step=[position]).assign_attrs(self._reading.analysis.attrs)
 
 
-def history_of(reading: Reading) -> TrainingHistory:
+def history_of(reading: Reading, runs: Mapping[str, xr.DataTree] = MappingProxyType({})) -> TrainingHistory:
     """The history of a reading, from its file, which was checked when it was read.
 
     Returns: One that can be refreshed, of a live store.
@@ -199,8 +201,8 @@ def history_of(reading: Reading) -> TrainingHistory:
         return TrainingHistory(reading, *_of_rows(reading, rows, sums), rows)
     analysis, sums = reading.analysis, xr.Dataset()
     if reading.num_steps > 1:  # the statistics of one step are no history
-        with suppress(AbsentError), schema.open_group(path, "statistics", reading.chain) as statistics:
-            sums = statistics.load()
+        with group_of(reading, "statistics", runs) as statistics:
+            sums = sums if statistics is None else statistics.load()
     curves = curves_of(sums) if sums else sums
     curves = curves[[name for name in curves.data_vars if curves[name].dims[:1] == ("step",)]]
     if analysis.sizes.get("step", 1) < curves.sizes.get("step", 1):
