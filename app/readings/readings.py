@@ -221,15 +221,14 @@ def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, x
 
 
 def _with_stored(fresh: xr.Dataset, stored: xr.Dataset | None) -> xr.Dataset:
-    """An analysis together with stored metrics that it does not compute, such as those computed on request."""
+    """An analysis together with stored metrics that it does not compute, such as a user's own."""
     if stored is not None and LIVE in stored.attrs:
         return with_live(fresh, stored)
     # Metrics of another step are of other states: they cannot be in one dataset with the new ones.
     if stored is None or not fresh["step"].equals(stored["step"]):
         return fresh
     added = {name: stored[name] for name in stored.data_vars if name not in fresh}
-    costly = [name for name in fresh.attrs.get("on_request", ()) if name not in added]
-    return fresh.assign(added).assign_attrs(on_request=costly)
+    return fresh.assign(added)
 
 
 def with_live(fresh: xr.Dataset, live: xr.Dataset) -> xr.Dataset:

@@ -70,7 +70,6 @@ def _metric(metric: Metric) -> str:
         "Basis": metric.basis,
         "Estimator": metric.estimator,
         "Needs": ", ".join(f"`{name}`" for name in metric.roots),
-        "Cost": "in every analysis" if metric.default else "on request",
         "Source": _cited([metric.cite]),
     }
     return _section(metric.name, [first, *map(_block, equations), text], facts)

@@ -34,7 +34,6 @@ def test_a_declared_healthy_range_is_what_no_verdict_reports(analyses):
         "mixing_singular_value",
         "composite_singular_value",
         "closest_stream_cosine",
-        "read_mass",
     }
     for name in set(judged) - unjudged:
         healthy = CATALOGUE[name].healthy

@@ -114,7 +114,7 @@ def test_what_does_not_fit_is_read_again_and_gives_the_same(make_run, monkeypatc
 def test_memory_is_that_of_the_states_once_more_and_blocks_of_a_fixed_size(make_run):
     run = make_run("residual", layers=23, samples=4, tokens=64, features=256, gradients=False, weights=False)
     # CKA holds tiles of Gram matrices, of a fixed size.
-    names = [name for name, metric in CATALOGUE.items() if metric.default and "cka" not in name]
+    names = [name for name in CATALOGUE if "cka" not in name]
     diagnostics.analyze(run, metrics=names)
     tracemalloc.start()
     diagnostics.analyze(run, metrics=names)
@@ -165,19 +165,8 @@ def test_what_cannot_be_fed_is_listed_with_its_reason(make_run):
     reasons = found.attrs["not_computed"]
     assert "gradients=True" in reasons["gradient_norm"]
     assert "one stream" in reasons["mixing_gain"]
-    assert set(reasons) | set(found.data_vars) | set(found.attrs["on_request"]) >= set(CATALOGUE)
+    assert set(reasons) | set(found.data_vars) >= set(CATALOGUE)
     assert not set(reasons) & set(found.data_vars)
-
-
-def test_costly_metrics_are_computed_only_when_named(make_run):
-    run = make_run("residual", layers=2, features=8)
-    costly = [name for name, metric in CATALOGUE.items() if not metric.default]
-    unasked = diagnostics.analyze(run)
-    assert unasked.attrs["on_request"] == costly
-    assert not set(costly) & (set(unasked.data_vars) | set(unasked.attrs["not_computed"]))
-    asked = diagnostics.analyze(run, metrics=["procrustes", "mutual_knn"])
-    assert {"procrustes", "mutual_knn"} <= set(asked.data_vars)
-    assert "on_request" not in asked.attrs
 
 
 def test_progress_is_told(residual_run):

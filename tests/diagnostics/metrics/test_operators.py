@@ -64,12 +64,6 @@ def test_effective_streams_of_every_cut(analysis, kernels):
         assert float(found[cut]) == pytest.approx(rank.mean(), rel=1e-5)
 
 
-def test_read_mass(analysis, kernels):
-    m = np.abs(kernels).mean(0)
-    np.testing.assert_allclose(analysis["read_mass"][:-1], m.sum(0)[:-1], rtol=1e-9)
-    assert np.isnan(analysis["read_mass"][-1])
-
-
 def test_a_plain_residual_network_gives_the_nulls(make_run):
     run = make_run("hc", layers=3)
     trace = run["trace"].to_dataset().load()
@@ -77,7 +71,7 @@ def test_a_plain_residual_network_gives_the_nulls(make_run):
     trace["h_pre"].values[:] = 0.25
     trace["h_post"].values[:] = 1.0
     found = diagnostics.analyze(schema.create_run(trace, attrs=run.attrs), metrics=NAMES).isel(step=0)
-    np.testing.assert_allclose(found["read_mass"], found["read_mass_null"])
+    np.testing.assert_allclose(found["depth_kernel"], np.tri(6, k=-1))
     # Its streams are copies, of which one signal passes; random gates pass a little more.
     np.testing.assert_allclose(found["effective_streams"].sel(reduction="max")[1:], 1.0, atol=1e-6)
 
@@ -101,7 +95,7 @@ def test_a_connection_that_is_not_finite_is_undefined(make_run):
     assert found["composite_operator_gain"].isel(connection=[2, 3]).isnull().all()
     assert found["effective_streams"].isel(connection=1).notnull().all()
     assert found["effective_streams"].isel(connection=[2, 3]).isnull().all()
-    assert "not finite at connection 2" in found.attrs["not_computed"]["read_mass"]
+    assert "not finite at connection 2" in found.attrs["not_computed"]["depth_kernel"]
 
 
 def test_reads_that_equal_streams_leave_open_are_unknown(make_run):

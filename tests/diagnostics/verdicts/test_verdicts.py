@@ -504,7 +504,7 @@ def test_a_finding_on_inferred_read_weights_says_so_with_their_error():
         diagnostics.analyze(schema.create_run(inferred, attrs=run.attrs)), passed=True
     ):
         assert ("H_pre inferred" in finding.sentence) == (
-            finding.metric in ("read_share", "signal_share", "depth_kernel", "read_mass")
+            finding.metric in ("read_share", "signal_share", "depth_kernel")
         )
 
 
