@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import resource
@@ -23,6 +22,7 @@ from depthscope.diagnostics.schema import LiveRows
 from depthscope.diagnostics.schema.live_rows import as_text, packed
 from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.diagnostics.schema.live_logs import frames, row, written
+from tests.diagnostics.small_disks import small_disk
 
 DOORS = (schema.open_run, LiveRows, lambda path: LiveStore(path, resume=True))
 SMALL = {"layers": 2, "samples": 2, "tokens": 4, "features": 8}
@@ -477,31 +477,19 @@ print(failed)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a file system of Linux is mounted")
 def test_a_full_disk_costs_the_rows_for_which_there_is_no_room_and_no_other(one_step, tmp_path):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", str(disk).encode(), b"tmpfs", 0, b"size=512k"):
-        pytest.skip("a file system cannot be mounted here")
-    try:
+    with small_disk(tmp_path, 1 << 19) as disk:
         written(disk / "a", one_step, []).close()
         used = os.statvfs(disk)
         (disk / "filler").write_bytes(bytes(max(0, (used.f_bavail - 8) * used.f_frsize)))
-        done = subprocess.run(
-            [sys.executable, "-c", FULL, disk / "a", disk / "filler"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        )
+        words = [sys.executable, "-c", FULL, disk / "a", disk / "filler"]
+        done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
         assert int(done.stdout) >= 3, done.stderr
         with schema.open_run(disk / "a") as run:
             steps = run.statistics.step.values
             require_rows(run, steps)
             assert len(steps) == 2000 - int(done.stdout)
             assert steps[-1] == 1999
-    finally:
-        libc.umount2(str(disk).encode(), 2)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="there is no limit")

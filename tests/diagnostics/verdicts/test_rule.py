@@ -235,6 +235,8 @@ def test_an_embedding_that_gives_equal_states_for_different_tokens_is_the_networ
 
 # --- age ---
 
+WRONG = {"guessing": 4.2, "constant": 2.7, "loss": 4.0, "uncertainty": 0.05, "expected": 1.3}
+
 
 @pytest.mark.parametrize(
     ("facts", "step", "trained"),
@@ -250,6 +252,10 @@ def test_an_embedding_that_gives_equal_states_for_different_tokens_is_the_networ
             0,
             True,
         ),  # a repair shows it
+        # What it learned is used wrongly, or it claims no more than one that was just drawn.
+        ({"task": WRONG}, 0, True),
+        ({"task": WRONG | {"loss": 4.5}}, 0, None),
+        ({"task": WRONG | {"expected": 2.5}}, 0, None),
         ({}, 400, True),
         ({"task": {"constant": 4.0, "loss": 3.9}}, 400, True),
         # What a fault does to the loss is no age, and neither are gains near 1.
