@@ -51,15 +51,15 @@ def age_of(analysis: xr.Dataset) -> Age:
             True,
             f"with other scales its loss is {100 * repaired:.0f} % of a constant answer's",
         ),
+        (step >= MANY_STEPS, True, f"it has trained for {step:.0f} steps"),
+        (distance > MOVED, True, f"its weights have moved by up to {100 * distance:.0f} %"),
+        (analysis.attrs.get("untouched"), False, "its weights are as they were drawn"),
+        (0 < step <= FIRST_STEPS, False, f"it has trained for {step:.0f} steps"),
         (
             _has_learned_and_forgot(analysis.attrs),
             True,
             "its predictions claim to know much and are better than guessing",
         ),
-        (step >= MANY_STEPS, True, f"it has trained for {step:.0f} steps"),
-        (distance > MOVED, True, f"its weights have moved by up to {100 * distance:.0f} %"),
-        (analysis.attrs.get("untouched"), False, "its weights are as they were drawn"),
-        (0 < step <= FIRST_STEPS, False, f"it has trained for {step:.0f} steps"),
     )
     known = (Age(trained, words) for is_so, trained, words in facts if is_so)
     return next(known, Age(None, "whether it is trained is not known"))

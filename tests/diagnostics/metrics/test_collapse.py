@@ -8,25 +8,7 @@ import pytest
 import xarray as xr
 
 from depthscope import diagnostics
-from depthscope.diagnostics import schema
-
-
-def run_of(states, mask=None, **attrs):
-    """A residual run of states (depth, sample, token, feature)."""
-    states = np.asarray(states, np.float32)
-    depths, samples, tokens, _ = states.shape
-    mask = np.ones((samples, tokens), bool) if mask is None else mask
-    coords = {
-        "depth": np.arange(depths),
-        "layer": ("depth", np.arange(depths) - 1),
-        "site": ("depth", np.array(["embed"] + ["post"] * (depths - 1), dtype=object)),
-        "module": ("depth", np.array(["m"] * depths, dtype=object)),
-        "stream": [0],
-    }
-    trace = xr.Dataset(
-        {"residual": (schema.STATE, states[:, :, :, None]), "mask": (("sample", "token"), mask)}, coords
-    )
-    return schema.create_run(trace, attrs={"family": "residual", "n_streams": 1, **attrs})
+from tests.diagnostics.state_runs import run_of
 
 
 @pytest.fixture(scope="module")

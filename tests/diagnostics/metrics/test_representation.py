@@ -4,30 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import xarray as xr
 
 from depthscope import diagnostics
-from depthscope.diagnostics import schema
 from depthscope.diagnostics.kernels import similarity as kernel
+from tests.diagnostics.state_runs import run_of
 
 NAMES = ("joined_cka", "least_stream_cka", "trimmed_cka")
 DEPTHS, SAMPLES, TOKENS, STREAMS, FEATURES = 4, 3, 30, 3, 8
-
-
-def run_of(states):
-    """A run of states (depth, sample, token, stream, feature)."""
-    states = np.asarray(states, np.float32)
-    depths = np.arange(len(states))
-    coords = {
-        "depth": depths,
-        "layer": ("depth", depths - 1),
-        "site": ("depth", np.array(["embed", *["post"] * (len(states) - 1)], dtype=object)),
-        "module": ("depth", np.array(["m"] * len(states), dtype=object)),
-        "stream": np.arange(states.shape[3]),
-    }
-    mask = (("sample", "token"), np.ones(states.shape[1:3], bool))
-    trace = xr.Dataset({"residual": (schema.STATE, states), "mask": mask}, coords)
-    return schema.create_run(trace, attrs={"family": "hc", "n_streams": states.shape[3]})
 
 
 def random_states(seed=0, streams=STREAMS):
