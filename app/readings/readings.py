@@ -15,7 +15,6 @@ from depthscope.diagnostics import CATALOGUE, Finding, analyze, judge, schema
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import results_beside
 from depthscope.diagnostics.metrics.declaration import AXES
-from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import DIMS, FACTS, with_facts
 from depthscope.diagnostics.verdicts.magnitude import with_joined_stages
 
@@ -181,9 +180,7 @@ def _analyses(
             chain: dataset.isel(step=[-1]) if dataset is not None and "step" in dataset.dims else dataset
             for chain, dataset in stored.items()
         }
-    known = {
-        chain: with_definitions_of_today(dataset) for chain, dataset in stored.items() if dataset is not None
-    }
+    known = {chain: dataset for chain, dataset in stored.items() if dataset is not None}
     for dataset in known.values():
         _require_own_dims(dataset)
     if not _suffices(run, stored, known):
