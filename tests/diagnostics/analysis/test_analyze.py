@@ -12,7 +12,7 @@ import xarray as xr
 from array_api_compat.numpy import linalg
 
 from depthscope import diagnostics
-from depthscope.diagnostics import kernels, schema
+from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 
@@ -27,26 +27,6 @@ def count_calls(monkeypatch, module, names):
 
         monkeypatch.setattr(module, name, counted)
     return calls
-
-
-def test_only_what_is_asked_is_computed(mhc_run, monkeypatch):
-    similar = count_calls(monkeypatch, kernels.similarity, ["cka_matrix"])
-    mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites", "eigenvalues"])
-    spectra = count_calls(monkeypatch, kernels.rank, ["singular_values"])
-    found = diagnostics.analyze(mhc_run, metrics=["residual_norm", "mixing_gain"])
-    assert set(found.data_vars) == {"residual_norm", "mixing_gain"}
-    assert set((similar | mixed | spectra).values()) == {0}
-
-
-def test_one_decomposition_serves_all_ranks(residual_run, monkeypatch):
-    spectra = count_calls(monkeypatch, kernels.rank, ["singular_values"])
-    ranks = ["effective_rank", "participation_ratio", "numerical_rank"]
-    diagnostics.analyze(residual_run, metrics=ranks[:1])
-    once = spectra["singular_values"]
-    diagnostics.analyze(residual_run, metrics=ranks)
-    assert spectra["singular_values"] == 2 * once
-    # raw and centred, by sequence and pooled, of all depths at once; the ordinary tokens are all tokens here
-    assert once == 2 * 2
 
 
 DECOMPOSITIONS = ("eigvalsh", "eigh", "svd", "svdvals", "qr", "eigvals", "cholesky")
@@ -128,14 +108,6 @@ def test_a_run_is_not_written_to(make_run):
     before = run.copy(deep=True)
     diagnostics.analyze(run, metrics=CATALOGUE, jackknife=True)
     xr.testing.assert_identical(run, before)
-
-
-def test_composites_are_shared(hc_run, monkeypatch):
-    mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites"])
-    diagnostics.analyze(
-        hc_run, metrics=["composite_gain", "composite_attenuation", "composite_singular_value"]
-    )
-    assert mixed["prefix_composites"] == 1
 
 
 def test_an_unknown_metric_is_refused_with_the_closest(residual_run):

@@ -14,56 +14,6 @@ NAMES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def analysis(hc_run):
-    return diagnostics.analyze(hc_run, metrics=NAMES).isel(step=0)
-
-
-@pytest.fixture(scope="module")
-def parts(hc_run):
-    trace = hc_run.trace
-    return [trace[name].values[:, trace.mask.values].astype(float) for name in ("h_res", "h_pre", "h_post")]
-
-
-def mean_of(values):
-    return values.mean(1)
-
-
-def test_operator_norms_single_and_composed(analysis, parts):
-    h = parts[0]
-    products = [h[0]]
-    for each in h[1:]:
-        products.append(each @ products[-1])
-    for name, p in (("operator_gain", h), ("composite_operator_gain", np.stack(products))):
-        for norm, order in (("infinity", np.inf), ("one", 1), ("two", 2)):
-            found = analysis[name].sel(norm=norm, reduction="mean")
-            np.testing.assert_allclose(found, mean_of(np.linalg.norm(p, order, axis=(-2, -1))), rtol=1e-9)
-
-
-@pytest.fixture(scope="module")
-def kernels(parts):
-    """M of every token, written out."""
-    h, reads, writes = parts
-    count, num_tokens = h.shape[:2]
-    m = np.zeros((num_tokens, count, count))
-    for j in range(count):
-        carried = writes[j]
-        for k in range(j + 1, count):
-            m[:, k, j] = (reads[k] * carried).sum(-1)
-            carried = np.einsum("tij,tj->ti", h[k], carried)
-    return m
-
-
-def test_effective_streams_of_every_cut(analysis, kernels):
-    found = analysis["effective_streams"].sel(reduction="mean")
-    assert np.isnan(found[0])
-    for cut in (1, 6, 11):
-        s = np.linalg.svd(kernels[:, cut:, :cut], compute_uv=False)
-        p = s / s.sum(-1, keepdims=True)
-        rank = np.exp(-(p * np.log(np.where(p > 0, p, 1))).sum(-1))
-        assert float(found[cut]) == pytest.approx(rank.mean(), rel=1e-5)
-
-
 def test_a_plain_residual_network_gives_the_nulls(make_run):
     run = make_run("hc", layers=3)
     trace = run["trace"].to_dataset().load()
