@@ -10,7 +10,7 @@ import xarray as xr
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.metrics.declaration import OURS, metric
 from depthscope.diagnostics.quantities.depth_paths import DepthPaths, StreamPaths
-from depthscope.diagnostics.quantities.mixing_matrices import Mixing
+from depthscope.diagnostics.quantities.mixing_matrices import Mixing, real_tokens, require_finite
 from depthscope.diagnostics.quantities.registry import Unavailable, quantity, ratio
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
@@ -53,9 +53,9 @@ def read_sizes(mixing: Mixing, read_weights: np.ndarray) -> xr.Variable:
 
 
 @quantity
-def write_sizes(mixing: Mixing, write_weights: np.ndarray) -> xr.Variable:
+def write_sizes(mixing: Mixing, h_post: xr.DataArray, mask: xr.DataArray) -> xr.Variable:
     """The same of the weights by which it writes."""
-    return _summed(write_weights)
+    return _summed(require_finite(real_tokens(h_post, mask), h_post))
 
 
 @metric(

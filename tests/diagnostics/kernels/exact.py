@@ -223,8 +223,5 @@ def gradient_norm(g):
     return sqrt((g * g).sum())
 
 
-def signal_propagation(x):
-    centred_x = centred(x)
-    return np.array(
-        [mean((x.sum(axis=0) / len(x)) ** 2), mean((centred_x**2).sum(axis=0) / len(x))], dtype=object
-    )
+def channel_variance(x):
+    return mean((centred(x) ** 2).sum(axis=0) / len(x))

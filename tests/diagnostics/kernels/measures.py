@@ -46,7 +46,7 @@ ALONE = {
     "massive_activations": (geometry.massive_activations, exact.massive_activations),
     "massive_tokens": (geometry.massive_tokens, exact.massive_tokens),
     "gradient_norm": (gradients.gradient_norm, exact.gradient_norm),
-    "signal_propagation": (gradients.signal_propagation, exact.signal_propagation),
+    "channel_variance": (gradients.channel_variance, exact.channel_variance),
 }
 PAIRS = {
     "row_cosine": (geometry.row_cosine, exact.row_cosine),
@@ -85,7 +85,7 @@ MEASURES = {
 # What is measured in units of the input, and what no common factor changes.
 OF_UNITS = (
     *("singular_values", "centred singular_values", "massive_activations", "massive_tokens", "gradient_norm"),
-    *("signal_propagation",),
+    *("channel_variance",),
 )
 UNIT_FREE = [name for name in MEASURES if name not in OF_UNITS]
 

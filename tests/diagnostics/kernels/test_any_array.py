@@ -42,7 +42,7 @@ STATES = {
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # States that are tried in half precision too.
 HALF = ("plain", "massive token")
-UNITS = ("signal_propagation", "singular_values", "centred singular_values", "gradient_norm")
+UNITS = ("channel_variance", "singular_values", "centred singular_values", "gradient_norm")
 # Differences of nearly equal sums: six digits are the goal, for one token may hold nearly all of them.
 DIFFERENCES = ("participation_ratio of pairs",)
 
