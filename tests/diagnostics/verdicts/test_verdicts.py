@@ -11,7 +11,7 @@ from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.app.text.cards import explanation
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
-from depthscope.diagnostics.verdicts import VERDICTS, magnitude
+from depthscope.diagnostics.verdicts import VERDICTS
 from depthscope.diagnostics.verdicts.declaration import MEANINGLESS, number
 from tests.diagnostics.state_runs import FEATURES, SAMPLES, TOKENS, run_of, walk
 from tests.models.synthetic_run import synthetic_run
@@ -162,22 +162,7 @@ def test_what_is_not_a_number_is_one_finding_that_begins_at_its_first_place():
     assert "Also: the number of tokens whose gradient is not finite" in found.sentence
 
 
-# --- streams ---------------------------------------------------------------------------------------------------
-
-
 # --- representation --------------------------------------------------------------------------------------------
-
-
-def test_one_massive_token_is_no_collapse():
-    states = 0.3 * walk(8)
-    states[3:, :, 0, 7] = 24000.0
-    found = findings(run_of(states))
-    assert set(found) <= {"massive_activations", "small_sample"}
-    massive = found["massive_activations"][0]
-    assert (massive.severity, massive.first, massive.last) == (Severity.INFO, 3, 8)
-    assert "feature" in massive.sentence
-    assert " 7;" in massive.sentence
-    assert "It is 1 a sequence." in massive.sentence
 
 
 def test_the_median_of_states_after_a_relu_is_that_of_what_is_not_zero():
@@ -277,9 +262,6 @@ def test_a_share_below_rounding_is_nothing():
     assert number(0.0) == "0"
 
 
-# --- what follows from what ---------------------------------------------------------------------------------------
-
-
 # --- rules for all ---------------------------------------------------------------------------------------------
 
 
@@ -342,25 +324,6 @@ def test_streams_that_training_has_parted_are_no_more_than_a_note(apart, severit
     cosine = xr.DataArray(1.0 - np.array([0.5, 0.5, apart, apart]), dims="depth")
     (found,) = VERDICTS["copied_streams"].findings(xr.Dataset({"stream_cosine": cosine}))
     assert found.severity.name == severity
-
-
-@pytest.mark.parametrize(
-    ("p99", "largest", "said"),
-    [
-        (1.0, 2.0, "(p99 over tokens)"),
-        (1.0, 1e4, "for the token with the largest one"),
-        (1e4, 1e5, "(p99 over tokens)"),
-    ],
-)
-def test_the_largest_token_is_judged_where_it_alone_is_beyond_the_limit(p99, largest, said):
-    gain = xr.DataArray(
-        [[1.0, 1.0], [1.0, p99], [1.0, largest]],
-        {"reduction": ["median", "p99", "max"], "connection": [0, 1]},
-        ("reduction", "connection"),
-    )
-    profile = magnitude._gain_profile(gain, "the gain", 0)
-    assert said in profile.words
-    assert profile.values.values[1] == (largest if "largest" in said else p99)
 
 
 def test_what_is_no_analysis_is_refused(mhc_run):
