@@ -40,7 +40,7 @@ def training_curves(run: xr.DataTree, *, chain: str = "") -> xr.Dataset:
     Dataset
         Under the names of the catalogue ``residual_norm``, ``gradient_norm``, ``backward_gain`` (step, depth,
         stream), ``token_cosine`` (over the data, all tokens, raw), ``adjacent_cosine`` (step, depth, stream),
-        ``mixing_gain`` and ``logit_range`` (mean and max), the gradients at H_res and its logits (step, connection),
+        ``mixing_gain`` (mean and max),
         ``attention_entropy`` and ``sink_mass`` (step, depth, head; of the sequences that were looked at), the metrics of
         `weight_updates` (step, weight) and of `checkpoints`; ``loss`` (step) with
         ``loss_not_finite`` and ``loss_rise``, which its verdicts judge, and

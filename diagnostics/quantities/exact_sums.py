@@ -53,27 +53,10 @@ def connection_gains(
     return _mean_and_max(gain_sum / token_count, gain_max)
 
 
-def logit_ranges(
-    logit_range_sum: xr.DataArray, logit_range_max: xr.DataArray, logit_token_count: xr.DataArray
-) -> xr.DataArray:
-    """Mean and largest range of the logits of every connection."""
-    return _mean_and_max(logit_range_sum / logit_token_count, logit_range_max)
-
-
 def _mean_and_max(mean: xr.DataArray, largest: xr.DataArray) -> xr.DataArray:
     # No quantiles, which sums over batches cannot give.
     labels = xr.Variable("reduction", ["mean", "max"])
     return xr.concat([mean, largest], labels, coords="minimal", compat="override")
-
-
-def logit_gradient_norm(logit_gradient_square_sum: xr.DataArray) -> xr.DataArray:
-    """Norm of the gradient at the logits of every connection."""
-    return logit_gradient_square_sum**0.5
-
-
-def mixing_gradient_norm(mixing_gradient_square_sum: xr.DataArray) -> xr.DataArray:
-    """Norm of the gradient at the mixing matrix of every connection."""
-    return mixing_gradient_square_sum**0.5
 
 
 def mean_entropy_share(
@@ -92,8 +75,7 @@ BY_SUMS: Mapping[str, Callable[..., Any]] = {
     function.__name__: function
     for function in (
         *(mean_square_norm, gradient_norms, gradient_facts, pair_cosines, mean_adjacent_cosine),
-        *(connection_gains, logit_ranges, logit_gradient_norm, mixing_gradient_norm),
-        *(mean_entropy_share, mean_first_weight),
+        *(connection_gains, mean_entropy_share, mean_first_weight),
     )
 }
 """Quantities that sums over every token supply, by name."""

@@ -68,20 +68,12 @@ ATTRS = "attrs"
 """The quantity of this name is the attributes of the chain: its family, and whether its reading is proven."""
 
 # Parts of connections with streams, which a run of one stream cannot have.
-_OF_STREAMS = (
-    *(*OF_STREAMS, "read_known"),
-    *("mixing_logits", "logit_gradient_norm", "mixing_gradient_norm"),
-)
+_OF_STREAMS = (*(*OF_STREAMS, "read_known"),)
 
 # What to do where a run lacks a variable.
 _REMEDIES = {
     "gradient": "capture it with gradients=True; a network whose trunk is frozen has none at its states",
     **{of.name: of.remedy for of in COEFFICIENTS if of.remedy},
-    "mixing_logits": "H_res is not a softmax or Sinkhorn of logits that were recognised, see /coverage",
-    **dict.fromkeys(
-        ("logit_gradient_norm", "mixing_gradient_norm"),
-        "capture it with gradients=True; and where H_res is not a softmax or Sinkhorn of logits, it has none: see /coverage",
-    ),
     **dict.fromkeys(
         OF_ATTENTION,
         "no forward showed attention weights that could be read, see /coverage",

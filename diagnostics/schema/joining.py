@@ -37,13 +37,12 @@ PART, STAGE = "part", "pipeline_stage"
 PARTS = "parts"
 """Attribute of a joined run: how many parts it has, which are missing or behind, and how they were joined."""
 
-GRADIENT_SUMS = ("gradient_square_norm_sum", "logit_gradient_square_sum", "mixing_gradient_square_sum")
 SUMMED = frozenset((
     *("token_count", "sequence_count", "norm_sum", "square_norm_sum", "adjacent_cosine_sum", "gain_sum", "loss_terms"),
-    *("logit_token_count", "logit_range_sum", "h_pre_token_count", *SUMS_OF_COEFFICIENTS),
+    *("h_pre_token_count", *SUMS_OF_COEFFICIENTS),
     *("attention_query_count", "attention_entropy_sum", "sink_mass_sum", "feature_sum", "unit_sum"),
 ))  # fmt: skip
-LARGEST = frozenset(("norm_max", "abs_max", "gain_max", "logit_range_max", "loss_not_finite"))
+LARGEST = frozenset(("norm_max", "abs_max", "gain_max", "loss_not_finite"))
 FIRST = frozenset(("loss_scale", "connection_parameter", "cell_parameter"))  # equal in all parts
 SAME = [
     "family",
@@ -291,7 +290,7 @@ class _PartWeights:
         factor = np.ones_like(self.share)
         if name == "loss":
             factor = self.of_loss
-        elif name in GRADIENT_SUMS:
+        elif name == "gradient_square_norm_sum":
             factor = self.share**2
         elif name not in SUMMED:
             return None

@@ -57,17 +57,6 @@ TRACE: dict[str, Variable] = {
         "f",
         "h_res as its module gives it, where the model rounds it to apply it",
     ),
-    "mixing_logits": Variable(
-        (*ROUTE, "stream_out", "stream_in"),
-        "f",
-        "what h_res is the scaled exponential of, rows are destinations; NaN outside of the first batch",
-    ),
-    "logit_gradient_norm": Variable(
-        ("connection",), "f", "‖∂loss/∂H̃‖ of mixing_logits, over all tokens of the first batch"
-    ),
-    "mixing_gradient_norm": Variable(
-        ("connection",), "f", "‖∂loss/∂H_res‖ of h_res, over all tokens of the first batch"
-    ),
     **{of.name: Variable((*ROUTE, *of.axes), "f", of.meaning) for of in COEFFICIENTS},
     "branch_in": Variable((*ROUTE, "feature"), "f", "input of the branch"),
     "branch_out": Variable((*ROUTE, "feature"), "f", "output of the branch"),
@@ -159,27 +148,6 @@ STATISTICS: dict[str, Variable] = {
     "gradient_square_norm_sum": Variable(PROFILE, "f", "Σ ‖∂loss/∂x‖² over tokens"),
     "gain_sum": Variable(GAIN, "f", "Σ over tokens of the Amax gain of H_res"),
     "gain_max": Variable(GAIN, "f", "max over tokens of the Amax gain of H_res"),
-    "logit_token_count": Variable(
-        CONNECTION_STEP,
-        "f",
-        "real tokens whose logits of H_res were seen; NaN in the step that finds the structure",
-    ),
-    "logit_range_sum": Variable(
-        CONNECTION_STEP,
-        "f",
-        "Σ over these tokens of max − min of the logits in a row of H_res, mean over its rows",
-    ),
-    "logit_range_max": Variable(
-        CONNECTION_STEP, "f", "max over tokens and rows of max − min of these logits"
-    ),
-    "logit_gradient_square_sum": Variable(
-        CONNECTION_STEP, "f", "Σ ‖∂loss/∂H̃‖² over tokens; over forwards, where all tokens share their logits"
-    ),
-    "mixing_gradient_square_sum": Variable(
-        CONNECTION_STEP,
-        "f",
-        "Σ ‖∂loss/∂H_res‖² over tokens; over forwards, where all tokens share the matrix",
-    ),
     **{
         of.total: Variable(
             (*CONNECTION_STEP, *of.axes), "f", f"Σ {of.symbol} over the tokens of {of.counted_by}"

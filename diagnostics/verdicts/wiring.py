@@ -101,7 +101,7 @@ unlearnable_mixing = remark(
     "The mixing matrices get no gradient.",
     "Where the graph is cut, take the detach away. Where all streams are alike, break the symmetry: a "
     "bias on the diagonal of the logits, and reads or writes that differ from stream to stream.",
-    metric="mixing_gradient",
+    metric="mixing_gain",
     judges=Number(
         "largest gradient of a logit of the mixing over that of a write weight",
         "‖∂L/∂H̃‖ / ‖∂L/∂H_post‖",

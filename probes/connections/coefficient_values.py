@@ -13,8 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from depthscope.probes.connections.logits import SAME
-from depthscope.probes.connections.proof import Parts, per_token
+from depthscope.probes.connections.proof import SAME, Parts, per_token
 from depthscope.probes.reading.description import ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, names, walk
 from depthscope.probes.reading.operations import addends, reordered
@@ -97,7 +96,6 @@ class CoefficientValues:
     def __post_init__(self) -> None:
         self.rerun = Rerun(self.graph)
         # Views of parameters say so without gradients, too.
-        self.kept_graph = any(of.has_graph and not (of.kind or of.of_parameter) for of in self.graph.values)
         self.states = [self.state(of.depth_in) for of in self.connections]
         self.numbers = _distinguishable([frozenset(value.number for value in found) for found in self.states])
         self.every = frozenset[int]().union(*self.numbers)

@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from depthscope.probes.connections.coefficient_values import CoefficientValues
-from depthscope.probes.connections.logits import SAME
-from depthscope.probes.connections.proof import per_token
+from depthscope.probes.connections.proof import SAME, per_token
 from depthscope.probes.reading.graph import (
     INPUT,
     TracedValue,
@@ -316,10 +315,6 @@ class Search(CoefficientValues):
                 if float(ratio.max() - ratio.min()) <= precision * float(ratio.mean()):
                     return float(ratio.mean())
         return None
-
-    def learns(self, value: TracedValue) -> bool:
-        """Whether autograd knew of a value; True where it knew of nothing that was computed, as without gradients."""
-        return value.has_graph or not self.kept_graph
 
     def doubt(self, number: int) -> Doubt | None:
         """Where to look for the gradients of a connection whose matrix may not learn; None where it does."""

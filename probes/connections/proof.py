@@ -21,6 +21,8 @@ from depthscope.probes.reading.graph import TracedValue, names
 # By the type of the states; heuristics. float32: about a thousand roundings, for the sums of a connection. Half types:
 # three, since the proof rounds where the model rounds. float64: connections compute their weights in float32 there too.
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
+# Coefficients of float32 that are the same numbers: they were copied, or extracted by a product with zeros and ones.
+SAME = 3e-6
 
 
 class StreamConnectionError(InputError):

@@ -49,7 +49,6 @@ def coverage(session: Session, evidence: Evidence) -> list[Coverage]:
     for number, chain in enumerate(session.structure.chains):
         rows += _state_rows(session, number, chain)
         rows += _connection_rows(session, chain, evidence)
-        rows += _logit_rows(session, chain)
         rows += _attention_rows(session, number, chain)
     # Expected in no forward, as what does not exist: a model need not show its attention.
     rows += [
@@ -159,25 +158,6 @@ def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iter
                 expected=times,
                 fired=times,
                 why=why or ("" if stored else NOT_REQUESTED),
-            )
-
-
-def _logit_rows(session: Session, chain: Chain) -> Iterator[Coverage]:
-    """The logits of the matrices, which a recording sees in all forwards but the first."""
-    if not chain.has_streams or not session.options.selection.stores_variable(chain, "h_res"):
-        return
-    for number, connection in enumerate(chain.connections):
-        times, why = session.observer.logits_seen(number)
-        if times or why:
-            yield Coverage(
-                name=f"blocks.{connection.layer}.{connection.branch}.mixing_logits",
-                site="mixing_logits",
-                module=connection.path,
-                layer=connection.layer,
-                chain=chain.name,
-                expected=times,
-                fired=times,
-                why=why,
             )
 
 

@@ -14,7 +14,6 @@ from depthscope.diagnostics import schema
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.connection_variables import connection_coords
 from depthscope.probes.run.coverage import depth_coords, without_gradient
-from depthscope.probes.session.logit_statistics import LOGIT_SUMS
 from depthscope.probes.statistics.token_sums import Sums, TokenSums, stacked
 from depthscope.probes.statistics.weight_updates import WeightNorms
 from depthscope.probes.structure.chain import Chain
@@ -148,12 +147,9 @@ def mixing_statistics(
     ``cells``: for each connection the parameter that each of its stored values belongs to, see `ConnectionParameters`.
     """
     keys, variables = list(range(num_connections)), {}
-    for name in (*LOGIT_SUMS, "logit_range_max", *schema.SUMS_OF_COEFFICIENTS):
+    for name in schema.SUMS_OF_COEFFICIENTS:
         if any(of.array(name, keys) is not None for of in sums):
-            values = stacked(sums, name, keys)
-            if name.startswith("logit_range"):  # over the last axis of the matrix, then over the one before
-                values = values[..., 0]
-            variables[name] = (schema.STATISTICS[name].dims, values)
+            variables[name] = (schema.STATISTICS[name].dims, stacked(sums, name, keys))
     of_parameters, coords = _parameters(sums, cells)
     return variables | of_parameters, coords
 

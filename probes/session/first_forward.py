@@ -26,7 +26,6 @@ from depthscope.probes.reading.places import KnownPlaces, PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import AttentionPlaces, later_attention, watch_attention
 from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener, Tape
-from depthscope.probes.session.logit_statistics import ComputedValues
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.structure.model_structure import ShownTensor
 
@@ -120,16 +119,12 @@ class RecordedForward:
         if self._attention is not None and isinstance(recorder, GraphRecorder):
             rows = forward.rows[: self._attention]
             tape.attention = watch_attention(recorder, self._model, forward, rows)
-        if self._observer is not None and self._observer.logits is not None:
-            tape.logits = ComputedValues(recorder.graph, self._observer.structure.num_streams)
         return MethodWatch(recorder, recorder.end)
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
         """Note a value that is taken: the tensor has its graph by now."""
         if not value.is_floating or tensor.ndim < 2 or forward.cancelled:
             return
-        if tape.logits is not None:
-            tape.logits.take(value, tensor)
         if value.number not in tape.met:
             tape.met.add(value.number)
             states = self._record_operation(forward, tape, value, tensor)
@@ -241,11 +236,8 @@ def record_operations(
             _record_read(tape, forward, observer, read.rereading.again(graph))
             graph = read.rereading.graph
         if known is not None and not isinstance(tape.recorder, PlacedRecorder):
-            needed = _values_read(graph, observer)
-            if needed is not None:
-                known.learn(model, graph, needed)
+            known.learn(model, graph, _values_read(graph, observer))
     except NOT_READ:
-        tape.logits = None
         if known is not None:
             known.forget()
         raise
@@ -253,25 +245,19 @@ def record_operations(
         graph.let_go()
 
 
-def _values_read(graph: Graph, observer: Observer) -> set[int] | None:
-    """The numbers of the values by which a forward was recorded; None where it is not known yet which they are."""
+def _values_read(graph: Graph, observer: Observer) -> set[int]:
+    """The numbers of the values by which a forward was recorded."""
     structure, found = observer.structure, set(graph.read)
     points = [
         point for of in structure.shown for point in (of.point, of.point.gradient_at) if point is not None
     ]
     states = [point.value_in(graph) for point in points if point.at == "operation"]
-    found |= {value.number for value in states if value is not None}
-    logits = (
-        set()
-        if observer.logits is None
-        else observer.logits.known_values(graph, range(len(structure.connections)))
-    )
-    return None if logits is None else found | logits
+    return found | {value.number for value in states if value is not None}
 
 
 def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: MemoryReading) -> None:
     """Record the coefficients of one forward, by the reading of its memory."""
-    structure, chain = observer.structure, observer.structure.chains[0]
+    structure = observer.structure
     assert structure.read is not None
     for number, (weights, given) in enumerate(structure.read.weights(memory, forward.batch_size)):
         if isinstance(weights, DepthWeights):
@@ -282,16 +268,8 @@ def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: Memor
             forward.fired.add(("branch", 0, number))
             continue
         observer.record_connection(forward, number, weights)
-        around = [
-            chain.points[depth].value_in(tape.graph)
-            for depth in (chain.connections[number].depth_in, chain.connections[number].depth_out)
-        ]
-        if observer.logits is not None and tape.logits is not None and None not in around:
-            within = range(*(value.number for value in around if value is not None))
-            observer.logits.record(forward, number, weights.mix, tape.logits, within)
     if observer.scope.origins is not None and observer.origins is None and structure.num_streams > 1:
         observer.origins = observer.scope.origins(structure.read, memory, forward, observer)
-    tape.logits = None  # it holds tensors of the graph
 
 
 def out_of_sight(model: nn.Module, forward: Forward) -> str:

@@ -14,10 +14,10 @@ from depthscope.probes.model.modules import module_types
 from depthscope.probes.model.preserved_state import no_collection
 from depthscope.probes.reading.places import KnownPlaces
 from depthscope.probes.session.attention import AttentionPlaces, placed_attention
+from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.find_structure import AxisError, StructureFinder
 from depthscope.probes.session.first_forward import RewrittenError, out_of_sight, replay
 from depthscope.probes.session.forward import Forward, Tape, own_call, own_calls
-from depthscope.probes.session.logit_statistics import ConnectionParameters, LogitStatistics
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.session.step import Step
@@ -148,11 +148,9 @@ class FirstReading:
             selection.require_attention(structure.chains, self.attention.heads, self.attention.reasons)
 
     def _new_observer(self, structure: Structure, tape: Tape) -> Observer:
-        # A capture follows a forward for the logits; of its one set of weights no value moves.
-        parameters = logits = None
-        if self.scope.is_loop and structure.connections:
+        parameters = None
+        if self.scope.is_loop and structure.connections:  # of a capture's one set of weights no value moves
             parameters = ConnectionParameters(self.model, structure)
-            logits = LogitStatistics(self.options.gradients, self._report, self._loss_scale)
         return Observer(
             structure,
             self.options,
@@ -162,7 +160,6 @@ class FirstReading:
             calls=Counter(call.path for call in tape.graph.calls),
             times={(chain, depth): point.moment_in(tape.graph) for chain, depth, point in structure.captured},
             parameters=parameters,
-            logits=logits,
         )
 
     def _adopt(self, observer: Observer) -> None:

@@ -107,8 +107,7 @@ class Forward:
     arguments: Mapping[str, Any]
     decoding: bool
     rows: torch.Tensor  # the sampled sequences
-    lead_shape: tuple[int, ...]  # of that tensor
-    row_data: torch.Tensor | None  # its sampled sequences
+    row_data: torch.Tensor | None  # the sampled sequences of that tensor
     lead: torch.Tensor | None = None  # that tensor, while it is not known which axis has its sequences
     masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
     states: dict[Key, torch.Tensor] = field(default_factory=dict)
@@ -248,7 +247,6 @@ class Tape:
             None  # from the beginning of the model's own call on
         )
         self.attention: Any = None  # what watches it
-        self.logits: Any = None  # what watches these
         self.is_on = False  # whether the model's own forward has begun
         self.met: set[int] = set()  # numbers of the values that something took
 

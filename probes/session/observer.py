@@ -14,8 +14,8 @@ from depthscope.probes.model.hooks import Report
 from depthscope.probes.model.modules import find_mask, fit_mask
 from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.reading.tensor_memory import detached, stacked
+from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward, GradientListener, Key, TensorKey
-from depthscope.probes.session.logit_statistics import FIRST, ConnectionParameters, LogitStatistics
 from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.statistics.live_sums import LiveSums
 from depthscope.probes.statistics.row_sums import coefficient_sums
@@ -33,7 +33,6 @@ class Observer:
     ``calls``: how often each module was called in the forward that showed the structure.
     ``times``: when each state was shown in it, by chain and depth; a later state may be shown first.
     ``parameters``: the biases and gates of the connections, whose values are stored with the statistics.
-    ``logits``: of the matrices of the connections.
     """
 
     def __init__(
@@ -47,11 +46,10 @@ class Observer:
         calls: Mapping[str, int],
         times: Mapping[tuple[int, int], float],
         parameters: ConnectionParameters | None = None,
-        logits: LogitStatistics | None = None,
     ):
         self.structure = structure
         self.options = options
-        self.parameters, self.logits = parameters, logits
+        self.parameters = parameters
         self.origins: Any = None  # of the coefficients, where they were asked for and are known
         self.dtype = torch.float32  # of the states recorded last
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
@@ -235,13 +233,6 @@ class Observer:
             forward.chain_sums(number).add_gradient(depth, values, mask, anew=again)
 
     # --- connections ---
-
-    def logits_seen(self, number: int) -> tuple[int, str]:
-        """How often the logits of a connection's matrix were seen, and why not; both empty where they are not looked for."""
-        if self.logits is not None:
-            times = self.logits.seen[number]
-            return times, "" if times else self.logits.reasons.get(number, FIRST)
-        return 0, ""
 
     def require_complete(self, forward: Forward) -> None:
         """Require that a forward showed each state and connection."""

@@ -277,7 +277,6 @@ class Session:
             stamp=stamp,
             arguments=named,
             decoding=is_decoding(named),
-            lead_shape=tuple(lead.shape),
         )
         forward.lead = lead if self.first.observer is None else None
         return forward

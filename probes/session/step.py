@@ -14,7 +14,6 @@ from depthscope.probes.model.user_modes import user_wants_graph
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_model import compiler_is_loaded
 from depthscope.probes.session.forward import Forward, Measured
-from depthscope.probes.session.logit_statistics import LOGIT_SUMS
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
 from depthscope.probes.statistics.token_sums import TokenSums
@@ -218,6 +217,6 @@ class Step:
 def _forget_connections(sums: Iterable[TokenSums]) -> None:
     """Drop what forwards of a step show of connections, where others of it do not: no mean over the step's tokens is known."""
     for chain in sums:
-        chain.forget("gain_sum", "gain_max", *LOGIT_SUMS, "logit_range_max", *SUMS_OF_COEFFICIENTS)
+        chain.forget("gain_sum", "gain_max", *SUMS_OF_COEFFICIENTS)
         if chain.live is not None:
             chain.live.forget_connections()

@@ -15,7 +15,6 @@ from depthscope.probes.model.loss_graph import mean_task
 from depthscope.probes.run.build_run import Proven, build_run
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
-from depthscope.probes.session.logit_statistics import GRADIENT_SUMS
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.row_sums import LossScale, RowSums
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
@@ -47,10 +46,9 @@ class MeasuredSteps:
         weights: WeightUpdates | None,
         scale: LossScale,
         live: Live | None,
-        is_part: bool,
     ):
         self._session, self._say, self._attrs, self._token_text = session, notices.say, attrs, token_text
-        self.weights, self._scale, self.live, self._is_part = weights, scale, live, is_part
+        self.weights, self._scale, self.live = weights, scale, live
         self.rows: list[StepStatistics] = []
         self.overflowed: list[int] = []
         self.trained = False  # whether the last measured step was one of a training
@@ -119,8 +117,6 @@ class MeasuredSteps:
                 f"step {step} was measured without gradients, and so is every further one like it: {FROZEN}"
             )
         complete = added_up(parts)
-        if self._is_part:
-            forget_shared_gradients(self._session, complete)
         sums = self._pool(parts, complete)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
         overflowed = scale is not None and (
@@ -265,21 +261,11 @@ def finite_gradients(sums: list[TokenSums]) -> bool:
 def make_gradients_undefined(sums: list[TokenSums]) -> None:
     """Put NaN in place of every sum of gradients."""
     for chain in sums:
-        for name in (GRADIENT, *GRADIENT_SUMS):
-            parts = chain.sums.get(name, {})
-            chain.sums[name] = {key: torch.full_like(value, math.nan) for key, value in parts.items()}
+        parts = chain.sums.get(GRADIENT, {})
+        chain.sums[GRADIENT] = {key: torch.full_like(value, math.nan) for key, value in parts.items()}
 
 
 def num_tokens(parts: list[Measured]) -> float:
     """The number of real tokens of all chains, at their first depths."""
     counts = [chain.sums.get("token_count", {}) for part in parts for chain in part.sums]
     return sum(float(next(iter(count.values()))) for count in counts if count)
-
-
-def forget_shared_gradients(session: Session, sums: list[TokenSums]) -> None:
-    """Make the gradients undefined of matrices that all tokens share: their squares are no sum over processes."""
-    logits = session.observer.logits
-    for name, number in () if logits is None else logits.of_all_tokens:
-        known = sums[0].sums.get(name, {})
-        if number in known:
-            known[number] = torch.full_like(known[number], torch.nan)

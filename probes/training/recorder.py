@@ -73,7 +73,6 @@ class Recorder:
             weights=weights,
             scale=scale or LossScale(None),
             live=live,
-            is_part=is_part,
         )
         self._stack = ExitStack()
         self._state = "new"  # then "open" inside the ``with`` block, "closed", and "abandoned" in a child process or a copy

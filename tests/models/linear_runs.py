@@ -137,7 +137,7 @@ def streams(kind: str = "", count: int = 5, n: int = 3, seed: int = 0) -> Linear
     views = 2 if kind == "views" else 1
     outputs = _outputs(rng, count)
     lead = (count, *SIZES[:2])
-    mix = doubly_stochastic(rng, (*lead, n, n), 0.5)[0] if n > 1 else np.ones((*lead, 1, 1))
+    mix = doubly_stochastic(rng, (*lead, n, n), 0.5) if n > 1 else np.ones((*lead, 1, 1))
     reads, writes = rng.uniform(0.2, 1.0, (*lead, views, n)), rng.uniform(0.2, 1.0, (*lead, n))
     if n == 1:
         reads, writes = np.ones_like(reads), np.ones_like(writes)

@@ -10,16 +10,14 @@ import xarray as xr
 from depthscope.diagnostics import schema
 
 
-def doubly_stochastic(
-    rng: np.random.Generator, shape: tuple[int, ...], strength: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Matrices by Sinkhorn of random logits around a diagonal of 3, and the logits."""
+def doubly_stochastic(rng: np.random.Generator, shape: tuple[int, ...], strength: float) -> np.ndarray:
+    """Matrices by Sinkhorn of random logits around a diagonal of 3."""
     logits = strength * rng.standard_normal(shape) + 3.0 * np.eye(shape[-1])
     matrix = np.exp(logits)
     for _ in range(50):  # more than the models' 20 rounds, so that both sums are 1 to rounding
         matrix /= matrix.sum(-2, keepdims=True)
         matrix /= matrix.sum(-1, keepdims=True)
-    return matrix, logits
+    return matrix
 
 
 def synthetic_run(
@@ -64,11 +62,6 @@ def synthetic_run(
         for name, values in parts.items():
             variables[name] = (schema.TRACE[name].dims, values.astype(np.float32))
         coords |= _connection_coords(layers)
-        if "mixing_logits" in parts and gradients:
-            # After all other draws, which must stay what they were.
-            norms = np.random.default_rng(seed).uniform(1e-3, 1e-2, (2, 2 * layers))
-            for name, of_one in zip(("logit_gradient_norm", "mixing_gradient_norm"), norms, strict=True):
-                variables[name] = ("connection", of_one)
     attrs = {
         "model": f"synthetic-{family}",
         "family": family,
@@ -112,14 +105,12 @@ def _forward(
     # Streams begin as copies of one embedding, as in the models.
     x = np.repeat(rng.standard_normal((samples, tokens, 1, features)), n, axis=2)
     states, parts = [x], {"h_res": [], "h_pre": [], "h_post": [], "branch_in": [], "branch_out": []}
-    if family == "mhc":  # the other families are made of no logits
-        parts["mixing_logits"] = []
     for _ in range(sublayers):
-        h_res, h_pre, h_post, logits = _weights(rng, family, (samples, tokens, n))
+        h_res, h_pre, h_post = _weights(rng, family, (samples, tokens, n))
         branch_in = np.einsum("btn,btnd->btd", h_pre, x)
         branch_out = rng.standard_normal((samples, tokens, features))
         x = np.einsum("btij,btjd->btid", h_res, x) + h_post[..., None] * branch_out[:, :, None]
-        for name, value in zip(parts, (h_res, h_pre, h_post, branch_in, branch_out, logits), strict=False):
+        for name, value in zip(parts, (h_res, h_pre, h_post, branch_in, branch_out), strict=True):
             parts[name].append(value)
         states.append(x)
     return np.stack(states), {name: np.stack(values) for name, values in parts.items()}
@@ -127,19 +118,18 @@ def _forward(
 
 def _weights(
     rng: np.random.Generator, family: str, shape: tuple[int, ...]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray | None]:
-    """H_res, H_pre, H_post and logits of one connection for every token; a plain residual has 1 for each of the first."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """H_res, H_pre and H_post of one connection for every token; a plain residual has 1 for each of the first."""
     n = shape[-1]
     h_res = np.broadcast_to(np.eye(n), (*shape, n)).copy()
-    logits = None
     if family == "mhc":
-        h_res, logits = doubly_stochastic(rng, h_res.shape, 0.3)
+        h_res = doubly_stochastic(rng, h_res.shape, 0.3)
     elif family == "hc":
         h_res = h_res + 0.05 * rng.standard_normal(h_res.shape)
     # The noise keeps streams from staying copies of one another; a single stream has no use for it.
     h_pre = np.full(shape, 1.0 / n) + (0.05 * rng.standard_normal(shape) if n > 1 else 0)
     h_post = np.ones(shape) + (0.1 * rng.standard_normal(shape) if n > 1 else 0)
-    return h_res, h_pre, h_post, logits
+    return h_res, h_pre, h_post
 
 
 def _state_coords(layers: int, per_layer: int) -> dict[str, Any]:

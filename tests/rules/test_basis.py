@@ -83,12 +83,6 @@ def moves(analyses, name, basis):
 
 def test_a_metric_says_on_which_basis_it_depends(analyses):
     for name in OF_THE_TRACE:
-        if name not in analyses["as it is"]:
-            why = analyses["as it is"].attrs["not_computed"][name]
-            assert any(
-                root in why for root in ("mixing_logits", "mixing_gradient_norm", "logit_gradient_norm")
-            )
-            continue
         with_features, with_streams = (moves(analyses, name, basis) for basis in ("feature", "stream"))
         found = "feature" if with_features else "stream" if with_streams else "invariant"
         assert CATALOGUE[name].basis == found

@@ -21,7 +21,6 @@ OUR_DEFINITIONS = {
     *("num_tokens", "identity_distance"),
     *("relative_gradient", "branch_share", "signal_share", "relative_deflated_gain"),
     *("composite_identity_distance", "closest_stream_cosine"),
-    *("logit_range", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
     *("relative_turn", "effective_depth"),
     *("sequence_share",),
 }

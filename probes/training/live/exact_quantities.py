@@ -16,13 +16,12 @@ import torch
 import xarray as xr
 
 from depthscope.diagnostics.quantities.mixing_matrices import over_last
-from depthscope.diagnostics.quantities.registry import CHOICES, DIMS, LABELS, Unavailable
+from depthscope.diagnostics.quantities.registry import CHOICES, DIMS, Unavailable
 from depthscope.diagnostics.schema import CUT_GRADIENT, WITHOUT_GRADIENT
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.probes.run.connection_variables import connection_coords
 from depthscope.probes.run.coverage import chain_groups, depth_coords
 from depthscope.probes.run.statistics_dataset import GRADIENT
-from depthscope.probes.session.logit_statistics import LOGIT_GRADIENT, MIXING_GRADIENT
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.live_sums import PADDING
 from depthscope.probes.statistics.token_sums import TokenSums
@@ -106,7 +105,8 @@ NOT_SHOWN = "what it needs was not seen in the step"
 EXACT_QUANTITIES = (
     *("mean_square_norm", "gradient_norms", "gradient_facts", "pair_cosines", "mean_adjacent_cosine"),
     *("mean_stream_cosine", "stream_pair_cosines", "connection_gains", "product_gains"),
-    *("read_sizes", "write_sizes", "logit_ranges", "logit_gradient_norm", "mixing_gradient_norm"),
+    "read_sizes",
+    "write_sizes",
 )
 
 
@@ -216,29 +216,6 @@ class _ExactQuantities:
         if not all(number in known for number in self._connections):
             raise Unavailable(NOT_SHOWN)
         return xr.Variable(("connection", "stream"), _stacked(known, self._connections))
-
-    # --- logits of H_res ---
-
-    def logit_ranges(self) -> xr.Variable:
-        # The mean alone: quantiles would need the logits of every token.
-        _require_any(self._sums, "logit_token_count", self._connections)
-        count = _stacked(self._sums.sums["logit_token_count"], self._connections)[:, 0]
-        total = _stacked(self._sums.sums["logit_range_sum"], self._connections)
-        ranges = np.full((len(self._connections), len(LABELS["reduction"])), np.nan)
-        mean = total[:, 0] / np.where(count > 0, count, np.nan)
-        ranges[:, LABELS["reduction"].index("mean")] = mean
-        return xr.Variable(("connection", "reduction"), ranges)
-
-    def logit_gradient_norm(self) -> xr.Variable:
-        return self._gradient(LOGIT_GRADIENT)
-
-    def mixing_gradient_norm(self) -> xr.Variable:
-        return self._gradient(MIXING_GRADIENT)
-
-    def _gradient(self, name: str) -> xr.Variable:
-        _require_any(self._sums, name, self._connections)
-        square = _stacked(self._sums.sums[name], self._connections)[:, 0]
-        return xr.Variable(("connection",), np.sqrt(square))
 
 
 def _squared_units(part: TokenSums) -> dict[int, torch.Tensor]:

@@ -34,7 +34,6 @@ LIVE = (
     *("adjacent_cosine", "token_cosine", "massive_token_fraction", "massive_activation"),
     *("stream_cosine", "closest_stream_cosine"),
     *("mixing_gain", "composite_gain", "read_share", "write_share"),
-    *("logit_range", "logit_gradient", "mixing_gradient", "logit_gradient_share"),
     *("effective_rank", "participation_ratio", "corrected_participation_ratio"),
     *("cka", "adjacent_cka", "angular_distance", "block_influence", "num_tokens"),
     *("deflated_gain", "relative_deflated_gain", "identity_distance", "composite_identity_distance"),

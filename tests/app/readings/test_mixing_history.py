@@ -7,12 +7,12 @@ import torch
 import depthscope as ds
 from depthscope.app.readings.readings import read_paths
 from depthscope.app.readings.training_history import CELLS, history_of
-from tests.models.logit_models import LogitModel, ids, loss
+from tests.models.sinkhorn_model import SinkhornModel, ids, loss
 
 
 @pytest.mark.parametrize("store", [False, True], ids=["saved", "live"])
 def test_the_means_of_each_step_are_those_of_the_model(store, tmp_path, monkeypatch):
-    model, expected = LogitModel(), []
+    model, expected = SinkhornModel(), []
     optimizer = torch.optim.Adam(model.parameters(), 0.1)
     path = tmp_path / ("run" if store else "run.zarr.zip")
     options = {"store": path} if store else {}

@@ -8,11 +8,11 @@ import torch
 from depthscope import probes
 from depthscope.probes.training.live import live as live_module
 from depthscope.probes.training.live import row as module
-from tests.models.logit_models import LogitModel, ids, loss
+from tests.models.sinkhorn_model import SinkhornModel, ids, loss
 
 
 def rows() -> list:
-    model = LogitModel()
+    model = SinkhornModel()
     with probes.record(model, gradients=True, metrics="all") as recorder:
         for step in range(2):
             batch = ids(seed=step)
