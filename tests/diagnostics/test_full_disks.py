@@ -23,12 +23,14 @@ from torch import nn
 from depthscope import probes
 from depthscope.app.cli.main import main
 from depthscope.diagnostics import schema
+from depthscope.probes.training import notices
 from tests.diagnostics.small_disks import small_disk
 from tests.models.synthetic_run import synthetic_run
 
 STEPS = 3
 SECONDS = 120  # after which an attempt is killed
 FULL = ("no space left on device", "file too large")
+PRINTED = notices.say_as_text  # which other tests are not to reach
 
 
 def saved(suffix: str) -> Callable[[Path, Path], object]:
@@ -92,7 +94,8 @@ def attempt(
 @pytest.mark.parametrize(
     ("kind", "limit"), [("zip", "file"), ("zarr", "disk"), ("analyze", "disk"), ("record", "disk")]
 )
-def test_where_there_is_no_room_nothing_else_is_lost(kind, limit, tmp_path):
+def test_where_there_is_no_room_nothing_else_is_lost(kind, limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(notices, "say_as_text", PRINTED)
     work = {"zip": saved(".zarr.zip"), "zarr": saved(".zarr"), "analyze": analyzed, "record": trained}[kind]
     small, roomy = tmp_path / "small", tmp_path / "roomy"
     small.mkdir(), roomy.mkdir()
