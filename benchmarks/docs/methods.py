@@ -29,9 +29,7 @@ Every metric and every verdict, written from their declarations by
 left of a product. NaN is undefined; 0 is a value. Padding never counts.
 
 *Basis* is what a number depends on: `invariant` numbers do not change with the basis of the features or the
-streams, `feature` and `stream` ones do. *Null* is the value for data without structure of the same size. Metrics
-*on request* cost too much for every analysis: name them in `diagnostics.analyze(run, metrics=[...])` or
-`depthscope analyze --metrics`.
+streams, `feature` and `stream` ones do. *Null* is the value for data without structure of the same size.
 """
 
 # A reST directive: the equation is on its line, and on indented lines after it.
