@@ -235,7 +235,9 @@ def record_operations(
         if read is not None:
             _record_read(tape, forward, observer, read.rereading.again(graph))
             graph = read.rereading.graph
-        if known is not None and not isinstance(tape.recorder, PlacedRecorder):
+        # Without a graph torch detaches inside of some operations of a later forward, which then are not those that were read.
+        has_graph = any(value.has_graph for value in tape.graph.outputs)
+        if known is not None and has_graph and not isinstance(tape.recorder, PlacedRecorder):
             known.learn(model, graph, _values_read(graph, observer))
     except NOT_READ:
         if known is not None:
