@@ -53,7 +53,7 @@ spectrum = SpectrumFigure(
 
 _similarity = partial(CurveFigure, question="similarity")
 _matrix = partial(MatrixFigure, question="similarity")
-# The full range of an index, so that the colours of two runs can be compared; CKNNA may be negative.
+# The full range of an index, so that the colours of two runs can be compared.
 _BOUNDED = (0.0, 1.0)
 
 

@@ -15,7 +15,6 @@ from depthscope.diagnostics import CATALOGUE, Finding, analyze, judge, schema
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import results_beside
 from depthscope.diagnostics.metrics.declaration import AXES
-from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import DIMS, FACTS, with_facts
 from depthscope.diagnostics.verdicts.magnitude import with_joined_stages
 
@@ -176,9 +175,7 @@ def _analyses(
             chain: dataset.isel(step=[-1]) if dataset is not None and "step" in dataset.dims else dataset
             for chain, dataset in stored.items()
         }
-    known = {
-        chain: with_definitions_of_today(dataset) for chain, dataset in stored.items() if dataset is not None
-    }
+    known = {chain: dataset for chain, dataset in stored.items() if dataset is not None}
     for dataset in known.values():
         _require_own_dims(dataset)
     if not _suffices(run, stored, known):
@@ -216,15 +213,14 @@ def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, x
 
 
 def _with_stored(fresh: xr.Dataset, stored: xr.Dataset | None) -> xr.Dataset:
-    """An analysis together with stored metrics that it does not compute, such as those computed on request."""
+    """An analysis together with stored metrics that it does not compute, such as a user's own."""
     if stored is not None and LIVE in stored.attrs:
         return with_live(fresh, stored)
     # Metrics of another step are of other states: they cannot be in one dataset with the new ones.
     if stored is None or not fresh["step"].equals(stored["step"]):
         return fresh
     added = {name: stored[name] for name in stored.data_vars if name not in fresh}
-    costly = [name for name in fresh.attrs.get("on_request", ()) if name not in added]
-    return fresh.assign(added).assign_attrs(on_request=costly)
+    return fresh.assign(added)
 
 
 def with_live(fresh: xr.Dataset, live: xr.Dataset) -> xr.Dataset:

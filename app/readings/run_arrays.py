@@ -168,8 +168,4 @@ def _attributes(fresh: xr.Dataset, stored: xr.Dataset, merged: xr.Dataset) -> di
         old = {key: text for key, text in stored.attrs.get(name, {}).items() if key not in fresh}
         attrs[name] = {**old, **fresh.attrs.get(name, {})}
     attrs["not_computed"] = {name: why for name, why in attrs["not_computed"].items() if name not in merged}
-    if "on_request" in attrs:
-        # Of one that this run cannot feed the reason is known now.
-        known = {*merged, *attrs["not_computed"]}
-        attrs["on_request"] = [name for name in attrs["on_request"] if name not in known]
     return attrs

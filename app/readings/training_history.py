@@ -17,7 +17,6 @@ from depthscope.app.readings.run_arrays import group_of
 from depthscope.diagnostics import schema, training_curves
 from depthscope.diagnostics.analysis.training_curves import curves_of_sums, sums_of
 from depthscope.diagnostics.errors import AbsentError
-from depthscope.diagnostics.metrics.definitions import is_still_defined_so
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
 from depthscope.diagnostics.schema import LiveRows, Status
 from depthscope.diagnostics.schema.groups import group_path
@@ -218,8 +217,6 @@ def _of_rows(reading: Reading, rows: LiveRows, known: xr.Dataset) -> tuple[xr.Da
         with_rows(group_path(group, reading.chain), of, rows)
         for group, of in (("metrics", xr.Dataset()), ("statistics", known))
     )
-    defined = [name for name in metrics.data_vars if is_still_defined_so(str(name), metrics[name].attrs)]
-    metrics = metrics.drop_vars(set(metrics.data_vars) - set(defined))
     return metrics.reset_coords([name for name in metrics.coords if str(name).endswith("_null")]), sums
 
 

@@ -94,8 +94,8 @@ def test_a_result_that_appears_beside_a_run_is_shown(saved, root):
     put(saved[".zarr.zip"][0], root / "a.zarr.zip")
     (before,) = read_run("a")
     assert before.results == {}
-    depths = xr.DataArray(np.full((1, 1, 2, 3), 1.0), dims=("lens", "stream", "sample", "token"))
-    lens = xr.Dataset({"prediction_depth": depths}, {"lens": ["logit"], "depth": np.arange(3)})
+    depths = xr.DataArray(np.full((1, 2, 3), 1.0), dims=("stream", "sample", "token"))
+    lens = xr.Dataset({"prediction_depth": depths}, {"depth": np.arange(3)})
     save_result(lens, result_path(root / "a.zarr.zip", "lens"))
     (after,) = read_run("a")
     assert set(after.results) == {"lens"}
