@@ -264,9 +264,7 @@ def _output_again(model: nn.Module, batch: Any, batch_axis: int) -> torch.Tensor
 def _judged_metrics() -> tuple[str, ...]:
     """The metrics that suspicions are read off."""
     taken = {name for verdict in VERDICTS.values() for name in (*verdict.needs, *verdict.wants)}
-    return tuple(
-        name for name, metric in CATALOGUE.items() if metric.default and taken & {name, f"{name}_null"}
-    )
+    return tuple(name for name, metric in CATALOGUE.items() if taken & {name, f"{name}_null"})
 
 
 def _suspicions(run: xr.DataTree) -> list[tuple[str, Finding, xr.Dataset]]:

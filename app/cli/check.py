@@ -85,7 +85,7 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
 
 def _as_dict(reading: Reading) -> dict[str, Any]:
     from depthscope.app.readings.readings import live_sentence
-    from depthscope.app.readings.standings import DOES_NOT_APPLY, not_judged, standings
+    from depthscope.app.readings.standings import DOES_NOT_APPLY, NOT_JUDGED, by_reason, standings
     from depthscope.app.tables.findings import cards_of
 
     return {
@@ -94,14 +94,14 @@ def _as_dict(reading: Reading) -> dict[str, Any]:
         **{name: reading.attrs.get(name) for name in ("proof", "constraint", "memory")},
         "findings": [card.as_dict() for card in cards_of(reading)],
         "passed": sorted({finding.verdict for finding in reading.passed}),
-        "not_judged": not_judged(standings(reading)),
-        "does_not_apply": not_judged(standings(reading), DOES_NOT_APPLY),
+        "not_judged": by_reason(standings(reading), NOT_JUDGED),
+        "does_not_apply": by_reason(standings(reading), DOES_NOT_APPLY),
     }
 
 
 def _print_findings(readings: Sequence[Reading]) -> None:
     from depthscope.app.readings.readings import live_sentence, memory_sentence
-    from depthscope.app.readings.standings import counts_words, not_judged, standings
+    from depthscope.app.readings.standings import NOT_JUDGED, by_reason, counts_words, standings
     from depthscope.app.tables.findings import NOTHING, cards_of, count_words
     from depthscope.app.text.cards import cards_text
 
@@ -120,9 +120,9 @@ def _print_findings(readings: Sequence[Reading]) -> None:
                 say(f"  {title}: {printable(line)}")
         # How many verdicts were judged, and why most of the others were not: what was not judged has not passed.
         found = standings(reading)
-        reasons = not_judged(found)
+        reasons = by_reason(found, NOT_JUDGED)
         why = f" (not judged: {printable(next(iter(reasons)))})" if reasons else ""
-        say(f"  verdicts: {counts_words(found.values())}{why}")
+        say(f"  verdicts: {counts_words(found)}{why}")
         say()
         say(cards_text(cards_of(reading), width=columns(), shown=encodable) or NOTHING)
         say()

@@ -31,10 +31,6 @@ def export(
             metavar="ATTRIBUTE", help="Group runs by it, such as family: means with bands over seeds."
         ),
     ] = "",
-    pgf: Annotated[bool, typer.Option("--pgf", help="Figures as PGF too (needs LaTeX).")] = False,
-    interactive: Annotated[
-        bool, typer.Option("--interactive", help="Of an HTML file: figures with zoom (some 10 MB).")
-    ] = False,
     select: Select = None,
     force: Force = False,
     json: Json = False,
@@ -52,22 +48,20 @@ def export(
             raise InputError(f"{out} exists; name another file, or add --force to replace it")
         readings, left_out = read_several(runs, max_bytes, "analysing")
         with working("drawing"):
-            path = write_report(readings, out, force=force, view=view, interactive=interactive)
+            path = write_report(readings, out, force=force, view=view)
         if json:
             emit({"report": str(path), "bytes": path.stat().st_size, "left_out": left_out})
         else:
             say(f"{path} ({path.stat().st_size / 1e6:.1f} MB, needs no other file)")
         return FOUND if left_out else FINE
-    from depthscope.app.paper.export import VECTOR, require_place, write_bundle
+    from depthscope.app.paper.export import require_place, write_bundle
 
     # A folder that is taken is refused before anything is computed.
     if out.exists():
         require_place(out, force=force)
-    # PGF is drawn by running LaTeX, which many machines lack.
-    formats = (*VECTOR, "pgf") if pgf else VECTOR
     readings, left_out = read_several(runs, max_bytes, "analysing")
     with working("drawing"):
-        folder = write_bundle(readings, out, venue=venue, view=view, by=by, formats=formats, force=force)
+        folder = write_bundle(readings, out, venue=venue, view=view, by=by, force=force)
     # as_posix: the names in the JSON are the same on every system.
     files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     if json:

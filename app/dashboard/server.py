@@ -77,7 +77,6 @@ def launch(
     ``paths``: run files, or folders of runs; nothing else can be opened from the dashboard.
     ``port``: port to use; None takes the first free one from 8501.
     ``open_browser``: open the address in the default browser once the server answers.
-    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     Raises InputError: For no path at all, or a port that is taken.
     """
     if not paths:
@@ -156,7 +155,10 @@ def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> Non
     index = Path(str(files("streamlit") / "static" / "index.html"))
     guard = Middleware(guarded, hosts=tuple(CONFIG["server.allowedHosts"]), page_policy=policy(index))
     application = st.App(script, routes=[Mount(chart.PLOTLY_ROUTE, plotly)], middleware=[guard])
-    application.run(config=CONFIG | {"server.port": port})
+    try:
+        application.run(config=CONFIG | {"server.port": port})
+    finally:
+        run_library.stop()
 
 
 def _answers(address: str) -> bool:

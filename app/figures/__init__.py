@@ -1,7 +1,7 @@
 """Which figures are there? One definition of each, drawn on the screen and on paper."""
 
 from depthscope.app.figures import catalogue
-from depthscope.app.figures.build.default_figure import default_figures
+from depthscope.app.figures.build.curve_figure import default_figures
 from depthscope.app.figures.build.values import feeds
 from depthscope.app.figures.specification import (
     CHOICES,
@@ -60,7 +60,6 @@ FIGURES: dict[str, FigureKind] = DEFINED | {
 def available(analyses: Analyses) -> dict[str, FigureKind]:
     """Figures that at least one of the runs can feed.
 
-    ``analyses``: run name → analysis.
     Returns: Name → kind, in display order.
     """
     return {

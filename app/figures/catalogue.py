@@ -12,11 +12,7 @@ from depthscope.app.figures.build.spectrum_figure import SpectrumFigure
 _collapse = partial(CurveFigure, question="collapse")
 _heads = partial(MatrixFigure, columns="head", limits=(0.0, 1.0), question="collapse")
 
-effective_rank = _collapse(
-    "effective_rank",
-    "Effective rank across depth",
-    "effective rank",
-)
+effective_rank = _collapse("effective_rank", "Effective rank across depth", "effective rank")
 corrected_participation_ratio = _collapse(
     "corrected_participation_ratio",
     "Participation ratio of the population across depth",
@@ -50,18 +46,14 @@ attention_entropy = _heads(
     "share of uniform",
     note="0 where each query attends to one token alone.",
 )
-sink_mass = _heads(
-    "sink_mass",
-    "Attention on the first token by head",
-    "weight on the first token",
-)
+sink_mass = _heads("sink_mass", "Attention on the first token by head", "weight on the first token")
 spectrum = SpectrumFigure(
     "spectrum", "Singular values of the states", metric="singular_value", question="collapse"
 )
 
 _similarity = partial(CurveFigure, question="similarity")
 _matrix = partial(MatrixFigure, question="similarity")
-# The full range of an index, so that the colours of two runs can be compared; CKNNA may be negative.
+# The full range of an index, so that the colours of two runs can be compared.
 _BOUNDED = (0.0, 1.0)
 
 
@@ -83,12 +75,7 @@ def _with_step_angles(data: xr.Dataset) -> xr.Dataset:
     return data.drop_vars("angular_distance_stderr", errors="ignore").assign(angular_distance=angles)
 
 
-cka = _matrix(
-    "cka",
-    "CKA of every two depths",
-    "linear CKA",
-    limits=_BOUNDED,
-)
+cka = _matrix("cka", "CKA of every two depths", "linear CKA", limits=_BOUNDED)
 angular_distance = _matrix(
     "angular_distance",
     "Angle between every two depths",
@@ -96,11 +83,7 @@ angular_distance = _matrix(
     limits=(0.0, None),
     note="Mean over tokens.",
 )
-adjacent_cka = _similarity(
-    "adjacent_cka",
-    "CKA with the depth before",
-    "linear CKA with depth − 1",
-)
+adjacent_cka = _similarity("adjacent_cka", "CKA with the depth before", "linear CKA with depth − 1")
 adjacent_cosine = _similarity(
     "adjacent_cosine",
     "Cosine with the depth before",
@@ -115,9 +98,7 @@ block_influence = _similarity(
     note="Near 0: the block hardly changes the state.",
 )
 stream_cosine = _similarity(
-    "stream_cosine",
-    "Cosine between streams across depth",
-    "mean cosine of two streams",
+    "stream_cosine", "Cosine between streams across depth", "mean cosine of two streams"
 )
 adjacent_angle = _similarity(
     "adjacent_angle",
@@ -156,29 +137,13 @@ deflated_gain = _mixing(
     "σ₁ of the product on 1⊥",
     note="Below 0.01 every stream carries the same signal.",
 )
-read_share = _mixing(
-    "read_share",
-    "What each sublayer reads",
-    "share of the read weight",
-    over="stream",
-)
+read_share = _mixing("read_share", "What each sublayer reads", "share of the read weight", over="stream")
 signal_share = _mixing(
-    "signal_share",
-    "Whose signal each sublayer reads",
-    "share of the signal read",
-    over="stream",
+    "signal_share", "Whose signal each sublayer reads", "share of the signal read", over="stream"
 )
-write_share = _mixing(
-    "write_share",
-    "Where each sublayer writes",
-    "share of the write weight",
-    over="stream",
-)
+write_share = _mixing("write_share", "Where each sublayer writes", "share of the write weight", over="stream")
 mixing_singular_value = _mixing(
-    "mixing_singular_value",
-    "Singular values of each connection",
-    "singular value of H_res",
-    over="component",
+    "mixing_singular_value", "Singular values of each connection", "singular value of H_res", over="component"
 )
 # From 0 on, the value of a sublayer that is not read; the largest is the data's own.
 depth_kernel = MatrixFigure(
@@ -199,12 +164,7 @@ _gradients = partial(CurveFigure, question="gradients")
 # A loss that is summed over tokens has gradients larger by their number than one that is averaged.
 _REDUCTION = "The loss reduction of the run scales the whole curve."
 
-gradient_norm = _gradients(
-    "gradient_norm",
-    "Gradient norm across depth",
-    "‖∂loss / ∂state‖",
-    note=_REDUCTION,
-)
+gradient_norm = _gradients("gradient_norm", "Gradient norm across depth", "‖∂loss / ∂state‖", note=_REDUCTION)
 # The verdicts judge another number, see the note: limits on this one would contradict them.
 backward_gain = _gradients(
     "backward_gain",
@@ -220,10 +180,7 @@ relative_gradient = _gradients(
     note="Token by token; constant across depth in pre-norm networks. " + _REDUCTION,
 )
 residual_norm = _gradients(
-    "residual_norm",
-    "Residual norm across depth",
-    "rms norm of a token",
-    note="Root mean square over tokens.",
+    "residual_norm", "Residual norm across depth", "rms norm of a token", note="Root mean square over tokens."
 )
 gradient_rank = _gradients(
     "gradient_rank",

@@ -1,14 +1,18 @@
 """What is a figure before it is drawn? Numbers, labels and words, the same for screen and paper."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import count
 from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import xarray as xr
 
-from depthscope.app.figures.palette import colour_numbers
+from depthscope.app.figures.palette import Look, colour_numbers, look_of
 from depthscope.app.text.numbers import constraint_sentence, proof_sentence
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.quantities.registry import LABELS
@@ -122,7 +126,52 @@ class Heatmap:
     named_only: bool = False
 
 
+@dataclass(frozen=True, eq=False)
+class Points:
+    """Points of some runs in the complex plane, with the unit circle.
+
+    ``name, title``: as of any figure.
+    ``x_label, y_label``: axes.
+    ``points``: run name → complex numbers of any shape.
+    ``caption, alt, metric``: as of any figure.
+    ``sources``: bibliography keys.
+    ``runs``: all runs that are shown together, with the numbers of their colours; see `Lines`.
+    ``radial_log``: whether distances from the origin are log₂(1 + |z|), which leaves the unit circle where it is.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    y_label: str
+    points: Mapping[str, Array]
+    caption: str = ""
+    alt: str = ""
+    metric: str = ""
+    sources: tuple[str, ...] = ()
+    runs: Mapping[str, int] = field(default_factory=dict)
+    radial_log: bool = False
+
+
 Figure = Lines | Heatmap
+
+
+def looks_of(figure: Lines) -> dict[int, Look]:
+    """How every measured line of a figure is drawn."""
+    measured = [line for line in figure.lines if line.role == "measured"]
+    # With runs that this figure lacks: the others keep their colours. A mean over seeds has a name of its own.
+    numbers = dict(figure.runs)
+    for line in measured:
+        if line.group not in numbers:
+            numbers[line.group] = next(number for number in count() if number not in numbers.values())
+    if len(numbers) < 2:
+        first = next(iter(numbers.values()), 0)
+        return {id(line): look_of(first + place) for place, line in enumerate(measured)}
+    num_drawn = dict.fromkeys(numbers, 0)
+    looks = {}
+    for line in measured:
+        looks[id(line)] = look_of(numbers[line.group], num_drawn[line.group])
+        num_drawn[line.group] += 1
+    return looks
 
 
 @dataclass(frozen=True)
@@ -151,10 +200,8 @@ class Selection:
     depths: tuple[int, ...] | None = None
 
     @classmethod
-    def of(cls, choices: Mapping[str, Any]) -> "Selection":
+    def of(cls, choices: Mapping[str, Any]) -> Selection:
         """Selection from keyword choices, refusing names and labels that do not exist.
-
-        ``choices``: Any of the fields above.
 
         Raises InputError: A field or a label that is not one of `CHOICES`.
         """
@@ -218,18 +265,10 @@ class FigureKind(ABC):
 
     @abstractmethod
     def figure(self, analyses: Analyses, choice: Selection) -> Figure:
-        """The figure of some runs.
-
-        ``analyses``: Run name → analysis.
-        ``choice``: Which version of the numbers.
-        """
+        """The figure of some runs."""
 
     def build(self, analyses: Analyses, **selection: Any) -> Figure:
-        """The figure of some runs, by keywords.
-
-        ``analyses``: Run name → analysis.
-        ``**selection``: Fields of `Selection`.
-        """
+        """The figure of some runs, by keywords."""
         figure = self.figure(analyses, Selection.of(selection))
         if isinstance(figure, Lines):
             figure = replace(figure, runs=colour_numbers(analyses))
@@ -242,3 +281,39 @@ class FigureKind(ABC):
         shown = [figure.run] if isinstance(figure, Heatmap) and figure.run in analyses else list(analyses)
         attrs = {run: analyses[run].attrs for run in shown}
         return constraint_sentence(attrs) if self.question == "mixing" else "", proof_sentence(attrs)
+
+
+def figure_table(figure: Figure | Points) -> pd.DataFrame:
+    """A row for every point of every line, or a row for every row of a matrix.
+
+    ``figure``: any figure; of a heat map every cell, also where the screen shows block means.
+    Returns: Of lines: line, role, x, where, y, lower, upper. Of a matrix: y, where, then a column for every x, under
+    its number. Of points: run, real, imaginary. NaN is undefined.
+    """
+    if isinstance(figure, Points):
+        runs = [np.full(values.size, run, dtype=object) for run, values in figure.points.items()]
+        flat = np.concatenate([np.ravel(values) for values in figure.points.values()])
+        return pd.DataFrame({"run": np.concatenate(runs), "real": flat.real, "imaginary": flat.imag})
+    if isinstance(figure, Heatmap):
+        # Wide, as the matrix is drawn: one row per cell would repeat both positions in every row.
+        table = pd.DataFrame(figure.z, columns=figure.x)
+        table.insert(0, "y", figure.y)
+        table.insert(1, "where", figure.y_text if figure.y_text is not None else "")
+        return table
+    # pandas refuses to concatenate nothing, and an empty figure still has a table with these columns.
+    points = [_points(line) for line in figure.lines]
+    return pd.concat(points, ignore_index=True) if points else _points(Line(np.zeros(0), np.zeros(0), ""))
+
+
+def _points(line: Line) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "line": line.label,
+            "role": NOISE_BASELINE if line.role == "null" else line.role,
+            "x": line.x,
+            "where": line.text if line.text is not None else "",
+            "y": line.y,
+            "lower": line.lower if line.lower is not None else np.nan,
+            "upper": line.upper if line.upper is not None else np.nan,
+        }
+    )

@@ -20,23 +20,21 @@ from depthscope.app.figures.composed import (
     EVERYWHERE,
     QUESTIONS,
     Composed,
-    Points,
     Subjects,
     composed_of,
     groups_of,
 )
-from depthscope.app.figures.numbers import figure_table
+from depthscope.app.figures.specification import Points, figure_table
 from depthscope.app.paper.contents import CITES, Contents
 from depthscope.app.paper.latex_snippets import (
     cited_keys,
     figures_tex,
     main_tex,
     methods_tex,
-    preamble_tex,
     tables_tex,
 )
 from depthscope.app.paper.methods import methods_latex, methods_text
-from depthscope.app.readings.provenance import file_digest, software, source_commit
+from depthscope.app.readings.provenance import file_digest, software
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.comparison import comparison_table
 from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_parquet
@@ -115,7 +113,7 @@ def write_bundle(
     by : str
         Attribute that the runs of a group share, such as ``"family"``: figures show means over the runs of a group.
     formats : sequence of str
-        Formats of the figures; PGF needs a LaTeX installation. PDF is always among them: the snippets include it.
+        Formats of the figures. PDF is always among them: the snippets include it.
     force : bool
         Replace a folder that an earlier export wrote, with all that is in it; a folder of anything else never is.
 
@@ -229,7 +227,6 @@ def _texts(bundle: Bundle) -> dict[str, str]:
         "tables.tex": tables_tex(bundle.tables),
         "methods.tex": methods_tex(methods_latex(*described)),
         "methods.txt": methods_text(*described),
-        "preamble.tex": preamble_tex(),
     }
     for figure in bundle.shown:
         for panel in figure.panels:
@@ -266,7 +263,6 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
     contents = bundle.contents
     return {
         "software": software(),
-        "commit": source_commit(),
         "venue": bundle.venue.name,
         # As it was applied: of runs of different depth the axis was changed.
         "selection": asdict(contents.view),

@@ -16,23 +16,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, overload
+from typing import TYPE_CHECKING, Any, Protocol, cast, overload
 
 import numpy as np
 import xarray as xr
 
-from depthscope.app.drawing.matplotlib import Width, draw_composed, draw_into, figure_style, to_matplotlib
+from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, draw_into, to_matplotlib
 from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection
-from depthscope.app.figures.build.patching_map import patching_map
 from depthscope.app.figures.composed import QUESTIONS, Composed, compose, in_one_line
-from depthscope.app.figures.numbers import figure_table
+from depthscope.app.figures.specification import figure_table
 from depthscope.app.readings.readings import Reading, judged, read_paths, read_runs, shown_attributes
 from depthscope.app.tables.comparison import summary_table
 from depthscope.app.tables.findings import findings_table
 from depthscope.app.tables.tables import depth_table, mixing_table
 from depthscope.app.text.venues import venue_of
 from depthscope.diagnostics.errors import InputError, did_you_mean
-from depthscope.diagnostics.experiments import open_result
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +46,6 @@ __all__ = [
     "mixing",
     "numbers",
     "panels",
-    "patching",
     "similarity",
     "spectra",
     "table",
@@ -125,48 +122,6 @@ def measure(name: str, runs: Runs, *, venue: str = "plain", **selection: Any) ->
         For a name that is not known, or runs that do not feed it.
     """
     return to_matplotlib(_specified(name, runs, selection), width=venue_of(venue).name)
-
-
-def patching(
-    result: xr.Dataset | str | PathLike[str],
-    *,
-    site: str | None = None,
-    stream: int = -1,
-    value: Literal["effect", "change"] | None = None,
-    venue: str = "plain",
-) -> Figure:
-    """What a patch between two inputs brings back, by depth and token.
-
-    Parameters
-    ----------
-    result : Dataset or path
-        What `depthscope.interventions.patch` returned, or a file of it.
-    site : str, optional
-        Such as ``"h_res"``; the first that was patched by default.
-    stream : int
-        A stream, −1 for all at once.
-    value : str, optional
-        ``"effect"`` (0 corrupted, 1 clean), or ``"change"`` of the measure; the effect where it is defined by default.
-    venue : str
-        icml, neurips, iclr, acl, cvpr, ieee or plain.
-
-    Returns
-    -------
-    matplotlib.figure.Figure
-
-    Raises
-    ------
-    InputError
-        For a result of something else, or a site or stream that it does not have.
-    """
-    found = result if isinstance(result, xr.Dataset) else open_result(result)
-    if "patched" not in found:
-        raise InputError(
-            "expected a result of depthscope.interventions.patch, got a dataset without patched measures"
-        )
-    return to_matplotlib(
-        patching_map(found, site=site, stream=stream, value=value), width=venue_of(venue).name
-    )
 
 
 def numbers(name: str, runs: Runs, **selection: Any) -> pd.DataFrame:
@@ -256,11 +211,18 @@ def _readings(runs: Runs) -> tuple[list[Reading], dict[str, xr.DataTree]]:
         runs = {"run": runs}
     if isinstance(runs, str | PathLike):
         runs = [runs]
-    if not isinstance(runs, Mapping):
-        return _listed(runs), {}
-    named = {str(name): run for name, run in runs.items()}
-    trees = {name: run for name, run in named.items() if isinstance(run, xr.DataTree)}
-    return [reading for name, run in named.items() for reading in _named(name, run)], trees
+    if isinstance(runs, Mapping):
+        named = {str(name): run for name, run in runs.items()}
+        trees = {name: run for name, run in named.items() if isinstance(run, xr.DataTree)}
+        return [reading for name, run in named.items() for reading in _named(name, run)], trees
+    found = [run for run in runs if isinstance(run, Reading)]
+    paths = [fspath(run) for run in runs if not isinstance(run, Reading)]
+    read, left_out = read_paths(paths) if paths else ([], {})
+    if left_out:
+        raise InputError("; ".join(f"{name} cannot be read: {reason}" for name, reason in left_out.items()))
+    if not (found or read):
+        raise InputError("no run was given; name at least one, such as runs/a.zarr")
+    return [*found, *read], {}
 
 
 def _named(name: str, run: xr.DataTree | xr.Dataset | str | PathLike[str]) -> list[Reading]:
@@ -269,21 +231,8 @@ def _named(name: str, run: xr.DataTree | xr.Dataset | str | PathLike[str]) -> li
     if isinstance(run, xr.Dataset):
         attrs = shown_attributes(dict(run.attrs))
         return [judged(name, attrs, run, chain="", path="", results={})]
-    return [
-        replace(reading, name=f"{name}/{reading.chain}" if reading.chain else name)
-        for reading in read_paths([fspath(run)])[0]
-    ]
-
-
-def _listed(runs: Sequence[str | PathLike[str] | Reading]) -> list[Reading]:
-    found = [run for run in runs if isinstance(run, Reading)]
-    paths = [fspath(run) for run in runs if not isinstance(run, Reading)]
-    read, left_out = read_paths(paths) if paths else ([], {})
-    if left_out:
-        raise InputError("; ".join(f"{name} cannot be read: {reason}" for name, reason in left_out.items()))
-    if not (found or read):
-        raise InputError("no run was given; name at least one, such as runs/a.zarr")
-    return [*found, *read]
+    read, _ = read_paths([fspath(run)])
+    return [replace(each, name=f"{name}/{each.chain}" if each.chain else name) for each in read]
 
 
 def _by_key(figure: Composed, axes: Any) -> dict[str, Axes]:
@@ -354,8 +303,7 @@ def _figure(name: str, about: str) -> Drawing:
         page = venue_of(venue)
         figure = _composed(name, runs, by, selection)
         if axes is None:
-            with figure_style(Width(page.text, 8)) as size:
-                return draw_composed(figure, size)
+            return to_matplotlib(figure, width=Width(page.text, FIGURE_POINTS))
         given = _by_key(figure, axes)
         draw_into(figure, given)
         return given

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from depthscope.app.figures.composed import Composed
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import keys_of
-from depthscope.app.text.latex import CITEP, Latex, unicode_declarations
+from depthscope.app.text.latex import CITEP, Latex
 from depthscope.app.text.templates import latex_template
 from depthscope.app.text.venues import Venue
 
@@ -47,15 +47,6 @@ def tables_tex(tables: Sequence[Table]) -> str:
 def methods_tex(paragraphs: Sequence[Latex]) -> str:
     """The methods as paragraphs."""
     return "% Written by depthscope: what was measured, and how.\n" + HEAD + "\n\n".join(paragraphs) + "\n"
-
-
-def preamble_tex() -> str:
-    """Declarations that let pdfLaTeX set the signs of PGF figures."""
-    # LuaTeX reads Unicode by itself, and has no such command.
-    return (
-        "% For PGF figures: \\usepackage{pgf}, then this file.\n\\ifdefined\\DeclareUnicodeCharacter\n"
-        f"{unicode_declarations()}\\fi\n"
-    )
 
 
 def main_tex(venue: Venue, *, cites: bool) -> str:

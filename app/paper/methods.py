@@ -190,7 +190,7 @@ def _slices(readings: Sequence[Reading], view: Selection, metrics: Sequence[str]
         )
         how = "; from the jackknife where a metric is no mean over sequences" * jackknife
         yield f"An error, where a number has one, is {intervals}{how}"
-    if any(_has_null(readings, name) for name in metrics):
+    if any(any(f"{name}_null" in reading.analysis for reading in readings) for name in metrics):
         yield (
             "A noise baseline is what a metric would be without structure, at the same numbers of tokens and features"
         )
@@ -201,10 +201,6 @@ def _slices(readings: Sequence[Reading], view: Selection, metrics: Sequence[str]
         )
     if view.axis == "relative":
         yield "Runs of different depth are compared at the same share of their depth"
-
-
-def _has_null(readings: Sequence[Reading], name: str) -> bool:
-    return any(f"{name}_null" in reading.analysis for reading in readings)
 
 
 def _definitions(metrics: Sequence[str]) -> Iterable[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -51,25 +52,13 @@ _BLANKS = {" ": "␣", "\n": "⏎", "\t": "⇥", "\r": "␍"}
 """Signs of a token that is nothing but blanks."""
 
 
-@dataclass(frozen=True)
-class LargeToken:
-    """One token with a large state: its place, text, norm, and the norm over the median of the depth."""
+class Large(NamedTuple):
+    """A token with a large state, or one entry of it: its place, its number, and that over the median of the depth."""
 
+    text: str
     sequence: int
     position: int
-    text: str
-    norm: float
-    ratio: float
-
-
-@dataclass(frozen=True)
-class LargeEntry:
-    """One entry |x| of a state: token, feature, value, and the value over the median |x| of the depth."""
-
-    sequence: int
-    position: int
-    text: str
-    feature: int
+    feature: int | None
     value: float
     ratio: float
 
@@ -82,16 +71,6 @@ class Matrix:
     h_res: np.ndarray  # shape (n, n), rows are destinations
     h_pre: np.ndarray | None = None  # shape (n,)
     h_post: np.ndarray | None = None  # shape (n,)
-
-    @property
-    def row_sums(self) -> np.ndarray:
-        """Σ over the sources, of each destination: 1 keeps a signal that is equal in all streams."""
-        return self.h_res.sum(axis=1)
-
-    @property
-    def column_sums(self) -> np.ndarray:
-        """Σ over the destinations, of each source: 1 keeps a gradient that is equal in all streams."""
-        return self.h_res.sum(axis=0)
 
     @property
     def eigenvalues(self) -> np.ndarray:
@@ -174,9 +153,6 @@ class CloseUp:
             for text in found
         ]
 
-    def _text(self, sequence: int, position: int) -> str:
-        return self.texts(sequence)[position]
-
     def quoted(self, sequence: int) -> list[str]:
         """As `texts`, in quotation marks where it is text."""
         return [f"“{text}”" if self.has_texts else text for text in self.texts(sequence)]
@@ -234,53 +210,34 @@ class CloseUp:
             found[:, depth] = np.sqrt((x**2).sum(axis=-1).mean(axis=0))
         return found
 
-    def largest_tokens(self, depth: int, *, stream: str = "mean", most: int = 5) -> list[LargeToken]:
+    def largest_tokens(self, depth: int, *, stream: str = "mean", most: int = 5) -> list[Large]:
         """The tokens with the largest states of a depth."""
         norms = np.linalg.norm(self._view(stream, depth=depth), axis=-1)
         median = float(np.median(norms[self.mask])) if self.mask.any() else np.nan
         return [
-            LargeToken(
-                sequence,
-                position,
-                self._text(sequence, position),
-                float(norms[sequence, position]),
-                _ratio(norms[sequence, position], median),
-            )
-            for sequence, position in self._order(norms, most)
+            Large(self.texts(s)[t], s, t, None, float(norms[s, t]), _ratio(norms[s, t], median))
+            for s, t in self._places(norms, most)
         ]
 
-    def largest_entries(self, depth: int, *, stream: str = "mean", most: int = 5) -> list[LargeEntry]:
+    def largest_entries(self, depth: int, *, stream: str = "mean", most: int = 5) -> list[Large]:
         """The entries with the largest |x| of a depth: which feature of which token."""
         x = self._view(stream, depth=depth)
         size = np.abs(x)
-        sizes = size[self.mask]
-        nonzero = sizes[sizes > 0]  # half of the entries behind a ReLU are zero
+        nonzero = size[self.mask][size[self.mask] > 0]  # half of the entries behind a ReLU are zero
         median = float(np.median(nonzero)) if nonzero.size else np.nan
-        flat = np.where(self.mask[..., None], size, -np.inf).reshape(-1)
-        flat = np.where(np.isnan(flat), np.inf, flat)
-        best = np.argpartition(-flat, min(most, flat.size - 1))[:most]
-        entries = []
-        for index in best[np.argsort(-flat[best])]:
-            sequence, position, feature = (int(i) for i in np.unravel_index(index, x.shape))
-            if self.mask[sequence, position]:
-                value = float(x[sequence, position, feature])
-                entries.append(
-                    LargeEntry(
-                        sequence,
-                        position,
-                        self._text(sequence, position),
-                        feature,
-                        value,
-                        _ratio(abs(value), median),
-                    )
-                )
-        return entries
+        return [
+            Large(self.texts(s)[t], s, t, f, float(x[s, t, f]), _ratio(size[s, t, f], median))
+            for s, t, f in self._places(size, most)
+        ]
 
-    def _order(self, sizes: np.ndarray, most: int) -> list[tuple[int, int]]:
+    def _places(self, sizes: np.ndarray, most: int) -> list[tuple[int, ...]]:
         """Places of the largest, of real tokens; what is not finite is the largest."""
-        real = np.argwhere(self.mask)
-        found = np.where(np.isfinite(sizes), sizes, np.inf)[self.mask]
-        return [(int(real[i][0]), int(real[i][1])) for i in np.argsort(-found, kind="stable")[:most]]
+        real = self.mask[(..., *(None,) * (sizes.ndim - 2))]
+        flat = np.where(real, np.where(np.isfinite(sizes), sizes, np.inf), -np.inf).ravel()
+        best = np.argpartition(-flat, min(most, flat.size - 1))[:most]
+        best = best[np.argsort(-flat[best], kind="stable")]
+        places = (np.unravel_index(int(at), sizes.shape) for at in best)
+        return [tuple(map(int, place)) for place in places if self.mask[place[:2]]]
 
     def connections_at(self, depth: int) -> list[int]:
         """Connections that write a depth, and where none does, those that read it."""
@@ -304,34 +261,24 @@ class CloseUp:
     def pictures(self, whose: str, token: tuple[int, int] | None = None) -> tuple[list[Matrix], list[Matrix]]:
         """H_res of every connection, and their products from the first one on.
 
-        ``whose``: a key of `WHOSE`.
         ``token``: sequence and position of the marked one.
         Returns: Nothing where no token is real.
         """
         singles: list[Matrix] = []
         products: list[Matrix] = []
         product: np.ndarray | None = None
+        at = token if whose == MARKED else None
+        which = 0 if whose == MARKED else list(WHOSE).index(whose)
         for connection, h in enumerate(self._trace["h_res"].values if self.mask.any() else ()):
             product = h.astype(np.float64) if product is None else h @ product
-            pre, post = (self._weights(name, connection) for name in ("h_pre", "h_post"))
-            singles.append(self._one_of_tokens(whose, token, h, pre, post))
-            products.append(self._one_of_tokens(whose, token, product, None, None))
+            weights = [self._weights(name, connection) for name in ("h_pre", "h_post")]
+            for found, matrix, more in ((singles, h, weights), (products, product, [None, None])):
+                found.append(
+                    self._of_tokens(matrix, *more)[which]
+                    if at is None
+                    else self._of_token("", at, matrix, *more)
+                )
         return singles, products
-
-    def _one_of_tokens(
-        self,
-        whose: str,
-        token: tuple[int, int] | None,
-        h: np.ndarray,
-        pre: np.ndarray | None,
-        post: np.ndarray | None,
-    ) -> Matrix:
-        if whose == MARKED and token is not None:
-            words = f"{self.quoted(token[0])[token[1]]}, position {token[1]} of sequence {token[0]}"
-            return Matrix(
-                words, h[token].astype(np.float64), *(w if w is None else w[token] for w in (pre, post))
-            )
-        return self._of_tokens(h, pre, post)[list(WHOSE).index(whose) if whose != MARKED else 0]
 
     def composite(self, first: int, last: int) -> list[Matrix]:
         """The product of H_res from one connection to another, the later one on the left.
@@ -351,26 +298,25 @@ class CloseUp:
         tokens = np.asarray(h[self.mask], dtype=np.float64)  # (tokens, n, n)
         sizes = np.maximum(np.abs(tokens.sum(axis=2)).max(axis=1), np.abs(tokens.sum(axis=1)).max(axis=1))
         order = np.argsort(np.where(np.isfinite(sizes), sizes, np.inf), kind="stable")
-        rows = [
-            Matrix(
-                "mean over tokens",
-                tokens.mean(axis=0),
-                None if pre is None else pre[self.mask].mean(axis=0, dtype=np.float64),
-                None if post is None else post[self.mask].mean(axis=0, dtype=np.float64),
-            )
+        means = (
+            None if part is None else part[self.mask].mean(axis=0, dtype=np.float64) for part in (pre, post)
+        )
+        places = {name: real[order[round(share * (len(order) - 1))]] for name, share in QUANTILES.items()}
+        return [
+            Matrix("mean over tokens", tokens.mean(axis=0), *means),
+            *(
+                self._of_token(f"{name} token: ", tuple(map(int, at)), h, pre, post)
+                for name, at in places.items()
+            ),
         ]
-        for name, share in QUANTILES.items():
-            token = int(order[round(share * (len(order) - 1))])
-            sequence, position = (int(i) for i in real[token])
-            rows.append(
-                Matrix(
-                    f"{name} token: {self.quoted(sequence)[position]}, position {position} of sequence {sequence}",
-                    tokens[token],
-                    None if pre is None else pre[sequence, position],
-                    None if post is None else post[sequence, position],
-                )
-            )
-        return rows
+
+    def _of_token(
+        self, what: str, at: tuple[int, ...], h: np.ndarray, pre: np.ndarray | None, post: np.ndarray | None
+    ) -> Matrix:
+        sequence, position = at
+        words = f"{what}{self.quoted(sequence)[position]}, position {position} of sequence {sequence}"
+        weights = (None if part is None else part[at] for part in (pre, post))
+        return Matrix(words, h[at].astype(np.float64), *weights)
 
 
 def _blank_signs(text: str) -> str:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import weakref
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from depthscope.app.readings.kept_readings import finding_document, finding_of, keep_document, kept_document
-from depthscope.app.readings.provenance import FileVersion
-from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.training_history import TrainingHistory, history_of
-from depthscope.diagnostics import Finding, Severity, judge, schema
+from depthscope.app.readings.training_history import TrainingHistory
+from depthscope.diagnostics import Finding, Severity, judge
 
 SPREAD = 32
 """Steps of a history that are judged first. A heuristic of ours: each takes some hundredths of a second."""
@@ -34,22 +27,6 @@ class Begun:
     step: int  # of the training
     before: int | None  # the judged step before it, which does not have it; None where there is none
     lasts: bool  # whether the last judged step has it too
-
-
-@dataclass(frozen=True)
-class KnownFindings:
-    """Findings of a history whose steps were judged before; in place of `FirstFindings`."""
-
-    num_judged: int
-    found: tuple[Begun, ...]
-
-    def look(self, seconds: float) -> bool:
-        """Nothing is left to judge."""
-        return False
-
-    def begun(self) -> list[Begun]:
-        """Findings by the step at which they begin."""
-        return list(self.found)
 
 
 class FirstFindings:
@@ -134,33 +111,3 @@ class FirstFindings:
             if place and known[place] - known[place - 1] > 1:
                 return (known[place] + known[place - 1]) // 2
         return None
-
-
-def keep_first_findings(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
-    """Judge the steps of a training that has ended, and keep where its findings began; nothing for a run without steps."""
-    if not schema.is_live_store(path):
-        readings = [reading for reading in readings if reading.num_steps > 1]
-    for reading in readings:
-        history = history_of(reading)
-        found = FirstFindings(history)
-        found.look(float("inf"))
-        begun = [{**vars(each), "finding": finding_document(each.finding)} for each in found.begun()]
-        document = {"num_judged": found.num_judged, "begun": begun}
-        keep_document(path, version, _ending(reading.chain), document)
-
-
-def kept_first_findings(path: Path, version: FileVersion, chain: str) -> KnownFindings | None:
-    """Where the findings of a run began.
-
-    Returns: None where that was not saved of these very files, or cannot be read.
-    """
-    return kept_document(path, version, _ending(chain), _read)
-
-
-def _read(document: Any) -> KnownFindings:
-    begun = tuple(Begun(**{**each, "finding": finding_of(each["finding"])}) for each in document["begun"])
-    return KnownFindings(int(document["num_judged"]), begun)
-
-
-def _ending(chain: str) -> str:
-    return f".begun.{hashlib.sha256(chain.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}.json"

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -28,8 +27,6 @@ from depthscope.diagnostics import Finding, Severity
 from depthscope.diagnostics.atomic_writes import cache_folder, own_folder, remove_below, replaced_file
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import results_beside
-
-T = TypeVar("T")
 
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 """What reading something raises that is damaged, or of somebody else."""
@@ -68,26 +65,10 @@ def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | Non
 
 
 def kept_summaries(path: Path, version: FileVersion) -> list[Summary] | None:
-    """What the map of all runs shows of a run, without opening its analysis."""
-    return kept_document(path, version, ".json", lambda documents: [_summary(each) for each in documents])
-
-
-def keep_document(path: Path, version: FileVersion, ending: str, document: Any) -> None:
-    """Save a further answer about a run; nothing where the cache cannot be written to."""
-    text = json.dumps(document, default=str)
-    with (
-        suppress(OSError),
-        replaced_file(own_folder(readings_folder()) / f"{stem_of(path, version)}{ending}") as fresh,
-    ):
-        fresh.write_text(text, encoding="utf-8")
-
-
-def kept_document(path: Path, version: FileVersion, ending: str, read: Callable[[Any], T]) -> T | None:
-    """What ``read`` makes of an answer that was saved of these very files; None where there is none that it can read."""
-    # Damaged: it is made anew.
+    """What the map of all runs shows of a run, without opening its analysis; None as in `kept_readings`."""
     with suppress(*UNUSABLE):
-        place = own_folder(readings_folder()) / f"{stem_of(path, version)}{ending}"
-        return read(json.loads(place.read_text(encoding="utf-8")))
+        place = own_folder(readings_folder()) / f"{stem_of(path, version)}.json"
+        return [_summary(each) for each in json.loads(place.read_text(encoding="utf-8"))]
     return None
 
 
@@ -151,62 +132,31 @@ def _require_stored(archive: zipfile.ZipFile | None) -> None:
 
 
 def _summary_document(summary: Summary) -> dict[str, Any]:
-    return {
-        **asdict(summary),
-        **{
-            name: [
-                {**vars(mark), "finding": finding_document(mark.finding)} for mark in getattr(summary, name)
-            ]
-            for name in ("marks", "others")
-        },
-        "profiles": {name: _rounded(values) for name, values in summary.profiles.items()},
+    # Six digits, since it is drawn and not measured again.
+    profiles = {name: [float(f"{each:.6g}") for each in values] for name, values in summary.profiles.items()}
+    return asdict(replace(summary, marks=(), others=())) | {
+        "profiles": profiles,
+        "marks": list(map(_mark_document, summary.marks)),
+        "others": list(map(_mark_document, summary.others)),
     }
 
 
-def _rounded(values: Sequence[float]) -> list[float | None]:
-    """Six digits, since it is drawn and not measured again; JSON has no NaN."""
-    return [float(f"{each:.6g}") if math.isfinite(each) else None for each in values]
-
-
-def finding_document(finding: Finding | None) -> dict[str, Any] | None:
-    """With the curve of what was found, which a table of runs shows."""
-    if finding is None:
-        return None
-    shown = finding.severity > Severity.PASS and len(finding.profile) <= MOST_POSITIONS
-    return {**finding.as_dict(), "profile": _rounded(finding.profile) if shown else []}
+def _mark_document(mark: PlacedFinding) -> dict[str, Any]:
+    finding = mark.finding
+    shown = finding.profile if len(finding.profile) <= MOST_POSITIONS else ()
+    return {**vars(mark), "finding": vars(finding) | {"profile": shown}}
 
 
 def _summary(document: Mapping[str, Any]) -> Summary:
-    return Summary(
-        **{
-            **document,
-            "depths": tuple(document["depths"]),
-            **{
-                name: tuple(
-                    PlacedFinding(**{**each, "finding": finding_of(each["finding"])})
-                    for each in document[name]
-                )
-                for name in ("marks", "others")
-            },
-            "profiles": {name: _numbers(values) for name, values in document["profiles"].items()},
-        }
-    )
+    lists = {name: tuple(map(_mark, document[name])) for name in ("marks", "others")}
+    profiles = {name: tuple(values) for name, values in document["profiles"].items()}
+    return Summary(**{**document, **lists, "depths": tuple(document["depths"]), "profiles": profiles})
 
 
-def _numbers(values: Sequence[float | None]) -> tuple[float, ...]:
-    return tuple(float("nan") if each is None else each for each in values)
-
-
-def finding_of(document: Mapping[str, Any] | None) -> Finding | None:
-    """The finding of `finding_document`."""
-    if document is None:
-        return None
-    # JSON has no NaN: what is not finite was written as None.
-    numbers = {
-        name: float("nan") if document[name] is None else document[name] for name in ("value", "threshold")
-    }
-    profile = _numbers(document.get("profile", ()))
-    return Finding(**{**document, **numbers, "severity": Severity[document["severity"]], "profile": profile})
+def _mark(document: Mapping[str, Any]) -> PlacedFinding:
+    finding = document["finding"]
+    plain = {"severity": Severity(finding["severity"]), "profile": tuple(finding["profile"])}
+    return PlacedFinding(**{**document, "finding": Finding(**{**finding, **plain})})
 
 
 def readings_folder() -> Path:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
 import stat
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 
 from depthscope.diagnostics.errors import StorageError
@@ -37,33 +33,6 @@ def software() -> dict[str, str]:
     Returns: Packages that are absent are left out.
     """
     return {"depthscope": "0+source", **package_versions(_PACKAGES)}
-
-
-def source_commit() -> str:
-    """The commit that runs, where depthscope is a checkout of its repository.
-
-    Returns: Forty hexadecimal digits, with ``-dirty`` where files differ from it; of an installed package the commit
-    that pip noted; empty where neither is known.
-    """
-    top = Path(__file__).resolve().parents[2]
-    # A virtual environment inside somebody else's repository is no checkout of ours.
-    if (top / ".git").exists() and (top / "depthscope" / "__init__.py").exists():
-        commit = _git(top, "rev-parse", "HEAD")
-        return f"{commit}-dirty" if commit and _git(top, "status", "--porcelain", "-uno") else commit
-    with contextlib.suppress(metadata.PackageNotFoundError, ValueError):
-        noted = metadata.distribution("depthscope").read_text("direct_url.json")
-        return str(json.loads(noted or "{}").get("vcs_info", {}).get("commit_id", ""))
-    return ""
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=20, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return ""  # no git on this machine
-    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def file_digest(path: str) -> str:

@@ -15,7 +15,6 @@ from depthscope.diagnostics import CATALOGUE, Finding, analyze, judge, schema
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import results_beside
 from depthscope.diagnostics.metrics.declaration import AXES
-from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import DIMS, FACTS, with_facts
 from depthscope.diagnostics.verdicts.magnitude import with_joined_stages
 
@@ -74,7 +73,6 @@ def read_runs(
 ) -> list[Reading]:
     """Analyse and judge runs; complete stored metrics are used as they are.
 
-    ``runs``: runs by the names to print.
     ``paths``: where runs were opened from: the result of a lens that was saved there is evidence for its verdicts.
     ``progress``: called with (metric, number done, number in all) for each run.
     ``last_step``: of a live store read the metrics of the last step alone: those of all steps may be gigabytes.
@@ -115,10 +113,7 @@ def judged(
     results: Mapping[str, xr.Dataset],
     num_steps: int = 1,
 ) -> Reading:
-    """A reading of an analysis: the verdicts are asked here.
-
-    ``name, attrs, analysis, chain, path, results, num_steps``: see `Reading`.
-    """
+    """A reading of an analysis: the verdicts are asked here."""
     found = judge(analysis, passed=True)
     return Reading(
         name,
@@ -141,7 +136,6 @@ def _num_steps(run: xr.DataTree, chain: str) -> int:
 def shown_attributes(value: Any) -> Any:
     """Attributes of a run in whose text everything can be seen, at every level.
 
-    ``value``: attributes, or one of them.
     Returns: Numbers are unchanged.
     """
     if isinstance(value, Mapping):
@@ -181,9 +175,7 @@ def _analyses(
             chain: dataset.isel(step=[-1]) if dataset is not None and "step" in dataset.dims else dataset
             for chain, dataset in stored.items()
         }
-    known = {
-        chain: with_definitions_of_today(dataset) for chain, dataset in stored.items() if dataset is not None
-    }
+    known = {chain: dataset for chain, dataset in stored.items() if dataset is not None}
     for dataset in known.values():
         _require_own_dims(dataset)
     if not _suffices(run, stored, known):
@@ -221,15 +213,14 @@ def _suffices(run: xr.DataTree, stored: Mapping[str, Any], known: Mapping[str, x
 
 
 def _with_stored(fresh: xr.Dataset, stored: xr.Dataset | None) -> xr.Dataset:
-    """An analysis together with stored metrics that it does not compute, such as those computed on request."""
+    """An analysis together with stored metrics that it does not compute, such as a user's own."""
     if stored is not None and LIVE in stored.attrs:
         return with_live(fresh, stored)
     # Metrics of another step are of other states: they cannot be in one dataset with the new ones.
     if stored is None or not fresh["step"].equals(stored["step"]):
         return fresh
     added = {name: stored[name] for name in stored.data_vars if name not in fresh}
-    costly = [name for name in fresh.attrs.get("on_request", ()) if name not in added]
-    return fresh.assign(added).assign_attrs(on_request=costly)
+    return fresh.assign(added)
 
 
 def with_live(fresh: xr.Dataset, live: xr.Dataset) -> xr.Dataset:
@@ -270,7 +261,6 @@ def read_paths(
     """Open, analyse and judge runs; one that cannot be read, analysed or judged is left out, and the others stay.
 
     ``paths``: run files, or folders with some in them.
-    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     ``progress``: called with (metric, number done, number in all) for each run.
     Returns: The readings, and the reasons why runs were left out by their names.
     Raises Exception: That of the run, where there is one run and it is left out.
@@ -304,7 +294,6 @@ def open_runs(paths: Sequence[str], *, max_bytes: int | None = None) -> dict[str
     """Open runs, and folders of runs, under names that are short and differ.
 
     ``paths``: run files, or folders with some in them.
-    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     """
     return {name: schema.open_run(path, max_bytes=max_bytes) for name, path in find_runs(paths).items()}
 

@@ -13,8 +13,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.readings.readings import LIVE, Reading, with_live
-from depthscope.app.readings.training_history import curves_of
-from depthscope.app.text.visible import visible, visible_name
+from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.kernels.mixing.products import composite
@@ -26,7 +25,6 @@ class MixingMatrices:
     """The mixing of one run, as means over its tokens."""
 
     single: np.ndarray  # H_res of every connection, (connection, n, n); rows are destinations
-    names: tuple[str, ...]  # such as ``connection 5: attn of block 2``
     # product from one connection through another, the later one on the left: the mean of the products of each
     # token
     products: Mapping[tuple[int, int], np.ndarray]
@@ -71,7 +69,6 @@ def group_of(
 def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatrices | None:
     """The mixing matrices of a run, and their products over its first half, its second half and all of it.
 
-    ``runs``: as in `group_of`.
     Returns: None for a run without streams, or whose matrices are not stored.
     """
     with group_of(reading, "trace", runs) as trace:
@@ -90,29 +87,8 @@ def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatr
         ranges = dict.fromkeys([(0, half - 1), (half, last), (0, last)] if half else [(0, last)])
         return MixingMatrices(
             values.mean(axis=1),
-            tuple(_connection_name(trace, place) for place in range(len(values))),
             {pair: composite(values[pair[0] : pair[1] + 1]).mean(axis=0) for pair in ranges},
         )
-
-
-def _connection_name(trace: xr.Dataset, connection: int) -> str:
-    if "branch" not in trace or "connection_layer" not in trace:
-        return f"connection {connection}"
-    branch = visible(trace["branch"].values[connection])
-    layer = int(trace["connection_layer"].values[connection])
-    return f"connection {connection}: {'' if branch == 'block' else f'{branch} of '}block {layer}"
-
-
-def curves_by_step(reading: Reading, runs: Mapping[str, xr.DataTree]) -> xr.Dataset | None:
-    """What was measured at several steps of a training.
-
-    Returns: The analysis where it has several steps, else the curves of the run's statistics; None where neither has.
-    """
-    if reading.analysis.sizes.get("step", 1) > 1:
-        return reading.analysis
-    with group_of(reading, "statistics", runs) as statistics:
-        curves = None if statistics is None else curves_of(statistics)
-    return curves if curves is not None and curves.sizes.get("step", 1) > 1 else None
 
 
 def with_metrics(
@@ -192,8 +168,4 @@ def _attributes(fresh: xr.Dataset, stored: xr.Dataset, merged: xr.Dataset) -> di
         old = {key: text for key, text in stored.attrs.get(name, {}).items() if key not in fresh}
         attrs[name] = {**old, **fresh.attrs.get(name, {})}
     attrs["not_computed"] = {name: why for name, why in attrs["not_computed"].items() if name not in merged}
-    if "on_request" in attrs:
-        # Of one that this run cannot feed the reason is known now.
-        known = {*merged, *attrs["not_computed"]}
-        attrs["on_request"] = [name for name in attrs["on_request"] if name not in known]
     return attrs

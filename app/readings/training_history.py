@@ -7,15 +7,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import xarray as xr
 
 from depthscope.app.readings.readings import Reading
+from depthscope.app.readings.run_arrays import group_of
 from depthscope.diagnostics import schema, training_curves
 from depthscope.diagnostics.analysis.training_curves import curves_of_sums, sums_of
 from depthscope.diagnostics.errors import AbsentError
-from depthscope.diagnostics.metrics.definitions import is_still_defined_so
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
 from depthscope.diagnostics.schema import LiveRows, Status
 from depthscope.diagnostics.schema.groups import group_path
@@ -183,7 +184,7 @@ class TrainingHistory:
         return found.isel(step=[position]).assign_attrs(self._reading.analysis.attrs)
 
 
-def history_of(reading: Reading) -> TrainingHistory:
+def history_of(reading: Reading, runs: Mapping[str, xr.DataTree] = MappingProxyType({})) -> TrainingHistory:
     """The history of a reading, from its file, which was checked when it was read.
 
     Returns: One that can be refreshed, of a live store.
@@ -199,8 +200,8 @@ def history_of(reading: Reading) -> TrainingHistory:
         return TrainingHistory(reading, *_of_rows(reading, rows, sums), rows)
     analysis, sums = reading.analysis, xr.Dataset()
     if reading.num_steps > 1:  # the statistics of one step are no history
-        with suppress(AbsentError), schema.open_group(path, "statistics", reading.chain) as statistics:
-            sums = statistics.load()
+        with group_of(reading, "statistics", runs) as statistics:
+            sums = sums if statistics is None else statistics.load()
     curves = curves_of(sums) if sums else sums
     curves = curves[[name for name in curves.data_vars if curves[name].dims[:1] == ("step",)]]
     if analysis.sizes.get("step", 1) < curves.sizes.get("step", 1):
@@ -216,8 +217,6 @@ def _of_rows(reading: Reading, rows: LiveRows, known: xr.Dataset) -> tuple[xr.Da
         with_rows(group_path(group, reading.chain), of, rows)
         for group, of in (("metrics", xr.Dataset()), ("statistics", known))
     )
-    defined = [name for name in metrics.data_vars if is_still_defined_so(str(name), metrics[name].attrs)]
-    metrics = metrics.drop_vars(set(metrics.data_vars) - set(defined))
     return metrics.reset_coords([name for name in metrics.coords if str(name).endswith("_null")]), sums
 
 

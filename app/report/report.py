@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +13,7 @@ import xarray as xr
 from markupsafe import Markup
 
 from depthscope.app.drawing.matplotlib import to_svg
-from depthscope.app.drawing.plotly import reduction_words, to_plotly
-from depthscope.app.figures import Figure, Heatmap, Lines, Selection
+from depthscope.app.figures import Figure, Lines, Selection
 from depthscope.app.paper.contents import Contents
 from depthscope.app.readings.depth_map import summary_of
 from depthscope.app.readings.provenance import software
@@ -63,15 +59,12 @@ def write_report(
     *,
     force: bool = False,
     view: Selection | None = None,
-    interactive: bool = False,
 ) -> Path:
     """Write the report of some runs. An earlier one is replaced in one step, when the new one is complete.
 
     ``runs``: runs by the names to print, or what `read_runs` made of them.
     ``force``: also replace a file that is no report.
     ``view``: which slice of the numbers figures and tables show.
-    ``interactive``: whether the figures tell their numbers under the mouse and zoom: the file then contains plotly.js,
-    5 MB.
     Raises InputError: For no run, or a name that does not end in ``.html``.
     Raises OSError: Where the file cannot be written; FileExistsError where one is there that is no report.
     """
@@ -82,7 +75,7 @@ def write_report(
     # Analysed inside: a file of somebody else is refused before anything is computed.
     with replaced_file(out, check=None if force else require_report) as fresh:
         readings = read_runs(runs) if isinstance(runs, Mapping) else runs
-        fresh.write_text(to_html(readings, view=view, interactive=interactive), encoding="utf-8")
+        fresh.write_text(to_html(readings, view=view), encoding="utf-8")
     return out
 
 
@@ -96,13 +89,8 @@ def require_report(path: Path) -> None:
         )
 
 
-def to_html(readings: Sequence[Reading], *, view: Selection | None = None, interactive: bool = False) -> str:
-    """The report as one HTML document that asks nothing of any network.
-
-    ``readings``: runs.
-    ``view``: slice.
-    ``interactive``: as in `write_report`.
-    """
+def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> str:
+    """The report as one HTML document that asks nothing of any network."""
     readings = sorted(readings, key=lambda reading: summary_of(reading).badness)
     contents = Contents.of(readings, view)
     known = entries(bibliography())
@@ -118,9 +106,7 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         card_html=card_html,
         evidence=evidence,
         svg=partial(_svg, styles),
-        plot=_plot if interactive else lambda figure: Markup(),
     )
-    scripts = _scripts() if interactive else []
     return page.render(
         bibtex="\n".join(known[key] for key in contents.sources),
         card_style=card_style(),
@@ -131,9 +117,6 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None, inter
         shown=evidence.shown,
         nothing=NOTHING,
         about_the_reading=ABOUT_THE_READING,
-        # Only these scripts run, by their digests: no text of a run does, whatever it contains.
-        script_source=" ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'",
-        scripts=scripts,
         software=software(),
         styles=styles,
     )
@@ -189,31 +172,6 @@ def _svg(styles: _Styles, figure: Figure) -> Markup:
     # A tenth of a point is finer than any screen; matplotlib writes millionths, a third of the file.
     drawing = _PLACES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), _UNTURNED.sub("", drawing))
     return Markup(styles.shared(drawing.replace(" xlink:href=", " href=")))
-
-
-def _plot(figure: Figure) -> Markup:
-    """The drawing for plotly.js, as data."""
-    drawing = to_plotly(figure).to_json()
-    # Inside a script element nothing ends it but "</": as JSON the sign may be written as its number.
-    data = Markup(drawing.replace("<", "\\u003c"))
-    note = reduction_words(figure) if isinstance(figure, Heatmap) else ""
-    words = Markup('<p class="facts">On a screen {}.</p>').format(note) if note else Markup()
-    return (
-        Markup('<div class="interactive"><script type="application/json">{}</script></div>').format(data)
-        + words
-    )
-
-
-def _scripts() -> list[Markup]:
-    """plotly.js of the installed package, and ours that draws with it."""
-    return [
-        Markup((files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")),
-        Markup(files("depthscope.app.report").joinpath("interactive.js").read_text(encoding="utf-8")),
-    ]
-
-
-def _digest(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def _description(attrs: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -15,16 +15,11 @@ from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import (
-    NULL_NOTE,
     TOKEN_COUNTS,
-    UNDEFINED_NOTE,
     Column,
-    NamedError,
     Table,
     column_of,
-    interval_note,
-    measured_note,
-    units_note,
+    notes_of,
 )
 from depthscope.app.text.numbers import UNDEFINED, proof_sentence, quantity
 from depthscope.app.text.visible import LONGEST_NAME, shortened
@@ -74,29 +69,29 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     facts = [_facts(reading, view) for reading in readings]
     # Two tables in step: numbers at full precision for the CSV, text for people.
     data, printed = pd.DataFrame(facts), pd.DataFrame([_printed_facts(row) for row in facts])
+    found: dict[str, list[Column]] = {reading.name: [] for reading in readings}
     symbols: dict[str, str] = {}
-    shown: list[str] = []
-    errors: list[NamedError] = []
     for extreme in SUMMARY:
         columns = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
         # The heading and the symbol are the same for all runs: those of the first one that has the metric.
         known = next((column for column in columns if column is not None), None)
         if known is None:
             continue
-        errors += _errors(readings, columns)
+        for reading, column in zip(readings, columns, strict=True):
+            found[reading.name] += [] if column is None else [column]
         cells = [_at_extreme(column, extreme.place) for column in columns]
         key = f"{known.key}_{extreme.place}"
         data = data.assign(**{key + end: [cell[end] for cell in cells] for end in (*_WRITTEN, "_at")})
         heading = f"{known.label}, {_SHORT[extreme.place]}"
         printed[heading] = [_cell_text(cell, extreme.place) for cell in cells]
         symbols[extreme.metric] = known.symbol
-        shown.append(extreme.metric)
     printed = printed.drop(columns="model")  # the widest cell; it stays in the data
     for severity in ("fail", "warn"):
         counts = [
             sum(found.severity.name.lower() == severity for found in reading.findings) for reading in readings
         ]
         data[f"num_{severity}"], printed[severity] = counts, [str(count) for count in counts]
+    places = "@: the depth or connection of the extreme. Fail and warn count findings."
     return Table(
         name="summary",
         title="Summary of runs",
@@ -107,20 +102,8 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         data=data.dropna(axis="columns", how="all"),
         printed=printed,
         symbols={metric: symbol for metric, symbol in symbols.items() if symbol},
-        metrics=tuple(dict.fromkeys(shown)),
-        notes=tuple(
-            filter(
-                None,
-                (
-                    measured_note(readings, shown, view),
-                    interval_note(errors),
-                    NULL_NOTE,
-                    "@: the depth or connection of the extreme. Fail and warn count findings.",
-                    units_note(shown),
-                    UNDEFINED_NOTE,
-                ),
-            )
-        ),
+        metrics=tuple(symbols),
+        notes=notes_of(readings, found, view, places),
     )
 
 
@@ -190,15 +173,6 @@ def _cell_text(cell: Mapping[str, float], place: str) -> str:
     return text if place in ("last", "span") or math.isnan(where) else f"{text} @{int(where)}"
 
 
-def _errors(readings: Sequence[Reading], columns: Sequence[Column | None]) -> list[NamedError]:
-    """The standard errors of one metric of several runs."""
-    return [
-        NamedError(reading.name, column.label, column.stderr)
-        for reading, column in zip(readings, columns, strict=True)
-        if column is not None
-    ]
-
-
 def _unproven(readings: Sequence[Reading]) -> str:
     """Which of the runs are unproven, and why; empty for none."""
     return proof_sentence({reading.name: reading.attrs for reading in readings})
@@ -221,12 +195,13 @@ def comparison_table(
     view = view or Selection()
     where = np.linspace(0.0, 1.0, points)
     rows: list[dict[str, Any]] = []
-    errors: list[NamedError] = []
+    found: dict[str, list[Column]] = {reading.name: [] for reading in readings}
     text: list[dict[str, str]] = []
     for metric in metrics:
         columns = {reading.name: _profile(reading, metric, view) for reading in readings}
         known = [column for column in columns.values() if column is not None]
-        errors += _errors(readings, list(columns.values()))
+        for run, column in columns.items():
+            found[run] += [] if column is None else [column]
         # A metric that no run has would be rows of dashes; without any row the table is refused below.
         for fraction in where if known else ():
             cells = {run: _nearest(column, fraction) for run, column in columns.items()}
@@ -249,17 +224,7 @@ def comparison_table(
         data=pd.DataFrame(rows).dropna(axis="columns", how="all"),
         printed=pd.DataFrame(text),
         metrics=used,
-        notes=tuple(
-            filter(
-                None,
-                (
-                    measured_note(readings, used, view),
-                    interval_note(errors),
-                    NULL_NOTE,
-                    units_note(used),
-                ),
-            )
-        ),
+        notes=notes_of(readings, found, view),
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,11 +12,12 @@ import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures.build.values import names_of, pick, positions
+from depthscope.app.figures.composed.specification import groups_of
 from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import one_direction
 from depthscope.app.tables.tables import spoken
-from depthscope.app.text.numbers import UNDEFINED, number, quantity
+from depthscope.app.text.numbers import UNDEFINED, consecutive, number, quantity
 from depthscope.diagnostics import CATALOGUE, schema
 from depthscope.diagnostics.analysis.differences import (
     Difference,
@@ -37,67 +38,42 @@ def between_runs(
 ) -> list[Difference]:
     """Every run against the first, sequence by sequence where they have seen the same ones.
 
-    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
     Returns: Of the metrics that both runs of a pair can feed; empty where there are not two runs with a trace.
     """
-    # A chain is compared with the same chain of the other run: an encoder is no decoder.
-    chains: dict[str, list[Reading]] = {}
-    for reading in readings:
-        chains.setdefault(reading.chain, []).append(reading)
     found = []
     with ExitStack() as stack:
-        for of_chain in chains.values():
-            if of_chain[0].run != readings[0].run:
-                continue
-            first, *others = [_MeasuredRun.of(reading, view, max_bytes, stack) for reading in of_chain]
-            found += [difference for other in others for difference in _of_pair(first, other, metrics)]
+        traces = {}
+        for reading in readings:
+            with suppress(AbsentError):  # a run of statistics or metrics alone
+                # The run was verified when it was read; the metadata of its other groups take seconds to read.
+                opened = schema.open_group(reading.path, "trace", reading.chain, max_bytes=max_bytes)
+                traces[reading.name] = stack.enter_context(opened)
+        # Each run is measured once, whatever it is compared with.
+        profiles = {
+            (run, metric): _profiles(trace, metric, view)
+            for run, trace in traces.items()
+            for metric in metrics
+        }
+        for first, other in _pairs([reading for reading in readings if reading.name in traces], readings):
+            digests = first.attrs.get("data_digest"), other.attrs.get("data_digest")
+            paired = same_sequences(traces[first.name], traces[other.name], digests)
+            for metric in metrics:
+                values = {each.name: profiles[each.name, metric] for each in (first, other)}
+                known = {name: value for name, value in values.items() if value is not None}
+                aligned = at_shared_depths(known)
+                if len(aligned) == 2:
+                    difference = of_two(metric, aligned, paired=paired)
+                    if len({value.size // value.sizes["sequence"] for value in known.values()}) > 1:
+                        difference = replace(difference, how=f"at the same relative depth, {difference.how}")
+                    found.append(difference)
     return found
 
 
-@dataclass
-class _MeasuredRun:
-    """A run whose sequences are measured one by one, each metric once."""
-
-    reading: Reading
-    view: Selection
-    trace: xr.Dataset | None
-    profiles: dict[str, xr.DataArray | None] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, reading: Reading, view: Selection, max_bytes: int | None, stack: ExitStack) -> _MeasuredRun:
-        trace = None
-        with suppress(AbsentError):  # a run of statistics or metrics alone
-            # The run was verified when it was read; the metadata of its other groups take seconds to read.
-            opened = schema.open_group(reading.path, "trace", reading.chain, max_bytes=max_bytes)
-            trace = stack.enter_context(opened)
-        return cls(reading, view, trace)
-
-    def profile(self, metric: str) -> xr.DataArray | None:
-        """A metric along depth or connections for each sequence."""
-        if metric not in self.profiles and self.trace is not None:
-            self.profiles[metric] = _profiles(self.trace, metric, self.view)
-        return self.profiles.get(metric)
-
-
-def _of_pair(one: _MeasuredRun, other: _MeasuredRun, metrics: Sequence[str]) -> list[Difference]:
-    """The differences of two runs in one chain."""
-    if one.trace is None or other.trace is None:
-        return []
-    first, second = (run.reading.attrs.get("data_digest") for run in (one, other))
-    paired = same_sequences(one.trace, other.trace, (first, second))
-    found = []
-    for metric in metrics:
-        values = {run.reading.name: run.profile(metric) for run in (one, other)}
-        aligned = at_shared_depths({name: value for name, value in values.items() if value is not None})
-        if len(aligned) == 2:
-            difference = of_two(metric, aligned, paired=paired)
-            lengths = {
-                value.size // value.sizes["sequence"] for value in values.values() if value is not None
-            }
-            if len(lengths) > 1:
-                difference = replace(difference, how=f"at the same relative depth, {difference.how}")
-            found.append(difference)
-    return found
+def _pairs(able: Sequence[Reading], readings: Sequence[Reading]) -> Iterator[tuple[Reading, Reading]]:
+    """The first run with every other; a chain with the same chain of the other run: an encoder is no decoder."""
+    for first in able:
+        if first.run == readings[0].run:
+            yield from ((first, each) for each in able if each.chain == first.chain and each.run != first.run)
 
 
 def _profiles(trace: xr.Dataset, metric: str, view: Selection) -> xr.DataArray | None:
@@ -145,11 +121,9 @@ def between_groups(
     Raises InputError: Where a run lacks the attribute, or all runs have the same.
     """
     groups: dict[str, list[Reading]] = {}
+    group_of = groups_of(readings, by)
     for reading in readings:
-        if reading.attrs.get(by) is None:
-            known = ", ".join(sorted(name for name, value in reading.attrs.items() if np.isscalar(value)))
-            raise InputError(f"run {reading.name} has no attribute {by!r} to group by; it has {known}")
-        groups.setdefault(str(reading.attrs[by]), []).append(reading)
+        groups.setdefault(group_of[reading.name], []).append(reading)
     if len(groups) < 2:
         raise InputError(f"all runs have {by} {next(iter(groups), '')!r}; name an attribute that differs")
     first, *others = groups
@@ -199,7 +173,7 @@ def in_words(difference: Difference) -> str:
         else known[np.argmin(difference.p.values[known])]
     )
     value, reach = float(difference.value.values[at]), float(difference.half_width.values[at])
-    place = f"{axis} {difference.value[axis].values[at] if axis in difference.value.coords else at}"
+    place = f"{axis} {_labels(difference)[at]}"
     tested = f"{difference.how}; p {_probability(float(difference.p.values[at]))}, corrected for {len(known)} {axis}s"
     if not differs.any():
         return (
@@ -207,9 +181,14 @@ def in_words(difference: Difference) -> str:
             f"{quantity(value, reach)} at {place} ({tested}){_equivalence(difference, axis)}"
         )
     side = "above" if value > 0 else "below"
+    labels = _labels(difference)
+    ranges = [
+        f"{labels[run[0]]}" if len(run) == 1 else f"{labels[run[0]]}–{labels[run[-1]]}"
+        for run in consecutive(np.flatnonzero(differs))
+    ]
     return (
         f"{name}: {difference.second} is {side} {difference.first} by {quantity(abs(value), reach)} at {place} "
-        f"({tested}); they differ at {axis} {_ranges(difference, axis)}"
+        f"({tested}); they differ at {axis} {', '.join(ranges)}"
     )
 
 
@@ -223,7 +202,7 @@ def differences_at(found: Sequence[Difference], at: int) -> pd.DataFrame:
         rows.append(
             {
                 "difference": f"{each.second} − {each.first}",
-                "at": f"{axis} {each.value[axis].values[place] if axis in each.value.coords else place}",
+                "at": f"{axis} {_labels(each)[place]}",
                 "value": number(value),
                 "95 % interval": f"{number(value - reach)} to {number(value + reach)}"
                 if np.isfinite(reach)
@@ -257,19 +236,10 @@ def _probability(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"= {number(p, digits=2)}"
 
 
-def _ranges(difference: Difference, axis: str) -> str:
-    """The positions that differ, as ranges."""
-    value = difference.value
-    labels = value[axis].values if axis in value.coords else np.arange(value.sizes[axis])
-    runs: list[list[int]] = []
-    for at in np.flatnonzero(difference.differs):
-        if runs and at == runs[-1][-1] + 1:
-            runs[-1].append(int(at))
-        else:
-            runs.append([int(at)])
-    return ", ".join(
-        f"{labels[run[0]]}" if len(run) == 1 else f"{labels[run[0]]}–{labels[run[-1]]}" for run in runs
-    )
+def _labels(difference: Difference) -> np.ndarray:
+    """What the positions of a difference are called."""
+    value, axis = difference.value, str(difference.value.dims[0])
+    return np.asarray(value[axis].values if axis in value.coords else np.arange(value.sizes[axis]))
 
 
 def as_dict(difference: Difference) -> dict[str, Any]:
@@ -281,7 +251,7 @@ def as_dict(difference: Difference) -> dict[str, Any]:
         "second": difference.second,
         "how": difference.how,
         "undecided": difference.undecided,
-        axis: difference.value[axis].values if axis in difference.value.coords else None,
+        axis: _labels(difference),
         "difference": difference.value.values,
         "half_width": difference.half_width.values,
         "p": difference.p.values,
@@ -335,9 +305,7 @@ def difference_map(
 ) -> tuple[Heatmap, list[str]]:
     """The relative difference of two runs, or of the means of two groups of runs: a row for each measure, the largest first.
 
-    ``groups``: exactly two, by name.
     ``metrics``: those that a row may show; of other axes, or of one group alone, they are left out.
-    ``axis``: ``depth`` or ``connection``.
     Returns: second − first over the mean of their sizes, from −2 to 2, at the depths of the shallower run; and the
     metric of each row.
     Raises InputError: Where no measure is known of both.

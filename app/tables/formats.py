@@ -84,7 +84,6 @@ _NUMBER = re.compile(r"[−-]?\d")
 def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plain"]) -> str:
     """A table as a float.
 
-    ``cites``: bibliography key by metric.
     Returns: Needs the packages amsmath, array, booktabs and graphicx.
     """
     rows, columns = table.printed.shape

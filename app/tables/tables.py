@@ -187,19 +187,15 @@ def spoken(name: str) -> str:
 def depth_table(reading: Reading, view: Selection | None = None, *, rows: int = 26) -> Table:
     """Rank, cosine, similarity and norms by depth.
 
-    ``reading``: one run.
-    ``view``: slice; the figures' own by default.
     ``rows``: most rows printed; the data have all.
     """
     view = view or Selection()
-    columns = columns_along("depth", reading.analysis, view)
     place = _places(reading.analysis, "depth", (("layer", "layer"), ("site", "site"), ("module", "module")))
     for name, scope in TOKEN_COUNTS.items():
         counts = pick(reading.analysis, "num_tokens", view, scope=scope)
         if counts is not None:
             place[name] = np.broadcast_to(counts.values, len(place["depth"]))
-    title = f"Signal by depth: {reading.name}"
-    return _measured_table(reading, "depth", title, columns, place, view, rows)
+    return _measured_table(reading, "depth", "Signal by depth", place, view, rows)
 
 
 def mixing_table(reading: Reading, view: Selection | None = None, *, rows: int = 26) -> Table | None:
@@ -208,15 +204,12 @@ def mixing_table(reading: Reading, view: Selection | None = None, *, rows: int =
     ``rows``: most rows printed; the data have all.
     Returns: None for a run without stream mixing.
     """
-    view = view or Selection()
-    columns = columns_along("connection", reading.analysis, view)
-    if not columns:
-        return None
     names = (("connection_layer", "layer"), ("branch", "branch"), ("connection_branch", "branch"))
     place = _places(reading.analysis, "connection", names)
-    return _measured_table(
-        reading, "mixing", f"Stream mixing by connection: {reading.name}", columns, place, view, rows
+    table = _measured_table(
+        reading, "mixing", "Stream mixing by connection", place, view or Selection(), rows
     )
+    return table if table.metrics else None
 
 
 def _places(analysis: xr.Dataset, along: str, names: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
@@ -230,14 +223,10 @@ def _places(analysis: xr.Dataset, along: str, names: Sequence[tuple[str, str]]) 
 
 
 def _measured_table(
-    reading: Reading,
-    kind: str,
-    title: str,
-    columns: Sequence[Column],
-    place: Mapping[str, np.ndarray],
-    view: Selection,
-    rows: int,
+    reading: Reading, kind: str, title: str, place: Mapping[str, np.ndarray], view: Selection, rows: int
 ) -> Table:
+    title = f"{title}: {reading.name}"
+    columns = columns_along(next(iter(place)), reading.analysis, view)
     data = pd.DataFrame(dict(place))
     # Paths of modules are wider than all numbers, and the notes have the numbers of tokens; both are in the data.
     keys = [name for name in place if name not in ("module", *TOKEN_COUNTS)]
@@ -253,7 +242,7 @@ def _measured_table(
         caption=" ".join(
             filter(None, (f"{title}.", proof_sentence({reading.name: reading.attrs}), left_out))
         ),
-        notes=_notes(reading, columns, view),
+        notes=notes_of([reading], {reading.name: columns}, view),
         data=data,
         printed=printed.iloc[shown].reset_index(drop=True),
         symbols={column.metric: column.symbol for column in columns if column.symbol},
@@ -287,33 +276,29 @@ def _measured_words(analyses: Mapping[str, xr.Dataset], metric: str, view: Selec
     return ", ".join(filter(None, (how.replace("; ", ", "), counts)))
 
 
-NULL_NOTE = "Baseline: the value expected without structure, such as of independent entries."
+def notes_of(
+    readings: Sequence[Reading], columns: Mapping[str, Sequence[Column]], view: Selection, *more: str
+) -> tuple[str, ...]:
+    """What the signs of a table mean, how its numbers were measured, and their units.
 
-
-def interval_note(errors: Iterable[NamedError]) -> str:
-    """What follows ± in a table; empty where no number has an error."""
-    words = interval_words(errors)
-    return f"± is {words}; of a number without ± no error is estimated." if words else ""
-
-
-UNDEFINED_NOTE = f"{UNDEFINED}: undefined or not measured."
-
-
-def _notes(reading: Reading, columns: Sequence[Column], view: Selection) -> tuple[str, ...]:
-    """What the signs of a table mean, and the units of its metrics."""
-    undefined = any(bool(column.value.isnull().any()) for column in columns)
-    return tuple(
-        filter(
-            None,
-            (
-                measured_note([reading], [column.metric for column in columns], view),
-                interval_note(NamedError(reading.name, column.label, column.stderr) for column in columns),
-                NULL_NOTE if any(column.null is not None for column in columns) else "",
-                units_note([column.metric for column in columns]),
-                UNDEFINED_NOTE if undefined else "",
-            ),
-        )
+    ``columns``: run → the columns whose numbers are in the table.
+    """
+    known = [column for of_run in columns.values() for column in of_run]
+    metrics = [column.metric for column in known]
+    words = interval_words(
+        NamedError(run, column.label, column.stderr) for run, of_run in columns.items() for column in of_run
     )
+    has_null = any(column.null is not None for column in known)
+    has_gaps = any(bool(column.value.isnull().any()) for column in known)
+    notes = (
+        measured_note(readings, metrics, view),
+        f"± is {words}; of a number without ± no error is estimated." if words else "",
+        "Baseline: the value expected without structure, such as of independent entries." if has_null else "",
+        *more,
+        units_note(metrics),
+        f"{UNDEFINED}: undefined or not measured." if has_gaps or len(readings) > 1 else "",
+    )
+    return tuple(filter(None, notes))
 
 
 def units_note(metrics: Iterable[str]) -> str:

@@ -35,6 +35,7 @@ SIGNS = {
     "≈": r"$\approx$",
     "√": r"$\surd$",
     "⊥": r"$\perp$",
+    "°": r"$^\circ$",
     "→": r"$\to$",
     "|": r"$|$",
     "<": "$<$",
@@ -49,48 +50,8 @@ _SPECIAL = {
     "$": r"\symbol{36}",  # matplotlib would take the backslash from \$
     **{sign: "\\" + sign for sign in "&%#_{}"},
 }
-# Marks over and under letters, which T1 fonts set on any letter.
-_ACCENTS = {
-    **{
-        "\u0300": "`",
-        "\u0301": "'",
-        "\u0302": "^",
-        "\u0303": "~",
-        "\u0304": "=",
-        "\u0306": "u",
-        "\u0307": ".",
-    },
-    **{
-        "\u0308": '"',
-        "\u030a": "r",
-        "\u030b": "H",
-        "\u030c": "v",
-        "\u0323": "d",
-        "\u0327": "c",
-        "\u0328": "k",
-    },
-}
-_BELOW = frozenset("dck")
-_LETTERS = {
-    **{"ß": r"\ss{}", "æ": r"\ae{}", "Æ": r"\AE{}", "ø": r"\o{}", "Ø": r"\O{}", "ł": r"\l{}", "Ł": r"\L{}"},
-    **{
-        "œ": r"\oe{}",
-        "Œ": r"\OE{}",
-        "đ": r"\dj{}",
-        "Đ": r"\DJ{}",
-        "ð": r"\dh{}",
-        "Ð": r"\DH{}",
-        "þ": r"\th{}",
-    },
-    **{"Þ": r"\TH{}", "ı": r"\i{}", "“": "``", "”": "''", "‘": "`", "’": "'", "…": r"\dots{}", "—": "---"},
-    **{
-        "«": r"\guillemotleft{}",
-        "»": r"\guillemotright{}",
-        "„": r"\quotedblbase{}",
-        "§": r"\S{}",
-        "°": r"$^\circ$",
-    },
-}
+# Letters besides ASCII with one mark that every LaTeX since 2018 sets from UTF-8 in the encoding T1.
+_LETTERS = frozenset("ßæÆøØłŁœŒđĐðÐþÞı“”‘’…—«»„§")
 # Longer than most words: TeX would set a name of 150 letters beyond the margin. A heuristic of ours.
 _LONGEST_UNBROKEN = 18
 _EXPONENT = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)e(-?)0*(\d+)(?!\w)")
@@ -101,65 +62,39 @@ class Latex(str):
 
 
 def tex(text: str) -> Latex:
-    r"""Plain text as LaTeX in ASCII: special signs escaped, signs and powers of ten as mathematics, accents as commands.
+    r"""Plain text as LaTeX: special signs escaped, signs and powers of ten as mathematics.
 
-    Every engine and encoding reads it in the same way; letters that LaTeX may have no font for are written as Python
-    escapes them.
+    Letters that LaTeX may have no font for are written as Python escapes them.
 
     ``text``: any text; `Latex` is code already and comes back unchanged.
 
     Examples
     --------
-    >>> tex("a_b 3.2e-07 ± 1%"), tex("naïve"), tex("м 2")
-    ('a\\_b $3.2\\times10^{-7}$ $\\pm$ 1\\%', 'na\\"{\\i}ve', '\\textbackslash{}u043c 2')
+    >>> tex("a_b 3.2e-07 ± 1%"), tex("naïve м 2")
+    ('a\\_b $3.2\\times10^{-7}$ $\\pm$ 1\\%', 'naïve \\textbackslash{}u043c 2')
     """
     if isinstance(text, Latex):
         return text
     # A sentence has names in it that were isolated, for screens.
     plain = text.replace("\u2068", "").replace("\u2069", "")
     shown = unicodedata.normalize("NFC", visible(plain, lines=True))
-    shown = "".join(escape(letter) if _is_foreign(letter) else letter for letter in shown)
-    # After the escaping: an exponent has no special sign, and its dollars must not be escaped.
-    return Latex(_EXPONENT.sub(r"$\1\\times10^{\2\3}$", _with_breaks(shown)))
-
-
-def _with_breaks(text: str) -> str:
-    """Letters as LaTeX, with places at which a long word, such as a path, may be broken at the end of a line."""
+    shown = "".join(letter if _has_a_font(letter) else escape(letter) for letter in shown)
+    # A long word, such as a path, has places at which it may be broken at the end of a line.
     code, length = [], 0
-    for letter in text:
+    for letter in shown:
         length = 0 if letter.isspace() else length + 1
-        code.append(_letter(letter))
+        code.append(_SPECIAL.get(letter) or SIGNS.get(letter, letter))
         if length >= _LONGEST_UNBROKEN and not letter.isdigit():
             code.append(r"\allowbreak{}")
             length = 0
-    return "".join(code)
+    # After the escaping: an exponent has no special sign, and its dollars must not be escaped.
+    return Latex(_EXPONENT.sub(r"$\1\\times10^{\2\3}$", "".join(code)))
 
 
-def _letter(letter: str) -> str:
-    if letter in _SPECIAL or letter in SIGNS:
-        return _SPECIAL.get(letter) or SIGNS[letter]
-    if letter.isascii():
-        return letter
-    return _LETTERS[letter] if letter in _LETTERS else _accented(letter)
-
-
-def _accented(letter: str) -> str:
-    """A letter with marks as commands on its ASCII letter; empty for any other."""
-    base, *marks = list(unicodedata.normalize("NFD", letter))
-    if not (base.isascii() and base.isalpha() and marks and all(mark in _ACCENTS for mark in marks)):
-        return ""
-    above = [mark for mark in marks if _ACCENTS[mark] not in _BELOW]
-    # TeX sets one mark on a letter; a second one would be set next to it. Marks below go around everything else.
-    if len(above) > 1 or len(marks) - len(above) > 1:
-        return ""
-    code = rf"\{base}" if base in "ij" else base
-    for mark in sorted(marks, key=lambda mark: _ACCENTS[mark] in _BELOW):
-        code = rf"\{_ACCENTS[mark]}{{{code}}}"
-    return code
-
-
-def _is_foreign(letter: str) -> bool:
-    return not (letter.isascii() or letter in SIGNS or letter in _LETTERS or _accented(letter))
+def _has_a_font(letter: str) -> bool:
+    marked = unicodedata.normalize("NFD", letter)
+    is_marked = letter <= "\u017f" and len(marked) == 2 and marked[0].isascii() and marked[0].isalpha()
+    return letter.isascii() or letter in SIGNS or letter in _LETTERS or is_marked
 
 
 def cite(keys: Iterable[str]) -> Latex:
@@ -190,15 +125,3 @@ def with_citations(text: str) -> Latex:
 
 CITEP = Latex("\\providecommand{\\citep}{\\cite}")
 """What a document without natbib needs before a citation."""
-
-
-def unicode_declarations() -> Latex:
-    """Declarations that let pdfLaTeX set `SIGNS` where they come as Unicode, as in PGF figures."""
-    # ASCII signs such as "<" are no Unicode characters to declare, and text such as "--" needs no mathematics.
-    return Latex(
-        "".join(
-            rf"\DeclareUnicodeCharacter{{{ord(sign):04X}}}{{\ensuremath{{{code.strip('$')}}}}}" + "\n"
-            for sign, code in SIGNS.items()
-            if not sign.isascii() and code.startswith("$")
-        )
-    )

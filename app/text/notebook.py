@@ -1,8 +1,7 @@
 """How does a notebook show findings, descriptions and metrics? As HTML, legible on white and black, without a network.
 
-Analyses are xarray's datasets, which show themselves; of a run xarray would show 300 kB, and of a metric no curve. Classes of
-this project belong to rooms that know no HTML: they are registered with IPython here, once, when depthscope is imported in a
-notebook.
+Analyses are xarray's datasets, which show themselves; of a run xarray would show 300 kB. Classes of this project belong to
+rooms that know no HTML: they are registered with IPython here, once, when depthscope is imported in a notebook.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import numpy as np
 from markupsafe import Markup, escape
 
 from depthscope.app.text.visible import visible
@@ -92,37 +90,6 @@ def _equation(tex: str) -> Markup:
     return Markup(convert(tex, display="block"))
 
 
-def _array_html(array: Any) -> str:
-    """A metric of an analysis as its curve and its equation, above what xarray shows; any other array as xarray shows it."""
-    from depthscope.diagnostics import CATALOGUE
-    from depthscope.diagnostics.quantities.registry import LABELS
-
-    own = str(array._repr_html_())
-    metric = CATALOGUE.get(array.name)
-    # Of each version the first label, which is the usual one; of a training the last step.
-    first = {dim: 0 for dim in array.dims if dim in LABELS or dim == "stream"}
-    curve = array.isel(first | ({"step": -1} if "step" in array.dims else {}))
-    if metric is None or curve.dims not in (("depth",), ("connection",)):
-        return own
-    from depthscope.app.text.numbers import number
-    from depthscope.app.text.sparkline import line_svg
-
-    known = curve.values[np.isfinite(curve.values)]
-    reach = f"{number(float(known.min()))} to {number(float(known.max()))}" if known.size else "undefined"
-    words = f"{metric.label} by {curve.dims[0]}, 0–{len(curve) - 1}: {reach}"
-    return Markup(
-        '<div class="depthscope"><style>{}</style><div class="card"><p><b>{}</b></p>{}<p>{}</p>'
-        "<details><summary>Equation</summary>{}</details><details><summary>Every number</summary>{}</details></div></div>"
-    ).format(
-        _STYLE + card_style(),
-        metric.title,
-        line_svg(curve.values, words),
-        words,
-        Markup(_metric_html(metric)),
-        Markup(own),
-    )
-
-
 def _tree_html(tree: Any) -> str:
     """A run as what it is, where from, whether it is proven, what is in it and found; any other tree as xarray shows it."""
     if "schema_version" not in tree.attrs:
@@ -152,9 +119,9 @@ def _tree_html(tree: Any) -> str:
     )
     return Markup(
         '<div class="depthscope"><style>{}</style><div class="card"><p><b>Run</b></p><table>{}</table>'
-        "<p>{}</p><p>Next: <code>analysis = ds.analyze(run)</code>, <code>ds.judge(analysis)</code>, "
+        "<p>Next: <code>analysis = ds.analyze(run)</code>, <code>ds.judge(analysis)</code>, "
         "<code>ds.figures.collapse(run)</code></p></div></div>"
-    ).format(_STYLE + card_style(), rows, _norm_curve(tree))
+    ).format(_STYLE + card_style(), rows)
 
 
 def _stored_findings(tree: Any) -> str | None:
@@ -173,19 +140,6 @@ def _stored_findings(tree: Any) -> str | None:
     return (
         "; ".join(f"{card.title.rstrip('.')} ({card.where})" for card in cards[:MOST_FINDINGS]) + more
         or "none"
-    )
-
-
-def _norm_curve(tree: Any) -> Markup:
-    """The size of the state along the depth, in the first sequence."""
-    if "trace" not in tree or "residual" not in tree["trace"]:
-        return Markup()
-    from depthscope.app.text.sparkline import line_svg
-
-    first = tree["trace"]["residual"].isel(sample=0)
-    norms = (first.astype("float64") ** 2).mean([dim for dim in first.dims if dim != "depth"]) ** 0.5
-    return Markup("{} root mean square of the state along the depth, first sequence").format(
-        line_svg(norms.values, "root mean square of the state along the depth")
     )
 
 
@@ -211,7 +165,6 @@ _SHOWN: dict[tuple[str, str], Callable[[Any], str]] = {
         f"<pre>{escape(visible(str(value), lines=True))}</pre>"
     ),
     ("xarray.core.datatree", "DataTree"): _tree_html,
-    ("xarray.core.dataarray", "DataArray"): _array_html,
 }
 
 

@@ -99,6 +99,23 @@ def sentence(parts: Iterable[str]) -> str:
     return f"{joined[0].upper()}{joined[1:]}." if joined else ""
 
 
+def consecutive(places: Iterable[int]) -> list[list[int]]:
+    """Increasing integers, those that follow on each other together.
+
+    Examples
+    --------
+    >>> consecutive([1, 2, 3, 7])
+    [[1, 2, 3], [7]]
+    """
+    runs: list[list[int]] = []
+    for place in map(int, places):
+        if runs and place == runs[-1][-1] + 1:
+            runs[-1].append(place)
+        else:
+            runs.append([place])
+    return runs
+
+
 Attributes = Mapping[Any, Any]
 MOST_NAMED = 6
 """Runs of which a caption has a sentence each. A heuristic of ours: more are longer than the figure."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -68,50 +67,24 @@ def curve_svg(finding: Finding) -> Markup:
 
     Returns: Without references to anything outside; empty where the verdict judged a single number.
     """
-    curve = _curve(finding)
-    return line_svg(
-        finding.profile if curve is None else curve.values,
-        curve_words(finding),
-        limit=math.nan if curve is None else curve.limit,
-        above=finding.above if curve is None else curve.above,
-        place=(finding.first, finding.last),
-        severity=finding.severity.name.lower(),
-    )
-
-
-def line_svg(
-    values: Sequence[float] | np.ndarray,
-    words: str,
-    *,
-    limit: float = math.nan,
-    above: bool = True,
-    place: tuple[float, float] | None = None,
-    severity: str = "",
-) -> Markup:
-    """Numbers along an axis as SVG; gaps are undefined.
-
-    ``words``: what they are.
-    ``limit, above``: the side of it that is worse is shaded.
-    ``place``: first and last position that are underlined.
-    Returns: Without references to anything outside; empty where there are not two numbers that are known.
-    """
     from markupsafe import Markup
 
-    shown = np.asarray(values, dtype=np.float64)
-    if np.isfinite(shown).sum() < 2:
+    curve = _curve(finding)
+    if curve is None:
         return Markup()
-    drawn = _worst_of_parts(shown, MOST_POINTS, above)
-    heights, level = _heights(drawn, limit)
-    shapes = _path(np.linspace(MARGIN, WIDTH - MARGIN, len(drawn)), _down(heights))
-    if place is not None:
-        # Half a position on both sides: a finding at one position has a width too.
-        scale, half, last = (WIDTH - 2 * MARGIN) / (len(shown) - 1), 0.4, len(shown) - 1
-        start, end = (MARGIN + scale * min(max(at, 0), last) for at in (place[0] - half, place[1] + half))
-        underline = f'x1="{start:.1f}" x2="{end:.1f}" y1="{HEIGHT - 1}" y2="{HEIGHT - 1}"'
-        shapes = f'<line class="place" {underline}/>{shapes}'
+    drawn = _worst_of_parts(curve.values, MOST_POINTS, curve.above)
+    heights, level = _heights(drawn, curve.limit)
+    # Half a position on both sides: a finding at one position has a width too.
+    last, half = len(curve.values) - 1, 0.4
+    scale = (WIDTH - 2 * MARGIN) / last
+    ends = (finding.first - half, finding.last + half)
+    start, end = (MARGIN + scale * min(max(at, 0), last) for at in ends)
+    underline = f'x1="{start:.1f}" x2="{end:.1f}" y1="{HEIGHT - 1}" y2="{HEIGHT - 1}"'
+    path = _path(np.linspace(MARGIN, WIDTH - MARGIN, len(drawn)), _down(heights))
+    shapes = f'<line class="place" {underline}/>{path}'
     if level is not None:
         edge = float(_down(np.array([level]))[0])
-        top, bottom = (0.0, edge) if above else (edge, float(HEIGHT))
+        top, bottom = (0.0, edge) if curve.above else (edge, float(HEIGHT))
         shapes = (
             f'<rect class="worse" x="0" y="{top:.1f}" width="{WIDTH}" height="{bottom - top:.1f}"/>'
             f'<line class="limit" x1="0" x2="{WIDTH}" y1="{edge:.1f}" y2="{edge:.1f}"/>{shapes}'
@@ -119,7 +92,9 @@ def line_svg(
     return Markup(
         '<svg class="curve {}" xmlns="http://www.w3.org/2000/svg" role="img" '
         'aria-label="{}" viewBox="0 0 {} {}" width="{}" height="{}">{}</svg>'
-    ).format(severity, words, WIDTH, HEIGHT, WIDTH, HEIGHT, Markup(shapes))
+    ).format(
+        finding.severity.name.lower(), curve_words(finding), WIDTH, HEIGHT, WIDTH, HEIGHT, Markup(shapes)
+    )
 
 
 @dataclass(frozen=True)

@@ -169,11 +169,7 @@ def working(what: str) -> Iterator[Progress]:
 
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: framed on a terminal, in aligned columns elsewhere.
-
-    ``columns``: headings.
-    ``rows``: cells.
-    """
+    """Print a table: framed on a terminal, in aligned columns elsewhere."""
     columns = [printable(column) for column in columns]
     rows = [[printable(cell) for cell in row] for row in rows]
     if sys.stdout.isatty():

@@ -58,7 +58,6 @@ VENUES: dict[str, Venue] = {
 def venue_of(name: str) -> Venue:
     """A venue by its name.
 
-    ``name``: key of `VENUES`.
     Raises InputError: For a name that is not known.
     """
     if name not in VENUES:

@@ -24,12 +24,7 @@ VIEWS = {
     "stream": ("least_stream_cka", "least similar stream"),
     "trimmed": ("trimmed_cka", "without large features"),
 }
-FURTHER = {"whitened": ("whitened_cka", "whitened"), "cknna": ("cknna", "CKNNA")}
-METRICS = (
-    *(metric for metric, _ in (*VIEWS.values(), *FURTHER.values())),
-    "angular_distance",
-    "num_tokens",
-)
+METRICS = (*(metric for metric, _ in VIEWS.values()), "angular_distance", "num_tokens")
 # Held-out sequences that are captured, and windows on which the loss without some blocks is compared with all of them.
 SEQUENCES, WINDOWS = 4, 16
 
@@ -61,7 +56,7 @@ def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
         "start_loss": losses[0],
         "alike": same[0, -1],
         **{f"alike_{name}": between_blocks(analysis, metric, blocks)[0, -1]
-           for name, (metric, _) in {**VIEWS, **FURTHER}.items()},
+           for name, (metric, _) in VIEWS.items()},
         "start_alike": fresh[0, -1],
         "same_from": same_from(same),
         "longest_same": last - first,

@@ -29,9 +29,7 @@ Every metric and every verdict, written from their declarations by
 left of a product. NaN is undefined; 0 is a value. Padding never counts.
 
 *Basis* is what a number depends on: `invariant` numbers do not change with the basis of the features or the
-streams, `feature` and `stream` ones do. *Null* is the value for data without structure of the same size. Metrics
-*on request* cost too much for every analysis: name them in `diagnostics.analyze(run, metrics=[...])` or
-`depthscope analyze --metrics`.
+streams, `feature` and `stream` ones do. *Null* is the value for data without structure of the same size.
 """
 
 # A reST directive: the equation is on its line, and on indented lines after it.
@@ -70,7 +68,6 @@ def _metric(metric: Metric) -> str:
         "Basis": metric.basis,
         "Estimator": metric.estimator,
         "Needs": ", ".join(f"`{name}`" for name in metric.roots),
-        "Cost": "in every analysis" if metric.default else "on request",
         "Source": _cited([metric.cite]),
     }
     return _section(metric.name, [first, *map(_block, equations), text], facts)

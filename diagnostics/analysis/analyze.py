@@ -48,8 +48,7 @@ def analyze(
         A run with a trace; one with statistics only gives its training curves. With ``scheduler`` also the path of a saved
         run, whose arrays the workers read themselves.
     metrics : str or iterable of str, optional
-        One name of `CATALOGUE` or several; by default all but the expensive ones (``Metric.default`` is false). Nothing
-        is computed that these do not need.
+        One name of `CATALOGUE` or several; by default all. Nothing is computed that these do not need.
     jackknife : bool
         Estimate the standard errors of metrics over pooled tokens too, by leaving out one sequence at a time: it
         costs about one more analysis for each sequence. See `diagnostics.analysis.jackknife`. Means over sequences have
@@ -69,10 +68,8 @@ def analyze(
     -------
     Dataset or DataTree
         ``step`` first, with nulls and standard errors as ``NAME_null`` and ``NAME_stderr``; a tree with one child per
-        chain where there are several. The attributes are the run's, and ``not_computed``: reason by metric; and
-        where no metric was named ``on_request``: the names of those that were left out for their cost. ``notes``
-        are sentences, by metric, where the sample is too small for the question. ``to_netcdf`` and ``to_zarr`` write all of
-        them.
+        chain where there are several. The attributes are the run's, ``not_computed``: reason by metric, and ``notes``:
+        sentences, by metric, where the sample is too small for the question. ``to_netcdf`` and ``to_zarr`` write all of them.
 
     Raises
     ------
@@ -97,11 +94,7 @@ def _of_chains(
 ) -> xr.Dataset | xr.DataTree:
     """The analyses of all chains as one result."""
     if metrics is None:
-        expensive = [name for name, metric in CATALOGUE.items() if not metric.default]
-        analyses = {
-            chain: _with_losses(run, chain, found).assign_attrs(on_request=expensive)
-            for chain, found in analyses.items()
-        }
+        analyses = {chain: _with_losses(run, chain, found) for chain, found in analyses.items()}
     if list(analyses) == [""]:
         return Analysis.of(analyses[""])
     return AnalysisTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
@@ -157,7 +150,7 @@ def _analyze_scheduled(
 
 def _metric_names(metrics: str | Iterable[str] | None) -> list[str]:
     if metrics is None:
-        return [name for name, metric in CATALOGUE.items() if metric.default]
+        return list(CATALOGUE)
     if isinstance(metrics, str):  # an iterable too, of its letters
         return [metrics]
     if not isinstance(metrics, Iterable):

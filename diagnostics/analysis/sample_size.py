@@ -7,9 +7,7 @@ import xarray as xr
 # All heuristics of ours. Tokens at which the unbiased CKA of unrelated noise has a standard deviation of 0.03 (0.08 at 20,
 # whatever the number of features; measured):
 TOKENS_FOR_CKA = 50
-# at which neighbours are close enough to be compared:
-TOKENS_FOR_NEIGHBOURS = 100
-# at which a standard error is itself known to 35 %, by 1 / √(2 (S − 1)):
+# Sequences at which a standard error is itself known to 35 %, by 1 / √(2 (S − 1)):
 SEQUENCES = 5
 # An error of a tenth of the range of CKA.
 ERROR_OF_CKA = 0.1
@@ -28,8 +26,6 @@ def notes(
     found = {name: _of_rank(analysis, name, num_tokens, "tokens") for name in ranks}
     found["gradient_rank"] = _of_rank(analysis, "gradient_rank", num_sequences, "sequences")
     found["cka"] = _of_cka(analysis, num_tokens)
-    for name in ("mutual_knn", "cknna"):
-        found[name] = _of_neighbours(num_tokens)
     sentences = {name: note for name, note in found.items() if note and name in analysis}
     # Means over sequences have errors in any case; where errors were not asked for, there is no note about them.
     if errors and num_sequences < SEQUENCES:
@@ -63,15 +59,6 @@ def _of_cka(analysis: xr.Dataset, num_tokens: int) -> str:
     if not error > ERROR_OF_CKA:
         return ""
     return f"the standard error of the unbiased value reaches {error:.2f}: sample more sequences"
-
-
-def _of_neighbours(num_tokens: int) -> str:
-    if num_tokens >= TOKENS_FOR_NEIGHBOURS:
-        return ""
-    return (
-        f"{num_tokens} tokens: neighbours are far apart, and chance alone shares many; take {TOKENS_FOR_NEIGHBOURS} or "
-        "more (depthscope's default)"
-    )
 
 
 def _of_errors(num_sequences: int) -> str:

@@ -83,7 +83,7 @@ def share_of(part: np.ndarray, whole: np.ndarray, scale: np.ndarray) -> tuple[di
 
     Examples
     --------
-    >>> shares, why = share_of(np.array([[1.0, 2.0, 3.0]]), np.array([2.0, 4.0, 6.0]), np.ones(3))
+    >>> shares, why = share_of(np.array([[2.0, 2.5, 3.0]]), np.array([4.0, 5.0, 6.0]), np.ones(3))
     >>> shares[""], why
     (array([0.5]), '')
     """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -127,11 +126,6 @@ def _finite(result: xr.Dataset, name: str, position: int) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def describe_results(result: xr.Dataset, *, most: int = 3) -> list[str]:
-    """What experiments showed, one sentence each, the largest change first."""
-    return [sentence(row) for row in sorted(table_rows(result), key=_size, reverse=True)[:most]]
-
-
 def _size(row: dict[str, Any]) -> float:
     """How large a change is: that of the loss, or of the output where there is no loss."""
     value = row["loss_change"] if row["loss_change"] is not None else row["output_change"]
@@ -189,49 +183,16 @@ def base_loss(result: xr.Dataset) -> Estimate:
     return estimate(result["base_loss"].mean("token").values)
 
 
-LENS_COLUMNS = ("entropy", "cross_entropy", "kl", "agreement")
-
-
-def lens_rows(result: xr.Dataset) -> list[dict[str, Any]]:
-    """One row for each lens, depth and stream that was read; None for what is not known."""
-    rows = []
-    for lens in result["lens"].values:
-        for depth in result["depth"].values:
-            for stream in result["stream"].values:
-                one = result[list(_lens_columns())].sel(lens=lens, depth=depth, stream=stream)
-                values = {name: float(one[name]) for name in _lens_columns()}
-                if math.isnan(values["entropy"]):
-                    continue  # no token counts
-                row: dict[str, Any] = {"lens": str(lens), "depth": int(depth), "stream": str(stream)}
-                rows.append(
-                    row | {name: value if math.isfinite(value) else None for name, value in values.items()}
-                )
-    return rows
-
-
-def _lens_columns() -> Iterator[str]:
-    for column in LENS_COLUMNS:
-        for ending in ESTIMATES:
-            yield column + ending
-
-
-def prediction_depths(result: xr.Dataset) -> dict[str, Estimate]:
-    """The prediction depth by lens, of the state with all streams, over sequences."""
-    found = result["prediction_depth"].isel(stream=0).mean("token")
-    return {str(lens): estimate(found.sel(lens=lens).values) for lens in result["lens"].values}
-
-
 def prediction_words(result: xr.Dataset) -> str:
-    """From which depth on the states hold the model's prediction, by each lens, in one sentence.
+    """From which depth on the states hold the model's prediction, in one sentence; empty where that is not known.
 
-    Returns: Such as ``by the logit lens the prediction no longer changes from depth 9.8 of 12 on``; empty without a lens.
+    Returns: Such as ``by the logit lens the prediction no longer changes from depth 9.8 of 12 on``.
     """
+    found = estimate(result["prediction_depth"].isel(stream=0).mean("token").values)
+    if not math.isfinite(found.mean):
+        return ""
     last = int(result["depth"].max())
-    known = {lens: found for lens, found in prediction_depths(result).items() if math.isfinite(found.mean)}
-    return ", ".join(
-        f"by the {lens} lens the prediction no longer changes from depth {found.mean:.1f} of {last} on"
-        for lens, found in known.items()
-    )
+    return f"by the logit lens the prediction no longer changes from depth {found.mean:.1f} of {last} on"
 
 
 def patch_rows(result: xr.Dataset) -> list[dict[str, Any]]:

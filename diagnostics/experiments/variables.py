@@ -72,7 +72,7 @@ PATCHES: dict[str, Variable] = {
 }
 """Variables of the result of `depthscope.interventions.patch`."""
 
-LENS_DIMS = ("lens", "depth", "stream")
+LENS_DIMS = ("depth", "stream")
 LENS: dict[str, Variable] = {
     **_with_estimates("entropy", LENS_DIMS, "entropy of what the head reads from the state"),
     **_with_estimates("cross_entropy", LENS_DIMS, "loss of the next token by what the head reads"),
@@ -80,10 +80,10 @@ LENS: dict[str, Variable] = {
     **_with_estimates("agreement", LENS_DIMS, "share of tokens whose most likely prediction is the output's"),
     "token_agreement": Variable((*LENS_DIMS, "sample", "token"), "f", "1 where the most likely prediction is the output's"),
     "prediction_depth": Variable(
-        ("lens", "stream", "sample", "token"), "f", "first depth from which the most likely prediction stays the output's"
+        ("stream", "sample", "token"), "f", "first depth from which the most likely prediction stays the output's"
     ),
     "stream_disagreement": Variable(
-        ("lens", "depth"), "f", "mean over pairs of streams of the Jensen-Shannon divergence of their predictions"
+        ("depth",), "f", "mean over pairs of streams of the Jensen-Shannon divergence of their predictions"
     ),
     "layer": Variable(("depth",), "iu", "block number, -1 for the embedding"),
     "token_text": Variable(("sample", "token"), "OTU", "the token as text"),

@@ -234,37 +234,3 @@ def masked_mean(xp: Any, values: Array, valid: Array) -> Array:
     """The mean of ``values`` over their last axis where ``valid``, NaN where none is."""
     counted = xp.where(valid, values, xp.zeros_like(values))
     return ratio(xp, xp.sum(counted, axis=-1), xp.sum(xp.astype(valid, xp.float64), axis=-1))
-
-
-def selected(x: Rows) -> list[Array]:
-    """The matrices of a batch one by one, (rows that count, d), for kernels that cannot run on a batch."""
-    flat = x.xp.reshape(x.values, (-1, *x.values.shape[-2:]))
-    if x.mask is None:
-        return [flat[i] for i in range(flat.shape[0])]
-    mask = x.xp.reshape(x.mask, (-1, x.mask.shape[-1]))
-    return [flat[i][mask[i]] for i in range(flat.shape[0])]
-
-
-def row_hash(xp: Any, points: Array) -> Array:
-    """A hash of 64 bits of each row (N, d), the same for equal rows.
-
-    Integers, because their sum does not depend on its order; a sum of floats would differ between equal rows.
-    """
-    bits = (points + 0.0).view(xp.int64)  # + 0.0 turns −0 into 0: they are equal, and their bits are not
-    # Floats of few digits differ in their high bits only: multiply and shift to mix all bits (the constant is that of
-    # xorshift64*), with another weight for each column, so that the order of the columns counts.
-    bits = (bits ^ (bits >> 32)) * 0x2545F4914F6CDD1D
-    weight = xp.sin(xp.arange(1, points.shape[1] + 1, dtype=xp.float64, device=device(points))).view(xp.int64)
-    return xp.sum((bits ^ (bits >> 29)) * weight, axis=-1)
-
-
-def first_equal(xp: Any, points: Array) -> Array:
-    """For each row the index of one row equal to it, (N,): the same index for all rows that are equal."""
-    # Sorted by hash, equal rows are neighbours. Rows are compared in full, so that a collision of hashes at worst
-    # separates equal rows, and never joins different ones.
-    order = xp.argsort(row_hash(xp, points), stable=True)
-    ordered = points[order]
-    is_new = xp.concat([order[:1] >= 0, xp.any(ordered[1:] != ordered[:-1], axis=-1)])
-    found = xp.zeros_like(order)
-    found[order] = order[is_new][xp.cumulative_sum(xp.astype(is_new, xp.int64)) - 1]
-    return found

@@ -1,9 +1,7 @@
-"""How large is the gradient, how noisy, and do samples agree? Norms, noise scale, signal-propagation plots.
+"""How large is a gradient, and how far apart are the values of a channel? Norm, and variance of channels.
 
 Shapes: ``...`` batch, ``N`` rows (tokens or samples), ``d`` columns (features or parameters).
 """
-
-from typing import NamedTuple
 
 from depthscope.diagnostics.kernels._arrays import Array, peak, ratio, rows
 
@@ -42,39 +40,29 @@ def gradient_norm(g: Array, *, rms: bool = False, mask: Array | None = None) -> 
     return xp.sqrt(square) * scale[..., 0, 0]
 
 
-class SignalPropagation(NamedTuple):
-    """The two values of a signal-propagation plot at one depth."""
-
-    squared_mean: Array  # (...), average over channels of the squared mean
-    variance: Array  # (...), average over channels of the variance
-
-
-def signal_propagation(x: Array, *, mask: Array | None = None) -> SignalPropagation:
-    """Signal-propagation plot: average channel squared mean and average channel variance.
+def channel_variance(x: Array, *, mask: Array | None = None) -> Array:
+    """Average channel variance, of a signal-propagation plot.
 
     Parameters
     ----------
     x
-        States (..., N, d): the statistics of each of the d channels run over the N rows.
+        States (..., N, d): the variance of each of the d channels runs over the N rows.
     mask
         Booleans (..., N), False for rows that do not count.
 
     Returns
     -------
-    SignalPropagation
-        squared_mean and variance (...), in squared units of ``x``. Source: Brock et al. 2101.08692.
+    Array
+        (...), in squared units of ``x``. Source: Brock et al. 2101.08692.
 
     Examples
     --------
     >>> import numpy as np
-    >>> found = signal_propagation(np.array([[1.0, 0.0], [3.0, 0.0]]))
-    >>> float(found.squared_mean), float(found.variance)
-    (2.0, 0.5)
+    >>> float(channel_variance(np.array([[1.0, 0.0], [3.0, 0.0]])))
+    0.5
     """
-    # The variance from centred rows: mean of squares less squared mean would cancel for channels with large means.
-    plain, centred = rows(x, mask=mask), rows(x, mask=mask, center=True)
-    xp = plain.xp
-    count = plain.count[..., None] + xp.zeros_like(plain.values[..., 0, :])
-    mean = ratio(xp, xp.sum(plain.values, axis=-2), count)
-    variance = ratio(xp, xp.sum(centred.values**2, axis=-2), count)
-    return SignalPropagation(xp.mean(mean * mean, axis=-1), xp.mean(variance, axis=-1))
+    # From centred rows: mean of squares less squared mean would cancel for channels with large means.
+    centred = rows(x, mask=mask, center=True)
+    xp = centred.xp
+    count = centred.count[..., None] + xp.zeros_like(centred.values[..., 0, :])
+    return xp.mean(ratio(xp, xp.sum(centred.values**2, axis=-2), count), axis=-1)

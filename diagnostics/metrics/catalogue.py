@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from depthscope.diagnostics.metrics import (
-    alignment,
     attention,
     checkpoints,
     collapse,
@@ -43,15 +42,9 @@ DECLARED: tuple[Metric, ...] = (
     similarity.block_influence,
     similarity.stream_cosine,
     similarity.closest_stream_cosine,
-    similarity.stream_cka,
     representation.joined_cka,
     representation.least_stream_cka,
     representation.trimmed_cka,
-    representation.whitened_cka,
-    # Expensive: an analysis computes these when they are named.
-    alignment.procrustes,
-    alignment.mutual_knn,
-    alignment.cknna,
     mixing.mixing_gain,
     mixing.composite_gain,
     mixing.composite_attenuation,
@@ -70,7 +63,6 @@ DECLARED: tuple[Metric, ...] = (
     paths.signal_share,
     paths.write_share,
     paths.effective_streams,
-    paths.read_mass,
     memory.fused_elements_moved,
     memory.kept_elements,
     gradients.residual_norm,

@@ -126,8 +126,6 @@ class Metric:
         The quantities, by name, that the function takes.
     function : function
         Quantities in, an array with named dims out.
-    default : bool
-        Whether an analysis without ``metrics=`` computes it; false for expensive ones, which are requested by name.
     headline : bool
         Whether a table for print, which has room for a few columns only, includes it.
     smooth : bool
@@ -164,7 +162,6 @@ class Metric:
     healthy: Range | None = None
     null_cite: str = ""
     null_error: float = 0.0
-    default: bool = True
     headline: bool = False
     smooth: bool = True
     most_tokens: Callable[[int], int] | None = None

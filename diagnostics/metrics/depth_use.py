@@ -22,7 +22,7 @@ PER_SEQUENCE = "over the tokens of a sequence, mean over sequences"
     of_steps=True,
     of_sequences=True,
 )
-def relative_turn(token_steps: Steps, relative_turns: np.ndarray) -> xr.Variable:
+def relative_turn(token_steps: Steps) -> xr.Variable:
     r"""How much a step turns the state, relative to independent branches; near 0 it is the identity up to a factor.
 
     .. math:: \angle(x_{l-1}, x_l) \Big/ \arctan \sqrt{\frac{a}{\|x_0\|^2 + (k - 1)\,a}}
@@ -31,7 +31,16 @@ def relative_turn(token_steps: Steps, relative_turns: np.ndarray) -> xr.Variable
     step: without the embedding, independent branches of one size turn the state by arctan √(1/k). It is relative to the
     network's own branches: the angle itself shows whether all of them do little. NaN at the embedding and the final norm.
     """
-    return xr.Variable(("depth", "stream", "sequence"), relative_turns)
+    is_branch = token_steps.is_branch[:, None, None]
+    known = is_branch & ~np.isnan(token_steps.angle)
+    count = known.sum(axis=0)
+    mean = np.where(known, token_steps.across, 0.0).sum(axis=0) / np.where(count > 0, count, np.nan)
+    before = token_steps.square[0] + (np.cumsum(is_branch, axis=0) - 1) * mean
+    law = np.arctan(np.sqrt(mean / np.where(before > 0, before, np.nan)))
+    expected = token_steps.by_sequence(np.where(known, law, np.nan))
+    turned = token_steps.by_sequence(np.where(known, token_steps.angle, np.nan))
+    # Branches that are all zero have no size to compare with.
+    return xr.Variable(("depth", "stream", "sequence"), turned / np.where(expected > 0, expected, np.nan))
 
 
 @metric(

@@ -25,12 +25,12 @@ NORMS = {"infinity": math.inf, "one": 1, "two": 2}
     null=1.0,
     estimator=PER_TOKEN,
 )
-def mixing_singular_value(mixing: Mixing, connection_spectrum: np.ndarray) -> xr.Variable:
+def mixing_singular_value(mixing: Mixing) -> xr.Variable:
     """Singular values of one connection, the largest first.
 
     The largest is the spectral norm: 1 for a doubly stochastic matrix, above it the connection expands.
     """
-    return _by_component(mixing, connection_spectrum)
+    return _by_component(mixing, mixing.each(kernel.singular_values))
 
 
 @metric(
@@ -55,12 +55,12 @@ def composite_singular_value(mixing: Mixing) -> xr.Variable:
     null=1.0,
     estimator=PER_TOKEN,
 )
-def mixing_eigenvalue_modulus(mixing: Mixing, eigenvalue_moduli: np.ndarray) -> xr.Variable:
+def mixing_eigenvalue_modulus(mixing: Mixing) -> xr.Variable:
     """Magnitudes of the eigenvalues of one connection, the largest first.
 
     The second tells how fast repeated mixing makes the streams equal: to 1 % after ln 0.01 / ln|λ₂| layers.
     """
-    return _by_component(mixing, eigenvalue_moduli)
+    return _by_component(mixing, mixing.each(lambda h: np.abs(kernel.eigenvalues(h))))
 
 
 def product_singular_values(products: np.ndarray, log_scale: np.ndarray) -> np.ndarray:

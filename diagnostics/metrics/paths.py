@@ -8,9 +8,9 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.kernels import mixing as kernel
-from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
+from depthscope.diagnostics.metrics.declaration import OURS, metric
 from depthscope.diagnostics.quantities.depth_paths import DepthPaths, StreamPaths
-from depthscope.diagnostics.quantities.mixing_matrices import Mixing
+from depthscope.diagnostics.quantities.mixing_matrices import Mixing, real_tokens, require_finite
 from depthscope.diagnostics.quantities.registry import Unavailable, quantity, ratio
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
@@ -53,9 +53,9 @@ def read_sizes(mixing: Mixing, read_weights: np.ndarray) -> xr.Variable:
 
 
 @quantity
-def write_sizes(mixing: Mixing, write_weights: np.ndarray) -> xr.Variable:
+def write_sizes(mixing: Mixing, h_post: xr.DataArray, mask: xr.DataArray) -> xr.Variable:
     """The same of the weights by which it writes."""
-    return _summed(write_weights)
+    return _summed(require_finite(real_tokens(h_post, mask), h_post))
 
 
 @metric(
@@ -193,31 +193,3 @@ def effective_streams(depth_paths: DepthPaths) -> xr.Variable:
     # All connections of the same few tokens: a cut depends on the connections at every depth.
     chosen = evenly_spaced(depth_paths.num_tokens, TOKENS)
     return depth_paths.reduced(depth_paths.effective_streams(chosen))
-
-
-def _residual_mass(depth_paths: DepthPaths) -> xr.Variable:
-    """How many later connections there are: a plain residual network reads each output in full."""
-    later = np.arange(len(depth_paths))[::-1].astype(float)
-    # NaN at the last, as the metric: only the head reads it.
-    return xr.Variable(("connection",), np.where(later > 0, later, np.nan))
-
-
-@metric(
-    symbol=r"\textstyle\sum_k |M_{kj}|",
-    dims="connection",
-    scale="log",
-    # A plain residual network has the number of later connections: 1 % of one reader is none.
-    healthy=Range(low=0.01, source=OURS),
-    cite="zhu2024hyper",
-    basis="invariant",
-    null=_residual_mass,
-    estimator="per token in float64, mean of the magnitude over tokens, then the sum over readers",
-)
-def read_mass(depth_paths: DepthPaths, mean_depth_kernel: np.ndarray) -> xr.Variable:
-    r"""Read mass: how much of a connection's output all later connections read together.
-
-    .. math:: \textstyle\sum_k |M_{kj}|
-
-    Near 0 for a wasted layer; NaN for the last, which only the head reads.
-    """
-    return xr.Variable(("connection",), kernel.read_mass(mean_depth_kernel))

@@ -15,18 +15,6 @@ from depthscope.diagnostics.quantities.states import States
 QUANTILES = (0.05, 0.5, 0.95)
 
 
-# A quantity, so that its two metrics share one pass over the states.
-@quantity
-def channel_statistics(residual_states: States) -> xr.Variable:
-    """Average channel squared mean and average channel variance, by depth and stream."""
-
-    def measure(views: np.ndarray) -> np.ndarray:
-        rows = residual_states.rows(views)
-        return np.stack([kernel.signal_propagation(of_view) for of_view in rows])  # each in float64, not all
-
-    return residual_states.over_depth(measure, ("statistic",))
-
-
 @metric(
     symbol=r"\overline{\sigma_c^2}",
     dims="depth stream",
@@ -37,12 +25,17 @@ def channel_statistics(residual_states: States) -> xr.Variable:
     null="none: the scale is the model's; independent unit branches give l",
     estimator="over all real tokens, then the mean over channels",
 )
-def channel_variance(channel_statistics: xr.Variable) -> xr.Variable:
+def channel_variance(residual_states: States) -> xr.Variable:
     r"""Average over channels of the variance over tokens: what distinguishes them.
 
     .. math:: \tfrac{1}{d} \textstyle\sum_c \sigma_c^2
     """
-    return channel_statistics.isel(statistic=1)
+
+    def measure(views: np.ndarray) -> np.ndarray:
+        # Each view in float64, not all.
+        return np.stack([kernel.channel_variance(view) for view in residual_states.rows(views)])
+
+    return residual_states.over_depth(measure)
 
 
 def _relative_size(before: np.ndarray, after: np.ndarray) -> np.ndarray:

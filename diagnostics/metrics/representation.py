@@ -1,4 +1,4 @@
-"""Do two depths hold the same in all of a state? CKA of all streams joined, of each one, without large features, whitened.
+"""Do two depths hold the same in all of a state? CKA of all streams joined, of each one, without large features.
 
 CKA of the mean over streams is blind to what differs between streams, and a few large features or directions may be all
 that it sees.
@@ -14,7 +14,7 @@ import xarray as xr
 
 from depthscope.diagnostics.kernels import similarity as kernel
 from depthscope.diagnostics.metrics.declaration import metric
-from depthscope.diagnostics.quantities.registry import Unavailable, quantity
+from depthscope.diagnostics.quantities.registry import quantity
 from depthscope.diagnostics.quantities.states import States, by_kind
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
@@ -24,8 +24,6 @@ ROWS = 256
 # the features is: more are no outliers. Heuristics of ours; the outliers of trained models are one to ten features
 # (Timkey & van Schijndel 2021, Sun et al. 2024).
 LARGE, MOST_LARGE = 10.0, 0.1
-# Whitened states of fewer tokens than this times the features are similar by chance.
-SPARE = 2
 
 # States of one depth, streams apart (n, N, d), in; what is compared of them, (…, N, f), out.
 View = Callable[[np.ndarray], np.ndarray]
@@ -40,10 +38,10 @@ class Views:
 
     def __init__(self, states: States, masks: xr.Variable) -> None:
         self._states = states
-        self._known: dict[tuple[View, int], xr.Variable] = {}
+        self._known: dict[View, xr.Variable] = {}
         self._kinds = masks.transpose("tokens", "sample", "token").values & states.mask
 
-    def compare(self, view: View, most: int = ROWS) -> xr.Variable:
+    def compare(self, view: View) -> xr.Variable:
         """The least unbiased CKA of a view's parts, of every depth with every other.
 
         ``view``: states of one depth (n, N, d) in, parts (P, N, f) out.
@@ -51,17 +49,17 @@ class Views:
         """
         # Of a single stream the joined streams are the stream itself.
         view = joined if view is each_stream and self._states.num_streams == 1 else view
-        if (view, most) not in self._known:
+        if view not in self._known:
             finite = np.asarray(self._states.finite_streams.all(axis=1))
-            tables = np.stack(by_kind(self._kinds, partial(self._table, view, most)))
+            tables = np.stack(by_kind(self._kinds, partial(self._table, view)))
             found = np.where(finite[:, None] & finite[None, :], tables, np.nan)
-            self._known[view, most] = xr.Variable(("tokens", "depth", "other_depth"), found)
-        return self._known[view, most].copy()
+            self._known[view] = xr.Variable(("tokens", "depth", "other_depth"), found)
+        return self._known[view].copy()
 
-    def _table(self, view: View, most: int, counted: np.ndarray) -> np.ndarray:
+    def _table(self, view: View, counted: np.ndarray) -> np.ndarray:
         depths = len(self._states)
         chosen = np.argwhere(counted)
-        chosen = chosen[evenly_spaced(len(chosen), most)]
+        chosen = chosen[evenly_spaced(len(chosen), ROWS)]
         if not len(chosen):
             return np.full((depths, depths), np.nan)
         sample, token = chosen.T
@@ -105,20 +103,6 @@ def without_large_features(streams: np.ndarray) -> np.ndarray:
     largest = np.argsort(deviation)[::-1][: max(1, int(MOST_LARGE * len(deviation)))]
     large = largest[deviation[largest] > LARGE * np.median(deviation)]
     return np.where(np.isin(np.arange(len(deviation)), large), 0.0, mean)[None]
-
-
-def whitened(streams: np.ndarray) -> np.ndarray:
-    """The mean over streams with variance 1 in every direction that it has, (1, N, d)."""
-    mean = streams.mean(axis=0)
-    left, sizes, right = np.linalg.svd(mean - mean.mean(axis=0), full_matrices=False)
-    # States are float32: directions below its rounding are noise, which whitening would make as large as the others.
-    some = sizes > sizes[0] * max(mean.shape) * np.finfo(np.float32).eps
-    return ((left * some) @ right)[None]
-
-
-def most_whitened(width: int) -> int:
-    """The most tokens that are whitened."""
-    return max(ROWS, SPARE * width)
 
 
 _declared = partial(
@@ -167,24 +151,3 @@ def trimmed_cka(state_views: Views) -> xr.Variable:
     Such features may be all that the CKA of full states sees.
     """
     return state_views.compare(without_large_features)
-
-
-@_declared(
-    basis="stream",
-    symbol=r"\mathrm{CKA}_{w}",
-    label="CKA of whitened states",
-    cite="kornblith2019similarity",
-    estimator=f"unbiased HSIC₁; over at most {ROWS} tokens or twice as many as features, evenly spaced",
-    most_tokens=most_whitened,
-    default=False,
-)
-def whitened_cka(state_views: Views, residual_states: States) -> xr.Variable:
-    """Linear CKA between depths of whitened states: directions of small variance count as much as large ones.
-
-    The mean squared canonical correlation, without its bias.
-    """
-    width = residual_states.num_features
-    count = int(residual_states.mask.sum())
-    if count < SPARE * width:
-        raise Unavailable(f"whitening {width} features needs {SPARE * width} tokens, and there are {count}")
-    return state_views.compare(whitened, most_whitened(width))

@@ -16,10 +16,8 @@ from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
 from depthscope.diagnostics.quantities.mean_states import MeanStates
 from depthscope.diagnostics.quantities.registry import quantity, ratio
 from depthscope.diagnostics.quantities.states import States
-from depthscope.diagnostics.quantities.tokens import evenly_spaced, for_each_count
+from depthscope.diagnostics.quantities.tokens import for_each_count
 
-# Tokens that CKA between streams is computed over: it costs their square, at every depth. Heuristic.
-ROWS = 1024
 # Numbers in the unit vectors of one block of tokens over all depths: 2 MB of float64, which stay in the cache of a core.
 BLOCK = 250_000
 
@@ -242,34 +240,3 @@ def stream_pair_cosines(stream_states: States) -> xr.Variable:
         return np.tile(means, (len(views), 1))  # the same for all views, as in `mean_stream_cosine`
 
     return stream_states.over_depth(measure, ("pair",)).isel(stream=0)
-
-
-def _stream_cka_of_noise(stream_states: States, estimator: tuple[str, ...]) -> xr.Variable:
-    """CKA of independent iid noise at that size: 0 when unbiased."""
-    count = min(int(stream_states.mask.sum()), ROWS)
-    of_each = {"biased": kernel.cka_null(count, stream_states.num_features), "unbiased": 0.0}
-    return xr.Variable(("estimator",), [of_each[name] for name in estimator])
-
-
-@metric(
-    symbol=r"\overline{\mathrm{CKA}}(x_i, x_j)",
-    dims="estimator depth",
-    label="stream CKA",
-    cite="kornblith2019similarity",
-    basis="stream",
-    null=_stream_cka_of_noise,
-    estimator=f"mean over pairs of streams; over at most {ROWS} tokens, evenly spaced",
-    most_tokens=lambda width: ROWS,
-    null_error=0.02,
-)
-def stream_cka(stream_states: States, estimator: tuple[str, ...]) -> xr.Variable:
-    """Mean linear CKA between the streams: 1 where they have the same geometry of tokens, even if rotated."""
-    pairs = ~np.eye(stream_states.num_streams, dtype=bool)
-
-    def measure(views: np.ndarray) -> np.ndarray:
-        rows = stream_states.rows(views[1:])
-        rows = rows[:, evenly_spaced(rows.shape[1], ROWS)]
-        # One value for all views, as in `stream_cosine`; of each pair both orders are averaged, which are equal.
-        return np.tile(_cka(rows, estimator)[:, pairs].mean(axis=-1), (len(views), 1))
-
-    return stream_states.over_depth(measure, ("estimator",)).isel(stream=0).transpose("estimator", "depth")

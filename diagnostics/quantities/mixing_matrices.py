@@ -250,18 +250,6 @@ def mixing(h_res: xr.DataArray, mask: xr.DataArray) -> Mixing:
     return Mixing(h_res, mask)
 
 
-@quantity
-def connection_spectrum(mixing: Mixing) -> np.ndarray:
-    """Singular values of every connection, (C, N, n), descending."""
-    return mixing.each(kernel.singular_values)
-
-
-@quantity
-def eigenvalue_moduli(mixing: Mixing) -> np.ndarray:
-    """Magnitudes of the eigenvalues of every connection, (C, N, n), descending."""
-    return mixing.each(lambda h: np.abs(kernel.eigenvalues(h)))
-
-
 @quantity(roots=("h_pre",))
 def read_weights(
     h_pre: xr.DataArray, mask: xr.DataArray, read_known: xr.DataArray | None = None
@@ -272,12 +260,6 @@ def read_weights(
     """
     weights = require_finite(real_tokens(h_pre, mask), h_pre)
     return weights if read_known is None else weights * real_tokens(read_known, mask)[..., None]
-
-
-@quantity
-def write_weights(h_post: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
-    """Weights by which every connection writes to the streams, (C, N, n)."""
-    return require_finite(real_tokens(h_post, mask), h_post)
 
 
 def require_finite(weights: np.ndarray, of: xr.DataArray) -> np.ndarray:

@@ -71,18 +71,3 @@ def token_steps(residual_states: States) -> Steps:
     first = (residual_states.rows(views).astype(np.float64) ** 2).sum(-1)
     square[0] = np.where(finite[:, None], first, np.nan)
     return Steps(residual_states, square, added, across, angle)
-
-
-@quantity
-def relative_turns(token_steps: Steps) -> np.ndarray:
-    """Turn of each step over that of independent branches, (L + 1, V, S); NaN where no branch ends."""
-    is_branch = token_steps.is_branch[:, None, None]
-    known = is_branch & ~np.isnan(token_steps.angle)
-    count = known.sum(axis=0)
-    mean = np.where(known, token_steps.across, 0.0).sum(axis=0) / np.where(count > 0, count, np.nan)
-    before = token_steps.square[0] + (np.cumsum(is_branch, axis=0) - 1) * mean
-    law = np.arctan(np.sqrt(mean / np.where(before > 0, before, np.nan)))
-    expected = token_steps.by_sequence(np.where(known, law, np.nan))
-    turned = token_steps.by_sequence(np.where(known, token_steps.angle, np.nan))
-    # Branches that are all zero have no size to compare with.
-    return turned / np.where(expected > 0, expected, np.nan)

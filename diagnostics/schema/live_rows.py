@@ -1,13 +1,13 @@
-"""What is in the row log of a live store? Frames that are only ever appended, each with its length and checksum.
+"""What is in the row log of a live store? Frames that are only ever appended, each with its lengths and checksum.
 
-A frame is ``DSr3``, its kind, the bytes of its payload and the CRC-32 of kind, length and payload, then the payload: a NOTE or
-LAYOUT is JSON, a ROW a step, a time, how many of the declared variables follow, and their numbers. A row supersedes earlier
-rows of its step and of later ones, and so does the note that a training was resumed at a step.
+A frame is ``DSr4``, the bytes of its head and of its data, the CRC-32 of these lengths, head and data, then the head, which is
+JSON, and the data. A head has what is new: the run that was ``begun``, the attempt that was ``opened``, ``attrs`` of groups,
+``variables`` with one value per step, ``coords``, and of a row its ``step`` and ``time``: its data are the numbers of the
+variables that were declared until then. A row supersedes earlier rows of its step and of later ones.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -18,14 +18,15 @@ import time
 import weakref
 import zlib
 from array import array
-from bisect import bisect_left
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import open_below
 from depthscope.diagnostics.errors import InputError
@@ -39,34 +40,31 @@ except ImportError:  # Windows: a second writer is not noticed there
     fcntl = None  # type: ignore[assignment]
 
 LOG = "rows.log"
-FORMAT, VERSION = "depthscope live run", 3
-MAGIC = b"DSr3"
-NOTE, LAYOUT, ROW = 1, 2, 3
-_HEAD = struct.Struct("<4sIII")
-ROW_HEAD = struct.Struct("<qdI")
-MAX_PAYLOAD, MAX_JSON, PIECE = 256 << 20, 4 << 20, 1 << 20
-"""Bytes of a frame, of all JSON of a log (parsed, it takes up to 54 times as much), and of what is read at once."""
+FORMAT, VERSION = "depthscope live run", 4
+MAGIC = b"DSr4"
+HEADS = ("begun", "opened", "attrs", "variables", "coords", "step", "time", "resumed", "finished")
+HEAD = struct.Struct("<4sIII")
+MAX_DATA, MAX_JSON, PIECE = 256 << 20, 4 << 20, 1 << 20
+"""Bytes of a row, of all JSON of a log (parsed, it takes up to 54 times as much), and of what is searched at once."""
 
 KEPT_BYTES = 256 << 20
-"""Of the columns that stay in memory, those used last. A heuristic of ours: one metric of 100 000 steps has 24 to 48 MB."""
+"""Of the columns that stay in memory. A heuristic of ours: one metric of 100 000 steps has 24 to 48 MB."""
 
 _NAME = re.compile(rf"({'|'.join(GROUPS)})(/[^/\0]{{1,200}}){{1,2}}")
 
 
-def packed(kind: int, payload: bytes) -> bytes:
+def as_text(head: Mapping[str, Any]) -> bytes:
+    """The head of a frame."""
+    return json.dumps(head, default=json_default).encode()
+
+
+def packed(text: bytes, data: bytes = b"") -> bytes:
     """One frame."""
-    if len(payload) > MAX_PAYLOAD:
-        raise InputError(f"a frame of {len(payload)} bytes; expected at most {MAX_PAYLOAD}")
-    head = struct.pack("<II", kind, len(payload))
-    return _HEAD.pack(MAGIC, kind, len(payload), zlib.crc32(payload, zlib.crc32(head))) + payload
-
-
-def as_json(content: Mapping[str, Any]) -> bytes:
-    """The payload of a note or layout."""
-    payload = json.dumps(content, default=json_default).encode()
-    if len(payload) > MAX_JSON:
-        raise InputError(f"{len(payload)} bytes of attributes and declarations; expected at most {MAX_JSON}")
-    return payload
+    for size, most in ((len(text), MAX_JSON), (len(data), MAX_DATA)):
+        if size > most:
+            raise InputError(f"{size} bytes of declarations, or of a row; expected at most {most}")
+    checksum = zlib.crc32(data, zlib.crc32(text, zlib.crc32(struct.pack("<II", len(text), len(data)))))
+    return HEAD.pack(MAGIC, len(text), len(data), checksum) + text + data
 
 
 @dataclass(frozen=True)
@@ -133,8 +131,6 @@ class LiveRows:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         self._open()
-        self._columns: OrderedDict[str, np.ndarray] = OrderedDict()
-        self._scanned: io.BufferedReader | None = None
         self._begin()
         try:
             self.refresh()
@@ -147,15 +143,15 @@ class LiveRows:
     def _begin(self) -> None:
         self.run = self.created = ""
         self.variables: dict[str, Declared] = {}
-        self.coords: dict[str, dict[str, Any]] = {}
+        self.coords: dict[str, xr.Variable] = {}
         self.attrs: dict[str, dict[str, Any]] = {}
         self.attempts: list[dict[str, Any]] = []
         self.resumed: list[dict[str, int]] = []
         self.finished, self._first = False, b""  # the first frame, which differs in every run
         self.end = self.torn = self._num_json = 0
-        self._steps, self._times, self._starts, self._counts = array("q"), array("d"), array("q"), array("q")
+        self._steps, self._times, self._starts, self._sizes = array("q"), array("d"), array("q"), array("q")
         self._ends = [0]  # where in a row each variable begins, and the last one ends
-        self._columns.clear()
+        self._columns: dict[str, np.ndarray] = {}
 
     def _open(self) -> None:
         self._descriptor = open_below(self.path, LOG)
@@ -205,36 +201,21 @@ class LiveRows:
 
     def column(self, name: str) -> np.ndarray:
         """One variable of every row, rows first; NaN in rows that do not have it. It is not to be changed."""
-        declared, place = self.variables[name], list(self.variables).index(name)
-        known = self._columns.pop(name, np.zeros((0, *declared.shape), declared.dtype))
-        added = np.full((self.num_rows - len(known), *declared.shape), math.nan, declared.dtype)
-        rows = [at for at in range(len(known), self.num_rows) if self._counts[at] > place]
-        if rows and declared.num_bytes:
-            before, size = self._ends[place], declared.num_bytes
-            content = b"".join([self._read(self._starts[at] + before, size) for at in rows])
-            added[np.array(rows) - len(known)] = np.frombuffer(content, declared.dtype).reshape(
-                -1, *declared.shape
-            )
-        self._columns[name] = known = np.concatenate([known, added]) if len(known) else added
-        while len(self._columns) > 1 and sum(each.nbytes for each in self._columns.values()) > KEPT_BYTES:
-            self._columns.popitem(last=False)
+        of, begin = self.variables[name], self._ends[list(self.variables).index(name)]
+        known = self._columns.pop(name, np.zeros((0, *of.shape), of.dtype))
+        added = np.full((self.num_rows - len(known), *of.shape), math.nan, of.dtype)
+        rows = [at for at in range(len(known), self.num_rows) if self._sizes[at] >= begin + of.num_bytes]
+        if rows and of.num_bytes:
+            content = b"".join([self._read(self._starts[at] + begin, of.num_bytes) for at in rows])
+            added[np.array(rows) - len(known)] = np.frombuffer(content, of.dtype).reshape(-1, *of.shape)
+        known = np.concatenate([known, added]) if len(known) else added
+        if sum(each.nbytes for each in self._columns.values()) + known.nbytes > KEPT_BYTES:
+            self._columns.clear()
+        self._columns[name] = known
         return known
 
-    def row(self, position: int) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
-        """Dims and values of all variables that one row has."""
-        start, count = self._starts[position], self._counts[position]
-        data = self._read(start, self._ends[count])
-        places = zip(list(self.variables.items())[:count], self._ends, self._ends[1:], strict=False)
-        return {
-            name: (of.dims, np.frombuffer(data[begin:end], of.dtype).reshape(of.shape))
-            for (name, of), begin, end in places
-        }
-
     def _read(self, start: int, size: int) -> bytes:
-        if self._scanned is not None:
-            self._scanned.seek(start)
-            content = self._scanned.read(size)
-        elif hasattr(os, "pread"):  # several threads read at once
+        if hasattr(os, "pread"):  # several threads read at once
             content = os.pread(self._descriptor, size, start)
         else:
             os.lseek(self._descriptor, start, os.SEEK_SET)
@@ -257,19 +238,11 @@ class LiveRows:
         if entry.st_size < self.end or self._read(0, len(self._first)) != self._first:
             self._begin()
         before, size = self.end, entry.st_size
-        # Many small frames at once; a buffer of the last time would have what was torn then.
-        self._scanned = io.BufferedReader(io.FileIO(self._descriptor, closefd=False), PIECE)
-        try:
-            while (frame := self._frame_at(self.end, size)) is not None:
-                self._take(*frame)
-                self._first = self._first or self._read(0, frame[2])
-                self.end = frame[2]
-            self.torn = size - self.end
-            is_damaged = self.torn > 0 and self._is_damaged(size)
-        finally:
-            self._scanned.close()
-            self._scanned = None
-        if is_damaged:
+        while (frame := self._frame_at(self.end, size)) is not None:
+            self.take(*frame)
+            self._first = self._first or self._read(0, self.end)
+        self.torn = size - self.end
+        if self.torn and self._is_damaged(size):
             raise SchemaError(
                 f"its {LOG} is damaged at byte {self.end}, in row {self.num_rows}; copy it again from where it came, or keep "
                 f"the rows before it: head -c {self.end} {LOG}"
@@ -277,18 +250,18 @@ class LiveRows:
         Limit.of(size, None).check(self.num_rows * self._ends[-1])
         return self.end > before
 
-    def _frame_at(self, at: int, size: int) -> tuple[int, int, int] | None:
-        """Kind, start and end of the payload of a complete frame at a byte; None where there is none."""
-        if size - at < _HEAD.size:
+    def _frame_at(self, at: int, size: int) -> tuple[bytes, int, int] | None:
+        """The head of a complete frame at a byte, and the start and end of its data; None where there is none."""
+        if size - at < HEAD.size:
             return None
-        magic, kind, length, checksum = _HEAD.unpack(self._read(at, _HEAD.size))
-        start, end = at + _HEAD.size, at + _HEAD.size + length
-        if magic != MAGIC or length > MAX_PAYLOAD or end > size:
+        magic, of_head, of_data, checksum = HEAD.unpack(self._read(at, HEAD.size))
+        start = at + HEAD.size
+        if magic != MAGIC or of_head > MAX_JSON or of_data > MAX_DATA or start + of_head + of_data > size:
             return None
-        found = zlib.crc32(struct.pack("<II", kind, length))
-        for place in range(start, end, PIECE):
-            found = zlib.crc32(self._read(place, min(PIECE, end - place)), found)
-        return (kind, start, end) if found == checksum else None
+        content = self._read(start, of_head + of_data)
+        if zlib.crc32(content, zlib.crc32(struct.pack("<II", of_head, of_data))) != checksum:
+            return None
+        return content[:of_head], start + of_head, start + of_head + of_data
 
     def _is_damaged(self, size: int) -> bool:
         """Whether a complete frame follows anywhere after the frames of the log: else what follows is torn."""
@@ -301,20 +274,14 @@ class LiveRows:
             at += max(1, len(content) - len(MAGIC) + 1) if at + len(content) < size else len(content)
         return False
 
-    def _take(self, kind: int, start: int, end: int) -> None:
-        """Take in one frame whose checksum fits."""
+    def take(self, head: bytes, start: int, end: int) -> None:
+        """Take in one frame whose checksum fits, which ends the log for now."""
         try:
-            if kind == ROW:
-                self._take_row(start, end)
-                return
-            self._num_json += end - start
-            if kind not in (NOTE, LAYOUT) or self._num_json > MAX_JSON:
-                raise InputError(f"a frame of kind {kind}, or more than {MAX_JSON} bytes of JSON")
-            content = storable_texts(json.loads(self._read(start, end - start)))
-            if kind == LAYOUT:
-                self.declare(*self.checked(content))
-            else:
-                self.take_note(content)
+            content = storable_texts(json.loads(head))
+            self._num_json += len(head) if set(content) - {"step", "time"} else 0
+            if self._num_json > MAX_JSON or (odd := set(content) - set(HEADS)):
+                raise InputError(f"more than {MAX_JSON} bytes of JSON, or the unknown {sorted(odd)}")
+            self._take(content, start, end - start)
         except SchemaError:
             raise
         except (
@@ -324,85 +291,75 @@ class LiveRows:
             RecursionError,
             TypeError,
             ValueError,
-            struct.error,
         ) as error:
             reason = f"{type(error).__name__}: {error}"
             raise SchemaError(f"its {LOG} is none that depthscope writes ({reason})") from None
+        self.end = end
 
-    def _take_row(self, start: int, end: int) -> None:
-        step, when, count = ROW_HEAD.unpack(self._read(start, min(ROW_HEAD.size, end - start)))
-        if end - start - ROW_HEAD.size != self._ends[count]:
-            raise InputError(f"the row of step {step} has {end - start} bytes for {count} variables")
-        if self._steps and step <= self._steps[-1]:
-            self._supersede(step)
-        self._steps.append(step)
-        self._times.append(when)
-        self._starts.append(start + ROW_HEAD.size)
-        self._counts.append(count)
-
-    def _supersede(self, step: int) -> None:
-        """Forget the rows of a step and of later ones."""
-        at = bisect_left(self._steps, step)
-        for values in (self._steps, self._times, self._starts, self._counts):
-            del values[at:]
-        for name, column in self._columns.items():
-            self._columns[name] = column[:at]
-
-    def take_note(self, content: Mapping[str, Any]) -> None:
-        """Take in a note: ``begun``, ``opened``, ``resumed``, ``finished`` or ``attributes``."""
-        kind = content["note"]
-        if kind == "begun":
-            if (content["format"], content["version"]) != (FORMAT, VERSION):
+    def _take(self, head: Mapping[str, Any], start: int, size: int) -> None:
+        if begun := head.get("begun"):
+            if (begun["format"], begun["version"]) != (FORMAT, VERSION):
                 raise SchemaError(
-                    f"its {LOG} has the version {content['version']!r}, this depthscope reads {VERSION}; "
+                    f"its {LOG} has the version {begun['version']!r}, this depthscope reads {VERSION}; "
                     "read it with a newer depthscope"
                 )
-            self.run, self.created = str(content["run"]), str(content["created"])
-        elif kind == "opened":
+            self.run, self.created = str(begun["run"]), str(begun["created"])
+        if opened := head.get("opened"):
             fields = {"time": float, "pid": int, "host": str}
-            self.attempts.append({name: of(content[name]) for name, of in fields.items()})
-            self.finished = False
-        elif kind == "resumed":
-            step, before = int(content["step"]), self.num_rows
-            self._supersede(step)
-            self.resumed.append({"step": step, "superseded": before - self.num_rows})
-        elif kind == "finished":
-            self.finished = True
-        elif kind == "attributes":
-            for path, attrs in content["attrs"].items():
-                self.attrs[path] = {**self.attrs.get(path, {}), **attrs}
-        else:
-            raise InputError(f"a note of the kind {kind!r}")
-
-    def checked(self, content: Mapping[str, Any]) -> tuple[dict[str, Declared], dict[str, dict[str, Any]]]:
-        """The variables and coordinates of a layout; refused where they do not fit to one another or to the known ones."""
-        variables = {name: _declared(name, fields) for name, fields in content["variables"].items()}
-        coords = {name: _coordinate(name, fields) for name, fields in content["coords"].items()}
-        shapes = {name: (of.dims, of.shape) for name, of in {**self.variables, **variables}.items()}
-        sizes: dict[tuple[str, str], int] = {}
-        shapes |= {name: (of["dims"], of["values"].shape) for name, of in coords.items()}
-        for name, (dims, shape) in shapes.items():
-            group = name.rpartition("/")[0]
-            for dim, size in zip(dims, shape, strict=True):
-                if sizes.setdefault((group, dim), size) != size:
-                    raise InputError(
-                        f"{dim} of {name} has {size} labels, expected {sizes[group, dim]} as in /{group}"
-                    )
-        known = {*self.variables, *self.coords}
-        if twice := [
-            name for name in [*variables, *coords] if name in known or (name in variables and name in coords)
-        ]:
-            raise InputError(f"{twice[0]} is declared twice")
-        if self._ends[-1] + sum(of.num_bytes for of in variables.values()) > MAX_PAYLOAD:
-            raise InputError(f"a row of more than {MAX_PAYLOAD} bytes")
-        return variables, coords
-
-    def declare(self, variables: Mapping[str, Declared], coords: Mapping[str, dict[str, Any]]) -> None:
-        """Take in variables, which are the last ones of a row from now on, and coordinates."""
-        self.coords.update(coords)
+            self.attempts.append({name: of(opened[name]) for name, of in fields.items()})
+        for path, attrs in head.get("attrs", {}).items():
+            self.attrs[path] = {**self.attrs.get(path, {}), **attrs}
+        variables, coords = self.checked(head)
+        self.coords |= coords
         for name, declared in variables.items():
             self.variables[name] = declared
             self._ends.append(self._ends[-1] + declared.num_bytes)
+        if "step" in head:
+            self._take_row(head, start, size)
+        elif size:
+            raise InputError(f"{size} bytes of no row")
+        self.finished = "finished" in head or (self.finished and "opened" not in head)
+
+    def _take_row(self, head: Mapping[str, Any], start: int, size: int) -> None:
+        step, when, before = int(head["step"]), float(head["time"]), self.num_rows
+        if self._ends[bisect_right(self._ends, size) - 1] != size:
+            raise InputError(f"the row of step {step} has {size} bytes, which are no whole variables")
+        at = bisect_left(self._steps, step)
+        for values in (self._steps, self._times, self._starts, self._sizes):
+            del values[at:]
+        if before > at:
+            self._columns = {name: column[:at] for name, column in self._columns.items()}
+        if head.get("resumed"):
+            self.resumed.append({"step": step, "superseded": before - at})
+        self._steps.append(step)
+        self._times.append(when)
+        self._starts.append(start)
+        self._sizes.append(size)
+
+    def checked(self, head: Mapping[str, Any]) -> tuple[dict[str, Declared], dict[str, xr.Variable]]:
+        """The new variables and coordinates of a head; refused where they do not fit to one another or to the known ones."""
+        if "variables" not in head and "coords" not in head:
+            return {}, {}
+        variables = {name: _declared(name, fields) for name, fields in head.get("variables", {}).items()}
+        coords = {name: _coordinate(name, fields) for name, fields in head.get("coords", {}).items()}
+        names = [*self.variables, *self.coords, *variables, *coords]
+        if odd := [name for name in names if not _NAME.fullmatch(name) or name.endswith("/step")]:
+            raise InputError(f"{odd[0]!r} is not a name of a variable in {', '.join(GROUPS)}")
+        if twice := [name for name, number in Counter(names).items() if number > 1]:
+            raise InputError(f"{twice[0]} is declared twice")
+        groups: dict[str, dict[str, Any]] = {}
+        for name, of in (self.variables | variables).items():
+            group, _, label = name.rpartition("/")
+            nothing = np.broadcast_to(0.0, (1, *of.shape))
+            groups.setdefault(group, {})[label] = xr.Variable(("step", *of.dims), nothing)
+        for name, coord in (self.coords | coords).items():
+            group, _, label = name.rpartition("/")
+            groups.setdefault(group, {})[label] = coord
+        for group in groups.values():
+            xr.Dataset(group)  # refuses a dim of two sizes
+        if self._ends[-1] + sum(of.num_bytes for of in variables.values()) > MAX_DATA:
+            raise InputError(f"a row of more than {MAX_DATA} bytes")
+        return variables, coords
 
 
 def _declared(name: str, fields: Mapping[str, Any]) -> Declared:
@@ -411,10 +368,10 @@ def _declared(name: str, fields: Mapping[str, Any]) -> Declared:
         raise InputError(f"{name} has the shape {shape}, expected whole numbers from 0 on")
     if fields["dtype"] not in ("<f8", "<f4"):
         raise InputError(f"{name} has the dtype {fields['dtype']!r}, expected <f8 or <f4")
-    return Declared(_dims(name, fields["dims"], len(shape)), shape, fields["dtype"], dict(fields["attrs"]))
+    return Declared(_dims(name, fields), shape, fields["dtype"], dict(fields["attrs"]))
 
 
-def _coordinate(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _coordinate(name: str, fields: Mapping[str, Any]) -> xr.Variable:
     # As objects first: an array of texts takes for each as much as for the longest one.
     values = np.array(fields["values"], dtype=object)
     kinds = {type(value) for value in values.ravel().tolist()}
@@ -422,23 +379,14 @@ def _coordinate(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(f"the values of {name} are of the kinds {kinds}; expected numbers or texts")
     if kinds != {str}:
         values = values.astype(bool if kinds == {bool} else np.int64 if kinds == {int} else np.float64)
-    return {
-        "dims": _dims(name, fields["dims"], values.ndim),
-        "values": values,
-        "attrs": dict(fields["attrs"]),
-    }
+    return xr.Variable(_dims(name, fields), values, dict(fields["attrs"]))
 
 
-def _dims(name: str, dims: Sequence[str], number: int) -> tuple[str, ...]:
-    if not _NAME.fullmatch(name) or name.endswith("/step"):
-        raise InputError(f"{name!r} is not a name of a variable in {', '.join(GROUPS)}")
-    if (
-        not all(isinstance(dim, str) for dim in dims)
-        or len(dims) != number
-        or len({*dims, "step"}) != number + 1
-    ):
-        raise InputError(f"{name} has the dims {dims}, expected {number}, each once, without the step")
-    return tuple(dims)
+def _dims(name: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
+    dims = tuple(map(str, fields["dims"]))
+    if len({*dims, "step"}) <= len(dims):
+        raise InputError(f"{name} has the dims {dims}, expected each once, without the step")
+    return dims
 
 
 def is_live_store(path: str | os.PathLike[str]) -> bool:

@@ -1,7 +1,7 @@
 """How does a run get to disk while it is measured? Row by row, into a log that survives its writer, and opens at any time.
 
-All frames of a step are written by one call of the system at the known end of the log: a writer that is killed leaves
-complete frames and perhaps the beginning of one, which is ignored and overwritten. Large arrays are in runs of one step in
+The frame of a step is written by one call of the system at the known end of the log: a writer that is killed leaves complete
+frames and perhaps the beginning of one, which is ignored and overwritten. Large arrays are in runs of one step in
 ``states``, each written by `save_run`.
 """
 
@@ -20,7 +20,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import xarray as xr
@@ -38,15 +38,12 @@ from depthscope.diagnostics.atomic_writes import (
 from depthscope.diagnostics.errors import AbsentError, BusyError, InputError, StorageError, TakenError
 from depthscope.diagnostics.schema.live_rows import (
     FORMAT,
-    LAYOUT,
+    HEAD,
     LOG,
-    NOTE,
-    ROW,
-    ROW_HEAD,
     VERSION,
     Declared,
     LiveRows,
-    as_json,
+    as_text,
     fcntl,
     is_live_store,
     packed,
@@ -66,6 +63,7 @@ POOLED_STEP = "pooled_step"
 RESUMED_AT = "resumed_at"
 """Attribute of a run: the steps at which a later attempt went on."""
 
+Opened = TypeVar("Opened")
 Numbers = Mapping[str, Any]
 """Values by ``group/variable`` or ``group/chain/variable``: an array, or ``(dims, array)`` or ``(dims, array, attrs)``."""
 
@@ -144,15 +142,11 @@ class LiveStore:
                 for name in states_of(self.path):
                     remove_below(self.path, name)
             self._rows = LiveRows(self.path)
-            self._end = self._rows.end
-            self._last_step, self._is_resumed = self._rows.last_step, self._rows.num_rows > 0
-            if not self._end:
-                created = datetime.now(UTC).isoformat(timespec="seconds")
-                begun = {"note": "begun", "format": FORMAT, "version": VERSION, "run": uuid.uuid4().hex}
-                self._note({**begun, "created": created})
-            self._note(
-                {"note": "opened", "time": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
-            )
+            self._is_resumed = self._rows.num_rows > 0
+            created = datetime.now(UTC).isoformat(timespec="seconds")
+            begun = {"format": FORMAT, "version": VERSION, "run": uuid.uuid4().hex, "created": created}
+            opened = {"time": time.time(), "pid": os.getpid(), "host": socket.gethostname()}
+            self._write({**({} if self._rows.end else {"begun": begun}), "opened": opened})
         except BaseException:
             self.close()
             raise
@@ -179,7 +173,7 @@ class LiveStore:
     @property
     def last_step(self) -> int | None:
         """The step of the last row; None where there is none."""
-        return self._last_step
+        return self._rows.last_step
 
     @property
     def attrs(self) -> dict[str, dict[str, Any]]:
@@ -205,44 +199,29 @@ class LiveStore:
         Raises InputError: For a new variable without dims, or a known one with another shape.
         Raises OSError: Where it was not written, as on a full disk; the store is as it was before.
         """
-        layout = self._layout(numbers, coords or {})
-        frames = [(NOTE, as_json({"note": "resumed", "step": int(step)}))] if self._is_resumed else []
-        variables: dict[str, Declared] = {}
-        labels: dict[str, dict[str, Any]] = {}
-        if layout["variables"] or layout["coords"]:
-            frames.append((LAYOUT, as_json(layout)))
-            variables, labels = self._rows.checked(layout)
-        all_variables = {**self._rows.variables, **variables}
-        data = [_row_part(name, numbers.get(name), of) for name, of in all_variables.items()]
-        frames.append((ROW, b"".join([ROW_HEAD.pack(step, time.time(), len(data)), *data])))
-        self._write(frames)
-        self._rows.declare(variables, labels)
-        self._last_step, self._is_resumed = step, False
+        head = self._layout(numbers, coords or {})
+        variables, _ = self._rows.checked(head)
+        head |= {"step": int(step), "time": time.time()} | ({"resumed": True} if self._is_resumed else {})
+        every = {**self._rows.variables, **variables}
+        self._write(head, b"".join([_row_part(name, numbers.get(name), of) for name, of in every.items()]))
+        self._is_resumed = False
 
-    def _layout(self, numbers: Numbers, coords: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    def _layout(self, numbers: Numbers, coords: Mapping[str, Any]) -> dict[str, Any]:
         """The variables and coordinates that come for the first time."""
-        variables, labels = {}, {}
+        found: dict[str, dict[str, Any]] = {"variables": {}, "coords": {}}
         for name in [name for name in numbers if name not in self._rows.variables]:
             if not isinstance(numbers[name], tuple):
                 raise InputError(f"{name} is new and has no dims; give (dims, array)")
             dims, values, *attrs = numbers[name]
             array = np.asarray(values)
             dtype = "<f4" if array.dtype == np.float32 else "<f8"
-            fields = {
-                "dims": _listed(dims),
-                "shape": list(array.shape),
-                "dtype": dtype,
-                "attrs": dict(*attrs),
-            }
-            variables[name] = fields
+            fields = {"shape": list(array.shape), "dtype": dtype, "attrs": dict(*attrs)}
+            found["variables"][name] = {"dims": _listed(dims), **fields}
         for name in [name for name in coords if name not in self._rows.coords]:
             dims, values, *attrs = coords[name]
-            labels[name] = {
-                "dims": _listed(dims),
-                "values": np.asarray(values).tolist(),
-                "attrs": dict(*attrs),
-            }
-        return {"variables": variables, "coords": labels}
+            fields = {"values": np.asarray(values).tolist(), "attrs": dict(*attrs)}
+            found["coords"][name] = {"dims": _listed(dims), **fields}
+        return {key: of for key, of in found.items() if of}
 
     def note(self, attrs: Mapping[str, Any], path: str = "") -> None:
         """Note attributes of the run, or of a group such as ``"metrics"``; they replace those of the same name."""
@@ -250,28 +229,24 @@ class LiveStore:
         if changed := {
             name: value for name, value in attrs.items() if name not in known or known[name] != value
         }:
-            self._note({"note": "attributes", "attrs": {path: changed}})
+            self._write({"attrs": {path: changed}})
 
-    def _note(self, content: Mapping[str, Any]) -> None:
-        self._write([(NOTE, as_json(content))])
-        self._rows.take_note(content)
-
-    def _write(self, frames: list[tuple[int, bytes]]) -> None:
-        """Append frames, all or none; OSError where they were not written, as on a full disk."""
-        descriptor = self._require_present()
-        content = b"".join(packed(kind, payload) for kind, payload in frames)
+    def _write(self, head: dict[str, Any], data: bytes = b"") -> None:
+        """Append a frame, all or nothing of it; OSError where it was not written, as on a full disk."""
+        descriptor, text, end = self._require_present(), as_text(head), self._rows.end
+        content = packed(text, data)
         try:
             # What an interrupt kept from being counted, or a full disk from being undone.
-            if os.fstat(descriptor).st_size > self._end:
-                os.ftruncate(descriptor, self._end)
-            os.lseek(descriptor, self._end, os.SEEK_SET)
+            if os.fstat(descriptor).st_size > end:
+                os.ftruncate(descriptor, end)
+            os.lseek(descriptor, end, os.SEEK_SET)
             if os.write(descriptor, content) < len(content):
                 raise StorageError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path / LOG))
         except OSError:
             with suppress(OSError):
-                os.ftruncate(descriptor, self._end)
+                os.ftruncate(descriptor, end)
             raise
-        self._end += len(content)
+        self._rows.take(text, end + HEAD.size + len(text), end + len(content))
 
     def _require_present(self) -> int:
         """The log's descriptor; FileNotFoundError where the log at its path is another one or none."""
@@ -300,7 +275,7 @@ class LiveStore:
 
     def finish(self) -> None:
         """Note that the training ended, and end writing."""
-        self._note({"note": "finished"})
+        self._write({"finished": True})
         os.fsync(self._require_present())
         self.close()
 
@@ -362,9 +337,8 @@ def open_live(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.Data
     ``open_state``: opens a run of one step, with all checks of `open_run`.
     Raises SchemaError: For a damaged store, and one in which no step was finished.
     """
-    state = _opened_state(
-        store, open_state
-    )  # before the log: a writer saves the arrays of a step before its row
+    # Before the log: a writer saves the arrays of a step before its row.
+    state = opened_state(store, open_state)
     try:
         rows = LiveRows(store)
         status = rows.status(None if state is None else _step_of(state))
@@ -400,7 +374,8 @@ def open_live(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.Data
     return opened
 
 
-def _opened_state(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.DataTree | None:
+def opened_state(store: Path, open_state: Callable[[Path], Opened]) -> Opened | None:
+    """The newest file with the arrays of one step, opened; None where none was saved yet."""
     for _ in range(5):
         state = newest_state(store)
         if state is None:
@@ -411,7 +386,7 @@ def _opened_state(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.
             if os.path.lexists(state):
                 raise
         # Its writer has just removed it for a newer one.
-    raise SchemaError("its files change faster than they can be opened; try again")
+    raise SchemaError(f"{store}: its files change faster than they can be opened; try again")
 
 
 def _step_of(run: xr.DataTree) -> int | None:
@@ -428,11 +403,7 @@ def with_rows(path: str, known: xr.Dataset, rows: LiveRows) -> xr.Dataset:
     """A group in which what has a step is of the rows, and the rest as in the saved state."""
     kept = known.drop_dims("step") if "step" in known.dims else known
     of_group = {name.rpartition("/")[2]: name for name in rows.coords if name.rpartition("/")[0] == path}
-    coords: dict[Any, Any] = {
-        label: tuple(rows.coords[name].values())
-        for label, name in of_group.items()
-        if label not in kept.variables
-    }
+    coords = {label: rows.coords[name] for label, name in of_group.items() if label not in kept.variables}
     variables = {}
     for name, declared in rows.variables.items():
         group, _, label = name.rpartition("/")

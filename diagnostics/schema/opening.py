@@ -18,7 +18,7 @@ from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.schema.groups import chain_dataset, group_path
 from depthscope.diagnostics.schema.joining import PARTS, join_parts, parts_of
 from depthscope.diagnostics.schema.live_rows import is_live_store
-from depthscope.diagnostics.schema.live_store import live_log_of, newest_state, open_live
+from depthscope.diagnostics.schema.live_store import live_log_of, open_live, opened_state
 from depthscope.diagnostics.schema.saving import ORDER, SUFFIXES, suffix_of, without_suffix
 from depthscope.diagnostics.schema.validation import SchemaError, require_ordinary, validate
 from depthscope.diagnostics.schema.zarr_stores import check_zarr
@@ -126,7 +126,10 @@ def open_group(
     """
     source = Path(path)
     if is_live_store(source):
-        return _open_group_of_state(source, group, chain, max_bytes)
+        opened = opened_state(source, lambda state: open_group(state, group, chain, max_bytes=max_bytes))
+        if opened is None:
+            raise SchemaError(f"{source}: no step was finished in it yet")
+        return opened
     if parts_of(source):
         found = chain_dataset(open_run(source, max_bytes=max_bytes), group, chain)
         if found is None:
@@ -211,20 +214,6 @@ def _require_present(source: Path) -> None:
             else "list the runs of a folder with: depthscope dashboard FOLDER"
         )
         raise AbsentError(f"no run at {source}; {hint}")
-
-
-def _open_group_of_state(store: Path, group: str, chain: str, max_bytes: int | None) -> xr.Dataset:
-    for _ in range(5):
-        state = newest_state(store)
-        if state is None:
-            raise SchemaError(f"{store}: no step was finished in it yet")
-        try:
-            return open_group(state, group, chain, max_bytes=max_bytes)
-        except (AbsentError, SchemaError):
-            if os.path.lexists(state):
-                raise
-        # Its writer has just removed it for a newer one.
-    raise SchemaError(f"{store}: its files change faster than they can be opened; try again")
 
 
 def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:

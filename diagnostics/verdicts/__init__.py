@@ -10,7 +10,6 @@ import xarray as xr
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.metrics.definitions import with_definitions_of_today
 from depthscope.diagnostics.quantities.registry import with_row_facts
 from depthscope.diagnostics.schema import GROUPS, by_chain
 from depthscope.diagnostics.schema.attributes import decode_dataset
@@ -210,8 +209,7 @@ def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Datas
         # An analysis of a run that can feed no metric has reasons only.
         if "not_computed" not in part.attrs and not set(CATALOGUE) & set(part.data_vars):
             raise _no_analysis(f"a dataset without any metric{f' at {chain}' if chain else ''}")
-    # Stored metrics may be those of an earlier version.
-    return {chain: with_definitions_of_today(part) for chain, part in found.items()}
+    return found
 
 
 def _no_analysis(given: str) -> InputError:

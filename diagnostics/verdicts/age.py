@@ -17,6 +17,9 @@ RESCALED = "rescaled"
 NOTHING_LEARNED = 0.97
 # The same share of a network that has surely learned something of the input.
 KNOWS = 0.9
+# What predictions claim to know is no less than a fifth of all that there is to know.
+LEAST_CLAIM = 0.2
+ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
 # Steps of a recording in which a network may still be as it was drawn, and after which it is not. Heuristics.
 FIRST_STEPS, MANY_STEPS = 50, 300
 # ‖W − W₀‖ / ‖W₀‖ of the weight that moved most.
@@ -52,9 +55,27 @@ def age_of(analysis: xr.Dataset) -> Age:
         (distance > MOVED, True, f"its weights have moved by up to {100 * distance:.0f} %"),
         (analysis.attrs.get("untouched"), False, "its weights are as they were drawn"),
         (0 < step <= FIRST_STEPS, False, f"it has trained for {step:.0f} steps"),
+        (
+            _has_learned_and_forgot(analysis.attrs),
+            True,
+            "its predictions claim to know much and are better than guessing",
+        ),
     )
     known = (Age(trained, words) for is_so, trained, words in facts if is_so)
     return next(known, Age(None, "whether it is trained is not known"))
+
+
+def _has_learned_and_forgot(attrs: Mapping[str, Any]) -> bool:
+    """Whether predictions claim to know much, and lose less than guessing all the same.
+
+    Those of a network that was just drawn lose about as much more than guessing as they claim to know.
+    """
+    names = ("loss", "uncertainty", "guessing", "constant", "expected")
+    known = [number_or_none(task_of(attrs).get(name)) for name in names]
+    if None in known:
+        return False
+    loss, error, guessing, constant, expected = (float(value or 0.0) for value in known)
+    return constant - expected > LEAST_CLAIM * constant and loss + ONE_SIDED * error < guessing
 
 
 def _repaired_share(attrs: Mapping[str, Any]) -> float:

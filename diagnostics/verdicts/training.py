@@ -11,9 +11,11 @@ from depthscope.diagnostics.numbers import number, percent
 from depthscope.diagnostics.schema import FROZEN_MODULES
 from depthscope.diagnostics.verdicts.age import (
     KNOWS,
+    LEAST_CLAIM,
     MANY_STEPS,
     MOVED,
     NOTHING_LEARNED,
+    ONE_SIDED,
     RESCALED,
     number_or_none,
     share_of_constant,
@@ -48,7 +50,6 @@ def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profi
     yield Profile(loss_rise, words)
 
 
-ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
 # Times the loss of guessing, above which no start of a training is.
 NO_START = 2.0
 
@@ -82,10 +83,6 @@ def worse_than_constant(
     is_sure = min(share, share_of_guessing(attrs) or share) > NO_START
     may_be_new = not is_sure and _may_be_new(attrs) and not _is_old(step, first_weight_distance)
     yield Profile(xr.DataArray(share - ONE_SIDED * error), words, is_sure=is_sure, note_only=may_be_new)
-
-
-# What predictions claim to know is no less than a fifth of all that there is to know.
-LEAST_CLAIM = 0.2
 
 
 def _may_be_new(attrs: Mapping[str, Any]) -> bool:

@@ -17,7 +17,7 @@ model.eval().requires_grad_(False)
 
 ids = corpus()[1][: 16 * 64].reshape(16, 64)
 print("logit lens, KL to the output by depth:")
-print(ds.lens(model, {"input_ids": ids}).kl.sel(lens="logit", stream="all").values.round(3))
+print(ds.lens(model, {"input_ids": ids}).kl.sel(stream="all").values.round(3))
 
 run = ds.capture(model, ids, max_sequences=16)
 states = torch.from_numpy(run.trace.residual.values[:, :, :, 0])  # depth, sample, token, feature

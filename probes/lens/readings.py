@@ -219,9 +219,9 @@ def lens(
     Returns
     -------
     Dataset
-        ``entropy``, ``cross_entropy``, ``kl`` to the output (nats) and ``agreement`` of the most likely prediction, by lens
-        (``logit``), depth and stream (``all``, then each one), with ``_error``, ``_low`` and ``_high`` over
-        sequences; ``prediction_depth`` (Baldock et al. 2021, here by the lens) and ``stream_disagreement``.
+        ``entropy``, ``cross_entropy``, ``kl`` to the output (nats) and ``agreement`` of the most likely prediction, by depth
+        and stream (``all``, then each one), with ``_error``, ``_low`` and ``_high`` over sequences; ``prediction_depth``
+        (Baldock et al. 2021, here by the lens) and ``stream_disagreement``.
 
     Raises
     ------
@@ -324,30 +324,29 @@ def _dataset(readings: list[_Reading], name: str, token_text: Any) -> xr.Dataset
     streams = max(values.shape[1] for values in first.found.values())
     tokens = max(reading.counted.shape[1] for reading in readings)
     samples = sum(len(reading.counted) for reading in readings)
-    # (quantity, lens, depth, stream, sample, token)
-    values = np.full((len(QUANTITIES), 1, len(depths), streams, samples, tokens), np.nan)
-    apart = np.full((1, len(depths), samples, tokens), np.nan)
+    # (quantity, depth, stream, sample, token)
+    values = np.full((len(QUANTITIES), len(depths), streams, samples, tokens), np.nan)
+    apart = np.full((len(depths), samples, tokens), np.nan)
     begin = 0
     for reading in readings:
         rows = slice(begin, begin + len(reading.counted))
         begin = rows.stop
         for depth, found in reading.found.items():
             at = depths.index(depth)
-            values[:, 0, at, : found.shape[1], rows, : found.shape[3]] = found.numpy()
+            values[:, at, : found.shape[1], rows, : found.shape[3]] = found.numpy()
             if depth in reading.apart:
-                apart[0, at, rows, : found.shape[3]] = reading.apart[depth].numpy()
+                apart[at, rows, : found.shape[3]] = reading.apart[depth].numpy()
     variables: dict[str, Any] = {}
     for position, quantity in enumerate(QUANTITIES):
-        variables |= estimated(quantity, ("lens", "depth", "stream"), values[position])
+        variables |= estimated(quantity, ("depth", "stream"), values[position])
     agrees = values[QUANTITIES.index("agreement")]
-    variables["token_agreement"] = (("lens", "depth", "stream", "sample", "token"), agrees)
+    variables["token_agreement"] = (("depth", "stream", "sample", "token"), agrees)
     of_depth = prediction_depth(agrees, np.array(depths))
-    variables["prediction_depth"] = (("lens", "stream", "sample", "token"), of_depth)
+    variables["prediction_depth"] = (("stream", "sample", "token"), of_depth)
     counts = np.isfinite(apart).sum((-1, -2))
     means = np.divide(np.nansum(apart, (-1, -2)), counts, out=np.full(counts.shape, np.nan), where=counts > 0)
-    variables["stream_disagreement"] = (("lens", "depth"), means)
+    variables["stream_disagreement"] = (("depth",), means)
     coords: dict[str, Any] = {
-        "lens": np.array(["logit"], dtype=object),
         "depth": np.array(depths),
         "stream": np.array([ALL, *map(str, range(streams - 1))], dtype=object),
         "layer": ("depth", np.array([first.model.chain.points[depth].layer for depth in depths])),
@@ -366,10 +365,10 @@ def _dataset(readings: list[_Reading], name: str, token_text: Any) -> xr.Dataset
 def prediction_depth(agrees: np.ndarray, depths: np.ndarray) -> np.ndarray:
     """The first depth from which on the most likely prediction is the output's, at all later depths too.
 
-    ``agrees``: (lens, depth, stream, sample, token): 1, 0, or NaN where the token does not count.
-    Returns: (lens, stream, sample, token); NaN on padding, and where even the last depth reads another prediction.
+    ``agrees``: (depth, stream, sample, token): 1, 0, or NaN where the token does not count.
+    Returns: (stream, sample, token); NaN on padding, and where even the last depth reads another prediction.
     """
     # From the last depth backwards: how many in a row agree.
-    stays = np.cumprod(np.nan_to_num(agrees[:, ::-1]), axis=1).sum(1).astype(int)
+    stays = np.cumprod(np.nan_to_num(agrees[::-1]), axis=0).sum(0).astype(int)
     first = np.where(stays > 0, depths[np.minimum(len(depths) - stays, len(depths) - 1)], np.nan)
-    return np.where(np.isnan(agrees[:, -1]), np.nan, first)
+    return np.where(np.isnan(agrees[-1]), np.nan, first)

@@ -46,8 +46,8 @@ def applied_reads(
             shifted[id(one)] = replace(one, h_pre=kept, note=note)
     last = chains[main][-1]
     head = replace(
-        last, family="head", branch="head", h_res=None, h_post=None, logits=None, sinkhorn={}, mixing=None, biases={},
-        note=COLLAPSE, parameters=(), gates={}, read_lag=0, constraint="",
+        last, family="head", branch="head", h_res=None, h_post=None, logits=None, sinkhorn={}, mixing=None,
+        note=COLLAPSE, dtypes=(), gates={}, read_lag=0, constraint="",
     )  # fmt: skip
     return [shifted.get(id(one), one) for one in connections], [
         head

@@ -25,12 +25,10 @@ from depthscope.probes.static.depth import applied_reads, depth_read
 from depthscope.probes.static.dialect import Dialect
 from depthscope.probes.static.dialects import TABLE
 from depthscope.probes.static.facts import (
-    Parameter,
     StaticConnection,
     composites,
     constraint_of,
     matrix_facts,
-    spread_of,
 )
 from depthscope.probes.static.page import StaticDescription
 from depthscope.probes.static.recognition import STREAM_SETTINGS, Found, Place, place_of, recognise, setting
@@ -163,7 +161,6 @@ def _connection(
     row, read = found.dialect, _read_tensors(found)
     weights = weigh(found, {role: values[tensor.name] for role, tensor in read.items()}, settings.values)
     place = _place_in_network(found, inventory)
-    parameters = sorted(found.roles.items(), key=lambda item: item[1].name)
     floor = weights.sinkhorn.get("floor", 0.0)
     return StaticConnection(
         module=found.module,
@@ -176,10 +173,7 @@ def _connection(
         width=found.sizes.get("D"),
         constrained=row.doubly_stochastic,
         learns_mixing=row.learns_mixing,
-        parameters=tuple(
-            Parameter(each.name, each.shape, each.dtype, role in read) for role, each in parameters
-        ),
-        biases={part: spread_of(bias) for part, bias in weights.biases.items()},
+        dtypes=tuple(sorted({each.dtype for each in found.roles.values()})),
         gates=dict(weights.gates),
         h_res=weights.res,
         h_pre=weights.pre,

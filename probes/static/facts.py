@@ -19,16 +19,6 @@ COLLAPSED = 0.01  # share of the differences between streams below which they co
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """A tensor of a connection, from the header of its file."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    read: bool
-
-
-@dataclass(frozen=True)
 class Unrecognised:
     """A tensor that looks like a connection's and that no row of the dialects explains."""
 
@@ -55,15 +45,6 @@ class DepthRead:
     query_norms: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Spread:
-    """Smallest, mean and largest value of some parameters."""
-
-    minimum: float
-    mean: float
-    maximum: float
-
-
 @dataclass(frozen=True, eq=False)
 class MatrixFacts:
     """A static mixing matrix in numbers; distances are Frobenius norms over √n."""
@@ -81,6 +62,7 @@ class MatrixFacts:
 class StaticConnection:
     """A connection at an input that adds nothing; rows of ``h_res`` are destinations. None: the files do not determine it.
 
+    ``dtypes``: of its tensors.
     ``sinkhorn``: how ``logits`` become H_res.
     ``h_pre``: the read that is applied here; with ``read_lag`` 1 the sub-block before made it; None where unknown.
     ``constraint``: what H_res satisfies, as measured.
@@ -96,8 +78,7 @@ class StaticConnection:
     width: int | None
     constrained: bool
     learns_mixing: bool
-    parameters: tuple[Parameter, ...]
-    biases: dict[str, Spread]
+    dtypes: tuple[str, ...]
     gates: dict[str, float]
     h_res: np.ndarray | None
     h_pre: np.ndarray | None
@@ -125,11 +106,6 @@ class StaticComposite:
     effective_rank: float
     effective_streams: float | None
     collapsed_after: int | None
-
-
-def spread_of(values: np.ndarray) -> Spread:
-    """Smallest, mean and largest value."""
-    return Spread(float(values.min()), float(values.mean()), float(values.max()))
 
 
 def matrix_facts(h_res: np.ndarray) -> MatrixFacts:

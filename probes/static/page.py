@@ -122,7 +122,7 @@ def _connection_kinds(connections: Sequence[StaticConnection]) -> list[str]:
     kinds: dict[str, int] = {}
     for one in connections:
         width = f" of width {one.width}" if one.width else ""
-        dtypes = "/".join(sorted({parameter.dtype for parameter in one.parameters}))
+        dtypes = "/".join(one.dtypes)
         streams = f"{one.streams} streams" if one.streams > 1 else "1 stream"
         kind = f"{one.family} connections ({one.style}), {streams}{width}, {dtypes}"
         kinds[kind] = kinds.get(kind, 0) + 1

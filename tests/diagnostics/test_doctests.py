@@ -10,7 +10,7 @@ import pytest
 
 from depthscope import diagnostics
 
-ROOMS = ("schema", "quantities", "metrics", "analysis", "verdicts")
+ROOMS = ("schema", "kernels", "quantities", "metrics", "experiments", "analysis", "verdicts")
 MODULES = [
     module.name
     for room in ROOMS

@@ -1,33 +1,129 @@
-"""A disk that is full costs a file and nothing else: no crash, no half of a file, and a training that goes on to its end."""
+"""A disk that is full costs a file and nothing else: no crash, no half of a file, and a training that goes on to its end.
+
+Every size is tried on a file system in memory of that size, or under a limit on the sizes of files. Every attempt is a fork of
+this process, so that a crash is an exit status.
+"""
 
 from __future__ import annotations
 
+import importlib
+import os
+import resource
+import signal
 import sys
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
-from tests.diagnostics.full_disks import in_another_process
+from depthscope import probes
+from depthscope.app.cli.main import main
+from depthscope.diagnostics import schema
+from depthscope.probes.training import notices
+from tests.diagnostics.small_disks import small_disk
+from tests.models.synthetic_run import synthetic_run
 
-# A limit on a file's size comes out of the same call as a full disk; whatever else is written goes through these writers.
-CASES = [("zip", "file"), ("zarr", "disk"), ("analyze", "disk"), ("record", "disk")]
-FULL = ("no space left on device", "file too large", "no space left")
+STEPS = 3
+SECONDS = 120  # after which an attempt is killed
+FULL = ("no space left on device", "file too large")
+PRINTED = notices.say_as_text  # which other tests are not to reach
+
+
+def saved(suffix: str) -> Callable[[Path, Path], object]:
+    run = synthetic_run("hc", layers=2, tokens=16, features=16)
+    return lambda small, roomy: schema.save_run(run, small / f"run{suffix}")
+
+
+def trained(small: Path, roomy: Path) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with probes.record(model, gradients=True, store=small / "run") as recorder:
+        for _ in range(STEPS):
+            loss = model(torch.ones(2, 6, 8)).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            recorder.step(loss)
+    assert recorder.run.statistics.sizes["step"] == STEPS
+    (roomy / "checkpoint").touch()
+
+
+def analyzed(small: Path, roomy: Path) -> int:
+    run = schema.save_run(
+        synthetic_run("hc", layers=1, tokens=8, features=8), roomy / "run.zarr.zip", force=True
+    )
+    return main(["analyze", str(run), "--metrics", "stream_cosine", "--out", str(small / "metrics.zarr.zip")])
+
+
+def attempt(
+    work: Callable[[Path, Path], object], small: Path, roomy: Path, most: int | None
+) -> tuple[int, str]:
+    """Exit status of a fork that does the work, and what it said; ``most``: bytes that its files may have."""
+    said = roomy / "said"
+    child = os.fork()
+    if not child:
+        status = 99
+        try:
+            signal.alarm(SECONDS)
+            sys.stdout = sys.stderr = said.open("w")
+            if most is not None:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+            result = work(small, roomy)
+            status = result if type(result) is int else 0
+        except OSError as error:
+            sys.stderr.write(f"OSError: {error}\n")
+            status = 2
+        except BaseException:
+            sys.stderr.write(traceback.format_exc())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            (roomy / "modules").write_text(" ".join(sys.modules))
+            sys.stderr.close()
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), said.read_text(errors="replace")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts and limits of Linux")
-@pytest.mark.parametrize(("kind", "limit"), CASES)
-def test_where_there_is_no_room_nothing_else_is_lost(kind, limit):
-    try:
-        attempts = in_another_process(kind, limit, 4)
-    except PermissionError as error:
-        pytest.skip(str(error))
-    is_training = kind.startswith("record")
-    for each in attempts:
-        assert each["status"] == 0 if is_training else each["status"] in (0, 2), each
-        assert each["checkpoint"] == is_training, each
-        assert not each["damaged"], each
-        assert not [name for name in each["left"] if ".depthscope-" in name], each
-        assert "Traceback" not in each["said"], each
-        if each["status"] == 2:
-            assert any(reason in each["said"].lower() for reason in FULL), each
-    failed = [each for each in attempts if any(reason in each["said"].lower() for reason in FULL)]
-    assert 0 < len(failed) < len(attempts)
+@pytest.mark.parametrize(
+    ("kind", "limit"), [("zip", "file"), ("zarr", "disk"), ("analyze", "disk"), ("record", "disk")]
+)
+def test_where_there_is_no_room_nothing_else_is_lost(kind, limit, tmp_path, monkeypatch):
+    monkeypatch.setattr(notices, "say_as_text", PRINTED)
+    work = {"zip": saved(".zarr.zip"), "zarr": saved(".zarr"), "analyze": analyzed, "record": trained}[kind]
+    small, roomy = tmp_path / "small", tmp_path / "roomy"
+    small.mkdir(), roomy.mkdir()
+    with small_disk(small, 1 << 28):
+        assert attempt(work, small, roomy, None)[0] == 0
+        for name in (roomy / "modules").read_text().split():  # which the other attempts need not import
+            with suppress(Exception):
+                importlib.import_module(name)
+        disk = os.statvfs(small)
+        files = [path for path in small.rglob("*") if path.is_file()]
+        used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+        enough, names = (used if limit == "disk" else max(file.stat().st_size for file in files)), len(files)
+    failed = 0
+    for share in (0.02, 0.4, 0.8, 20.0):  # while it is written there is more than in the end
+        size = 4096 * (1 + int(share * enough) // 4096)
+        (roomy / "checkpoint").unlink(missing_ok=True)
+        with small_disk(small, size) if limit == "disk" else nullcontext():
+            status, told = attempt(work, small, roomy, size if limit == "file" else None)
+            left = [path for path in small.rglob("*") if path.is_file()]
+            for path in left:
+                if path.name.endswith(".zarr.zip"):
+                    schema.open_run(path).close()  # what is there is complete
+                path.unlink() if limit == "file" else None
+        is_full = any(reason in told.lower() for reason in FULL)
+        assert status == 0 if kind == "record" else status == 2 * is_full, told
+        assert (roomy / "checkpoint").exists() == (kind == "record")
+        assert not [path for path in left if ".depthscope-" in str(path)]
+        assert "Traceback" not in told
+        assert is_full or len(left) == names
+        failed += is_full
+    assert 0 < failed < 4

@@ -8,7 +8,7 @@ from depthscope.app.figures import FIGURES, Lines
 from depthscope.app.figures.build.curve_figure import judged_limits, passing_range
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, last_step
-from tests.diagnostics.verdicts.test_verdicts import residual_run, walk
+from tests.diagnostics.state_runs import run_of, walk
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,6 @@ def test_a_declared_healthy_range_is_what_no_verdict_reports(analyses):
         "mixing_singular_value",
         "composite_singular_value",
         "closest_stream_cosine",
-        "read_mass",
     }
     for name in set(judged) - unjudged:
         healthy = CATALOGUE[name].healthy
@@ -61,7 +60,7 @@ def test_a_finding_on_a_drawn_metric_has_its_limit_in_the_figure(analyses):
 def test_the_picture_of_the_backward_gain_contradicts_no_verdict():
     """A Pre-LN network has 120 × the gradient at its embedding, whose states are as much smaller: nothing explodes."""
     size = np.linspace(1.0, 120.0, 9)[:, None, None, None]
-    analysis = diagnostics.analyze(residual_run(walk(8) * size, walk(8, seed=1) / size))
+    analysis = diagnostics.analyze(run_of(walk(8) * size, walk(8, seed=1) / size))
     assert float(analysis["backward_gain"].max()) > 30
     assert not {"exploding_gradient", "vanishing_gradient"} & {
         each.verdict for each in diagnostics.judge(analysis)

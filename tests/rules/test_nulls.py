@@ -47,14 +47,3 @@ def test_noise_lies_at_its_null(analysis, name):
         chance.values,
         null.values,
     )
-
-
-def test_where_a_measure_is_refused_its_null_is_undefined(make_run):
-    run = make_run("residual", layers=1, features=64)  # 28 tokens
-    found = diagnostics.analyze(run, metrics=["procrustes", "cknna"])
-    assert 0 < float(found["procrustes_null"].sel(tokens="all")) < np.pi / 2
-    short = run["trace"].to_dataset().isel(token=slice(0, 5), sample=[0])  # fewer tokens than neighbours
-    assert "cknna" in diagnostics.analyze(schema.create_run(short, attrs=run.attrs)).attrs["on_request"]
-    source = diagnostics.quantities.registry.Quantities(short)
-    null = source.call(CATALOGUE["cknna"].null)
-    assert null.isnull().all()

@@ -124,8 +124,8 @@ def test_tables_pages_and_reports_say_it(runs, readings, tmp_path):
     assert REASON in comparison_table(readings, COMPARED_METRICS).caption
     assert any(REASON in sentence for sentence in differences(readings))
     facts = facts_table(readings)
-    assert facts.loc["Reading"].str.contains("unproven").all()
-    assert CONSTRAINT in facts.loc["Mixing matrices"].iloc[0].replace("\\", "")  # escaped for Markdown
+    assert facts.loc["reading"].str.contains("unproven").all()
+    assert CONSTRAINT in facts.loc["mixing matrices"].iloc[0].replace("\\", "")  # escaped for Markdown
     assert f"reading {UNPROVEN}" in unescape(to_html(readings))
     bundle = write_bundle(readings[1:], tmp_path / "paper", formats=())
     manifest = json.loads((bundle / "manifest.json").read_text())

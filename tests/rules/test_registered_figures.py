@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from depthscope.app.figures import DEFINED, DRAWN, FIGURES, NOT_DRAWN, Heatmap, Lines, catalogue
-from depthscope.app.figures.build.default_figure import default_figure, default_figures, undrawn_dims
+from depthscope.app.figures.build.curve_figure import default_figure, default_figures, undrawn_dims
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS
 

@@ -76,44 +76,20 @@ class Network:
 
 @dataclass(frozen=True)
 class Fault:
-    """One mechanism.
+    """One mechanism."""
 
-    Parameters
-    ----------
-    title : str
-        For the table.
-    severity : Severity
-        The least that it must be told with.
-    says : tuple of str
-        Verdicts that name it.
-    hosts : tuple of str
-        Families that it is planted in.
-    plant : callable
-        Changes the network and returns the place.
-    age : str
-        "fresh", "trained", or "either".
-    early : bool
-        Whether it is planted before training.
-    streams : tuple of int
-        Of hosts with streams.
-    measure : callable, optional
-        Makes the run, where it is no capture of the planted network.
-    plan : tuple
-        What the plan must have.
-    fact : bool
-        Whether it is harmful though the loss cannot show it: training is cut off, or what is there is not used.
-    """
-
-    title: str
-    severity: Severity
-    says: tuple[str, ...]
-    hosts: tuple[str, ...]
-    plant: Callable[[Network], Place]
-    age: str = "either"
-    early: bool = False
-    streams: tuple[int, ...] = (2, 3, 4)
+    title: str  # for the table
+    severity: Severity  # the least that it must be told with
+    says: tuple[str, ...]  # verdicts that name it
+    hosts: tuple[str, ...]  # families that it is planted in
+    plant: Callable[[Network], Place]  # changes the network and returns the place
+    age: str = "either"  # "fresh", "trained", or "either"
+    early: bool = False  # whether it is planted before training
+    streams: tuple[int, ...] = (2, 3, 4)  # of hosts with streams
+    # makes the run, where it is no capture of the planted network
     measure: Callable[[Network, Place], xr.DataTree] | None = None
-    plan: tuple[tuple[str, Any], ...] = ()
+    plan: tuple[tuple[str, Any], ...] = ()  # what the plan must have
+    # whether it is harmful though the loss cannot show it: training is cut off, or what is there is not used
     fact: bool = False
 
 
@@ -176,20 +152,14 @@ def _(net):
     return net.after(net.block(), lambda x: 0 * x)
 
 
-@fault(
-    "the state grows by a factor in every block", WARN, "exploding_state", hosts=(*WITH_SKIP, *FREE_OF_NORMS)
-)
+@fault("the state grows by a factor in every block", WARN, "exploding_state", hosts=(*WITH_SKIP, *FREE_OF_NORMS))  # fmt: skip
 def _(net):
     factor = 10 ** (net.rng.uniform(6, 10) / len(net.blocks))
     return net.everywhere_after(lambda x: factor * x)
 
 
-@fault(
-    "one block multiplies the state by 1e5 or more",
-    WARN,
-    "exploding_state",
-    hosts=(*WITH_SKIP, *FREE_OF_NORMS, *VISION),
-)
+@fault("one block multiplies the state by 1e5 or more", WARN, "exploding_state", hosts=(*WITH_SKIP, *FREE_OF_NORMS,
+       *VISION))  # fmt: skip
 def _(net):
     factor = 10 ** net.rng.uniform(5, 7)
     return net.after(net.block(), lambda x: factor * x)
@@ -204,12 +174,8 @@ def _(net):
     return net.everywhere_after(lambda x: factor * x)
 
 
-@fault(
-    "a ResNet without norms grows through its stages",
-    WARN,
-    "exploding_state",
-    hosts=("ResNet without norms",),
-)
+@fault("a ResNet without norms grows through its stages", WARN, "exploding_state",
+       hosts=("ResNet without norms",))  # fmt: skip
 def _(net):
     # A factor of 1e6 in all, and of a hundred within each of the three stages.
     factor = 10 ** (net.rng.uniform(6, 8) / len(net.blocks))
@@ -239,50 +205,22 @@ def _scale_gradient(net: Network, factor: float) -> Place:
     return Place(0, (2 if net.plan.streams > 1 else 1) * number, ends=True)
 
 
-@fault(
-    "the gradient is multiplied behind a block",
-    WARN,
-    "exploding_gradient",
-    hosts=DIFFERENTIABLE,
-)
-def _(net):
-    return _scale_gradient(net, 10 ** net.rng.uniform(3, 6))
-
-
-@fault(
-    "the gradient is scaled down behind a block",
-    WARN,
-    "vanishing_gradient",
-    hosts=DIFFERENTIABLE,
-)
-def _(net):
-    return _scale_gradient(net, 10 ** -net.rng.uniform(3, 6))
-
-
-@fault("the gradient is NaN behind a block", FAIL, "not_finite", hosts=DIFFERENTIABLE, fact=True)
-def _(net):
-    return _scale_gradient(net, float("nan"))
-
-
-@fault("the gradient grows in every block", WARN, "exploding_gradient", hosts=DIFFERENTIABLE)
-def _(net):
-    return _scale_every_gradient(net, 10 ** (net.rng.uniform(3, 6) / len(net.blocks)))
-
-
-@fault(
-    "the gradient shrinks in every block",
-    WARN,
-    "vanishing_gradient",
-    hosts=DIFFERENTIABLE,
-)
-def _(net):
-    return _scale_every_gradient(net, 10 ** (-net.rng.uniform(3, 6) / len(net.blocks)))
-
-
 def _scale_every_gradient(net: Network, factor: float) -> Place:
     for block in net.blocks:
-        block.before = lambda x: ScaledGradient.apply(x, factor)
+        block.before = lambda x: ScaledGradient.apply(x, factor ** (1 / len(net.blocks)))
     return Place()
+
+
+for _title, _says, _plant, _sign in (
+    ("the gradient is multiplied behind a block", "exploding_gradient", _scale_gradient, 1),
+    ("the gradient is scaled down behind a block", "vanishing_gradient", _scale_gradient, -1),
+    ("the gradient is NaN behind a block", "not_finite", _scale_gradient, float("nan")),
+    ("the gradient grows in every block", "exploding_gradient", _scale_every_gradient, 1),
+    ("the gradient shrinks in every block", "vanishing_gradient", _scale_every_gradient, -1),
+):
+    fault(_title, FAIL if _sign != _sign else WARN, _says, hosts=DIFFERENTIABLE, fact=_sign != _sign)(
+        lambda net, plant=_plant, sign=_sign: plant(net, 10 ** (sign * net.rng.uniform(3, 6)))
+    )
 
 
 @fault("branches without norms begin three times too large", WARN, "exploding_state", "exploding_gradient",
@@ -331,12 +269,7 @@ def _direction(net: Network) -> torch.Tensor:
     return nn.functional.normalize(torch.randn(net.plan.width), dim=0)
 
 
-@fault(
-    "a bottleneck of one direction",
-    WARN,
-    "lost_directions",
-    hosts=(*WITH_SKIP, *VISION),
-)
+@fault("a bottleneck of one direction", WARN, "lost_directions", hosts=(*WITH_SKIP, *VISION))
 def _(net):
     u = _direction(net)
     return net.after(net.block(), lambda x: (x @ u).unsqueeze(-1) * u)
@@ -361,14 +294,8 @@ def _(net):
     return net.after(net.block(), spike)
 
 
-@fault(
-    "an idle block between active ones",
-    WARN,
-    "idle_layer",
-    hosts=("pre-norm transformer", "pre-norm MLP", "parallel branches"),
-    age="trained",  # a fresh one may begin so
-    fact=True,
-)
+@fault("an idle block between active ones", WARN, "idle_layer", hosts=("pre-norm transformer", "pre-norm MLP",
+       "parallel branches"), age="trained", fact=True)  # fmt: skip
 def _(net):
     number = net.block()
     for branch in net.blocks[number].branches:
@@ -502,13 +429,8 @@ def _(net):
     return Place()
 
 
-@fault(
-    "one connection mixes uniformly",
-    WARN,
-    "stream_collapse",
-    hosts=("HC", *STOCHASTIC),
-    plan=(("start", "apart"),),
-)
+@fault("one connection mixes uniformly", WARN, "stream_collapse", hosts=("HC", *STOCHASTIC), plan=(("start",
+       "apart"),))  # fmt: skip
 def _(net):
     return net.mixes(lambda mix: torch.full_like(mix, 1 / net.plan.streams), net.connection())
 
@@ -533,13 +455,7 @@ def _(net):
     return net.mixes(starve, net.connection())
 
 
-@fault(
-    "Sinkhorn of one round",
-    WARN,
-    "sinkhorn_not_converged",
-    hosts=("mHC",),
-    streams=(3, 4),
-)
+@fault("Sinkhorn of one round", WARN, "sinkhorn_not_converged", hosts=("mHC",), streams=(3, 4))
 def _(net):
     for connection in net.connections:
         connection.mixing = Mixing(lambda logits, n: sinkhorn(logits, 1), connection.mixing.logits)
@@ -559,14 +475,8 @@ def _(net):
     return net.mixes(lambda mix: mix * torch.nan, net.connection())
 
 
-@fault(
-    "the mixing's logits are detached",
-    WARN,
-    "unlearnable_mixing",
-    hosts=STOCHASTIC,
-    plan=(("start", "apart"),),
-    fact=True,
-)
+@fault("the mixing's logits are detached", WARN, "unlearnable_mixing", hosts=STOCHASTIC, plan=(("start",
+       "apart"),), fact=True)  # fmt: skip
 def _(net):
     for connection in net.connections:
         connection.change_logits = torch.detach
@@ -638,16 +548,8 @@ def _(net):
     return Place(len(net.connections) // 2, len(net.connections))
 
 
-@fault(
-    "two of several streams are copies",
-    WARN,
-    "copied_streams",
-    hosts=("HC",),
-    age="trained",
-    streams=(3, 4),
-    plan=(("start", "apart"), *GROWN),
-    fact=True,
-)
+@fault("two of several streams are copies", WARN, "copied_streams", hosts=("HC",), age="trained", streams=(3, 4),
+       plan=(("start", "apart"), *GROWN), fact=True)  # fmt: skip
 def _(net):
     one, other = net.rng.sample(range(net.plan.streams), 2)
     swap = torch.eye(net.plan.streams)
@@ -704,7 +606,7 @@ def _wired(bug: str, net: Network, place: Place) -> xr.DataTree:
     return probes.settle(probes.capture(model, batch), model, batch)
 
 
-for _bug, (_title, _severity, *_says) in WIRED.items():
-    fault(_title, _severity, *_says, hosts=("mHC",), age="fresh", measure=partial(_wired, _bug))(
+for _bug, (_title, _severity, _says) in WIRED.items():
+    fault(_title, _severity, _says, hosts=("mHC",), age="fresh", measure=partial(_wired, _bug))(
         lambda net: Place()
     )

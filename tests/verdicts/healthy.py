@@ -21,27 +21,14 @@ from tests.verdicts.plans import Plan, drawn_plan, short
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of healthy network.
+    """One kind of healthy network."""
 
-    Parameters
-    ----------
-    title : str
-        For the table.
-    draw : callable
-        Draws a plan.
-    build : callable
-        Makes the network of a plan, before training.
-    touch : callable
-        Changes the network after training.
-    slow : bool
-        Whether it needs transformers, or seconds.
-    """
-
-    title: str
-    draw: Callable[[random.Random], Plan]
-    build: Callable[[Plan], nn.Module] = built
+    title: str  # for the table
+    draw: Callable[[random.Random], Plan]  # draws a plan
+    build: Callable[[Plan], nn.Module] = built  # makes the network of a plan, before training
+    # changes the network after training
     touch: Callable[[nn.Module, random.Random], Any] = lambda model, rng: None
-    slow: bool = False
+    slow: bool = False  # whether it needs transformers, or seconds
 
 
 def streams_for(family: str, rng: random.Random) -> int:

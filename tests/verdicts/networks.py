@@ -31,34 +31,20 @@ def unchanged(x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Form:
-    """How a plain block puts its branches on the skip.
+    """How a plain block puts its branches on the skip."""
 
-    Parameters
-    ----------
-    norm : str
-        "pre": x + F(norm x); "post": norm(x + F x); "sandwich": x + norm F(norm x); "none": x + F x.
-    mixer, transform : str
-        Keys of `parts.MIXERS` and `parts.TRANSFORMS`; without a mixer tokens do not see one another.
-    scale : float, optional
-        Where a learned scale of every branch begins: LayerScale, or ReZero where it is 0.
-    parallel : bool
-        Whether attention and MLP read the same state.
-    gated : bool
-        Whether a gate that is computed from the state decides between the skip and the branch.
-    deep : bool
-        DeepNorm: a post-norm block whose skip is (2 L)^¼ and whose branches begin small.
-    rms : bool
-        Whether its norms are RMSNorm.
-    """
-
+    # "pre": x + F(norm x); "post": norm(x + F x); "sandwich": x + norm F(norm x); "none": x + F x
     norm: str = "pre"
+    # keys of `parts.MIXERS` and `parts.TRANSFORMS`; without a mixer tokens do not see one another
     mixer: str = "attention"
     transform: str = "mlp"
+    # where a learned scale of every branch begins: LayerScale, or ReZero where it is 0
     scale: float | None = None
-    parallel: bool = False
+    parallel: bool = False  # whether attention and MLP read the same state
+    # whether a gate that is computed from the state decides between the skip and the branch
     gated: bool = False
-    deep: bool = False
-    rms: bool = False
+    deep: bool = False  # DeepNorm: a post-norm block whose skip is (2 L)^¼ and whose branches begin small
+    rms: bool = False  # whether its norms are RMSNorm
 
 
 class Block(nn.Module):

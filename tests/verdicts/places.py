@@ -13,26 +13,16 @@ WITHIN = 1  # depths
 
 @dataclass(frozen=True)
 class Place:
-    """The depths, stream or module that a fault reaches; depth 0 is the embedding.
+    """The depths, stream or module that a fault reaches; depth 0 is the embedding."""
 
-    Parameters
-    ----------
-    first, last : int, optional
-        The first and last depth that it can show at; None where it is the whole network.
-    begins, ends : bool
-        Whether a finding must begin at `first`, or end at `last`, and not only lie between them.
-    stream : str, optional
-        The stream that it is about.
-    module : str
-        The module, for what is said of weights.
-    """
-
+    # the first and last depth that it can show at; None where it is the whole network
     first: int | None = None
     last: int | None = None
+    # whether a finding must begin at `first`, or end at `last`, and not only lie between them
     begins: bool = False
     ends: bool = False
-    stream: str | None = None
-    module: str = ""
+    stream: str | None = None  # the stream that it is about
+    module: str = ""  # the module, for what is said of weights
 
     def holds(self, finding: Finding, analysis: xr.Dataset) -> bool:
         """Whether a finding is at this place, give or take one depth."""

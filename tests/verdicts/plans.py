@@ -8,47 +8,24 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Plan:
-    """A network of the zoo, in words and numbers.
+    """A network of the zoo, in words and numbers."""
 
-    Parameters
-    ----------
-    family : str
-        A key of `networks.FAMILIES`.
-    blocks, width, heads, streams, vocabulary : int
-        Sizes; streams are 1 where there is one state.
-    seed : int
-        Of weights, task and batch.
-    steps : int
-        Of training on the task; 0 is a fresh network.
-    rate : float
-        Learning rate.
-    sequences, length : int
-        Of the batch that is captured.
-    padded : bool
-        Whether the batch has padding, and a mask that says where.
-    embedding : float
-        Standard deviation of the embedding.
-    style : str
-        How the connections of streams are written: "returned" by a module, or "local" variables of the block.
-    start : str
-        How streams begin: "copies", or "apart", each shifted by a vector of its own.
-    """
-
-    family: str = "pre-norm transformer"
-    blocks: int = 6
+    family: str = "pre-norm transformer"  # A key of `networks.FAMILIES`
+    blocks: int = 6  # sizes; streams are 1 where there is one state
     width: int = 32
     heads: int = 4
     streams: int = 1
     vocabulary: int = 48
-    seed: int = 0
-    steps: int = 0
-    rate: float = 3e-3
-    sequences: int = 6
+    seed: int = 0  # of weights, task and batch
+    steps: int = 0  # of training on the task; 0 is a fresh network
+    rate: float = 3e-3  # learning rate
+    sequences: int = 6  # of the batch that is captured
     length: int = 24
-    padded: bool = False
-    embedding: float = 1.0
+    padded: bool = False  # whether the batch has padding, and a mask that says where
+    embedding: float = 1.0  # standard deviation of the embedding
+    # how the connections of streams are written: "returned" by a module, or "local" variables of the block
     style: str = "returned"
-    start: str = "copies"
+    start: str = "copies"  # how streams begin: "copies", or "apart", each shifted by a vector of its own
 
     @property
     def words(self) -> str:

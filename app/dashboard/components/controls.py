@@ -1,21 +1,19 @@
 """What may a visitor choose? The version of each number, in controls whose values are part of the URL."""
 
-# Every control has a key and `bind="query-params"`: the key is its name in the URL, so that a copied address shows the
-# same view to somebody else, and the reload of a page loses nothing.
-
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import streamlit as st
 
 from depthscope.app.figures import CHOICES, Analyses, FigureKind, Selection
 from depthscope.app.figures.build.values import streams_of
+from depthscope.app.readings.readings import Reading
 from depthscope.app.text.glossary import GLOSSARY
-
-__all__ = ["CONTROLS", "choose"]
 
 
 @dataclass(frozen=True)
@@ -98,3 +96,111 @@ def _choose_stream(streams: Sequence[str]) -> str:
         bind="query-params",
         width=170,
     )
+
+
+SEED = "seed"
+
+SINGLE_RUNS = "single runs"
+
+
+def choose_one(
+    label: str,
+    options: Sequence[str],
+    key: str,
+    *,
+    default: str | None = None,
+    words: Callable[[str], str] = str,
+    width: int = 240,
+) -> str:
+    """One of some names, in the URL under its key.
+
+    ``options``: at least one; a single one is taken without asking.
+    ``key``: of the control and in the URL.
+    ``default``: chosen at first; the first option where it is None or no option.
+    """
+    # A name of other runs, or of a link: Streamlit raises for a value that is no option.
+    if st.session_state.get(key) not in options:
+        st.session_state.pop(key, None)
+    if len(options) == 1:
+        return options[0]
+    index = options.index(default) if default is not None and default in options else 0
+    return st.selectbox(
+        label, options, index=index, format_func=words, key=key, bind="query-params", width=width
+    )
+
+
+def choose_index(label: str, last: int, key: str, *, default: int, width: int = 130) -> int:
+    """An integer from 0 to the last one, in the URL under its key.
+
+    ``key``: of the control and in the URL.
+    """
+    # Streamlit fails on an address with ?a=inf: the field then does not read the address, and its value leaves it.
+    bound = re.fullmatch(r"\d{1,9}", st.query_params.get(key, "0")) is not None
+    if not bound:
+        del st.query_params[key]
+    # A depth of a deeper run, or of a link to one: Streamlit raises for a value above the maximum.
+    if st.session_state.get(key, default) > last:
+        st.session_state[key] = last
+    bind = "query-params" if bound else None
+    return int(st.number_input(label, 0, last, min(default, last), key=key, bind=bind, width=width))
+
+
+# Streamlit binds a list to the address by the words that are shown; names are shorter, and stay when a title changes.
+def choose_names(
+    label: str, options: Sequence[str], default: Sequence[str], *, key: str, words: dict[str, str], most: int
+) -> list[str]:
+    """Some of many names, in the address under their key.
+
+    ``options, default``: names that there are, and those that are chosen at first.
+    ``key``: of the field, and in the address.
+    Returns: Those that are chosen; the default where none is.
+    """
+    known = set(options)
+    asked = st.query_params.get_all(key)[: 2 * most] if key in st.query_params else []
+    named = [name for name in dict.fromkeys(asked) if name in known][:most]
+    if key not in st.session_state:
+        st.session_state[key] = named or list(default)
+    elif not set(st.session_state[key]) <= known:
+        # Chosen for another run: Streamlit raises for a value that is no option.
+        st.session_state[key] = [name for name in st.session_state[key] if name in known]
+    if asked and not named:
+        del st.query_params[key]
+    st.multiselect(
+        label,
+        options,
+        format_func=words.__getitem__,
+        key=key,
+        max_selections=most,
+        on_change=partial(_put, key),
+    )
+    return list(st.session_state[key][:most]) or list(default)
+
+
+def _put(key: str) -> None:
+    st.query_params[key] = st.session_state[key]
+
+
+def choose_group(readings: Sequence[Reading], label: str, key: str) -> tuple[str | None, dict[str, str]]:
+    """The attribute whose groups are shown, and the group of each run; None and no groups for single runs."""
+    names = groups_of(readings)
+    if not names:
+        return None, {}
+    by = choose_one(
+        label, [SINGLE_RUNS, *names], key, words=lambda n: n if n == SINGLE_RUNS else f"by {n}", width=200
+    )
+    if by == SINGLE_RUNS:
+        return None, {}
+    return by, {reading.name: str(reading.attrs[by]) for reading in readings}
+
+
+def groups_of(readings: Sequence[Reading]) -> list[str]:
+    """Attributes that make groups of the runs, of which at least one has several runs, such as the seeds of a family."""
+    shared = set.intersection(*(set(reading.attrs) for reading in readings)) if readings else set()
+    found = []
+    for name in sorted(shared - {SEED, "created", "data_digest", "weights_digest"}):
+        values = [reading.attrs[name] for reading in readings]
+        if all(isinstance(value, (str, int, float)) for value in values):
+            different = set(map(str, values))
+            if 1 < len(different) < len(values):
+                found.append(name)
+    return found

@@ -43,10 +43,7 @@ _bench = component("bench", "numbers", "matrices", styles=("matrices",))
 
 
 def show_depth(reading: Reading, close_up: CloseUp | None, view: View, *, on_token: Any) -> None:
-    """All about the depth under the cursor or that is pinned, and below it what only the server can tell of the pinned one.
-
-    ``on_token``: called when a token was marked.
-    """
+    """All about the depth under the cursor or that is pinned, and below it what only the server can tell of the pinned one."""
     facts = st.session_state.get(_FACTS)
     key = (view.stream, view.whose, view.token)
     if facts is None or facts[0] is not reading or facts[1] is not close_up or facts[2] != key:
@@ -141,7 +138,7 @@ def _numbers(reading: Reading, view: View, depths: int) -> list[dict[str, Any]]:
 def _tokens(close_up: CloseUp, depth: int, stream: str) -> dict[str, list[list[Any]]]:
     return {
         "tokens": [
-            [each.text, each.sequence, each.position, number(each.norm), number(each.ratio)]
+            [each.text, each.sequence, each.position, number(each.value), number(each.ratio)]
             for each in close_up.largest_tokens(depth, stream=stream)
         ],
         "entries": [

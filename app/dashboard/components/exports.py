@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,17 +10,15 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.choices import choose_one
-from depthscope.app.dashboard.components.figure_numbers import cut_words, show_frame
+from depthscope.app.dashboard.components.chart import cut_words, show_frame
+from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.drawing.matplotlib import write_figure
 from depthscope.app.figures import CHOICES, Figure, FigureKind, Selection
-from depthscope.app.figures.numbers import figure_table
+from depthscope.app.figures.specification import figure_table
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.comparison import summary_table
-from depthscope.app.tables.findings import findings_table
 from depthscope.app.tables.formats import to_csv, to_latex, to_parquet
-from depthscope.app.tables.tables import Table, depth_table, mixing_table
+from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut, keys_of
 from depthscope.app.text.latex import cite, tex
 from depthscope.app.text.numbers import number
@@ -30,66 +27,40 @@ from depthscope.app.text.venues import VENUES
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE
 
-__all__ = ["measure_python", "measure_table", "plain_frame", "show_exports"]
+__all__ = ["measure_table", "plain_frame", "show_exports"]
 
-MEASURE, DEPTH, CONNECTION = "the measure above", "every measure by depth", "every measure by connection"
-SUMMARY, FINDINGS = "summary of the runs", "findings"
-
-MIMES = {"pdf": "application/pdf", "pgf": "application/x-tex", "svg": "image/svg+xml"}
+MIMES = {"pdf": "application/pdf", "svg": "image/svg+xml"}
 
 _OPTIONS = ("scope", "tokens", "centering", "reduction")
 """Fields of a selection that the commands have options for."""
-
-ALL_ROWS = 10**6
-"""Also LaTeX has every row here: what is shown is what is saved."""
 
 
 def show_exports(
     figure: Figure, kind: FigureKind, readings: Sequence[Reading], used: Mapping[str, Any]
 ) -> None:
-    """A figure for a paper, and a table to take away, each with its code.
-
-    ``figure``: what the page shows.
-    ``used``: the choices that made it.
-    """
+    """A figure for a paper, and its numbers to take away, each with its code."""
     st.markdown("## Export")
     left, right = st.columns(2, gap="medium")
-    with left:
-        _show_paper_figure(figure, _measure_call("measure", readings, kind, used))
+    # What is not said is the default; names of runs are those of their paths, so that a heat map of one run needs none.
+    given = {name: value for name, value in used.items() if value != getattr(Selection(), name)}
+    paths = [Path(path) for path in dict.fromkeys(reading.path for reading in readings)]
+    words = [repr(kind.name), repr(list(map(str, paths)))]
+    words += [f"{name}={value!r}" for name, value in given.items() if name != "run"]
+    with left, st.container(border=True):
+        _show_paper_figure(figure, f"ds.figures.measure({', '.join(words)}")
     with right, st.container(border=True):
-        with st.container(horizontal=True, vertical_alignment="bottom"):
-            what = choose_one("Table", [MEASURE, DEPTH, CONNECTION, SUMMARY, FINDINGS], "table", width=240)
-            if what in (DEPTH, CONNECTION):
-                names = {reading.name: reading for reading in readings}
-                readings = [names[choose_one("Run", list(names), "table_run", width=200)]]
-        _show_table(what, figure, kind, readings, used)
-
-
-def _show_table(
-    what: str, figure: Figure, kind: FigureKind, readings: Sequence[Reading], used: Mapping[str, Any]
-) -> None:
-    table: Table | None
-    if what == MEASURE:
-        table, python = measure_table(figure), measure_python(readings, kind, used)
-        commands = _analyze_commands(readings, used, kind)
-    elif what in (DEPTH, CONNECTION):
-        table = (depth_table if what == DEPTH else mixing_table)(readings[0], rows=ALL_ROWS)
-        commands = _analyze_commands(readings, {})
-        python = _table_python("depth" if what == DEPTH else "connection", readings)
-    elif what == SUMMARY:
-        table, python = summary_table(readings), _table_python("summary", readings)
-        commands = [command_line("compare", *_paths(readings), "--json")]
-    else:
-        table, python = findings_table(readings), _table_python("findings", readings)
-        commands = [command_line("check", *_paths(readings), "--json")]
-    if table is None or table.data.empty:
-        st.info(f"{escaped(readings[0].name)} has no such numbers: choose another table or run.", icon="ℹ️")
-        return
-    _offer_table(table)
-    st.caption("The same in a shell and in Python:")
-    # A sign in the name of a file that turns the text around is shown as its escape.
-    st.code(visible("\n".join(commands), lines=True), "bash", wrap_lines=True)
-    st.code(python, "python", wrap_lines=True)
+        _offer_table(measure_table(figure))
+        st.caption("The same in a shell and in Python:")
+        chosen = [f"{name}={used[name]}" for name in _OPTIONS if used.get(name) in CHOICES[name]]
+        options = ["--metrics", kind.metric, *(["--select", ",".join(chosen)] if chosen else [])]
+        commands = [
+            command_line("analyze", path, *options, "--out", f"metrics_{i}.zarr", "--json")
+            for i, path in enumerate(paths, start=1)
+        ]
+        # A sign in the name of a file that turns the text around is shown as its escape.
+        st.code(visible("\n".join(commands), lines=True), "bash", wrap_lines=True)
+        call = f"ds.figures.numbers({', '.join(words)})"
+        st.code(f"import depthscope as ds\n\nprint({call}.to_csv(index=False))", "python", wrap_lines=True)
 
 
 def _offer_table(table: Table) -> None:
@@ -142,37 +113,32 @@ def plain_frame(data: pd.DataFrame) -> pd.DataFrame:
 
 
 def _show_paper_figure(figure: Figure, call: str) -> None:
-    """Buttons that save a figure for paper, the LaTeX that includes it, and the lines that make it.
-
-    ``call``: of `ds.figures.measure`, without its closing bracket.
-    """
-    with st.container(border=True):
-        with st.container(horizontal=True, vertical_alignment="bottom"):
-            venue = choose_one("Figure for", list(VENUES), "venue", width=160)
-            for ending, mime in MIMES.items():
-                st.download_button(
-                    ending.upper(),
-                    lambda ending=ending: _written(figure, ending, venue),  # only when it is asked for
-                    file_name=f"{figure.name}.{ending}",
-                    mime=mime,
-                    key=f"paper_{ending}",
-                    on_click="ignore",
-                    # LaTeX measures the words of a PGF figure.
-                    disabled=ending == "pgf" and shutil.which("pdflatex") is None,
-                )
-        st.caption("In LaTeX, with the sources that the caption cites as BibTeX:")
-        # In no language: the highlighter takes what follows an escaped percent sign for a comment.
-        st.code(figure_tex(figure), None, wrap_lines=True)
-        if keys := figure_keys(figure):
-            st.code(cut(keys).strip(), "bibtex", wrap_lines=True)
-        st.caption("The same in Python:")
-        code = f"import depthscope as ds\n\nfigure = {call}, venue={venue!r})\nfigure.savefig({f'{figure.name}.pdf'!r})"
-        st.code(code, "python", wrap_lines=True)
+    """Buttons that save a figure for paper, the LaTeX that includes it, and the lines that make it."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        venue = choose_one("Figure for", list(VENUES), "venue", width=160)
+        for ending, mime in MIMES.items():
+            st.download_button(
+                ending.upper(),
+                lambda ending=ending: _written(figure, ending, venue),  # only when it is asked for
+                file_name=f"{figure.name}.{ending}",
+                mime=mime,
+                key=f"paper_{ending}",
+                on_click="ignore",
+            )
+    own = [CATALOGUE[figure.metric].cite] if figure.metric in CATALOGUE else []
+    keys = keys_of([*own, *figure.sources])
+    st.caption("In LaTeX, with the sources that the caption cites as BibTeX:")
+    # In no language: the highlighter takes what follows an escaped percent sign for a comment.
+    st.code(figure_tex(figure, keys), None, wrap_lines=True)
+    if keys:
+        st.code(cut(keys).strip(), "bibtex", wrap_lines=True)
+    st.caption("The same in Python:")
+    code = f"import depthscope as ds\n\nfigure = {call}, venue={venue!r})\nfigure.savefig({f'{figure.name}.pdf'!r})"
+    st.code(code, "python", wrap_lines=True)
 
 
-def figure_tex(figure: Figure) -> str:
+def figure_tex(figure: Figure, keys: Sequence[str]) -> str:
     """The figure environment, with the caption and what it cites."""
-    keys = figure_keys(figure)
     cited = f" {cite(keys)}" if keys else ""
     return "\n".join(
         [
@@ -186,59 +152,8 @@ def figure_tex(figure: Figure) -> str:
     )
 
 
-def figure_keys(figure: Figure) -> list[str]:
-    """The keys of the bibliography that the figure cites: those of its metric and of the laws that it draws."""
-    own = [CATALOGUE[figure.metric].cite] if figure.metric in CATALOGUE else []
-    return keys_of([*own, *figure.sources])
-
-
 def _written(figure: Figure, ending: str, venue: str) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"figure.{ending}")
         write_figure(figure, path, width=venue)
         return path.read_bytes()
-
-
-def _paths(readings: Sequence[Reading]) -> list[Path]:
-    return [Path(path) for path in dict.fromkeys(reading.path for reading in readings)]
-
-
-def _analyze_commands(
-    readings: Sequence[Reading], used: Mapping[str, Any], kind: FigureKind | None = None
-) -> list[str]:
-    """One command a run; what it computes is written to a file of its own, and the run is left as it is."""
-    chosen = [f"{name}={used[name]}" for name in _OPTIONS if used.get(name) in CHOICES[name]]
-    options = ["--select", ",".join(chosen)] if chosen else []
-    metrics = ["--metrics", kind.metric] if kind else []
-    return [
-        command_line("analyze", path, *metrics, *options, "--out", f"metrics_{i}.zarr", "--json")
-        for i, path in enumerate(_paths(readings), start=1)
-    ]
-
-
-def _table_python(name: str, readings: Sequence[Reading]) -> str:
-    """Code that prints a table."""
-    chain = f", chain={readings[0].chain!r}" if len(readings) == 1 and readings[0].chain else ""
-    call = f"ds.figures.table({name!r}, {_path_list(readings)}{chain})"
-    return f"import depthscope as ds\n\nprint({call}.to_csv(index=False))"
-
-
-def measure_python(readings: Sequence[Reading], kind: FigureKind, used: Mapping[str, Any]) -> str:
-    """Code that prints the numbers of a figure."""
-    call = _measure_call("numbers", readings, kind, used)
-    return f"import depthscope as ds\n\nprint({call}).to_csv(index=False))"
-
-
-def _measure_call(
-    function: str, readings: Sequence[Reading], kind: FigureKind, used: Mapping[str, Any]
-) -> str:
-    """The call of a public function with what is shown, without its closing bracket."""
-    # The names of the runs are those of their paths, in the address and here the same only where they are unique: a heat map
-    # of one run needs none.
-    given = {name: value for name, value in used.items() if value != getattr(Selection(), name)}
-    choices = [f"{name}={value!r}" for name, value in given.items() if name != "run"]
-    return f"ds.figures.{function}({', '.join([repr(kind.name), _path_list(readings), *choices])}"
-
-
-def _path_list(readings: Sequence[Reading]) -> str:
-    return repr([str(path) for path in _paths(readings)])

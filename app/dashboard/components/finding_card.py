@@ -39,7 +39,6 @@ def show_card(card: Card, *, name: str, depth: int | None, runs: Sequence[str]) 
     """One finding in a bordered box, with a button that opens the microscope there.
 
     ``name``: of the reading that it is about.
-    ``depth``: where it is worst.
     ``runs``: names in the list of runs that are chosen then.
     """
     word, colour, sign = BADGES[card.severity]
@@ -105,15 +104,16 @@ def escaped(text: object) -> str:
     ('a\\_b \\*c\\*', 'see `http://a.example`')
     """
     words = visible(" ".join(str(text).split()), longest=LONGEST_TEXT).split(" ")
-    return " ".join(_as_code(word) if _SEARCHED.search(word) else _backslashed(word) for word in words)
+    return " ".join(
+        _backslashed(_ICON).join(_code(part) for part in word.split(_ICON))
+        if _SEARCHED.search(word)
+        else _backslashed(word)
+        for word in words
+    )
 
 
 def _backslashed(text: str) -> str:
     return _SPECIAL.sub(r"\\\1", text)
-
-
-def _as_code(word: str) -> str:
-    return _backslashed(_ICON).join(_code(part) for part in word.split(_ICON))
 
 
 def _code(text: str) -> str:

@@ -12,13 +12,7 @@ import xarray as xr
 
 from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, component
 from depthscope.app.drawing.plotly import reduction_words, shrink
-from depthscope.app.drawing.plotly.stack import (
-    SEVERITY_COLOURS,
-    Bar,
-    Panel,
-    draw_stack,
-    stack_height,
-)
+from depthscope.app.drawing.plotly.panels import SEVERITY_COLOURS, Bar, Panel, draw_panels, panels_height
 from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, available
 from depthscope.app.figures.build.matrix_figure import picture_figure
 from depthscope.app.figures.build.values import level_of, names_of
@@ -231,8 +225,8 @@ class _Drawn:
             if close_up.num_streams > 1:
                 panels.append(_stream_panel(close_up))
         data = {
-            "figure": draw_stack(panels, bars, names).to_json(),
-            "height": stack_height(panels, bars),
+            "figure": draw_panels(panels, bars, names).to_json(),
+            "height": panels_height(panels, bars),
             "places": list(range(len(names))),
             "names": names,
             "rows": f"yaxis{rows}" if rows else "",

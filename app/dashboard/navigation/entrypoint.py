@@ -5,26 +5,27 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
+# And only there: a process that analyses runs imports the script of the server, under another name.
+if __name__ == "__main__":
+    from functools import partial
+    from pathlib import Path
 
-import streamlit as st
+    import streamlit as st
 
-from depthscope.app.dashboard.components.chosen_runs import choose_runs
-from depthscope.app.dashboard.components.page import show_page
-from depthscope.app.dashboard.pages import PAGES
-from depthscope.app.dashboard.state.chosen_runs import follow
+    from depthscope.app.dashboard.components.page import choose_runs, show_page
+    from depthscope.app.dashboard.pages import PAGES
+    from depthscope.app.dashboard.state.chosen_runs import follow
 
-st.set_page_config(page_title="depthscope", page_icon="🔭", layout="wide")
-pages = {
-    page.url_path: st.Page(
-        partial(show_page, page), title=page.title, url_path=page.url_path, default=not page.url_path
-    )
-    for page in PAGES
-}
-current = st.navigation({"depthscope": list(pages.values())})
-st.html(Path(__file__).with_name("page.css"))
-follow(pages)
-# Here and not in the page: a widget that the page itself draws loses its value when the visitor opens another page.
-choose_runs()
-current.run()
+    st.set_page_config(page_title="depthscope", page_icon="🔭", layout="wide")
+    pages = {
+        page.url_path: st.Page(
+            partial(show_page, page), title=page.title, url_path=page.url_path, default=not page.url_path
+        )
+        for page in PAGES
+    }
+    current = st.navigation({"depthscope": list(pages.values())})
+    st.html(Path(__file__).with_name("page.css"))
+    follow(pages)
+    # Here and not in the page: a widget that the page itself draws loses its value when the visitor opens another page.
+    choose_runs()
+    current.run()

@@ -9,11 +9,9 @@ from pathlib import Path
 import numpy as np
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import build, card, clicked_cell
-from depthscope.app.dashboard.components.choices import choose_group, choose_index, choose_one
-from depthscope.app.dashboard.components.controls import choose
+from depthscope.app.dashboard.components.chart import build, card, clicked_cell, show_legend
+from depthscope.app.dashboard.components.controls import choose, choose_group, choose_index, choose_one
 from depthscope.app.dashboard.components.exports import show_exports
-from depthscope.app.dashboard.components.figure_numbers import show_legend
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.page import Page, facts_table
 from depthscope.app.dashboard.state import run_library
@@ -35,7 +33,6 @@ from depthscope.app.tables.differences import (
     differences_at,
     in_words,
 )
-from depthscope.app.text.numbers import number
 from depthscope.app.text.terminal import command_line
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE
@@ -122,7 +119,7 @@ def _is_along_depth(kind: FigureKind) -> bool:
 
 
 def _show_similarity(chosen: ChosenRuns) -> None:
-    """How similar the states of every two depths are: of two runs or by two measures, and the difference of two runs."""
+    """How similar the states of every two depths are, of one run or of two."""
     runs = chosen.feeding(*((name,) for name in MAPS))
     if not runs:
         return
@@ -137,9 +134,7 @@ def _show_similarity(chosen: ChosenRuns) -> None:
     figures = {
         f"similarity_{side}": each for side, each in zip("ab", drawn, strict=False) if each is not None
     }
-    if len(figures) == 2:
-        figures["similarity_difference"] = map_difference(*figures.values())
-    for column, (key, figure) in zip(st.columns(max(len(figures), 2)), figures.items(), strict=False):
+    for column, (key, figure) in zip(st.columns(2), figures.items(), strict=False):
         with column:
             card(replace(figure, name=key), key=key, height=400)
 
@@ -158,45 +153,6 @@ def _map_of(chosen: ChosenRuns, run: str, measure: str) -> Heatmap | None:
         st.info(escaped(f"{run} has no {_title(measure)}: {reason}."), icon="ℹ️")
         return None
     return figure if isinstance(figure, Heatmap) else None
-
-
-def map_difference(left: Heatmap, right: Heatmap) -> Heatmap:
-    """One map less another one, at the depths of the shallower run and the nearest relative depths of the other.
-
-    ``left, right``: of the same measure, of two runs.
-    """
-    shallow = left if len(left.x) <= len(right.x) else right
-    size = len(shallow.x)
-
-    def at_shared_depths(z: np.ndarray) -> np.ndarray:
-        # Between two measured depths there is no state: the nearest one, and no interpolation.
-        nearest = np.round(np.linspace(0, len(z) - 1, size)).astype(int)
-        return z[np.ix_(nearest, nearest)]
-
-    z = at_shared_depths(left.z) - at_shared_depths(right.z)
-    known = z[np.isfinite(z)]
-    reach = float(np.abs(known).max()) if known.size else 0.0
-    place = np.unravel_index(int(np.nanargmax(np.abs(z))), z.shape) if known.size else (0, 0)
-    words = (
-        f"{left.run} minus {right.run}; the largest difference is {number(float(z[place]))}, between depths {place[0]} and "
-        f"{place[1]} of {shallow.run}."
-        if known.size
-        else f"{left.run} minus {right.run}: undefined everywhere."
-    )
-    nearest = "" if len(left.x) == len(right.x) else " Runs of unequal depth: at the nearest relative depths."
-    return replace(
-        shallow,
-        name=f"{left.name}_difference",
-        title=f"Difference: {left.run} − {right.run}",
-        z=z,
-        z_label="difference",
-        limits=(-reach, reach) if reach > 0 else None,
-        diverging=True,
-        log_z=False,
-        caption=words + nearest,
-        alt=words + nearest,
-        run="",
-    )
 
 
 def _show_map(

@@ -11,12 +11,10 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import component
-from depthscope.app.dashboard.components.choices import choose_one
-from depthscope.app.dashboard.components.chosen_runs import LOOKED_AT, explain_none
-from depthscope.app.dashboard.components.figure_numbers import cut_words, offer_csv, show_frame
+from depthscope.app.dashboard.components.chart import component, cut_words, offer_csv, show_frame
+from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import BADGES, escaped, show_card
-from depthscope.app.dashboard.components.page import Page
+from depthscope.app.dashboard.components.page import LOOKED_AT, Page, explain_none
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import a_click_leads_on, open_microscope, open_page
 from depthscope.app.dashboard.state.growing_runs import LiveState
@@ -55,8 +53,8 @@ class _Runs:
         runs = cls(listed, growing_runs.live_states(listed))
         known = {name: run_library.summaries_of(name, path) for name, path in listed.items()}
         wanted = {name: listed[name] for name, found in known.items() if found is None}
-        run_library.ask_for(wanted)
-        known |= {name: run_library.summaries_of(name, path) for name, path in wanted.items()}
+        if run_library.ask_for(wanted):
+            known |= {name: run_library.summaries_of(name, path) for name, path in wanted.items()}
         for name, found in known.items():
             if found is None:
                 runs.waiting.append(name)
@@ -228,17 +226,17 @@ def _row(summary: Summary, measure: str, status: str, group: str) -> dict[str, A
         "block": block,
         "names": [visible(name) for name in summary.depths],
         "missing": "" if cells else MEASURES[measure].missing,
-        "marks": [_mark(mark) for mark in summary.marks if mark.first is not None],
+        "marks": [
+            {
+                "at": mark.first,
+                "severity": mark.finding.severity.name,
+                "title": visible(card_of(mark.finding).title.rstrip(".")),
+            }
+            for mark in summary.marks
+            if mark.first is not None
+        ],
         "depth": summary.marks[0].worst if summary.marks else None,
         "alt": f"{summary.name}: {title}. {_profile_words(summary, measure)}",
-    }
-
-
-def _mark(mark: PlacedFinding) -> dict[str, Any]:
-    return {
-        "at": mark.first,
-        "severity": mark.finding.severity.name,
-        "title": visible(card_of(mark.finding).title.rstrip(".")),
     }
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.choices import choose_names, choose_one
+from depthscope.app.dashboard.components.controls import choose_names, choose_one
 from depthscope.app.dashboard.components.depth_pane import show_depth
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.microscope import (

@@ -5,11 +5,9 @@ from __future__ import annotations
 import numpy as np
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import build, card, cards_in_rows
-from depthscope.app.dashboard.components.choices import choose_index, choose_names, choose_one
-from depthscope.app.dashboard.components.controls import choose
+from depthscope.app.dashboard.components.chart import build, card, cards_in_rows, show_legend
+from depthscope.app.dashboard.components.controls import choose, choose_index, choose_one
 from depthscope.app.dashboard.components.depth_pane import show_matrices
-from depthscope.app.dashboard.components.figure_numbers import show_legend
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import run_library
@@ -23,9 +21,8 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import number
 
 SHOWN = ("deflated_gain", "composite_gain", "mixing_singular_value", "signal_share")
-"""Figures that are shown at first: survival, gain, spectrum, and who reads what."""
+"""Figures that are shown: survival, gain, spectrum, and who reads what."""
 
-MOST_FIGURES = 12
 PICTURE_HEIGHT = 210
 """Pixels of a row of pictures."""
 
@@ -61,23 +58,12 @@ def _show(chosen: ChosenRuns) -> None:
             "their files have changed. The figures below show what the sums give.",
             icon="ℹ️",
         )
-    with st.container(horizontal=True, vertical_alignment="bottom"):
-        with st.popover("Figures", type="tertiary"):
-            names = choose_names(
-                "Figures",
-                list(figures),
-                [name for name in SHOWN if name in figures],
-                key="stream_figures",
-                words={name: kind.title for name, kind in figures.items()},
-                most=MOST_FIGURES,
-            )
-        selection = choose([figures[name] for name in names], chosen.analyses)
+    names = [name for name in SHOWN if name in figures]
+    selection = choose([figures[name] for name in names], chosen.analyses)
     show_legend(colour_numbers(chosen.analyses))
-    maps = [figures[name] for name in names if "run" in figures[name].uses]
-    if maps:
-        feeding = chosen.feeding(*(kind.needs for kind in maps))
-        selection["run"] = choose_one("Run of the heat maps", feeding, "run", width=260)
     cards_in_rows({f"chart_{name}": build(figures[name], chosen.analyses, selection) for name in names})
+    others = ", ".join(kind.title for name, kind in figures.items() if name not in SHOWN)
+    st.caption(f"On the page Compare and export: {escaped(others)}.")
 
 
 def _show_matrices(reading: Reading, close_up: CloseUp, a: int, b: int) -> None:
@@ -114,7 +100,7 @@ def _extreme_words(matrices: list[Matrix]) -> str:
         return f"{number(float(sums.min()))} to {number(float(sums.max()))}"
 
     words = [
-        f"{name}: row sums {ends(each.row_sums)}, column sums {ends(each.column_sums)}, largest singular value "
+        f"{name}: row sums {ends(each.h_res.sum(axis=1))}, column sums {ends(each.h_res.sum(axis=0))}, largest singular value "
         f"{number(float(np.linalg.norm(each.h_res, 2)))}"
         for name, each in (("Mean over tokens", mean), (worst.of[:1].upper() + worst.of[1:], worst))
     ]

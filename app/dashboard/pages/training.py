@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TypeGuard
+from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.choices import choose_group, choose_names, choose_one
-from depthscope.app.dashboard.components.controls import CONTROLS
-from depthscope.app.dashboard.components.figure_numbers import show_legend
+from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, card, component, show_legend
+from depthscope.app.dashboard.components.controls import CONTROLS, choose_group, choose_names, choose_one
 from depthscope.app.dashboard.components.finding_card import BADGES, escaped
+from depthscope.app.dashboard.components.microscope import pinned_by_page
 from depthscope.app.dashboard.components.page import Page
-from depthscope.app.dashboard.components.training import (
-    Shown,
-    default_measures,
-    measures_of,
-    position_of,
-    show_history,
-    show_step,
-    show_step_heading,
-    steps_of,
-)
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import (
     ChosenRuns,
@@ -32,13 +24,23 @@ from depthscope.app.dashboard.state.chosen_runs import (
 )
 from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
-from depthscope.app.figures.build.history_figure import OVER_ROWS, measure_title
-from depthscope.app.figures.build.spread import folded_colours
+from depthscope.app.drawing.plotly.panels import Bar, Panel, draw_panels, panels_height
+from depthscope.app.figures import Figure, Heatmap
+from depthscope.app.figures.build.history_figure import (
+    histories_figure,
+    history_figure,
+    measure_title,
+    profile_figure,
+    row_names,
+)
+from depthscope.app.figures.build.spread import folded, folded_colours
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.first_findings import Begun
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.training_history import TrainingHistory
+from depthscope.app.readings.training_history import Measure, TrainingHistory
 from depthscope.app.tables.tables import spoken
+from depthscope.app.text.numbers import number
+from depthscope.app.text.visible import visible
 from depthscope.diagnostics.verdicts.causes import worst_depth
 
 MOST_MEASURES = 10
@@ -56,12 +58,62 @@ ZOOM = r"(-?\d{1,15}(?:\.\d{1,9})?),(-?\d{1,15}(?:\.\d{1,9})?)"
 """Two numbers."""
 
 
+DEFAULT_MEASURES = (
+    "loss",
+    "learning_rate",
+    "effective_rank",
+    "residual_norm",
+    "gradient_norm",
+    "composite_gain",
+    "update_ratio",
+)
+"""Shown where the run has them, from top to bottom."""
+
+MOST_MARKS = 6
+"""Findings above the panels; the others are in the list on the right."""
+
+CURVE = 80
+CURVE_OF_SEVERAL = 120
+CURVES_OF_CELLS = 220
+LINE = 13
+"""Pixels of a curve, of those of several runs and of all elements of matrices, and of a line of text."""
+
 TOGETHER = "all together"
+
+_panels = component("panels", "plotly_page")
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a visitor has chosen.
+
+    ``known``: every measure that a run has, by name; ``measures``: those shown, from top to bottom.
+    ``choice``: labels of their dims.
+    ``steps``: all that a run has measured, increasing.
+    ``zoom``: first and last step.
+    ``step``, ``other``: the step that is pinned, and the one that it is compared with; without a pin the last step is shown.
+    ``colours``: run to number of its colour.
+    ``group_of``: of several runs: the group of each, drawn as one band; empty for single runs.
+    """
+
+    known: Mapping[str, Measure]
+    measures: tuple[str, ...]
+    choice: Mapping[str, str]
+    steps: np.ndarray
+    zoom: tuple[float, float] | None
+    step: int | None
+    other: int | None
+    colours: Mapping[str, int]
+    group_of: Mapping[str, str]
 
 
 def _show(chosen: ChosenRuns) -> None:
     found = {name: growing_runs.history_of(reading) for name, reading in chosen.readings.items()}
-    histories = {name: each for name, each in found.items() if _has_steps(each)}
+    histories = {
+        name: each
+        for name, each in found.items()
+        if (isinstance(each, TrainingHistory) and len(each.steps) >= 2 and bool(each.measures))
+    }
     without = [name for name in found if name not in histories]
     names = [*([TOGETHER] if len(histories) > 1 else []), *histories, *without]
     group_of: dict[str, str] = {}
@@ -87,17 +139,11 @@ def _show(chosen: ChosenRuns) -> None:
     st.fragment(_follow, run_every=1.0 if follows else None)(readings, colours, group_of, follows)
 
 
-def _has_steps(found: TrainingHistory | UnreadableRun) -> TypeGuard[TrainingHistory]:
-    return isinstance(found, TrainingHistory) and len(found.steps) >= 2 and bool(found.measures)
-
-
 def _goes_on(history: TrainingHistory, seconds: float) -> bool:
     """Whether steps are added or are left to judge, after so many seconds of judging."""
-    return growing_runs.first_findings_of(history).look(seconds) or _is_growing(history)
-
-
-def _is_growing(history: TrainingHistory) -> bool:
-    return history.status is not None and live_state(history.status, history.times).is_growing
+    return growing_runs.first_findings_of(history).look(seconds) or (
+        history.status is not None and live_state(history.status, history.times).is_growing
+    )
 
 
 def _explain_none(history: TrainingHistory | UnreadableRun) -> None:
@@ -150,7 +196,7 @@ def _follow(
     shown = _choose(histories, colours, group_of)
     left_column, right = st.columns([3, 2], gap="medium")
     with left_column:
-        show_history(histories, shown, begun, on_change=_changed)
+        _show_history(histories, shown, begun)
         judged = sum(each.num_judged for each in findings.values())
         steps = sum(len(history.steps) for history in histories.values())
         st.caption(
@@ -158,10 +204,15 @@ def _follow(
             f"Verdicts: {judged} of {steps} steps judged{' so far' if judged < steps else ''}."
         )
     with right, st.container(key="training_detail"):
-        show_step_heading(histories, shown)
+        words = f"Step {_spaced(shown.steps[-1] if shown.step is None else shown.step)}"
+        if shown.other is not None:
+            words += f" against step {_spaced(shown.other)}"
+        elif shown.step is None:
+            words += ", the last one"
+        st.markdown(f"## {words}")
         for reading in readings:
             _list_findings(reading, begun[reading.name], several=len(readings) > 1)
-        show_step(histories, shown)
+        _show_step(histories, shown)
     if followed and not any(left):
         st.rerun()  # of the whole page: this stops the fragment's clock
 
@@ -194,13 +245,13 @@ def _facts(history: TrainingHistory) -> list[str]:
 def _choose(
     histories: Mapping[str, TrainingHistory], colours: Mapping[str, int], group_of: Mapping[str, str]
 ) -> Shown:
-    known = measures_of(histories)
+    known = {name: each for history in histories.values() for name, each in history.measures.items()}
     with st.container(horizontal=True, vertical_alignment="bottom"):
         with st.popover("Measures", type="tertiary"):
             measures = choose_names(
                 "Measures",
                 list(known),
-                default_measures(known),
+                [name for name in DEFAULT_MEASURES if name in known] or list(known)[:3],
                 key="measures",
                 words={name: measure_title(measure) for name, measure in known.items()},
                 most=MOST_MEASURES,
@@ -216,21 +267,15 @@ def _choose(
             dim: label for name in reversed(measures) for dim, label in known[name].labels({}).items()
         }
         choice = {dim: _choose_label(dim, labels, preferred[dim]) for dim, labels in dims.items()}
-        is_drawn_over_rows = len(histories) > 1 and any(known[name].rows for name in measures)
-        over = (
-            choose_one("Over depths", list(OVER_ROWS), "over_depths", width=130)
-            if is_drawn_over_rows
-            else OVER_ROWS[0]
-        )
-    steps = steps_of(histories)
+    steps = np.unique(np.concatenate([history.steps for history in histories.values()]))
     step, other = (_step_of(name) for name in ("step", "versus"))
     zoom = _zoom(float(steps[0]), float(steps[-1]))
     pinned, versus = (
-        None if each is None else int(steps[position_of(steps, each)]) for each in (step, other)
+        None if each is None else int(steps[_position_of(steps, each)]) for each in (step, other)
     )
     # Several runs are compared with one another, at one step.
     versus = None if versus == pinned or len(histories) > 1 else versus
-    return Shown(tuple(measures), choice, zoom, pinned, versus, over, colours, group_of)
+    return Shown(known, tuple(measures), choice, steps, zoom, pinned, versus, colours, group_of)
 
 
 def _choose_label(dim: str, labels: list[str], preferred: str) -> str:
@@ -279,6 +324,155 @@ def _changed() -> None:
             st.query_params[name] = str(round(step))
         elif pinned:
             st.query_params.pop(name, None)
+
+
+def _position_of(steps: np.ndarray, step: int | None) -> int:
+    """The position of the measured step that is nearest to one; of the last one where none is pinned."""
+    if step is None:
+        return len(steps) - 1
+    return int(np.abs(steps - np.int64(step)).argmin())
+
+
+def _show_history(
+    histories: Mapping[str, TrainingHistory],
+    shown: Shown,
+    begun: Mapping[str, Sequence[Begun]],
+) -> None:
+    """The panels of one history, or of several on the same axes.
+
+    ``begun``: where the findings of each run began.
+    """
+    panels = [_panel(histories, name, shown) for name in shown.measures]
+    marks = _marks(histories, begun)
+    # Of the panels' own columns, and no others: an arrow key moves to where something else can be seen.
+    places = _places(shown.steps, panels)
+    pins = pinned_by_page(
+        "training", *(None if step is None else float(step) for step in (shown.step, shown.other))
+    )
+    resumed = next(iter(histories.values())).resumed_at if len(histories) == 1 else ()
+    _panels(
+        data={
+            "name": "training",
+            "figure": draw_panels(panels, marks, marks=resumed).to_json(),
+            "height": panels_height(panels, marks),
+            "places": places,
+            "names": None,
+            "follows": True,
+            **pins,
+            "alt": visible(
+                f"Panels over {len(shown.steps)} steps of the training of {', '.join(histories)}: "
+                f"{', '.join(measure_title(shown.known[name]) for name in shown.measures)}. Left and right arrow pin a "
+                "step, with shift the one to compare with, escape returns to the last one, enter opens its numbers."
+            ),
+            "plotly": PLOTLY_SOURCE,
+        },
+        key="training",
+        on_pin_change=_changed,
+        on_zoom_change=_changed,
+    )
+
+
+def _marks(histories: Mapping[str, TrainingHistory], begun: Mapping[str, Sequence[Begun]]) -> list[Bar]:
+    """The first findings of each run, as many as have room."""
+    most = max(1, MOST_MARKS // len(histories))
+    return [
+        Bar(
+            spoken(each.finding.verdict) if len(histories) == 1 else f"{run}: {spoken(each.finding.verdict)}",
+            each.finding.severity.name,
+            float(each.step),
+            float(histories[run].steps[-1]) if each.lasts else each.step,
+        )
+        for run in histories
+        for each in begun[run][:most]
+    ][:MOST_MARKS]
+
+
+def _panel(histories: Mapping[str, TrainingHistory], name: str, shown: Shown) -> Panel:
+    if len(histories) > 1:
+        figure: Figure = histories_figure(
+            histories,
+            name,
+            shown.choice,
+            colours=shown.colours,
+            group_of=shown.group_of,
+            span=shown.zoom,
+        )
+        return Panel(figure, height=CURVE_OF_SEVERAL)
+    (history,) = histories.values()
+    figure = history_figure(history, name, shown.choice, shown.zoom)
+    if not isinstance(figure, Heatmap):
+        return Panel(figure, height=CURVE if len(figure.lines) == 1 else CURVES_OF_CELLS)
+    rows = len(figure.y)
+    height = int(np.clip(9 * rows, 90, 300))
+    # The first row, the last one, and as many between as have room.
+    names = row_names(history.measures[name])
+    every = max(1, int(np.ceil(rows * LINE / height)))
+    return Panel(figure, height=height, ticks={row: names[row] for row in range(0, rows, every)})
+
+
+def _places(steps: np.ndarray, panels: Sequence[Panel]) -> list[float]:
+    columns = next((panel.figure.x for panel in panels if isinstance(panel.figure, Heatmap)), None)
+    if columns is None:
+        columns = steps[np.linspace(0, len(steps) - 1, min(len(steps), 400)).astype(int)]
+    return [float(step) for step in columns]
+
+
+def _show_step(histories: Mapping[str, TrainingHistory], shown: Shown) -> None:
+    """All about one step, and of a single run about the one that it is compared with."""
+    steps = [shown.step] if shown.other is None else [shown.step, shown.other]
+    numbers = [name for name in shown.measures if not shown.known[name].rows]
+    if len(histories) == 1:
+        (history,) = histories.values()
+        positions = [_position_of(history.steps, step) for step in steps]
+        _show_numbers(history, numbers, shown, positions)
+        curves = {f"step {_spaced(history.steps[at])}": (history, at) for at in positions}
+    else:
+        curves = {run: (each, _position_of(each.steps, shown.step)) for run, each in histories.items()}
+        _show_table(curves, numbers, shown)
+    for name in shown.measures:
+        having = {label: curve for label, curve in curves.items() if name in curve[0].measures}
+        if shown.known[name].rows:
+            colours = shown.colours if len(histories) > 1 else None
+            figure = profile_figure(name, shown.choice, having, colours)
+            card(folded(figure, shown.group_of), key=f"training_{name}", height=210)
+
+
+def _show_numbers(
+    history: TrainingHistory, names: Sequence[str], shown: Shown, positions: Sequence[int]
+) -> None:
+    if not names:
+        return
+    with st.container(horizontal=True):
+        for name in names:
+            values = history.values(name, shown.choice)
+            first = float(values[positions[0]])
+            change = number(first - float(values[positions[1]])) if len(positions) > 1 else None
+            st.metric(
+                escaped(measure_title(history.measures[name])),
+                number(first, digits=4),
+                change,
+                delta_color="off",
+                width="content",
+            )
+
+
+def _show_table(
+    curves: Mapping[str, tuple[TrainingHistory, int]], names: Sequence[str], shown: Shown
+) -> None:
+    """One row for each run, at its own step that is nearest."""
+    rows = []
+    for run, (history, at) in curves.items():
+        row = {"run": escaped(run), "step": _spaced(history.steps[at])}
+        for name in names:
+            if name in history.measures:
+                title = measure_title(history.measures[name])
+                row[title] = number(float(history.values(name, shown.choice)[at]))
+        rows.append(row)
+    st.table(pd.DataFrame(rows).fillna("–").set_index("run"), border="horizontal")
+
+
+def _spaced(step: int) -> str:
+    return f"{int(step):,}".replace(",", " ")
 
 
 def _list_findings(reading: Reading, begun: Sequence[Begun], *, several: bool) -> None:

@@ -66,7 +66,6 @@ def open_page(page: str, runs: Sequence[str], **values: Any) -> None:
     """Note that a page is to be opened.
 
     ``runs``: names in the list of runs: they are chosen in the sidebar.
-    ``values``: of further controls, by their keys.
     """
     st.session_state[_KEY] = (page, {"runs": list(dict.fromkeys(runs)), **values})
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import RLock
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -21,35 +23,13 @@ from depthscope.app.dashboard.state.run_reading import (
     sentence,
     version_of,
 )
-from depthscope.app.readings.first_findings import FirstFindings, KnownFindings, kept_first_findings
+from depthscope.app.readings.first_findings import FirstFindings
 from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema import LiveRows, Status
-
-__all__ = [
-    "LiveState",
-    "first_findings_of",
-    "history_of",
-    "is_growing",
-    "is_known",
-    "is_waiting",
-    "live_state",
-    "live_states",
-    "read_again",
-    "read_growing",
-]
-
-
-@dataclass
-class _Growing:
-    """What was read last of a run that is being written."""
-
-    version: FileVersion
-    found: tuple[Reading, ...] | UnreadableRun
-
 
 _rest = {"until": 0.0}
 """The time until which no growing run is analysed again."""
@@ -63,16 +43,17 @@ MOST_FOLLOWED = 16
 _lock = RLock()
 """Of what follows: all visitors share it."""
 
-_growing: dict[Path, _Growing] = {}
+_growing: dict[Path, tuple[FileVersion, tuple[Reading, ...] | UnreadableRun]] = {}
+"""What was read last of a run that is being written."""
 
-_stores: dict[Path, LiveRows] = {}
+_stores: OrderedDict[Path, LiveRows] = OrderedDict()
 
-_followed: dict[tuple[Path, str], TrainingHistory] = {}
+_followed: OrderedDict[tuple[Path, str], TrainingHistory] = OrderedDict()
 
 _histories = ReadingCache(CACHE_BYTES // 4, lambda history: history.num_bytes)
 """Of runs that have ended."""
 
-_first_findings: WeakKeyDictionary[TrainingHistory, FirstFindings | KnownFindings] = WeakKeyDictionary()
+_first_findings: WeakKeyDictionary[TrainingHistory, FirstFindings] = WeakKeyDictionary()
 
 
 def is_growing(path: Path) -> bool:
@@ -82,12 +63,11 @@ def is_growing(path: Path) -> bool:
 
 def is_waiting(path: Path) -> bool:
     """Whether a process writes a live store, or may do so on another machine, in which no step was finished yet."""
-    with _lock, suppress(schema.SchemaError, OSError):
-        if schema.is_live_store(path):
-            store = _current_store(path)
-            status = store.status()
-            return status.num_rows == 0 and live_state(status, store.times).is_growing
-    return False
+    store = _current_store(path)
+    if store is None:
+        return False
+    status = store.status()
+    return status.num_rows == 0 and live_state(status, store.times).is_growing
 
 
 def is_known(path: Path) -> bool:
@@ -100,20 +80,19 @@ def read_growing(
 ) -> tuple[Reading, ...] | UnreadableRun:
     """A run that is being written, as of its last steps: analysed again when there are new ones, but not all the time."""
     with _lock:
-        known = _growing.get(path)
-        now = time.monotonic()
-        if known is not None and now < _rest["until"]:
-            return known.found
+        version, found = _growing.get(path, (None, None))
+        begun = time.monotonic()
+        if found is not None and begun < _rest["until"]:
+            return found
         try:
-            version = version_of(path)
+            now = version_of(path)
         except OSError as error:
             return UnreadableRun(name, path, sentence(error))
-        if known is not None and known.version == version:
-            return known.found
-        found = read(name, path, progress)
-        _growing[path] = _Growing(version, found)
-        ended = time.monotonic()
-        _rest["until"] = ended + (ended - now) * (1 - SHARE_OF_TIME) / SHARE_OF_TIME
+        if found is None or version != now:
+            found = read(name, path, progress)
+            _growing[path] = now, found
+            ended = time.monotonic()
+            _rest["until"] = ended + (ended - begun) * (1 - SHARE_OF_TIME) / SHARE_OF_TIME
         return found
 
 
@@ -130,70 +109,59 @@ def read_again(reading: Reading) -> Reading | None:
 
 def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
     """What is to be said of the runs that are or were written step by step."""
-    found = {}
-    for name, path in listed.items():
-        with _lock, suppress(schema.SchemaError, OSError):
-            if schema.is_live_store(path):
-                store = _current_store(path)
-                found[name] = live_state(store.status(), store.times)
-    return found
+    stores = {name: _current_store(path) for name, path in listed.items()}
+    return {name: live_state(each.status(), each.times) for name, each in stores.items() if each is not None}
 
 
 def has_history(path: Path) -> bool:
     """Whether it is a store with two measured steps or more."""
+    store = _current_store(path)
+    return store is not None and store.status().num_rows >= 2
+
+
+def _current_store(path: Path) -> LiveRows | None:
+    """The live store of a path as it is now; None where there is none, or none that can be read."""
     with _lock, suppress(schema.SchemaError, OSError):
-        return schema.is_live_store(path) and _current_store(path).status().num_rows >= 2
-    return False
+        if schema.is_live_store(path):
+            if path in _stores:
+                _stores[path].refresh()
+            else:
+                _stores[path] = LiveRows(path)
+            _last_used(_stores, path)
+            return _stores[path]
+    return None
 
 
-def _current_store(path: Path) -> LiveRows:
-    """The store of a path as it is now; those that were not asked for lately are let go."""
-    store = _stores.pop(path, None)
-    if store is None:
-        store = LiveRows(path)
-    else:
-        store.refresh()
-    _stores[path] = store
-    while len(_stores) > MOST_FOLLOWED:
-        _stores.pop(next(iter(_stores)))
-    return store
+def _last_used(kept: OrderedDict[Any, Any], key: Any) -> None:
+    """Let go what was not asked for lately."""
+    kept.move_to_end(key)
+    while len(kept) > MOST_FOLLOWED:
+        kept.popitem(last=False)
 
 
 def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
     """What a reading measured step by step; of a live store with the rows that were added since the last call."""
     path = Path(reading.path)
+    key = (path, reading.chain)
     with _lock:
         try:
             if not schema.is_live_store(path):
-                version = FileVersion.of(path)
                 history: TrainingHistory = _histories.get(
-                    (path, version, reading.chain), partial(_opened_history, reading)
+                    (*key, FileVersion.of(path)), partial(read_history, reading)
                 )
                 return history
-            followed = _followed.get((path, reading.chain))
-            if followed is None:
-                followed = _followed[path, reading.chain] = _opened_history(reading)
-                while len(_followed) > MOST_FOLLOWED:
-                    _followed.pop(next(iter(_followed)))
+            if key in _followed:
+                _followed[key].refresh()
             else:
-                followed.refresh()
-            return followed
+                _followed[key] = read_history(reading)
+            _last_used(_followed, key)
+            return _followed[key]
         except (schema.SchemaError, OSError) as error:
-            _followed.pop((path, reading.chain), None)
+            _followed.pop(key, None)
             return UnreadableRun(reading.name, path, sentence(error))
 
 
-def _opened_history(reading: Reading) -> TrainingHistory:
-    """A history, with its first findings where they were saved of a training that has ended."""
-    history = read_history(reading)
-    path = Path(reading.path)
-    known = None if is_growing(path) else kept_first_findings(path, version_of(path), reading.chain)
-    if known is not None:
-        _first_findings[history] = known
-    return history
-
-
-def first_findings_of(history: TrainingHistory) -> FirstFindings | KnownFindings:
+def first_findings_of(history: TrainingHistory) -> FirstFindings:
     """Where findings began: one for a history, which remembers the steps that were judged."""
     with _lock:
         return _first_findings.setdefault(history, FirstFindings(history))

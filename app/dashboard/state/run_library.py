@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.background import Analyses
@@ -32,18 +33,7 @@ from depthscope.app.tables.differences import between_runs
 from depthscope.app.text.visible import visible_name
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.differences import Difference
-
-__all__ = [
-    "allow",
-    "analyse_beside",
-    "ask_for",
-    "close_up_of",
-    "differences_between",
-    "list_runs",
-    "progress_of",
-    "read_run",
-    "summaries_of",
-]
+from depthscope.diagnostics.experiments import RESULTS, result_path
 
 BEFORE_THE_FIRST_STEP = "It is being recorded, and no step of it was measured yet."
 
@@ -51,7 +41,7 @@ _roots: list[Path] = []
 """The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
 
 
-_summaries: dict[Path, tuple[FileVersion, list[Summary]]] = {}
+_summaries: dict[Path, tuple[tuple[Any, ...], list[Summary]]] = {}
 """Read once: a table of 500 runs is drawn anew at every click. Each has some ten kilobytes."""
 
 
@@ -64,13 +54,21 @@ def analyse_beside() -> None:
     _beside[:] = [Analyses()]
 
 
-def ask_for(runs: Mapping[str, Path]) -> None:
-    """Have runs analysed, now or soon; their `summaries_of` follow."""
-    if _beside:
-        _beside[0].ask({name: path for name, path in runs.items() if not growing_runs.is_growing(path)})
-    for name, path in runs.items():
-        if not _beside or growing_runs.is_growing(path):
-            read_run(name, {name: path})
+def stop() -> None:
+    """End the analyses of other processes: the server ends."""
+    for analyses in _beside:
+        analyses.stop()
+
+
+def ask_for(runs: Mapping[str, Path]) -> bool:
+    """Have runs analysed, now or soon; whether some of their `summaries_of` are known now."""
+    later = {name: path for name, path in runs.items() if _beside and not growing_runs.is_growing(path)}
+    if later:
+        _beside[0].ask(later)
+    now = {name: path for name, path in runs.items() if name not in later}
+    for name, path in now.items():
+        read_run(name, {name: path})
+    return bool(now)
 
 
 def differences_between(readings: Sequence[Reading], metric: str, view: Selection) -> list[Difference]:
@@ -91,10 +89,7 @@ def progress_of(path: Path) -> str | None:
 
 
 def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
-    """Fix the files and folders that this process may show.
-
-    ``max_bytes``: of the arrays of one run; see `schema.open_run`.
-    """
+    """Fix the files and folders that this process may show."""
     LIMIT["max_bytes"] = max_bytes
     _roots[:] = [path.resolve() for path in paths]
 
@@ -177,25 +172,30 @@ def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
         return UnreadableRun(name, path, BEFORE_THE_FIRST_STEP, waits=True)
     if growing_runs.is_growing(path):
         # Analysed again now and then; what its rows say at the moment is in `live_states`.
-        return (
-            _summarised(growing_runs.read_growing(name, path, None)) if growing_runs.is_known(path) else None
-        )
+        known = growing_runs.read_growing(name, path, None) if growing_runs.is_known(path) else None
+        return known if known is None else _summarised(known)
     try:
+        place = _place_of(path)
+        if path in _summaries and _summaries[path][0] == place:
+            return _summaries[path][1]
         version = version_of(path)
     except OSError as error:
         return UnreadableRun(name, path, sentence(error))
     known = _cache.peek((name, path, version))
-    if isinstance(known, UnreadableRun):
-        return known
-    if path in _summaries and _summaries[path][0] == version:
-        return _summaries[path][1]
-    found = kept_summaries(path, version) if known is None else [summary_of(each) for each in known]
+    found = kept_summaries(path, version) if known is None else _summarised(known)
     if found is None and _beside and _beside[0].result_of(path, version) is not None:
         # It cannot be read, or what was found could not be saved: then it is analysed here.
-        return _summarised(read_run(name, {name: path}))
-    if found is not None:
-        _summaries[path] = (version, found)
+        found = _summarised(read_run(name, {name: path}))
+    if isinstance(found, list):
+        _summaries[path] = place, found
     return found
+
+
+def _place_of(path: Path) -> tuple[Any, ...]:
+    """What tells at a glance that a run was replaced: its version is that of a thousand files, of each of 500 rows."""
+    others = (path / "zarr.json", *(result_path(path, what) for what in RESULTS))
+    entries = [path.stat(), *(other.stat() for other in others if other.exists())]
+    return tuple((entry.st_dev, entry.st_ino, entry.st_mtime_ns, entry.st_ctime_ns) for entry in entries)
 
 
 def _summarised(found: tuple[Reading, ...] | UnreadableRun) -> list[Summary] | UnreadableRun:

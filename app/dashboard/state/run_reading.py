@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock, RLock
+from threading import RLock
 from typing import Any
 
 from depthscope.app.readings.provenance import FileVersion
@@ -88,65 +88,29 @@ class ReadingCache:
     """
 
     def __init__(self, most_bytes: int, size_of: Callable[[Any], int]):
-        self.most_bytes = most_bytes
-        self._size_of = size_of
+        self._most_bytes, self._size_of = most_bytes, size_of
         self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
-        self._lock = Lock()
-        # Reentrant, so that making a value may ask for another one.
-        self._making = RLock()
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all cached values."""
-        with self._lock:
-            return sum(size for _, size in self._kept.values())
+        self._making = RLock()  # reentrant, so that making a value may ask for another one
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """The value of a key, made where it is not cached.
 
         ``make``: makes it; what it raises is raised, and nothing is cached.
         """
-        kept = self._find(key)
-        if kept is not None:
-            return kept
         with self._making:
-            kept = self._find(key)  # somebody else has made it meanwhile
-            if kept is None:
-                kept = make()
-                self._keep(key, kept)
-        return kept
-
-    def replace(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Another value for a key, made while no other is.
-
-        ``make``: makes it, and may ask for the present one; what it raises is raised, and the present one stays.
-        """
-        with self._making:
-            made = make()
-            self._keep(key, made)
-        return made
-
-    def peek(self, key: Hashable) -> Any:
-        """The value of a key, None where it is not cached; nothing is made."""
-        return self._find(key)
-
-    def _find(self, key: Hashable) -> Any:
-        with self._lock:
             if key not in self._kept:
-                return None
+                made = make()
+                self._kept[key] = made, self._size_of(made)
             self._kept.move_to_end(key)
+            while sum(size for _, size in self._kept.values()) > self._most_bytes and len(self._kept) > 1:
+                self._kept.popitem(last=False)
             return self._kept[key][0]
 
-    def _keep(self, key: Hashable, value: Any) -> None:
-        size = self._size_of(value)
-        with self._lock:
-            self._kept[key] = (value, size)
-            total = sum(kept for _, kept in self._kept.values())
-            while total > self.most_bytes and len(self._kept) > 1:
-                _, (_, dropped) = self._kept.popitem(last=False)
-                total -= dropped
+    def peek(self, key: Hashable) -> Any:
+        """The value of a key, None where it is not cached; nothing is made, and nobody waited for."""
+        return self._kept.get(key, (None,))[0]
 
     def clear(self) -> None:
         """Keep nothing."""
-        with self._lock:
+        with self._making:
             self._kept.clear()

@@ -1,16 +1,16 @@
-"""How are several panels drawn on paper? Side by side with letters, under one legend, each run in one colour."""
+"""How are panels drawn on paper? One alone, or several side by side with letters, under one legend, each run in one colour."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle, Patch
 
@@ -20,22 +20,24 @@ from depthscope.app.drawing.matplotlib.curves import (
     MARK,
     NULL,
     keywords_of,
+    measured_of,
     plot_lines,
+    variant_of,
 )
-from depthscope.app.drawing.matplotlib.matrices import add_bar, plot_heatmap
-from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure, legend_name, num_columns, variant_of
+from depthscope.app.drawing.matplotlib.matrices import DENSE, add_bar, plot_heatmap
 from depthscope.app.drawing.matplotlib.style import (
-    Label,
+    PaperFigure,
     Width,
-    fit_labels,
     inches_of,
     label_axes,
+    num_columns,
     plain,
     wrapped,
 )
-from depthscope.app.figures.composed import Composed, LetteredPanel, Points, letter
-from depthscope.app.figures.palette import look_of
-from depthscope.app.figures.specification import NOISE_BASELINE, Heatmap, Line, Lines
+from depthscope.app.figures.composed import Composed, LetteredPanel, letter
+from depthscope.app.figures.palette import Look, look_of
+from depthscope.app.figures.specification import NOISE_BASELINE, Figure, Heatmap, Lines, Points, looks_of
+from depthscope.app.text.visible import shortened
 
 # A panel needs this much for its ticks, label and colour bar. Inches, a heuristic of ours.
 LEAST_ACROSS = 1.6
@@ -43,76 +45,100 @@ MOST_COLUMNS = 4
 # Of a figure: with its caption it has to fit a page nine inches high.
 HIGHEST = 6.6
 DIFFERS = "groups differ (p < 0.05)"
+# Lines up to which each has an entry of a figure that is alone; of more, runs and variants are named separately.
+MOST_ENTRIES = 8
+# Runs whose names have room in a legend, and letters of the names of more.
+FEW, SHORT_NAME = 4, 24
 
 
-def draw_composed(figure: Composed, size: Width) -> PaperFigure:
-    """Draw the panels side by side, with one legend below all of them.
+def draw(figure: Composed | Figure, size: Width, *, dense: int = DENSE) -> PaperFigure:
+    """Draw a figure, or panels side by side, with one legend below all of it.
 
     ``figure``: what to draw; at least one panel.
     ``size``: inches across and type size; `figure_style` must be active.
-    Returns: Each of its panels' axes has the panel's key as its label, see `Axes.get_label`.
+    ``dense``: cells from which a map is rasterised.
+    Returns: Each of the axes has its panel's key as its label, see `Axes.get_label`.
     """
+    if not isinstance(figure, Composed):
+        runs = figure.runs if isinstance(figure, Lines) else {}
+        figure = Composed(figure.name, figure.title, (LetteredPanel(figure.name, "", figure),), runs)
     columns = _columns(figure.panels, size)
     rows = math.ceil(len(figure.panels) / columns)
     across = size.inches / columns
     entries = list(_entries(figure))
     per_row = num_columns([label for _, label in entries], size)
     lines = math.ceil(len(entries) / per_row) if len(entries) > 1 else 0
-    below = lines * 1.45 * size.points / 72 + 0.08
-    row = min(_height(figure.panels, across), (HIGHEST - below) / rows)
-    canvas = PaperFigure(size, (size.inches, rows * row + below))
+    below = lines * 1.45 * size.points / 72 + (0.08 if _is_lettered(figure) else 0.0)
+    row = min(_height(figure, across), (HIGHEST - below) / rows)
+    is_map = not _is_lettered(figure) and isinstance(figure.panels[0].content, Heatmap)
+    layout: Any = "compressed" if is_map else "constrained"  # which leaves squares no gaps
+    canvas = PaperFigure(size, (size.inches, rows * row + below), layout)
     axes: dict[str, Axes] = {}
     for place, panel in enumerate(figure.panels):
         axes[panel.key] = canvas.add_subplot(rows, columns, place + 1, label=panel.key)
-    labels = _draw_panels(figure, axes, 0.76 * across)
+    room = (0.74 * across, 0.72 * row) if _is_lettered(figure) else (0.8 * across, 0.7 * row)
+    _draw_panels(figure, axes, room, dense)
     if lines:
-        handles, names = zip(*entries, *_unnamed_thresholds(figure, axes.values()), strict=True)
-        canvas.legend(handles, names, loc="outside lower center", ncols=per_row, frameon=False)
-    fit_labels(canvas, labels)
+        handles, names = zip(*entries, strict=True)
+        canvas.legend(handles, names, loc="outside lower center", ncols=per_row)
     return canvas
 
 
 def draw_into(figure: Composed, axes: Mapping[str, Axes]) -> None:
     """Draw panels into somebody's axes, lettered in their order, with a legend below all that their figure contains.
 
-    ``figure``: what to draw.
     ``axes``: by the keys of the panels; a panel without axes is not drawn, and the letters of the others follow on.
     """
     _draw_panels(figure, axes)
-    entries = [*_entries(figure), *_unnamed_thresholds(figure, axes.values())]
+    entries = list(_entries(figure))
     if axes and len(entries) > 1:
         canvas = next(iter(axes.values())).get_figure(root=True)
         assert canvas is not None
         _add_legend(canvas, entries)
 
 
-def _draw_panels(figure: Composed, axes: Mapping[str, Axes], inches: float = 0.0) -> list[Label]:
-    """Draw panels with their titles, wrapped to so many inches, by default those of their axes."""
-    labels = []
+def _is_lettered(figure: Composed) -> bool:
+    """Whether it is of several panels, or of one that has a title of its own."""
+    return any(panel.title for panel in figure.panels)
+
+
+def _draw_panels(
+    figure: Composed, axes: Mapping[str, Axes], room: tuple[float, float] | None = None, dense: int = DENSE
+) -> None:
+    """Draw panels with their titles and labels, wrapped to some inches across and up, by default those of their axes."""
     for place, panel in enumerate(panel for panel in figure.panels if panel.key in axes):
-        ax = axes[panel.key]
-        room = inches or inches_of(ax)[0]
-        labels += _draw_panel(figure, panel, ax, 0.72 * room)
-        points = mpl.rcParams["legend.fontsize"]
-        points = points if isinstance(points, int | float) else mpl.rcParams["font.size"]
-        title = f"({letter(place)}) {panel.title}"
-        artist = ax.set_title(wrapped(title, room, points), loc="left", fontsize=points)
-        labels.append(Label(ax, artist, title))
-    return labels
+        ax, content = axes[panel.key], panel.content
+        across, up = room or inches_of(ax)
+        if isinstance(content, Heatmap):
+            mesh = plot_heatmap(ax, content, dense=dense)
+            if not content.printed:
+                if _is_lettered(figure):
+                    ax.set_aspect("auto")
+                add_bar(ax, mesh, wrapped(content.z_label, up))
+        elif isinstance(content, Points):
+            _plot_points(ax, content, figure)
+        else:
+            plot_lines(ax, content, _looks(figure, content))
+            _mark_differences(ax, panel)
+        x_label = content.x_label.partition(" (")[0] if _is_lettered(figure) else content.x_label
+        label_axes(ax, x_label, content.y_label, (across, up))
+        if panel.title:
+            points = mpl.rcParams["legend.fontsize"]
+            points = points if isinstance(points, int | float) else mpl.rcParams["font.size"]
+            title = wrapped(f"({letter(place)}) {panel.title}", across, points)
+            ax.set_title(title, loc="left", fontsize=points)
 
 
 OUR_LEGEND = "depthscope-legend"
 
 
-def _add_legend(canvas: Figure, entries: Sequence[tuple[Any, str]]) -> None:
+def _add_legend(canvas: Canvas, entries: Sequence[tuple[Any, str]]) -> None:
     """A legend below somebody's figure: a second call adds its entries to those of the first."""
     for before in [legend for legend in canvas.legends if legend.get_gid() == OUR_LEGEND]:
         labels = [text.get_text() for text in before.get_texts()]
         known = list(zip(before.legend_handles, labels, strict=True))
-        entries = [
-            *known,
-            *(entry for entry in entries if _mark_of(*entry) not in {_mark_of(*e) for e in known}),
-        ]
+        names = {_mark_of(*each) for each in known}
+        entries = [*known, *(entry for entry in entries if _mark_of(*entry) not in names)]
         before.remove()
     handles, labels = map(list, zip(*entries, strict=True))
     # Below the figure, which `bbox_inches="tight"` keeps: inside it would lie over somebody's axes.
@@ -123,23 +149,6 @@ def _add_legend(canvas: Figure, entries: Sequence[tuple[Any, str]]) -> None:
 def _mark_of(handle: Any, label: str) -> tuple[str, str]:
     """What distinguishes entries of a legend: runs of two calls may share a name and not a colour."""
     return label, to_hex(handle.get_color() if isinstance(handle, Line2D) else handle.get_facecolor())
-
-
-def _draw_panel(figure: Composed, panel: LetteredPanel, axes: Axes, height: float) -> list[Label]:
-    content = panel.content
-    labels = []
-    if isinstance(content, Heatmap):
-        mesh = plot_heatmap(axes, content)
-        if not content.printed:
-            axes.set_aspect("auto")
-            labels.append(add_bar(axes, mesh, content.z_label))
-    elif isinstance(content, Points):
-        _plot_points(axes, content, figure)
-    else:
-        plot_lines(axes, content, _looks(figure, content))
-        _mark_differences(axes, panel)
-    across = content.x_label.partition(" (")[0]
-    return [*labels, *label_axes(axes, across, content.y_label, (2 * height, height))]
 
 
 def _columns(panels: Sequence[LetteredPanel], size: Width) -> int:
@@ -155,11 +164,16 @@ def _columns(panels: Sequence[LetteredPanel], size: Width) -> int:
     return min((4, 3), key=lambda columns: -len(panels) % columns) if most == 4 else most
 
 
-def _height(panels: Sequence[LetteredPanel], across: float) -> float:
+def _height(figure: Composed, across: float) -> float:
     """Inches of a row."""
-    if all(map(_is_printed, panels)):
+    if not _is_lettered(figure):
+        if isinstance(figure.panels[0].content, Heatmap):
+            return 0.82 * min(across, 4.2)  # a square across the page would be as high as the page
+        # Near the golden ratio in one column; flatter across the page, where it would take half of it.
+        return (0.62 if across < 4 else 0.45) * across
+    if all(map(_is_printed, figure.panels)):
         return min(0.95 * across, 1.65)  # four rows of them are a page
-    square = any(isinstance(panel.content, Points) for panel in panels)
+    square = any(isinstance(panel.content, Points) for panel in figure.panels)
     # One or two panels would be as high as half a page.
     return min((0.98 if square else 0.82) * across, 2.6)
 
@@ -173,63 +187,57 @@ def _is_printed(panel: LetteredPanel) -> bool:
 
 def _variants(figure: Composed) -> list[str]:
     """Distinct variants of all panels, in the order of their dashes; the plain line first."""
-    found = dict.fromkeys([""])
-    for panel in figure.panels:
-        if isinstance(panel.content, Lines):
-            found |= dict.fromkeys(
-                variant_of(line) for line in panel.content.lines if line.role == "measured"
-            )
-    return list(found)
+    return list(
+        dict.fromkeys(["", *map(variant_of, measured_of([panel.content for panel in figure.panels]))])
+    )
 
 
-def _looks(figure: Composed, content: Lines) -> dict[int, dict[str, Any]]:
+def _looks(figure: Composed, content: Lines) -> dict[int, Look]:
+    if not _is_lettered(figure):
+        return looks_of(content)
     variants = _variants(figure)
     return {
-        id(line): keywords_of(look_of(figure.runs[line.group], variants.index(variant_of(line))))
-        for line in content.lines
-        if line.role == "measured"
+        id(line): look_of(figure.runs[line.group], variants.index(variant_of(line)))
+        for line in measured_of([content])
     }
 
 
 def _entries(figure: Composed) -> Iterator[tuple[Any, str]]:
-    """Handles and labels of the legend: runs that are drawn, variants in grey, then nulls and limits."""
+    """Handles and labels of the legend: lines, or runs and in grey their variants, then nulls and limits."""
     contents = [panel.content for panel in figure.panels]
-    lines = [line for content in contents if isinstance(content, Lines) for line in content.lines]
-    drawn = {line.group for line in lines if line.role == "measured"}
-    drawn |= {run for content in contents if isinstance(content, Points) for run in content.points}
-    for run, number in figure.runs.items():
-        if run in drawn:
-            yield Line2D([], [], **keywords_of(look_of(number))), legend_name(run, len(figure.runs))
-    for place, variant in enumerate(_variants(figure)):
-        if variant:
-            yield Line2D([], [], color="0.4", linestyle=DASHES[place % len(DASHES)]), plain(variant)
-    yield from _grey_entries(lines)
-    if any(isinstance(content, Lines) and content.healthy is not None for content in contents):
+    curves = [content for content in contents if isinstance(content, Lines)]
+    measured = measured_of(contents)
+    several = len({line.group for line in measured}) > 1
+    if not _is_lettered(figure) and measured and (len(measured) <= MOST_ENTRIES or not several):
+        looks = looks_of(curves[0])
+        for line in measured:
+            yield Line2D([], [], **keywords_of(looks[id(line)])), plain(line.label)
+    else:
+        yield from _runs_and_variants(figure, [line.group for line in measured])
+    roles = {line.role for content in curves for line in content.lines}
+    # What has the colour of its run, once in grey for all runs.
+    if "null" in roles:
+        yield Line2D([], [], color="0.4", **NULL), NOISE_BASELINE
+    if "mark" in roles:
+        yield Line2D([], [], color="0.8", **MARK), "a verdict warns or fails"
+    if any(content.healthy is not None for content in curves):
         yield Patch(color=HEALTHY, linewidth=0), "healthy"
     if any(panel.differs for panel in figure.panels):
         yield Line2D([], [], color="0.2", linewidth=2.5), DIFFERS
 
 
-def _grey_entries(lines: Sequence[Line]) -> Iterator[tuple[Any, str]]:
-    """What has the colour of its run, once in grey for all runs."""
-    roles = {line.role for line in lines}
-    if "null" in roles:
-        yield Line2D([], [], color="0.4", **NULL), NOISE_BASELINE
-    if "mark" in roles:
-        yield Line2D([], [], color="0.8", **MARK), "a verdict warns or fails"
-
-
-def _unnamed_thresholds(figure: Composed, axes: Iterable[Axes]) -> list[tuple[Any, str]]:
-    """Thresholds without room for their names."""
-    names = {
-        plain(line.label)
-        for panel in figure.panels
-        if isinstance(panel.content, Lines)
-        for line in panel.content.lines
-        if line.role == "threshold"
-    }
-    drawn = [pair for ax in axes for pair in zip(*ax.get_legend_handles_labels(), strict=True)]
-    return list({label: (handle, label) for handle, label in drawn if label in names}.values())
+def _runs_and_variants(figure: Composed, groups: Sequence[str]) -> Iterator[tuple[Any, str]]:
+    """An entry of each run that is drawn, and in grey of what distinguishes lines of a run."""
+    clouds = [panel.content for panel in figure.panels if isinstance(panel.content, Points)]
+    drawn = dict.fromkeys([*groups, *(run for cloud in clouds for run in cloud.points)])
+    known = {run: number for run, number in figure.runs.items() if run in drawn}
+    others = {run: place for place, run in enumerate(drawn) if run not in known}
+    for run, number in (known | others).items():
+        name = run if len(drawn) <= FEW else shortened(run, SHORT_NAME, counted=False)
+        yield Line2D([], [], **keywords_of(look_of(number))), plain(name)
+    for place, variant in enumerate(_variants(figure)):
+        if variant:
+            yield Line2D([], [], color="0.4", linestyle=DASHES[place % len(DASHES)]), plain(variant)
 
 
 def _mark_differences(axes: Axes, panel: LetteredPanel) -> None:
@@ -261,23 +269,12 @@ def _plot_points(axes: Axes, content: Points, figure: Composed) -> None:
     axes.set_ylim(-reach, reach)
     axes.set_aspect("equal")
     if content.radial_log:
-        ticks = _radial_ticks(2**reach - 1)
+        # 0, 1 and the largest power of ten below the end, on both sides.
+        largest = max(10.0 ** np.floor(np.log10(2**reach - 1)), 1.0)
+        ticks = sorted({0.0, 1.0, -1.0, largest, -largest})
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_ticks([float(np.sign(tick) * np.log2(1 + abs(tick))) for tick in ticks])
             axis.set_ticklabels([f"{tick:g}".replace("-", "−") for tick in ticks])
-
-
-def _radial_ticks(reach: float) -> list[float]:
-    """Numbers at an axis of log₂(1 + |λ|): 0, 1 and the largest power of ten below its end, on both sides.
-
-    Examples
-    --------
-    >>> _radial_ticks(1.2), _radial_ticks(250.0)
-    ([-1.0, 0.0, 1.0], [-100.0, -1.0, 0.0, 1.0, 100.0])
-    """
-    largest = 10.0 ** np.floor(np.log10(reach))
-    positive = sorted({1.0, float(max(largest, 1.0))})
-    return [*(-tick for tick in reversed(positive)), 0.0, *positive]
 
 
 def _placed(values: np.ndarray, radial_log: bool) -> np.ndarray:

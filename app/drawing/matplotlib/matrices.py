@@ -7,41 +7,15 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
-from depthscope.app.drawing.matplotlib.paper_figure import PaperFigure
-from depthscope.app.drawing.matplotlib.style import (
-    Label,
-    Width,
-    are_whole,
-    fit_labels,
-    label_axes,
-    plain,
-    plain_ticks,
-)
+from depthscope.app.drawing.matplotlib.style import are_whole, plain, plain_ticks
 from depthscope.app.figures.build.bins import edges
 from depthscope.app.figures.specification import Heatmap
 
 # Cells from which a mesh is rasterised inside the vector file: as vectors, each is a path that viewers draw one by one.
 DENSE = 400
 DENSE_ON_A_PAGE = 64  # a report of four runs has thirty matrices; nobody prints it larger than it is
-
-
-def draw_heatmap(figure: Heatmap, size: Width, *, dense: int = DENSE) -> Canvas:
-    """Draw a matrix with its colour bar.
-
-    ``size``: inches across and type size; `figure_style` must be active.
-    ``dense``: cells from which the mesh is rasterised.
-    """
-    across = min(size.inches, 4.2)  # a square across the page would be as high as the page
-    canvas = PaperFigure(size, (size.inches, 0.82 * across), "compressed")
-    axes = canvas.add_subplot()
-    mesh = plot_heatmap(axes, figure, dense=dense)
-    labels = label_axes(axes, figure.x_label, figure.y_label, (size.inches, 0.7 * across))
-    labels.append(add_bar(axes, mesh, figure.z_label))
-    fit_labels(canvas, labels)
-    return canvas
 
 
 def plot_heatmap(axes: Axes, figure: Heatmap, *, dense: int = DENSE) -> QuadMesh:
@@ -78,13 +52,12 @@ def plot_heatmap(axes: Axes, figure: Heatmap, *, dense: int = DENSE) -> QuadMesh
     return mesh
 
 
-def add_bar(axes: Axes, mesh: QuadMesh, label: str) -> Label:
+def add_bar(axes: Axes, mesh: QuadMesh, label: str) -> None:
     """The colour bar of a matrix, to the right of its axes."""
-    bar = axes.figure.colorbar(mesh, ax=axes, label=plain(label), fraction=0.06, pad=0.03)
+    bar = axes.figure.colorbar(mesh, ax=axes, label=label, fraction=0.06, pad=0.03)
     bar.outline.set_linewidth(0.4)
     if isinstance(mesh.norm, LogNorm):
         plain_ticks(bar.ax.yaxis, *bar.ax.get_ylim())
-    return Label(bar.ax, bar.ax.yaxis.label, label)
 
 
 MOST_NAMES = 40

@@ -69,10 +69,7 @@ def _block_names(names: Sequence[str] | None, bins: Bins) -> list[str] | None:
 
 
 def draw_heatmap(figure: Heatmap, *, most_ticks: int = 9) -> go.Figure:
-    """Heat map, its numbers as float32.
-
-    ``most_ticks``: of a logarithmic colour bar.
-    """
+    """Heat map, its numbers as float32."""
     # Half the bytes of float64 in the JSON, at more digits than a colour or a hover shows.
     z = np.asarray(figure.z, dtype=np.float32)
     # plotly has no logarithmic colour scale: logarithms are drawn, and the numbers go to the hover.

@@ -11,8 +11,9 @@ import plotly.graph_objects as go
 
 from depthscope.app.drawing.plotly.layout import DASHES, GREY, HEALTHY, PALETTE, log_ticks, words
 from depthscope.app.figures import Line, Lines
-from depthscope.app.figures.line_looks import looks_of, visible_limits
+from depthscope.app.figures.build.bins import visible_limits
 from depthscope.app.figures.palette import MARK_EDGE, Look
+from depthscope.app.figures.specification import looks_of
 
 
 def draw_lines(figure: Lines) -> go.Figure:

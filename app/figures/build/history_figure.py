@@ -34,9 +34,6 @@ LABEL_WORDS = {
 }
 """How the label of a dim is written in a title."""
 
-OVER_ROWS = ("mean", "smallest", "largest", "first", "last")
-"""How the depths of one step become one number, where several runs are drawn as curves."""
-
 
 def measure_title(measure: Measure) -> str:
     """What a measure is called, in few enough words for a low panel."""
@@ -126,15 +123,13 @@ def histories_figure(
     *,
     colours: Mapping[str, int],
     group_of: Mapping[str, str],
-    over: str,
     span: tuple[float, float] | None = None,
 ) -> Lines:
     """A measure of several trainings over their steps: a curve for each run, or the band of the runs of a group.
 
     ``histories``: run → history; those without the measure are left out, and at least one has it.
-    ``colours``: run → number of its colour.
     ``group_of``: run → its group, whose runs are put together at the steps that all of them have; empty for single runs.
-    ``over``: which number of a step is drawn of a measure with rows, one of `OVER_ROWS`.
+    Of a measure with rows their mean is drawn.
     """
     having = {run: history for run, history in histories.items() if name in history.measures}
     shared: dict[str, np.ndarray] = {}
@@ -144,11 +139,11 @@ def histories_figure(
     lines = []
     for run, history in having.items():
         at = np.isin(history.steps, shared[group_of.get(run, run)])
-        steps, values = history.steps[at], _over_rows(history.values(name, choice)[at], over)
+        steps, values = history.steps[at], _over_rows(history.values(name, choice)[at])
         shown = _steps_in(steps, span)
         lines.append(Line(steps[shown].astype(float), values[shown], run, group=run))
     measure = next(iter(having.values())).measures[name]
-    title = _title_in_full(measure, choice, *([f"{over} over {measure.rows}s"] if measure.rows else []))
+    title = _title_in_full(measure, choice, *([f"mean over {measure.rows}s"] if measure.rows else []))
     is_log = _is_log(name, np.concatenate([line.y for line in lines]))
     if is_log:  # plotly would draw a line straight down to a zero
         lines = [replace(line, y=np.where(line.y > 0, line.y, np.nan)) for line in lines]
@@ -161,14 +156,10 @@ def histories_figure(
     )
 
 
-def _over_rows(values: np.ndarray, over: str) -> np.ndarray:
-    """One number a step: (step,) as it is, of (step, row) the one that is asked for; NaN where no row has a number."""
+def _over_rows(values: np.ndarray) -> np.ndarray:
+    """One number a step: (step,) as it is, of (step, row) the mean over rows; NaN where no row has a number."""
     if values.ndim == 1:
         return values
-    if over in ("first", "last"):
-        return values[:, 0 if over == "first" else -1]
-    if over in ("smallest", "largest"):
-        return np.asarray((np.fmin if over == "smallest" else np.fmax).reduce(values, axis=1))
     known = np.isfinite(values)
     with np.errstate(invalid="ignore"):
         return np.asarray(np.where(known, values, 0.0).sum(axis=1) / known.sum(axis=1))

@@ -122,25 +122,34 @@ def folded(figure: Lines, group_of: Mapping[str, str]) -> Lines:
     Returns: A curve for each group and variant, in the colour of the first run of the group; runs that were measured at
     other positions than the first ones of their group stay single curves.
     """
+    if not group_of:
+        return figure
     gathered: dict[tuple[str, str, bytes], list[Line]] = {}
     others: list[Line] = []
+    nulls: dict[tuple[str, str], Line] = {}
     for line in figure.lines:
         group = group_of.get(line.group)
+        variant = line.label.removeprefix(line.group)
         if line.role == "threshold" or group is None:
             others.append(line)
-        elif line.role == "measured":  # nulls of single runs would be drawn as often as there are seeds
-            variant = line.label.removeprefix(line.group)
+        elif line.role == "measured":
             gathered.setdefault((group, variant, np.asarray(line.x, dtype=float).tobytes()), []).append(line)
-    most = max((len(lines) for lines in gathered.values()), default=0)
-    if most < 2:
-        return figure
+        elif line.role == "null":  # that of the sample size, which the runs of a group share
+            nulls.setdefault((group, variant), replace(line, label=f"{group}{variant}", group=group))
+        else:
+            others.append(replace(line, group=group))
     joined = [_joined(lines, group, variant) for (group, variant, _), lines in gathered.items()]
-    note = f"Lines: the mean of up to {most} runs; bands: from the smallest to the largest of them."
+    most = max((len(lines) for lines in gathered.values()), default=0)
+    note = ""
+    if most > 1:
+        note = f"Lines: the mean of up to {most} runs; bands: from the smallest to the largest of them."
     if any(line.error is not None for line in joined):
         note += f" Whiskers: {100 * LEVEL:g} % interval of the mean over runs."
+    # A null has the colour of the measured line before it.
+    ordered = sorted([*joined, *nulls.values()], key=lambda line: list(group_of.values()).index(line.group))
     return replace(
         figure,
-        lines=(*joined, *others),
+        lines=(*ordered, *others),
         caption=f"{note} {figure.caption}".strip(),
         runs=folded_colours(figure.runs, group_of),
     )

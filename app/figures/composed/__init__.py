@@ -10,16 +10,15 @@ import xarray as xr
 from depthscope.app.figures.build.values import level_of
 from depthscope.app.figures.composed.panels import Subjects, in_one_line
 from depthscope.app.figures.composed.questions import QUESTIONS, Question
-from depthscope.app.figures.composed.specification import Composed, LetteredPanel, Points, groups_of
+from depthscope.app.figures.composed.specification import Composed, LetteredPanel, groups_of
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.text.numbers import number
+from depthscope.app.text.numbers import consecutive, number
 
 __all__ = [
     "QUESTIONS",
     "Composed",
     "LetteredPanel",
-    "Points",
     "Question",
     "Subjects",
     "compose",
@@ -42,7 +41,6 @@ def compose(
 ) -> Composed:
     """A composed figure of some runs, with the panels that they can feed.
 
-    ``name``: a key of `QUESTIONS`.
     ``readings``: runs, in the order of their colours.
     ``view``: which version of the numbers, as far as a panel does not fix it.
     ``runs``: the runs in memory, by the names that `read_runs` was given; those of a path are opened where a panel
@@ -121,14 +119,9 @@ def _caption(panels: Sequence[LetteredPanel]) -> str:
 
 def _letters(places: Sequence[int]) -> str:
     """The letters of some panels, as ranges where three or more follow on each other: a-c, e."""
-    runs: list[list[int]] = []
-    for place in places:
-        if runs and place == runs[-1][-1] + 1:
-            runs[-1].append(place)
-        else:
-            runs.append([place])
     return ", ".join(
-        f"{letter(run[0])}–{letter(run[-1])}" if len(run) > 2 else ", ".join(map(letter, run)) for run in runs
+        f"{letter(run[0])}–{letter(run[-1])}" if len(run) > 2 else ", ".join(map(letter, run))
+        for run in consecutive(places)
     )
 
 

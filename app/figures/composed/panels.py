@@ -10,13 +10,14 @@ from typing import Any, Protocol
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.spread import folded_colours
+from depthscope.app.figures.build.spread import folded, folded_colours
 from depthscope.app.figures.build.values import fed
-from depthscope.app.figures.composed.specification import LetteredPanel, Points, differing_ranges, grouped
+from depthscope.app.figures.composed.specification import LetteredPanel, differing_ranges
 from depthscope.app.figures.palette import colour_numbers
-from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
+from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Points, Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.run_arrays import MixingMatrices, curves_by_step, matrices_of
+from depthscope.app.readings.run_arrays import MixingMatrices, matrices_of
+from depthscope.app.readings.training_history import TrainingHistory, history_of
 from depthscope.app.text.numbers import number
 
 MOST_MAPS = 3
@@ -62,10 +63,10 @@ class Subjects:
         return {run: matrices for run, matrices in found.items() if matrices is not None}
 
     @cached_property
-    def histories(self) -> dict[str, xr.Dataset]:
+    def histories(self) -> dict[str, TrainingHistory]:
         """What was measured by step, of the runs that have several steps."""
-        found = {reading.name: curves_by_step(reading, self.runs) for reading in self.readings}
-        return {run: history for run, history in found.items() if history is not None}
+        found = {reading.name: history_of(reading, self.runs) for reading in self.readings}
+        return {run: history for run, history in found.items() if len(history.steps) > 1}
 
     def why_not(self, metric: str) -> str:
         """Why no run has a metric."""
@@ -133,7 +134,7 @@ class Curves:
             return [LetteredPanel(self.key, self.title, figure)]
         view = replace(view, **self.fixed)
         differs = differing_ranges(self.kind.metric, analyses, subjects.groups, view)
-        return [LetteredPanel(self.key, self.title, grouped(figure, subjects.groups), differs)]
+        return [LetteredPanel(self.key, self.title, folded(figure, subjects.groups), differs)]
 
 
 def _of_branch(data: xr.Dataset, branch: str) -> xr.Dataset:
@@ -369,8 +370,5 @@ def whole_products(found: MixingMatrices) -> np.ndarray:
 
 
 def in_one_line(reasons: Iterable[str]) -> str:
-    """Distinct reasons, once each.
-
-    ``reasons``: sentences without a full stop.
-    """
+    """Distinct reasons, once each."""
     return "; ".join(dict.fromkeys(reasons))

@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.spread import folded_colours
 from depthscope.app.figures.build.values import pick, positions
-from depthscope.app.figures.specification import Array, Figure, Line, Lines, Selection
+from depthscope.app.figures.specification import Figure, Points, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.analysis.differences import of_seeds
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.metrics.intervals import factor
-
-
-# Without `eq`, here and below: arrays compare element by element, which has no truth value.
-@dataclass(frozen=True, eq=False)
-class Points:
-    """Points of some runs in the complex plane, with the unit circle.
-
-    ``name, title``: as of any figure.
-    ``x_label, y_label``: axes.
-    ``points``: run name → complex numbers of any shape.
-    ``caption, alt, metric``: as of any figure.
-    ``sources``: bibliography keys.
-    ``runs``: all runs that are shown together, with the numbers of their colours; see `Lines`.
-    ``radial_log``: whether distances from the origin are log₂(1 + |z|), which leaves the unit circle where it is.
-    """
-
-    name: str
-    title: str
-    x_label: str
-    y_label: str
-    points: Mapping[str, Array]
-    caption: str = ""
-    alt: str = ""
-    metric: str = ""
-    sources: tuple[str, ...] = ()
-    runs: Mapping[str, int] = field(default_factory=dict)
-    radial_log: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,52 +74,6 @@ def groups_of(readings: Sequence[Reading], by: str) -> dict[str, str]:
             known = ", ".join(sorted(name for name, value in reading.attrs.items() if np.isscalar(value)))
             raise InputError(f"run {reading.name} has no attribute {by!r} to group by; it has {known}")
     return {reading.name: str(reading.attrs[by]) for reading in readings}
-
-
-def grouped(figure: Lines, groups: Mapping[str, str]) -> Lines:
-    """Curves of runs as one curve for each group: the mean, with the 95 % interval over its runs.
-
-    Returns: Runs of a group whose positions differ have no mean: they stay lines of their own, in the colour of the
-    group.
-    """
-    names = tuple(dict.fromkeys(groups.values()))
-    lines = [line for line in figure.lines if line.role == "threshold"]
-    for name in names:
-        members = [line for line in figure.lines if groups.get(line.group) == name]
-        lines += _of_group(name, members)
-    num = [list(groups.values()).count(name) for name in names]
-    counts = ", ".join(f"{count} of {name}" for count, name in zip(num, names, strict=True))
-    words = f"Means over runs ({counts}); band: 95 % interval over runs (Student's t)."
-    caption = " ".join(filter(None, (figure.caption, words)))
-    return replace(figure, lines=tuple(lines), runs=folded_colours(figure.runs, groups), caption=caption)
-
-
-def _of_group(name: str, members: Sequence[Line]) -> Iterator[Line]:
-    """The mean of every variant with its null, then what has no mean: marks of the first run."""
-    variants: dict[tuple[str, str], list[Line]] = {}
-    for line in members:
-        variants.setdefault((line.role, line.label.removeprefix(line.group)), []).append(line)
-    for (role, variant), lines in variants.items():
-        first = lines[0]
-        label = f"{name}{variant}"
-        same = all(np.array_equal(line.x, first.x) for line in lines)
-        if role != "measured":
-            # Nulls are those of the sample size, which the runs of a design share.
-            yield replace(first, group=name, label=label)
-        elif not same:
-            yield from (replace(line, group=name, label=label) for line in lines)
-        else:
-            yield _mean(name, label, lines)
-
-
-def _mean(name: str, label: str, lines: Sequence[Line]) -> Line:
-    values = np.stack([line.y for line in lines])
-    mean = values.mean(axis=0)
-    lower = upper = None
-    if len(lines) > 1:
-        half = factor(len(lines) - 1) * values.std(axis=0, ddof=1) / np.sqrt(len(lines))
-        lower, upper = mean - half, mean + half
-    return replace(lines[0], y=mean, label=label, group=name, lower=lower, upper=upper, error=None)
 
 
 def differing_ranges(

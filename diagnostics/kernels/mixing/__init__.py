@@ -23,7 +23,6 @@ from depthscope.diagnostics.kernels.mixing.gains import (
 )
 from depthscope.diagnostics.kernels.mixing.paths import (
     effective_streams,
-    read_mass,
     streams_across,
 )
 from depthscope.diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
@@ -60,7 +59,6 @@ __all__ = [
     "named_constraint",
     "operator_gain",
     "prefix_composites",
-    "read_mass",
     "singular_values",
     "sinkhorn",
     "spectral_gap",

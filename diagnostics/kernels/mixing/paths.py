@@ -123,29 +123,3 @@ def _hops(xp: Any, m: Array, ahead: int) -> Array:
     readers = xp.arange(m.shape[-2], dtype=xp.float64, device=device(m))
     sources = xp.arange(m.shape[-1], dtype=xp.float64, device=device(m)) - ahead
     return readers[:, None] - sources[None, :]
-
-
-def read_mass(m: Array, *, embedding: bool = False) -> Array:
-    """Read mass Σ_k |M_kj|: how much of source j all later readers take in together.
-
-    Parameters
-    ----------
-    m
-        Depth kernels (..., K, S).
-    embedding
-        Whether the first column is the embedding.
-
-    Returns
-    -------
-    Array
-        (..., S); NaN for a source without a later reader (the last sublayer without a head).
-
-    Examples
-    --------
-    >>> read_mass([[0.0, 0.0], [1.0, 0.0]]).tolist()
-    [1.0, nan]
-    """
-    xp, m = as_float64(m, name="m", ndim=2)
-    readable = xp.any(_hops(xp, m, int(embedding)) > 0, axis=0)
-    mass = xp.sum(xp.abs(m), axis=-2)
-    return xp.where(readable, mass, xp.full_like(mass, xp.nan))

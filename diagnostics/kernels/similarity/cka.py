@@ -5,11 +5,10 @@ Shapes: ``...`` batch, ``N`` rows (the same tokens on both sides), ``d`` columns
 
 from typing import Any
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.kernels._arrays import Array, Rows, as_array, as_float64, of_one_library, scaled
-from depthscope.diagnostics.kernels.similarity.pairwise import paired_rows
+from depthscope.diagnostics.kernels._arrays import Array, Rows, as_array, of_one_library, rows, scaled
 
 
 def _inner(xp: Any, x: Array, y: Array) -> Array:
@@ -52,7 +51,7 @@ def cka_from_hsic(xy: Array, xx: Array, yy: Array) -> Array:
     Parameters
     ----------
     xy, xx, yy
-        HSIC values of any one estimator, or their sums over minibatches, broadcastable.
+        HSIC values of any one estimator, broadcastable.
 
     Returns
     -------
@@ -109,57 +108,19 @@ def linear_cka(x: Array, y: Array, *, unbiased: bool = False, mask: Array | None
     >>> float(linear_cka(x, x[:, :1]).round(12)) == round(0.5**0.5, 12)
     True
     """
-    a, b = paired_rows(x, y, mask, center=True)
+    x, y = of_one_library(x, y)
+    a = rows(x, mask=mask, center=True)
+    b = rows(y, mask=mask, center=True, name="y")
+    if a.values.shape[:-1] != b.values.shape[:-1]:
+        raise InputError(
+            f"x and y have shapes {tuple(a.values.shape)} and {tuple(b.values.shape)}; expected equal "
+            "batch and rows (..., N); widths may differ"
+        )
     # The ratio has no units: the scales, taken out against overflow, need not come back.
     a, b = a._replace(values=scaled(a)[0]), b._replace(values=scaled(b)[0])
     return cka_from_hsic(
         linear_hsic(a, b, unbiased), linear_hsic(a, a, unbiased), linear_hsic(b, b, unbiased)
     )
-
-
-def hsic1(k: Array, q: Array) -> Array:
-    """Unbiased HSIC₁ of two kernel matrices K, L with their diagonals set to zero.
-
-    [tr(K̃L̃) + 1ᵀK̃1 1ᵀL̃1/((n−1)(n−2)) − 2/(n−2) 1ᵀK̃L̃1] / (n(n−3)).
-
-    Parameters
-    ----------
-    k, q
-        Kernel matrices (..., n, n).
-
-    Returns
-    -------
-    Array
-        (...), may be negative; NaN below 4 rows. Source: Song et al. 2012, Eq. 5.
-
-    Raises
-    ------
-    InputError
-        If the shapes are not square and equal.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> round(abs(float(hsic1(np.ones((5, 5)), np.ones((5, 5))))), 12)
-    0.0
-    """
-    k, q = of_one_library(k, q, names=("k", "q"))
-    xp, k = as_float64(k, name="k", ndim=2)
-    _, q = as_float64(q, name="q", ndim=2)
-    n = k.shape[-1]
-    if k.shape != q.shape or k.shape[-2] != n:
-        raise InputError(
-            f"k and q have shapes {tuple(k.shape)} and {tuple(q.shape)}; expected equal (..., n, n)"
-        )
-    if n < 4:
-        return xp.full_like(k[..., 0, 0], xp.nan)
-    # Song's estimator sums over distinct rows only: the diagonal, whose mean is not that of the rest, is the bias.
-    off = 1.0 - xp.eye(n, dtype=xp.float64, device=device(k))
-    k, q = k * off, q * off
-    product = xp.sum(k * xp.matrix_transpose(q), axis=(-2, -1))
-    sums = xp.sum(k, axis=(-2, -1)) * xp.sum(q, axis=(-2, -1)) / ((n - 1) * (n - 2))
-    crossed = xp.sum(xp.sum(k, axis=-2) * xp.sum(q, axis=-1), axis=-1)
-    return (product + sums - 2.0 / (n - 2) * crossed) / (n * (n - 3))
 
 
 def cka_null(n: int, d_x: int, d_y: int | None = None) -> float:

@@ -201,7 +201,7 @@ def live_names(metrics: str | Iterable[str]) -> tuple[str, ...]:
     if metrics == "live":
         return LIVE
     if metrics == "all":
-        more = [name for name, metric in CATALOGUE.items() if metric.default and not _needs_more(name)]
+        more = [name for name in CATALOGUE if not _needs_more(name)]
         return tuple(dict.fromkeys((*LIVE, *more)))
     names = (metrics,) if isinstance(metrics, str) else tuple(metrics)
     for name in names:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 
 import numpy as np
@@ -11,11 +10,7 @@ import pytest
 
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.growing_runs import live_state
-from depthscope.app.dashboard.state.run_reading import version_of
 from depthscope.app.figures.build.history_figure import MOST_COLUMNS
-from depthscope.app.readings.first_findings import FirstFindings, keep_first_findings, kept_first_findings
-from depthscope.app.readings.readings import read_paths
-from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import save_run, schema
 from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.app.dashboard.growing_run import SPIKE, add, begin, with_state
@@ -87,7 +82,7 @@ def test_several_runs_are_drawn_on_the_same_axes_and_their_seeds_as_one_band(sto
         other.finish()
         other.close()
     save_run(make_run("residual", layers=2), folder / "plain.zarr.zip")
-    chosen = {"runs": ["run", "second", "third", "plain"], "measures": "residual_norm", "over_depths": "last"}
+    chosen = {"runs": ["run", "second", "third", "plain"], "measures": "residual_norm"}
     test = open_page("training", [folder], **chosen)
     assert "and not shown: plain" in words(test)
     figure = json.loads(charts(test)["training"]["figure"])
@@ -95,8 +90,10 @@ def test_several_runs_are_drawn_on_the_same_axes_and_their_seeds_as_one_band(sto
     assert list(curves) == ["run", "second", "third"]
     assert not [trace for trace in figure["data"] if trace["type"] == "heatmap"]
     np.testing.assert_array_equal(numbers(curves["second"]["x"]), np.arange(5, 25))
-    # The last of six depths of step s has the norm 6 (1 + s/1000).
-    np.testing.assert_allclose(numbers(curves["second"]["y"]), 6 * (1 + np.arange(5, 25) / 1000), rtol=1e-6)
+    # Of six depths of step s with the norms 1 to 6 times (1 + s/1000) the mean.
+    expected = 3.5 * (1 + np.arange(5, 25) / 1000)
+    expected[SPIKE - 5] += 49 * 4 * (1 + SPIKE / 1000) / 6
+    np.testing.assert_allclose(numbers(curves["second"]["y"]), expected, rtol=1e-6)
     assert {"residual_norm_at_step"} == set(charts(test)) - {"training"}
     # One of them alone has its map.
     assert numbers(heat_map(open_page("training", [folder], **chosen, trained="second"))["z"]).shape == (
@@ -195,27 +192,3 @@ def test_the_microscope_follows_the_last_step(store):
     store.close()
     test.run()
     assert "Numbers of step" not in words(test)
-
-
-def test_the_first_findings_of_a_training_that_ended_are_kept_until_it_changes(store, monkeypatch):
-    path = store.path.resolve()
-    store.finish()
-    store.close()
-    readings, _ = read_paths([str(path)])
-    version = version_of(path)
-    assert kept_first_findings(path, version, "") is None
-    keep_first_findings(path, version, readings)
-    history = read_history(readings[0])
-    found = FirstFindings(history)
-    while found.look(1.0):
-        pass
-    known = kept_first_findings(path, version, "")
-    assert known.num_judged == found.num_judged
-    expected = [(each.finding.sentence, each.step, each.before, each.lasts) for each in found.begun()]
-    assert [(each.finding.sentence, each.step, each.before, each.lasts) for each in known.begun()] == expected
-    # A page asks for them, and judges no step itself.
-    monkeypatch.setattr("depthscope.app.readings.first_findings.judge", None)
-    growing_runs._followed.clear()
-    assert f"{known.num_judged} of 20 steps judged" in words(opened(store))
-    os.utime(path / schema.LOG, ns=(0, 10**18))
-    assert kept_first_findings(path, version_of(path), "") is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -10,9 +9,9 @@ import pytest
 from matplotlib import ft2font
 
 from depthscope.app.drawing.matplotlib import WIDTHS, to_matplotlib, write_figure
-from depthscope.app.drawing.matplotlib.matrices import edges
 from depthscope.app.drawing.matplotlib.style import FONTS, can_draw
 from depthscope.app.figures import Heatmap, Line, Lines
+from depthscope.app.figures.build.bins import edges
 from tests.app.example_figures import CURVES, MAP, X
 
 
@@ -88,18 +87,6 @@ def test_empty_and_single_values_are_drawn(tmp_path):
 def test_unknown_width_or_format_is_refused(bad, tmp_path):
     with pytest.raises(ValueError, match="expected"):
         write_figure(CURVES, tmp_path / bad.get("path", "f.pdf"), width=bad.get("width", "icml"))
-
-
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX")
-def test_pgf_is_written_on_request(tmp_path):
-    write_figure(replace(CURVES, y_label="log₁₀ σ₁ of H_res on 1⊥ ‖x‖"), tmp_path / "c.pgf")
-    assert r"\begin{pgfpicture}" in (tmp_path / "c.pgf").read_text()
-
-
-def test_pgf_without_latex_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    with pytest.raises(ValueError, match="need pdflatex"):
-        write_figure(CURVES, tmp_path / "c.pgf")
 
 
 def test_many_lines_of_many_runs_are_named_by_run_and_by_variant(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import xarray as xr
 
 from depthscope.app.figures import FIGURES, Heatmap, Lines, Selection, available
-from depthscope.app.figures.line_looks import visible_limits
+from depthscope.app.figures.build.bins import visible_limits
 from depthscope.app.text.latex import tex
 from depthscope.diagnostics import analyze
 

@@ -29,13 +29,14 @@ def test_seeds_become_a_mean_with_a_band_and_others_stay():
         runs=("b", "a0", "a1", "a2"),
     )
     found = folded(figure, dict.fromkeys(("a0", "a1", "a2"), "a, 3 seeds"))
-    mean, shallow, other, limit = found.lines
+    mean, shallow, null, other, limit = found.lines
     np.testing.assert_array_equal(mean.y, [2.0, 2.0, np.nan])
     np.testing.assert_array_equal(mean.lower, [1.0, 2.0, np.nan])
     np.testing.assert_array_equal(mean.upper, [3.0, 2.0, np.nan])
     assert mean.error is None  # of two runs
     assert (mean.label, mean.group, found.runs) == ("a, 3 seeds", "a, 3 seeds", {"b": 0, "a, 3 seeds": 1})
     assert (shallow.group, other.group, limit.label) == ("a, 3 seeds", "b", "limit")
+    assert (null.role, null.group) == ("null", "a, 3 seeds")
     assert "of up to 2 runs" in found.caption
 
 
@@ -52,4 +53,5 @@ def test_variants_of_a_run_stay_apart_and_three_runs_have_an_interval():
 def test_without_seeds_the_figure_stays_the_same():
     figure = figure_of(line("a", [1.0, 2.0, 3.0]))
     assert folded(figure, {}) is figure
-    assert folded(figure, {"a": "a"}) is figure
+    (alone,) = folded(figure, {"a": "all"}).lines
+    assert (alone.label, alone.y is figure.lines[0].y) == ("all", True)

@@ -21,17 +21,18 @@ PROBLEMS = (
 )
 
 
-@pytest.fixture(scope="module")
-def bundle(make_run, tmp_path_factory) -> Path:
+HOSTILE = r"модель с очень длинным именем \input{/etc/passwd} << 6 * 7 >> 50% a&b_c^d~e #1 $x$ \end{document}"
+
+
+@pytest.fixture
+def bundle(make_run, tmp_path) -> Path:
     runs = {
-        "модель с очень длинным именем": make_run("mhc", layers=2, samples=3),
+        HOSTILE: make_run("mhc", layers=2, samples=3),
         "模型一号": make_run("residual", layers=3, samples=3, seed=1),
     }
     with pytest.MonkeyPatch.context() as patch:
         draw_few(patch, every=24, composed=tuple(QUESTIONS))
-        return write_bundle(
-            runs, tmp_path_factory.mktemp("article") / "paper", venue="neurips", formats=("pdf",)
-        )
+        return write_bundle(runs, tmp_path / "paper", venue="neurips", formats=("pdf",))
 
 
 def compiled(engine: str, folder: Path) -> str:
@@ -43,17 +44,18 @@ def compiled(engine: str, folder: Path) -> str:
     return (folder / "main.log").read_text(errors="replace").replace("\n", "")
 
 
-@pytest.mark.parametrize("engine", ["pdflatex", "lualatex"])
-def test_the_article_compiles(engine, bundle, tmp_path):
-    if shutil.which(engine) is None:
-        pytest.skip(f"needs {engine}")
-    folder = shutil.copytree(bundle, tmp_path / "paper")
-    log = compiled(engine, folder)
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs LaTeX")
+def test_the_article_compiles_and_names_are_text(bundle):
+    # Places where a long word may be broken are no part of its letters.
+    texts = [path.read_text().replace(r"\allowbreak{}", "") for path in bundle.rglob("*.tex")]
+    assert not any(r"\input{/etc" in text for text in texts)
+    assert any(r"\textbackslash{}input\{/etc/passwd\}" in text for text in texts)
+    log = compiled("pdflatex", bundle)
     overfull = [float(points) for points in re.findall(r"Overfull \\[hv]box \(([\d.]+)pt", log)]
     assert [points for points in overfull if points > MOST_OVERFULL] == []
     assert [words for words in PROBLEMS if words in log] == []
     if shutil.which("pdftotext"):
-        printed = ["pdftotext", folder / "main.pdf", "-"]
+        printed = ["pdftotext", bundle / "main.pdf", "-"]
         text = subprocess.run(printed, capture_output=True, text=True, check=True).stdout
         assert text.count("\f") <= 12  # pages
         # In brackets as a whole: "over sequences Roy and Vetterli [2007]." is no sentence.

@@ -36,7 +36,7 @@ def readings(runs):
 
 
 def test_every_figure_has_a_function_and_a_name_of_its_own():
-    assert set(QUESTIONS) == set(figures.__all__) - {"measure", "numbers", "panels", "patching", "table"}
+    assert set(QUESTIONS) == set(figures.__all__) - {"measure", "numbers", "panels", "table"}
     assert not set(QUESTIONS) & set(FIGURES)
     assert depthscope.figures is figures
 
@@ -155,7 +155,7 @@ def test_groups_are_means_with_bands_and_marks(make_run):
     values = np.stack([r.analysis["stream_cosine"].values[0] for r in readings if r.name.startswith("hc")])
     np.testing.assert_allclose(line.y, values.mean(axis=0))
     half = 3.182446 * values.std(axis=0, ddof=1) / 2  # Student's t with 3 degrees
-    np.testing.assert_allclose(line.upper - line.y, half, rtol=1e-6, atol=1e-15)
+    np.testing.assert_allclose(line.error, half, rtol=1e-6, atol=1e-15)
     # HC's streams drift apart and mHC's do not; at the embedding both are copies.
     assert panel.differs
     assert min(first for first, _ in panel.differs) > 0

@@ -53,8 +53,8 @@ def test_cards_show_the_command_and_then_its_result(tmp_path):
 
 def test_the_lens_says_from_which_depth_on_the_prediction_stands(tmp_path):
     path = tmp_path / "a.zarr.zip"
-    depths = xr.DataArray(np.full((1, 1, 2, 3), 4.0), dims=("lens", "stream", "sample", "token"))
-    lens = xr.Dataset({"prediction_depth": depths}, {"lens": ["logit"], "depth": np.arange(7)})
+    depths = xr.DataArray(np.full((1, 2, 3), 4.0), dims=("stream", "sample", "token"))
+    lens = xr.Dataset({"prediction_depth": depths}, {"depth": np.arange(7)})
     save_result(lens.assign_attrs(kind_of_file="depthscope experiments"), result_path(path, "lens"))
     same = replace(IDLE, verdict="same_representation")
     (card,) = cards_of(Reading("a", {}, xr.Dataset(), (same,), results=results_beside(path, None)))

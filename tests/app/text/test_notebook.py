@@ -54,20 +54,6 @@ def test_every_equation_can_be_rendered(name):
     assert "<pre>" not in _metric_html(ds.CATALOGUE[name])
 
 
-def test_a_metric_of_an_analysis_shows_its_curve_and_any_other_array_itself(formatter, mhc_run):
-    analysis = analyze(mhc_run)
-    shown = formatter(analysis["effective_rank"])
-    assert shown.count("<polyline") == 1
-    assert 'display="block"' in shown
-    assert "effective rank by depth, 0–" in shown
-    for plain in (
-        analysis["cka"],
-        analysis["token_id"] if "token_id" in analysis else xr.DataArray([1.0], name="a"),
-    ):
-        assert "<polyline" not in formatter(plain)
-        assert "xr-" in formatter(plain)
-
-
 def test_findings_print_one_line_each(mhc_run):
     findings = judge(analyze(mhc_run))
     assert repr(findings).count("\n") == len(findings) - 1
@@ -84,7 +70,6 @@ def test_a_run_is_a_card_and_no_tree(formatter, mhc_run):
     assert len(shown) < 10_000
     assert mhc_run.attrs["model"] in shown
     assert "proven" in shown or mhc_run.attrs.get("proof") is None
-    assert shown.count("<polyline") == 1
     assert "Findings" not in shown
     analysis = analyze(mhc_run)
     measured = mhc_run.assign({"metrics": xr.DataTree(analysis)})

@@ -42,7 +42,6 @@ def test_a_metric_has_all_its_facts(sections):
         assert f"$`{metric.symbol}`$" in section
         for fact in (metric.units, metric.estimator, metric.basis):
             assert fact in section
-        assert ("on request" in section) is not metric.default
         assert section.count("```math") == metric.__doc__.count(".. math::")
         if callable(metric.null):
             assert f"`{name}_null`" in section

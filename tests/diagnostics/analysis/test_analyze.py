@@ -12,7 +12,7 @@ import xarray as xr
 from array_api_compat.numpy import linalg
 
 from depthscope import diagnostics
-from depthscope.diagnostics import kernels, schema
+from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 
@@ -27,26 +27,6 @@ def count_calls(monkeypatch, module, names):
 
         monkeypatch.setattr(module, name, counted)
     return calls
-
-
-def test_only_what_is_asked_is_computed(mhc_run, monkeypatch):
-    similar = count_calls(monkeypatch, kernels.similarity, ["cka_matrix"])
-    mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites", "eigenvalues"])
-    spectra = count_calls(monkeypatch, kernels.rank, ["singular_values"])
-    found = diagnostics.analyze(mhc_run, metrics=["residual_norm", "mixing_gain"])
-    assert set(found.data_vars) == {"residual_norm", "mixing_gain"}
-    assert set((similar | mixed | spectra).values()) == {0}
-
-
-def test_one_decomposition_serves_all_ranks(residual_run, monkeypatch):
-    spectra = count_calls(monkeypatch, kernels.rank, ["singular_values"])
-    ranks = ["effective_rank", "participation_ratio", "numerical_rank"]
-    diagnostics.analyze(residual_run, metrics=ranks[:1])
-    once = spectra["singular_values"]
-    diagnostics.analyze(residual_run, metrics=ranks)
-    assert spectra["singular_values"] == 2 * once
-    # raw and centred, by sequence and pooled, of all depths at once; the ordinary tokens are all tokens here
-    assert once == 2 * 2
 
 
 DECOMPOSITIONS = ("eigvalsh", "eigh", "svd", "svdvals", "qr", "eigvals", "cholesky")
@@ -114,7 +94,7 @@ def test_what_does_not_fit_is_read_again_and_gives_the_same(make_run, monkeypatc
 def test_memory_is_that_of_the_states_once_more_and_blocks_of_a_fixed_size(make_run):
     run = make_run("residual", layers=23, samples=4, tokens=64, features=256, gradients=False, weights=False)
     # CKA holds tiles of Gram matrices, of a fixed size.
-    names = [name for name, metric in CATALOGUE.items() if metric.default and "cka" not in name]
+    names = [name for name in CATALOGUE if "cka" not in name]
     diagnostics.analyze(run, metrics=names)
     tracemalloc.start()
     diagnostics.analyze(run, metrics=names)
@@ -128,14 +108,6 @@ def test_a_run_is_not_written_to(make_run):
     before = run.copy(deep=True)
     diagnostics.analyze(run, metrics=CATALOGUE, jackknife=True)
     xr.testing.assert_identical(run, before)
-
-
-def test_composites_are_shared(hc_run, monkeypatch):
-    mixed = count_calls(monkeypatch, kernels.mixing, ["prefix_composites"])
-    diagnostics.analyze(
-        hc_run, metrics=["composite_gain", "composite_attenuation", "composite_singular_value"]
-    )
-    assert mixed["prefix_composites"] == 1
 
 
 def test_an_unknown_metric_is_refused_with_the_closest(residual_run):
@@ -165,19 +137,8 @@ def test_what_cannot_be_fed_is_listed_with_its_reason(make_run):
     reasons = found.attrs["not_computed"]
     assert "gradients=True" in reasons["gradient_norm"]
     assert "one stream" in reasons["mixing_gain"]
-    assert set(reasons) | set(found.data_vars) | set(found.attrs["on_request"]) >= set(CATALOGUE)
+    assert set(reasons) | set(found.data_vars) >= set(CATALOGUE)
     assert not set(reasons) & set(found.data_vars)
-
-
-def test_costly_metrics_are_computed_only_when_named(make_run):
-    run = make_run("residual", layers=2, features=8)
-    costly = [name for name, metric in CATALOGUE.items() if not metric.default]
-    unasked = diagnostics.analyze(run)
-    assert unasked.attrs["on_request"] == costly
-    assert not set(costly) & (set(unasked.data_vars) | set(unasked.attrs["not_computed"]))
-    asked = diagnostics.analyze(run, metrics=["procrustes", "mutual_knn"])
-    assert {"procrustes", "mutual_knn"} <= set(asked.data_vars)
-    assert "on_request" not in asked.attrs
 
 
 def test_progress_is_told(residual_run):
@@ -203,7 +164,7 @@ def test_an_analysis_survives_the_disk_as_metrics(hc_run, tmp_path):
     with schema.open_run(schema.save_run(run, tmp_path / "run.zarr.zip")) as back:
         stored = schema.chain_dataset(back, "metrics").load()
         xr.testing.assert_equal(stored, found)
-        assert all("logit" in reason for reason in stored.attrs["not_computed"].values())
+        assert not stored.attrs["not_computed"]
         assert diagnostics.judge(stored) == diagnostics.judge(found)
 
 
@@ -243,7 +204,7 @@ def test_a_run_without_a_token_says_so(make_run):
     found = diagnostics.analyze(schema.create_run(trace, attrs=run.attrs))
     # What streams cost follows from their number and width alone.
     told = {CATALOGUE[name.removesuffix("_null")].question for name in found.data_vars}
-    assert told == {"memory", "logits"}  # gradients at the logits are of a batch, stored as they came
+    assert told == {"memory"}
     of_tokens = {
         name: reason
         for name, reason in found.attrs["not_computed"].items()

@@ -9,6 +9,7 @@ import xarray as xr
 from depthscope import diagnostics
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.jackknife import jackknife, resampled
+from depthscope.diagnostics.kernels import similarity
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
@@ -77,21 +78,16 @@ def test_what_is_left_out_is_a_whole_sequence_whatever_its_length(make_run):
 
 
 def test_a_thinned_metric_leaves_out_of_the_tokens_that_it_took(monkeypatch, make_run):
-    monkeypatch.setattr("depthscope.diagnostics.metrics.alignment.ROWS", 40)
+    monkeypatch.setattr("depthscope.diagnostics.metrics.representation.ROWS", 40)
     run = make_run("residual", layers=1, samples=8, features=6)
-    found = diagnostics.analyze(run, metrics=["procrustes"], jackknife=True)
-    mask = run.trace.mask.values
-    real = np.argwhere(mask)
+    found = diagnostics.analyze(run, metrics=["joined_cka"], jackknife=True)
+    real = np.argwhere(run.trace.mask.values)
     kept = real[evenly_spaced(len(real), 40)]
-    x, y = (run.trace.residual.values[depth, kept[:, 0], kept[:, 1], 0] for depth in (0, 1))
-    values = []
-    for s in range(8):
-        rest = kept[:, 0] != s
-        centred = [side[rest].astype(float) - side[rest].astype(float).mean(0) for side in (x, y)]
-        unit = [side / np.linalg.norm(side) for side in centred]
-        values.append(np.arccos(np.linalg.svd(unit[0].T @ unit[1], compute_uv=False).sum()))
-    expected = np.sqrt(7 / 8 * ((values - np.mean(values)) ** 2).sum())
-    assert float(found["procrustes_stderr"].sel(tokens="all")[0, 0, 1]) == pytest.approx(expected, rel=1e-6)
+    x, y = (run.trace.residual.values[depth, kept[:, 0], kept[:, 1], 0].astype(float) for depth in (0, 1))
+    without = [kept[:, 0] != s for s in range(8)]
+    values = np.array([similarity.linear_cka(x[rest], y[rest], unbiased=True) for rest in without])
+    expected = np.sqrt(7 / 8 * ((values - values.mean()) ** 2).sum())
+    assert float(found["joined_cka_stderr"].sel(tokens="all")[0, 0, 1]) == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("family", ["residual", "hc"])

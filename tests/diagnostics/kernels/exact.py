@@ -55,11 +55,6 @@ def over(a, b):
     return NAN if b == 0 else a / b
 
 
-def rounded(value):
-    """A number without its last digits, so that what is equal is equal; zero where those are all it has."""
-    return mpf(mp.nstr(value, 35)) if abs(value) > NOTHING else mpf(0)
-
-
 def mean(values):
     return sum(values) / len(values) if len(values) else NAN
 
@@ -221,44 +216,6 @@ def linear_cka(x, y, hsic=biased):
     return alignment(hsic, kernel(x), kernel(y))
 
 
-def procrustes(x, y):
-    a, b = centred(x), centred(y)
-    sizes = sqrt((a * a).sum()), sqrt((b * b).sum())
-    if 0 in sizes:
-        return NAN
-    shared = sum(singular_values(a.T @ b)) / sizes[0] / sizes[1]
-    return acos(min(shared, mpf(1)))
-
-
-@remembered
-def cosines(x):
-    u, _ = units(x)
-    return u @ u.T
-
-
-def near(similarity, k):
-    n = len(similarity)
-    chosen = np.zeros((n, n), dtype=bool)
-    for i in range(n):
-        others = [j for j in range(n) if j != i]
-        chosen[i, sorted(others, key=lambda j: -rounded(similarity[i, j]))[:k]] = True
-    return chosen
-
-
-def mutual_knn(x, y, k):
-    return mpf(int((near(cosines(x), k) & near(cosines(y), k)).sum())) / (len(x) * k)
-
-
-def cknna(x, y, k):
-    a, b = cosines(x), cosines(y)
-    near_a, near_b = near(a, k), near(b, k)
-    terms = [
-        song(np.where(m, p, mpf(0)), np.where(m, q, mpf(0)))
-        for m, p, q in ((near_a & near_b, a, b), (near_a, a, a), (near_b, b, b))
-    ]
-    return terms[0] / sqrt(terms[1]) / sqrt(terms[2]) if terms[1] > 0 and terms[2] > 0 else NAN
-
-
 # Gradients
 
 
@@ -266,8 +223,5 @@ def gradient_norm(g):
     return sqrt((g * g).sum())
 
 
-def signal_propagation(x):
-    centred_x = centred(x)
-    return np.array(
-        [mean((x.sum(axis=0) / len(x)) ** 2), mean((centred_x**2).sum(axis=0) / len(x))], dtype=object
-    )
+def channel_variance(x):
+    return mean((centred(x) ** 2).sum(axis=0) / len(x))

@@ -46,7 +46,7 @@ ALONE = {
     "massive_activations": (geometry.massive_activations, exact.massive_activations),
     "massive_tokens": (geometry.massive_tokens, exact.massive_tokens),
     "gradient_norm": (gradients.gradient_norm, exact.gradient_norm),
-    "signal_propagation": (gradients.signal_propagation, exact.signal_propagation),
+    "channel_variance": (gradients.channel_variance, exact.channel_variance),
 }
 PAIRS = {
     "row_cosine": (geometry.row_cosine, exact.row_cosine),
@@ -57,12 +57,6 @@ PAIRS = {
         lambda x, y, **k: similarity.linear_cka(x, y, unbiased=True, **k),
         lambda x, y: exact.linear_cka(x, y, exact.song),
     ),
-    "procrustes": (similarity.procrustes, exact.procrustes),
-    "mutual_knn": (
-        lambda x, y, **k: similarity.mutual_knn(x, y, 2, **k),
-        lambda x, y: exact.mutual_knn(x, y, 2),
-    ),
-    "cknna": (lambda x, y, **k: similarity.cknna(x, y, 3, **k), lambda x, y: exact.cknna(x, y, 3)),
 }
 # Of layers or batches, which share one mask or none.
 LAYERS = {
@@ -74,10 +68,6 @@ LAYERS = {
     "unbiased of cka_matrices": (
         lambda x, y, **k: similarity.cka_matrices(stacked(x, y), **k)[1],
         table(exact.linear_cka, exact.song),
-    ),
-    "cka_matrix of two sides": (
-        lambda x, y, **k: similarity.cka_matrix(stacked(x), y=stacked(y), **k)[0, 0],
-        exact.linear_cka,
     ),
 }
 MEASURES = {
@@ -91,15 +81,11 @@ MEASURES = {
     },
     **PAIRS,
     **LAYERS,
-    "minibatch_cka": (
-        lambda x, y: similarity.minibatch_cka([x, x], [y, y]),
-        lambda x, y: exact.linear_cka(x, y, exact.song),
-    ),
 }
 # What is measured in units of the input, and what no common factor changes.
 OF_UNITS = (
     *("singular_values", "centred singular_values", "massive_activations", "massive_tokens", "gradient_norm"),
-    *("signal_propagation",),
+    *("channel_variance",),
 )
 UNIT_FREE = [name for name in MEASURES if name not in OF_UNITS]
 

@@ -42,9 +42,9 @@ STATES = {
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # States that are tried in half precision too.
 HALF = ("plain", "massive token")
-UNITS = ("signal_propagation", "singular_values", "centred singular_values", "gradient_norm")
+UNITS = ("channel_variance", "singular_values", "centred singular_values", "gradient_norm")
 # Differences of nearly equal sums: six digits are the goal, for one token may hold nearly all of them.
-DIFFERENCES = ("participation_ratio of pairs", "minibatch_cka")
+DIFFERENCES = ("participation_ratio of pairs",)
 
 
 def tolerance(name, dtype, due):
@@ -131,34 +131,17 @@ def arrays(name):
             yield state, "float64", "list", X.tolist(), Y.tolist()
 
 
-def refused(name, x, y):
-    """The words of the error that is due, or none."""
-    tokens = len(x)
-    if (name == "mutual_knn" and tokens <= 2) or (name == "cknna" and tokens <= 3):
-        return f"rows; expected . ≤ k < {tokens}"
-    if name == "minibatch_cka" and tokens < 4:
-        return "HSIC₁ needs at least 4"
-    return None
-
-
 @cache
 def expected(name, state, dtype):
-    """What 50 digits say, or the words of the error."""
+    """What 50 digits say."""
     x, y = map(numbers, tensors(state)[dtype])
-    words = refused(name, x, y)
-    if words:
-        return words
     value = np.asarray(MEASURES[name][1](exact.wide(x), exact.wide(y)))
     with np.errstate(invalid="ignore"):  # numpy 2.1 warns of a NaN among objects
         return value if value.dtype == bool else value.astype(float)
 
 
 def asserted(name, due, tolerance, *sides):
-    """Measure, and compare the value or the words of the error."""
-    if isinstance(due, str):
-        with pytest.raises(ValueError, match=due):
-            measured(name, *sides)
-        return
+    """Measure, and compare the value."""
     got = MEASURES[name][0](*sides)
     for part in got if isinstance(got, tuple) else (got,):
         assert isinstance(part, torch.Tensor) == isinstance(sides[0], torch.Tensor)
@@ -183,8 +166,6 @@ def test_every_state_has_its_exact_value(name):
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_whole_numbers_and_booleans_are_numbers(name):
-    if name in ("mutual_knn", "cknna"):
-        return  # equally near neighbours that are not equal: either may win
     for kind, convert in WHOLE.items():
         x, y = convert(X), convert(Y)
         due = measured(name, numbers(x), numbers(y))
@@ -216,10 +197,3 @@ def test_one_layer_is_a_table_of_one():
     for unbiased in (False, True):
         for x in (X[None], torch.tensor(X[None])):
             assert similarity.cka_matrix(x, unbiased=unbiased).tolist() == [[pytest.approx(1.0, abs=1e-12)]]
-
-
-def test_identical_tokens_are_ties():
-    """A product of matrices rounds equal rows differently at its edges, which 37 rows have and 32 do not."""
-    same = [np.tile(noise(64, seed=seed), (37, 1)) for seed in (1, 2)]
-    for x, y in (same, map(torch.asarray, same)):
-        np.testing.assert_array_equal(measured("mutual_knn", x, y), 1.0)

@@ -11,8 +11,7 @@ from tests.diagnostics.kernels.measures import LAYERS, MEASURES, PAIRS, measured
 
 TOKENS, FEATURES = 14, 5
 X, Y = noise(3, TOKENS, FEATURES, seed=1), noise(3, TOKENS, FEATURES, seed=2)
-MASKED = [name for name in MEASURES if name != "minibatch_cka"]
-BATCHED = [name for name in MASKED if name not in LAYERS]
+BATCHED = [name for name in MEASURES if name not in LAYERS]
 OF_ROWS = {"row_cosine": np.nan, "massive_tokens": False, "massive_activations": False}
 # No row is left: nothing has size or rank 0; all else is undefined, or refused.
 OF_NOTHING = {
@@ -21,7 +20,6 @@ OF_NOTHING = {
     ),
     **{"gradient_norm": 0.0, "massive_activations": 0.0, "massive_tokens": 0.0},
 }
-REFUSED = {"mutual_knn": "for 0 rows", "cknna": "for 0 rows"}
 NOT_FINITE = r" contains 2 NaN or infinite values of \d+, the first at index \(.*3, 2\)"
 
 
@@ -51,7 +49,7 @@ def kinds(*arrays):
     return arrays, tuple(map(torch.asarray, arrays))
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", MEASURES)
 def test_masked_rows_are_as_if_absent(name):
     for count in (1, 2, 3, 5, 11):
         mask = np.zeros(TOKENS, dtype=bool)
@@ -81,16 +79,12 @@ def test_every_matrix_of_a_batch_has_its_own_mask(name, seed):
             np.testing.assert_allclose(got[b], without(name, X[b], Y[b], mask[b]), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", MEASURES)
 def test_no_row_left_is_undefined(name):
     mask = np.zeros(TOKENS, dtype=bool)
     for x, y, keep in kinds(spoiled(X[0], mask), spoiled(Y[0], mask), mask):
-        if name in REFUSED:
-            with pytest.raises(ValueError, match=REFUSED[name]):
-                measured(name, x, y, mask=keep)
-        else:
-            got = measured(name, x, y, mask=keep).astype(float)
-            np.testing.assert_array_equal(got, np.full_like(got, OF_NOTHING.get(name, np.nan)))
+        got = measured(name, x, y, mask=keep).astype(float)
+        np.testing.assert_array_equal(got, np.full_like(got, OF_NOTHING.get(name, np.nan)))
 
 
 @pytest.mark.parametrize("name", MEASURES)
@@ -104,10 +98,10 @@ def test_what_is_not_finite_is_refused_by_number_and_place(name):
             for x, y in kinds(*arrays):
                 with pytest.raises(ValueError, match=NOT_FINITE) as refusal:
                     measured(name, x, y)
-                assert ("mask=" in str(refusal.value)) == (name in MASKED)
+                assert "mask=" in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", MEASURES)
 def test_masks_that_do_not_fit_are_refused(name):
     for x, y in kinds(X[0], Y[0]):
         with pytest.raises(ValueError, match=r"mask has shape \(3,\)"):

@@ -60,9 +60,6 @@ def test_wrong_options_are_refused():
         rank.participation_ratio(np.ones((3, 2)), correct="row")
 
 
-# Dong residual
-
-
 # Participation ratio corrected
 
 

@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import xarray as xr
 
 from depthscope import diagnostics
-from depthscope.diagnostics import Severity, schema
+from depthscope.diagnostics import Severity
+from tests.diagnostics.state_runs import run_of
 
 NAMES = ("relative_turn", "effective_depth")
-
-
-def run_of(states, sites=None, mask=None):
-    """A plain run of states (depth, sample, token, feature)."""
-    states = np.asarray(states, np.float32)[:, :, :, None]
-    coords = {
-        "depth": np.arange(len(states)),
-        "layer": ("depth", np.arange(len(states)) - 1),
-        "site": ("depth", np.array(sites or ["embed", *["post"] * (len(states) - 1)], dtype=object)),
-        "module": ("depth", np.array(["m"] * len(states), dtype=object)),
-        "stream": [0],
-    }
-    mask = np.ones(states.shape[1:3], bool) if mask is None else mask
-    variables = {"residual": (schema.STATE, states), "mask": (("sample", "token"), mask)}
-    return schema.create_run(
-        xr.Dataset(variables, coords), attrs={"family": "residual", "n_streams": 1, "proof": "proven"}
-    )
 
 
 def measured(run):
@@ -63,7 +46,7 @@ def test_a_loop_over_tokens_gives_the_same():
     mask = np.ones((3, 4), bool)
     mask[1, 2:] = False
     states[:, 1, 2:] = np.nan  # padding may contain anything
-    found, analysis = measured(run_of(states, sites, mask))
+    found, analysis = measured(run_of(states, sites=sites, mask=mask))
     steps = [1, 2, 4, 5]
     turns = np.full((7, 3), np.nan)
     counts = np.zeros((7, 3))

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from depthscope import diagnostics
-from tests.diagnostics.verdicts.test_verdicts import residual_run, walk
+from tests.diagnostics.state_runs import run_of, walk
 
 
 def measured(states, name):
-    return (
-        diagnostics.analyze(residual_run(states), metrics=name)[name].isel(step=0).sel(stream="mean").values
-    )
+    return diagnostics.analyze(run_of(states), metrics=name)[name].isel(step=0).sel(stream="mean").values
 
 
 def test_the_share_between_sequences():
@@ -27,11 +25,11 @@ def test_the_share_between_sequences():
 
 def test_padding_and_a_huge_token_do_not_count():
     states = walk(2)
-    run = residual_run(states)
+    run = run_of(states)
     expected = diagnostics.analyze(run, metrics="sequence_share")["sequence_share"].values
     huge = states.copy()
     huge[:, 0, 0] *= 1e6  # the same directions
-    found = diagnostics.analyze(residual_run(huge), metrics="sequence_share")["sequence_share"].values
+    found = diagnostics.analyze(run_of(huge), metrics="sequence_share")["sequence_share"].values
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     padded = run["trace"].to_dataset().load().copy(deep=True)
     padded["mask"].values[:, 20:] = False

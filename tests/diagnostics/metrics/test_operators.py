@@ -14,62 +14,6 @@ NAMES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def analysis(hc_run):
-    return diagnostics.analyze(hc_run, metrics=NAMES).isel(step=0)
-
-
-@pytest.fixture(scope="module")
-def parts(hc_run):
-    trace = hc_run.trace
-    return [trace[name].values[:, trace.mask.values].astype(float) for name in ("h_res", "h_pre", "h_post")]
-
-
-def mean_of(values):
-    return values.mean(1)
-
-
-def test_operator_norms_single_and_composed(analysis, parts):
-    h = parts[0]
-    products = [h[0]]
-    for each in h[1:]:
-        products.append(each @ products[-1])
-    for name, p in (("operator_gain", h), ("composite_operator_gain", np.stack(products))):
-        for norm, order in (("infinity", np.inf), ("one", 1), ("two", 2)):
-            found = analysis[name].sel(norm=norm, reduction="mean")
-            np.testing.assert_allclose(found, mean_of(np.linalg.norm(p, order, axis=(-2, -1))), rtol=1e-9)
-
-
-@pytest.fixture(scope="module")
-def kernels(parts):
-    """M of every token, written out."""
-    h, reads, writes = parts
-    count, num_tokens = h.shape[:2]
-    m = np.zeros((num_tokens, count, count))
-    for j in range(count):
-        carried = writes[j]
-        for k in range(j + 1, count):
-            m[:, k, j] = (reads[k] * carried).sum(-1)
-            carried = np.einsum("tij,tj->ti", h[k], carried)
-    return m
-
-
-def test_effective_streams_of_every_cut(analysis, kernels):
-    found = analysis["effective_streams"].sel(reduction="mean")
-    assert np.isnan(found[0])
-    for cut in (1, 6, 11):
-        s = np.linalg.svd(kernels[:, cut:, :cut], compute_uv=False)
-        p = s / s.sum(-1, keepdims=True)
-        rank = np.exp(-(p * np.log(np.where(p > 0, p, 1))).sum(-1))
-        assert float(found[cut]) == pytest.approx(rank.mean(), rel=1e-5)
-
-
-def test_read_mass(analysis, kernels):
-    m = np.abs(kernels).mean(0)
-    np.testing.assert_allclose(analysis["read_mass"][:-1], m.sum(0)[:-1], rtol=1e-9)
-    assert np.isnan(analysis["read_mass"][-1])
-
-
 def test_a_plain_residual_network_gives_the_nulls(make_run):
     run = make_run("hc", layers=3)
     trace = run["trace"].to_dataset().load()
@@ -77,7 +21,7 @@ def test_a_plain_residual_network_gives_the_nulls(make_run):
     trace["h_pre"].values[:] = 0.25
     trace["h_post"].values[:] = 1.0
     found = diagnostics.analyze(schema.create_run(trace, attrs=run.attrs), metrics=NAMES).isel(step=0)
-    np.testing.assert_allclose(found["read_mass"], found["read_mass_null"])
+    np.testing.assert_allclose(found["depth_kernel"], np.tri(6, k=-1))
     # Its streams are copies, of which one signal passes; random gates pass a little more.
     np.testing.assert_allclose(found["effective_streams"].sel(reduction="max")[1:], 1.0, atol=1e-6)
 
@@ -101,7 +45,7 @@ def test_a_connection_that_is_not_finite_is_undefined(make_run):
     assert found["composite_operator_gain"].isel(connection=[2, 3]).isnull().all()
     assert found["effective_streams"].isel(connection=1).notnull().all()
     assert found["effective_streams"].isel(connection=[2, 3]).isnull().all()
-    assert "not finite at connection 2" in found.attrs["not_computed"]["read_mass"]
+    assert "not finite at connection 2" in found.attrs["not_computed"]["depth_kernel"]
 
 
 def test_reads_that_equal_streams_leave_open_are_unknown(make_run):

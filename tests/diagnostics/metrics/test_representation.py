@@ -1,33 +1,16 @@
-"""CKA of joined streams, of each stream, without large features, and of whitened states, against numpy's formulas."""
+"""CKA of joined streams, of each stream, and without large features, against numpy's formulas."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-import xarray as xr
 
 from depthscope import diagnostics
-from depthscope.diagnostics import schema
 from depthscope.diagnostics.kernels import similarity as kernel
+from tests.diagnostics.state_runs import run_of
 
-NAMES = ("joined_cka", "least_stream_cka", "trimmed_cka", "whitened_cka")
+NAMES = ("joined_cka", "least_stream_cka", "trimmed_cka")
 DEPTHS, SAMPLES, TOKENS, STREAMS, FEATURES = 4, 3, 30, 3, 8
-
-
-def run_of(states):
-    """A run of states (depth, sample, token, stream, feature)."""
-    states = np.asarray(states, np.float32)
-    depths = np.arange(len(states))
-    coords = {
-        "depth": depths,
-        "layer": ("depth", depths - 1),
-        "site": ("depth", np.array(["embed", *["post"] * (len(states) - 1)], dtype=object)),
-        "module": ("depth", np.array(["m"] * len(states), dtype=object)),
-        "stream": np.arange(states.shape[3]),
-    }
-    mask = (("sample", "token"), np.ones(states.shape[1:3], bool))
-    trace = xr.Dataset({"residual": (schema.STATE, states), "mask": mask}, coords)
-    return schema.create_run(trace, attrs={"family": "hc", "n_streams": states.shape[3]})
 
 
 def random_states(seed=0, streams=STREAMS):
@@ -96,26 +79,6 @@ def test_a_large_feature_is_all_that_cka_sees_until_it_is_left_out():
     expected = kernel.cka_matrix(rest, unbiased=True)
     np.testing.assert_allclose(found["trimmed_cka"], expected, atol=1e-5)
     assert np.abs(found["trimmed_cka"][off]).max() < 0.3
-
-
-def test_whitening_counts_every_direction_alike():
-    states = random_states(streams=1)
-    states[..., 0] = np.random.default_rng(3).normal(size=states.shape[1:4]) * 50
-    found = tables(states)
-    rows = states.reshape(DEPTHS, -1, FEATURES)
-    bases = [np.linalg.qr(x - x.mean(axis=0))[0] for x in rows]
-    expected = kernel.linear_cka(bases[0], bases[2], unbiased=True)
-    assert found["whitened_cka"][0, 2] == pytest.approx(float(expected), abs=1e-4)
-    # One of eight directions is the same at all depths.
-    assert found["whitened_cka"][0, 2] == pytest.approx(1 / FEATURES, abs=0.1)
-    assert found["cka"][0, 2] > 0.99
-
-
-def test_too_few_tokens_are_not_whitened():
-    states = random_states(streams=1)[:, :1, : 2 * FEATURES - 1]
-    found = diagnostics.analyze(run_of(states), metrics=["whitened_cka"])
-    assert "whitened_cka" not in found
-    assert "needs 16 tokens, and there are 15" in found.attrs["not_computed"]["whitened_cka"]
 
 
 def test_a_stream_of_zeros_has_no_cka_and_the_joined_state_has():

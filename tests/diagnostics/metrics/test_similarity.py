@@ -48,20 +48,6 @@ def test_adjacent_cka_is_the_first_subdiagonal(analysis):
         np.testing.assert_array_equal(found, table.isel(depth=depth, other_depth=depth - 1).values)
 
 
-def test_the_null_of_cka_is_what_independent_noise_gives(make_run):
-    run = make_run("residual", layers=1, samples=4, tokens=25, features=64)
-    trace = run["trace"].to_dataset().load()
-    trace["residual"].values[:] = np.random.default_rng(0).standard_normal(trace["residual"].shape)
-    trace["mask"].values[:] = True
-    found = diagnostics.analyze(diagnostics.create_run(trace, attrs=run.attrs))
-    for estimator in ("biased", "unbiased"):
-        value = found["cka"].sel(estimator=estimator, tokens="all").values[0, 0, 1]
-        assert value == pytest.approx(
-            found["cka_null"].sel(estimator=estimator, tokens="all").item(), abs=0.02
-        )
-    assert found["cka_null"].sel(estimator="biased", tokens="all").item() == pytest.approx(64 / 164)
-
-
 def test_angles_and_block_influence(analysis, mean_states):
     x, y = mean_states[3], mean_states[4]
     cosine = (x * y).sum(1) / np.linalg.norm(x, axis=1) / np.linalg.norm(y, axis=1)

@@ -90,21 +90,5 @@ def test_healthy_updates_are_passed_over():
     assert judged([1e-3, 1e-4, 1e-2]) == {}
 
 
-def test_a_module_that_a_step_rewrites_is_named():
-    (found,) = judged([1e-3, 2.0, 0.5]).values()
-    assert (found.verdict, found.severity.name, found.axis) == ("large_update", "FAIL", "weight")
-    assert found.value == 2.0
-    assert (
-        "is 2 in blocks.0.up, limit 0.5 (depthscope's default); it is above 0.1 in 2 of 3 modules."
-        in found.sentence
-    )
-
-
-def test_a_module_that_stands_still_is_named():
-    (found,) = judged([1e-3, 1e-3, 0.0]).values()
-    assert (found.verdict, found.severity.name) == ("lost_update", "WARN")
-    assert "is 0 in head, limit 1e-7" in found.sentence
-
-
 def test_where_no_optimizer_ran_nothing_is_said():
     assert judged([np.nan, np.nan, np.nan]) == {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 
@@ -13,13 +14,13 @@ from depthscope.diagnostics.schema.live_store import LiveStore
 HEAD = struct.Struct("<4sIII")
 
 
-def frames(log: bytes) -> list[tuple[int, int, bytes]]:
-    """First byte, kind and payload of each frame."""
+def frames(log: bytes) -> list[tuple[int, dict[str, object]]]:
+    """First byte and head of each frame."""
     found, at = [], 0
     while at < len(log):
-        _, kind, size, _ = HEAD.unpack_from(log, at)
-        found.append((at, kind, log[at + HEAD.size : at + HEAD.size + size]))
-        at += HEAD.size + size
+        _, of_head, of_data, _ = HEAD.unpack_from(log, at)
+        found.append((at, json.loads(log[at + HEAD.size : at + HEAD.size + of_head])))
+        at += HEAD.size + of_head + of_data
     return found
 
 

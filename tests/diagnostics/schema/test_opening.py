@@ -41,15 +41,6 @@ def chunk_of(path: Path, name: str) -> Path:
 # --- the same again, or damaged
 
 
-@pytest.mark.parametrize("suffix", schema.SUFFIXES)
-def test_what_was_opened_can_be_saved_again(run, tmp_path, suffix):
-    path = schema.save_run(run, tmp_path / f"run{suffix}")
-    with schema.open_run(path) as back:
-        again = schema.save_run(back, tmp_path / f"again{suffix}")
-    with schema.open_run(again) as back:
-        xr.testing.assert_identical(back.load(), run)
-
-
 @pytest.mark.parametrize("byte", [20, -1])
 def test_one_flipped_bit_is_refused_with_the_name_of_the_variable(run, tmp_path, byte):
     path = schema.save_run(run, tmp_path / "run.zarr")

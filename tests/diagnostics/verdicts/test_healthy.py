@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 import xarray as xr
-from hyper_connections import hyper_connections as free
-from hyper_connections import manifold_constrained_hyper_connections as constrained
-from torch import nn
 
 from depthscope import diagnostics, probes
 from depthscope.diagnostics import Severity
 from depthscope.diagnostics.verdicts.age import age_of
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
-from tests.models.families import FAMILIES, Lucidrains, built, tilted
 from tests.models.stream_models import deepseek_v4
 from tests.models.verdict_models import (
-    IDENTITY,
     NEAR,
     Constrained,
     captured,
@@ -29,96 +20,12 @@ from tests.models.verdict_models import (
     random_logits,
     streams,
     tokens,
-    trained,
 )
 from tests.verdicts import measuring
 from tests.verdicts.networks import built as built_from
 from tests.verdicts.plans import Plan
 
 torch.set_num_threads(1)
-
-
-def practised(model: nn.Module, steps: int, rate: float) -> nn.Module:
-    """A model after some steps of learning to repeat."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        half = torch.randint(1, 64, (8, 8), generator=generator)
-        batch = torch.cat([half, half], 1)
-        output = model(batch)
-        logits = getattr(output, "logits", output)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten()).backward()
-        optimizer.step()
-    return model.eval()
-
-
-def lucidrains(connections: Any, *, layers: int = 6, steps: int = 0) -> xr.DataTree:
-    """Fresh as the package makes it; or near the identity with writes that part the streams, and trained."""
-    torch.manual_seed(0)
-    random.seed(0)  # draws the stream that a connection reads
-    model = Lucidrains(connections, layers=layers)
-    if steps:
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("static_alpha"):
-                    parameter[:, 1:] *= 3.5
-                elif name.endswith("static_beta"):
-                    parameter += 1.5 * torch.randn_like(parameter)
-        practised(model, steps, 3e-3)
-    return captured(model.eval())
-
-
-def deepseek(steps: int) -> xr.DataTree:
-    torch.manual_seed(0)
-    model = deepseek_v4(3)
-    with torch.no_grad():
-        for name, base in model.named_parameters():
-            if name.endswith("_hc.base"):
-                base[4:8].normal_()
-                base[8:] = 4 * IDENTITY.flatten()
-    return captured(practised(model, steps, 1e-3), {"input_ids": tokens()})
-
-
-def fresh(name: str, package: str) -> xr.DataTree:
-    """A family of the catalogue with random weights."""
-    family = next(each for each in FAMILIES if (each.name, each.package) == (name, package))
-    return captured(built(family), family.batch(), loss=tilted)
-
-
-HEALTHY: dict[str, Callable[[], xr.DataTree]] = {
-    "fresh stack of 6": lambda: captured(pre_norm(6)),
-    "fresh stack of 24": lambda: captured(pre_norm(24)),
-    "fresh stack of 64": lambda: captured(pre_norm(64)),
-    "HC near the identity": lambda: captured(streams(NEAR)),
-    "mHC near the identity": lambda: captured(streams(random_logits(0.3), make=Constrained)),
-    "trained mHC": lambda: trained(4.0),
-    "fresh HC of lucidrains": lambda: lucidrains(free),
-    "fresh deep HC of lucidrains": lambda: lucidrains(free, layers=24),
-    "trained mHC of lucidrains": lambda: lucidrains(constrained, steps=20),
-    "trained deepseek_v4": lambda: deepseek(5),
-    "fresh llama": lambda: fresh("llama", "transformers"),
-    "fresh bert, whose branches begin near zero": lambda: fresh("bert", "transformers"),
-    "fresh resnet18": lambda: fresh("resnet18", "torchvision"),
-    "fresh convnext, whose branches begin at zero": lambda: fresh("convnext", "torchvision"),
-    "fresh ViT, whose class token is small": lambda: vision_transformer(),
-    "fresh Pre-LN with frozen first blocks": lambda: frozen(2),
-}
-
-
-def vision_transformer() -> xr.DataTree:
-    torch.manual_seed(0)
-    from torchvision.models import VisionTransformer
-
-    model = VisionTransformer(32, 8, num_layers=6, num_heads=4, hidden_dim=64, mlp_dim=128, num_classes=10)
-    nn.init.normal_(model.heads.head.weight, std=0.02)  # it begins at zero, and so would the gradient
-    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
-    return probes.capture(
-        model.eval(),
-        images,
-        gradients=True,
-        loss=lambda output, batch: nn.functional.cross_entropy(output, labels),
-    )
 
 
 def frozen(blocks: int) -> xr.DataTree:
@@ -141,6 +48,28 @@ def test_no_gradient_below_frozen_weights_is_no_failure(tmp_path):
     spoilt["gradient"][5, 0, 0] = float("nan")
     found = diagnostics.judge(diagnostics.analyze(diagnostics.create_run(spoilt, attrs=run.attrs)))
     assert [(f.first, f.last) for f in found if f.verdict == "not_finite"] == [(5, 5)]
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: pre_norm(24),
+        lambda: streams(NEAR),
+        lambda: streams(random_logits(0.3), make=Constrained),
+    ],
+    ids=["stack", "HC near the identity", "mHC near the identity"],
+)
+def test_no_verdict_warns_of_a_fresh_network(build):
+    found = findings(captured(build()))
+    assert not [each for each in found if each.severity > Severity.INFO]
+
+
+def test_a_fresh_deepseek_mixes_uniformly():
+    torch.manual_seed(0)
+    found = findings(captured(deepseek_v4(3).eval(), {"input_ids": tokens()}))
+    # Its streams become equal, which is normal of weights as they were drawn: said, and no warning.
+    assert {finding.severity for finding in found} == {Severity.INFO}
+    assert "stream_collapse" in {finding.verdict for finding in found}
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,7 @@ from depthscope.diagnostics import Finding, Severity, schema
 from depthscope.diagnostics.verdicts import VERDICTS, Findings, Kind, Limits, Profile, Verdict
 from depthscope.diagnostics.verdicts.causes import worst_depth
 from depthscope.diagnostics.verdicts.declaration import Number
-from tests.diagnostics.verdicts.test_verdicts import residual_run, walk
+from tests.diagnostics.state_runs import run_of, walk
 
 READING = {
     "small_sample",
@@ -116,7 +116,7 @@ def test_every_face_has_a_line_of_its_own_for_the_reading(make_run):
 def test_a_representation_is_placed_on_the_axis_of_all_depths():
     """States inside blocks are not compared: «depth 0 to depth 8» of 16 was half of the network."""
     states = walk(16, branch=1e-4)
-    run = residual_run(states, sites=["embed", *["mid", "post"] * 8])
+    run = run_of(states, sites=["embed", *["mid", "post"] * 8])
     analysis = diagnostics.analyze(run).assign_coords(step=[1000])
     (same,) = [each for each in diagnostics.judge(analysis) if each.verdict == "same_representation"]
     assert same.severity is Severity.WARN  # it was not tried

@@ -14,7 +14,7 @@ from depthscope.diagnostics.verdicts import Kind
 from depthscope.diagnostics.verdicts.age import Age, age_of
 from depthscope.diagnostics.verdicts.rule import grade
 from depthscope.probes.settling import settle
-from tests.diagnostics.verdicts.test_verdicts import residual_run, walk
+from tests.diagnostics.state_runs import run_of, walk
 from tests.models.verdict_models import Block, Layer, captured, findings, plain, pre_norm, tokens
 
 torch.set_num_threads(1)
@@ -31,7 +31,7 @@ def collapsed() -> xr.Dataset:
     """States that are one from depth 4 on."""
     states = walk(12)
     states[5:] = states[4] + 0.001 * (states[5:] - states[4])
-    return diagnostics.analyze(residual_run(states)).assign_coords(step=[1000])
+    return diagnostics.analyze(run_of(states)).assign_coords(step=[1000])
 
 
 def test_a_file_may_have_anything_in_place_of_results():
@@ -92,7 +92,7 @@ def test_what_the_loss_shows_says_where_to_look():
     states = walk(12)
     states[5:] = states[5:].mean(2, keepdims=True) + 1e-3 * states[5:]
     task = {"guessing": 4.4, "constant": 2.4, "loss": 2.9, "uncertainty": 0.01}
-    analysis = diagnostics.analyze(residual_run(states)).assign_coords(step=[1000]).assign_attrs(task=task)
+    analysis = diagnostics.analyze(run_of(states)).assign_coords(step=[1000]).assign_attrs(task=task)
     found = diagnostics.judge(analysis)
     worse, collapse = one(found, "worse_than_constant"), one(found, "rank_collapse")
     assert (worse.severity, collapse.severity) == (FAIL, INFO)
@@ -145,7 +145,7 @@ def test_capture_tries_what_it_suspects_and_leaves_the_model_as_it_was():
     ],
 )
 def test_a_loss_that_other_scales_would_lower(loss, rescaled, half_width, severity):
-    analysis = diagnostics.analyze(residual_run(walk(12)))
+    analysis = diagnostics.analyze(run_of(walk(12)))
     analysis.attrs |= {
         "task": {"classes": 30, "guessing": 3.4, "constant": 3.0, "loss": loss},
         "rescaled": {"loss": loss, "rescaled": rescaled, "modules": 2, "most": [["a.b", 0.5], ["c", 3.0]]}
@@ -169,7 +169,7 @@ def test_a_loss_that_other_scales_would_lower(loss, rescaled, half_width, severi
     ],
 )
 def test_predictions_that_are_surer_than_right(loss, expected, error, step, severity):
-    analysis = diagnostics.analyze(residual_run(walk(12))).assign_coords(step=[step])
+    analysis = diagnostics.analyze(run_of(walk(12))).assign_coords(step=[step])
     task = {"classes": 30, "guessing": 3.4, "constant": 3.0, "loss": loss, "expected": expected}
     errors = dict.fromkeys(("uncertainty", "expected_error"), error)
     analysis.attrs |= {"task": task | errors}
@@ -235,6 +235,8 @@ def test_an_embedding_that_gives_equal_states_for_different_tokens_is_the_networ
 
 # --- age ---
 
+WRONG = {"guessing": 4.2, "constant": 2.7, "loss": 4.0, "uncertainty": 0.05, "expected": 1.3}
+
 
 @pytest.mark.parametrize(
     ("facts", "step", "trained"),
@@ -250,6 +252,10 @@ def test_an_embedding_that_gives_equal_states_for_different_tokens_is_the_networ
             0,
             True,
         ),  # a repair shows it
+        # What it learned is used wrongly, or it claims no more than one that was just drawn.
+        ({"task": WRONG}, 0, True),
+        ({"task": WRONG | {"loss": 4.5}}, 0, None),
+        ({"task": WRONG | {"expected": 2.5}}, 0, None),
         ({}, 400, True),
         ({"task": {"constant": 4.0, "loss": 3.9}}, 400, True),
         # What a fault does to the loss is no age, and neither are gains near 1.
@@ -280,7 +286,7 @@ def test_weights_that_have_moved_are_trained():
 )
 def test_a_loss_is_worse_than_a_constant_answer_beyond_its_error(loss, uncertainty, step, severity):
     task = {"guessing": 4.4, "constant": 2.4, "loss": loss, "uncertainty": uncertainty}
-    analysis = diagnostics.analyze(residual_run(walk())).assign_attrs(task=task).assign_coords(step=[step])
+    analysis = diagnostics.analyze(run_of(walk())).assign_attrs(task=task).assign_coords(step=[step])
     found = [each for each in diagnostics.judge(analysis) if each.verdict == "worse_than_constant"]
     assert [each.severity for each in found] == ([] if severity is None else [severity])
     assert all(("before training it may be normal" in each.sentence) == (step == 0) for each in found)

@@ -11,40 +11,12 @@ from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.app.text.cards import explanation
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
-from depthscope.diagnostics.verdicts import VERDICTS, magnitude
+from depthscope.diagnostics.verdicts import VERDICTS
 from depthscope.diagnostics.verdicts.declaration import MEANINGLESS, number
+from tests.diagnostics.state_runs import FEATURES, SAMPLES, TOKENS, run_of, walk
 from tests.models.synthetic_run import synthetic_run
 
-SAMPLES, TOKENS, FEATURES = 3, 24, 32
 UNIFORM = np.full((4, 4), 0.25)
-
-
-def residual_run(states, gradient=None, sites=None):
-    """A plain run of states (depth, sample, token, feature)."""
-    states = np.asarray(states, np.float32)[:, :, :, None]
-    sites = sites or ["embed"] + ["post"] * (len(states) - 1)
-    coords = {
-        "depth": np.arange(len(states)),
-        "layer": ("depth", np.arange(len(states)) - 1),
-        "site": ("depth", np.array(sites, dtype=object)),
-        "module": ("depth", np.array(["m"] * len(states), dtype=object)),
-        "stream": [0],
-    }
-    variables = {
-        "residual": (schema.STATE, states),
-        "mask": (("sample", "token"), np.ones(states.shape[1:3], bool)),
-    }
-    if gradient is not None:
-        variables["gradient"] = (schema.STATE, np.asarray(gradient, np.float32)[:, :, :, None])
-    trace = xr.Dataset(variables, coords)
-    return schema.create_run(trace, attrs={"family": "residual", "n_streams": 1})
-
-
-def walk(layers=8, seed=0, branch=1.0):
-    """A stack of independent unit branches."""
-    steps = np.random.default_rng(seed).standard_normal((layers + 1, SAMPLES, TOKENS, FEATURES))
-    steps[1:] *= branch
-    return np.cumsum(steps, axis=0)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +70,7 @@ def worst(run):
 
 @pytest.mark.parametrize("layers", [1, 8, 40])
 def test_a_fresh_stack_is_healthy(layers):
-    assert worst(residual_run(walk(layers))) <= Severity.INFO
+    assert worst(run_of(walk(layers))) <= Severity.INFO
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -141,32 +113,16 @@ def test_free_matrices_may_fade_as_free_matrices_do(mixed, left, severity):
     assert {f.severity for f in findings(mixed(fading), passed=True)["attenuation"]} == {severity}
 
 
-def test_vanishing_and_exploding_gradients():
-    states = walk(8)
-    even = np.random.default_rng(1).standard_normal(states.shape)
-    size = np.sqrt((states**2).mean((1, 2, 3)))
-    states /= size[:, None, None, None]
-    falling = even * 4.0 ** -np.arange(9)[::-1, None, None, None]
-    found = findings(residual_run(states, falling))["vanishing_gradient"][0]
-    assert found.severity == Severity.FAIL
-    assert found.value == pytest.approx(4.0**-8, rel=0.1)
-    assert (found.first, found.last) == (0, 6)
-    assert "at the embedding (depth 0)" in found.sentence
-    found = findings(residual_run(states, even * 2.0 ** np.arange(9)[::-1, None, None, None]))
-    assert found["exploding_gradient"][0].severity == Severity.WARN
-    assert "vanishing_gradient" not in found
-
-
 @pytest.mark.parametrize("growth", [1.0, 1.8])
 def test_a_gradient_that_follows_the_size_of_the_states_does_not_explode(growth):
     states = walk(8) * growth ** np.arange(9)[:, None, None, None]
     states[0] /= 40  # a small embedding, whose gradient is as much larger
     size = np.sqrt((states**2).mean((1, 2, 3), keepdims=True))
     gradient = np.random.default_rng(1).standard_normal(states.shape) / size
-    (found,) = findings(residual_run(states, gradient), passed=True)["exploding_gradient"]
+    (found,) = findings(run_of(states, gradient), passed=True)["exploding_gradient"]
     assert found.severity == Severity.PASS
     assert found.value == pytest.approx(1.0, rel=0.2)
-    analysis = diagnostics.analyze(residual_run(states, gradient), metrics="backward_gain")
+    analysis = diagnostics.analyze(run_of(states, gradient), metrics="backward_gain")
     assert (
         analysis["backward_gain"].max() > 100
     )  # which a judgement of the gradient alone would call an explosion
@@ -186,7 +142,7 @@ def test_a_final_norm_is_neither_gradient_loss_nor_idle():
     states = np.concatenate([states, states[-1:] / 100])
     gradient = np.random.default_rng(1).standard_normal(states.shape)
     gradient[-1] *= 100
-    assert set(findings(residual_run(states, gradient, ["embed", *["post"] * 8, "final"]))) <= {
+    assert set(findings(run_of(states, gradient, sites=["embed", *["post"] * 8, "final"]))) <= {
         "small_sample"
     }
 
@@ -200,70 +156,18 @@ def test_what_is_not_a_number_is_one_finding_that_begins_at_its_first_place():
     states, gradient = walk(8), walk(8, seed=1)
     states[5:, 1, 3, 2] = np.inf
     gradient[:2, 0, 0, 0] = np.nan
-    (found,) = findings(residual_run(states, gradient))["not_finite"]
+    (found,) = findings(run_of(states, gradient))["not_finite"]
     assert (found.severity, found.first, found.last) == (Severity.FAIL, 5, 8)
     assert "after block 4 (depth 5)" in found.sentence
     assert "Also: the number of tokens whose gradient is not finite" in found.sentence
 
 
-# --- streams ---------------------------------------------------------------------------------------------------
-
-
-def test_sinkhorn_that_stopped_early(mixed):
-    early = np.array([[0.5, 0.5, 0, 0], [0.5, 0.5, 0, 0], [0, 0.05, 0.45, 0.5], [0, 0, 0.5, 0.5]])
-    found = findings(mixed([early] * 12, family="mhc"))["sinkhorn_not_converged"]
-    assert len(found) == 1
-    assert "worst error of a sum of one connection is 0.05" in found[0].sentence
-    assert found[0].severity == Severity.WARN
-    assert "sinkhorn_not_converged" not in findings(mixed([early] * 12, family="hc"))
-
-
 # --- representation --------------------------------------------------------------------------------------------
-
-
-def test_rank_collapse():
-    states = walk(8)
-    for depth in range(9):
-        mean = states[depth].mean(1, keepdims=True)
-        states[depth] = mean * TOKENS**0.5 + 5.0**-depth * (states[depth] - mean)
-    found = findings(residual_run(states))["rank_collapse"][0]
-    assert found.severity == Severity.FAIL
-    assert found.last == 8
-    assert 2 <= found.first <= 4
-    assert "after block 7 (depth 8)" in found.sentence
-    assert "Tokens of a sequence are 100 % equal there (Dong residual" in found.sentence
-    assert "where noise has" in found.sentence
-
-
-def test_one_massive_token_is_no_collapse():
-    states = 0.3 * walk(8)
-    states[3:, :, 0, 7] = 24000.0
-    found = findings(residual_run(states))
-    assert set(found) <= {"massive_activations", "small_sample"}
-    massive = found["massive_activations"][0]
-    assert (massive.severity, massive.first, massive.last) == (Severity.INFO, 3, 8)
-    assert "feature" in massive.sentence
-    assert " 7;" in massive.sentence
-    assert "It is 1 a sequence." in massive.sentence
 
 
 def test_the_median_of_states_after_a_relu_is_that_of_what_is_not_zero():
     states = np.abs(0.3 * walk(8)) * (np.random.default_rng(0).random((9, SAMPLES, TOKENS, FEATURES)) < 0.3)
-    assert "massive_activations" not in findings(residual_run(200.0 * states))
-
-
-def test_a_common_vector_in_all_tokens():
-    states = walk(8)
-    states[4:] += (
-        25.0
-        * np.random.default_rng(1).standard_normal(FEATURES)
-        * states[4:].std((1, 2, 3))[:, None, None, None]
-    )
-    found = findings(residual_run(states))
-    (common,) = found["common_vector"]
-    assert (common.severity, common.first, common.last) == (Severity.FAIL, 4, 8)
-    assert "Without their common mean it is −0.0" in common.sentence
-    assert "rank_collapse" not in found
+    assert "massive_activations" not in findings(run_of(200.0 * states))
 
 
 def test_differences_that_grow_while_all_sums_are_one(mixed):
@@ -303,7 +207,7 @@ def test_stages_are_judged_on_one_scale(make_run):
     stages = {}
     for stage, (width, size) in enumerate([(8, 1.0), (16, 300.0), (32, 90000.0)]):
         states = size * np.random.default_rng(stage).standard_normal((4, SAMPLES, TOKENS, width))
-        stages[f"stage{stage}"] = residual_run(states)["trace"].to_dataset()
+        stages[f"stage{stage}"] = run_of(states)["trace"].to_dataset()
     run = schema.create_run(stages, attrs={"family": "residual", "n_streams": 1})
     (found,) = findings(run)["exploding_state"]
     assert (found.chain, found.severity) == ("stage2", Severity.WARN)
@@ -314,7 +218,7 @@ def test_stages_are_judged_on_one_scale(make_run):
     ("layers", "branch", "severity"), [(16, 0.005, Severity.FAIL), (16, 1.0, Severity.PASS)]
 )
 def test_one_representation_in_all_layers(layers, branch, severity):
-    analysis = tried(diagnostics.analyze(residual_run(walk(layers, branch=branch))))
+    analysis = tried(diagnostics.analyze(run_of(walk(layers, branch=branch))))
     (found,) = [e for e in diagnostics.judge(analysis, passed=True) if e.verdict == "same_representation"]
     assert found.severity == severity
     if severity:
@@ -326,25 +230,13 @@ def test_one_representation_in_all_layers(layers, branch, severity):
 def test_one_representation_from_a_block_on():
     states = walk(12)
     states[5:] = states[4] + 0.001 * (states[5:] - states[4])
-    (found,) = findings(residual_run(states), trained=True)["same_representation"]
+    (found,) = findings(run_of(states), trained=True)["same_representation"]
     # Nothing was tried, and there are no labels: it is suspected.
     assert (found.severity, found.first, found.last) == (Severity.WARN, 4, 12)
     assert found.settled == "not settled"
     assert found.sentence.startswith(
         "8 of 12 layers in a row hold one representation: every two states from depth 4 to depth 12"
     )
-
-
-@pytest.mark.parametrize("position", [0, 4])
-def test_a_uniform_connection_is_named_although_its_gain_is_one(mixed, position):
-    matrices = np.stack([np.eye(4) * 0.9 + 0.025] * 12)
-    matrices[position] = UNIFORM
-    found = findings(mixed(matrices, family="mhc"))
-    assert (found["stream_collapse"][0].severity, found["stream_collapse"][0].first) == (
-        Severity.WARN,
-        position,
-    )
-    assert "gain_explosion" not in found
 
 
 def test_streams_that_are_hardly_read_or_written_are_named(mixed):
@@ -360,7 +252,7 @@ def test_streams_that_are_hardly_read_or_written_are_named(mixed):
 def test_one_or_two_sinks_in_a_short_sequence_are_a_note_and_more_are_not(length, sinks, severity):
     states = 0.3 * walk(8)[:, :, :length]
     states[3:, :, :sinks, 7] = 24000.0
-    (massive,) = findings(residual_run(states))["massive_activations"]
+    (massive,) = findings(run_of(states))["massive_activations"]
     assert massive.severity == Severity[severity]
     assert massive.value == pytest.approx(sinks / length)
 
@@ -368,16 +260,6 @@ def test_one_or_two_sinks_in_a_short_sequence_are_a_note_and_more_are_not(length
 def test_a_share_below_rounding_is_nothing():
     assert number(3.08e-33) == "nothing (below rounding)"
     assert number(0.0) == "0"
-
-
-# --- what follows from what ---------------------------------------------------------------------------------------
-
-
-def test_causes_are_other_verdicts():
-    assert any(each.follows_from for each in VERDICTS.values())
-    for name, each in VERDICTS.items():
-        assert set(each.follows_from) <= set(VERDICTS)
-        assert name not in each.follows_from
 
 
 # --- rules for all ---------------------------------------------------------------------------------------------
@@ -396,8 +278,12 @@ def test_every_verdict_is_declared_whole():
         assert each.judges.name
         assert each.judges.range
         assert each.judged.endswith(each.limits.words)
+        assert set(each.follows_from) <= set(VERDICTS) - {name}
         for need in (*each.needs, *each.wants):
             assert need in ("attrs", "step") or need.removesuffix("_null") in known
+    assert set(MEANINGLESS) <= set(VERDICTS)
+    assert "independent_hc" in VERDICTS["stuck_at_identity"].not_for
+    assert VERDICTS["exploding_state"].not_for == ()
 
 
 def test_a_finding_names_its_chain(make_run):
@@ -431,10 +317,6 @@ def test_what_is_said_of_the_run_is_said_once(make_run):
 # --- what decides, on numbers alone
 
 
-def gradients(*values):
-    return xr.DataArray(list(values), {"weight": [f"m{number}" for number in range(len(values))]}, "weight")
-
-
 @pytest.mark.parametrize(
     ("apart", "severity"), [(1e-2, "PASS"), (1e-4, "INFO"), (1e-8, "INFO"), (1e-13, "WARN")]
 )
@@ -442,31 +324,6 @@ def test_streams_that_training_has_parted_are_no_more_than_a_note(apart, severit
     cosine = xr.DataArray(1.0 - np.array([0.5, 0.5, apart, apart]), dims="depth")
     (found,) = VERDICTS["copied_streams"].findings(xr.Dataset({"stream_cosine": cosine}))
     assert found.severity.name == severity
-
-
-def test_families_that_a_verdict_does_not_judge_are_named_for_verdicts_that_exist():
-    assert set(MEANINGLESS) <= set(VERDICTS)
-    assert "independent_hc" in VERDICTS["stuck_at_identity"].not_for
-    assert VERDICTS["exploding_state"].not_for == ()
-
-
-@pytest.mark.parametrize(
-    ("p99", "largest", "said"),
-    [
-        (1.0, 2.0, "(p99 over tokens)"),
-        (1.0, 1e4, "for the token with the largest one"),
-        (1e4, 1e5, "(p99 over tokens)"),
-    ],
-)
-def test_the_largest_token_is_judged_where_it_alone_is_beyond_the_limit(p99, largest, said):
-    gain = xr.DataArray(
-        [[1.0, 1.0], [1.0, p99], [1.0, largest]],
-        {"reduction": ["median", "p99", "max"], "connection": [0, 1]},
-        ("reduction", "connection"),
-    )
-    profile = magnitude._gain_profile(gain, "the gain", 0)
-    assert said in profile.words
-    assert profile.values.values[1] == (largest if "largest" in said else p99)
 
 
 def test_what_is_no_analysis_is_refused(mhc_run):
@@ -504,32 +361,15 @@ def test_a_finding_on_inferred_read_weights_says_so_with_their_error():
         diagnostics.analyze(schema.create_run(inferred, attrs=run.attrs)), passed=True
     ):
         assert ("H_pre inferred" in finding.sentence) == (
-            finding.metric in ("read_share", "signal_share", "depth_kernel", "read_mass")
+            finding.metric in ("read_share", "signal_share", "depth_kernel")
         )
-
-
-def test_limits_are_told_as_people_read_them():
-    assert VERDICTS["stream_collapse"].limits.words == "WARN below 0.01"
-    assert VERDICTS["unused_stream"].limits.words == "WARN below 0.1"
-    assert VERDICTS["same_representation"].limits.words == "WARN above 0.95, FAIL above 0.99"
-
-
-def streams_run(streams):
-    """A run of streams (depth, sample, token, stream, feature)."""
-    states = np.asarray(streams, np.float32)
-    run = residual_run(states.mean(axis=3))
-    trace = run["trace"].to_dataset().drop_vars("residual").drop_dims("stream", errors="ignore")
-    trace = trace.assign_coords(stream=np.arange(states.shape[3]))
-    return schema.create_run(
-        trace.assign(residual=(schema.STATE, states)), attrs={"family": "hc", "n_streams": states.shape[3]}
-    )
 
 
 def test_streams_that_change_while_their_mean_stays_are_no_single_representation():
     mean = walk(8, branch=0.001)[..., None, :]
     apart = walk(8, seed=3)[..., None, :]
-    still = streams_run(np.concatenate([mean, mean], axis=3))
-    moving = streams_run(np.concatenate([mean + apart, mean - apart], axis=3))
+    still = run_of(np.concatenate([mean, mean], axis=3))
+    moving = run_of(np.concatenate([mean + apart, mean - apart], axis=3))
     (found,) = findings(still, trained=True)["same_representation"]
     assert (found.severity, found.first, found.last) == (Severity.WARN, 0, 8)
     assert findings(moving, passed=True)["same_representation"][0].severity is Severity.PASS
@@ -538,15 +378,15 @@ def test_streams_that_change_while_their_mean_stays_are_no_single_representation
 def test_a_large_feature_does_not_make_layers_the_same():
     states = walk(8)
     states[..., 0] = 300 * np.random.default_rng(5).standard_normal(states.shape[1:3])
-    alike = diagnostics.analyze(residual_run(states))["cka"].sel(estimator="unbiased", tokens="ordinary")
+    alike = diagnostics.analyze(run_of(states))["cka"].sel(estimator="unbiased", tokens="ordinary")
     assert float(alike.min()) > 0.99
-    assert findings(residual_run(states), passed=True)["same_representation"][0].severity is Severity.PASS
+    assert findings(run_of(states), passed=True)["same_representation"][0].severity is Severity.PASS
 
 
 def test_one_representation_names_the_views_that_differ():
     states = walk(8, branch=0.01)
     states[..., 0] = 300 * np.random.default_rng(5).standard_normal(states.shape[1:3])
-    (found,) = findings(residual_run(states))["same_representation"]
+    (found,) = findings(run_of(states))["same_representation"]
     assert "debiased CKA 1.000 or more; without large features 0.99" in found.sentence
 
 

@@ -117,7 +117,7 @@ def test_an_unknown_experiment_names_the_closest():
         ds.interventions.ablate(LocalStreams(), ids(), ds.interventions.plan("skip", blocks=7))
 
 
-def test_a_result_is_saved_beside_its_run_and_told_in_sentences(tmp_path):
+def test_a_result_is_saved_beside_its_run(tmp_path):
     from depthscope.diagnostics.schema import list_runs
 
     result = ds.interventions.ablate(
@@ -130,8 +130,6 @@ def test_a_result_is_saved_beside_its_run_and_told_in_sentences(tmp_path):
     again = experiments.open_result(place)
     assert list(again.experiment.values) == list(result.experiment.values)
     np.testing.assert_array_equal(again.token_loss, result.token_loss)
-    assert experiments.describe_results(again) == experiments.describe_results(result)
-    assert len(experiments.describe_results(again)) == 3
     with pytest.raises(ValueError, match="is not a result of experiments"):
         experiments.open_result(tmp_path / "a.zarr.zip")
 

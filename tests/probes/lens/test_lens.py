@@ -28,7 +28,7 @@ def test_the_lens_is_the_final_norm_and_the_unembedding_of_each_state():
         output = torch.log_softmax(model(**batch).logits, -1)
         for depth in range(3):
             read = torch.log_softmax(model.lm_head(model.model.norm(states[depth])), -1)
-            one = found.sel(lens="logit", depth=depth, stream="all")
+            one = found.sel(depth=depth, stream="all")
             entropy = -(read.exp() * read).sum(-1).mean()
             kl = (output.exp() * (output - read)).sum(-1).mean()
             agrees = (read.argmax(-1) == output.argmax(-1)).float().mean()
@@ -40,7 +40,7 @@ def test_the_lens_is_the_final_norm_and_the_unembedding_of_each_state():
                 ("cross_entropy", loss),
             ):
                 assert float(one[name]) == pytest.approx(float(expected), abs=1e-5), (depth, name)
-    last = found.sel(lens="logit", depth=3, stream="all")
+    last = found.sel(depth=3, stream="all")
     assert (float(last.kl), float(last.agreement)) == (0, 1)
 
 
@@ -56,15 +56,13 @@ def test_a_single_stream_is_read_alone():
             for s in range(STREAMS)
         ]
     kl = (output.exp() * (output - read[1])).sum(-1).mean()
-    assert float(found.kl.sel(lens="logit", depth=2, stream="1")) == pytest.approx(float(kl), abs=1e-5)
+    assert float(found.kl.sel(depth=2, stream="1")) == pytest.approx(float(kl), abs=1e-5)
     # Jensen-Shannon: the mean divergence of two predictions from their middle.
     pairs = []
     for one, other in ((0, 1), (0, 2), (1, 2)):
         middle = ((read[one].exp() + read[other].exp()) / 2).log()
         pairs += [(read[s].exp() * (read[s] - middle)).sum(-1).mean() / 2 for s in (one, other)]
-    assert float(found.stream_disagreement.sel(lens="logit", depth=2)) == pytest.approx(
-        float(sum(pairs)) / 3, abs=1e-5
-    )
+    assert float(found.stream_disagreement.sel(depth=2)) == pytest.approx(float(sum(pairs)) / 3, abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +93,7 @@ def test_an_output_that_reads_more_than_the_last_state_is_refused():
     with pytest.raises(HeadError, match="name another chain with chain=: 'encoder', 'decoder'"):
         ds.lens(built(encoder), encoder.batch())
     found = ds.lens(built(encoder), encoder.batch(), chain="decoder")
-    assert float(found.agreement[0, -1, 0]) == 1
+    assert float(found.agreement[-1, 0]) == 1
 
 
 def test_a_given_head_is_proven_too():
@@ -110,7 +108,7 @@ def test_a_given_head_is_proven_too():
 def test_prediction_depth_is_the_first_from_which_the_prediction_stays():
     agrees = np.array([[1, 0, 0, 1], [0, 1, 0, np.nan], [1, 1, 0, 1], [1, 1, 0, np.nan]])  # depth × token
     depths = np.array([0, 2, 3, 5])
-    found = prediction_depth(agrees[None, :, None, None], depths)[0, 0, 0]
+    found = prediction_depth(agrees[:, None, None], depths)[0, 0]
     np.testing.assert_array_equal(found, [3, 2, np.nan, np.nan])
 
 

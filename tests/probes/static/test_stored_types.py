@@ -60,7 +60,7 @@ def test_quantised_projections_and_biases_of_gguf(tmp_path):
     )
     for one, expected in zip(found.connections, case.expected, strict=True):
         np.testing.assert_allclose(one.h_res, expected.res, atol=3e-6)
-    assert {parameter.dtype for parameter in found.connections[0].parameters} == {"Q8_0", "F32"}
+    assert found.connections[0].dtypes == ("F32", "Q8_0")
 
 
 def test_quantised_values_are_those_of_the_gguf_package(tmp_path):

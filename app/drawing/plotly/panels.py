@@ -1,4 +1,4 @@
-"""How are many measurements of one run drawn over one depth axis? As panels, with the findings as bars above them."""
+"""How are many measurements drawn over one axis of depth or of steps? As panels, with the findings as bars above them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import plotly.graph_objects as go
 from depthscope.app.drawing.plotly.cells import draw_heatmap
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.drawing.plotly.layout import FAINT, FONT, GREY, log_ticks, set_layout, words
-from depthscope.app.figures import Figure, Lines
-from depthscope.app.figures.line_looks import looks_of
-from depthscope.app.figures.specification import NOISE_BASELINE
+from depthscope.app.figures import Figure, Heatmap, Lines
+from depthscope.app.figures.specification import NOISE_BASELINE, looks_of
 
 SEVERITY_COLOURS = {"FAIL": "#E03131", "WARN": "#E8890C", "INFO": "#5C8FD6"}
 """Of the bars, legible on white and on black; each bar has its words next to it."""
@@ -24,7 +23,6 @@ MARKED = "#EE6677"
 
 STRIP, LANE, GAP, TOP, BOTTOM = 92, 21, 30, 10, 42
 """Pixels: of a strip of curves, of a finding, between two panels, above all and below all."""
-
 
 LEFT = 92
 """Pixels on the left of the panels, for the names of their axes."""
@@ -38,24 +36,24 @@ LEAST_ROOM = 0.25
 
 @dataclass(frozen=True)
 class Bar:
-    """A finding over a range of depths.
+    """A finding over a range of depths or steps.
 
     ``label``: the name of its verdict.
     ``severity``: a key of `SEVERITY_COLOURS`.
-    ``first, last``: depths, both taken.
+    ``first, last``: both taken.
     """
 
     label: str
     severity: str
-    first: int
-    last: int
+    first: float
+    last: float
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """One measurement along depth.
+    """One measurement along the axis.
 
-    ``figure``: what to draw; the axis of depth is its x.
+    ``figure``: what to draw; the shared axis is its x.
     ``height``: pixels.
     ``depths``: position on the figure's own axis → depth, where its axis is another one, such as connections.
     ``ticks``: rows of a heat map that are named at its side.
@@ -69,102 +67,122 @@ class Panel:
     marked: int | None = None
 
 
-def stack_height(panels: Sequence[Panel], bars: Sequence[Any]) -> int:
+def panels_height(panels: Sequence[Panel], bars: Sequence[Bar]) -> int:
     """Pixels of a drawing."""
     return TOP + BOTTOM + LANE * len(bars) + sum(panel.height + GAP for panel in panels)
 
 
-def draw_stack(panels: Sequence[Panel], bars: Sequence[Bar], names: Sequence[str]) -> go.Figure:
-    """Panels over one axis of depth.
+def draw_panels(
+    panels: Sequence[Panel],
+    bars: Sequence[Bar],
+    names: Sequence[str] | None = None,
+    *,
+    marks: Sequence[float] = (),
+) -> go.Figure:
+    """Panels over one axis.
 
-    ``bars``: findings, drawn above the panels; their range is shaded in every panel too.
+    ``bars``: findings, drawn above the panels; on an axis of depths their range is shaded in every panel too.
+    ``names``: of the depths; None for an axis of steps.
+    ``marks``: steps at which a training was resumed.
     """
-    total = stack_height(panels, bars)
+    total = panels_height(panels, bars)
     room = total - TOP - BOTTOM
     drawn = go.Figure()
-    top = room
+    top = float(room)
     axes: dict[str, Any] = {}
+    ends = _steps(panels) if names is None else (-0.5, len(names) - 0.5)
     if bars:
-        axes["yaxis"] = hidden_axis((top - LANE * len(bars)) / room, top / room, len(bars))
+        # The axis of the findings above the panels.
+        lanes = {"range": [len(bars) - 0.5, -0.5], "visible": False, "fixedrange": True}
+        axes["yaxis"] = {**lanes, "domain": [(top - LANE * len(bars)) / room, top / room]}
         drawn.add_traces([_bar(bar, lane, names) for lane, bar in enumerate(bars)])
-        drawn.update_layout(annotations=[_bar_label(bar, lane, len(names)) for lane, bar in enumerate(bars)])
+        drawn.update_layout(annotations=[_bar_label(bar, lane, ends) for lane, bar in enumerate(bars)])
         top -= LANE * len(bars)
     for number, panel in enumerate(panels, start=2):
         top -= GAP
         low, high = (top - panel.height) / room, top / room
-        add_panel(drawn, panel, number, (low, high), axes)
-        drawn.add_annotation(text=f"<b>{words(panel.figure.title, 90)}</b>{_key(panel)}", **panel_title(high))
-        for bar in bars if isinstance(panel.figure, Lines) else ():
+        _add_panel(drawn, panel, number, (low, high), axes)
+        more = _note(panel) if names is None else _key(panel)
+        drawn.add_annotation(text=f"<b>{words(panel.figure.title, 90)}</b>{more}", **_title(high))
+        for bar in bars if names is not None and isinstance(panel.figure, Lines) else ():
             drawn.add_shape(_shade(bar, low, high))
         if panel.marked is not None:
             drawn.add_hline(y=panel.marked, yref=f"y{number}", line={"color": MARKED, "width": 1.5})
         top -= panel.height
-    ends = [-0.5, len(names) - 0.5]
+    has_maps = names is not None or any(isinstance(panel.figure, Heatmap) for panel in panels)
     set_layout(
-        drawn, **axes, **panels_layout(total, "depth (0 = embedding)", uirevision="microscope", range=ends)
-    )
-    return drawn
-
-
-def panels_layout(
-    height: int, title: str, *, uirevision: str, bars: bool = True, **axis: Any
-) -> dict[str, Any]:
-    """Options of a drawing of panels over one axis.
-
-    ``bars``: with room on the right for the colour bars of maps.
-    ``axis``: further options of the shared axis.
-    """
-    return {
-        "xaxis": {
-            **axis,
-            "title": {"text": title, "standoff": 6},
+        drawn,
+        **axes,
+        xaxis={
+            **({"autorange": True} if names is None else {"range": list(ends)}),
+            "title": {"text": "step" if names is None else "depth (0 = embedding)", "standoff": 6},
             "zeroline": False,
             "showgrid": False,
             "anchor": "free",
             "position": 0,
         },
-        "template": "none",
-        "height": height,
-        "margin": {"l": LEFT, "r": 64 if bars else 16, "t": TOP, "b": BOTTOM},
-        "paper_bgcolor": "rgba(0, 0, 0, 0)",
-        "plot_bgcolor": "rgba(0, 0, 0, 0)",
-        "font": {"family": FONT, "size": 12},
-        "hovermode": "closest",
-        "showlegend": False,
-        "uirevision": uirevision,
-        "dragmode": "zoom",
-    }
+        template="none",
+        height=total,
+        margin={"l": LEFT, "r": 64 if has_maps else 16, "t": TOP, "b": BOTTOM},
+        paper_bgcolor="rgba(0, 0, 0, 0)",
+        plot_bgcolor="rgba(0, 0, 0, 0)",
+        font={"family": FONT, "size": 12},
+        hovermode="closest",
+        showlegend=False,
+        uirevision="panels",
+        dragmode="zoom",
+    )
+    for step in marks:
+        label = {"text": "resumed", "font": {"size": 10}, "textposition": "end"}
+        line = {"color": GREY, "width": 1.2, "dash": "dash"}
+        drawn.add_shape(type="line", x0=step, x1=step, yref="paper", y0=0, y1=1, line=line, label=label)
+    return drawn
 
 
-def hidden_axis(low: float, high: float, lanes: int) -> dict[str, Any]:
-    """The axis of the findings above the panels.
+def _steps(panels: Sequence[Panel]) -> tuple[float, float]:
+    """First and last step of the panels."""
+    figures = [panel.figure for panel in panels]
+    steps = [each.x for each in figures if isinstance(each, Heatmap)]
+    steps += [line.x for each in figures if isinstance(each, Lines) for line in each.lines]
+    known = np.concatenate(steps or [np.zeros(1)])
+    return float(known.min()), float(known.max())
 
-    ``low, high``: share of the drawing where it begins and ends.
-    """
-    return {"domain": [low, high], "range": [lanes - 0.5, -0.5], "visible": False, "fixedrange": True}
 
-
-def _bar(bar: Bar, lane: int, names: Sequence[str]) -> go.Scatter:
-    place = names[bar.first] if bar.first == bar.last else f"{names[bar.first]} to {names[bar.last]}"
+def _bar(bar: Bar, lane: int, names: Sequence[str] | None) -> go.Scatter:
+    line = {"color": SEVERITY_COLOURS[bar.severity], "width": 7 if names else 5}
+    if names is None:
+        marker = {"symbol": "triangle-right", "size": [11, 0.1]}
+        hover = f"{words(bar.label)}: from step {bar.first:g}<extra></extra>"
+        return go.Scatter(
+            x=[bar.first, bar.last],
+            y=[lane, lane],
+            mode="lines+markers",
+            line=line,
+            marker=marker,
+            hovertemplate=hover,
+        )
+    first, last = names[int(bar.first)], names[int(bar.last)]
+    place = first if bar.first == bar.last else f"{first} to {last}"
+    # Half a depth on both sides: a finding at one depth has a width too.
     return go.Scatter(
-        # Half a depth on both sides: a finding at one depth has a width too.
         x=[bar.first - 0.4, bar.last + 0.4],
         y=[lane, lane],
         mode="lines",
-        line={"color": SEVERITY_COLOURS[bar.severity], "width": 7},
+        line=line,
         hovertemplate=f"{words(bar.label)}: {words(place)}<extra></extra>",
     )
 
 
-def _bar_label(bar: Bar, lane: int, depths: int) -> dict[str, Any]:
+def _bar_label(bar: Bar, lane: int, ends: tuple[float, float]) -> dict[str, Any]:
     """On that side of the bar where there is more room; above the bar where there is none."""
-    before, after = bar.first, depths - 1 - bar.last
+    before, after = bar.first - ends[0], ends[1] - bar.last
     on_the_left = before > after
     place: dict[str, Any] = {
-        "x": bar.first - 0.55 if on_the_left else bar.last + 0.55,
+        "x": bar.first if on_the_left else bar.last,
         "xanchor": "right" if on_the_left else "left",
+        "xshift": -8 if on_the_left else 8,
     }
-    if max(before, after) < LEAST_ROOM * depths:
+    if max(before, after) < LEAST_ROOM * (ends[1] - ends[0]):
         place = {"xref": "paper", "x": 0, "xanchor": "left", "yshift": ABOVE}
     return {
         "text": words(bar.label),
@@ -192,7 +210,7 @@ def _shade(bar: Bar, low: float, high: float) -> dict[str, Any]:
     }
 
 
-def panel_title(high: float) -> dict[str, Any]:
+def _title(high: float) -> dict[str, Any]:
     """Where the title of a panel is placed.
 
     ``high``: share of the drawing where the panel ends.
@@ -212,6 +230,11 @@ def panel_title(high: float) -> dict[str, Any]:
     }
 
 
+def _note(panel: Panel) -> str:
+    caption = panel.figure.caption
+    return f"  <span style='font-size:10.5px'>{words(caption)}</span>" if caption else ""
+
+
 def _key(panel: Panel) -> str:
     """The legend of a panel, in its title: which line is which, where there are several."""
     if not isinstance(panel.figure, Lines):
@@ -229,19 +252,19 @@ def _key(panel: Panel) -> str:
     return "".join(f"   {part}" for part in parts)
 
 
-def add_panel(
+def _add_panel(
     drawn: go.Figure, panel: Panel, number: int, domain: tuple[float, float], axes: dict[str, Any]
 ) -> None:
     """Draw one panel into its share of a drawing.
 
     ``domain``: share of the drawing, from and to.
     """
-    name = f"y{number}"
+    # A tick takes some sixteen pixels.
+    ticks = max(3, panel.height // 16)
     own = (
         draw_lines(panel.figure)
         if isinstance(panel.figure, Lines)
-        # A tick takes some sixteen pixels.
-        else draw_heatmap(panel.figure, most_ticks=max(3, panel.height // 16))
+        else draw_heatmap(panel.figure, most_ticks=ticks)
     )
     axis: dict[str, Any] = {
         "domain": list(domain),
@@ -264,10 +287,8 @@ def add_panel(
     else:
         axis |= {"autorange": "reversed", "showgrid": False}
         if panel.ticks:
-            axis |= {
-                "tickvals": list(panel.ticks),
-                "ticktext": [words(name, 14) for name in panel.ticks.values()],
-            }
+            names = [words(name, 14) for name in panel.ticks.values()]
+            axis |= {"tickvals": list(panel.ticks), "ticktext": names}
     axes[f"yaxis{number}"] = axis
     # Where two versions of a number of one run agree, the first one is seen through the dots of the others.
     of_several_runs = isinstance(panel.figure, Lines) and len(panel.figure.runs) > 1
@@ -275,7 +296,7 @@ def add_panel(
     for trace in [] if of_several_runs else marked[1:]:
         trace.line.dash, trace.mode = "dot", "lines"
     for trace in own.data:
-        trace.update(yaxis=name)
+        trace.update(yaxis=f"y{number}")
         if trace.type == "heatmap":
             middle = sum(domain) / 2
             trace.colorbar.update(
