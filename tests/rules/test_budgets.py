@@ -48,12 +48,12 @@ ROOMS = {
 SOURCE = ("probes", "diagnostics", "app", "depthscope")
 # What may not be exceeded from here on: (what, limit, goal of the next round).
 GATES = {
-    "lines of source": (70_800, 60_000),
-    "files of source": (370, 320),
-    "lines of tests": (44_850, 36_000),
+    "lines of source": (66_800, 60_000),
+    "files of source": (348, 320),
+    "lines of tests": (40_420, 36_000),
     "lines of benchmarks": (3_500, 3_500),
     "pages of docs": (30, 30),
-    "words of docs": (28_600, 40_000),
+    "words of docs": (27_200, 40_000),
 }
 
 
