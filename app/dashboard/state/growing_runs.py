@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from threading import RLock
-from typing import Any
+from typing import TypeVar
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -30,6 +30,9 @@ from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema import LiveRows, Status
+
+Key = TypeVar("Key")
+Rows = TypeVar("Rows", LiveRows, TrainingHistory)
 
 _rest = {"until": 0.0}
 """The time until which no growing run is analysed again."""
@@ -123,20 +126,20 @@ def _current_store(path: Path) -> LiveRows | None:
     """The live store of a path as it is now; None where there is none, or none that can be read."""
     with _lock, suppress(schema.SchemaError, OSError):
         if schema.is_live_store(path):
-            if path in _stores:
-                _stores[path].refresh()
-            else:
-                _stores[path] = LiveRows(path)
-            _last_used(_stores, path)
-            return _stores[path]
+            return _followed_to_now(_stores, path, partial(LiveRows, path))
     return None
 
 
-def _last_used(kept: OrderedDict[Any, Any], key: Any) -> None:
-    """Let go what was not asked for lately."""
+def _followed_to_now(kept: OrderedDict[Key, Rows], key: Key, opened: Callable[[], Rows]) -> Rows:
+    """What follows a live store, with the rows that were added; those that were not asked for lately are let go."""
+    if key in kept:
+        kept[key].refresh()
+    else:
+        kept[key] = opened()
     kept.move_to_end(key)
     while len(kept) > MOST_FOLLOWED:
         kept.popitem(last=False)
+    return kept[key]
 
 
 def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
@@ -150,12 +153,7 @@ def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
                     (*key, FileVersion.of(path)), partial(read_history, reading)
                 )
                 return history
-            if key in _followed:
-                _followed[key].refresh()
-            else:
-                _followed[key] = read_history(reading)
-            _last_used(_followed, key)
-            return _followed[key]
+            return _followed_to_now(_followed, key, partial(read_history, reading))
         except (schema.SchemaError, OSError) as error:
             _followed.pop(key, None)
             return UnreadableRun(reading.name, path, sentence(error))

@@ -116,10 +116,3 @@ def _normalised(xp: Any, x: Array) -> tuple[Array, Array]:
     """Matrices divided by their largest entry, and its logarithm (...): −inf for zero."""
     top = xp.max(xp.abs(x), axis=(-2, -1))
     return x / xp.where(top > 0, top, xp.ones_like(top))[..., None, None], log(xp, top)
-
-
-def _hops(xp: Any, m: Array, ahead: int) -> Array:
-    """How many sublayers reader k is after source j, (K, S); zero or negative where it cannot read it."""
-    readers = xp.arange(m.shape[-2], dtype=xp.float64, device=device(m))
-    sources = xp.arange(m.shape[-1], dtype=xp.float64, device=device(m)) - ahead
-    return readers[:, None] - sources[None, :]
