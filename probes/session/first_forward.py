@@ -250,7 +250,8 @@ def record_operations(
         if read is not None:
             _record_read(tape, forward, observer, read.rereading.again(graph))
             graph = read.rereading.graph
-        # Without a graph torch detaches inside of some operations of a later forward, which then are not those that were read.
+        # torch's Python detaches what it makes (empty_like, …) where we keep it: an operation more, which ends a forward at
+        # known places. Without a graph more is kept, also of the experts of DeepSeek-V4: these forwards are recorded in full.
         has_graph = any(value.has_graph for value in tape.graph.outputs)
         if known is not None and has_graph and not isinstance(tape.recorder, PlacedRecorder):
             known.learn(model, graph, _values_read(graph, observer))
