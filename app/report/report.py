@@ -22,7 +22,7 @@ from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findi
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.app.text.cards import ABOUT_THE_READING, Card
-from depthscope.app.text.notebook import card_html, card_style
+from depthscope.app.text.notebook import card_html
 from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
 from depthscope.diagnostics.atomic_writes import replaced_file
@@ -109,7 +109,6 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
     )
     return page.render(
         bibtex="\n".join(known[key] for key in contents.sources),
-        card_style=card_style(),
         contents=contents,
         mark=Markup(MARK),
         described=[_description(reading.attrs) for reading in readings],

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from depthscope.app.text.bibliography import Reference, cited, source_words
 from depthscope.app.text.numbers import number
-from depthscope.app.text.sparkline import curve_blocks, curve_words
 from depthscope.diagnostics import CATALOGUE, Finding, Metric
+from depthscope.diagnostics.numbers import number as short_number
 from depthscope.diagnostics.schema import UNPROVEN
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict
 
@@ -70,6 +72,11 @@ class Card:
         return curve_words(self.finding)
 
     @property
+    def blocks(self) -> str:
+        """That curve as block characters; empty where it is flat."""
+        return curve_blocks(self.finding)
+
+    @property
     def follows(self) -> str:
         """The finding that this one follows from, as a phrase; empty for none."""
         return self.finding.because.replace("_", " ")
@@ -77,8 +84,6 @@ class Card:
     @property
     def more(self) -> str:
         """Equation, limits and sources of the verdict; empty for a verdict of somebody else."""
-        from depthscope.diagnostics.verdicts import VERDICTS
-
         return explanation(self.finding.verdict) if self.finding.verdict in VERDICTS else ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,7 +108,6 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
 
     ``experiment, result``: the command of the experiment that would settle it, and what it gave.
     """
-    from depthscope.diagnostics.verdicts import VERDICTS
     from depthscope.diagnostics.verdicts.reading import unproven_sentence
 
     known = VERDICTS.get(finding.verdict)
@@ -130,7 +134,7 @@ def card_lines(card: Card, *, width: int = WIDTH, shown: Callable[[str], str] = 
     ``shown``: gives a text as the terminal can print it, such as `terminal.encodable`.
     """
     explained = f", follows from {card.follows}" if card.follows else ""
-    blocks = curve_blocks(card.finding)
+    blocks = card.blocks
     rows = [
         ("Where", f"{card.where}{explained}", 1),
         ("Curve", f"{blocks}  {card.curve}" if blocks else "", 1),
@@ -197,11 +201,6 @@ def cards_text(cards: Iterable[Card], *, width: int = WIDTH, shown: Callable[[st
             parts.append(heading)
         parts.append("\n".join(card_lines(card, width=width, shown=shown)))
     return "\n\n".join(parts)
-
-
-def names() -> list[str]:
-    """Everything that can be explained: verdicts first, then metrics."""
-    return [*VERDICTS, *CATALOGUE]
 
 
 @cache  # decoding the TeX of a source takes a while, and a page asks again each time it is drawn
@@ -287,3 +286,54 @@ def _worst_words(finding: Finding) -> str:
     judged = [each for each in finding.profile[finding.first : finding.last + 1] if not math.isnan(each)]
     is_somewhere = finding.worst >= 0 and len(judged) > 1 and number(min(judged)) != number(max(judged))
     return f", worst at {finding.worst}" if is_somewhere else ""
+
+
+# --- the numbers that a verdict judged, as a small curve
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+UNDEFINED_BLOCK = "·"
+
+MOST_BLOCKS = 28
+"""Of a curve; a longer one has the worst number of each part."""
+
+DECADES = 1.5
+"""From so many powers of ten on the curve is drawn over logarithms: a gain of 1000 would hide all others."""
+
+
+def curve_words(finding: Finding) -> str:
+    """What the curve shows, for those who do not see it; empty where the verdict judged a single number.
+
+    Returns: Such as ``depth 0–30: 0.02 to 0.98, worse below 0.3; 2 undefined``.
+    """
+    values = np.asarray(finding.profile, dtype=np.float64)
+    known = values[np.isfinite(values)]
+    if len(known) < 2:
+        return ""
+    low, high = number(float(known.min())), number(float(known.max()))
+    reach = f"{low} throughout" if low == high else f"{low} to {high}"
+    side = "above" if finding.above else "below"
+    words = f"{finding.axis} 0–{len(values) - 1}: {reach}, worse {side} {short_number(finding.threshold)}"
+    return f"{words}; {len(values) - len(known)} undefined" if len(known) < len(values) else words
+
+
+def curve_blocks(finding: Finding) -> str:
+    """The curve as block characters, low to high; a dot where it is undefined.
+
+    Returns: At most `MOST_BLOCKS` characters; empty where the verdict judged a single number, or one that is repeated.
+    """
+    values = np.asarray(finding.profile, dtype=np.float64)
+    values = np.where(np.isfinite(values), values, np.nan)
+    if len({number(float(value)) for value in values[np.isfinite(values)]}) < 2:
+        return ""
+    if len(values) > MOST_BLOCKS:  # of each part the worst, so that a single peak is not lost
+        worst = np.fmax.reduce if finding.above else np.fmin.reduce
+        values = np.array([worst(part) for part in np.array_split(values, MOST_BLOCKS)])
+    known = values[np.isfinite(values)]
+    # A zero among positive numbers has no logarithm: the scale stays linear.
+    if known.min() > 0 and known.max() > 10**DECADES * known.min():
+        values, known = np.log10(values), np.log10(known)
+    heights = (values - known.min()) / max(float(np.ptp(known)), 1e-300)
+    return "".join(
+        UNDEFINED_BLOCK if np.isnan(height) else BLOCKS[min(int(height * len(BLOCKS)), len(BLOCKS) - 1)]
+        for height in heights
+    )

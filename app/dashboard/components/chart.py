@@ -33,12 +33,11 @@ PLOTLY_SOURCE = f"{PLOTLY_ROUTE}/plotly.min.js"
 # A component of our own: st.plotly_chart loses its zoom whenever the data change (`key=` and `uirevision` do not help),
 # and reports no click on a cell of a heat map. Styles are not isolated: plotly.js adds its style sheet to the head of
 # the document, which does not reach into a shadow root.
-def component(name: str, *libraries: str, styles: Sequence[str] = (), more_css: str = "") -> Any:
+def component(name: str, *libraries: str, styles: Sequence[str] = ()) -> Any:
     """A component of the files ``NAME.css`` and ``NAME.js`` of this folder.
 
     ``libraries``: further files of JavaScript that it uses.
     ``styles``: style sheets in place of its own.
-    ``more_css``: rules that are no file of this folder.
     """
     folder = Path(__file__).parent
 
@@ -47,7 +46,7 @@ def component(name: str, *libraries: str, styles: Sequence[str] = (), more_css: 
 
     return st.components.v2.component(
         f"depthscope_{name}",
-        css=text(*(f"{each}.css" for each in styles or (name,))) + more_css,
+        css=text(*(f"{each}.css" for each in styles or (name,))),
         js=text(*(f"{each}.js" for each in (*libraries, name))),
         isolate_styles=False,
     )

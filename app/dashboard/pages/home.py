@@ -22,7 +22,6 @@ from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.readings.depth_map import MEASURES, PlacedFinding, Summary, groupable, plain_attributes
 from depthscope.app.tables.findings import cards_for
 from depthscope.app.text.cards import ABOUT_THE_READING, card_of
-from depthscope.app.text.notebook import card_style
 from depthscope.app.text.numbers import UNDEFINED, number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics.experiments import results_beside
@@ -32,7 +31,7 @@ MOST_CARDS = 3
 
 _KEY, _WAITED = "depth_map", "depth_map_waited"
 
-_map_component = component("depth_map", "numbers", "back", more_css=card_style())
+_map_component = component("depth_map", "numbers", "back")
 
 
 @dataclass
