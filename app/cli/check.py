@@ -85,7 +85,6 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
 
 def _as_dict(reading: Reading) -> dict[str, Any]:
     from depthscope.app.readings.readings import live_sentence
-    from depthscope.app.readings.standings import DOES_NOT_APPLY, NOT_JUDGED, by_reason, standings
     from depthscope.app.tables.findings import cards_of
 
     return {
@@ -94,16 +93,15 @@ def _as_dict(reading: Reading) -> dict[str, Any]:
         **{name: reading.attrs.get(name) for name in ("proof", "constraint", "memory")},
         "findings": [card.as_dict() for card in cards_of(reading)],
         "passed": sorted({finding.verdict for finding in reading.passed}),
-        "not_judged": by_reason(standings(reading), NOT_JUDGED),
-        "does_not_apply": by_reason(standings(reading), DOES_NOT_APPLY),
+        "not_computed": reading.not_computed,
     }
 
 
 def _print_findings(readings: Sequence[Reading]) -> None:
     from depthscope.app.readings.readings import live_sentence, memory_sentence
-    from depthscope.app.readings.standings import NOT_JUDGED, by_reason, counts_words, standings
     from depthscope.app.tables.findings import NOTHING, cards_of, count_words
     from depthscope.app.text.cards import cards_text
+    from depthscope.diagnostics.verdicts import VERDICTS
 
     for reading in readings:
         facts = [reading.attrs[key] for key in ("model", "family") if reading.attrs.get(key)]
@@ -118,11 +116,11 @@ def _print_findings(readings: Sequence[Reading]) -> None:
         for title, line in lines.items():
             if line:
                 say(f"  {title}: {printable(line)}")
-        # How many verdicts were judged, and why most of the others were not: what was not judged has not passed.
-        found = standings(reading)
-        reasons = by_reason(found, NOT_JUDGED)
-        why = f" (not judged: {printable(next(iter(reasons)))})" if reasons else ""
-        say(f"  verdicts: {counts_words(found)}{why}")
+        # What was not judged has not passed.
+        judged = {finding.verdict for finding in (*reading.findings, *reading.passed)}
+        reasons = sorted(reading.not_computed, key=lambda reason: -len(reading.not_computed[reason]))
+        why = f"; not measured, such as: {printable(reasons[0])}" if reasons else ""
+        say(f"  verdicts: {len(judged)} of {len(VERDICTS)} judged{why}")
         say()
         say(cards_text(cards_of(reading), width=columns(), shown=encodable) or NOTHING)
         say()

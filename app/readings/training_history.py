@@ -22,12 +22,9 @@ from depthscope.diagnostics.schema import LiveRows, Status
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.schema.live_store import with_rows
 
-CELLS = "connection_cells"
-"""The elements of H_res, H_pre and H_post of a connection, in the mean over tokens."""
-
 DRIFT = "connection_parameter_drift"
 
-ROWS = ("cell", "depth", "connection", "weight", "parameter")
+ROWS = ("depth", "connection", "weight", "parameter")
 """Dims that are the rows of a map over steps, the first one that a measure has; of the others a label is chosen."""
 
 NOT_SHOWN = ("same_sampled_tokens", "num_tokens", "loss_not_finite", *ROW_FACTS)
@@ -47,7 +44,7 @@ PREFERRED = {
 class Measure:
     """What has numbers by step."""
 
-    name: str  # in the catalogue, or `CELLS` or `DRIFT`, or of a number such as ``loss``
+    name: str  # in the catalogue, or `DRIFT`, or of a number such as ``loss``
     rows: str  # its dim of `ROWS`; empty for one number a step
     choices: Mapping[str, tuple[str, ...]]  # the labels of its other dims under which it has numbers
     sample: xr.DataArray  # the last step, with all coordinates
@@ -69,7 +66,7 @@ class TrainingHistory:
 
     ``reading``: for its name, its attributes and what has no step.
     ``metrics``: what has numbers by step; of a live store read when it is used.
-    ``sums``: statistics by step, which give the elements of the connections, and of a live store further curves.
+    ``sums``: statistics by step, which give a live store further curves.
     ``rows``: of a live store; `refresh` reads what was added.
     """
 
@@ -151,9 +148,6 @@ class TrainingHistory:
         if self._rows is None:  # what an analysis of the last step alone has is no history
             by_step = self._metrics[list(samples)]
             samples = {name: each for name, each in samples.items() if by_step[name][:-1].notnull().any()}
-        cells = cells_of(last)
-        if cells is not None and self._sums.sizes["step"] == len(self.steps):
-            samples[CELLS] = cells.isel(step=0)
         return measures_of(samples), needs
 
     def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
@@ -162,12 +156,7 @@ class TrainingHistory:
         Returns: (step, row), or (step,) for one number a step.
         """
         chosen = positions_of(self.measures[name], choice)
-        if name == CELLS:
-            sums = self._sums if chosen[0] is None else self._sums.isel(connection=[chosen[0]])
-            cells = cells_of(sums)
-            assert cells is not None
-            found, chosen = cells.values, tuple(0 if at is not None else None for at in chosen)
-        elif name in self._found[1]:
+        if name in self._found[1]:
             needed = {*self._found[1][name], *_without_steps(self._sums).variables}
             found = curves_of_sums(self._sums.drop_vars(set(self._sums.data_vars) - needed))[name].values
         else:
@@ -275,36 +264,3 @@ def positions_of(measure: Measure, choice: Mapping[str, str]) -> tuple[int | Non
 def curves_of(statistics: xr.Dataset) -> xr.Dataset:
     """What sums of every step give, see `diagnostics.training_curves`."""
     return training_curves(xr.DataTree.from_dict({"statistics": statistics})).load()
-
-
-def cells_of(statistics: xr.Dataset) -> xr.DataArray | None:
-    """The elements of H_res, H_pre and H_post, each the mean over tokens."""
-    if "h_res_sum" not in statistics:
-        return None
-    step, connection = statistics.sizes["step"], statistics.sizes["connection"]
-    tokens = statistics["token_count"].values.reshape(step, 1, 1)
-    parts, names = [], []
-    for of in schema.SUMMED:
-        if of.total not in statistics:
-            continue
-        sums = statistics[of.total].values.reshape(step, connection, -1)
-        of_some = of.counted_by != "token_count" and of.counted_by in statistics
-        counts = statistics[of.counted_by].values[:, :, None] if of_some else tokens
-        parts.append(np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0))
-        names += cell_names(of.symbol, statistics[of.total].shape[2:])
-    cells = xr.DataArray(np.concatenate(parts, axis=2), dims=("step", "connection", "cell"))
-    known = {
-        label: statistics[label] for label in statistics.coords if statistics[label].dims == ("connection",)
-    }
-    return cells.assign_coords({"step": statistics["step"], "cell": names, **known})
-
-
-def cell_names(stem: str, shape: tuple[int, ...]) -> list[str]:
-    """What the elements of a matrix or of weights of streams are called.
-
-    Examples
-    --------
-    >>> cell_names("H_res", (2, 1)), cell_names("H_pre", (2,))
-    (['H_res 0←0', 'H_res 1←0'], ['H_pre 0', 'H_pre 1'])
-    """
-    return [f"{stem} {'←'.join(map(str, index))}" for index in np.ndindex(*shape)]

@@ -12,7 +12,6 @@ import xarray as xr
 
 from depthscope import diagnostics
 from depthscope.app.cli.main import main
-from depthscope.app.dashboard.components.page import facts_table
 from depthscope.app.figures import FIGURES, available
 from depthscope.app.paper.export import write_bundle
 from depthscope.app.readings.readings import read_runs
@@ -123,9 +122,6 @@ def test_tables_pages_and_reports_say_it(runs, readings, tmp_path):
     assert REASON in summary_table(readings).caption
     assert REASON in comparison_table(readings, COMPARED_METRICS).caption
     assert any(REASON in sentence for sentence in differences(readings))
-    facts = facts_table(readings)
-    assert facts.loc["reading"].str.contains("unproven").all()
-    assert CONSTRAINT in facts.loc["mixing matrices"].iloc[0].replace("\\", "")  # escaped for Markdown
     assert f"reading {UNPROVEN}" in unescape(to_html(readings))
     bundle = write_bundle(readings[1:], tmp_path / "paper", formats=())
     manifest = json.loads((bundle / "manifest.json").read_text())

@@ -11,17 +11,16 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 import xarray as xr
-from pandas.io.formats.style import Styler
 
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
 from depthscope.app.drawing.plotly.layout import words
 from depthscope.app.figures import Figure, FigureKind, Heatmap, Lines
-from depthscope.app.figures.palette import Look, look_of
+from depthscope.app.figures.palette import SHAPES, look_of
 from depthscope.app.figures.specification import figure_table
 from depthscope.app.tables.formats import csv_text
 from depthscope.app.text.glossary import help_on
-from depthscope.app.text.numbers import UNDEFINED, number
+from depthscope.app.text.numbers import UNDEFINED
 from depthscope.app.text.visible import LONGEST_NAME, visible
 
 PLOTLY_ROUTE = "/depthscope/plotly"
@@ -164,8 +163,6 @@ def _numbers(figure: Figure, key: str) -> None:
         table = numbers_of(figure)
         # All of a large matrix would be hundreds of megabytes in the browser; the file has it all.
         show_frame(table, height=320, width=620)
-        if cut := cut_words(table):
-            st.caption(f"{cut.capitalize()}.")
         offer_csv(table, figure.name, key=f"{key}_csv")
 
 
@@ -176,7 +173,7 @@ def clicked_cell(key: str) -> tuple[float, float] | None:
     return (float(clicked["x"]), float(clicked["y"])) if clicked else None
 
 
-MOST_CELLS, MOST_ROWS, MOST_COLUMNS = 20_000, 1000, 100
+MOST_ROWS, MOST_COLUMNS = 1000, 100
 """Of a table on the page: more than anybody scrolls through. A heuristic of ours."""
 
 
@@ -197,8 +194,15 @@ def numbers_of(figure: Figure) -> pd.DataFrame:
 
 
 def show_frame(table: pd.DataFrame, **options: Any) -> None:
-    """The first rows and columns of a table, its numbers as everywhere on the pages; they are sorted as numbers."""
-    st.dataframe(_spelled(table), hide_index=True, placeholder=UNDEFINED, **options)
+    """The first rows and columns of a table, and whether there are more."""
+    shown = table.iloc[:MOST_ROWS, :MOST_COLUMNS]
+    # Four significant digits: a fixed number of decimals would show small numbers as 0.
+    plain = {name: st.column_config.NumberColumn(format="%.4g") for name in shown.select_dtypes("float")}
+    st.dataframe(shown, hide_index=True, placeholder=UNDEFINED, column_config=plain, **options)
+    if shown.shape != table.shape:
+        st.caption(
+            f"The first {shown.shape[0]} rows and {shown.shape[1]} columns are shown, the file has every number."
+        )
 
 
 def offer_csv(table: pd.DataFrame, name: str, *, key: str, label: str = "Download CSV") -> None:
@@ -214,54 +218,16 @@ def offer_csv(table: pd.DataFrame, name: str, *, key: str, label: str = "Downloa
     )
 
 
-def _spelled(table: pd.DataFrame) -> Styler:
-    rows, columns = _shown_size(table)
-    shown = table.iloc[:rows, :columns]
-    numbers = [name for name in shown if pd.api.types.is_float_dtype(shown[name])]
-    # Such as depths, of which some file may lack one.
-    counts = [name for name in numbers if (shown[name].dropna() % 1 == 0).all()]
-    spell: Any = number
-    return shown.style.format(spell, subset=numbers).format("{:.0f}", subset=counts, na_rep=UNDEFINED)
-
-
-def cut_words(table: pd.DataFrame) -> str:
-    """What of a table is not shown; empty where all of it is."""
-    rows, columns = _shown_size(table)
-    if table.shape[0] <= rows and table.shape[1] <= columns:
-        return ""
-    return f"the first {rows} rows and {min(columns, table.shape[1])} columns are shown, the file has every number"
-
-
-def _shown_size(table: pd.DataFrame) -> tuple[int, int]:
-    columns = min(table.shape[1], MOST_COLUMNS)
-    return min(MOST_ROWS, MOST_CELLS // max(columns, 1)), MOST_COLUMNS
-
-
-OUTLINES = {
-    "triangle-up": "50% 0, 100% 100%, 0 100%",
-    "triangle-down": "0 0, 100% 0, 50% 100%",
-    "triangle-left": "100% 0, 100% 100%, 0 50%",
-    "triangle-right": "0 0, 100% 50%, 0 100%",
-    "diamond": "50% 0, 100% 50%, 50% 100%, 0 50%",
-    "pentagon": "50% 0, 100% 40%, 80% 100%, 20% 100%, 0 40%",
-    "cross": "35% 0, 65% 0, 65% 35%, 100% 35%, 100% 65%, 65% 65%, 65% 100%, 35% 100%, 35% 65%, 0 65%, 0 35%, 35% 35%",
-    "x": "20% 0, 50% 30%, 80% 0, 100% 20%, 70% 50%, 100% 80%, 80% 100%, 50% 70%, 20% 100%, 0 80%, 30% 50%, 0 20%",
-}
-"""Shape of a mark → its corners; a circle and a square have none."""
+MARKS = dict(zip(SHAPES, ("●○", "■□", "▲△", "◆◇", "▼▽", "✚✚", "✖✖", "◀◁", "⬟⬠", "▶▷"), strict=True))
+"""Shape of a mark → it and its hollow one as letters."""
 
 
 def show_legend(colours: Mapping[str, int]) -> None:
     """The colours of some runs or groups of runs, by their numbers in the palette; nothing for a single one."""
     if len(colours) > 1:
-        entries = [_entry(name, look_of(colour)) for name, colour in colours.items()]
+        looks = {visible(name, longest=LONGEST_NAME): look_of(colour) for name, colour in colours.items()}
+        entries = [
+            f'<span><i style="color: {look.colour}">━{MARKS[look.shape][look.hollow]}━</i> {html.escape(name)}</span>'
+            for name, look in looks.items()
+        ]
         st.html(f'<div class="depthscope-legend">{"".join(entries)}</div>')
-
-
-def _entry(name: str, look: Look) -> str:
-    fill = f"border: 2px solid {look.colour}" if look.hollow else f"background: {look.colour}"
-    shape = f"clip-path: polygon({OUTLINES[look.shape]})" if look.shape in OUTLINES else ""
-    rounded = "border-radius: 50%" if look.shape == "circle" else ""
-    return (
-        f'<span><i class="line" style="background: {look.colour}"></i>'
-        f'<i class="mark" style="{fill}; {shape}; {rounded}"></i>{html.escape(visible(name, longest=LONGEST_NAME))}</span>'
-    )

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import cut_words, show_frame
+from depthscope.app.dashboard.components.chart import show_frame
 from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.drawing.matplotlib import write_figure
@@ -70,7 +70,7 @@ def _offer_table(table: Table) -> None:
     show_frame(data, height=min(38 + 35 * len(data), 250))
     undefined = int(data.isna().to_numpy().sum())
     gaps = f"{undefined} cells have no value" if undefined else ""
-    size = "; ".join(filter(None, [f"{data.shape[0]} rows", gaps, cut_words(data)]))
+    size = "; ".join(filter(None, [f"{data.shape[0]} rows", gaps]))
     st.caption(f"{size}. {escaped(table.caption)}")
     with st.container(horizontal=True):
         for ending, label, mime, write in (

@@ -13,7 +13,7 @@ from depthscope.app.dashboard.components.chart import build, card, clicked_cell,
 from depthscope.app.dashboard.components.controls import choose, choose_group, choose_index, choose_one
 from depthscope.app.dashboard.components.exports import show_exports
 from depthscope.app.dashboard.components.finding_card import escaped
-from depthscope.app.dashboard.components.page import Page, facts_table
+from depthscope.app.dashboard.components.page import Page, show_facts
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES, FigureKind, Heatmap, Lines, Selection
@@ -23,7 +23,7 @@ from depthscope.app.figures.build.spread import folded, folded_colours
 from depthscope.app.figures.build.values import feeds
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.comparison import comparison_table, differences
+from depthscope.app.tables.comparison import differences
 from depthscope.app.tables.differences import (
     ONE_RUN_EACH,
     between_groups,
@@ -87,14 +87,12 @@ def _show(chosen: ChosenRuns) -> None:
         st.caption(f"⚠ {escaped(warning)}")
     if along:
         curves = [each for each in names if _is_along_depth(FIGURES[each])]
-        _show_table(readings, kind, view)
         _show_map(readings, curves, CATALOGUE[kind.metric].axis, view, group_of)
     _show_similarity(chosen)
     used = {key: value for key, value in selection.items() if key in kind.uses}
     show_exports(figure, kind, readings, used)
-    with st.container(border=True):
-        st.markdown("## About the runs")
-        st.table(facts_table(readings), border="horizontal")
+    st.markdown("## About the runs")
+    show_facts(readings)
     if not along:
         return
     # Last: a test that was not made yet takes seconds, and what is above can be read meanwhile.
@@ -238,18 +236,6 @@ def _show_differences(
     extra = ["--by", by] if by else []
     command = command_line("compare", *paths, "--metrics", kind.metric, *extra)
     st.code(visible(command), "bash", wrap_lines=True)
-
-
-def _show_table(readings: Sequence[Reading], kind: FigureKind, view: Selection) -> None:
-    try:
-        table = comparison_table(readings, [kind.metric], view)
-    except ValueError:  # no run has it in this version, and the curves above say so
-        return
-    with st.container(border=True):
-        st.markdown("## Side by side at the same relative depth")
-        printed = table.printed.rename(columns=lambda name: escaped(name)).map(escaped)
-        st.table(printed.set_index(printed.columns[1]).drop(columns=printed.columns[0]), border="horizontal")
-        st.caption(escaped(table.caption))
 
 
 PAGE = Page(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import component, cut_words, offer_csv, show_frame
+from depthscope.app.dashboard.components.chart import component, offer_csv, show_frame
 from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import BADGES, escaped, show_card
 from depthscope.app.dashboard.components.page import LOOKED_AT, Page, explain_none
@@ -105,7 +105,7 @@ def _draw(first: list[_Runs]) -> None:
             (each.name, each.reason if each.waits else f"⚠ cannot be read: {each.reason}")
             for each in runs.unreadable
         ),
-        *((name, _waiting_words(runs.listed[name])) for name in runs.waiting),
+        *((name, run_library.waiting_words(runs.listed[name])) for name in runs.waiting),
     ]
     others = [(name, words) for name, words in others if _is_found(wanted, f"{name} {words}")]
     if shown or others:
@@ -156,11 +156,6 @@ def _searched(summary: Summary, status: str) -> str:
 
 def _group(summary: Summary, group_by: str) -> str:
     return str(plain_attributes(summary.attrs).get(group_by, "–")) if group_by else ""
-
-
-def _waiting_words(path: Path) -> str:
-    progress = run_library.progress_of(path)
-    return "waiting for its analysis" if progress is None else f"being analysed: {progress}"
 
 
 def _show_map(
@@ -272,8 +267,6 @@ def _offer_numbers(shown: Sequence[Summary], measure: str) -> None:
             for depth, value in enumerate(each.profiles.get(measure, ()))
         )
         show_frame(table, height=320, width=620)
-        if cut := cut_words(table):
-            st.caption(f"{cut.capitalize()}.")
         offer_csv(table, f"depth_map_{measure}", key="map_csv")
 
 

@@ -74,9 +74,8 @@ MOST_MARKS = 6
 
 CURVE = 80
 CURVE_OF_SEVERAL = 120
-CURVES_OF_CELLS = 220
 LINE = 13
-"""Pixels of a curve, of those of several runs and of all elements of matrices, and of a line of text."""
+"""Pixels of a curve, of those of several runs, and of a line of text."""
 
 TOGETHER = "all together"
 
@@ -142,7 +141,7 @@ def _show(chosen: ChosenRuns) -> None:
 def _goes_on(history: TrainingHistory, seconds: float) -> bool:
     """Whether steps are added or are left to judge, after so many seconds of judging."""
     return growing_runs.first_findings_of(history).look(seconds) or (
-        history.status is not None and live_state(history.status, history.times).is_growing
+        history.status is not None and live_state(history.status).is_growing
     )
 
 
@@ -222,7 +221,7 @@ def _say(histories: Mapping[str, TrainingHistory]) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         for run, history in histories.items():
             if history.status is not None:
-                state = live_state(history.status, history.times)
+                state = live_state(history.status)
                 words = state.words if len(histories) == 1 else f"{escaped(run)}: {state.words}"
                 st.badge(words, color=state.colour)
         if len(histories) == 1:
@@ -266,7 +265,16 @@ def _choose(
         preferred = {
             dim: label for name in reversed(measures) for dim, label in known[name].labels({}).items()
         }
-        choice = {dim: _choose_label(dim, labels, preferred[dim]) for dim, labels in dims.items()}
+        choice = {
+            dim: choose_one(
+                CONTROLS[dim].label if dim in CONTROLS else spoken(dim).capitalize(),
+                labels,
+                f"training_{dim}",
+                default=preferred[dim],
+                width=130,
+            )
+            for dim, labels in dims.items()
+        }
     steps = np.unique(np.concatenate([history.steps for history in histories.values()]))
     step, other = (_step_of(name) for name in ("step", "versus"))
     zoom = _zoom(float(steps[0]), float(steps[-1]))
@@ -276,20 +284,6 @@ def _choose(
     # Several runs are compared with one another, at one step.
     versus = None if versus == pinned or len(histories) > 1 else versus
     return Shown(known, tuple(measures), choice, steps, zoom, pinned, versus, colours, group_of)
-
-
-def _choose_label(dim: str, labels: list[str], preferred: str) -> str:
-    key = f"training_{dim}"
-    if st.session_state.get(key) not in labels:
-        st.session_state.pop(key, None)
-    return st.selectbox(
-        CONTROLS[dim].label if dim in CONTROLS else spoken(dim).capitalize(),
-        labels,
-        labels.index(preferred),
-        key=key,
-        bind="query-params",
-        width=130,
-    )
 
 
 def _step_of(name: str) -> int | None:
@@ -401,7 +395,7 @@ def _panel(histories: Mapping[str, TrainingHistory], name: str, shown: Shown) ->
     (history,) = histories.values()
     figure = history_figure(history, name, shown.choice, shown.zoom)
     if not isinstance(figure, Heatmap):
-        return Panel(figure, height=CURVE if len(figure.lines) == 1 else CURVES_OF_CELLS)
+        return Panel(figure, height=CURVE)
     rows = len(figure.y)
     height = int(np.clip(9 * rows, 90, 300))
     # The first row, the last one, and as many between as have room.
@@ -420,55 +414,36 @@ def _places(steps: np.ndarray, panels: Sequence[Panel]) -> list[float]:
 def _show_step(histories: Mapping[str, TrainingHistory], shown: Shown) -> None:
     """All about one step, and of a single run about the one that it is compared with."""
     steps = [shown.step] if shown.other is None else [shown.step, shown.other]
-    numbers = [name for name in shown.measures if not shown.known[name].rows]
-    if len(histories) == 1:
-        (history,) = histories.values()
-        positions = [_position_of(history.steps, step) for step in steps]
-        _show_numbers(history, numbers, shown, positions)
-        curves = {f"step {_spaced(history.steps[at])}": (history, at) for at in positions}
-    else:
-        curves = {run: (each, _position_of(each.steps, shown.step)) for run, each in histories.items()}
-        _show_table(curves, numbers, shown)
+    several = len(histories) > 1
+    curves = {
+        run if several else f"step {_spaced(history.steps[at])}": (history, at)
+        for run, history in histories.items()
+        for at in (_position_of(history.steps, step) for step in steps)
+    }
+    _show_numbers(curves, shown)
     for name in shown.measures:
         having = {label: curve for label, curve in curves.items() if name in curve[0].measures}
         if shown.known[name].rows:
-            colours = shown.colours if len(histories) > 1 else None
-            figure = profile_figure(name, shown.choice, having, colours)
+            figure = profile_figure(name, shown.choice, having, shown.colours if several else None)
             card(folded(figure, shown.group_of), key=f"training_{name}", height=210)
 
 
-def _show_numbers(
-    history: TrainingHistory, names: Sequence[str], shown: Shown, positions: Sequence[int]
-) -> None:
-    if not names:
-        return
-    with st.container(horizontal=True):
-        for name in names:
-            values = history.values(name, shown.choice)
-            first = float(values[positions[0]])
-            change = number(first - float(values[positions[1]])) if len(positions) > 1 else None
-            st.metric(
-                escaped(measure_title(history.measures[name])),
-                number(first, digits=4),
-                change,
-                delta_color="off",
-                width="content",
+def _show_numbers(curves: Mapping[str, tuple[TrainingHistory, int]], shown: Shown) -> None:
+    """One row for each run at its own step that is nearest, or for each step of a single one."""
+    names = [name for name in shown.measures if not shown.known[name].rows]
+    rows = {
+        escaped(label): {"step": _spaced(history.steps[at])}
+        | {
+            escaped(measure_title(history.measures[name])): number(
+                float(history.values(name, shown.choice)[at]), digits=4
             )
-
-
-def _show_table(
-    curves: Mapping[str, tuple[TrainingHistory, int]], names: Sequence[str], shown: Shown
-) -> None:
-    """One row for each run, at its own step that is nearest."""
-    rows = []
-    for run, (history, at) in curves.items():
-        row = {"run": escaped(run), "step": _spaced(history.steps[at])}
-        for name in names:
-            if name in history.measures:
-                title = measure_title(history.measures[name])
-                row[title] = number(float(history.values(name, shown.choice)[at]))
-        rows.append(row)
-    st.table(pd.DataFrame(rows).fillna("–").set_index("run"), border="horizontal")
+            for name in names
+            if name in history.measures
+        }
+        for label, (history, at) in curves.items()
+    }
+    if names:
+        st.table(pd.DataFrame(rows).T.fillna("–"), border="horizontal")
 
 
 def _spaced(step: int) -> str:

@@ -161,6 +161,8 @@ def test_hostile_names_and_attributes_are_text(page, address, runs_root, monkeyp
         page.goto(f"{address}/{path}?{urlencode([('runs', name) for name in names])}")
         page.wait_for_selector(CHART if path else ".depthscope-map tr[data-run]", timeout=120_000)
         page.get_by_test_id("stStatusWidget").wait_for(state="detached", timeout=120_000)
+        for closed in page.locator("details:not([open]) > summary").filter(has_text="About").all():
+            closed.click()
         page.wait_for_timeout(1000)
         assert page.get_by_test_id("stException").count() == 0
         assert page.evaluate(FOREIGN) == []
@@ -168,7 +170,7 @@ def test_hostile_names_and_attributes_are_text(page, address, runs_root, monkeyp
         assert not set("\u202a\u202d\u202e\u2066\u200b\u200e\ufeff\x00\x1b") & set(text)
         for name in names:
             assert " ".join(name.split()) in text, name
-    for case, words in HOSTILE.items():  # in the table of facts
+    for case, words in HOSTILE.items():  # among the attributes
         assert words in text, case
     assert page.evaluate("() => window.hostile") is None
     assert dialogs == []

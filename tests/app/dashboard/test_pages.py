@@ -285,9 +285,8 @@ def test_the_commands_and_the_python_give_the_numbers_that_are_shown(opened, cap
 
 
 def test_the_facts_of_the_runs_end_the_page(opened, mhc_run):
-    facts = opened("compare", runs="mhc").table[-1].value
-    assert facts.loc["model"].iloc[0].replace("\\", "") == mhc_run.attrs["model"]
-    assert facts.loc["tokens analysed"].iloc[0] == "28"
+    facts = json.loads(opened("compare", runs="mhc").json[-1].value)
+    assert facts["model"] == mhc_run.attrs["model"]
 
 
 # --- numbers and words
