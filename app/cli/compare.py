@@ -25,9 +25,6 @@ from depthscope.diagnostics.errors import InputError
 def compare(
     runs: Runs,
     metrics: Metrics = None,
-    points: Annotated[
-        int, typer.Option(min=1, max=1000, metavar="N", help="Relative depths that are shown.")
-    ] = 6,
     by: Annotated[
         str,
         typer.Option(
@@ -60,7 +57,7 @@ def compare(
     if len(readings) < 2:
         raise InputError(f"got {len(readings)} run to compare; expected two or more, or a folder of them")
     summary = summary_table(readings, selection)
-    aligned = comparison_table(readings, chosen, selection, points=points)
+    aligned = comparison_table(readings, chosen, selection)
     warnings = differences(readings, selection)
     if by:
         tested = between_groups(readings, chosen, selection, by=by)

@@ -24,7 +24,7 @@ from depthscope.app.figures.composed import (
     composed_of,
     groups_of,
 )
-from depthscope.app.figures.specification import Points, figure_table
+from depthscope.app.figures.specification import figure_table
 from depthscope.app.paper.contents import CITES, Contents
 from depthscope.app.paper.latex_snippets import (
     cited_keys,
@@ -248,11 +248,9 @@ def _measured(bundle: Bundle) -> list[str]:
     return list(dict.fromkeys([*shown, *(metric for table in bundle.tables[:1] for metric in table.metrics)]))
 
 
-def figure_csv(figure: Figure | Points) -> str:
+def figure_csv(figure: Figure) -> str:
     """The numbers that a figure draws: a row a point, or the matrix under the positions of its columns."""
-    table = figure_table(figure)
-    if not isinstance(figure, Points):
-        table = table.drop(columns="where")
+    table = figure_table(figure).drop(columns="where")
     if isinstance(figure, Heatmap):
         table = table.rename(columns={"y": figure.y_label})
     # The same bytes on every system, so that the hashes of the manifest agree.

@@ -58,8 +58,6 @@ def __dir__() -> list[str]:
     return __all__
 
 
-ALL_ROWS = 10**6
-
 Runs = (
     xr.DataTree
     | xr.Dataset
@@ -174,7 +172,7 @@ def table(name: str, runs: Runs, *, chain: str = "") -> pd.DataFrame:
     if name not in ("depth", "connection"):
         raise InputError(f"no table {name!r}; expected one of depth, connection, summary, findings")
     reading = next((each for each in readings if each.chain == chain), readings[0])
-    made = (depth_table if name == "depth" else mixing_table)(reading, rows=ALL_ROWS)
+    made = (depth_table if name == "depth" else mixing_table)(reading)
     if made is None:
         raise InputError(f"{reading.name} has no numbers along its {name}s")
     return made.data
@@ -323,7 +321,7 @@ similarity = _figure(
 )
 gains = _figure(
     "gains",
-    "Gains of the mixing, single and composite, forward and backward, and those of attention and MLP (mHC, figures 3 and 7).",
+    "Gains of the mixing, single and composite, forward and backward (mHC, figures 3 and 7).",
 )
 mixing = _figure(
     "mixing",
@@ -335,7 +333,7 @@ kernel = _figure(
 )
 spectra = _figure(
     "spectra",
-    "Spectra: singular values of states and products along the depth, eigenvalues of the mixing with the unit circle.",
+    "Spectra: singular values of states and products along the depth, magnitudes of the eigenvalues of the mixing.",
 )
 gradients = _figure(
     "gradients",

@@ -18,7 +18,7 @@ from depthscope.app.paper.contents import Contents
 from depthscope.app.readings.depth_map import summary_of
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, read_runs
-from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findings_text
+from depthscope.app.tables.findings import NOTHING, cards_of, count_words
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.app.text.cards import ABOUT_THE_READING, Card
@@ -28,7 +28,7 @@ from depthscope.app.text.visible import LONGEST_TEXT, shortened
 from depthscope.diagnostics.atomic_writes import replaced_file
 from depthscope.diagnostics.errors import InputError, TakenError
 
-__all__ = ["findings_text", "to_html", "write_report"]
+__all__ = ["to_html", "write_report"]
 
 # Attributes of a run that identify it, with their printed names.
 _DESCRIBED = {

@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures.build.values import names_of, pick, positions
@@ -17,7 +16,7 @@ from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import one_direction
 from depthscope.app.tables.tables import spoken
-from depthscope.app.text.numbers import UNDEFINED, consecutive, number, quantity
+from depthscope.app.text.numbers import consecutive, number, quantity
 from depthscope.diagnostics import CATALOGUE, schema
 from depthscope.diagnostics.analysis.differences import (
     Difference,
@@ -190,34 +189,6 @@ def in_words(difference: Difference) -> str:
         f"{name}: {difference.second} is {side} {difference.first} by {quantity(abs(value), reach)} at {place} "
         f"({tested}); they differ at {axis} {', '.join(ranges)}"
     )
-
-
-def differences_at(found: Sequence[Difference], at: int) -> pd.DataFrame:
-    """The differences at one position: value with its 95 % interval, and p, corrected for all positions."""
-    rows = []
-    for each in found:
-        axis = str(each.value.dims[0])
-        place = min(at, each.value.size - 1)
-        value, reach, p = (float(part.values[place]) for part in (each.value, each.half_width, each.p))
-        rows.append(
-            {
-                "difference": f"{each.second} − {each.first}",
-                "at": f"{axis} {_labels(each)[place]}",
-                "value": number(value),
-                "95 % interval": f"{number(value - reach)} to {number(value + reach)}"
-                if np.isfinite(reach)
-                else UNDEFINED,
-                "p": _probability(p).removeprefix("= ") if np.isfinite(p) else UNDEFINED,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def clearest(found: Sequence[Difference]) -> int:
-    """The position at which chance explains a difference worst."""
-    p = np.array([each.p.values.min(initial=np.inf, where=np.isfinite(each.p.values)) for each in found])
-    values = found[int(np.argmin(p))].p.values
-    return int(np.nanargmin(values)) if np.isfinite(values).any() else 0
 
 
 def _equivalence(difference: Difference, axis: str) -> str:

@@ -12,7 +12,7 @@ import xarray as xr
 
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Table, spoken
-from depthscope.app.text.cards import Card, card_of, cards_text, place_of
+from depthscope.app.text.cards import Card, card_of, place_of
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import Finding, Severity
 
@@ -57,11 +57,6 @@ def _result(finding: Finding, results: Mapping[str, xr.Dataset]) -> str:
     if "lens" in results and finding.verdict == "same_representation":
         parts.append(prediction_words(results["lens"]))
     return "; ".join(filter(None, parts))
-
-
-def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
-    """Findings as cards: verdict, where, why, what to do next."""
-    return cards_text(map(card_of, findings), width=width) or NOTHING
 
 
 def count_words(findings: Sequence[Finding]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from depthscope.app.tables.tables import Table, spoken
+from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import keys_of
 from depthscope.app.text.latex import CITEP, Latex, cite, tex
 from depthscope.app.text.numbers import UNDEFINED
@@ -86,6 +86,7 @@ def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plai
 
     Returns: Needs the packages amsmath, array, booktabs and graphicx.
     """
+    keys = keys_of(cites.get(metric, "") for metric in table.metrics)
     rows, columns = table.printed.shape
     is_turned = rows <= FEW_RUNS and columns > MANY_COLUMNS
     shown = (
@@ -113,7 +114,7 @@ def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plai
         [
             CITEP,
             rf"\begin{{{environment}}}[tbp]",
-            rf"\centering\caption{{{tex(table.caption)}{_symbols(table, cites)}}}",
+            rf"\centering\caption{{{tex(table.caption)}{f'~{cite(keys)}' if keys else ''}}}",
             rf"\label{{tab:{tex(table.name)}}}\par\vspace{{4pt}}",
             r"{\fontsize{8}{9.6}\selectfont\setlength{\tabcolsep}{4pt}%",
             r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
@@ -136,11 +137,3 @@ def _cell(table: Table, name: str, text: str) -> Latex:
     # "depthscope's default" is no key: it is printed as text.
     keys = keys_of([text]) if name in table.cited else []
     return cite(keys) if keys else tex(text)
-
-
-def _symbols(table: Table, cites: Mapping[str, str]) -> str:
-    parts = []
-    for metric, symbol in table.symbols.items():
-        keys = keys_of([cites.get(metric, "")])
-        parts.append(f"{tex(spoken(metric))} ${symbol}${f'~{cite(keys)}' if keys else ''}")
-    return f" Symbols: {'; '.join(parts)}." if parts else ""

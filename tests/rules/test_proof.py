@@ -17,8 +17,8 @@ from depthscope.app.paper.export import write_bundle
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.report.report import to_html
 from depthscope.app.tables.comparison import COMPARED_METRICS, comparison_table, differences, summary_table
-from depthscope.app.tables.findings import findings_text
 from depthscope.app.tables.tables import depth_table, mixing_table
+from depthscope.app.text.cards import card_of, cards_text
 from depthscope.diagnostics import CATALOGUE, Severity, schema, verdicts
 from depthscope.diagnostics.verdicts import VERDICTS, Profile
 from tests.models.linear_runs import MODELS
@@ -117,7 +117,7 @@ def test_a_matrix_of_a_proven_run_is_not_called_unproven_because_of_another(anal
 def test_tables_pages_and_reports_say_it(runs, readings, tmp_path):
     for reading in readings:
         assert REASON in depth_table(reading).caption
-        assert REASON in findings_text(reading.findings, width=1000)
+        assert REASON in cards_text(map(card_of, reading.findings), width=1000)
     assert REASON in mixing_table(readings[0]).caption
     assert REASON in summary_table(readings).caption
     assert REASON in comparison_table(readings, COMPARED_METRICS).caption

@@ -10,7 +10,7 @@ import numpy as np
 import streamlit as st
 
 from depthscope.app.dashboard.components.chart import build, card, clicked_cell, show_legend
-from depthscope.app.dashboard.components.controls import choose, choose_group, choose_index, choose_one
+from depthscope.app.dashboard.components.controls import choose, choose_group, choose_one
 from depthscope.app.dashboard.components.exports import show_exports
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.page import Page, show_facts
@@ -27,10 +27,8 @@ from depthscope.app.tables.comparison import differences
 from depthscope.app.tables.differences import (
     ONE_RUN_EACH,
     between_groups,
-    clearest,
     difference_figure,
     difference_map,
-    differences_at,
     in_words,
 )
 from depthscope.app.text.terminal import command_line
@@ -160,7 +158,7 @@ def _show_map(
     view: Selection,
     group_of: Mapping[str, str],
 ) -> None:
-    """The map of the relative differences of two runs or groups; a click on a cell opens its measure there."""
+    """The map of the relative differences of two runs or groups; a click on a cell opens its measure."""
     groups: dict[str, list[Reading]] = {}
     for reading in readings:
         groups.setdefault(group_of.get(reading.name, reading.name), []).append(reading)
@@ -179,17 +177,16 @@ def _show_map(
         st.info(escaped(str(error)), icon="ℹ️")
         return
     card(figure, key="compare_map", height=110 + 17 * len(rows), clickable=True)
-    st.caption("Click a cell to open its measure at that place.")
+    st.caption("Click a cell to open its measure.")
     figure_of = {FIGURES[name].metric: name for name in reversed(names)}
     st.session_state["compare_rows"] = [figure_of[metric] for metric in rows]
 
 
 def _open_clicked() -> None:
-    """Choose the measure and the place of the cell that was clicked; the state of a field is set before it is drawn."""
+    """Choose the measure of the cell that was clicked; the state of a field is set before it is drawn."""
     cell, rows = clicked_cell("compare_map"), st.session_state.get("compare_rows")
     if cell is not None and rows:
         st.session_state["measure_of"] = rows[int(np.clip(round(cell[1]), 0, len(rows) - 1))]
-        st.session_state["compare_at"] = max(round(cell[0]), 0)
 
 
 def _differences(
@@ -221,13 +218,6 @@ def _show_differences(
         return
     figure = difference_figure(found, kind.title, colours)
     card(figure, key="compare_differences", height=340)
-    axis = str(found[0].value.dims[0])
-    last = max(each.value.size for each in found) - 1
-    at = choose_index(
-        f"At {axis} of the shallower run", last, "compare_at", default=clearest(found), width=220
-    )
-    shown = differences_at(found, at).map(escaped).rename(columns=escaped)
-    st.table(shown.set_index("difference"), border="horizontal")
     for each in found:
         st.markdown(f"- {escaped(in_words(each))}")
     if by is None:

@@ -128,21 +128,18 @@ def _draw_limits(axes: Axes, figure: Lines) -> None:
     words = (
         1.5 * mpl.rcParams["font.size"] / 72 / max(inches[1], 0.5)
     )  # the share of the height that they take
-    letters = num_letters(0.9 * inches[0])
-    names: list[tuple[float, int]] = []  # how high those are that are written, and how long
+    named: list[float] = []
     for line in figure.lines:
         if line.role != "threshold" or not low <= line.y[0] <= high:
             continue
         axes.plot(line.x, line.y, color="0.35", linestyle=":", linewidth=0.9, zorder=1)
         height = axes.transAxes.inverted().transform(axes.transData.transform((line.x[-1], line.y[0])))[1]
         # Above the axes are other words, such as a title.
-        middle = height + words / 2 if height + words <= 1 else height - words / 2
-        near = [length for at, length in names if abs(at - middle) <= words]
-        # At the other end of the axes where both fit into a line; a third one has no room.
-        if not near or (len(near) == 1 and near[0] + len(line.label) < letters):
-            names.append((middle, len(line.label)))
-            side = "left" if near else "right"
-            _name_threshold(axes, line, side, is_above=middle > height, letters=letters)
+        is_above = height + words <= 1
+        middle = height + (words if is_above else -words) / 2
+        if all(abs(at - middle) > words for at in named):
+            named.append(middle)
+            _name_threshold(axes, line, is_above=is_above, letters=num_letters(0.9 * inches[0]))
     if figure.healthy is not None:
         bottom, top = max(low, figure.healthy[0]), min(high, figure.healthy[1])
         if bottom < top:
@@ -150,14 +147,14 @@ def _draw_limits(axes: Axes, figure: Lines) -> None:
     axes.set_ylim(low, high)
 
 
-def _name_threshold(axes: Axes, line: Line, side: str, *, is_above: bool, letters: int) -> None:
+def _name_threshold(axes: Axes, line: Line, *, is_above: bool, letters: int) -> None:
     axes.annotate(
         plain(line.label, longest=letters),
-        (1 if side == "right" else 0, line.y[0]),
+        (1, line.y[0]),
         xycoords=("axes fraction", "data"),
-        xytext=(-2 if side == "right" else 2, 1.5 if is_above else -1.5),
+        xytext=(-2, 1.5 if is_above else -1.5),
         textcoords="offset points",
-        ha=side,
+        ha="right",
         va="bottom" if is_above else "top",
         color="0.35",
         fontsize=mpl.rcParams["xtick.labelsize"],

@@ -14,7 +14,7 @@ from depthscope.app.figures.build.spread import folded, folded_colours
 from depthscope.app.figures.build.values import fed
 from depthscope.app.figures.composed.specification import LetteredPanel, differing_ranges
 from depthscope.app.figures.palette import colour_numbers
-from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Points, Selection
+from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.run_arrays import MixingMatrices, matrices_of
 from depthscope.app.readings.training_history import TrainingHistory, history_of
@@ -96,7 +96,6 @@ class Curves:
     ``key, title``: of the panel.
     ``kind``: a figure of the catalogue.
     ``fixed``: labels that override the selection.
-    ``branch``: only connections of this kind, such as ``"attn"``; empty for all.
     ``log_y``: a logarithmic axis also where the metric's own is linear: a null that is far off must not flatten the
     curves.
     """
@@ -105,22 +104,15 @@ class Curves:
     title: str
     kind: FigureKind
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    branch: str = ""
     log_y: bool = False
 
     def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
         """The panel, or the reason why there is none."""
         analyses = subjects.analyses
-        if self.branch:
-            analyses = {run: _of_branch(data, self.branch) for run, data in analyses.items()}
         figure = self.kind.build(analyses, **asdict(replace(view, **self.fixed)))
         assert isinstance(figure, Lines)
         measured = [line for line in figure.lines if line.role == "measured"]
         if not any(np.isfinite(line.y).any() for line in measured):
-            if self.branch and self.kind.metric in {
-                name for data in subjects.analyses.values() for name in data
-            }:
-                return f"no run has connections called {self.branch!r}"
             return subjects.why_not(self.kind.metric)
         # The title names what is fixed, such as the direction: the plain line of a run is that one.
         lines = tuple(
@@ -135,22 +127,6 @@ class Curves:
         view = replace(view, **self.fixed)
         differs = differing_ranges(self.kind.metric, analyses, subjects.groups, view)
         return [LetteredPanel(self.key, self.title, folded(figure, subjects.groups), differs)]
-
-
-def _of_branch(data: xr.Dataset, branch: str) -> xr.Dataset:
-    """The analysis at the connections of one kind alone; without any where it has none of that kind."""
-    if "connection" not in data.dims:
-        return data
-    known = data["branch"].values.astype(object).astype(str) if "branch" in data.coords else np.array([])
-    labelled = known.size == data.sizes["connection"]
-    keep = np.flatnonzero(known == branch) if labelled else np.zeros(0, dtype=int)
-    # The places along the network stay: `positions` reads the labels.
-    numbered = (
-        data
-        if "connection" in data.coords
-        else data.assign_coords(connection=range(data.sizes["connection"]))
-    )
-    return numbered.isel(connection=keep)
 
 
 @dataclass(frozen=True)
@@ -308,65 +284,6 @@ def _printed(
         run=run,
         printed=True,
     )
-
-
-@dataclass(frozen=True)
-class Clouds:
-    """Eigenvalues of matrices of every run, with the unit circle.
-
-    ``key, title``: of the panel.
-    ``matrices``: takes the mixing matrices of a run; returns those whose eigenvalues are drawn, (K, n, n).
-    ``note``: sentence of the caption.
-    ``radial_log``: whether distances from the origin are log₂(1 + |λ|), which leaves the unit circle where it is.
-    """
-
-    key: str
-    title: str
-    matrices: Callable[[MixingMatrices], np.ndarray]
-    note: str
-    radial_log: bool = False
-
-    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
-        """The panel, or the reason why there is none."""
-        del view  # as in `Matrices`
-        points: dict[str, np.ndarray] = {}
-        for run, found in subjects.matrices.items():
-            chosen = self.matrices(found)
-            finite = chosen[np.isfinite(chosen).all(axis=(1, 2))]
-            if len(finite):
-                name = subjects.groups.get(run, run)
-                points[name] = np.concatenate(
-                    [points.get(name, np.zeros(0)), np.linalg.eigvals(finite).ravel()]
-                )
-        if not points:
-            return NO_MATRICES
-        radii = {run: float(np.abs(values).max()) for run, values in points.items()}
-        cloud = Points(
-            name=self.key,
-            title=self.title,
-            x_label="Re λ",
-            y_label="Im λ",
-            points=points,
-            caption=f"{self.note} The circle is |λ| = 1."
-            + (" Distance from the origin: log₂(1 + |λ|)." if self.radial_log else ""),
-            alt=f"{self.title}: "
-            + "; ".join(f"largest |λ| of {run} {radius:.3g}" for run, radius in radii.items())
-            + ".",
-            metric="mixing_eigenvalue_modulus",
-            radial_log=self.radial_log,
-            runs=subjects.shown,
-        )
-        return [LetteredPanel(self.key, self.title, cloud)]
-
-
-def every_connection(found: MixingMatrices) -> np.ndarray:
-    """H_res of every connection, (connection, n, n)."""
-    return found.single
-
-
-def whole_products(found: MixingMatrices) -> np.ndarray:
-    """The product of all connections, (1, n, n)."""
-    return np.stack([found.products[max(found.products, key=lambda pair: pair[1] - pair[0])]])
 
 
 def in_one_line(reasons: Iterable[str]) -> str:

@@ -9,14 +9,11 @@ import numpy as np
 from depthscope.app.figures import catalogue
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.composed.panels import (
-    Clouds,
     Curves,
     Maps,
     Matrices,
     PanelRecipe,
-    every_connection,
     streams_as_rows,
-    whole_products,
 )
 from depthscope.app.figures.composed.training import History, Loss
 
@@ -50,6 +47,16 @@ _product_spectrum = MatrixFigure(
     "Singular values of the product",
     "σ",
     metric="composite_singular_value",
+    rows="component",
+    columns="connection",
+    y_label="order",
+    question="mixing",
+)
+_eigenvalues = MatrixFigure(
+    "mixing_eigenvalues",
+    "Magnitudes of the eigenvalues of each connection",
+    "|λ|",
+    metric="mixing_eigenvalue_modulus",
     rows="component",
     columns="connection",
     y_label="order",
@@ -123,12 +130,6 @@ QUESTIONS: dict[str, Question] = {
                 Curves("single_backward", "single, backward", catalogue.mixing_gain, _BACKWARD),
                 Curves("composite_forward", "composite, forward", catalogue.composite_gain, _FORWARD),
                 Curves("composite_backward", "composite, backward", catalogue.composite_gain, _BACKWARD),
-                Curves("attn_forward", "attention, forward", catalogue.mixing_gain, _FORWARD, branch="attn"),
-                Curves(
-                    "attn_backward", "attention, backward", catalogue.mixing_gain, _BACKWARD, branch="attn"
-                ),
-                Curves("mlp_forward", "MLP, forward", catalogue.mixing_gain, _FORWARD, branch="mlp"),
-                Curves("mlp_backward", "MLP, backward", catalogue.mixing_gain, _BACKWARD, branch="mlp"),
             ),
         ),
         Question("mixing", "Mixing matrices", (Matrices(),)),
@@ -148,19 +149,7 @@ QUESTIONS: dict[str, Question] = {
                 # States are float32: below, singular values are rounding.
                 Maps("states", "σ of the states", _state_spectrum, floor=float(np.finfo(np.float32).eps)),
                 Maps("products", "σ of the product", _product_spectrum, most=2),
-                Clouds(
-                    "eigenvalues",
-                    "eigenvalues of each connection",
-                    every_connection,
-                    "Eigenvalues of the mean over tokens of every H_res.",
-                ),
-                Clouds(
-                    "product_eigenvalues",
-                    "eigenvalues of the product",
-                    whole_products,
-                    "Eigenvalues of the mean over tokens of the product of all connections.",
-                    radial_log=True,
-                ),
+                Maps("eigenvalues", "|λ| of each connection", _eigenvalues, most=2),
             ),
         ),
         Question(

@@ -9,7 +9,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.values import pick, positions
-from depthscope.app.figures.specification import Figure, Points, Selection
+from depthscope.app.figures.specification import Figure, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.analysis.differences import of_seeds
@@ -28,7 +28,7 @@ class LetteredPanel:
 
     key: str
     title: str
-    content: Figure | Points
+    content: Figure
     differs: tuple[tuple[float, float], ...] = ()
 
 

@@ -161,8 +161,9 @@ def test_hostile_names_and_attributes_are_text(page, address, runs_root, monkeyp
         page.goto(f"{address}/{path}?{urlencode([('runs', name) for name in names])}")
         page.wait_for_selector(CHART if path else ".depthscope-map tr[data-run]", timeout=120_000)
         page.get_by_test_id("stStatusWidget").wait_for(state="detached", timeout=120_000)
-        for closed in page.locator("details:not([open]) > summary").filter(has_text="About").all():
-            closed.click()
+        closed = page.locator("details:not([open]) > summary").filter(has_text="About")
+        while closed.count():
+            closed.first.click()
         page.wait_for_timeout(1000)
         assert page.get_by_test_id("stException").count() == 0
         assert page.evaluate(FOREIGN) == []

@@ -60,7 +60,6 @@ PARAMETERS = (
     *("to_connection", "trained", "measures", "step", "versus", "training_tokens"),
     *("zoom_training", "zoom_microscope", "training_by", "measure_of", "compare_by"),
     *(
-        "compare_at",
         "map_of",
         "map_less",
         "similarity",
