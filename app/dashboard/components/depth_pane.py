@@ -1,6 +1,6 @@
 """What is there to know about one depth? Its findings, numbers, tokens and matrices, for all depths at once.
 
-The browser shows them under the cursor; the server is asked for spectra and for the products between two depths only.
+The browser shows them under the cursor; the server is asked for spectra only.
 """
 
 from __future__ import annotations
@@ -55,7 +55,6 @@ def show_depth(reading: Reading, close_up: CloseUp | None, view: View, *, on_tok
             **facts[3],
             "token": view.token,
             "pin": view.pin,
-            "other": view.other,
         },
         key="microscope_pane",
         on_token_change=on_token,
@@ -63,8 +62,7 @@ def show_depth(reading: Reading, close_up: CloseUp | None, view: View, *, on_tok
     if close_up is None:
         st.caption("The run has no states of single tokens, or its file has changed: reload this page.")
     if "singular_value" in reading.analysis:
-        chosen = tuple(sorted({view.pin} if view.other is None else {view.pin, view.other}))
-        figure = FIGURES["spectrum"].build({reading.name: reading.analysis}, depths=chosen)
+        figure = FIGURES["spectrum"].build({reading.name: reading.analysis}, depths=(view.pin,))
         card(figure, key="microscope_spectrum", height=230)
 
 

@@ -81,7 +81,6 @@ class View:
     ``sequence``: whose tokens are shown.
     ``stream``: ``mean`` or the number of a stream.
     ``pin``: the depth that is pinned.
-    ``other``: the one that it is compared with.
     ``whose``: whose H_res is shown, a key of `WHOSE`.
     ``token``: sequence and position of the token that is marked.
     """
@@ -91,7 +90,6 @@ class View:
     sequence: int
     stream: str
     pin: int
-    other: int | None
     whose: str = "mean"
     token: tuple[int, int] | None = None
 
@@ -143,7 +141,7 @@ def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pi
         data={
             "name": "microscope",
             **drawn.data,
-            **pinned_by_page("microscope", view.pin, view.other),
+            "pin": pinned_by_page("microscope", view.pin),
             "plotly": PLOTLY_SOURCE,
         },
         key="microscope",
@@ -175,18 +173,17 @@ def show_text(close_up: CloseUp, names: Sequence[str], view: View) -> None:
     )
 
 
-def pinned_by_page(key: str, pin: float | None, other: float | None) -> dict[str, float | None]:
-    """The pins that the page sends to the panels: its former ones where the panels set the present ones themselves.
+def pinned_by_page(key: str, pin: float | None) -> float | None:
+    """The pin that the page sends to the panels: its former one where the panels set the present one themselves.
 
     The same data are then not sent again.
-
-    ``pin, other``: what is pinned, and what it is compared with.
     """
-    sent = st.session_state.get(f"{key}_sent_pins")
+    sent = f"{key}_sent_pin"
     set_by_panels = st.session_state.get(key, {}).get("pin") or {}
-    if sent is None or (set_by_panels.get("depth", -1), set_by_panels.get("other", -1)) != (pin, other):
-        sent = st.session_state[f"{key}_sent_pins"] = {"pin": pin, "other": other}
-    return dict(sent)
+    if sent not in st.session_state or set_by_panels.get("depth", -1) != pin:
+        st.session_state[sent] = pin
+    found: float | None = st.session_state[sent]
+    return found
 
 
 @dataclass(frozen=True)
@@ -234,14 +231,14 @@ class _Drawn:
             "tokens": [] if close_up is None else np.flatnonzero(close_up.mask[view.sequence]).tolist(),
             "alt": visible(
                 f"Panels over the {len(names)} depths of {reading.name}: "
-                f"{', '.join(panel.figure.title for panel in panels)}. Left and right arrow pin a depth, with shift the "
-                "one to compare with, escape forgets it, up and down mark a token, enter goes to the numbers of the depth."
+                f"{', '.join(panel.figure.title for panel in panels)}. Left and right arrow pin a depth, up and down "
+                " mark a token, enter goes to the numbers of the depth."
             ),
         }
         return cls(reading, close_up, view, data, flat)
 
     def is_of(self, reading: Reading, close_up: CloseUp | None, view: View) -> bool:
-        same = replace(view, pin=self.view.pin, other=self.view.other)
+        same = replace(view, pin=self.view.pin)
         return self.reading is reading and self.close_up is close_up and same == self.view
 
 

@@ -90,7 +90,7 @@ class Shown:
     ``choice``: labels of their dims.
     ``steps``: all that a run has measured, increasing.
     ``zoom``: first and last step.
-    ``step``, ``other``: the step that is pinned, and the one that it is compared with; without a pin the last step is shown.
+    ``step``: the one that is pinned, which is shown beside the last one; None where none is.
     ``colours``: run to number of its colour.
     ``group_of``: of several runs: the group of each, drawn as one band; empty for single runs.
     """
@@ -101,7 +101,6 @@ class Shown:
     steps: np.ndarray
     zoom: tuple[float, float] | None
     step: int | None
-    other: int | None
     colours: Mapping[str, int]
     group_of: Mapping[str, str]
 
@@ -199,16 +198,12 @@ def _follow(
         judged = sum(each.num_judged for each in findings.values())
         steps = sum(len(history.steps) for history in histories.values())
         st.caption(
-            "Click or ←/→ pins a step, shift-click compares it with another, dragging zooms in, a double click shows all. "
+            "Click or ←/→ pins a step, escape returns to the last one, dragging zooms in, a double click shows all. "
             f"Verdicts: {judged} of {steps} steps judged{' so far' if judged < steps else ''}."
         )
     with right, st.container(key="training_detail"):
-        words = f"Step {_spaced(shown.steps[-1] if shown.step is None else shown.step)}"
-        if shown.other is not None:
-            words += f" against step {_spaced(shown.other)}"
-        elif shown.step is None:
-            words += ", the last one"
-        st.markdown(f"## {words}")
+        at = f"Step {_spaced(shown.steps[-1] if shown.step is None else shown.step)}"
+        st.markdown(f"## {at}{', the last one' if shown.step is None else ''}")
         for reading in readings:
             _list_findings(reading, begun[reading.name], several=len(readings) > 1)
         _show_step(histories, shown)
@@ -276,21 +271,17 @@ def _choose(
             for dim, labels in dims.items()
         }
     steps = np.unique(np.concatenate([history.steps for history in histories.values()]))
-    step, other = (_step_of(name) for name in ("step", "versus"))
     zoom = _zoom(float(steps[0]), float(steps[-1]))
-    pinned, versus = (
-        None if each is None else int(steps[_position_of(steps, each)]) for each in (step, other)
-    )
-    # Several runs are compared with one another, at one step.
-    versus = None if versus == pinned or len(histories) > 1 else versus
-    return Shown(known, tuple(measures), choice, steps, zoom, pinned, versus, colours, group_of)
+    step = _step_of_address()
+    pinned = None if step is None else int(steps[_position_of(steps, step)])
+    return Shown(known, tuple(measures), choice, steps, zoom, pinned, colours, group_of)
 
 
-def _step_of(name: str) -> int | None:
-    """A step of the URL; none where it is no number."""
-    text = st.query_params.get(name, "")
+def _step_of_address() -> int | None:
+    """The pinned step; none where it is no number."""
+    text = st.query_params.get("step", "")
     if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII):
-        st.query_params.pop(name, None)
+        st.query_params.pop("step", None)
         return None
     return int(text)
 
@@ -312,12 +303,11 @@ def _zoom(first: float, last: float) -> tuple[float, float] | None:
 def _changed() -> None:
     """Put what was pinned into the URL, before the page is drawn anew."""
     pinned = st.session_state["training"].get("pin") or {}
-    for name, key in (("step", "depth"), ("versus", "other")):
-        step = pinned.get(key)
-        if isinstance(step, (int, float)) and 0 <= step < LARGEST_STEP:
-            st.query_params[name] = str(round(step))
-        elif pinned:
-            st.query_params.pop(name, None)
+    step = pinned.get("depth")
+    if isinstance(step, (int, float)) and 0 <= step < LARGEST_STEP:
+        st.query_params["step"] = str(round(step))
+    elif pinned:
+        st.query_params.pop("step", None)
 
 
 def _position_of(steps: np.ndarray, step: int | None) -> int:
@@ -340,9 +330,6 @@ def _show_history(
     marks = _marks(histories, begun)
     # Of the panels' own columns, and no others: an arrow key moves to where something else can be seen.
     places = _places(shown.steps, panels)
-    pins = pinned_by_page(
-        "training", *(None if step is None else float(step) for step in (shown.step, shown.other))
-    )
     resumed = next(iter(histories.values())).resumed_at if len(histories) == 1 else ()
     _panels(
         data={
@@ -352,11 +339,11 @@ def _show_history(
             "places": places,
             "names": None,
             "follows": True,
-            **pins,
+            "pin": pinned_by_page("training", None if shown.step is None else float(shown.step)),
             "alt": visible(
                 f"Panels over {len(shown.steps)} steps of the training of {', '.join(histories)}: "
                 f"{', '.join(measure_title(shown.known[name]) for name in shown.measures)}. Left and right arrow pin a "
-                "step, with shift the one to compare with, escape returns to the last one, enter opens its numbers."
+                "step, escape returns to the last one, enter opens its numbers."
             ),
             "plotly": PLOTLY_SOURCE,
         },
@@ -412,9 +399,9 @@ def _places(steps: np.ndarray, panels: Sequence[Panel]) -> list[float]:
 
 
 def _show_step(histories: Mapping[str, TrainingHistory], shown: Shown) -> None:
-    """All about one step, and of a single run about the one that it is compared with."""
-    steps = [shown.step] if shown.other is None else [shown.step, shown.other]
+    """All about one step, and of a single run about the last one too."""
     several = len(histories) > 1
+    steps = [shown.step] if several or shown.step is None else [shown.step, None]
     curves = {
         run if several else f"step {_spaced(history.steps[at])}": (history, at)
         for run, history in histories.items()
@@ -487,7 +474,6 @@ def _list_findings(reading: Reading, begun: Sequence[Begun], *, several: bool) -
 
 def _pin(step: int) -> None:
     st.query_params["step"] = str(step)
-    st.query_params.pop("versus", None)
 
 
 def _open(reading: Reading, depth: int | None) -> None:

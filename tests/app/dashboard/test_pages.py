@@ -53,11 +53,10 @@ PARAMETERS = (
         "group",
         "look",
         "pin",
-        "against",
         *CONTROLS,
     ),
     *("measure", "sequence", "of_stream", "whose", "token", "strips", "mixing_run", "from_connection"),
-    *("to_connection", "trained", "measures", "step", "versus", "training_tokens"),
+    *("to_connection", "trained", "measures", "step", "training_tokens"),
     *("zoom_training", "zoom_microscope", "training_by", "measure_of", "compare_by"),
     *(
         "map_of",
@@ -124,10 +123,10 @@ def test_the_text_has_the_numbers_of_the_map_and_shows_what_is_hidden(opened, re
     np.testing.assert_allclose(values, norms[: len(values)], rtol=1e-5)
 
 
-def test_a_link_restores_the_pinned_depths(opened):
-    test = opened("microscope", runs="mhc", pin="3", against="1")
+def test_a_link_restores_the_pinned_depth(opened):
+    test = opened("microscope", runs="mhc", pin="3")
     (pane,) = parts(test, "pane")
-    assert (pane["pin"], pane["other"]) == (3, 1)
+    assert pane["pin"] == 3
     assert "spectrum" in charts(test)
 
 
@@ -155,7 +154,7 @@ def test_the_browser_has_the_numbers_tokens_and_matrices_of_every_depth(opened, 
 
 @pytest.mark.parametrize("wrong", ["99", "99.0", "-1.0", "٣.٣", "9" * 30])
 def test_a_depth_or_token_that_there_is_not_is_none(opened, wrong):
-    (pane,) = parts(opened("microscope", runs="mhc", pin=wrong, against=wrong, token=wrong), "pane")
+    (pane,) = parts(opened("microscope", runs="mhc", pin=wrong, token=wrong), "pane")
     assert 0 <= pane["pin"] < len(pane["names"])
     assert pane["token"] is None
 
