@@ -84,12 +84,12 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
 
 
 def _as_dict(reading: Reading) -> dict[str, Any]:
-    from depthscope.app.readings.readings import live_sentence
     from depthscope.app.tables.findings import cards_of
+    from depthscope.diagnostics import schema
 
     return {
         "run": reading.name,
-        **({"live_store": reading.attrs["live_store"]} if live_sentence(reading.attrs) else {}),
+        **({schema.LIVE: reading.attrs[schema.LIVE]} if schema.LIVE in reading.attrs else {}),
         **{name: reading.attrs.get(name) for name in ("proof", "constraint", "memory")},
         "findings": [card.as_dict() for card in cards_of(reading)],
         "passed": sorted({finding.verdict for finding in reading.passed}),
@@ -98,9 +98,10 @@ def _as_dict(reading: Reading) -> dict[str, Any]:
 
 
 def _print_findings(readings: Sequence[Reading]) -> None:
-    from depthscope.app.readings.readings import live_sentence, memory_sentence
+    from depthscope.app.readings.readings import sentence_of
     from depthscope.app.tables.findings import NOTHING, cards_of, count_words
     from depthscope.app.text.cards import cards_text
+    from depthscope.diagnostics import schema
     from depthscope.diagnostics.verdicts import VERDICTS
 
     for reading in readings:
@@ -108,10 +109,10 @@ def _print_findings(readings: Sequence[Reading]) -> None:
         about = ", ".join(map(printable, facts))
         say(f"{printable(reading.name)}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
         lines = {
-            "live store": live_sentence(reading.attrs),
+            "live store": sentence_of(reading.attrs, schema.LIVE),
             "H_res": reading.attrs.get("constraint"),
             "reading": reading.attrs.get("proof"),
-            "memory": memory_sentence(reading.attrs),
+            "memory": sentence_of(reading.attrs, "memory"),
         }
         for title, line in lines.items():
             if line:

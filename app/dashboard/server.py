@@ -108,12 +108,10 @@ def free_port(port: int | None = None) -> int:
         raise InputError(f"port {port} is out of range; give one from 1 to 65535, or 0 to take a free one")
     # 0 is how programs ask for a free port.
     wanted = (port,) if port else range(FIRST_PORT, FIRST_PORT + TRIED_PORTS)
-    for candidate in wanted:
-        if _is_free(candidate):
-            return candidate
-    if port:
-        raise InputError(f"port {port} is taken; name another one, or leave --port out to take a free one")
-    raise InputError(f"no free port between {wanted[0]} and {wanted[-1]}; name one with --port")
+    free = next(filter(_is_free, wanted), None)
+    if free is None:
+        raise InputError(f"no free port from {wanted[0]} to {wanted[-1]}; name another one with --port")
+    return free
 
 
 def _is_free(port: int) -> bool:

@@ -278,7 +278,7 @@ _PARAMETERS = """
         Of a new figure: icml, neurips, iclr, acl, cvpr, ieee or plain.
     by : str
         Attribute that the runs of a group share, such as ``"family"`` of several seeds: curves are means with their 95 %
-        interval over runs, and marked where two groups differ.
+        interval over runs.
     **selection : str
         Fields of `Selection`, such as ``scope="data"``.
 

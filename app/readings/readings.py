@@ -145,24 +145,14 @@ def shown_attributes(value: Any) -> Any:
     return visible(value, lines=True) if isinstance(value, str) else value
 
 
-def memory_sentence(attrs: Mapping[str, Any]) -> str | None:
-    """What the streams of a run cost, and what a forward keeps for its backward.
+def sentence_of(attrs: Mapping[str, Any], name: str) -> str | None:
+    """What an attribute says in words: of ``memory`` what streams cost, of `schema.LIVE` what a live store is at the moment.
 
     Returns: None where the run does not tell.
     """
-    memory = attrs.get("memory")
     # A file of another tool may have anything there.
-    sentence = memory.get("sentence") if isinstance(memory, Mapping) else None
-    return sentence if isinstance(sentence, str) else None
-
-
-def live_sentence(attrs: Mapping[str, Any]) -> str | None:
-    """What a live store is at the moment: growing, killed or finished, its last step, and who writes it.
-
-    Returns: None for a run that was opened from anything else.
-    """
-    status = attrs.get(schema.LIVE)
-    sentence = status.get("sentence") if isinstance(status, Mapping) else None
+    fact = attrs.get(name)
+    sentence = fact.get("sentence") if isinstance(fact, Mapping) else None
     return sentence if isinstance(sentence, str) else None
 
 

@@ -108,9 +108,6 @@ def with_metrics(
 def renewed(fresh: xr.Dataset, stored: xr.Dataset | None, *, complete: bool) -> xr.Dataset:
     """The stored metrics of a trace, updated with those that were computed again.
 
-    A standard error that the new analysis does not estimate, such as one of the jackknife, stays: it is of the same
-    trace.
-
     ``complete``: whether `fresh` is all that the run can feed; complete stored metrics stay complete.
     """
     if stored is None:
@@ -127,7 +124,6 @@ def renewed(fresh: xr.Dataset, stored: xr.Dataset | None, *, complete: bool) -> 
         v for v in stored.data_vars if str(v).removesuffix("_stderr").removesuffix("_null") in not_computed
     }
     merged = stored.drop_vars(removed).assign(dict(fresh.data_vars))
-    merged = merged.assign(_stored_errors(fresh, stored))
     complete = complete or bool(stored.attrs.get(schema.COMPLETE))
     return merged.assign_attrs({**_attributes(fresh, stored, merged), schema.COMPLETE: complete})
 
@@ -150,14 +146,6 @@ def _with_same_streams(fresh: xr.Dataset, stored: xr.Dataset) -> list[xr.Dataset
     streams = list(dict.fromkeys(found))
     # Labels that one of them lacks become NaN, undefined.
     return [part.reindex(stream=streams) if "stream" in part.dims else part for part in (fresh, stored)]
-
-
-def _stored_errors(fresh: xr.Dataset, stored: xr.Dataset) -> dict[str, xr.DataArray]:
-    """Standard errors of both, where the stored one is defined and the new one is not."""
-    both = [str(name) for name in fresh.data_vars if str(name).endswith("_stderr") and name in stored]
-    filled = {name: fresh[name].fillna(stored[name]).assign_attrs(stored[name].attrs) for name in both}
-    # An error that was not filled keeps the attributes of the new estimate.
-    return {name: error for name, error in filled.items() if not error.equals(fresh[name])}
 
 
 def _attributes(fresh: xr.Dataset, stored: xr.Dataset, merged: xr.Dataset) -> dict[str, Any]:

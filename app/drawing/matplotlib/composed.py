@@ -41,7 +41,6 @@ LEAST_ACROSS = 1.6
 MOST_COLUMNS = 4
 # Of a figure: with its caption it has to fit a page nine inches high.
 HIGHEST = 6.6
-DIFFERS = "groups differ (p < 0.05)"
 # Lines up to which each has an entry of a figure that is alone; of more, runs and variants are named separately.
 MOST_ENTRIES = 8
 # Runs whose names have room in a legend, and letters of the names of more.
@@ -112,7 +111,6 @@ def _draw_panels(
                 add_bar(ax, mesh, wrapped(content.z_label, up))
         else:
             plot_lines(ax, content, _looks(figure, content))
-            _mark_differences(ax, panel)
         x_label = content.x_label.partition(" (")[0] if _is_lettered(figure) else content.x_label
         label_axes(ax, x_label, content.y_label, (across, up))
         if panel.title:
@@ -191,8 +189,6 @@ def _entries(figure: Composed) -> Iterator[tuple[Any, str]]:
         yield Line2D([], [], color="0.8", **MARK), "a verdict warns or fails"
     if any(content.healthy is not None for content in curves):
         yield Patch(color=HEALTHY, linewidth=0), "healthy"
-    if any(panel.differs for panel in figure.panels):
-        yield Line2D([], [], color="0.2", linewidth=2.5), DIFFERS
 
 
 def _runs_and_variants(figure: Composed, groups: Sequence[str]) -> Iterator[tuple[Any, str]]:
@@ -206,19 +202,3 @@ def _runs_and_variants(figure: Composed, groups: Sequence[str]) -> Iterator[tupl
     for place, variant in enumerate(_variants(figure)):
         if variant:
             yield Line2D([], [], color="0.4", linestyle=DASHES[place % len(DASHES)]), plain(variant)
-
-
-def _mark_differences(axes: Axes, panel: LetteredPanel) -> None:
-    """A bar along the bottom where groups of runs differ."""
-    for first, last in panel.differs:
-        # In the height of the axes: it hides no value, whatever their scale.
-        axes.plot(
-            [first, last],
-            [0.0, 0.0],
-            color="0.2",
-            linewidth=2.5,
-            solid_capstyle="butt",
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-            zorder=5,
-        )

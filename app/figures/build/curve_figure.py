@@ -52,7 +52,6 @@ class CurveFigure(FigureKind):
     ``around``: Metric with the band: along ``quantile``, or as ± of the value.
     ``note``: Sentence that ends the remarks of the caption.
     ``derive``: Takes an analysis and returns one in which the metric is what is drawn.
-    ``derived_from``: Further metrics that `derive` reads.
     """
 
     y_label: str
@@ -62,12 +61,11 @@ class CurveFigure(FigureKind):
     around: str = ""
     note: str = ""
     derive: Callable[[xr.Dataset], xr.Dataset] | None = None
-    derived_from: tuple[str, ...] = ()
 
     @property
     def also(self) -> tuple[str, ...]:
         """Further variables that it draws where the analysis has them."""
-        return tuple(name for name in (self.around, *self.derived_from) if name)
+        return (self.around,) if self.around else ()
 
     @property
     def uses(self) -> tuple[str, ...]:

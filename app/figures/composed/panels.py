@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import xarray as xr
 
 from depthscope.app.figures.build.spread import folded, folded_colours
 from depthscope.app.figures.build.values import fed
-from depthscope.app.figures.composed.specification import LetteredPanel, differing_ranges
+from depthscope.app.figures.composed.specification import LetteredPanel
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Selection
 from depthscope.app.readings.readings import Reading
@@ -122,11 +122,7 @@ class Curves:
             for line in figure.lines
         )
         figure = replace(figure, lines=lines, log_y=figure.log_y or self.log_y)
-        if not subjects.groups:
-            return [LetteredPanel(self.key, self.title, figure)]
-        view = replace(view, **self.fixed)
-        differs = differing_ranges(self.kind.metric, analyses, subjects.groups, view)
-        return [LetteredPanel(self.key, self.title, folded(figure, subjects.groups), differs)]
+        return [LetteredPanel(self.key, self.title, folded(figure, subjects.groups))]
 
 
 @dataclass(frozen=True)
@@ -137,7 +133,6 @@ class Maps:
     ``kind``: a figure of the catalogue.
     ``fixed``: labels that override the selection.
     ``most``: runs.
-    ``prepare``: takes an analysis and returns one in which the metric has the dimensions of the map.
     ``floor``: values below this share of the largest one of their column are rounding and undefined.
     """
 
@@ -146,7 +141,6 @@ class Maps:
     kind: FigureKind
     fixed: Mapping[str, Any] = field(default_factory=dict)
     most: int = MOST_MAPS
-    prepare: Callable[[xr.Dataset], xr.Dataset] | None = None
     floor: float = 0.0
 
     def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
@@ -155,8 +149,6 @@ class Maps:
         view = replace(view, axis="depth", **self.fixed)
         direction = {"direction": "forward"} if view.direction == "both" else {}
         analyses = subjects.analyses
-        if self.prepare is not None:
-            analyses = {run: self.prepare(data) for run, data in analyses.items()}
         able = [run for run, _, _ in fed(analyses, self.kind.metric, view, **direction)]
         if not able:
             return subjects.why_not(self.kind.metric)
@@ -187,24 +179,6 @@ def _without_rounding(figure: Heatmap, floor: float) -> Heatmap:
         return figure
     text = [name for name, kept in zip(figure.y_text or [], keep, strict=False) if kept] or None
     return replace(figure, z=z[keep], y=figure.y[keep], y_text=text)
-
-
-def streams_as_rows(data: xr.Dataset) -> xr.Dataset:
-    """The analysis with every stream of the shares along a dimension of its own, of which no label is selected.
-
-    Returns: ``read_share`` and ``write_share`` over (…, connection, of_stream).
-    """
-    shares = [name for name in ("read_share", "write_share") if name in data]
-    streams = [label for label in data["stream"].values.tolist() if label != "mean"] if shares else []
-    moved = {
-        name: data[name]
-        .sel(stream=streams)
-        .rename(stream="of_stream")
-        .assign_coords(of_stream=np.arange(len(streams)))
-        .assign_attrs(data[name].attrs)
-        for name in shares
-    }
-    return data.drop_vars(shares).assign(moved)
 
 
 def _numbered(key: str, place: int) -> str:

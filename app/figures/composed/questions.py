@@ -13,7 +13,6 @@ from depthscope.app.figures.composed.panels import (
     Maps,
     Matrices,
     PanelRecipe,
-    streams_as_rows,
 )
 from depthscope.app.figures.composed.training import History, Loss
 
@@ -60,28 +59,6 @@ _eigenvalues = MatrixFigure(
     rows="component",
     columns="connection",
     y_label="order",
-    question="mixing",
-)
-_read_map = MatrixFigure(
-    "read_map",
-    "Share of each stream in what a sublayer reads",
-    "share",
-    metric="read_share",
-    rows="of_stream",
-    y_label="stream",
-    columns="connection",
-    limits=(0.0, 1.0),
-    question="mixing",
-)
-_write_map = MatrixFigure(
-    "write_map",
-    "Share of each stream in what a sublayer writes",
-    "share",
-    metric="write_share",
-    rows="of_stream",
-    y_label="stream",
-    columns="connection",
-    limits=(0.0, 1.0),
     question="mixing",
 )
 
@@ -138,8 +115,8 @@ QUESTIONS: dict[str, Question] = {
             "Who reads whom: the depth kernel",
             (
                 Maps("kernel", "depth kernel", catalogue.depth_kernel, most=2),
-                Maps("read", "read share", _read_map, most=2, prepare=streams_as_rows),
-                Maps("write", "write share", _write_map, most=2, prepare=streams_as_rows),
+                Curves("read", "read share", catalogue.read_share),
+                Curves("write", "write share", catalogue.write_share),
             ),
         ),
         Question(

@@ -6,13 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import xarray as xr
 
-from depthscope.app.figures.build.values import pick, positions
-from depthscope.app.figures.specification import Figure, Selection
+from depthscope.app.figures.specification import Figure
 from depthscope.app.readings.readings import Reading
-from depthscope.diagnostics import CATALOGUE
-from depthscope.diagnostics.analysis.differences import of_seeds
 from depthscope.diagnostics.errors import InputError
 
 
@@ -23,13 +19,11 @@ class LetteredPanel:
     ``key``: its name, the same whichever letter it has: the key of ``axes=``, and part of the name of its data.
     ``title``: what is printed after its letter.
     ``content``: what is drawn.
-    ``differs``: ranges of the horizontal axis in which groups of runs differ significantly.
     """
 
     key: str
     title: str
     content: Figure
-    differs: tuple[tuple[float, float], ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,38 +68,3 @@ def groups_of(readings: Sequence[Reading], by: str) -> dict[str, str]:
             known = ", ".join(sorted(name for name, value in reading.attrs.items() if np.isscalar(value)))
             raise InputError(f"run {reading.name} has no attribute {by!r} to group by; it has {known}")
     return {reading.name: str(reading.attrs[by]) for reading in readings}
-
-
-def differing_ranges(
-    metric: str,
-    analyses: Mapping[str, xr.Dataset],
-    groups: Mapping[str, str],
-    choice: Selection,
-    **fixed: str,
-) -> tuple[tuple[float, float], ...]:
-    """Ranges of the axis in which the first two groups differ, corrected for the number of positions.
-
-    Returns: Empty for other than two groups, runs of different depth, and where nothing differs.
-    """
-    names = list(dict.fromkeys(groups.values()))
-    if len(names) != 2 or CATALOGUE[metric].axis not in ("depth", "connection"):
-        return ()
-    fixed = {"direction": "forward", **fixed} if choice.direction == "both" else dict(fixed)
-    pair = {
-        name: [pick(data, metric, choice, **fixed) for run, data in analyses.items() if groups[run] == name]
-        for name in names
-    }
-    values = [value for of_one in pair.values() for value in of_one]
-    known = [value for value in values if value is not None and value.ndim == 1]
-    if (
-        len(known) < len(values)
-        or len({value.shape for value in known}) != 1
-        or min(map(len, pair.values())) < 2
-    ):
-        return ()
-    difference = of_seeds(
-        metric, {name: [v for v in of_one if v is not None] for name, of_one in pair.items()}
-    )
-    where = positions(known[0], str(known[0].dims[0]), choice.axis)
-    half = float(np.diff(where).min()) / 2 if len(where) > 1 else 0.5
-    return tuple((float(x) - half, float(x) + half) for x in where[difference.differs])

@@ -104,13 +104,8 @@ def test_analyze_says_where_the_tables_over_pairs_are(unmeasured, tmp_path, caps
     asked = ["analyze", str(path), "--metrics", "cka,token_cosine"]
     assert main(asked) == FINE
     said = " ".join(capsys.readouterr().out.split())
-    assert "not printed: cka (estimator × tokens × depth × other depth)" in said
-    assert f"they are in /metrics of {path}, in --json, and in: depthscope dashboard {path}" in said
-    assert main([*asked, "--json"]) == FINE
-    printed = json.loads(capsys.readouterr().out)["apart"]["m"]
-    assert printed["cka"]["dims"] == ["depth", "other_depth"]
-    stored = schema.open_run(path)["metrics"]["cka"].sel(estimator="unbiased", tokens="all")
-    assert printed["cka"]["values"][1] == pytest.approx(stored[0, 1].values.tolist())
+    assert "not printed: cka" in said
+    assert f"they are in /metrics of {path}, and in: depthscope dashboard {path}" in said
 
 
 def test_errors_of_pooled_metrics_are_a_choice(unmeasured, tmp_path, capsys):
