@@ -198,10 +198,7 @@ class ModelAndText:
         return "stdin" if self.text == "-" else Path(self.text).name
 
     def load(self) -> LoadedModel:
-        """The model with its tokenizer.
-
-        Raises InputError: For a device that this machine does not have, or a checkpoint that cannot be read.
-        """
+        """The model with its tokenizer."""
         with working("importing torch"):  # seconds in which nothing else would be printed
             from depthscope.probes.checkpoints.hub import is_hub_name
             from depthscope.probes.checkpoints.load import load_checkpoint

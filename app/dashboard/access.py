@@ -48,18 +48,7 @@ _PUBLIC = ("/static/", "/depthscope/plotly/")
 
 
 def policy(page: Path) -> str:
-    """Content-Security-Policy under which a page runs its own inline scripts, by their hash, and no other.
-
-    ``page``: the HTML file that the server sends.
-
-    Examples
-    --------
-    >>> import tempfile
-    >>> page = Path(tempfile.mkdtemp(), "index.html")
-    >>> _ = page.write_text("<script>1</script>")
-    >>> policy(page).split("; ")[1]
-    "script-src 'self' blob: 'sha256-a4ayc/80/OGda4BO/1o/V0etpOqiLx1JwB5S3beHW0s='"
-    """
+    """Content-Security-Policy under which a page runs its own inline scripts, by their hash, and no other."""
     # Read from the installed version: another one may have another script.
     scripts = _INLINE_SCRIPT.findall(page.read_text(encoding="utf-8"))
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
@@ -70,10 +59,7 @@ def policy(page: Path) -> str:
 
 
 def guarded(application: Any, *, hosts: tuple[str, ...], page_policy: str) -> Any:
-    """Answer 403 to pages of other sites and names; every answer carries the headers that restrict its page.
-
-    ``hosts``: names under which this server is asked.
-    """
+    """Answer 403 to pages of other sites and names; every answer carries the headers that restrict its page."""
     from starlette.responses import PlainTextResponse
 
     added = HEADERS | {"Content-Security-Policy": page_policy}

@@ -99,11 +99,7 @@ def launch(
 
 
 def free_port(port: int | None = None) -> int:
-    """A port that no other program listens on.
-
-    ``port``: the one that must be free; None and 0 look from 8501 upwards.
-    Raises InputError: Where it is no port or is taken, or all that were tried are.
-    """
+    """A port that no other program listens on: the one that is asked for, or the first free one."""
     if port is not None and not 0 <= port <= 65535:
         raise InputError(f"port {port} is out of range; give one from 1 to 65535, or 0 to take a free one")
     # 0 is how programs ask for a free port.

@@ -45,10 +45,7 @@ class Look:
 
 
 def look_of(number: int, variant: int = 0) -> Look:
-    """How a measured line is drawn.
-
-    ``variant``: which of the lines of its run.
-    """
+    """How a measured line is drawn; `variant` is which of the lines of its run."""
     # From the eleventh run on colours recur, with other marks.
     place = number + number // len(RUN_COLOURS)
     return Look(

@@ -137,10 +137,7 @@ def write_bundle(
 
 
 def require_place(target: Path, *, force: bool = False) -> None:
-    """Refuse a folder that a bundle cannot be written to.
-
-    Raises InputError: For a file, and a folder with files in it; with ``force`` unless an export wrote it.
-    """
+    """Refuse a file, and a folder with files in it; with ``force`` unless an export wrote it."""
     if not target.is_dir():
         raise InputError(f"{target} is a file; name a folder to write to")
     if not os.listdir(target):

@@ -67,10 +67,7 @@ def group_of(
 
 
 def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatrices | None:
-    """The mixing matrices of a run, and their products over its first half, its second half and all of it.
-
-    Returns: None for a run without streams, or whose matrices are not stored.
-    """
+    """Mixing matrices of a run, and their products over its halves and all of it; None where it has or stores none."""
     with group_of(reading, "trace", runs) as trace:
         if trace is None or "h_res" not in trace:
             return None
@@ -94,10 +91,7 @@ def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatr
 def with_metrics(
     run: xr.DataTree, metrics: Mapping[str, xr.Dataset], *, complete: bool = True
 ) -> xr.DataTree:
-    """A run with new metrics, by chain, in place of its own; what else it contains stays as it is.
-
-    ``complete``: as in `renewed`; whoever opens a run with complete metrics need not compute them.
-    """
+    """A run with new metrics, by chain, in place of its own; what else it contains stays as it is."""
     nodes = {node.path: node.to_dataset(inherit=False) for node in run.subtree}
     for chain, fresh in metrics.items():
         stored = schema.chain_dataset(run, "metrics", chain)

@@ -50,10 +50,7 @@ class Measure:
     sample: xr.DataArray  # the last step, with all coordinates
 
     def labels(self, choice: Mapping[str, str]) -> dict[str, str]:
-        """The label of every dim but the rows.
-
-        ``choice``: what is asked for; a label that it does not have gives the preferred one.
-        """
+        """The label of every dim but the rows: the one that is asked for, else the preferred one."""
         found = {}
         for dim, labels in self.choices.items():
             wanted = (choice.get(dim), PREFERRED.get(dim), labels[0])
@@ -151,10 +148,7 @@ class TrainingHistory:
         return measures_of(samples), needs
 
     def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
-        """The numbers of a measure.
-
-        Returns: (step, row), or (step,) for one number a step.
-        """
+        """The numbers of a measure: (step, row), or (step,) for one number a step."""
         chosen = positions_of(self.measures[name], choice)
         if name in self._found[1]:
             needed = {*self._found[1][name], *_without_steps(self._sums).variables}
@@ -174,10 +168,7 @@ class TrainingHistory:
 
 
 def history_of(reading: Reading, runs: Mapping[str, xr.DataTree] = MappingProxyType({})) -> TrainingHistory:
-    """The history of a reading, from its file, which was checked when it was read.
-
-    Returns: One that can be refreshed, of a live store.
-    """
+    """The history of a reading, from its file, which was checked before; of a live store one that can be refreshed."""
     path = Path(reading.path)
     if schema.is_live_store(path):
         rows, sums = LiveRows(path), xr.Dataset()

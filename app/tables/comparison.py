@@ -206,10 +206,7 @@ def comparison_table(
 
 
 def one_direction(dims: Collection[Any], view: Selection) -> dict[str, str]:
-    """The label that leaves one direction of a metric that has both, where the view shows both.
-
-    Returns: Empty where the metric has no direction.
-    """
+    """The label that leaves one direction of a metric that has both, where the view shows both."""
     return {"direction": "forward"} if "direction" in dims and view.direction == "both" else {}
 
 
@@ -230,10 +227,7 @@ def _nearest(column: Column | None, fraction: float) -> Cell:
 
 
 def differences(readings: Sequence[Reading], view: Selection | None = None) -> list[str]:
-    """What makes runs hard to compare: other data, other token counts, other precision.
-
-    Returns: One sentence a difference; empty where there is none.
-    """
+    """What makes runs hard to compare, a sentence each: other data, other token counts, other precision."""
     facts = {reading.name: _facts(reading, view or Selection()) | dict(reading.attrs) for reading in readings}
     sentences = []
     for key, words in (

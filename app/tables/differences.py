@@ -35,10 +35,7 @@ ONE_RUN_EACH = "This compares checkpoints. To compare designs, give several seed
 def between_runs(
     readings: Sequence[Reading], metrics: Sequence[str], view: Selection, *, max_bytes: int | None = None
 ) -> list[Difference]:
-    """Every run against the first, sequence by sequence where they have seen the same ones.
-
-    Returns: Of the metrics that both runs of a pair can feed; empty where there are not two runs with a trace.
-    """
+    """Every run against the first, sequence by sequence where they have seen the same ones."""
     found = []
     with ExitStack() as stack:
         traces = {}
@@ -150,10 +147,7 @@ def profiles_of(readings: Sequence[Reading], metric: str, view: Selection) -> li
 
 
 def in_words(difference: Difference) -> str:
-    """The result of a test in one sentence.
-
-    Returns: Such as ``effective rank: mhc is above residual at depth 2–6, by 5.0 ± 1.4 at depth 4 (…)``.
-    """
+    """The result of a test in one sentence."""
     name = spoken(difference.metric)
     axis = str(difference.value.dims[0])
     if difference.undecided:

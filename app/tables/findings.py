@@ -20,21 +20,13 @@ NOTHING = "Nothing found: no metric crossed its threshold."
 
 
 def cards_of(reading: Reading, *, sent: bool = False) -> list[Card]:
-    """The findings of a run as cards.
-
-    ``sent``: whether they are sent around: commands then name the file alone, not where it is on the machine that made
-    them.
-    """
+    """The findings of a run as cards; where they are sent around, commands name the file alone."""
     path = Path(reading.path).name if sent else reading.path
     return cards_for(reading.findings, path, reading.results)
 
 
 def cards_for(findings: Iterable[Finding], path: str, results: Mapping[str, xr.Dataset]) -> list[Card]:
-    """Findings as cards, with the experiment that would settle each, and its result once it was run.
-
-    ``path``: of the run, empty where it is not saved.
-    ``results``: of the experiments on the run, by command.
-    """
+    """Findings as cards, with the experiment that would settle each, and its result once it was run."""
     from depthscope.diagnostics.experiments import experiment_for
 
     target = f"CHECKPOINT --run {shlex.quote(path) if path else 'RUN'}"

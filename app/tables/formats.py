@@ -82,10 +82,7 @@ _NUMBER = re.compile(r"[−-]?\d")
 
 
 def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plain"]) -> str:
-    """A table as a float.
-
-    Returns: Needs the packages amsmath, array, booktabs and graphicx.
-    """
+    """A table as a float; needs the packages amsmath, array, booktabs and graphicx."""
     keys = keys_of(cites.get(metric, "") for metric in table.metrics)
     rows, columns = table.printed.shape
     is_turned = rows <= FEW_RUNS and columns > MANY_COLUMNS

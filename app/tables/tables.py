@@ -107,10 +107,7 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Column:
-    """One measured column: values along one dimension with their errors, their nulls and the names that people read.
-
-    ``key, label, metric``: machine name, printed name and metric.
-    """
+    """One measured column: values along one dimension with their errors, their nulls and the names that people read."""
 
     key: str
     label: str
@@ -132,10 +129,7 @@ class Column:
 
 
 def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: Any) -> Column | None:
-    """The slice of a metric that a selection names, with its standard error and null.
-
-    Returns: None where the run has no such variable, label or defined value.
-    """
+    """The slice of a metric that a selection names, with its error and null; None where the run has no defined value."""
     value = _picked(analysis, metric, view, fixed)
     # A slice with another dimension left, such as a matrix, is no column; one of NaN alone would be dashes.
     if value is None or value.ndim != 1 or not bool(value.notnull().any()):
@@ -196,15 +190,7 @@ def _column_labels(values: xr.DataArray, axis: str, view: Selection) -> list[dic
 
 
 def spoken(name: str) -> str:
-    """The name of a metric or a verdict as people write it.
-
-    ``name``: name in the catalogue, or of a verdict.
-
-    Examples
-    --------
-    >>> spoken("adjacent_cka"), spoken("dong_residual"), spoken("rank_collapse")
-    ('adjacent CKA', 'Dong residual', 'rank collapse')
-    """
+    """The name of a metric or a verdict as people write it, such as ``adjacent CKA`` or ``Dong residual``."""
     if name in CATALOGUE:
         return CATALOGUE[name].label
     return " ".join("CKA" if word == "cka" else word for word in name.split("_"))
@@ -272,10 +258,7 @@ def joined(*sentences: str) -> str:
 
 
 def measured_note(readings: Sequence[Reading], metrics: Iterable[str], view: Selection) -> str:
-    """How each metric of a table was measured, from how many tokens, and its unit: columns of one table differ in all.
-
-    Returns: A sentence for all metrics that were measured alike.
-    """
+    """How each metric of a table was measured, from how many tokens, and its unit; those that are alike in one sentence."""
     alike: dict[str, list[str]] = {}
     for metric in dict.fromkeys(metrics):
         analyses = {each.name: each.analysis for each in readings if metric in each.analysis}
@@ -302,10 +285,7 @@ def _measured_words(analyses: Mapping[str, xr.Dataset], metric: str, view: Selec
 def notes_of(
     readings: Sequence[Reading], columns: Mapping[str, Sequence[Column]], view: Selection, *more: str
 ) -> tuple[str, ...]:
-    """What the signs of a table mean, how its numbers were measured, and their units.
-
-    ``columns``: run → the columns whose numbers are in the table.
-    """
+    """What the signs of a table mean, how its numbers were measured, and their units."""
     known = [column for of_run in columns.values() for column in of_run]
     metrics = [column.metric for column in known]
     words = interval_words(
@@ -346,10 +326,7 @@ class NamedError(NamedTuple):
 
 
 def interval_words(errors: Iterable[NamedError]) -> str:
-    """What intervals some numbers have; where they are not all of one kind, with the runs or the metrics of each.
-
-    Returns: Such as "half of a 95 % interval (Student's t over 8 sequences)"; empty where nothing has an error.
-    """
+    """What intervals some numbers have; where they are not all of one kind, with the runs or the metrics of each."""
     kinds: dict[str, dict[str, dict[str, None]]] = {}
     for run, metric, error in errors:
         if error is not None and bool(error.notnull().any()):

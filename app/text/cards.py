@@ -104,10 +104,7 @@ class Card:
 
 
 def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card:
-    """The card of a finding.
-
-    ``experiment, result``: the command of the experiment that would settle it, and what it gave.
-    """
+    """The card of a finding, with the command of the experiment that would settle it, and what that gave."""
     from depthscope.diagnostics.verdicts.reading import unproven_sentence
 
     known = VERDICTS.get(finding.verdict)
@@ -129,10 +126,7 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
 
 
 def card_lines(card: Card, *, width: int = WIDTH, shown: Callable[[str], str] = str) -> list[str]:
-    """A card as text of at most twelve lines; narrower ones have more.
-
-    ``shown``: gives a text as the terminal can print it, such as `terminal.encodable`.
-    """
+    """A card as text of at most twelve lines; narrower ones have more."""
     explained = f", follows from {card.follows}" if card.follows else ""
     blocks = card.blocks
     rows = [
@@ -205,10 +199,7 @@ def cards_text(cards: Iterable[Card], *, width: int = WIDTH, shown: Callable[[st
 
 @cache  # decoding the TeX of a source takes a while, and a page asks again each time it is drawn
 def explanation(name: str, *, width: int = 100) -> str:
-    """A description of a verdict or a metric, with its equation, its limits and its sources.
-
-    Returns: Equations are TeX, as in the docstrings that they come from.
-    """
+    """A description of a verdict or a metric, with its equation in TeX, its limits and its sources."""
     parts = [_of_verdict(VERDICTS[name])] if name in VERDICTS else []
     # A verdict may judge the null of a metric.
     metric = CATALOGUE.get((VERDICTS[name].metric if name in VERDICTS else name).removesuffix("_null"))
@@ -301,10 +292,7 @@ DECADES = 1.5
 
 
 def curve_words(finding: Finding) -> str:
-    """What the curve shows, for those who do not see it; empty where the verdict judged a single number.
-
-    Returns: Such as ``depth 0–30: 0.02 to 0.98, worse below 0.3; 2 undefined``.
-    """
+    """What the curve of a finding shows, for those who do not see it; empty where the verdict judged a single number."""
     values = np.asarray(finding.profile, dtype=np.float64)
     known = values[np.isfinite(values)]
     if len(known) < 2:

@@ -98,13 +98,7 @@ def _has_a_font(letter: str) -> bool:
 
 
 def cite(keys: Iterable[str]) -> Latex:
-    r"""A citation of bibliography keys.
-
-    Examples
-    --------
-    >>> cite(["roy2007effective", "xie2025mhc"])
-    '\\citep{roy2007effective,xie2025mhc}'
-    """
+    """A citation of bibliography keys."""
     # In brackets: with natbib, which most venues load, \cite makes the authors part of the sentence.
     return Latex(rf"\citep{{{','.join(keys)}}}")
 

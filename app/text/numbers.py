@@ -88,13 +88,7 @@ def _signed(text: str) -> str:
 
 
 def sentence(parts: Iterable[str]) -> str:
-    """Remarks joined to one sentence; empty ones are left out.
-
-    Examples
-    --------
-    >>> sentence(["all tokens", "", "N = 8"])
-    'All tokens; N = 8.'
-    """
+    """Remarks joined to one sentence; empty ones are left out."""
     joined = "; ".join(part for part in parts if part)
     return f"{joined[0].upper()}{joined[1:]}." if joined else ""
 
@@ -142,15 +136,7 @@ def proof_sentence(attrs: Mapping[str, Attributes]) -> str:
 
 
 def constraint_sentence(attrs: Mapping[str, Attributes]) -> str:
-    """What the mixing matrices of some runs were measured to satisfy; empty where no run has it.
-
-    ``attrs``: run name → attributes of the run or of its analysis.
-
-    Examples
-    --------
-    >>> constraint_sentence({"a": {"constraint": "doubly stochastic within 1e-7"}})
-    'H_res: doubly stochastic within 1e-7.'
-    """
+    """What the mixing matrices of some runs were measured to satisfy; empty where no run has it."""
     known = {
         run: visible(of["constraint"], longest=LONGEST_TEXT)
         for run, of in attrs.items()

@@ -21,11 +21,7 @@ _COMMON: dict[str, Any] = {
 
 
 def html_template(package: str, name: str, **filters: Any) -> Template:
-    """A template of HTML; what is not `markupsafe.Markup` is escaped.
-
-    ``package, name``: import name of the package, and its file.
-    ``**filters``: filters by their names in the template.
-    """
+    """A template of HTML; what is not `markupsafe.Markup` is escaped."""
     # `finalize` sees every value that is printed, before it is escaped; markup of our own comes as `Markup`.
     environment = Environment(
         autoescape=True,

@@ -111,10 +111,7 @@ def say(text: str = "") -> None:
 
 
 def emit(data: Any) -> None:
-    """Print one JSON document on stdout; undefined numbers are null.
-
-    ``data``: what to print; anything that JSON lacks becomes text.
-    """
+    """Print one JSON document on stdout; undefined numbers are null, and what JSON lacks becomes text."""
     # json.dumps writes NaN and Infinity as bare words, which are no JSON and which jq and JavaScript refuse.
     # On another encoding than UTF-8 every other character is an escape, which JSON reads as the same character.
     ascii_only = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
@@ -145,10 +142,7 @@ def remark(text: str) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[Progress]:
-    """A spinner on stderr while something takes time; where stderr is no terminal, a plain line once it does.
-
-    Yields: Call it with (part, number done, number in all) to show how far it is.
-    """
+    """A spinner on stderr, or a plain line once it takes time; gives what takes (part, number done, number in all)."""
     if not sys.stderr.isatty():
         # Later, so that bad input, which is refused by then, gets its one line.
         line = threading.Timer(QUIET_SECONDS, remark, [what])

@@ -56,10 +56,7 @@ VENUES: dict[str, Venue] = {
 
 
 def venue_of(name: str) -> Venue:
-    """A venue by its name.
-
-    Raises InputError: For a name that is not known.
-    """
+    """A venue by its name."""
     if name not in VENUES:
         raise InputError(f"venue {name!r} is not known; expected {', '.join(VENUES)}")
     return VENUES[name]

@@ -91,13 +91,7 @@ def _escaped(text: str, kept: str) -> str:
 
 
 def escape(letter: str) -> str:
-    r"""A letter as Python escapes it.
-
-    Examples
-    --------
-    >>> escape("\u202e"), escape("\x1b")
-    ('\\u202e', '\\x1b')
-    """
+    """A letter as Python escapes it."""
     return letter.encode("unicode_escape").decode("ascii")
 
 

@@ -55,10 +55,7 @@ _plot = component("chart", "plotly_page", "numbers", "back")
 
 
 def build(kind: FigureKind, analyses: Mapping[str, xr.Dataset], selection: Mapping[str, Any]) -> Figure:
-    """Figure of a kind, with those choices of a selection that it uses.
-
-    ``selection``: choices of all controls of the page.
-    """
+    """Figure of a kind, with those choices of a selection that it uses."""
     return kind.build(analyses, **{name: value for name, value in selection.items() if name in kind.uses})
 
 
@@ -127,12 +124,7 @@ def show_drawing(
     clickable: bool = False,
     axes: str = "",
 ) -> None:
-    """A drawing without title, caption and numbers.
-
-    ``name``: of the file that the visitor saves.
-    ``alt``: what it shows, for those who do not see it.
-    ``axes``: what its axes are: a zoom is given up where this changes.
-    """
+    """A drawing without title, caption and numbers; a zoom is given up where `axes` changes."""
     _plot(
         data={
             "name": name,
@@ -178,10 +170,7 @@ MOST_ROWS, MOST_COLUMNS = 1000, 100
 
 
 def numbers_of(figure: Figure) -> pd.DataFrame:
-    """Table of a figure's numbers, as shown and as downloaded.
-
-    ``figure``: any figure; a heat map gives every cell, reduced or not.
-    """
+    """Table of a figure's numbers, as shown and as downloaded: of a heat map every cell, reduced or not."""
     table = figure_table(figure)
     if isinstance(figure, Heatmap):
         # One heading for the column of rows, at the corner of both axes: names of columns are positions.

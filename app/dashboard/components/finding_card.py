@@ -24,11 +24,7 @@ BADGES = {
 
 
 def show_card(card: Card, *, name: str, depth: int | None, runs: Sequence[str]) -> None:
-    """One finding in a bordered box, with a button that opens the microscope there.
-
-    ``name``: of the reading that it is about.
-    ``runs``: names in the list of runs that are chosen then.
-    """
+    """One finding in a bordered box, with a button that opens the microscope there for the runs."""
     word, colour, sign = BADGES[card.severity]
     finding = card.finding
     key = f"{name}_{finding.verdict}_{finding.stream}_{finding.axis}_{finding.first}"

@@ -89,10 +89,7 @@ def _words_of(close_up: CloseUp, first: int, last: int) -> str:
 
 
 def depth_pictures(means: np.ndarray, close_up: CloseUp, run: str) -> Heatmap:
-    """H_res of every connection, the mean over tokens.
-
-    ``close_up``: of the run, for the names of its connections.
-    """
+    """H_res of every connection, the mean over tokens."""
     return picture_figure(
         list(means),
         [close_up.connection_name(i) for i in range(len(means))],

@@ -322,10 +322,7 @@ def _show_history(
     shown: Shown,
     begun: Mapping[str, Sequence[Begun]],
 ) -> None:
-    """The panels of one history, or of several on the same axes.
-
-    ``begun``: where the findings of each run began.
-    """
+    """The panels of one history, or of several on the same axes."""
     panels = [_panel(histories, name, shown) for name in shown.measures]
     marks = _marks(histories, begun)
     # Of the panels' own columns, and no others: an arrow key moves to where something else can be seen.

@@ -98,10 +98,7 @@ def read_growing(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:
 
 
 def read_again(reading: Reading) -> Reading | None:
-    """A reading of a run that is being written, as of its last steps.
-
-    Returns: The same one where there is nothing new; None where it cannot be read any more.
-    """
+    """A reading of a run that is being written, as of its last steps; None where it cannot be read any more."""
     found = read_growing(reading.run, Path(reading.path))
     if isinstance(found, UnreadableRun):
         return None

@@ -74,10 +74,7 @@ def ask_for(runs: Mapping[str, Path]) -> bool:
 
 
 def differences_between(readings: Sequence[Reading], metric: str, view: Selection) -> list[Difference]:
-    """Every run against the first, sequence by sequence; remembered until a file changes.
-
-    Raises ValueError, OSError: Where they cannot be tested.
-    """
+    """Every run against the first, sequence by sequence; remembered until a file changes."""
     versions = tuple((reading.name, FileVersion.of(Path(reading.path))) for reading in readings)
     return _differences.get(
         (versions, metric, view),
@@ -98,10 +95,7 @@ def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
 
 
 def list_runs() -> dict[str, Path]:
-    """Runs below the allowed paths, under names that differ to the eye.
-
-    Returns: Name, in which everything can be seen → resolved path.
-    """
+    """Runs below the allowed paths: a name that differs to the eye from others → resolved path."""
     found: dict[str, Path] = {}
     # The same run by two roots is listed once; a set, since a folder may contain thousands.
     listed: set[Path] = set()
@@ -163,10 +157,7 @@ def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Readi
 
 
 def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
-    """What the verdicts of a run say, where that is known without an analysis.
-
-    Returns: None where the run has to be analysed first.
-    """
+    """What the verdicts of a run say; None where the run has to be analysed first."""
     if growing_runs.is_waiting(path):
         return UnreadableRun(name, path, BEFORE_THE_FIRST_STEP, waits=True)
     if growing_runs.is_growing(path):
@@ -202,10 +193,7 @@ def _summarised(found: tuple[Reading, ...] | UnreadableRun) -> list[Summary] | U
 
 
 def close_up_of(reading: Reading) -> CloseUp | None:
-    """The states of a reading, from its file.
-
-    Returns: None where it has no states, or its file has gone or changed.
-    """
+    """The states of a reading, from its file; None where it has no states, or its file has gone or changed."""
     path = Path(reading.path)
     try:
         # A live store has a new row every moment, and new states now and then.

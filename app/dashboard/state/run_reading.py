@@ -67,10 +67,7 @@ def read(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:
 
 
 def sentence(error: Exception) -> str:
-    """The text of an error, with everything in it visible.
-
-    ``error``: of a file, whose names and texts may be anybody's.
-    """
+    """The text of an error, with everything in it visible: names and texts of a file may be anybody's."""
     return visible(error, lines=True, longest=LONGEST_TEXT)
 
 
@@ -95,10 +92,7 @@ class ReadingCache:
         self._making = RLock()  # reentrant, so that making a value may ask for another one
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value of a key, made where it is not cached.
-
-        ``make``: makes it; what it raises is raised, and nothing is cached.
-        """
+        """The value of a key, made where it is not cached; what making it raises is raised, and nothing is cached."""
         with self._making:
             if key not in self._kept:
                 made = make()
@@ -130,10 +124,7 @@ if _context.get_start_method() == "forkserver":
 
 @dataclass
 class _Job:
-    """An analysis of one version of a run.
-
-    ``reason``: why it cannot be analysed, empty where it was; None until it is known.
-    """
+    """An analysis of one version of a run; `reason` is why there is none, empty where there is, None until that is known."""
 
     name: str
     path: Path

@@ -75,10 +75,7 @@ class Bins:
             return np.where(usual - below > above - usual, low, high)
 
     def curve(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A line through the least and the greatest number of each bin, in the order in which they came.
-
-        Returns: Steps and numbers; all of them where each bin has one step.
-        """
+        """A line through the least and the greatest number of each bin, in the order in which they came."""
         if self.largest <= 2:
             return self.positions.astype(float), values
         chosen = []
@@ -122,13 +119,7 @@ def reduce_blocks(
 
 
 def edges(centres: np.ndarray) -> np.ndarray:
-    """Borders between the cells around positions; one more than there are positions.
-
-    Examples
-    --------
-    >>> edges(np.array([0.0, 1.0, 3.0])).tolist()
-    [-0.5, 0.5, 2.0, 4.0]
-    """
+    """Borders between the cells around positions; one more than there are positions."""
     centres = np.asarray(centres, dtype=np.float64)
     # A single cell has no neighbour to take its width from.
     if centres.size < 2:

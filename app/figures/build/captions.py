@@ -30,10 +30,7 @@ _LABEL_WORDS = {
 
 
 def selection_words(dims: Iterable[str], choice: Selection) -> str:
-    """What was done to get from raw numbers to the ones shown, as one phrase.
-
-    ``dims``: dimensions of the variables before the selection; labels of others do not matter.
-    """
+    """What was done to get from raw numbers to the ones shown, as one phrase."""
     known = set(dims)
     phrases = [words[getattr(choice, dim)] for dim, words in _LABEL_WORDS.items() if dim in known]
     # The mean is the default, and with "each" the legend names the streams.
@@ -43,10 +40,7 @@ def selection_words(dims: Iterable[str], choice: Selection) -> str:
 
 
 def versions_words(dims: Iterable[str], choice: Selection) -> str:
-    """As `selection_words`, of several metrics, which have not all of these dimensions.
-
-    Returns: Empty where no metric has several versions.
-    """
+    """As `selection_words`, of metrics that have not all of these dimensions; empty where none has several versions."""
     words = selection_words(dims, choice)
     return f"of metrics with several versions: {words}" if words else ""
 
@@ -71,10 +65,7 @@ def token_count_words(analyses: Analyses, choice: Selection, scope: str) -> str:
 
 
 def describe_lines(lines: Sequence[Line], title: str, axis: str) -> str:
-    """Alt text of curves: first, last, lowest and highest value of each, with their positions.
-
-    ``axis``: word for a position, "depth" or "connection".
-    """
+    """Alt text of curves: first, last, lowest and highest value of each, with their positions."""
     # The caption explains nulls.
     sentences = [_describe_line(line, axis) for line in lines if line.role == "measured"]
     return f"{title}. {' '.join(sentences)}" if sentences else f"{title}: nothing was measured."

@@ -212,10 +212,7 @@ _LINES = ("direction", "kind", "norm", "component", "quantile")
 
 
 def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) -> list[FigureKind]:
-    """A figure for each of some metrics that one can be made for.
-
-    ``defined``: figures of the catalogue, whose questions are used.
-    """
+    """A figure for each of some metrics that one can be made for, with the questions of those that are defined."""
     # Called when the app is imported: a metric that no default figure can draw must not stop the command line.
     # tests/rules/test_registered_figures.py fails for it, with the advice of `default_figure`.
     return [
@@ -224,10 +221,7 @@ def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) ->
 
 
 def undrawn_dims(metric: Metric) -> list[str]:
-    """Dimensions of a metric that no default figure shows at once; empty where one can be made.
-
-    Returns: Those besides the axis of which no label is selected.
-    """
+    """Dimensions of a metric that no default figure shows at once; empty where one can be made."""
     others = _further_dims(metric)
     # Curves spend their one dimension on the directions; a heat map is of one direction, see `MatrixFigure.figure`.
     only_lines = set(others) <= set(_LINES)
@@ -236,10 +230,7 @@ def undrawn_dims(metric: Metric) -> list[str]:
 
 
 def default_figure(metric: Metric, question: str) -> FigureKind:
-    """The figure that a declaration gives: a heat map of a matrix, curves of anything else.
-
-    Raises InputError: For a metric with more dimensions than a figure has axes.
-    """
+    """The figure that a declaration gives: a heat map of a matrix, curves of anything else."""
     if undrawn := undrawn_dims(metric):
         raise InputError(
             f"{metric.name} has the dims {', '.join(metric.dims)}: no default figure shows {' and '.join(undrawn)} at once; "

@@ -49,11 +49,7 @@ class MatrixFigure(FigureKind):
         return (*(dim for dim in LABELLED if dim in dims), "axis", "step", "run")
 
     def figure(self, analyses: Analyses, choice: Selection) -> Heatmap:
-        """The matrix of one run, the selected one or the first that can feed it.
-
-        ``choice``: which version of the numbers, and which run.
-        Raises InputError: No run, or not the selected one, has the variable.
-        """
+        """The matrix of one run, the selected one or the first that can feed it."""
         measurement = Measurement(self.metric, analyses, choice)
         # One matrix shows one direction: forward where both are selected.
         fixed = {"direction": "forward"} if choice.direction == "both" else {}

@@ -91,10 +91,7 @@ class Measurement:
     def curve(
         self, run: str, values: xr.DataArray, *, axis: str, label: str = "", around: str = "", **fixed: str
     ) -> Curve:
-        """A measured curve of one run, with its band and its null.
-
-        ``label``: what distinguishes it from other curves of the run.
-        """
+        """A measured curve of one run, with its band and its null."""
         data, values = self.analyses[run], values.rename(self.metric)
         spread = spread_of(data, values, self.choice, around, **fixed)
         line = Line(
@@ -114,10 +111,7 @@ class Measurement:
         )
 
     def null_line(self, like: Line, values: xr.DataArray, run: str, **fixed: str) -> Line | None:
-        """The null at the points of a measured line.
-
-        Returns: None where the analysis has none, or none that is defined.
-        """
+        """The null at the points of a measured line; None where the analysis has none that is defined."""
         null = pick(self.analyses[run], f"{self.metric}_null", self.choice, **fixed)
         if null is None or not bool(null.notnull().any()):
             return None
@@ -138,11 +132,7 @@ class Measurement:
         return name if units == "1" else f"{name} ({units})"
 
     def token_words(self, scope: str) -> str:
-        """How many tokens the numbers come from, such as "N = 512 tokens".
-
-        ``scope``: tokens that a metric without scopes is taken from, those of all "data" or of one "sequence"; empty
-        for none.
-        """
+        """How many tokens of a sequence or of all the numbers come from, such as "N = 512 tokens"; empty without a scope."""
         # A metric with scopes counts those of the selected one, whatever the figure declares.
         scope = self.choice.scope if scope and "scope" in self.dims else scope
         return token_count_words(self.analyses, self.choice, scope) if scope else ""
@@ -185,10 +175,7 @@ class Measurement:
         return " ".join(f"{f'{run}: ' if several else ''}{note}." for run, note in known.items())
 
     def caption(self, drawn: Sequence[Line], *, scope: str, remarks: Sequence[str] = ()) -> str:
-        """Caption of curves: selection, number of tokens, null, remarks, basis, sample, and which runs are missing.
-
-        ``remarks``: sentences of the figure; empty ones are left out.
-        """
+        """Caption of curves: selection, number of tokens, null, remarks, basis, sample, and which runs are missing."""
         runs = {line.group for line in drawn}
         # Tokens and samples are those of the runs that are drawn; the others are named as missing.
         shown = self.of([run for run in self.analyses if run in runs])

@@ -35,10 +35,7 @@ class SpectrumFigure(FigureKind):
         return (*(dim for dim in LABELLED if dim in dims), "depths", "step")
 
     def figure(self, analyses: Analyses, choice: Selection) -> Lines:
-        """The spectra of every run that has them, at the chosen depths.
-
-        ``choice``: which version of the numbers; `depths` names the depths.
-        """
+        """The spectra of every run that has them, at the chosen depths."""
         measurement = Measurement(self.metric, analyses, choice)
         curves = [
             _of_depth(measurement, run, values.isel(depth=depth), names_of(values, "depth")[depth])

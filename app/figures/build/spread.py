@@ -97,11 +97,7 @@ def _percentiles(
 
 
 def aligned(found: xr.DataArray | None, curve: xr.DataArray) -> Array | None:
-    """Values of another variable at the points of a curve.
-
-    ``found``: A slice, with the dimensions of the curve and those that the curve is one label of.
-    Returns: None where the curve has no label for a dimension.
-    """
+    """Values of another variable at the points of a curve; None where the curve has no label for a dimension."""
     if found is None:
         return None
     for dim in [dim for dim in found.dims if dim not in curve.dims]:

@@ -32,10 +32,7 @@ def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:
 
 
 def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.DataArray | None:
-    """The slice of one variable that a selection names.
-
-    Returns: None where the run has no such variable or no such label (stream "2" of a residual run).
-    """
+    """The slice of one variable that a selection names; None where the run has no such variable or label."""
     if name not in data:
         return None
     array = data[name]
@@ -78,10 +75,7 @@ def fed(
 
 
 def positions(array: xr.DataArray, along: str, axis: str = "depth") -> Array:
-    """Positions of the values of a slice: indices, or fractions of the last index.
-
-    ``axis``: index, or index divided by the last one.
-    """
+    """Positions of the values of a slice: indices, or with ``axis="relative"`` fractions of the last index."""
     # The labels of modules are names; of the other axes they are numbers, with gaps where a depth was left out.
     numbered = along in array.coords and along != "weight"
     index = array[along].values if numbered else np.arange(array.sizes[along])

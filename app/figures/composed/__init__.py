@@ -54,10 +54,7 @@ def compose(
 
 
 def composed_of(question: Question, subjects: Subjects, view: Selection, *, varied: bool = False) -> Composed:
-    """As `compose`, of runs whose matrices and histories are shared between several figures.
-
-    ``varied``: leave out panels whose curves are the same everywhere, and say so.
-    """
+    """As `compose`, sharing what it read; `varied` leaves out panels whose curves are the same everywhere, and says so."""
     panels: list[LetteredPanel] = []
     left_out: dict[str, list[str]] = {}
     for recipe in question.recipes:
@@ -83,13 +80,7 @@ def composed_of(question: Question, subjects: Subjects, view: Selection, *, vari
 
 
 def letter(place: int) -> str:
-    """The letter of a panel: a to z, then aa, ab and so on.
-
-    Examples
-    --------
-    >>> letter(0), letter(25), letter(26)
-    ('a', 'z', 'aa')
-    """
+    """The letter of a panel: a to z, then aa, ab and so on."""
     return (letter(place // 26 - 1) if place >= 26 else "") + chr(ord("a") + place % 26)
 
 

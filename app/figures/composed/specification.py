@@ -57,10 +57,7 @@ class Composed:
 
 
 def groups_of(readings: Sequence[Reading], by: str) -> dict[str, str]:
-    """The group of each run.
-
-    ``by``: the attribute that the runs of a group share, such as ``"family"``; empty for no groups.
-    """
+    """The group of each run, by an attribute such as ``"family"``; empty for no groups."""
     if not by:
         return {}
     for reading in readings:

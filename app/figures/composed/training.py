@@ -76,10 +76,7 @@ def first_steps(history: TrainingHistory) -> dict[int, list[str]]:
 
 @dataclass(frozen=True)
 class History:
-    """One metric over steps and depth, a heat map of each of the first runs that have it.
-
-    ``metric, title``: name in the catalogue, and what is printed.
-    """
+    """One metric over steps and depth, a heat map of each of the first runs that have it."""
 
     metric: str
     title: str
