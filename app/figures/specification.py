@@ -68,7 +68,6 @@ class Lines:
 
     ``sources`` are the bibliography keys of the laws of the nulls that are drawn. ``runs`` are all runs that are shown
     together, those that this figure lacks included, with the numbers of their colours in `palette`.
-    ``limits`` are the ends of the vertical axis where panels share them.
     """
 
     name: str
@@ -83,7 +82,6 @@ class Lines:
     alt: str = ""
     metric: str = ""
     sources: tuple[str, ...] = ()
-    limits: tuple[float, float] | None = None
     runs: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -95,7 +93,6 @@ class Heatmap:
     Where there are more cells than a screen needs, neighbours are drawn as one, by their mean or by the largest; along an axis
     that is ``categorical``, such as modules or the cells of a matrix, neighbours have nothing in common and are not joined.
     ``printed`` writes the number of every cell, with the sum of each row and column at the edge.
-    ``x_names``: what is written below the columns in place of numbers, where there is room.
     ``from_top``: the first row is the topmost one. ``named_only``: the mouse tells the names of a cell, not its positions.
     """
 
@@ -121,7 +118,6 @@ class Heatmap:
     printed: bool = False
     categorical: tuple[Literal["x", "y"], ...] = ()
     of_block: Literal["mean", "largest"] = "mean"
-    x_names: tuple[str, ...] = ()
     from_top: bool = False
     named_only: bool = False
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import xarray as xr
 
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.run_arrays import group_of
-from depthscope.diagnostics import schema, training_curves
+from depthscope.diagnostics import Finding, Severity, judge, schema, training_curves
 from depthscope.diagnostics.analysis.training_curves import curves_of_sums, sums_of
 from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
@@ -110,13 +112,6 @@ class TrainingHistory:
             return tuple(one["step"] for one in self._rows.resumed)
         found = self._reading.attrs.get(schema.RESUMED_AT, ())
         return tuple(int(step) for step in np.atleast_1d(np.asarray(found, dtype=float)) if np.isfinite(step))
-
-    @property
-    def evaluations_left_out(self) -> int:
-        """Forwards without training between the steps, which count to none of them."""
-        noted = {} if self._rows is None else self._rows.attrs.get("", {})
-        found = {**self._reading.attrs, **noted}.get("evaluations_left_out", 0)
-        return int(found) if isinstance(found, (int, np.integer)) else 0
 
     @property
     def num_bytes(self) -> int:
@@ -255,3 +250,105 @@ def positions_of(measure: Measure, choice: Mapping[str, str]) -> tuple[int | Non
 def curves_of(statistics: xr.Dataset) -> xr.Dataset:
     """What sums of every step give, see `diagnostics.training_curves`."""
     return training_curves(xr.DataTree.from_dict({"statistics": statistics})).load()
+
+
+SPREAD = 32
+"""Steps of a history that are judged first. A heuristic of ours: each takes some hundredths of a second."""
+
+Key = tuple[str, str | None, str]
+Moment = tuple[int, float]
+"""A step, and when it was measured: a training that was resumed has other numbers for the same step."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A finding and the first judged step that has it."""
+
+    finding: Finding  # as it is at that step
+    step: int  # of the training
+    before: int | None  # the judged step before it, which does not have it; None where there is none
+    lasts: bool  # whether the last judged step has it too
+
+
+class FirstFindings:
+    """Warnings and failures of a history, by the step at which they begin.
+
+    Verdicts judge one step at a time, by what was measured in it. A finding that comes and goes between two judged steps is
+    not seen: `num_judged` is shown with the result.
+
+    ``history``: may grow.
+    """
+
+    def __init__(self, history: TrainingHistory) -> None:
+        # Weak: it lives as long as the history.
+        self._history: TrainingHistory = weakref.proxy(history)
+        self._judged: dict[Moment, dict[Key, Finding]] = {}
+
+    @property
+    def num_judged(self) -> int:
+        """Steps that were judged."""
+        return len(self._known())
+
+    def look(self, seconds: float) -> bool:
+        """Judge further steps for a while."""
+        end = time.monotonic() + seconds
+        while (position := self._next()) is not None:
+            analysis = self._history.analysis_at(position)
+            self._judged[self._moment(position)] = {
+                (finding.verdict, finding.stream, finding.quantity): finding
+                for finding in reversed(judge(analysis))  # the worst of a verdict last, which stays
+                if finding.severity >= Severity.WARN
+            }
+            if time.monotonic() > end:
+                return self._next() is not None
+        return False
+
+    def begun(self) -> list[Begun]:
+        """Findings by the step at which they begin."""
+        known = self._known()
+        found = []
+        for key, place in self._firsts(known).items():
+            position = known[place]
+            found.append(
+                Begun(
+                    self._judged[self._moment(position)][key],
+                    self._moment(position)[0],
+                    self._moment(known[place - 1])[0] if place else None,
+                    key in self._judged[self._moment(known[-1])],
+                )
+            )
+        return sorted(found, key=lambda each: (each.step, -each.finding.severity))
+
+    def _moment(self, position: int) -> Moment:
+        times = self._history.times
+        return int(self._history.steps[position]), 0.0 if times is None else float(times[position])
+
+    def _known(self) -> list[int]:
+        """Positions of the judged steps that the history still has."""
+        steps = self._history.steps
+        found = [(int(np.searchsorted(steps, step)), step) for step, _ in self._judged]
+        valid = {position for position, step in found if position < len(steps) and steps[position] == step}
+        return sorted(position for position in valid if self._moment(position) in self._judged)
+
+    def _firsts(self, known: list[int]) -> dict[Key, int]:
+        firsts: dict[Key, int] = {}
+        for place, position in enumerate(known):
+            for key in self._judged[self._moment(position)]:
+                firsts.setdefault(key, place)
+        return firsts
+
+    def _next(self) -> int | None:
+        """The best position to judge: the last one, some over all, then between the last without a finding and the first."""
+        total = len(self._history.steps)
+        known = self._known()
+        # Strides are powers of two: of a history that grows, those that were judged stay in the grid.
+        stride = 1
+        while total > SPREAD * stride:
+            stride *= 2
+        missing = {0, total - 1, *range(0, total, stride)}.difference(known)
+        if total and missing:
+            return max(missing) if total - 1 in missing else min(missing)
+        for place in self._firsts(known).values():
+            if place and known[place] - known[place - 1] > 1:
+                return (known[place] + known[place - 1]) // 2
+        return None

@@ -22,8 +22,8 @@ from depthscope.app.tables.findings import NOTHING, cards_of, count_words
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.app.text.cards import ABOUT_THE_READING, Card
+from depthscope.app.text.latex import html_template
 from depthscope.app.text.notebook import card_html
-from depthscope.app.text.templates import html_template
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
 from depthscope.diagnostics.atomic_writes import replaced_file
 from depthscope.diagnostics.errors import InputError, TakenError
@@ -45,9 +45,6 @@ _PLACES = re.compile(r' (?:d|x|y)="[^"]*"')
 _STYLE = re.compile(r' style="([^"]*)"')
 _DIGITS = re.compile(r"(\.\d)\d+")
 _UNTURNED = re.compile(r' transform="rotate\(-?0 [^"]*"')
-# In elements that have no text, so that no word of a run is taken for a name.
-_PART = re.compile("<(?:use|path|g|clipPath|image|rect) [^>]*>")
-_NAME = re.compile(r'(?<= id=")[^"]+(?=")|(?<= href="#)[^"]+(?=")|(?<=url\(#)[^)]+(?=\))')
 
 # In the head of every report: by this the next one knows that it may take its place. Browsers ignore it.
 MARK = '<meta name="generator" content="depthscope report">'
@@ -138,21 +135,15 @@ class _Evidence:
 
 
 class _Styles:
-    """The styles of all drawings, each written once, and short names of their parts: matplotlib repeats both at every mark."""
+    """The styles of all drawings, each written once: matplotlib repeats them at every mark."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
-        self._names: dict[str, int] = {}
 
     def shared(self, drawing: str) -> str:
-        """A drawing with classes in place of its styles, and numbers in place of the names of its marks and clips."""
-
-        def short(found: re.Match[str]) -> str:
-            return f"m{self._names.setdefault(found[0], len(self._names))}"
-
-        named = _PART.sub(lambda part: _NAME.sub(short, part[0]), drawing)
+        """A drawing with classes in place of its styles."""
         return _STYLE.sub(
-            lambda found: f' class="f{self._numbers.setdefault(found[1], len(self._numbers))}"', named
+            lambda found: f' class="f{self._numbers.setdefault(found[1], len(self._numbers))}"', drawing
         )
 
     def sheet(self) -> Markup:

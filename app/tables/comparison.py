@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
@@ -71,7 +70,8 @@ _SHORT = {"last": "last", "lowest": "min", "highest": "max", "span": "max/min"}
 def summary_table(readings: Sequence[Reading], view: Selection | None = None) -> Table:
     """One row per run: what it is, its decisive numbers, how much was found."""
     view = view or Selection()
-    facts = pd.DataFrame([_facts(reading, view) for reading in readings]).to_dict("list")
+    rows = [_facts(reading, view) for reading in readings]
+    facts = {name: [row[name] for row in rows] for name in rows[0]}
     columns: dict[str, Sequence[Any]] = dict(facts)
     # The model is the widest cell; it stays in the data. Tokens a sequence are a mean over sequences of different length.
     headings = {name: _HEADINGS.get(name, name) for name in facts if name != "model"}
@@ -189,7 +189,8 @@ def comparison_table(
         },
     )
     found = {
-        reading.name: [of[reading.name] for of in shown.values() if of[reading.name]] for reading in readings
+        reading.name: [column for of in shown.values() if (column := of[reading.name]) is not None]
+        for reading in readings
     }
     return Table(
         name="comparison",

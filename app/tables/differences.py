@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.app.figures.build.values import names_of, pick, positions
-from depthscope.app.figures.composed.specification import groups_of
+from depthscope.app.figures.composed.panels import groups_of
 from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import one_direction

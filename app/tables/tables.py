@@ -15,7 +15,7 @@ import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures import FIGURES, NOT_DRAWN
-from depthscope.app.figures.build.captions import selection_words, token_count_words
+from depthscope.app.figures.build.measurement import selection_words, token_count_words
 from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
@@ -236,7 +236,10 @@ def _measured_table(
     # Paths of modules are wider than all numbers, and the notes have the numbers of tokens; both are in the data.
     headings = {name: name for name in place if name not in ("module", *TOKEN_COUNTS)}
     data, printed = data_and_text(
-        {**place, **{column.key: column.cells for column in columns}},
+        {
+            **{name: values.tolist() for name, values in place.items()},
+            **{each.key: each.cells for each in columns},
+        },
         headings | {column.key: column.label for column in columns},
     )
     shown = evenly_spaced(len(printed), MOST_ROWS)

@@ -28,7 +28,7 @@ _STYLE = Markup(
 
 @cache
 def _card_template() -> Any:
-    from depthscope.app.text.templates import html_template
+    from depthscope.app.text.latex import html_template
 
     return html_template("depthscope.app.text", "card.html.jinja")
 

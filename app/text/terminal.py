@@ -163,22 +163,9 @@ def working(what: str) -> Iterator[Progress]:
 
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: framed on a terminal, in aligned columns elsewhere."""
+    """Print a table in aligned columns."""
     columns = [printable(column) for column in columns]
     rows = [[printable(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        grid = Table(box=SIMPLE_HEAD, header_style="bold")
-        for column in columns:
-            grid.add_column(Text(column), overflow="fold")
-        for row in rows:
-            grid.add_row(*(Text(cell) for cell in row))
-        Console(highlight=False).print(grid)
-        return
     lines = [list(columns), *(list(row) for row in rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     for line in lines:

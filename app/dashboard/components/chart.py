@@ -14,7 +14,7 @@ import xarray as xr
 
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
-from depthscope.app.drawing.plotly.layout import words
+from depthscope.app.drawing.plotly.cells import words
 from depthscope.app.figures import Figure, FigureKind, Heatmap, Lines
 from depthscope.app.figures.palette import SHAPES, look_of
 from depthscope.app.figures.specification import figure_table

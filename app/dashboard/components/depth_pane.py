@@ -72,7 +72,7 @@ def _facts(reading: Reading, close_up: CloseUp | None, view: View) -> dict[str, 
     facts: dict[str, Any] = {
         "names": [visible(name) for name in names],
         "numbers": _numbers(reading, view, len(names)),
-        "findings": _findings(reading, close_up),
+        "findings": _findings(reading),
         "most": MOST_CARDS,
         "connections": [],
         "tokens": None,
@@ -90,9 +90,9 @@ def _facts(reading: Reading, close_up: CloseUp | None, view: View) -> dict[str, 
     return facts
 
 
-def _findings(reading: Reading, close_up: CloseUp | None) -> list[dict[str, Any]]:
+def _findings(reading: Reading) -> list[dict[str, Any]]:
     """Findings that have a place on the axis, the worst first."""
-    placed = [(each, range_of(each.finding, reading, close_up)) for each in cards_of(reading)]
+    placed = [(each, range_of(each.finding, reading)) for each in cards_of(reading)]
     return [
         {
             "severity": each.severity,

@@ -22,7 +22,7 @@ from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
-from depthscope.diagnostics.verdicts.causes import worst_depth
+from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 
 __all__ = [
     "View",
@@ -199,7 +199,7 @@ class _Drawn:
     @classmethod
     def of(cls, reading: Reading, close_up: CloseUp | None, view: View) -> _Drawn:
         names = depth_names(reading)
-        bars = _bars(reading, close_up, len(names))
+        bars = _bars(reading, len(names))
         panels, flat = [], []
         for name in view.strips:
             panel = _strip(name, reading, close_up)
@@ -283,9 +283,9 @@ def depths_of_connections(reading: Reading, close_up: CloseUp | None) -> np.ndar
     return np.arange(reading.analysis.sizes.get("connection", 0)) + 1
 
 
-def _bars(reading: Reading, close_up: CloseUp | None, depths: int) -> list[Bar]:
+def _bars(reading: Reading, depths: int) -> list[Bar]:
     placed = [
-        (finding, range_of(finding, reading, close_up))
+        (finding, range_of(finding, reading))
         for finding in reading.findings
         if finding.severity.name in SEVERITY_COLOURS
     ]
@@ -297,15 +297,10 @@ def _bars(reading: Reading, close_up: CloseUp | None, depths: int) -> list[Bar]:
     return bars[:MOST_BARS]
 
 
-def range_of(finding: Finding, reading: Reading, close_up: CloseUp | None) -> tuple[int, int] | None:
+def range_of(finding: Finding, reading: Reading) -> tuple[int, int] | None:
     """The depths of a finding; None where it is about the whole run or a module."""
-    if finding.first < 0 or finding.axis not in ("depth", "connection"):
-        return None
-    if finding.axis == "depth":
-        return finding.first, finding.last
-    depths = depths_of_connections(reading, close_up)
-    known = depths[finding.first : finding.last + 1]
-    return (int(known.min()), int(known.max())) if len(known) else None
+    is_placed = finding.first >= 0 and finding.axis in ("depth", "connection")
+    return depths_of(finding, reading.analysis) if is_placed else None
 
 
 def _length(close_up: CloseUp, sequence: int) -> int:

@@ -29,6 +29,8 @@ from depthscope.diagnostics.experiments import results_beside
 MOST_CARDS = 3
 """Findings of the chosen row that are shown at once: more columns leave too few words in a line."""
 
+WORST_FIRST = "nothing: worst first"
+
 _KEY, _WAITED = "depth_map", "depth_map_waited"
 
 _map_component = component("depth_map", "numbers", "back")
@@ -126,18 +128,8 @@ def _choose_rows(summaries: Sequence[Summary], num_runs: int) -> tuple[list[str]
         "Find", key="find", bind="query-params", placeholder="name, attribute, finding, nan", width=260
     )
     names = groupable(summaries)
-    if st.session_state.get("group") not in (None, *names):  # of other runs: Streamlit raises for it
-        st.session_state.pop("group")
-    group = names and st.selectbox(
-        "Group by",
-        names,
-        index=None,
-        key="group",
-        bind="query-params",
-        placeholder="nothing: worst first",
-        width=220,
-    )
-    return (find or "").casefold().split(), group or ""
+    group = choose_one("Group by", [WORST_FIRST, *names], "group", width=220) if names else WORST_FIRST
+    return (find or "").casefold().split(), "" if group == WORST_FIRST else group
 
 
 def _is_found(wanted: Sequence[str], text: str) -> bool:

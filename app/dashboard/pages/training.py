@@ -35,9 +35,8 @@ from depthscope.app.figures.build.history_figure import (
 )
 from depthscope.app.figures.build.spread import folded, folded_colours
 from depthscope.app.figures.palette import colour_numbers
-from depthscope.app.readings.first_findings import Begun
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.training_history import Measure, TrainingHistory
+from depthscope.app.readings.training_history import Begun, Measure, TrainingHistory
 from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
@@ -231,8 +230,6 @@ def _facts(history: TrainingHistory) -> list[str]:
         words.append(f"written by process {status.pid} on {status.host}")
     if history.resumed_at:
         words.append(f"resumed at step {', '.join(map(str, history.resumed_at[-3:]))}")
-    if history.evaluations_left_out:
-        words.append(f"{history.evaluations_left_out} evaluations between the steps, which count to none")
     return words
 
 

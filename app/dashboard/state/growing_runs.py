@@ -23,10 +23,9 @@ from depthscope.app.dashboard.state.run_reading import (
     sentence,
     version_of,
 )
-from depthscope.app.readings.first_findings import FirstFindings
 from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.training_history import TrainingHistory
+from depthscope.app.readings.training_history import FirstFindings, TrainingHistory
 from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema import LiveRows, Status

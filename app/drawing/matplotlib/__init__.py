@@ -10,8 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 
 from depthscope.app.drawing.matplotlib.composed import draw, draw_into
-from depthscope.app.drawing.matplotlib.curves import HEALTHY
-from depthscope.app.drawing.matplotlib.matrices import DENSE, DENSE_ON_A_PAGE
+from depthscope.app.drawing.matplotlib.curves import DENSE, DENSE_ON_A_PAGE, HEALTHY
 from depthscope.app.drawing.matplotlib.style import FIGURE_POINTS, WIDTHS, Width, figure_style
 from depthscope.app.figures.composed import Composed
 from depthscope.app.figures.specification import Figure

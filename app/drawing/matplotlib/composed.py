@@ -13,15 +13,17 @@ from matplotlib.patches import Patch
 
 from depthscope.app.drawing.matplotlib.curves import (
     DASHES,
+    DENSE,
     HEALTHY,
     MARK,
     NULL,
+    add_bar,
     keywords_of,
     measured_of,
+    plot_heatmap,
     plot_lines,
     variant_of,
 )
-from depthscope.app.drawing.matplotlib.matrices import DENSE, add_bar, plot_heatmap
 from depthscope.app.drawing.matplotlib.style import (
     PaperFigure,
     Width,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.layout import DASHES, GREY, HEALTHY, PALETTE, log_ticks, words
+from depthscope.app.drawing.plotly.cells import DASHES, GREY, HEALTHY, PALETTE, log_ticks, words
 from depthscope.app.figures import Line, Lines
 from depthscope.app.figures.build.bins import visible_limits
 from depthscope.app.figures.palette import MARK_EDGE, Look
@@ -196,8 +196,6 @@ def _shade(drawn: go.Figure, healthy: tuple[float, float], span: tuple[float, fl
 
 def _y_range(figure: Lines) -> tuple[float, float] | None:
     """Ends of the vertical axis: the curves, their bands, and the next thresholds."""
-    if figure.limits is not None:
-        return figure.limits
     known = _drawable(figure, ("measured", "null"))
     if known.size == 0:
         return None

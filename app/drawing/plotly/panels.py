@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.cells import draw_heatmap
+from depthscope.app.drawing.plotly.cells import FAINT, FONT, GREY, draw_heatmap, log_ticks, set_layout, words
 from depthscope.app.drawing.plotly.curves import draw_lines
-from depthscope.app.drawing.plotly.layout import FAINT, FONT, GREY, log_ticks, set_layout, words
 from depthscope.app.figures import Figure, Heatmap, Lines
 from depthscope.app.figures.specification import NOISE_BASELINE, looks_of
 

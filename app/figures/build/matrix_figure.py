@@ -9,8 +9,7 @@ from typing import Literal
 import numpy as np
 
 from depthscope.app.figures.build.bins import visible_limits
-from depthscope.app.figures.build.captions import describe_matrix, selection_words
-from depthscope.app.figures.build.measurement import Measurement
+from depthscope.app.figures.build.measurement import Measurement, describe_matrix, selection_words
 from depthscope.app.figures.build.values import LABELLED, fed, names_of, positions
 from depthscope.app.figures.specification import Analyses, Array, FigureKind, Heatmap, Selection
 from depthscope.app.text.numbers import number, sentence

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 import xarray as xr
 
 from depthscope.app.figures.build.values import level_of
-from depthscope.app.figures.composed.panels import Subjects, in_one_line
+from depthscope.app.figures.composed.panels import Composed, LetteredPanel, Subjects, groups_of, in_one_line
 from depthscope.app.figures.composed.questions import QUESTIONS, Question
-from depthscope.app.figures.composed.specification import Composed, LetteredPanel, groups_of
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import consecutive, number

@@ -10,11 +10,12 @@ from depthscope.app.figures import catalogue
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
 from depthscope.app.figures.composed.panels import (
     Curves,
+    History,
+    Loss,
     Maps,
     Matrices,
     PanelRecipe,
 )
-from depthscope.app.figures.composed.training import History, Loss
 
 
 @dataclass(frozen=True)

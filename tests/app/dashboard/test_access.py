@@ -15,8 +15,7 @@ import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from depthscope.app.dashboard.access import HEADERS, guarded, policy
-from depthscope.app.dashboard.server import CONFIG, free_port, launch
+from depthscope.app.dashboard.server import CONFIG, HEADERS, free_port, guarded, launch, policy
 from depthscope.diagnostics import save_run
 from tests.app.dashboard.serving import serving
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from depthscope.app.drawing.plotly import PALETTE, shrink, to_plotly
-from depthscope.app.drawing.plotly.layout import log_ticks
+from depthscope.app.drawing.plotly.cells import log_ticks
 from depthscope.app.figures import FIGURES, Heatmap, Line, Lines
 from depthscope.diagnostics import analyze
 

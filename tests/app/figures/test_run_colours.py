@@ -13,7 +13,7 @@ from depthscope.app.drawing.matplotlib import curves, to_matplotlib
 from depthscope.app.drawing.plotly import to_plotly
 from depthscope.app.figures import FIGURES, Line, Lines, Selection
 from depthscope.app.figures.composed import compose
-from depthscope.app.figures.palette import MARK_EDGE, RUN_COLOUR, RUN_COLOURS, colour_numbers
+from depthscope.app.figures.palette import MARK_EDGE, RUN_COLOURS, colour_numbers
 from depthscope.app.paper.contents import draw_all
 from depthscope.app.readings.readings import read_runs
 
@@ -55,8 +55,6 @@ def test_runs_whose_names_clash_take_the_next_free_colour_and_move_no_other():
         assert numbers[next(name for name in names if alone[name] == number)] == number
     assert colour_numbers(dict.fromkeys(reversed(names[:10]), xr.Dataset())) == numbers
     assert sorted(colour_numbers(dict.fromkeys(names, xr.Dataset())).values())[:20] == list(range(20))
-    chosen = {"a": xr.Dataset(attrs={RUN_COLOUR: 3}), "b": xr.Dataset(attrs={RUN_COLOUR: 3})}
-    assert colour_numbers(chosen) == {"a": 3, "b": 3}
 
 
 def test_screen_and_paper_draw_a_run_in_the_same_colour_and_shape(readings):
