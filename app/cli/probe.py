@@ -252,13 +252,7 @@ def _probe_history(
     left_out = [{"checkpoint": path, "why": why} for path, why in found.left_out.items()]
     checkpoints = found.run.attrs["checkpoints"]
     if json:
-        emit(
-            {
-                "run": str(found.path),
-                "checkpoints": checkpoints,
-                "left_out": left_out,
-            }
-        )
+        emit({"run": str(found.path), "checkpoints": checkpoints, "left_out": left_out})
         return FOUND if left_out else FINE
     steps = [str(of["step"]) for of in checkpoints]
     say(

@@ -68,11 +68,7 @@ CONFIG: dict[str, Any] = {
 
 
 def launch(
-    paths: Sequence[Path],
-    *,
-    port: int | None = None,
-    open_browser: bool = True,
-    max_bytes: int | None = None,
+    paths: Sequence[Path], *, port: int | None = None, open_browser: bool = True, max_bytes: int | None = None
 ) -> None:
     """Show runs in a dashboard at a local address.
 

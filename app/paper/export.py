@@ -17,14 +17,7 @@ import xarray as xr
 
 from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, write_figure
 from depthscope.app.figures import Figure, Heatmap, Selection
-from depthscope.app.figures.composed import (
-    EVERYWHERE,
-    QUESTIONS,
-    Composed,
-    Subjects,
-    composed_of,
-    groups_of,
-)
+from depthscope.app.figures.composed import EVERYWHERE, QUESTIONS, Composed, Subjects, composed_of, groups_of
 from depthscope.app.figures.specification import figure_table
 from depthscope.app.paper.contents import CITES, Contents
 from depthscope.app.paper.methods import methods_latex, methods_text

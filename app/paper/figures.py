@@ -320,8 +320,7 @@ similarity = _figure(
     "Similarity of depths: CKA of every two, and of each with the one before, with the band over tokens.",
 )
 gains = _figure(
-    "gains",
-    "Gains of the mixing, single and composite, forward and backward (mHC, figures 3 and 7).",
+    "gains", "Gains of the mixing, single and composite, forward and backward (mHC, figures 3 and 7)."
 )
 mixing = _figure(
     "mixing",

@@ -77,15 +77,7 @@ def findings_table(readings: Sequence[Reading]) -> Table:
         "Findings, failures first, then warnings, then notes; of one severity run by run. The number, the threshold that it "
         "crossed and where the threshold comes from."
     )
-    return Table(
-        "findings",
-        "Findings",
-        caption,
-        data,
-        printed,
-        metrics=metrics,
-        cited=("source",),
-    )
+    return Table("findings", "Findings", caption, data, printed, metrics=metrics, cited=("source",))
 
 
 def _worst_first(readings: Sequence[Reading]) -> list[tuple[str, Finding]]:

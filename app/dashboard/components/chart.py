@@ -59,13 +59,7 @@ def build(kind: FigureKind, analyses: Mapping[str, xr.Dataset], selection: Mappi
     return kind.build(analyses, **{name: value for name, value in selection.items() if name in kind.uses})
 
 
-def card(
-    figure: Figure,
-    *,
-    key: str,
-    height: int = 300,
-    clickable: bool = False,
-) -> None:
+def card(figure: Figure, *, key: str, height: int = 300, clickable: bool = False) -> None:
     """A figure with its title and the first sentence of its caption; notes and numbers open, the numbers as a CSV file too.
 
     Which run has which colour is said once, above all figures.
@@ -115,14 +109,7 @@ def _short(caption: str) -> str:
 
 
 def show_drawing(
-    drawing: str,
-    *,
-    name: str,
-    alt: str,
-    key: str,
-    height: int = 300,
-    clickable: bool = False,
-    axes: str = "",
+    drawing: str, *, name: str, alt: str, key: str, height: int = 300, clickable: bool = False, axes: str = ""
 ) -> None:
     """A drawing without title, caption and numbers; a zoom is given up where `axes` changes."""
     _plot(

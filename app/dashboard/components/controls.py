@@ -31,16 +31,8 @@ class Control:
 
 
 CONTROLS = {
-    "scope": Control(
-        "Scope",
-        "scope",
-        {"sequence": "within sequences", "data": "over all data"},
-    ),
-    "tokens": Control(
-        "Tokens",
-        "massive token",
-        {"ordinary": "without massive"},
-    ),
+    "scope": Control("Scope", "scope", {"sequence": "within sequences", "data": "over all data"}),
+    "tokens": Control("Tokens", "massive token", {"ordinary": "without massive"}),
     "centering": Control("Centring", "centring"),
     "estimator": Control("Estimator", "estimator"),
     "direction": Control("Direction", "direction"),

@@ -49,13 +49,7 @@ def show_depth(reading: Reading, close_up: CloseUp | None, view: View, *, on_tok
     if facts is None or facts[0] is not reading or facts[1] is not close_up or facts[2] != key:
         facts = st.session_state[_FACTS] = (reading, close_up, key, _facts(reading, close_up, view))
     _pane(
-        data={
-            "name": "microscope",
-            "what": "pane",
-            **facts[3],
-            "token": view.token,
-            "pin": view.pin,
-        },
+        data={"name": "microscope", "what": "pane", **facts[3], "token": view.token, "pin": view.pin},
         key="microscope_pane",
         on_token_change=on_token,
     )

@@ -15,11 +15,7 @@ from depthscope.app.text.visible import LONGEST_TEXT, visible
 __all__ = ["BADGES", "show_card"]
 
 # A sign and a word with each colour: red and orange alone are the same to some readers.
-BADGES = {
-    "FAIL": ("failure", "red", "✕"),
-    "WARN": ("warning", "orange", "▲"),
-    "INFO": ("note", "blue", "●"),
-}
+BADGES = {"FAIL": ("failure", "red", "✕"), "WARN": ("warning", "orange", "▲"), "INFO": ("note", "blue", "●")}
 """Severity → word, colour, sign."""
 
 

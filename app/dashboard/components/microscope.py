@@ -108,15 +108,7 @@ def _analyses(reading: Reading) -> dict[str, xr.Dataset]:
 def _axis_of(metric: str, reading: Reading) -> str:
     """``depth`` or ``connection`` for what is a curve over one of them."""
     dims = set(reading.analysis[metric].dims) if metric in reading.analysis else set()
-    if dims & {
-        "component",
-        "other_depth",
-        "other_connection",
-        "head",
-        "eigenvalue",
-        "source",
-        "order",
-    }:
+    if dims & {"component", "other_depth", "other_connection", "head", "eigenvalue", "source", "order"}:
         return ""
     return next((axis for axis in ("depth", "connection") if axis in dims), "")
 

@@ -152,11 +152,7 @@ def _map_of(chosen: ChosenRuns, run: str, measure: str) -> Heatmap | None:
 
 
 def _show_map(
-    readings: Sequence[Reading],
-    names: Sequence[str],
-    axis: str,
-    view: Selection,
-    group_of: Mapping[str, str],
+    readings: Sequence[Reading], names: Sequence[str], axis: str, view: Selection, group_of: Mapping[str, str]
 ) -> None:
     """The map of the relative differences of two runs or groups; a click on a cell opens its measure."""
     groups: dict[str, list[Reading]] = {}

@@ -151,11 +151,7 @@ def _group(summary: Summary, group_by: str) -> str:
 
 
 def _show_map(
-    runs: _Runs,
-    shown: Sequence[Summary],
-    others: Sequence[tuple[str, str]],
-    measure: str,
-    group_by: str,
+    runs: _Runs, shown: Sequence[Summary], others: Sequence[tuple[str, str]], measure: str, group_by: str
 ) -> None:
     rows = [_row(each, measure, runs.status(each.name), _group(each, group_by)) for each in shown]
     rows += [{"name": name, "worst": visible(words), "cells": None, "alt": ""} for name, words in others]

@@ -117,13 +117,7 @@ def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
             )
     pin = _pinned_depth(len(depth_names(reading)) - 1)
     return View(
-        tuple(strips),
-        measure,
-        sequence,
-        stream,
-        first_pin(reading) if pin is None else pin,
-        whose,
-        token,
+        tuple(strips), measure, sequence, stream, first_pin(reading) if pin is None else pin, whose, token
     )
 
 

@@ -172,10 +172,7 @@ def _offer_trainings(chosen: ChosenRuns) -> None:
 
 
 def _follow(
-    readings: Sequence[Reading],
-    colours: Mapping[str, int],
-    group_of: Mapping[str, str],
-    followed: bool,
+    readings: Sequence[Reading], colours: Mapping[str, int], group_of: Mapping[str, str], followed: bool
 ) -> None:
     if a_click_leads_on():
         st.rerun()  # of the whole page, which goes there
@@ -315,9 +312,7 @@ def _position_of(steps: np.ndarray, step: int | None) -> int:
 
 
 def _show_history(
-    histories: Mapping[str, TrainingHistory],
-    shown: Shown,
-    begun: Mapping[str, Sequence[Begun]],
+    histories: Mapping[str, TrainingHistory], shown: Shown, begun: Mapping[str, Sequence[Begun]]
 ) -> None:
     """The panels of one history, or of several on the same axes."""
     panels = [_panel(histories, name, shown) for name in shown.measures]
@@ -365,12 +360,7 @@ def _marks(histories: Mapping[str, TrainingHistory], begun: Mapping[str, Sequenc
 def _panel(histories: Mapping[str, TrainingHistory], name: str, shown: Shown) -> Panel:
     if len(histories) > 1:
         figure: Figure = histories_figure(
-            histories,
-            name,
-            shown.choice,
-            colours=shown.colours,
-            group_of=shown.group_of,
-            span=shown.zoom,
+            histories, name, shown.choice, colours=shown.colours, group_of=shown.group_of, span=shown.zoom
         )
         return Panel(figure, height=CURVE_OF_SEVERAL)
     (history,) = histories.values()
@@ -471,11 +461,7 @@ def _pin(step: int) -> None:
 
 
 def _open(reading: Reading, depth: int | None) -> None:
-    open_microscope(
-        st.session_state.get("runs", ()),
-        look_at=reading.name,
-        depth=depth,
-    )
+    open_microscope(st.session_state.get("runs", ()), look_at=reading.name, depth=depth)
 
 
 PAGE = Page(

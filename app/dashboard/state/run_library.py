@@ -77,8 +77,7 @@ def differences_between(readings: Sequence[Reading], metric: str, view: Selectio
     """Every run against the first, sequence by sequence; remembered until a file changes."""
     versions = tuple((reading.name, FileVersion.of(Path(reading.path))) for reading in readings)
     return _differences.get(
-        (versions, metric, view),
-        lambda: between_runs(readings, [metric], view, max_bytes=LIMIT["max_bytes"]),
+        (versions, metric, view), lambda: between_runs(readings, [metric], view, max_bytes=LIMIT["max_bytes"])
     )
 
 

@@ -115,11 +115,7 @@ class CurveFigure(FigureKind):
                 lines,
                 # Weights are not measured on tokens: there is nothing to count.
                 scope="" if declared.axis == "weight" else self.scope,
-                remarks=[
-                    *remarks,
-                    "Green: within the limits of the verdicts." if healthy else "",
-                    self.note,
-                ],
+                remarks=[*remarks, "Green: within the limits of the verdicts." if healthy else "", self.note],
             ),
             alt=describe_lines(lines, self.title, declared.axis),
             metric=self.metric,
@@ -248,12 +244,7 @@ def default_figure(metric: Metric, question: str) -> FigureKind:
     # Both orders of a matrix are right; the axis itself goes up, as in the figures of the catalogue.
     if across:
         return MatrixFigure(
-            metric.name,
-            metric.title,
-            metric.label,
-            rows=metric.axis,
-            columns=across[0],
-            question=question,
+            metric.name, metric.title, metric.label, rows=metric.axis, columns=across[0], question=question
         )
     over = others[0] if others else ""
     return CurveFigure(metric.name, metric.title, metric.label, over=over, question=question)

@@ -103,11 +103,7 @@ class Measurement:
             group=run,
             text=names_of(values, axis),
         )
-        return Curve(
-            line,
-            self.null_line(line, values, run, **fixed),
-            spread.words,
-        )
+        return Curve(line, self.null_line(line, values, run, **fixed), spread.words)
 
     def null_line(self, like: Line, values: xr.DataArray, run: str, **fixed: str) -> Line | None:
         """The null at the points of a measured line; None where the analysis has none that is defined."""

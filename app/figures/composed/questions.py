@@ -8,14 +8,7 @@ import numpy as np
 
 from depthscope.app.figures import catalogue
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
-from depthscope.app.figures.composed.panels import (
-    Curves,
-    History,
-    Loss,
-    Maps,
-    Matrices,
-    PanelRecipe,
-)
+from depthscope.app.figures.composed.panels import Curves, History, Loss, Maps, Matrices, PanelRecipe
 
 
 @dataclass(frozen=True)

@@ -42,30 +42,11 @@ def test_every_page_opens_on_runs_of_any_kind(page, opened):
 
 
 PARAMETERS = (
-    *(
-        "runs",
-        "run",
-        "stream",
-        "depths",
-        "at",
-        "colour",
-        "find",
-        "group",
-        "look",
-        "pin",
-        *CONTROLS,
-    ),
+    *("runs", "run", "stream", "depths", "at", "colour", "find", "group", "look", "pin", *CONTROLS),
     *("measure", "sequence", "of_stream", "whose", "token", "strips", "mixing_run", "from_connection"),
     *("to_connection", "trained", "measures", "step", "training_tokens"),
     *("zoom_training", "zoom_microscope", "training_by", "measure_of", "compare_by"),
-    *(
-        "map_of",
-        "map_less",
-        "similarity",
-        "similar_a",
-        "similar_b",
-        "venue",
-    ),
+    *("map_of", "map_less", "similarity", "similar_a", "similar_b", "venue"),
 )
 VALUES = [
     *({**TEXTS, **mutated(seed=4, count=3)}.values()),
