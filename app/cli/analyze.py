@@ -12,17 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from depthscope.app.cli.main import FINE
-from depthscope.app.cli.options import Force, Json, MaxBytes, Metrics, Select, byte_count, names, selection_of
-from depthscope.app.text.terminal import command_line, emit, printable, say, show_rows, working
+from depthscope.app.cli.options import (
+    WIDTH,
+    Force,
+    Json,
+    MaxBytes,
+    Metrics,
+    Select,
+    byte_count,
+    names,
+    say_table,
+    selection_of,
+)
+from depthscope.app.text.terminal import command_line, emit, printable, say, working
 from depthscope.diagnostics.errors import InputError, StorageError
 
 if TYPE_CHECKING:
     from depthscope.app.figures import Selection
     from depthscope.app.readings.readings import Reading
     from depthscope.app.tables.tables import Table
-
-WIDTH = 100
-"""Columns at which running text is wrapped."""
 
 
 def analyze(
@@ -169,9 +177,7 @@ def _print(readings: Sequence[Reading], selection: Selection, written: Path) -> 
     tables = {reading.name: _tables(reading, selection) for reading in readings}
     for table in (table for of_run in tables.values() for table in of_run.values()):
         if table.metrics or "num_tokens" in table.data:
-            say(textwrap.fill(table.caption, WIDTH))
-            show_rows(list(map(str, table.printed)), table.printed.astype(str).to_numpy().tolist())
-            say()
+            say_table(table.caption, table.printed)
     evidence = {reading.name: reading.attrs for reading in readings}
     lines = [constraint_sentence(evidence), proof_sentence(evidence)]
     # After all tables: what could not be computed is easily missed between two of them.

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from depthscope.app.cli.main import FINE, FOUND
-from depthscope.app.cli.options import Json, MaxBytes, Runs, names, read_several
-from depthscope.app.text.terminal import columns, emit, encodable, printable, say
+from depthscope.app.cli.options import Json, MaxBytes, Runs, names, read_several, say_cards
+from depthscope.app.text.terminal import emit, printable, say
 from depthscope.diagnostics.errors import InputError
 
 if TYPE_CHECKING:
@@ -99,8 +99,7 @@ def _as_dict(reading: Reading) -> dict[str, Any]:
 
 def _print_findings(readings: Sequence[Reading]) -> None:
     from depthscope.app.readings.readings import sentence_of
-    from depthscope.app.tables.findings import NOTHING, cards_of, count_words
-    from depthscope.app.text.cards import cards_text
+    from depthscope.app.tables.findings import count_words
     from depthscope.diagnostics import schema
     from depthscope.diagnostics.verdicts import VERDICTS
 
@@ -122,9 +121,7 @@ def _print_findings(readings: Sequence[Reading]) -> None:
         reasons = sorted(reading.not_computed, key=lambda reason: -len(reading.not_computed[reason]))
         why = f"; not measured, such as: {printable(reasons[0])}" if reasons else ""
         say(f"  verdicts: {len(judged)} of {len(VERDICTS)} judged{why}")
-        say()
-        say(cards_text(cards_of(reading), width=columns(), shown=encodable) or NOTHING)
-        say()
+        say_cards(reading)
 
 
 def _outcome(failed: Sequence[str], left_out: Sequence[Mapping[str, Any]]) -> str:

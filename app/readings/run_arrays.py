@@ -35,14 +35,11 @@ def group_of(
     reading: Reading,
     group: str,
     runs: Mapping[str, xr.DataTree] = MappingProxyType({}),
-    *,
-    max_bytes: int | None = None,
 ) -> Iterator[xr.Dataset | None]:
     """A group of the run of a reading, ``"trace"`` or ``"statistics"``; None where it has none.
 
     ``runs``: runs in memory by the names that `read_runs` was given; of others the file is opened, which was verified when
     it was read.
-    ``max_bytes``: of the arrays of the run; see `schema.open_run`.
     """
     shown = f"{{}}/{reading.chain}" if reading.chain else "{}"
     run = next((run for name, run in runs.items() if visible_name(shown.format(name)) == reading.name), None)
@@ -55,13 +52,13 @@ def group_of(
             and schema.is_live_store(Path(reading.path))
         ):
             # Its steps are in its rows, and not in its newest state.
-            run = schema.open_run(reading.path, max_bytes=max_bytes)
+            run = schema.open_run(reading.path)
             stack.callback(run.close)
         if run is not None:
             found = schema.chain_dataset(run, group, reading.chain)
         elif reading.path:
             with suppress(AbsentError):  # a run of some groups alone
-                opened = schema.open_group(reading.path, group, reading.chain, max_bytes=max_bytes)
+                opened = schema.open_group(reading.path, group, reading.chain)
                 found = stack.enter_context(opened)
         yield found
 

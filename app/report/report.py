@@ -158,7 +158,7 @@ class _Styles:
 def _svg(styles: _Styles, figure: Figure) -> Markup:
     """The drawing with its text alternative; matplotlib has escaped the words inside it."""
     opening = Markup('<svg role="img" aria-label="{}" ').format(figure.alt or figure.title)
-    drawing = to_svg(figure, width="full", page=True).replace("<svg ", opening, 1)
+    drawing = to_svg(figure, width="full").replace("<svg ", opening, 1)
     # A tenth of a point is finer than any screen; matplotlib writes millionths, a third of the file.
     drawing = _PLACES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), _UNTURNED.sub("", drawing))
     return Markup(styles.shared(drawing.replace(" xlink:href=", " href=")))

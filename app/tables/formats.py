@@ -16,8 +16,6 @@ from depthscope.app.text.numbers import UNDEFINED
 from depthscope.app.text.venues import VENUES, Venue
 from depthscope.app.text.visible import visible
 
-__all__ = ["csv_text", "to_csv", "to_latex", "to_parquet"]
-
 _FORMULA_SIGNS = tuple("=+-@＝＋－＠")  # with the wide forms that spreadsheets of East Asia take too
 
 
@@ -47,14 +45,6 @@ def csv_text(table: pd.DataFrame) -> str:
 
     Returns: Text that a spreadsheet would take for a formula has an apostrophe before it, as is customary; numbers,
     negative ones too, are unchanged.
-
-    Examples
-    --------
-    >>> print(csv_text(pd.DataFrame({"run": ["=1+1", "a"], "gain": [-0.5, 1.0]})))
-    run,gain
-    '=1+1,-0.5
-    a,1.0
-    <BLANKLINE>
     """
     safe = table.rename(columns=_no_formula)
     # Numbers are left as they are: a large matrix has a million of them.

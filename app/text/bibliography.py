@@ -105,13 +105,7 @@ def reference(key: str) -> Reference:
 
 
 def keys_of(sources: Iterable[str]) -> list[str]:
-    """Bibliography keys among sources, which may list several keys or be ``"this project"``.
-
-    Examples
-    --------
-    >>> keys_of(["roy2007effective, dong2021attention", "this project"])
-    ['dong2021attention', 'roy2007effective']
-    """
+    """Bibliography keys among sources, which may list several keys or be ``"this project"``."""
     # Authors of metrics separate keys as they like: by commas, semicolons or spaces.
     names = {name for source in sources for name in re.split(r"[,;\s]+", source) if name}
     return sorted(names & set(_library()))

@@ -21,8 +21,6 @@ from depthscope.diagnostics.numbers import number as short_number
 from depthscope.diagnostics.schema import UNPROVEN
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict
 
-__all__ = ["ABOUT_THE_READING", "CARD_SCHEMA", "Card", "card_lines", "card_of", "place_of"]
-
 ABOUT_THE_READING = "About the reading of the network"
 """Heads the findings that say how far a run can be trusted, after those about the network."""
 

@@ -16,13 +16,6 @@ def number(value: float, *, digits: int = 3) -> str:
     """A number with so many significant digits, in plain notation where that is short.
 
     ``value``: naN prints as a dash, since it means undefined.
-
-    Examples
-    --------
-    >>> number(1234.5), number(0.04567), number(3.2e-7), number(float("nan"))
-    ('1234', '0.0457', '3.2e-7', '–')
-    >>> number(0.9996), number(0.0123)
-    ('1.00', '0.0123')
     """
     if math.isnan(value):
         return UNDEFINED
@@ -119,13 +112,6 @@ def proof_sentence(attrs: Mapping[str, Attributes]) -> str:
     """Which of some runs are unproven, and why; empty where none is.
 
     ``attrs``: run name → attributes of the run or of its analysis.
-
-    Examples
-    --------
-    >>> proof_sentence({"a": {"proof": "unproven: a branch was not seen"}})
-    'Unproven: a branch was not seen.'
-    >>> proof_sentence({"a": {"proof": "proven"}, "b": {"proof": "unproven: a branch was not seen"}})
-    'Run b is unproven: a branch was not seen.'
     """
     unproven = {
         run: visible(proof.removeprefix(UNPROVEN), longest=LONGEST_TEXT)

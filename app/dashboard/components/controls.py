@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import streamlit as st
@@ -150,13 +149,9 @@ def choose_names(
         format_func=words.__getitem__,
         key=key,
         max_selections=most,
-        on_change=partial(_put, key),
+        on_change=lambda: st.query_params.update({key: st.session_state[key]}),
     )
     return list(st.session_state[key][:most]) or list(default)
-
-
-def _put(key: str) -> None:
-    st.query_params[key] = st.session_state[key]
 
 
 def choose_group(readings: Sequence[Reading], label: str, key: str) -> tuple[str | None, dict[str, str]]:

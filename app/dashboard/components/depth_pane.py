@@ -24,8 +24,6 @@ from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE
 
-__all__ = ["show_depth", "show_matrices"]
-
 NUMBERS = (
     *("effective_rank", "participation_ratio", "token_cosine", "dong_residual", "adjacent_cka"),
     *("adjacent_angle", "branch_share", "massive_activation", "residual_norm", "gradient_norm"),

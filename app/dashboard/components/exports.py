@@ -26,8 +26,6 @@ from depthscope.app.text.venues import VENUES
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE
 
-__all__ = ["measure_table", "plain_frame", "show_exports"]
-
 MIMES = {"pdf": "application/pdf", "svg": "image/svg+xml"}
 
 

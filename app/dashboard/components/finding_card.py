@@ -12,8 +12,6 @@ from depthscope.app.dashboard.state.chosen_runs import open_microscope
 from depthscope.app.text.cards import Card, explanation
 from depthscope.app.text.visible import LONGEST_TEXT, visible
 
-__all__ = ["BADGES", "show_card"]
-
 # A sign and a word with each colour: red and orange alone are the same to some readers.
 BADGES = {"FAIL": ("failure", "red", "✕"), "WARN": ("warning", "orange", "▲"), "INFO": ("note", "blue", "●")}
 """Severity → word, colour, sign."""

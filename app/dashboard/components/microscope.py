@@ -24,18 +24,6 @@ from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 
-__all__ = [
-    "View",
-    "depth_names",
-    "depths_of_connections",
-    "first_pin",
-    "pinned_by_page",
-    "range_of",
-    "show_panels",
-    "show_text",
-    "strips_of",
-]
-
 DEFAULT_STRIPS = (
     "effective_rank",
     "adjacent_angle",

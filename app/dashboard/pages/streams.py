@@ -61,8 +61,6 @@ def _show(chosen: ChosenRuns) -> None:
     selection = choose([figures[name] for name in names], chosen.analyses)
     show_legend(colour_numbers(chosen.analyses))
     cards_in_rows({f"chart_{name}": build(figures[name], chosen.analyses, selection) for name in names})
-    others = ", ".join(kind.title for name, kind in figures.items() if name not in SHOWN)
-    st.caption(f"On the page Compare and export: {escaped(others)}.")
 
 
 def _show_matrices(reading: Reading, close_up: CloseUp, a: int, b: int) -> None:

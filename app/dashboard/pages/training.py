@@ -15,12 +15,11 @@ from depthscope.app.dashboard.components.controls import CONTROLS, choose_group,
 from depthscope.app.dashboard.components.finding_card import BADGES, escaped
 from depthscope.app.dashboard.components.microscope import pinned_by_page
 from depthscope.app.dashboard.components.page import Page
-from depthscope.app.dashboard.state import growing_runs, run_library
+from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.chosen_runs import (
     ChosenRuns,
     a_click_leads_on,
     open_microscope,
-    open_page,
 )
 from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
@@ -47,9 +46,6 @@ MOST_MEASURES = 10
 
 JUDGING_SECONDS = 0.25
 """Of each second, while steps are left to judge."""
-
-MOST_OFFERED = 12
-"""Trainings of a folder that are named where none is chosen."""
 
 LARGEST_STEP = 10**15
 
@@ -121,8 +117,6 @@ def _show(chosen: ChosenRuns) -> None:
             _, group_of = choose_group(readings, "Seeds", "training_by")
     if name != TOGETHER and name not in histories:
         _explain_none(found[name])
-        if not histories:
-            _offer_trainings(chosen)
         return
     if name == TOGETHER and without:
         st.caption(f"Without a history, and not shown: {escaped(', '.join(without))}.")
@@ -158,17 +152,6 @@ def _explain_none(history: TrainingHistory | UnreadableRun) -> None:
         "    ...\n    recorder.step(loss)",
         "python",
     )
-
-
-def _offer_trainings(chosen: ChosenRuns) -> None:
-    """A way to the trainings of the folder, where none is chosen."""
-    others = {name: path for name, path in run_library.list_runs().items() if name not in chosen.readings}
-    recorded = [name for name, path in others.items() if growing_runs.has_history(path)][:MOST_OFFERED]
-    if recorded:
-        st.markdown("Recorded trainings of this folder:")
-        with st.container(horizontal=True):
-            for name in recorded:
-                st.button(escaped(name), key=f"open_{name}", on_click=open_page, args=("training", [name]))
 
 
 def _follow(

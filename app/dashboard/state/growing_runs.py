@@ -110,12 +110,6 @@ def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
     return {name: live_state(each.status()) for name, each in stores.items() if each is not None}
 
 
-def has_history(path: Path) -> bool:
-    """Whether it is a store with two measured steps or more."""
-    store = _current_store(path)
-    return store is not None and store.status().num_rows >= 2
-
-
 def _current_store(path: Path) -> LiveRows | None:
     """The live store of a path as it is now; None where there is none, or none that can be read."""
     with _lock, suppress(schema.SchemaError, OSError):

@@ -106,11 +106,6 @@ class ReadingCache:
         """The value of a key, None where it is not cached; nothing is made, and nobody waited for."""
         return self._kept.get(key, (None,))[0]
 
-    def clear(self) -> None:
-        """Keep nothing."""
-        with self._making:
-            self._kept.clear()
-
 
 # --- analyses by other processes, while a visitor looks at something else
 

@@ -44,7 +44,7 @@ def root(tmp_path, monkeypatch) -> Path:
     root = tmp_path / "root"
     root.mkdir()
     monkeypatch.setattr(run_library, "_roots", [root.resolve()])
-    run_library._cache.clear()
+    run_library._cache._kept.clear()
     return root.resolve()
 
 
@@ -210,7 +210,7 @@ def test_a_run_is_analysed_elsewhere_and_found_here(root, saved, monkeypatch):
     assert isinstance(torn, UnreadableRun)
     assert "cannot be read" in torn.reason
     # Who wants to see a run hears that it is analysed, before all others, until it is there.
-    run_library._cache.clear()
+    run_library._cache._kept.clear()
     os.utime(listed["a"], ns=(0, 10**18))
     waiting = run_library.read_run("a")
     assert isinstance(waiting, UnreadableRun)
