@@ -1,4 +1,4 @@
-"""How does the dashboard start? One server on 127.0.0.1 that shows the named runs and sends nothing out."""
+"""How does the dashboard start, and whom does it answer? One server on 127.0.0.1 that sends nothing out."""
 
 from __future__ import annotations
 

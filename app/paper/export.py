@@ -27,8 +27,7 @@ from depthscope.app.tables.comparison import comparison_table
 from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_parquet
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut, keys_of
-from depthscope.app.text.latex import CITEP, Latex, latex_template
-from depthscope.app.text.venues import Venue, venue_of
+from depthscope.app.text.latex import CITEP, Latex, Venue, latex_template, venue_of
 from depthscope.diagnostics import atomic_writes
 from depthscope.diagnostics.errors import InputError
 

@@ -29,7 +29,7 @@ from depthscope.app.readings.readings import Reading, judged, read_paths, read_r
 from depthscope.app.tables.comparison import summary_table
 from depthscope.app.tables.findings import findings_table
 from depthscope.app.tables.tables import depth_table, mixing_table
-from depthscope.app.text.venues import venue_of
+from depthscope.app.text.latex import venue_of
 from depthscope.diagnostics.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:

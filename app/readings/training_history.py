@@ -1,4 +1,4 @@
-"""What did a training measure, step by step? Its numbers by step, whatever they are read from."""
+"""What did a training measure, step by step, and when did each finding begin? Whatever the numbers are read from."""
 
 from __future__ import annotations
 

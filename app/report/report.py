@@ -108,7 +108,11 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
         bibtex="\n".join(known[key] for key in contents.sources),
         contents=contents,
         mark=Markup(MARK),
-        described=[_description(reading.attrs) for reading in readings],
+        # A run of another tool may lack any of them.
+        described=[
+            [(name, each.attrs[key]) for key, name in _DESCRIBED.items() if each.attrs.get(key) is not None]
+            for each in readings
+        ],
         names=", ".join(reading.name for reading in readings),
         shown=evidence.shown,
         nothing=NOTHING,
@@ -162,11 +166,6 @@ def _svg(styles: _Styles, figure: Figure) -> Markup:
     # A tenth of a point is finer than any screen; matplotlib writes millionths, a third of the file.
     drawing = _PLACES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), _UNTURNED.sub("", drawing))
     return Markup(styles.shared(drawing.replace(" xlink:href=", " href=")))
-
-
-def _description(attrs: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    # A run of another tool may lack any of them.
-    return [(name, attrs[key]) for key, name in _DESCRIBED.items() if attrs.get(key) is not None]
 
 
 def _fact(value: Any) -> str:

@@ -11,9 +11,8 @@ import pandas as pd
 
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import keys_of
-from depthscope.app.text.latex import CITEP, Latex, cite, tex
+from depthscope.app.text.latex import CITEP, VENUES, Latex, Venue, cite, tex
 from depthscope.app.text.numbers import UNDEFINED
-from depthscope.app.text.venues import VENUES, Venue
 from depthscope.app.text.visible import visible
 
 _FORMULA_SIGNS = tuple("=+-@＝＋－＠")  # with the wide forms that spreadsheets of East Asia take too

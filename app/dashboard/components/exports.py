@@ -20,9 +20,8 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.formats import to_csv, to_latex, to_parquet
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut, keys_of
-from depthscope.app.text.latex import cite, tex
+from depthscope.app.text.latex import VENUES, cite, tex
 from depthscope.app.text.numbers import number
-from depthscope.app.text.venues import VENUES
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE
 

@@ -19,8 +19,7 @@ from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES, FigureKind, Heatmap, Lines, Selection
 from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
-from depthscope.app.figures.build.spread import folded, folded_colours
-from depthscope.app.figures.build.values import feeds
+from depthscope.app.figures.build.values import feeds, folded, folded_colours
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import differences

@@ -32,7 +32,7 @@ from depthscope.app.figures.build.history_figure import (
     profile_figure,
     row_names,
 )
-from depthscope.app.figures.build.spread import folded, folded_colours
+from depthscope.app.figures.build.values import folded, folded_colours
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.training_history import Begun, Measure, TrainingHistory

@@ -1,4 +1,4 @@
-"""How are curves drawn on paper? Colour by run, dashes by variant, nulls dashed, limits in grey."""
+"""How are curves and matrices drawn on paper? Colour by run, dashes by variant; cells rasterised when dense."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How is a heat map drawn on a screen? Small enough to send, with round numbers on a logarithmic bar."""
+"""How is a heat map drawn on a screen, and what do all drawings share? Layout, words, round ticks, maps small enough to send."""
 
 from __future__ import annotations
 

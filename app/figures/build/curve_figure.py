@@ -1,4 +1,4 @@
-"""How does one number change across depth, connections or modules? Runs overlaid, with nulls and bands."""
+"""How does a number, or a spectrum, change across depth, connections or modules? Runs overlaid, with nulls and bands."""
 
 from __future__ import annotations
 

@@ -8,8 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from depthscope.app.figures.build.bins import Bins
-from depthscope.app.figures.build.spread import folded
-from depthscope.app.figures.build.values import names_of
+from depthscope.app.figures.build.values import folded, names_of
 from depthscope.app.figures.specification import NOISE_BASELINE, Figure, Heatmap, Line, Lines
 from depthscope.app.readings.training_history import DRIFT, Measure, TrainingHistory
 from depthscope.app.text.visible import LONGEST_NAME, visible
@@ -85,6 +84,7 @@ def history_figure(
         )
     is_log = _is_log(name, values)
     cells = bins.most_unusual(values, log=is_log)
+    known = cells[np.isfinite(cells) & ((cells > 0) | (not is_log))]
     return Heatmap(
         name,
         title,
@@ -94,7 +94,7 @@ def history_figure(
         "step",
         measure.rows,
         "",
-        limits=_limits(cells, is_log),
+        limits=(float(known.min()), float(known.max())) if known.size and known.max() > known.min() else None,
         log_z=is_log,
         y_text=row_names(measure),
         caption=_reduction(bins, "a column is the most unusual of {} steps"),
@@ -185,11 +185,6 @@ def _is_log(name: str, values: np.ndarray) -> bool:
     if not (name == DRIFT or (known is not None and known.scale == "log")):
         return False
     return positive.size > 0 and float(positive.max()) > 3 * float(positive.min())
-
-
-def _limits(cells: np.ndarray, is_log: bool) -> tuple[float, float] | None:
-    known = cells[np.isfinite(cells) & ((cells > 0) | (not is_log))]
-    return (float(known.min()), float(known.max())) if known.size and known.max() > known.min() else None
 
 
 def profile_figure(

@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.spread import aligned, spread_of
-from depthscope.app.figures.build.values import fed, names_of, pick, positions
+from depthscope.app.figures.build.values import aligned, fed, names_of, pick, positions, spread_of
 from depthscope.app.figures.specification import Analyses, Array, Line, Selection, null_label
 from depthscope.app.text.numbers import number, sentence
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE

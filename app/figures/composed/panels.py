@@ -12,8 +12,7 @@ import xarray as xr
 
 from depthscope.app.figures.build.curve_figure import axis_title
 from depthscope.app.figures.build.history_figure import history_figure
-from depthscope.app.figures.build.spread import folded, folded_colours
-from depthscope.app.figures.build.values import fed
+from depthscope.app.figures.build.values import fed, folded, folded_colours
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import Figure, FigureKind, Heatmap, Line, Lines, Selection
 from depthscope.app.readings.readings import Reading

@@ -17,8 +17,8 @@ from depthscope.app.tables.comparison import comparison_table, differences, summ
 from depthscope.app.tables.findings import findings_table
 from depthscope.app.tables.formats import to_latex
 from depthscope.app.tables.tables import depth_table, mixing_table, slug
+from depthscope.app.text.latex import VENUES
 from depthscope.app.text.numbers import number, quantity
-from depthscope.app.text.venues import VENUES
 from depthscope.diagnostics import CATALOGUE, Finding, Severity
 from depthscope.diagnostics.verdicts.declaration import Limits
 

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from depthscope.app.drawing.matplotlib import WIDTHS
-from depthscope.app.text.venues import VENUES, venue_of
+from depthscope.app.text.latex import VENUES, venue_of
 
 # tueplots has no ACL, IEEE or plain article; their sizes are those that the style files state, in their own units.
 STATED = {
