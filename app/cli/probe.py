@@ -194,7 +194,7 @@ def _print_saved(run: xr.DataTree, path: Path, readings: Sequence[Reading], *, j
     say_next(path)
 
 
-def _print_caveats(attrs: Mapping[str, Any]) -> None:
+def _print_caveats(attrs: Mapping[Any, Any]) -> None:
     """What of the network was not proven or not measured, and what is odd about it."""
     if str(attrs.get("proof", "")).startswith("unproven"):
         say(f"  {printable(attrs['proof'])}")

@@ -150,9 +150,7 @@ class CloseUp:
         return [
             # A blank or a line break is a token too.
             visible(
-                text
-                if str(text).strip()
-                else "".join(_BLANKS.get(letter, repr(letter)[1:-1]) for letter in text) or "(empty)",
+                text if str(text).strip() else _blank_signs(str(text)),
                 longest=LONGEST_TOKEN,
             )
             for text in found
@@ -307,6 +305,10 @@ class CloseUp:
         words = f"{what}{self.quoted(sequence)[position]}, position {position} of sequence {sequence}"
         weights = (None if part is None else part[at] for part in (pre, post))
         return Matrix(words, h[at].astype(np.float64), *weights)
+
+
+def _blank_signs(text: str) -> str:
+    return "".join(_BLANKS.get(letter, repr(letter)[1:-1]) for letter in text) or "(empty)"
 
 
 def _ratio(value: float, median: float) -> float:

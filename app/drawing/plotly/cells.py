@@ -1,4 +1,4 @@
-"""How is a heat map drawn on a screen, and what do all drawings share? Layout, words, round ticks, maps small enough to send."""
+"""How is a heat map drawn on a screen, and what do all drawings share? Layout, words, ticks, maps small enough to send."""
 
 from __future__ import annotations
 
