@@ -7,52 +7,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 import pytest
-import xarray as xr
 
 from depthscope.app.dashboard.pages import PAGES
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.text.numbers import number
-from depthscope.diagnostics import analyze, save_run, schema
-from depthscope.diagnostics.schema import COMPLETE
-from tests.app.dashboard.serving import CHART, ROOT, Watch, serving, status, wait_for
-from tests.app.hostile_text import TEXTS, file_names
+from depthscope.diagnostics import schema
+from tests.app.dashboard.conftest import HOSTILE, NAMES
+from tests.app.dashboard.serving import CHART, ROOT, Watch, status, wait_for
 
 pytestmark = pytest.mark.browser
-
-HOSTILE = {
-    case: TEXTS[case]
-    for case in ("url", "markdown_link", "directive", "entities", "arrows", "math", "plotly")
-}
-NAMES = file_names(HOSTILE)
-
-
-@pytest.fixture(scope="module")
-def runs_root(tmp_path_factory, residual_run, mhc_run, make_run) -> Path:
-    """Two runs, and one with an attack in its name and its attributes for each hostile text."""
-    root = tmp_path_factory.mktemp("served")
-    save_run(residual_run, root / "plain.zarr.zip")
-    save_run(mhc_run, root / "mhc.zarr.zip")
-    small = make_run("residual", layers=2, weights=False)
-    names = ["effective_rank", "cka", "residual_norm", "gradient_norm", "num_tokens"]
-    metrics = analyze(small, metrics=names).assign_attrs({COMPLETE: True})
-    for case, name in NAMES.items():
-        run = xr.DataTree.from_dict({"/": xr.Dataset(attrs=small.attrs), "/metrics": metrics})
-        run.attrs |= dict.fromkeys(("model", "commit", "created", "software"), HOSTILE[case])
-        save_run(run, root / "run.zarr.zip")
-        (root / "run.zarr.zip").rename(root / f"{name}.zarr.zip")
-    return root
-
-
-@pytest.fixture(scope="module")
-def address(chromium, runs_root) -> Iterator[str]:
-    with serving(runs_root) as found:
-        yield found
 
 
 def heading(page, words: str) -> None:

@@ -71,24 +71,6 @@ def test_only_what_lies_below_the_roots_is_listed(root, saved):
     assert "not below the paths" in outside.reason
 
 
-def newer(path: Path) -> None:
-    schema.write_zip(xr.DataTree.from_dict({"/": xr.Dataset(attrs={"schema_version": "9.0"})}), path)
-
-
-def foreign(path: Path) -> None:
-    schema.write_zip(xr.DataTree(xr.Dataset({"a": ("x", [1.0])})), path)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "reason"), [(newer, "read it with a newer depthscope"), (foreign, "not a depthscope run")]
-)
-def test_a_run_of_another_kind_says_what_it_is(spoil, reason, root):
-    spoil(root / "bad.zarr.zip")
-    found = read_run("bad")
-    assert isinstance(found, UnreadableRun)
-    assert reason in found.reason
-
-
 def test_a_result_that_appears_beside_a_run_is_shown(saved, root):
     put(saved[".zarr.zip"][0], root / "a.zarr.zip")
     (before,) = read_run("a")

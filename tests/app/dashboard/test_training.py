@@ -171,14 +171,6 @@ def test_a_resumed_training_shows_where_and_forgets_what_it_superseded(store):
     resumed.close()
 
 
-def test_the_map_says_what_is_written(store, make_run):
-    save_run(make_run("residual", layers=2), store.path.parent / "saved.zarr.zip")
-    test = open_page("", [store.path.parent])
-    status = {name: row["status"] for name, row in depth_map(test).items()}
-    assert status["saved"] == ""
-    assert re.fullmatch(r"step 19, \d+ s ago", status["run"])
-
-
 def test_the_microscope_follows_the_last_step(store):
     test = open_page("microscope", [store.path.parent])
     assert "Numbers of step 19" in words(test)

@@ -36,11 +36,6 @@ def test_every_figure_can_be_drawn_from_an_mhc_run_with_every_metric(whole):
     assert list(available({"mhc": whole["mhc"]})) == list(FIGURES)
 
 
-def test_a_residual_run_offers_no_mixing_figure(plain):
-    kinds = available({"plain": plain})
-    assert {kind.question for kind in kinds.values()} == {"collapse", "similarity", "gradients"}
-
-
 def test_every_figure_says_what_it_shows(whole):
     for name in FIGURES:
         figure = FIGURES[name].build(whole)
@@ -87,12 +82,6 @@ def test_the_caption_counts_the_tokens_behind_the_numbers(plain):
     assert f"N = {real} tokens." in pooled.caption
     assert "tokens per sequence" in within.caption
     assert pooled.caption.startswith("Over the tokens of all sequences pooled")
-
-
-def test_a_run_without_streams_is_named_as_missing(both):
-    figure = FIGURES["composite_gain"].build(both)
-    assert {line.group for line in measured(figure)} == {"mhc"}
-    assert "Not measured in plain." in figure.caption
 
 
 def test_composite_gain_shows_both_directions_with_percentiles_and_limits(mixed):
@@ -192,18 +181,6 @@ def test_the_cosine_with_the_depth_before_has_a_band_of_tokens(whole):
     assert "Whiskers: 95 % interval over sequences (n =" in figure.caption
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("mixing_gain", "Changes when the streams are rotated."),
-        ("dong_residual", "Changes when the features are rotated."),
-        ("residual_norm", "Changes when the streams are rotated."),
-    ],
-)
-def test_what_depends_on_a_basis_says_so(name, words, mixed):
-    assert words in FIGURES[name].build({"mhc": mixed}).caption
-
-
 def test_latex_can_set_every_sign_of_a_figure(whole):
     for name in FIGURES:
         figure = FIGURES[name].build(whole, **({"scope": "data"} if "scope" in FIGURES[name].uses else {}))
@@ -229,14 +206,6 @@ def test_a_spectrum_is_the_analysis_at_the_chosen_depths(whole):
     assert figure.log_x
     assert figure.log_y
     assert figure.sources == ("marchenko1967distribution",)
-
-
-def test_runs_of_different_depth_show_their_own_depths(whole):
-    lines = measured(FIGURES["spectrum"].build(whole))
-    assert [line.label for line in lines if line.group == "mhc"] == [
-        f"mhc · depth {d}" for d in (0, 2, 4, 6, 8)
-    ]
-    assert [line.label for line in lines if line.group == "plain"][-1] == "plain · depth 4"
 
 
 def test_what_float32_cannot_tell_from_zero_is_not_drawn():

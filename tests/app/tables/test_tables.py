@@ -18,7 +18,7 @@ from depthscope.app.tables.findings import findings_table
 from depthscope.app.tables.formats import to_latex
 from depthscope.app.tables.tables import depth_table, mixing_table, slug
 from depthscope.app.text.latex import VENUES
-from depthscope.app.text.numbers import number, quantity
+from depthscope.app.text.numbers import number
 from depthscope.diagnostics import CATALOGUE, Finding, Severity
 from depthscope.diagnostics.verdicts.declaration import Limits
 
@@ -58,13 +58,6 @@ FINDING = Finding(
 )
 def test_numbers_have_three_digits(value, said):
     assert number(value) == said
-
-
-def test_error_sets_the_last_place():
-    assert quantity(12.3456, 0.1234, 31.0) == "12.35 ± 0.12 (baseline 31.0)"
-    assert quantity(0.001234, 0.00056) == "0.00123 ± 0.00056"
-    assert quantity(12.3) == "12.3"
-    assert quantity(math.nan, 1.0, 2.0) == "–"
 
 
 def test_depth_table_holds_the_analysis(readings):
@@ -232,21 +225,3 @@ def test_intervals_name_their_runs_where_they_differ(make_run):
     caption = FIGURES["effective_rank"].build({each.name: each.analysis for each in several}).caption
     assert "Shaded of many: 95 % interval over sequences (n = 6)." in caption
     assert "Shaded of few: 95 % interval over sequences (n = 3)." in caption
-
-
-@pytest.mark.parametrize(
-    ("numbers", "said"),
-    [
-        ((9.9996,), "10.0"),
-        ((0.99996,), "1.00"),
-        ((1.234, 9.995), "1 ± 10"),
-        ((1.234, 0.0996), "1.23 ± 0.10"),
-        ((-0.0001, 0.4), "0.00 ± 0.40"),
-        ((3.0, 1e-12), "3.00 ± 1e-12"),
-        ((np.inf, 0.1), "∞ ± 0.10"),
-        ((2.0, 0.0), "2.00"),
-        ((np.nan, 0.1), "–"),
-    ],
-)
-def test_digits_are_those_of_the_rounded_number(numbers, said):
-    assert quantity(*numbers) == said

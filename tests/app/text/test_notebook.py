@@ -40,12 +40,6 @@ def test_no_finding_says_so(formatter):
     assert repr(Findings()) == "nothing found"
 
 
-def test_findings_print_one_line_each(mhc_run):
-    findings = judge(analyze(mhc_run))
-    assert repr(findings).count("\n") == len(findings) - 1
-    assert isinstance(findings, list)
-
-
 def test_without_ipython_nothing_is_imported_for_it():
     code = "import sys, depthscope; assert 'markupsafe' not in sys.modules and 'IPython' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
