@@ -285,20 +285,33 @@ UNDEFINED_BLOCK = "·"
 MOST_BLOCKS = 28
 """Of a curve; a longer one has the worst number of each part."""
 
+ROUNDING = 1e-12
+"""Of a number near 1, in float64 after some sums."""
+
 DECADES = 1.5
 """From so many powers of ten on the curve is drawn over logarithms: a gain of 1000 would hide all others."""
 
 
+def _judged(finding: Finding) -> tuple[np.ndarray, float, bool, str]:
+    """The numbers that were judged, their limit, whether those above are worse, and words before them."""
+    values = np.asarray(finding.profile, dtype=np.float64)
+    known = values[np.isfinite(values)]
+    # Cosines and similarities may all read 1.00: what differs is their distance from 1, unless that is rounding.
+    far = np.abs(1.0 - known).max(initial=0.0) > ROUNDING
+    if far and {number(float(each)) for each in known} == {number(1.0)}:
+        return 1.0 - values, 1.0 - finding.threshold, not finding.above, "1 − x from "
+    return values, finding.threshold, finding.above, ""
+
+
 def curve_words(finding: Finding) -> str:
     """What the curve of a finding shows, for those who do not see it; empty where the verdict judged a single number."""
-    values = np.asarray(finding.profile, dtype=np.float64)
+    values, limit, above, of = _judged(finding)
     known = values[np.isfinite(values)]
     if len(known) < 2:
         return ""
     low, high = number(float(known.min())), number(float(known.max()))
-    reach = f"{low} throughout" if low == high else f"{low} to {high}"
-    side = "above" if finding.above else "below"
-    words = f"{finding.axis} 0–{len(values) - 1}: {reach}, worse {side} {short_number(finding.threshold)}"
+    reach = f"{of}{low} to {high}" if low != high else f"{of.removesuffix(' from ')} {low} throughout".strip()
+    words = f"{finding.axis} 0–{len(values) - 1}: {reach}, worse {'above' if above else 'below'} {short_number(limit)}"
     return f"{words}; {len(values) - len(known)} undefined" if len(known) < len(values) else words
 
 
@@ -307,12 +320,12 @@ def curve_blocks(finding: Finding) -> str:
 
     Returns: At most `MOST_BLOCKS` characters; empty where the verdict judged a single number, or one that is repeated.
     """
-    values = np.asarray(finding.profile, dtype=np.float64)
+    values, _, above, _ = _judged(finding)
     values = np.where(np.isfinite(values), values, np.nan)
     if len({number(float(value)) for value in values[np.isfinite(values)]}) < 2:
         return ""
     if len(values) > MOST_BLOCKS:  # of each part the worst, so that a single peak is not lost
-        worst = np.fmax.reduce if finding.above else np.fmin.reduce
+        worst = np.fmax.reduce if above else np.fmin.reduce
         values = np.array([worst(part) for part in np.array_split(values, MOST_BLOCKS)])
     known = values[np.isfinite(values)]
     # A zero among positive numbers has no logarithm: the scale stays linear.

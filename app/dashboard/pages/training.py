@@ -374,7 +374,7 @@ def _show_step(histories: Mapping[str, TrainingHistory], shown: Shown) -> None:
         for run, history in histories.items()
         for at in (_position_of(history.steps, step) for step in steps)
     }
-    _show_numbers(curves, shown)
+    _show_numbers(curves, shown, several=several)
     for name in shown.measures:
         having = {label: curve for label, curve in curves.items() if name in curve[0].measures}
         if shown.known[name].rows:
@@ -382,11 +382,11 @@ def _show_step(histories: Mapping[str, TrainingHistory], shown: Shown) -> None:
             card(folded(figure, shown.group_of), key=f"training_{name}", height=210)
 
 
-def _show_numbers(curves: Mapping[str, tuple[TrainingHistory, int]], shown: Shown) -> None:
+def _show_numbers(curves: Mapping[str, tuple[TrainingHistory, int]], shown: Shown, *, several: bool) -> None:
     """One row for each run at its own step that is nearest, or for each step of a single one."""
     names = [name for name in shown.measures if not shown.known[name].rows]
     rows = {
-        escaped(label): {"step": _spaced(history.steps[at])}
+        escaped(label): ({"step": _spaced(history.steps[at])} if several else {})
         | {
             escaped(measure_title(history.measures[name])): number(
                 float(history.values(name, shown.choice)[at]), digits=4

@@ -124,7 +124,7 @@ def _measured(family, run, seed):
     return judged(name, {"family": family}, analysis, chain="", path="", results={})
 
 
-def test_groups_are_means_with_bands_and_marks(make_run):
+def test_groups_are_means_with_bands(make_run):
     readings = [
         _measured(family, make_run(family, layers=2, seed=seed), seed)
         for family in ("hc", "mhc")
@@ -139,9 +139,6 @@ def test_groups_are_means_with_bands_and_marks(make_run):
     np.testing.assert_allclose(line.y, values.mean(axis=0))
     half = 3.182446 * values.std(axis=0, ddof=1) / 2  # Student's t with 3 degrees
     np.testing.assert_allclose(line.error, half, rtol=1e-6, atol=1e-15)
-    # HC's streams drift apart and mHC's do not; at the embedding both are copies.
-    assert panel.differs
-    assert min(first for first, _ in panel.differs) > 0
     with pytest.raises(ValueError, match="has no attribute 'colour'"):
         compose("collapse", readings, by="colour")
 

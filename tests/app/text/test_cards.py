@@ -158,6 +158,9 @@ def test_blocks_rise_with_the_numbers_and_keep_gaps_and_the_worst_one():
     assert curve_blocks(judged([0.0, NAN, 1.0])) == "▁·█"
     assert curve_blocks(judged([1.0, 10.0, 100.0])) == "▁▅█"
     assert curve_blocks(judged([1.0, 1.0 - 1e-16, 1.0])) == ""
+    alike = judged([1.0 - 1e-6, 1.0 - 4e-5, 1.0 - 2e-6], threshold=0.99)
+    assert curve_words(alike) == "depth 0–2: 1 − x from 1e-6 to 4e-5, worse below 0.01"
+    assert max(curve_blocks(alike)) == curve_blocks(alike)[1] > curve_blocks(alike)[0]
     values = np.zeros(5000)
     values[3333] = 7.0
     blocks = curve_blocks(judged(values))
