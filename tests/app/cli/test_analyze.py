@@ -115,12 +115,3 @@ def test_errors_of_pooled_metrics_are_a_choice(unmeasured, tmp_path, capsys):
     assert "cka_stderr" in schema.open_run(out)["metrics"]
     assert main([*asked, "--force"]) == FINE
     assert "cka_stderr" not in schema.open_run(out)["metrics"]
-
-
-def test_partial_metrics_in_a_run_are_not_taken_for_all(unmeasured, tmp_path, capsys):
-    path = schema.save_run(schema.open_run(unmeasured / "hc.zarr.zip"), tmp_path / "h.zarr.zip")
-    assert main(["analyze", str(path), "--metrics", "effective_rank"]) == FINE
-    capsys.readouterr()
-    other = str(unmeasured / "hc.zarr.zip")
-    assert main(["compare", str(path), other, "--metrics", "composite_gain", "--json"]) == FINE
-    assert json.loads(capsys.readouterr().out)["aligned"][0]["metric"] == "composite_gain"

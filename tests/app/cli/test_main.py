@@ -140,15 +140,6 @@ def test_missing_module_of_no_extra_is_our_fault(monkeypatch, saved, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_interrupt_is_130(monkeypatch, saved, capsys):
-    def interrupted(paths, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("depthscope.app.dashboard.server.launch", interrupted)
-    assert main(["dashboard", str(saved)]) == INTERRUPTED
-    assert "interrupted" in capsys.readouterr().err
-
-
 def test_dashboard_hands_its_arguments_on(monkeypatch, saved):
     seen = {}
     monkeypatch.setattr(

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from depthscope.app.drawing.plotly import PALETTE, shrink, to_plotly
+from depthscope.app.drawing.plotly import shrink, to_plotly
 from depthscope.app.drawing.plotly.cells import log_ticks
 from depthscope.app.figures import FIGURES, Heatmap, Line, Lines
 from depthscope.diagnostics import analyze
@@ -38,14 +38,6 @@ def test_the_browser_gets_the_numbers_of_the_figure(whole):
             assert len(sent) == len(figure.lines)
             for values, line in zip(sent, figure.lines, strict=True):
                 np.testing.assert_array_equal(values, line.y)
-
-
-def test_a_run_keeps_its_colour_where_another_run_is_missing(both):
-    everywhere = curves(to_plotly(FIGURES["residual_norm"].build(both)))
-    mixing = curves(to_plotly(FIGURES["deflated_gain"].build(both)))
-    (norm,) = (trace for trace in everywhere if trace.name == "mhc")
-    assert mixing[0].name == "mhc"
-    assert norm.line.color == mixing[0].line.color == PALETTE[1]
 
 
 def test_a_null_is_dashed_in_the_colour_of_its_run(both):

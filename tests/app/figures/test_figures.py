@@ -1,8 +1,5 @@
 """Does a figure hold the analysis' own numbers, and say in words how they were measured?"""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import xarray as xr
@@ -155,15 +152,6 @@ def test_an_unknown_selection_is_refused(choice, message):
 def test_a_heat_map_of_a_run_that_cannot_feed_it_is_refused(both):
     with pytest.raises(ValueError, match="'plain' has no depth_kernel; mhc can feed depth_kernel"):
         FIGURES["depth_kernel"].build(both, run="plain")
-
-
-def test_the_register_needs_no_renderer_and_no_torch():
-    code = (
-        "import sys, depthscope.app.figures; "
-        "print(sorted({'plotly', 'matplotlib', 'streamlit', 'torch'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 # --- bands, errors, words

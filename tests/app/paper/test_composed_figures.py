@@ -159,19 +159,6 @@ def test_training_has_steps_and_marks(make_run):
     assert (10.0, 1.0) in marked
 
 
-def test_a_run_that_is_not_finite_is_drawn_as_far_as_it_goes(make_run):
-    run = make_run("mhc", layers=2).copy(deep=True)
-    trace = run["trace"].to_dataset().load()
-    trace["residual"].values[3:] = np.nan
-    from depthscope.diagnostics import schema
-
-    broken = schema.create_run(trace, attrs=run.attrs)
-    readings = read_runs({"broken": broken})
-    for name in QUESTIONS:
-        figure = compose(name, readings, runs={"broken": broken})
-        assert figure.panels or figure.left_out
-
-
 def test_bytes_are_the_same_again(readings, tmp_path):
     figure = compose("gains", readings)
     for name in ("a", "b"):

@@ -79,12 +79,6 @@ def test_findings_provenance_and_sources_are_there(page):
 
 
 @pytest.mark.usefixtures("few_figures")
-def test_the_same_runs_give_the_same_page(make_run):
-    readings = read_runs({"plain": make_run("residual", layers=2)})
-    assert to_html(readings) == to_html(readings)
-
-
-@pytest.mark.usefixtures("few_figures")
 def test_written_whole_or_not_at_all(make_run, tmp_path, monkeypatch):
     runs = {"plain": make_run("residual", layers=2)}
     path = write_report(runs, tmp_path / "deep" / "report.html")
