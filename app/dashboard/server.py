@@ -104,7 +104,8 @@ def free_port(port: int | None = None) -> int:
     wanted = (port,) if port else range(FIRST_PORT, FIRST_PORT + TRIED_PORTS)
     free = next(filter(_is_free, wanted), None)
     if free is None:
-        raise InputError(f"no free port from {wanted[0]} to {wanted[-1]}; name another one with --port")
+        taken = f"port {port} is taken" if port else f"no port from {wanted[0]} to {wanted[-1]} is free"
+        raise InputError(f"{taken}; name another one with --port")
     return free
 
 
