@@ -30,7 +30,7 @@ PAGE_NAMES = [page.url_path for page in PAGES]
 
 @pytest.mark.parametrize("page", PAGE_NAMES)
 def test_every_page_opens_on_runs_of_any_kind(page, opened):
-    for names in (["plain"], ["plain", "mhc", "blind"], ["nan", "padding"], ["padding"]):
+    for names in (["plain", "mhc", "blind"], ["nan", "padding"], ["padding"]):
         test = opened(page, runs=names)
         assert not test.error, (names, test.error)
         assert charts(test) or parts(test, "map") or test.info, names
