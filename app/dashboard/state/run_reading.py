@@ -174,7 +174,8 @@ class Analyses:
         return job.reason if job is not None and job.version == version else None
 
     def stop(self) -> None:
-        """End all analyses: the server ends."""
+        """End all analyses: the server ends, and it is no news that they did."""
+        logging.getLogger(__name__).disabled = True
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in multiprocessing.active_children():
             process.terminate()
