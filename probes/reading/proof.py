@@ -17,6 +17,7 @@ from depthscope.probes.reading.graph import Graph, TracedValue, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import (
     JOINS,
+    PRODUCTS,
     addends,
     is_unknown,
     named,
@@ -218,6 +219,18 @@ def why_not_apart(memory: Memory, cuts: Sequence[Cut], known: Set[int]) -> str:
                 where = graph.path(graph.values[before]) or "the model"
                 return f"what {where} makes is computed on beside the states: it passes state {max(passed)}, and is none"
             beside[number] = max(beside[number], far + bool(passed))
+    return ""
+
+
+def why_not_ended(memory: Memory, branches: Sequence[Branch]) -> str:
+    """A branch that is said to end before it does: what scales its output alone is computed from that, as a norm is."""
+    graph = memory.graph
+    for branch in branches:
+        way = [graph.values[number] for number in branch.way()]
+        for before, after in pairwise(way):
+            by = [of for of in after.parents if of is not before] if after.numel == way[0].numel else []
+            if after.name in PRODUCTS and any(graph.depends(of, way[0]) for of in by):
+                return f"what {graph.path(way[0]) or 'a branch'} gives is scaled by what is computed from it"
     return ""
 
 

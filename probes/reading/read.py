@@ -34,6 +34,7 @@ from depthscope.probes.reading.proof import (
     recomputed_depth,
     tolerance,
     why_not_apart,
+    why_not_ended,
     why_not_in_order,
 )
 from depthscope.probes.reading.states import States
@@ -299,9 +300,11 @@ class _Reader:
         carried += [value for value in scaled if not only_moves(value)]
         allowed = tolerance(carried)
         why = why_not_in_order(self.graph, cuts) or coverage.why_incomplete()
-        why = why or (
-            self._other_end(cuts) if over_depth else why_not_apart(self.memory, cuts, coverage.of_others)
-        )
+        if over_depth:
+            why = why or self._other_end(cuts)
+        else:
+            why = why or why_not_apart(self.memory, cuts, coverage.of_others)
+            why = why or why_not_ended(self.memory, self.branches)
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
