@@ -49,14 +49,7 @@ MayJoin = Callable[[TracedValue, Numbers], bool]
 class Rules:
     """The rules of one forward for one memory."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        carried: Carried,
-        *,
-        functions: bool,
-        may_join: MayJoin,
-    ):
+    def __init__(self, graph: Graph, carried: Carried, *, functions: bool, may_join: MayJoin):
         self._graph, self._carried = graph, carried
         self._functions, self._may_join = functions, may_join
 

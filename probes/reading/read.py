@@ -441,11 +441,7 @@ class _Reader:
         pairs = list(pairwise(parts.states))
         connections = [
             self._depth_connection(
-                number,
-                (pair[0] if number or first in parts.states else first, *pair),
-                parts,
-                error,
-                by_read,
+                number, (pair[0] if number or first in parts.states else first, *pair), parts, error, by_read
             )
             for number, pair in enumerate(pairs)
         ]
