@@ -220,8 +220,8 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
                 v for read, v in plain.leaves if v.name in NORMS and not v.item and plain.is_whole(read)
             )
             roots += [of for of in normed if of not in roots][:2]
-    for start in (*(start_with_streams(*of) for of in folded_beginnings(graph)), *_with_streams(found)):
-        memory = without_forks(graph, start)
+    for of in folded_beginnings(graph):
+        memory = without_forks(graph, start_with_streams(*of))
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
@@ -251,24 +251,6 @@ def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:
 def _larger(both: Sequence[Ranked]) -> Ranked:
     """The one without functions, unless more of the weights work on the other."""
     return both[_size(both[-1].used) > 1.05 * _size(both[0].used)]
-
-
-def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
-    """Memories whose first value has streams along one of its axes, where a plain one ends at what may mix them."""
-    roots = dict.fromkeys(
-        of.memory.root for of in ranked if any(_may_mix(of.memory, taker) for _, taker in of.memory.leaves)
-    )
-    axes = [(root, axis) for root in roots if len(root.shape) > 3 for axis in range(len(root.shape) - 1)]
-    return [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
-
-
-def _may_mix(memory: Memory, of: TracedValue) -> bool:
-    """Whether an operation adds up different elements of a memory by something else than a layer."""
-    if of.name in MATRICES:
-        return not any(
-            p.of_parameter and min(p.shape[-2:]) > MOST_STREAMS for p in of.parents if len(p.shape) > 1
-        )
-    return of.name in REDUCES or (of.name in SUMS and sum(map(memory.holds, of.parents)) > 1)
 
 
 def _is_spread(memory: Memory, value: TracedValue) -> bool:

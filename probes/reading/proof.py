@@ -305,7 +305,7 @@ class WeightCoverage:
                 f"{self.graph.path(value) or 'the model'} adds a branch before the first state that was found"
             )
         end = max(value.number for value in self.last) + 1
-        later = (n for n in range(end, len(self._head)) if self._is_of_no_other(self.graph.values[n]))
+        later = range(end, len(self._head))
         if (value := self._residual_sum(later, self._head, after=self.last[-1])) is not None:
             return (
                 f"{self.graph.path(value) or 'the model'} adds a branch after the last state that was found"
@@ -313,10 +313,6 @@ class WeightCoverage:
         return (
             self._hidden_branches() or self._parts_put_next() or self._unread_writes() or self._unknown_sum()
         )
-
-    def _is_of_no_other(self, value: TracedValue) -> bool:
-        """Whether a value is made of no other memory's, as the sum of two tracks is."""
-        return not any(p.number in self.of_others for p in value.parents)
 
     def _residual_sum(
         self, numbers: Iterable[int], marks: bytearray, after: TracedValue | None = None
