@@ -220,8 +220,8 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
                 v for read, v in plain.leaves if v.name in NORMS and not v.item and plain.is_whole(read)
             )
             roots += [of for of in normed if of not in roots][:2]
-    for of in folded_beginnings(graph):
-        memory = without_forks(graph, start_with_streams(*of))
+    for begin in folded_beginnings(graph):
+        memory = without_forks(graph, start_with_streams(*begin))
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
