@@ -14,12 +14,7 @@ import torch
 
 from depthscope.probes.connections.coefficient_values import CoefficientValues
 from depthscope.probes.connections.proof import SAME, per_token
-from depthscope.probes.reading.graph import (
-    INPUT,
-    TracedValue,
-    ValuePlace,
-    names,
-)
+from depthscope.probes.reading.graph import INPUT, TracedValue, ValuePlace, names
 from depthscope.probes.reading.operations import MATRICES, MOVES
 
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic

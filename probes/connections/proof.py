@@ -251,12 +251,7 @@ def _require_proof(evidence: Evidence, limit: float) -> None:
 
 # Up to which error a sum counts as 1, by the precision in which the model computes: some roundings of its last digit.
 # Connections compute their weights in float32 where the states are float64.
-SUM_TOLERANCE = {
-    torch.float64: 1e-5,
-    torch.float32: 1e-5,
-    torch.float16: 3e-3,
-    torch.bfloat16: 2e-2,
-}
+SUM_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 NOTHING_MIXES = "identity: nothing mixes"
 """The constraint of connections that have no matrix."""

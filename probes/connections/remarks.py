@@ -433,12 +433,4 @@ def _one_hot_writes(facts: Sequence[Facts]) -> bool:
     return True
 
 
-RULES: tuple[Rule, ...] = (
-    discarded,
-    transposed,
-    all_ones,
-    passing,
-    unlearnable,
-    swapped,
-    other_input,
-)
+RULES: tuple[Rule, ...] = (discarded, transposed, all_ones, passing, unlearnable, swapped, other_input)

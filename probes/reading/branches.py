@@ -40,9 +40,7 @@ class Branch:
     # On the ways from the source to the writes: the value that each step moves or scales, by the step's number.
     steps: dict[int, TracedValue] = field(default_factory=dict)
     reads_before_norms: list[TracedValue] = field(default_factory=list)  # of the whole ones
-    numbers: dict[int, Numbers] = field(
-        default_factory=dict
-    )  # of the memory's elements, by the values of these ways
+    numbers: dict[int, Numbers] = field(default_factory=dict)  # of elements, by the values of these ways
 
     def way(self) -> tuple[int, ...]:
         """The numbers of its source, and of what is moved or scaled of it up to what is added."""
@@ -76,6 +74,7 @@ def _found_branches(memory: Memory) -> list[Branch]:
 def _note_branch(
     memory: Memory, found: dict[int, Branch], write: TracedValue, addend: TracedValue, gates: set[int]
 ) -> None:
+    """Note that a sum adds something, which is moved or scaled from what a branch gives."""
     numbers = _way(memory, write, addend, gates)
     way = [memory.graph.values[number] for number in numbers] or [addend]
     branch = found.get(way[-1].number)
@@ -91,9 +90,7 @@ def _note_branch(
         branch.before = branch.read.number + 0.5 * is_state
     branch.writes.append(write)
     for number, new in numbers.items():
-        known = branch.numbers.get(
-            number
-        )  # of other features, where each part of the output is added by itself
+        known = branch.numbers.get(number)  # of other features, where each part is added by itself
         branch.numbers[number] = (known and known.agreed(new)) or new
     branch.steps |= {after.number: before for after, before in pairwise(way)}
 
@@ -115,9 +112,6 @@ def with_own_gates(memory: Memory, branches: list[Branch], stride: int) -> bool:
             if _is_gated(branch, of, memory.graph.values[after], stride)
         }
         at = max((at for at, value in enumerate(way) if value.number in gated.keys() - ends), default=0)
-        # Reads with weights of each feature over depth differ between readers: no branch has them as its own.
-        if gated.keys() - ends - {value.number for value in way[: at + 1]}:
-            return False
         if at and set(_reads(memory, way[at])) == set(branch.reads):
             own.append((branch, way, at))
     for branch, way, at in own:
@@ -257,12 +251,10 @@ def _without_new_axes(numbers: Numbers, shape: tuple[int, ...]) -> Numbers | Non
 
 
 def _inverted(mine: np.ndarray, target: np.ndarray, source: TracedValue) -> Numbers | None:
-    known = mine >= 0
     found = np.full(source.numel, NOTHING, dtype=np.int64)
-    found[mine[known]] = target[known]
-    if (found[mine[known]] != target[known]).any():  # one element is added to several tokens or features
-        return None
-    return Numbers.of(found.reshape(source.shape))
+    found[mine[mine >= 0]] = target[mine >= 0]
+    is_spread = (found[mine[mine >= 0]] != target[mine >= 0]).any()  # over several tokens or features
+    return None if is_spread else Numbers.of(found.reshape(source.shape))
 
 
 def _before(
@@ -278,23 +270,18 @@ def _before_mixing(
     value: TracedValue, numbers: Numbers
 ) -> tuple[TracedValue | None, TracedValue | None, Numbers | None]:
     """The value whose streams a small matrix spreads over those of the memory, that matrix, and the value's numbers."""
-    nothing = None, None, None
+    rank, pairs = len(value.shape), []
     if mixes_channels(value) and value.args[1].shape[1] <= MOST_STREAMS:
-        one = numbers.collapsed([1])
-        back, kernel = value.args[:2]
-        return (back, kernel, one.expand(back.shape)) if one is not None else nothing
-    if value.name not in ("mm", "bmm", "matmul"):
-        return nothing
-    a, b = factors(value)
-    if len(a.shape) < 2 or len(b.shape) < 2 or a.shape[-1] > MOST_STREAMS:
-        return nothing
-    rank = len(value.shape)
-    found = []
-    for back, by, axis in ((b, a, rank - 2), (a, b, rank - 1)):
-        one = numbers.collapsed([axis])
-        if one is not None and len(back.shape) == rank:
-            found.append((back, by, one.expand(back.shape)))
-    return max(found, key=lambda of: of[0].numel) if found else nothing
+        pairs = [(*value.args[:2], 1)]
+    elif value.name in ("mm", "bmm", "matmul"):
+        a, b = factors(value)
+        pairs = [(b, a, rank - 2), (a, b, rank - 1)] if a.shape[-1] <= MOST_STREAMS else []
+    found = [
+        (back, by, one.expand(back.shape))
+        for back, by, axis in pairs
+        if len(back.shape) == rank and (one := numbers.collapsed([axis])) is not None
+    ]
+    return max(found, key=lambda of: of[0].numel) if found else (None, None, None)
 
 
 def _scaled(
@@ -306,16 +293,14 @@ def _scaled(
     depending = [v for v in both if memory.graph.depends(v, memory.root)]
     a, b = both
     if a.numel != b.numel:
-        back, coefficient = (a, b) if a.numel > b.numel else (b, a)
+        back = a if a.numel > b.numel else b
     elif len(depending) == 1:
         back = depending[0]
-        coefficient = b if back is a else a
+    elif len(gating := [v for v in both if v.number in gates]) == 1:
+        back = b if gating[0] is a else a
     else:
-        gating = [v for v in both if v.number in gates]
-        if len(gating) != 1:
-            return None, None
-        coefficient = gating[0]
-        back = b if coefficient is a else a
+        return None, None
+    coefficient = b if back is a else a
     # What a dropout leaves, which draws each element by itself, is the branch's own output where that is written to streams.
     drawn = (
         coefficient.numel == value.numel
@@ -343,10 +328,8 @@ def hidden_sums(memory: Memory, branches: list[Branch]) -> dict[int, Numbers]:
         while waiting:
             value = waiting.pop()
             parts = [v for v in addends(value) if depends(v, memory.root) and v.shape == value.shape]
-            if value.name not in ("add", "sub") or len(parts) < 2:
-                continue
-            for part in parts:
+            for part in parts if value.name in ("add", "sub") and len(parts) > 1 else ():
                 if not any(other is not part and depends(part, other) for other in parts):
                     found[part.number] = branch.numbers[branch.source.number]
                     waiting.append(part)
-    return {number: of for number, of in found.items() if number not in memory.carried}
+    return found

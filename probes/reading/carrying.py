@@ -49,14 +49,7 @@ MayJoin = Callable[[TracedValue, Numbers], bool]
 class Rules:
     """The rules of one forward for one memory."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        carried: Carried,
-        *,
-        functions: bool,
-        may_join: MayJoin,
-    ):
+    def __init__(self, graph: Graph, carried: Carried, *, functions: bool, may_join: MayJoin):
         self._graph, self._carried = graph, carried
         self._functions, self._may_join = functions, may_join
 
@@ -83,7 +76,7 @@ class Rules:
 
     def _move(self, value: TracedValue) -> Numbers | None:
         own = self._of(value.args[0])
-        if own is None or len(self._inside(value)) > 1:
+        if own is None:
             return None
         if value.name in VIEWS:
             return own.reshape(value.shape)
@@ -99,7 +92,7 @@ class Rules:
 
     def _sum(self, value: TracedValue) -> Numbers | None:
         carriers = [v for v in dict.fromkeys(addends(value)) if v.number in self._carried]
-        if not carriers or len(carriers) < len(self._inside(value)):
+        if len(carriers) < len(self._inside(value)):
             return None  # a condition, a weight or a factor comes from the memory itself
         if any(self._is_filled(value, carrier) for carrier in carriers):
             return None  # what is added lies where the memory holds nothing, as in channels that were padded: another begins
@@ -127,9 +120,8 @@ class Rules:
         carriers = [f for f in factors(value) if self._of(f) is not None]
         if len(carriers) != 1 or len(self._inside(value)) != 1 or value.kwargs.get("rounding_mode"):
             return None
-        if spreads(value, carriers[0]):  # features of each number: a layer
-            return None
-        return self._carried[carriers[0].number].expand(value.shape)
+        is_layer = spreads(value, carriers[0])  # features of each number
+        return None if is_layer else self._carried[carriers[0].number].expand(value.shape)
 
     def _mixed(self, value: TracedValue) -> Numbers | None:
         """Streams may be mixed, or put into another order; tokens and features may not."""
@@ -206,18 +198,14 @@ class Rules:
             own = self._of(value.args[1])
             return None if own is None else own.expand(value.shape)
         base, source = (value.args[at] for at in SCATTERS[value.name])
-        if any(v is not base and v is not source for v in self._inside(value)):
-            return None
         under, given = self._of(base), self._of(source)
         if given is None:
             return under
         beneath = under.dense() if under is not None else np.full(value.shape, NOTHING)
         put = self._put(value, source, beneath, given.dense())
         adds = value.name in ADDING or (len(value.args) > 3 and value.name == "index_put" and value.args[3])
-        if not adds:
-            return Numbers.of(put)
         found, old = Numbers.of(put), Numbers.of(beneath)
-        return found if old is None or found is None else old.agreed(found)
+        return found if not adds or old is None or found is None else old.agreed(found)
 
     def _put(
         self, value: TracedValue, source: TracedValue, beneath: np.ndarray, given: np.ndarray
@@ -256,9 +244,8 @@ def _part(own: Numbers, value: TracedValue) -> Numbers:
 def transposed(own: Numbers, value: TracedValue) -> Numbers:
     """The numbers with two axes exchanged, which is its own inverse."""
     dims = list(range(len(own.shape)))
-    a, b = (0, 1) if value.name == "t" else value.args[1:3]
-    if len(dims) > 1:
-        dims[a], dims[b] = dims[b], dims[a]
+    a, b = (0, -1) if value.name == "t" else value.args[1:3]
+    dims[a], dims[b] = dims[b], dims[a]
     return own.permute(dims)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import numpy as np
 
@@ -98,10 +97,7 @@ def memories(graph: Graph) -> list[Memory]:
     taken: list[Taken] = [(memory, branches_of(memory)) for memory in parts]
     _take(graph, taken, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
-        if not any(
-            memory.holds(root) or (graph.depends(root, memory.root) and graph.depends(memory.end, root))
-            for memory, _ in taken
-        ):
+        if not any(memory.holds(root) for memory, _ in taken):
             _take(graph, taken, _with_shares([_larger(_of_root(graph, root))], everything))
     return [memory for memory, _ in taken]
 
@@ -146,9 +142,7 @@ def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
 def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
     """Whether all that is added to one of two memories lies inside of a branch of the other one."""
     for (inner, _), (outer, branches) in ((one, other), (other, one)):
-        if not (writes := inner.writes.keys() & inner.trunk):
-            continue  # its sums alone are on the way to its end, as where all are products of joined values
-        first = graph.values[min(writes)]
+        first = graph.values[min(inner.writes.keys() & inner.trunk, default=inner.root.number)]
         if graph.depends(first, outer.root) and any(
             graph.depends(b.source, inner.end) and graph.depends(first, b.read) for b in branches
         ):
@@ -172,15 +166,10 @@ def _after_first_norm(memory: Memory) -> Memory:
 def _with_hidden_sums(memory: Memory) -> Memory:
     """The memory followed again, where sums that begin anew hide branches from it."""
     for _ in range(4):
-        seeds = memory.start.seeds
-        found = hidden_sums(memory, branches_of(memory))
-        new = {number: numbers for number, numbers in found.items() if number not in seeds}
-        if not new:
+        seeds, found = memory.start.seeds, hidden_sums(memory, branches_of(memory))
+        if found.keys() <= seeds.keys():
             break
-        again = without_forks(memory.graph, replace(memory.start, seeds={**seeds, **new}))
-        if not new.keys() & again.trunk:
-            break
-        memory = again
+        memory = without_forks(memory.graph, replace(memory.start, seeds={**seeds, **found}))
     return memory
 
 
@@ -204,9 +193,7 @@ def _with_empty_streams(memory: Memory) -> Memory:
         later = (graph.values[n] for n in sorted(memory.trunk) if n >= min(writes, default=0))
         if any(memory.carried[of.number].count < of.numel for of in later if of.shape == value.shape):
             return memory  # a history, of which each block fills one more place
-        wide = without_forks(graph, start_with_streams(value, axes[0]))
-        if wide.num_writes >= memory.num_writes:
-            return wide
+        return without_forks(graph, start_with_streams(value, axes[0]))
     return memory
 
 
@@ -228,21 +215,13 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         if is_small and len(roots) < 2 * MOST_CANDIDATES:
             breaks = dict.fromkeys(value for of in both for value in _breaks(of.memory))
             roots += [value for value in breaks if value not in roots][:2]
-        if plain.num_writes and not has_feature_axis(plain):
-            # One number a token: what a layer makes of it has some.
-            carried = (graph.values[n] for n in sorted(plain.carried))
-            made = (of for of in carried if of.name in LAYERS and of.numel > plain.count)
-            roots += [of for of in islice(made, 1) if of not in roots]
         if plain.num_writes == 1:  # a long skip may lie around a norm with which the trunk begins
             normed = (
                 v for read, v in plain.leaves if v.name in NORMS and not v.item and plain.is_whole(read)
             )
             roots += [of for of in normed if of not in roots][:2]
-    for start in (
-        *(start_with_streams(*of) for of in folded_beginnings(graph)),
-        *_with_streams(found),
-    ):
-        memory = without_forks(graph, start)
+    for begin in folded_beginnings(graph):
+        memory = without_forks(graph, start_with_streams(*begin))
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes]
@@ -272,24 +251,6 @@ def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:
 def _larger(both: Sequence[Ranked]) -> Ranked:
     """The one without functions, unless more of the weights work on the other."""
     return both[_size(both[-1].used) > 1.05 * _size(both[0].used)]
-
-
-def _with_streams(ranked: Sequence[Ranked]) -> list[Start]:
-    """Memories whose first value has streams along one of its axes, where a plain one ends at what may mix them."""
-    roots = dict.fromkeys(
-        of.memory.root for of in ranked if any(_may_mix(of.memory, taker) for _, taker in of.memory.leaves)
-    )
-    axes = [(root, axis) for root in roots if len(root.shape) > 3 for axis in range(len(root.shape) - 1)]
-    return [start_with_streams(root, axis) for root, axis in axes if 1 < root.shape[axis] <= MOST_STREAMS]
-
-
-def _may_mix(memory: Memory, of: TracedValue) -> bool:
-    """Whether an operation adds up different elements of a memory by something else than a layer."""
-    if of.name in MATRICES:
-        return not any(
-            p.of_parameter and min(p.shape[-2:]) > MOST_STREAMS for p in of.parents if len(p.shape) > 1
-        )
-    return of.name in REDUCES or (of.name in SUMS and sum(map(memory.holds, of.parents)) > 1)
 
 
 def _is_spread(memory: Memory, value: TracedValue) -> bool:
@@ -357,8 +318,7 @@ def after_spread(memory: Memory) -> Memory:
     joins = [of for of in after if not all(later[p.number] for p in memory.inside(of))]
     if all(of.name in SUMS and memory.carried[of.number].count > memory.count for of in joins):
         start = replace(memory.start, root=values[number], numbers=memory.carried[number])
-        again = without_forks(memory.graph, start)
-        return again if again.num_writes == memory.num_writes else memory
+        return without_forks(memory.graph, start)
     return memory
 
 
@@ -482,8 +442,6 @@ def _parts_by_streams(memory: Memory) -> list[TracedValue]:
     wide = [at for at in begins if sizes[at] > memory.count]
     others = [at for at in begins if at not in wide]
     if not wide or begins[0] in wide or len({sizes[at] for at in wide}) < len(wide) or len(others) > 2:
-        return []
-    if any(sizes[at] % memory.count or sizes[at] > MOST_STREAMS * memory.count for at in wide):
         return []
     depth = {at: memory.depth[passages[at].number] for at in range(len(passages))}
     if any(depth[at] != depth[at - 1] for at in wide):

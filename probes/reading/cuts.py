@@ -76,8 +76,7 @@ class _Life:
         self.takers: dict[int, list[TracedValue]] = {number: [] for number in self.relevant}
         for number in sorted(self.relevant):
             for parent in memory.inside(values[number]):
-                if parent.number in self.relevant:
-                    self.takers[parent.number].append(values[number])
+                self.takers[parent.number].append(values[number])
         self.last: dict[int, float] = {
             n: max((t.number for t in of), default=0) for n, of in self.takers.items()
         }
@@ -198,10 +197,8 @@ class _Life:
 
     def _widen_first(self, found: list[Cut], wider: Cut) -> None:
         """The first state is as wide as the others, where the first value is only spread over streams after it."""
-        if len(found) < 2:
-            return
         first = size_of(self.memory, found[0])
-        others = min(size_of(self.memory, cut) for cut in found[1:])
+        others = min((size_of(self.memory, cut) for cut in found[1:]), default=first)
         if first < size_of(self.memory, wider) <= others:
             found[0] = wider
         elif first < others:

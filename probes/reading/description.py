@@ -20,8 +20,6 @@ class StateReading:
     layer: int  # of the block, -1 before the first
     site: str  # embed, pre, mid, post
     values: tuple[int, ...]  # the numbers in the graph of what it consists of
-    # Where the elements of the memory's first value are in each of them
-    numbers: tuple[Numbers, ...] = field(repr=False)
     array: Callable[[], torch.Tensor] = field(repr=False)  # makes ``value``, as long as the forward is held
 
     @property

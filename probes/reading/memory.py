@@ -194,7 +194,7 @@ def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:
     rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
     memory.carried |= start.others
     memory.depth |= dict.fromkeys(start.others, 0)
-    waiting = [n for n in start.seeds if graph.depends(graph.values[n], root)]
+    waiting = [*start.seeds]
     waiting += [taker.number for first in memory.begins for taker in graph.takers(graph.values[first])]
     heapq.heapify(waiting)
     number = root.number

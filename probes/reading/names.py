@@ -47,8 +47,7 @@ class BranchNames:
         def before(value: TracedValue) -> Iterator[TracedValue]:
             return (p for p in value.parents if later[p.number] and p not in reads and not memory.holds(p))
 
-        starts = [] if branch.source in reads else [branch.source]
-        return sorted(walk(starts, before), key=lambda value: -value.number)
+        return sorted(walk([branch.source], before), key=lambda value: -value.number)
 
     def _common_call(self) -> list[int]:
         """The module calls that contain all branches, but for a few that lie in no block with a number."""
@@ -70,8 +69,8 @@ class BranchNames:
         With the call of that block, as of one that scales the memory; what lies between blocks, as added positions, has none.
         """
         graph, memory = self.graph, self.memory
-        units = {self.unit(number) for number in range(len(self.branches))} - {None}
-        containers = {graph.calls[unit].container for unit in units if unit is not None} - {None}
+        units = {unit for unit in self._units if unit is not None}
+        containers = {graph.calls[unit].container for unit in units} - {None}
 
         def shown(value: TracedValue, at: str) -> set[int]:
             of = (show.call for show in graph.shown.get(value.number, ()) if show.at == at)
@@ -88,10 +87,7 @@ class BranchNames:
                 if begun or value.number in memory.writes or memory.mixes(value):
                     break
                 steps.insert(0, value.number)
-            done = [graph.values[n] for n in steps]
-            if given and any(memory.passes_function(of) or memory.adds_constant(of) for of in done):
-                continue
-            if begun and any(not only_moves(of) for of in done):
+            if begun and any(not only_moves(graph.values[n]) for n in steps):
                 found[end] = steps, max(given, default=None)
         return found
 
@@ -113,8 +109,8 @@ class BranchNames:
         works = [v for v in inside if v.name in LAYERS]  # its norm may lie next to it
         works = works or [v for v in inside if v.number in self._weights]
         stacks = [self.graph.stack(v) for v in works]
-        if unit is not None:  # before it may lie the work of other branches, as of another track
-            stacks = [stack for stack in stacks if len(stack) > depth and stack[depth] == unit]
+        # Before it may lie the work of other branches, as of another track.
+        stacks = [stack for stack in stacks if len(stack) > depth and stack[depth] == unit]
         stacks = stacks or [self.graph.stack(self.branches[number].source)]
         common = shared_start(stacks)
         # Those that contain no other branch.
@@ -178,8 +174,6 @@ class BranchNames:
         So they are where they have several classes, and where each has other parts, in the same order in all containers.
         """
         members = self._members(".".join(container))
-        if len({parts[0] for parts in members}) > 1:
-            return True
         if len(set(members)) < max(len(members), 2) or not container[-1].isdigit():
             return False
         around = ".".join(container[:-1])
@@ -279,8 +273,6 @@ def _of_blocks(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
 
 def _follows(a: Key, b: Key, modules: Mapping[str, str]) -> bool:
     (first,), (second,) = a.digits, b.digits
-    if second <= first:
-        return False
     kinds = {modules.get(f"{a.container}.{n}") for n in range(first, second + 1)}
     return second == first + 1 or (len(kinds) == 1 and None not in kinds)
 
@@ -344,8 +336,6 @@ def _label(
 def name_of(names: BranchNames) -> str:
     """What a memory is called: the container of its blocks, else the module around them."""
     paths = [path for path in names.paths if path]
-    if not paths:
-        return "model"
     common = shared_start([path.split(".") for path in paths])
     while common and common[-1].isdigit():
         common.pop()

@@ -48,19 +48,16 @@ MATRICES: dict[str, tuple[int, int]] = {
 # What mixes features by parameters: `linear` is a whole call of a layer.
 LAYERS = names("linear convolution") | {*MATRICES}
 REDUCES = names("sum mean")
-# What is linear in one operand and mixes it along an axis: the positions of that operand.
-SOLVES = {"_linalg_solve_ex": 1, "linalg_solve_triangular": 1, "triangular_solve": 0, "cholesky_solve": 0}
 # Attention mixes its values, which may be those of earlier depths; kernels that take half precision alone cannot be run again.
 ATTENTIONS = names("_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_efficient_attention")
+# What is linear in one operand and mixes it along an axis: the positions of that operand.
 MIXED_ALONG = {
     **dict.fromkeys(ATTENTIONS, 2),
     **dict.fromkeys((*REDUCES, *TURNS, "cumsum", "convolution"), 0),
-    **SOLVES,
 }
 MIXES = names("convolution cumsum") | {
     *MATRICES,
     *REDUCES,
-    *SOLVES,
     *ATTENTIONS,
 }  # of what a memory carries: its streams
 JOINS = names("cat stack")
@@ -103,12 +100,6 @@ def mixed_axes(value: TracedValue) -> list[int] | None:
         return None if args[2] is not None else [1, *_mixed_places(value)]
     if value.name in ATTENTIONS:
         return [rank - 2] if value.item == 0 else None
-    if value.name in SOLVES:
-        is_vector = len(args[1 - SOLVES[value.name]].shape) > rank
-        axes = [rank - (1 if is_vector or not value.kwargs.get("left", True) else 2)]
-        return axes if value.item == 0 else None
-    if value.name == "roll" and len(args) < 3:
-        return None
     at = 2 if value.name == "roll" else 1
     given = args[at] if len(args) > at else None
     dims = [given] if isinstance(given, int) else list(given or range(rank))
@@ -313,9 +304,7 @@ def is_statistic(graph: Graph, value: TracedValue, of: TracedValue) -> bool:
             return any(graph.depends(value, one) for one in [of, *before])
         if not value.parents or not (only_moves(value) or value.name in SCALINGS_OF_NORMS):
             return False
-        value, *others = sorted(value.parents, key=lambda v: -v.number)
-        if any(graph.depends(other, of) for other in others):
-            return False  # a product of two statistics, as a cosine is
+        value = max(value.parents, key=lambda v: v.number)
     return False
 
 

@@ -17,6 +17,7 @@ from depthscope.probes.reading.graph import Graph, TracedValue, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import (
     JOINS,
+    PRODUCTS,
     addends,
     is_unknown,
     named,
@@ -221,6 +222,18 @@ def why_not_apart(memory: Memory, cuts: Sequence[Cut], known: Set[int]) -> str:
     return ""
 
 
+def why_not_ended(memory: Memory, branches: Sequence[Branch]) -> str:
+    """A branch that is said to end before it does: what scales its output alone is computed from that, as a norm is."""
+    graph = memory.graph
+    for branch in branches:
+        way = [graph.values[number] for number in branch.way()]
+        for before, after in pairwise(way):
+            by = [of for of in after.parents if of is not before] if after.numel == way[0].numel else []
+            if after.name in PRODUCTS and any(graph.depends(of, way[0]) for of in by):
+                return f"what {graph.path(way[0]) or 'a branch'} gives is scaled by what is computed from it"
+    return ""
+
+
 class WeightCoverage:
     """Where the parameters work that reach the output: before the first state, in a branch, in the head, or elsewhere."""
 
@@ -292,7 +305,7 @@ class WeightCoverage:
                 f"{self.graph.path(value) or 'the model'} adds a branch before the first state that was found"
             )
         end = max(value.number for value in self.last) + 1
-        later = (n for n in range(end, len(self._head)) if self._is_of_no_other(self.graph.values[n]))
+        later = range(end, len(self._head))
         if (value := self._residual_sum(later, self._head, after=self.last[-1])) is not None:
             return (
                 f"{self.graph.path(value) or 'the model'} adds a branch after the last state that was found"
@@ -300,10 +313,6 @@ class WeightCoverage:
         return (
             self._hidden_branches() or self._parts_put_next() or self._unread_writes() or self._unknown_sum()
         )
-
-    def _is_of_no_other(self, value: TracedValue) -> bool:
-        """Whether a value is made of no other memory's, as the sum of two tracks is."""
-        return not any(p.number in self.of_others for p in value.parents)
 
     def _residual_sum(
         self, numbers: Iterable[int], marks: bytearray, after: TracedValue | None = None

@@ -34,6 +34,7 @@ from depthscope.probes.reading.proof import (
     recomputed_depth,
     tolerance,
     why_not_apart,
+    why_not_ended,
     why_not_in_order,
 )
 from depthscope.probes.reading.states import States
@@ -126,13 +127,8 @@ class _Reader:
             raise ReadingError(NO_MEMORY)
         self._numbers = {branch.source.number: number for number, branch in enumerate(self.branches)}
         self._before: MemoryReading | None = None  # of an earlier forward, but for its coefficients
-        self._turn: list[
-            int
-        ] = []  # the streams of the last state in their order, by that in which they were made
         self._cuts: Cuts | None = None  # the states, where their connections are read
-        self._inner: _Reader | None = (
-            None  # of the memory between blocks, where that inside of them is none of its states
-        )
+        self._inner: _Reader | None = None  # of another memory that is read in the place of this one
         self.names = BranchNames(memory, self.branches)
         self.name, self.place = name_of(self.names), self.graph.place(memory.root)
 
@@ -149,10 +145,9 @@ class _Reader:
         inner: set[int] = set()
         for (before, *_), (after, *_) in pairwise(states):
             *_, joined = memory.line(after)
-            taken, depth = memory.inside(joined), memory.depth
-            made = [value for value in taken if depth[value.number] > depth[before.number]]
-            if len(made) < len(taken):
-                inner |= {number for number in memory.back(made) if depth[number] > depth[before.number]}
+            depth = memory.depth
+            made = [of for of in memory.inside(joined) if depth[of.number] > depth[before.number]]
+            inner |= {number for number in memory.back(made) if depth[number] > depth[before.number]}
         outer = without_forks(self.graph, replace(memory.start, banned=memory.start.banned | inner))
         if not branches_of(outer):
             return memory
@@ -271,8 +266,7 @@ class _Reader:
     def _in_places(self, before: Cut, after: Cut, h_res: torch.Tensor) -> Cut:
         """The values of a state, where each holds a stream: one that carries on a single stream keeps its place.
 
-        The others are in the order in which the next steps take them one after another, if those before did so; else in
-        that of the steps that mixed them, whichever of them a branch wrote to last.
+        The others are in the order of the steps that mixed them, whichever of them a branch wrote to last.
         """
         if len(after) == 1 or h_res.shape[1:3] != (len(after), len(after)):
             return after
@@ -285,15 +279,7 @@ class _Reader:
             value: [*takewhile(lambda of: of not in before, self.memory.line(value))][-1:] for value in after
         }
         others = [value for value in after if value not in order.values()]
-        others.sort(key=lambda value: [of.number for of in birth[value]])
-        taken = [_taken_in_turn(self.graph, values) for values in (before, after)]
-        if all(taken) and len(before) == len(after):
-            born = [*others]
-            others.sort(key=lambda value: before.index(taken[0][taken[1].index(value)]))
-            self._turn = [born.index(value) for value in others]
-        elif len(self._turn) == len(others):  # the head takes them otherwise: as in the step before
-            others = [others[at] for at in self._turn]
-        rest = iter(others)
+        rest = iter(sorted(others, key=lambda value: [of.number for of in birth[value]]))
         return [order.get(place) or next(rest) for place in range(len(after))]
 
     def _described(
@@ -314,9 +300,11 @@ class _Reader:
         carried += [value for value in scaled if not only_moves(value)]
         allowed = tolerance(carried)
         why = why_not_in_order(self.graph, cuts) or coverage.why_incomplete()
-        why = why or (
-            self._other_end(cuts) if over_depth else why_not_apart(self.memory, cuts, coverage.of_others)
-        )
+        if over_depth:
+            why = why or self._other_end(cuts)
+        else:
+            why = why or why_not_apart(self.memory, cuts, coverage.of_others)
+            why = why or why_not_ended(self.memory, self.branches)
         if not worst <= allowed:
             number = next(n for n, error in enumerate(errors) if not error <= allowed)
             why = f"state {number + 1} is off by {errors[number]:.2g} of its largest number when it is made of its parts"
@@ -368,13 +356,10 @@ class _Reader:
         return counts.pop() if len(counts) == 1 and single and max(counts) > 1 else 0
 
     def _states(self, cuts: Sequence[Cut]) -> list[StateReading]:
-        sites = labels(self.names, cuts)
-        found = []
-        for cut, (layer, site) in zip(cuts, sites, strict=True):
-            numbers = tuple(value.number for value in cut)
-            carried = tuple(self.memory.carried[value.number] for value in cut)
-            found.append(StateReading(layer, site, numbers, carried, partial(self.states.array, cut)))
-        return found
+        return [
+            StateReading(*label, tuple(value.number for value in cut), partial(self.states.array, cut))
+            for cut, label in zip(cuts, labels(self.names, cuts), strict=True)
+        ]
 
     def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:
         parts: dict[str, torch.Tensor] = {}
@@ -456,11 +441,7 @@ class _Reader:
         pairs = list(pairwise(parts.states))
         connections = [
             self._depth_connection(
-                number,
-                (pair[0] if number or first in parts.states else first, *pair),
-                parts,
-                error,
-                by_read,
+                number, (pair[0] if number or first in parts.states else first, *pair), parts, error, by_read
             )
             for number, pair in enumerate(pairs)
         ]
@@ -544,17 +525,6 @@ class _Reader:
                 return []
             found.append(inside[0])
         return [*found, last] if len(set(found)) == len(found) else []
-
-
-def _taken_in_turn(graph: Graph, values: Cut) -> Cut:
-    """Some values in the order in which equal operations take them for the first time; empty where others come between."""
-    takings = sorted(
-        ((taker.number, at), of) for of in values for taker in graph.takers(of)
-        for at, parent in enumerate(taker.parents) if parent is of
-    )[: len(values)]  # fmt: skip
-    kinds = {graph.values[number].name for (number, _), _ in takings}
-    found = [of for _, of in takings]
-    return found if len(kinds) == 1 and len({*found}) == len(values) else []
 
 
 def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -222,10 +222,6 @@ def with_further_beginnings(memory: Memory) -> Memory:
         same = [n for n in sorted(sums) if memory.graph.values[n].shape == value.shape]
         if len(sums) > 1 and same and _is_beginning(memory, value, until):
             found[number] = memory.carried[same[0]]
-    for number in [*found]:
-        origins = {origin.number for origin in _scaled(memory.graph.values[number])} - {number}
-        if not found.keys().isdisjoint(origins):
-            del found[number]  # a copy of another one
     if not found:
         return memory
     return without_forks(memory.graph, replace(memory.start, others=found))

@@ -24,19 +24,17 @@ from depthscope.probes.reading.graph import (
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
-    ATTENTIONS,
     CHANNEL_NORMS,
     FUNCTIONS,
     JOINS,
     MATRICES,
-    MIXED_ALONG,
     NORMS,
     PARTS,
     PRODUCTS,
     REDUCES,
     SAME,
-    SOLVES,
     SUMS,
+    TURNS,
     VIEWS,
     ZEROS,
     addends,
@@ -248,9 +246,9 @@ def _voted_axis(value: TracedValue, taker: TracedValue) -> int | None:
 
 Table = dict[int, dict[Hashable, torch.Tensor]]  # by value, and by what it holds
 SIGNED = names("add sub rsub")
-# What does the same on one feature alone; along an axis that is no part of the features.
+ALONG_AXES = TURNS | names("cumsum convolution")
+# What does the same on one feature alone; what is not among it, as attention, is run on all features.
 ON_ONE = REDUCES | names("permute transpose t mT repeat where lerp masked_fill")
-ALONG_AN_AXIS = names("index_select index_add index_copy slice_scatter select_scatter select")
 
 
 class FeaturesDiffer(ReadingError):
@@ -339,11 +337,9 @@ class Replays:
     def adds_constant(self, value: TracedValue) -> bool:
         """Whether an operation adds something that is neither of the memory nor of a branch."""
         given = (value.args[at] for at in SUMS.get(value.name, ()) if at < len(value.args))
-        if any(isinstance(number, (int, float)) and number != 0 for number in given):
-            return True
-        known = self._states.linked
-        others = (v for v in addends(value) if not self._states.memory.holds(v) and v.number not in known)
-        return any(v.name not in ZEROS for v in others)
+        known, holds = self._states.linked, self._states.memory.holds
+        others = [v for v in addends(value) if not holds(v) and v.number not in known and v.name not in ZEROS]
+        return bool(others) or any(isinstance(of, (int, float)) and of != 0 for of in given)
 
     def box(self, value: TracedValue) -> Box:
         """The elements of a value on which its step is run again."""
@@ -416,12 +412,8 @@ class Replays:
 
     def _part(self, value: TracedValue, operand: TracedValue, tensor: torch.Tensor) -> torch.Tensor:
         axis, part = part_of(value)
-        places = self.box(operand).cut(axis)
-        if places is not None:
-            if isinstance(part, int):
-                raise FeaturesDiffer
-            chosen = np.isin(places, np.arange(operand.shape[axis])[part])
-            return tensor.index_select(axis, torch.from_numpy(np.flatnonzero(chosen)).to(tensor.device))
+        if self.box(operand).cut(axis) is not None:
+            raise FeaturesDiffer
         return tensor[(slice(None),) * axis + (part,)]
 
     def _tensor(self, value: TracedValue) -> torch.Tensor:
@@ -464,20 +456,14 @@ class Replays:
 
     def _runs_on_one(self, value: TracedValue, operand: TracedValue) -> bool:
         """Whether an operation of this name does the same on one feature alone."""
-        box = self.box(value)
-        known = self._states
+        box, known = self.box(value), self._states
         if any(not known.memory.holds(v) and v.number not in known.linked for v in addends(value)):
-            return False
-        if value.name in ATTENTIONS:  # their kernels take as many features of the values as of the keys
             return False
         if value.name in MATRICES:
             return all(box.cut(axis) is None for axis in range(len(value.shape) - 2))
-        # A matrix of a solve has all axes but these two
-        if value.name in MIXED_ALONG and value.name not in ON_ONE:
-            axes = {*(mixed_axes(value) or ()), *range(len(value.shape) - 2 if value.name in SOLVES else 0)}
+        if value.name in ALONG_AXES:
+            axes = mixed_axes(value) or ()
             return all(of.cut(axis) is None for of in (box, self.box(operand)) for axis in axes)
-        if value.name in ALONG_AN_AXIS:
-            return self.box(operand).cut(value.args[1]) is None
         return value.name in ON_ONE
 
 

@@ -357,9 +357,8 @@ class StructureFinder:
                 f"layout {named!r} names no streams, and the states of {memory.name} have {memory.num_streams}, proven by how "
                 "they are mixed and written; leave layout= out"
             )
-        counts = [
-            sum(n.count for n in state.numbers) // max(math.prod(memory.shape), 1) for state in memory.states
-        ]
+        sizes = [sum(memory.carried[n].count for n in state.values) for state in memory.states]
+        counts = [size // max(math.prod(memory.shape), 1) for size in sizes]
         if repeats_first(self.graph, memory):
             counts = counts[1:]
         if len(set(counts)) > 1:
@@ -423,7 +422,7 @@ class StructureFinder:
         chain = with_final(self.graph, part.chain, memory)
         if not memory.is_proven or not chain.connections:
             return ReadChain(replace(chain, connections=()), (memory,))
-        first = read_layout(memory, memory.states[0].numbers[0], self.sequences)
+        first = read_layout(memory, memory.carried[memory.states[0].values[0]], self.sequences)
         read = ReadStructure(self.rereading, memory, first)
         try:
             found = read.weights(memory, self.batch_size)
@@ -466,11 +465,10 @@ class StructureFinder:
 
     def _fractions(self, found: ReadChain) -> int:
         """Into how many parts the features of each stream are split."""
-        states = (
-            [state for memory in found.memories for state in memory.states] if found.chain.has_streams else []
-        )
-        layouts = [(n, self._read_layout(found.memories[0], n)) for state in states for n in state.numbers]
-        fractions = {num_fractions(numbers, layout) for numbers, layout in layouts if "F" in layout}
+        memories = found.memories if found.chain.has_streams else ()
+        numbers = [(m, m.carried[n]) for m in memories for state in m.states for n in state.values]
+        layouts = [(of, self._read_layout(memory, of)) for memory, of in numbers]
+        fractions = {num_fractions(of, layout) for of, layout in layouts if "F" in layout}
         return fractions.pop() if len(fractions) == 1 else 1
 
     def _num_streams(self, chain: Chain, memories: Sequence[MemoryReading]) -> int:

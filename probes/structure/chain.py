@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -78,7 +78,6 @@ class Connection:
     """What joins two depths: the call that mixes or adds, and the call whose output is the branch's."""
 
     path: str
-    index: int
     layer: int
     branch: str
     branch_path: str | None
@@ -116,19 +115,6 @@ class Chain:
     def over_depth(self) -> bool:
         """Whether its branches read sums over depth, whose weights are known."""
         return any(connection.style == DEPTH for connection in self.connections)
-
-    def preceded_by(self, point: HookPoint, begin: HookPoint, shape: tuple[int, ...]) -> Chain:
-        """The chain with one state more at its beginning, which a block shows, and ``begin`` in place of its first state."""
-        moved = tuple(
-            replace(c, depth_in=c.depth_in + 1, depth_out=c.depth_out + 1) for c in self.connections
-        )
-        return replace(
-            self,
-            points=(point, begin, *self.points[1:]),
-            connections=moved,
-            shapes=(shape, *self.shapes),
-            blocks=(point.path, *self.blocks),
-        )
 
 
 def layer_numbers(calls: Sequence[Any]) -> list[int]:

@@ -296,7 +296,7 @@ class ReadStructure:
 
         Raises StreamConnectionError, LayoutError: Where they have no place in these.
         """
-        numbers = memory.states[0].numbers[0]
+        numbers = memory.carried[memory.states[0].values[0]]
         if self._order is None or self._order[0] is not numbers or self._order[1] != batch_size:
             found = token_order(memory, numbers, self._layout, batch_size, self._num_streams)
             self._order = numbers, batch_size, found

@@ -69,7 +69,7 @@ class ChainReader:
         if inside or not self.memory.is_plain:
             if self.memory.is_plain:  # where every branch is the output of a module
                 plain = [c for of in self.connections for c in self._plain_connections(of, depths)]
-                joined = () if None in plain else tuple(c for c in plain if c is not None)
+                joined = () if None in plain else tuple(filter(None, plain))
             else:
                 joined = tuple(self._connection(of) for of in self.connections if of.branches)
                 is_sinkhorn = bool(joined) and self.is_sinkhorn
@@ -237,12 +237,10 @@ class ChainReader:
         """The path of the block that a branch is in: its call, or what the paths of its branches have in common."""
         own = self._of_layer[branch.layer]
         calls = {self._call_of(other) for other in own}
-        if len(calls) == 1 and self._call_of(branch) >= 0:
+        if self.is_fine or (len(calls) == 1 and self._call_of(branch) >= 0):
             return self.graph.calls[self._call_of(branch)].path
-        if self.is_fine:
-            return self.graph.calls[self._call_of(branch)].path
-        paths = [other.path.split(".") for other in own]
-        common = [parts[0] for parts in zip(*paths, strict=False) if len(set(parts)) == 1]
+        parts = zip(*(other.path.split(".") for other in own), strict=False)
+        common = [of[0] for of in parts if len(set(of)) == 1]  # of branches in several lists the number
         while common and not common[-1].isdigit():
             common.pop()
         return ".".join(common) or branch.path
@@ -261,7 +259,6 @@ class ChainReader:
         parameters = (self.graph.parameter_names.get(value.number) for value in behind)
         return Connection(
             path=path,
-            index=of.depth_in,
             layer=branch.layer,
             branch=kind,
             branch_path=None if call is None else call.path,
@@ -299,7 +296,6 @@ class ChainReader:
                 own = branch.kind if branch.kind in ("attn", "mlp") else "block"
                 yield Connection(
                     path=path,
-                    index=index,
                     layer=branch.layer,
                     branch=own if path == branch.path else kind_of(path, self.graph.modules),
                     branch_path=path,
@@ -321,7 +317,7 @@ class ChainReader:
         """The outermost call that gives what a branch adds, that itself or what is moved or scaled of it; and its layout."""
         way = list(zip(branch.way, branch.numbers, strict=True))
         shown = (self._shown_by(self.graph.values[number], of) for number, of in reversed(way))
-        return next((given for given in shown if given is not None), None)
+        return next(filter(None, shown), None)
 
     def _shown_by(self, value: TracedValue, numbers: Numbers) -> tuple[int, str] | None:
         whole = math.prod(self.memory.shape)  # what a branch gives for some of the tokens has other places
@@ -350,8 +346,7 @@ class ChainReader:
 
     def _require_whole(self, value: TracedValue) -> None:
         """Refuse a state that is split over processes."""
-        split = self.graph.split.get(value.number)
-        if split is not None:
+        if (split := self.graph.split.get(value.number)) is not None:
             raise split_error(split)
 
     def _point(self, depth: int, layout: str = "") -> tuple[HookPoint, TracedValue]:
@@ -360,7 +355,7 @@ class ChainReader:
         Where several tensors hold the state, what shows each, and the last one.
         """
         numbers = self.memory.states[depth].values
-        counts = {of.count for of in self.memory.states[depth].numbers}
+        counts = {self.memory.carried[number].count for number in numbers}
         if len(numbers) == 1 and (self._num_tensors == 1 or counts != {math.prod(self.memory.shape)}):
             value = self.graph.values[numbers[0]] if depth else self._first()
             return self._point_of(depth, value, layout)

@@ -10,14 +10,7 @@ import torch
 
 from depthscope.probes.model.layout import LayoutError, canonical, parse_layout
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import (
-    INPUT,
-    SHAPE_ONLY,
-    Graph,
-    TracedValue,
-    names,
-    values_in,
-)
+from depthscope.probes.reading.graph import INPUT, SHAPE_ONLY, Graph, TracedValue, names, values_in
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import MATRICES, ROW_MAJOR, addends, only_moves
 

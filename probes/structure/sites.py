@@ -291,14 +291,11 @@ def _hooks_named(pattern: str) -> list[str]:
     if not HOOK_PATTERN.fullmatch(pattern) or not set("*(|") & set(pattern):
         return []
     # In a regular expression a point before a star is any letter; elsewhere it is a point.
-    code = re.escape(pattern.replace(".*", "*"))
-    for escaped, meant in ((r"\*", ".*"), (r"\(", "("), (r"\)", ")"), (r"\|", "|")):
-        code = code.replace(escaped, meant)
+    code = pattern.replace(".*", "*").replace(".", r"\.").replace("*", ".*")
     try:
-        named = re.compile(code)
+        return [hook for hook in HOOKS if re.fullmatch(code, hook)]
     except re.error:
         return []
-    return [hook for hook in HOOKS if named.fullmatch(hook)]
 
 
 def _blocks_named(name: str, text: str) -> frozenset[int] | None:

@@ -12,7 +12,7 @@ from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import Memory, follow, start_of
 from depthscope.probes.reading.operations import FUNCTIONS, NORMS
-from depthscope.probes.structure.chain import NO_FINAL_NORM, Chain, HookPoint
+from depthscope.probes.structure.chain import NO_FINAL_NORM, Chain, Connection, HookPoint
 from depthscope.probes.structure.read_chains import ReadChain
 from depthscope.probes.structure.read_layout import SequenceAxis, shape_layout
 
@@ -73,8 +73,22 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
             break
         begin = replace(begin, layer=layer, site="post", module=block.path)
         opening = HookPoint(block.path, block.number, "input", -1, "embed", "(input)")
-        chain, state = chain.preceded_by(opening, begin, taken.shape), taken
+        chain, state = (
+            replace(
+                chain,
+                points=(opening, begin, *chain.points[1:]),
+                connections=tuple(_moved(c, 1, 0) for c in chain.connections),
+                shapes=(taken.shape, *chain.shapes),
+                blocks=(opening.path, *chain.blocks),
+            ),
+            taken,
+        )
     return chain
+
+
+def _moved(connection: Connection, depths: int, layers: int) -> Connection:
+    depth_in, depth_out = connection.depth_in + depths, connection.depth_out + depths
+    return replace(connection, depth_in=depth_in, depth_out=depth_out, layer=connection.layer + layers)
 
 
 def _block_of(graph: Graph, state: TracedValue, containers: set[str | None], limit: int) -> int | None:
@@ -127,16 +141,13 @@ def with_next_stage(chain: Chain, stage: Chain) -> Chain:
     number = min((point.layer for point in stage.points if point.layer >= 0), default=0)
     # What its first block reads is the embedding
     number -= begin.site == "embed" and bool(later) and later[0].site == "pre"
-    shift, before = last + 1 - number if number <= last else 0, chain.points
+    shift, before = last + 1 - number, chain.points
     if stage.points[0].module == before[-1].module:  # a block in which one ends and the other begins
         shift, before = last - number, (*before[:-1], replace(before[-1], site="mid"))
     proof = chain.proof if stage.proof == "proven" else stage.proof
     if chain.shapes[-1] == stage.shapes[0] and proof == "proven":
         proof = f"unproven: from depth {offset - 1} to {offset} the state is not carried on"
-    moved = (
-        replace(c, depth_in=c.depth_in + offset, depth_out=c.depth_out + offset, layer=c.layer + shift)
-        for c in stage.connections
-    )
+    moved = (_moved(c, offset, shift) for c in stage.connections)
     kinds = dict.fromkeys([*chain.block_class.split("/"), *stage.block_class.split("/")])
     first, places = stage.points[0].module, {_stage_of(path) for path in stage.blocks} - {None}
     first_blocks = [first] if stage.points[0].site == "post" and _stage_of(first) in places else []

@@ -329,13 +329,6 @@ class DenseFormerMatrix(DenseFormer):
         return buffer
 
 
-class DenseFormerJoined(DenseFormerMatrix):
-    """The same, where the buffer is joined anew after each block."""
-
-    def put(self, buffer, number: int, x):
-        return torch.cat([buffer[:number], x[None], buffer[number + 1 :]])
-
-
 class Mudd(DepthModel):
     """Queries, keys, values and the residual each have a mixture of their own, with dynamic weights (arXiv 2502.12170)."""
 
@@ -430,37 +423,6 @@ class GrowingHistory(DepthModel):
         return history[-1]
 
 
-class HistoryAndState(nn.Module):
-    """Takes (history, x) and gives both: the history is longer by the state that was read."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.step = HistoryStep(number)
-
-    def forward(self, history, x):
-        history = torch.cat([history, x[:, None]], 1)
-        return history, self.step(list(history.unbind(1)))
-
-
-class HistoryBeforeState(DepthModel):
-    """The first tensor that the blocks hand on is the history, whose first entry is the embedding for ever."""
-
-    def build(self):
-        self.steps = nn.ModuleList(HistoryAndState(number) for number in range(ROWS))
-
-    def trunk(self, x):
-        history, held = x.new_zeros(len(x), 0, *x.shape[1:]), [source(0)]
-        for number, block in enumerate(self.steps):
-            history, x = block(history, x)
-            if truth.on():
-                weights = block.step.weights.detach()
-                after = weights @ torch.stack(held[-len(weights) :]) + source(number + 1)
-                out = block.step.branch(history[:, -1])
-                write_down(x, number, "post", held[-1], after, number + 1, out)
-                held.append(after)
-        return x
-
-
 # --- skips to the first state and across the middle ---
 
 
@@ -489,44 +451,6 @@ class FirstStateSkips(DepthModel):
                 read = keep.detach() * c + first.detach() * source(0)
                 c = read + source(number + 1)
                 write_down(x, number, "post", read, c, number + 1, x - before, back=2)
-        return x
-
-
-class InsideBlock(nn.Module):
-    """Mixes the first state in itself, as a second argument (modded-nanogpt)."""
-
-    def __init__(self, number: int):
-        super().__init__()
-        self.number = number
-        self.lambdas = nn.Parameter(torch.rand(2))
-        self.attn, self.mlp = Attention(norm=True), Mlp(norm=True)
-
-    def forward(self, x, x0):
-        x = self.lambdas[0] * x + self.lambdas[1] * x0
-        truth.state(x, self.number - 1, "pre|embed|post", need=f"layer {self.number - 1}")
-        x = x + self.attn(x)
-        truth.state(x, self.number, "mid")
-        x = x + self.mlp(x)
-        truth.state(x, self.number)
-        return x
-
-
-class MiddleSkips(DepthModel):
-    """The second half adds the states of the first in reverse, and every block mixes the first state in (modded-nanogpt)."""
-
-    def build(self):
-        self.blocks = nn.ModuleList(InsideBlock(number) for number in range(4))
-        self.skip_weights = nn.Parameter(torch.rand(2))
-
-    def trunk(self, x):
-        x0, skips = x, []
-        for number, block in enumerate(self.blocks):
-            if number >= 2:
-                x = x + self.skip_weights[number - 2] * skips.pop()
-                truth.state(x, number - 1, "pre|post", need=f"layer {number - 1}")
-            x = block(x, x0)
-            if number < 2:
-                skips.append(x)
         return x
 
 
@@ -645,13 +569,10 @@ DEPTH_DESIGNS = (
     ),
     Design("DenseFormer", DenseFormer, family=OVER_DEPTH),
     Design("DenseFormer in one buffer", DenseFormerMatrix, family=OVER_DEPTH),
-    Design("DenseFormer in a buffer that is joined anew", DenseFormerJoined, family=OVER_DEPTH),
     Design("MUDD, four ways", Mudd, family=OVER_DEPTH),
     Design("LIMe", Lime, layers="mlps.{i}", branches_named=True, family=f"residual|{OVER_DEPTH}"),
     Design("history that grows in the loop", GrowingHistory, layers="steps.{i}", family=OVER_DEPTH),
-    Design("blocks take (history, state)", HistoryBeforeState, layers="steps.{i}", family=OVER_DEPTH),
     Design("skips to the first state", FirstStateSkips, family=OVER_DEPTH),
-    Design("skips across the middle and to the first state", MiddleSkips, family=OVER_DEPTH),
     Design("momentum", Momentum, layers="layers.{i}", branches_named=True, family=OVER_DEPTH),
     Design(
         "ladder residual", Ladder, layers="layers.{i}", branches_named=True, family=f"residual|{OVER_DEPTH}"

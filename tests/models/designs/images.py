@@ -53,31 +53,6 @@ def wave_as_long_as_wide(seed: int) -> torch.Tensor:
     return wave(seed, WIDTH)
 
 
-class NormedUnit(nn.Module):
-    """ConvNeXt over time: a depthwise convolution on (B, D, T), the rest on (B, T, D)."""
-
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.depthwise = nn.Conv1d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
-
-    def forward(self, x):
-        y = self.norm(self.depthwise(x).transpose(1, 2))
-        x = x + self.down(functional.gelu(self.up(y))).transpose(1, 2)
-        truth.state(x, self.layer, axes=CHANNELS_FIRST)
-        return x
-
-
-class Vocoder(Codec):
-    """The same chain with such units (Vocos)."""
-
-    def __init__(self):
-        super().__init__()
-        self.units = nn.ModuleList(NormedUnit(layer) for layer in range(3))
-
-
 class BasicBlock(nn.Module):
     def __init__(self, layer: int, width: int, stride: int, below: int):
         super().__init__()
@@ -189,9 +164,6 @@ IMAGE_DESIGNS = (
     Design("codec over time, channels first", Codec, wave, layers="units.{i}", layout="B D T"),
     Design(
         "codec, as many channels as steps", Codec, wave_as_long_as_wide, layers="units.{i}", layout="B D T"
-    ),
-    Design(
-        "vocoder, channels first, features last inside", Vocoder, wave, layers="units.{i}", layout="B D T"
     ),
     Design("ResNet with stages", ResNet, image, layers="stages.*.{i}", layout="B D H W"),
     Design("MLP-Mixer", Mixer, image),

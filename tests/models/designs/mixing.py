@@ -137,32 +137,6 @@ class Circulant(Sinkhorn):
         return torch.tensordot(logits.softmax(-1), shifts, 1)
 
 
-class TransportPolytope(Sinkhorn):
-    """Each entry takes a share of what its row and its column can still take (TBP, arXiv 2605.21724)."""
-
-    family = "mhc|tbp"
-
-    def num_logits(self) -> int:
-        return (self.streams - 1) ** 2
-
-    def matrix(self, logits):
-        n = self.streams
-        share = torch.sigmoid(logits.unflatten(-1, (n - 1, n - 1)))
-        columns = [torch.ones_like(share[..., 0, 0]) for _ in range(n)]
-        rows = []
-        for i in range(n - 1):
-            left, row = torch.ones_like(columns[0]), []
-            for j in range(n - 1):
-                # What the columns behind this one can take is not owed by it.
-                least = (left - sum(columns[j + 1 :])).clamp_min(0)
-                entry = least + share[..., i, j] * (torch.minimum(left, columns[j]) - least)
-                left, columns[j] = left - entry, columns[j] - entry
-                row.append(entry)
-            columns[-1] = columns[-1] - left
-            rows.append(torch.stack([*row, left], -1))
-        return torch.stack([*rows, torch.stack(columns, -1)], -2)
-
-
 class Orthostochastic(Sinkhorn):
     """Squares of the entries of an orthogonal matrix."""
 
@@ -232,7 +206,6 @@ MIXES = {
     "mHC-lite": PermutationMixture,
     "KromHC": Kronecker,
     "circulant": Circulant,
-    "transport polytope": TransportPolytope,
     "orthostochastic": Orthostochastic,
     "orthogonal": Orthogonal,
     "diagonal": Diagonal,

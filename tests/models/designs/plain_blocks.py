@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from tests.models.designs import truth
 from tests.models.designs.design import Design
@@ -139,35 +138,7 @@ class Packed(PreNorm):
         return Result(None, self.run(x))
 
 
-class DataclassDecoder(Decoder):
-    """Blocks give a dataclass."""
-
-    block = Packed
-
-    def walk(self, x):
-        for block in self.blocks:
-            x = block(x).hidden
-        return x
-
-
 # --- how blocks take it ---
-
-
-class KeywordOnly(PreNorm):
-    def forward(self, *, positions, hidden_states):
-        return self.run(hidden_states)
-
-
-class KeywordDecoder(Decoder):
-    """The state is a keyword argument."""
-
-    block = KeywordOnly
-
-    def walk(self, x):
-        positions = torch.arange(x.shape[1], dtype=x.dtype).expand(x.shape[:2])
-        for block in self.blocks:
-            x = block(positions=positions, hidden_states=x)
-        return x
 
 
 class Second(PreNorm):
@@ -203,23 +174,6 @@ class CarriedDict(Decoder):
         for block in self.blocks:
             block(carried)
         return carried["hidden"]
-
-
-class ListHolder(PreNorm):
-    def forward(self, carried):
-        return [carried[0], self.run(carried[1])]
-
-
-class CarriedList(Decoder):
-    """A list of the embedding and the state goes from block to block."""
-
-    block = ListHolder
-
-    def walk(self, x):
-        carried = [x, x]
-        for block in self.blocks:
-            carried = block(carried)
-        return carried[1]
 
 
 # --- how blocks are put together ---
@@ -296,15 +250,6 @@ class LayerDrop(Decoder):
             if self.training and torch.rand(()) < 0.4:
                 continue
             x = block(x)
-        return x
-
-
-class Checkpointed(Decoder):
-    """Blocks under activation checkpointing."""
-
-    def walk(self, x):
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False)
         return x
 
 
@@ -499,32 +444,19 @@ BLOCK_DESIGNS = (
     Design("pre-norm, one sequence", Decoder, sized(1, TOKENS)),
     Design("pre-norm, one token", Decoder, sized(3, 1)),
     Design("pre-norm, as many sequences as tokens", Decoder, sized(TOKENS, TOKENS)),
-    Design("pre-norm, as many tokens as features", Decoder, sized(3, WIDTH)),
-    Design(
-        "tokens first inside, as many sequences as tokens",
-        TokensFirst,
-        sized(TOKENS, TOKENS),
-        layers="layers.{i}",
-        layout="T B D",
-    ),
     Design("pre-norm, tensor in and out", Decoder),
     Design("pre-norm, on vectors", Continuous, vectors),
     Design("one block only", single),
     Design("blocks give a tuple", TupleDecoder),
     Design("blocks give weights of the state's shape, then the state", SecondDecoder),
     Design("blocks give a dict", DictDecoder),
-    Design("blocks give a dataclass", DataclassDecoder),
-    Design("blocks take the state by keyword", KeywordDecoder),
     Design("blocks take the state second", SecondArgumentDecoder),
     Design("a dict is carried and written into", CarriedDict),
-    Design("a list is carried", CarriedList),
     Design("blocks in a sequential", Sequence),
     Design("universal transformer", Universal),
     Design("two blocks looped", Looped),
     Design("blocks of another class appended", Appended, layers=("blocks.{i}", "extra.{i}")),
     Design("LayerDrop in training", LayerDrop, training=True),
-    Design("checkpointed blocks", Checkpointed),
-    Design("adds in place", InPlace),
     Design("parallel attention and MLP", Parallel),
     Design("post-norm", PostNorm),
     Design("sandwich norm", Sandwich),

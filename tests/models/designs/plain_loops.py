@@ -9,7 +9,6 @@ from torch.nn import functional
 from tests.models.designs import truth
 from tests.models.designs.design import Design
 from tests.models.designs.parts import BLOCKS, VOCABULARY, WIDTH, Attention, Mlp, Rms, normal, tokens
-from tests.models.designs.plain_blocks import vectors
 
 
 class Embedded(nn.Module):
@@ -42,19 +41,6 @@ class Embedded(nn.Module):
 
 class LoopOfPairs(Embedded):
     """``for attn, ff in layers: x = attn(x) + x; x = ff(x) + x`` (vit-pytorch)."""
-
-
-class LoopInTrunk(nn.Module):
-    """The same loop in a module of its own, with a norm behind it, on vectors."""
-
-    def __init__(self):
-        super().__init__()
-        self.transformer = Trunk()
-        self.head = nn.Linear(WIDTH, 5)
-
-    def forward(self, x):
-        truth.state(x, -1, "embed")
-        return self.head(self.transformer(x).mean(1))
 
 
 class Trunk(nn.Module):
@@ -162,39 +148,6 @@ class DeferredFused(Deferred):
     fused = True
 
 
-class ResidualFirstBlock(nn.Module):
-    """Both tensors of the pair in the other order, two sublayers a block (vLLM)."""
-
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.input_norm, self.post_norm = Rms(), Rms()
-        self.attn, self.mlp = Attention(), Mlp()
-
-    def forward(self, residual, hidden):
-        read, residual = add_norm(hidden, residual, self.input_norm)
-        truth.state(residual, self.layer - 1, "post|embed|pre")
-        read, residual = add_norm(self.attn(read), residual, self.post_norm)
-        truth.state(residual, self.layer, "mid")
-        return residual, self.mlp(read)
-
-
-class ResidualFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(ResidualFirstBlock(number) for number in range(BLOCKS))
-        self.norm = Rms()
-
-    def forward(self, input_ids):
-        hidden, residual = self.embedding(input_ids), None
-        for layer in self.layers:
-            residual, hidden = layer(residual, hidden)
-        read, residual = add_norm(hidden, residual, self.norm)
-        truth.state(residual, BLOCKS - 1)
-        return read @ self.embedding.weight.T
-
-
 # --- two towers, two streams ---
 
 
@@ -244,21 +197,6 @@ class TwoTowers(nn.Module):
 
 def words_and_pixels(seed: int):
     return {"input_ids": tokens(seed), "pixel_values": normal(seed, 3, 7, 12)}
-
-
-class TwinTowers(nn.Module):
-    """Two towers of one class whose outputs are compared (CLIP)."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches = nn.Linear(12, WIDTH)
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.image = Tower("image", BLOCKS, causal=False)
-        self.text = Tower("text", BLOCKS, causal=True)
-
-    def forward(self, input_ids, pixel_values):
-        image = self.image(self.patches(pixel_values)).mean(1)
-        return image @ self.text(self.embed(input_ids)).mean(1).T
 
 
 class DeepInjection(nn.Module):
@@ -386,25 +324,16 @@ def noise_and_text(seed: int):
 
 LOOP_DESIGNS = (
     Design("adds in the loop", LoopOfPairs, layers="layers.{i}.1", branches_named=True),
-    Design(
-        "adds in the loop of a trunk, on vectors",
-        LoopInTrunk,
-        vectors,
-        layers="transformer.layers.{i}.0",
-        branches_named=True,
-    ),
     Design("adds in the loop, branches in two lists", TwoLists, layers="attentions.{i}", branches_named=True),
     Design("branches by functions and parameters alone", FunctionsOnly, layers=""),
     Design("hidden and residual, deferred add", Deferred, layers="layers.{i}"),
     Design("hidden and residual, fused add and norm", DeferredFused, layers="layers.{i}"),
-    Design("residual and hidden, two sublayers a block", ResidualFirst, layers="layers.{i}"),
     Design(
         "two towers, one before the other",
         TwoTowers,
         words_and_pixels,
         layers=("vision.layers.{i}", "language.layers.{i}"),
     ),
-    Design("two towers side by side", TwinTowers, words_and_pixels, layers="text.layers.{i}"),
     Design(
         "features added to some tokens between blocks", DeepInjection, words_and_pixels, layers="layers.{i}"
     ),

@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from tests.models.designs import truth
 from tests.models.designs.design import Design
-from tests.models.designs.parts import BLOCKS, WIDTH, Attention, Mlp, normal
+from tests.models.designs.parts import BLOCKS, WIDTH, Attention, Mlp
 from tests.models.designs.plain_blocks import Decoder, PreNorm
 
 
@@ -76,22 +76,6 @@ class Highway(Decoder):
     block = HighwayBlock
 
 
-class LerpHighwayBlock(HighwayBlock):
-    def forward(self, x):
-        open_ = torch.sigmoid(self.gate(x))
-        added = self.mlp(x)
-        truth.connection(residual_gate=1 - open_, branch_gate=open_, branch_out=added)
-        x = torch.lerp(x, added, open_)
-        truth.state(x, self.layer)
-        return x
-
-
-class LerpHighway(Decoder):
-    """The same in one call of ``torch.lerp``."""
-
-    block = LerpHighwayBlock
-
-
 class ScalarGateBlock(HighwayBlock):
     def __init__(self, layer: int):
         super().__init__(layer)
@@ -148,23 +132,6 @@ class Sphere(Decoder):
     block = SphereBlock
 
 
-class SphereOfPatches(nn.Module):
-    """nGPT of images; every weight that makes or reads a state is normalised in each forward."""
-
-    def __init__(self):
-        super().__init__()
-        self.patch, self.head = nn.Parameter(normal(0, WIDTH, 3 * 4 * 4)), nn.Linear(WIDTH, 5)
-        self.blocks = nn.ModuleList(SphereBlock(number) for number in range(BLOCKS))
-
-    def forward(self, image):
-        patches = image.reshape(-1, 3, 4, 4, 4, 4).permute(0, 2, 4, 3, 5, 1).reshape(-1, 16, 48)
-        h = functional.normalize(functional.linear(patches, functional.normalize(self.patch, dim=-1)), dim=-1)
-        truth.state(h, -1, "embed")
-        for block in self.blocks:
-            h = block(h)
-        return self.head(h.mean(1))
-
-
 class GraniteBlock(PreNorm):
     def forward(self, x):
         for branch, norm, site in ((self.attn, self.norm1, "mid"), (self.mlp, self.norm2, "post")):
@@ -210,18 +177,6 @@ class HalvedBetween(Decoder):
         return x
 
 
-class HalvedBehind(Decoder):
-    """The state is halved after every block, the last one too."""
-
-    def walk(self, x):
-        for number, block in enumerate(self.blocks):
-            x = block(x)
-            truth.connection(residual_scale=0.5)
-            x = x * 0.5
-            truth.state(x, number, "pre|post", need=f"layer {number}")
-        return x
-
-
 class FactorBlock(nn.Module):
     """Nothing but a factor of the state."""
 
@@ -246,12 +201,6 @@ class HalvingBlock(Decoder):
         self.blocks[2] = FactorBlock(2, self.factor)
 
 
-class ZeroingBlock(HalvingBlock):
-    """One of the blocks multiplies the state with zero, so that nothing of the blocks before it is left."""
-
-    factor = 0.0
-
-
 class InterpolatedBlock(PreNorm):
     def inner(self, x):
         x = x + self.attn(self.norm1(x))
@@ -271,21 +220,6 @@ class Interpolated(Decoder):
     block = InterpolatedBlock
 
 
-class LerpInnerBlock(InterpolatedBlock):
-    def forward(self, x):
-        inner = self.inner(x)
-        truth.connection(residual_scale=0.75, branch_scale=0.25, branch_out=inner)
-        x = torch.lerp(x, inner, 0.25)
-        truth.state(x, self.layer)
-        return x
-
-
-class LerpInner(Decoder):
-    """The same in one call of ``torch.lerp``."""
-
-    block = LerpInnerBlock
-
-
 class GatedInnerBlock(InterpolatedBlock):
     def __init__(self, layer: int):
         super().__init__(layer)
@@ -303,30 +237,6 @@ class GatedInner(Decoder):
     """The same with a gate that a router gives each token, as in mixtures of depths."""
 
     block = GatedInnerBlock
-
-
-class SharedInnerBlock(GatedInnerBlock):
-    def forward(self, x):
-        gate, inner = torch.sigmoid(self.router(x)), self.inner(x)
-        truth.connection(residual_scale=1 - gate[..., 0], branch_scale=gate[..., 0], branch_out=inner)
-        x = gate * inner + (1 - gate) * x
-        truth.state(x, self.layer)
-        return x
-
-
-class SharedInner(Decoder):
-    """The gate shares out between the state and the block."""
-
-    block = SharedInnerBlock
-
-
-class GatedEverySecond(Decoder):
-    """Every second block has such a gate, as in mixtures of depths; the others have none."""
-
-    def __init__(self):
-        super().__init__(4)
-        for number in (1, 3):
-            self.blocks[number] = GatedInnerBlock(number)
 
 
 class NormedBetween(Decoder):
@@ -452,25 +362,17 @@ class CappedHead(Decoder):
 
 
 SCALED_DESIGNS = (
-    Design("ReZero", ReZero),
     Design("LayerScale", LayerScale),
     Design("highway", Highway, family="highway"),
-    Design("highway by lerp", LerpHighway, family="highway"),
     Design("one gate a token, by addcmul", ScalarGate, family="highway"),
     Design("DeepNorm", DeepNorm),
     Design("nGPT", Sphere, family="residual|unproven"),
-    Design("nGPT of images", SphereOfPatches, lambda seed: normal(seed, 2, 3, 16, 16)),
     Design("constant factor of the branches", Granite),
     Design("constant factors of state and branch", WeightedSum),
     Design("state halved between blocks", HalvedBetween),
-    Design("state halved after every block", HalvedBehind),
     Design("a block halves the state", HalvingBlock),
-    Design("a block zeroes the state", ZeroingBlock),
     Design("a share of a block with a residual of its own", Interpolated),
-    Design("such a share by lerp", LerpInner),
     Design("such a share by a gate a token", GatedInner),
-    Design("one gate on the state and such a block", SharedInner, family="highway"),
-    Design("every second block with such a gate", GatedEverySecond),
     Design("norm by a function between blocks", NormedBetween),
     Design("vector added between blocks", PositionsBetween),
     Design("scale and shift of state and branch", Zaya),

@@ -67,63 +67,6 @@ class Gated(Streamed):
     block = GatedBlock
 
 
-class SeveralViewsBlock(nn.Module):
-    """m = 2 reads and writes of n = 4 streams: two branches side by side (GHC)."""
-
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.branches = nn.ModuleList([Attention(norm=True), Mlp(norm=True)])
-        self.read_in = nn.Parameter(torch.randn(2, STREAMS) / 2)
-        self.write_out = nn.Parameter(torch.randn(STREAMS, 2) / 2)
-        self.stream_mixing = nn.Parameter(torch.eye(STREAMS) + torch.randn(STREAMS, STREAMS) / 4)
-
-    def forward(self, x):
-        views = torch.einsum("mn,btnd->btmd", self.read_in, x)
-        added = torch.stack([f(v) for f, v in zip(self.branches, views.unbind(2), strict=True)], 2)
-        truth.connection(h_res=self.stream_mixing, read=self.read_in, write=self.write_out)
-        mixed = torch.einsum("ij,btjd->btid", self.stream_mixing, x)
-        x = mixed + torch.einsum("nm,btmd->btnd", self.write_out, added)
-        truth.state(x, self.layer, axes=STREAMED)
-        return x
-
-
-class SeveralViews(Streamed):
-    block = SeveralViewsBlock
-
-
-class FractionBlock(nn.Module):
-    """The width is cut into four fractions, which are mixed like streams; the branch reads all (arXiv 2503.14125)."""
-
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.attn, self.mlp = Attention(norm=True), Mlp(norm=True)
-        self.mix = nn.Parameter(torch.eye(STREAMS) + torch.randn(2, STREAMS, STREAMS) / 4)
-        self.write = nn.Parameter(torch.rand(2, STREAMS))
-
-    def forward(self, x):
-        for number, (branch, site) in enumerate(((self.attn, "mid"), (self.mlp, "post"))):
-            parts = x.unflatten(-1, (STREAMS, -1))
-            added = branch(x).unflatten(-1, (STREAMS, -1))
-            x = (
-                torch.einsum("ij,btjd->btid", self.mix[number], parts) + self.write[number, :, None] * added
-            ).flatten(2)
-            truth.state(x, self.layer, site, axes="b t (n d) -> b t n d", n=STREAMS)
-        return x
-
-
-class Fractions(Streamed):
-    block = FractionBlock
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        truth.state(x, -1, "embed", axes="b t (n d) -> b t n d", n=STREAMS)
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x)
-
-
 class KOfNBlock(nn.Module):
     """Only two of the streams, other ones in each block, are mixed and written (xHC)."""
 
@@ -308,8 +251,6 @@ STREAM_KIND_DESIGNS = (
         constraint="identity",
         **STREAMS_APART,
     ),
-    Design("two reads and two writes of four streams", SeveralViews, family="hc|ghc", **STREAMS_APART),
-    Design("fractions of the width", Fractions, family="hc|fractions", layout="B T (N D)", streams=STREAMS),
     Design("two of four streams", KOfN, family="mhc|hc", constraint="doubly stochastic", **STREAMS_APART),
     Design(
         "HC in the model's loop",

@@ -57,18 +57,18 @@ COLLAPSES = {
     "head": lambda model, x: (functional.sigmoid(model.read(x.flatten(2)))[..., None] * x).sum(2),
     "first": lambda model, x: x[:, :, 0],
 }
-# Every style with a free and a constrained mixing; every mixing in two styles; every way in and out.
+# Every style, and every mixing, once: with a free and a constrained mixing in turn, and in two styles in turn.
 COMBINATIONS = (
-    *((mix, style, "repeat", "sum") for style in STYLES for mix in ("dynamic HC", "mHC")),
+    *((("dynamic HC", "mHC")[n % 2], style, "repeat", "sum") for n, style in enumerate(STYLES)),
     *(
-        (mix, "local variables of methods", "expand", "head")
-        for mix in MIXES
-        if mix not in ("dynamic HC", "mHC")
-    ),
-    *(
-        (mix, "weights returned by a module", "offsets", "mean")
-        for mix in MIXES
-        if mix not in ("dynamic HC", "mHC")
+        (
+            mix,
+            *(
+                ("local variables of methods", "expand", "head"),
+                ("weights returned by a module", "offsets", "mean"),
+            )[n % 2],
+        )
+        for n, mix in enumerate(MIXES)
     ),
     *(("mHC", "streams first", expand, "first") for expand in ("projection", "first", "offsets")),
     *(
@@ -128,7 +128,7 @@ class CheckpointedStreams(StreamModel):
 
 
 # The axes have equal sizes, or size one, so that no size tells which axis is which.
-SIZES = ((4, 11), (3, 4), (4, 4), (24, 4), (1, 11), (3, 1))
+SIZES = ((3, 4), (4, 4), (24, 4), (1, 11), (3, 1))
 SIZED_STYLES = (
     "weights returned by a module", "local variables of methods", "streams first", "[s, b, n·D], weights returned",
     "merged into features, inlined",
@@ -140,6 +140,8 @@ WAYS = {
     "bfloat16": HalfStreams,
     "checkpointed": CheckpointedStreams,
 }
+WAY_STYLES = 2 * ("weights returned by a module", "local variables of methods")
+
 STREAM_DESIGNS = (
     *(_design(*of) for of in COMBINATIONS),
     *(
@@ -148,8 +150,7 @@ STREAM_DESIGNS = (
             name=f"mHC: {style}, {batch} sequences of {length}",
             batch=sized(batch, length),
         )
-        for number, style in enumerate(SIZED_STYLES)
-        for batch, length in (SIZES[number], SIZES[(number + 3) % len(SIZES)])
+        for style, (batch, length) in zip(SIZED_STYLES, SIZES, strict=True)
     ),
     *(
         replace(
@@ -158,7 +159,6 @@ STREAM_DESIGNS = (
             make=partial(model, "dynamic HC", style),
             rounding=3e-2 if way == "bfloat16" else 1e-5,
         )
-        for style in ("weights returned by a module", "local variables of methods")
-        for way, model in WAYS.items()
+        for style, (way, model) in zip(WAY_STYLES, WAYS.items(), strict=True)
     ),
 )

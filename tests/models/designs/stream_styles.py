@@ -124,50 +124,6 @@ class PairedConnection(nn.Module):
         return rearrange(mixed + added, "b t s d -> (b s) t d")
 
 
-class DictPair(WidthDepth):
-    """The opening method gives a dict; streams are merged into features."""
-
-    axes = "b t (n d) -> b t n d"
-    sizes: ClassVar = {"n": STREAMS}
-
-    def build(self, mix):
-        self.attn_hc, self.mlp_hc = DictConnection(mix), DictConnection(mix)
-
-    def forward(self, streams):
-        for hc, branch, site in ((self.attn_hc, self.attn, "mid"), (self.mlp_hc, self.mlp, "post")):
-            opened = hc.width_connection(streams)
-            added = branch(opened["branch_input"])
-            streams = hc.depth_connection(added, **{k: v for k, v in opened.items() if k != "branch_input"})
-            self.note(
-                streams,
-                site,
-                opened["h_pre"],
-                opened["h_post"],
-                opened["h_res"],
-                opened["branch_input"],
-                added,
-            )
-        return streams
-
-
-class DictConnection(nn.Module):
-    def __init__(self, mix):
-        super().__init__()
-        self.mix = mix()
-
-    def width_connection(self, streams):
-        x = streams.unflatten(-1, (STREAMS, WIDTH))
-        h_pre, h_post, h_res = self.mix.weights(x)
-        return {
-            "branch_input": torch.einsum("bti,btid->btd", h_pre, x), "residual": streams, "h_pre": h_pre, "h_post": h_post,
-            "h_res": h_res,
-        }  # fmt: skip
-
-    def depth_connection(self, output, *, residual, h_pre, h_post, h_res):
-        x = residual.unflatten(-1, (STREAMS, WIDTH))
-        return (h_res @ x + h_post[..., None] * output[..., None, :]).flatten(-2)
-
-
 class LateMixing(StreamBlock):
     """The module that makes H_res is called after the branch, each of the three weights by a module of its own."""
 
@@ -346,7 +302,6 @@ STYLES = {
     "weights returned by a module": Returned,
     "local variables of methods": Inference,
     "width and depth connection": WidthDepth,
-    "connection gives a dict": DictPair,
     "H_res after the branch": LateMixing,
     "[s, b, n·D], weights returned": Megatron,
     "streams first": StreamsFirst,
@@ -359,7 +314,7 @@ STYLES = {
 
 # How a state of (B, T, n, D) is brought to each layout.
 OPENED = {
-    WidthDepth: "b t n d -> (b n) t d", DictPair: "b t n d -> b t (n d)", LateMixing: "b t n d -> b t (n d)",
+    WidthDepth: "b t n d -> (b n) t d", LateMixing: "b t n d -> b t (n d)",
     Megatron: "b t n d -> t b (n d)", StreamsFirst: "b t n d -> n b t d", StreamsSecond: "b t n d -> b n t d",
     Inlined: "b t n d -> b t (n d)",
 }  # fmt: skip

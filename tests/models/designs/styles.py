@@ -15,7 +15,7 @@ from tests.models.designs import truth
 from tests.models.designs.depth import OVER_DEPTH
 from tests.models.designs.design import Design
 from tests.models.designs.mixing import sinkhorn
-from tests.models.designs.parts import BLOCKS, STREAMS, VOCABULARY, WIDTH, Attention, Mlp, Rms, normal, tokens
+from tests.models.designs.parts import BLOCKS, STREAMS, VOCABULARY, WIDTH, Attention, Mlp, Rms
 
 
 class Base(nn.Module):
@@ -94,18 +94,6 @@ class TwiceRegistered(Base):
         return x
 
 
-class UnusedStates(TwiceRegistered):
-    """A list of all states that nobody uses but the caller."""
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        truth.state(x, -1, "embed")
-        states = [x]
-        for layer in self.layers:
-            states.append(layer(states[-1]))
-        return self.head(self.norm(states[-1])), tuple(states)
-
-
 class Experts(nn.Module):
     """Two experts a token, added with index_add."""
 
@@ -124,36 +112,6 @@ class Experts(nn.Module):
         return out.view_as(x)
 
 
-class MixtureOfExperts(Base):
-    def layer(self, number):
-        return nn.ModuleDict({"self_attn": Attention(norm=True), "block_sparse_moe": Experts()})
-
-    def trunk(self, x):
-        for number, layer in enumerate(self.layers):
-            x = plain(x, layer["self_attn"](x), number, "mid")
-            x = plain(x, layer["block_sparse_moe"](x), number)
-        return x
-
-
-class ClassToken(nn.Module):
-    """ViT: a learned token before the patches, positions added, its last state alone is read."""
-
-    def __init__(self):
-        super().__init__()
-        self.patch = nn.Conv2d(3, WIDTH, 4, 4)
-        self.cls, self.positions = nn.Parameter(normal(0, 1, 1, WIDTH)), nn.Parameter(normal(1, 1, 17, WIDTH))
-        self.blocks = nn.ModuleList(Registered(number) for number in range(BLOCKS))
-        self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 5)
-
-    def forward(self, image):
-        x = self.patch(image).flatten(2).mT
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.positions
-        truth.state(x, -1, "embed")
-        for block in self.blocks:
-            x = block(x)
-        return self.head(self.norm(x)[:, 0])
-
-
 class CrossBlock(nn.Module):
     def __init__(self, number):
         super().__init__()
@@ -166,24 +124,6 @@ class CrossBlock(nn.Module):
         x = plain(x, self.self_attn(x), self.number, "mid")
         x = plain(x, self.cross(self.norm(x), memory, memory, need_weights=False)[0], self.number, "mid")
         return plain(x, self.mlp(x), self.number)
-
-
-class CrossAttending(Base):
-    """Three branches a block; the memory is the batch's."""
-
-    def layer(self, number):
-        return CrossBlock(number)
-
-    def forward(self, ids, memory):
-        x = self.embed(ids)
-        truth.state(x, -1, "embed")
-        for layer in self.layers:
-            x = layer(x, memory)
-        return self.head(self.norm(x))
-
-
-def with_memory(seed):
-    return tokens(seed), normal(seed, 3, 7, WIDTH)
 
 
 class StepEmbedding(Base):
@@ -449,10 +389,6 @@ to_streams = partial(nn.Linear, WIDTH, STREAMS)
 STYLE_DESIGNS = (
     Design("branches that are sums of three", SummedBranches, layers=""),
     Design("modules registered twice", TwiceRegistered, layers="layers.{i}"),
-    Design("a list of states that nobody uses", UnusedStates, layers="layers.{i}"),
-    Design("experts by index_add", MixtureOfExperts, layers=""),
-    Design("class token", ClassToken, lambda seed: normal(seed, 2, 3, 16, 16)),
-    Design("cross attention to the batch's memory", CrossAttending, with_memory, layers="layers.{i}"),
     Design("one block with step embeddings", StepEmbedding, layers=""),
     Design(
         "reads of the mean of two states", ReadAverages, layers="layers.{i}", family=f"residual|{OVER_DEPTH}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -66,28 +65,6 @@ class Rolled(Decoder):
     block = RolledBlock
 
 
-class PermutedBlock(OneSublayer):
-    def step(self, x):
-        return x.flip(-1) + self.branch(x)
-
-
-class Permuted(Decoder):
-    """The features are carried on in reverse."""
-
-    block = PermutedBlock
-
-
-class AveragedBlock(OneSublayer):
-    def step(self, x):
-        return x.mean(1, keepdim=True) + self.branch(x)
-
-
-class Averaged(Decoder):
-    """The mean over tokens is carried on."""
-
-    block = AveragedBlock
-
-
 class HalfCarriedBlock(OneSublayer):
     def step(self, x):
         half = WIDTH // 2
@@ -113,37 +90,7 @@ class SelfProduct(Decoder):
     block = SelfProductBlock
 
 
-class AttentionOnlyBlock(nn.Module):
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer, self.value = layer, nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x):
-        # Rows of the softmax sum to one, and the map is linear in x at a frozen attention: still nothing is carried.
-        x = (x @ x.mT / WIDTH).softmax(-1) @ self.value(x)
-        truth.state(x, self.layer)
-        return x
-
-
-class AttentionOnly(Decoder):
-    """Attention without any skip (Dong et al. 2021)."""
-
-    block = AttentionOnlyBlock
-
-
 # --- plain in disguise ---
-
-
-class SubtractedBlock(OneSublayer):
-    def step(self, x):
-        truth.connection(residual_scale=1, branch_scale=-1)
-        return x - self.branch(x)
-
-
-class Subtracted(Decoder):
-    """The branch is subtracted."""
-
-    block = SubtractedBlock
 
 
 class DoubledBlock(OneSublayer):
@@ -296,29 +243,6 @@ class NamedBlocks(Decoder):
         return x
 
 
-class Given(NamedTuple):
-    """What a block gives."""
-
-    hidden: torch.Tensor
-    cache: tuple
-
-
-class NamedTupleBlock(PreNorm):
-    def forward(self, x):
-        return Given(self.run(x), (x[:, :0], x[:, :0]))
-
-
-class NamedTuples(Decoder):
-    """Blocks give a named tuple with an empty cache."""
-
-    block = NamedTupleBlock
-
-    def walk(self, x):
-        for block in self.blocks:
-            x = block(x).hidden
-        return x
-
-
 class StackedWeights(Decoder):
     """One block, called with the weights of each layer out of stacked tensors."""
 
@@ -351,25 +275,6 @@ class Halves(Decoder):
     def __init__(self):
         super().__init__()
         self.bfloat16()
-
-
-class FullResidualBlock(PreNorm):
-    def forward(self, x):
-        for branch, norm, site in ((self.attn, self.norm1, "mid"), (self.mlp, self.norm2, "post")):
-            truth.connection(residual_scale=1, branch_scale=1)
-            x = x + branch(norm(x.bfloat16())).float()
-            truth.state(x, self.layer, site)
-        return x
-
-
-class FullResidual(Decoder):
-    """Branches in bfloat16, the state in float32 (residual_in_fp32)."""
-
-    block = FullResidualBlock
-
-    def __init__(self):
-        super().__init__()
-        self.blocks.bfloat16()
 
 
 class Autocast(Decoder):
@@ -430,45 +335,6 @@ def source_and_target(seed: int):
     return tokens(seed), tokens(seed + 1, length=7)
 
 
-class Averager(nn.Module):
-    """A recurrent network over time inside of residual blocks."""
-
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.norm, self.rnn = nn.LayerNorm(WIDTH), nn.GRU(WIDTH, WIDTH, batch_first=True)
-
-    def forward(self, x):
-        added, _ = self.rnn(self.norm(x))
-        truth.connection(residual_scale=1, branch_scale=1)
-        x = x + added
-        truth.state(x, self.layer)
-        return x
-
-
-class Recurrent(Decoder):
-    """Residual blocks around recurrent layers."""
-
-    block = Averager
-
-
-class StackedRnn(nn.Module):
-    """Recurrent layers without residual, called one after another."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.layers = nn.ModuleList(nn.GRU(WIDTH, WIDTH, batch_first=True) for _ in range(BLOCKS))
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        truth.state(x, -1, "embed")
-        for number, layer in enumerate(self.layers):
-            x, _ = layer(x)
-            truth.state(x, number)
-        return x
-
-
 class VectorNetwork(nn.Module):
     """A residual network on vectors, without tokens (RealMLP, ResMLP on tables)."""
 
@@ -487,10 +353,6 @@ class VectorNetwork(nn.Module):
         return self.head(x)
 
 
-class SquareBatch(Decoder):
-    """As many sequences as tokens as features."""
-
-
 def square(seed: int):
     return tokens(seed, WIDTH, WIDTH)
 
@@ -502,14 +364,8 @@ def pairs(seed: int):
 TRAP_DESIGNS = (
     Design("the embedding is carried, not the state", FromEmbedding, family="depth_history"),
     Design("the state is rolled over tokens", Rolled, family=""),
-    Design("the state's features in reverse", Permuted, family=""),
-    Design("the mean over tokens is carried", Averaged, family=""),
     Design("half of the features are carried", HalfCarried, family=""),
     Design("the state times a function of itself", SelfProduct, family="highway"),
-    Design("attention without a skip", AttentionOnly, family=""),
-    Design("recurrent layers without a skip", StackedRnn, family="", layers="layers.{i}"),
-    Design("branches subtracted", Subtracted),
-    Design("residual in a residual", Doubled),
     Design("one gate on state and branch", SharedGate, family="highway"),
     Design("branches read the embedding", EmbeddingRead, family="residual|depth_attention|depth_history"),
     Design("mixture of experts", Routed),
@@ -518,11 +374,9 @@ TRAP_DESIGNS = (
     Design("tokens merged between blocks", MergedTokens),
     Design("blocks called by another method", ByMethod),
     Design("blocks by names", NamedBlocks, layers=("blocks.early", "blocks.middle", "blocks.late")),
-    Design("blocks give a named tuple", NamedTuples),
     Design("weights of all blocks stacked", StackedWeights, layers="blocks.0"),
     Design("inference mode inside", InferenceOnly),
     Design("bfloat16", Halves, rounding=1e-2),
-    Design("state in float32, branches in bfloat16", FullResidual),
     Design("autocast inside", Autocast),
     Design(
         "encoder and decoder, memory first",
@@ -530,7 +384,5 @@ TRAP_DESIGNS = (
         source_and_target,
         layers=("encoder.{i}", "decoder.{i}"),
     ),
-    Design("recurrent layers with skips", Recurrent),
     Design("vectors without tokens, adds in the loop", VectorNetwork, pairs, layout="B D"),
-    Design("as many sequences as tokens as features", SquareBatch, square),
 )

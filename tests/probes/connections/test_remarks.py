@@ -77,12 +77,10 @@ def test_a_bug_is_told_in_one_sentence(wired):
     assert any(letter.isdigit() for letter in remark["sentence"])
 
 
-RIGHT = [
-    Wiring(style=style, dynamic=dynamic) for style, dynamic in zip(STYLES, (True, False, True), strict=True)
-]
+RIGHT = [Wiring(style="local", dynamic=False), Wiring(style="paired")]
 
 
-@pytest.mark.parametrize(("style", "copies"), [("returned", True), ("local", False), ("paired", True)])
+@pytest.mark.parametrize(("style", "copies"), [("returned", True), ("local", False)])
 def test_a_gradient_that_algebra_takes_is_no_cut_graph(style, copies):
     """Megatron-Core's Sinkhorn has no graph inside, and copies are left as they are by rows that sum to 1."""
     wired = Wiring(style=style, custom=True, copies=copies, spread=0.3)
@@ -134,8 +132,6 @@ SINKHORNS = {
     "by transposes": lambda logits: reduce(
         lambda m, _: (m / m.sum(-1, keepdim=True)).mT, range(40), logits.exp()
     ),
-    "one softmax over the sources": lambda logits: logits.softmax(-1),
-    "free": lambda logits: logits,
 }
 
 
@@ -179,12 +175,6 @@ def test_remarks_are_in_the_run_its_page_and_its_findings():
     ]
     assert finding.severity == diagnostics.Severity.FAIL
     assert remark["sentence"] in finding.sentence
-
-
-def test_remarks_are_kept_in_a_file(tmp_path):
-    run = probes.capture(network(wiring("returned", "ones")), tokens())
-    again = diagnostics.open_run(diagnostics.save_run(run, tmp_path / "a.zarr.zip"))
-    assert again.attrs["remarks"] == run.attrs["remarks"]
 
 
 def test_following_a_forward_changes_nothing_of_the_model():

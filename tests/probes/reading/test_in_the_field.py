@@ -31,10 +31,6 @@ def by_root(x: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     return x / (size.sqrt() + 1e-6)
 
 
-def by_reciprocal(x: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    return x * torch.rsqrt(size + 1e-6)
-
-
 class Streams(nn.Module):
     """Hyper-connections, whose branch begins with a norm."""
 
@@ -68,9 +64,8 @@ def ids() -> torch.Tensor:
     return torch.randint(0, 20, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("scale", [by_root, by_reciprocal])
-def test_a_norm_may_have_its_gain_before_its_division(scale):
-    model = StreamNetwork(scale).eval()
+def test_a_norm_may_have_its_gain_before_its_division():
+    model = StreamNetwork(by_root).eval()
     run = ds.capture(model, ids())
     assert run.attrs["proof"] == "proven"
     for number, block in enumerate(model.blocks):

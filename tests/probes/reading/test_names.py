@@ -41,7 +41,7 @@ def test_a_branch_has_the_path_of_its_module_and_its_kind(name, paths, kinds):
 
 def test_a_memory_is_called_as_its_blocks_and_two_towers_have_two():
     assert [memory.name for memory in read("pre-norm, tensor in and out")] == ["blocks"]
-    assert len({memory.name for memory in read("two towers side by side")}) == 2
+    assert len({memory.name for memory in read("two towers, one before the other")}) == 2
 
 
 def test_a_module_with_two_names_is_described():

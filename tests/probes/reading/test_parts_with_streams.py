@@ -85,7 +85,7 @@ def compare(model: Streams) -> None:
             np.testing.assert_allclose(trace[name], true.expand(trace[name].shape), atol=1e-6)
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 0), (0, 2), (1, 1)])
+@pytest.mark.parametrize(("before", "after"), [(2, 2), (0, 2)])
 def test_streams_in_a_part_of_the_depth_are_read_and_the_other_blocks_have_chains_of_their_own(before, after):
     model = Streams(before, 3, after)
     compare(model)

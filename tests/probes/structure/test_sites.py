@@ -48,11 +48,8 @@ LLAMA = "model.layers."
     ("name", "path", "depth"),
     [
         ("hook_embed", f"{LLAMA}0", 0),
-        ("embed", f"{LLAMA}0", 0),
-        ("blocks.0.hook_resid_pre", f"{LLAMA}0", 0),
         ("blocks.2.hook_resid_pre", f"{LLAMA}2", 2),
         ("hidden_states[1]", f"{LLAMA}1", 1),
-        ("hidden_states.3", f"{LLAMA}2>", 3),
         ("blocks.2.hook_resid_post", f"{LLAMA}2>", 3),
         ("blocks.1.hook_resid_mid", f"{LLAMA}1.post_attention_layernorm", 3),
     ],
@@ -116,13 +113,6 @@ def test_gradients_inside_blocks_are_those_of_autograd(models, ids):
     )
 
 
-def test_only_the_asked_branch_is_kept(models, ids):
-    run = probes.capture(models["llama"](), {"input_ids": ids}, sites="blocks.1.hook_mlp_out")
-    trace = run["trace"].to_dataset()
-    assert list(trace.connection_module.values) == ["model.layers.1.mlp"]
-    assert list(trace.connection.values) == [3]
-
-
 def test_weights_of_streams_by_their_names(models, ids):
     whole = probes.capture(models["deepseek"](), {"input_ids": ids})
     for name, variables, connections in (
@@ -151,10 +141,7 @@ def test_other_names_of_the_weights_mean_the_same():
     ("name", "message"),
     [
         ("hook_resid_mids", r"no site is called 'hook_resid_mids'; closest: 'hook_resid_mid'"),
-        (
-            "blocks.9.hook_resid_post",
-            r"'blocks.9.hook_resid_post' did not fire: the model has the blocks 0 … 2",
-        ),
+        ("blocks.{7,9}.hook_resid_post", r"did not fire: the model has the blocks 0 … 2"),
         ("hidden_states[4]", r"did not fire: the model has the hidden states 0 … 3"),
         ("h_res", r"'h_res' did not fire: the model has no stream connections"),
         ([], r"expected one name or several"),
@@ -195,21 +182,6 @@ def test_a_post_norm_block_shows_its_middle_behind_a_norm(ids):
     assert np.isnan(trace.reconstruction_error.values).all(), "the sum itself is no state"
 
 
-def test_the_sites_of_a_loop(models, ids):
-    model = models["llama"]()
-    with probes.record(model, sites=["mid", "final"], gradients=True) as recorder:
-        for _ in range(3):
-            model(input_ids=ids, labels=ids).loss.backward()
-            recorder.step()
-    assert recorder.errors == []
-    fired = table(recorder.run)
-    assert list(fired.loc["blocks.1.hook_resid_mid", ["expected", "fired"]]) == [3, 3]
-    assert fired.loc["blocks.1.hook_resid_post", "why"].startswith("not asked for")
-    statistics = recorder.run["statistics"].to_dataset()
-    assert list(statistics.site.values) == ["mid"] * 3
-    assert np.isfinite(statistics.gradient_square_norm_sum.values).all()
-
-
 def test_every_run_has_a_coverage_table(models, ids, tmp_path):
     from depthscope import diagnostics
 
@@ -222,15 +194,6 @@ def test_every_run_has_a_coverage_table(models, ids, tmp_path):
     diagnostics.save_run(run, tmp_path / "run.zarr.zip")
     again = table(diagnostics.open_run(tmp_path / "run.zarr.zip"))
     assert list(again.why) == list(fired.why)
-
-
-def test_a_run_of_some_sites_is_analysed(models, ids):
-    from depthscope import diagnostics
-
-    run = probes.capture(models["llama"](), {"input_ids": ids}, sites=["mid", "branch_out"])
-    analysis = diagnostics.analyze(run)
-    assert list(analysis.depth.values) == [1, 3, 5]
-    assert np.isfinite(analysis["effective_rank"].values).any()
 
 
 def test_names_say_what_they_mean():
@@ -272,11 +235,6 @@ def test_a_pattern_is_the_names_that_it_stands_for(pattern, names):
 def test_a_pattern_that_is_none_is_refused(name):
     with pytest.raises(SiteError, match=r"is not a number of a block|no site is called"):
         select(name)
-
-
-def test_a_pattern_of_blocks_that_are_not_there_is_refused(models, ids):
-    with pytest.raises(SiteError, match="the model has the blocks 0 … 2"):
-        probes.capture(models["llama"](), {"input_ids": ids}, sites="blocks.{7,9}.hook_resid_post")
 
 
 def test_a_loop_measures_the_blocks_of_a_pattern(models, ids):

@@ -94,17 +94,6 @@ class DeepHead(Trunk):
         return self.head(run_through(self.deep, x))
 
 
-class MemoryTokens(Trunk):
-    """Tokens that a network of their own makes of parameters."""
-
-    def more(self):
-        self.deep, self.memory = blocks(3), nn.Parameter(torch.randn(2, WIDTH))
-
-    def first(self, x):
-        made = run_through(self.deep, self.memory).expand(len(x), -1, -1)
-        return torch.cat([made, super().first(x)], 1)
-
-
 class WithoutModules(Trunk):
     """A branch between two blocks has two residuals of parameters of the model itself."""
 
@@ -134,37 +123,11 @@ def streams(model, x):
     return state.mean(-2)
 
 
-def list_of_streams(model, x):
-    """Two tensors, each of which the next ones are made of."""
-    state = [x, x]
-    for branch, gate in zip(model.deep, model.gates, strict=True):
-        a, b = gate.weight[:2, :2].sigmoid()
-        out = branch(a[0] * state[0] + b[0] * state[1])
-        state = [a[n] * state[0] + b[n] * state[1] + out for n in (0, 1)]
-    return state[0] + state[1]
-
-
-def depth_reads(model, x):
-    """Branches read a mixture of all outputs before, which are joined to one tensor."""
-    outputs = x[None]
-    for branch, gate in zip(model.deep, model.gates, strict=True):
-        weights = (outputs @ gate.weight[0, :WIDTH]).softmax(0)
-        outputs = torch.cat([outputs, branch((weights[..., None] * outputs).sum(0))[None]])
-    return outputs.mean(0)
-
-
 def gated_updates(model, x):
     """As highways and GRUs: a gate weighs the state against its update."""
     for branch, gate in zip(model.deep, model.gates, strict=True):
         weight = gate(torch.cat([x, x, x], -1))[..., :1].sigmoid()
         x = (1 - weight) * x + weight * branch(x)
-    return x
-
-
-def interpolated(model, x):
-    """Each state lies between the one before and its update."""
-    for branch in model.deep:
-        x = torch.lerp(x, branch(x), 0.3)
     return x
 
 
@@ -185,19 +148,6 @@ class InOneBranch(Trunk):
         inner = self.memory(self, self.down(x.reshape(len(x), -1, 2 * WIDTH)))
         x = x + self.up(inner).reshape(x.shape)
         return self.head(self.norm(run_through(self.trunk[2:], x)))
-
-
-class ValueResidual(Trunk):
-    """Each branch adds its values to those of the first one: no memory, as the states lie between."""
-
-    def forward(self, x):
-        x, first = self.first(x), None
-        for block in self.trunk:
-            up, act, down = block.branch
-            values = up(block.norm(x))
-            first = values if first is None else first
-            x = x + down(act(torch.lerp(values, first, 0.5)))
-        return self.head(self.norm(x))
 
 
 class LastBranchAlone(Trunk):
@@ -236,7 +186,6 @@ def batch():
         (OneDeepBranch, {"deep"}),
         (DeepRouter, {"router"}),
         (DeepHead, {"deep"}),
-        (MemoryTokens, {"deep"}),
         (WithoutModules, {"deep_up and 1 more"}),
         (LastBranchAlone, {"trunk.3"}),
         (TwoTracks, {"model"}),
@@ -255,7 +204,7 @@ def test_blocks_around_a_deep_branch_are_a_chain_of_their_own():
     assert probes.describe(model, batch(), layers=part["layers"]).chains == {"": 4}
 
 
-@pytest.mark.parametrize("memory", [streams, list_of_streams, depth_reads, gated_updates, interpolated])
+@pytest.mark.parametrize("memory", [streams, gated_updates])
 def test_whatever_carries_a_memory_inside_of_a_branch_is_named(memory):
     found = probes.describe(InOneBranch(memory).eval(), batch())
     assert found.proof == "proven"
@@ -263,6 +212,5 @@ def test_whatever_carries_a_memory_inside_of_a_branch_is_named(memory):
     assert "inside of one branch" in part["why"]
 
 
-@pytest.mark.parametrize("model", [Trunk, ValueResidual])
-def test_nothing_is_named_of_a_model_that_has_nothing_more(model):
-    assert probes.describe(model().eval(), batch()).not_covered == ()
+def test_nothing_is_named_of_a_model_that_has_nothing_more():
+    assert probes.describe(Trunk().eval(), batch()).not_covered == ()
