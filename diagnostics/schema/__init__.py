@@ -11,9 +11,22 @@ from depthscope.diagnostics.schema.coefficients import (
     SUMS_OF_COEFFICIENTS,
 )
 from depthscope.diagnostics.schema.groups import COMPLETE, GROUPS, by_chain, chain_dataset, chains
-from depthscope.diagnostics.schema.live_rows import LOG, LiveRows, Status, is_being_written, is_live_store
-from depthscope.diagnostics.schema.live_store import POOLED_STEP, RESUMED_AT, newest_state
-from depthscope.diagnostics.schema.opening import list_runs, open_group, open_run, open_tree
+from depthscope.diagnostics.schema.live_log import (
+    LOG,
+    LiveRows,
+    Status,
+    is_being_written,
+    is_live_store,
+    newest_state,
+)
+from depthscope.diagnostics.schema.opening import (
+    POOLED_STEP,
+    RESUMED_AT,
+    list_runs,
+    open_group,
+    open_run,
+    open_tree,
+)
 from depthscope.diagnostics.schema.saving import (
     LIVE,
     SUFFIXES,
