@@ -56,8 +56,6 @@ def counts_words(found: Mapping[str, Standing]) -> str:
 def _without_finding(verdict: Verdict, reading: Reading) -> Standing:
     attrs = reading.analysis.attrs
     family, missing = attrs.get("family"), verdict.missing(reading.analysis)
-    if family in verdict.not_for:
-        return Standing(DOES_NOT_APPLY, f"the question has no meaning for {family}")
     # Of how several streams are mixed, read and written, or of how they differ; none of a null.
     metric = CATALOGUE.get(verdict.metric)
     of_streams = metric is not None and (

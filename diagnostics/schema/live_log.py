@@ -1,11 +1,11 @@
 """How does a run get to disk while it is measured, and back? Row by row, into a log that survives its writer.
 
-The log is frames that are only ever appended, each by one call of the system: ``DSr4``, the bytes of its head and of its data,
-the CRC-32 of these lengths, head and data, then the head, which is JSON, and the data. A head has what is new: the run that was
-``begun``, the attempt that was ``opened``, ``attrs`` of groups, ``variables`` with one value per step, ``coords``, and of a row
-its ``step`` and ``time``: its data are the numbers of the variables that were declared until then. A row supersedes earlier
-rows of its step and of later ones. A writer that is killed leaves complete frames and perhaps the beginning of one, which is
-ignored and overwritten. Large arrays are in runs of one step in ``states``, each written by `save_run`.
+The log is frames that are only appended, each by one call of the system: ``DSr4``, the bytes of its head and of its data, the
+CRC-32 of these lengths, head and data, then the head, which is JSON, and the data. A head has what is new: the run that was
+``begun``, the attempt that was ``opened``, ``attrs`` of groups, ``variables`` with one value per step, ``coords``, and of a
+row its ``step`` and ``time``: its data are the numbers of the variables that were declared until then. A row supersedes
+earlier rows of its step and of later ones. A writer that is killed leaves complete frames and perhaps the beginning of one,
+which is ignored and overwritten. Large arrays are in runs of one step in ``states``, each written by `save_run`.
 """
 
 from __future__ import annotations
@@ -307,19 +307,22 @@ class LiveRows:
         self.variables |= variables
         self.coords |= coords
         if "step" in head:
-            row = Row(int(head["step"]), float(head["time"]), start, size)
-            if size not in {0, *(of.begin + of.num_bytes for of in self.variables.values())}:
-                raise InputError(f"the row of step {row.step} has {size} bytes, which are no whole variables")
-            before = len(self.rows)
-            while self.rows and self.rows[-1].step >= row.step:
-                self.rows.pop()
-            if len(self.rows) < before:
-                self._columns = {name: of[: len(self.rows)] for name, of in self._columns.items()}
-            self.resumed += [row.step] if head.get("resumed") else []
-            self.rows.append(row)
+            self._take_row(head, start, size)
         elif size:
             raise InputError(f"{size} bytes of no row")
         self.finished = "finished" in head or (self.finished and "opened" not in head)
+
+    def _take_row(self, head: Mapping[str, Any], start: int, size: int) -> None:
+        row = Row(int(head["step"]), float(head["time"]), start, size)
+        if size not in {0, *(of.begin + of.num_bytes for of in self.variables.values())}:
+            raise InputError(f"the row of step {row.step} has {size} bytes, which are no whole variables")
+        before = len(self.rows)
+        while self.rows and self.rows[-1].step >= row.step:
+            self.rows.pop()
+        if len(self.rows) < before:
+            self._columns = {name: of[: len(self.rows)] for name, of in self._columns.items()}
+        self.resumed += [row.step] if head.get("resumed") else []
+        self.rows.append(row)
 
     def checked(self, head: Mapping[str, Any]) -> tuple[dict[str, Declared], dict[str, xr.Variable], int]:
         """The new variables and coordinates of a head, and the bytes of a row with them.
@@ -343,19 +346,33 @@ class LiveRows:
             return variables, coords, end
         if twice := (variables.keys() & coords) | ({*variables, *coords} & {*self.variables, *self.coords}):
             raise InputError(f"{min(twice)} is declared twice")
-        groups: dict[str, dict[str, Any]] = {}
-        for name, of in {**self.variables, **self.coords, **variables, **coords}.items():
-            if not _NAME.fullmatch(name) or name.endswith("/step"):
-                raise InputError(f"{name!r} is not a name of a variable in {', '.join(GROUPS)}")
-            group, _, label = name.rpartition("/")
-            groups.setdefault(group, {})[label] = (
-                (("step", *of.dims), np.broadcast_to(0.0, (1, *of.shape))) if isinstance(of, Declared) else of
-            )
-        for group in groups.values():
-            xr.Dataset(group)  # refuses a dim of two sizes
+        _require_fitting({**self.variables, **self.coords, **variables, **coords})
         if end > MAX_DATA:
             raise InputError(f"a row of more than {MAX_DATA} bytes")
         return variables, coords, end
+
+
+def _require_fitting(declared: Mapping[str, Declared | xr.Variable]) -> None:
+    """Refuse names that a run does not have, and a dim of two sizes within a group."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, of in declared.items():
+        if not _NAME.fullmatch(name) or name.endswith("/step"):
+            raise InputError(f"{name!r} is not a name of a variable in {', '.join(GROUPS)}")
+        group, _, label = name.rpartition("/")
+        groups.setdefault(group, {})[label] = (
+            (("step", *of.dims), np.broadcast_to(0.0, (1, *of.shape))) if isinstance(of, Declared) else of
+        )
+    for group in groups.values():
+        xr.Dataset(group)  # refuses a dim of two sizes
+
+
+def _declared(name: str, fields: Mapping[str, Any], begin: int) -> Declared:
+    shape = tuple(fields["shape"])
+    if not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
+        raise InputError(f"{name} has the shape {shape}, expected whole numbers from 0 on")
+    if fields["dtype"] not in ("<f8", "<f4"):
+        raise InputError(f"{name} has the dtype {fields['dtype']!r}, expected <f8 or <f4")
+    return Declared(_dims(name, fields), shape, fields["dtype"], dict(fields["attrs"]), begin)
 
 
 def _coordinate(name: str, fields: Mapping[str, Any]) -> xr.Variable:

@@ -24,6 +24,7 @@ from depthscope.diagnostics.schema.live_log import (
     RUN_ID,
     STATES,
     LiveRows,
+    Status,
     is_live_store,
     live_log_of,
     newest_state,
@@ -141,17 +142,8 @@ def _open_live(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.Dat
             raise SchemaError(
                 f"its newest file in {STATES} is of another run than its log; copy the folder again"
             )
-        groups = {node.path.strip("/"): node.to_dataset(inherit=False) for node in state.subtree}
-        for path in dict.fromkeys(name.rpartition("/")[0] for name in (*rows.variables, *rows.coords)):
-            groups[path] = with_rows(path, groups.get(path, xr.Dataset()), rows)
-            groups[path].attrs |= rows.attrs.get(path, {})
-            if status.state_step != status.last_step:
-                groups[path].attrs[POOLED_STEP] = status.state_step
-        groups[""].attrs |= {**rows.attrs.get("", {}), "created": rows.created, LIVE: status.as_dict()}
-        if rows.resumed:
-            groups[""].attrs[RESUMED_AT] = rows.resumed
         try:
-            opened = xr.DataTree.from_dict({f"/{path}": dataset for path, dataset in groups.items()})
+            opened = xr.DataTree.from_dict(_groups_with_rows(state, rows, status))
         except ValueError as error:  # unlike labels
             raise SchemaError(f"its rows do not fit to its saved arrays ({error})") from None
         validate(opened)
@@ -161,6 +153,20 @@ def _open_live(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.Dat
         raise
     opened.set_close(state.close)
     return opened
+
+
+def _groups_with_rows(state: xr.DataTree, rows: LiveRows, status: Status) -> dict[str, xr.Dataset]:
+    """Every group of a live store, with its attributes."""
+    groups = {node.path.strip("/"): node.to_dataset(inherit=False) for node in state.subtree}
+    for path in dict.fromkeys(name.rpartition("/")[0] for name in (*rows.variables, *rows.coords)):
+        groups[path] = with_rows(path, groups.get(path, xr.Dataset()), rows)
+        groups[path].attrs |= rows.attrs.get(path, {})
+        if status.state_step != status.last_step:
+            groups[path].attrs[POOLED_STEP] = status.state_step
+    groups[""].attrs |= {**rows.attrs.get("", {}), "created": rows.created, LIVE: status.as_dict()}
+    if rows.resumed:
+        groups[""].attrs[RESUMED_AT] = rows.resumed
+    return {f"/{path}": dataset for path, dataset in groups.items()}
 
 
 def _opened_state(store: Path, open_state: Callable[[Path], Opened]) -> Opened | None:
