@@ -385,7 +385,7 @@ def test_one_representation_names_the_views_that_differ():
     ("name", "words"),
     [
         ("rank_collapse", "max(Dong residual, 3 (erank − 1) / (erank of noise − 1))"),
-        ("copied_streams", "INFO above 0.999, WARN above 1 − 1e-9"),
+        ("copied_streams", "INFO above 0.999, WARN above 1 − 1e-12"),
         ("exploding_state", "rms ‖x_l‖ / rms ‖x_0‖ (0 or more): WARN above 10000"),
     ],
 )
