@@ -8,7 +8,7 @@ import typer
 
 from depthscope.app.cli.main import FINE
 from depthscope.app.cli.options import Json, ModelAndText, capture_errors_for_users, names, with_model
-from depthscope.app.text.terminal import emit, say, show_rows, working
+from depthscope.app.text.terminal import emit, say, working
 from depthscope.diagnostics.errors import InputError
 
 
@@ -54,17 +54,10 @@ def _describe_weights(model: ModelAndText, *, json: bool) -> int:
             f"--{given[0]} and --weights-only do not go together: no model is built or run; leave one out"
         )
     with working("importing torch"):
-        from depthscope.probes.static import page
         from depthscope.probes.static.describe import describe_weights
     found = describe_weights(model.checkpoint)
     if json:
         emit(found.as_dict())
-        return FINE
-    say(page.heading(found))
-    if found.connections:
-        for columns, rows in page.tables(found):
-            say()
-            show_rows(columns, rows)
-        say()
-        say(page.ending(found))
+    else:
+        say(str(found))
     return FINE

@@ -18,6 +18,7 @@ from depthscope.diagnostics.errors import InputError, did_you_mean
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.registry import (
+    CHOICES,
     DIMS,
     FACTS,
     Quantities,
@@ -144,7 +145,9 @@ def _analyze_scheduled(
             trace = trace_of(opened, chain)
             source = Source(path, chain, None if is_saved else trace)
             values, reasons = measure(source, list(chosen), scheduler, memory=memory, progress=progress)
-            analyses[chain] = _finished(opened, trace, Quantities(trace), values, reasons, jackknife=False)
+            of_all = Quantities(trace)
+            found = {name: of_all.unlabelled(value) for name, value in values.items()}
+            analyses[chain] = _finished(opened, trace, of_all, found, reasons, jackknife=False)
         return _of_chains(opened, analyses, metrics)
 
 
@@ -196,7 +199,7 @@ def _analyze_chain(
         return _curves_alone(run, chain, chosen)
     trace = with_facts(trace, run.attrs)
     source = Quantities(sources(trace, chain_dataset(run, "statistics", chain)))
-    found: dict[str, xr.DataArray] = {}
+    found: dict[str, xr.Variable] = {}
     reasons: dict[str, str] = {}
     for name, metric in chosen.items():
         report(name)
@@ -217,13 +220,13 @@ def _finished(
     run: xr.DataTree,
     trace: xr.Dataset,
     source: Quantities,
-    found: Mapping[str, xr.DataArray],
+    found: Mapping[str, xr.Variable],
     reasons: Mapping[str, str],
     *,
     jackknife: bool,
 ) -> xr.Dataset:
     """One dataset of what was measured of a chain, with what else is to be known about it."""
-    dataset = assemble(found, _training_step(run, trace))
+    dataset = assemble(found, source, _training_step(run, trace))
     notes = _notes(dataset, source, jackknife)
     # Of several chains one may be proven and another not: each analysis has its own chain's.
     facts = {name: trace.attrs[name] for name in FACTS if name in trace.attrs}
@@ -260,13 +263,13 @@ def _num_replicas(run: xr.DataTree, chain: str) -> int:
     return 0 if trace is None else num_replicas(trace)
 
 
-def _has_error(found: Mapping[str, xr.DataArray], name: str) -> bool:
+def _has_error(found: Mapping[str, xr.Variable], name: str) -> bool:
     own = found.get(f"{name}_stderr")
     return own is not None and "scope" not in own.dims
 
 
 def _add_errors(
-    found: dict[str, xr.DataArray], errors: Mapping[str, xr.DataArray], chosen: Mapping[str, Metric]
+    found: dict[str, xr.Variable], errors: Mapping[str, xr.Variable], chosen: Mapping[str, Metric]
 ) -> None:
     """Add jackknife errors to the variables; those of means over sequences are not replaced."""
     for name, error in errors.items():
@@ -274,33 +277,31 @@ def _add_errors(
         if own is None:
             found[f"{name}_stderr"] = chosen[name].stamp_error(error)
         elif "scope" in own.dims:
-            estimator = f"{own.attrs['estimator']}; over the data: {error.attrs['estimator']}"
             # Means over sequences have an error already, which stays: only that of pooled tokens, NaN so far, is filled.
-            filled = own.fillna(error.reindex(scope=own["scope"]))
-            found[f"{name}_stderr"] = filled.assign_attrs({**own.attrs, "estimator": estimator})
+            filled, pooled = own.copy(), {"scope": CHOICES["scope"].index("data")}
+            filled[pooled] = own[pooled].fillna(error[{"scope": 0}])
+            filled.attrs["estimator"] += f"; over the data: {error.attrs['estimator']}"
+            found[f"{name}_stderr"] = filled
 
 
-def assemble(variables: Mapping[str, xr.DataArray], step: int) -> xr.Dataset:
+def assemble(variables: Mapping[str, xr.Variable], source: Quantities, step: int) -> xr.Dataset:
     """Make one dataset of measured variables, ``step`` first; nulls and facts about the sample have no step.
 
     ``variables``: metrics with their nulls and standard errors, without ``step``.
+    ``source``: knows the labels.
     """
-    # Shares of streams have no "mean", states have: one axis with all labels, as a dataset has one of each name.
-    labels = [value["stream"].values.tolist() for value in variables.values() if "stream" in value.dims]
-    streams = list(dict.fromkeys(label for of_one in labels for label in of_one))
-    coords: dict[str, Any] = {}
+    sizes: dict[Any, int] = {}
+    for value in variables.values():
+        sizes |= {dim: max(size, sizes.get(dim, 0)) for dim, size in value.sizes.items()}
     data: dict[str, xr.Variable] = {}
     for name, value in variables.items():
-        if "stream" in value.dims and value["stream"].values.tolist() != streams:
-            value = value.reindex(stream=streams)
+        if "stream" in value.dims and value.sizes["stream"] < sizes["stream"]:
+            # Shares of streams have no "mean", states have, as the first one: one axis with all labels.
+            value = value.pad(stream=(1, 0))
         per_step = not name.endswith("_null") and (name not in CATALOGUE or CATALOGUE[name].per_step)
         dims = ("step", *value.dims) if per_step else value.dims
-        data[name] = value.variable.set_dims(dims).transpose(*sorted(map(str, dims), key=_ORDER.index))
-        # Nulls and some metrics lack coordinates that others have: the dataset gets those of all.
-        for label, coord in value.coords.items():
-            coords[str(label)] = coord.variable
-    coords["step"] = [step]
-    return xr.Dataset(data, coords)
+        data[name] = value.set_dims(dims).transpose(*sorted(map(str, dims), key=_ORDER.index))
+    return xr.Dataset(data, source.coordinates(sizes)).assign_coords(step=[step])
 
 
 _ORDER = ("step", *DIMS)

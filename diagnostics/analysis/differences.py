@@ -75,9 +75,7 @@ def by_sequence(trace: xr.Dataset, metric: Metric, *, scope: str = "sequence") -
     if measured is None:
         return None
     pooled = value.isel(group=0, drop=True) if "group" in value.dims else value
-    without = xr.concat(
-        [each.isel(scope=0, drop=True) if "scope" in each.dims else each for each in measured], "sequence"
-    )
+    without = xr.Variable.concat([each.isel(scope=0, missing_dims="ignore") for each in measured], "sequence")
     number = without.sizes["sequence"]
     return (number * pooled - (number - 1) * without).drop_vars("scope", errors="ignore")
 

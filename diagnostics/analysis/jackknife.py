@@ -10,7 +10,7 @@ import xarray as xr
 
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.quantities.over_sequences import DEGREES
-from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
+from depthscope.diagnostics.quantities.registry import LABELS, Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 from depthscope.diagnostics.schema import TRACE
 
@@ -20,7 +20,7 @@ ROUGH = ("median", "p1", "p99", "max")
 
 def jackknife(
     trace: xr.Dataset, metrics: Iterable[Metric], report: Callable[[str], None] = lambda name: None
-) -> dict[str, xr.DataArray]:
+) -> dict[str, xr.Variable]:
     r"""Standard errors of metrics over pooled tokens, by leaving out one sequence at a time.
 
     .. math:: \mathrm{se}^2 = \tfrac{S - 1}{S} \textstyle\sum_s \big(\theta_{(s)} - \overline{\theta_{(\cdot)}}\big)^2
@@ -40,7 +40,7 @@ def jackknife(
 
 def replicas(
     trace: xr.Dataset, metrics: Iterable[Metric], report: Callable[[str], None] = lambda name: None
-) -> dict[str, list[xr.DataArray]]:
+) -> dict[str, list[xr.Variable]]:
     """Metrics over pooled tokens without each sequence in turn.
 
     ``metrics``: those that `resampled` refuses are left out.
@@ -49,7 +49,7 @@ def replicas(
     """
     masks = list(_without_each(trace))
     wanted = [metric for metric in metrics if resampled(metric)]
-    found: dict[str, list[xr.DataArray]] = {metric.name: [] for metric in wanted}
+    found: dict[str, list[xr.Variable]] = {metric.name: [] for metric in wanted}
     for mask in masks:
         report("jackknife")
         for limit, group in _by_limit(wanted, trace).items():
@@ -118,13 +118,15 @@ def _thinned_mask(trace: xr.Dataset, limit: int | None) -> xr.DataArray:
     return mask.copy(data=chosen)
 
 
-def _jackknife_error(values: list[xr.DataArray]) -> xr.DataArray:
+def _jackknife_error(values: list[xr.Variable]) -> xr.Variable:
     """The standard error from the values without each sequence; NaN for rough reductions."""
     replicas = np.stack([value.values for value in values])
     squares = ((replicas - replicas.mean(axis=0)) ** 2).sum(axis=0)
     # (S − 1)/S and not 1/(S − 1): two replicas differ in one sequence of each only, so that their spread is small.
     error = values[0].copy(data=np.sqrt(squares * (len(values) - 1) / len(values)))
     if "reduction" in error.dims:
-        error = error.where(~error["reduction"].isin(ROUGH))
+        is_smooth = xr.Variable("reduction", ~np.isin(LABELS["reduction"], ROUGH))
+        error = error.where(is_smooth).transpose(*error.dims)
     estimator = f"delete-one jackknife over {len(values)} sequences"
-    return error.assign_attrs({"estimator": estimator, DEGREES: len(values) - 1})
+    error.attrs |= {"estimator": estimator, DEGREES: len(values) - 1}
+    return error

@@ -166,9 +166,9 @@ def _measured(
                     found[metric.name] = str(reason)
                     continue
                 found[metric.name] = {
-                    name: value.isel(depth=slice(len(before), None)).load()
-                    if "depth" in value.dims
-                    else value.load()
+                    name: quantities.labelled(value).isel(
+                        depth=slice(len(before), None), missing_dims="ignore"
+                    )
                     for name, value in values.items()
                 }
     return found

@@ -92,7 +92,7 @@ def curves_of_sums(statistics: xr.Dataset) -> xr.Dataset:
 
 def _curve(name: str, source: Quantities) -> xr.DataArray:
     metric = CATALOGUE[name]
-    found = metric.stamp(source.labelled(source.call(metric.function))).transpose("step", *metric.dims)
+    found = metric.stamp(metric.unfolded(source)).transpose("step", *metric.dims)
     # What modules own is exact in any case.
     return found.assign_attrs(estimator=EXACT) if set(metric.needs) & BY_SUMS.keys() else found
 

@@ -7,8 +7,9 @@ import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.errors import InputError
@@ -33,6 +34,7 @@ QUANTITY_MODULES = (
 
 Values = xr.Variable | xr.DataArray
 """What a formula gives: an array with named dims; the labels that it lacks are put on afterwards."""
+Stamped = TypeVar("Stamped", xr.Variable, xr.DataArray)
 Null = Callable[..., Values] | float | str
 Function = Callable[..., Values]
 """Quantities in, the value out."""
@@ -196,19 +198,19 @@ class Metric:
         """The variables of a run that the metric is computed from, without the mask."""
         return registry.roots(self.function)
 
-    def evaluate(self, source: Quantities) -> dict[str, xr.DataArray]:
+    def evaluate(self, source: Quantities) -> dict[str, xr.Variable]:
         """The metric of one chain, its ``_null`` and ``_stderr`` where it has them, with attributes and without ``step``.
 
         Raises Unavailable: Where the run lacks what the metric needs.
         """
         value, stderr = self.measure(source)
-        # A metric that knows a closer reason has stated it, as those of streamed sums do.
-        if value.isnull().all() and "undefined_because" not in value.attrs:
-            value = value.assign_attrs(undefined_because=UNDEFINED)
         found = {self.name: self.stamp(value)}
+        # A metric that knows a closer reason has stated it, as those of streamed sums do.
+        if np.isnan(value.values).all():
+            found[self.name].attrs.setdefault("undefined_because", UNDEFINED)
         if callable(self.null):
             # Folded like the value: sequences of different lengths have different nulls, of which the mean is taken too.
-            null = over_sequences.fold(source.labelled(source.call(self.null)))[0]
+            null = self._folded(source, self.null)[0]
             found[f"{self.name}_null"] = self.stamp(null, "expected of iid noise")
         # Counts and extremes vary over sequences too, but that spread does not estimate their error.
         if stderr is not None and self.smooth:
@@ -217,11 +219,16 @@ class Metric:
 
     def unfolded(self, source: Quantities) -> xr.DataArray:
         """What the function measures, labelled: of each sequence where it has a value of each."""
-        return source.labelled(source.call(self.function))
+        return source.labelled(source.variable(self.function))
 
-    def measure(self, source: Quantities) -> tuple[xr.DataArray, xr.DataArray | None]:
+    def measure(self, source: Quantities) -> tuple[xr.Variable, xr.Variable | None]:
         """The value without attributes, and its standard error; None where there is no value of each sequence."""
-        return over_sequences.fold(self.unfolded(source))
+        return self._folded(source, self.function)
+
+    @staticmethod
+    def _folded(source: Quantities, function: Function) -> tuple[xr.Variable, xr.Variable | None]:
+        value = source.variable(function)
+        return over_sequences.fold(value, source.scopes if "group" in value.dims else None)
 
     def __call__(
         self, *data: xr.DataArray | xr.Dataset | xr.DataTree, mask: Any = None, **options: Any
@@ -262,7 +269,8 @@ class Metric:
             trace = with_mask(trace, mask)
         # Only the wanted variant is computed: a spectrum centred and raw costs twice as much.
         choices = {dim: label for dim, label in labels.items() if dim in registry.CHOICES}
-        value = self.evaluate(Quantities(trace, choices=choices))[self.name]
+        source = Quantities(trace, choices=choices)
+        value = source.labelled(self.evaluate(source)[self.name]).rename(self.name)
         foreign = sorted(set(requested) - set(value.dims))
         if foreign:
             raise InputError(
@@ -272,9 +280,11 @@ class Metric:
         # Dims that were added for the quantities, and that no array of the caller has.
         return value.squeeze([dim for dim in added if dim in value.dims])
 
-    def stamp(self, value: xr.DataArray, what: str = "") -> xr.DataArray:
-        """Write the declaration into the attributes of a value; ``what`` it is, where it is not the metric itself."""
-        return value.assign_attrs(self.facts(what)).rename(self.name)
+    def stamp(self, value: Stamped, what: str = "") -> Stamped:
+        """The value with the declaration in its attributes; ``what`` it is, where it is not the metric itself."""
+        found = value.copy(deep=False)
+        found.attrs = {**value.attrs, **self.facts(what)}
+        return found
 
     def facts(self, what: str = "") -> dict[str, str | float]:
         """The declaration of a variable, as its attributes; ``what`` as of `stamp`."""
@@ -292,10 +302,12 @@ class Metric:
             facts["null"] = self.null
         return facts
 
-    def stamp_error(self, error: xr.DataArray) -> xr.DataArray:
-        """Write into the attributes of a standard error what it is of; an attribute ``estimator`` is not overwritten."""
+    def stamp_error(self, error: xr.Variable) -> xr.Variable:
+        """The standard error with what it is of in its attributes; an attribute ``estimator`` is not overwritten."""
         how = error.attrs.get("estimator", "standard deviation over sequences by the root of their number")
-        return self.stamp(error, "standard error over sequences").assign_attrs(estimator=how)
+        found = self.stamp(error, "standard error over sequences")
+        found.attrs["estimator"] = how
+        return found
 
 
 def metric(*, dims: str, label: str = "", **stated: Any) -> Callable[[Function], Metric]:

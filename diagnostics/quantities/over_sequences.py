@@ -15,33 +15,37 @@ DEGREES = "degrees_of_freedom"
 ONE_SEQUENCE = "one sequence: its spread to others is not known"
 
 
-def fold(value: xr.DataArray) -> tuple[xr.DataArray, xr.DataArray | None]:
+def fold(value: xr.Variable, scopes: np.ndarray | None = None) -> tuple[xr.Variable, xr.Variable | None]:
     """Take the mean over sequences, with its standard error.
 
-    ``value``: with a dim ``sequence``; or with a dim ``group`` whose coordinate ``scope`` tells which groups are
-    sequences and which contain all tokens; or with neither: it is returned unchanged.
-    Returns: Without ``sequence``; ``scope`` in place of ``group``.
+    ``value``: with a dim ``sequence``; or with a dim ``group`` of sequences and of all tokens; or with neither: it is returned
+    unchanged.
+    ``scopes``: of each group, which of the two it is.
+    Returns: Without ``sequence``; ``scope`` in place of ``group``, in the order of the groups.
     Returns: Of the same dims. NaN where fewer than two sequences have a value, and for pooled tokens; None where the
     value has no sequences.
     """
     if "sequence" in value.dims:
-        template = value.isel(sequence=0, drop=True)
-        mean, error, degrees = mean_and_error(value.transpose("sequence", ...).values)
-        return template.copy(deep=False, data=mean), _with_degrees(
-            template.copy(deep=False, data=error), degrees
+        values = value.transpose("sequence", ...)
+        mean, error, degrees = mean_and_error(values.values)
+        dims = values.dims[1:]
+    elif "group" in value.dims:
+        assert scopes is not None
+        groups = value.transpose("group", ...)
+        # Pooled tokens are one group: their mean is the value itself, and their error NaN.
+        of_each = [mean_and_error(groups.values[scopes == label]) for label in dict.fromkeys(scopes.tolist())]
+        means, errors, every = zip(*of_each, strict=True)
+        # That of the pooled tokens is 0.
+        mean, error, degrees, dims = (
+            np.stack(means),
+            np.stack(errors),
+            max(every),
+            ("scope", *groups.dims[1:]),
         )
-    if "group" not in value.dims:
+    else:
         return value, None
-    template = value.isel(group=0, drop=True)
-    scopes, values = value["scope"].values, value.transpose("group", ...).values
-    # Pooled tokens are one group: their mean is the value itself, and their error NaN.
-    means, errors, degrees = {}, {}, 0
-    for label in dict.fromkeys(scopes.tolist()):
-        means[label], errors[label], of_label = mean_and_error(values[scopes == label])
-        degrees = max(degrees, of_label)  # the other one is that of the pooled tokens, 0
-    by_scope = template.expand_dims(scope=list(means))
-    value = by_scope.copy(deep=False, data=np.stack(list(means.values())))
-    return value, _with_degrees(by_scope.copy(deep=False, data=np.stack(list(errors.values()))), degrees)
+    known = {DEGREES: degrees} if not np.isnan(error).all() else {"undefined_because": ONE_SEQUENCE}
+    return xr.Variable(dims, mean, value.attrs), xr.Variable(dims, error, {**value.attrs, **known})
 
 
 def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -59,10 +63,3 @@ def mean_and_error(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     # Of numbers that not every sequence has, the fewest sequences count: an interval is rather too wide than too narrow.
     degrees = int(count[count > 1].min()) - 1 if (count > 1).any() else 0
     return mean, np.sqrt(variance / np.where(count > 1, count, np.nan)), degrees
-
-
-def _with_degrees(error: xr.DataArray, degrees: int) -> xr.DataArray:
-    """A standard error with its degrees of freedom, or with the reason why there is none."""
-    if error.isnull().all():
-        return error.assign_attrs(undefined_because=ONE_SEQUENCE)
-    return error.assign_attrs({DEGREES: degrees})

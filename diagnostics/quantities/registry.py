@@ -123,6 +123,7 @@ class Quantities:
             self._values[dim] = (label,)
         self._reasons: dict[str, str] = {}
         self._coordinates: dict[tuple[tuple[Any, int], ...], xr.Coordinates] = {}
+        self._own: dict[Any, np.ndarray] = {}  # labels by dim, that values had
 
     def __getitem__(self, name: str) -> Any:
         # A failure is cached too: many metrics need the same quantity, and some fail only after minutes of work.
@@ -162,18 +163,37 @@ class Quantities:
                     raise
         return function(**arguments)
 
-    def labelled(self, value: xr.Variable | xr.DataArray) -> xr.DataArray:
-        """Values with the labels of the chain on every dim that has none yet."""
-        key = tuple(value.sizes.items())
-        if key not in self._coordinates:  # to make indexes takes longer than to use them
-            labels = [self._labels(str(dim), size) for dim, size in key]
-            self._coordinates[key] = xr.Coordinates(
-                {name: of for each in labels for name, of in each.items()}
-            )
-        known = self._coordinates[key]
+    def variable(self, function: Callable[..., Any]) -> xr.Variable:
+        """What a metric's function gives, without labels."""
+        return self.unlabelled(self.call(function))
+
+    def unlabelled(self, value: xr.Variable | xr.DataArray) -> xr.Variable:
+        """Values without labels; those that they have are noted, for `coordinates`."""
         if not isinstance(value, xr.DataArray):
-            return xr.DataArray(value, known)
-        return value.assign_coords({name: of for name, of in known.items() if name not in value.coords})
+            return value
+        self._own |= {str(dim): value[dim].values for dim in value.dims if dim in value.indexes}
+        return value.variable
+
+    @property
+    def scopes(self) -> np.ndarray:
+        """Of each group of tokens, whether it is one sequence or all data."""
+        return np.array(group_scopes(self._values["scope"], self["mask"].sizes["sample"]))
+
+    def coordinates(self, sizes: Mapping[Any, int]) -> xr.Coordinates:
+        """The labels of the chain on some dims."""
+        key = tuple(sizes.items())
+        if key not in self._coordinates:  # to make indexes takes longer than to use them
+            found: dict[str, Any] = {}
+            for dim, size in key:
+                found |= self._labels(str(dim), size)
+                own = self._own.get(dim, ())
+                found |= {dim: own} if len(own) == size else {}
+            self._coordinates[key] = xr.Coordinates(found)
+        return self._coordinates[key]
+
+    def labelled(self, value: xr.Variable) -> xr.DataArray:
+        """Values with the labels of the chain on every dim."""
+        return xr.DataArray(value, self.coordinates(value.sizes))
 
     def _labels(self, dim: str, size: int) -> dict[str, Any]:
         """Coordinates of a dim of a value."""
@@ -184,7 +204,7 @@ class Quantities:
         if dim in ("component", "head"):
             return {dim: np.arange(size)}
         if dim == "group":
-            return {"scope": ("group", group_scopes(self._values["scope"], self["mask"].sizes["sample"]))}
+            return {"scope": ("group", self.scopes)}
         if dim == "stream":
             return {dim: stream_labels(size, self.trace.sizes.get("stream", 1))}
         if dim.startswith("other_"):

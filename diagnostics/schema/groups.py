@@ -66,7 +66,14 @@ class Analysis(xr.Dataset):
     @classmethod
     def of(cls, dataset: xr.Dataset) -> Analysis:
         """The same variables, coordinates and attributes."""
-        return cls(dataset.data_vars, dataset.coords, dataset.attrs)
+        variables = (
+            dataset.variables
+        )  # of arrays with labels xarray would compare those of each with those of all others
+        return cls(
+            {name: variables[name] for name in dataset.data_vars},
+            {name: variables[name] for name in dataset.coords},
+            dataset.attrs,
+        )
 
     def to_netcdf(self, *arguments: Any, **options: Any) -> Any:
         """As of Dataset."""

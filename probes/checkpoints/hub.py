@@ -61,18 +61,17 @@ def is_hub_name(spec: str) -> bool:
     return not exists(given_path(spec)) and not exists(Path(spec.partition("/")[0]))
 
 
-def hub_files(spec: str, *, weights: bool = True) -> HubFiles:
+def hub_files(spec: str) -> HubFiles:
     """The files of a checkpoint of the hub: those in the cache where they are complete, else fetched.
 
     ``spec``: ``organisation/name``, with ``/file.gguf`` for a GGUF file among several, with ``@revision`` for another one
     than main: a branch, a tag or a commit.
-    ``weights``: without them only ``config.json`` is needed.
     Raises CheckpointError: Where huggingface_hub is not installed, there is no such repository, it may not be read, it has no
     weights that are data, or nothing is cached and the network may not be used or is not there.
     """
     parts = HUB_NAME.fullmatch(spec)
     assert parts is not None
-    wanted = _Wanted(parts[1], parts[2], parts[3] or MAIN, weights)
+    wanted = _Wanted(parts[1], parts[2], parts[3] or MAIN)
     with errors_of("huggingface_hub", f"'{spec}' cannot be fetched"):
         try:
             import huggingface_hub
@@ -97,7 +96,6 @@ class _Wanted:
     repository: str
     file: str | None
     revision: str
-    weights: bool
 
     @property
     def spec(self) -> str:
@@ -122,7 +120,7 @@ def _cached(wanted: _Wanted) -> HubFiles | None:
     depth = 1 + (wanted.file or "").count("/")
     folder = first.parents[depth - 1]
     files = HubFiles(first if wanted.file else folder, wanted.repository, folder.name)
-    if wanted.file or not wanted.weights:
+    if wanted.file:
         return files
     index = folder / INDEX
     names = set(read_index(index).values()) if exists(index) else {"model.safetensors"}
@@ -173,8 +171,6 @@ def _chosen(wanted: _Wanted, present: Sequence[str]) -> list[str]:
         return [wanted.file]
     if "config.json" not in top:
         return [_only_gguf(wanted, present)]
-    if not wanted.weights:
-        return ["config.json"]
     if "adapter_config.json" in top:
         raise CheckpointError(
             f"'{wanted.repository}' is a PEFT adapter (adapter_config.json), which names another model; merge them with "

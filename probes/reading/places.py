@@ -19,7 +19,7 @@ from depthscope.probes.reading.graph import FILLS, OUTPUT, Graph, ReadingError, 
 from depthscope.probes.reading.operations import decomposed, operation_of
 from depthscope.probes.reading.tensor_memory import detached
 
-OTHER = "other operations ran in {} than in the forward that was read; the next measured forward is read anew"
+OTHER = "other operations ran in {} than in the forward that was read; later forwards are recorded in full"
 
 
 @dataclass
@@ -110,6 +110,7 @@ class PlacedRecorder(TorchDispatchMode):
         self._waiting: list[tuple[TracedValue, torch.Tensor]] = []
         self._stack: list[_Frame] = []
         self._calls: dict[str, int] = {}
+        self._made = 0  # the identity of what the last operation made
         self._running, self._is_on = False, False
         self.error: str | None = None
         # As in `GraphRecorder`.
@@ -208,7 +209,8 @@ class PlacedRecorder(TorchDispatchMode):
                     self.on_taken(value, tensor)
 
     def _take(self, value: TracedValue, tensor: torch.Tensor) -> None:
-        self._found[value.number] = detached(tensor, copy=value.is_rewritten)
+        # Zeros are written next, and the graph that was read had them without memory: it did not see that.
+        self._found[value.number] = detached(tensor, copy=value.is_rewritten or value.name in FILLS)
         self._waiting.append((value, tensor))
         if self.on_value is not None:
             self.on_value(value, tensor)
@@ -224,8 +226,13 @@ class PlacedRecorder(TorchDispatchMode):
         is_known = count < len(operations) and operations[count] is func
         if not is_known and operation_of(func).is_composite:
             return decomposed(self, func, args, kwargs or {})
+        if not is_known and func is torch.ops.aten.detach.default and id(args[0]) == self._made:
+            return func(
+                *args
+            )  # torch's Python detaches what `empty_like`, … made where somebody keeps it, as `_take` does
         frame.count += 1
         result = func(*args, **kwargs) if kwargs else func(*args)
+        self._made = id(result)
         if not is_known:
             self._stop(frame.path)
             return result
@@ -239,10 +246,15 @@ class PlacedRecorder(TorchDispatchMode):
 
 
 class KnownPlaces:
-    """The places of what a session measures, once two forwards after each other ran the same operations."""
+    """The places of what a session measures, once two forwards after each other ran the same operations.
+
+    Where a later one ran others all the same, as experts that loop over the tokens they were given, every forward is recorded
+    in full from then on: at known places its connections would be lost.
+    """
 
     def __init__(self) -> None:
         self.places: OperationPlaces | None = None
+        self._is_given_up = False
         self._before: dict[int, list[Any]] | None = None
 
     def recorder(self, model: nn.Module, batch: Sequence[torch.Tensor]) -> PlacedRecorder | None:
@@ -253,9 +265,10 @@ class KnownPlaces:
 
     def learn(self, model: nn.Module, graph: Graph, needed: Collection[int]) -> None:
         """Find the places of what was needed of a forward that was recorded in full."""
-        is_same, self._before = self._before == graph.operations, graph.operations
-        self.places = OperationPlaces.of(model, graph, needed) if is_same else None
+        if not self._is_given_up:
+            is_same, self._before = self._before == graph.operations, graph.operations
+            self.places = OperationPlaces.of(model, graph, needed) if is_same else None
 
-    def forget(self) -> None:
+    def forget(self, *, for_good: bool = False) -> None:
         """Record forwards in full again."""
-        self.places = self._before = None
+        self.places, self._before, self._is_given_up = None, None, for_good

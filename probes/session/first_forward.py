@@ -250,14 +250,13 @@ def record_operations(
         if read is not None:
             _record_read(tape, forward, observer, read.rereading.again(graph))
             graph = read.rereading.graph
-        # torch's Python detaches what it makes (empty_like, …) where we keep it: an operation more, which ends a forward at
-        # known places. Without a graph more is kept, also of the experts of DeepSeek-V4: these forwards are recorded in full.
-        has_graph = any(value.has_graph for value in tape.graph.outputs)
-        if known is not None and has_graph and not isinstance(tape.recorder, PlacedRecorder):
+        if known is not None and not isinstance(tape.recorder, PlacedRecorder):
             known.learn(model, graph, _values_read(graph, observer))
     except NOT_READ:
         if known is not None:
-            known.forget()
+            known.forget(
+                for_good=isinstance(tape.recorder, PlacedRecorder) and tape.recorder.error is not None
+            )
         raise
     finally:
         graph.let_go()

@@ -6,7 +6,10 @@ No model is built and no other tensor is read. The weights are those of an input
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +24,61 @@ from depthscope.probes.checkpoints.tensor_inventory import (
     read_values,
     take_inventory,
 )
-from depthscope.probes.static.depth import applied_reads, depth_read
-from depthscope.probes.static.dialect import Dialect
-from depthscope.probes.static.dialects import TABLE
-from depthscope.probes.static.facts import (
+from depthscope.probes.static.connections import (
+    StaticComposite,
     StaticConnection,
+    applied_reads,
     composites,
+    connection_of,
     constraint_of,
-    matrix_facts,
+    remarks,
+    settings_of,
 )
-from depthscope.probes.static.page import StaticDescription
-from depthscope.probes.static.recognition import STREAM_SETTINGS, Found, Place, place_of, recognise, setting
-from depthscope.probes.static.remarks import remarks
-from depthscope.probes.static.weights import Settings, settings_of, weigh
+from depthscope.probes.static.dialect import PARTS, Dialect
+from depthscope.probes.static.dialects import TABLE
+from depthscope.probes.static.recognition import (
+    STREAM_SETTINGS,
+    Found,
+    Place,
+    Unrecognised,
+    place_of,
+    recognise,
+    setting,
+)
+
+COLUMNS = (
+    "connection", "gates pre/post/res", "H_pre", "H_post", "row sums", "column sums", "σ₂", "off-diag", "to I", "to J/n",
+)  # fmt: skip
+UNKNOWN = "–"  # the files do not determine it, or it is the same in every model
+WIDTH = 120  # characters of a line of words
+MOST_NAMED = 12  # groups of tensors that fit no dialect; JSON has all of them
+
+
+@dataclass(frozen=True, eq=False)
+class StaticDescription:
+    """What the weight files show of a checkpoint's stream connections; prints as a page."""
+
+    checkpoint: str
+    model_type: str
+    num_tensors: int
+    num_read: int
+    num_files: int
+    absent_files: tuple[str, ...]
+    settings: dict[str, float]
+    assumed: tuple[str, ...]
+    connections: tuple[StaticConnection, ...]
+    heads: tuple[StaticConnection, ...]
+    composites: tuple[StaticComposite, ...]
+    warnings: tuple[str, ...]
+    looked_for: tuple[str, ...]
+    unrecognised: tuple[Unrecognised, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The description as plain values."""
+        return _plain_values(self)
+
+    def __str__(self) -> str:
+        return "\n".join(_page(self))
 
 
 def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> StaticDescription:
@@ -72,7 +117,15 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     # A setting that config.json lacks gets the dialect's default, and the page lists it as assumed.
     settings = {one.dialect: settings_of(one.dialect, config) for one in everything}
     values = read_values(tensor for one in everything for tensor in _read_tensors(one).values())
-    described = [_connection(one, values, settings[one.dialect], inventory, config) for one in everything]
+    described = [
+        connection_of(
+            one,
+            _place_in_network(one, inventory),
+            {role: values[tensor.name] for role, tensor in _read_tensors(one).items()},
+            settings[one.dialect].values,
+        )
+        for one in everything
+    ]
     # A head reads the streams and mixes nothing, so that it is no factor of the products.
     lacking = {place_of(name).chain for name in absent}
     connections, collapse = applied_reads(described[: len(found.connections)], lacking)
@@ -148,62 +201,9 @@ def _first_number(config: Mapping[str, Any], *names: str) -> float | None:
     )
 
 
-# --- one connection
-
-
-def _connection(
-    found: Found,
-    values: Mapping[str, np.ndarray],
-    settings: Settings,
-    inventory: Inventory,
-    config: Mapping[str, Any],
-) -> StaticConnection:
-    row, read = found.dialect, _read_tensors(found)
-    weights = weigh(found, {role: values[tensor.name] for role, tensor in read.items()}, settings.values)
-    place = _place_in_network(found, inventory)
-    floor = weights.sinkhorn.get("floor", 0.0)
-    return StaticConnection(
-        module=found.module,
-        chain=place.chain,
-        layer=place.layer,
-        branch=place.branch,
-        family=row.family,
-        style=row.style or row.name,
-        streams=found.streams,
-        width=found.sizes.get("D"),
-        constrained=row.doubly_stochastic,
-        learns_mixing=row.learns_mixing,
-        dtypes=tuple(sorted({each.dtype for each in found.roles.values()})),
-        gates=dict(weights.gates),
-        h_res=weights.res,
-        h_pre=weights.pre,
-        h_post=weights.post,
-        logits=weights.logits,
-        sinkhorn=dict(weights.sinkhorn),
-        mixing=None if weights.res is None else matrix_facts(weights.res),
-        constraint="" if weights.res is None else constraint_of([weights.res], floor),
-        note="; ".join(filter(None, (found.withheld, *found.notes))),
-        dialect=row.name,
-        read_lag=found.read_lag,
-        depth=None
-        if weights.query is None
-        else depth_read(
-            weights.query, settings.values["block"], place.layer, place.branch, _layers(inventory, config)
-        ),
-    )
-
-
 def _read_tensors(found: Found) -> dict[str, StoredTensor]:
     """The tensors whose values the row's functions use."""
     return {role: found.roles[role] for role in found.dialect.read_roles & found.roles.keys()}
-
-
-def _layers(inventory: Inventory, config: Mapping[str, Any]) -> int:
-    """Layers of the model: of its configuration, else one more than the last that has a tensor."""
-    configured = _first_number(config, "num_hidden_layers", "block_count", "n_layers")
-    if configured is not None:
-        return int(configured)
-    return 1 + max((place_of(name.rpartition(".")[0]).layer for name in inventory.tensors), default=-1)
 
 
 def _place_in_network(found: Found, inventory: Inventory) -> Place:
@@ -217,3 +217,144 @@ def _place_in_network(found: Found, inventory: Inventory) -> Place:
     return place_of(
         found.module, [name.removeprefix(prefix) for name in inventory.tensors if name.startswith(prefix)]
     )
+
+
+# --- the page
+
+
+def _page(found: StaticDescription) -> Iterator[str]:
+    """The lines of the page: what was read, a row for each connection, products, warnings, and what is not known."""
+    files = f"{found.num_files} file" + ("s" if found.num_files > 1 else "")
+    files += f", {len(found.absent_files)} of them not there" if found.absent_files else ""
+    name = found.checkpoint + (f" ({found.model_type})" if found.model_type else "")
+    if not found.connections:
+        none = "no stream connection that a dialect knows" if found.unrecognised else "no stream connection"
+        yield f"{name}: {none} in {found.num_tensors} tensors of {files}"
+        yield from _why_none(found)
+        return
+    everything = (*found.connections, *found.heads)
+    yield f"{name}: {', '.join(_connection_kinds(found.connections))}"
+    yield f"  dialect      {', '.join(dict.fromkeys(one.dialect for one in everything))}"
+    yield f"  read         {found.num_read} of {found.num_tensors} tensors in {files}; no model was built"
+    if any(one.h_res is not None for one in found.connections):
+        yield (
+            "  values       at an input that adds nothing: biases through the family's own constraint; "
+            "rows of H_res are destinations"
+        )
+    if found.settings:
+        assumed = {name: " (assumed: config.json does not tell)" for name in found.assumed}
+        known = (f"{name} {value:g}{assumed.get(name, '')}" for name, value in found.settings.items())
+        yield f"  settings     {', '.join(known)}"
+    yield from ("", *_table([_row(one) for one in everything]), "")
+    yield from (f"  H_res        {words}, as measured" for words in _constraints(found.connections))
+    yield from map(_composite_line, found.composites)
+    yield from (f"  warning      {words}" for words in found.warnings)
+    yield from _named_tensors(found.unrecognised)
+    # Once: the note of a family would come for each connection.
+    yield from (
+        f"  note         {words}" for words in dict.fromkeys(one.note for one in everything if one.note)
+    )
+
+
+def _why_none(found: StaticDescription) -> Iterator[str]:
+    if found.unrecognised:
+        yield from _named_tensors(found.unrecognised)
+        yield (
+            "  They look like a connection, so this need not be a plain residual network: run the model (describe without "
+            "--weights-only),"
+        )
+        yield "  or give a row of your own (describe_weights(path, dialects=[...]), docs/how_to/checkpoints.md)."
+        return
+    yield (
+        "  A plain residual network has none; nor does a connection without parameters, which only a run shows "
+        "(describe without --weights-only)."
+    )
+    yield "  Looked for:"
+    known = "; ".join(words.split("; ")[0].partition(": ")[2] for words in found.looked_for)
+    yield from textwrap.wrap(
+        known, WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+    )
+
+
+def _connection_kinds(connections: Iterable[StaticConnection]) -> list[str]:
+    kinds = Counter(
+        f"{one.family} connections, {one.streams} stream{'s' if one.streams > 1 else ''}"
+        f"{f' of width {one.width}' if one.width else ''}, {'/'.join(one.dtypes)}"
+        for one in connections
+    )
+    return [f"{count} {kind}" for kind, count in kinds.items()]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """The lines of a table, without the columns in which nothing is known."""
+    unknown = {UNKNOWN, "/".join([UNKNOWN] * len(PARTS))}
+    columns = [column for column in zip(COLUMNS, *rows, strict=True) if set(column[1:]) - unknown]
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns, strict=True):
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def _row(one: StaticConnection) -> list[str]:
+    is_head = one.branch == "head" and "head" not in one.module
+    gates = "/".join(f"{one.gates[part]:.2g}" if part in one.gates else UNKNOWN for part in PARTS)
+    cells = [
+        f"{one.module} (head)" if is_head else one.module,
+        gates,
+        *map(_value_range, (one.h_pre, one.h_post)),
+    ]
+    facts = one.mixing
+    if facts is None or not one.learns_mixing:  # a matrix that is the same in every model is no news
+        return cells + [UNKNOWN] * (len(COLUMNS) - len(cells))
+    # Four digits: sums are near 1, and how near is what the columns show.
+    cells += [_value_range(sums, digits=4) for sums in (facts.row_sums, facts.column_sums)]
+    # σ₂ and not σ₁, which is 1 for every doubly stochastic matrix.
+    numbers = facts.singular_values[1], facts.off_diagonal, facts.identity_distance, facts.uniform_distance
+    return cells + [f"{number:.2g}" for number in numbers]
+
+
+def _value_range(values: np.ndarray | None, *, digits: int = 2) -> str:
+    if values is None:
+        return UNKNOWN
+    low, high = f"{values.min():.{digits}g}", f"{values.max():.{digits}g}"
+    return low if low == high else f"{low}…{high}"
+
+
+def _constraints(connections: Iterable[StaticConnection]) -> list[str]:
+    """What the learned mixing matrices satisfy, those of as many streams together."""
+    stacks: dict[tuple[int, float], list[np.ndarray]] = defaultdict(list)
+    for one in connections:
+        if one.h_res is not None and one.learns_mixing:
+            stacks[len(one.h_res), one.floor].append(one.h_res)
+    return [constraint_of(matrices, floor) for (_, floor), matrices in stacks.items()]
+
+
+def _named_tensors(unrecognised: Iterable[Unrecognised]) -> Iterator[str]:
+    """The tensors that look like a connection and fit no dialect, those of all layers in one line."""
+    groups: dict[str, list[Unrecognised]] = defaultdict(list)
+    for one in unrecognised:
+        groups[f"{_without_numbers(one.name)} {one.shape} {one.reason}"].append(one)
+    for first, *others in list(groups.values())[:MOST_NAMED]:
+        shape = ", ".join(map(str, first.shape)) or "1 number"
+        alike = f" and {len(others)} alike" if others else ""
+        yield f"  not read     {first.name} ({shape}) {first.dtype}{alike}: {first.reason}"
+    if len(groups) > MOST_NAMED:
+        yield f"  not read     … and {len(groups) - MOST_NAMED} more kinds of tensors (--json names all)"
+
+
+def _composite_line(one: StaticComposite) -> str:
+    sigma = ", ".join(f"{value:.3g}" for value in one.singular_values[:2])
+    return (
+        f"  composite    {one.chain or 'one chain'}: {one.connections} matrices, gain forward {one.forward_gain:.3g} "
+        f"backward {one.backward_gain:.3g}, σ₁ σ₂ {sigma}, effective rank {one.effective_rank:.3g} of {one.streams}"
+    )
+
+
+def _plain_values(value: Any) -> Any:
+    # Not dataclasses.asdict, which leaves arrays as they are: json does not write them.
+    if is_dataclass(value):
+        return {field.name: _plain_values(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, dict):
+        return {key: _plain_values(each) for key, each in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain_values(each) for each in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -45,11 +45,11 @@ class Dialect:
     """One row: the names and shapes of a connection's tensors, and its weights where the input adds nothing.
 
     X' = H_res X + H_post ⊗ F(H_pre · X) has the parts ``pre``, ``post`` and ``res``. Sizes in shapes are n (streams), D
-    (width of a stream), r (rank of a gate), k (queries) and p (proposals). Functions take `Values`.
+    (width of a stream), r (rank of a gate) and p (proposals). Functions take `Values`.
 
     Parameters
     ----------
-    name, family, title, style : str
+    name, family, title : str
         What a description calls the row, its family, and both in words.
     names : tuple of str
         Full names of tensors: ``{path}.`` is any path or none, ``{branch}`` a word, ``*`` the tensor's own name; the ending
@@ -68,9 +68,6 @@ class Dialect:
         H_pre (n,), H_post (n,) and H_res (n, n) of values and parts.
     sinkhorn : function, optional
         In place of `mixing`: the arguments of `dialects.sinkhorn` besides the part ``res``.
-    query : function, optional
-        In place of the three, of an attention over depth: the vectors (k, D) that normalised sources are multiplied by; with
-        a constant ``block``, the layers that are summed to one source.
     constants : mapping of str to Constant
         Numbers for the functions.
     model_types : frozenset of str
@@ -92,7 +89,6 @@ class Dialect:
     title: str
     names: tuple[str, ...]
     tensors: Mapping[str, str]
-    style: str = ""
     projections: Mapping[str, str] = field(default_factory=dict)
     optional: Mapping[str, str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
@@ -103,7 +99,6 @@ class Dialect:
     write: Computed | None = None
     mixing: Computed | None = None
     sinkhorn: Computed | None = None
-    query: Computed | None = None
     constants: Mapping[str, Constant] = field(default_factory=dict)
     model_types: frozenset[str] = frozenset()
     branches: tuple[str, ...] = ()
@@ -151,7 +146,7 @@ class Dialect:
     @property
     def computation(self) -> tuple[Any, ...]:
         """What is computed, apart from when the read is applied: equal for rows that only name it differently."""
-        functions = (self.parts, self.gates, self.read, self.write, self.mixing, self.sinkhorn, self.query)
+        functions = (self.parts, self.gates, self.read, self.write, self.mixing, self.sinkhorn)
         return (*functions, self.sources_in_rows, self.family)
 
     @property
@@ -181,7 +176,7 @@ class Dialect:
 # --- the sizes that shapes give
 
 # What a symbol may be; those that are not listed (D, r, …) are sizes of features without an upper limit.
-RANGES = {"n": range(2, 65), "k": range(1, 17), "p": range(1, 65)}  # streams, queries, proposals
+RANGES = {"n": range(2, 65), "p": range(1, 65)}  # streams, proposals
 FUNCTIONS = {"factorial": math.factorial}
 
 

@@ -12,7 +12,6 @@ from typing import Any
 from depthscope.probes.checkpoints.errors import CheckpointError, printable
 from depthscope.probes.checkpoints.tensor_inventory import StoredTensor
 from depthscope.probes.static.dialect import Dialect, Sizes
-from depthscope.probes.static.facts import Unrecognised
 
 Tensors = Mapping[str, StoredTensor]  # by full name
 WEIGHT = ".weight"  # of a Linear; x.weight is called x in the rows
@@ -79,6 +78,16 @@ class Found:
     def streams(self) -> int:
         """n; 1 for a row without streams."""
         return self.sizes.get("n", 1)
+
+
+@dataclass(frozen=True)
+class Unrecognised:
+    """A tensor that looks like a connection's and that no row of the dialects explains."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    reason: str
 
 
 @dataclass(frozen=True)

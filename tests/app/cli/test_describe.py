@@ -40,7 +40,7 @@ def checkpoint(tmp_path) -> Path:
 def test_page_names_connections_products_and_settings(checkpoint, capsys):
     assert main(["describe", known(checkpoint), "--weights-only"]) == FINE
     out = capsys.readouterr().out
-    assert "(deepseek_v4): 2 mhc connections (returned), 2 streams of width 32, F32" in out
+    assert "(deepseek_v4): 2 mhc connections, 2 streams of width 32, F32" in out
     assert "read         4 of 7 tensors in 1 file; no model was built" in out
     assert "hc_sinkhorn_iters 20 (assumed: config.json does not tell), hc_eps 0" in out
     row = next(line for line in out.splitlines() if line.startswith("layers.1.hc_attn"))

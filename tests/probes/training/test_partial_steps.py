@@ -27,7 +27,7 @@ class Connection(nn.Module):
 
     def __init__(self, width: int, streams: int):
         super().__init__()
-        self.streams, self.odd = streams, False
+        self.streams, self.odd, self.rounds = streams, False, 0
         self.weights = nn.Linear(width, streams * streams + 2 * streams)
         self.branch = nn.Sequential(
             nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
@@ -40,6 +40,8 @@ class Connection(nn.Module):
         if self.odd:
             mixed = torch.tanh(mixed) * mixed.abs().sort(-1).values
         y = self.branch((torch.sigmoid(read).unsqueeze(-1) * x).sum(2))
+        for _ in range(self.rounds):
+            y = torch.zeros_like(y).add_(y)
         return mixed + 2 * torch.sigmoid(write).unsqueeze(-1) * y.unsqueeze(2)
 
 
@@ -111,6 +113,21 @@ def test_a_step_of_which_one_forward_is_not_read_has_no_mean_over_the_others():
     assert np.isnan(found["gain_sum"].values[1]).all()
     np.testing.assert_array_equal(found["token_count"].values, [16, 32, 16])
     assert np.isfinite(found["norm_sum"].values).all()
+
+
+@pytest.mark.filterwarnings("ignore:step 3 was measured without")
+@pytest.mark.parametrize("with_graph", [True, False])
+def test_of_forwards_that_run_other_operations_each_time_one_step_is_lost(with_graph):
+    torch.manual_seed(0)
+    model, lost = Streams(), []
+    for rounds in ([1] * 8, [1, 1, 1, 2, 1, 3, 3, 3, 2, 2]):
+        with torch.set_grad_enabled(with_graph), ds.record(model) as recorder:
+            for model.blocks[1].rounds in rounds:
+                model(torch.randint(0, 20, (2, 8)))
+                recorder.step()
+        assert recorder.errors == []
+        lost.append(recorder.run.attrs.get("without_connections", {}).get("steps", []))
+    assert lost == [[], [3]]
 
 
 def test_a_capture_refuses_all_the_same():

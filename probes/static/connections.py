@@ -1,0 +1,410 @@
+"""What are the weights of recognised connections at an input that adds nothing? And their products."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.kernels import mixing as kernel
+from depthscope.diagnostics.kernels import rank
+from depthscope.probes.checkpoints.errors import CheckpointError
+from depthscope.probes.static.dialect import PARTS, Dialect, Values
+from depthscope.probes.static.dialects import sinkhorn
+from depthscope.probes.static.recognition import Found, Place, setting
+
+LARGEST_SETTING = 10_000  # a heuristic: public models have 20 rounds of Sinkhorn and magnitudes of a few
+ROUNDED = 1e-6  # largest error of a sum of weights that were stored in float32 at most
+# Heuristics of ours, beyond which a warning is given.
+COLLAPSED = 0.01  # share of the differences between streams below which they count as one
+UNIFORM = 0.01  # largest difference between the rows of H_res
+SHUT = 1e-6  # size of a gate
+GAIN = 2.0  # of the product over the depth; that of doubly stochastic matrices is 1
+
+COLLAPSE = "the read that the last sub-block computes collapses the streams before the final norm"
+OPEN_READ = "which read is applied here depends on a sub-block whose connection the files do not contain"
+
+
+@dataclass(frozen=True, eq=False)
+class MatrixFacts:
+    """A static mixing matrix in numbers; distances are Frobenius norms over √n."""
+
+    singular_values: np.ndarray
+    row_sums: np.ndarray
+    column_sums: np.ndarray
+    off_diagonal: float
+    identity_distance: float
+    uniform_distance: float
+
+    @classmethod
+    def of(cls, h_res: np.ndarray) -> MatrixFacts:
+        """Of a matrix, destination by source."""
+        n = len(h_res)
+        # By sizes: with signed weights the sums could cancel, and the share be anything.
+        size = np.abs(h_res)
+        return cls(
+            singular_values=kernel.singular_values(h_res),
+            row_sums=h_res.sum(axis=1),
+            column_sums=h_res.sum(axis=0),
+            off_diagonal=float(1.0 - np.trace(size) / size.sum()) if size.any() else math.nan,
+            identity_distance=float(kernel.identity_distance(h_res)),
+            uniform_distance=float(np.linalg.norm(h_res - 1.0 / n) / math.sqrt(n)),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class StaticConnection:
+    """A connection at an input that adds nothing; rows of ``h_res`` are destinations. None: the files do not determine it.
+
+    ``dtypes``: of its tensors.
+    ``gates``: by part, the factor of what depends on the input.
+    ``h_pre``: the read that is applied here; with ``read_lag`` 1 the sub-block before made it; None where unknown.
+    ``floor``: what Sinkhorn adds to every sum.
+    ``constraint``: what H_res satisfies, as measured.
+    """
+
+    module: str
+    chain: str
+    layer: int
+    branch: str
+    family: str
+    streams: int
+    width: int | None
+    constrained: bool
+    learns_mixing: bool
+    dtypes: tuple[str, ...]
+    gates: dict[str, float]
+    h_res: np.ndarray | None
+    h_pre: np.ndarray | None
+    h_post: np.ndarray | None
+    floor: float
+    mixing: MatrixFacts | None
+    note: str
+    dialect: str
+    read_lag: int | None
+    constraint: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class StaticComposite:
+    """The product of the static matrices of a chain, first to last."""
+
+    chain: str
+    connections: int
+    streams: int
+    forward_gain: float
+    backward_gain: float
+    singular_values: np.ndarray
+    effective_rank: float
+    collapsed_after: int | None
+
+
+# --- the functions of a row
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The constants of a row for one checkpoint: values by the row's names, and what of them is only assumed."""
+
+    values: Mapping[str, float]
+    shown: Mapping[str, float]  # by the names of the configuration
+    assumed: tuple[str, ...]
+
+
+def settings_of(dialect: Dialect, config: Mapping[str, Any]) -> Settings:
+    """The constants of a row, from ``config.json`` or the settings of a GGUF file.
+
+    Raises CheckpointError: If a setting is no number that a model can have.
+    """
+    values, shown, assumed = {}, {}, []
+    for name, constant in dialect.constants.items():
+        given = [(key, value) for key in constant.keys if _is_number(value := setting(config, key))]
+        key, value = given[0] if given else (constant.keys[0], constant.default)
+        # Rounds of Sinkhorn among them, each of which takes a microsecond.
+        if not abs(value) <= LARGEST_SETTING:
+            size = f"{value:g}" if abs(value) < 1e300 else "beyond all numbers"
+            raise CheckpointError(
+                f"config.json gives a connection the setting {size}; expected at most {LARGEST_SETTING}: download it again"
+            )
+        values[name] = shown[key] = float(value)
+        assumed += [] if given else [key]
+    return Settings(values, shown, tuple(assumed))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def connection_of(
+    found: Found, place: Place, tensors: Mapping[str, np.ndarray], constants: Mapping[str, float]
+) -> StaticConnection:
+    """A connection where the input adds nothing; ``tensors``: what its row reads, by role.
+
+    Raises CheckpointError: Where a function of the row cannot be computed on these tensors.
+    """
+    row = found.dialect
+    try:
+        gates, weights, floor = _computed(
+            found, Values(**{"n": found.streams, **found.sizes, **constants, **tensors})
+        )
+    except AttributeError as error:
+        raise CheckpointError(
+            f"dialect {row.name!r}, at {found.module}: {error.name!r} is not a tensor, size, constant or part of the row; "
+            "correct the row"
+        ) from error
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        raise CheckpointError(f"dialect {row.name!r}, at {found.module}: {error}; correct the row") from error
+    h_res = weights.get("res")
+    return StaticConnection(
+        module=found.module,
+        chain=place.chain,
+        layer=place.layer,
+        branch=place.branch,
+        family=row.family,
+        streams=found.streams,
+        width=found.sizes.get("D"),
+        constrained=row.doubly_stochastic,
+        learns_mixing=row.learns_mixing,
+        dtypes=tuple(sorted({each.dtype for each in found.roles.values()})),
+        gates=gates,
+        h_res=h_res,
+        h_pre=weights.get("pre"),
+        h_post=weights.get("post"),
+        floor=floor,
+        mixing=None if h_res is None else MatrixFacts.of(h_res),
+        note="; ".join(filter(None, (found.withheld, *found.notes))),
+        dialect=row.name,
+        read_lag=found.read_lag,
+        constraint="" if h_res is None else constraint_of([h_res], floor),
+    )
+
+
+def _computed(found: Found, given: Values) -> tuple[dict[str, float], dict[str, np.ndarray], float]:
+    """Gates and weights by part, and the floor of Sinkhorn."""
+    row, n = found.dialect, found.streams
+    gates = {} if row.gates is None else row.gates(given)
+    known = {part: float(np.ravel(gate)[0]) for part, gate in gates.items() if gate is not None}
+    if found.withheld:
+        return known, {}, 0.0
+    parts = {} if row.parts is None else row.parts(given)
+    given = Values(**vars(given), **parts)
+    functions = {"pre": row.read, "post": row.write, "res": row.mixing}
+    how = {} if row.sinkhorn is None else row.sinkhorn(given)
+    if how:
+        functions["res"] = lambda given: sinkhorn(given.res, **how)
+    weights = {}
+    for part, function in functions.items():
+        # Without an optional tensor there is nothing to compute from.
+        if function is None or parts.get(part, ()) is None:
+            continue
+        values, shape = np.asarray(function(given)), (n, n) if part == "res" else (n,)
+        if values.shape != shape:
+            raise InputError(f"H_{part} has the shape {values.shape}; expected {shape}")
+        weights[part] = values.T if part == "res" and row.sources_in_rows else values
+    return known, weights, float(how.get("floor", 0.0))
+
+
+def constraint_of(matrices: Sequence[np.ndarray], floor: float = 0.0) -> str:
+    """What mixing matrices of as many streams satisfy, as measured.
+
+    ``floor``: what Sinkhorn adds to every sum, which keeps the sums from being exact.
+    Returns: Empty without matrices of two or more streams.
+    """
+    if not matrices or len(matrices[0]) < 2:
+        return ""
+    # Each of n sums has the floor in it, in two rounds.
+    tolerance = max(ROUNDED, 4 * len(matrices[0]) * floor)
+    return kernel.named_constraint(np.stack(matrices), tolerance=tolerance).words
+
+
+# --- over depth
+
+
+def _by_chain(connections: Sequence[StaticConnection]) -> dict[str, list[StaticConnection]]:
+    chains: dict[str, list[StaticConnection]] = defaultdict(list)
+    for one in connections:
+        chains[one.chain].append(one)
+    return chains
+
+
+def applied_reads(
+    connections: Sequence[StaticConnection], lacking: Collection[str] = ()
+) -> tuple[list[StaticConnection], list[StaticConnection]]:
+    """Connections with the reads that are applied at them, and the read at the end, where the sub-block before computes them.
+
+    Sub-block k applies the read of k − 1; the first one reads stream 0 alone, and the read of the last one collapses the
+    streams at the end, as in DeepSeek-V4.1.
+
+    ``connections``: in the order of depth, with the reads that they compute.
+    ``lacking``: chains some of whose connections are in files that are not there.
+    Returns: None for a read that another sub-block computes whose connection is missing.
+    """
+    chains = _by_chain(connections)
+    lagged = [chain for chain, members in chains.items() if members[0].read_lag == 1]
+    if not lagged:
+        return list(connections), []
+    main = max(lagged, key=lambda chain: len(chains[chain]))
+    shifted: dict[int, StaticConnection] = {}
+    for chain in lagged:
+        members = chains[chain]
+        first = (np.eye(members[0].streams)[0] if members[0].layer <= 0 else None) if chain == main else None
+        reads = [first, *(one.h_pre for one in members[:-1])]
+        # With a gap, the sub-block before is not the one that is listed before.
+        has_all = chain not in lacking and not missing_places(members)
+        for one, read in zip(members, reads, strict=True):
+            known = read if has_all else None
+            note = one.note if known is not None else f"{one.note}; {OPEN_READ}".removeprefix("; ")
+            shifted[id(one)] = replace(one, h_pre=known, note=note)
+    last = chains[main][-1]
+    head = replace(
+        last, family="head", branch="head", h_res=None, h_post=None, mixing=None, note=COLLAPSE, dtypes=(), gates={},
+        read_lag=0, constraint="",
+    )  # fmt: skip
+    is_known = last.h_pre is not None and main not in lacking
+    return [shifted.get(id(one), one) for one in connections], [head] if is_known else []
+
+
+def missing_places(members: Sequence[StaticConnection]) -> list[str]:
+    """Layers and branches of a chain, from its first to its last, without a connection where the others have one."""
+    layers = {one.layer for one in members}
+    if layers == {-1}:  # paths without numbers
+        return []
+    present = {(one.layer, one.branch) for one in members}
+    # A branch counts as usual where at least half of the layers have it.
+    often = Counter(branch for _, branch in present)
+    usual = [branch for branch, count in often.items() if 2 * count >= len(layers)]
+    return [
+        f"layer {layer} {branch}"
+        for layer in range(min(layers), max(layers) + 1)
+        for branch in usual
+        if (layer, branch) not in present
+    ]
+
+
+def composites(
+    connections: Sequence[StaticConnection], broken: Collection[str] = ()
+) -> Iterator[StaticComposite]:
+    """One product for each chain and number of streams in which every matrix is known.
+
+    ``broken``: chains with tensors that look like a connection and were not recognised: a product would leave it out.
+    """
+    chains: dict[tuple[str, int], list[StaticConnection]] = defaultdict(list)
+    for connection in connections:
+        # Matrices of an encoder and a decoder, or of other sizes, do not multiply.
+        chains[connection.chain, connection.streams].append(connection)
+    for (chain, streams), members in chains.items():
+        matrices = [member.h_res for member in members if member.h_res is not None]
+        if chain in broken or len(matrices) < len(members):
+            continue
+        h_res = np.stack(matrices)
+        # scaled to avoid overflow: free matrices of a deep model multiply beyond float64
+        product, log_scale = kernel.composite(h_res, return_log_scale=True)
+        with np.errstate(over="ignore"):  # a gain beyond float64 is shown as infinite
+            forward = np.exp(kernel.log_forward_gain(product, log_scale))
+            backward = np.exp(kernel.log_backward_gain(product, log_scale))
+            singular_values = kernel.singular_values(product) * np.exp(log_scale)
+        yield StaticComposite(
+            chain=chain,
+            connections=len(members),
+            streams=streams,
+            forward_gain=float(forward),
+            backward_gain=float(backward),
+            singular_values=singular_values,
+            # Of the scaled product: a rank does not depend on the scale, which may be infinite here.
+            effective_rank=float(rank.effective_rank_of(kernel.singular_values(product))),
+            # Doubly stochastic matrices keep the mean of the streams and enlarge no difference, so a collapse lasts; after
+            # free ones differences may grow again.
+            collapsed_after=_collapsed_after(h_res)
+            if all(member.constrained for member in members)
+            else None,
+        )
+
+
+def _collapsed_after(h_res: np.ndarray) -> int | None:
+    """The number of connections after which less than `COLLAPSED` of the differences between streams is left."""
+    below = kernel.deflated_gain(h_res) < math.log(COLLAPSED)
+    return int(np.argmax(below)) + 1 if below.any() else None
+
+
+# --- warnings
+
+
+def remarks(
+    connections: Sequence[StaticConnection],
+    products: Sequence[StaticComposite],
+    configured_streams: float | None,
+) -> Iterator[str]:
+    """Warnings on the static weights of a checkpoint, as sentences.
+
+    ``configured_streams``: the number of streams that the configuration gives.
+    """
+    yield from _on_connections(connections)
+    yield from _on_products(connections, products)
+    streams = sorted({connection.streams for connection in connections if connection.streams > 1})
+    if configured_streams is not None and streams and streams != [int(configured_streams)]:
+        yield (
+            f"config.json gives {configured_streams:g} streams, the shapes of the tensors {', '.join(map(str, streams))}: "
+            "the configuration is another model's"
+        )
+
+
+def _on_connections(connections: Sequence[StaticConnection]) -> Iterator[str]:
+    uniform = [
+        one
+        for one in connections
+        if one.learns_mixing
+        and one.h_res is not None
+        and np.abs(one.h_res - one.h_res.mean(axis=0)).max() < UNIFORM
+    ]
+    if uniform:
+        yield (
+            f"{_named(uniform, len(connections))}: mixing is uniform, H_res has rank 1: one such connection makes all streams "
+            "the same. A zero bias does this; put a bias on the diagonal of the logits"
+        )
+    shut: dict[str, list[StaticConnection]] = defaultdict(list)
+    for one in connections:
+        shut[", ".join(f"H_{part}" for part in PARTS if abs(one.gates.get(part, 1)) < SHUT)].append(one)
+    for parts, hits in shut.items():
+        if parts:
+            yield f"{_named(hits, len(connections))}: zero gates, so the input does not change {parts}"
+
+
+def _on_products(
+    connections: Sequence[StaticConnection], products: Sequence[StaticComposite]
+) -> Iterator[str]:
+    learned = {one.chain for one in connections if one.learns_mixing}
+    for product in products:
+        chain, gains = f"chain {product.chain or '(one)'}", (product.forward_gain, product.backward_gain)
+        if product.chain not in learned:
+            continue
+        if max(gains) > GAIN:
+            yield (
+                f"{chain}: the product of {product.connections} static matrices amplifies, forward by {gains[0]:.3g} and "
+                f"backward by {gains[1]:.3g}"
+            )
+        if product.collapsed_after is not None:
+            yield (
+                f"{chain}: after {product.collapsed_after} of {product.connections} static matrices hardly anything (1%) is "
+                "left of the differences between the streams of the embedding; later writes can differ"
+            )
+    for chain, members in _by_chain(connections).items():
+        # Where no weights are known, as of an attention over depth, whose first one is often left out, no product is made.
+        missing = missing_places(members) if any(one.h_res is not None for one in members) else []
+        if missing:
+            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+            yield (
+                f"chain {chain or '(one)'}: no connection at {shown}, where other layers have one; a product over depth "
+                "leaves it out"
+            )
+
+
+def _named(hits: Sequence[StaticConnection], total: int) -> str:
+    if len(hits) == total:
+        return f"all {total} connections" if total > 1 else hits[0].module
+    first = ", ".join(hit.module for hit in hits[:2]) + (", …" if len(hits) > 2 else "")
+    return f"{len(hits)} of {total} connections ({first})"
