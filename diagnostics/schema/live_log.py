@@ -332,14 +332,7 @@ class LiveRows:
         variables: dict[str, Declared] = {}
         end = self._row_bytes
         for name, fields in head.get("variables", {}).items():
-            shape = tuple(fields["shape"])
-            if not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
-                raise InputError(f"{name} has the shape {shape}, expected whole numbers from 0 on")
-            if fields["dtype"] not in ("<f8", "<f4"):
-                raise InputError(f"{name} has the dtype {fields['dtype']!r}, expected <f8 or <f4")
-            variables[name] = Declared(
-                _dims(name, fields), shape, fields["dtype"], dict(fields["attrs"]), end
-            )
+            variables[name] = _declared(name, fields, end)
             end += variables[name].num_bytes
         coords = {name: _coordinate(name, fields) for name, fields in head.get("coords", {}).items()}
         if not variables and not coords:
@@ -362,8 +355,8 @@ def _require_fitting(declared: Mapping[str, Declared | xr.Variable]) -> None:
         groups.setdefault(group, {})[label] = (
             (("step", *of.dims), np.broadcast_to(0.0, (1, *of.shape))) if isinstance(of, Declared) else of
         )
-    for group in groups.values():
-        xr.Dataset(group)  # refuses a dim of two sizes
+    for variables in groups.values():
+        xr.Dataset(variables)  # refuses a dim of two sizes
 
 
 def _declared(name: str, fields: Mapping[str, Any], begin: int) -> Declared:

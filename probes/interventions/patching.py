@@ -6,7 +6,7 @@ Shapes: B sequence, T token, N stream, D feature.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TypeAlias, Unpack
 
@@ -15,7 +15,7 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics.errors import InputError, did_you_mean
-from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest, Passed
+from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 from depthscope.probes.interventions.patch_measure import Answers, Cell, Measure, Outcome, patch_result
 from depthscope.probes.interventions.predictions import Loss, Pick
 from depthscope.probes.model.errors import InterventionError
@@ -214,18 +214,21 @@ class _Pair:
             )
         self.real = masks[0]
 
-    def places(self, wanted: SiteSelection, depths: tuple[int, ...] | None) -> Iterator[_Place]:
-        """What can be patched, in the order of depth, one site after another."""
-        model = self.corrupted
-        wanted.require([model.chain])
-        last = len(model.chain.points) - 1
-        if outside := [depth for depth in depths or () if not 0 <= depth <= last]:
+    def depths(self, wanted: _Wanted) -> list[int]:
+        """The depths whose states are patched."""
+        chain, asked = self.corrupted.chain, wanted.depths
+        wanted.sites.require([chain])
+        last = len(chain.points) - 1
+        if outside := [depth for depth in asked or () if not 0 <= depth <= last]:
             raise InterventionError(
                 f"depth {outside[0]} is none of the model's; it has depths 0 (embedding) … {last}"
             )
-        for depth in range(last + 1):
-            if any(request.takes_state(model.chain, depth) for request in wanted.requests):
-                yield _of_state(self, depth)
+        return [
+            depth
+            for depth in range(last + 1)
+            if any(request.takes_state(chain, depth) for request in wanted.sites.requests)
+            and (asked is None or depth in asked)
+        ]
 
 
 def _differing(one: Mapping[int, Any], other: Mapping[int, Any]) -> str:
@@ -233,43 +236,11 @@ def _differing(one: Mapping[int, Any], other: Mapping[int, Any]) -> str:
     return f"{one.get(depth)} and {other.get(depth)} at depth {depth}"
 
 
-@dataclass
-class _Place:
-    """One state: where its two inputs differ, (B, T, N), and its forward with some tokens and streams patched."""
-
-    depth: int
-    differs: torch.Tensor = field(default_factory=lambda: torch.ones(1, 1, 1, dtype=torch.bool))
-    forward: Callable[[torch.Tensor, bool], Passed] = field(default=lambda chosen, checked: Passed(None))
-    why: str = ""
-    """Why it cannot be patched."""
-    checked: bool = False
-    """Whether a forward showed that a change arrives."""
-
-
-def _of_state(pair: _Pair, depth: int) -> _Place:
-    clean, before = pair.clean.base.states.get(depth), pair.corrupted.base.states.get(depth)
-    if clean is None or before is None:
-        return _Place(depth, why="no forward shows the state")
-
-    def forward(chosen: torch.Tensor, checked: bool) -> Passed:
-        return pair.corrupted.forward({depth: _replaced(clean, chosen)}, checked=checked)
-
-    return _Place(depth, differs=_unequal(clean, before).any(-1).cpu(), forward=forward)
-
-
 def _replaced(value: torch.Tensor, chosen: torch.Tensor) -> Edit:
     """Another state at some tokens and streams, (T, N)."""
-
-    def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
-        return torch.where(
-            chosen.to(state.device)[None, :, :, None], value.to(state.device, state.dtype), state
-        )
-
-    return edit
-
-
-def _unequal(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return (one != other) & ~(one.isnan() & other.isnan())
+    return lambda state, seen: torch.where(
+        chosen.to(state.device)[None, :, :, None], value.to(state.device, state.dtype), state
+    )
 
 
 # --- one cell after another
@@ -286,21 +257,14 @@ def _run_pair(
         name: measure.of(each.base) for name, each in (("clean", pair.clean), ("corrupted", pair.corrupted))
     }
     values: dict[Cell, torch.Tensor] = {}
-    places = [
-        place
-        for place in pair.places(wanted.sites, wanted.depths)
-        if wanted.depths is None or place.depth in wanted.depths
-    ]
-    for number, place in enumerate(places):
-        progress(f"the state at depth {place.depth}", number, len(places))
-        outcome.layers[place.depth] = pair.corrupted.chain.points[place.depth].layer
+    depths = pair.depths(wanted)
+    for number, depth in enumerate(depths):
+        progress(f"the state at depth {depth}", number, len(depths))
+        outcome.layers[depth] = pair.corrupted.chain.points[depth].layer
         try:
-            if place.why:
-                raise InterventionError(place.why)
-            for cell, chosen in _cells(place, wanted, pair):
-                values[cell] = _measured(place, chosen, pair, measure, base["corrupted"])
+            values |= _patched_at(depth, wanted, pair, measure, base["corrupted"])
         except InterventionError as error:
-            outcome.left_out[f"depth {place.depth}"] = str(error)
+            outcome.left_out[f"depth {depth}"] = str(error)
     if not values:
         raise InterventionError(
             next(iter(outcome.left_out.values()), "no depth that was asked for has one of these sites")
@@ -308,19 +272,36 @@ def _run_pair(
     outcome.add(base["clean"], base["corrupted"], values, measure, pair.corrupted)
 
 
-def _cells(place: _Place, wanted: _Wanted, pair: _Pair) -> Iterator[tuple[Cell, torch.Tensor]]:
-    """Each cell of a place with its tokens and streams, (T, N)."""
-    _, num_tokens, num_streams = place.differs.shape
+def _patched_at(
+    depth: int, wanted: _Wanted, pair: _Pair, measure: Measure, corrupted: torch.Tensor
+) -> dict[Cell, torch.Tensor]:
+    """The measure of each sequence, by token and stream of the state at a depth; NaN where the patched token is padding."""
+    clean, before = pair.clean.base.states.get(depth), pair.corrupted.base.states.get(depth)
+    if clean is None or before is None:
+        raise InterventionError("no forward shows the state")
+    differs = ((clean != before) & ~(clean.isnan() & before.isnan())).any(-1).cpu()  # (B, T, N)
+    _, num_tokens, num_streams = differs.shape
     first = pair.real.shape[1]
     if wanted.tokens != () and num_tokens not in (first, 1):
         raise InterventionError(
             f"the state has {num_tokens} tokens here and {first} at depth 0, so that a token has no number that holds at "
             'every depth; take tokens="all"'
         )
-    tokens = _ones("token", wanted.tokens, num_tokens, each_too=False)
-    for token, at in tokens:
+    found: dict[Cell, torch.Tensor] = {}
+    is_checked = False  # whether a forward showed that a change arrives
+    for token, at in _ones("token", wanted.tokens, num_tokens, each_too=False):
         for stream, of in _ones("stream", wanted.streams, num_streams, each_too=num_streams > 1):
-            yield (place.depth, token, stream), at[:, None] & of
+            chosen, values = at[:, None] & of, corrupted.clone()
+            # Where what is put in is what was there, the forward would be the corrupted one once more.
+            if bool((differs & chosen).any()):
+                edits = {depth: _replaced(clean, chosen)}
+                values = measure.of(pair.corrupted.forward(edits, checked=not is_checked))
+                is_checked = True
+            # Patched at all tokens, a state of a later stage has no padding that is known.
+            is_real = pair.real.any(1) if bool(at.all()) else (pair.real & at).any(1)
+            same = len(values) == len(is_real)
+            found[depth, token, stream] = values.masked_fill(~is_real, torch.nan) if same else values
+    return found
 
 
 def _ones(
@@ -335,19 +316,3 @@ def _ones(
         return every
     ones = [(number, torch.arange(count) == number) for number in numbers]
     return every + ones if what == "stream" else ones or every
-
-
-def _measured(
-    place: _Place, chosen: torch.Tensor, pair: _Pair, measure: Measure, corrupted: torch.Tensor
-) -> torch.Tensor:
-    """The measure of each sequence; NaN where the patched token is padding."""
-    changed = (place.differs & chosen).flatten(1).any(1)
-    # What is put in is what was there: the forward would be the corrupted one once more.
-    if bool(changed.any()):
-        found = measure.of(place.forward(chosen, not place.checked))
-        place.checked = True
-    else:
-        found = corrupted.clone()
-    # Patched at all tokens, a state of a later stage has no padding that is known.
-    is_real = pair.real.any(1) if bool(chosen.any(1).all()) else (pair.real & chosen.any(1)).any(1)
-    return found.masked_fill(~is_real, torch.nan) if len(found) == len(is_real) else found
