@@ -246,8 +246,8 @@ def _print_experiments(result: xr.Dataset) -> None:
             (
                 row["experiment"],
                 _interval(row, "loss_change") if known else "-",
-                _short(row["kl"]),
-                _percent(row["output_change"]),
+                "-" if row["kl"] is None else f"{row['kl']:.3g}",
+                "-" if row["output_change"] is None else f"{100 * row['output_change']:.3g} %",
             )
             for row in table_rows(result)
         ],
@@ -288,11 +288,3 @@ def _interval(row: dict[str, Any], name: str) -> str:
     if value is None:
         return "-"
     return f"{value:+.3g}" + ("" if low is None else f" ({low:+.3g} to {high:+.3g})")
-
-
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.3g} %"

@@ -12,19 +12,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from depthscope.app.cli.main import FINE
-from depthscope.app.cli.options import Force, Json, MaxBytes, Metrics, Select, byte_count, names, selection_of
-from depthscope.app.text.terminal import command_line, emit, printable, say, show_rows, working
+from depthscope.app.cli.options import (
+    WIDTH,
+    Force,
+    Json,
+    MaxBytes,
+    Metrics,
+    Select,
+    byte_count,
+    names,
+    say_table,
+    selection_of,
+)
+from depthscope.app.text.terminal import command_line, emit, printable, say, working
 from depthscope.diagnostics.errors import InputError, StorageError
 
 if TYPE_CHECKING:
-    import xarray as xr
-
     from depthscope.app.figures import Selection
     from depthscope.app.readings.readings import Reading
     from depthscope.app.tables.tables import Table
-
-WIDTH = 100
-"""Columns at which running text is wrapped."""
 
 
 def analyze(
@@ -115,9 +121,9 @@ def analyze(
     # Judged and printed is what was measured now, not what the run contained before.
     readings = read_runs({schema.without_suffix(run.name): measured})
     if json:
-        emit(_as_dict(readings, selection, asked or [], written))
+        emit(_as_dict(readings, selection, written))
     else:
-        _print(readings, selection, asked or [], written)
+        _print(readings, selection, written)
     return FINE
 
 
@@ -147,25 +153,7 @@ def _tables(reading: Reading, selection: Selection) -> dict[str, Table]:
     return {axis: table for axis, table in tables.items() if table is not None}
 
 
-def _not_in_tables(reading: Reading, tables: dict[str, Table], asked: Sequence[str]) -> list[str]:
-    """Computed metrics without a column: those asked for by name, and every metric of pairs of depths or connections."""
-    from depthscope.diagnostics import CATALOGUE
-
-    columns = {"num_tokens", *(metric for table in tables.values() for metric in table.metrics)}
-    analysis = reading.analysis
-    # A matrix of every two depths has no place in a table with one row per depth.
-    pairs = [
-        str(name)
-        for name, values in analysis.data_vars.items()
-        if name in CATALOGUE and {"other_depth", "other_connection"} & set(values.dims)
-    ]
-    named = [name for name in asked if name in analysis and name not in columns]
-    return list(dict.fromkeys([*named, *pairs]))
-
-
-def _as_dict(
-    readings: Sequence[Reading], selection: Selection, asked: Sequence[str], written: Path
-) -> dict[str, Any]:
+def _as_dict(readings: Sequence[Reading], selection: Selection, written: Path) -> dict[str, Any]:
     """The document that ``depthscope analyze --json`` prints."""
     tables = {reading.name: _tables(reading, selection) for reading in readings}
     return {
@@ -178,50 +166,31 @@ def _as_dict(
             axis: {run: of[axis].data.to_dict("records") for run, of in tables.items() if axis in of}
             for axis in ("depth", "connection")
         },
-        "apart": {
-            each.name: {
-                name: _values_as_dict(each.analysis[name], selection)
-                for name in _not_in_tables(each, tables[each.name], asked)
-            }
-            for each in readings
-        },
     }
 
 
-def _values_as_dict(values: xr.DataArray, selection: Selection) -> dict[str, Any]:
-    """One metric at its last step in the selected slice: the dims that remain, their labels, the values."""
-    # As in the tables: of a training history the final weights are shown.
-    if "step" in values.dims:
-        values = values.isel(step=-1)
-    # Only labels that the array has are selected: a metric of the mean stream alone has no other stream.
-    labels = {dim: getattr(selection, str(dim), None) for dim in values.dims}
-    part = values.sel({dim: label for dim, label in labels.items() if label in values[dim].values})
-    return {"dims": part.dims, "labels": {dim: part[dim].values for dim in part.dims}, "values": part.values}
-
-
-def _print(readings: Sequence[Reading], selection: Selection, asked: Sequence[str], written: Path) -> None:
+def _print(readings: Sequence[Reading], selection: Selection, written: Path) -> None:
     """Print the tables, then what is not in them and where it is."""
     from depthscope.app.text.numbers import constraint_sentence, proof_sentence
+    from depthscope.diagnostics import CATALOGUE
 
     tables = {reading.name: _tables(reading, selection) for reading in readings}
     for table in (table for of_run in tables.values() for table in of_run.values()):
         if table.metrics or "num_tokens" in table.data:
-            say(textwrap.fill(table.caption, WIDTH))
-            show_rows(list(map(str, table.printed)), table.printed.astype(str).to_numpy().tolist())
-            say()
+            say_table(table.caption, table.printed)
     evidence = {reading.name: reading.attrs for reading in readings}
     lines = [constraint_sentence(evidence), proof_sentence(evidence)]
     # After all tables: what could not be computed is easily missed between two of them.
     for reading in readings:
+        columns = {
+            "num_tokens",
+            *(metric for table in tables[reading.name].values() for metric in table.metrics),
+        }
         others = [
-            f"{name} ({' × '.join(str(dim).replace('_', ' ') for dim in reading.analysis[name].dims if dim != 'step')})"
-            for name in _not_in_tables(reading, tables[reading.name], asked)
+            str(name) for name in reading.analysis.data_vars if name in CATALOGUE and name not in columns
         ]
-        if others:
-            # All three places: in a terminal a matrix can only be pointed to.
-            where = (
-                f"they are in /metrics of {written}, in --json, and in: {command_line('dashboard', written)}"
-            )
+        if others:  # such as matrices of every two depths
+            where = f"they are in /metrics of {written}, and in: {command_line('dashboard', written)}"
             lines.append(f"Measured in {reading.name}, not printed: {', '.join(others)}: {where}")
         lines += [f"Not computed: {', '.join(names)}: {why}" for why, names in reading.not_computed.items()]
     for line in filter(None, lines):

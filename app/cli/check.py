@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from depthscope.app.cli.main import FINE, FOUND
-from depthscope.app.cli.options import Json, MaxBytes, Runs, names, read_several
-from depthscope.app.text.terminal import columns, emit, encodable, printable, say
+from depthscope.app.cli.options import Json, MaxBytes, Runs, names, read_several, say_cards
+from depthscope.app.text.terminal import emit, printable, say
 from depthscope.diagnostics.errors import InputError
 
 if TYPE_CHECKING:
@@ -84,48 +84,44 @@ def _exceeds(finding: Finding, lowest: Severity | None, verdicts: set[str]) -> b
 
 
 def _as_dict(reading: Reading) -> dict[str, Any]:
-    from depthscope.app.readings.readings import live_sentence
-    from depthscope.app.readings.standings import DOES_NOT_APPLY, NOT_JUDGED, by_reason, standings
     from depthscope.app.tables.findings import cards_of
+    from depthscope.diagnostics import schema
 
     return {
         "run": reading.name,
-        **({"live_store": reading.attrs["live_store"]} if live_sentence(reading.attrs) else {}),
+        **({schema.LIVE: reading.attrs[schema.LIVE]} if schema.LIVE in reading.attrs else {}),
         **{name: reading.attrs.get(name) for name in ("proof", "constraint", "memory")},
         "findings": [card.as_dict() for card in cards_of(reading)],
         "passed": sorted({finding.verdict for finding in reading.passed}),
-        "not_judged": by_reason(standings(reading), NOT_JUDGED),
-        "does_not_apply": by_reason(standings(reading), DOES_NOT_APPLY),
+        "not_computed": reading.not_computed,
     }
 
 
 def _print_findings(readings: Sequence[Reading]) -> None:
-    from depthscope.app.readings.readings import live_sentence, memory_sentence
-    from depthscope.app.readings.standings import NOT_JUDGED, by_reason, counts_words, standings
-    from depthscope.app.tables.findings import NOTHING, cards_of, count_words
-    from depthscope.app.text.cards import cards_text
+    from depthscope.app.readings.readings import sentence_of
+    from depthscope.app.tables.findings import count_words
+    from depthscope.diagnostics import schema
+    from depthscope.diagnostics.verdicts import VERDICTS
 
     for reading in readings:
         facts = [reading.attrs[key] for key in ("model", "family") if reading.attrs.get(key)]
         about = ", ".join(map(printable, facts))
         say(f"{printable(reading.name)}{f' ({about})' if about else ''}: {count_words(reading.findings)}")
         lines = {
-            "live store": live_sentence(reading.attrs),
+            "live store": sentence_of(reading.attrs, schema.LIVE),
             "H_res": reading.attrs.get("constraint"),
             "reading": reading.attrs.get("proof"),
-            "memory": memory_sentence(reading.attrs),
+            "memory": sentence_of(reading.attrs, "memory"),
         }
         for title, line in lines.items():
             if line:
                 say(f"  {title}: {printable(line)}")
-        # How many verdicts were judged, and why most of the others were not: what was not judged has not passed.
-        found = standings(reading)
-        reasons = by_reason(found, NOT_JUDGED)
-        why = f" (not judged: {printable(next(iter(reasons)))})" if reasons else ""
-        say(f"  verdicts: {counts_words(found)}{why}")
-        say()
-        say(cards_text(cards_of(reading), width=columns(), shown=encodable) or NOTHING)
-        say()
+        # What was not judged has not passed.
+        judged = {finding.verdict for finding in (*reading.findings, *reading.passed)}
+        reasons = sorted(reading.not_computed, key=lambda reason: -len(reading.not_computed[reason]))
+        why = f"; not measured, such as: {printable(reasons[0])}" if reasons else ""
+        say(f"  verdicts: {len(judged)} of {len(VERDICTS)} judged{why}")
+        say_cards(reading)
 
 
 def _outcome(failed: Sequence[str], left_out: Sequence[Mapping[str, Any]]) -> str:

@@ -9,6 +9,7 @@ import typer
 
 from depthscope.app.cli.main import FINE, FOUND
 from depthscope.app.cli.options import (
+    WIDTH,
     Json,
     MaxBytes,
     Metrics,
@@ -16,18 +17,16 @@ from depthscope.app.cli.options import (
     Select,
     names,
     read_several,
+    say_table,
     selection_of,
 )
-from depthscope.app.text.terminal import emit, remark, say, show_rows
+from depthscope.app.text.terminal import emit, remark, say
 from depthscope.diagnostics.errors import InputError
 
 
 def compare(
     runs: Runs,
     metrics: Metrics = None,
-    points: Annotated[
-        int, typer.Option(min=1, max=1000, metavar="N", help="Relative depths that are shown.")
-    ] = 6,
     by: Annotated[
         str,
         typer.Option(
@@ -60,7 +59,7 @@ def compare(
     if len(readings) < 2:
         raise InputError(f"got {len(readings)} run to compare; expected two or more, or a folder of them")
     summary = summary_table(readings, selection)
-    aligned = comparison_table(readings, chosen, selection, points=points)
+    aligned = comparison_table(readings, chosen, selection)
     warnings = differences(readings, selection)
     if by:
         tested = between_groups(readings, chosen, selection, by=by)
@@ -81,22 +80,15 @@ def compare(
         )
         return FOUND if left_out else FINE
     for difference in tested:
-        say(textwrap.fill(in_words(difference), 100, subsequent_indent="  "))
+        say(textwrap.fill(in_words(difference), WIDTH, subsequent_indent="  "))
     if tested and not by:
-        say(textwrap.fill(f"{ONE_RUN_EACH}, with --by ATTRIBUTE.", 100))
+        say(textwrap.fill(f"{ONE_RUN_EACH}, with --by ATTRIBUTE.", WIDTH))
     if tested:
         say()
-    say(textwrap.fill(summary.caption, 100))
     # Transposed, one column a run: a terminal is too narrow for one row with ten facts.
     facts = summary.printed.copy()
     # The summary leaves the model out, the widest cell of one row per run; transposed it has room.
     facts.insert(1, "model", summary.data["model"])
-    facts = facts.set_index("run").T
-    show_rows(
-        ["", *map(str, facts.columns)],
-        [[str(name), *map(str, row)] for name, row in zip(facts.index, facts.to_numpy(), strict=True)],
-    )
-    say()
-    say(textwrap.fill(aligned.caption, 100))
-    show_rows([str(column) for column in aligned.printed], aligned.printed.astype(str).to_numpy().tolist())
+    say_table(summary.caption, facts.set_index("run").T.rename_axis("").reset_index())
+    say_table(aligned.caption, aligned.printed)
     return FOUND if left_out else FINE

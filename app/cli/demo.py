@@ -14,12 +14,9 @@ from depthscope.app.cli.options import Browser
 def demo(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the runs.")] = Path("depthscope-demo"),
     browser: Browser = True,
-    train: Annotated[
-        bool, typer.Option("--train", help="Train the models here, which takes some minutes.")
-    ] = False,
 ) -> int:
     """Look at three small trained models: residual, HC and mHC."""
     from depthscope.app.demo.demo import run_demo
 
-    run_demo(out, browser=browser, train=train)
+    run_demo(out, browser=browser)
     return FINE

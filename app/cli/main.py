@@ -59,11 +59,7 @@ Exit codes: 0 fine; 1 findings above the limit, or a run that was left out; 2 a 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line.
-
-    ``argv``: arguments; those of the process by default.
-    Returns: The exit code.
-    """
+    """Run one command line, by default that of the process; returns its exit code."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A terminal in ASCII prints an escape where a table has an arrow, rather than an error.
@@ -192,10 +188,7 @@ def one_line(error: BaseException) -> str:
 
 
 def missing_extra(command: str, error: ModuleNotFoundError) -> str | None:
-    """What to install for a command.
-
-    Returns: None where the module belongs to no extra: then the installation itself is broken.
-    """
+    """What to install for a command; None where the module belongs to no extra: then the installation itself is broken."""
     name = (error.name or "").partition(".")[0]
     if name not in EXTRAS:
         return None

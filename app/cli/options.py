@@ -7,6 +7,7 @@ import inspect
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, fields
@@ -16,13 +17,27 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from depthscope.app.text.terminal import printable, remark, working
+from depthscope.app.text.terminal import (
+    columns,
+    command_line,
+    encodable,
+    printable,
+    remark,
+    say,
+    show_rows,
+    working,
+)
 from depthscope.diagnostics.errors import AbsentError, InputError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from depthscope.app.figures import Selection
     from depthscope.app.readings.readings import Reading
     from depthscope.probes.checkpoints.load import LoadedModel
+
+WIDTH = 100
+"""Columns at which running text is wrapped."""
 
 SAMPLE_TEXT = "pydoc_data.topics"
 """The module of Python whose text is run where none is given."""
@@ -123,6 +138,29 @@ def read_several(
     return readings, [{"run": name, "why": why} for name, why in reasons.items()]
 
 
+def say_cards(reading: Reading) -> None:
+    """Print the findings of a reading."""
+    from depthscope.app.tables.findings import NOTHING, cards_of
+    from depthscope.app.text.cards import cards_text
+
+    say()
+    say(cards_text(cards_of(reading), width=columns(), shown=encodable) or NOTHING)
+    say()
+
+
+def say_table(caption: str, printed: pd.DataFrame) -> None:
+    """Print a table below its caption."""
+    say(textwrap.fill(caption, WIDTH))
+    show_rows(list(map(str, printed)), printed.astype(str).to_numpy().tolist())
+    say()
+
+
+def say_next(path: Path) -> None:
+    """Print what to do with a run that was saved."""
+    say(f"Next: {command_line('check', path)}")
+    say(f"      {command_line('dashboard', path)}")
+
+
 # --- a model and its text
 
 
@@ -198,10 +236,7 @@ class ModelAndText:
         return "stdin" if self.text == "-" else Path(self.text).name
 
     def load(self) -> LoadedModel:
-        """The model with its tokenizer.
-
-        Raises InputError: For a device that this machine does not have, or a checkpoint that cannot be read.
-        """
+        """The model with its tokenizer."""
         with working("importing torch"):  # seconds in which nothing else would be printed
             from depthscope.probes.checkpoints.hub import is_hub_name
             from depthscope.probes.checkpoints.load import load_checkpoint

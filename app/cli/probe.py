@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,19 +15,12 @@ from depthscope.app.cli.options import (
     ModelAndText,
     capture_errors_for_users,
     names,
+    say_cards,
+    say_next,
     text_digest,
     with_model,
 )
-from depthscope.app.text.terminal import (
-    columns,
-    command_line,
-    emit,
-    encodable,
-    printable,
-    remark,
-    say,
-    working,
-)
+from depthscope.app.text.terminal import emit, printable, remark, say, working
 from depthscope.diagnostics.errors import InputError
 
 if TYPE_CHECKING:
@@ -176,8 +169,7 @@ def _judged(path: Path) -> list[Reading]:
 
 
 def _print_saved(run: xr.DataTree, path: Path, readings: Sequence[Reading], *, json: bool) -> None:
-    from depthscope.app.tables.findings import NOTHING, cards_of, count_words
-    from depthscope.app.text.cards import cards_text
+    from depthscope.app.tables.findings import cards_of, count_words
     from depthscope.diagnostics import schema
 
     sizes: dict[str, dict[str, int]] = {}
@@ -194,20 +186,21 @@ def _print_saved(run: xr.DataTree, path: Path, readings: Sequence[Reading], *, j
     for chain, size in sizes.items():
         counts = " · ".join(f"{word} {count}" for word, count in size.items())
         say(f"  {counts}" if chain == "run" else f"  {chain}: {counts}")
-    if str(run.attrs.get("proof", "")).startswith(schema.UNPROVEN):
-        say(f"  {printable(run.attrs['proof'])}")
-    for part in run.attrs.get("not_covered", ()):
-        say(f"  not covered: {printable(part['sentence'])}")
-    for odd in run.attrs.get("remarks", ()):
-        say(f"  remark: {odd['sentence']}")
+    _print_caveats(run.attrs)
     for reading in readings:
         say()
         say(f"{printable(reading.name)}: {count_words(reading.findings)}")
-        say()
-        say(cards_text(cards_of(reading), width=columns(), shown=encodable) or NOTHING)
-    say()
-    say(f"Next: {command_line('check', path)}")
-    say(f"      {command_line('dashboard', path)}")
+        say_cards(reading)
+    say_next(path)
+
+
+def _print_caveats(attrs: Mapping[Any, Any]) -> None:
+    """What of the network was not proven or not measured, and what is odd about it."""
+    if str(attrs.get("proof", "")).startswith("unproven"):
+        say(f"  {printable(attrs['proof'])}")
+    for name, heading in (("not_covered", "not covered"), ("remarks", "remark")):
+        for part in attrs.get(name, ()):
+            say(f"  {heading}: {printable(part['sentence'])}")
 
 
 def _probe_history(
@@ -252,13 +245,7 @@ def _probe_history(
     left_out = [{"checkpoint": path, "why": why} for path, why in found.left_out.items()]
     checkpoints = found.run.attrs["checkpoints"]
     if json:
-        emit(
-            {
-                "run": str(found.path),
-                "checkpoints": checkpoints,
-                "left_out": left_out,
-            }
-        )
+        emit({"run": str(found.path), "checkpoints": checkpoints, "left_out": left_out})
         return FOUND if left_out else FINE
     steps = [str(of["step"]) for of in checkpoints]
     say(
@@ -266,6 +253,5 @@ def _probe_history(
         f"{printable(found.run.attrs.get('block'))} models, step {steps[0]} to {steps[-1]}"
     )
     say()
-    say(f"Next: {command_line('check', found.path)}")
-    say(f"      {command_line('dashboard', found.path)}")
+    say_next(found.path)
     return FOUND if left_out else FINE

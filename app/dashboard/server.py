@@ -1,24 +1,26 @@
-"""How does the dashboard start? One server on 127.0.0.1 that shows the named runs and sends nothing out."""
+"""How does the dashboard start, and whom does it answer? One server on 127.0.0.1 that sends nothing out."""
 
 from __future__ import annotations
 
+import base64
 import gc
+import hashlib
 import importlib
+import re
 import socket
 import sys
 import time
 import urllib.error
 import urllib.request
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from threading import Thread
 from typing import Any
+from urllib.parse import urlsplit
 
 from depthscope.diagnostics.errors import AbsentError, InputError
-
-__all__ = ["CONFIG", "free_port", "launch", "serve"]
 
 HOST = "127.0.0.1"
 FIRST_PORT = 8501  # Streamlit's own
@@ -66,11 +68,7 @@ CONFIG: dict[str, Any] = {
 
 
 def launch(
-    paths: Sequence[Path],
-    *,
-    port: int | None = None,
-    open_browser: bool = True,
-    max_bytes: int | None = None,
+    paths: Sequence[Path], *, port: int | None = None, open_browser: bool = True, max_bytes: int | None = None
 ) -> None:
     """Show runs in a dashboard at a local address.
 
@@ -99,21 +97,16 @@ def launch(
 
 
 def free_port(port: int | None = None) -> int:
-    """A port that no other program listens on.
-
-    ``port``: the one that must be free; None and 0 look from 8501 upwards.
-    Raises InputError: Where it is no port or is taken, or all that were tried are.
-    """
+    """A port that no other program listens on: the one that is asked for, or the first free one."""
     if port is not None and not 0 <= port <= 65535:
         raise InputError(f"port {port} is out of range; give one from 1 to 65535, or 0 to take a free one")
     # 0 is how programs ask for a free port.
     wanted = (port,) if port else range(FIRST_PORT, FIRST_PORT + TRIED_PORTS)
-    for candidate in wanted:
-        if _is_free(candidate):
-            return candidate
-    if port:
-        raise InputError(f"port {port} is taken; name another one, or leave --port out to take a free one")
-    raise InputError(f"no free port between {wanted[0]} and {wanted[-1]}; name one with --port")
+    free = next(filter(_is_free, wanted), None)
+    if free is None:
+        taken = f"port {port} is taken" if port else f"no port from {wanted[0]} to {wanted[-1]} is free"
+        raise InputError(f"{taken}; name another one with --port")
+    return free
 
 
 def _is_free(port: int) -> bool:
@@ -142,7 +135,6 @@ def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> Non
     from starlette.routing import Mount
     from starlette.staticfiles import StaticFiles
 
-    from depthscope.app.dashboard.access import guarded, policy
     from depthscope.app.dashboard.components import chart
     from depthscope.app.dashboard.state import run_library
 
@@ -171,3 +163,105 @@ def _answers(address: str) -> bool:
         except (urllib.error.URLError, OSError):
             time.sleep(0.2)
     return False
+
+
+HEADERS = {
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Permissions-Policy": "camera=(), display-capture=(), geolocation=(), microphone=(), midi=(), payment=(), usb=()",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+    "X-Frame-Options": "DENY",
+}
+"""Sent with every answer, next to the policy for contents."""
+
+# In 1.59 to 1.67 Streamlit needs: its own scripts; a blob for the script of a component, which it makes from the text that
+# Python sends; style sheets that its theme and plotly write into the page; images and fonts as data.
+POLICY = {
+    "default-src": "'none'",
+    "script-src": "'self' blob:",
+    "style-src": "'self' 'unsafe-inline'",
+    "img-src": "'self' data: blob:",
+    "font-src": "'self' data:",
+    "media-src": "'self'",
+    "connect-src": "'self'",
+    "manifest-src": "'self'",
+    "base-uri": "'none'",
+    "form-action": "'none'",
+    "frame-ancestors": "'none'",
+}
+"""What a page may load, by kind; what is not named, frames and plugins among them, it may not."""
+
+_INLINE_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
+_PUBLIC = ("/static/", "/depthscope/plotly/")
+"""Paths of files of installed packages, which contain nothing of a run and may stay in the browser's cache."""
+
+
+def policy(page: Path) -> str:
+    """Content-Security-Policy under which a page runs its own inline scripts, by their hash, and no other."""
+    # Read from the installed version: another one may have another script.
+    scripts = _INLINE_SCRIPT.findall(page.read_text(encoding="utf-8"))
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = POLICY | {
+        "script-src": " ".join([POLICY["script-src"], *(f"'sha256-{digest}'" for digest in digests)])
+    }
+    return "; ".join(f"{kind} {sources}" for kind, sources in allowed.items())
+
+
+def guarded(application: Any, *, hosts: tuple[str, ...], page_policy: str) -> Any:
+    """Answer 403 to pages of other sites and names; every answer carries the headers that restrict its page."""
+    from starlette.responses import PlainTextResponse
+
+    added = HEADERS | {"Content-Security-Policy": page_policy}
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] not in ("http", "websocket"):  # the start and stop of the server
+            await application(scope, receive, send)
+            return
+        private = not scope["path"].startswith(_PUBLIC)
+
+        async def send_guarded(message: Any) -> None:
+            if message["type"] in (
+                "http.response.start",
+                "websocket.accept",
+                "websocket.http.response.start",
+            ):
+                # What a run contains stays in no cache of the browser.
+                cache = {"Cache-Control": "no-store"} if private else {}
+                message = message | {"headers": _replaced(message.get("headers", []), added | cache)}
+            await send(message)
+
+        reason = _refusal(scope, hosts)
+        if not reason:
+            await application(scope, receive, send_guarded)
+        elif scope["type"] == "http":
+            await PlainTextResponse(reason, status_code=403)(scope, receive, send_guarded)
+        else:
+            # Before the connection is accepted: the server answers 403 to it.
+            await send({"type": "websocket.close", "code": 1008, "reason": "another site"})
+
+    return answer
+
+
+def _refusal(scope: Mapping[str, Any], hosts: tuple[str, ...]) -> str:
+    """Why a request is refused; empty for one of this server's own pages, or of a program of this machine."""
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope.get("headers", [])}
+    host = headers.get("host", "")
+    # A page of another name that points here (DNS rebinding) comes with that name.
+    if host.partition(":")[0] not in hosts:
+        return f"this dashboard answers at {hosts[-1]} only"
+    origin = headers.get("origin")
+    # Programs send no origin; a page sends its own with every socket and every request that changes something.
+    if origin is not None and (urlsplit(origin).scheme, urlsplit(origin).netloc) != ("http", host):
+        return "this dashboard answers to its own pages only"
+    site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")
+    # A link on another page may open the dashboard, but no page may load parts of it, as images or scripts.
+    if site not in ("none", "same-origin") and mode != "navigate":
+        return "this dashboard answers to its own pages only"
+    return ""
+
+
+def _replaced(headers: Any, added: Mapping[str, str]) -> list[tuple[bytes, bytes]]:
+    """Headers of an answer with ours in place of those of the same name."""
+    ours = {name.lower().encode(): value.encode() for name, value in added.items()}
+    return [(name, value) for name, value in headers if name.lower() not in ours] + list(ours.items())

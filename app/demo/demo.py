@@ -14,26 +14,25 @@ from depthscope.app.demo import TITLES
 from depthscope.app.text.terminal import command_line, printable, remark, say
 from depthscope.diagnostics.errors import InputError
 
-# Trained by `depthscope demo --train` with the recipe's defaults, once: the demo is the same on every machine.
+# Trained by `python -m depthscope.app.demo.demo train FOLDER`, once: the demo is the same on every machine.
 SHIPPED = Path(__file__).parent / "data"
 SMOLLM2 = "SmolLM2-135M"
 SEQUENCES, LENGTH = 8, 128
 
 
-def run_demo(out: Path, *, browser: bool = True, train: bool = False) -> None:
+def run_demo(out: Path, *, browser: bool = True) -> None:
     """Probe three small models, print a line for each, and open the dashboard on their runs and trainings.
 
     SmolLM2, where the package that carries it is installed, is probed while the dashboard is open. Without a browser and
     without a terminal (a pipe, continuous integration) the demo ends after printing the command that serves the dashboard.
 
     ``out``: folder for ``runs/``; results of an earlier demo in it are replaced.
-    ``train``: train the three models here, which takes some minutes, instead of taking those that ship with the package.
     """
     runs = out / "runs"
-    if train:
-        _in_another_process("train", out / "trained")
     # Torch and the models stay in that process: the dashboard's server needs neither.
-    _in_another_process("measure", out / "trained" if train else SHIPPED, runs)
+    words = [sys.executable, "-m", "depthscope.app.demo.demo", "measure", str(SHIPPED), str(runs)]
+    if subprocess.run(words, check=False).returncode:
+        raise InputError("the demo could not measure its models; the reason is printed above")
     if not browser and not sys.stdout.isatty():
         say(f"open the dashboard with: {command_line('dashboard', runs)}")
         return
@@ -45,12 +44,6 @@ def run_demo(out: Path, *, browser: bool = True, train: bool = False) -> None:
     finally:
         if probing is not None:
             probing.terminate()
-
-
-def _in_another_process(task: str, *folders: Path) -> None:
-    words = [sys.executable, "-m", "depthscope.app.demo.demo", task, *map(str, folders)]
-    if subprocess.run(words, check=False).returncode:
-        raise InputError(f"the demo could not {task} its models; the reason is printed above")
 
 
 def _probe_smollm2(runs: Path) -> subprocess.Popen | None:

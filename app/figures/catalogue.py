@@ -5,9 +5,8 @@ from functools import partial
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.curve_figure import CurveFigure
+from depthscope.app.figures.build.curve_figure import CurveFigure, SpectrumFigure
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
-from depthscope.app.figures.build.spectrum_figure import SpectrumFigure
 
 _collapse = partial(CurveFigure, question="collapse")
 _heads = partial(MatrixFigure, columns="head", limits=(0.0, 1.0), question="collapse")

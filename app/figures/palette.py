@@ -25,9 +25,6 @@ SHAPES = (
 )
 """Shapes of marks: what is left of a colour in print without any."""
 
-RUN_COLOUR = "run_colour"
-"""Attribute of an analysis that is drawn in another colour than that of its name: its number in the palette."""
-
 
 @dataclass(frozen=True)
 class Look:
@@ -45,10 +42,7 @@ class Look:
 
 
 def look_of(number: int, variant: int = 0) -> Look:
-    """How a measured line is drawn.
-
-    ``variant``: which of the lines of its run.
-    """
+    """How a measured line is drawn; `variant` is which of the lines of its run."""
     # From the eleventh run on colours recur, with other marks.
     place = number + number // len(RUN_COLOURS)
     return Look(
@@ -64,12 +58,12 @@ def colour_numbers(analyses: Mapping[str, xr.Dataset]) -> dict[str, int]:
     """The number of the colour of each run: from its name, so that it is the same on every page, in a report and on paper.
 
     ``analyses``: everything that is shown together, by name, in any order.
-    Returns: The number of `RUN_COLOUR` where a run has that attribute. Of runs whose names give the same colour the first
+    Returns: Of runs whose names give the same colour the first
     by the alphabet has it, and each other one the next that is free; from the eleventh run on colours recur.
     """
-    numbers = {name: int(of.attrs[RUN_COLOUR]) for name, of in analyses.items() if RUN_COLOUR in of.attrs}
-    wanted = {name: _number_from(name) for name in sorted(set(analyses) - set(numbers))}
-    taken = set(numbers.values())
+    wanted = {name: _number_from(name) for name in sorted(analyses)}
+    numbers: dict[str, int] = {}
+    taken: set[int] = set()
     # First every colour that a name gives, then those that clash: a clash moves no third run.
     clashing = []
     for name, number in wanted.items():

@@ -68,7 +68,6 @@ class Lines:
 
     ``sources`` are the bibliography keys of the laws of the nulls that are drawn. ``runs`` are all runs that are shown
     together, those that this figure lacks included, with the numbers of their colours in `palette`.
-    ``limits`` are the ends of the vertical axis where panels share them.
     """
 
     name: str
@@ -83,7 +82,6 @@ class Lines:
     alt: str = ""
     metric: str = ""
     sources: tuple[str, ...] = ()
-    limits: tuple[float, float] | None = None
     runs: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -95,7 +93,6 @@ class Heatmap:
     Where there are more cells than a screen needs, neighbours are drawn as one, by their mean or by the largest; along an axis
     that is ``categorical``, such as modules or the cells of a matrix, neighbours have nothing in common and are not joined.
     ``printed`` writes the number of every cell, with the sum of each row and column at the edge.
-    ``x_names``: what is written below the columns in place of numbers, where there is room.
     ``from_top``: the first row is the topmost one. ``named_only``: the mouse tells the names of a cell, not its positions.
     """
 
@@ -121,35 +118,8 @@ class Heatmap:
     printed: bool = False
     categorical: tuple[Literal["x", "y"], ...] = ()
     of_block: Literal["mean", "largest"] = "mean"
-    x_names: tuple[str, ...] = ()
     from_top: bool = False
     named_only: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class Points:
-    """Points of some runs in the complex plane, with the unit circle.
-
-    ``name, title``: as of any figure.
-    ``x_label, y_label``: axes.
-    ``points``: run name → complex numbers of any shape.
-    ``caption, alt, metric``: as of any figure.
-    ``sources``: bibliography keys.
-    ``runs``: all runs that are shown together, with the numbers of their colours; see `Lines`.
-    ``radial_log``: whether distances from the origin are log₂(1 + |z|), which leaves the unit circle where it is.
-    """
-
-    name: str
-    title: str
-    x_label: str
-    y_label: str
-    points: Mapping[str, Array]
-    caption: str = ""
-    alt: str = ""
-    metric: str = ""
-    sources: tuple[str, ...] = ()
-    runs: Mapping[str, int] = field(default_factory=dict)
-    radial_log: bool = False
 
 
 Figure = Lines | Heatmap
@@ -283,17 +253,13 @@ class FigureKind(ABC):
         return constraint_sentence(attrs) if self.question == "mixing" else "", proof_sentence(attrs)
 
 
-def figure_table(figure: Figure | Points) -> pd.DataFrame:
+def figure_table(figure: Figure) -> pd.DataFrame:
     """A row for every point of every line, or a row for every row of a matrix.
 
     ``figure``: any figure; of a heat map every cell, also where the screen shows block means.
     Returns: Of lines: line, role, x, where, y, lower, upper. Of a matrix: y, where, then a column for every x, under
-    its number. Of points: run, real, imaginary. NaN is undefined.
+    its number. NaN is undefined.
     """
-    if isinstance(figure, Points):
-        runs = [np.full(values.size, run, dtype=object) for run, values in figure.points.items()]
-        flat = np.concatenate([np.ravel(values) for values in figure.points.values()])
-        return pd.DataFrame({"run": np.concatenate(runs), "real": flat.real, "imaginary": flat.imag})
     if isinstance(figure, Heatmap):
         # Wide, as the matrix is drawn: one row per cell would repeat both positions in every row.
         table = pd.DataFrame(figure.z, columns=figure.x)

@@ -41,10 +41,7 @@ class Contents:
 
     @classmethod
     def of(cls, readings: Sequence[Reading], view: Selection | None = None) -> Contents:
-        """Figures and tables of runs.
-
-        ``view``: what was asked for; runs of different depth share the relative axis.
-        """
+        """Figures and tables of runs; runs of different depth share the relative axis."""
         view = view or Selection()
         # At the same index a run of 12 layers is at its end and one of 24 in its middle; at the same share of the depth both
         # compare.

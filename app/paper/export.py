@@ -6,7 +6,8 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,31 +17,17 @@ import xarray as xr
 
 from depthscope.app.drawing.matplotlib import FIGURE_POINTS, Width, write_figure
 from depthscope.app.figures import Figure, Heatmap, Selection
-from depthscope.app.figures.composed import (
-    EVERYWHERE,
-    QUESTIONS,
-    Composed,
-    Subjects,
-    composed_of,
-    groups_of,
-)
-from depthscope.app.figures.specification import Points, figure_table
+from depthscope.app.figures.composed import EVERYWHERE, QUESTIONS, Composed, Subjects, composed_of, groups_of
+from depthscope.app.figures.specification import figure_table
 from depthscope.app.paper.contents import CITES, Contents
-from depthscope.app.paper.latex_snippets import (
-    cited_keys,
-    figures_tex,
-    main_tex,
-    methods_tex,
-    tables_tex,
-)
 from depthscope.app.paper.methods import methods_latex, methods_text
 from depthscope.app.readings.provenance import file_digest, software
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.tables.comparison import comparison_table
 from depthscope.app.tables.formats import csv_text, to_csv, to_latex, to_parquet
 from depthscope.app.tables.tables import Table
-from depthscope.app.text.bibliography import cut
-from depthscope.app.text.venues import Venue, venue_of
+from depthscope.app.text.bibliography import cut, keys_of
+from depthscope.app.text.latex import CITEP, Latex, Venue, latex_template, venue_of
 from depthscope.diagnostics import atomic_writes
 from depthscope.diagnostics.errors import InputError
 
@@ -137,10 +124,7 @@ def write_bundle(
 
 
 def require_place(target: Path, *, force: bool = False) -> None:
-    """Refuse a folder that a bundle cannot be written to.
-
-    Raises InputError: For a file, and a folder with files in it; with ``force`` unless an export wrote it.
-    """
+    """Refuse a file, and a folder with files in it; with ``force`` unless an export wrote it."""
     if not target.is_dir():
         raise InputError(f"{target} is a file; name a folder to write to")
     if not os.listdir(target):
@@ -248,11 +232,9 @@ def _measured(bundle: Bundle) -> list[str]:
     return list(dict.fromkeys([*shown, *(metric for table in bundle.tables[:1] for metric in table.metrics)]))
 
 
-def figure_csv(figure: Figure | Points) -> str:
+def figure_csv(figure: Figure) -> str:
     """The numbers that a figure draws: a row a point, or the matrix under the positions of its columns."""
-    table = figure_table(figure)
-    if not isinstance(figure, Points):
-        table = table.drop(columns="where")
+    table = figure_table(figure).drop(columns="where")
     if isinstance(figure, Heatmap):
         table = table.rename(columns={"y": figure.y_label})
     # The same bytes on every system, so that the hashes of the manifest agree.
@@ -290,3 +272,60 @@ def _facts(bundle: Bundle) -> dict[str, Any]:
             figure.name: {"metric": figure.metric, "caption": figure.caption} for figure in contents.figures
         },
     }
+
+
+_HERE = "depthscope.app.paper"
+PACKAGES = "amsmath,array,booktabs,graphicx"
+HEAD = f"{CITEP}\n\\providecommand{{\\depthscopepath}}{{.}}\n"
+_CITE = re.compile(r"\\citep\{([^}]+)\}")
+
+
+def _head(name: str) -> Latex:
+    """What a document needs before it inputs a snippet."""
+    return Latex(
+        "% Written by depthscope. In your document:\n"
+        rf"%   \usepackage{{{PACKAGES}}}" + "\n"
+        "%   \\newcommand{\\depthscopepath}{paper}  % the folder of this file, seen from your document\n"
+        rf"%   \input{{\depthscopepath/{name}.tex}}" + "\n" + HEAD
+    )
+
+
+def figures_tex(figures: Sequence[Composed], cites: Mapping[str, str], venue: Venue) -> str:
+    """A float across the text for every composed figure."""
+    cited = [
+        (figure, keys_of([*(cites.get(metric, "") for metric in figure.metrics), *figure.sources]))
+        for figure in figures
+    ]
+    return latex_template(_HERE, "figures.tex.jinja").render(
+        head=_head("figures"), figures=cited, environment="figure*" if venue.two_columns else "figure"
+    )
+
+
+def tables_tex(tables: Sequence[Table]) -> str:
+    """An input for every table of the text."""
+    return latex_template(_HERE, "tables.tex.jinja").render(head=_head("tables"), tables=tables)
+
+
+def methods_tex(paragraphs: Sequence[Latex]) -> str:
+    """The methods as paragraphs."""
+    return "% Written by depthscope: what was measured, and how.\n" + HEAD + "\n\n".join(paragraphs) + "\n"
+
+
+def main_tex(venue: Venue, *, cites: bool) -> str:
+    """A sample article that compiles: methods, composed figures, tables, and sources."""
+    return latex_template(_HERE, "main.tex.jinja").render(
+        options=Latex(f"{venue.body}pt" + (",twocolumn" if venue.two_columns else "")),
+        geometry=Latex(
+            f"textwidth={venue.text:.4f}in,textheight={venue.height:.4f}in"
+            + (f",columnsep={venue.separation:.4f}in" if venue.two_columns else "")
+        ),
+        packages=PACKAGES,
+        cites=cites,
+        natbib=venue.author_year,
+        two_columns=venue.two_columns,
+    )
+
+
+def cited_keys(texts: Iterable[str]) -> list[str]:
+    """The bibliography keys that some LaTeX cites."""
+    return sorted({key for text in texts for group in _CITE.findall(text) for key in group.split(",")})

@@ -29,7 +29,7 @@ from depthscope.app.readings.readings import Reading, judged, read_paths, read_r
 from depthscope.app.tables.comparison import summary_table
 from depthscope.app.tables.findings import findings_table
 from depthscope.app.tables.tables import depth_table, mixing_table
-from depthscope.app.text.venues import venue_of
+from depthscope.app.text.latex import venue_of
 from depthscope.diagnostics.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -57,8 +57,6 @@ def __dir__() -> list[str]:
     """What is completed in a notebook: the figures, and not what they are made of."""
     return __all__
 
-
-ALL_ROWS = 10**6
 
 Runs = (
     xr.DataTree
@@ -174,7 +172,7 @@ def table(name: str, runs: Runs, *, chain: str = "") -> pd.DataFrame:
     if name not in ("depth", "connection"):
         raise InputError(f"no table {name!r}; expected one of depth, connection, summary, findings")
     reading = next((each for each in readings if each.chain == chain), readings[0])
-    made = (depth_table if name == "depth" else mixing_table)(reading, rows=ALL_ROWS)
+    made = (depth_table if name == "depth" else mixing_table)(reading)
     if made is None:
         raise InputError(f"{reading.name} has no numbers along its {name}s")
     return made.data
@@ -280,7 +278,7 @@ _PARAMETERS = """
         Of a new figure: icml, neurips, iclr, acl, cvpr, ieee or plain.
     by : str
         Attribute that the runs of a group share, such as ``"family"`` of several seeds: curves are means with their 95 %
-        interval over runs, and marked where two groups differ.
+        interval over runs.
     **selection : str
         Fields of `Selection`, such as ``scope="data"``.
 
@@ -322,8 +320,7 @@ similarity = _figure(
     "Similarity of depths: CKA of every two, and of each with the one before, with the band over tokens.",
 )
 gains = _figure(
-    "gains",
-    "Gains of the mixing, single and composite, forward and backward, and those of attention and MLP (mHC, figures 3 and 7).",
+    "gains", "Gains of the mixing, single and composite, forward and backward (mHC, figures 3 and 7)."
 )
 mixing = _figure(
     "mixing",
@@ -335,7 +332,7 @@ kernel = _figure(
 )
 spectra = _figure(
     "spectra",
-    "Spectra: singular values of states and products along the depth, eigenvalues of the mixing with the unit circle.",
+    "Spectra: singular values of states and products along the depth, magnitudes of the eigenvalues of the mixing.",
 )
 gradients = _figure(
     "gradients",

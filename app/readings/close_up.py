@@ -149,7 +149,10 @@ class CloseUp:
         found = self._trace["token_text"].values[sequence]
         return [
             # A blank or a line break is a token too.
-            visible(text if str(text).strip() else _blank_signs(str(text)), longest=LONGEST_TOKEN)
+            visible(
+                text if str(text).strip() else _blank_signs(str(text)),
+                longest=LONGEST_TOKEN,
+            )
             for text in found
         ]
 
@@ -180,11 +183,7 @@ class CloseUp:
         return part[..., int(stream), :].astype(np.float64)
 
     def token_map(self, measure: str, sequence: int, stream: str = "mean") -> np.ndarray:
-        r"""One number for every token of a sequence at every depth.
-
-        ``stream``: ``mean``, the mean over streams, or the number of one.
-        Returns: Shape (token, depth); NaN for padding, and where a number is undefined.
-        """
+        """A number for every token of a sequence and depth, (token, depth); NaN for padding and where it is undefined."""
         x = self._view(stream, sequence)
         with np.errstate(divide="ignore", invalid="ignore"):
             if measure == "norm":
@@ -247,11 +246,7 @@ class CloseUp:
         return [int(i) for i in (into if len(into) else np.flatnonzero(self.depth_in == depth))]
 
     def matrices(self, connection: int) -> list[Matrix]:
-        """H_res, H_pre and H_post of a connection: their mean over tokens, and those of single tokens.
-
-        Returns: The mean first, then the tokens of `QUANTILES` by the largest absolute row or column sum of their
-        matrix.
-        """
+        """H_res, H_pre and H_post of a connection: the mean over tokens first, then those of the tokens of `QUANTILES`."""
         return self._of_tokens(
             self._trace["h_res"].values[connection],
             self._weights("h_pre", connection),
@@ -259,11 +254,7 @@ class CloseUp:
         )
 
     def pictures(self, whose: str, token: tuple[int, int] | None = None) -> tuple[list[Matrix], list[Matrix]]:
-        """H_res of every connection, and their products from the first one on.
-
-        ``token``: sequence and position of the marked one.
-        Returns: Nothing where no token is real.
-        """
+        """H_res of every connection, and their products from the first one on, of a token or of their mean."""
         singles: list[Matrix] = []
         products: list[Matrix] = []
         product: np.ndarray | None = None
@@ -281,10 +272,7 @@ class CloseUp:
         return singles, products
 
     def composite(self, first: int, last: int) -> list[Matrix]:
-        """The product of H_res from one connection to another, the later one on the left.
-
-        Returns: As in `matrices`; of a mean over tokens the mean of their products.
-        """
+        """The product of H_res from one connection to another, the later one on the left; as in `matrices`."""
         stack = self._trace["h_res"].values[first : last + 1].astype(np.float64)
         return self._of_tokens(composite(stack), None, None)
 
@@ -328,11 +316,7 @@ def _ratio(value: float, median: float) -> float:
 
 
 def read_close_up(path: Path, chain: str = "", *, max_bytes: int | None = None) -> CloseUp | None:
-    """Read the trace of a run that was opened and verified before.
-
-    ``chain``: its chain, empty where there is one.
-    Returns: None for a run without states, such as one of weights alone.
-    """
+    """The trace of a chain of a run that was verified before; None for a run without states, such as one of weights alone."""
     with schema.open_group(path, "trace", chain, max_bytes=max_bytes) as trace:
         if "residual" not in trace:
             return None

@@ -244,15 +244,7 @@ def groupable(summaries: Sequence[Summary]) -> list[str]:
 
 
 def plain_attributes(attrs: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """Attributes that are one word or number, and those in a mapping such as a configuration.
-
-    Returns: A value in a mapping has the name ``mapping.name``.
-
-    Examples
-    --------
-    >>> plain_attributes({"family": "mhc", "config": {"lr": 0.1, "layers": [1, 2]}})
-    {'family': 'mhc', 'config.lr': 0.1}
-    """
+    """Attributes that are one word or number; a value in a mapping such as a configuration has the name ``mapping.name``."""
     found: dict[str, str | int | float | bool] = {}
     for name, value in attrs.items():
         is_mapping = isinstance(value, Mapping)

@@ -54,10 +54,7 @@ def keep(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
 
 
 def kept_readings(path: Path, version: FileVersion) -> tuple[Reading, ...] | None:
-    """The readings of a run that were saved of these very files.
-
-    Returns: None where nothing was saved, or it cannot be read: it is then made anew.
-    """
+    """The readings of a run that were saved of these very files; None where nothing was, or it cannot be read."""
     # It may be damaged: never a reason not to show the run.
     with suppress(*UNUSABLE):
         return tuple(_read_readings(own_folder(readings_folder()) / f"{stem_of(path, version)}.npz", path))
@@ -165,10 +162,7 @@ def readings_folder() -> Path:
 
 
 def stem_of(path: Path, version: FileVersion) -> str:
-    """What the names of files begin with that are valid for a version of a run, and for this code.
-
-    Returns: What begins with another one for the same run is removed when an analysis is saved.
-    """
+    """What the names of files begin with that are valid for a version of a run, and for this code."""
     digest = hashlib.sha256(f"{version.digest} {_code_version()}".encode()).hexdigest()
     return f"{_prefix(path)}{digest[:32]}"
 

@@ -20,27 +20,17 @@ _PACKAGES = ("depthscope", "numpy", "scipy", "xarray", "pandas", "matplotlib")
 
 
 def depthscope_version() -> str:
-    """The installed version.
-
-    Returns: ``"0+source"`` where the code runs without being installed.
-    """
+    """The installed version; ``"0+source"`` where the code runs without being installed."""
     return software()["depthscope"]
 
 
 def software() -> dict[str, str]:
-    """Versions of depthscope and of the packages that compute and draw.
-
-    Returns: Packages that are absent are left out.
-    """
+    """Versions of depthscope and of those packages that compute and draw and are installed."""
     return {"depthscope": "0+source", **package_versions(_PACKAGES)}
 
 
 def file_digest(path: str) -> str:
-    """SHA-256 of the file of a run; of a run that is a folder, of its files by name.
-
-    ``path``: A file or folder; empty for a run in memory.
-    Returns: Hexadecimal; empty where there is nothing at the path.
-    """
+    """SHA-256 of the file of a run, or of the files of a folder by name; empty where there is nothing at the path."""
     place = Path(path) if path else None
     if place is None or not place.exists():
         return ""

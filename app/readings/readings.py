@@ -134,10 +134,7 @@ def _num_steps(run: xr.DataTree, chain: str) -> int:
 
 
 def shown_attributes(value: Any) -> Any:
-    """Attributes of a run in whose text everything can be seen, at every level.
-
-    Returns: Numbers are unchanged.
-    """
+    """Attributes of a run in whose text everything can be seen, at every level."""
     if isinstance(value, Mapping):
         return {visible_name(key): shown_attributes(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
@@ -145,24 +142,11 @@ def shown_attributes(value: Any) -> Any:
     return visible(value, lines=True) if isinstance(value, str) else value
 
 
-def memory_sentence(attrs: Mapping[str, Any]) -> str | None:
-    """What the streams of a run cost, and what a forward keeps for its backward.
-
-    Returns: None where the run does not tell.
-    """
-    memory = attrs.get("memory")
+def sentence_of(attrs: Mapping[str, Any], name: str) -> str | None:
+    """What a fact such as ``memory`` or `schema.LIVE` says in words; None where the run does not tell."""
     # A file of another tool may have anything there.
-    sentence = memory.get("sentence") if isinstance(memory, Mapping) else None
-    return sentence if isinstance(sentence, str) else None
-
-
-def live_sentence(attrs: Mapping[str, Any]) -> str | None:
-    """What a live store is at the moment: growing, killed or finished, its last step, and who writes it.
-
-    Returns: None for a run that was opened from anything else.
-    """
-    status = attrs.get(schema.LIVE)
-    sentence = status.get("sentence") if isinstance(status, Mapping) else None
+    fact = attrs.get(name)
+    sentence = fact.get("sentence") if isinstance(fact, Mapping) else None
     return sentence if isinstance(sentence, str) else None
 
 
@@ -291,18 +275,12 @@ def read_paths(
 
 
 def open_runs(paths: Sequence[str], *, max_bytes: int | None = None) -> dict[str, xr.DataTree]:
-    """Open runs, and folders of runs, under names that are short and differ.
-
-    ``paths``: run files, or folders with some in them.
-    """
+    """Open runs, and folders of runs, under names that are short and differ."""
     return {name: schema.open_run(path, max_bytes=max_bytes) for name, path in find_runs(paths).items()}
 
 
 def find_runs(paths: Sequence[str]) -> dict[str, Path]:
-    """The runs of a command line, and those in its folders, under names that are short and differ.
-
-    ``paths``: run files, or folders with some in them.
-    """
+    """The runs of a command line, and those in its folders, under names that are short and differ."""
     return _short_names([run for path in map(Path, paths) for run in _runs_at(path)])
 
 

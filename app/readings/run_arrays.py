@@ -35,14 +35,11 @@ def group_of(
     reading: Reading,
     group: str,
     runs: Mapping[str, xr.DataTree] = MappingProxyType({}),
-    *,
-    max_bytes: int | None = None,
 ) -> Iterator[xr.Dataset | None]:
     """A group of the run of a reading, ``"trace"`` or ``"statistics"``; None where it has none.
 
     ``runs``: runs in memory by the names that `read_runs` was given; of others the file is opened, which was verified when
     it was read.
-    ``max_bytes``: of the arrays of the run; see `schema.open_run`.
     """
     shown = f"{{}}/{reading.chain}" if reading.chain else "{}"
     run = next((run for name, run in runs.items() if visible_name(shown.format(name)) == reading.name), None)
@@ -55,22 +52,19 @@ def group_of(
             and schema.is_live_store(Path(reading.path))
         ):
             # Its steps are in its rows, and not in its newest state.
-            run = schema.open_run(reading.path, max_bytes=max_bytes)
+            run = schema.open_run(reading.path)
             stack.callback(run.close)
         if run is not None:
             found = schema.chain_dataset(run, group, reading.chain)
         elif reading.path:
             with suppress(AbsentError):  # a run of some groups alone
-                opened = schema.open_group(reading.path, group, reading.chain, max_bytes=max_bytes)
+                opened = schema.open_group(reading.path, group, reading.chain)
                 found = stack.enter_context(opened)
         yield found
 
 
 def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatrices | None:
-    """The mixing matrices of a run, and their products over its first half, its second half and all of it.
-
-    Returns: None for a run without streams, or whose matrices are not stored.
-    """
+    """Mixing matrices of a run, and their products over its halves and all of it; None where it has or stores none."""
     with group_of(reading, "trace", runs) as trace:
         if trace is None or "h_res" not in trace:
             return None
@@ -94,10 +88,7 @@ def matrices_of(reading: Reading, runs: Mapping[str, xr.DataTree]) -> MixingMatr
 def with_metrics(
     run: xr.DataTree, metrics: Mapping[str, xr.Dataset], *, complete: bool = True
 ) -> xr.DataTree:
-    """A run with new metrics, by chain, in place of its own; what else it contains stays as it is.
-
-    ``complete``: as in `renewed`; whoever opens a run with complete metrics need not compute them.
-    """
+    """A run with new metrics, by chain, in place of its own; what else it contains stays as it is."""
     nodes = {node.path: node.to_dataset(inherit=False) for node in run.subtree}
     for chain, fresh in metrics.items():
         stored = schema.chain_dataset(run, "metrics", chain)
@@ -107,9 +98,6 @@ def with_metrics(
 
 def renewed(fresh: xr.Dataset, stored: xr.Dataset | None, *, complete: bool) -> xr.Dataset:
     """The stored metrics of a trace, updated with those that were computed again.
-
-    A standard error that the new analysis does not estimate, such as one of the jackknife, stays: it is of the same
-    trace.
 
     ``complete``: whether `fresh` is all that the run can feed; complete stored metrics stay complete.
     """
@@ -127,7 +115,6 @@ def renewed(fresh: xr.Dataset, stored: xr.Dataset | None, *, complete: bool) -> 
         v for v in stored.data_vars if str(v).removesuffix("_stderr").removesuffix("_null") in not_computed
     }
     merged = stored.drop_vars(removed).assign(dict(fresh.data_vars))
-    merged = merged.assign(_stored_errors(fresh, stored))
     complete = complete or bool(stored.attrs.get(schema.COMPLETE))
     return merged.assign_attrs({**_attributes(fresh, stored, merged), schema.COMPLETE: complete})
 
@@ -150,14 +137,6 @@ def _with_same_streams(fresh: xr.Dataset, stored: xr.Dataset) -> list[xr.Dataset
     streams = list(dict.fromkeys(found))
     # Labels that one of them lacks become NaN, undefined.
     return [part.reindex(stream=streams) if "stream" in part.dims else part for part in (fresh, stored)]
-
-
-def _stored_errors(fresh: xr.Dataset, stored: xr.Dataset) -> dict[str, xr.DataArray]:
-    """Standard errors of both, where the stored one is defined and the new one is not."""
-    both = [str(name) for name in fresh.data_vars if str(name).endswith("_stderr") and name in stored]
-    filled = {name: fresh[name].fillna(stored[name]).assign_attrs(stored[name].attrs) for name in both}
-    # An error that was not filled keeps the attributes of the new estimate.
-    return {name: error for name, error in filled.items() if not error.equals(fresh[name])}
 
 
 def _attributes(fresh: xr.Dataset, stored: xr.Dataset, merged: xr.Dataset) -> dict[str, Any]:

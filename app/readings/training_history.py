@@ -1,7 +1,9 @@
-"""What did a training measure, step by step? Its numbers by step, whatever they are read from."""
+"""What did a training measure, step by step, and when did each finding begin? Whatever the numbers are read from."""
 
 from __future__ import annotations
 
+import time
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,7 +16,7 @@ import xarray as xr
 
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.run_arrays import group_of
-from depthscope.diagnostics import schema, training_curves
+from depthscope.diagnostics import Finding, Severity, judge, schema, training_curves
 from depthscope.diagnostics.analysis.training_curves import curves_of_sums, sums_of
 from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
@@ -22,12 +24,9 @@ from depthscope.diagnostics.schema import LiveRows, Status
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.schema.opening import with_rows
 
-CELLS = "connection_cells"
-"""The elements of H_res, H_pre and H_post of a connection, in the mean over tokens."""
-
 DRIFT = "connection_parameter_drift"
 
-ROWS = ("cell", "depth", "connection", "weight", "parameter")
+ROWS = ("depth", "connection", "weight", "parameter")
 """Dims that are the rows of a map over steps, the first one that a measure has; of the others a label is chosen."""
 
 NOT_SHOWN = ("same_sampled_tokens", "num_tokens", "loss_not_finite", *ROW_FACTS)
@@ -47,16 +46,13 @@ PREFERRED = {
 class Measure:
     """What has numbers by step."""
 
-    name: str  # in the catalogue, or `CELLS` or `DRIFT`, or of a number such as ``loss``
+    name: str  # in the catalogue, or `DRIFT`, or of a number such as ``loss``
     rows: str  # its dim of `ROWS`; empty for one number a step
     choices: Mapping[str, tuple[str, ...]]  # the labels of its other dims under which it has numbers
     sample: xr.DataArray  # the last step, with all coordinates
 
     def labels(self, choice: Mapping[str, str]) -> dict[str, str]:
-        """The label of every dim but the rows.
-
-        ``choice``: what is asked for; a label that it does not have gives the preferred one.
-        """
+        """The label of every dim but the rows: the one that is asked for, else the preferred one."""
         found = {}
         for dim, labels in self.choices.items():
             wanted = (choice.get(dim), PREFERRED.get(dim), labels[0])
@@ -69,7 +65,7 @@ class TrainingHistory:
 
     ``reading``: for its name, its attributes and what has no step.
     ``metrics``: what has numbers by step; of a live store read when it is used.
-    ``sums``: statistics by step, which give the elements of the connections, and of a live store further curves.
+    ``sums``: statistics by step, which give a live store further curves.
     ``rows``: of a live store; `refresh` reads what was added.
     """
 
@@ -118,13 +114,6 @@ class TrainingHistory:
         return tuple(int(step) for step in np.atleast_1d(np.asarray(found, dtype=float)) if np.isfinite(step))
 
     @property
-    def evaluations_left_out(self) -> int:
-        """Forwards without training between the steps, which count to none of them."""
-        noted = {} if self._rows is None else self._rows.attrs.get("", {})
-        found = {**self._reading.attrs, **noted}.get("evaluations_left_out", 0)
-        return int(found) if isinstance(found, (int, np.integer)) else 0
-
-    @property
     def num_bytes(self) -> int:
         """Of its numbers, some of which the analysis has too."""
         return sum(array.nbytes for array in self._metrics.data_vars.values())
@@ -151,23 +140,12 @@ class TrainingHistory:
         if self._rows is None:  # what an analysis of the last step alone has is no history
             by_step = self._metrics[list(samples)]
             samples = {name: each for name, each in samples.items() if by_step[name][:-1].notnull().any()}
-        cells = cells_of(last)
-        if cells is not None and self._sums.sizes["step"] == len(self.steps):
-            samples[CELLS] = cells.isel(step=0)
         return measures_of(samples), needs
 
     def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
-        """The numbers of a measure.
-
-        Returns: (step, row), or (step,) for one number a step.
-        """
+        """The numbers of a measure: (step, row), or (step,) for one number a step."""
         chosen = positions_of(self.measures[name], choice)
-        if name == CELLS:
-            sums = self._sums if chosen[0] is None else self._sums.isel(connection=[chosen[0]])
-            cells = cells_of(sums)
-            assert cells is not None
-            found, chosen = cells.values, tuple(0 if at is not None else None for at in chosen)
-        elif name in self._found[1]:
+        if name in self._found[1]:
             needed = {*self._found[1][name], *_without_steps(self._sums).variables}
             found = curves_of_sums(self._sums.drop_vars(set(self._sums.data_vars) - needed))[name].values
         else:
@@ -185,10 +163,7 @@ class TrainingHistory:
 
 
 def history_of(reading: Reading, runs: Mapping[str, xr.DataTree] = MappingProxyType({})) -> TrainingHistory:
-    """The history of a reading, from its file, which was checked when it was read.
-
-    Returns: One that can be refreshed, of a live store.
-    """
+    """The history of a reading, from its file, which was checked before; of a live store one that can be refreshed."""
     path = Path(reading.path)
     if schema.is_live_store(path):
         rows, sums = LiveRows(path), xr.Dataset()
@@ -277,34 +252,103 @@ def curves_of(statistics: xr.Dataset) -> xr.Dataset:
     return training_curves(xr.DataTree.from_dict({"statistics": statistics})).load()
 
 
-def cells_of(statistics: xr.Dataset) -> xr.DataArray | None:
-    """The elements of H_res, H_pre and H_post, each the mean over tokens."""
-    if "h_res_sum" not in statistics:
-        return None
-    step, connection = statistics.sizes["step"], statistics.sizes["connection"]
-    tokens = statistics["token_count"].values.reshape(step, 1, 1)
-    parts, names = [], []
-    for of in schema.SUMMED:
-        if of.total not in statistics:
-            continue
-        sums = statistics[of.total].values.reshape(step, connection, -1)
-        of_some = of.counted_by != "token_count" and of.counted_by in statistics
-        counts = statistics[of.counted_by].values[:, :, None] if of_some else tokens
-        parts.append(np.divide(sums, counts, out=np.full(sums.shape, np.nan), where=counts > 0))
-        names += cell_names(of.symbol, statistics[of.total].shape[2:])
-    cells = xr.DataArray(np.concatenate(parts, axis=2), dims=("step", "connection", "cell"))
-    known = {
-        label: statistics[label] for label in statistics.coords if statistics[label].dims == ("connection",)
-    }
-    return cells.assign_coords({"step": statistics["step"], "cell": names, **known})
+SPREAD = 32
+"""Steps of a history that are judged first. A heuristic of ours: each takes some hundredths of a second."""
+
+Key = tuple[str, str | None, str]
+Moment = tuple[int, float]
+"""A step, and when it was measured: a training that was resumed has other numbers for the same step."""
 
 
-def cell_names(stem: str, shape: tuple[int, ...]) -> list[str]:
-    """What the elements of a matrix or of weights of streams are called.
+@dataclass(frozen=True)
+class Begun:
+    """A finding and the first judged step that has it."""
 
-    Examples
-    --------
-    >>> cell_names("H_res", (2, 1)), cell_names("H_pre", (2,))
-    (['H_res 0←0', 'H_res 1←0'], ['H_pre 0', 'H_pre 1'])
+    finding: Finding  # as it is at that step
+    step: int  # of the training
+    before: int | None  # the judged step before it, which does not have it; None where there is none
+    lasts: bool  # whether the last judged step has it too
+
+
+class FirstFindings:
+    """Warnings and failures of a history, by the step at which they begin.
+
+    Verdicts judge one step at a time, by what was measured in it. A finding that comes and goes between two judged steps is
+    not seen: `num_judged` is shown with the result.
+
+    ``history``: may grow.
     """
-    return [f"{stem} {'←'.join(map(str, index))}" for index in np.ndindex(*shape)]
+
+    def __init__(self, history: TrainingHistory) -> None:
+        # Weak: it lives as long as the history.
+        self._history: TrainingHistory = weakref.proxy(history)
+        self._judged: dict[Moment, dict[Key, Finding]] = {}
+
+    @property
+    def num_judged(self) -> int:
+        """Steps that were judged."""
+        return len(self._known())
+
+    def look(self, seconds: float) -> bool:
+        """Judge further steps for a while."""
+        end = time.monotonic() + seconds
+        while (position := self._next()) is not None:
+            analysis = self._history.analysis_at(position)
+            self._judged[self._moment(position)] = {
+                (finding.verdict, finding.stream, finding.quantity): finding
+                for finding in reversed(judge(analysis))  # the worst of a verdict last, which stays
+                if finding.severity >= Severity.WARN
+            }
+            if time.monotonic() > end:
+                return self._next() is not None
+        return False
+
+    def begun(self) -> list[Begun]:
+        """Findings by the step at which they begin."""
+        known = self._known()
+        found = []
+        for key, place in self._firsts(known).items():
+            position = known[place]
+            found.append(
+                Begun(
+                    self._judged[self._moment(position)][key],
+                    self._moment(position)[0],
+                    self._moment(known[place - 1])[0] if place else None,
+                    key in self._judged[self._moment(known[-1])],
+                )
+            )
+        return sorted(found, key=lambda each: (each.step, -each.finding.severity))
+
+    def _moment(self, position: int) -> Moment:
+        times = self._history.times
+        return int(self._history.steps[position]), 0.0 if times is None else float(times[position])
+
+    def _known(self) -> list[int]:
+        """Positions of the judged steps that the history still has."""
+        steps = self._history.steps
+        found = [(int(np.searchsorted(steps, step)), step) for step, _ in self._judged]
+        valid = {position for position, step in found if position < len(steps) and steps[position] == step}
+        return sorted(position for position in valid if self._moment(position) in self._judged)
+
+    def _firsts(self, known: list[int]) -> dict[Key, int]:
+        firsts: dict[Key, int] = {}
+        for place, position in enumerate(known):
+            for key in self._judged[self._moment(position)]:
+                firsts.setdefault(key, place)
+        return firsts
+
+    def _next(self) -> int | None:
+        """The best position to judge: the last one, some over all, then between the last without a finding and the first."""
+        total = len(self._history.steps)
+        known = self._known()
+        # Strides are powers of two: of a history that grows, those that were judged stay in the grid.
+        stride = 1
+        while total > SPREAD * stride:
+            stride *= 2
+        missing = {0, total - 1, *range(0, total, stride)}.difference(known)
+        if total and missing:
+            return max(missing) if total - 1 in missing else min(missing)
+        for place in self._firsts(known).values():
+            if place and known[place] - known[place - 1] > 1:
+                return (known[place] + known[place - 1]) // 2
+        return None

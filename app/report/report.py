@@ -18,17 +18,17 @@ from depthscope.app.paper.contents import Contents
 from depthscope.app.readings.depth_map import summary_of
 from depthscope.app.readings.provenance import software
 from depthscope.app.readings.readings import Reading, read_runs
-from depthscope.app.tables.findings import NOTHING, cards_of, count_words, findings_text
+from depthscope.app.tables.findings import NOTHING, cards_of, count_words
 from depthscope.app.tables.formats import to_csv
 from depthscope.app.text.bibliography import bibliography, entries
 from depthscope.app.text.cards import ABOUT_THE_READING, Card
-from depthscope.app.text.notebook import card_html, card_style
-from depthscope.app.text.templates import html_template
+from depthscope.app.text.latex import html_template
+from depthscope.app.text.notebook import card_html
 from depthscope.app.text.visible import LONGEST_TEXT, shortened
 from depthscope.diagnostics.atomic_writes import replaced_file
 from depthscope.diagnostics.errors import InputError, TakenError
 
-__all__ = ["findings_text", "to_html", "write_report"]
+__all__ = ["to_html", "write_report"]
 
 # Attributes of a run that identify it, with their printed names.
 _DESCRIBED = {
@@ -45,9 +45,6 @@ _PLACES = re.compile(r' (?:d|x|y)="[^"]*"')
 _STYLE = re.compile(r' style="([^"]*)"')
 _DIGITS = re.compile(r"(\.\d)\d+")
 _UNTURNED = re.compile(r' transform="rotate\(-?0 [^"]*"')
-# In elements that have no text, so that no word of a run is taken for a name.
-_PART = re.compile("<(?:use|path|g|clipPath|image|rect) [^>]*>")
-_NAME = re.compile(r'(?<= id=")[^"]+(?=")|(?<= href="#)[^"]+(?=")|(?<=url\(#)[^)]+(?=\))')
 
 # In the head of every report: by this the next one knows that it may take its place. Browsers ignore it.
 MARK = '<meta name="generator" content="depthscope report">'
@@ -109,10 +106,13 @@ def to_html(readings: Sequence[Reading], *, view: Selection | None = None) -> st
     )
     return page.render(
         bibtex="\n".join(known[key] for key in contents.sources),
-        card_style=card_style(),
         contents=contents,
         mark=Markup(MARK),
-        described=[_description(reading.attrs) for reading in readings],
+        # A run of another tool may lack any of them.
+        described=[
+            [(name, each.attrs[key]) for key, name in _DESCRIBED.items() if each.attrs.get(key) is not None]
+            for each in readings
+        ],
         names=", ".join(reading.name for reading in readings),
         shown=evidence.shown,
         nothing=NOTHING,
@@ -139,21 +139,15 @@ class _Evidence:
 
 
 class _Styles:
-    """The styles of all drawings, each written once, and short names of their parts: matplotlib repeats both at every mark."""
+    """The styles of all drawings, each written once: matplotlib repeats them at every mark."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
-        self._names: dict[str, int] = {}
 
     def shared(self, drawing: str) -> str:
-        """A drawing with classes in place of its styles, and numbers in place of the names of its marks and clips."""
-
-        def short(found: re.Match[str]) -> str:
-            return f"m{self._names.setdefault(found[0], len(self._names))}"
-
-        named = _PART.sub(lambda part: _NAME.sub(short, part[0]), drawing)
+        """A drawing with classes in place of its styles."""
         return _STYLE.sub(
-            lambda found: f' class="f{self._numbers.setdefault(found[1], len(self._numbers))}"', named
+            lambda found: f' class="f{self._numbers.setdefault(found[1], len(self._numbers))}"', drawing
         )
 
     def sheet(self) -> Markup:
@@ -168,15 +162,10 @@ class _Styles:
 def _svg(styles: _Styles, figure: Figure) -> Markup:
     """The drawing with its text alternative; matplotlib has escaped the words inside it."""
     opening = Markup('<svg role="img" aria-label="{}" ').format(figure.alt or figure.title)
-    drawing = to_svg(figure, width="full", page=True).replace("<svg ", opening, 1)
+    drawing = to_svg(figure, width="full").replace("<svg ", opening, 1)
     # A tenth of a point is finer than any screen; matplotlib writes millionths, a third of the file.
     drawing = _PLACES.sub(lambda found: _DIGITS.sub(r"\1", found[0]), _UNTURNED.sub("", drawing))
     return Markup(styles.shared(drawing.replace(" xlink:href=", " href=")))
-
-
-def _description(attrs: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    # A run of another tool may lack any of them.
-    return [(name, attrs[key]) for key, name in _DESCRIBED.items() if attrs.get(key) is not None]
 
 
 def _fact(value: Any) -> str:

@@ -9,19 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from depthscope.app.figures.build.values import pick, positions
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import (
     TOKEN_COUNTS,
+    Cell,
     Column,
     Table,
     column_of,
+    data_and_text,
+    joined,
     notes_of,
 )
-from depthscope.app.text.numbers import UNDEFINED, proof_sentence, quantity
+from depthscope.app.text.numbers import UNDEFINED, proof_sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
 from depthscope.diagnostics.errors import InputError
 
@@ -57,8 +59,10 @@ SUMMARY = (
     Extreme("effective_streams", "lowest"),
 )
 
-# What of a number is written for machines; people get half of its interval in place of the standard error.
-_WRITTEN = ("", "_stderr", "_null")
+_HEADINGS = {"streams": "n", "layers": "L", "num_tokens": "N", "tokens_per_sequence": "N per sequence"}
+
+RELATIVE_DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+"""At which runs are put side by side."""
 
 _SHORT = {"last": "last", "lowest": "min", "highest": "max", "span": "max/min"}
 
@@ -66,43 +70,39 @@ _SHORT = {"last": "last", "lowest": "min", "highest": "max", "span": "max/min"}
 def summary_table(readings: Sequence[Reading], view: Selection | None = None) -> Table:
     """One row per run: what it is, its decisive numbers, how much was found."""
     view = view or Selection()
-    facts = [_facts(reading, view) for reading in readings]
-    # Two tables in step: numbers at full precision for the CSV, text for people.
-    data, printed = pd.DataFrame(facts), pd.DataFrame([_printed_facts(row) for row in facts])
+    rows = [_facts(reading, view) for reading in readings]
+    facts = {name: [row[name] for row in rows] for name in rows[0]}
+    columns: dict[str, Sequence[Any]] = dict(facts)
+    # The model is the widest cell; it stays in the data. Tokens a sequence are a mean over sequences of different length.
+    headings = {name: _HEADINGS.get(name, name) for name in facts if name != "model"}
+    columns |= {name: [round(count, 1) for count in facts[name]] for name in TOKEN_COUNTS}
     found: dict[str, list[Column]] = {reading.name: [] for reading in readings}
-    symbols: dict[str, str] = {}
     for extreme in SUMMARY:
-        columns = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
-        # The heading and the symbol are the same for all runs: those of the first one that has the metric.
-        known = next((column for column in columns if column is not None), None)
+        of_runs = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
+        # The heading is the same for all runs: that of the first one that has the metric.
+        known = next((column for column in of_runs if column is not None), None)
         if known is None:
             continue
-        for reading, column in zip(readings, columns, strict=True):
+        for reading, column in zip(readings, of_runs, strict=True):
             found[reading.name] += [] if column is None else [column]
-        cells = [_at_extreme(column, extreme.place) for column in columns]
         key = f"{known.key}_{extreme.place}"
-        data = data.assign(**{key + end: [cell[end] for cell in cells] for end in (*_WRITTEN, "_at")})
-        heading = f"{known.label}, {_SHORT[extreme.place]}"
-        printed[heading] = [_cell_text(cell, extreme.place) for cell in cells]
-        symbols[extreme.metric] = known.symbol
-    printed = printed.drop(columns="model")  # the widest cell; it stays in the data
+        columns[key] = [_at_extreme(column, extreme.place) for column in of_runs]
+        headings[key] = f"{known.label}, {_SHORT[extreme.place]}"
     for severity in ("fail", "warn"):
-        counts = [
-            sum(found.severity.name.lower() == severity for found in reading.findings) for reading in readings
+        columns[f"num_{severity}"] = [
+            sum(each.severity.name.lower() == severity for each in reading.findings) for reading in readings
         ]
-        data[f"num_{severity}"], printed[severity] = counts, [str(count) for count in counts]
+        headings[f"num_{severity}"] = severity
+    data, printed = data_and_text(columns, headings)
     places = "@: the depth or connection of the extreme. Fail and warn count findings."
     return Table(
         name="summary",
         title="Summary of runs",
-        caption=" ".join(
-            filter(None, ("Summary of runs: n streams, L layers, N tokens in all.", _unproven(readings)))
-        ),
-        # Errors, nulls and places that no run has would be empty columns of the CSV.
-        data=data.dropna(axis="columns", how="all"),
+        caption=joined("Summary of runs: n streams, L layers, N tokens in all.", _unproven(readings)),
+        # The last place needs no index in print; for machines it is a number like any other.
+        data=data.assign(**{name: facts[name] for name in TOKEN_COUNTS}),
         printed=printed,
-        symbols={metric: symbol for metric, symbol in symbols.items() if symbol},
-        metrics=tuple(symbols),
+        metrics=tuple(dict.fromkeys(column.metric for of_run in found.values() for column in of_run)),
         notes=notes_of(readings, found, view, places),
     )
 
@@ -127,50 +127,21 @@ def _facts(reading: Reading, view: Selection) -> dict[str, Any]:
     }
 
 
-def _printed_facts(facts: Mapping[str, Any]) -> dict[str, str]:
-    headings = {"streams": "n", "layers": "L", "num_tokens": "N", "tokens_per_sequence": "N per sequence"}
-    return {
-        # Tokens a sequence are a mean over sequences of different length.
-        headings.get(name, name): f"{round(value, 1):g}" if isinstance(value, float) else str(value)
-        for name, value in facts.items()
-    }
-
-
-def _at_extreme(column: Column | None, place: str) -> dict[str, float]:
-    empty = dict.fromkeys((*_WRITTEN, "_margin", "_at"), math.nan)
+def _at_extreme(column: Column | None, place: str) -> Cell:
     if column is None:
-        return empty
+        return Cell()
     values = np.asarray(column.value.values, dtype=np.float64)
     known = np.flatnonzero(np.isfinite(values))
     if known.size == 0:
-        return empty
+        return Cell()
     if place == "span":
         size = np.abs(values[known])
         # An exact zero is a signal that is gone: the span is infinite, not undefined.
-        return empty | {"": float(size.max() / size.min()) if size.min() > 0 else math.inf}
-    index = {
-        "last": known[-1],
-        "lowest": known[np.argmin(values[known])],
-        "highest": known[np.argmax(values[known])],
-    }
-    at = int(index[place])
-    return _cell(column, at) | {"_at": float(at)}
-
-
-def _cell(column: Column, at: int) -> dict[str, float]:
-    """One number of a column with its standard error, its null, and what is printed after ±."""
-    numbers = column.numbers()
-    parts = {end: numbers.get(column.key + end) for end in _WRITTEN}
-    cell = {end: math.nan if values is None else float(values[at]) for end, values in parts.items()}
-    margin = column.margin
-    return cell | {"_margin": math.nan if margin is None else float(margin.values[at])}
-
-
-def _cell_text(cell: Mapping[str, float], place: str) -> str:
-    text = quantity(cell[""], cell["_margin"], cell["_null"])
-    where = cell["_at"]
-    # The last place needs no index, and a span has two.
-    return text if place in ("last", "span") or math.isnan(where) else f"{text} @{int(where)}"
+        return Cell(float(size.max() / size.min()) if size.min() > 0 else math.inf)
+    if place == "last":  # which needs no index
+        return column.cells[known[-1]]
+    at = known[np.argmin(values[known]) if place == "lowest" else np.argmax(values[known])]
+    return column.cells[at]._replace(at=float(at))
 
 
 def _unproven(readings: Sequence[Reading]) -> str:
@@ -182,57 +153,61 @@ def _unproven(readings: Sequence[Reading]) -> str:
 
 
 def comparison_table(
-    readings: Sequence[Reading],
-    metrics: Sequence[str] = COMPARED_METRICS,
-    view: Selection | None = None,
-    *,
-    points: int = 6,
+    readings: Sequence[Reading], metrics: Sequence[str] = COMPARED_METRICS, view: Selection | None = None
 ) -> Table:
     """Metrics of several runs side by side, each at the measured depth nearest to a relative depth.
 
     Raises InputError: Where no run has any of the metrics along its depth.
     """
     view = view or Selection()
-    where = np.linspace(0.0, 1.0, points)
-    rows: list[dict[str, Any]] = []
-    found: dict[str, list[Column]] = {reading.name: [] for reading in readings}
-    text: list[dict[str, str]] = []
-    for metric in metrics:
-        columns = {reading.name: _profile(reading, metric, view) for reading in readings}
-        known = [column for column in columns.values() if column is not None]
-        for run, column in columns.items():
-            found[run] += [] if column is None else [column]
-        # A metric that no run has would be rows of dashes; without any row the table is refused below.
-        for fraction in where if known else ():
-            cells = {run: _nearest(column, fraction) for run, column in columns.items()}
-            start = {"metric": metric, "relative depth": float(fraction)}
-            rows.append(start | {f"{run}{end}": cell[end] for run, cell in cells.items() for end in _WRITTEN})
-            printed = {run: quantity(cell[""], cell["_margin"], cell["_null"]) for run, cell in cells.items()}
-            text.append({"metric": known[0].label, "relative depth": f"{fraction:.2f}"} | printed)
-    if not rows:
+    profiles = {
+        metric: {reading.name: _profile(reading, metric, view) for reading in readings} for metric in metrics
+    }
+    # A metric that no run has would be rows of dashes.
+    shown = {metric: of for metric, of in profiles.items() if any(of.values())}
+    if not shown:
         raise InputError(
             f"no run has {', '.join(metrics)} along its depth; see: depthscope analyze RUN --json"
         )
-    # Only metrics that have a row are cited and named in the caption.
-    used = tuple(dict.fromkeys(row["metric"] for row in rows))
-    what = "Runs side by side at the measured depth nearest to the relative depth."
-    caption = (what, _unproven(readings))
+    rows = [(metric, float(where)) for metric in shown for where in RELATIVE_DEPTHS]
+    data, printed = data_and_text(
+        {
+            "metric": [metric for metric, _ in rows],
+            "label": [
+                next(column.label for column in shown[metric].values() if column) for metric, _ in rows
+            ],
+            "relative depth": [where for _, where in rows],
+            **{
+                reading.name: [_nearest(shown[metric][reading.name], where) for metric, where in rows]
+                for reading in readings
+            },
+        },
+        {
+            "label": "metric",
+            "relative depth": "relative depth",
+            **{reading.name: reading.name for reading in readings},
+        },
+    )
+    found = {
+        reading.name: [column for of in shown.values() if (column := of[reading.name]) is not None]
+        for reading in readings
+    }
     return Table(
         name="comparison",
         title="Runs side by side",
-        caption=" ".join(filter(None, caption)),
-        data=pd.DataFrame(rows).dropna(axis="columns", how="all"),
-        printed=pd.DataFrame(text),
-        metrics=used,
+        caption=joined(
+            "Runs side by side at the measured depth nearest to the relative depth.", _unproven(readings)
+        ),
+        data=data.drop(columns="label"),
+        printed=printed,
+        # Only metrics that have a row are cited.
+        metrics=tuple(shown),
         notes=notes_of(readings, found, view),
     )
 
 
 def one_direction(dims: Collection[Any], view: Selection) -> dict[str, str]:
-    """The label that leaves one direction of a metric that has both, where the view shows both.
-
-    Returns: Empty where the metric has no direction.
-    """
+    """The label that leaves one direction of a metric that has both, where the view shows both."""
     return {"direction": "forward"} if "direction" in dims and view.direction == "both" else {}
 
 
@@ -244,20 +219,16 @@ def _profile(reading: Reading, metric: str, view: Selection) -> Column | None:
     return column if column is None or column.value.dims[0] in ("depth", "connection") else None
 
 
-def _nearest(column: Column | None, fraction: float) -> dict[str, float]:
+def _nearest(column: Column | None, fraction: float) -> Cell:
     if column is None:
-        return dict.fromkeys((*_WRITTEN, "_margin"), math.nan)
+        return Cell()
     along = positions(column.value, str(column.value.dims[0]), "relative")
     # The nearest measured depth and no interpolation: between two depths there is no state.
-    at = int(np.argmin(np.abs(along - fraction)))
-    return _cell(column, at)
+    return column.cells[int(np.argmin(np.abs(along - fraction)))]
 
 
 def differences(readings: Sequence[Reading], view: Selection | None = None) -> list[str]:
-    """What makes runs hard to compare: other data, other token counts, other precision.
-
-    Returns: One sentence a difference; empty where there is none.
-    """
+    """What makes runs hard to compare, a sentence each: other data, other token counts, other precision."""
     facts = {reading.name: _facts(reading, view or Selection()) | dict(reading.attrs) for reading in readings}
     sentences = []
     for key, words in (

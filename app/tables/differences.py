@@ -8,16 +8,15 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures.build.values import names_of, pick, positions
-from depthscope.app.figures.composed.specification import groups_of
+from depthscope.app.figures.composed.panels import groups_of
 from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.comparison import one_direction
 from depthscope.app.tables.tables import spoken
-from depthscope.app.text.numbers import UNDEFINED, consecutive, number, quantity
+from depthscope.app.text.numbers import consecutive, number, quantity
 from depthscope.diagnostics import CATALOGUE, schema
 from depthscope.diagnostics.analysis.differences import (
     Difference,
@@ -36,10 +35,7 @@ ONE_RUN_EACH = "This compares checkpoints. To compare designs, give several seed
 def between_runs(
     readings: Sequence[Reading], metrics: Sequence[str], view: Selection, *, max_bytes: int | None = None
 ) -> list[Difference]:
-    """Every run against the first, sequence by sequence where they have seen the same ones.
-
-    Returns: Of the metrics that both runs of a pair can feed; empty where there are not two runs with a trace.
-    """
+    """Every run against the first, sequence by sequence where they have seen the same ones."""
     found = []
     with ExitStack() as stack:
         traces = {}
@@ -151,10 +147,7 @@ def profiles_of(readings: Sequence[Reading], metric: str, view: Selection) -> li
 
 
 def in_words(difference: Difference) -> str:
-    """The result of a test in one sentence.
-
-    Returns: Such as ``effective rank: mhc is above residual at depth 2–6, by 5.0 ± 1.4 at depth 4 (…)``.
-    """
+    """The result of a test in one sentence."""
     name = spoken(difference.metric)
     axis = str(difference.value.dims[0])
     if difference.undecided:
@@ -190,34 +183,6 @@ def in_words(difference: Difference) -> str:
         f"{name}: {difference.second} is {side} {difference.first} by {quantity(abs(value), reach)} at {place} "
         f"({tested}); they differ at {axis} {', '.join(ranges)}"
     )
-
-
-def differences_at(found: Sequence[Difference], at: int) -> pd.DataFrame:
-    """The differences at one position: value with its 95 % interval, and p, corrected for all positions."""
-    rows = []
-    for each in found:
-        axis = str(each.value.dims[0])
-        place = min(at, each.value.size - 1)
-        value, reach, p = (float(part.values[place]) for part in (each.value, each.half_width, each.p))
-        rows.append(
-            {
-                "difference": f"{each.second} − {each.first}",
-                "at": f"{axis} {_labels(each)[place]}",
-                "value": number(value),
-                "95 % interval": f"{number(value - reach)} to {number(value + reach)}"
-                if np.isfinite(reach)
-                else UNDEFINED,
-                "p": _probability(p).removeprefix("= ") if np.isfinite(p) else UNDEFINED,
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def clearest(found: Sequence[Difference]) -> int:
-    """The position at which chance explains a difference worst."""
-    p = np.array([each.p.values.min(initial=np.inf, where=np.isfinite(each.p.values)) for each in found])
-    values = found[int(np.argmin(p))].p.values
-    return int(np.nanargmin(values)) if np.isfinite(values).any() else 0
 
 
 def _equivalence(difference: Difference, axis: str) -> str:

@@ -12,7 +12,7 @@ import xarray as xr
 
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import Table, spoken
-from depthscope.app.text.cards import Card, card_of, cards_text, place_of
+from depthscope.app.text.cards import Card, card_of, place_of
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import Finding, Severity
 
@@ -20,21 +20,13 @@ NOTHING = "Nothing found: no metric crossed its threshold."
 
 
 def cards_of(reading: Reading, *, sent: bool = False) -> list[Card]:
-    """The findings of a run as cards.
-
-    ``sent``: whether they are sent around: commands then name the file alone, not where it is on the machine that made
-    them.
-    """
+    """The findings of a run as cards; where they are sent around, commands name the file alone."""
     path = Path(reading.path).name if sent else reading.path
     return cards_for(reading.findings, path, reading.results)
 
 
 def cards_for(findings: Iterable[Finding], path: str, results: Mapping[str, xr.Dataset]) -> list[Card]:
-    """Findings as cards, with the experiment that would settle each, and its result once it was run.
-
-    ``path``: of the run, empty where it is not saved.
-    ``results``: of the experiments on the run, by command.
-    """
+    """Findings as cards, with the experiment that would settle each, and its result once it was run."""
     from depthscope.diagnostics.experiments import experiment_for
 
     target = f"CHECKPOINT --run {shlex.quote(path) if path else 'RUN'}"
@@ -57,11 +49,6 @@ def _result(finding: Finding, results: Mapping[str, xr.Dataset]) -> str:
     if "lens" in results and finding.verdict == "same_representation":
         parts.append(prediction_words(results["lens"]))
     return "; ".join(filter(None, parts))
-
-
-def findings_text(findings: Iterable[Finding], *, width: int = 100) -> str:
-    """Findings as cards: verdict, where, why, what to do next."""
-    return cards_text(map(card_of, findings), width=width) or NOTHING
 
 
 def count_words(findings: Sequence[Finding]) -> str:
@@ -90,15 +77,7 @@ def findings_table(readings: Sequence[Reading]) -> Table:
         "Findings, failures first, then warnings, then notes; of one severity run by run. The number, the threshold that it "
         "crossed and where the threshold comes from."
     )
-    return Table(
-        "findings",
-        "Findings",
-        caption,
-        data,
-        printed,
-        metrics=metrics,
-        cited=("source",),
-    )
+    return Table("findings", "Findings", caption, data, printed, metrics=metrics, cited=("source",))
 
 
 def _worst_first(readings: Sequence[Reading]) -> list[tuple[str, Finding]]:

@@ -9,14 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from depthscope.app.tables.tables import Table, spoken
+from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import keys_of
-from depthscope.app.text.latex import CITEP, Latex, cite, tex
+from depthscope.app.text.latex import CITEP, VENUES, Latex, Venue, cite, tex
 from depthscope.app.text.numbers import UNDEFINED
-from depthscope.app.text.venues import VENUES, Venue
 from depthscope.app.text.visible import visible
-
-__all__ = ["csv_text", "to_csv", "to_latex", "to_parquet"]
 
 _FORMULA_SIGNS = tuple("=+-@＝＋－＠")  # with the wide forms that spreadsheets of East Asia take too
 
@@ -47,14 +44,6 @@ def csv_text(table: pd.DataFrame) -> str:
 
     Returns: Text that a spreadsheet would take for a formula has an apostrophe before it, as is customary; numbers,
     negative ones too, are unchanged.
-
-    Examples
-    --------
-    >>> print(csv_text(pd.DataFrame({"run": ["=1+1", "a"], "gain": [-0.5, 1.0]})))
-    run,gain
-    '=1+1,-0.5
-    a,1.0
-    <BLANKLINE>
     """
     safe = table.rename(columns=_no_formula)
     # Numbers are left as they are: a large matrix has a million of them.
@@ -82,10 +71,8 @@ _NUMBER = re.compile(r"[−-]?\d")
 
 
 def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plain"]) -> str:
-    """A table as a float.
-
-    Returns: Needs the packages amsmath, array, booktabs and graphicx.
-    """
+    """A table as a float; needs the packages amsmath, array, booktabs and graphicx."""
+    keys = keys_of(cites.get(metric, "") for metric in table.metrics)
     rows, columns = table.printed.shape
     is_turned = rows <= FEW_RUNS and columns > MANY_COLUMNS
     shown = (
@@ -113,7 +100,7 @@ def to_latex(table: Table, cites: Mapping[str, str], venue: Venue = VENUES["plai
         [
             CITEP,
             rf"\begin{{{environment}}}[tbp]",
-            rf"\centering\caption{{{tex(table.caption)}{_symbols(table, cites)}}}",
+            rf"\centering\caption{{{tex(table.caption)}{f'~{cite(keys)}' if keys else ''}}}",
             rf"\label{{tab:{tex(table.name)}}}\par\vspace{{4pt}}",
             r"{\fontsize{8}{9.6}\selectfont\setlength{\tabcolsep}{4pt}%",
             r"\resizebox{\ifdim\width>\textwidth\textwidth\else\width\fi}{!}{%",
@@ -136,11 +123,3 @@ def _cell(table: Table, name: str, text: str) -> Latex:
     # "depthscope's default" is no key: it is printed as text.
     keys = keys_of([text]) if name in table.cited else []
     return cite(keys) if keys else tex(text)
-
-
-def _symbols(table: Table, cites: Mapping[str, str]) -> str:
-    parts = []
-    for metric, symbol in table.symbols.items():
-        keys = keys_of([cites.get(metric, "")])
-        parts.append(f"{tex(spoken(metric))} ${symbol}${f'~{cite(keys)}' if keys else ''}")
-    return f" Symbols: {'; '.join(parts)}." if parts else ""

@@ -6,7 +6,8 @@ import hashlib
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,16 +15,20 @@ import pandas as pd
 import xarray as xr
 
 from depthscope.app.figures import FIGURES, NOT_DRAWN
-from depthscope.app.figures.build.captions import selection_words, token_count_words
+from depthscope.app.figures.build.measurement import selection_words, token_count_words
 from depthscope.app.figures.build.values import defined_labels, pick
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import UNDEFINED, proof_sentence, quantity, sentence
 from depthscope.diagnostics import CATALOGUE
 from depthscope.diagnostics.metrics.intervals import margin
+from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
 MOST_COLUMNS = 6
 """A metric with more labels than this in a table would push the others out of it; it is in the figures and in /metrics."""
+
+MOST_ROWS = 26
+"""That are printed of a run by depth; the data have all."""
 
 TOKEN_COUNTS = {"num_tokens": "data", "tokens_per_sequence": "sequence"}
 """Column of a table → the tokens that it counts: those of metrics of all tokens, and of metrics within sequences."""
@@ -40,7 +45,6 @@ class Table:
     ``title, caption``: the caption names the slice, and how many of the rows are printed.
     ``data``: every number has a column; errors and nulls in ``<column>_stderr`` and ``<column>_null``.
     ``printed``: the same as text.
-    ``symbols``: TeX symbol by metric, where it has one.
     ``metrics``: all metrics that the table rests on, for the bibliography.
     ``cited``: printed columns whose cells are bibliography keys.
     ``notes``: sentences below the table: what its signs mean.
@@ -51,71 +55,90 @@ class Table:
     caption: str
     data: pd.DataFrame
     printed: pd.DataFrame
-    symbols: Mapping[str, str] = field(default_factory=dict)
     metrics: tuple[str, ...] = ()
     cited: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
+class Cell(NamedTuple):
+    """One number with what belongs to it: what is printed after ±, its standard error, its null, and its place."""
+
+    value: float = math.nan
+    margin: float = math.nan
+    stderr: float = math.nan
+    null: float = math.nan
+    at: float = math.nan
+
+    def __str__(self) -> str:
+        text = quantity(self.value, self.margin, self.null)
+        return text if math.isnan(self.at) else f"{text} @{int(self.at)}"
+
+
+# What of a number is written for machines; people get half of its interval in place of the standard error.
+_WRITTEN = {"": "value", "_stderr": "stderr", "_null": "null", "_at": "at"}
+
+
+def data_and_text(
+    columns: Mapping[str, Sequence[Any]], headings: Mapping[str, str]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """A table as numbers and as text.
+
+    ``columns``: key → plain values, or cells.
+    ``headings``: key → what is printed above the column; others are in the numbers alone.
+    """
+    data: dict[str, Sequence[Any]] = {}
+    for key, values in columns.items():
+        if any(isinstance(value, Cell) for value in values):
+            data |= {key + end: [getattr(cell, part) for cell in values] for end, part in _WRITTEN.items()}
+        else:
+            data[key] = values
+    printed = {heading: list(map(_text, columns[key])) for key, heading in headings.items()}
+    # Errors, nulls and places that nothing has would be empty columns of the CSV.
+    return pd.DataFrame(data).dropna(axis="columns", how="all"), pd.DataFrame(printed)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (int, np.integer)):
+        return UNDEFINED if value < 0 else str(value)  # the embedding has no layer
+    if isinstance(value, float):
+        return UNDEFINED if math.isnan(value) else f"{value:g}"
+    return str(value)
+
+
 @dataclass(frozen=True, eq=False)
 class Column:
-    """One measured column: values with their errors, their nulls and the names that people read.
-
-    ``key, label, symbol, metric``: machine name, printed name, TeX symbol (or empty) and metric.
-    ``value``: one dimension.
-    ``stderr, null``: same dimension.
-    """
+    """One measured column: values along one dimension with their errors, their nulls and the names that people read."""
 
     key: str
     label: str
-    symbol: str
     metric: str
     value: xr.DataArray
     stderr: xr.DataArray | None = None
     null: xr.DataArray | None = None
 
-    # A null is one number for all depths or one for each; both are written on every row.
-    def numbers(self) -> dict[str, np.ndarray]:
-        """Machine columns: the value, then its error and null where known."""
-        parts = {"": self.value, "_stderr": self.stderr, "_null": self.null}
-        return {
-            self.key + ending: _along(part, self.value) for ending, part in parts.items() if part is not None
-        }
-
-    def text(self) -> list[str]:
-        """Printed cells: the value with half of its interval and its null."""
+    @cached_property
+    def cells(self) -> list[Cell]:
+        """Every number with its error and its null, which is one for all or one for each."""
+        parts = (self.value, None if self.stderr is None else margin(self.stderr)[0], self.stderr, self.null)
         missing = np.full(self.value.size, math.nan)
-        margins, nulls = (
-            missing if part is None else _along(part, self.value) for part in (self.margin, self.null)
+        known = (
+            missing if part is None else np.broadcast_to(part.values, self.value.shape).astype(np.float64)
+            for part in parts
         )
-        return [quantity(*cell) for cell in zip(_along(self.value, self.value), margins, nulls, strict=True)]
-
-    @property
-    def margin(self) -> xr.DataArray | None:
-        """What is printed after ±."""
-        return None if self.stderr is None else margin(self.stderr)[0]
-
-
-def _along(part: xr.DataArray, value: xr.DataArray) -> np.ndarray:
-    return np.broadcast_to(np.asarray(part.values, dtype=np.float64), value.shape)
+        return [Cell(*map(float, numbers)) for numbers in zip(*known, strict=True)]
 
 
 def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: Any) -> Column | None:
-    """The slice of a metric that a selection names, with its standard error and null.
-
-    Returns: None where the run has no such variable, label or defined value.
-    """
+    """The slice of a metric that a selection names, with its error and null; None where the run has no defined value."""
     value = _picked(analysis, metric, view, fixed)
     # A slice with another dimension left, such as a matrix, is no column; one of NaN alone would be dashes.
     if value is None or value.ndim != 1 or not bool(value.notnull().any()):
         return None
-    attrs = analysis[metric].attrs
     # A label that is a number, such as a quantile, needs the name of its dimension.
     words = [label if isinstance(label, str) else f"{dim} {label:g}" for dim, label in fixed.items()]
     return Column(
         key="_".join((metric, *words)).replace(" ", "_"),
         label=" ".join((spoken(metric), *words)),
-        symbol=str(attrs.get("symbol") or ""),
         metric=metric,
         value=value,
         stderr=_picked(analysis, f"{metric}_stderr", view, fixed),
@@ -167,15 +190,7 @@ def _column_labels(values: xr.DataArray, axis: str, view: Selection) -> list[dic
 
 
 def spoken(name: str) -> str:
-    """The name of a metric or a verdict as people write it.
-
-    ``name``: name in the catalogue, or of a verdict.
-
-    Examples
-    --------
-    >>> spoken("adjacent_cka"), spoken("dong_residual"), spoken("rank_collapse")
-    ('adjacent CKA', 'Dong residual', 'rank collapse')
-    """
+    """The name of a metric or a verdict as people write it, such as ``adjacent CKA`` or ``Dong residual``."""
     if name in CATALOGUE:
         return CATALOGUE[name].label
     return " ".join("CKA" if word == "cka" else word for word in name.split("_"))
@@ -184,31 +199,22 @@ def spoken(name: str) -> str:
 # --- one row per depth, one row per connection
 
 
-def depth_table(reading: Reading, view: Selection | None = None, *, rows: int = 26) -> Table:
-    """Rank, cosine, similarity and norms by depth.
-
-    ``rows``: most rows printed; the data have all.
-    """
+def depth_table(reading: Reading, view: Selection | None = None) -> Table:
+    """Rank, cosine, similarity and norms by depth."""
     view = view or Selection()
     place = _places(reading.analysis, "depth", (("layer", "layer"), ("site", "site"), ("module", "module")))
     for name, scope in TOKEN_COUNTS.items():
         counts = pick(reading.analysis, "num_tokens", view, scope=scope)
         if counts is not None:
             place[name] = np.broadcast_to(counts.values, len(place["depth"]))
-    return _measured_table(reading, "depth", "Signal by depth", place, view, rows)
+    return _measured_table(reading, "depth", "Signal by depth", place, view)
 
 
-def mixing_table(reading: Reading, view: Selection | None = None, *, rows: int = 26) -> Table | None:
-    """Gains, violations and collapse of the stream mixing by connection.
-
-    ``rows``: most rows printed; the data have all.
-    Returns: None for a run without stream mixing.
-    """
+def mixing_table(reading: Reading, view: Selection | None = None) -> Table | None:
+    """Gains, violations and collapse of the stream mixing by connection; None for a run without stream mixing."""
     names = (("connection_layer", "layer"), ("branch", "branch"), ("connection_branch", "branch"))
     place = _places(reading.analysis, "connection", names)
-    table = _measured_table(
-        reading, "mixing", "Stream mixing by connection", place, view or Selection(), rows
-    )
+    table = _measured_table(reading, "mixing", "Stream mixing by connection", place, view or Selection())
     return table if table.metrics else None
 
 
@@ -223,38 +229,39 @@ def _places(analysis: xr.Dataset, along: str, names: Sequence[tuple[str, str]]) 
 
 
 def _measured_table(
-    reading: Reading, kind: str, title: str, place: Mapping[str, np.ndarray], view: Selection, rows: int
+    reading: Reading, kind: str, title: str, place: Mapping[str, np.ndarray], view: Selection
 ) -> Table:
     title = f"{title}: {reading.name}"
     columns = columns_along(next(iter(place)), reading.analysis, view)
-    data = pd.DataFrame(dict(place))
     # Paths of modules are wider than all numbers, and the notes have the numbers of tokens; both are in the data.
-    keys = [name for name in place if name not in ("module", *TOKEN_COUNTS)]
-    printed = pd.DataFrame({name: _cells(place[name]) for name in keys})
-    for column in columns:
-        data = data.assign(**column.numbers())
-        printed[column.label] = column.text()
-    shown = evenly(len(printed), rows)
+    headings = {name: name for name in place if name not in ("module", *TOKEN_COUNTS)}
+    data, printed = data_and_text(
+        {
+            **{name: values.tolist() for name, values in place.items()},
+            **{each.key: each.cells for each in columns},
+        },
+        headings | {column.key: column.label for column in columns},
+    )
+    shown = evenly_spaced(len(printed), MOST_ROWS)
     left_out = "" if len(shown) == len(printed) else f"{len(shown)} of {len(printed)} rows; the CSV has all."
     return Table(
         name=f"{kind}_{slug(reading.name)}",
         title=title,
-        caption=" ".join(
-            filter(None, (f"{title}.", proof_sentence({reading.name: reading.attrs}), left_out))
-        ),
+        caption=joined(f"{title}.", proof_sentence({reading.name: reading.attrs}), left_out),
         notes=notes_of([reading], {reading.name: columns}, view),
         data=data,
         printed=printed.iloc[shown].reset_index(drop=True),
-        symbols={column.metric: column.symbol for column in columns if column.symbol},
         metrics=tuple(dict.fromkeys(column.metric for column in columns)),
     )
 
 
-def measured_note(readings: Sequence[Reading], metrics: Iterable[str], view: Selection) -> str:
-    """How each metric of a table was measured, and from how many tokens: columns of one table differ in both.
+def joined(*sentences: str) -> str:
+    """Sentences in a row, without those that are empty."""
+    return " ".join(filter(None, sentences))
 
-    Returns: A sentence for all metrics that were measured alike.
-    """
+
+def measured_note(readings: Sequence[Reading], metrics: Iterable[str], view: Selection) -> str:
+    """How each metric of a table was measured, from how many tokens, and its unit; those that are alike in one sentence."""
     alike: dict[str, list[str]] = {}
     for metric in dict.fromkeys(metrics):
         analyses = {each.name: each.analysis for each in readings if metric in each.analysis}
@@ -266,23 +273,22 @@ def measured_note(readings: Sequence[Reading], metrics: Iterable[str], view: Sel
 
 def _measured_words(analyses: Mapping[str, xr.Dataset], metric: str, view: Selection) -> str:
     dims = {str(dim) for analysis in analyses.values() for dim in analysis[metric].dims}
+    units = CATALOGUE[metric].units if metric in CATALOGUE else "1"
+    unit = "" if units == "1" else f"in units of {units}"
     if "weight" in dims:  # of no token
-        return ""
+        return unit
     scope = view.scope if "scope" in dims else "data"
     takes_all = metric not in CATALOGUE or CATALOGUE[metric].most_tokens is None
     counts = token_count_words(analyses, view, scope) if takes_all else "a part of the tokens"
     # A metric without scopes has one, that of all tokens.
     how = selection_words({*dims, "scope"}, replace(view, scope=scope))
-    return ", ".join(filter(None, (how.replace("; ", ", "), counts)))
+    return ", ".join(filter(None, (how.replace("; ", ", "), counts, unit)))
 
 
 def notes_of(
     readings: Sequence[Reading], columns: Mapping[str, Sequence[Column]], view: Selection, *more: str
 ) -> tuple[str, ...]:
-    """What the signs of a table mean, how its numbers were measured, and their units.
-
-    ``columns``: run → the columns whose numbers are in the table.
-    """
+    """What the signs of a table mean, how its numbers were measured, and their units."""
     known = [column for of_run in columns.values() for column in of_run]
     metrics = [column.metric for column in known]
     words = interval_words(
@@ -295,44 +301,9 @@ def notes_of(
         f"± is {words}; of a number without ± no error is estimated." if words else "",
         "Baseline: the value expected without structure, such as of independent entries." if has_null else "",
         *more,
-        units_note(metrics),
         f"{UNDEFINED}: undefined or not measured." if has_gaps or len(readings) > 1 else "",
     )
     return tuple(filter(None, notes))
-
-
-def units_note(metrics: Iterable[str]) -> str:
-    """The units of the metrics that have some.
-
-    Returns: A sentence; empty where all are pure numbers.
-    """
-    by_units: dict[str, list[str]] = {}
-    for name in dict.fromkeys(metrics):
-        units = CATALOGUE[name].units if name in CATALOGUE else "1"
-        if units != "1":
-            by_units.setdefault(units, []).append(spoken(name))
-    return sentence([f"in units of {units}: {', '.join(names)}" for units, names in by_units.items()])
-
-
-def _cells(values: np.ndarray) -> list[str]:
-    if values.dtype.kind == "i":
-        return [UNDEFINED if value < 0 else str(value) for value in values]  # the embedding has no layer
-    if values.dtype.kind == "f":
-        return [UNDEFINED if math.isnan(value) else f"{value:g}" for value in values]
-    return [str(value) for value in values]
-
-
-def evenly(size: int, most: int) -> list[int]:
-    """Positions of at most so many rows, the first and the last among them.
-
-    Examples
-    --------
-    >>> evenly(9, 5)
-    [0, 2, 4, 6, 8]
-    """
-    if size <= most:
-        return list(range(size))
-    return sorted({round(position) for position in np.linspace(0, size - 1, most)})
 
 
 def slug(name: str) -> str:
@@ -358,10 +329,7 @@ class NamedError(NamedTuple):
 
 
 def interval_words(errors: Iterable[NamedError]) -> str:
-    """What intervals some numbers have; where they are not all of one kind, with the runs or the metrics of each.
-
-    Returns: Such as "half of a 95 % interval (Student's t over 8 sequences)"; empty where nothing has an error.
-    """
+    """What intervals some numbers have; where they are not all of one kind, with the runs or the metrics of each."""
     kinds: dict[str, dict[str, dict[str, None]]] = {}
     for run, metric, error in errors:
         if error is not None and bool(error.notnull().any()):

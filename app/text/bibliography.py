@@ -105,23 +105,14 @@ def reference(key: str) -> Reference:
 
 
 def keys_of(sources: Iterable[str]) -> list[str]:
-    """Bibliography keys among sources, which may list several keys or be ``"this project"``.
-
-    Examples
-    --------
-    >>> keys_of(["roy2007effective, dong2021attention", "this project"])
-    ['dong2021attention', 'roy2007effective']
-    """
+    """Bibliography keys among sources, which may list several keys or be ``"this project"``."""
     # Authors of metrics separate keys as they like: by commas, semicolons or spaces.
     names = {name for source in sources for name in re.split(r"[,;\s]+", source) if name}
     return sorted(names & set(_library()))
 
 
 def cut(keys: Iterable[str]) -> str:
-    """The bibliography with these keys alone.
-
-    Returns: BibTeX, in the order of the bibliography.
-    """
+    """The bibliography with these keys alone, as BibTeX in its own order."""
     known = _library()
     wanted = set(keys)
     if missing := sorted(wanted - set(known)):
@@ -132,17 +123,10 @@ def cut(keys: Iterable[str]) -> str:
 
 
 def source_words(source: str) -> str:
-    """Where a threshold comes from, as people cite it.
-
-    ``source``: key of the bibliography, several joined by commas, or "this project".
-    Returns: Such as "Xie et al. 2025"; a key that the bibliography lacks stays as it is.
-    """
+    """Where a threshold comes from, as people cite it; a key that the bibliography lacks stays as it is."""
     return "; ".join(cited(part.strip()) for part in source.split(","))
 
 
 def cited(sentence: str, *, form: Callable[[Reference], str] = lambda found: found.author_year) -> str:
-    """A sentence with the bibliography keys in it replaced, by author and year unless `form` writes something else.
-
-    Returns: Such as "… above 100 (Xie et al. 2025)".
-    """
+    """A sentence with the bibliography keys in it replaced, by author and year unless `form` writes something else."""
     return _KEY.sub(lambda key: form(reference(key[0])) if key[0] in _library() else key[0], sentence)

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
+
 from depthscope.app.text.bibliography import Reference, cited, source_words
 from depthscope.app.text.numbers import number
-from depthscope.app.text.sparkline import curve_blocks, curve_words
 from depthscope.diagnostics import CATALOGUE, Finding, Metric
+from depthscope.diagnostics.numbers import number as short_number
 from depthscope.diagnostics.schema import UNPROVEN
 from depthscope.diagnostics.verdicts import VERDICTS, Verdict
-
-__all__ = ["ABOUT_THE_READING", "CARD_SCHEMA", "Card", "card_lines", "card_of", "place_of"]
 
 ABOUT_THE_READING = "About the reading of the network"
 """Heads the findings that say how far a run can be trusted, after those about the network."""
@@ -70,6 +70,11 @@ class Card:
         return curve_words(self.finding)
 
     @property
+    def blocks(self) -> str:
+        """That curve as block characters; empty where it is flat."""
+        return curve_blocks(self.finding)
+
+    @property
     def follows(self) -> str:
         """The finding that this one follows from, as a phrase; empty for none."""
         return self.finding.because.replace("_", " ")
@@ -77,8 +82,6 @@ class Card:
     @property
     def more(self) -> str:
         """Equation, limits and sources of the verdict; empty for a verdict of somebody else."""
-        from depthscope.diagnostics.verdicts import VERDICTS
-
         return explanation(self.finding.verdict) if self.finding.verdict in VERDICTS else ""
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,11 +102,7 @@ class Card:
 
 
 def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card:
-    """The card of a finding.
-
-    ``experiment, result``: the command of the experiment that would settle it, and what it gave.
-    """
-    from depthscope.diagnostics.verdicts import VERDICTS
+    """The card of a finding, with the command of the experiment that would settle it, and what that gave."""
     from depthscope.diagnostics.verdicts.reading import unproven_sentence
 
     known = VERDICTS.get(finding.verdict)
@@ -125,12 +124,9 @@ def card_of(finding: Finding, *, experiment: str = "", result: str = "") -> Card
 
 
 def card_lines(card: Card, *, width: int = WIDTH, shown: Callable[[str], str] = str) -> list[str]:
-    """A card as text of at most twelve lines; narrower ones have more.
-
-    ``shown``: gives a text as the terminal can print it, such as `terminal.encodable`.
-    """
+    """A card as text of at most twelve lines; narrower ones have more."""
     explained = f", follows from {card.follows}" if card.follows else ""
-    blocks = curve_blocks(card.finding)
+    blocks = card.blocks
     rows = [
         ("Where", f"{card.where}{explained}", 1),
         ("Curve", f"{blocks}  {card.curve}" if blocks else "", 1),
@@ -199,17 +195,9 @@ def cards_text(cards: Iterable[Card], *, width: int = WIDTH, shown: Callable[[st
     return "\n\n".join(parts)
 
 
-def names() -> list[str]:
-    """Everything that can be explained: verdicts first, then metrics."""
-    return [*VERDICTS, *CATALOGUE]
-
-
 @cache  # decoding the TeX of a source takes a while, and a page asks again each time it is drawn
 def explanation(name: str, *, width: int = 100) -> str:
-    """A description of a verdict or a metric, with its equation, its limits and its sources.
-
-    Returns: Equations are TeX, as in the docstrings that they come from.
-    """
+    """A description of a verdict or a metric, with its equation in TeX, its limits and its sources."""
     parts = [_of_verdict(VERDICTS[name])] if name in VERDICTS else []
     # A verdict may judge the null of a metric.
     metric = CATALOGUE.get((VERDICTS[name].metric if name in VERDICTS else name).removesuffix("_null"))
@@ -285,3 +273,64 @@ def _worst_words(finding: Finding) -> str:
     judged = [each for each in finding.profile[finding.first : finding.last + 1] if not math.isnan(each)]
     is_somewhere = finding.worst >= 0 and len(judged) > 1 and number(min(judged)) != number(max(judged))
     return f", worst at {finding.worst}" if is_somewhere else ""
+
+
+# --- the numbers that a verdict judged, as a small curve
+
+BLOCKS = "▁▂▃▄▅▆▇█"
+UNDEFINED_BLOCK = "·"
+
+MOST_BLOCKS = 28
+"""Of a curve; a longer one has the worst number of each part."""
+
+ROUNDING = 1e-12
+"""Of a number near 1, in float64 after some sums."""
+
+DECADES = 1.5
+"""From so many powers of ten on the curve is drawn over logarithms: a gain of 1000 would hide all others."""
+
+
+def _judged(finding: Finding) -> tuple[np.ndarray, float, bool, str]:
+    """The numbers that were judged, their limit, whether those above are worse, and words before them."""
+    values = np.asarray(finding.profile, dtype=np.float64)
+    known = values[np.isfinite(values)]
+    # Cosines and similarities may all read 1.00: what differs is their distance from 1, unless that is rounding.
+    far = np.abs(1.0 - known).max(initial=0.0) > ROUNDING
+    if far and {number(float(each)) for each in known} == {number(1.0)}:
+        return 1.0 - values, 1.0 - finding.threshold, not finding.above, "1 − x from "
+    return values, finding.threshold, finding.above, ""
+
+
+def curve_words(finding: Finding) -> str:
+    """What the curve of a finding shows, for those who do not see it; empty where the verdict judged a single number."""
+    values, limit, above, of = _judged(finding)
+    known = values[np.isfinite(values)]
+    if len(known) < 2:
+        return ""
+    low, high = number(float(known.min())), number(float(known.max()))
+    reach = f"{of}{low} to {high}" if low != high else f"{of.removesuffix(' from ')} {low} throughout".strip()
+    words = f"{finding.axis} 0–{len(values) - 1}: {reach}, worse {'above' if above else 'below'} {short_number(limit)}"
+    return f"{words}; {len(values) - len(known)} undefined" if len(known) < len(values) else words
+
+
+def curve_blocks(finding: Finding) -> str:
+    """The curve as block characters, low to high; a dot where it is undefined.
+
+    Returns: At most `MOST_BLOCKS` characters; empty where the verdict judged a single number, or one that is repeated.
+    """
+    values, _, above, _ = _judged(finding)
+    values = np.where(np.isfinite(values), values, np.nan)
+    if len({number(float(value)) for value in values[np.isfinite(values)]}) < 2:
+        return ""
+    if len(values) > MOST_BLOCKS:  # of each part the worst, so that a single peak is not lost
+        worst = np.fmax.reduce if above else np.fmin.reduce
+        values = np.array([worst(part) for part in np.array_split(values, MOST_BLOCKS)])
+    known = values[np.isfinite(values)]
+    # A zero among positive numbers has no logarithm: the scale stays linear.
+    if known.min() > 0 and known.max() > 10**DECADES * known.min():
+        values, known = np.log10(values), np.log10(known)
+    heights = (values - known.min()) / max(float(np.ptp(known)), 1e-300)
+    return "".join(
+        UNDEFINED_BLOCK if np.isnan(height) else BLOCKS[min(int(height * len(BLOCKS)), len(BLOCKS) - 1)]
+        for height in heights
+    )

@@ -109,13 +109,7 @@ GLOSSARY: Mapping[str, Term] = {
 
 
 def help_on(*texts: str) -> str | None:
-    """The terms that occur in some texts with their meanings, as Markdown for a tooltip; None where there are none.
-
-    Examples
-    --------
-    >>> help_on("H_post of every connection").splitlines()[0]
-    '**connection**: How one sublayer reads from the streams, mixes them and writes to them: H_pre, H_res and H_post.'
-    """
+    """The terms that occur in some texts with their meanings, as Markdown for a tooltip; None where there are none."""
     text = " ".join(texts)
     found = [term for term, entry in GLOSSARY.items() if _occurs(text, (term, *entry.forms))]
     # "Effective rank" tells more than "rank", and one that is part of another needs no line of its own.

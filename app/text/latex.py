@@ -1,13 +1,20 @@
-"""How is plain text written in LaTeX? Special characters escaped, mathematical signs as mathematics."""
+"""How is text written in LaTeX, and filled into a template or the page of a venue? Escaped, signs as mathematics."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
 from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined, Template
+from markupsafe import Markup
 
 from depthscope.app.text.bibliography import keys_of
 from depthscope.app.text.visible import escape, visible
+from depthscope.diagnostics.errors import InputError
 
 # What pdfTeX cannot set from plain text; the rest of Unicode passes through.
 SIGNS = {
@@ -98,13 +105,7 @@ def _has_a_font(letter: str) -> bool:
 
 
 def cite(keys: Iterable[str]) -> Latex:
-    r"""A citation of bibliography keys.
-
-    Examples
-    --------
-    >>> cite(["roy2007effective", "xie2025mhc"])
-    '\\citep{roy2007effective,xie2025mhc}'
-    """
+    """A citation of bibliography keys."""
     # In brackets: with natbib, which most venues load, \cite makes the authors part of the sentence.
     return Latex(rf"\citep{{{','.join(keys)}}}")
 
@@ -125,3 +126,109 @@ def with_citations(text: str) -> Latex:
 
 CITEP = Latex("\\providecommand{\\citep}{\\cite}")
 """What a document without natbib needs before a citation."""
+
+
+# A missing value is an error, never an empty place in somebody's paper.
+_COMMON: dict[str, Any] = {
+    "undefined": StrictUndefined,
+    "trim_blocks": True,
+    "lstrip_blocks": True,
+    "keep_trailing_newline": True,
+}
+
+
+def html_template(package: str, name: str, **filters: Any) -> Template:
+    """A template of HTML; what is not `markupsafe.Markup` is escaped."""
+    # `finalize` sees every value that is printed, before it is escaped; markup of our own comes as `Markup`.
+    environment = Environment(
+        autoescape=True,
+        finalize=lambda value: value if isinstance(value, Markup) else visible(value, lines=True),
+        **_COMMON,
+    )
+    environment.filters.update(filters)
+    return environment.from_string(_source(package, name))
+
+
+def latex_template(package: str, name: str, **filters: Any) -> Template:
+    """A template of LaTeX: ``<% for … %>``, ``<< value >>``; what is not `Latex` is escaped.
+
+    The filter ``latex`` marks text as code: the output of a macro, a label, a formula; ``cite`` makes a citation.
+
+    ``package, name``: import name of the package, and its file.
+    ``**filters``: filters by their names in the template.
+    """
+    environment = Environment(
+        # Jinja's own delimiters are groups and comments of LaTeX.
+        block_start_string="<%",
+        block_end_string="%>",
+        variable_start_string="<<",
+        variable_end_string=">>",
+        comment_start_string="<#",
+        comment_end_string="#>",
+        # Jinja's autoescape knows HTML only; `finalize` sees every value that is printed.
+        finalize=lambda value: tex(value if isinstance(value, str) else str(value)),
+        autoescape=False,
+        **_COMMON,
+    )
+    environment.filters.update(cite=cite, latex=Latex, tex=tex, **filters)
+    return environment.from_string(_source(package, name))
+
+
+def _source(package: str, name: str) -> str:
+    return files(package).joinpath(name).read_text(encoding="utf-8")
+
+
+_INCH = 72.27  # TeX points
+
+
+@dataclass(frozen=True)
+class Venue:
+    """The page of a venue.
+
+    ``name``: key of `VENUES`.
+    ``text, column``: inches across the text, and across one column; equal where there is one.
+    ``height``: inches of text on a page, at most.
+    ``body``: type size of the text in points.
+    ``author_year``: whether its style loads natbib, which cites by authors and years.
+    """
+
+    name: str
+    text: float
+    column: float
+    height: float
+    body: int
+    author_year: bool = False
+
+    @property
+    def two_columns(self) -> bool:
+        """Whether the text is set in two columns."""
+        return self.column < self.text
+
+    @property
+    def separation(self) -> float:
+        """Inches between the columns."""
+        return self.text - 2 * self.column if self.two_columns else 0.0
+
+
+VENUES: dict[str, Venue] = {
+    venue.name: venue
+    for venue in (
+        # The style files: icml2025.sty, neurips_2025.sty, iclr2025_conference.sty, acl.sty (16 cm across two columns of
+        # 7.7 cm), cvpr.sty, IEEEtran.cls (516 pt and 252 pt). `plain` is an article on letter paper with margins of an inch.
+        Venue("icml", 6.75, 3.25, 9.0, 10, author_year=True),
+        Venue("neurips", 5.5, 5.5, 9.0, 10, author_year=True),
+        Venue("iclr", 5.5, 5.5, 9.0, 10, author_year=True),
+        Venue("acl", 16.0 / 2.54, 7.7 / 2.54, 24.7 / 2.54, 11, author_year=True),
+        Venue("cvpr", 6.875, 3.25, 8.875, 10),
+        Venue("ieee", 516 / _INCH, 252 / _INCH, 9.25, 10),
+        Venue("plain", 6.5, 6.5, 9.0, 10),
+    )
+}
+"""Venues by name."""
+
+
+def venue_of(name: str) -> Venue:
+    """A venue by its name."""
+    if name not in VENUES:
+        raise InputError(f"venue {name!r} is not known; expected {', '.join(VENUES)}")
+    return VENUES[name]

@@ -16,13 +16,6 @@ def number(value: float, *, digits: int = 3) -> str:
     """A number with so many significant digits, in plain notation where that is short.
 
     ``value``: naN prints as a dash, since it means undefined.
-
-    Examples
-    --------
-    >>> number(1234.5), number(0.04567), number(3.2e-7), number(float("nan"))
-    ('1234', '0.0457', '3.2e-7', '–')
-    >>> number(0.9996), number(0.0123)
-    ('1.00', '0.0123')
     """
     if math.isnan(value):
         return UNDEFINED
@@ -88,13 +81,7 @@ def _signed(text: str) -> str:
 
 
 def sentence(parts: Iterable[str]) -> str:
-    """Remarks joined to one sentence; empty ones are left out.
-
-    Examples
-    --------
-    >>> sentence(["all tokens", "", "N = 8"])
-    'All tokens; N = 8.'
-    """
+    """Remarks joined to one sentence; empty ones are left out."""
     joined = "; ".join(part for part in parts if part)
     return f"{joined[0].upper()}{joined[1:]}." if joined else ""
 
@@ -125,13 +112,6 @@ def proof_sentence(attrs: Mapping[str, Attributes]) -> str:
     """Which of some runs are unproven, and why; empty where none is.
 
     ``attrs``: run name → attributes of the run or of its analysis.
-
-    Examples
-    --------
-    >>> proof_sentence({"a": {"proof": "unproven: a branch was not seen"}})
-    'Unproven: a branch was not seen.'
-    >>> proof_sentence({"a": {"proof": "proven"}, "b": {"proof": "unproven: a branch was not seen"}})
-    'Run b is unproven: a branch was not seen.'
     """
     unproven = {
         run: visible(proof.removeprefix(UNPROVEN), longest=LONGEST_TEXT)
@@ -142,15 +122,7 @@ def proof_sentence(attrs: Mapping[str, Attributes]) -> str:
 
 
 def constraint_sentence(attrs: Mapping[str, Attributes]) -> str:
-    """What the mixing matrices of some runs were measured to satisfy; empty where no run has it.
-
-    ``attrs``: run name → attributes of the run or of its analysis.
-
-    Examples
-    --------
-    >>> constraint_sentence({"a": {"constraint": "doubly stochastic within 1e-7"}})
-    'H_res: doubly stochastic within 1e-7.'
-    """
+    """What the mixing matrices of some runs were measured to satisfy; empty where no run has it."""
     known = {
         run: visible(of["constraint"], longest=LONGEST_TEXT)
         for run, of in attrs.items()

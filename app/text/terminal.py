@@ -111,10 +111,7 @@ def say(text: str = "") -> None:
 
 
 def emit(data: Any) -> None:
-    """Print one JSON document on stdout; undefined numbers are null.
-
-    ``data``: what to print; anything that JSON lacks becomes text.
-    """
+    """Print one JSON document on stdout; undefined numbers are null, and what JSON lacks becomes text."""
     # json.dumps writes NaN and Infinity as bare words, which are no JSON and which jq and JavaScript refuse.
     # On another encoding than UTF-8 every other character is an escape, which JSON reads as the same character.
     ascii_only = (sys.stdout.encoding or "utf-8").lower().replace("-", "") != "utf8"
@@ -145,10 +142,7 @@ def remark(text: str) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[Progress]:
-    """A spinner on stderr while something takes time; where stderr is no terminal, a plain line once it does.
-
-    Yields: Call it with (part, number done, number in all) to show how far it is.
-    """
+    """A spinner on stderr, or a plain line once it takes time; gives what takes (part, number done, number in all)."""
     if not sys.stderr.isatty():
         # Later, so that bad input, which is refused by then, gets its one line.
         line = threading.Timer(QUIET_SECONDS, remark, [what])
@@ -169,22 +163,9 @@ def working(what: str) -> Iterator[Progress]:
 
 
 def show_rows(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table: framed on a terminal, in aligned columns elsewhere."""
+    """Print a table in aligned columns."""
     columns = [printable(column) for column in columns]
     rows = [[printable(cell) for cell in row] for row in rows]
-    if sys.stdout.isatty():
-        from rich.box import SIMPLE_HEAD
-        from rich.console import Console
-        from rich.table import Table
-        from rich.text import Text
-
-        grid = Table(box=SIMPLE_HEAD, header_style="bold")
-        for column in columns:
-            grid.add_column(Text(column), overflow="fold")
-        for row in rows:
-            grid.add_row(*(Text(cell) for cell in row))
-        Console(highlight=False).print(grid)
-        return
     lines = [list(columns), *(list(row) for row in rows)]
     widths = [max(len(cell) for cell in column) for column in zip(*lines, strict=True)]
     for line in lines:

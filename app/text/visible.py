@@ -68,11 +68,6 @@ def visible_name(name: object) -> str:
 
     ``name``: such as the name of a file.
     Returns: At its full length; names that differ still do.
-
-    Examples
-    --------
-    >>> visible_name("  "), visible_name("a  b"), visible_name("a b")
-    ('\\x20\\x20', 'a \\x20b', 'a b')
     """
     return visible(_SPACES.sub(lambda found: r"\x20" * len(found.group()), str(name)))
 
@@ -91,13 +86,7 @@ def _escaped(text: str, kept: str) -> str:
 
 
 def escape(letter: str) -> str:
-    r"""A letter as Python escapes it.
-
-    Examples
-    --------
-    >>> escape("\u202e"), escape("\x1b")
-    ('\\u202e', '\\x1b')
-    """
+    """A letter as Python escapes it."""
     return letter.encode("unicode_escape").decode("ascii")
 
 
@@ -124,11 +113,6 @@ def shortened(text: str, longest: int, *, counted: bool = True) -> str:
     """Text without its middle where it is too long, and how long it was.
 
     ``counted``: add how long it was, where there is room.
-
-    Examples
-    --------
-    >>> shortened("abcdefghij", 4), shortened("abcdefghij", 4, counted=False)
-    ('abc … j (10 characters)', 'abc … j')
     """
     if len(text) <= longest:
         return text

@@ -21,6 +21,7 @@ def encode_dataset(dataset: xr.Dataset) -> xr.Dataset:
     """A copy of a dataset that every format can store; its attributes are what JSON can express."""
     encoded = dataset.copy()
     encoded.attrs = _encode_attrs(dataset.attrs)
+    as_objects: dict[Hashable, xr.Variable] = {}
     for name, variable in encoded.variables.items():
         variable.attrs = _encode_attrs(dataset.variables[name].attrs)
         # Chunks and filters of the file that it was read from do not fit another format.
@@ -28,8 +29,8 @@ def encode_dataset(dataset: xr.Dataset) -> xr.Dataset:
         # Fixed-width text is stored at its own width by zarr and refused by h5netcdf; objects work in both.
         if variable.dtype.kind in "OUT":
             texts = np.array([_storable(text) for text in variable.values.ravel().tolist()], object)
-            encoded[name] = (variable.dims, texts.reshape(variable.shape), variable.attrs)
-    return encoded
+            as_objects[name] = xr.Variable(variable.dims, texts.reshape(variable.shape), variable.attrs)
+    return encoded.assign(as_objects)  # at once: each time all indexes are compared
 
 
 def _storable(text: Any) -> Any:

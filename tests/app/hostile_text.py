@@ -3,47 +3,34 @@
 from __future__ import annotations
 
 import random
-import unicodedata
 
 SCRIPT = "window.hostile=1"
 """What a script of a hostile text would do, and a browser can be asked about."""
 
 TEXTS = {
     "script": f"<script>{SCRIPT}</script>",
-    "script_end": f"</script></style></title></textarea></pre><script>{SCRIPT}</script>",
     "image": f'<img src="http://evil.example/x.png" onerror="{SCRIPT}">',
-    "image_bare": f"<img src=x onerror={SCRIPT}>",
     "svg": f"<svg/onload={SCRIPT}>",
     "frame": "<iframe src=//evil.example></iframe>",
     "anchor": f"<a href='javascript:{SCRIPT}'>click</a>",
     "style": "<style>*{display:none}</style>",
     "base": "<base href=//evil.example/><meta http-equiv=refresh content=0;url=//evil.example>",
     "attribute": f'" onmouseover="{SCRIPT}" x="',
-    "attribute_single": f"' autofocus onfocus='{SCRIPT}' x='",
     "comment": "<!-- --><![CDATA[ x ]]> -->",
     "entities": "&lt;b&gt; &amp;amp; &#x202e; &nbsp;",
     "markdown_link": f"[x](javascript:{SCRIPT})",
     "markdown_image": "![x](http://evil.example/y.png)",
-    "markdown_reference": "[x]: http://evil.example",
-    "markdown_heading": "# heading",
-    "markdown_table": "a | b\\n--- | ---",
     "markdown_code": "```x``` `y` ``",
-    "markdown_list": "1. one - two * three",
     "emphasis": "**a** _b_ ~~c~~ ***",
     "url": "http://evil.example/path?a=b&c=d",
-    "www": "www.evil.example",
     "mail": "someone@evil.example",
     "directive": ":red[a] :material/home: :streamlit: :smile: :small[b]",
     "arrows": "a -> b <- c -- d >= e <= f ~= g <-> h",
     "math": "$x^2$ and $\\LaTeX$ and $$\\frac{1}{2}$$",
-    "broken_math": "$\\frac{$",
     "latex": "\\input{/etc/passwd} \\immediate\\write18{id} % & # _ ^ ~",
     "plotly": f"<b>bold</b><br><sub>x</sub><a href='javascript:{SCRIPT}'>y</a> %{{x}} <extra></extra>",
     "template": "{{ 7 * 7 }} {% raw %} <% 7 %> << 7 >> ${7*7}",
     "formula": '=HYPERLINK("http://evil.example";"x")',
-    "formula_plus": "+1+cmd|' /C calc'!A0",
-    "formula_at": "@SUM(1)",
-    "formula_minus": "-2+3",
     "rich": "[bold red]x[/bold red] [link=http://evil.example]y[/link]",
     "ansi": "\x1b[2J\x1b[31mred\x1b[0m\x1b]8;;http://evil.example\x07link\x1b]8;;\x07",
     "backspace": "safe\x08\x08\x08\x08evil\r\rhidden\x7f",
@@ -55,42 +42,21 @@ TEXTS = {
     "zero_width": "a\u200bb\u200cc\u200dd\u2060e\ufefff\u00adg\u180e",
     "tags": "a\U000e0041\U000e0042\ufe0f\u3164\u2800",
     "spaces": "   ",
-    "wide_spaces": "\u00a0\u2003\u3000",
-    "many_spaces": "a    b  ",
     "marks": "z" + "\u0301\u0300" * 40,
-    "decomposed": unicodedata.normalize("NFD", "é ü"),
-    "composed": unicodedata.normalize("NFC", "é ü"),
-    "upper": "Model A",
-    "lower": "model a",
     "emoji": "🔭👩‍🔬🏳️‍🌈🇩🇪",
     "script_of_others": "模型 модель मॉडल",
     "surrogate": "a\udc80b\ud83d",
-    "private": "\ue000\ufffe\uffff",
     "underscore": "_hidden_ __init__",
-    "path": "../../../etc/passwd",
     "long": "x" * 100_000,
-    "long_words": "lorem ipsum " * 9_000,
     "json": '{"a": [1, {"b": null}], "c": "</script>"}',
     "nan": "nan",
-    "none": "None",
-    "number": "-1e999",
     "empty": "",
 }
 """Name of the case → text."""
 
 
 def mutated(seed: int, count: int) -> dict[str, str]:
-    """More texts: two or three of the above after one another, cut and repeated.
-
-    Parameters
-    ----------
-    seed, count : int
-        The same seed gives the same texts.
-
-    Returns
-    -------
-    dict of str to str
-    """
+    """More texts: two or three of the above after one another, cut and repeated."""
     draw = random.Random(seed)
     parts = [text[:200] for text in TEXTS.values()]
     found = {}
@@ -102,18 +68,7 @@ def mutated(seed: int, count: int) -> dict[str, str]:
 
 
 def file_names(texts: dict[str, str]) -> dict[str, str]:
-    """Those texts that can be the name of a file, shortened to what a file system takes.
-
-    Parameters
-    ----------
-    texts : dict of str to str
-        Name of the case → text.
-
-    Returns
-    -------
-    dict of str to str
-        Without duplicates; none begins with a dot, which hides a file.
-    """
+    """Those texts that can be the name of a file, shortened to what a file system takes."""
     found: dict[str, str] = {}
     for case, text in texts.items():
         name = text.replace("/", "∕").replace("\x00", "").lstrip(".")

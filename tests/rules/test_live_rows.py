@@ -81,9 +81,6 @@ def live_findings(recorder):
     return findings_of(recorder._live.rows[-1], recorder._live.attrs)
 
 
-MODELS = {"deepseek": deepseek, "llama": llama}
-
-
 def test_a_healthy_start_is_no_warning_and_stops_nothing(tmp_path):
     model = fresh_streams("mhc")
     recorder = recorded(model, lambda step: loss_of(model), tmp_path / "run", steps=2, stop_on="warn")
@@ -93,9 +90,9 @@ def test_a_healthy_start_is_no_warning_and_stops_nothing(tmp_path):
 # --- NaN is a value
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def healthy(request, tmp_path_factory):
-    model = MODELS[request.param]()
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory):
+    model = deepseek()
     folder = tmp_path_factory.mktemp("rows") / "run"
     return recorded(model, lambda step: loss_of(model), folder), folder
 
@@ -157,7 +154,7 @@ def poisoned(sums, number: int) -> str | None:
     return name
 
 
-def test_whatever_is_measured_as_nan_stays_in_the_row(healthy, monkeypatch):
+def test_whatever_is_measured_as_nan_stays_in_the_row(monkeypatch):
     measured, names = [], {}
     compute = Live.measure
 
@@ -168,8 +165,7 @@ def test_whatever_is_measured_as_nan_stays_in_the_row(healthy, monkeypatch):
         return row
 
     monkeypatch.setattr(Live, "measure", spoilt)
-    family = "deepseek" if "metrics/mixing_gain" in healthy[0]._live.rows[-1].numbers else "llama"
-    model = MODELS[family]()
+    model = deepseek()
     with probes.record(model, gradients=True, metrics="live") as recorder:
         while None not in names.values():
             loss_of(model).backward()

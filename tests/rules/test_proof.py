@@ -12,14 +12,13 @@ import xarray as xr
 
 from depthscope import diagnostics
 from depthscope.app.cli.main import main
-from depthscope.app.dashboard.components.page import facts_table
 from depthscope.app.figures import FIGURES, available
 from depthscope.app.paper.export import write_bundle
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.report.report import to_html
 from depthscope.app.tables.comparison import COMPARED_METRICS, comparison_table, differences, summary_table
-from depthscope.app.tables.findings import findings_text
 from depthscope.app.tables.tables import depth_table, mixing_table
+from depthscope.app.text.cards import card_of, cards_text
 from depthscope.diagnostics import CATALOGUE, Severity, schema, verdicts
 from depthscope.diagnostics.verdicts import VERDICTS, Profile
 from tests.models.linear_runs import MODELS
@@ -118,14 +117,11 @@ def test_a_matrix_of_a_proven_run_is_not_called_unproven_because_of_another(anal
 def test_tables_pages_and_reports_say_it(runs, readings, tmp_path):
     for reading in readings:
         assert REASON in depth_table(reading).caption
-        assert REASON in findings_text(reading.findings, width=1000)
+        assert REASON in cards_text(map(card_of, reading.findings), width=1000)
     assert REASON in mixing_table(readings[0]).caption
     assert REASON in summary_table(readings).caption
     assert REASON in comparison_table(readings, COMPARED_METRICS).caption
     assert any(REASON in sentence for sentence in differences(readings))
-    facts = facts_table(readings)
-    assert facts.loc["reading"].str.contains("unproven").all()
-    assert CONSTRAINT in facts.loc["mixing matrices"].iloc[0].replace("\\", "")  # escaped for Markdown
     assert f"reading {UNPROVEN}" in unescape(to_html(readings))
     bundle = write_bundle(readings[1:], tmp_path / "paper", formats=())
     manifest = json.loads((bundle / "manifest.json").read_text())

@@ -11,17 +11,16 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 import xarray as xr
-from pandas.io.formats.style import Styler
 
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.drawing.plotly import shrink, to_plotly
-from depthscope.app.drawing.plotly.layout import words
+from depthscope.app.drawing.plotly.cells import words
 from depthscope.app.figures import Figure, FigureKind, Heatmap, Lines
-from depthscope.app.figures.palette import Look, look_of
+from depthscope.app.figures.palette import SHAPES, look_of
 from depthscope.app.figures.specification import figure_table
 from depthscope.app.tables.formats import csv_text
 from depthscope.app.text.glossary import help_on
-from depthscope.app.text.numbers import UNDEFINED, number
+from depthscope.app.text.numbers import UNDEFINED
 from depthscope.app.text.visible import LONGEST_NAME, visible
 
 PLOTLY_ROUTE = "/depthscope/plotly"
@@ -33,12 +32,11 @@ PLOTLY_SOURCE = f"{PLOTLY_ROUTE}/plotly.min.js"
 # A component of our own: st.plotly_chart loses its zoom whenever the data change (`key=` and `uirevision` do not help),
 # and reports no click on a cell of a heat map. Styles are not isolated: plotly.js adds its style sheet to the head of
 # the document, which does not reach into a shadow root.
-def component(name: str, *libraries: str, styles: Sequence[str] = (), more_css: str = "") -> Any:
+def component(name: str, *libraries: str, styles: Sequence[str] = ()) -> Any:
     """A component of the files ``NAME.css`` and ``NAME.js`` of this folder.
 
     ``libraries``: further files of JavaScript that it uses.
     ``styles``: style sheets in place of its own.
-    ``more_css``: rules that are no file of this folder.
     """
     folder = Path(__file__).parent
 
@@ -47,7 +45,7 @@ def component(name: str, *libraries: str, styles: Sequence[str] = (), more_css: 
 
     return st.components.v2.component(
         f"depthscope_{name}",
-        css=text(*(f"{each}.css" for each in styles or (name,))) + more_css,
+        css=text(*(f"{each}.css" for each in styles or (name,))),
         js=text(*(f"{each}.js" for each in (*libraries, name))),
         isolate_styles=False,
     )
@@ -57,20 +55,11 @@ _plot = component("chart", "plotly_page", "numbers", "back")
 
 
 def build(kind: FigureKind, analyses: Mapping[str, xr.Dataset], selection: Mapping[str, Any]) -> Figure:
-    """Figure of a kind, with those choices of a selection that it uses.
-
-    ``selection``: choices of all controls of the page.
-    """
+    """Figure of a kind, with those choices of a selection that it uses."""
     return kind.build(analyses, **{name: value for name, value in selection.items() if name in kind.uses})
 
 
-def card(
-    figure: Figure,
-    *,
-    key: str,
-    height: int = 300,
-    clickable: bool = False,
-) -> None:
+def card(figure: Figure, *, key: str, height: int = 300, clickable: bool = False) -> None:
     """A figure with its title and the first sentence of its caption; notes and numbers open, the numbers as a CSV file too.
 
     Which run has which colour is said once, above all figures.
@@ -120,21 +109,9 @@ def _short(caption: str) -> str:
 
 
 def show_drawing(
-    drawing: str,
-    *,
-    name: str,
-    alt: str,
-    key: str,
-    height: int = 300,
-    clickable: bool = False,
-    axes: str = "",
+    drawing: str, *, name: str, alt: str, key: str, height: int = 300, clickable: bool = False, axes: str = ""
 ) -> None:
-    """A drawing without title, caption and numbers.
-
-    ``name``: of the file that the visitor saves.
-    ``alt``: what it shows, for those who do not see it.
-    ``axes``: what its axes are: a zoom is given up where this changes.
-    """
+    """A drawing without title, caption and numbers; a zoom is given up where `axes` changes."""
     _plot(
         data={
             "name": name,
@@ -165,8 +142,6 @@ def _numbers(figure: Figure, key: str) -> None:
         table = numbers_of(figure)
         # All of a large matrix would be hundreds of megabytes in the browser; the file has it all.
         show_frame(table, height=320, width=620)
-        if cut := cut_words(table):
-            st.caption(f"{cut.capitalize()}.")
         offer_csv(table, figure.name, key=f"{key}_csv")
 
 
@@ -177,15 +152,12 @@ def clicked_cell(key: str) -> tuple[float, float] | None:
     return (float(clicked["x"]), float(clicked["y"])) if clicked else None
 
 
-MOST_CELLS, MOST_ROWS, MOST_COLUMNS = 20_000, 1000, 100
+MOST_ROWS, MOST_COLUMNS = 1000, 100
 """Of a table on the page: more than anybody scrolls through. A heuristic of ours."""
 
 
 def numbers_of(figure: Figure) -> pd.DataFrame:
-    """Table of a figure's numbers, as shown and as downloaded.
-
-    ``figure``: any figure; a heat map gives every cell, reduced or not.
-    """
+    """Table of a figure's numbers, as shown and as downloaded: of a heat map every cell, reduced or not."""
     table = figure_table(figure)
     if isinstance(figure, Heatmap):
         # One heading for the column of rows, at the corner of both axes: names of columns are positions.
@@ -198,8 +170,15 @@ def numbers_of(figure: Figure) -> pd.DataFrame:
 
 
 def show_frame(table: pd.DataFrame, **options: Any) -> None:
-    """The first rows and columns of a table, its numbers as everywhere on the pages; they are sorted as numbers."""
-    st.dataframe(_spelled(table), hide_index=True, placeholder=UNDEFINED, **options)
+    """The first rows and columns of a table, and whether there are more."""
+    shown = table.iloc[:MOST_ROWS, :MOST_COLUMNS]
+    # Four significant digits: a fixed number of decimals would show small numbers as 0.
+    plain = {name: st.column_config.NumberColumn(format="%.4g") for name in shown.select_dtypes("float")}
+    st.dataframe(shown, hide_index=True, placeholder=UNDEFINED, column_config=plain, **options)
+    if shown.shape != table.shape:
+        st.caption(
+            f"The first {shown.shape[0]} rows and {shown.shape[1]} columns are shown, the file has every number."
+        )
 
 
 def offer_csv(table: pd.DataFrame, name: str, *, key: str, label: str = "Download CSV") -> None:
@@ -215,54 +194,16 @@ def offer_csv(table: pd.DataFrame, name: str, *, key: str, label: str = "Downloa
     )
 
 
-def _spelled(table: pd.DataFrame) -> Styler:
-    rows, columns = _shown_size(table)
-    shown = table.iloc[:rows, :columns]
-    numbers = [name for name in shown if pd.api.types.is_float_dtype(shown[name])]
-    # Such as depths, of which some file may lack one.
-    counts = [name for name in numbers if (shown[name].dropna() % 1 == 0).all()]
-    spell: Any = number
-    return shown.style.format(spell, subset=numbers).format("{:.0f}", subset=counts, na_rep=UNDEFINED)
-
-
-def cut_words(table: pd.DataFrame) -> str:
-    """What of a table is not shown; empty where all of it is."""
-    rows, columns = _shown_size(table)
-    if table.shape[0] <= rows and table.shape[1] <= columns:
-        return ""
-    return f"the first {rows} rows and {min(columns, table.shape[1])} columns are shown, the file has every number"
-
-
-def _shown_size(table: pd.DataFrame) -> tuple[int, int]:
-    columns = min(table.shape[1], MOST_COLUMNS)
-    return min(MOST_ROWS, MOST_CELLS // max(columns, 1)), MOST_COLUMNS
-
-
-OUTLINES = {
-    "triangle-up": "50% 0, 100% 100%, 0 100%",
-    "triangle-down": "0 0, 100% 0, 50% 100%",
-    "triangle-left": "100% 0, 100% 100%, 0 50%",
-    "triangle-right": "0 0, 100% 50%, 0 100%",
-    "diamond": "50% 0, 100% 50%, 50% 100%, 0 50%",
-    "pentagon": "50% 0, 100% 40%, 80% 100%, 20% 100%, 0 40%",
-    "cross": "35% 0, 65% 0, 65% 35%, 100% 35%, 100% 65%, 65% 65%, 65% 100%, 35% 100%, 35% 65%, 0 65%, 0 35%, 35% 35%",
-    "x": "20% 0, 50% 30%, 80% 0, 100% 20%, 70% 50%, 100% 80%, 80% 100%, 50% 70%, 20% 100%, 0 80%, 30% 50%, 0 20%",
-}
-"""Shape of a mark → its corners; a circle and a square have none."""
+MARKS = dict(zip(SHAPES, ("●○", "■□", "▲△", "◆◇", "▼▽", "✚✚", "✖✖", "◀◁", "⬟⬠", "▶▷"), strict=True))
+"""Shape of a mark → it and its hollow one as letters."""
 
 
 def show_legend(colours: Mapping[str, int]) -> None:
     """The colours of some runs or groups of runs, by their numbers in the palette; nothing for a single one."""
     if len(colours) > 1:
-        entries = [_entry(name, look_of(colour)) for name, colour in colours.items()]
+        looks = {visible(name, longest=LONGEST_NAME): look_of(colour) for name, colour in colours.items()}
+        entries = [
+            f'<span><i style="color: {look.colour}">━{MARKS[look.shape][look.hollow]}━</i> {html.escape(name)}</span>'
+            for name, look in looks.items()
+        ]
         st.html(f'<div class="depthscope-legend">{"".join(entries)}</div>')
-
-
-def _entry(name: str, look: Look) -> str:
-    fill = f"border: 2px solid {look.colour}" if look.hollow else f"background: {look.colour}"
-    shape = f"clip-path: polygon({OUTLINES[look.shape]})" if look.shape in OUTLINES else ""
-    rounded = "border-radius: 50%" if look.shape == "circle" else ""
-    return (
-        f'<span><i class="line" style="background: {look.colour}"></i>'
-        f'<i class="mark" style="{fill}; {shape}; {rounded}"></i>{html.escape(visible(name, longest=LONGEST_NAME))}</span>'
-    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import streamlit as st
@@ -31,16 +30,8 @@ class Control:
 
 
 CONTROLS = {
-    "scope": Control(
-        "Scope",
-        "scope",
-        {"sequence": "within sequences", "data": "over all data"},
-    ),
-    "tokens": Control(
-        "Tokens",
-        "massive token",
-        {"ordinary": "without massive"},
-    ),
+    "scope": Control("Scope", "scope", {"sequence": "within sequences", "data": "over all data"}),
+    "tokens": Control("Tokens", "massive token", {"ordinary": "without massive"}),
     "centering": Control("Centring", "centring"),
     "estimator": Control("Estimator", "estimator"),
     "direction": Control("Direction", "direction"),
@@ -53,12 +44,7 @@ CONTROLS = {
 def choose(
     kinds: Iterable[FigureKind], analyses: Analyses, *, without: Collection[str] = ()
 ) -> dict[str, Any]:
-    """A row of controls: those that change at least one of a page's figures and have more than one option.
-
-    ``analyses``: run name → analysis, of the chosen runs.
-    ``without``: fields of `Selection` that the page decides itself.
-    Returns: Fields of `Selection`; those that are not offered are missing.
-    """
+    """Controls that change one of a page's figures and have several options; others are missing in the result."""
     used = {name for kind in kinds for name in kind.uses} - set(without)
     selection: dict[str, Any] = {}
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
@@ -130,10 +116,7 @@ def choose_one(
 
 
 def choose_index(label: str, last: int, key: str, *, default: int, width: int = 130) -> int:
-    """An integer from 0 to the last one, in the URL under its key.
-
-    ``key``: of the control and in the URL.
-    """
+    """An integer from 0 to the last one, in the URL under its key."""
     # Streamlit fails on an address with ?a=inf: the field then does not read the address, and its value leaves it.
     bound = re.fullmatch(r"\d{1,9}", st.query_params.get(key, "0")) is not None
     if not bound:
@@ -149,12 +132,7 @@ def choose_index(label: str, last: int, key: str, *, default: int, width: int = 
 def choose_names(
     label: str, options: Sequence[str], default: Sequence[str], *, key: str, words: dict[str, str], most: int
 ) -> list[str]:
-    """Some of many names, in the address under their key.
-
-    ``options, default``: names that there are, and those that are chosen at first.
-    ``key``: of the field, and in the address.
-    Returns: Those that are chosen; the default where none is.
-    """
+    """Some of many names, in the address under their key; the default where none is chosen."""
     known = set(options)
     asked = st.query_params.get_all(key)[: 2 * most] if key in st.query_params else []
     named = [name for name in dict.fromkeys(asked) if name in known][:most]
@@ -171,13 +149,9 @@ def choose_names(
         format_func=words.__getitem__,
         key=key,
         max_selections=most,
-        on_change=partial(_put, key),
+        on_change=lambda: st.query_params.update({key: st.session_state[key]}),
     )
     return list(st.session_state[key][:most]) or list(default)
-
-
-def _put(key: str) -> None:
-    st.query_params[key] = st.session_state[key]
 
 
 def choose_group(readings: Sequence[Reading], label: str, key: str) -> tuple[str | None, dict[str, str]]:

@@ -1,6 +1,6 @@
 """What is there to know about one depth? Its findings, numbers, tokens and matrices, for all depths at once.
 
-The browser shows them under the cursor; the server is asked for spectra and for the products between two depths only.
+The browser shows them under the cursor; the server is asked for spectra only.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE
-
-__all__ = ["show_depth", "show_matrices"]
 
 NUMBERS = (
     *("effective_rank", "participation_ratio", "token_cosine", "dong_residual", "adjacent_cka"),
@@ -49,22 +47,14 @@ def show_depth(reading: Reading, close_up: CloseUp | None, view: View, *, on_tok
     if facts is None or facts[0] is not reading or facts[1] is not close_up or facts[2] != key:
         facts = st.session_state[_FACTS] = (reading, close_up, key, _facts(reading, close_up, view))
     _pane(
-        data={
-            "name": "microscope",
-            "what": "pane",
-            **facts[3],
-            "token": view.token,
-            "pin": view.pin,
-            "other": view.other,
-        },
+        data={"name": "microscope", "what": "pane", **facts[3], "token": view.token, "pin": view.pin},
         key="microscope_pane",
         on_token_change=on_token,
     )
     if close_up is None:
         st.caption("The run has no states of single tokens, or its file has changed: reload this page.")
     if "singular_value" in reading.analysis:
-        chosen = tuple(sorted({view.pin} if view.other is None else {view.pin, view.other}))
-        figure = FIGURES["spectrum"].build({reading.name: reading.analysis}, depths=chosen)
+        figure = FIGURES["spectrum"].build({reading.name: reading.analysis}, depths=(view.pin,))
         card(figure, key="microscope_spectrum", height=230)
 
 
@@ -74,7 +64,7 @@ def _facts(reading: Reading, close_up: CloseUp | None, view: View) -> dict[str, 
     facts: dict[str, Any] = {
         "names": [visible(name) for name in names],
         "numbers": _numbers(reading, view, len(names)),
-        "findings": _findings(reading, close_up),
+        "findings": _findings(reading),
         "most": MOST_CARDS,
         "connections": [],
         "tokens": None,
@@ -92,9 +82,9 @@ def _facts(reading: Reading, close_up: CloseUp | None, view: View) -> dict[str, 
     return facts
 
 
-def _findings(reading: Reading, close_up: CloseUp | None) -> list[dict[str, Any]]:
+def _findings(reading: Reading) -> list[dict[str, Any]]:
     """Findings that have a place on the axis, the worst first."""
-    placed = [(each, range_of(each.finding, reading, close_up)) for each in cards_of(reading)]
+    placed = [(each, range_of(each.finding, reading)) for each in cards_of(reading)]
     return [
         {
             "severity": each.severity,

@@ -10,29 +10,22 @@ from typing import Any
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import cut_words, show_frame
+from depthscope.app.dashboard.components.chart import show_frame
 from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.drawing.matplotlib import write_figure
-from depthscope.app.figures import CHOICES, Figure, FigureKind, Selection
+from depthscope.app.figures import Figure, FigureKind, Selection
 from depthscope.app.figures.specification import figure_table
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.formats import to_csv, to_latex, to_parquet
 from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut, keys_of
-from depthscope.app.text.latex import cite, tex
+from depthscope.app.text.latex import VENUES, cite, tex
 from depthscope.app.text.numbers import number
-from depthscope.app.text.terminal import command_line
-from depthscope.app.text.venues import VENUES
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE
 
-__all__ = ["measure_table", "plain_frame", "show_exports"]
-
 MIMES = {"pdf": "application/pdf", "svg": "image/svg+xml"}
-
-_OPTIONS = ("scope", "tokens", "centering", "reduction")
-"""Fields of a selection that the commands have options for."""
 
 
 def show_exports(
@@ -50,15 +43,7 @@ def show_exports(
         _show_paper_figure(figure, f"ds.figures.measure({', '.join(words)}")
     with right, st.container(border=True):
         _offer_table(measure_table(figure))
-        st.caption("The same in a shell and in Python:")
-        chosen = [f"{name}={used[name]}" for name in _OPTIONS if used.get(name) in CHOICES[name]]
-        options = ["--metrics", kind.metric, *(["--select", ",".join(chosen)] if chosen else [])]
-        commands = [
-            command_line("analyze", path, *options, "--out", f"metrics_{i}.zarr", "--json")
-            for i, path in enumerate(paths, start=1)
-        ]
-        # A sign in the name of a file that turns the text around is shown as its escape.
-        st.code(visible("\n".join(commands), lines=True), "bash", wrap_lines=True)
+        st.caption("The same in Python:")
         call = f"ds.figures.numbers({', '.join(words)})"
         st.code(f"import depthscope as ds\n\nprint({call}.to_csv(index=False))", "python", wrap_lines=True)
 
@@ -70,7 +55,7 @@ def _offer_table(table: Table) -> None:
     show_frame(data, height=min(38 + 35 * len(data), 250))
     undefined = int(data.isna().to_numpy().sum())
     gaps = f"{undefined} cells have no value" if undefined else ""
-    size = "; ".join(filter(None, [f"{data.shape[0]} rows", gaps, cut_words(data)]))
+    size = "; ".join(filter(None, [f"{data.shape[0]} rows", gaps]))
     st.caption(f"{size}. {escaped(table.caption)}")
     with st.container(horizontal=True):
         for ending, label, mime, write in (

@@ -2,45 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import string
 from collections.abc import Sequence
-from pathlib import Path
 
 import streamlit as st
 
 from depthscope.app.dashboard.state.chosen_runs import open_microscope
 from depthscope.app.text.cards import Card, explanation
-from depthscope.app.text.notebook import card_style
-from depthscope.app.text.sparkline import curve_svg
 from depthscope.app.text.visible import LONGEST_TEXT, visible
 
-__all__ = ["BADGES", "show_card"]
-
 # A sign and a word with each colour: red and orange alone are the same to some readers.
-BADGES = {
-    "FAIL": ("failure", "red", "✕"),
-    "WARN": ("warning", "orange", "▲"),
-    "INFO": ("note", "blue", "●"),
-}
+BADGES = {"FAIL": ("failure", "red", "✕"), "WARN": ("warning", "orange", "▲"), "INFO": ("note", "blue", "●")}
 """Severity → word, colour, sign."""
 
 
-# A component: of HTML Streamlit leaves out SVG, and a picture does not know whether the page is light or dark.
-_drawing = st.components.v2.component(
-    "depthscope_drawing",
-    css=card_style(),
-    js=Path(__file__).with_name("drawing.js").read_text(encoding="utf-8"),
-)
-
-
 def show_card(card: Card, *, name: str, depth: int | None, runs: Sequence[str]) -> None:
-    """One finding in a bordered box, with a button that opens the microscope there.
-
-    ``name``: of the reading that it is about.
-    ``runs``: names in the list of runs that are chosen then.
-    """
+    """One finding in a bordered box, with a button that opens the microscope there for the runs."""
     word, colour, sign = BADGES[card.severity]
     finding = card.finding
     key = f"{name}_{finding.verdict}_{finding.stream}_{finding.axis}_{finding.first}"
@@ -51,8 +29,7 @@ def show_card(card: Card, *, name: str, depth: int | None, runs: Sequence[str]) 
         explained = f", follows from {card.follows}" if card.follows else ""
         st.caption(f"**Where:** {escaped(card.where + explained)}")
         if card.curve:
-            _show_drawing(f"curve_{key}", curve_svg(card.finding), card.curve)
-            st.caption(f"**Curve:** {escaped(card.curve)}")
+            st.caption(f"**Curve:** {card.blocks} {escaped(card.curve)}")
         # Escaping comes last: names and keys contain underscores.
         st.markdown(f"**Why:** {escaped(' '.join(filter(None, (card.why, card.limit))))}")
         if card.unproven:
@@ -74,12 +51,6 @@ def show_card(card: Card, *, name: str, depth: int | None, runs: Sequence[str]) 
                 args=(runs,),
                 kwargs={"look_at": name, "depth": depth},
             )
-
-
-def _show_drawing(name: str, svg: str, words: str) -> None:
-    # Streamlit refuses keys with two underscores, which the name of a run may have.
-    key = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:20]
-    _drawing(data={"name": name, "svg": svg, "alt": words}, key=f"drawing_{key}")
 
 
 # Every sign of ASCII that is no letter may have a backslash before it, and none has a meaning then: not "[" of links, "&" of

@@ -22,19 +22,7 @@ from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import Finding
-from depthscope.diagnostics.verdicts.causes import worst_depth
-
-__all__ = [
-    "View",
-    "depth_names",
-    "depths_of_connections",
-    "first_pin",
-    "pinned_by_page",
-    "range_of",
-    "show_panels",
-    "show_text",
-    "strips_of",
-]
+from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 
 DEFAULT_STRIPS = (
     "effective_rank",
@@ -81,7 +69,6 @@ class View:
     ``sequence``: whose tokens are shown.
     ``stream``: ``mean`` or the number of a stream.
     ``pin``: the depth that is pinned.
-    ``other``: the one that it is compared with.
     ``whose``: whose H_res is shown, a key of `WHOSE`.
     ``token``: sequence and position of the token that is marked.
     """
@@ -91,7 +78,6 @@ class View:
     sequence: int
     stream: str
     pin: int
-    other: int | None
     whose: str = "mean"
     token: tuple[int, int] | None = None
 
@@ -110,15 +96,7 @@ def _analyses(reading: Reading) -> dict[str, xr.Dataset]:
 def _axis_of(metric: str, reading: Reading) -> str:
     """``depth`` or ``connection`` for what is a curve over one of them."""
     dims = set(reading.analysis[metric].dims) if metric in reading.analysis else set()
-    if dims & {
-        "component",
-        "other_depth",
-        "other_connection",
-        "head",
-        "eigenvalue",
-        "source",
-        "order",
-    }:
+    if dims & {"component", "other_depth", "other_connection", "head", "eigenvalue", "source", "order"}:
         return ""
     return next((axis for axis in ("depth", "connection") if axis in dims), "")
 
@@ -143,7 +121,7 @@ def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pi
         data={
             "name": "microscope",
             **drawn.data,
-            **pinned_by_page("microscope", view.pin, view.other),
+            "pin": pinned_by_page("microscope", view.pin),
             "plotly": PLOTLY_SOURCE,
         },
         key="microscope",
@@ -175,18 +153,17 @@ def show_text(close_up: CloseUp, names: Sequence[str], view: View) -> None:
     )
 
 
-def pinned_by_page(key: str, pin: float | None, other: float | None) -> dict[str, float | None]:
-    """The pins that the page sends to the panels: its former ones where the panels set the present ones themselves.
+def pinned_by_page(key: str, pin: float | None) -> float | None:
+    """The pin that the page sends to the panels: its former one where the panels set the present one themselves.
 
     The same data are then not sent again.
-
-    ``pin, other``: what is pinned, and what it is compared with.
     """
-    sent = st.session_state.get(f"{key}_sent_pins")
+    sent = f"{key}_sent_pin"
     set_by_panels = st.session_state.get(key, {}).get("pin") or {}
-    if sent is None or (set_by_panels.get("depth", -1), set_by_panels.get("other", -1)) != (pin, other):
-        sent = st.session_state[f"{key}_sent_pins"] = {"pin": pin, "other": other}
-    return dict(sent)
+    if sent not in st.session_state or set_by_panels.get("depth", -1) != pin:
+        st.session_state[sent] = pin
+    found: float | None = st.session_state[sent]
+    return found
 
 
 @dataclass(frozen=True)
@@ -202,7 +179,7 @@ class _Drawn:
     @classmethod
     def of(cls, reading: Reading, close_up: CloseUp | None, view: View) -> _Drawn:
         names = depth_names(reading)
-        bars = _bars(reading, close_up, len(names))
+        bars = _bars(reading, len(names))
         panels, flat = [], []
         for name in view.strips:
             panel = _strip(name, reading, close_up)
@@ -234,14 +211,14 @@ class _Drawn:
             "tokens": [] if close_up is None else np.flatnonzero(close_up.mask[view.sequence]).tolist(),
             "alt": visible(
                 f"Panels over the {len(names)} depths of {reading.name}: "
-                f"{', '.join(panel.figure.title for panel in panels)}. Left and right arrow pin a depth, with shift the "
-                "one to compare with, escape forgets it, up and down mark a token, enter goes to the numbers of the depth."
+                f"{', '.join(panel.figure.title for panel in panels)}. Left and right arrow pin a depth, up and down "
+                " mark a token, enter goes to the numbers of the depth."
             ),
         }
         return cls(reading, close_up, view, data, flat)
 
     def is_of(self, reading: Reading, close_up: CloseUp | None, view: View) -> bool:
-        same = replace(view, pin=self.view.pin, other=self.view.other)
+        same = replace(view, pin=self.view.pin)
         return self.reading is reading and self.close_up is close_up and same == self.view
 
 
@@ -286,9 +263,9 @@ def depths_of_connections(reading: Reading, close_up: CloseUp | None) -> np.ndar
     return np.arange(reading.analysis.sizes.get("connection", 0)) + 1
 
 
-def _bars(reading: Reading, close_up: CloseUp | None, depths: int) -> list[Bar]:
+def _bars(reading: Reading, depths: int) -> list[Bar]:
     placed = [
-        (finding, range_of(finding, reading, close_up))
+        (finding, range_of(finding, reading))
         for finding in reading.findings
         if finding.severity.name in SEVERITY_COLOURS
     ]
@@ -300,15 +277,10 @@ def _bars(reading: Reading, close_up: CloseUp | None, depths: int) -> list[Bar]:
     return bars[:MOST_BARS]
 
 
-def range_of(finding: Finding, reading: Reading, close_up: CloseUp | None) -> tuple[int, int] | None:
+def range_of(finding: Finding, reading: Reading) -> tuple[int, int] | None:
     """The depths of a finding; None where it is about the whole run or a module."""
-    if finding.first < 0 or finding.axis not in ("depth", "connection"):
-        return None
-    if finding.axis == "depth":
-        return finding.first, finding.last
-    depths = depths_of_connections(reading, close_up)
-    known = depths[finding.first : finding.last + 1]
-    return (int(known.min()), int(known.max())) if len(known) else None
+    is_placed = finding.first >= 0 and finding.axis in ("depth", "connection")
+    return depths_of(finding, reading.analysis) if is_placed else None
 
 
 def _length(close_up: CloseUp, sequence: int) -> int:

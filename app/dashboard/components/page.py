@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
-import pandas as pd
 import streamlit as st
 
 from depthscope.app.dashboard.components.finding_card import escaped
-from depthscope.app.dashboard.state import growing_runs, run_library
+from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.readings.readings import Reading
-from depthscope.app.text.visible import LONGEST_NAME, LONGEST_TEXT, shortened, visible
+from depthscope.app.text.visible import LONGEST_NAME, LONGEST_TEXT, visible
 
 
 @dataclass(frozen=True)
@@ -62,61 +59,11 @@ def show_page(page: Page) -> None:
         )
 
 
-def facts_table(readings: Iterable[Reading]) -> pd.DataFrame:
-    """Facts as rows, runs as columns: what the attributes of the runs say in a word, a number or a sentence.
-
-    Returns: Of escaped text, with a dash where a run lacks a fact.
-    """
-    table = pd.DataFrame({escaped(reading.name): _facts(reading) for reading in readings})
-    return table.fillna("–").map(escaped).rename_axis("fact")
-
-
-DIGEST = 24
-"""Letters of a digest, by which data sets are told apart at a glance; the run has all of them."""
-
-# Attribute of a run → what the fact is called; others are in the run itself.
-_NAMES = {
-    "model": "model",
-    "family": "family",
-    "n_streams": "streams",
-    "constraint": "mixing matrices",
-    "proof": "reading",
-    "orientation": "orientation",
-    "not_covered": "not covered",
-    "memory": "memory",
-    "dtype": "precision",
-    "loss_reduction": "loss reduction",
-    "seed": "seed",
-    "data": "data",
-    "data_digest": "digest of the data",
-    "created": "created",
-    "software": "software",
-}
-
-
-def _facts(reading: Reading) -> dict[str, Any]:
-    analysis, attrs = reading.analysis, reading.attrs
-    counts = analysis["num_tokens"].sel(scope="data", tokens="all") if "num_tokens" in analysis else None
-    facts = {
-        **{name: _in_words(attrs.get(attribute)) for attribute, name in _NAMES.items()},
-        "states": analysis.sizes.get("depth"),
-        # The largest over depth: stages of a convolutional network have fewer tokens further down.
-        "tokens analysed": None if counts is None else f"{float(counts.max()):g}",
-    }
-    known = {name: str(value) for name, value in facts.items() if value not in (None, "", [])}
-    return {
-        # A digest is one word, which a table does not break.
-        name: shortened(text, DIGEST if name == _NAMES["data_digest"] else 3 * LONGEST_NAME, counted=False)
-        for name, text in known.items()
-    }
-
-
-def _in_words(value: Any) -> Any:
-    """Of one or several facts with a sentence the sentences, of versions a list; what else there is as it is."""
-    parts = value if isinstance(value, list) else [value]
-    if parts and all(isinstance(part, Mapping) and "sentence" in part for part in parts):
-        return "; ".join(str(part["sentence"]) for part in parts)
-    return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, Mapping) else value
+def show_facts(readings: Iterable[Reading]) -> None:
+    """What is known about each run besides its numbers: its attributes as they are saved."""
+    for reading in readings:
+        with st.expander(f"About {escaped(reading.name)}"):
+            st.json({**reading.attrs, "states": reading.analysis.sizes.get("depth")})
 
 
 CHOSEN_AT_FIRST = 3
@@ -193,20 +140,13 @@ def _read(names: Sequence[str]) -> ChosenRuns:
     readings: dict[str, Reading] = {}
     unreadable: list[UnreadableRun] = []
     listed = run_library.list_runs()
-    bar = st.empty()  # where nothing is analysed, nothing is drawn in it
-    for number, name in enumerate(names):
-
-        def progress(metric: str, done: int, total: int, number: int = number, name: str = name) -> None:
-            of = f" ({number + 1} of {len(names)})" if len(names) > 1 else ""
-            bar.progress(done / max(total, 1), f"Analysing {escaped(name)}{of}: {escaped(metric)}")
-
-        found = run_library.read_run(name, listed, progress=progress)
+    for name in names:
+        found = run_library.read_run(name, listed)
         if isinstance(found, UnreadableRun):
             unreadable.append(found)
         else:
             # A run of several chains has one reading for each.
             readings.update({reading.name: reading for reading in found})
-    bar.empty()
     return ChosenRuns(readings, tuple(unreadable))
 
 
@@ -215,7 +155,7 @@ def require_chosen_runs() -> ChosenRuns:
     # Not left in the session, where a page that is open but idle would keep them in memory.
     names = st.session_state[_KEY] or _looked_at()
     chosen = _read(names)
-    waiting = {run.name: run.path for run in chosen.unreadable if run.waits}
+    waiting = [run.name for run in chosen.unreadable if run.waits]
     if waiting:
         st.fragment(_wait, run_every=1.0)(waiting)
     for run in chosen.unreadable:
@@ -234,15 +174,15 @@ def require_chosen_runs() -> ChosenRuns:
     return chosen
 
 
-def _wait(waiting: Mapping[str, Path]) -> None:
-    """Say which trainings have no step yet, and draw the whole page when one of them has."""
-    if not all(map(growing_runs.is_waiting, waiting.values())):
+def _wait(names: Sequence[str]) -> None:
+    """Say which runs are not there yet, and draw the whole page when one of them is."""
+    listed = run_library.list_runs()
+    found = [run_library.read_run(name, listed) for name in names]
+    waiting = [each for each in found if isinstance(each, UnreadableRun) and each.waits]
+    if len(waiting) < len(names):
         st.rerun()
-    names = ", ".join(f"**{escaped(name)}**" for name in waiting)
-    st.info(
-        f"{names}: {run_library.BEFORE_THE_FIRST_STEP} The page looks each second and shows the first one.",
-        icon="ℹ️",
-    )
+    words = " ".join(f"**{escaped(each.name)}**: {each.reason}" for each in waiting)
+    st.info(f"{words} The page looks each second.", icon="ℹ️")
 
 
 def _looked_at() -> list[str]:

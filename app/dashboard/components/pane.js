@@ -7,7 +7,7 @@ export default function ({ parentElement, data, setStateValue }) {
     box = make("div", { class: "depthscope-facts depthscope-pane" });
     parentElement.appendChild(box);
   }
-  box.place = { at: null, pin: data.pin, other: data.other };
+  box.place = { at: null, pin: data.pin };
   const isMarked = (sequence, position) => data.token && data.token[0] === sequence && data.token[1] === position;
 
   const finding = (each) => {
@@ -18,8 +18,8 @@ export default function ({ parentElement, data, setStateValue }) {
       make("summary", {}, `${each.sign} ${each.title}`), ...parts);
   };
 
-  const numbers = (depth, other) => {
-    const places = other === null ? [depth - 1, depth, depth + 1].filter((i) => data.names[i] !== undefined) : [depth, other];
+  const numbers = (depth) => {
+    const places = [depth - 1, depth, depth + 1].filter((i) => data.names[i] !== undefined);
     const rows = data.numbers.map((row) => make("tr", {}, make("th", { scope: "row", title: row.help }, row.name),
       ...places.map((i) => make("td", {}, row.values[i])), make("td", {}, row.noise[depth])));
     return make("div", { class: "scroll" }, make("table", {}, make("caption", { class: "hidden" }, "Metrics at this depth and around it"),
@@ -47,16 +47,14 @@ export default function ({ parentElement, data, setStateValue }) {
     box.scheduled = null;
     const depth = box.place.at ?? box.place.pin;
     if (depth === null || data.names[depth] === undefined) return;
-    const other = box.place.at === null && box.place.other !== box.place.pin ? box.place.other ?? null : null;
-    const key = `${depth} ${other}`;
-    if (box.shown === key && box.of === data) return;
-    box.shown = key;
+    if (box.shown === depth && box.of === data) return;
+    box.shown = depth;
     box.of = data;
     const touching = data.findings.filter((each) => each.first <= depth && depth <= each.last).slice(0, data.most);
     const at = data.tokens?.[depth];
     box.replaceChildren(
-      make("h2", {}, `Depth ${depth}${other === null ? "" : ` against depth ${other}`}: ${data.names[depth]}`),
-      ...touching.map(finding), ...matrices(depth), numbers(depth, other),
+      make("h2", {}, `Depth ${depth}: ${data.names[depth]}`),
+      ...touching.map(finding), ...matrices(depth), numbers(depth),
       ...(at ? [tokens("largest tokens", ["norm", "× median"], at.tokens),
         tokens("largest entries", ["feature", "value", "× median"], at.entries)] : []),
     );

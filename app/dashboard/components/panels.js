@@ -1,5 +1,5 @@
-// Panels over one axis, of depth or of steps: a cursor that follows the mouse through all of them, a pin, and a second pin to
-// compare with. What can be pinned are places on the axis: depths, or measured steps.
+// Panels over one axis, of depth or of steps: a cursor that follows the mouse through all of them, and a pin.
+// What can be pinned are places on the axis: depths, or measured steps.
 // Text from a run arrives as data only, never as part of this script.
 
 const WAIT = 160;  // milliseconds without another key before a pin is sent: held arrow keys move the line only
@@ -11,13 +11,13 @@ export default function (component) {
     box = document.createElement("div");
     box.className = `depthscope-panels depthscope-${data.name}`;
     box.innerHTML = '<div class="plot"></div><div class="line cursor"></div><div class="line pin"></div>'
-                  + '<div class="line other"></div><div class="name"></div>';
+                  + '<div class="name"></div>';
     parentElement.appendChild(box);
     box.pinned = {};
     box.zoom = urlZoom(data.name, 2);
     keepZoom(data.name, box);
   }
-  const [plot, cursor, pin, other, name] = box.children;
+  const [plot, cursor, pin, name] = box.children;
   box.setAttribute("role", "application");
   box.setAttribute("tabindex", "0");
   box.setAttribute("aria-label", data.alt);
@@ -28,10 +28,9 @@ export default function (component) {
   else if (box.marked === undefined) box.token = data.token;
   box.names = data.names;
   // What Python pinned last: it does not repeat what was pinned here, so that the figure is not sent again for it.
-  const sent = JSON.stringify([data.pin, data.other]);
-  if (box.sentByPage !== sent && !box.waiting) {
-    box.sentByPage = sent;
-    box.pinned = { depth: data.pin, other: data.other };
+  if (box.sentByPage !== data.pin && !box.waiting) {
+    box.sentByPage = data.pin;
+    box.pinned = { depth: data.pin };
   }
 
   const nearest = (value) => {
@@ -75,10 +74,9 @@ export default function (component) {
   };
   // Whoever shows what is at a place listens: the pane on the right of the panels.
   const tell = (at) => document.dispatchEvent(new CustomEvent("depthscope-place", {
-    detail: { name: data.name, at, pin: box.pinned.depth ?? null, other: box.pinned.other ?? null } }));
+    detail: { name: data.name, at, pin: box.pinned.depth ?? null } }));
   const show = () => {
     put(pin, box.pinned.depth);
-    put(other, box.pinned.other);
     tell(null);
   };
   const send = (pinned, wait) => {
@@ -117,18 +115,16 @@ export default function (component) {
     const depth = depthAt(event);
     if (depth === null) return;
     const token = rowAt(event);
-    send({ ...(event.shiftKey ? { ...box.pinned, other: depth } : { depth, other: null }), token }, 0);
+    send({ depth, token }, 0);
   }, options);
   box.onkeydown = (event) => {
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     const last = box.places.length - 1;
     const end = { Home: 0, End: last }[event.key];
-    const moved = event.shiftKey ? "other" : "depth";
-    const from = box.pinned[moved] ?? box.pinned.depth ?? box.places[last];
+    const from = box.pinned.depth ?? box.places[last];
     if ((step !== undefined || end !== undefined) && last >= 0) {
       event.preventDefault();
-      const depth = box.places[Math.min(Math.max(end ?? nearest(from) + step, 0), last)];
-      send(moved === "other" ? { ...box.pinned, other: depth } : { depth, other: null }, WAIT);
+      send({ depth: box.places[Math.min(Math.max(end ?? nearest(from) + step, 0), last)] }, WAIT);
     } else if (data.rows && ["ArrowUp", "ArrowDown"].includes(event.key)) {
       event.preventDefault();
       const at = data.tokens.indexOf(box.token) + (event.key === "ArrowDown" ? 1 : -1);
@@ -142,7 +138,7 @@ export default function (component) {
       document.querySelector(`.st-key-${data.name}_detail`)?.scrollIntoView({ block: "nearest" });
     } else if (event.key === "Escape") {
       // Of steps the last one is shown where none is pinned, also while more of them come.
-      send({ depth: data.follows && box.pinned.other === null ? null : box.pinned.depth, other: null }, 0);
+      send({ depth: data.follows ? null : box.pinned.depth }, 0);
     }
   };
 

@@ -10,27 +10,24 @@ import numpy as np
 import streamlit as st
 
 from depthscope.app.dashboard.components.chart import build, card, clicked_cell, show_legend
-from depthscope.app.dashboard.components.controls import choose, choose_group, choose_index, choose_one
+from depthscope.app.dashboard.components.controls import choose, choose_group, choose_one
 from depthscope.app.dashboard.components.exports import show_exports
 from depthscope.app.dashboard.components.finding_card import escaped
-from depthscope.app.dashboard.components.page import Page, facts_table
+from depthscope.app.dashboard.components.page import Page, show_facts
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
 from depthscope.app.figures import FIGURES, FigureKind, Heatmap, Lines, Selection
 from depthscope.app.figures.build.curve_figure import CurveFigure
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
-from depthscope.app.figures.build.spread import folded, folded_colours
-from depthscope.app.figures.build.values import feeds
+from depthscope.app.figures.build.values import feeds, folded, folded_colours
 from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.comparison import comparison_table, differences
+from depthscope.app.tables.comparison import differences
 from depthscope.app.tables.differences import (
     ONE_RUN_EACH,
     between_groups,
-    clearest,
     difference_figure,
     difference_map,
-    differences_at,
     in_words,
 )
 from depthscope.app.text.terminal import command_line
@@ -87,14 +84,12 @@ def _show(chosen: ChosenRuns) -> None:
         st.caption(f"⚠ {escaped(warning)}")
     if along:
         curves = [each for each in names if _is_along_depth(FIGURES[each])]
-        _show_table(readings, kind, view)
         _show_map(readings, curves, CATALOGUE[kind.metric].axis, view, group_of)
     _show_similarity(chosen)
     used = {key: value for key, value in selection.items() if key in kind.uses}
     show_exports(figure, kind, readings, used)
-    with st.container(border=True):
-        st.markdown("## About the runs")
-        st.table(facts_table(readings), border="horizontal")
+    st.markdown("## About the runs")
+    show_facts(readings)
     if not along:
         return
     # Last: a test that was not made yet takes seconds, and what is above can be read meanwhile.
@@ -156,13 +151,9 @@ def _map_of(chosen: ChosenRuns, run: str, measure: str) -> Heatmap | None:
 
 
 def _show_map(
-    readings: Sequence[Reading],
-    names: Sequence[str],
-    axis: str,
-    view: Selection,
-    group_of: Mapping[str, str],
+    readings: Sequence[Reading], names: Sequence[str], axis: str, view: Selection, group_of: Mapping[str, str]
 ) -> None:
-    """The map of the relative differences of two runs or groups; a click on a cell opens its measure there."""
+    """The map of the relative differences of two runs or groups; a click on a cell opens its measure."""
     groups: dict[str, list[Reading]] = {}
     for reading in readings:
         groups.setdefault(group_of.get(reading.name, reading.name), []).append(reading)
@@ -181,17 +172,16 @@ def _show_map(
         st.info(escaped(str(error)), icon="ℹ️")
         return
     card(figure, key="compare_map", height=110 + 17 * len(rows), clickable=True)
-    st.caption("Click a cell to open its measure at that place.")
+    st.caption("Click a cell to open its measure.")
     figure_of = {FIGURES[name].metric: name for name in reversed(names)}
     st.session_state["compare_rows"] = [figure_of[metric] for metric in rows]
 
 
 def _open_clicked() -> None:
-    """Choose the measure and the place of the cell that was clicked; the state of a field is set before it is drawn."""
+    """Choose the measure of the cell that was clicked; the state of a field is set before it is drawn."""
     cell, rows = clicked_cell("compare_map"), st.session_state.get("compare_rows")
     if cell is not None and rows:
         st.session_state["measure_of"] = rows[int(np.clip(round(cell[1]), 0, len(rows) - 1))]
-        st.session_state["compare_at"] = max(round(cell[0]), 0)
 
 
 def _differences(
@@ -223,13 +213,6 @@ def _show_differences(
         return
     figure = difference_figure(found, kind.title, colours)
     card(figure, key="compare_differences", height=340)
-    axis = str(found[0].value.dims[0])
-    last = max(each.value.size for each in found) - 1
-    at = choose_index(
-        f"At {axis} of the shallower run", last, "compare_at", default=clearest(found), width=220
-    )
-    shown = differences_at(found, at).map(escaped).rename(columns=escaped)
-    st.table(shown.set_index("difference"), border="horizontal")
     for each in found:
         st.markdown(f"- {escaped(in_words(each))}")
     if by is None:
@@ -238,18 +221,6 @@ def _show_differences(
     extra = ["--by", by] if by else []
     command = command_line("compare", *paths, "--metrics", kind.metric, *extra)
     st.code(visible(command), "bash", wrap_lines=True)
-
-
-def _show_table(readings: Sequence[Reading], kind: FigureKind, view: Selection) -> None:
-    try:
-        table = comparison_table(readings, [kind.metric], view)
-    except ValueError:  # no run has it in this version, and the curves above say so
-        return
-    with st.container(border=True):
-        st.markdown("## Side by side at the same relative depth")
-        printed = table.printed.rename(columns=lambda name: escaped(name)).map(escaped)
-        st.table(printed.set_index(printed.columns[1]).drop(columns=printed.columns[0]), border="horizontal")
-        st.caption(escaped(table.caption))
 
 
 PAGE = Page(

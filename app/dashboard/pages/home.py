@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import component, cut_words, offer_csv, show_frame
+from depthscope.app.dashboard.components.chart import component, offer_csv, show_frame
 from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import BADGES, escaped, show_card
 from depthscope.app.dashboard.components.page import LOOKED_AT, Page, explain_none
@@ -22,7 +22,6 @@ from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.readings.depth_map import MEASURES, PlacedFinding, Summary, groupable, plain_attributes
 from depthscope.app.tables.findings import cards_for
 from depthscope.app.text.cards import ABOUT_THE_READING, card_of
-from depthscope.app.text.notebook import card_style
 from depthscope.app.text.numbers import UNDEFINED, number
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics.experiments import results_beside
@@ -30,9 +29,11 @@ from depthscope.diagnostics.experiments import results_beside
 MOST_CARDS = 3
 """Findings of the chosen row that are shown at once: more columns leave too few words in a line."""
 
+WORST_FIRST = "nothing: worst first"
+
 _KEY, _WAITED = "depth_map", "depth_map_waited"
 
-_map_component = component("depth_map", "numbers", "back", more_css=card_style())
+_map_component = component("depth_map", "numbers", "back")
 
 
 @dataclass
@@ -106,7 +107,7 @@ def _draw(first: list[_Runs]) -> None:
             (each.name, each.reason if each.waits else f"⚠ cannot be read: {each.reason}")
             for each in runs.unreadable
         ),
-        *((name, _waiting_words(runs.listed[name])) for name in runs.waiting),
+        *((name, run_library.waiting_words(runs.listed[name])) for name in runs.waiting),
     ]
     others = [(name, words) for name, words in others if _is_found(wanted, f"{name} {words}")]
     if shown or others:
@@ -127,18 +128,8 @@ def _choose_rows(summaries: Sequence[Summary], num_runs: int) -> tuple[list[str]
         "Find", key="find", bind="query-params", placeholder="name, attribute, finding, nan", width=260
     )
     names = groupable(summaries)
-    if st.session_state.get("group") not in (None, *names):  # of other runs: Streamlit raises for it
-        st.session_state.pop("group")
-    group = names and st.selectbox(
-        "Group by",
-        names,
-        index=None,
-        key="group",
-        bind="query-params",
-        placeholder="nothing: worst first",
-        width=220,
-    )
-    return (find or "").casefold().split(), group or ""
+    group = choose_one("Group by", [WORST_FIRST, *names], "group", width=220) if names else WORST_FIRST
+    return (find or "").casefold().split(), "" if group == WORST_FIRST else group
 
 
 def _is_found(wanted: Sequence[str], text: str) -> bool:
@@ -159,17 +150,8 @@ def _group(summary: Summary, group_by: str) -> str:
     return str(plain_attributes(summary.attrs).get(group_by, "–")) if group_by else ""
 
 
-def _waiting_words(path: Path) -> str:
-    progress = run_library.progress_of(path)
-    return "waiting for its analysis" if progress is None else f"being analysed: {progress}"
-
-
 def _show_map(
-    runs: _Runs,
-    shown: Sequence[Summary],
-    others: Sequence[tuple[str, str]],
-    measure: str,
-    group_by: str,
+    runs: _Runs, shown: Sequence[Summary], others: Sequence[tuple[str, str]], measure: str, group_by: str
 ) -> None:
     rows = [_row(each, measure, runs.status(each.name), _group(each, group_by)) for each in shown]
     rows += [{"name": name, "worst": visible(words), "cells": None, "alt": ""} for name, words in others]
@@ -273,8 +255,6 @@ def _offer_numbers(shown: Sequence[Summary], measure: str) -> None:
             for depth, value in enumerate(each.profiles.get(measure, ()))
         )
         show_frame(table, height=320, width=620)
-        if cut := cut_words(table):
-            st.caption(f"{cut.capitalize()}.")
         offer_csv(table, f"depth_map_{measure}", key="map_csv")
 
 

@@ -59,7 +59,7 @@ def _look(reading: Reading, follows: bool = False) -> None:
         if flat:
             st.caption(f"The same at every depth, and not drawn: {escaped('; '.join(flat))}.")
         st.caption(
-            "Click or ←/→ pins a depth, with shift another to compare with; a click in the map or ↑/↓ marks a token; dragging "
+            "Click or ←/→ pins a depth; a click in the map or ↑/↓ marks a token; dragging "
             "zooms in, a double click shows all. Shaded: where the findings are."
         )
         if close_up is not None and close_up.has_texts:
@@ -115,33 +115,30 @@ def _choose_view(reading: Reading, close_up: CloseUp | None) -> View:
                 words={name: FIGURES[name].title for name in names},
                 most=MOST_STRIPS,
             )
-    last = len(depth_names(reading)) - 1
-    pin, other = _depth_of("pin", last), _depth_of("against", last)
-    pin = first_pin(reading) if pin is None else pin
-    return View(tuple(strips), measure, sequence, stream, pin, None if other == pin else other, whose, token)
+    pin = _pinned_depth(len(depth_names(reading)) - 1)
+    return View(
+        tuple(strips), measure, sequence, stream, first_pin(reading) if pin is None else pin, whose, token
+    )
 
 
-def _depth_of(name: str, last: int) -> int | None:
-    """A depth of the URL; one of a deeper run, or none at all, is none."""
-    text = st.query_params.get(name, "")
-    if st.session_state.get(name) is not None:  # a click on the map leads here
-        text = str(st.session_state.pop(name))
-    if not re.fullmatch(r"[0-9]{1,9}", text) or int(text) > last:
-        st.query_params.pop(name, None)
+def _pinned_depth(last: int) -> int | None:
+    """The depth of the URL; one of a deeper run, or none at all, is none."""
+    text = st.query_params.get("pin", "")
+    if st.session_state.get("pin") is not None:  # a click on the map leads here
+        text = str(st.session_state.pop("pin"))
+    if not re.fullmatch(r"[0-9]{1,9}", text, re.ASCII) or int(text) > last:
+        st.query_params.pop("pin", None)
         return None
-    st.query_params[name] = text
+    st.query_params["pin"] = text
     return int(text)
 
 
 def _pinned() -> None:
     """Put what was pinned into the URL, before the page is drawn anew."""
     pinned = st.session_state["microscope"].get("pin") or {}
-    for name, key in (("pin", "depth"), ("against", "other")):
-        depth = pinned.get(key)
-        if isinstance(depth, (int, float)) and depth >= 0:
-            st.query_params[name] = str(int(depth))
-        else:
-            st.query_params.pop(name, None)
+    depth = pinned.get("depth")
+    if isinstance(depth, (int, float)) and depth >= 0:
+        st.query_params["pin"] = str(int(depth))
     row = pinned.get("token")
     if isinstance(row, (int, float)) and row >= 0:
         _mark(int(st.session_state.get("sequence") or 0), int(row))

@@ -16,9 +16,8 @@ from depthscope.app.figures import Heatmap
 from depthscope.app.figures.build.answers import streams_answer
 from depthscope.app.figures.build.matrix_figure import picture_figure
 from depthscope.app.figures.palette import colour_numbers
-from depthscope.app.readings.close_up import CloseUp, Matrix
+from depthscope.app.readings.close_up import CloseUp
 from depthscope.app.readings.readings import Reading
-from depthscope.app.text.numbers import number
 
 SHOWN = ("deflated_gain", "composite_gain", "mixing_singular_value", "signal_share")
 """Figures that are shown: survival, gain, spectrum, and who reads what."""
@@ -62,8 +61,6 @@ def _show(chosen: ChosenRuns) -> None:
     selection = choose([figures[name] for name in names], chosen.analyses)
     show_legend(colour_numbers(chosen.analyses))
     cards_in_rows({f"chart_{name}": build(figures[name], chosen.analyses, selection) for name in names})
-    others = ", ".join(kind.title for name, kind in figures.items() if name not in SHOWN)
-    st.caption(f"On the page Compare and export: {escaped(others)}.")
 
 
 def _show_matrices(reading: Reading, close_up: CloseUp, a: int, b: int) -> None:
@@ -77,7 +74,6 @@ def _show_matrices(reading: Reading, close_up: CloseUp, a: int, b: int) -> None:
         return
     with st.container(border=True):
         st.markdown(f"**{escaped(_words_of(close_up, first, last))}**")
-        st.markdown(escaped(_extreme_words(matrices)))
         show_matrices(matrices, "bench")
 
 
@@ -90,28 +86,8 @@ def _words_of(close_up: CloseUp, first: int, last: int) -> str:
     )
 
 
-def _extreme_words(matrices: list[Matrix]) -> str:
-    """What the mean and the extreme token do: the largest sums, and the largest singular value."""
-    mean, worst = matrices[0], matrices[-1]
-    if not (np.isfinite(mean.h_res).all() and np.isfinite(worst.h_res).all()):
-        return "Some of the matrices are not finite: their numbers are undefined."
-
-    def ends(sums: np.ndarray) -> str:
-        return f"{number(float(sums.min()))} to {number(float(sums.max()))}"
-
-    words = [
-        f"{name}: row sums {ends(each.h_res.sum(axis=1))}, column sums {ends(each.h_res.sum(axis=0))}, largest singular value "
-        f"{number(float(np.linalg.norm(each.h_res, 2)))}"
-        for name, each in (("Mean over tokens", mean), (worst.of[:1].upper() + worst.of[1:], worst))
-    ]
-    return ". ".join(words) + "."
-
-
 def depth_pictures(means: np.ndarray, close_up: CloseUp, run: str) -> Heatmap:
-    """H_res of every connection, the mean over tokens.
-
-    ``close_up``: of the run, for the names of its connections.
-    """
+    """H_res of every connection, the mean over tokens."""
     return picture_figure(
         list(means),
         [close_up.connection_name(i) for i in range(len(means))],

@@ -15,12 +15,11 @@ from depthscope.app.dashboard.components.controls import CONTROLS, choose_group,
 from depthscope.app.dashboard.components.finding_card import BADGES, escaped
 from depthscope.app.dashboard.components.microscope import pinned_by_page
 from depthscope.app.dashboard.components.page import Page
-from depthscope.app.dashboard.state import growing_runs, run_library
+from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.chosen_runs import (
     ChosenRuns,
     a_click_leads_on,
     open_microscope,
-    open_page,
 )
 from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
@@ -33,11 +32,10 @@ from depthscope.app.figures.build.history_figure import (
     profile_figure,
     row_names,
 )
-from depthscope.app.figures.build.spread import folded, folded_colours
+from depthscope.app.figures.build.values import folded, folded_colours
 from depthscope.app.figures.palette import colour_numbers
-from depthscope.app.readings.first_findings import Begun
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.training_history import Measure, TrainingHistory
+from depthscope.app.readings.training_history import Begun, Measure, TrainingHistory
 from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
@@ -48,9 +46,6 @@ MOST_MEASURES = 10
 
 JUDGING_SECONDS = 0.25
 """Of each second, while steps are left to judge."""
-
-MOST_OFFERED = 12
-"""Trainings of a folder that are named where none is chosen."""
 
 LARGEST_STEP = 10**15
 
@@ -74,9 +69,8 @@ MOST_MARKS = 6
 
 CURVE = 80
 CURVE_OF_SEVERAL = 120
-CURVES_OF_CELLS = 220
 LINE = 13
-"""Pixels of a curve, of those of several runs and of all elements of matrices, and of a line of text."""
+"""Pixels of a curve, of those of several runs, and of a line of text."""
 
 TOGETHER = "all together"
 
@@ -91,7 +85,7 @@ class Shown:
     ``choice``: labels of their dims.
     ``steps``: all that a run has measured, increasing.
     ``zoom``: first and last step.
-    ``step``, ``other``: the step that is pinned, and the one that it is compared with; without a pin the last step is shown.
+    ``step``: the one that is pinned, which is shown beside the last one; None where none is.
     ``colours``: run to number of its colour.
     ``group_of``: of several runs: the group of each, drawn as one band; empty for single runs.
     """
@@ -102,7 +96,6 @@ class Shown:
     steps: np.ndarray
     zoom: tuple[float, float] | None
     step: int | None
-    other: int | None
     colours: Mapping[str, int]
     group_of: Mapping[str, str]
 
@@ -124,8 +117,6 @@ def _show(chosen: ChosenRuns) -> None:
             _, group_of = choose_group(readings, "Seeds", "training_by")
     if name != TOGETHER and name not in histories:
         _explain_none(found[name])
-        if not histories:
-            _offer_trainings(chosen)
         return
     if name == TOGETHER and without:
         st.caption(f"Without a history, and not shown: {escaped(', '.join(without))}.")
@@ -142,7 +133,7 @@ def _show(chosen: ChosenRuns) -> None:
 def _goes_on(history: TrainingHistory, seconds: float) -> bool:
     """Whether steps are added or are left to judge, after so many seconds of judging."""
     return growing_runs.first_findings_of(history).look(seconds) or (
-        history.status is not None and live_state(history.status, history.times).is_growing
+        history.status is not None and live_state(history.status).is_growing
     )
 
 
@@ -163,22 +154,8 @@ def _explain_none(history: TrainingHistory | UnreadableRun) -> None:
     )
 
 
-def _offer_trainings(chosen: ChosenRuns) -> None:
-    """A way to the trainings of the folder, where none is chosen."""
-    others = {name: path for name, path in run_library.list_runs().items() if name not in chosen.readings}
-    recorded = [name for name, path in others.items() if growing_runs.has_history(path)][:MOST_OFFERED]
-    if recorded:
-        st.markdown("Recorded trainings of this folder:")
-        with st.container(horizontal=True):
-            for name in recorded:
-                st.button(escaped(name), key=f"open_{name}", on_click=open_page, args=("training", [name]))
-
-
 def _follow(
-    readings: Sequence[Reading],
-    colours: Mapping[str, int],
-    group_of: Mapping[str, str],
-    followed: bool,
+    readings: Sequence[Reading], colours: Mapping[str, int], group_of: Mapping[str, str], followed: bool
 ) -> None:
     if a_click_leads_on():
         st.rerun()  # of the whole page, which goes there
@@ -200,16 +177,12 @@ def _follow(
         judged = sum(each.num_judged for each in findings.values())
         steps = sum(len(history.steps) for history in histories.values())
         st.caption(
-            "Click or ←/→ pins a step, shift-click compares it with another, dragging zooms in, a double click shows all. "
+            "Click or ←/→ pins a step, escape returns to the last one, dragging zooms in, a double click shows all. "
             f"Verdicts: {judged} of {steps} steps judged{' so far' if judged < steps else ''}."
         )
     with right, st.container(key="training_detail"):
-        words = f"Step {_spaced(shown.steps[-1] if shown.step is None else shown.step)}"
-        if shown.other is not None:
-            words += f" against step {_spaced(shown.other)}"
-        elif shown.step is None:
-            words += ", the last one"
-        st.markdown(f"## {words}")
+        at = f"Step {_spaced(shown.steps[-1] if shown.step is None else shown.step)}"
+        st.markdown(f"## {at}{', the last one' if shown.step is None else ''}")
         for reading in readings:
             _list_findings(reading, begun[reading.name], several=len(readings) > 1)
         _show_step(histories, shown)
@@ -222,7 +195,7 @@ def _say(histories: Mapping[str, TrainingHistory]) -> None:
     with st.container(horizontal=True, vertical_alignment="center", gap="small"):
         for run, history in histories.items():
             if history.status is not None:
-                state = live_state(history.status, history.times)
+                state = live_state(history.status)
                 words = state.words if len(histories) == 1 else f"{escaped(run)}: {state.words}"
                 st.badge(words, color=state.colour)
         if len(histories) == 1:
@@ -237,8 +210,6 @@ def _facts(history: TrainingHistory) -> list[str]:
         words.append(f"written by process {status.pid} on {status.host}")
     if history.resumed_at:
         words.append(f"resumed at step {', '.join(map(str, history.resumed_at[-3:]))}")
-    if history.evaluations_left_out:
-        words.append(f"{history.evaluations_left_out} evaluations between the steps, which count to none")
     return words
 
 
@@ -266,37 +237,28 @@ def _choose(
         preferred = {
             dim: label for name in reversed(measures) for dim, label in known[name].labels({}).items()
         }
-        choice = {dim: _choose_label(dim, labels, preferred[dim]) for dim, labels in dims.items()}
+        choice = {
+            dim: choose_one(
+                CONTROLS[dim].label if dim in CONTROLS else spoken(dim).capitalize(),
+                labels,
+                f"training_{dim}",
+                default=preferred[dim],
+                width=130,
+            )
+            for dim, labels in dims.items()
+        }
     steps = np.unique(np.concatenate([history.steps for history in histories.values()]))
-    step, other = (_step_of(name) for name in ("step", "versus"))
     zoom = _zoom(float(steps[0]), float(steps[-1]))
-    pinned, versus = (
-        None if each is None else int(steps[_position_of(steps, each)]) for each in (step, other)
-    )
-    # Several runs are compared with one another, at one step.
-    versus = None if versus == pinned or len(histories) > 1 else versus
-    return Shown(known, tuple(measures), choice, steps, zoom, pinned, versus, colours, group_of)
+    step = _step_of_address()
+    pinned = None if step is None else int(steps[_position_of(steps, step)])
+    return Shown(known, tuple(measures), choice, steps, zoom, pinned, colours, group_of)
 
 
-def _choose_label(dim: str, labels: list[str], preferred: str) -> str:
-    key = f"training_{dim}"
-    if st.session_state.get(key) not in labels:
-        st.session_state.pop(key, None)
-    return st.selectbox(
-        CONTROLS[dim].label if dim in CONTROLS else spoken(dim).capitalize(),
-        labels,
-        labels.index(preferred),
-        key=key,
-        bind="query-params",
-        width=130,
-    )
-
-
-def _step_of(name: str) -> int | None:
-    """A step of the URL; none where it is no number."""
-    text = st.query_params.get(name, "")
+def _step_of_address() -> int | None:
+    """The pinned step; none where it is no number."""
+    text = st.query_params.get("step", "")
     if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII):
-        st.query_params.pop(name, None)
+        st.query_params.pop("step", None)
         return None
     return int(text)
 
@@ -318,12 +280,11 @@ def _zoom(first: float, last: float) -> tuple[float, float] | None:
 def _changed() -> None:
     """Put what was pinned into the URL, before the page is drawn anew."""
     pinned = st.session_state["training"].get("pin") or {}
-    for name, key in (("step", "depth"), ("versus", "other")):
-        step = pinned.get(key)
-        if isinstance(step, (int, float)) and 0 <= step < LARGEST_STEP:
-            st.query_params[name] = str(round(step))
-        elif pinned:
-            st.query_params.pop(name, None)
+    step = pinned.get("depth")
+    if isinstance(step, (int, float)) and 0 <= step < LARGEST_STEP:
+        st.query_params["step"] = str(round(step))
+    elif pinned:
+        st.query_params.pop("step", None)
 
 
 def _position_of(steps: np.ndarray, step: int | None) -> int:
@@ -334,21 +295,13 @@ def _position_of(steps: np.ndarray, step: int | None) -> int:
 
 
 def _show_history(
-    histories: Mapping[str, TrainingHistory],
-    shown: Shown,
-    begun: Mapping[str, Sequence[Begun]],
+    histories: Mapping[str, TrainingHistory], shown: Shown, begun: Mapping[str, Sequence[Begun]]
 ) -> None:
-    """The panels of one history, or of several on the same axes.
-
-    ``begun``: where the findings of each run began.
-    """
+    """The panels of one history, or of several on the same axes."""
     panels = [_panel(histories, name, shown) for name in shown.measures]
     marks = _marks(histories, begun)
     # Of the panels' own columns, and no others: an arrow key moves to where something else can be seen.
     places = _places(shown.steps, panels)
-    pins = pinned_by_page(
-        "training", *(None if step is None else float(step) for step in (shown.step, shown.other))
-    )
     resumed = next(iter(histories.values())).resumed_at if len(histories) == 1 else ()
     _panels(
         data={
@@ -358,11 +311,11 @@ def _show_history(
             "places": places,
             "names": None,
             "follows": True,
-            **pins,
+            "pin": pinned_by_page("training", None if shown.step is None else float(shown.step)),
             "alt": visible(
                 f"Panels over {len(shown.steps)} steps of the training of {', '.join(histories)}: "
                 f"{', '.join(measure_title(shown.known[name]) for name in shown.measures)}. Left and right arrow pin a "
-                "step, with shift the one to compare with, escape returns to the last one, enter opens its numbers."
+                "step, escape returns to the last one, enter opens its numbers."
             ),
             "plotly": PLOTLY_SOURCE,
         },
@@ -390,18 +343,13 @@ def _marks(histories: Mapping[str, TrainingHistory], begun: Mapping[str, Sequenc
 def _panel(histories: Mapping[str, TrainingHistory], name: str, shown: Shown) -> Panel:
     if len(histories) > 1:
         figure: Figure = histories_figure(
-            histories,
-            name,
-            shown.choice,
-            colours=shown.colours,
-            group_of=shown.group_of,
-            span=shown.zoom,
+            histories, name, shown.choice, colours=shown.colours, group_of=shown.group_of, span=shown.zoom
         )
         return Panel(figure, height=CURVE_OF_SEVERAL)
     (history,) = histories.values()
     figure = history_figure(history, name, shown.choice, shown.zoom)
     if not isinstance(figure, Heatmap):
-        return Panel(figure, height=CURVE if len(figure.lines) == 1 else CURVES_OF_CELLS)
+        return Panel(figure, height=CURVE)
     rows = len(figure.y)
     height = int(np.clip(9 * rows, 90, 300))
     # The first row, the last one, and as many between as have room.
@@ -418,57 +366,38 @@ def _places(steps: np.ndarray, panels: Sequence[Panel]) -> list[float]:
 
 
 def _show_step(histories: Mapping[str, TrainingHistory], shown: Shown) -> None:
-    """All about one step, and of a single run about the one that it is compared with."""
-    steps = [shown.step] if shown.other is None else [shown.step, shown.other]
-    numbers = [name for name in shown.measures if not shown.known[name].rows]
-    if len(histories) == 1:
-        (history,) = histories.values()
-        positions = [_position_of(history.steps, step) for step in steps]
-        _show_numbers(history, numbers, shown, positions)
-        curves = {f"step {_spaced(history.steps[at])}": (history, at) for at in positions}
-    else:
-        curves = {run: (each, _position_of(each.steps, shown.step)) for run, each in histories.items()}
-        _show_table(curves, numbers, shown)
+    """All about one step, and of a single run about the last one too."""
+    several = len(histories) > 1
+    steps = [shown.step] if several or shown.step is None else [shown.step, None]
+    curves = {
+        run if several else f"step {_spaced(history.steps[at])}": (history, at)
+        for run, history in histories.items()
+        for at in (_position_of(history.steps, step) for step in steps)
+    }
+    _show_numbers(curves, shown, several=several)
     for name in shown.measures:
         having = {label: curve for label, curve in curves.items() if name in curve[0].measures}
         if shown.known[name].rows:
-            colours = shown.colours if len(histories) > 1 else None
-            figure = profile_figure(name, shown.choice, having, colours)
+            figure = profile_figure(name, shown.choice, having, shown.colours if several else None)
             card(folded(figure, shown.group_of), key=f"training_{name}", height=210)
 
 
-def _show_numbers(
-    history: TrainingHistory, names: Sequence[str], shown: Shown, positions: Sequence[int]
-) -> None:
-    if not names:
-        return
-    with st.container(horizontal=True):
-        for name in names:
-            values = history.values(name, shown.choice)
-            first = float(values[positions[0]])
-            change = number(first - float(values[positions[1]])) if len(positions) > 1 else None
-            st.metric(
-                escaped(measure_title(history.measures[name])),
-                number(first, digits=4),
-                change,
-                delta_color="off",
-                width="content",
+def _show_numbers(curves: Mapping[str, tuple[TrainingHistory, int]], shown: Shown, *, several: bool) -> None:
+    """One row for each run at its own step that is nearest, or for each step of a single one."""
+    names = [name for name in shown.measures if not shown.known[name].rows]
+    rows = {
+        escaped(label): ({"step": _spaced(history.steps[at])} if several else {})
+        | {
+            escaped(measure_title(history.measures[name])): number(
+                float(history.values(name, shown.choice)[at]), digits=4
             )
-
-
-def _show_table(
-    curves: Mapping[str, tuple[TrainingHistory, int]], names: Sequence[str], shown: Shown
-) -> None:
-    """One row for each run, at its own step that is nearest."""
-    rows = []
-    for run, (history, at) in curves.items():
-        row = {"run": escaped(run), "step": _spaced(history.steps[at])}
-        for name in names:
-            if name in history.measures:
-                title = measure_title(history.measures[name])
-                row[title] = number(float(history.values(name, shown.choice)[at]))
-        rows.append(row)
-    st.table(pd.DataFrame(rows).fillna("–").set_index("run"), border="horizontal")
+            for name in names
+            if name in history.measures
+        }
+        for label, (history, at) in curves.items()
+    }
+    if names:
+        st.table(pd.DataFrame(rows).T.fillna("–"), border="horizontal")
 
 
 def _spaced(step: int) -> str:
@@ -512,15 +441,10 @@ def _list_findings(reading: Reading, begun: Sequence[Begun], *, several: bool) -
 
 def _pin(step: int) -> None:
     st.query_params["step"] = str(step)
-    st.query_params.pop("versus", None)
 
 
 def _open(reading: Reading, depth: int | None) -> None:
-    open_microscope(
-        st.session_state.get("runs", ()),
-        look_at=reading.name,
-        depth=depth,
-    )
+    open_microscope(st.session_state.get("runs", ()), look_at=reading.name, depth=depth)
 
 
 PAGE = Page(

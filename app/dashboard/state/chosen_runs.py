@@ -33,18 +33,11 @@ class ChosenRuns:
         return {name: reading.analysis for name, reading in self.readings.items()}
 
     def figures(self, question: str) -> dict[str, FigureKind]:
-        """Figures of one question that the chosen runs can feed.
-
-        ``question``: a question of the register of figures.
-        Returns: Name → kind.
-        """
+        """Figures of one question that the chosen runs can feed."""
         return {name: kind for name, kind in available(self.analyses).items() if kind.question == question}
 
     def feeding(self, *needs: Iterable[str]) -> list[str]:
-        """Names of the runs that can feed one of several figures.
-
-        ``*needs``: for each figure the variables without which it has nothing to draw.
-        """
+        """Names of the runs that can feed one of several figures, by the variables that each needs."""
         return [
             name for name, data in self.analyses.items() if any(feeds(data, tuple(each)) for each in needs)
         ]
@@ -54,19 +47,12 @@ _KEY = "visit"
 
 
 def open_microscope(runs: Sequence[str], *, look_at: str, depth: int | None = None) -> None:
-    """Note that the microscope is to be opened.
-
-    ``runs``: names in the list of runs: they are chosen in the sidebar.
-    ``look_at``: name of the reading that is under the microscope.
-    """
+    """Note that the microscope is to be opened on a reading, and that runs are chosen in the sidebar."""
     open_page("microscope", runs, look=look_at, pin=depth)
 
 
 def open_page(page: str, runs: Sequence[str], **values: Any) -> None:
-    """Note that a page is to be opened.
-
-    ``runs``: names in the list of runs: they are chosen in the sidebar.
-    """
+    """Note that a page is to be opened, and that runs are chosen in the sidebar."""
     st.session_state[_KEY] = (page, {"runs": list(dict.fromkeys(runs)), **values})
 
 

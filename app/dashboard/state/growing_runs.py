@@ -23,10 +23,9 @@ from depthscope.app.dashboard.state.run_reading import (
     sentence,
     version_of,
 )
-from depthscope.app.readings.first_findings import FirstFindings
 from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.training_history import TrainingHistory
+from depthscope.app.readings.training_history import FirstFindings, TrainingHistory
 from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema import LiveRows, Status
@@ -70,7 +69,7 @@ def is_waiting(path: Path) -> bool:
     if store is None:
         return False
     status = store.status()
-    return status.num_rows == 0 and live_state(status, store.times).is_growing
+    return status.num_rows == 0 and live_state(status).is_growing
 
 
 def is_known(path: Path) -> bool:
@@ -78,9 +77,7 @@ def is_known(path: Path) -> bool:
     return path in _growing
 
 
-def read_growing(
-    name: str, path: Path, progress: Callable[[str, int, int], None] | None
-) -> tuple[Reading, ...] | UnreadableRun:
+def read_growing(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:
     """A run that is being written, as of its last steps: analysed again when there are new ones, but not all the time."""
     with _lock:
         version, found = _growing.get(path, (None, None))
@@ -92,7 +89,7 @@ def read_growing(
         except OSError as error:
             return UnreadableRun(name, path, sentence(error))
         if found is None or version != now:
-            found = read(name, path, progress)
+            found = read(name, path)
             _growing[path] = now, found
             ended = time.monotonic()
             _rest["until"] = ended + (ended - begun) * (1 - SHARE_OF_TIME) / SHARE_OF_TIME
@@ -100,11 +97,8 @@ def read_growing(
 
 
 def read_again(reading: Reading) -> Reading | None:
-    """A reading of a run that is being written, as of its last steps.
-
-    Returns: The same one where there is nothing new; None where it cannot be read any more.
-    """
-    found = read_growing(reading.run, Path(reading.path), None)
+    """A reading of a run that is being written, as of its last steps; None where it cannot be read any more."""
+    found = read_growing(reading.run, Path(reading.path))
     if isinstance(found, UnreadableRun):
         return None
     return next((each for each in found if each.chain == reading.chain), None)
@@ -113,13 +107,7 @@ def read_again(reading: Reading) -> Reading | None:
 def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
     """What is to be said of the runs that are or were written step by step."""
     stores = {name: _current_store(path) for name, path in listed.items()}
-    return {name: live_state(each.status(), each.times) for name, each in stores.items() if each is not None}
-
-
-def has_history(path: Path) -> bool:
-    """Whether it is a store with two measured steps or more."""
-    store = _current_store(path)
-    return store is not None and store.status().num_rows >= 2
+    return {name: live_state(each.status()) for name, each in stores.items() if each is not None}
 
 
 def _current_store(path: Path) -> LiveRows | None:
@@ -165,14 +153,11 @@ def first_findings_of(history: TrainingHistory) -> FirstFindings:
         return _first_findings.setdefault(history, FirstFindings(history))
 
 
-MISSED_BEATS = 4
-"""A run is stale when its last step is older than so many of its longest recent intervals. A heuristic of ours."""
+GROWS_WITHIN = 600.0
+"""Seconds since the last step of a store on another machine, whose lock is not seen here: after them it counts as ended."""
 
-RECENT = 20
-"""Intervals between steps that its cadence is taken from."""
-
-LEAST_SECONDS = 5.0
-"""A shorter silence is never called stale: a writer waits for a disk, or for a page fault."""
+SILENT = 60.0
+"""Seconds without a step after which a badge is no longer green."""
 
 
 @dataclass(frozen=True)
@@ -189,31 +174,17 @@ class LiveState:
     is_growing: bool
 
 
-def live_state(status: Status, times: np.ndarray | None) -> LiveState:
-    """The state of a live store.
-
-    ``times``: when its steps were measured, in seconds since 1970.
-    """
+def live_state(status: Status) -> LiveState:
+    """The state of a live store."""
     step = "no step yet" if status.last_step is None else f"step {status.last_step:,}".replace(",", " ")
     age = _duration(status.age_seconds)
-    if status.state == "finished":
-        return LiveState(f"ended at {step}, {age} ago", "gray", False)
-    if status.state == "killed":
-        return LiveState(f"killed at {step}, {age} ago", "red", False)
-    if status.state == "unknown":
-        # Its writer ran on another machine, whose lock is not seen here: it may still write.
-        stale = status.age_seconds > _patience(times)
-        words = f"{step}, {age} ago, written on {status.host}"
-        return LiveState(f"{words} · STALE" if stale else words, "orange" if stale else "green", not stale)
-    if status.age_seconds > _patience(times):
-        return LiveState(f"{step}, {age} ago · STALE", "orange", True)
-    return LiveState(f"{step}, {age} ago", "green", True)
-
-
-def _patience(times: np.ndarray | None) -> float:
-    intervals = np.diff(times[-RECENT - 1 :]) if times is not None else np.zeros(0)
-    known = intervals[np.isfinite(intervals)]
-    return max(LEAST_SECONDS, MISSED_BEATS * float(known.max(initial=0.0)))
+    if status.state in ("finished", "killed"):
+        word, colour = ("ended", "gray") if status.state == "finished" else ("killed", "red")
+        return LiveState(f"{word} at {step}, {age} ago", colour, False)
+    elsewhere = f", written on {status.host}" if status.state == "unknown" else ""
+    grows = not elsewhere or status.age_seconds < GROWS_WITHIN
+    colour = "green" if status.age_seconds < SILENT else "orange"
+    return LiveState(f"{step}, {age} ago{elsewhere}", colour, grows)
 
 
 def _duration(seconds: float) -> str:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from depthscope.app.dashboard.state import growing_runs
-from depthscope.app.dashboard.state.background import Analyses
 from depthscope.app.dashboard.state.run_reading import (
     CACHE_BYTES,
     LIMIT,
+    Analyses,
     ReadingCache,
     UnreadableRun,
     read,
@@ -36,6 +36,8 @@ from depthscope.diagnostics.analysis.differences import Difference
 from depthscope.diagnostics.experiments import RESULTS, result_path
 
 BEFORE_THE_FIRST_STEP = "It is being recorded, and no step of it was measured yet."
+
+IS_ANALYSED = "It is being analysed."
 
 _roots: list[Path] = []
 """The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
@@ -72,20 +74,17 @@ def ask_for(runs: Mapping[str, Path]) -> bool:
 
 
 def differences_between(readings: Sequence[Reading], metric: str, view: Selection) -> list[Difference]:
-    """Every run against the first, sequence by sequence; remembered until a file changes.
-
-    Raises ValueError, OSError: Where they cannot be tested.
-    """
+    """Every run against the first, sequence by sequence; remembered until a file changes."""
     versions = tuple((reading.name, FileVersion.of(Path(reading.path))) for reading in readings)
     return _differences.get(
-        (versions, metric, view),
-        lambda: between_runs(readings, [metric], view, max_bytes=LIMIT["max_bytes"]),
+        (versions, metric, view), lambda: between_runs(readings, [metric], view, max_bytes=LIMIT["max_bytes"])
     )
 
 
-def progress_of(path: Path) -> str | None:
-    """How far the analysis of a run is that was asked for; None where it waits."""
-    return _beside[0].progress_of(path) if _beside else None
+def waiting_words(path: Path) -> str:
+    """How far a run is that has to be analysed."""
+    waits = bool(_beside) and _beside[0].is_waiting(path)
+    return "waiting for its analysis" if waits else "being analysed"
 
 
 def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
@@ -95,10 +94,7 @@ def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
 
 
 def list_runs() -> dict[str, Path]:
-    """Runs below the allowed paths, under names that differ to the eye.
-
-    Returns: Name, in which everything can be seen → resolved path.
-    """
+    """Runs below the allowed paths: a name that differs to the eye from others → resolved path."""
     found: dict[str, Path] = {}
     # The same run by two roots is listed once; a set, since a folder may contain thousands.
     listed: set[Path] = set()
@@ -126,19 +122,13 @@ def _distinct_name(name: str, path: Path, taken: dict[str, Path]) -> str:
     return shown
 
 
-def read_run(
-    name: str,
-    listed: Mapping[str, Path] | None = None,
-    *,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> tuple[Reading, ...] | UnreadableRun:
+def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Reading, ...] | UnreadableRun:
     """A listed run, analysed and judged: one reading for each of its chains.
 
-    An analysis is saved in the user's cache, see `kept_readings`.
+    An analysis is saved in the user's cache, see `kept_readings`. One that other processes make is waited for by the page.
 
     ``name``: A name from `list_runs`, possibly from a URL.
     ``listed``: what `list_runs` returned just now: for many names the folders are walked through once.
-    ``progress``: called with (metric, number done, number in all) while the run is analysed.
     """
     path = (list_runs() if listed is None else listed).get(name)
     if path is None:
@@ -147,14 +137,16 @@ def read_run(
     if growing_runs.is_waiting(path):
         return UnreadableRun(name, path, BEFORE_THE_FIRST_STEP, waits=True)
     if growing_runs.is_growing(path):
-        return growing_runs.read_growing(name, path, progress)
+        return growing_runs.read_growing(name, path)
     # Twice: a file that was replaced while it was read is there as a whole the second time.
     for _ in range(2):
         try:
             version = version_of(path)
-            if _beside and _cache.peek((name, path, version)) is None and not kept_summaries(path, version):
-                _beside[0].wait_for(name, path, progress)
-            found = _cache.get((name, path, version), partial(_kept_or_read, name, path, version, progress))
+            is_known = _cache.peek((name, path, version)) is not None or kept_summaries(path, version)
+            if _beside and not is_known and _beside[0].result_of(path, version) is None:
+                _beside[0].ask({name: path}, first=True)
+                return UnreadableRun(name, path, IS_ANALYSED, waits=True)
+            found = _cache.get((name, path, version), partial(_kept_or_read, name, path, version))
             if version_of(path) == version:
                 return found
         except OSError as error:  # it has gone, or is a pipe
@@ -164,15 +156,12 @@ def read_run(
 
 
 def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
-    """What the verdicts of a run say, where that is known without an analysis.
-
-    Returns: None where the run has to be analysed first.
-    """
+    """What the verdicts of a run say; None where the run has to be analysed first."""
     if growing_runs.is_waiting(path):
         return UnreadableRun(name, path, BEFORE_THE_FIRST_STEP, waits=True)
     if growing_runs.is_growing(path):
         # Analysed again now and then; what its rows say at the moment is in `live_states`.
-        known = growing_runs.read_growing(name, path, None) if growing_runs.is_known(path) else None
+        known = growing_runs.read_growing(name, path) if growing_runs.is_known(path) else None
         return known if known is None else _summarised(known)
     try:
         place = _place_of(path)
@@ -203,10 +192,7 @@ def _summarised(found: tuple[Reading, ...] | UnreadableRun) -> list[Summary] | U
 
 
 def close_up_of(reading: Reading) -> CloseUp | None:
-    """The states of a reading, from its file.
-
-    Returns: None where it has no states, or its file has gone or changed.
-    """
+    """The states of a reading, from its file; None where it has no states, or its file has gone or changed."""
     path = Path(reading.path)
     try:
         # A live store has a new row every moment, and new states now and then.
@@ -220,16 +206,14 @@ def close_up_of(reading: Reading) -> CloseUp | None:
         return None
 
 
-def _kept_or_read(
-    name: str, path: Path, version: FileVersion, progress: Callable[[str, int, int], None] | None
-) -> tuple[Reading, ...] | UnreadableRun:
+def _kept_or_read(name: str, path: Path, version: FileVersion) -> tuple[Reading, ...] | UnreadableRun:
     kept = kept_readings(path, version)
     if kept is not None:
         return kept
     reason = _beside[0].result_of(path, version) if _beside else None
     if reason:
         return UnreadableRun(name, path, reason)
-    found = read(name, path, progress)
+    found = read(name, path)
     if not isinstance(found, UnreadableRun):
         keep(path, version, found)
     return found

@@ -1,15 +1,22 @@
-"""What does a file of the listed runs contain? Read and judged, or why not; kept in memory up to some bytes."""
+"""What does a file of the listed runs contain? Read and judged, here or by other processes; cached up to some bytes."""
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
+import signal
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import RLock
 from typing import Any
 
+from depthscope.app.readings.kept_readings import keep
 from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import Reading, read_runs
 from depthscope.app.text.visible import LONGEST_TEXT, visible
@@ -27,7 +34,7 @@ class UnreadableRun:
     ``name``: name in the list of runs.
     ``path``: its file.
     ``reason``: what came, what was expected, what to do.
-    ``waits``: whether it is a training of which no step was measured yet.
+    ``waits``: whether it will be readable without further ado: it is being analysed, or waits for its first step.
     """
 
     name: str
@@ -41,17 +48,12 @@ def version_of(path: Path) -> FileVersion:
     return FileVersion.of(path, *(result_path(path, what) for what in RESULTS))
 
 
-def read(
-    name: str, path: Path, progress: Callable[[str, int, int], None] | None
-) -> tuple[Reading, ...] | UnreadableRun:
-    """Read, analyse and judge a run; whatever is wrong with it is a reason, and no error.
-
-    ``progress``: called with (metric, number done, number in all).
-    """
+def read(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:
+    """Read, analyse and judge a run; whatever is wrong with it is a reason, and no error."""
     try:
         run = schema.open_run(path, max_bytes=LIMIT["max_bytes"])
         try:
-            return tuple(read_runs({name: run}, paths={name: path}, progress=progress, last_step=True))
+            return tuple(read_runs({name: run}, paths={name: path}, last_step=True))
         finally:
             run.close()
     except (schema.SchemaError, OSError) as error:
@@ -65,10 +67,7 @@ def read(
 
 
 def sentence(error: Exception) -> str:
-    """The text of an error, with everything in it visible.
-
-    ``error``: of a file, whose names and texts may be anybody's.
-    """
+    """The text of an error, with everything in it visible: names and texts of a file may be anybody's."""
     return visible(error, lines=True, longest=LONGEST_TEXT)
 
 
@@ -93,10 +92,7 @@ class ReadingCache:
         self._making = RLock()  # reentrant, so that making a value may ask for another one
 
     def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """The value of a key, made where it is not cached.
-
-        ``make``: makes it; what it raises is raised, and nothing is cached.
-        """
+        """The value of a key, made where it is not cached; what making it raises is raised, and nothing is cached."""
         with self._making:
             if key not in self._kept:
                 made = make()
@@ -110,7 +106,103 @@ class ReadingCache:
         """The value of a key, None where it is not cached; nothing is made, and nobody waited for."""
         return self._kept.get(key, (None,))[0]
 
-    def clear(self) -> None:
-        """Keep nothing."""
-        with self._making:
-            self._kept.clear()
+
+# --- analyses by other processes, while a visitor looks at something else
+
+# A fork of the server would have its threads' locks; a fork of a process that has imported everything begins at once.
+_context: Any = multiprocessing.get_context(
+    "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
+)
+if _context.get_start_method() == "forkserver":
+    _context.set_forkserver_preload([__name__])
+
+
+@dataclass
+class _Job:
+    """An analysis of one version of a run; `reason` is why there is none, empty where there is, None until that is known."""
+
+    name: str
+    path: Path
+    version: FileVersion
+    reason: str | None = None
+
+
+class Analyses:
+    """Analyses of runs by other processes; one for the server.
+
+    What they find is saved in the user's cache (`kept_readings`), from which the server reads it.
+
+    ``most``: processes at a time; as many as there are cores by default.
+    """
+
+    def __init__(self, most: int | None = None):
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._threads = ThreadPoolExecutor(most or cores or 1)
+        self._jobs: dict[Path, _Job] = {}
+        self._waiting: list[_Job] = []
+        self._lock = RLock()
+
+    def ask(self, runs: Mapping[str, Path], *, first: bool = False) -> None:
+        """Have runs analysed, unless these very files already were or are waiting for it.
+
+        ``first``: before all that wait.
+        """
+        with self._lock:
+            for name, path in runs.items():
+                with suppress(OSError):  # it has gone
+                    version = version_of(path)
+                    if path not in self._jobs or self._jobs[path].version != version:
+                        self._jobs[path] = _Job(name, path, version)
+                        self._waiting.append(self._jobs[path])
+                        self._threads.submit(self._analyse_next)
+                    if first and self._jobs[path] in self._waiting:
+                        self._waiting.remove(self._jobs[path])
+                        self._waiting.insert(0, self._jobs[path])
+
+    def _analyse_next(self) -> None:
+        with self._lock:
+            job = self._waiting.pop(0)
+        job.reason = _analysed(job)
+
+    def is_waiting(self, path: Path) -> bool:
+        """Whether the analysis of a run was asked for and has not begun."""
+        return self._jobs.get(path) in self._waiting
+
+    def result_of(self, path: Path, version: FileVersion) -> str | None:
+        """Why a run cannot be analysed, empty where it was; None where that is not known yet."""
+        job = self._jobs.get(path)
+        return job.reason if job is not None and job.version == version else None
+
+    def stop(self) -> None:
+        """End all analyses: the server ends, and it is no news that they did."""
+        logging.getLogger(__name__).disabled = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.terminate()
+
+
+def _analysed(job: _Job) -> str:
+    """Why a run cannot be analysed, empty where its analysis is saved."""
+    try:
+        # A process of its own for each run: one that is ended for its memory takes no other analysis with it.
+        with ProcessPoolExecutor(1, mp_context=_context) as process:
+            return process.submit(_work, job.name, job.path, job.version, LIMIT["max_bytes"]).result()
+    except BrokenProcessPool:
+        reason = "The process that analysed it was ended, perhaps for its memory. Analyse it by itself: depthscope analyze"
+    except OSError as error:
+        reason = f"No process could be started to analyse it: {error}."
+    logging.getLogger(__name__).warning("%s: %s", ascii(str(job.path)), reason)
+    return reason
+
+
+def _work(name: str, path: Path, version: FileVersion, max_bytes: int | None) -> str:
+    """In a process of its own: analyse a run and save the analysis, or return why there is none."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server is told, and ends this
+    with suppress(OSError):
+        os.nice(5)  # pages before analyses
+    LIMIT["max_bytes"] = max_bytes
+    found = read(name, path)
+    if isinstance(found, UnreadableRun):
+        return found.reason
+    keep(path, version, found)
+    return ""

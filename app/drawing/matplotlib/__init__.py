@@ -10,14 +10,14 @@ import matplotlib as mpl
 from matplotlib.figure import Figure as Canvas
 
 from depthscope.app.drawing.matplotlib.composed import draw, draw_into
-from depthscope.app.drawing.matplotlib.curves import HEALTHY
-from depthscope.app.drawing.matplotlib.matrices import DENSE, DENSE_ON_A_PAGE
+from depthscope.app.drawing.matplotlib.curves import DENSE, DENSE_ON_A_PAGE, HEALTHY
 from depthscope.app.drawing.matplotlib.style import FIGURE_POINTS, WIDTHS, Width, figure_style
 from depthscope.app.figures.composed import Composed
 from depthscope.app.figures.specification import Figure
 from depthscope.diagnostics.errors import InputError
 
 __all__ = [
+    "DENSE",
     "FIGURE_POINTS",
     "FORMATS",
     "WIDTHS",
@@ -95,19 +95,16 @@ _COORDINATES = re.compile(r' (?:d|x|y)="[^"]*"')
 _DIGITS = re.compile(r"(\.\d\d)\d+")
 
 
-def to_svg(figure: Figure, *, width: str = "neurips", page: bool = False) -> str:
-    """A figure as an SVG element, its ids marked by its name so that several share a page.
+def to_svg(figure: Figure, *, width: str = "neurips") -> str:
+    """A figure as an SVG element for a page in HTML: letters are text, ink has the colour of the page's text.
 
-    ``page``: for a page in HTML: letters are text, ink has the colour of the page's text, and the page shows through.
-    Returns: From ``<svg`` on, without the XML declaration.
+    Its ids are marked by its name, so that several share a page.
     """
     buffer = io.StringIO()
-    with figure_style(width) as size, mpl.rc_context(_ON_A_PAGE if page else {}):
-        canvas = _laid_out(draw(figure, size, dense=DENSE_ON_A_PAGE if page else DENSE))
-        canvas.savefig(buffer, format="svg", transparent=page)
-    text = buffer.getvalue()
-    if page:
-        text = _for_any_page(text)
+    with figure_style(width) as size, mpl.rc_context(_ON_A_PAGE):
+        canvas = _laid_out(draw(figure, size, dense=DENSE_ON_A_PAGE))
+        canvas.savefig(buffer, format="svg", transparent=True)
+    text = _for_any_page(buffer.getvalue())
     # The XML declaration and the document type are allowed at the start of a document only, not inside a page.
     element = text[text.index("<svg") :]
     # matplotlib names its clip paths by their content: two figures on a page may have the same id.

@@ -7,24 +7,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
-import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
-from matplotlib.figure import Figure as Canvas
 from matplotlib.lines import Line2D
-from matplotlib.patches import Circle, Patch
+from matplotlib.patches import Patch
 
 from depthscope.app.drawing.matplotlib.curves import (
     DASHES,
+    DENSE,
     HEALTHY,
     MARK,
     NULL,
+    add_bar,
     keywords_of,
     measured_of,
+    plot_heatmap,
     plot_lines,
     variant_of,
 )
-from depthscope.app.drawing.matplotlib.matrices import DENSE, add_bar, plot_heatmap
 from depthscope.app.drawing.matplotlib.style import (
     PaperFigure,
     Width,
@@ -36,7 +35,7 @@ from depthscope.app.drawing.matplotlib.style import (
 )
 from depthscope.app.figures.composed import Composed, LetteredPanel, letter
 from depthscope.app.figures.palette import Look, look_of
-from depthscope.app.figures.specification import NOISE_BASELINE, Figure, Heatmap, Lines, Points, looks_of
+from depthscope.app.figures.specification import NOISE_BASELINE, Figure, Heatmap, Lines, looks_of
 from depthscope.app.text.visible import shortened
 
 # A panel needs this much for its ticks, label and colour bar. Inches, a heuristic of ours.
@@ -44,7 +43,6 @@ LEAST_ACROSS = 1.6
 MOST_COLUMNS = 4
 # Of a figure: with its caption it has to fit a page nine inches high.
 HIGHEST = 6.6
-DIFFERS = "groups differ (p < 0.05)"
 # Lines up to which each has an entry of a figure that is alone; of more, runs and variants are named separately.
 MOST_ENTRIES = 8
 # Runs whose names have room in a legend, and letters of the names of more.
@@ -85,16 +83,14 @@ def draw(figure: Composed | Figure, size: Width, *, dense: int = DENSE) -> Paper
 
 
 def draw_into(figure: Composed, axes: Mapping[str, Axes]) -> None:
-    """Draw panels into somebody's axes, lettered in their order, with a legend below all that their figure contains.
+    """Draw panels into somebody's axes, lettered in their order, each with a legend where it has several lines.
 
     ``axes``: by the keys of the panels; a panel without axes is not drawn, and the letters of the others follow on.
     """
     _draw_panels(figure, axes)
-    entries = list(_entries(figure))
-    if axes and len(entries) > 1:
-        canvas = next(iter(axes.values())).get_figure(root=True)
-        assert canvas is not None
-        _add_legend(canvas, entries)
+    for ax in axes.values():
+        if len(ax.get_legend_handles_labels()[1]) > 1:
+            ax.legend()
 
 
 def _is_lettered(figure: Composed) -> bool:
@@ -115,11 +111,8 @@ def _draw_panels(
                 if _is_lettered(figure):
                     ax.set_aspect("auto")
                 add_bar(ax, mesh, wrapped(content.z_label, up))
-        elif isinstance(content, Points):
-            _plot_points(ax, content, figure)
         else:
             plot_lines(ax, content, _looks(figure, content))
-            _mark_differences(ax, panel)
         x_label = content.x_label.partition(" (")[0] if _is_lettered(figure) else content.x_label
         label_axes(ax, x_label, content.y_label, (across, up))
         if panel.title:
@@ -127,28 +120,6 @@ def _draw_panels(
             points = points if isinstance(points, int | float) else mpl.rcParams["font.size"]
             title = wrapped(f"({letter(place)}) {panel.title}", across, points)
             ax.set_title(title, loc="left", fontsize=points)
-
-
-OUR_LEGEND = "depthscope-legend"
-
-
-def _add_legend(canvas: Canvas, entries: Sequence[tuple[Any, str]]) -> None:
-    """A legend below somebody's figure: a second call adds its entries to those of the first."""
-    for before in [legend for legend in canvas.legends if legend.get_gid() == OUR_LEGEND]:
-        labels = [text.get_text() for text in before.get_texts()]
-        known = list(zip(before.legend_handles, labels, strict=True))
-        names = {_mark_of(*each) for each in known}
-        entries = [*known, *(entry for entry in entries if _mark_of(*entry) not in names)]
-        before.remove()
-    handles, labels = map(list, zip(*entries, strict=True))
-    # Below the figure, which `bbox_inches="tight"` keeps: inside it would lie over somebody's axes.
-    legend = canvas.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 0.0), ncols=3)
-    legend.set_gid(OUR_LEGEND)
-
-
-def _mark_of(handle: Any, label: str) -> tuple[str, str]:
-    """What distinguishes entries of a legend: runs of two calls may share a name and not a colour."""
-    return label, to_hex(handle.get_color() if isinstance(handle, Line2D) else handle.get_facecolor())
 
 
 def _columns(panels: Sequence[LetteredPanel], size: Width) -> int:
@@ -173,9 +144,7 @@ def _height(figure: Composed, across: float) -> float:
         return (0.62 if across < 4 else 0.45) * across
     if all(map(_is_printed, figure.panels)):
         return min(0.95 * across, 1.65)  # four rows of them are a page
-    square = any(isinstance(panel.content, Points) for panel in figure.panels)
-    # One or two panels would be as high as half a page.
-    return min((0.98 if square else 0.82) * across, 2.6)
+    return min(0.82 * across, 2.6)  # one or two panels would be as high as half a page
 
 
 def _is_printed(panel: LetteredPanel) -> bool:
@@ -222,14 +191,11 @@ def _entries(figure: Composed) -> Iterator[tuple[Any, str]]:
         yield Line2D([], [], color="0.8", **MARK), "a verdict warns or fails"
     if any(content.healthy is not None for content in curves):
         yield Patch(color=HEALTHY, linewidth=0), "healthy"
-    if any(panel.differs for panel in figure.panels):
-        yield Line2D([], [], color="0.2", linewidth=2.5), DIFFERS
 
 
 def _runs_and_variants(figure: Composed, groups: Sequence[str]) -> Iterator[tuple[Any, str]]:
     """An entry of each run that is drawn, and in grey of what distinguishes lines of a run."""
-    clouds = [panel.content for panel in figure.panels if isinstance(panel.content, Points)]
-    drawn = dict.fromkeys([*groups, *(run for cloud in clouds for run in cloud.points)])
+    drawn = dict.fromkeys(groups)
     known = {run: number for run, number in figure.runs.items() if run in drawn}
     others = {run: place for place, run in enumerate(drawn) if run not in known}
     for run, number in (known | others).items():
@@ -238,48 +204,3 @@ def _runs_and_variants(figure: Composed, groups: Sequence[str]) -> Iterator[tupl
     for place, variant in enumerate(_variants(figure)):
         if variant:
             yield Line2D([], [], color="0.4", linestyle=DASHES[place % len(DASHES)]), plain(variant)
-
-
-def _mark_differences(axes: Axes, panel: LetteredPanel) -> None:
-    """A bar along the bottom where groups of runs differ."""
-    for first, last in panel.differs:
-        # In the height of the axes: it hides no value, whatever their scale.
-        axes.plot(
-            [first, last],
-            [0.0, 0.0],
-            color="0.2",
-            linewidth=2.5,
-            solid_capstyle="butt",
-            transform=axes.get_xaxis_transform(),
-            clip_on=False,
-            zorder=5,
-        )
-
-
-def _plot_points(axes: Axes, content: Points, figure: Composed) -> None:
-    axes.add_patch(Circle((0, 0), 1, fill=False, edgecolor="0.5", linewidth=0.7))
-    axes.axhline(0, color="0.85", linewidth=0.5, zorder=0)
-    axes.axvline(0, color="0.85", linewidth=0.5, zorder=0)
-    shown = {run: _placed(values, content.radial_log) for run, values in content.points.items()}
-    for run, values in shown.items():
-        style = keywords_of(look_of(figure.runs[run])) | {"linestyle": "", "markersize": 2.8}
-        axes.plot(values.real, values.imag, alpha=0.8, **style)
-    reach = max([1.1, *(1.1 * float(np.abs(values).max()) for values in shown.values())])
-    axes.set_xlim(-reach, reach)
-    axes.set_ylim(-reach, reach)
-    axes.set_aspect("equal")
-    if content.radial_log:
-        # 0, 1 and the largest power of ten below the end, on both sides.
-        largest = max(10.0 ** np.floor(np.log10(2**reach - 1)), 1.0)
-        ticks = sorted({0.0, 1.0, -1.0, largest, -largest})
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_ticks([float(np.sign(tick) * np.log2(1 + abs(tick))) for tick in ticks])
-            axis.set_ticklabels([f"{tick:g}".replace("-", "−") for tick in ticks])
-
-
-def _placed(values: np.ndarray, radial_log: bool) -> np.ndarray:
-    """Where points are drawn, flat."""
-    flat = np.ravel(values)
-    size = np.abs(flat)
-    # 0 stays 0, and 1 stays 1.
-    return flat * np.log2(1 + size) / np.where(size > 0, size, 1.0) if radial_log else flat

@@ -30,7 +30,7 @@ from matplotlib.ticker import (
     ScalarFormatter,
 )
 
-from depthscope.app.text.venues import VENUES
+from depthscope.app.text.latex import VENUES
 from depthscope.app.text.visible import LONGEST_LABEL, LONGEST_NAME, escape, shortened, visible
 from depthscope.diagnostics.errors import InputError
 

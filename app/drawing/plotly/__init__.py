@@ -7,9 +7,19 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.cells import LARGEST_SIDE, draw_heatmap, reduction_words, shrink
+from depthscope.app.drawing.plotly.cells import (
+    FAINT,
+    FONT,
+    LARGEST_SIDE,
+    PALETTE,
+    draw_heatmap,
+    log_ticks,
+    reduction_words,
+    set_layout,
+    shrink,
+    words,
+)
 from depthscope.app.drawing.plotly.curves import draw_lines
-from depthscope.app.drawing.plotly.layout import FAINT, FONT, PALETTE, log_ticks, set_layout, words
 from depthscope.app.figures import Figure, Heatmap, Lines
 
 __all__ = ["LARGEST_SIDE", "PALETTE", "reduction_words", "shrink", "to_plotly"]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.layout import DASHES, GREY, HEALTHY, PALETTE, log_ticks, words
+from depthscope.app.drawing.plotly.cells import DASHES, GREY, HEALTHY, PALETTE, log_ticks, words
 from depthscope.app.figures import Line, Lines
 from depthscope.app.figures.build.bins import visible_limits
 from depthscope.app.figures.palette import MARK_EDGE, Look
@@ -55,48 +55,22 @@ def draw_lines(figure: Lines) -> go.Figure:
 
 
 def _name_level(drawn: go.Figure, line: Line, label: str, figure: Lines) -> None:
-    """Label of a level line at that end where the curves are farther away, instead of an entry in the legend."""
-    levels = {side: _level_at(line, side, figure) for side in ("right", "left")}
-    if not np.isfinite(list(levels.values())).all():
-        return
-    far = _clearance(figure, levels["right"], -1) >= _clearance(figure, levels["left"], 0)
-    side = "right" if far else "left"
-    level = levels[side]
-    drawn.add_annotation(
-        x=1 if side == "right" else 0,
-        xref="paper",
-        xanchor=side,
-        y=level,
-        yanchor="bottom",
-        showarrow=False,
-        text=words(label),
-        # The page's own colour, a little fainter: one grey has little contrast on white or on black.
-        font={"size": 11},
-        opacity=0.8,
-    )
-
-
-def _level_at(line: Line, side: str, figure: Lines) -> float:
-    """How high a line is at most in the third of its axis at one end: a label there is above all of it."""
-    x, y = _on_axis(np.asarray(line.x, float), figure.log_x), _on_axis(line.y, figure.log_y)
-    known = np.isfinite(x) & np.isfinite(y)
-    x, y = x[known], y[known]
-    from_end = (x.max(initial=-np.inf) - x) if side == "right" else (x - x.min(initial=np.inf))
-    return float(y[from_end <= np.ptp(x) / 3].max(initial=-np.inf)) if len(y) else np.nan
-
-
-def _clearance(figure: Lines, level: float, end: int) -> float:
-    """Distance on the axis from a level to the nearest curve, at the first (0) or last (-1) point."""
-    ends = [line.y[[end]] for line in figure.lines if line.role == "measured" and len(line.y)]
-    values = _on_axis(np.concatenate(ends), figure.log_y) if ends else np.zeros(0)
-    return float(np.abs(values[np.isfinite(values)] - level).min(initial=np.inf))
-
-
-def _on_axis(values: np.ndarray, log_y: bool) -> np.ndarray:
-    """Values in the axis' own units: decades on a log axis, NaN for what it cannot show."""
-    if not log_y:
-        return values
-    return np.log10(values, out=np.full(values.shape, np.nan), where=values > 0)
+    """Label of a level line at its right end, instead of an entry in the legend."""
+    known = np.flatnonzero(np.isfinite(line.y) & ((line.y > 0) | (not figure.log_y)))
+    if known.size:
+        level = float(line.y[known[-1]])
+        drawn.add_annotation(
+            x=1,
+            xref="paper",
+            xanchor="right",
+            y=np.log10(level) if figure.log_y else level,
+            yanchor="bottom",
+            showarrow=False,
+            text=words(label),
+            # The page's own colour, a little fainter: one grey has little contrast on white or on black.
+            font={"size": 11},
+            opacity=0.8,
+        )
 
 
 @dataclass(frozen=True)
@@ -222,8 +196,6 @@ def _shade(drawn: go.Figure, healthy: tuple[float, float], span: tuple[float, fl
 
 def _y_range(figure: Lines) -> tuple[float, float] | None:
     """Ends of the vertical axis: the curves, their bands, and the next thresholds."""
-    if figure.limits is not None:
-        return figure.limits
     known = _drawable(figure, ("measured", "null"))
     if known.size == 0:
         return None

@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.cells import draw_heatmap
+from depthscope.app.drawing.plotly.cells import FAINT, FONT, GREY, draw_heatmap, log_ticks, set_layout, words
 from depthscope.app.drawing.plotly.curves import draw_lines
-from depthscope.app.drawing.plotly.layout import FAINT, FONT, GREY, log_ticks, set_layout, words
 from depthscope.app.figures import Figure, Heatmap, Lines
 from depthscope.app.figures.specification import NOISE_BASELINE, looks_of
 
@@ -102,7 +101,9 @@ def draw_panels(
         top -= GAP
         low, high = (top - panel.height) / room, top / room
         _add_panel(drawn, panel, number, (low, high), axes)
-        more = _note(panel) if names is None else _key(panel)
+        caption = panel.figure.caption
+        note = f"  <span style='font-size:10.5px'>{words(caption)}</span>" if caption else ""
+        more = note if names is None else _key(panel)
         drawn.add_annotation(text=f"<b>{words(panel.figure.title, 90)}</b>{more}", **_title(high))
         for bar in bars if names is not None and isinstance(panel.figure, Lines) else ():
             drawn.add_shape(_shade(bar, low, high))
@@ -228,11 +229,6 @@ def _title(high: float) -> dict[str, Any]:
         "showarrow": False,
         "font": {"size": 12},
     }
-
-
-def _note(panel: Panel) -> str:
-    caption = panel.figure.caption
-    return f"  <span style='font-size:10.5px'>{words(caption)}</span>" if caption else ""
 
 
 def _key(panel: Panel) -> str:

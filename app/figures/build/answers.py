@@ -26,10 +26,7 @@ HARDLY = 0.1
 
 
 def least_needed(analysis: xr.Dataset, results: Mapping[str, xr.Dataset]) -> str:
-    """The blocks that turn the state least, and the loss without them; empty where that was not measured.
-
-    ``results``: of the experiments on the run, by command.
-    """
+    """The blocks that turn the state least, and the loss without them; empty where that was not measured."""
     influence = _profile(analysis, "block_influence")
     if influence is None or not np.isfinite(influence).any():
         return ""

@@ -25,12 +25,6 @@ class Bins:
         """Bins of nearly the same number of positions.
 
         Returns: One position a bin where there are few enough.
-
-        Examples
-        --------
-        >>> bins = Bins.of(np.arange(10), 5)
-        >>> bins.largest, bins.centres.tolist()
-        (2, [0.5, 2.5, 4.5, 6.5, 8.5])
         """
         count = min(len(positions), most)
         # In integers: rounded quotients may begin two bins at one position.
@@ -75,10 +69,7 @@ class Bins:
             return np.where(usual - below > above - usual, low, high)
 
     def curve(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """A line through the least and the greatest number of each bin, in the order in which they came.
-
-        Returns: Steps and numbers; all of them where each bin has one step.
-        """
+        """A line through the least and the greatest number of each bin, in the order in which they came."""
         if self.largest <= 2:
             return self.positions.astype(float), values
         chosen = []
@@ -99,13 +90,6 @@ def reduce_blocks(
     ``rows, columns``: of its two axes, each by itself.
     ``by``: what represents the numbers of a block.
     Returns: (bin of rows, bin of columns), float64.
-
-    Examples
-    --------
-    >>> z = np.array([[1.0, 2.0, 9.0], [3.0, np.nan, 9.0]])
-    >>> two, three = Bins.of(np.arange(2), 1), Bins.of(np.arange(3), 2)
-    >>> reduce_blocks(z, two, three, by="mean").tolist(), reduce_blocks(z, two, three, by="largest").tolist()
-    ([[2.0, 5.5]], [[3.0, 9.0]])
     """
     values = np.asarray(matrix, dtype=np.float64)
 
@@ -122,13 +106,7 @@ def reduce_blocks(
 
 
 def edges(centres: np.ndarray) -> np.ndarray:
-    """Borders between the cells around positions; one more than there are positions.
-
-    Examples
-    --------
-    >>> edges(np.array([0.0, 1.0, 3.0])).tolist()
-    [-0.5, 0.5, 2.0, 4.0]
-    """
+    """Borders between the cells around positions; one more than there are positions."""
     centres = np.asarray(centres, dtype=np.float64)
     # A single cell has no neighbour to take its width from.
     if centres.size < 2:
@@ -144,13 +122,7 @@ into a trend. A heuristic of ours."""
 
 
 def visible_limits(low: float, high: float) -> tuple[float, float]:
-    """Ends of an axis, 5 % beyond the values where these are `FLAT`.
-
-    Examples
-    --------
-    >>> visible_limits(1.0, 2.0), visible_limits(2.0, 2.0)
-    ((1.0, 2.0), (1.9, 2.1))
-    """
+    """Ends of an axis, 5 % beyond the values where these are `FLAT`."""
     # Relative to the size of the values, as rounding is: a difference of 1e-3 is a trend at 1 and noise at 1e5.
     size = max(abs(low), abs(high))
     if high - low >= FLAT * size:

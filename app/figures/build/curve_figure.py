@@ -1,18 +1,25 @@
-"""How does one number change across depth, connections or modules? Runs overlaid, with nulls and bands."""
+"""How does a number, or a spectrum, change across depth, connections or modules? Runs overlaid, with nulls and bands."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.captions import describe_lines, remarks_by_run
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
-from depthscope.app.figures.build.measurement import Curve, Measurement
-from depthscope.app.figures.build.values import LABELLED, defined_labels, streams_of
-from depthscope.app.figures.specification import Analyses, FigureKind, Line, Lines, Selection
+from depthscope.app.figures.build.measurement import Curve, Measurement, describe_lines, remarks_by_run
+from depthscope.app.figures.build.values import LABELLED, defined_labels, names_of, streams_of
+from depthscope.app.figures.specification import (
+    Analyses,
+    Array,
+    FigureKind,
+    Line,
+    Lines,
+    Selection,
+    null_label,
+)
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
@@ -52,7 +59,6 @@ class CurveFigure(FigureKind):
     ``around``: Metric with the band: along ``quantile``, or as ± of the value.
     ``note``: Sentence that ends the remarks of the caption.
     ``derive``: Takes an analysis and returns one in which the metric is what is drawn.
-    ``derived_from``: Further metrics that `derive` reads.
     """
 
     y_label: str
@@ -62,12 +68,11 @@ class CurveFigure(FigureKind):
     around: str = ""
     note: str = ""
     derive: Callable[[xr.Dataset], xr.Dataset] | None = None
-    derived_from: tuple[str, ...] = ()
 
     @property
     def also(self) -> tuple[str, ...]:
         """Further variables that it draws where the analysis has them."""
-        return tuple(name for name in (self.around, *self.derived_from) if name)
+        return (self.around,) if self.around else ()
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -110,11 +115,7 @@ class CurveFigure(FigureKind):
                 lines,
                 # Weights are not measured on tokens: there is nothing to count.
                 scope="" if declared.axis == "weight" else self.scope,
-                remarks=[
-                    *remarks,
-                    "Green: within the limits of the verdicts." if healthy else "",
-                    self.note,
-                ],
+                remarks=[*remarks, "Green: within the limits of the verdicts." if healthy else "", self.note],
             ),
             alt=describe_lines(lines, self.title, declared.axis),
             metric=self.metric,
@@ -214,10 +215,7 @@ _LINES = ("direction", "kind", "norm", "component", "quantile")
 
 
 def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) -> list[FigureKind]:
-    """A figure for each of some metrics that one can be made for.
-
-    ``defined``: figures of the catalogue, whose questions are used.
-    """
+    """A figure for each of some metrics that one can be made for, with the questions of those that are defined."""
     # Called when the app is imported: a metric that no default figure can draw must not stop the command line.
     # tests/rules/test_registered_figures.py fails for it, with the advice of `default_figure`.
     return [
@@ -226,10 +224,7 @@ def default_figures(metrics: Sequence[Metric], defined: Sequence[FigureKind]) ->
 
 
 def undrawn_dims(metric: Metric) -> list[str]:
-    """Dimensions of a metric that no default figure shows at once; empty where one can be made.
-
-    Returns: Those besides the axis of which no label is selected.
-    """
+    """Dimensions of a metric that no default figure shows at once; empty where one can be made."""
     others = _further_dims(metric)
     # Curves spend their one dimension on the directions; a heat map is of one direction, see `MatrixFigure.figure`.
     only_lines = set(others) <= set(_LINES)
@@ -238,10 +233,7 @@ def undrawn_dims(metric: Metric) -> list[str]:
 
 
 def default_figure(metric: Metric, question: str) -> FigureKind:
-    """The figure that a declaration gives: a heat map of a matrix, curves of anything else.
-
-    Raises InputError: For a metric with more dimensions than a figure has axes.
-    """
+    """The figure that a declaration gives: a heat map of a matrix, curves of anything else."""
     if undrawn := undrawn_dims(metric):
         raise InputError(
             f"{metric.name} has the dims {', '.join(metric.dims)}: no default figure shows {' and '.join(undrawn)} at once; "
@@ -252,12 +244,7 @@ def default_figure(metric: Metric, question: str) -> FigureKind:
     # Both orders of a matrix are right; the axis itself goes up, as in the figures of the catalogue.
     if across:
         return MatrixFigure(
-            metric.name,
-            metric.title,
-            metric.label,
-            rows=metric.axis,
-            columns=across[0],
-            question=question,
+            metric.name, metric.title, metric.label, rows=metric.axis, columns=across[0], question=question
         )
     over = others[0] if others else ""
     return CurveFigure(metric.name, metric.title, metric.label, over=over, question=question)
@@ -280,3 +267,101 @@ def _question(metric: Metric, defined: Sequence[FigureKind]) -> str:
     if any("gradient" in root or "weight" in root for root in metric.roots):
         return "gradients"
     return "similarity" if metric.pairwise else "collapse"
+
+
+NUM_DEPTHS = 5  # each has a null: ten lines in one figure. A heuristic of ours.
+NOISE_WORDS = "Dashed: the Marchenko-Pastur law, independent noise of the same shape and energy."
+
+
+@dataclass(frozen=True)
+class SpectrumFigure(FigureKind):
+    """A figure of the singular values of the states at some depths, with those of noise of the same energy."""
+
+    @property
+    def uses(self) -> tuple[str, ...]:
+        """The selected labels among the dims of the metric, the depths and the step."""
+        dims = CATALOGUE[self.metric].dims
+        return (*(dim for dim in LABELLED if dim in dims), "depths", "step")
+
+    def figure(self, analyses: Analyses, choice: Selection) -> Lines:
+        """The spectra of every run that has them, at the chosen depths."""
+        measurement = Measurement(self.metric, analyses, choice)
+        curves = [
+            _of_depth(measurement, run, values.isel(depth=depth), names_of(values, "depth")[depth])
+            for run, _, values in measurement.slices()
+            for depth in _depths(values.sizes["depth"], choice)
+        ]
+        lines = [line for curve in curves for line in curve.lines]
+        several = any(data.sizes.get("stream", 1) > 1 for data in analyses.values())
+        noise = any(curve.null is not None for curve in curves)
+        runs = {curve.line.group for curve in curves}
+        remarks = [
+            "Of the mean over streams." if several else "",
+            *remarks_by_run(((curve.line.group, each) for curve in curves for each in curve.remarks), runs),
+            NOISE_WORDS if noise else "",
+            "Not drawn below the rounding of float32.",
+        ]
+        return Lines(
+            name=self.name,
+            title=self.title,
+            x_label="order (1 = largest)",
+            y_label=measurement.axis_label("singular value"),
+            lines=tuple(lines),
+            # A power law is a straight line on two logarithmic axes.
+            log_y=True,
+            log_x=True,
+            caption=measurement.caption(
+                [curve.line for curve in curves], scope=choice.scope, remarks=remarks
+            ),
+            alt=describe_lines(lines, self.title, "order"),
+            metric=self.metric,
+            sources=("marchenko1967distribution",) if noise else (),
+        )
+
+
+def _of_depth(measurement: Measurement, run: str, values: xr.DataArray, name: str) -> Curve:
+    """The measured spectrum of a depth, and that of noise, at the orders that the states can have."""
+    label = f"depth {int(values['depth'])}"
+    curve = measurement.curve(run, values, axis="order", label=label)
+    line, null = curve.line, curve.null
+    # All depths share the labels of `order`; beyond those that the states of this one can have they are NaN.
+    kept = np.isfinite(line.y) | (np.isfinite(null.y) if null is not None else False)
+    orders, sigma = line.x[kept], line.y[kept]
+    floor = _rounding(sigma, orders)
+    lower, upper = (None if part is None else part[kept] for part in (line.lower, line.upper))
+    shown = f"{run} · {label}" if len(measurement.analyses) > 1 else label
+    line = replace(
+        line,
+        x=orders,
+        # On a log axis rounding noise would look like a cliff at the end of the spectrum.
+        y=np.where(sigma > floor, sigma, np.nan),
+        # A band that reaches zero or below cannot be drawn on a log axis.
+        lower=None if lower is None else np.maximum(lower, floor),
+        upper=upper,
+        label=shown,
+        text=[name] * len(orders),
+    )
+    if null is not None:
+        null = replace(null, x=orders, y=null.y[kept], label=null_label(shown))
+    return Curve(line, null, curve.remarks)
+
+
+def _depths(size: int, choice: Selection) -> list[int]:
+    """The depths that were chosen and exist, or some from the first to the last."""
+    if choice.depths:
+        # A depth that a shallower run lacks is left out of its lines, not refused for all runs.
+        return [depth for depth in choice.depths if 0 <= depth < size]
+    # A set: of fewer depths than `NUM_DEPTHS` several positions round to the same one.
+    return sorted({round(position) for position in np.linspace(0, size - 1, NUM_DEPTHS)})
+
+
+def _rounding(sigma: Array, orders: Array) -> float:
+    """The largest singular value that is not distinguishable from zero.
+
+    States are float32: a matrix of rank r is known up to about r · eps · σ₁, the threshold of `numpy.linalg.matrix_rank`
+    too.
+    """
+    known = np.isfinite(sigma)
+    if not known.any():
+        return 0.0
+    return float(np.finfo(np.float32).eps * orders[known].max() * sigma[known].max())

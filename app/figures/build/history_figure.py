@@ -8,15 +8,13 @@ from dataclasses import replace
 import numpy as np
 
 from depthscope.app.figures.build.bins import Bins
-from depthscope.app.figures.build.spread import folded
-from depthscope.app.figures.build.values import names_of
+from depthscope.app.figures.build.values import folded, names_of
 from depthscope.app.figures.specification import NOISE_BASELINE, Figure, Heatmap, Line, Lines
-from depthscope.app.readings.training_history import CELLS, DRIFT, Measure, TrainingHistory
+from depthscope.app.readings.training_history import DRIFT, Measure, TrainingHistory
 from depthscope.app.text.visible import LONGEST_NAME, visible
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 TITLES = {
-    CELLS: "Elements of H_res, H_pre and H_post, mean over tokens",
     DRIFT: "Drift of the connections' parameters since the first step",
     "loss": "Loss",
     "learning_rate": "Learning rate",
@@ -63,7 +61,7 @@ def row_names(measure: Measure) -> list[str]:
 def history_figure(
     history: TrainingHistory, name: str, choice: Mapping[str, str], span: tuple[float, float] | None = None
 ) -> Figure:
-    """A measure over steps: a curve, one for each element of matrices, or a map with a row per depth, connection or module.
+    """A measure over steps: a curve, or a map with a row per depth, connection or module.
 
     ``span``: the steps from and to which it is shown; None for all.
     Returns: Where there are more steps than columns, each column has the extremes of its steps, and the caption says
@@ -74,22 +72,19 @@ def history_figure(
     values = history.values(name, choice)[shown]
     bins = Bins.of(history.steps[shown], MOST_COLUMNS)
     title = _title_in_full(measure, choice)
-    if not measure.rows or measure.rows == "cell":
-        labels = row_names(measure) if measure.rows else [title]
-        curves = [bins.curve(column) for column in values.reshape(len(values), -1).T]
+    if not measure.rows:
         return Lines(
             name,
             title,
             "step",
             "",
-            tuple(
-                Line(x, y, label, group=history.name) for label, (x, y) in zip(labels, curves, strict=True)
-            ),
+            (Line(*bins.curve(values), title, group=history.name),),
             log_y=_is_log(name, values),
             caption=_reduction(bins, EXTREMES_DRAWN),
         )
     is_log = _is_log(name, values)
     cells = bins.most_unusual(values, log=is_log)
+    known = cells[np.isfinite(cells) & ((cells > 0) | (not is_log))]
     return Heatmap(
         name,
         title,
@@ -99,7 +94,7 @@ def history_figure(
         "step",
         measure.rows,
         "",
-        limits=_limits(cells, is_log),
+        limits=(float(known.min()), float(known.max())) if known.size and known.max() > known.min() else None,
         log_z=is_log,
         y_text=row_names(measure),
         caption=_reduction(bins, "a column is the most unusual of {} steps"),
@@ -190,11 +185,6 @@ def _is_log(name: str, values: np.ndarray) -> bool:
     if not (name == DRIFT or (known is not None and known.scale == "log")):
         return False
     return positive.size > 0 and float(positive.max()) > 3 * float(positive.min())
-
-
-def _limits(cells: np.ndarray, is_log: bool) -> tuple[float, float] | None:
-    known = cells[np.isfinite(cells) & ((cells > 0) | (not is_log))]
-    return (float(known.min()), float(known.max())) if known.size and known.max() > known.min() else None
 
 
 def profile_figure(

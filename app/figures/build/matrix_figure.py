@@ -9,8 +9,7 @@ from typing import Literal
 import numpy as np
 
 from depthscope.app.figures.build.bins import visible_limits
-from depthscope.app.figures.build.captions import describe_matrix, selection_words
-from depthscope.app.figures.build.measurement import Measurement
+from depthscope.app.figures.build.measurement import Measurement, describe_matrix, selection_words
 from depthscope.app.figures.build.values import LABELLED, fed, names_of, positions
 from depthscope.app.figures.specification import Analyses, Array, FigureKind, Heatmap, Selection
 from depthscope.app.text.numbers import number, sentence
@@ -30,9 +29,6 @@ class MatrixFigure(FigureKind):
     ``x_label``, ``y_label``: Their labels; the name of the dimension, without ``other_``, by default.
     ``limits``: Ends of the colour scale; None at an end is the data's own, None is both.
     ``below``: Only what is below the diagonal exists: a reader has nothing to read from itself or from later ones.
-    ``error``: Metric with the standard error of every cell, where it is not ``<metric>_stderr``.
-    ``counts``: Whether the number is taken from the sampled tokens, so that the caption counts them.
-    ``of_block``: What represents several cells on a screen, see `Heatmap`.
     ``note``: Sentence of the caption.
     """
 
@@ -43,15 +39,7 @@ class MatrixFigure(FigureKind):
     y_label: str = ""
     limits: tuple[float | None, float | None] | None = None
     below: bool = False
-    error: str = ""
-    counts: bool = True
-    of_block: Literal["mean", "largest"] = "mean"
     note: str = ""
-
-    @property
-    def also(self) -> tuple[str, ...]:
-        """The metric with the standard error."""
-        return (self.error,) if self.error else ()
 
     @property
     def uses(self) -> tuple[str, ...]:
@@ -60,11 +48,7 @@ class MatrixFigure(FigureKind):
         return (*(dim for dim in LABELLED if dim in dims), "axis", "step", "run")
 
     def figure(self, analyses: Analyses, choice: Selection) -> Heatmap:
-        """The matrix of one run, the selected one or the first that can feed it.
-
-        ``choice``: which version of the numbers, and which run.
-        Raises InputError: No run, or not the selected one, has the variable.
-        """
+        """The matrix of one run, the selected one or the first that can feed it."""
         measurement = Measurement(self.metric, analyses, choice)
         # One matrix shows one direction: forward where both are selected.
         fixed = {"direction": "forward"} if choice.direction == "both" else {}
@@ -107,7 +91,6 @@ class MatrixFigure(FigureKind):
             run=run,
             square=bases["x"] == bases["y"],
             categorical=tuple(axis for axis, base in bases.items() if base not in ORDERED),
-            of_block=self.of_block,
         )
 
     def _colour_limits(self, z: Array) -> tuple[float, float] | None:
@@ -127,10 +110,10 @@ class MatrixFigure(FigureKind):
         """Selection and count, error of a cell and null, and which runs cannot feed it."""
         one = measurement.of([run])
         direction = fixed.get("direction", one.choice.direction) if "direction" in one.dims else ""
-        # Streamed sums have seen more tokens than `num_tokens` counts, which are the sampled ones.
-        tokens = one.token_words("data" if self.counts else "")
         parts = [
-            sentence([f"Run {run}", selection_words(one.dims, one.choice), direction, tokens]),
+            sentence(
+                [f"Run {run}", selection_words(one.dims, one.choice), direction, one.token_words("data")]
+            ),
             self.note,
             self._error_words(one, fixed),
             _null_words(one),
@@ -142,8 +125,7 @@ class MatrixFigure(FigureKind):
 
     def _error_words(self, one: Measurement, fixed: dict[str, str]) -> str:
         """Sentence with the standard error of the cells, where the analysis has one."""
-        name = self.error or f"{self.metric}_stderr"
-        for _, _, error in fed(one.analyses, name, one.choice, **fixed):
+        for _, _, error in fed(one.analyses, f"{self.metric}_stderr", one.choice, **fixed):
             known = _off_diagonal(np.asarray(error.values, dtype=np.float64))
             known = known[np.isfinite(known)]
             if known.size:

@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 import xarray as xr
 
 from depthscope.app.figures.build.values import level_of
-from depthscope.app.figures.composed.panels import Subjects, in_one_line
+from depthscope.app.figures.composed.panels import Composed, LetteredPanel, Subjects, groups_of, in_one_line
 from depthscope.app.figures.composed.questions import QUESTIONS, Question
-from depthscope.app.figures.composed.specification import Composed, LetteredPanel, groups_of
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.numbers import consecutive, number
@@ -54,10 +53,7 @@ def compose(
 
 
 def composed_of(question: Question, subjects: Subjects, view: Selection, *, varied: bool = False) -> Composed:
-    """As `compose`, of runs whose matrices and histories are shared between several figures.
-
-    ``varied``: leave out panels whose curves are the same everywhere, and say so.
-    """
+    """As `compose`, sharing what it read; `varied` leaves out panels whose curves are the same everywhere, and says so."""
     panels: list[LetteredPanel] = []
     left_out: dict[str, list[str]] = {}
     for recipe in question.recipes:
@@ -83,13 +79,7 @@ def composed_of(question: Question, subjects: Subjects, view: Selection, *, vari
 
 
 def letter(place: int) -> str:
-    """The letter of a panel: a to z, then aa, ab and so on.
-
-    Examples
-    --------
-    >>> letter(0), letter(25), letter(26)
-    ('a', 'z', 'aa')
-    """
+    """The letter of a panel: a to z, then aa, ab and so on."""
     return (letter(place // 26 - 1) if place >= 26 else "") + chr(ord("a") + place % 26)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -10,15 +10,16 @@ from typing import Any, Protocol
 import numpy as np
 import xarray as xr
 
-from depthscope.app.figures.build.spread import folded, folded_colours
-from depthscope.app.figures.build.values import fed
-from depthscope.app.figures.composed.specification import LetteredPanel, differing_ranges
+from depthscope.app.figures.build.curve_figure import axis_title
+from depthscope.app.figures.build.history_figure import history_figure
+from depthscope.app.figures.build.values import fed, folded, folded_colours
 from depthscope.app.figures.palette import colour_numbers
-from depthscope.app.figures.specification import FigureKind, Heatmap, Lines, Points, Selection
+from depthscope.app.figures.specification import Figure, FigureKind, Heatmap, Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.run_arrays import MixingMatrices, matrices_of
-from depthscope.app.readings.training_history import TrainingHistory, history_of
+from depthscope.app.readings.training_history import FirstFindings, TrainingHistory, history_of
 from depthscope.app.text.numbers import number
+from depthscope.diagnostics.errors import InputError
 
 MOST_MAPS = 3
 """Runs whose maps are in a composed figure, the first ones; those of all are in the supplement. More do not fit across a
@@ -96,7 +97,6 @@ class Curves:
     ``key, title``: of the panel.
     ``kind``: a figure of the catalogue.
     ``fixed``: labels that override the selection.
-    ``branch``: only connections of this kind, such as ``"attn"``; empty for all.
     ``log_y``: a logarithmic axis also where the metric's own is linear: a null that is far off must not flatten the
     curves.
     """
@@ -105,22 +105,15 @@ class Curves:
     title: str
     kind: FigureKind
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    branch: str = ""
     log_y: bool = False
 
     def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
         """The panel, or the reason why there is none."""
         analyses = subjects.analyses
-        if self.branch:
-            analyses = {run: _of_branch(data, self.branch) for run, data in analyses.items()}
         figure = self.kind.build(analyses, **asdict(replace(view, **self.fixed)))
         assert isinstance(figure, Lines)
         measured = [line for line in figure.lines if line.role == "measured"]
         if not any(np.isfinite(line.y).any() for line in measured):
-            if self.branch and self.kind.metric in {
-                name for data in subjects.analyses.values() for name in data
-            }:
-                return f"no run has connections called {self.branch!r}"
             return subjects.why_not(self.kind.metric)
         # The title names what is fixed, such as the direction: the plain line of a run is that one.
         lines = tuple(
@@ -130,27 +123,7 @@ class Curves:
             for line in figure.lines
         )
         figure = replace(figure, lines=lines, log_y=figure.log_y or self.log_y)
-        if not subjects.groups:
-            return [LetteredPanel(self.key, self.title, figure)]
-        view = replace(view, **self.fixed)
-        differs = differing_ranges(self.kind.metric, analyses, subjects.groups, view)
-        return [LetteredPanel(self.key, self.title, folded(figure, subjects.groups), differs)]
-
-
-def _of_branch(data: xr.Dataset, branch: str) -> xr.Dataset:
-    """The analysis at the connections of one kind alone; without any where it has none of that kind."""
-    if "connection" not in data.dims:
-        return data
-    known = data["branch"].values.astype(object).astype(str) if "branch" in data.coords else np.array([])
-    labelled = known.size == data.sizes["connection"]
-    keep = np.flatnonzero(known == branch) if labelled else np.zeros(0, dtype=int)
-    # The places along the network stay: `positions` reads the labels.
-    numbered = (
-        data
-        if "connection" in data.coords
-        else data.assign_coords(connection=range(data.sizes["connection"]))
-    )
-    return numbered.isel(connection=keep)
+        return [LetteredPanel(self.key, self.title, folded(figure, subjects.groups))]
 
 
 @dataclass(frozen=True)
@@ -161,7 +134,6 @@ class Maps:
     ``kind``: a figure of the catalogue.
     ``fixed``: labels that override the selection.
     ``most``: runs.
-    ``prepare``: takes an analysis and returns one in which the metric has the dimensions of the map.
     ``floor``: values below this share of the largest one of their column are rounding and undefined.
     """
 
@@ -170,7 +142,6 @@ class Maps:
     kind: FigureKind
     fixed: Mapping[str, Any] = field(default_factory=dict)
     most: int = MOST_MAPS
-    prepare: Callable[[xr.Dataset], xr.Dataset] | None = None
     floor: float = 0.0
 
     def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
@@ -179,8 +150,6 @@ class Maps:
         view = replace(view, axis="depth", **self.fixed)
         direction = {"direction": "forward"} if view.direction == "both" else {}
         analyses = subjects.analyses
-        if self.prepare is not None:
-            analyses = {run: self.prepare(data) for run, data in analyses.items()}
         able = [run for run, _, _ in fed(analyses, self.kind.metric, view, **direction)]
         if not able:
             return subjects.why_not(self.kind.metric)
@@ -211,24 +180,6 @@ def _without_rounding(figure: Heatmap, floor: float) -> Heatmap:
         return figure
     text = [name for name, kept in zip(figure.y_text or [], keep, strict=False) if kept] or None
     return replace(figure, z=z[keep], y=figure.y[keep], y_text=text)
-
-
-def streams_as_rows(data: xr.Dataset) -> xr.Dataset:
-    """The analysis with every stream of the shares along a dimension of its own, of which no label is selected.
-
-    Returns: ``read_share`` and ``write_share`` over (…, connection, of_stream).
-    """
-    shares = [name for name in ("read_share", "write_share") if name in data]
-    streams = [label for label in data["stream"].values.tolist() if label != "mean"] if shares else []
-    moved = {
-        name: data[name]
-        .sel(stream=streams)
-        .rename(stream="of_stream")
-        .assign_coords(of_stream=np.arange(len(streams)))
-        .assign_attrs(data[name].attrs)
-        for name in shares
-    }
-    return data.drop_vars(shares).assign(moved)
 
 
 def _numbered(key: str, place: int) -> str:
@@ -310,65 +261,160 @@ def _printed(
     )
 
 
-@dataclass(frozen=True)
-class Clouds:
-    """Eigenvalues of matrices of every run, with the unit circle.
+def in_one_line(reasons: Iterable[str]) -> str:
+    """Distinct reasons, once each."""
+    return "; ".join(dict.fromkeys(reasons))
 
-    ``key, title``: of the panel.
-    ``matrices``: takes the mixing matrices of a run; returns those whose eigenvalues are drawn, (K, n, n).
-    ``note``: sentence of the caption.
-    ``radial_log``: whether distances from the origin are log₂(1 + |λ|), which leaves the unit circle where it is.
+
+@dataclass(frozen=True, eq=False)
+class LetteredPanel:
+    """One panel of a composed figure.
+
+    ``key``: its name, the same whichever letter it has: the key of ``axes=``, and part of the name of its data.
+    ``title``: what is printed after its letter.
+    ``content``: what is drawn.
     """
 
     key: str
     title: str
-    matrices: Callable[[MixingMatrices], np.ndarray]
-    note: str
-    radial_log: bool = False
+    content: Figure
+
+
+@dataclass(frozen=True, eq=False)
+class Composed:
+    """A figure of panels that answers one question of a paper.
+
+    ``name, title``: key of the register, and the beginning of the caption.
+    ``panels``: in the order of their letters.
+    ``runs``: all runs that are shown, with the numbers of their colours.
+    ``caption, alt``: words below the figure, and for those who do not see it.
+    ``left_out``: panels that no run can feed, with the reason.
+    """
+
+    name: str
+    title: str
+    panels: tuple[LetteredPanel, ...]
+    runs: Mapping[str, int]
+    caption: str = ""
+    alt: str = ""
+    left_out: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The metrics that are drawn."""
+        return tuple(dict.fromkeys(panel.content.metric for panel in self.panels if panel.content.metric))
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Bibliography keys of laws and nulls that are drawn."""
+        return tuple(dict.fromkeys(key for panel in self.panels for key in panel.content.sources))
+
+
+def groups_of(readings: Sequence[Reading], by: str) -> dict[str, str]:
+    """The group of each run, by an attribute such as ``"family"``; empty for no groups."""
+    if not by:
+        return {}
+    for reading in readings:
+        if reading.attrs.get(by) is None:
+            known = ", ".join(sorted(name for name, value in reading.attrs.items() if np.isscalar(value)))
+            raise InputError(f"run {reading.name} has no attribute {by!r} to group by; it has {known}")
+    return {reading.name: str(reading.attrs[by]) for reading in readings}
+
+
+NO_HISTORY = "no run has metrics of several training steps: record one with ds.record(metrics='live')"
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The loss by step, with a mark where a verdict first warned or failed."""
+
+    key: str = "loss"
+    title: str = "training loss"
 
     def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
         """The panel, or the reason why there is none."""
-        del view  # as in `Matrices`
-        points: dict[str, np.ndarray] = {}
-        for run, found in subjects.matrices.items():
-            chosen = self.matrices(found)
-            finite = chosen[np.isfinite(chosen).all(axis=(1, 2))]
-            if len(finite):
-                name = subjects.groups.get(run, run)
-                points[name] = np.concatenate(
-                    [points.get(name, np.zeros(0)), np.linalg.eigvals(finite).ravel()]
-                )
-        if not points:
-            return NO_MATRICES
-        radii = {run: float(np.abs(values).max()) for run, values in points.items()}
-        cloud = Points(
-            name=self.key,
-            title=self.title,
-            x_label="Re λ",
-            y_label="Im λ",
-            points=points,
-            caption=f"{self.note} The circle is |λ| = 1."
-            + (" Distance from the origin: log₂(1 + |λ|)." if self.radial_log else ""),
-            alt=f"{self.title}: "
-            + "; ".join(f"largest |λ| of {run} {radius:.3g}" for run, radius in radii.items())
-            + ".",
-            metric="mixing_eigenvalue_modulus",
-            radial_log=self.radial_log,
-            runs=subjects.shown,
+        del view  # the loss has one version
+        lines: list[Line] = []
+        words: list[str] = []
+        for run, history in subjects.histories.items():
+            if "loss" not in history.measures:
+                continue
+            steps, loss = history.steps.astype(np.float64), history.values("loss", {}).astype(np.float64)
+            lines.append(Line(steps, loss, run, group=run))
+            for step, names in first_steps(history).items():
+                at = loss[[np.argmin(np.abs(steps - step))]]
+                lines.append(Line(np.array([float(step)]), at, "a verdict", role="mark", group=run))
+                words.append(f"{run}, step {step}: {', '.join(names)}")
+        if not lines:
+            return NO_HISTORY if not subjects.histories else "no run has recorded its loss"
+        caption = f"Marks: a verdict first warns or fails ({'; '.join(words)})." if words else ""
+        ends = (
+            f"{line.label} {number(line.y[0])} to {number(line.y[-1])}" for line in lines if len(line.x) > 1
         )
-        return [LetteredPanel(self.key, self.title, cloud)]
+        figure = Lines(
+            name=self.key,
+            title="Training loss",
+            x_label="training step",
+            y_label="loss",
+            lines=tuple(lines),
+            caption=caption,
+            alt=f"Training loss: {'; '.join(ends)}. {caption}",
+            runs=colour_numbers(subjects.analyses),
+        )
+        return [LetteredPanel(self.key, self.title, folded(figure, subjects.groups))]
 
 
-def every_connection(found: MixingMatrices) -> np.ndarray:
-    """H_res of every connection, (connection, n, n)."""
-    return found.single
+def first_steps(history: TrainingHistory) -> dict[int, list[str]]:
+    """The steps at which a verdict warns or fails for the first time: step → names of verdicts."""
+    findings = FirstFindings(history)
+    findings.look(float("inf"))
+    known: set[str] = set()
+    found: dict[int, list[str]] = {}
+    for begun in findings.begun():
+        name = begun.finding.verdict
+        if name not in known:
+            found.setdefault(begun.step, []).append(name.replace("_", " "))
+            known.add(name)
+    return found
 
 
-def whole_products(found: MixingMatrices) -> np.ndarray:
-    """The product of all connections, (1, n, n)."""
-    return np.stack([found.products[max(found.products, key=lambda pair: pair[1] - pair[0])]])
+@dataclass(frozen=True)
+class History:
+    """One metric over steps and depth, a heat map of each of the first runs that have it."""
 
+    metric: str
+    title: str
 
-def in_one_line(reasons: Iterable[str]) -> str:
-    """Distinct reasons, once each."""
-    return "; ".join(dict.fromkeys(reasons))
+    def panels(self, subjects: Subjects, view: Selection) -> list[LetteredPanel] | str:
+        """The panels, or the reason why there is none."""
+        if not subjects.histories:
+            return NO_HISTORY
+        able = {run: each for run, each in subjects.histories.items() if self.metric in each.measures}
+        part = first_of("Maps", MOST_MAPS, len(able))
+        panels: list[LetteredPanel] = []
+        for run, history in list(able.items())[:MOST_MAPS]:
+            figure = history_figure(history, self.metric, asdict(view))
+            if not isinstance(figure, Heatmap):
+                continue
+            # The statistics have no mean over streams: one of them is shown, by name.
+            stream = history.measures[self.metric].labels(asdict(view)).get("stream", "mean")
+            of_stream = "" if stream == "mean" else f", stream {stream}"
+            title = f"{self.title}{of_stream}" + ("" if len(subjects.readings) == 1 else f": {run}")
+            key = self.metric if not panels else f"{self.metric}_{len(panels) + 1}"
+            known = figure.z[np.isfinite(figure.z)]
+            ends = (
+                f"from {number(float(known.min()))} to {number(float(known.max()))}"
+                if known.size
+                else "undefined"
+            )
+            shown = replace(
+                figure,
+                title=self.title,
+                x_label="training step",
+                y_label=axis_title(figure.y_label, "depth").partition(" (")[0],
+                caption=" ".join(filter(None, (figure.caption, part))),
+                alt=f"{self.title} of {run} over training steps and {figure.y_label}: {ends}.",
+                metric=self.metric,
+            )
+            panels.append(LetteredPanel(key, title, shown))
+        return panels or f"no run has {self.metric} at several steps"

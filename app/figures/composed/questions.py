@@ -8,17 +8,7 @@ import numpy as np
 
 from depthscope.app.figures import catalogue
 from depthscope.app.figures.build.matrix_figure import MatrixFigure
-from depthscope.app.figures.composed.panels import (
-    Clouds,
-    Curves,
-    Maps,
-    Matrices,
-    PanelRecipe,
-    every_connection,
-    streams_as_rows,
-    whole_products,
-)
-from depthscope.app.figures.composed.training import History, Loss
+from depthscope.app.figures.composed.panels import Curves, History, Loss, Maps, Matrices, PanelRecipe
 
 
 @dataclass(frozen=True)
@@ -55,26 +45,14 @@ _product_spectrum = MatrixFigure(
     y_label="order",
     question="mixing",
 )
-_read_map = MatrixFigure(
-    "read_map",
-    "Share of each stream in what a sublayer reads",
-    "share",
-    metric="read_share",
-    rows="of_stream",
-    y_label="stream",
+_eigenvalues = MatrixFigure(
+    "mixing_eigenvalues",
+    "Magnitudes of the eigenvalues of each connection",
+    "|λ|",
+    metric="mixing_eigenvalue_modulus",
+    rows="component",
     columns="connection",
-    limits=(0.0, 1.0),
-    question="mixing",
-)
-_write_map = MatrixFigure(
-    "write_map",
-    "Share of each stream in what a sublayer writes",
-    "share",
-    metric="write_share",
-    rows="of_stream",
-    y_label="stream",
-    columns="connection",
-    limits=(0.0, 1.0),
+    y_label="order",
     question="mixing",
 )
 
@@ -123,12 +101,6 @@ QUESTIONS: dict[str, Question] = {
                 Curves("single_backward", "single, backward", catalogue.mixing_gain, _BACKWARD),
                 Curves("composite_forward", "composite, forward", catalogue.composite_gain, _FORWARD),
                 Curves("composite_backward", "composite, backward", catalogue.composite_gain, _BACKWARD),
-                Curves("attn_forward", "attention, forward", catalogue.mixing_gain, _FORWARD, branch="attn"),
-                Curves(
-                    "attn_backward", "attention, backward", catalogue.mixing_gain, _BACKWARD, branch="attn"
-                ),
-                Curves("mlp_forward", "MLP, forward", catalogue.mixing_gain, _FORWARD, branch="mlp"),
-                Curves("mlp_backward", "MLP, backward", catalogue.mixing_gain, _BACKWARD, branch="mlp"),
             ),
         ),
         Question("mixing", "Mixing matrices", (Matrices(),)),
@@ -137,8 +109,8 @@ QUESTIONS: dict[str, Question] = {
             "Who reads whom: the depth kernel",
             (
                 Maps("kernel", "depth kernel", catalogue.depth_kernel, most=2),
-                Maps("read", "read share", _read_map, most=2, prepare=streams_as_rows),
-                Maps("write", "write share", _write_map, most=2, prepare=streams_as_rows),
+                Curves("read", "read share", catalogue.read_share),
+                Curves("write", "write share", catalogue.write_share),
             ),
         ),
         Question(
@@ -148,19 +120,7 @@ QUESTIONS: dict[str, Question] = {
                 # States are float32: below, singular values are rounding.
                 Maps("states", "σ of the states", _state_spectrum, floor=float(np.finfo(np.float32).eps)),
                 Maps("products", "σ of the product", _product_spectrum, most=2),
-                Clouds(
-                    "eigenvalues",
-                    "eigenvalues of each connection",
-                    every_connection,
-                    "Eigenvalues of the mean over tokens of every H_res.",
-                ),
-                Clouds(
-                    "product_eigenvalues",
-                    "eigenvalues of the product",
-                    whole_products,
-                    "Eigenvalues of the mean over tokens of the product of all connections.",
-                    radial_log=True,
-                ),
+                Maps("eigenvalues", "|λ| of each connection", _eigenvalues, most=2),
             ),
         ),
         Question(

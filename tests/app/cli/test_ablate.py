@@ -58,11 +58,6 @@ def test_a_result_goes_next_to_its_run_and_must_be_of_its_weights_and_text(text,
     assert (result.sizes["sample"], result.sizes["token"]) == (3, 16)
 
 
-def test_what_the_model_does_not_have_is_one_line(text, capsys):
-    assert call("ablate", FACTORY, "--text", text, "--length", 16, "--do", "identity") == USAGE
-    assert "needs several residual streams" in capsys.readouterr().err
-
-
 def test_patching_puts_the_clean_text_into_the_corrupted_one(tmp_path, capsys):
     pairs, out = tmp_path / "pairs.tsv", tmp_path / "patch.h5"
     pairs.write_text("the quick fox\tthe thick fox\tx\ty\n")

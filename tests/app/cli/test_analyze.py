@@ -104,13 +104,8 @@ def test_analyze_says_where_the_tables_over_pairs_are(unmeasured, tmp_path, caps
     asked = ["analyze", str(path), "--metrics", "cka,token_cosine"]
     assert main(asked) == FINE
     said = " ".join(capsys.readouterr().out.split())
-    assert "not printed: cka (estimator × tokens × depth × other depth)" in said
-    assert f"they are in /metrics of {path}, in --json, and in: depthscope dashboard {path}" in said
-    assert main([*asked, "--json"]) == FINE
-    printed = json.loads(capsys.readouterr().out)["apart"]["m"]
-    assert printed["cka"]["dims"] == ["depth", "other_depth"]
-    stored = schema.open_run(path)["metrics"]["cka"].sel(estimator="unbiased", tokens="all")
-    assert printed["cka"]["values"][1] == pytest.approx(stored[0, 1].values.tolist())
+    assert "not printed: cka" in said
+    assert f"they are in /metrics of {path}, and in: depthscope dashboard {path}" in said
 
 
 def test_errors_of_pooled_metrics_are_a_choice(unmeasured, tmp_path, capsys):
@@ -120,12 +115,3 @@ def test_errors_of_pooled_metrics_are_a_choice(unmeasured, tmp_path, capsys):
     assert "cka_stderr" in schema.open_run(out)["metrics"]
     assert main([*asked, "--force"]) == FINE
     assert "cka_stderr" not in schema.open_run(out)["metrics"]
-
-
-def test_partial_metrics_in_a_run_are_not_taken_for_all(unmeasured, tmp_path, capsys):
-    path = schema.save_run(schema.open_run(unmeasured / "hc.zarr.zip"), tmp_path / "h.zarr.zip")
-    assert main(["analyze", str(path), "--metrics", "effective_rank"]) == FINE
-    capsys.readouterr()
-    other = str(unmeasured / "hc.zarr.zip")
-    assert main(["compare", str(path), other, "--metrics", "composite_gain", "--json"]) == FINE
-    assert json.loads(capsys.readouterr().out)["aligned"][0]["metric"] == "composite_gain"

@@ -11,9 +11,9 @@ from depthscope.diagnostics import schema
 
 
 def test_compare_aligns_by_relative_depth(saved, capsys):
-    assert main(["compare", str(saved), "--metrics", "residual_norm", "--points", "3", "--json"]) == FINE
+    assert main(["compare", str(saved), "--metrics", "residual_norm", "--json"]) == FINE
     printed = json.loads(capsys.readouterr().out)
-    assert [row["relative depth"] for row in printed["aligned"]] == [0.0, 0.5, 1.0]
+    assert [row["relative depth"] for row in printed["aligned"]] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert {row["run"] for row in printed["summary"]} == {"residual", "hc", "mhc"}
     with schema.open_run(saved / "hc.zarr.zip") as run:
         from depthscope.diagnostics import analyze

@@ -69,13 +69,6 @@ def test_only_broken_runs_are_an_error(mixed, capsys):
     assert main(["check", str(mixed / "torn.zarr.zip")]) == USAGE
 
 
-def test_a_name_that_does_not_exist_is_an_error_before_any_run_is_judged(saved, capsys):
-    assert main(["check", str(saved / "hc.zarr.zip"), "nowhere.zarr.zip"]) == USAGE
-    printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "no run at nowhere.zarr.zip" in printed.err
-
-
 def test_a_run_larger_than_asked_for_is_refused(saved, capsys):
     assert main(["check", str(saved / "residual.zarr.zip"), "--max-bytes", "1kB"]) == USAGE
     assert "1000" in capsys.readouterr().err

@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -102,31 +101,10 @@ def test_bad_input_is_one_clear_line_and_two(words, said, saved, tmp_path, capsy
     assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("text", ["", " \t", "caf\xe9"])
-def test_a_text_that_cannot_be_run_is_refused(text, tmp_path, capsys):
-    file = tmp_path / "notes.txt"
-    file.write_bytes(text.encode("latin-1"))
-    assert main(["probe", "tests.app.cli.byte_model:build", "--text", str(file)]) == USAGE
-    assert "notes.txt" in capsys.readouterr().err
-
-
-def test_foreign_file_is_no_run(tmp_path, capsys):
-    (tmp_path / "torn.zarr.zip").write_bytes(b"not a netCDF file")
-    assert main(["check", str(tmp_path / "torn.zarr.zip")]) == USAGE
-    assert "cannot be read" in capsys.readouterr().err
-
-
-def test_folder_without_runs_says_how_to_make_one(tmp_path, capsys):
-    assert main(["compare", str(tmp_path)]) == USAGE
-    assert "depthscope probe CHECKPOINT" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("origin", "line"),
     [
         ({"url": "file:///a%20b/c", "dir_info": {"editable": True}}, "pip install -e '/a b/c[app]'"),
-        ({"url": "file:///c", "dir_info": {}}, "pip install 'depthscope[app] @ file:///c'"),
-        ({"url": "file:///d.whl", "archive_info": {}}, "pip install 'depthscope[app] @ file:///d.whl'"),
         (
             {"url": "https://host/d", "vcs_info": {"vcs": "git", "commit_id": "1a"}},
             "pip install 'depthscope[app] @ git+https://host/d'",
@@ -148,15 +126,6 @@ def test_missing_extra_is_installed_from_where_depthscope_came(origin, line, mon
     assert capsys.readouterr().err.strip() == f"depthscope dashboard needs streamlit: {line}"
 
 
-def test_a_checkout_that_is_not_installed_is_named(monkeypatch):
-    def none(name):
-        raise package_versions.PackageNotFoundError(name)
-
-    monkeypatch.setattr(package_versions, "distribution", none)
-    root = Path(package_versions.__file__).resolve().parents[1]
-    assert package_versions.install_command("app") == f"pip install -e '{root}[app]'"
-
-
 def test_missing_module_of_no_extra_is_our_fault(monkeypatch, saved, capsys):
     def broken(paths, **options):
         raise ModuleNotFoundError("No module named 'depthscope.app.nowhere'", name="depthscope.app.nowhere")
@@ -169,15 +138,6 @@ def test_missing_module_of_no_extra_is_our_fault(monkeypatch, saved, capsys):
     monkeypatch.setenv("DEPTHSCOPE_DEBUG", "1")
     assert main(["dashboard", str(saved)]) == BUG
     assert "Traceback" in capsys.readouterr().err
-
-
-def test_interrupt_is_130(monkeypatch, saved, capsys):
-    def interrupted(paths, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("depthscope.app.dashboard.server.launch", interrupted)
-    assert main(["dashboard", str(saved)]) == INTERRUPTED
-    assert "interrupted" in capsys.readouterr().err
 
 
 def test_dashboard_hands_its_arguments_on(monkeypatch, saved):

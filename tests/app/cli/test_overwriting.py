@@ -47,8 +47,3 @@ def test_probe_says_it_before_the_model_is_loaded(run, monkeypatch, capsys):
     assert main(["probe", "no.such:factory", "--out", run_folder]) == USAGE
     assert "--force" in capsys.readouterr().err
     assert os.stat(run_folder) == before
-
-
-def test_a_run_that_is_analysed_is_written_to_without_force(run):
-    assert main(["analyze", "run.zarr.zip", "--metrics", "residual_norm"]) == FINE
-    assert "residual_norm" in schema.open_run("run.zarr.zip")["metrics"]

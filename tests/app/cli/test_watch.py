@@ -144,19 +144,9 @@ def test_a_module_that_compiles_trains_in_two_phases_and_catches_an_interrupt(tm
     with pytest.raises(SystemExit):
         runpy.run_module("package.train", run_name="__main__", alter_sys=True)
     plain = capfd.readouterr().out
-    words = [
-        "watch",
-        "--out",
-        "a",
-        "--every",
-        "1",
-        "--no-gradients",
-        "--layers",
-        "{i}",
-        "-m",
-        "package.train",
-    ]
-    code = main(words)
+    code = main(
+        ["watch", "--out", "a", "--every", "1", "--no-gradients", "--layers", "{i}", "-m", "package.train"]
+    )
     said = capfd.readouterr()
     # Nor was anything compiled once more for a hook of ours.
     assert (code, said.out) == (3, plain)

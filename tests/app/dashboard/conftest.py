@@ -2,26 +2,25 @@
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from depthscope.app.dashboard.state import run_library
-from depthscope.diagnostics import create_run, save_run
+from depthscope.diagnostics import analyze, create_run, save_run
+from depthscope.diagnostics.schema import COMPLETE
 from tests.app.dashboard.opening import open_page
+from tests.app.dashboard.serving import serving
+from tests.app.hostile_text import TEXTS, file_names
 
 RLO = "\u202e"
 
 FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--disable-dev-shm-usage",
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
 ]
 
 
@@ -93,3 +92,35 @@ def opened(saved_runs, monkeypatch):
     """Open one page on the saved runs."""
     monkeypatch.setattr(run_library, "_roots", [])
     return lambda page, **parameters: open_page(page, [saved_runs], **parameters)
+
+
+# --- a server for all that ask one
+
+HOSTILE = {
+    case: TEXTS[case]
+    for case in ("url", "markdown_link", "directive", "entities", "arrows", "math", "plotly")
+}
+NAMES = file_names(HOSTILE)
+
+
+@pytest.fixture(scope="session")
+def runs_root(tmp_path_factory, residual_run, mhc_run, make_run) -> Path:
+    """Two runs, and one with an attack in its name and its attributes for each hostile text."""
+    root = tmp_path_factory.mktemp("served")
+    save_run(residual_run, root / "plain.zarr.zip")
+    save_run(mhc_run, root / "mhc.zarr.zip")
+    small = make_run("residual", layers=2, weights=False)
+    names = ["effective_rank", "cka", "residual_norm", "gradient_norm", "num_tokens"]
+    metrics = analyze(small, metrics=names).assign_attrs({COMPLETE: True})
+    for case, name in NAMES.items():
+        run = xr.DataTree.from_dict({"/": xr.Dataset(attrs=small.attrs), "/metrics": metrics})
+        run.attrs |= dict.fromkeys(("model", "commit", "created", "software"), HOSTILE[case])
+        save_run(run, root / "run.zarr.zip")
+        (root / "run.zarr.zip").rename(root / f"{name}.zarr.zip")
+    return root
+
+
+@pytest.fixture(scope="session")
+def address(runs_root) -> Iterator[str]:
+    with serving(runs_root) as found:
+        yield found

@@ -7,18 +7,13 @@ import http.client
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from depthscope.app.dashboard.access import HEADERS, guarded, policy
-from depthscope.app.dashboard.server import CONFIG, free_port, launch
-from depthscope.diagnostics import save_run
-from tests.app.dashboard.serving import serving
+from depthscope.app.dashboard.server import CONFIG, HEADERS, free_port, guarded, launch, policy
 
 HOSTS = ("localhost", "127.0.0.1")
 OWN = "127.0.0.1:8501"
@@ -108,28 +103,11 @@ def test_the_policy_names_the_inline_scripts_of_the_installed_page(tmp_path):
 # --- the server that is started ---
 
 
-@pytest.fixture(scope="module")
-def address(tmp_path_factory, make_run) -> Iterator[str]:
-    root: Path = tmp_path_factory.mktemp("served")
-    save_run(make_run("residual", layers=2), root / "plain.zarr.zip")
-    with serving(root) as served:
-        yield served
-
-
 @pytest.mark.parametrize(
     "path",
     [
-        "/",
-        "/streams",
-        "/nowhere",
-        "/_stcore/health",
-        "/_stcore/host-config",
-        "/_stcore/agent/openapi.json",
-        "/media/absent.csv",
-        "/static/absent.js",
-        "/depthscope/plotly/plotly.min.js",
-        "/..%2f..%2fetc%2fpasswd",
-        "//evil.example/",
+        *("/", "/streams", "/nowhere", "/_stcore/health", "/_stcore/host-config", "/media/absent.csv"),
+        *("/depthscope/plotly/plotly.min.js", "/..%2f..%2fetc%2fpasswd", "//evil.example/"),
     ],
 )
 def test_every_path_of_the_server_has_the_headers(path, address):
@@ -152,16 +130,6 @@ def test_a_socket_of_another_page_is_refused(address):
     with connect(url, origin=address) as socket:
         headers = socket.response.headers
         assert headers["X-Content-Type-Options"] == "nosniff"
-
-
-def test_the_server_answers_no_program_that_drives_it(address):
-    """Streamlit's interface for agents is off: it would start sessions without a page."""
-    connection = http.client.HTTPConnection(urlsplit(address).netloc, timeout=20)
-    connection.request(
-        "POST", "/_stcore/agent/interact", body="{}", headers={"Content-Type": "application/json"}
-    )
-    assert connection.getresponse().status in (403, 404, 405)
-    connection.close()
 
 
 # --- the launch

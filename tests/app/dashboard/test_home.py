@@ -94,17 +94,6 @@ def test_the_findings_of_the_row_are_cards_and_open_the_microscope(opened):
     assert str(pane["pin"]) == depth
 
 
-def test_copied_streams_are_said_to_be_copies(monkeypatch, tmp_path, mhc_run):
-    trace = mhc_run["trace"].to_dataset().load()
-    copies = trace["residual"].isel(stream=[0]).values.repeat(trace.sizes["stream"], axis=3)
-    copied = create_run(trace.assign(residual=trace["residual"].copy(data=copies)), attrs=mhc_run.attrs)
-    save_run(copied, tmp_path / "copies.zarr.zip")
-    monkeypatch.setattr(run_library, "_roots", [])
-    said = words(open_page("", [tmp_path]))
-    assert "The streams are still copies of one another deep in the network." in said
-    assert "below 1e-9 (depthscope's default)" in said
-
-
 def test_the_chains_of_a_run_have_a_row_each(monkeypatch, tmp_path, make_run):
     two = {"encoder": make_run("residual", layers=2), "decoder": make_run("residual", layers=3)}
     traces = {name: run["trace"].to_dataset() for name, run in two.items()}

@@ -14,10 +14,9 @@ import pytest
 import xarray as xr
 
 from depthscope.app.dashboard.components.page import MOST_RUNS
-from depthscope.app.dashboard.state import background, run_library, run_reading
-from depthscope.app.dashboard.state.background import Analyses
+from depthscope.app.dashboard.state import run_library, run_reading
 from depthscope.app.dashboard.state.run_library import read_run
-from depthscope.app.dashboard.state.run_reading import ReadingCache, UnreadableRun, version_of
+from depthscope.app.dashboard.state.run_reading import Analyses, ReadingCache, UnreadableRun, version_of
 from depthscope.app.readings.kept_readings import kept_summaries
 from depthscope.diagnostics import analyze, save_run, schema
 from depthscope.diagnostics.experiments import result_path, save_result
@@ -45,7 +44,7 @@ def root(tmp_path, monkeypatch) -> Path:
     root = tmp_path / "root"
     root.mkdir()
     monkeypatch.setattr(run_library, "_roots", [root.resolve()])
-    run_library._cache.clear()
+    run_library._cache._kept.clear()
     return root.resolve()
 
 
@@ -70,24 +69,6 @@ def test_only_what_lies_below_the_roots_is_listed(root, saved):
     outside = read_run("../../etc/passwd")
     assert isinstance(outside, UnreadableRun)
     assert "not below the paths" in outside.reason
-
-
-def newer(path: Path) -> None:
-    schema.write_zip(xr.DataTree.from_dict({"/": xr.Dataset(attrs={"schema_version": "9.0"})}), path)
-
-
-def foreign(path: Path) -> None:
-    schema.write_zip(xr.DataTree(xr.Dataset({"a": ("x", [1.0])})), path)
-
-
-@pytest.mark.parametrize(
-    ("spoil", "reason"), [(newer, "read it with a newer depthscope"), (foreign, "not a depthscope run")]
-)
-def test_a_run_of_another_kind_says_what_it_is(spoil, reason, root):
-    spoil(root / "bad.zarr.zip")
-    found = read_run("bad")
-    assert isinstance(found, UnreadableRun)
-    assert reason in found.reason
 
 
 def test_a_result_that_appears_beside_a_run_is_shown(saved, root):
@@ -184,7 +165,7 @@ def test_the_cache_is_bounded_by_bytes_and_keeps_what_was_used_last():
 @pytest.fixture(autouse=True)
 def _no_server_of_forks(monkeypatch):
     """One would outlive the folder for temporary files of the tests."""
-    monkeypatch.setattr(background, "_context", multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(run_reading, "_context", multiprocessing.get_context("spawn"))
 
 
 def until(condition, seconds=120.0):
@@ -210,20 +191,22 @@ def test_a_run_is_analysed_elsewhere_and_found_here(root, saved, monkeypatch):
     torn = run_library.summaries_of("torn", listed["torn"])
     assert isinstance(torn, UnreadableRun)
     assert "cannot be read" in torn.reason
-    # Who wants to see a run waits for it, and hears how far it is.
-    said = []
-    run_library._cache.clear()
+    # Who wants to see a run hears that it is analysed, before all others, until it is there.
+    run_library._cache._kept.clear()
     os.utime(listed["a"], ns=(0, 10**18))
-    (reading,) = run_library.read_run("a", progress=lambda *done: said.append(done))
+    waiting = run_library.read_run("a")
+    assert isinstance(waiting, UnreadableRun)
+    assert waiting.waits
+    until(lambda: not isinstance(run_library.read_run("a"), UnreadableRun))
+    (reading,) = run_library.read_run("a")
     assert reading.analysis.sizes["depth"] == 3
-    assert said
 
 
 def test_a_process_that_gives_no_answer_is_said_and_others_go_on(root, saved, monkeypatch):
     path = root / "a.zarr.zip"
     put(saved[".zarr.zip"][0], path)
     analyses = Analyses(most=1)
-    begin = background._context.Process.start
+    begin = run_reading._context.Process.start
 
     def killed(process):
         begin(process)
@@ -233,12 +216,12 @@ def test_a_process_that_gives_no_answer_is_said_and_others_go_on(root, saved, mo
         raise OSError("no memory for another process")
 
     ends = {
-        "was ended by SIGKILL, perhaps for its memory. Analyse it by itself: depthscope analyze": killed,
+        "was ended, perhaps for its memory. Analyse it by itself: depthscope analyze": killed,
         "No process could be started to analyse it: no memory for another process": not_started,
         "": begin,
     }
     for number, (said, how) in enumerate(ends.items()):
-        monkeypatch.setattr(background._context.Process, "start", how)
+        monkeypatch.setattr(run_reading._context.Process, "start", how)
         os.utime(path, ns=(0, 10**18 + number))  # another version is another chance
         analyses.ask({"a": path})
         until(lambda: analyses.result_of(path, version_of(path)) is not None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.figures.build.history_figure import MOST_COLUMNS
 from depthscope.diagnostics import save_run, schema
+from depthscope.diagnostics.schema import LiveRows
 from depthscope.diagnostics.schema.live_log import LiveStore
 from tests.app.dashboard.growing_run import SPIKE, add, begin, with_state
 from tests.app.dashboard.opening import charts, depth_map, numbers, open_page, words
@@ -50,11 +52,13 @@ def test_steps_are_followed_and_the_state_is_said(store):
     assert "ended at step 20" in words(test)
 
 
-def test_a_link_restores_step_comparison_and_zoom(store):
-    test = opened(store, step="3", versus="12", zoom_training="2.5,9.5", measures="residual_norm")
-    assert "Step 3 against step 12" in words(test)
+def test_a_link_restores_step_and_zoom(store):
+    test = opened(store, step="3", zoom_training="2.5,9.5", measures="residual_norm")
+    assert "Step 3" in words(test)
     data = charts(test)["training"]
-    assert (data["pin"], data["other"]) == (3.0, 12.0)
+    assert data["pin"] == 3.0
+    at_steps = json.loads(charts(test)["residual_norm_at_step"]["figure"])["data"]
+    assert {"step 3", "step 19"} <= {trace.get("name") for trace in at_steps}
     # One step beyond each end of the zoom.
     np.testing.assert_array_equal(numbers(heat_map(test)["x"]), np.arange(2, 11))
 
@@ -142,23 +146,17 @@ def test_a_saved_copy_shows_the_same_history(store, tmp_path):
     assert "ended" not in words(test)
 
 
-def test_silence_is_stale_by_the_cadence_of_the_run(store, monkeypatch):
-    test = opened(store)
-    reading = run_library.read_run("run")[0]
-    history = growing_runs.history_of(reading)
-    last = history.times[-1]
-    monkeypatch.setattr("time.time", lambda: last + 2.0)
-    usual = live_state(history.status, history.times)
-    assert usual.is_growing
-    assert usual.words == "step 19, 2 s ago"
-    # A run with a step every minute is not stale after three, and is after five.
-    slow = last - 60.0 * np.arange(20)[::-1]
-    monkeypatch.setattr(type(history), "times", property(lambda _: slow))
-    monkeypatch.setattr("time.time", lambda: last + 200.0)
-    assert "STALE" not in live_state(history.status, history.times).words
-    monkeypatch.setattr("time.time", lambda: last + 300.0)
-    assert live_state(history.status, history.times).words == "step 19, 5 min ago · STALE"
-    assert test is not None
+def test_silence_is_seen_and_a_store_of_another_machine_ends(store):
+    status = LiveRows(store.path).status()
+    states = {
+        seconds: live_state(replace(status, age_seconds=seconds, state="unknown"))
+        for seconds in (2.0, 300.0, 900.0)
+    }
+    assert states[2.0].words.startswith("step 19, 2 s ago, written on ")
+    assert [state.colour for state in states.values()] == ["green", "orange", "orange"]
+    assert [state.is_growing for state in states.values()] == [True, True, False]
+    assert live_state(replace(status, age_seconds=900.0)).is_growing
+    assert live_state(replace(status, age_seconds=1.0, state="killed")).colour == "red"
 
 
 def test_a_resumed_training_shows_where_and_forgets_what_it_superseded(store):
@@ -171,14 +169,6 @@ def test_a_resumed_training_shows_where_and_forgets_what_it_superseded(store):
     shapes = json.loads(charts(test)["training"]["figure"])["layout"]["shapes"]
     assert [shape["x0"] for shape in shapes] == [10]
     resumed.close()
-
-
-def test_the_map_says_what_is_written_and_stale(store, make_run):
-    save_run(make_run("residual", layers=2), store.path.parent / "saved.zarr.zip")
-    test = open_page("", [store.path.parent])
-    status = {name: row["status"] for name, row in depth_map(test).items()}
-    assert status["saved"] == ""
-    assert re.fullmatch(r"step 19, \d+ s ago( · STALE)?", status["run"])
 
 
 def test_the_microscope_follows_the_last_step(store):

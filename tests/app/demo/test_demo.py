@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,7 +23,11 @@ def test_a_line_for_each_model_and_runs_that_can_be_browsed(tmp_path, make_run, 
     )  # of an earlier one, which is replaced
     monkeypatch.setattr(demo, "SEQUENCES", 2)
     monkeypatch.setattr(demo, "LENGTH", 32)
-    monkeypatch.setattr(demo, "_in_another_process", lambda task, *folders: demo.measure(*folders))
+    monkeypatch.setattr(
+        demo.subprocess,
+        "run",
+        lambda words, **_: demo.measure(*map(Path, words[-2:])) or SimpleNamespace(returncode=0),
+    )
     assert main(["demo", "--out", str(folder), "--no-browser"]) == 0
     *models, last = capsys.readouterr().out.strip().splitlines()
     assert [line.split()[0] for line in models] == ["residual", "HC", "mHC"]

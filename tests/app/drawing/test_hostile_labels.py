@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import numpy as np
-import pytest
 
 from depthscope.app.drawing.matplotlib import to_svg
 from depthscope.app.drawing.plotly import to_plotly
@@ -70,22 +68,5 @@ def test_plotly_draws_the_letters():
                 assert len(shown) < 3000
 
 
-class Elements(HTMLParser):
-    def __init__(self, text: str):
-        super().__init__()
-        self.found: set[tuple[str, tuple[str, ...]]] = set()
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.add((tag, tuple(sorted(name for name, _ in attrs))))
-
-
-@pytest.fixture(scope="module")
-def harmless() -> set[tuple[str, tuple[str, ...]]]:
-    return Elements(to_svg(curves("a"))).found | Elements(to_svg(cells("a"))).found
-
-
 def test_dollars_are_dollars():
-    # The drawing of "$x$" as mathematics has one letter, in italics; as text it has three.
-    as_text, as_one = to_svg(replace(cells("a"), x_label="$x$")), to_svg(replace(cells("a"), x_label="x"))
-    assert as_text.count("<use") == as_one.count("<use") + 2
+    assert ">$x$<" in to_svg(replace(cells("a"), x_label="$x$"))

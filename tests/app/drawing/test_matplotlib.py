@@ -65,14 +65,6 @@ def test_dense_maps_are_rasterised_inside_the_vector_file(tmp_path):
     assert (tmp_path / "d.svg").read_text().count("<path") < 500
 
 
-def test_matplotlib_settings_are_left_alone(tmp_path):
-    import matplotlib as mpl
-
-    before = dict(mpl.rcParams)
-    write_figure(CURVES, tmp_path / "c.pdf", tmp_path / "c.svg", width="neurips")
-    assert dict(mpl.rcParams) == before
-
-
 def test_empty_and_single_values_are_drawn(tmp_path):
     nothing = Lines("n", "N", "x", "y", (Line(X, np.full(8, np.nan), "a"),), log_y=True)
     one = Heatmap("o", "O", np.array([3.0]), np.array([0.0]), np.array([[np.nan]]), "x", "y", "z", log_z=True)
@@ -108,12 +100,3 @@ def test_letters_are_drawn_by_a_font_that_has_them_or_escaped():
     (axes,) = to_matplotlib(replace(CURVES, x_label="模型 \ue000")).axes
     assert axes.xaxis.label.get_text() == r"\u6a21\u578b \ue000"
     assert axes.yaxis.label.get_fontfamily() == list(FONTS)
-
-
-def test_a_figure_that_is_saved_later_is_fit_for_a_venue(tmp_path):
-    files = [tmp_path / "a.pdf", tmp_path / "b.pdf"]
-    for file in files:
-        to_matplotlib(CURVES).savefig(file)
-    first, second = (file.read_bytes() for file in files)
-    assert first == second
-    assert b"/Type3" not in first

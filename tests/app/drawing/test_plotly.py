@@ -6,8 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from depthscope.app.drawing.plotly import PALETTE, shrink, to_plotly
-from depthscope.app.drawing.plotly.layout import log_ticks
+from depthscope.app.drawing.plotly import shrink, to_plotly
+from depthscope.app.drawing.plotly.cells import log_ticks
 from depthscope.app.figures import FIGURES, Heatmap, Line, Lines
 from depthscope.diagnostics import analyze
 
@@ -38,14 +38,6 @@ def test_the_browser_gets_the_numbers_of_the_figure(whole):
             assert len(sent) == len(figure.lines)
             for values, line in zip(sent, figure.lines, strict=True):
                 np.testing.assert_array_equal(values, line.y)
-
-
-def test_a_run_keeps_its_colour_where_another_run_is_missing(both):
-    everywhere = curves(to_plotly(FIGURES["residual_norm"].build(both)))
-    mixing = curves(to_plotly(FIGURES["deflated_gain"].build(both)))
-    (norm,) = (trace for trace in everywhere if trace.name == "mhc")
-    assert mixing[0].name == "mhc"
-    assert norm.line.color == mixing[0].line.color == PALETTE[1]
 
 
 def test_a_null_is_dashed_in_the_colour_of_its_run(both):
@@ -83,14 +75,6 @@ def test_many_lines_get_a_legend_of_runs_and_of_variants(both):
     assert named == ["a", "b", "σ1", "σ2", "σ3", "σ4"]
 
 
-def test_whiskers_are_the_standard_error_where_the_band_is_a_spread():
-    x, error = np.arange(3.0), np.array([0.1, 0.2, 0.3])
-    line = Line(x, x + 1, "a", lower=x, upper=x + 2, error=error)
-    band, curve = to_plotly(Lines("gain", "Gain", "x", "y", (line,))).data
-    assert band.fill == "toself"
-    np.testing.assert_array_equal(curve.error_y.array, error)
-
-
 def square(size: int, **more) -> Heatmap:
     axis = np.arange(size, dtype=float)
     z = np.add.outer(axis, axis)
@@ -114,13 +98,3 @@ def test_a_chart_of_nothing_says_so(known):
     for figure in (line, cells):
         said = [each.text for each in to_plotly(figure).layout.annotations]
         assert ("undefined everywhere" in said) is not known
-
-
-def test_a_logarithmic_axis_says_why_nothing_is_on_it():
-    def words(y):
-        drawn = to_plotly(Lines("g", "Gradient", "x", "y", (Line(np.arange(3.0), y, "a"),), log_y=True))
-        return [note.text for note in drawn.layout.annotations]
-
-    assert any("never above 0" in text for text in words(np.zeros(3)))
-    assert not words(np.array([0.0, 0.0, 1.0]))
-    assert words(np.full(3, np.nan)) == ["undefined everywhere"]

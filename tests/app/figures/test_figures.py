@@ -1,8 +1,5 @@
 """Does a figure hold the analysis' own numbers, and say in words how they were measured?"""
 
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import xarray as xr
@@ -34,11 +31,6 @@ def measured(figure: Lines):
 
 def test_every_figure_can_be_drawn_from_an_mhc_run_with_every_metric(whole):
     assert list(available({"mhc": whole["mhc"]})) == list(FIGURES)
-
-
-def test_a_residual_run_offers_no_mixing_figure(plain):
-    kinds = available({"plain": plain})
-    assert {kind.question for kind in kinds.values()} == {"collapse", "similarity", "gradients"}
 
 
 def test_every_figure_says_what_it_shows(whole):
@@ -87,12 +79,6 @@ def test_the_caption_counts_the_tokens_behind_the_numbers(plain):
     assert f"N = {real} tokens." in pooled.caption
     assert "tokens per sequence" in within.caption
     assert pooled.caption.startswith("Over the tokens of all sequences pooled")
-
-
-def test_a_run_without_streams_is_named_as_missing(both):
-    figure = FIGURES["composite_gain"].build(both)
-    assert {line.group for line in measured(figure)} == {"mhc"}
-    assert "Not measured in plain." in figure.caption
 
 
 def test_composite_gain_shows_both_directions_with_percentiles_and_limits(mixed):
@@ -168,15 +154,6 @@ def test_a_heat_map_of_a_run_that_cannot_feed_it_is_refused(both):
         FIGURES["depth_kernel"].build(both, run="plain")
 
 
-def test_the_register_needs_no_renderer_and_no_torch():
-    code = (
-        "import sys, depthscope.app.figures; "
-        "print(sorted({'plotly', 'matplotlib', 'streamlit', 'torch'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 # --- bands, errors, words
 
 
@@ -190,18 +167,6 @@ def test_the_cosine_with_the_depth_before_has_a_band_of_tokens(whole):
     error = whole["plain"]["adjacent_cosine_stderr"].isel(step=-1).sel(stream="mean")
     np.testing.assert_allclose(line.error, 3.182446 * error)  # four sequences: Student's t
     assert "Whiskers: 95 % interval over sequences (n =" in figure.caption
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("mixing_gain", "Changes when the streams are rotated."),
-        ("dong_residual", "Changes when the features are rotated."),
-        ("residual_norm", "Changes when the streams are rotated."),
-    ],
-)
-def test_what_depends_on_a_basis_says_so(name, words, mixed):
-    assert words in FIGURES[name].build({"mhc": mixed}).caption
 
 
 def test_latex_can_set_every_sign_of_a_figure(whole):
@@ -229,14 +194,6 @@ def test_a_spectrum_is_the_analysis_at_the_chosen_depths(whole):
     assert figure.log_x
     assert figure.log_y
     assert figure.sources == ("marchenko1967distribution",)
-
-
-def test_runs_of_different_depth_show_their_own_depths(whole):
-    lines = measured(FIGURES["spectrum"].build(whole))
-    assert [line.label for line in lines if line.group == "mhc"] == [
-        f"mhc · depth {d}" for d in (0, 2, 4, 6, 8)
-    ]
-    assert [line.label for line in lines if line.group == "plain"][-1] == "plain · depth 4"
 
 
 def test_what_float32_cannot_tell_from_zero_is_not_drawn():

@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 
 from depthscope.app.figures import Line, Lines
-from depthscope.app.figures.build.spread import folded
+from depthscope.app.figures.build.values import folded
 
 X = np.arange(3.0)
 

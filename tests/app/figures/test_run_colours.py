@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import xarray as xr
 from matplotlib.colors import to_hex
 
 from depthscope.app.drawing.matplotlib import curves, to_matplotlib
 from depthscope.app.drawing.plotly import to_plotly
-from depthscope.app.figures import FIGURES, Line, Lines, Selection
+from depthscope.app.figures import FIGURES, Selection
 from depthscope.app.figures.composed import compose
-from depthscope.app.figures.palette import MARK_EDGE, RUN_COLOUR, RUN_COLOURS, colour_numbers
+from depthscope.app.figures.palette import MARK_EDGE, RUN_COLOURS, colour_numbers
 from depthscope.app.paper.contents import draw_all
 from depthscope.app.readings.readings import read_runs
 
@@ -55,8 +54,6 @@ def test_runs_whose_names_clash_take_the_next_free_colour_and_move_no_other():
         assert numbers[next(name for name in names if alone[name] == number)] == number
     assert colour_numbers(dict.fromkeys(reversed(names[:10]), xr.Dataset())) == numbers
     assert sorted(colour_numbers(dict.fromkeys(names, xr.Dataset())).values())[:20] == list(range(20))
-    chosen = {"a": xr.Dataset(attrs={RUN_COLOUR: 3}), "b": xr.Dataset(attrs={RUN_COLOUR: 3})}
-    assert colour_numbers(chosen) == {"a": 3, "b": 3}
 
 
 def test_screen_and_paper_draw_a_run_in_the_same_colour_and_shape(readings):
@@ -81,18 +78,3 @@ def test_screen_and_paper_draw_a_run_in_the_same_colour_and_shape(readings):
     }
     assert edges == {MARK_EDGE}
     assert len(on_paper) == len(set(on_paper.values())) == 11
-
-
-def test_many_lines_have_marks_on_the_screen_and_the_legend_has_them_too():
-    x = np.arange(100.0)
-    lines = [
-        Line(x, x + number, f"run{number} · {variant}", group=f"run{number}")
-        for number in range(6)
-        for variant in ("forward", "backward")
-    ]
-    traces = to_plotly(Lines("many", "M", "x", "y", tuple(lines))).data
-    drawn = [trace for trace in traces if trace.x[0] is not None]
-    assert all("markers" in trace.mode and trace.marker.maxdisplayed == 12 for trace in drawn)
-    assert len({(trace.line.color, trace.line.dash) for trace in drawn}) == len(lines)
-    legend = {trace.name: trace.marker.symbol for trace in traces if trace.showlegend is not False}
-    assert [legend[f"run{number}"] for number in range(2)] == ["circle", "square"]

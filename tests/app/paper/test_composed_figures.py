@@ -86,14 +86,7 @@ def test_own_axes_are_filled_and_returned(readings):
     gain = mhc.analysis["composite_gain"].sel(direction="forward", reduction="mean").isel(step=0)
     drawn = next(line for line in first.lines if line.get_label() == "mhc")
     np.testing.assert_array_equal(drawn.get_ydata(), gain)
-    # A second call adds to the legend of the first.
-    (before,) = canvas.legends
-    labels = {text.get_text() for text in before.get_texts()}
-    figures.collapse([mhc], axes={"token_cosine": first})
-    (legend,) = canvas.legends
-    both = [text.get_text() for text in legend.get_texts()]
-    assert labels < set(both)
-    assert len(both) == len(set(both))
+    assert next(text.get_text() for text in first.get_legend().get_texts()) == "mhc"
     grid = Canvas().subplots(2, 3)
     assert list(figures.collapse([mhc], axes=grid)) == list(figures.panels("collapse", [mhc]))
 
@@ -102,7 +95,7 @@ def test_own_axes_are_filled_and_returned(readings):
     ("axes", "words"),
     [
         ({"nothing": 0}, "no panel 'nothing'"),
-        ([0, 1], "2 axes for the 8 panels"),
+        ([0, 1], "2 axes for the 4 panels"),
         (list(range(9)), "9 axes for"),
     ],
 )
@@ -124,16 +117,6 @@ def test_matrices_have_the_sums_of_rows_and_columns(runs):
     assert cells == [f"{v:.2f}".replace("-0.00", "0.00").replace("-", "−") for v in mean.ravel()]
 
 
-def test_eigenvalues_are_those_of_the_mean_matrices(runs, readings):
-    figure = compose("spectra", readings[1:2], runs={"hc": runs["hc"]})
-    cloud = next(panel.content for panel in figure.panels if panel.key == "eigenvalues")
-    trace = runs["hc"]["trace"].to_dataset()
-    means = trace["h_res"].values[:, trace["mask"].values].astype(float).mean(axis=1)
-    np.testing.assert_allclose(
-        np.sort_complex(cloud.points["hc"].ravel()), np.sort_complex(np.linalg.eigvals(means).ravel())
-    )
-
-
 def _measured(family, run, seed):
     """A reading of the one metric that is needed."""
     analysis = depthscope.analyze(run, metrics=["stream_cosine"])
@@ -141,7 +124,7 @@ def _measured(family, run, seed):
     return judged(name, {"family": family}, analysis, chain="", path="", results={})
 
 
-def test_groups_are_means_with_bands_and_marks(make_run):
+def test_groups_are_means_with_bands(make_run):
     readings = [
         _measured(family, make_run(family, layers=2, seed=seed), seed)
         for family in ("hc", "mhc")
@@ -156,9 +139,6 @@ def test_groups_are_means_with_bands_and_marks(make_run):
     np.testing.assert_allclose(line.y, values.mean(axis=0))
     half = 3.182446 * values.std(axis=0, ddof=1) / 2  # Student's t with 3 degrees
     np.testing.assert_allclose(line.error, half, rtol=1e-6, atol=1e-15)
-    # HC's streams drift apart and mHC's do not; at the embedding both are copies.
-    assert panel.differs
-    assert min(first for first, _ in panel.differs) > 0
     with pytest.raises(ValueError, match="has no attribute 'colour'"):
         compose("collapse", readings, by="colour")
 
@@ -177,19 +157,6 @@ def test_training_has_steps_and_marks(make_run):
     loss = canvas.axes[keys.index("loss")]
     marked = [tuple(line.get_xydata()[0]) for line in loss.lines if line.get_marker() == "v"]
     assert (10.0, 1.0) in marked
-
-
-def test_a_run_that_is_not_finite_is_drawn_as_far_as_it_goes(make_run):
-    run = make_run("mhc", layers=2).copy(deep=True)
-    trace = run["trace"].to_dataset().load()
-    trace["residual"].values[3:] = np.nan
-    from depthscope.diagnostics import schema
-
-    broken = schema.create_run(trace, attrs=run.attrs)
-    readings = read_runs({"broken": broken})
-    for name in QUESTIONS:
-        figure = compose(name, readings, runs={"broken": broken})
-        assert figure.panels or figure.left_out
 
 
 def test_bytes_are_the_same_again(readings, tmp_path):

@@ -100,10 +100,6 @@ def test_bibliography_holds_exactly_what_is_cited(bundle):
     assert set(keys_of(shown)) <= written
 
 
-def test_runs_of_other_depth_share_a_relative_axis(bundle):
-    assert json.loads((bundle / "manifest.json").read_text())["selection"]["axis"] == "relative"
-
-
 def test_a_folder_with_files_is_refused_and_untouched(runs, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     for force, said in ((False, "has files in it"), (True, "is not a folder that depthscope export wrote")):

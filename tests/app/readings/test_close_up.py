@@ -111,10 +111,3 @@ def test_a_live_store_has_the_states_of_its_newest_step(make_run, tmp_path):
     assert (found.num_depths, found.num_sequences) == (expected.sizes["depth"], expected.sizes["sample"])
     with pytest.raises(AbsentError, match="no group coverage"):
         schema.open_group(tmp_path / "live", "coverage")
-
-
-@pytest.mark.parametrize("suffix", [".zarr.zip", ".zarr"])
-def test_a_group_that_a_run_lacks_is_said_in_every_format(suffix, mhc_run, tmp_path):
-    save_run(mhc_run, tmp_path / f"a{suffix}")
-    with pytest.raises(AbsentError, match="it has no group metrics"):
-        schema.open_group(tmp_path / f"a{suffix}", "metrics")

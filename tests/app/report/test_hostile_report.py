@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -12,7 +11,7 @@ import xarray as xr
 from depthscope.app.figures import FIGURES
 from depthscope.app.paper import contents
 from depthscope.app.readings.readings import read_runs
-from depthscope.app.report.report import to_html, write_report
+from depthscope.app.report.report import to_html
 from depthscope.app.text.visible import LONGEST_TEXT, visible
 from depthscope.diagnostics import analyze
 from depthscope.diagnostics.schema import COMPLETE
@@ -103,19 +102,3 @@ def test_hostile_run_names_are_text(run):
     same_elements(page, harmless)
     text.encode("utf-8")  # a lone surrogate could not be written
     assert "javascript:" not in " ".join(page.values)
-
-
-def test_a_report_of_a_hostile_run_is_written(run, tmp_path):
-    hostile = with_attributes(run, {"model": TEXTS["surrogate"], "note": TEXTS["nul"]})
-    page = write_report({TEXTS["surrogate"]: hostile}, tmp_path / "report.html").read_text(encoding="utf-8")
-    assert r"a\udc80b" in page
-    assert r"a\x00b" in page
-
-
-def test_the_page_may_run_nothing_and_load_nothing(run):
-    page = to_html(read_runs({"plain": run}))
-    (policy,) = [line for line in page.splitlines() if "Content-Security-Policy" in line]
-    assert "default-src 'none'" in policy
-    assert "script-src 'none'" in html.unescape(policy)
-    assert "base-uri 'none'" in policy
-    assert "form-action 'none'" in policy

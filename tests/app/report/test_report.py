@@ -58,21 +58,6 @@ def test_nothing_is_fetched_and_nothing_runs(page, elements):
     assert not [attrs for _, attrs in elements if any(name.startswith("on") for name in attrs)]
 
 
-def test_run_names_are_text(page):
-    assert "<script>" not in page
-    assert "&lt;script&gt;" in page
-
-
-@pytest.mark.usefixtures("few_figures")
-def test_names_and_attributes_are_never_code(make_run):
-    run = make_run("residual", layers=2)
-    run.attrs["model"] = hostile = "{{ 6 * 7 }} </pre><img src=x onerror=alert(1)> {% raw %} a&b"
-    page = to_html(read_runs({hostile: run}))
-    assert "<img" not in page
-    assert "</pre><img" not in page
-    assert "{{ 6 * 7 }} &lt;/pre&gt;&lt;img src=x onerror=alert(1)&gt; {% raw %} a&amp;b" in page
-
-
 def test_ids_are_unique_and_links_land(elements):
     ids = [attrs["id"] for _, attrs in elements if "id" in attrs]
     assert len(ids) == len(set(ids))
@@ -91,16 +76,6 @@ def test_findings_provenance_and_sources_are_there(page):
     assert "roy2007effective" in page
     assert "depthscope" in page
     assert page.count("<h2>") == 8  # the verdicts of all runs come first
-
-
-def test_what_is_missing_is_said(page):
-    assert "gradient_norm" in page.partition("Not computed")[2]
-
-
-@pytest.mark.usefixtures("few_figures")
-def test_the_same_runs_give_the_same_page(make_run):
-    readings = read_runs({"plain": make_run("residual", layers=2)})
-    assert to_html(readings) == to_html(readings)
 
 
 @pytest.mark.usefixtures("few_figures")
@@ -155,15 +130,6 @@ def test_a_browser_shows_it_without_a_request(page, tmp_path):
         browser.close()
     assert asked == [(tmp_path / "r.html").as_uri()]
     assert said == []
-
-
-def test_a_note_below_other_findings_is_folded(page):
-    findings = page.partition("<h2>Findings</h2>")[2].partition("<h2>Runs</h2>")[0]
-    cards = re.findall(
-        r'<li[^>]*>\s*(<details><summary>Note: [^<]*</summary>)?<div class="card (\w+)', findings
-    )
-    assert len(cards) == findings.count('<div class="card ')
-    assert {severity for folded, severity in cards if folded} == {"info"}
 
 
 @pytest.mark.usefixtures("few_figures")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import pytest
 import xarray as xr
 
 from depthscope.app.readings.readings import Reading
@@ -33,11 +32,6 @@ def result(kinds=("skip", "skip", "identity"), depths=(2, 5, 2), changes=(0.01, 
 
 def test_the_result_is_that_of_the_same_kind_at_the_place_of_the_finding():
     assert result_for(IDLE, result()) == "skip at depth 2: loss +0.01 nats (95 %: +0.005 to +0.015)"
-
-
-@pytest.mark.parametrize("depths", [(1, 5, 2), (4, 5, 3)])
-def test_a_result_from_elsewhere_says_nothing(depths):
-    assert result_for(IDLE, result(depths=depths)) == ""
 
 
 def test_cards_show_the_command_and_then_its_result(tmp_path):

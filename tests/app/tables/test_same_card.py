@@ -3,7 +3,6 @@
 import html
 import re
 
-import numpy as np
 import pytest
 
 from depthscope.app.dashboard.state import run_library
@@ -56,15 +55,3 @@ def test_every_face_shows_the_same_words(reading, monkeypatch):
                 assert text in shown, (face, part, text)
         if card.follows:
             assert all(f"follows from {card.follows}" in face for face in (terminal, report, notebook, page))
-
-
-def test_the_curve_is_that_of_the_numbers_that_were_judged(reading):
-    found = {card.finding.verdict: card for card in cards_of(reading)}
-    card = found["rank_collapse"]
-    profile = np.array(card.finding.profile)
-    assert len(profile) == reading.analysis.sizes["depth"]
-    # The number that is told is one of them, at a place of the finding.
-    assert card.finding.value in profile[card.finding.first : card.finding.last + 1]
-    beyond = profile > card.finding.threshold if card.finding.above else profile < card.finding.threshold
-    assert beyond.any()
-    assert card.as_dict()["profile"] == [each if np.isfinite(each) else None for each in profile]

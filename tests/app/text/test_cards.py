@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import jsonschema
+import numpy as np
 import pytest
 
 from depthscope.app.cli.main import main
 from depthscope.app.text.cards import (
     CARD_SCHEMA,
+    MOST_BLOCKS,
     MOST_LINES,
     card_lines,
     card_of,
     cards_text,
+    curve_blocks,
+    curve_words,
     explanation,
-    names,
 )
 from depthscope.app.text.terminal import encodable, say
-from depthscope.diagnostics import Finding, Severity, save_run
+from depthscope.diagnostics import CATALOGUE, Finding, Severity, save_run
 from depthscope.diagnostics.verdicts import VERDICTS
 
 SCHEMA = json.loads(
@@ -120,21 +124,46 @@ def test_the_json_is_what_the_published_schema_says(mhc_run, tmp_path, capsys):
         assert finding["schema"] == CARD_SCHEMA == SCHEMA["title"]
 
 
-@pytest.mark.parametrize(
-    "change", [{"severity": "fatal"}, {"value": "large"}, {"schema": "depthscope.finding/2"}]
-)
-def test_the_schema_refuses_what_it_does_not_mean(change):
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(card_of(FINDING).as_dict() | change, SCHEMA)
-
-
 # --- explanations
 
 
 def test_everything_is_explained():
-    for name in names():
+    for name in (*VERDICTS, *CATALOGUE):
         text = explanation(name)
         assert ".. math::" not in text
         assert ":math:" not in text
         assert "Source: " in text
         assert all(len(line) <= 100 for line in text.splitlines() if not line.startswith(" "))
+
+
+# --- the small curve
+
+NAN = math.nan
+
+
+def judged(profile, **facts):
+    return replace(FINDING, **{"threshold": 0.5, "above": True, "profile": tuple(profile), **facts})
+
+
+def test_the_words_of_a_curve_name_range_limit_side_and_gaps():
+    assert curve_words(judged([0.1, NAN, 0.9])) == "depth 0–2: 0.100 to 0.900, worse above 0.5; 1 undefined"
+    assert curve_words(judged([3.0, 2.0], above=False, axis="connection")) == (
+        "connection 0–1: 2.00 to 3.00, worse below 0.5"
+    )
+    for profile in [(), (1.0,), (NAN, NAN), (NAN, 2.0), (math.inf, 1.0)]:
+        assert (curve_words(judged(profile)), curve_blocks(judged(profile))) == ("", "")
+
+
+def test_blocks_rise_with_the_numbers_and_keep_gaps_and_the_worst_one():
+    assert curve_blocks(judged([0.0, NAN, 1.0])) == "▁·█"
+    assert curve_blocks(judged([1.0, 10.0, 100.0])) == "▁▅█"
+    assert curve_blocks(judged([1.0, 1.0 - 1e-16, 1.0])) == ""
+    alike = judged([1.0 - 1e-6, 1.0 - 4e-5, 1.0 - 2e-6], threshold=0.99)
+    assert curve_words(alike) == "depth 0–2: 1 − x from 1e-6 to 4e-5, worse below 0.01"
+    assert max(curve_blocks(alike)) == curve_blocks(alike)[1] > curve_blocks(alike)[0]
+    values = np.zeros(5000)
+    values[3333] = 7.0
+    blocks = curve_blocks(judged(values))
+    assert len(blocks) == MOST_BLOCKS
+    assert blocks.count("█") == 1
+    assert curve_blocks(judged(10 - values, above=False)).count("▁") == 1
