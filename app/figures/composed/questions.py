@@ -107,11 +107,7 @@ QUESTIONS: dict[str, Question] = {
         Question(
             "kernel",
             "Who reads whom: the depth kernel",
-            (
-                Maps("kernel", "depth kernel", catalogue.depth_kernel, most=2),
-                Curves("read", "read share", catalogue.read_share),
-                Curves("write", "write share", catalogue.write_share),
-            ),
+            (Maps("kernel", "depth kernel", catalogue.depth_kernel, most=2),),
         ),
         Question(
             "spectra",
