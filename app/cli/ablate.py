@@ -43,18 +43,14 @@ def ablate(
         str,
         typer.Option(
             metavar="A,B",
-            help="skip (blocks); identity, uniform, mean, sinkhorn (in place of H_res); drop-stream, bypass, "
-            "merge-tokens (states).",
+            help="skip (blocks); identity, uniform (in place of H_res); drop-stream, bypass, merge-tokens (states).",
         ),
     ] = "skip",
     blocks: Annotated[str | None, _places("blocks")] = None,
     connections: Annotated[str | None, _places("connections")] = None,
     depths: Annotated[str | None, _places("depths; 0 is the embedding")] = None,
     stream: Annotated[str | None, _places("streams")] = None,
-    tokens: Annotated[str | None, _places("positions, of streams and patching")] = None,
-    together: Annotated[
-        bool, typer.Option("--together", help="All places at once, as one experiment.")
-    ] = False,
+    tokens: Annotated[str | None, _places("positions, of patching")] = None,
     patch: Annotated[
         Path | None,
         typer.Option(
@@ -99,10 +95,12 @@ def ablate(
     loaded = model.load()
     if run is not None:
         _require_same(run, loaded, text)
-    if patch is None:
-        result = _ablated(model, loaded, text, names(do) or [], where, together=together)
-    else:
-        result = _patched(model, loaded, patch, where)
+    kinds = names(do) or []
+    result = (
+        _ablated(model, loaded, text, kinds, where)
+        if patch is None
+        else _patched(model, loaded, patch, where)
+    )
     result.attrs.update(loaded.attrs)
     if place is not None:
         save_result(result, place)
@@ -131,14 +129,13 @@ def _ablated(
     text: str,
     kinds: list[str],
     where: dict[str, Any],
-    *,
-    together: bool,
 ) -> xr.Dataset:
     from depthscope.probes.checkpoints.text_batch import token_texts
     from depthscope.probes.interventions import ablate as run_experiments
     from depthscope.probes.interventions import plan
 
-    plans = [plan(kind, **where, together=together) for kind in kinds]
+    places = {name: of for name, of in where.items() if name != "tokens"}
+    plans = [plan(kind, **places) for kind in kinds]
     batch = model.batch(loaded, text)
     with working(f"changing {loaded.name}"), capture_errors_for_users():
         return run_experiments(
@@ -268,10 +265,9 @@ def _print_patching(result: xr.Dataset) -> None:
     )
     say()
     show_rows(
-        ("site", "depth", "block", "token", "text", "stream", "effect (95 %)", "change (95 %)"),
+        ("depth", "block", "token", "text", "stream", "effect (95 %)", "change (95 %)"),
         [
             (
-                row["site"],
                 str(row["depth"]),
                 "-" if row["block"] is None else str(row["block"]),
                 "all" if row["token"] is None else str(row["token"]),

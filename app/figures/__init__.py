@@ -42,8 +42,6 @@ DRAWN = frozenset(name for kind in DEFINED.values() for name in (*kind.needs, *k
 
 NOT_DRAWN = {
     "num_tokens": "every caption counts the tokens",
-    "fused_elements_moved": "it is the same at every connection: the facts of the run say it in a sentence",
-    "kept_elements": "it grows by the same amount at every connection: the facts of the run say it in a sentence",
 }
 """Metrics that have no figure of their own, with the reason."""
 

@@ -22,7 +22,7 @@ from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
 from depthscope.diagnostics.schema import LiveRows, Status
 from depthscope.diagnostics.schema.groups import group_path
-from depthscope.diagnostics.schema.live_store import with_rows
+from depthscope.diagnostics.schema.opening import with_rows
 
 DRIFT = "connection_parameter_drift"
 
@@ -109,7 +109,7 @@ class TrainingHistory:
     def resumed_at(self) -> tuple[int, ...]:
         """Steps at which a later attempt went on."""
         if self._rows is not None:
-            return tuple(one["step"] for one in self._rows.resumed)
+            return tuple(self._rows.resumed)
         found = self._reading.attrs.get(schema.RESUMED_AT, ())
         return tuple(int(step) for step in np.atleast_1d(np.asarray(found, dtype=float)) if np.isfinite(step))
 

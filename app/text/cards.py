@@ -220,8 +220,6 @@ def _of_verdict(verdict: Verdict) -> str:
     lines.append(f"Rests on {verdict.kind.value}.")
     if verdict.advice:
         lines.append(f"What to try: {verdict.advice}")
-    if verdict.not_for:
-        lines.append(f"Not judged for: {', '.join(verdict.not_for)}.")
     if verdict.follows_from:
         lines.append(f"Explained, where it applies, by: {', '.join(verdict.follows_from)}.")
     return "\n".join(lines)

@@ -37,15 +37,6 @@ KINDS: dict[str, ExperimentKind] = {
         ExperimentKind(
             "uniform", "connection", "H_res is J/n: every stream gets the mean of all", streams=True
         ),
-        ExperimentKind(
-            "mean", "connection", "H_res is its mean over tokens: mixing without routing", streams=True
-        ),
-        ExperimentKind(
-            "sinkhorn",
-            "connection",
-            "H_res is the doubly stochastic limit that its Sinkhorn steps converge to",
-            streams=True,
-        ),
         ExperimentKind("drop_stream", "depth", "one stream is set to zero at one depth", streams=True),
         ExperimentKind("bypass", "depth", "the steps to the named depths are left out, all at once"),
         ExperimentKind("merge_tokens", "depth", "every token's state is the mean of its sequence"),

@@ -205,15 +205,9 @@ def patch_rows(result: xr.Dataset) -> list[dict[str, Any]]:
     rows = []
     for at in zip(*np.nonzero(np.isfinite(change.values)), strict=True):
         cell = dict(zip(CELLS, map(int, at), strict=True))
-        row: dict[str, Any] = {
-            dim: result[dim].values[cell[dim]].item() if dim != "site" else str(result[dim].values[at[0]])
-            for dim in CELLS
-        }
+        row: dict[str, Any] = {dim: result[dim].values[cell[dim]].item() for dim in CELLS}
         row["block"] = int(result["layer"].values[cell["depth"]])
         row |= {name: None for name in ("token", "stream", "block") if row[name] < 0}
-        row["connection"] = (
-            int(result["connection"].values[cell["depth"]]) if row["site"] != "residual" else None
-        )
         for name in ("effect", "change"):
             for ending in ESTIMATES:
                 found = float(result[name + ending].values[at])

@@ -14,10 +14,8 @@ SETTLED_BY: dict[str, str] = {
     # States of which a collapse is said to leave little: with only that left, nothing changes.
     **dict.fromkeys(("rank_collapse", "common_vector"), "merge_tokens"),
     # A gain that is said to grow or fade by mixing: without mixing it does not.
-    **dict.fromkeys(("stuck_at_identity", "gain_explosion", "attenuation", "negative_mixing"), "identity"),
+    **dict.fromkeys(("gain_explosion", "attenuation", "negative_mixing"), "identity"),
     "stream_collapse": "uniform",
-    "constant_mixing": "mean",
-    "sinkhorn_not_converged": "sinkhorn",
     # A stream that is said to carry nothing.
     **dict.fromkeys(("unused_stream", "passing_streams"), "drop_stream"),
 }

@@ -49,7 +49,7 @@ EFFECTS: dict[str, Variable] = {
 }
 """Variables of the result of `depthscope.interventions.ablate`."""
 
-CELLS = ("site", "depth", "token", "stream")
+CELLS = ("depth", "token", "stream")
 PATCHES: dict[str, Variable] = {
     **_with_estimates(
         "effect",
@@ -60,14 +60,10 @@ PATCHES: dict[str, Variable] = {
     "patched": Variable((*CELLS, "sample"), "f", "measure of the patched forward"),
     "clean": Variable(("sample",), "f", "measure of the clean forward"),
     "corrupted": Variable(("sample",), "f", "measure of the corrupted forward"),
-    "site": Variable(("site",), "OTU", "what was patched"),
-    "depth": Variable(("depth",), "iu", "depth of the state, or at which the connection ends"),
+    "depth": Variable(("depth",), "iu", "depth of the state"),
     "token": Variable(("token",), "i", "position that was patched, −1 for all at once"),
     "stream": Variable(("stream",), "i", "stream that was patched, −1 for all at once"),
     "layer": Variable(("depth",), "i", "number of the block, −1 for the embedding"),
-    "connection": Variable(
-        ("depth",), "i", "number of the connection that ends there, −1 where none was patched"
-    ),
     "token_text": Variable(("sample", "token"), "OTU", "the token as text"),
 }
 """Variables of the result of `depthscope.interventions.patch`."""
@@ -78,15 +74,10 @@ LENS: dict[str, Variable] = {
     **_with_estimates("cross_entropy", LENS_DIMS, "loss of the next token by what the head reads"),
     **_with_estimates("kl", LENS_DIMS, "KL(output ‖ lens)"),
     **_with_estimates("agreement", LENS_DIMS, "share of tokens whose most likely prediction is the output's"),
-    "token_agreement": Variable((*LENS_DIMS, "sample", "token"), "f", "1 where the most likely prediction is the output's"),
     "prediction_depth": Variable(
         ("stream", "sample", "token"), "f", "first depth from which the most likely prediction stays the output's"
     ),
-    "stream_disagreement": Variable(
-        ("depth",), "f", "mean over pairs of streams of the Jensen-Shannon divergence of their predictions"
-    ),
     "layer": Variable(("depth",), "iu", "block number, -1 for the embedding"),
-    "token_text": Variable(("sample", "token"), "OTU", "the token as text"),
 }  # fmt: skip
 """Variables of the result of `depthscope.lens`."""
 

@@ -22,14 +22,13 @@ from depthscope.diagnostics.quantities import (
     registry,
     states,
     token_spectra,
-    token_steps,
     tokens,
 )
 from depthscope.diagnostics.quantities.registry import DIMS, Quantities
 
 # Importing these declares their quantities, so that a metric finds them whichever files are imported before it.
 QUANTITY_MODULES = (
-    *(states, tokens, token_spectra, token_steps, mean_states, mixing_matrices),
+    *(states, tokens, token_spectra, mean_states, mixing_matrices),
     depth_paths,
 )
 

@@ -213,7 +213,7 @@ def mean_stream_cosine(stream_states: States) -> xr.Variable:
     symbol=r"\max_{i \ne j} \overline{\cos}(x_i, x_j)",
     dims="depth",
     # As in the verdict `copied_streams`: what is closer differs by the rounding of float32 alone.
-    healthy=Range(high=1.0 - 1e-9, source=OURS),
+    healthy=Range(high=1.0 - 1e-12, source=OURS),
     cite=OURS,
     basis="stream",
     null=0.0,

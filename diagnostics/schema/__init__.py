@@ -4,16 +4,27 @@ from depthscope.diagnostics.schema.attributes import storable_attributes
 from depthscope.diagnostics.schema.coefficients import (
     COEFFICIENTS,
     OF_STREAMS,
-    OVER_DEPTH,
     PLAIN_FACTORS,
-    ROUTE,
     SUMMED,
     SUMS_OF_COEFFICIENTS,
 )
 from depthscope.diagnostics.schema.groups import COMPLETE, GROUPS, by_chain, chain_dataset, chains
-from depthscope.diagnostics.schema.live_rows import LOG, LiveRows, Status, is_being_written, is_live_store
-from depthscope.diagnostics.schema.live_store import POOLED_STEP, RESUMED_AT, newest_state
-from depthscope.diagnostics.schema.opening import list_runs, open_group, open_run, open_tree
+from depthscope.diagnostics.schema.live_log import (
+    LOG,
+    LiveRows,
+    Status,
+    is_being_written,
+    is_live_store,
+    newest_state,
+)
+from depthscope.diagnostics.schema.opening import (
+    POOLED_STEP,
+    RESUMED_AT,
+    list_runs,
+    open_group,
+    open_run,
+    open_tree,
+)
 from depthscope.diagnostics.schema.saving import (
     LIVE,
     SUFFIXES,
@@ -26,15 +37,11 @@ from depthscope.diagnostics.schema.validation import (
     PROVEN,
     SCHEMA_VERSION,
     UNPROVEN,
-    Parts,
     SchemaError,
-    check_version,
     create_run,
-    is_proof,
     validate,
 )
 from depthscope.diagnostics.schema.variables import (
-    COVERAGE,
     CUT_GRADIENT,
     FROZEN_MODULES,
     GAIN,
@@ -45,7 +52,6 @@ from depthscope.diagnostics.schema.variables import (
     OF_WEIGHTS,
     PROFILE,
     QUERY,
-    SITES,
     STATE,
     STATISTICS,
     TRACE,
@@ -57,7 +63,6 @@ from depthscope.diagnostics.schema.variables import (
 __all__ = [
     "COEFFICIENTS",
     "COMPLETE",
-    "COVERAGE",
     "CUT_GRADIENT",
     "FROZEN_MODULES",
     "GAIN",
@@ -70,16 +75,13 @@ __all__ = [
     "OF_ATTENTION",
     "OF_STREAMS",
     "OF_WEIGHTS",
-    "OVER_DEPTH",
     "PLAIN_FACTORS",
     "POOLED_STEP",
     "PROFILE",
     "PROVEN",
     "QUERY",
     "RESUMED_AT",
-    "ROUTE",
     "SCHEMA_VERSION",
-    "SITES",
     "STATE",
     "STATISTICS",
     "SUFFIXES",
@@ -90,18 +92,15 @@ __all__ = [
     "UNPROVEN",
     "WITHOUT_GRADIENT",
     "LiveRows",
-    "Parts",
     "SchemaError",
     "Status",
     "Variable",
     "by_chain",
     "chain_dataset",
     "chains",
-    "check_version",
     "create_run",
     "is_being_written",
     "is_live_store",
-    "is_proof",
     "list_runs",
     "newest_state",
     "open_group",

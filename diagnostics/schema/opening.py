@@ -9,17 +9,27 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import xarray as xr
+from xarray.backends import BackendArray
+from xarray.core import indexing
 
 from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.schema.groups import chain_dataset, group_path
 from depthscope.diagnostics.schema.joining import PARTS, join_parts, parts_of
-from depthscope.diagnostics.schema.live_rows import is_live_store
-from depthscope.diagnostics.schema.live_store import live_log_of, open_live, opened_state
-from depthscope.diagnostics.schema.saving import ORDER, SUFFIXES, suffix_of, without_suffix
+from depthscope.diagnostics.schema.live_log import (
+    RUN_ID,
+    STATES,
+    LiveRows,
+    Status,
+    is_live_store,
+    live_log_of,
+    newest_state,
+)
+from depthscope.diagnostics.schema.saving import LIVE, ORDER, SUFFIXES, suffix_of, without_suffix
 from depthscope.diagnostics.schema.validation import SchemaError, require_ordinary, validate
 from depthscope.diagnostics.schema.zarr_stores import check_zarr
 
@@ -31,6 +41,14 @@ _OPTIONS: dict[str, Any] = {
 }
 # A run in a folder counts as one. A heuristic of ours: some seconds of reading.
 MAX_ENTRIES = 200_000
+
+POOLED_STEP = "pooled_step"
+"""Attribute of /statistics: the step of its variables without a step and of the trace, where later steps have rows."""
+
+RESUMED_AT = "resumed_at"
+"""Attribute of a run: the steps at which a later attempt went on."""
+
+Opened = TypeVar("Opened")
 
 
 def open_run(
@@ -66,7 +84,7 @@ def open_run(
     source = Path(path)
     if is_live_store(source):
         try:
-            return open_live(source, partial(open_run, max_bytes=max_bytes, checksums=checksums))
+            return _open_live(source, partial(open_run, max_bytes=max_bytes, checksums=checksums))
         except SchemaError as error:
             raise SchemaError(f"{source}: {error}") from None
     if parts := parts_of(source):
@@ -111,6 +129,106 @@ def _open_parts(source: Path, parts: Iterable[Path], open_part: Callable[[Path],
     return joined
 
 
+def _open_live(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.DataTree:
+    """Open a live store: what has a step is of its rows, read when they are used, and the rest of its newest state."""
+    # Before the log: a writer saves the arrays of a step before its row.
+    state = _opened_state(store, open_state)
+    try:
+        rows = LiveRows(store)
+        status = rows.status(None if state is None else _step_of(state))
+        if state is None or not rows.rows:
+            raise SchemaError(f"no step was finished in it yet ({status.as_dict()['sentence']})")
+        if state.attrs.pop(RUN_ID, None) != rows.run:
+            raise SchemaError(
+                f"its newest file in {STATES} is of another run than its log; copy the folder again"
+            )
+        try:
+            opened = xr.DataTree.from_dict(_groups_with_rows(state, rows, status))
+        except ValueError as error:  # unlike labels
+            raise SchemaError(f"its rows do not fit to its saved arrays ({error})") from None
+        validate(opened)
+    except BaseException:
+        if state is not None:
+            state.close()
+        raise
+    opened.set_close(state.close)
+    return opened
+
+
+def _groups_with_rows(state: xr.DataTree, rows: LiveRows, status: Status) -> dict[str, xr.Dataset]:
+    """Every group of a live store, with its attributes."""
+    groups = {node.path.strip("/"): node.to_dataset(inherit=False) for node in state.subtree}
+    for path in dict.fromkeys(name.rpartition("/")[0] for name in (*rows.variables, *rows.coords)):
+        groups[path] = with_rows(path, groups.get(path, xr.Dataset()), rows)
+        groups[path].attrs |= rows.attrs.get(path, {})
+        if status.state_step != status.last_step:
+            groups[path].attrs[POOLED_STEP] = status.state_step
+    groups[""].attrs |= {**rows.attrs.get("", {}), "created": rows.created, LIVE: status.as_dict()}
+    if rows.resumed:
+        groups[""].attrs[RESUMED_AT] = rows.resumed
+    return {f"/{path}": dataset for path, dataset in groups.items()}
+
+
+def _opened_state(store: Path, open_state: Callable[[Path], Opened]) -> Opened | None:
+    """The newest file with the arrays of one step, opened; None where none was saved yet."""
+    for _ in range(5):
+        state = newest_state(store)
+        if state is None:
+            return None
+        try:
+            return open_state(state)
+        except (AbsentError, SchemaError):
+            if os.path.lexists(state):
+                raise
+        # Its writer has just removed it for a newer one.
+    raise SchemaError(f"{store}: its files change faster than they can be opened; try again")
+
+
+def _step_of(run: xr.DataTree) -> int | None:
+    """The last step of the statistics of a saved state."""
+    steps = [
+        node.to_dataset()["step"].values
+        for node in run.subtree
+        if node.path.startswith("/statistics") and node.sizes.get("step")
+    ]
+    return int(steps[0][-1]) if steps else None
+
+
+def with_rows(path: str, known: xr.Dataset, rows: LiveRows) -> xr.Dataset:
+    """A group in which what has a step is of the rows, and the rest as in the saved state."""
+    kept = known.drop_dims("step") if "step" in known.dims else known
+    of_group = {name.rpartition("/")[2]: name for name in rows.coords if name.rpartition("/")[0] == path}
+    coords = {label: rows.coords[name] for label, name in of_group.items() if label not in kept.variables}
+    variables = {}
+    for name, declared in rows.variables.items():
+        group, _, label = name.rpartition("/")
+        if group == path:
+            attrs = known[label].attrs if label in known.variables else dict(declared.attrs)
+            lazy = indexing.LazilyIndexedArray(_Column(rows, name))
+            variables[label] = xr.Variable(("step", *declared.dims), lazy, attrs)
+    try:
+        return kept.assign_coords({"step": ("step", rows.steps), **coords}).assign(variables)
+    except ValueError as error:  # other labels than the saved arrays, or two things of one name
+        raise SchemaError(f"the rows of /{path} do not fit to its saved arrays ({error})") from None
+
+
+class _Column(BackendArray):
+    """One variable of the rows that there are now, read completely when a part of it is used."""
+
+    def __init__(self, rows: LiveRows, name: str) -> None:
+        declared = rows.variables[name]
+        self.shape, self.dtype = (len(rows.rows), *declared.shape), np.dtype(declared.dtype)
+        self._read = partial(rows.column, name)
+
+    def __deepcopy__(self, memo: Any) -> _Column:
+        return self  # what was written is never changed
+
+    def __getitem__(self, key: Any) -> Any:
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.BASIC, lambda index: self._read()[index]
+        )
+
+
 def open_group(
     path: str | os.PathLike[str], group: str, chain: str = "", *, max_bytes: int | None = None
 ) -> xr.Dataset:
@@ -126,7 +244,7 @@ def open_group(
     """
     source = Path(path)
     if is_live_store(source):
-        opened = opened_state(source, lambda state: open_group(state, group, chain, max_bytes=max_bytes))
+        opened = _opened_state(source, lambda state: open_group(state, group, chain, max_bytes=max_bytes))
         if opened is None:
             raise SchemaError(f"{source}: no step was finished in it yet")
         return opened

@@ -73,7 +73,6 @@ VERDICTS: dict[str, Verdict] = {
         streams.sinkhorn_not_converged,
         streams.negative_mixing,
         streams.stream_collapse,
-        streams.stuck_at_identity,
         streams.unused_stream,
         streams.copied_streams,
         streams.passing_streams,

@@ -25,11 +25,6 @@ DEFAULT = "depthscope's default"
 # What is smaller is what the rounding of float64, 1e-16, leaves of a share after some connections.
 NOTHING = 1e-20
 
-# Families of connections for which a verdict has no meaning: streams that never mix by construction are no finding.
-MEANINGLESS: dict[str, tuple[str, ...]] = {
-    "stuck_at_identity": ("residual", "highway", "independent_hc", "gated"),
-}
-
 SPOILING = ("not_finite", "dead_state")
 """What is not a number, or zero, explains every statistic of what comes after it."""
 
@@ -155,11 +150,6 @@ class Verdict:
         formula = f", {self.judges.formula}" if self.judges.formula else ""
         return f"{self.judges.name}{formula} ({self.judges.range}): {self.limits.words}"
 
-    @property
-    def not_for(self) -> tuple[str, ...]:
-        """Families of connections for which the question has no meaning."""
-        return MEANINGLESS.get(self.name, ())
-
     def findings(self, analysis: xr.Dataset) -> list[Finding]:
         """Judge one chain: an analysis of `diagnostics.analyze` without ``step``.
 
@@ -171,7 +161,7 @@ class Verdict:
 
     def profiles(self, analysis: xr.Dataset) -> list[Profile]:
         """What is judged of one chain; empty where the question does not apply, or its variables are missing."""
-        if self.missing(analysis) or analysis.attrs.get("family") in self.not_for:
+        if self.missing(analysis):
             return []
         arguments: dict[str, Any] = {}
         for name in (*self.needs, *self.wants):

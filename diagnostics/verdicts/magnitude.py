@@ -364,8 +364,12 @@ def vanishing_gradient(
     share = alone.sizes["depth"] if str(attrs.get("family", "")).startswith("depth_") else 1
     beside = " (times the number of depths, whose mean is read)" if share > 1 else ""
     # Both must be small: of states that shrink with depth the gradient is smaller where they are larger, and loses nothing.
+    kept = xr.where(relative > alone, relative, alone, keep_attrs=False).assign_coords(alone.coords)
+    # Where a block before gets more, the gradient has passed this state by: it is lost on no way back. An embedding that later
+    # blocks read too gets its own.
+    kept[1:] = np.fmax.accumulate(kept.values[1:])
     yield Profile(
-        share * xr.where(relative > alone, relative, alone, keep_attrs=False).assign_coords(alone.coords),
+        share * kept,
         "the gradient, relative to that at the last block (alone, or times the size of the state where that is more)"
         f"{beside}, is",
     )

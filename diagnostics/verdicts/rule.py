@@ -3,7 +3,7 @@
 A verdict is of one `Kind`. A *fact* (not finite, cut, discarded, given away) is as loud as its limits say, at any age. What
 the *loss* of a trained network shows is loud, and normal before training. A *fresh* network is judged by statistics: what
 training needs and lacks, by a published consequence. In a trained one they are notes, since the loss shows what harm they do,
-and say where to look when it shows some. An *explanation* is never more than a note.
+and say where to look when it shows some.
 
 Where the age is not known, a finding is a warning with both readings. Of a network without labels, which may be trained, the
 change of the output takes the place of the loss, and the finding is suspected. What an experiment found to be of use is a
@@ -39,7 +39,6 @@ class Kind(Enum):
     FACT = "a fact, loud at any age"
     LOSS = "what the loss of a trained network shows, loud after training"
     FRESH = "a statistic of what training needs, loud before training"
-    EXPLANATION = "an explanation, never more than a note"
     READING = "how far the run can be trusted"
 
 
@@ -70,8 +69,6 @@ def grade(
     """
     if beyond <= Severity.INFO or kind in (Kind.FACT, Kind.READING):
         return Grade(beyond)
-    if kind is Kind.EXPLANATION:
-        return Grade(Severity.INFO)
     has_loss, is_fresh = share_of_constant(attrs) is not None, age.trained is False
     if is_fresh:
         normal = f" Normal before training: {age.words}."

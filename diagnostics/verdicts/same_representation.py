@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.numbers import percent
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, number, verdict
 from depthscope.diagnostics.verdicts.inputs import has_few_tokens
 from depthscope.diagnostics.verdicts.rule import Kind
@@ -78,7 +77,6 @@ def same_representation(
     joined_cka: xr.DataArray | None = None,
     least_stream_cka: xr.DataArray | None = None,
     trimmed_cka: xr.DataArray | None = None,
-    relative_turn: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
     """All layers hold one representation: the depth adds nothing.
 
@@ -115,7 +113,6 @@ def same_representation(
         if last - first >= max(FEWEST_STEPS, share * steps):
             words = _views(alike, views, slice(first, last + 1))
             found = _one_representation(alike, angles, first, last, num_tokens, words, failing=failing)
-            found = replace(found, sentence=found.sentence + _turn_of_later_half(relative_turn))
             # On the axis of all depths: undefined inside a block.
             yield replace(found, values=found.values.reindex(depth=np.arange(cka.sizes["depth"])))
             return
@@ -193,19 +190,3 @@ def _null(num_tokens: xr.DataArray | None) -> str:
         return ""
     count = num_tokens.sel(scope="data", tokens="ordinary").isel(depth=0, stream=0)
     return f"; of unrelated states 0 ± {number(2.0**0.5 / float(count))}"
-
-
-def _turn_of_later_half(relative_turn: xr.DataArray | None) -> str:
-    """How far the later half of the steps turns the state, beside what independent branches of their size would."""
-    if relative_turn is None:
-        return ""
-    turned = relative_turn.sel(stream="mean", drop=True)
-    steps = np.flatnonzero(turned.notnull().values)
-    if len(steps) < FEWEST_STEPS:
-        return ""
-    late = steps[len(steps) // 2 :]
-    share = float(np.minimum(turned.values[late], 1.0).mean())
-    return (
-        f" The steps from depth {late[0]} to {late[-1]} turn the state {percent(share)} as far as independent branches of the "
-        "same size would."
-    )

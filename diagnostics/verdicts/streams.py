@@ -22,15 +22,13 @@ COLLAPSED = 0.01
 DIFFERENT = 0.95  # mean cosine of streams that have parted: 18 degrees
 # Mean cosine over all pairs of streams: what is not common to them is 3 % of them. Healthy trained mHC-lite has 0.994.
 COPIED = 0.999
-# 1 − cosine of streams that differ by more than the rounding of float32: (6e-8)² and its growth over the depth.
-DIFFER = 1e-9
+# 1 − cosine of streams that differ by 1e-6 of their size, which is 16 roundings of float32: copies that are computed alike do
+# not drift further apart, and training parts them by more at once.
+DIFFER = 1e-12
 EXACT = 1.0 - DIFFER
 
 # Of the differences between streams: what is smaller is what rounding leaves of 1.
 ROUNDING = 1e-14
-
-# An identity distance of 0.05: of four streams, each gives 1.4 % of itself to every other at a connection.
-STUCK = 0.05
 
 SUM_ERROR = 1e-2
 # Factors by which sums of the composite differ from 1 where errors have added up to something, and to a failure.
@@ -155,29 +153,6 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
     return (
         "The streams begin as copies, which have no differences to lose, and what is written to them tells them apart: their "
         f"mean cosine over the later half is {number(largest)} or less."
-    )
-
-
-@verdict(
-    Kind.EXPLANATION,
-    metric="composite_identity_distance",
-    judges=Number(
-        "largest distance from the identity of any product of mixing matrices from the embedding on",
-        "max_c ‖P_c/p − I‖_F / √n; median over tokens",
-    ),
-    limits=Limits(info=STUCK, above=False),
-)
-def stuck_at_identity(composite_identity_distance: xr.DataArray) -> Iterable[Profile]:
-    """The streams do not mix: even the product of all H_res is the identity.
-
-    Normal in a fresh network that starts there. After training, look at the gradient of the logits
-    (off-diagonal ones near −8 hardly get any) and at weight decay; without mixing the streams are separate
-    residual networks.
-    """
-    # Connections that are each close to the identity may mix much together: judged by their product.
-    most = composite_identity_distance.sel(reduction="median", drop=True).max("connection")
-    yield Profile(
-        most, "the largest distance from the identity of any product of H_res from the embedding on is"
     )
 
 

@@ -143,8 +143,8 @@ def surer_than_right(
 # What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
 # anything a small change of the loss would be much of it.
 LEAST_REACH = 0.2
-# A network that is right more often than its predictions expect, by more than this share of what they claim to know, is in the
-# middle of its training, where scales still grow, or has lost its scales: the loss alone does not tell which.
+# A network that does not claim this share of what it knows, beyond the noise of the sample, is in the middle of its training,
+# where scales still grow, or has lost its scales: the loss alone does not tell which.
 UNSURE = 0.3
 
 
@@ -196,9 +196,8 @@ def off_minimum(
         f"({DEFAULT})."
     )
     expected = number_or_none(task.get("expected"))
-    is_unsure = expected is not None and expected - loss > UNSURE * max(
-        constant - expected, LEAST_REACH * constant
-    )
+    noise = ONE_SIDED * (number_or_none(task.get("expected_error")) or 0.0)
+    is_unsure = expected is not None and expected - loss - noise > UNSURE * (constant - loss)
     may_still_learn = is_unsure and not _is_old(step, first_weight_distance)
     if expected is not None and may_still_learn:
         sentence += (

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
 
 from depthscope.diagnostics.experiments import ExperimentKind, kind_named
-from depthscope.probes.interventions.branch_tensors import BranchOutput
-from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest, Passed
+from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 from depthscope.probes.model.errors import InterventionError
 
 Numbers: TypeAlias = int | Iterable[int] | None
+Edits: TypeAlias = Mapping[int, Edit]
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,6 @@ class Plan:
         Name of an `ExperimentKind`.
     blocks, connections, depths, streams : tuple of int, optional
         Where.
-    together : bool
-        All places at once, as one experiment.
-    tokens : tuple of int, optional
-        Of the stream kinds: the positions that are changed; all by default.
     """
 
     kind: str
@@ -42,8 +37,6 @@ class Plan:
     connections: tuple[int, ...] | None = None
     depths: tuple[int, ...] | None = None
     streams: tuple[int, ...] | None = None
-    together: bool = False
-    tokens: tuple[int, ...] | None = None
 
 
 def plan(
@@ -53,22 +46,16 @@ def plan(
     connections: Numbers = None,
     depths: Numbers = None,
     streams: Numbers = None,
-    together: bool = False,
-    tokens: Numbers = None,
 ) -> Plan:
     """What is to be tried, and where.
 
     Parameters
     ----------
     kind : str
-        ``"skip"`` (a block); ``"identity"``, ``"uniform"``, ``"mean"``, ``"sinkhorn"`` (in place of H_res);
-        ``"drop_stream"``, ``"bypass"``, ``"merge_tokens"`` (of the state at a depth).
+        ``"skip"`` (a block); ``"identity"``, ``"uniform"`` (in place of H_res); ``"drop_stream"``, ``"bypass"``,
+        ``"merge_tokens"`` (of the state at a depth).
     blocks, connections, depths, streams : int or iterable of int, optional
         Where; every place by default. A depth means the block or connection that ends there.
-    together : bool
-        All places at once, as one experiment.
-    tokens : int or iterable of int, optional
-        Positions that are changed.
 
     Returns
     -------
@@ -79,8 +66,7 @@ def plan(
     InputError
         For an unknown kind.
     """
-    blocks, connections, depths, streams = map(_numbers, (blocks, connections, depths, streams))
-    return Plan(kind_named(kind).name, blocks, connections, depths, streams, together, _numbers(tokens))
+    return Plan(kind_named(kind).name, *map(_numbers, (blocks, connections, depths, streams)))
 
 
 def _numbers(given: Numbers) -> tuple[int, ...] | None:
@@ -101,7 +87,7 @@ class Change:
 
     name: str
     kind: str
-    edits: Callable[[ModelUnderTest], Mapping[Any, Edit]]
+    edits: Callable[[ModelUnderTest], Edits]
     block: int = -1
     depth: int = -1
     connection: int = -1
@@ -122,28 +108,17 @@ def selected(depth: int, connections: Iterable[int], block: int, wanted: Plan) -
 # --- what edits have in common
 
 
-def require_sums_of_blocks(kind: str, model: ModelUnderTest) -> None:
-    """Refuse a model whose blocks read more than the state before them; if they can be silenced, other kinds alone."""
-    silent = kind in ("skip", "bypass") and model.chain.over_depth
-    if (model.chain.over_depth or model.chain.history) and not silent:
+def bypassing(kind: str, start: int, stop: int, model: ModelUnderTest) -> Callable[[ModelUnderTest], Edits]:
+    """The edits that put the state at one depth in the place of that at a later one.
+
+    Raises InterventionError: For a model whose blocks read more than the state before them.
+    """
+    if model.chain.over_depth or model.chain.history:
         raise InterventionError(
             f"{kind}: blocks of this model read sums over all earlier depths ({model.structure.family}), so that the "
             "state before a block is not what the later ones would read without it; patch or drop states at a depth instead"
         )
-
-
-def constant(value: torch.Tensor) -> Edit:
-    """The edit that puts a value in the place of a state of its shape."""
-
-    def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
-        if value.shape != state.shape:
-            raise InterventionError(
-                f"a state of shape {tuple(value.shape)} cannot take the place of one of {tuple(state.shape)} (sequence, "
-                "token, stream, feature): the blocks between them change the width or the tokens"
-            )
-        return value.clone()
-
-    return edit
+    return lambda model: {stop: lambda state, seen: fitting(seen[start], state, start, stop).clone()}
 
 
 def fitting(value: torch.Tensor, state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
@@ -154,28 +129,6 @@ def fitting(value: torch.Tensor, state: torch.Tensor, start: int, stop: int) -> 
             f"{tuple(state.shape)} (sequence, token, stream, feature); a block that changes the shape cannot be skipped"
         )
     return value
-
-
-def bypassing(start: int, stop: int) -> Callable[[ModelUnderTest], Mapping[Any, Edit]]:
-    """The edits that put the state at one depth in the place of that at a later one.
-
-    Where branches read sums over depth, what those between the two give is zero in every sum.
-    """
-
-    def edits(model: ModelUnderTest) -> Mapping[Any, Edit]:
-        if not model.chain.over_depth:
-            return {stop: lambda state, seen: fitting(seen[start], state, start, stop).clone()}
-        return {
-            BranchOutput(number): lambda given, seen: torch.zeros_like(given)
-            for number in between(start, stop, model)
-        }
-
-    return edits
-
-
-def between(start: int, stop: int, model: ModelUnderTest) -> list[int]:
-    """The connections from one depth to a later one."""
-    return [n for n, link in enumerate(model.chain.connections) if start <= link.depth_in < stop]
 
 
 def changes(wanted: Plan, model: ModelUnderTest) -> list[Change]:
@@ -197,7 +150,7 @@ def changes(wanted: Plan, model: ModelUnderTest) -> list[Change]:
         raise InterventionError(
             f"{kind.name}: none of the {kind.unit}s that were asked for exists; {_places(kind, model)}"
         )
-    return [_together(kind, found)] if wanted.together and len(found) > 1 else found
+    return found
 
 
 def _places(kind: ExperimentKind, model: ModelUnderTest) -> str:
@@ -208,62 +161,18 @@ def _places(kind: ExperimentKind, model: ModelUnderTest) -> str:
     )
 
 
-def _together(kind: ExperimentKind, found: list[Change]) -> Change:
-    """All changes in one forward, from the first depth to the last."""
-
-    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
-        joined: dict[int, Edit] = {}
-        for change in found:
-            # Those of a later place are learnt with the earlier ones made: a matrix depends on the states before it.
-            for depth, edit in change.edits(_Changed(model, joined) if joined else model).items():  # type: ignore[arg-type]
-                joined[depth] = partial(_in_turn, joined[depth], edit) if depth in joined else edit
-        return joined
-
-    places = sorted({f"{change.block}" for change in found if change.block >= 0}, key=int)
-    where = f"blocks {', '.join(places)}" if places else f"{len(found)} places"
-    return Change(
-        f"{kind.name} at {where} together", kind.name, edits, depth=min(change.depth for change in found)
-    )
-
-
-def _in_turn(first: Edit, second: Edit, state: torch.Tensor, seen: Any) -> torch.Tensor:
-    return second(first(state, seen), seen)
-
-
-class _Changed:
-    """A model under test with some edits made in every forward."""
-
-    def __init__(self, model: ModelUnderTest, edits: Mapping[int, Edit]) -> None:
-        self._model, self._edits = model, dict(edits)
-
-    @cached_property
-    def base(self) -> Passed:
-        """The forward with these edits, made when something is to be learnt from it."""
-        return self._model.forward(self._edits)
-
-    def forward(self, edits: Mapping[int, Edit]) -> Passed:
-        return self._model.forward({**self._edits, **edits})
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
 # --- blocks
 
 
 def _of_blocks(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
-    require_sums_of_blocks(kind.name, model)
     for block, (start, stop) in model.layers.items():
         # A depth inside of a block means the block too.
         depths = [depth for depth in (wanted.depths or ()) if start < depth <= stop]
         at = replace(wanted, depths=None) if depths else wanted
-        if selected(stop, between(start, stop, model), block, at):
-            yield _skip(block, model)
-
-
-def _skip(block: int, model: ModelUnderTest) -> Change:
-    start, stop = model.layers[block]
-    return Change(f"skip block {block}", "skip", bypassing(start, stop), block=block, depth=stop)
+        inside = [n for n, link in enumerate(model.chain.connections) if start <= link.depth_in < stop]
+        if selected(stop, inside, block, at):
+            edits = bypassing(kind.name, start, stop, model)
+            yield Change(f"skip block {block}", "skip", edits, block=block, depth=stop)
 
 
 # --- connections
@@ -285,14 +194,9 @@ def _of_connections(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -
 def _remixed(rule: str, number: int, model: ModelUnderTest) -> Change:
     link = model.chain.connections[number]
 
-    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
-        known = model.base.mixing.get(number)
-        if known is None:
-            raise InterventionError(
-                f"connection {number} ({link.path!r}) applies other weights than it computes, which are known in an unchanged "
-                "forward alone; change one connection at a time"
-            )
-        difference = MATRICES[rule](known, model.mask) - known
+    def edits(model: ModelUnderTest) -> Edits:
+        known = model.base.mixing[number]
+        difference = MATRICES[rule](known) - known
 
         def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
             before = seen[link.depth_in]
@@ -315,27 +219,22 @@ def _of_depths(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Ite
     if kind.name == "merge_tokens":
         return (_merged(depth, model) for depth in depths)
     if kind.name == "drop_stream":
-        return (
-            _dropped(depth, stream, wanted.tokens, model)
-            for depth in depths
-            for stream in _streams(wanted, model)
-        )
+        return (_dropped(depth, stream, model) for depth in depths for stream in _streams(wanted, model))
     return _bypassed([depth for depth in depths if depth], wanted, model)
 
 
 def _bypassed(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
     """The steps to the named depths at once, or one at a time where none is named."""
-    require_sums_of_blocks("bypass", model)
     spans = [(depths[0], depths[-1])] if wanted.depths and depths else [(depth, depth) for depth in depths]
     for first, last in spans:
-        if model.chain.over_depth and not between(first - 1, last, model):
-            continue  # nothing is added there: the state is read anew
         steps = f"steps to depths {first} … {last}" if last > first else f"step to depth {last}"
-        yield Change(f"without the {steps}", "bypass", bypassing(first - 1, last), depth=last)
+        yield Change(
+            f"without the {steps}", "bypass", bypassing("bypass", first - 1, last, model), depth=last
+        )
 
 
 def _merged(depth: int, model: ModelUnderTest) -> Change:
-    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+    def edits(model: ModelUnderTest) -> Edits:
         return {depth: lambda state, seen: merged_tokens(state, model.mask)}
 
     name, layer = "merge_tokens", model.chain.points[depth].layer
@@ -355,11 +254,11 @@ def _streams(wanted: Plan, model: ModelUnderTest) -> Iterator[int]:
         yield stream
 
 
-def _dropped(depth: int, stream: int, tokens: tuple[int, ...] | None, model: ModelUnderTest) -> Change:
-    def edits(model: ModelUnderTest) -> Mapping[int, Edit]:
+def _dropped(depth: int, stream: int, model: ModelUnderTest) -> Change:
+    def edits(model: ModelUnderTest) -> Edits:
         def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
             changed = state.clone()
-            changed[:, slice(None) if tokens is None else list(tokens), stream] = 0
+            changed[:, :, stream] = 0
             return changed
 
         return {depth: edit}
@@ -376,55 +275,9 @@ def _dropped(depth: int, stream: int, tokens: tuple[int, ...] | None, model: Mod
 
 # --- what takes the place of a matrix (B, T, N, N), or of a state (B, T, N, D)
 
-# Sinkhorn's steps converge geometrically; where they do not within so many, the limit has zeros that are reached like 1/k.
-SINKHORN_STEPS, SINKHORN_ERROR = 10_000, 1e-6
-
-
-def identity_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The identity, at every token."""
-    return torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix)
-
-
-def uniform_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """J/n, at every token."""
-    return torch.full_like(mix, 1 / mix.shape[-1])
-
-
-def mean_matrix(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean over all real tokens of all sequences."""
-    real = mix.flatten(0, 1) if mask is None else mix[mask.cpu()]
-    return real.mean(0).expand_as(mix)
-
-
-def sinkhorn_limit(mix: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The doubly stochastic matrix that rows and columns normalised in turn converge to, token by token.
-
-    Scaling rows and columns does not move it, so the limit from H_res is the limit from its logits.
-
-    Raises InterventionError: For matrices with an entry that is not positive, and where the steps do not converge.
-    """
-    if bool((mix <= 0).any()):
-        raise InterventionError(
-            f"sinkhorn: H_res has entries down to {float(mix.min()):.3g}; Sinkhorn's steps need positive ones. Take identity, "
-            "uniform or mean"
-        )
-    limit = mix
-    for _ in range(SINKHORN_STEPS):
-        limit = limit / limit.sum(-2, keepdim=True)
-        limit = limit / limit.sum(-1, keepdim=True)
-        if float((limit.sum(-2) - 1).abs().max()) <= SINKHORN_ERROR:
-            return limit
-    raise InterventionError(
-        f"sinkhorn: after {SINKHORN_STEPS} steps the column sums are still off by "
-        f"{float((limit.sum(-2) - 1).abs().max()):.1e}; the entries of H_res differ by too many orders of magnitude"
-    )
-
-
-MATRICES: dict[str, Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]] = {
-    "identity": identity_matrix,
-    "uniform": uniform_matrix,
-    "mean": mean_matrix,
-    "sinkhorn": sinkhorn_limit,
+MATRICES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "identity": lambda mix: torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix),
+    "uniform": lambda mix: torch.full_like(mix, 1 / mix.shape[-1]),
 }
 """What takes the place of H_res (B, T, N, N), by the kind of the experiment."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -13,18 +12,10 @@ from torch import nn
 
 from depthscope.diagnostics.errors import did_you_mean
 from depthscope.probes.connections.proof import Parts, StreamConnectionError, gather_evidence, relative_error
-from depthscope.probes.interventions.branch_tensors import (
-    BranchOutput,
-    BranchTensors,
-)
 from depthscope.probes.interventions.predictions import Pick, Targets, find_targets, output_values
 from depthscope.probes.interventions.state_operations import (
-    GIVEN,
-    READ,
     Change,
     Depth,
-    OfBranch,
-    Side,
     StateOperations,
     StatePlace,
     repeats,
@@ -60,13 +51,11 @@ class Passed:
     ``output``: what the model returned.
     ``states``: (B, T, N, D) by depth, as they were passed on.
     ``connections``: of every connection of streams, on the CPU; H_res is destination by source, as it is applied.
-    ``given``: of every connection over depth what its branch gives, (B, T, D), on the CPU.
     """
 
     output: Any
     states: dict[int, torch.Tensor] = field(default_factory=dict)
     connections: dict[int, Parts] = field(default_factory=dict)
-    given: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @property
     def mixing(self) -> dict[int, torch.Tensor]:
@@ -103,7 +92,6 @@ class ModelUnderTest:
         self.number = 0 if chain is None else names.index(chain)
         self.chain: Chain = self.structure.chains[self.number]
         self._places: dict[Depth, StatePlace | None] = {}
-        self._branch_tensors: dict[Side, BranchTensors] = {}
         self._num_sequences = 0
         # Whether the next states were recomputed from the parts of an unchanged forward.
         self._are_proven = self._proven_over_depth = False
@@ -220,71 +208,44 @@ class ModelUnderTest:
 
     def forward(
         self,
-        edits: Mapping[Any, Edit],
-        reads: Mapping[int, Edit] | None = None,
+        edits: Mapping[int, Edit],
         *,
         checked: bool = True,
     ) -> Passed:
         """Run the model with the states at some depths changed; everything after a state follows from the changed one.
 
-        ``edits``: by depth, or by `BranchOutput` of a connection over depth, (B, T, D). An edit that returns
-        the very tensor it was given changes nothing.
-        ``reads``: by connection: of what its branch reads of the streams, (B, T, V, D) with V inputs of the branch.
+        ``edits``: by depth. An edit that returns the very tensor it was given changes nothing.
         ``checked``: whether the states are compared with those that are shown, and the connections read. Without it a
         forward takes a third of the time; for further changes at places where an earlier forward was checked.
         Raises InterventionError: Where a state cannot be changed, or its change did not arrive where the state is
         shown.
         """
-        of_states = {at: edit for at, edit in edits.items() if not isinstance(at, BranchOutput)}
-        of_branches: dict[Side, Mapping[int, Edit]] = {
-            READ: reads or {},
-            GIVEN: {at.connection: edit for at, edit in edits.items() if isinstance(at, BranchOutput)},
-        }
-        for depth in of_states:
+        for depth in edits:
             self._require_place(depth)
         states: dict[int, torch.Tensor] = {}
-        places: dict[Any, StatePlace] = {
-            (side, number): (self._tensors(side).place(number),)
-            for side, wanted in of_branches.items()
-            for number in wanted
+        places = {
+            key: place for key, place in self._places.items() if key[0] == self.number and place is not None
         }
-
-        operations = StateOperations(
-            self.model, {**self._own_places(), **places}, self._change(of_states, of_branches, states)
-        )
+        operations = StateOperations(self.model, places, self._change(edits, states))
         if checked:
-            passed = self._run(operations.on(), lambda: self._check(states, edited=bool(edits or reads)))
+            passed = self._run(operations.on(), lambda: self._check(states, edited=bool(edits)))
         else:
             with self.unchanged_model(), operations.on(), torch.no_grad():
                 passed = Passed(call_model(self.model, copied(self.batch)))
-        for at in (*((self.number, depth) for depth in of_states), *places):
+        for depth in edits:
             # An operation that did not run again, or ran twice, has changed another state or none.
-            if operations.met[at] != 1:
-                what = {READ: f"what connection {at[1]} reads", GIVEN: f"what connection {at[1]} adds"}.get(
-                    at[0], f"the state at depth {at[1]}"
-                )
+            if (times := operations.met[self.number, depth]) != 1:
                 raise InterventionError(
-                    f"{what} was made {operations.met[at]} times in the changed forward, once before: the model computes it "
-                    "in another way when an earlier state changes"
+                    f"the state at depth {depth} was made {times} times in the changed forward, once before: the model "
+                    "computes it in another way when an earlier state changes"
                 )
         passed.states = states
         return passed
 
-    def _change(
-        self,
-        edits: Mapping[int, Edit],
-        of_branches: Mapping[Side, Mapping[int, Edit]],
-        states: dict[int, torch.Tensor],
-    ) -> Change:
-        """The change of states, and of what branches read and give, in the model's own layout.
+    def _change(self, edits: Mapping[int, Edit], states: dict[int, torch.Tensor]) -> Change:
+        """The change of states, in the model's own layout; ``states`` get what they are passed on as."""
 
-        ``states`` get what they are passed on as.
-        """
-
-        def change(at: Depth | OfBranch, native: torch.Tensor) -> torch.Tensor:
-            if isinstance(at[0], str):
-                edited = of_branches[at[0]][at[1]]
-                return self._tensors(at[0]).changed(at[1], native, lambda value: edited(value, states))
+        def change(at: Depth, native: torch.Tensor) -> torch.Tensor:
             state = self.canonical(native, at[1])
             edit = edits.get(at[1])
             changed = state if edit is None else edit(state, states)
@@ -337,11 +298,7 @@ class ModelUnderTest:
                     # Of a chain whose branches read sums over depth the proof is made where a run is built.
                     build_run(session, [], [], described=True)
                     self._proven_over_depth = True
-                passed = Passed(
-                    output,
-                    connections={} if self.number else self._parts(),
-                    given=self._given() if self.chain.over_depth else {},
-                )
+                passed = Passed(output, connections={} if self.number else self._parts())
                 session.fold()
                 return passed
             finally:
@@ -435,25 +392,6 @@ class ModelUnderTest:
             self._num_sequences = forward.batch_size
         return self._num_sequences
 
-    # --- what branches read and give
-
-    def _tensors(self, side: Side) -> BranchTensors:
-        """What the branches read of the streams, or give, looked for in a forward of its own when it is first needed."""
-        if side not in self._branch_tensors:
-            read = {number: parts.branch_in for number, parts in self.base.connections.items()}
-            found = BranchTensors(
-                self.chain,
-                side,
-                read if side == READ else self.base.given,
-                self._own_places(),
-                tokens_first=self.structure.batch_axis == 1,
-            )
-            operations = StateOperations(self.model, self._own_places())
-            operations.on_made = partial(found.look, operations)
-            self._run(operations.on(), lambda: None)
-            self._branch_tensors[side] = found
-        return self._branch_tensors[side]
-
     def _parts(self) -> dict[int, Parts]:
         """The coefficients of the last forward by the number of the connection, on the CPU.
 
@@ -465,17 +403,3 @@ class ModelUnderTest:
             gather_evidence(joints)
             self._are_proven = True
         return {number: joint.parts for number, joint in enumerate(joints)}
-
-    def _given(self) -> dict[int, torch.Tensor]:
-        """What the branches of connections over depth gave in the last forward."""
-        sequences = self._session.step.reservoir.in_order()
-        return {
-            number: torch.stack([sequence.branches[self.number, number] for sequence in sequences])
-            for number in range(len(self.chain.connections))
-        }
-
-    def _own_places(self) -> dict[Depth, StatePlace]:
-        """Where the states of the chain are made, by the number of the chain and the depth."""
-        return {
-            key: place for key, place in self._places.items() if key[0] == self.number and place is not None
-        }

@@ -142,8 +142,8 @@ def _ids(name: str, given: Answers, first: int, rows: int, size: int) -> torch.T
     return ids.long().cpu()
 
 
-Cell: TypeAlias = tuple[str, int, int, int]
-"""Site, depth, token, stream."""
+Cell: TypeAlias = tuple[int, int, int]
+"""Depth, token, stream."""
 
 
 @dataclass
@@ -154,7 +154,6 @@ class Outcome:
     corrupted: list[torch.Tensor] = field(default_factory=list)
     patched: list[Mapping[Cell, torch.Tensor]] = field(default_factory=list)
     layers: dict[int, int] = field(default_factory=dict)
-    connections: dict[int, int] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
     attrs: dict[str, Any] = field(default_factory=dict)
     num_sequences: int = 0
@@ -185,15 +184,13 @@ class Outcome:
 def patch_result(outcome: Outcome, name: str, token_text: Any) -> xr.Dataset:
     """The Dataset that `patch` returns."""
     cells = {cell for of in outcome.patched for cell in of}
-    # Sites as they were asked for.
-    sites = list(dict.fromkeys(cell[0] for of in outcome.patched for cell in of))
-    depths, tokens, streams = (sorted({int(cell[axis]) for cell in cells}) for axis in (1, 2, 3))
+    depths, tokens, streams = (sorted({cell[axis] for cell in cells}) for axis in range(3))
     clean, corrupted = (torch.cat(of).numpy() for of in (outcome.clean, outcome.corrupted))
-    patched = np.full((len(sites), len(depths), len(tokens), len(streams), len(clean)), np.nan)
+    patched = np.full((len(depths), len(tokens), len(streams), len(clean)), np.nan)
     begin = 0
     for of, base in zip(outcome.patched, outcome.clean, strict=True):
-        for (site, depth, token, stream), values in of.items():
-            at = sites.index(site), depths.index(depth), tokens.index(token), streams.index(stream)
+        for (depth, token, stream), values in of.items():
+            at = depths.index(depth), tokens.index(token), streams.index(stream)
             patched[at][begin : begin + len(base)] = values.numpy()
         begin += len(base)
     effects, why = share_of(
@@ -207,10 +204,8 @@ def patch_result(outcome: Outcome, name: str, token_text: Any) -> xr.Dataset:
         "corrupted": (("sample",), corrupted),
     }
     coords: dict[str, Any] = {
-        "site": np.array(sites, dtype=object),
         **{dim: np.array(of) for dim, of in (("depth", depths), ("token", tokens), ("stream", streams))},
         "layer": ("depth", np.array([outcome.layers[depth] for depth in depths])),
-        "connection": ("depth", np.array([outcome.connections.get(depth, -1) for depth in depths])),
     }
     if token_text is not None and tokens[0] >= 0:
         words = texts_of(token_text, (len(clean), tokens[-1] + 1))

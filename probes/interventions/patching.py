@@ -1,12 +1,12 @@
-"""Where does what one input has and another has not go through? States and connections of one forward, put into the other.
+"""Where does what one input has and another has not go through? States of one forward, put into the other.
 
-Shapes: B sequence, T token, N stream, V input of a branch, D feature.
+Shapes: B sequence, T token, N stream, D feature.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any, TypeAlias, Unpack
 
@@ -15,7 +15,7 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics.errors import InputError, did_you_mean
-from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest, Passed
+from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 from depthscope.probes.interventions.patch_measure import Answers, Cell, Measure, Outcome, patch_result
 from depthscope.probes.interventions.predictions import Loss, Pick
 from depthscope.probes.model.errors import InterventionError
@@ -27,7 +27,6 @@ from depthscope.probes.structure.sites import STATES, SiteSelection, select
 Which: TypeAlias = int | Iterable[int] | str | None
 ALL = -1
 """Of a token or stream: all of them at once."""
-MATRICES = ("h_res", "h_pre", "h_post")
 
 
 @takes_options(ModelOptions)
@@ -49,11 +48,10 @@ def patch(
     progress: Callable[[str, int, int], None] | None = None,
     **options: Unpack[ModelOptions],
 ) -> xr.Dataset:
-    r"""Put states and mixing of a clean forward into a corrupted one, place by place, and measure what comes back.
+    r"""Put states of a clean forward into a corrupted one, place by place, and measure what comes back.
 
-    One cell is one forward of the corrupted input in which one state (at a depth, a token and a stream), or one connection's
-    :math:`H_\mathrm{res}`, :math:`H_\mathrm{pre}` or :math:`H_\mathrm{post}`, is that of the clean input. With the measure m
-    of an output, the effect of a cell is
+    One cell is one forward of the corrupted input in which one state, at a depth, a token and a stream, is that of the clean
+    input. With the measure m of an output, the effect of a cell is
 
     .. math:: \frac{m(\text{patched}) - m(\text{corrupted})}{m(\text{clean}) - m(\text{corrupted})}
 
@@ -67,15 +65,14 @@ def patch(
     clean, corrupted : mapping, tensor, tuple, or as many of these
         Two inputs of the same shape, with the same tokens padded; the second differs from the first where it matters.
     sites : str or iterable of str
-        What is patched: ``residual`` (states), ``h_res``, ``h_pre``, ``h_post``, or names of `capture`, such as
-        ``blocks.3.hook_resid_mid``, ``hidden_states[2]`` and ``blocks.1.attn_hc.hook_comb``.
+        Which states: ``residual``, all of them, or names of `capture`, such as ``blocks.3.hook_resid_mid`` and
+        ``hidden_states[2]``.
     depths : int or iterable of int, optional
-        Only these; a connection is at the depth where it ends.
+        Only these.
     tokens : int, iterable of int or ``"all"``, optional
         Positions that are patched one at a time; each by default. ``"all"``: all at once, one cell.
     stream : int, iterable of int or ``"all"``, optional
-        Streams that are patched one at a time, and all at once; each by default. Of H_res and H_post that is the stream
-        written (a row), of H_pre the one read. ``"all"``: all at once alone.
+        Streams that are patched one at a time, and all at once; each by default. ``"all"``: all at once alone.
     answer, against : int or array of int, optional
         Token ids, one for all sequences or one for each. With both the measure is logit(answer) − logit(against), with the
         first alone −log p(answer), at the last real token.
@@ -95,7 +92,7 @@ def patch(
     Returns
     -------
     Dataset
-        ``effect`` and ``change`` (m(patched) − m(corrupted)) by site, depth, token and stream, each with ``_error`` (standard
+        ``effect`` and ``change`` (m(patched) − m(corrupted)) by depth, token and stream, each with ``_error`` (standard
         error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``patched``, ``clean`` and ``corrupted`` are the
         measures of each sequence. Without `answer` and `loss` the measure is the loss of the next clean token where the output
         is proven to predict it, else KL(clean ‖ patched), else the relative change of the output. Token and stream −1 are
@@ -113,7 +110,7 @@ def patch(
     --------
     >>> import depthscope as ds
     >>> found = ds.interventions.patch(model, clean, corrupted, answer=3, against=7)  # doctest: +SKIP
-    >>> found.effect.sel(site="residual", stream=-1).plot()  # doctest: +SKIP
+    >>> found.effect.sel(stream=-1).plot()  # doctest: +SKIP
     """
     selection = _selected_sites(sites)
     pairs = _paired(clean, corrupted)
@@ -139,12 +136,12 @@ class _Wanted:
 
 def _selected_sites(names: str | Iterable[str]) -> SiteSelection:
     found = select(names if isinstance(names, str) else list(names))
-    known = {*STATES, *MATRICES, "state", "resid_pre", "hc_in"}
+    known = {*STATES, "state", "resid_pre", "hc_in"}
     for request in found.requests:
         if not known >= set(request.kinds):
             raise InputError(
                 f"the site {request.name!r} cannot be patched; expected states ({', '.join(('residual', *STATES))}, "
-                f"hidden_states[2], blocks.3.hook_resid_post) or {', '.join(MATRICES)}"
+                f"hidden_states[2], blocks.3.hook_resid_post)"
             )
     return found
 
@@ -217,24 +214,21 @@ class _Pair:
             )
         self.real = masks[0]
 
-    def places(self, wanted: SiteSelection, depths: tuple[int, ...] | None) -> Iterator[_Place]:
-        """What can be patched, in the order of depth, one site after another."""
-        model = self.corrupted
-        wanted.require([model.chain])
-        last = len(model.chain.points) - 1
-        if outside := [depth for depth in depths or () if not 0 <= depth <= last]:
+    def depths(self, wanted: _Wanted) -> list[int]:
+        """The depths whose states are patched."""
+        chain, asked = self.corrupted.chain, wanted.depths
+        wanted.sites.require([chain])
+        last = len(chain.points) - 1
+        if outside := [depth for depth in asked or () if not 0 <= depth <= last]:
             raise InterventionError(
                 f"depth {outside[0]} is none of the model's; it has depths 0 (embedding) … {last}"
             )
-        for depth in range(last + 1):
-            if any(request.takes_state(model.chain, depth) for request in wanted.requests):
-                yield _of_state(self, depth)
-        for name in MATRICES:
-            for number, link in enumerate(model.chain.connections):
-                if any(
-                    name in request.kinds and request.takes_connection(link) for request in wanted.requests
-                ):
-                    yield _of_matrix(self, name, number)
+        return [
+            depth
+            for depth in range(last + 1)
+            if any(request.takes_state(chain, depth) for request in wanted.sites.requests)
+            and (asked is None or depth in asked)
+        ]
 
 
 def _differing(one: Mapping[int, Any], other: Mapping[int, Any]) -> str:
@@ -242,95 +236,11 @@ def _differing(one: Mapping[int, Any], other: Mapping[int, Any]) -> str:
     return f"{one.get(depth)} and {other.get(depth)} at depth {depth}"
 
 
-@dataclass
-class _Place:
-    """One state or matrix: where its two inputs differ, (B, T, N), and its forward with some tokens and streams patched."""
-
-    site: str
-    depth: int
-    connection: int = ALL
-    differs: torch.Tensor = field(default_factory=lambda: torch.ones(1, 1, 1, dtype=torch.bool))
-    forward: Callable[[torch.Tensor, bool], Passed] = field(default=lambda chosen, checked: Passed(None))
-    why: str = ""
-    """Why it cannot be patched."""
-    checked: bool = False
-    """Whether a forward showed that a change arrives."""
-
-
-def _of_state(pair: _Pair, depth: int) -> _Place:
-    clean, before = pair.clean.base.states.get(depth), pair.corrupted.base.states.get(depth)
-    if clean is None or before is None:
-        return _Place("residual", depth, why="no forward shows the state")
-
-    def forward(chosen: torch.Tensor, checked: bool) -> Passed:
-        return pair.corrupted.forward({depth: _replaced(clean, chosen)}, checked=checked)
-
-    return _Place("residual", depth, differs=_unequal(clean, before).any(-1).cpu(), forward=forward)
-
-
 def _replaced(value: torch.Tensor, chosen: torch.Tensor) -> Edit:
     """Another state at some tokens and streams, (T, N)."""
-
-    def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
-        return torch.where(
-            chosen.to(state.device)[None, :, :, None], value.to(state.device, state.dtype), state
-        )
-
-    return edit
-
-
-def _of_matrix(pair: _Pair, name: str, number: int) -> _Place:
-    """A connection whose coefficients are those of the clean input; its states stay those of the corrupted one."""
-    model, link = pair.corrupted, pair.corrupted.chain.connections[number]
-    attribute = {"h_res": "mix", "h_pre": "read", "h_post": "write"}[name]
-    parts = [getattr(each.base.connections.get(number), attribute, None) for each in (pair.clean, model)]
-    if parts[0] is None or parts[1] is None:
-        return _Place(name, link.depth_out, number, why=_unknown(name, number, model))
-    difference = parts[0].double() - parts[1].double()
-    given = model.base.connections[number].branch_out
-    assert given is not None
-
-    def forward(chosen: torch.Tensor, checked: bool) -> Passed:
-        selected = chosen.double()
-        if name == "h_pre":  # (B, T, V, N): the streams that are read are its columns
-            read = _plus(difference * selected[None, :, None, :], link.depth_in)
-            return model.forward({}, {number: read}, checked=checked)
-        rows = difference * selected[None, :, :, None]
-        moved = _plus(rows, link.depth_in) if name == "h_res" else _plus(rows @ given.double(), None)
-        return model.forward({link.depth_out: moved}, checked=checked)
-
-    unequal = _unequal(*parts)
-    return _Place(name, link.depth_out, number, unequal.any(2 if name == "h_pre" else -1), forward)
-
-
-def _unknown(name: str, number: int, model: ModelUnderTest) -> str:
-    link = model.chain.connections[number]
-    if number not in model.base.connections:
-        return f"the coefficients of connection {number} ({link.path!r}) are not known"
-    why = (
-        "it mixes no streams"
-        if name == "h_res"
-        else "its branch reads by gates of features, not by weights of streams"
+    return lambda state, seen: torch.where(
+        chosen.to(state.device)[None, :, :, None], value.to(state.device, state.dtype), state
     )
-    return f"connection {number} ({link.path!r}) has no {name}: {why}"
-
-
-def _plus(
-    added: torch.Tensor, source: int | None
-) -> Callable[[torch.Tensor, Mapping[int, torch.Tensor]], torch.Tensor]:
-    """An edit that adds something, or that matrix times the state at an earlier depth; in float64, since it may be small."""
-
-    def edit(state: torch.Tensor, seen: Mapping[int, torch.Tensor]) -> torch.Tensor:
-        moved = added.to(state.device)
-        if source is not None:
-            moved = moved @ seen[source].double()
-        return (state.double() + moved).to(state.dtype)
-
-    return edit
-
-
-def _unequal(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    return (one != other) & ~(one.isnan() & other.isnan())
 
 
 # --- one cell after another
@@ -347,23 +257,14 @@ def _run_pair(
         name: measure.of(each.base) for name, each in (("clean", pair.clean), ("corrupted", pair.corrupted))
     }
     values: dict[Cell, torch.Tensor] = {}
-    places = [
-        place
-        for place in pair.places(wanted.sites, wanted.depths)
-        if wanted.depths is None or place.depth in wanted.depths
-    ]
-    for number, place in enumerate(places):
-        progress(f"{place.site} at depth {place.depth}", number, len(places))
-        outcome.layers[place.depth] = pair.corrupted.chain.points[place.depth].layer
-        if place.connection >= 0:
-            outcome.connections[place.depth] = place.connection
+    depths = pair.depths(wanted)
+    for number, depth in enumerate(depths):
+        progress(f"the state at depth {depth}", number, len(depths))
+        outcome.layers[depth] = pair.corrupted.chain.points[depth].layer
         try:
-            if place.why:
-                raise InterventionError(place.why)
-            for cell, chosen in _cells(place, wanted, pair):
-                values[cell] = _measured(place, chosen, pair, measure, base["corrupted"])
+            values |= _patched_at(depth, wanted, pair, measure, base["corrupted"])
         except InterventionError as error:
-            outcome.left_out[f"{place.site} at depth {place.depth}"] = str(error)
+            outcome.left_out[f"depth {depth}"] = str(error)
     if not values:
         raise InterventionError(
             next(iter(outcome.left_out.values()), "no depth that was asked for has one of these sites")
@@ -371,20 +272,36 @@ def _run_pair(
     outcome.add(base["clean"], base["corrupted"], values, measure, pair.corrupted)
 
 
-def _cells(place: _Place, wanted: _Wanted, pair: _Pair) -> Iterator[tuple[Cell, torch.Tensor]]:
-    """Each cell of a place with its tokens and streams, (T, N)."""
-    _, num_tokens, num_streams = place.differs.shape
+def _patched_at(
+    depth: int, wanted: _Wanted, pair: _Pair, measure: Measure, corrupted: torch.Tensor
+) -> dict[Cell, torch.Tensor]:
+    """The measure of each sequence, by token and stream of the state at a depth; NaN where the patched token is padding."""
+    clean, before = pair.clean.base.states.get(depth), pair.corrupted.base.states.get(depth)
+    if clean is None or before is None:
+        raise InterventionError("no forward shows the state")
+    differs = ((clean != before) & ~(clean.isnan() & before.isnan())).any(-1).cpu()  # (B, T, N)
+    _, num_tokens, num_streams = differs.shape
     first = pair.real.shape[1]
-    # A matrix that is the same for all tokens has one.
     if wanted.tokens != () and num_tokens not in (first, 1):
         raise InterventionError(
             f"the state has {num_tokens} tokens here and {first} at depth 0, so that a token has no number that holds at "
             'every depth; take tokens="all"'
         )
-    tokens = _ones("token", wanted.tokens, num_tokens, each_too=False)
-    for token, at in tokens:
+    found: dict[Cell, torch.Tensor] = {}
+    is_checked = False  # whether a forward showed that a change arrives
+    for token, at in _ones("token", wanted.tokens, num_tokens, each_too=False):
         for stream, of in _ones("stream", wanted.streams, num_streams, each_too=num_streams > 1):
-            yield (place.site, place.depth, token, stream), at[:, None] & of
+            chosen, values = at[:, None] & of, corrupted.clone()
+            # Where what is put in is what was there, the forward would be the corrupted one once more.
+            if bool((differs & chosen).any()):
+                edits = {depth: _replaced(clean, chosen)}
+                values = measure.of(pair.corrupted.forward(edits, checked=not is_checked))
+                is_checked = True
+            # Patched at all tokens, a state of a later stage has no padding that is known.
+            is_real = pair.real.any(1) if bool(at.all()) else (pair.real & at).any(1)
+            same = len(values) == len(is_real)
+            found[depth, token, stream] = values.masked_fill(~is_real, torch.nan) if same else values
+    return found
 
 
 def _ones(
@@ -399,19 +316,3 @@ def _ones(
         return every
     ones = [(number, torch.arange(count) == number) for number in numbers]
     return every + ones if what == "stream" else ones or every
-
-
-def _measured(
-    place: _Place, chosen: torch.Tensor, pair: _Pair, measure: Measure, corrupted: torch.Tensor
-) -> torch.Tensor:
-    """The measure of each sequence; NaN where the patched token is padding."""
-    changed = (place.differs & chosen).flatten(1).any(1)
-    # What is put in is what was there: the forward would be the corrupted one once more.
-    if bool(changed.any()):
-        found = measure.of(place.forward(chosen, not place.checked))
-        place.checked = True
-    else:
-        found = corrupted.clone()
-    # Patched at all tokens, a state of a later stage has no padding that is known.
-    is_real = pair.real.any(1) if bool(chosen.any(1).all()) else (pair.real & chosen.any(1)).any(1)
-    return found.masked_fill(~is_real, torch.nan) if len(found) == len(is_real) else found

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -49,10 +49,6 @@ def same_values(one: Any, other: Any) -> bool:
 
 
 Depth: TypeAlias = tuple[int, int]  # the number of a chain, and a depth of it
-READ: Final = "read"
-GIVEN: Final = "given"
-Side: TypeAlias = Literal["read", "given"]
-OfBranch: TypeAlias = tuple[Side, int]  # what a branch reads or gives, by the number of its connection
 
 
 class Operation(NamedTuple):
@@ -83,14 +79,14 @@ class Birthplace:
 
 StatePlace: TypeAlias = tuple[Birthplace, ...]
 """Where a state is made: the one tensor that holds it, or one for each stream."""
-Change: TypeAlias = Callable[[Depth | OfBranch, torch.Tensor], torch.Tensor]
+Change: TypeAlias = Callable[[Depth, torch.Tensor], torch.Tensor]
 
 
 class StateOperations:
     """Follows which operation wrote which memory, and changes states where they are made, in forwards made inside of `on`.
 
     ``model``: the model.
-    ``places``: the states, and what branches read and give, that are met; none where they are only looked for.
+    ``places``: the states that are met; none where they are only looked for.
     ``change``: ``change((chain, depth), state)`` returns the state to go on with, in the model's layout, or the
     tensor that came.
     """
@@ -101,19 +97,17 @@ class StateOperations:
         places: Mapping[Any, StatePlace] | None = None,
         change: Change | None = None,
     ) -> None:
-        self.met: Counter[Depth | OfBranch] = Counter()
+        self.met: Counter[Depth] = Counter()
         self._change = change
-        # Called with everything that an operation makes, after the changes.
-        self.on_made: Callable[[TracedValue, torch.Tensor], None] | None = None
         self._places = places or {}
-        self._at: dict[Operation, list[tuple[Depth | OfBranch, int]]] = {}
+        self._at: dict[Operation, list[tuple[Depth, int]]] = {}
         for depth, place in self._places.items():
             for part, of in enumerate(place):
                 self._at.setdefault(of.operation, []).append((depth, part))
         # What was written of states, of which each part may be made by another operation.
-        self._parts: dict[Depth | OfBranch, dict[int, torch.Tensor | None]] = {}
+        self._parts: dict[Depth, dict[int, torch.Tensor | None]] = {}
         self._recorder = GraphRecorder(model, (), holds=False)
-        self._recorder.on_value = self._made
+        self._recorder.on_value = self._written
         self._turns: Counter[tuple[Any, ...]] = Counter()
         self._operations: dict[int, Operation] = {}  # by the number of what they made
 
@@ -125,13 +119,9 @@ class StateOperations:
         if self._recorder.graph.error is not None:
             raise self._recorder.graph.error
 
-    def _made(self, value: TracedValue, tensor: torch.Tensor) -> None:
-        if not is_view(value):
-            self._written(value, tensor)
-        if self.on_made is not None:
-            self.on_made(value, tensor)
-
     def _written(self, value: TracedValue, tensor: torch.Tensor) -> None:
+        if is_view(value):
+            return
         call = self._recorder.graph.call(value)
         kind = call.path, call.number, value.name, value.shape, value.item
         operation = self._operations[value.number] = Operation(*kind, self._turns[kind])
@@ -146,10 +136,6 @@ class StateOperations:
             if not is_again and self._change is not None:
                 _write(place, parts, self._change, depth)
             self._parts[depth] = dict.fromkeys(parts)  # the memory is the model's
-
-    def birthplace(self, state: torch.Tensor) -> Birthplace | None:
-        """Where a tensor that is shown now was made; None where no operation of the forward made it."""
-        return self._place(state, self._made_as(state))
 
     def _place(self, state: torch.Tensor, made: TracedValue) -> Birthplace | None:
         operation = self._operations.get(made.number)
@@ -185,7 +171,7 @@ class StateOperations:
 
 
 def _write(
-    place: StatePlace, written: Mapping[int, torch.Tensor | None], change: Change, depth: Depth | OfBranch
+    place: StatePlace, written: Mapping[int, torch.Tensor | None], change: Change, depth: Depth
 ) -> None:
     tensors = [
         of.view(memory)

@@ -13,7 +13,7 @@ import xarray as xr
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import StorageError, TakenError
 from depthscope.diagnostics.schema import LiveRows, is_live_store
-from depthscope.diagnostics.schema.live_store import LiveStore, live_log_of, require_live_place
+from depthscope.diagnostics.schema.live_log import LiveStore, live_log_of, require_live_place
 from depthscope.probes.run.build_run import Proven, prove, step_numbers
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.session import Session

@@ -14,7 +14,7 @@ from depthscope import probes
 from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import judge, schema
 from depthscope.diagnostics.quantities.registry import with_facts
-from depthscope.diagnostics.schema.live_store import LiveStore
+from depthscope.diagnostics.schema.live_log import LiveStore
 from depthscope.diagnostics.verdicts import ABOUT_THE_RUN
 from depthscope.probes.training.live.findings import findings_of
 from depthscope.probes.training.live.live import Live

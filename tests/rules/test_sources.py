@@ -20,8 +20,7 @@ OUR_DEFINITIONS = {
     "first_weight_distance",
     *("num_tokens", "identity_distance"),
     *("relative_gradient", "branch_share", "signal_share", "relative_deflated_gain"),
-    *("composite_identity_distance", "closest_stream_cosine"),
-    *("relative_turn", "effective_depth"),
+    "closest_stream_cosine",
     *("sequence_share",),
 }
 

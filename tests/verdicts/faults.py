@@ -422,7 +422,7 @@ def _(net):
     return net.mixes(lambda mix: 1 / net.plan.streams + factor * centred @ mix @ centred)
 
 
-@fault("the mixing is stuck at the identity after training", WARN, "stuck_at_identity", hosts=("HC", *STOCHASTIC),
+@fault("the mixing is stuck at the identity after training", WARN, hosts=("HC", *STOCHASTIC),
        age="trained", plan=(("start", "apart"), *GROWN))  # fmt: skip
 def _(net):
     net.mixes(lambda mix: torch.lerp(torch.eye(net.plan.streams).expand_as(mix), mix, 1e-4))

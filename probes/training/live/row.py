@@ -36,7 +36,7 @@ LIVE = (
     *("mixing_gain", "composite_gain", "read_share", "write_share"),
     *("effective_rank", "participation_ratio", "corrected_participation_ratio"),
     *("cka", "adjacent_cka", "angular_distance", "block_influence", "num_tokens"),
-    *("deflated_gain", "relative_deflated_gain", "identity_distance", "composite_identity_distance"),
+    *("deflated_gain", "relative_deflated_gain", "identity_distance"),
     *("doubly_stochastic_violation", "composite_attenuation", "composite_singular_value", "signal_share"),
 )
 """Metrics of ``metrics="live"``, with ranks in the mean over streams alone; any other metric is live by its name."""

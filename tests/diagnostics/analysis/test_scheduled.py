@@ -54,7 +54,6 @@ def test_states_that_are_measured_one_depth_at_a_time_give_the_same_bits():
         "residual_norm",
         "token_cosine",
         "block_influence",
-        "effective_depth",
         "angular_distance",
     ]
     require_equal(analyze(run, names, scheduler="threads"), analyze(run, names), exact=True)

@@ -19,8 +19,7 @@ import xarray as xr
 
 from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.schema import LiveRows
-from depthscope.diagnostics.schema.live_rows import as_text, packed
-from depthscope.diagnostics.schema.live_store import LiveStore
+from depthscope.diagnostics.schema.live_log import LiveStore, packed
 from tests.diagnostics.schema.live_logs import frames, row, written
 from tests.diagnostics.small_disks import small_disk
 
@@ -147,7 +146,6 @@ def test_a_resumed_training_has_no_step_twice(one_step, tmp_path):
     written(tmp_path / "a", one_step, [6, 7, 8, 9], resume=True).close()
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(10))
-        assert status_of(run)["resumed"] == [{"step": 6, "superseded": 5}]
     written(tmp_path / "a", one_step, [0, 1, 2, 3, 4, 5], resume=True).finish()
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(6))
@@ -201,7 +199,6 @@ def test_a_torn_tail_is_ignored_and_overwritten(one_step, tmp_path):
         assert (rows.last_step, rows.torn) == (3, size - last)
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(4))
-        assert status_of(run)["torn_bytes"] == len(whole) - 1 - last
     followed = LiveRows(tmp_path / "a")
     log.write_bytes(whole)
     assert followed.refresh()
@@ -210,7 +207,6 @@ def test_a_torn_tail_is_ignored_and_overwritten(one_step, tmp_path):
     written(tmp_path / "a", one_step, [4, 5], resume=True).close()
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(6))
-        assert status_of(run)["torn_bytes"] == 0
 
 
 def test_damage_before_the_end_is_named_by_its_byte(one_step, tmp_path):
@@ -243,10 +239,10 @@ def test_no_flipped_bit_and_no_cut_gives_another_number(one_step, tmp_path):
         log.write_bytes(damaged[: draw.choice([len(whole), draw.randrange(1, len(whole))])])
         with suppress(schema.SchemaError):
             rows = LiveRows(tmp_path / "a")
-            assert rows.steps.tolist() == list(range(rows.num_rows))
-            if rows.num_rows:
+            assert rows.steps.tolist() == list(range(len(rows.rows)))
+            if len(rows.rows):
                 assert rows.column("statistics/token_count").tolist() == list(
-                    map(float, range(rows.num_rows))
+                    map(float, range(len(rows.rows)))
                 )
 
 
@@ -284,7 +280,7 @@ NOTHING = {"variables": {}, "coords": {}}
 def test_frames_that_no_writer_writes_are_refused(one_step, tmp_path, head, message):
     written(tmp_path / "a", one_step).close()
     with (tmp_path / "a" / schema.LOG).open("ab") as log:
-        log.write(packed(as_text(head), b"odd" if {"step", "finished"} & {*head} else b""))
+        log.write(packed(head, b"odd" if {"step", "finished"} & {*head} else b""))
     for door in DOORS:
         with pytest.raises(schema.SchemaError, match=message):
             door(tmp_path / "a")
@@ -294,7 +290,7 @@ def test_a_declared_size_without_rows_takes_no_memory(one_step, tmp_path):
     store = written(tmp_path / "a", one_step, range(20))
     store.close()
     with (tmp_path / "a" / schema.LOG).open("ab") as log:
-        log.write(packed(as_text(variable(dims=["x"], shape=[25 << 20]))))
+        log.write(packed(variable(dims=["x"], shape=[25 << 20])))
     for door in DOORS:
         with pytest.raises(schema.SchemaError, match=r"need .* bytes, more than"):
             door(tmp_path / "a")
@@ -363,7 +359,7 @@ def test_one_writer_at_a_time_and_a_killed_one_holds_nothing(one_step, tmp_path)
             LiveStore(tmp_path / "a", **options)
     store.close()
     code = (
-        "import sys, time; from depthscope.diagnostics.schema.live_store import LiveStore; "
+        "import sys, time; from depthscope.diagnostics.schema.live_log import LiveStore; "
         "store = LiveStore(sys.argv[1], resume=True); print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a")], stdout=subprocess.PIPE) as other:
@@ -425,7 +421,7 @@ def test_states_are_bounded_and_each_is_a_run(one_step, tmp_path):
 
 WRITER = """
 import sys
-from depthscope.diagnostics.schema.live_store import LiveStore
+from depthscope.diagnostics.schema.live_log import LiveStore
 from tests.diagnostics.schema.live_logs import row
 store = LiveStore(sys.argv[1], resume=True)
 first = 0 if store.last_step is None else store.last_step + 1
@@ -460,7 +456,7 @@ def test_every_row_that_was_acknowledged_outlives_a_killed_writer(one_step, tmp_
 
 FULL = """
 import os, sys
-from depthscope.diagnostics.schema.live_store import LiveStore
+from depthscope.diagnostics.schema.live_log import LiveStore
 from tests.diagnostics.schema.live_logs import row
 store, failed = LiveStore(sys.argv[1], resume=True), 0
 for step in range(2000):

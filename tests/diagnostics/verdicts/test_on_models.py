@@ -339,7 +339,6 @@ CASES: dict[str, Case] = {
     "stream_collapse": case(
         lambda: streams(0 * IDENTITY, make=Constrained), WARN, "connection", 0, 11, beside=("copied_streams",)
     ),
-    "stuck_at_identity": case(lambda: streams(10 * IDENTITY, make=Constrained), INFO),
     "unused_stream": case(lambda: streams(NEAR, reads=vectors(0.3, 0.3, 0.3, 0.005)), WARN, stream="3"),
     "copied_streams": case(
         lambda: streams(NEAR, reads=vectors(*[0.25] * 4), writes=vectors(*[1.0] * 4), apart=0.0),

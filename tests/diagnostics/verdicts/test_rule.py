@@ -50,7 +50,6 @@ LABELS = {"task": {"loss": 2.0, "constant": 3.0}}
         (Kind.FACT, (FAIL, FAIL, FAIL)),
         (Kind.LOSS, (INFO, FAIL, WARN)),
         (Kind.FRESH, (FAIL, INFO, WARN)),
-        (Kind.EXPLANATION, (INFO, INFO, INFO)),
         (Kind.READING, (FAIL, FAIL, FAIL)),
     ],
 )

@@ -12,7 +12,7 @@ from depthscope.app.text.cards import explanation
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.verdicts import VERDICTS
-from depthscope.diagnostics.verdicts.declaration import MEANINGLESS, number
+from depthscope.diagnostics.verdicts.declaration import number
 from tests.diagnostics.state_runs import FEATURES, SAMPLES, TOKENS, run_of, walk
 from tests.models.synthetic_run import synthetic_run
 
@@ -197,12 +197,6 @@ def test_a_fading_that_spares_the_differences_is_no_collapse(mixed):
     assert "stream_collapse" in findings(mixed([1.2 * (0.7 * np.eye(4) + 0.3 * UNIFORM)] * 24))
 
 
-@pytest.mark.parametrize(("each", "found"), [(0.012, False), (0.0005, True)])
-def test_many_connections_near_the_identity_mix_together(mixed, each, found):
-    run = mixed([(1 - each) * np.eye(4) + each * UNIFORM] * 48)
-    assert ("stuck_at_identity" in findings(run)) == found
-
-
 def test_stages_are_judged_on_one_scale(make_run):
     stages = {}
     for stage, (width, size) in enumerate([(8, 1.0), (16, 300.0), (32, 90000.0)]):
@@ -281,9 +275,6 @@ def test_every_verdict_is_declared_whole():
         assert set(each.follows_from) <= set(VERDICTS) - {name}
         for need in (*each.needs, *each.wants):
             assert need in ("attrs", "step") or need.removesuffix("_null") in known
-    assert set(MEANINGLESS) <= set(VERDICTS)
-    assert "independent_hc" in VERDICTS["stuck_at_identity"].not_for
-    assert VERDICTS["exploding_state"].not_for == ()
 
 
 def test_a_finding_names_its_chain(make_run):
@@ -394,7 +385,7 @@ def test_one_representation_names_the_views_that_differ():
     ("name", "words"),
     [
         ("rank_collapse", "max(Dong residual, 3 (erank − 1) / (erank of noise − 1))"),
-        ("copied_streams", "INFO above 0.999, WARN above 1 − 1e-9"),
+        ("copied_streams", "INFO above 0.999, WARN above 1 − 1e-12"),
         ("exploding_state", "rms ‖x_l‖ / rms ‖x_0‖ (0 or more): WARN above 10000"),
     ],
 )

@@ -65,7 +65,7 @@ def test_states_of_gpt2_are_those_of_hooks_bit_for_bit():
     with torch.no_grad(), hooked([(m, False, lambda m, a, out: states.append(first(out))) for m in places]):
         model(clean)
     found = patch(model, {"input_ids": clean}, {"input_ids": corrupted}, answer=ANSWER, against=AGAINST)
-    assert found.sizes == {"site": 1, "depth": 4, "token": 6, "stream": 1, "sample": 2}
+    assert found.sizes == {"depth": 4, "token": 6, "stream": 1, "sample": 2}
     for depth, place in enumerate(places):
         for token in range(6):
 
@@ -76,7 +76,7 @@ def test_states_of_gpt2_are_those_of_hooks_bit_for_bit():
 
             with torch.no_grad(), hooked([(place, False, put_in)]):
                 expected = logit_difference(model(corrupted))
-            np.testing.assert_array_equal(found.patched.values[0, depth, token, 0], expected)
+            np.testing.assert_array_equal(found.patched.values[depth, token, 0], expected)
     with torch.no_grad():
         np.testing.assert_array_equal(found.clean, logit_difference(model(clean)))
         np.testing.assert_array_equal(found.corrupted, logit_difference(model(corrupted)))
@@ -86,7 +86,7 @@ def first(output):
     return output[0] if isinstance(output, tuple) else output
 
 
-# --- streams and matrices
+# --- streams
 
 
 def constrained():
@@ -113,32 +113,13 @@ def test_streams_of_mhc_are_those_of_hooks_bit_for_bit():
 
         with torch.no_grad(), hooked([(module, True, put_in)]):
             expected = logit_difference(model(corrupted))
-        np.testing.assert_array_equal(found.patched.values[0, 0, 0, at], expected)
+        np.testing.assert_array_equal(found.patched.values[0, 0, at], expected)
 
 
 def test_all_tokens_and_streams_at_once():
-    """Every state of a depth, and every matrix of a connection, of a model whose connections are local variables."""
     model, (clean, corrupted) = LocalStreams().eval(), pair(length=5)
-    found = patch(
-        model, clean, corrupted, sites=["residual", "h_res"], tokens="all", stream="all", answer=3, against=7
-    )
-    np.testing.assert_array_equal(
-        found.sel(site="residual").patched.values[:, 0, 0], [found.clean.values] * 4
-    )
-    assert found.sel(site="h_res").effect.sel(depth=0).isnull().all()  # no connection ends there
-    kept = {}
-
-    def keep(number, h):
-        kept[number] = h
-        return h
-
-    with torch.no_grad():
-        LocalStreams(replace=keep).eval()(clean)
-        for number in range(3):
-            replaced = LocalStreams(replace=lambda n, h, number=number: kept[n] if n == number else h).eval()
-            expected = logit_difference(replaced(corrupted))
-            cell = found.patched.sel(site="h_res", depth=number + 1).values[0, 0]
-            np.testing.assert_allclose(cell, expected, rtol=1e-5, atol=1e-6)
+    found = patch(model, clean, corrupted, tokens="all", stream="all", answer=3, against=7)
+    np.testing.assert_array_equal(found.patched.values[:, 0, 0], [found.clean.values] * 4)
 
 
 # --- what is measured
@@ -155,10 +136,10 @@ def test_effect_and_interval_are_those_of_a_ratio_of_means():
     reach = scipy.stats.t.ppf(0.975, 5)
     spread = whole.std(ddof=1) / np.sqrt(6)
     assert (abs(whole.mean()) > reach * spread) == (found.attrs["no_effect"] == "")
-    part = found.patched.values[0, 1, 0, 0] - found.corrupted.values
+    part = found.patched.values[1, 0, 0] - found.corrupted.values
     share = part.mean() / whole.mean()
     error = (part - share * whole).std(ddof=1) / np.sqrt(6) / abs(whole.mean())
-    cell = found.isel(site=0, depth=1, token=0, stream=0)
+    cell = found.isel(depth=1, token=0, stream=0)
     assert float(cell.effect) == pytest.approx(share)
     assert float(cell.effect_error) == pytest.approx(error)
     assert float(cell.effect_high) == pytest.approx(share + reach * error)
@@ -230,7 +211,7 @@ def test_padding_is_not_patched_and_the_answer_is_at_the_last_real_token():
         {"input_ids": corrupted, "attention_mask": mask},
         depths=1, tokens=[2, 6], answer=ANSWER,
     )  # fmt: skip
-    assert np.isnan(found.patched.values[0, 0, 1, 0]).tolist() == [False, True, False]
+    assert np.isnan(found.patched.values[0, 1, 0]).tolist() == [False, True, False]
     with torch.no_grad():
         expected = -torch.log_softmax(model(clean[1:2, :5]).logits[0, -1], -1)[ANSWER]
     assert float(found.clean[1]) == pytest.approx(float(expected), rel=1e-4)
@@ -269,21 +250,19 @@ def test_inputs_that_do_not_fit_are_refused():
 
 def test_sites_that_do_not_exist_are_refused_with_the_closest_names():
     model, (clean, corrupted) = LocalStreams(layers=2).eval(), pair()
-    with pytest.raises(SiteError, match="no site is called 'h_ress'; closest: 'h_res'"):
-        patch(model, clean, corrupted, sites="h_ress")
     with pytest.raises(ValueError, match="the site 'branch_out' cannot be patched; expected states"):
         patch(model, clean, corrupted, sites="branch_out")
     with pytest.raises(SiteError, match="the model has the blocks 0 … 1"):
         patch(model, clean, corrupted, sites="blocks.7.hook_resid_post")
-    with pytest.raises(SiteError, match="the model has no stream connections of that kind"):
-        patch(gpt2(), *({"input_ids": of} for of in (clean, corrupted)), sites="h_res")
+    with pytest.raises(ValueError, match="the site 'h_res' cannot be patched; expected states"):
+        patch(model, clean, corrupted, sites="h_res")
     seen = []
     named = patch(
         model, clean, corrupted, sites="hidden_states[1]", tokens="all", stream="all",
         progress=lambda *what: seen.append(what),
     )  # fmt: skip
     assert named.depth.values.tolist() == [1]
-    assert seen == [("residual at depth 1", 0, 1)]
+    assert seen == [("the state at depth 1", 0, 1)]
 
 
 def test_an_unproven_reading_is_refused():

@@ -19,7 +19,7 @@ from torch import nn
 
 from depthscope import probes
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.schema.live_store import LiveStore
+from depthscope.diagnostics.schema.live_log import LiveStore
 from depthscope.probes.training import live_recording
 from tests.models.plain_stack import Block, Stack
 
