@@ -122,8 +122,7 @@ def test_the_cache_is_private_and_processes_at_once_convert_once(tiny, cache, mo
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="modes say nothing")
-@pytest.mark.parametrize("which", ["cache", "its parent"])
-@pytest.mark.parametrize("mode", [0o777, 0o770])
+@pytest.mark.parametrize(("which", "mode"), [("cache", 0o770), ("its parent", 0o777)])
 def test_a_cache_that_others_may_write_in_is_neither_read_nor_written(tiny, cache, caplog, which, mode):
     file, model, conversions = tiny
     load_checkpoint(str(file))

@@ -100,18 +100,15 @@ def test_weights_that_would_be_random_are_refused(folder):
         load_checkpoint(str(folder))
 
 
-def test_empty_folder_and_folder_without_config(tmp_path):
+def test_folders_that_are_empty_or_without_configuration_or_weights(tmp_path):
     with pytest.raises(CheckpointError, match="is empty"):
         load_checkpoint(str(tmp_path))
     (tmp_path / "weights.txt").touch()
     with pytest.raises(CheckpointError, match=r"no config.json in .* \(found: weights.txt\)"):
         load_checkpoint(str(tmp_path))
-
-
-def test_config_without_weights(folder):
-    (folder / "model.safetensors").unlink()
+    tiny_llama().config.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match=r"no safetensors or pytorch_model.bin"):
-        load_checkpoint(str(folder))
+        load_checkpoint(str(tmp_path))
 
 
 def test_unknown_architecture_runs_no_code_of_the_folder(folder):
@@ -162,14 +159,15 @@ def sharded(folder: Path, kind: str) -> Path:
     return index
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "bin"])
-@pytest.mark.parametrize("way", ["..", "absolute", "link", "linked folder"])
+@pytest.mark.parametrize(
+    ("kind", "way"), [("safetensors", ".."), ("bin", "linked folder"), ("safetensors", "link")]
+)
 def test_no_shard_is_read_from_outside(tmp_path, kind, way):
     index = sharded(tmp_path / "m", kind)
     assert torch.equal(load_checkpoint(str(tmp_path / "m")).model(IDS).logits, tiny_llama()(IDS).logits)
     inside, outside = tmp_path / "m" / f"part-0.{kind}", tmp_path / f"outside.{kind}"
     inside.rename(outside)
-    names = {"..": f"../{outside.name}", "absolute": str(outside), "linked folder": f"way/{outside.name}"}
+    names = {"..": f"../{outside.name}", "linked folder": f"way/{outside.name}"}
     if way == "link":
         inside.symlink_to(outside)
     else:
@@ -179,7 +177,7 @@ def test_no_shard_is_read_from_outside(tmp_path, kind, way):
         load_checkpoint(str(tmp_path / "m"))
 
 
-@pytest.mark.parametrize("name", ["../w.safetensors", "w.safetensors", 5, "\0"])
+@pytest.mark.parametrize("name", ["../w.safetensors", "w.safetensors", 5])
 def test_weights_that_the_configuration_names_are_the_folders(folder, name):
     (folder / "model.safetensors").rename(folder.parent / "w.safetensors")
     (folder / "w.safetensors").symlink_to("../w.safetensors")
@@ -201,7 +199,7 @@ def test_the_cache_of_the_hub(folder, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("num_hidden_layers", 10**7), ("vocab_size", 10**12), ("hidden_size", 2 * 10**5), ("head_dim", 10**6)],
+    [("num_hidden_layers", 10**7), ("vocab_size", 10**12), ("hidden_size", 2 * 10**5)],
 )
 def test_a_model_larger_than_its_weights_is_refused_before_it_is_built(folder, name, value):
     configure(folder, **{name: value})
@@ -215,37 +213,14 @@ def test_weights_of_another_shape_are_named_with_both_shapes(folder):
         load_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
-        "LlamaForCausalLM",
-        5,
-        [1],
-        ["PreTrainedModel"],
-        ["AutoModel"],
-        ["logging"],
-        ["pipeline"],
-        ["LlamaConfig"],
-    ],
-)
+@pytest.mark.parametrize("names", ["LlamaForCausalLM", [1], ["AutoModel"], ["logging"]])
 def test_architectures_that_are_no_models(folder, names):
     configure(folder, architectures=names)
     with pytest.raises(CheckpointError, match=r"as architectures; expected|not a model of transformers"):
         load_checkpoint(str(folder))
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"",
-        b"[]",
-        b"null",
-        b"[" * 10_000,
-        b"\xff\xfe",
-        b'{"added_tokens": 5}',
-        b'{"version": "1.0", "model": {}}',
-    ],
-)
+@pytest.mark.parametrize("content", [b"", b"[" * 10_000, b'{"version": "1.0", "model": {}}'])
 def test_a_broken_tokenizer_is_not_replaced_by_bytes(folder, content):
     (folder / "tokenizer.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"tokenizer in .* does not load .*; repair its files"):
@@ -286,8 +261,6 @@ def test_a_pipe_as_checkpoint_is_not_waited_for(tmp_path, suffix):
     [
         ("nowhere/at/all", "no such checkpoint: 'nowhere/at/all'; expected a transformers folder"),
         ("my model:build", "got 'my model:build', expected 'package.module:function'"),
-        ("nowhere.gguf", "no such checkpoint"),
-        ("", "no such checkpoint"),
         ("a\0b", r"no such checkpoint: 'a\?b'"),
         ("x" * 5000, "no such checkpoint: 'x+…'"),
         ("~nobody-of-this-name/x", "names no home folder"),
@@ -434,8 +407,5 @@ def test_weights_without_tensors(factories, tmp_path, content, message):
 def test_wrong_factory(factories, name, message):
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(f"{factories}:{name}")
-
-
-def test_no_such_module():
     with pytest.raises(CheckpointError, match="no module 'not_a_module_at_all'"):
         load_checkpoint("not_a_module_at_all:build")

@@ -115,12 +115,9 @@ def test_of_the_hub_cache_only_the_blobs_of_the_same_repository(hub_snapshot):
     ("content", "message"),
     [
         (b"", "is not JSON"),
-        (b"{", "is not JSON"),
         (b"\xff\xfe\x00", "is not JSON"),
         (b"[" * 100_000, "nested too deeply"),
-        (b'{"a":' * 100_000, "nested too deeply"),
         (b"[1]", "holds a list"),
-        (b"null", "holds a NoneType"),
         (b'{"a": ' + b"9" * 5000 + b"}", "is not JSON"),
     ],
 )

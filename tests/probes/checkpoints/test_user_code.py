@@ -55,14 +55,9 @@ def written(name: str, code: str) -> None:
 FACTORIES = {
     "def make():\n    return 1 / 0": "ZeroDivisionError: division by zero .*line 2: return 1 / 0",
     "def make(:\n    pass": r"SyntaxError.*line 1: def make\(:",
-    "x = [\n": "SyntaxError",
-    "x = 1\n  def make(): pass": "IndentationError",
     "import sys\ndef make():\n    sys.exit(3)": r"SystemExit: 3 .*line 3: sys\.exit\(3\)",
-    "raise SystemExit": "SystemExit .*line 1",
     "def make(): return make()": "RecursionError",
     "def make(): raise BaseException('odd')": "BaseException: odd",
-    "def make(): assert False, 'sizes'": "AssertionError: sizes",
-    "def make(): raise OSError(2, 'none', 'x.bin')": "FileNotFoundError",
     "from math import nothing": "ImportError: cannot import name 'nothing'",
     "import torch\ndef make(): return torch.nn.Linear(-5, 3)": r"RuntimeError.*torch\.nn\.Linear\(-5, 3\)",
     "class E(Exception):\n    def __str__(self): return 1 / 0\ndef make(): raise E": r"own code, E \(",
@@ -98,7 +93,6 @@ def test_what_a_factory_prints_is_no_result(module, capsys):
     ("line", "words"),
     [
         ("raise ValueError('my own')", "ValueError: my own"),
-        ("return None.x", "AttributeError"),
         ("raise SystemExit(0)", "SystemExit"),
         ("return self.head(input_ids)", r"RuntimeError.*return self\.head\(input_ids\)"),
         ("return self.forward(input_ids)", "RecursionError"),

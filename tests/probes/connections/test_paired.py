@@ -85,12 +85,10 @@ def two_inputs(streams, **options):
 
 
 CASES = {
-    # First, and so in every run: its first value is spread over streams and moved before it is read.
     "hc in fractions": (fractions(free.HyperConnections, 2), 4, "first", "hc", 2),
     "hc": (free.HyperConnections, 4, "first", "hc", 1),
     "mhc": (constrained.mHC, 4, "first", "mhc", 1),
     "mhc v2": (second.mHC, 4, "second", "mhc", 1),
-    "as many fractions as streams": (fractions(free.HyperConnections, 2), 2, "first", "hc", 2),
     # Its Sinkhorn runs over 4 × 9 numbers, so that the rows sum to 1 and the columns to 0.44: as measured it is no mHC.
     "mhc in fractions": (fractions(constrained.mHC, 2), 4, "first", "hc", 2),
     "as many fractions as streams, v2": (fractions(second.mHC, 2), 2, "second", "mhc", 2),

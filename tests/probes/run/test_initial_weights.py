@@ -47,7 +47,6 @@ def gpt2() -> nn.Module:
 
 FRESH = {
     "gpt2": (gpt2, tokens),
-    "llama": (lambda: transformers.LlamaModel(transformers.LlamaConfig(**TEXT)), tokens),
     "gemma": (lambda: transformers.GemmaModel(transformers.GemmaConfig(**TEXT, head_dim=12)), tokens),
     "dinov2": (lambda: transformers.Dinov2Model(transformers.Dinov2Config(**VISION)), pictures),
     "linear layers without norms": (
@@ -66,18 +65,14 @@ def facts(make, batch, change=None):
     return diagnostics.analyze(probes.capture(model, batch())).attrs
 
 
-@pytest.mark.parametrize("kind", FRESH)
-def test_a_fresh_network_is_known_as_one(kind):
-    assert facts(*FRESH[kind])["untouched"] == 1
-
-
 def moved(model: nn.Module) -> None:
     for parameter in model.parameters():
         parameter.add_(1e-2 * torch.randn_like(parameter))
 
 
 @pytest.mark.parametrize("kind", FRESH)
-def test_one_step_of_its_vectors_and_it_is_no_longer(kind):
+def test_a_fresh_network_is_known_as_one_and_after_a_step_of_its_vectors_no_longer(kind):
+    assert facts(*FRESH[kind])["untouched"] == 1
     assert "untouched" not in facts(*FRESH[kind], moved)
 
 
@@ -89,12 +84,11 @@ def test_weights_drawn_otherwise_are_not_known_as_fresh():
     assert "untouched" not in facts(*FRESH["linear layers without norms"], drawn)
 
 
-@pytest.mark.parametrize("block", [1, 5])
-def test_a_young_gpt2_with_a_block_that_writes_too_much_does_not_pass(block):
+def test_a_young_gpt2_with_a_block_that_writes_too_much_does_not_pass():
     def broken():
         model = gpt2()
         with torch.no_grad():
-            model.h[block].mlp.c_proj.weight.mul_(3000)
+            model.h[5].mlp.c_proj.weight.mul_(3000)
         return model
 
     def findings(make):
@@ -102,6 +96,5 @@ def test_a_young_gpt2_with_a_block_that_writes_too_much_does_not_pass(block):
         return diagnostics.judge(diagnostics.analyze(probes.capture(make().eval(), tokens())))
 
     found = {each.verdict: each.severity for each in findings(broken)}
-    named = found["same_representation" if block == 1 else "idle_layer"]
-    assert named >= Severity.INFO, found
+    assert found["idle_layer"] >= Severity.INFO, found
     assert all(each.severity <= Severity.INFO for each in findings(gpt2))

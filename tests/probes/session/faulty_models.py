@@ -25,19 +25,12 @@ class Notes:
         default_factory=list
     )  # depth to the states' square norm, complete ones
     states: list[weakref.ref[torch.Tensor]] = field(default_factory=list)
-    calls: list[str] = field(default_factory=list)
 
     def __deepcopy__(self, memo: object) -> Notes:
         return Notes()
 
     def __reduce__(self) -> tuple[type[Notes], tuple[()]]:
         return Notes, ()
-
-
-class NotedForward(dict[int, float]):
-    """What a forward noted, by depth, and how close to training it was: 2 in training mode with a graph, 1 with one."""
-
-    kind = 0
 
 
 class Noted(nn.Module):
@@ -47,12 +40,6 @@ class Noted(nn.Module):
         super().__init__()
         self.notes = Notes()
         self.midway: Callable[[torch.Tensor], torch.Tensor | None] | None = None  # runs once, in the middle
-
-    def begin(self) -> dict[int, float]:
-        self.notes.calls.append(type(self).__name__)
-        noted = NotedForward()
-        noted.kind = torch.is_grad_enabled() + (torch.is_grad_enabled() and self.training)
-        return noted
 
     def note(self, depth: int, x: torch.Tensor, noted: dict[int, float], real: torch.Tensor | None) -> None:
         self.notes.states.append(weakref.ref(x))
@@ -69,7 +56,7 @@ class Noted(nn.Module):
 
     def through(self, x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """The blocks one after another, each state noted."""
-        noted, real = self.begin(), None if attention_mask is None else attention_mask.bool()
+        noted, real = {}, None if attention_mask is None else attention_mask.bool()
         self.note(0, x, noted, real)
         for number, block in enumerate(self.blocks):
             x = self.run(block, x)
@@ -106,12 +93,6 @@ class Plain(Noted):
         self.embed = nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = nn.ModuleList(Block() for _ in range(layers))
         self.head = nn.Linear(WIDTH, VOCABULARY)
-        self.checkpointing: bool | None = None  # whether it is reentrant, where it is on
-
-    def run(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-        if self.checkpointing is None:
-            return block(x)
-        return torch.utils.checkpoint.checkpoint(block, x, use_reentrant=self.checkpointing)
 
     def forward(self, ids, attention_mask=None):
         return self.head(self.through(self.embed(ids), attention_mask))
@@ -126,7 +107,6 @@ class Connection(nn.Module):
         self.mix = nn.Parameter(torch.eye(STREAMS) + 0.2 * torch.randn(STREAMS, STREAMS))
         self.write = nn.Parameter(1 + 0.2 * torch.randn(STREAMS))
         self.drop = nn.Dropout(0.2)
-        self.calls: list[int] = []
         self.count = 0
 
     def forward(self, x):
@@ -180,35 +160,8 @@ class Opened(Noted):
         return self.head(self.reduce(self.through(self.expand(self.embed(ids)), mask)))
 
 
-class DecoderBlock(Block):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attend = nn.Linear(WIDTH, WIDTH)
-
-    def forward(self, x, memory):
-        return super().forward(x) + self.attend(memory).mean(1, keepdim=True)
-
-
-class EncoderDecoder(Noted):
-    """Two stacks; the notes are of the encoder."""
-
-    def __init__(self, layers: int = 4):
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block() for _ in range(layers))
-        self.decoder = nn.ModuleList(DecoderBlock() for _ in range(2))
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, ids, attention_mask=None):
-        x, y = self.through(self.embed(ids), attention_mask), self.embed(ids.flip(1))
-        for layer in self.decoder:
-            y = layer(y, x)
-        return self.head(y)
-
-
 MODELS: dict[str, Callable[[], Noted]] = {
     "plain": Plain,
     "hc": Streams,
     "mhc": Opened,
-    "encoder_decoder": EncoderDecoder,
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
 
 import numpy as np
 import pytest
@@ -17,6 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from depthscope import probes
 from tests.probes.session.hooks_left import alive, hooks_on_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 IDS = torch.randint(0, 64, (4, 9), generator=torch.Generator().manual_seed(1))
 
@@ -167,53 +168,36 @@ def step_at_once(parameter: nn.Parameter) -> None:
     parameter.grad = None
 
 
-@cache
-def trained(build: Callable[..., nn.Module], **setting) -> tuple[list[torch.Tensor], None]:
-    """The same without a probe, once for all tests."""
-    return train(build, None, **setting)
-
-
 def require_same(plain: list[torch.Tensor], probed: list[torch.Tensor]) -> None:
     assert [torch.equal(a, b) for a, b in zip(plain, probed, strict=True)] == [True] * len(plain)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize(
-    ("build", "probe"), [(whole, {}), (wrapped_blocks, {"gradients": True, "weights": True, "every": 2})]
-)
-def test_a_compiled_training_is_bit_for_bit_the_same(build, probe):
-    plain, _ = trained(build)
-    uncompiled, _ = trained(same)
-    assert not torch.equal(plain[0], uncompiled[0])  # else this test could not fail
-    probed, recorder = train(build, probe)
-    require_same(plain, probed)
-    assert recorder.errors == []
-    assert recorder.run.statistics.sizes["step"] == 4 / probe.get("every", 1)
-    if probe:
-        assert (recorder.run.trace.gradient.values != 0).any()
-
-
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     ("build", "setting"),
     [
-        (blocks_in_place, {"micro_batches": 2, "validate": True, "steps": 2}),
-        (whole, {"autocast": True, "fullgraph": True, "steps": 2}),
-        (whole, {"loss": compiled_loss, "dynamic": True, "steps": 2}),
+        (wrapped_blocks, {}),
+        (blocks_in_place, {"micro_batches": 2, "validate": True}),
+        (whole, {"autocast": True, "fullgraph": True, "loss": compiled_loss, "dynamic": True}),
     ],
 )
-def test_so_it_is_with_everything_that_a_training_does(build, setting):
-    plain, _ = trained(build, **setting)
-    probed, recorder = train(build, {"gradients": True}, **setting)
+def test_a_compiled_training_is_bit_for_bit_the_same_whatever_it_does(build, setting):
+    plain, _ = train(build, None, **setting)
+    uncompiled, _ = train(same, None, **setting)
+    assert not torch.equal(plain[0], uncompiled[0])  # else this test could not fail
+    probed, recorder = train(build, {"gradients": True, "weights": True, "every": 2}, **setting)
     require_same(plain, probed)
     assert recorder.errors == []
     assert recorder.run.statistics.sizes["step"] == 2
+    assert (recorder.run.trace.gradient.values != 0).any()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     ("build", "setting"),
-    [(whole, {"backend": "aot_eager"}), (in_place, {"checkpointing": False}), (compiled_forward, {})],
+    [
+        (whole, {"backend": "aot_eager", "loss": loss_of_both}),
+        (in_place, {"checkpointing": False}),
+        (compiled_forward, {}),
+    ],
 )
 def test_without_dropout_states_and_gradients_are_those_of_the_uncompiled_model(build, setting):
     found = []
@@ -246,32 +230,19 @@ def one_process():
     dist.destroy_process_group()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     "build", [around_data_parallel, inside_of_data_parallel], ids=lambda build: build.__name__
 )
 def test_so_it_is_around_and_inside_of_data_parallelism(build, one_process):
-    plain, _ = train(build, None)
-    probed, recorder = train(build, {"gradients": True, "every": 2})
+    plain, _ = train(build, None, steps=3)
+    probed, recorder = train(build, {"gradients": True, "every": 2}, steps=3)
     require_same(plain, probed)
     assert recorder.errors == []
     assert (recorder.run.trace.gradient.values != 0).any()
     assert recorder.run.trace.module.values[-1] == "blocks.1"  # as without a wrapper
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_loss_of_two_outputs_is_followed_where_their_gradients_can_be_told_apart():
-    found = []
-    for build in (same, whole):
-        setting = {"backend": "aot_eager", "dropout": 0.0, "steps": 1}
-        _, recorder = train(build, {"gradients": True}, loss=loss_of_both, **setting)
-        found.append(recorder.run.trace.gradient.values)
-    np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=1e-8)
-
-
-@pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf", "ignore:step:depthscope.probes.ProbeWarning"
-)
+@pytest.mark.filterwarnings("ignore:step:depthscope.probes.ProbeWarning")
 @pytest.mark.parametrize(
     ("build", "loss", "reason"),
     [
@@ -285,14 +256,13 @@ def test_a_loss_of_two_outputs_is_followed_where_their_gradients_can_be_told_apa
     ids=["two outputs", "function"],
 )
 def test_what_cannot_be_followed_is_said_and_the_training_is_the_same(build, loss, reason):
-    plain, _ = trained(build, loss=loss)
+    plain, _ = train(build, None, loss=loss)
     probed, recorder = train(build, {"gradients": True}, loss=loss)
     require_same(plain, probed)
     assert len(recorder.errors) == 3  # of four steps: the same reason is said three times at most
     assert reason in str(recorder.errors[0])
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_model_that_something_compiled_contains_is_found():
     found = []
     for compiled in (False, True):
@@ -310,7 +280,6 @@ def test_a_model_that_something_compiled_contains_is_found():
         np.testing.assert_allclose(probed, plain, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_nothing_is_left_of_a_compiled_step():
     torch.compiler.reset()
     model = whole(Residual(), backend=other_masks)
@@ -323,7 +292,6 @@ def test_nothing_is_left_of_a_compiled_step():
     assert alive() == []
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_arguments_that_the_forward_writes_into_are_copied():
     class Writing(Residual):
         def forward(self, ids, cache=None):
@@ -344,7 +312,6 @@ def test_arguments_that_the_forward_writes_into_are_copied():
     assert recorder.errors == []
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:step:depthscope.probes.ProbeWarning")
 @pytest.mark.parametrize(
     ("loss", "backend"),

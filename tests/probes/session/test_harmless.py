@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from depthscope import probes
-from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightUpdates
 from tests.probes.session.hooks_left import MODULE_HOOKS, hooks_on_model
 
@@ -152,9 +151,7 @@ class Explosive(torch.autograd.Function):
 ALL = {"gradients": True, "weights": True}
 
 
-@pytest.mark.parametrize(
-    ("probe", "error"), [({}, KeyboardInterrupt()), (ALL, ValueError("mine")), (ALL, SystemExit(3))]
-)
+@pytest.mark.parametrize(("probe", "error"), [({}, KeyboardInterrupt()), (ALL, ValueError("mine"))])
 def test_an_error_in_the_users_forward_passes_and_the_hooks_are_gone(ids, error, probe):
     model = Residual()
     hooks, flags = hooks_of(model), flags_of(model)
@@ -220,43 +217,20 @@ def test_a_loop_may_go_on_after_an_error_of_its_own(ids):
     assert recorder.run.statistics.sequence_count.values.tolist() == [3.0, 3.0]
 
 
-@pytest.mark.parametrize(
-    ("owner", "name"),
-    [(TokenSums, "add_state"), (WeightUpdates, "_copy")],
-    ids=lambda value: getattr(value, "__name__", value),
-)
 @pytest.mark.filterwarnings("ignore:steps .* for the same reason:depthscope.probes.ProbeWarning")
-def test_no_bug_of_ours_changes_a_training(ids, monkeypatch, owner, name):
+def test_no_bug_of_ours_changes_a_training(ids, monkeypatch):
+    """One in what weights do; of what hooks do, `test_faults` tries them at any place."""
     plain = train(ids, probe=None)
 
     def broken(*args, **kwargs):
         raise RuntimeError("a bug of ours")
 
-    monkeypatch.setattr(owner, name, broken)
+    monkeypatch.setattr(WeightUpdates, "_copy", broken)
     with pytest.warns(probes.ProbeWarning, match="a bug of ours"):
         probed = train(ids, probe=ALL)
     pairs = zip(plain.pop("numbers"), probed.pop("numbers"), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
     assert plain == probed
-
-
-def test_a_run_that_cannot_be_saved_does_not_stop_the_users_script(ids, tmp_path):
-    model = Residual()
-    recorder = probes.record(model, store=tmp_path / "runs" / "a.zarr.zip")
-    (tmp_path / "runs").write_text("a file, where a folder is needed")  # it came during the training
-    with pytest.warns(probes.ProbeWarning, match=r"nothing is written to .*runs is a file"):
-        recorder.__enter__()
-    model(ids)
-    with pytest.warns(
-        probes.ProbeWarning, match=r"the steps are not written .*every measured step tries again"
-    ):
-        recorder.step()
-    model(ids)
-    recorder.step()  # said once
-    with pytest.warns(probes.ProbeWarning, match="the run was not saved"):
-        recorder.close()
-    assert recorder.run.statistics.sizes["step"] == 2
-    assert len(recorder.errors) == 2
 
 
 def test_copies_and_pickles_of_a_probed_model_work_and_write_nothing_back(ids):
@@ -267,6 +241,7 @@ def test_copies_and_pickles_of_a_probed_model_work_and_write_nothing_back(ids):
         twin = copy.deepcopy(model)
         again = pickle.loads(pickle.dumps(model))
         torch.save(model, file := io.BytesIO())
+        assert b"depthscope" not in file.getvalue(), "the file opens without this package"
         file.seek(0)
         loaded = torch.load(file, weights_only=False)
         state = copy.deepcopy(model.state_dict())

@@ -1,7 +1,8 @@
-"""Checkpoints of every dialect with random values, and what their public code computes of them, written anew in torch.
+"""Checkpoints of dialects with random values, and what their public code computes of them, written anew in torch.
 
 Each `Case` has the tensors of a model of a few layers, its configuration, and the weights that the model applies where the
 input adds nothing. Nothing here uses depthscope: the formulas are those of the modules that each `Case` names.
+Dialects of models and packages that are installed are compared with their own modules in `test_describe`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class Weights:
-    """What one sub-block applies: X' = res X + post ⊗ F(pre · X); None where the weights alone do not determine it."""
+    """What one sub-block applies: X' = res X + post ⊗ F(pre · X)."""
 
-    res: torch.Tensor | None
-    pre: torch.Tensor | None
-    post: torch.Tensor | None
+    res: torch.Tensor
+    pre: torch.Tensor
+    post: torch.Tensor
 
 
 @dataclass
@@ -38,7 +39,6 @@ class Case:
     family: str
     dialect: str
     expected: list[Weights] = field(default_factory=list)
-    lag: int | None = 0
     head: torch.Tensor | None = None
     settings: dict[str, float] = field(default_factory=dict)  # of a GGUF file, without the architecture
 
@@ -136,16 +136,9 @@ def deepseek_v4() -> Case:
     return case
 
 
-def deepseek_v4_transformers() -> Case:
-    return like_v4(
-        2, lambda layer, branch: f"model.layers.{layer}.{('attn', 'ffn')[branch]}_hc.", ("fn", "base", "scale"),
-        bias="base", dialect="deepseek-v4-transformers", rounds=20, config={"model_type": "deepseek_v4"},
-    )  # fmt: skip
-
-
 def deepseek_v41() -> Case:
     case = like_v4(
-        3, raw_names, ("fn", "base", "scale"), bias="base", dialect="deepseek-v4.1", rounds=5, eps=1e-5, lag=1,
+        3, raw_names, ("fn", "base", "scale"), bias="base", dialect="deepseek-v4.1", rounds=5, eps=1e-5,
         config={"model_type": "deepseek_v41", "text_config": {"hc_mult": N, "hc_sinkhorn_iters": 5, "hc_eps": 1e-5}},
     )  # fmt: skip
     return with_lag(case)
@@ -158,14 +151,6 @@ def with_lag(case: Case) -> Case:
         weights.pre = read
     case.head = computed[-1]
     return case
-
-
-def glm5_next() -> Case:
-    return like_v4(
-        4, lambda layer, branch: "model.language_model." + raw_names(layer, branch), ("fn", "base", "scale"),
-        bias="base", dialect="deepseek-v4", rounds=20, lag=None,
-        config={"model_type": "glm5_next", "text_config": {"model_type": "glm5_next_text", "hc_sinkhorn_iters": 20}},
-    )  # fmt: skip
 
 
 def torchtitan() -> Case:
@@ -232,36 +217,6 @@ def gguf_of_deepseek() -> Case:
     }
     case.head = torch.sigmoid(case.tensors["output_hc_base.weight"].double()) + 1e-4
     return case
-
-
-# --- H_res is the identity
-
-
-def hy_v4() -> Case:
-    make = Random(16)
-
-    def names(layer: int, branch: int) -> str:
-        return f"model.layers.{layer}.hc_{('attn', 'mlp')[branch]}_layer.hc_pre."
-
-    tensors = projected(names, ("hc_fn", "hc_base", "hc_scale"), make, ((2 * N, N * D), (2 * N,), (2,)))
-    expected = []
-    for place in SUBLAYERS:
-        pre, post = tensors[f"{names(*place)}hc_base"].double().split(N)
-        expected.append(Weights(torch.eye(N), torch.sigmoid(pre) + 1e-6, 1.5 * torch.sigmoid(post) + 1e-6))
-    return Case(tensors, {"model_type": "hy_v4", "hc_magnitude": 1.5}, "independent_hc", "hy-v4", expected)
-
-
-def qwen_gated() -> Case:
-    make, rank = Random(17), 6
-
-    def names(layer: int, branch: int) -> str:
-        return f"model.layers.{layer}.{('attn', 'mlp')[branch]}_hyper_connection."
-
-    leaves = ("hc_norm", "input_mix_weight_down", "input_mix_weight_up", "block_inject_weight")
-    shapes = ((N * D,), (rank, N * D), (N * D, rank), (N, N * D))
-    tensors = projected(names, leaves, make, shapes)
-    expected = [Weights(torch.eye(N), None, torch.ones(N)) for _ in SUBLAYERS]
-    return Case(tensors, {"model_type": "qwen3_8_next"}, "gated_streams", "qwen4-gated", expected)
 
 
 # --- static_alpha and its descendants
@@ -345,7 +300,7 @@ def mhc_lite() -> Case:
 CASES: dict[str, Callable[[], Case]] = {
     case.__name__: case
     for case in (
-        deepseek_v4, deepseek_v4_transformers, deepseek_v41, glm5_next, torchtitan, megatron, paddlefleet, openpangu,
-        gguf_of_deepseek, hy_v4, qwen_gated, dynamic_hyper_connections, static_hyper_connections, flattened_mhc, mhc_lite,
+        deepseek_v4, deepseek_v41, torchtitan, megatron, paddlefleet, openpangu, gguf_of_deepseek, dynamic_hyper_connections,
+        static_hyper_connections, flattened_mhc, mhc_lite,
     )
 }  # fmt: skip

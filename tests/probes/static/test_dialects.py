@@ -1,4 +1,4 @@
-"""Every dialect: what is read of the files is what the code of its models computes where the input adds nothing."""
+"""Dialects: what is read of the files is what the code of its models computes where the input adds nothing."""
 
 from __future__ import annotations
 
@@ -26,11 +26,8 @@ def write(case: Case, folder, form: str):
     return write_safetensors(folder, case.tensors, config)
 
 
-def same(found, expected, tolerance: float = 3e-6) -> None:
-    if expected is None:
-        assert found is None
-    else:
-        np.testing.assert_allclose(found, np.asarray(expected), atol=tolerance)
+def same(found, expected) -> None:
+    np.testing.assert_allclose(found, np.asarray(expected), atol=3e-6)
 
 
 @pytest.mark.parametrize("form", ["safetensors", "gguf"])

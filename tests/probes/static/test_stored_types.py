@@ -28,20 +28,18 @@ def test_sixteen_bits_are_rounded_values_of_the_same(tmp_path):
             np.testing.assert_array_equal(getattr(one, part), getattr(other, part))
 
 
-@pytest.mark.parametrize("name", ["deepseek_v4", "megatron", "mhc_lite"])
-def test_eight_bit_floats_of_what_is_read_are_refused_by_name(name, tmp_path):
-    case = CASES[name]()
-    read = next(key for key in case.tensors if key.endswith(("base", "bias", "static_alpha")))
+def test_eight_bit_floats_of_what_is_read_are_refused_by_name(tmp_path):
+    case = CASES["deepseek_v4"]()
+    read = next(key for key in case.tensors if key.endswith("base"))
     case.tensors[read] = case.tensors[read].to(torch.float8_e4m3fn)
     with pytest.raises(CheckpointError, match=f"'{read}' is stored as F8_E4M3"):
         probes.describe_weights(write_safetensors(tmp_path, case.tensors, case.config))
 
 
-@pytest.mark.parametrize("name", ["deepseek_v4", "megatron"])
-def test_eight_bit_floats_of_what_is_not_read_do_no_harm(name, tmp_path):
-    case = CASES[name]()
+def test_eight_bit_floats_of_what_is_not_read_do_no_harm(tmp_path):
+    case = CASES["deepseek_v4"]()
     for key in list(case.tensors):
-        if key.endswith(("fn", "mapping_proj.weight")):
+        if key.endswith("fn"):
             case.tensors[key] = case.tensors[key].to(torch.float8_e4m3fn)
             case.tensors[f"{key}_scale_inv"] = torch.ones(1)
     found = probes.describe_weights(write_safetensors(tmp_path, case.tensors, case.config))
@@ -50,17 +48,6 @@ def test_eight_bit_floats_of_what_is_not_read_do_no_harm(name, tmp_path):
 
 
 # --- GGUF
-
-
-def test_quantised_projections_and_biases_of_gguf(tmp_path):
-    case = CASES["gguf_of_deepseek"]()
-    # Q8_0 has blocks of 32: the projections are (24, 32)
-    found = probes.describe_weights(
-        write_gguf(tmp_path, case.tensors, case.config, case.settings, quantised="hc_attn_fn")
-    )
-    for one, expected in zip(found.connections, case.expected, strict=True):
-        np.testing.assert_allclose(one.h_res, expected.res, atol=3e-6)
-    assert found.connections[0].dtypes == ("F32", "Q8_0")
 
 
 def test_quantised_values_are_those_of_the_gguf_package(tmp_path):
@@ -136,21 +123,10 @@ def test_several_gguf_files_in_a_folder_are_a_choice(tmp_path):
 # --- networks without connections
 
 
-SMALL = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "vocab_size": 99,
-}
-
-
 @pytest.mark.model
-@pytest.mark.parametrize("kind", ["mixtral", "vit", "mamba"])
-def test_a_plain_network_has_no_connection_and_nothing_that_looks_like_one(kind, tmp_path):
-    from transformers import AutoConfig, AutoModel
+def test_a_plain_network_has_no_connection_and_nothing_that_looks_like_one(tmp_path):
+    from transformers import MambaConfig, MambaModel
 
-    model = AutoModel.from_config(AutoConfig.for_model(kind, **SMALL))
-    config = {"model_type": kind, "hidden_size": 64}
-    found = probes.describe_weights(write_safetensors(tmp_path, model.state_dict(), config))
+    model = MambaModel(MambaConfig(hidden_size=64, num_hidden_layers=2, vocab_size=99))
+    found = probes.describe_weights(write_safetensors(tmp_path, model.state_dict(), {"model_type": "mamba"}))
     assert (found.connections, found.heads, found.unrecognised) == ((), (), ())

@@ -22,9 +22,9 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    def __init__(self, *, tied: bool = False, sparse: bool = False, width: int = 8):
+    def __init__(self, *, tied: bool = False, width: int = 8):
         super().__init__()
-        self.embed = nn.Embedding(32, width, sparse=sparse)
+        self.embed = nn.Embedding(32, width)
         self.blocks = nn.ModuleList(Block(width) for _ in range(3))
         self.head = nn.Linear(width, 32, bias=False)
         if tied:
@@ -56,8 +56,7 @@ def squares(tensors: dict[str, torch.Tensor]) -> dict[str, float]:
     found: dict[str, float] = {}
     for name, tensor in tensors.items():
         path = name.rpartition(".")[0]
-        dense = tensor.detach().to_dense().double().numpy()
-        found[path] = found.get(path, 0.0) + float(np.square(dense).sum())
+        found[path] = found.get(path, 0.0) + float(tensor.detach().double().square().sum())
     return found
 
 
@@ -141,9 +140,8 @@ def test_frozen_weights_have_a_norm_and_nothing_else(batches):
     assert float(half.weight_count) == 8 * 16 + 16
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_added_up_in_full(batches, dtype):
-    model = fresh(width=64).to(dtype)
+def test_half_precision_is_added_up_in_full(batches):
+    model = fresh(width=64).to(torch.float16)
     with torch.no_grad():
         model.head.weight.fill_(250.0)  # their squares alone are beyond the largest float16
     before = {name: p.detach().double() for name, p in model.named_parameters()}
@@ -235,22 +233,16 @@ def test_an_optimizer_inside_the_backward_takes_its_gradients_along(batches):
 # --- which chain and which block ---
 
 
-def recorded_chains(model: nn.Module, *args, **kwargs):
-    with probes.record(model, weights=True) as recorder, torch.no_grad():
-        model(*args, **kwargs)
-        recorder.step()
-    statistics = recorder.run["statistics"]
-    groups = statistics.children or {"": statistics}
-    return {name: group.to_dataset() for name, group in groups.items()}
-
-
 def test_every_module_is_in_the_chain_of_its_block_and_the_others_in_the_first():
     config = transformers.T5Config(
         vocab_size=40, d_model=16, d_kv=4, d_ff=32, num_layers=2, num_decoder_layers=3, num_heads=4
     )
     model = transformers.T5ForConditionalGeneration(config).eval()
     ids = torch.arange(1, 9).repeat(2, 1)
-    found = recorded_chains(model, input_ids=ids, decoder_input_ids=ids[:, :5])
+    with probes.record(model, weights=True) as recorder, torch.no_grad():
+        model(input_ids=ids, decoder_input_ids=ids[:, :5])
+        recorder.step()
+    found = {name: group.to_dataset() for name, group in recorder.run["statistics"].children.items()}
     assert list(found) == ["encoder", "decoder"]
     paths = {name: group["weight"].values.tolist() for name, group in found.items()}
     assert all(path.startswith("decoder.block.") for path in paths["decoder"])

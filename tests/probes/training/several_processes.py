@@ -213,8 +213,8 @@ def uneven(world, folder):
 def sharded(world, folder):
     """`fully_shard` over all processes."""
     counts = [[3, 1, 2, 4][:world], [1] * world]
-    options = {"wrap": in_shards, "rate": 0.1, "reduction": "global_mean"}
-    found = joined_and_one(lambda: one_dimensional(built()), counts, folder / "sharded", **options)
+    options = {"wrap": in_shards, "rate": 0.1, "reduction": "global_mean", "metrics": None}
+    found = joined_and_one(lambda: built(layers=2), counts, folder / "sharded", **options)
     if found is not None:
         require_equal(*found)
 
@@ -222,15 +222,9 @@ def sharded(world, folder):
 def streams(world, folder):
     """Connections between streams."""
     counts = [[3, 2, 2, 4][:world], [2, 5, 2, 3][:world]]
-    found = joined_and_one(lambda: built(Streams), counts, folder / "streams", weights=False)
+    found = joined_and_one(lambda: built(Streams), counts, folder / "streams", weights=False, metrics=None)
     if found is not None:
         require_equal(*found, but=("h_pre_token_count", "h_pre_sum", "connection_parameter"))
-
-
-WRAPS = {
-    "DDP": DistributedDataParallel,
-    "shards": lambda model: in_shards(model),
-}
 
 
 def untouched(world, folder):
@@ -239,13 +233,13 @@ def untouched(world, folder):
     with Exchanges() as exchanges:
         dist.all_reduce(torch.ones(1))
     assert exchanges.count, "a collective of ours would not be counted"
-    for name, wrap in WRAPS.items():
+    for name, wrap, live in (("DDP", DistributedDataParallel, "live"), ("shards", in_shards, None)):
         found = []
         for is_recorded in (False, True):
-            model = wrap(one_dimensional(built()))
-            options = {"every": 1 + (rank > 0), "store": folder / f"untouched {name}", "metrics": "live"}
+            model = wrap(built(layers=2))
+            options = {"every": 1 + (rank > 0), "store": folder / f"untouched {name}", "gradients": True}
             recorder = (
-                ds.record(model, gradients=True, weights=True, **options) if is_recorded else nullcontext()
+                ds.record(model, weights=True, metrics=live, **options) if is_recorded else nullcontext()
             )
             with Exchanges() as exchanges, recorder:
                 losses = []
@@ -388,8 +382,8 @@ def pipeline(world, folder):
         assert joined.trace.layer.values.tolist() == recorder.run.trace.layer.values.tolist()
 
 
-def in_token_shards(model, mesh, *, local=True):
-    """A model whose states have a part of the tokens in each process of a mesh, as plain tensors or as DTensors."""
+def in_token_shards(model, mesh):
+    """A model whose states have a part of the tokens in each process of a mesh."""
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.parallel import (
         ColwiseParallel,
@@ -398,12 +392,11 @@ def in_token_shards(model, mesh, *, local=True):
         parallelize_module,
     )
 
-    given = {"output_layouts": Shard(1), "use_local_output": local}
-    plan = {"embed": RowwiseParallel(input_layouts=Replicate(), **given)}
+    plan = {"embed": RowwiseParallel(input_layouts=Replicate(), output_layouts=Shard(1))}
     for at in range(len(model.blocks)):
         plan[f"blocks.{at}.norm"] = SequenceParallel()
         plan[f"blocks.{at}.up"] = ColwiseParallel(input_layouts=Shard(1))
-        plan[f"blocks.{at}.down"] = RowwiseParallel(**given)
+        plan[f"blocks.{at}.down"] = RowwiseParallel(output_layouts=Shard(1))
     plan["head"] = ColwiseParallel(input_layouts=Shard(1), output_layouts=Replicate())
     return parallelize_module(model, mesh, plan)
 
@@ -419,15 +412,6 @@ def message_of(kind, action):
 
 def local_part(parameter):
     return getattr(parameter, "_local_tensor", parameter).detach()
-
-
-def one_dimensional(model):
-    """A model whose scalar parameters have an axis: `fully_shard` refuses scalars."""
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.ndim == 0:
-                module._parameters[name] = nn.Parameter(parameter.detach()[None].clone())
-    return model
 
 
 def in_shards(model):
