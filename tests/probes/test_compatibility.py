@@ -36,7 +36,7 @@ CHOSEN = (
         "swin",
         "deepseek_v4",
     ),
-    *("hy_v4", "qwen4_exp", "frac-connections", "mHC", "undeclared streams in the feature axis"),
+    *("hy_v4", "qwen4_exp", "mHC", "undeclared streams in the feature axis"),
 )
 
 

@@ -53,12 +53,9 @@ def test_every_command_has_help_and_few_options(command, capsys):
     assert len(options) <= MOST_OPTIONS
 
 
-def test_bare_call_prints_help(capsys):
+def test_a_bare_call_prints_help_and_the_version_is_one_line(capsys):
     assert main([]) == FINE
     assert "depthscope demo" in capsys.readouterr().out
-
-
-def test_version_is_one_line(capsys):
     assert main(["--version"]) == FINE
     assert capsys.readouterr().out.startswith("depthscope ")
 

@@ -87,24 +87,6 @@ def test_a_checkpoint_alone_is_probed_on_a_built_in_text_and_judged(monkeypatch,
     assert isinstance(json.loads(capsys.readouterr().out)["findings"], list)
 
 
-def test_refused_capture_is_a_line(monkeypatch, tmp_path, make_run, capsys):
-    from depthscope.probes.model.errors import CaptureError
-
-    _stand_in(monkeypatch, make_run("residual", layers=2))
-
-    def refuse(*_, **__):
-        raise CaptureError("no residual stream was found; give layers=")
-
-    monkeypatch.setattr(probes, "capture", refuse)
-    (tmp_path / "t.txt").write_text("some words")
-    assert (
-        main(["probe", "x", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.zarr.zip")])
-        == USAGE
-    )
-    assert "no residual stream was found" in capsys.readouterr().err
-    assert not (tmp_path / "r.zarr.zip").exists()
-
-
 @pytest.mark.parametrize(("content", "said"), [(b"\xff\xfe", "not UTF-8"), (b" \n", "contains no text")])
 def test_text_must_be_text(content, said, tmp_path, capsys):
     (tmp_path / "t.txt").write_bytes(content)

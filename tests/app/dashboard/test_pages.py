@@ -162,15 +162,6 @@ def test_the_product_of_any_two_connections(a, b, opened, mhc_run):
         np.testing.assert_allclose(cells[:n, start + n + 1], expected.sum(axis=1) - 1, atol=1e-6)
 
 
-def test_survival_is_that_of_the_analysis(opened, mhc_run):
-    test = opened("streams", runs="mhc")
-    (sent,) = [
-        t for t in json.loads(charts(test)["deflated_gain"]["figure"])["data"] if t.get("name") == "mhc"
-    ]
-    expected = analyze(mhc_run)["deflated_gain"].isel(step=-1).sel(reduction="mean")
-    np.testing.assert_allclose(numbers(sent["y"]), expected)
-
-
 def test_what_a_run_lacks_is_said(opened, monkeypatch):
     assert "has streams to mix" in opened("streams", runs="plain").info[0].value
     monkeypatch.setattr(run_library, "close_up_of", lambda reading: None)

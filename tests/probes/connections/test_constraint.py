@@ -13,7 +13,6 @@ from tests.models.verdict_models import (
     UNIFORM,
     Connection,
     Constrained,
-    random_logits,
     streams,
     tokens,
 )
@@ -30,10 +29,7 @@ class Misnamed(Connection):
 
 
 CASES = {
-    "by Sinkhorn": (lambda: streams(random_logits(1.0), make=Constrained), "mhc", "doubly stochastic"),
-    "free": (lambda: streams(FREE), "hc", "unconstrained"),
     "free, with the attributes of another": (lambda: streams(FREE, make=Misnamed), "hc", "unconstrained"),
-    "by softmax": (lambda: streams([x.softmax(-1) for x in random_logits(1.0)]), "hc", "row-stochastic only"),
     "at the identity": (lambda: streams(IDENTITY), "streams", "identity (as at initialisation), so nothing more"),
     "uniform": (lambda: streams(UNIFORM), "streams", "uniform, every weight 1/n"),
     "a bias on the diagonal": (

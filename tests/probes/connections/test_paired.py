@@ -192,37 +192,3 @@ def test_several_input_views_share_one_branch(ids):
     assert run.attrs["reconstruction_error"] < 1e-6
     assert trace.read.shape == (3, 2, 5, 2, 4)
     assert trace.write.shape == (3, 2, 5, 4, 1)
-
-
-class Resetting(nn.Module):
-    """A known bad control: the streams are expanded and merged again inside every block."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(64, WIDTH)
-        self.connections = nn.ModuleList(
-            free.HyperConnections(4, dim=WIDTH, branch=Feedforward()) for _ in range(4)
-        )
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for connection in self.connections:
-            x = connection(x.repeat_interleave(4, 0)).unflatten(0, (-1, 4)).mean(1)
-        return x
-
-
-def test_streams_that_every_block_begins_anew_are_flagged(ids):
-    from depthscope import diagnostics
-
-    torch.manual_seed(0)
-    model = Resetting().eval()
-    for name, parameter in model.named_parameters():
-        if any(word in name for word in ("alpha", "beta", "_scale")):
-            nn.init.normal_(parameter, std=0.5)
-    run = probes.capture(model, ids)
-    assert list(run.trace.site.values) == ["embed", "post", "post", "post", "post"]
-    assert (run.attrs["n_streams"], run.attrs["proof"]) == (1, "proven")
-    found = {finding.verdict: finding for finding in diagnostics.judge(diagnostics.analyze(run))}
-    assert "do not persist" in found["passing_streams"].sentence
-    text = str(probes.describe(model, ids))
-    assert "4 streams are expanded and merged" in text or "Streams are expanded and merged" in text

@@ -8,9 +8,11 @@ from torch import nn
 from torch.nn import functional
 
 import depthscope as ds
+from depthscope.probes.connections.proof import spread
+from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.reading.graph import ReadingError
 
-WIDTH = 16
+WIDTH, STREAMS = 16, 4
 
 
 def mlp(width: int = WIDTH, *, norm: bool = True) -> nn.Sequential:
@@ -249,3 +251,187 @@ def test_nested_tensors_are_refused_and_a_training_goes_on():
     with pytest.warns(match="nested tensors"), ds.record(model):
         model(x).square().mean().backward()
     assert all(p.grad is not None for p in model.head.parameters())
+
+
+# --- with what a memory begins and ends
+
+
+class LastMixture(Trunk):
+    """Attention over depth of which the head reads the last mixture and the last output, and not a mixture of all."""
+
+    def __init__(self, norm: str):
+        super().__init__()
+        self.queries, self.norm = nn.Parameter(torch.randn(3, WIDTH)), norm
+
+    def forward(self, x):
+        values = [self.embed(x)]
+        for query, branch in zip(self.queries, self.branches, strict=True):
+            stack = torch.stack(values, 2)
+            h = ((stack * query).sum(-1).softmax(-1).unsqueeze(-1) * stack).sum(2)
+            if self.norm == "by a norm":
+                taken = h / (h.norm(dim=-1, keepdim=True) / WIDTH**0.5)
+            else:
+                taken = h / h.abs().mean(-1, keepdim=True)
+            values.append(branch(taken))
+        return self.head(h + values[-1])
+
+
+@pytest.mark.parametrize("norm", ["by a norm", "by a mean"])
+def test_a_history_ends_with_the_last_sum_and_a_norm_is_no_weight_of_a_read(norm):
+    run = ds.capture(LastMixture(norm).eval(), torch.randn(2, 6, 5))
+    assert run.attrs["proof"] == "proven"
+    assert run.attrs["family"] == "depth_attention"
+    assert difference(run.trace.depth_read.sum("source").values, torch.ones(3, 2, 6)) < 1e-5
+
+
+class Queries(Trunk):
+    """A decoder after DETR: its state begins with zeros, goes through norms, and attends to what the encoder gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.queries = nn.Parameter(torch.randn(4, WIDTH))
+        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(3))
+        self.decoder = nn.ModuleList(mlp() for _ in range(3))
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = (seen := self.embed(x) if x.shape[-1] == 5 else x) + branch(seen)
+        state = torch.zeros(len(x), 4, WIDTH)
+        for norm, layer in zip(self.norms, self.decoder, strict=True):
+            scores = ((state + self.queries) @ x.mT).softmax(-1)
+            state = norm(state + layer(scores @ x))
+        return self.head(state)
+
+
+def test_a_decoder_that_begins_with_zeros_is_a_tower():
+    run = ds.capture(Queries().eval(), torch.randn(2, 6, 5))
+    assert run.attrs["proof"] == "proven"
+    assert sorted(of.sizes["token"] for of in run["trace"].children.values()) == [4, 6]
+
+
+class Packed(Trunk):
+    """Attention over all rows, as of the patches of several images in one axis."""
+
+    def step(self, number, branch, x):
+        return x + (x @ x.mT).softmax(-1) @ branch(x)
+
+
+def test_packed_tokens_are_refused_unless_they_are_said_to_be_of_one_sequence():
+    model, rows = Packed().eval(), torch.randn(12, 5)
+    with pytest.raises(LayoutError, match="layout='T D'"):
+        ds.capture(model, rows)
+    run = ds.capture(model, rows, layout="T D")
+    assert run.trace.residual.shape == (4, 1, 12, 1, WIDTH)
+    assert run.attrs["proof"] == "proven"
+    assert difference(run.trace.residual.values[-1], noted(model, rows)[-1]) < 1e-6
+
+
+# --- norms, and sequences that meet
+
+
+class Norm(nn.Module):
+    """A root mean square norm, whose gain comes first."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(1 + torch.rand(WIDTH))
+
+    def forward(self, x):
+        return self.weight * x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-6)
+
+
+class GainFirst(nn.Module):
+    """Hyper-connections, whose branch begins with a norm."""
+
+    def __init__(self, norm: nn.Module):
+        super().__init__()
+        self.norm = norm
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 32), nn.GELU(), nn.Linear(32, WIDTH))
+        self.h_res = nn.Parameter(torch.eye(STREAMS) + 0.1 * torch.rand(STREAMS, STREAMS))
+        self.h_pre, self.h_post = nn.Parameter(torch.rand(STREAMS)), nn.Parameter(torch.rand(STREAMS))
+
+    def forward(self, h):
+        given = self.mlp(self.norm(torch.einsum("n,btnd->btd", self.h_pre, h)))
+        return torch.einsum("mn,btnd->btmd", self.h_res, h) + self.h_post[:, None] * given[:, :, None]
+
+
+class StreamNetwork(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(20, WIDTH), nn.Linear(WIDTH, 20)
+        self.blocks, self.norm = nn.ModuleList(GainFirst(Norm()) for _ in range(3)), Norm()
+
+    def forward(self, ids):
+        h = self.embed(ids)[:, :, None].repeat(1, 1, STREAMS, 1)
+        for block in self.blocks:
+            h = block(h)
+        return self.head(self.norm(h.sum(2)))
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(0, 20, (2, 7), generator=torch.Generator().manual_seed(1))
+
+
+def test_a_norm_may_have_its_gain_before_its_division():
+    model = StreamNetwork().eval()
+    run = ds.capture(model, ids())
+    assert run.attrs["proof"] == "proven"
+    for number, block in enumerate(model.blocks):
+        found = torch.as_tensor(run.trace["h_pre"].values[number])
+        assert (found - block.h_pre.detach()).abs().max() < 1e-5
+    assert "final" in run.trace
+
+
+def shown(model: nn.Module, names: list[str], batch) -> list[torch.Tensor]:
+    """What modules give in a forward."""
+    found: list[torch.Tensor] = []
+    modules = [model.get_submodule(name) for name in names]
+    hooks = [
+        module.register_forward_hook(lambda *of: found.append(of[2].detach().clone())) for module in modules
+    ]
+    with torch.no_grad():
+        model(batch)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+class Experts(nn.Module):
+    """Experts that take the tokens of all sequences in their order, each a place of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.router, self.expert = nn.Linear(WIDTH, 2), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        tokens = x.flatten(0, 1)
+        weight, chosen = self.router(tokens).softmax(-1).max(-1)
+        mask = nn.functional.one_hot(chosen, 2)
+        rank = (mask.cumsum(0) - 1).mul(mask).sum(-1)
+        places = mask[:, :, None] * nn.functional.one_hot(rank, len(tokens))[:, None]
+        taken = torch.einsum("tec,td->ecd", places.to(x.dtype), tokens)
+        given = torch.einsum("tec,ecd->td", places * weight[:, None, None], self.expert(taken))
+        return x + given.view_as(x)
+
+
+def test_sequences_that_meet_in_experts_are_refused_with_the_layout_that_reads_them():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(20, WIDTH), *(Experts() for _ in range(3)), nn.Linear(WIDTH, 20)
+    ).eval()
+    with pytest.raises(LayoutError, match="layout='B T D'"):
+        ds.capture(model, ids())
+    trace = ds.capture(model, ids(), layout="B T D").trace
+    for found, true in zip(trace.residual.values, shown(model, ["0", "1", "2", "3"], ids()), strict=True):
+        assert (torch.as_tensor(found[:, :, 0]) - true).abs().max() < 1e-6
+
+
+def test_states_are_compared_in_double_precision_whatever_the_default_is():
+    count = 1536  # in bfloat16 the last of its indices is the count itself
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert int(spread(count, 64)[-1]) == count - 1
+        assert int(spread(2**25, 64)[-1]) == 2**25 - 1
+    finally:
+        torch.set_default_dtype(torch.float32)

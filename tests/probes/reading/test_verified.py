@@ -22,7 +22,7 @@ def mlp(norm: bool = True) -> nn.Sequential:
 class Lanes(nn.Module):
     """Lanes side by side, to each of which the embedding is added again before every block; the head reads their sum."""
 
-    def __init__(self, lanes: int = 2, depth: int = 4):
+    def __init__(self, lanes: int = 3, depth: int = 4):
         super().__init__()
         torch.manual_seed(0)
         self.embed, self.head = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 3)
@@ -121,9 +121,8 @@ def batch() -> torch.Tensor:
     return torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("lanes", [2, 3])
-def test_lanes_side_by_side_are_not_one_stream(lanes, batch):
-    proof = ds.capture(Lanes(lanes).eval(), batch).attrs["proof"]
+def test_lanes_side_by_side_are_not_one_stream(batch):
+    proof = ds.capture(Lanes().eval(), batch).attrs["proof"]
     assert proof.startswith("unproven: state 2, made in ")
     assert "they lie in lanes side by side" in proof
 

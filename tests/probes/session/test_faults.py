@@ -442,29 +442,6 @@ def test_the_users_own_signal_handler_may_raise_while_a_hook_runs(monkeypatch):
         signal.signal(signal.SIGUSR1, before)
 
 
-def test_a_warning_that_is_an_error_ends_no_loop_and_hides_no_error(tmp_path):
-    """As under python -W error, in a process of its own: the sentence is printed, and the user's error is the one raised."""
-    script = tmp_path / "loop.py"
-    script.write_text(
-        "import torch, depthscope as ds\n"
-        "model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8))\n"
-        "with ds.record(model) as recorder:\n"
-        "    recorder.step()\n"
-        "    print('the loop goes on')\n"
-        "    try:\n"
-        "        raise KeyError('of the user')\n"
-        "    finally:\n"
-        "        recorder.step()\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-W", "error::UserWarning", script], capture_output=True, text=True
-    )
-    assert done.stdout == "the loop goes on\n"
-    assert done.stderr.count("was not measured: the model was not called") == 2
-    assert done.stderr.rstrip().endswith("KeyError: 'of the user'")
-    assert "During handling" not in done.stderr
-
-
 # --- the end ---
 
 
@@ -482,25 +459,36 @@ def test_a_recorder_that_nobody_closes_leaves_with_its_last_reference(tmp_path):
     assert (tmp_path / "run.zarr.zip").exists(), "what was captured is not lost"
 
 
-def test_a_recorder_that_is_open_when_the_interpreter_ends_saves_its_run(tmp_path):
+def test_a_warning_that_is_an_error_ends_no_loop_and_an_open_recorder_is_saved_at_the_end(tmp_path):
+    """As under python -W error, in a process of its own: the sentence is printed, and the user's error is the last word."""
     script = f"""
-import torch
-from depthscope import probes
-from tests.probes.session.faulty_models import MODELS, VOCABULARY
-model = MODELS["plain"]()
-def loop():
-    with probes.record(model, store=r"{tmp_path / "run.zarr.zip"}") as recorder:
+import torch, depthscope as ds
+model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8))
+def suspended():
+    with ds.record(model, store={str(tmp_path / "run.zarr.zip")!r}) as recorder:
         while True:
             yield model(torch.ones(2, 4, dtype=torch.long))
             recorder.step()
-running = loop()
+running = suspended()  # in its block for ever
 next(running), next(running)
-keep = running  # suspended in its block for ever
+with ds.record(model) as recorder:
+    recorder.step()
+    print('the loop goes on')
+    try:
+        raise KeyError('of the user')
+    finally:
+        recorder.step()
 """
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-W", "error::UserWarning", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "the loop goes on\n"
+    assert done.stderr.count("was not measured: the model was not called") == 2
+    assert done.stderr.rstrip().endswith("KeyError: 'of the user'")
+    assert "During handling" not in done.stderr
     assert (tmp_path / "run.zarr.zip").exists()
 
 

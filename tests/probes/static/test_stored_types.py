@@ -9,8 +9,7 @@ import torch
 from depthscope import probes
 from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.static.dialect import Dialect  # a user's own row
-from tests.probes.static.dialect_files import CASES
-from tests.probes.static.written_files import write_gguf, write_safetensors
+from tests.probes.static.dialect_files import CASES, write_gguf, write_safetensors
 
 gguf = pytest.importorskip("gguf")
 

@@ -124,45 +124,6 @@ def test_a_head_of_the_same_blocks_is_no_part_of_the_trunk_and_both_have_the_gra
     assert (shared[0] == shared[1]).all()
 
 
-class Pair(nn.Module):
-    """(residual, hidden): the second branch is added in the next block."""
-
-    def __init__(self):
-        super().__init__()
-        self.norms = nn.ModuleList(nn.LayerNorm(WIDTH) for _ in range(2))
-        self.branches = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
-
-    def forward(self, residual, hidden):
-        residual = hidden if residual is None else residual + hidden
-        residual = residual + torch.tanh(self.branches[0](self.norms[0](residual)))
-        return residual, torch.tanh(self.branches[1](self.norms[1](residual)))
-
-
-class Pairs(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(Pair() for _ in range(3))
-
-    def forward(self, x):
-        residual, hidden = None, x
-        for layer in self.layers:
-            residual, hidden = layer(residual, hidden)
-        return residual + hidden
-
-
-def test_the_state_after_a_block_has_the_branch_that_is_handed_on_with_it():
-    torch.manual_seed(0)
-    model, x = Pairs(), torch.randn(3, 7, WIDTH)
-    run = probes.capture(model, x, layers="layers.{i}")
-    assert run["trace"].site.values.tolist() == ["embed", "post", "post", "post"]
-    assert run.attrs["proof"] == "proven"
-    residual, hidden, states = None, x, [x]
-    for layer in model.layers:
-        residual, hidden = layer(residual, hidden)
-        states.append(residual + hidden)
-    assert torch.equal(torch.from_numpy(run["trace"].residual.values[:, :, :, 0]), torch.stack(states))
-
-
 def test_a_run_whose_left_out_parts_say_nothing_is_no_run():
     model, batch = text_and_sound()
     run = probes.capture(model, batch)

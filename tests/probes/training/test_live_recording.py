@@ -19,6 +19,7 @@ from torch import nn
 
 from depthscope import probes
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema import saving
 from depthscope.diagnostics.schema.live_log import LiveStore
 from depthscope.probes.training import live_recording
 from tests.models.plain_stack import Block, Stack
@@ -263,3 +264,23 @@ def test_a_trainer_that_is_killed_loses_no_finished_step_and_can_be_read_meanwhi
     with training.record(store=store, resume=True) as recorder:
         assert train(training, recorder) == stored + 1
     assert require_whole_rows(store) == stored + 1
+
+
+@pytest.mark.parametrize("name", ["a", "a.zarr.zip"])
+def test_without_memory_for_a_file_the_training_goes_on_and_nothing_is_left(tmp_path, monkeypatch, name):
+    def no_memory(*_):
+        raise MemoryError("there is no room")
+
+    monkeypatch.setattr(saving, "_write_folder", no_memory)
+    training = Training()
+    with pytest.warns(probes.ProbeWarning) as said, training.record(store=tmp_path / name) as recorder:
+        training.steps(recorder, 3)
+    assert recorder.run.statistics.sizes["step"] == 3
+    sentences = [str(each.message) for each in said]
+    assert len(sentences) == 2
+    for sentence, words in zip(
+        sentences, ("the steps are not written to", "the run was not saved"), strict=True
+    ):
+        assert words in sentence
+        assert "there is no room" in sentence
+    assert not list(tmp_path.iterdir())
