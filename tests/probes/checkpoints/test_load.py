@@ -186,17 +186,6 @@ def test_weights_that_the_configuration_names_are_the_folders(folder, name):
         load_checkpoint(str(folder))
 
 
-def test_the_cache_of_the_hub(folder, tmp_path):
-    repository = tmp_path / "models--org--tiny"
-    (repository / "blobs").mkdir(parents=True)
-    (repository / "snapshots" / "0123abc").mkdir(parents=True)
-    for number, file in enumerate(sorted(folder.iterdir())):
-        file.rename(repository / "blobs" / str(number))
-        (repository / "snapshots" / "0123abc" / file.name).symlink_to(f"../../blobs/{number}")
-    loaded = load_checkpoint(str(repository / "snapshots" / "0123abc"))
-    assert torch.equal(loaded.model(IDS).logits, tiny_llama()(IDS).logits)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [("num_hidden_layers", 10**7), ("vocab_size", 10**12), ("hidden_size", 2 * 10**5)],

@@ -184,28 +184,6 @@ def test_what_cannot_be_read_is_nan_and_counted(batches):
     assert run.statistics.weight_gradient_square_norm.sel(weight="head").notnull().all()
 
 
-def test_a_sharded_weight_is_refused_with_the_reason(batches, tmp_path):
-    from torch import distributed
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
-
-    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        model = fresh()
-        mesh = init_device_mesh("cpu", (1,))
-        extra = nn.Module()
-        extra.weight = nn.Parameter(distribute_tensor(torch.ones(4), mesh, [Replicate()]))
-        assert isinstance(extra.weight, DTensor)
-        model.extra = extra
-        with probes.record(model, weights=True) as recorder:
-            loss_of(model, batches[0]).backward()
-            recorder.step()
-        assert recorder.run.attrs["weights_skipped"] == {"sharded over processes (DTensor)": 1}
-        assert np.isnan(recorder.run.statistics.weight_square_norm.sel(weight="extra").values).all()
-    finally:
-        distributed.destroy_process_group()
-
-
 def test_an_optimizer_inside_the_backward_takes_its_gradients_along(batches):
     model, twin = fresh(), fresh()
 

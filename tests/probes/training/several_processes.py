@@ -305,18 +305,6 @@ def resumed(world, folder):
     dist.barrier()
 
 
-def other_model(world, folder):
-    """Parts of other models are no run."""
-    rank = dist.get_rank()
-    recorded(built(layers=3 + (rank == 1)), [[1] * world], folder / "other", rank=rank, metrics=None)
-    dist.barrier()
-    if rank == 0:
-        assert "num_blocks is 3 in part-00000 and 4 in part-00001" in message_of(
-            ds.diagnostics.schema.SchemaError, lambda: ds.open_run(folder / "other")
-        )
-    dist.barrier()
-
-
 def refused(world, folder):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.experimental import context_parallel
@@ -430,7 +418,6 @@ SCENARIOS = (
     same_data,
     ended,
     resumed,
-    other_model,
     refused,
     pipeline,
 )
