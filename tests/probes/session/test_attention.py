@@ -42,7 +42,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=~later)
         else:
             added = torch.zeros(T, T).masked_fill(later, torch.finfo(torch.float32).min)
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=added[None, None].expand(B, 1, T, T))
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=added[None, None].expand(len(x), 1, T, T))
         return y.transpose(1, 2).flatten(2)
 
 
