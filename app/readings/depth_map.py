@@ -91,6 +91,7 @@ class Summary:
     ``marks``: findings about the network, worst first.
     ``others``: findings about how far the reading of the network can be trusted.
     ``profiles``: key of `MEASURES` → one number a depth, NaN where it is not defined; without those that the run lacks.
+    ``num_steps``: as of a `Reading`.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Summary:
     marks: tuple[PlacedFinding, ...]
     others: tuple[PlacedFinding, ...]
     profiles: Mapping[str, tuple[float, ...]]
+    num_steps: int = 1
 
     @property
     def badness(self) -> tuple[Any, ...]:
@@ -143,6 +145,7 @@ def summary_of(reading: Reading) -> Summary:
         tuple(mark for mark in marks if mark.finding.about == "network"),
         tuple(mark for mark in marks if mark.finding.about != "network"),
         profiles_of(analysis, len(names)),
+        reading.num_steps,
     )
 
 

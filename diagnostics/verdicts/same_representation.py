@@ -85,15 +85,14 @@ def same_representation(
     """
     if "unbiased" not in cka["estimator"] or has_few_tokens(attrs):
         return
-    alike = _between_blocks(cka.sel(estimator="unbiased", tokens="ordinary", drop=True))
+    keep = _handed_on(cka)
+
+    def pairs(of: xr.DataArray) -> np.ndarray:
+        return of.sel(tokens="ordinary").transpose("depth", "other_depth").values[np.ix_(keep, keep)]
+
+    table, turned = pairs(cka.sel(estimator="unbiased")), pairs(angular_distance)
     given = zip(VIEWS, (joined_cka, least_stream_cka, trimmed_cka), strict=True)
-    views = {
-        name: _between_blocks(table.sel(tokens="ordinary", drop=True))
-        for name, table in given
-        if table is not None
-    }
-    angles = _between_blocks(angular_distance.sel(tokens="ordinary", drop=True))
-    table, turned = alike.values, angles.values
+    views = {name: pairs(of) for name, of in given if of is not None}
     steps = len(table) - 1
     if steps < FEWEST_STEPS or not np.isfinite(table[~np.eye(len(table), dtype=bool)]).all():
         return
@@ -101,7 +100,8 @@ def same_representation(
     # All steps within a range are small where each is: kept apart from the angle between its ends.
     small = turned < np.where(still, STEP, np.inf)
     # Of a silent stream there is no CKA, and the other views decide.
-    lowest = np.fmin.reduce([table, *(of.values for of in views.values())])
+    lowest = np.fmin.reduce([table, *views.values()])
+    states = cka.isel(depth=keep, other_depth=0, estimator=0, tokens=0, drop=True).assign_coords(depth=keep)
     kinds = (
         (True, (table >= SAME) & (turned < TURNED), NEARLY_ALL),
         (True, (table >= SAME) & (turned < FIXED), HALF),
@@ -111,72 +111,59 @@ def same_representation(
     for failing, together, share in kinds:
         first, last = longest_range(together & (lowest >= ALIKE))
         if last - first >= max(FEWEST_STEPS, share * steps):
-            words = _views(alike, views, slice(first, last + 1))
-            found = _one_representation(alike, angles, first, last, num_tokens, words, failing=failing)
+            part = slice(first, last + 1)
+            told = _views(table, views, part) + _null(num_tokens)
+            found = _one_representation(
+                states, table[part, part], turned[part, part], first, told, failing=failing
+            )
             # On the axis of all depths: undefined inside a block.
             yield replace(found, values=found.values.reindex(depth=np.arange(cka.sizes["depth"])))
             return
     # Nothing found: the two ends are what a reader asks for.
-    yield Profile(
-        alike.copy(data=lowest).isel(other_depth=-1, drop=True)[:1], f"{WORDS} with the last state is"
-    )
+    yield Profile(states.copy(data=lowest[:, -1])[:1], f"{WORDS} with the last state is")
 
 
-def _between_blocks(table: xr.DataArray) -> xr.DataArray:
-    """Pairs of the states that are handed from block to block: no final norm, nothing inside a block."""
-    table = table.transpose("depth", "other_depth")
-    keep = np.arange(table.sizes["depth"])
-    if "site" in table.coords:
-        keep = np.flatnonzero(~np.isin(table["site"].values.astype(object).astype(str), ["final", "mid"]))
-    return table.isel(depth=keep, other_depth=keep).assign_coords(depth=keep)
+def _handed_on(table: xr.DataArray) -> np.ndarray:
+    """The depths of the states that are handed from block to block: no final norm, nothing inside a block."""
+    if "site" not in table.coords:
+        return np.arange(table.sizes["depth"])
+    return np.flatnonzero(~np.isin(table["site"].values.astype(object).astype(str), ["final", "mid"]))
 
 
 def _one_representation(
-    alike: xr.DataArray,
-    angles: xr.DataArray,
-    first: int,
-    last: int,
-    num_tokens: xr.DataArray | None,
-    views: str,
-    *,
-    failing: bool,
+    states: xr.DataArray, table: np.ndarray, turned: np.ndarray, first: int, more: str, *, failing: bool
 ) -> Profile:
-    """What is found about one range of depths."""
-    part = slice(first, last + 1)
-    table, turned = alike.values[part, part], angles.values[part, part]
+    """What is found about one range of depths.
+
+    ``states``: all of them; ``table, turned``: CKA and angles within the range, which begins with the state ``first``.
+    ``more``: of other views and of unrelated states.
+    """
+    count, steps = len(table), len(states) - 1
     least = float(table.min())
     step = 180.0 * float(np.diagonal(turned, offset=1).max())
     limit = SAME if failing else ALIKE
-    begins, ends = alike["depth"].values[[first, last]].tolist()
+    begins, ends = states["depth"].values[[first, first + count - 1]].tolist()
+    layers = "All layers" if count - 1 == steps else f"{count - 1} of {steps} layers in a row"
     sentence = (
-        f"{_all(alike, first, last)} hold one representation: every two states from depth {begins} to depth "
-        f"{ends} are the same up to rotation (debiased CKA {least:.3f} or more{views}{_null(num_tokens)}), "
+        f"{layers} hold one representation: every two states from depth {begins} to depth "
+        f"{ends} are the same up to rotation (debiased CKA {least:.3f} or more{more}), "
         f"limit {number(limit)} ({DEFAULT}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, "
-        f"where independent branches of the size of the first state turn them by {_law(last - first):.0f}°. No step turns "
-        "them by more than "
-        f"{number(step)}°."
+        f"where independent branches of the size of the first state turn them by {_law(count - 1):.0f}°. No step turns "
+        f"them by more than {number(step)}°."
     )
-    values = np.full(len(alike), np.nan)
+    values = np.full(len(states), np.nan)
     # Of states that turn against each other it is no more than a warning.
-    values[part] = least if failing else min(least, SAME)
-    return Profile(
-        alike.isel(other_depth=0, drop=True).copy(data=values),
-        f"{WORDS} of the two least similar states is",
-        sentence=sentence,
-    )
+    values[first : first + count] = least if failing else min(least, SAME)
+    words = f"{WORDS} of the two least similar states is"
+    return Profile(states.copy(data=values), words, sentence=sentence)
 
 
-def _views(alike: xr.DataArray, views: Mapping[str, xr.DataArray], part: slice) -> str:
+def _views(table: np.ndarray, views: Mapping[str, np.ndarray], part: slice) -> str:
     """The least CKA within a range by each view in which it is another one than in the mean over streams."""
-    mean = float(alike.values[part, part].min())
-    least = {VIEWS[name]: float(of.values[part, part].min()) for name, of in views.items()}
+    mean = float(table[part, part].min())
+    least = {VIEWS[name]: float(of[part, part].min()) for name, of in views.items()}
     told = [f"{words} {value:.3f}" for words, value in least.items() if abs(value - mean) >= 5e-4]
     return f"; {', '.join(told)}" if told else ""
-
-
-def _all(alike: xr.DataArray, first: int, last: int) -> str:
-    steps = len(alike) - 1
-    return "All layers" if last - first == steps else f"{last - first} of {steps} layers in a row"
 
 
 def _law(steps: int) -> float:

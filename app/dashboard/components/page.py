@@ -25,6 +25,7 @@ class Page:
     ``help``: The sentence below the heading: the question that the page answers.
     ``show``: Draws the page from the chosen runs.
     ``show_all``: Draws a page that is about all runs, whether some are chosen or not.
+    ``of_training``: Whether, where no run is chosen, one of several steps is shown.
     """
 
     title: str
@@ -32,6 +33,7 @@ class Page:
     help: str
     show: Callable[[ChosenRuns], None] | None = None
     show_all: Callable[[], None] | None = None
+    of_training: bool = False
 
 
 def show_page(page: Page) -> None:
@@ -44,7 +46,7 @@ def show_page(page: Page) -> None:
         page.show_all()
     if page.show is None:
         return
-    chosen = require_chosen_runs()
+    chosen = require_chosen_runs(of_training=page.of_training)
     try:
         page.show(chosen)
     except Exception as error:
@@ -150,10 +152,13 @@ def _read(names: Sequence[str]) -> ChosenRuns:
     return ChosenRuns(readings, tuple(unreadable))
 
 
-def require_chosen_runs() -> ChosenRuns:
-    """The chosen runs, after an explanation of those that cannot be read; ends the page where none is left."""
+def require_chosen_runs(*, of_training: bool = False) -> ChosenRuns:
+    """The chosen runs, after an explanation of those that cannot be read; ends the page where none is left.
+
+    ``of_training``: where none is chosen, whether one of a training is to be looked at.
+    """
     # Not left in the session, where a page that is open but idle would keep them in memory.
-    names = st.session_state[_KEY] or _looked_at()
+    names = st.session_state[_KEY] or _looked_at(of_training=of_training)
     chosen = _read(names)
     waiting = [run.name for run in chosen.unreadable if run.waits]
     if waiting:
@@ -185,18 +190,19 @@ def _wait(names: Sequence[str]) -> None:
     st.info(f"{words} The page looks each second.", icon="ℹ️")
 
 
-def _looked_at() -> list[str]:
+def _looked_at(*, of_training: bool) -> list[str]:
     """Where no run is chosen: the one whose row was looked at last on the map, else the worst that is known, as on the map."""
     listed = run_library.list_runs()
     name = st.session_state.get(LOOKED_AT)
-    if name not in listed:
+    if name not in listed or of_training:
         found = {name: run_library.summaries_of(name, path) for name, path in listed.items()}
-        known = {
-            name: min(each.badness for each in of)
-            for name, of in found.items()
-            if isinstance(of, list) and of
-        }
-        name = min(known, key=known.__getitem__, default=next(iter(listed), None))
+        known = {name: of for name, of in found.items() if isinstance(of, list) and of}
+        if of_training:
+            known = {
+                name: of for name, of in known.items() if any(each.num_steps > 1 for each in of)
+            } or known
+        worst = {name: min(each.badness for each in of) for name, of in known.items()}
+        name = name if name in worst else min(worst, key=worst.__getitem__, default=next(iter(listed), None))
     if name is None:
         return []
     st.caption(f"No run is chosen: this is {escaped(name)}. Others are on the page Home and at the side.")

@@ -452,4 +452,5 @@ PAGE = Page(
     url_path="training",
     help="At which step of the training, and at which depth, does what change?",
     show=_show,
+    of_training=True,
 )

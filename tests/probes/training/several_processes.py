@@ -424,7 +424,7 @@ SCENARIOS = (
 
 
 def main(folder: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=timedelta(seconds=240))
     world, rank = dist.get_world_size(), dist.get_rank()
     wanted = sys.argv[2:]
     results = {}
