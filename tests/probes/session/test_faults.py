@@ -463,11 +463,12 @@ def test_a_warning_that_is_an_error_ends_no_loop_and_an_open_recorder_is_saved_a
     """As under python -W error, in a process of its own: the sentence is printed, and the user's error is the last word."""
     script = f"""
 import torch, depthscope as ds
-model = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8))
+from tests.probes.session.faulty_models import Plain
+model, trained = torch.nn.Sequential(torch.nn.Embedding(9, 8), torch.nn.Linear(8, 8)), Plain()
 def suspended():
-    with ds.record(model, store={str(tmp_path / "run.zarr.zip")!r}) as recorder:
+    with ds.record(trained, store={str(tmp_path / "run.zarr.zip")!r}) as recorder:
         while True:
-            yield model(torch.ones(2, 4, dtype=torch.long))
+            yield trained(torch.ones(2, 4, dtype=torch.long))
             recorder.step()
 running = suspended()  # in its block for ever
 next(running), next(running)
