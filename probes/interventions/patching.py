@@ -262,7 +262,7 @@ def _run_pair(
         progress(f"the state at depth {depth}", number, len(depths))
         outcome.layers[depth] = pair.corrupted.chain.points[depth].layer
         try:
-            values |= _patched_at(depth, wanted, pair, measure, base["corrupted"])
+            values.update(_patched_at(depth, wanted, pair, measure, base["corrupted"]))  # those before an error too
         except InterventionError as error:
             outcome.left_out[f"depth {depth}"] = str(error)
     if not values:
@@ -274,7 +274,7 @@ def _run_pair(
 
 def _patched_at(
     depth: int, wanted: _Wanted, pair: _Pair, measure: Measure, corrupted: torch.Tensor
-) -> dict[Cell, torch.Tensor]:
+) -> Iterator[tuple[Cell, torch.Tensor]]:
     """The measure of each sequence, by token and stream of the state at a depth; NaN where the patched token is padding."""
     clean, before = pair.clean.base.states.get(depth), pair.corrupted.base.states.get(depth)
     if clean is None or before is None:
@@ -287,7 +287,6 @@ def _patched_at(
             f"the state has {num_tokens} tokens here and {first} at depth 0, so that a token has no number that holds at "
             'every depth; take tokens="all"'
         )
-    found: dict[Cell, torch.Tensor] = {}
     is_checked = False  # whether a forward showed that a change arrives
     for token, at in _ones("token", wanted.tokens, num_tokens, each_too=False):
         for stream, of in _ones("stream", wanted.streams, num_streams, each_too=num_streams > 1):
@@ -300,8 +299,7 @@ def _patched_at(
             # Patched at all tokens, a state of a later stage has no padding that is known.
             is_real = pair.real.any(1) if bool(at.all()) else (pair.real & at).any(1)
             same = len(values) == len(is_real)
-            found[depth, token, stream] = values.masked_fill(~is_real, torch.nan) if same else values
-    return found
+            yield (depth, token, stream), values.masked_fill(~is_real, torch.nan) if same else values
 
 
 def _ones(

@@ -148,13 +148,13 @@ def test_each_stream_is_patched(start):
     clean = [[stream.detach() for stream in state] for state in model.states]
     shared = start == "one tensor"  # its streams cannot differ
     assert [reason.split(":")[0] for reason in found.attrs["left_out"]] == ["depth 0"] * shared
-    assert found.depth.values.tolist() == list(range(shared, BLOCKS + 1))
-    for depth in found.depth.values.tolist():
+    for depth in range(BLOCKS + 1):
         for stream in (-1, *range(STREAMS)):
             several = range(STREAMS) if stream < 0 else (stream,)
             model.put_in = {(depth, number): clean[depth][number] for number in several}
             with torch.no_grad():
                 expected = loss(model(other)).item()
             patched = found.patched.sel(depth=depth, token=-1, stream=stream).item()
-            assert patched == pytest.approx(expected, rel=1e-6)
+            if depth or stream < 0 or not shared:
+                assert patched == pytest.approx(expected, rel=1e-6)
     np.testing.assert_allclose(found.effect.sel(stream=-1), 1, rtol=1e-6)
