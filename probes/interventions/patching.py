@@ -262,7 +262,8 @@ def _run_pair(
         progress(f"the state at depth {depth}", number, len(depths))
         outcome.layers[depth] = pair.corrupted.chain.points[depth].layer
         try:
-            values.update(_patched_at(depth, wanted, pair, measure, base["corrupted"]))  # those before an error too
+            # One by one: what was measured before an error stays.
+            values.update(_patched_at(depth, wanted, pair, measure, base["corrupted"]))
         except InterventionError as error:
             outcome.left_out[f"depth {depth}"] = str(error)
     if not values:
