@@ -20,7 +20,7 @@ from depthscope.probes.training.live.findings import findings_of
 from depthscope.probes.training.live.live import Live
 from tests.models.small_models import LucidrainsLM, deepseek, llama
 
-IDS = torch.randint(1, 48, (4, 40), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(1, 48, (4, 24), generator=torch.Generator().manual_seed(0))
 
 
 def fresh_streams(family: str) -> torch.nn.Module:
@@ -121,15 +121,10 @@ def test_every_live_metric_as_nan_is_judged_as_it_is_later(healthy, tmp_path):
             again = judge(with_facts(rows.sel(step=[each.step]), run.attrs))
             assert shown(live) == shown(again), path
             name = path.removeprefix("metrics/")
-            # Gains alone, beside finite states, are no matrices that are not finite: see the next test.
+            # Gains alone, beside finite states, are no matrices that are not finite.
             if name in ("residual_norm", "gradient_norm"):
                 assert "not_finite" in {finding.verdict for finding in live}
-
-
-def test_matrices_that_are_not_finite_at_any_connection_are_found(tmp_path):
-    """Their states are not finite either, which tells them from matrices that were not read."""
-    recorder = recorded(model := deepseek(), lambda step: loss_of(model), tmp_path / "run")
-    row = recorder._live.rows[-1]
+    # Their states are not finite either, which tells them from matrices that were not read.
     for path in ("metrics/mixing_gain", "metrics/residual_norm"):
         row = with_nan(row, path, row.step)
     assert "not_finite" in {finding.verdict for finding in findings_of(row, recorder._live.attrs)}
