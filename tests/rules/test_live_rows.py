@@ -23,30 +23,22 @@ from tests.models.small_models import LucidrainsLM, deepseek, llama
 IDS = torch.randint(1, 48, (4, 24), generator=torch.Generator().manual_seed(0))
 
 
-def fresh_streams(family: str) -> torch.nn.Module:
-    torch.manual_seed(0)
-    return LucidrainsLM(family).eval()
-
-
 def loss_of(model: torch.nn.Module) -> torch.Tensor:
     output = model(IDS)
     logits = output if isinstance(output, torch.Tensor) else output[0]
     return functional.cross_entropy(logits.flatten(0, 1), IDS.flatten())
 
 
-def recorded(model, loss, folder, told=None, steps=1, **options):
+def recorded(model, folder, steps=1, **options):
     """A live store of some steps, with its recorder."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    note = None if told is None else lambda step, finding: told.append((step, finding))
-    with probes.record(
-        model, gradients=True, metrics="live", optimizer=optimizer, store=folder, on_finding=note, **options
-    ) as recorder:
-        for step in range(steps):
-            loss(step).backward()
+    options |= {"gradients": True, "metrics": "live", "optimizer": optimizer, "store": folder}
+    with probes.record(model, **options) as recorder:
+        for _ in range(steps):
+            loss_of(model).backward()
             recorder.step()
-            if step < steps - 1:
-                optimizer.step()
-                optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
     return recorder
 
 
@@ -77,13 +69,9 @@ def require_same(live, folder):
         assert explained or (verdict, severity) in {(f.verdict, f.severity.name) for f in found}, verdict
 
 
-def live_findings(recorder):
-    return findings_of(recorder._live.rows[-1], recorder._live.attrs)
-
-
 def test_a_healthy_start_is_no_warning_and_stops_nothing(tmp_path):
-    model = fresh_streams("mhc")
-    recorder = recorded(model, lambda step: loss_of(model), tmp_path / "run", steps=2, stop_on="warn")
+    torch.manual_seed(0)
+    recorder = recorded(LucidrainsLM("mhc").eval(), tmp_path / "run", steps=2, stop_on="warn")
     assert recorder.measured_steps == [0, 1]
 
 
@@ -92,9 +80,8 @@ def test_a_healthy_start_is_no_warning_and_stops_nothing(tmp_path):
 
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
-    model = deepseek()
     folder = tmp_path_factory.mktemp("rows") / "run"
-    return recorded(model, lambda step: loss_of(model), folder), folder
+    return recorded(deepseek(), folder), folder
 
 
 def with_nan(row, path, step):
@@ -205,5 +192,5 @@ def test_a_step_that_a_scaler_skips_is_no_finding_live_or_later(tmp_path):
                 pytest.warns(probes.ProbeWarning, match="overflowed") if bad > 1 else contextlib.nullcontext()
             ):
                 recorder.step(1.0)
-    require_same(live_findings(recorder), tmp_path / "run")
+    require_same(findings_of(recorder._live.rows[-1], recorder._live.attrs), tmp_path / "run")
     assert "not_finite" not in {finding.verdict for finding in told}

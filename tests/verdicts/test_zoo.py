@@ -25,16 +25,12 @@ def test_a_draw_is_the_same_for_the_same_seed():
     assert one == other
     assert one != cases(8, 40)
     assert sum(case.faulty for case in one) == 20
-    first = run_case(one[25])
-    assert first == run_case(one[25])
+    assert run_case(one[2]) == run_case(one[2])
 
 
 def test_a_large_draw_has_every_mechanism_and_every_kind():
     titles = {case.what.title for case in cases(0, 2 * max(len(FAULTS), len(KINDS)))}
     assert titles == {each.title for each in (*FAULTS, *KINDS)}
-
-
-# --- what is planted is there: seen by plain hooks, without the product ---
 
 
 # --- scores ---
@@ -51,8 +47,6 @@ def finding(**more) -> Finding:
         (Place(4, 6, begins=True), {}, True),
         (Place(5, 8, begins=True), {}, True),  # one depth off
         (Place(6, 8, begins=True), {}, False),
-        (Place(1, 6, begins=True), {}, False),
-        (Place(1, 6, ends=True), {}, True),
         (Place(0, 4, ends=True), {}, False),
         (Place(4, 6), {"first": 4, "last": 9}, False),  # beyond what the fault reaches
         (Place(4, 6, begins=True), {"axis": "connection", "first": 3, "last": 5}, True),

@@ -1,4 +1,4 @@
-"""Mixing matrices against the matrices printed in the mHC paper, dense formulas, closed forms and loops."""
+"""Mixing matrices and their products over depth against dense formulas, closed forms, loops and mpmath."""
 
 import math
 
@@ -6,10 +6,7 @@ import mpmath
 import numpy as np
 import pytest
 
-from benchmarks.published.figure_8 import matrices
 from depthscope.diagnostics.kernels import mixing, rank
-
-FIGURE = {family: matrices(family) for family in ("HC", "mHC")}
 
 
 def product(*matrices):
@@ -18,38 +15,6 @@ def product(*matrices):
     for m in matrices:
         total = m @ total
     return total
-
-
-# The figures of the mHC paper
-
-
-def test_figure_8_composites_multiply_later_on_the_left(array):
-    early, late, total = (np.asarray(FIGURE["mHC"][k]) for k in ("P1-30", "P31-60", "P1-60"))
-    got = mixing.composite(array(np.stack([early, late])))
-    assert np.abs(np.asarray(got) - total).max() < 0.011
-    reversed_order = mixing.composite(array(np.stack([late, early])))
-    assert np.abs(np.asarray(reversed_order) - total).max() > 0.05
-
-
-def test_figure_8_composites_of_free_matrices(array):
-    """Rounding P1-30 to 0.01 alone moves the product of HC by 3: it agrees to 3 % of its largest entry."""
-    early, late, total = (np.asarray(FIGURE["HC"][k]) for k in ("P1-30", "P31-60", "P1-60"))
-    got = np.asarray(mixing.composite(array(np.stack([early, late]))))
-    assert np.abs(got - total).max() < 0.03 * np.abs(total).max()
-    reversed_order = np.asarray(mixing.composite(array(np.stack([late, early]))))
-    assert np.abs(reversed_order - total).max() > 0.5 * np.abs(total).max()
-
-
-def test_figure_8_truncated_sinkhorn_is_expansive(array):
-    late = array(FIGURE["mHC"]["P31-60"])
-    columns = np.asarray(late).sum(0)
-    assert columns.min() == pytest.approx(0.41, abs=0.011)
-    assert columns.max() == pytest.approx(1.50, abs=0.011)
-    assert float(mixing.backward_gain(late)) == pytest.approx(1.50, abs=0.011)
-    assert float(mixing.attenuation(late).column) == pytest.approx(0.41, abs=0.011)
-    assert float(mixing.singular_values(late)[0]) == pytest.approx(1.14, abs=0.006)
-    assert float(mixing.doubly_stochastic_violation(late).row) < 0.03 < 0.4
-    assert float(mixing.doubly_stochastic_violation(late).column) > 0.4
 
 
 # One matrix

@@ -83,7 +83,7 @@ def test_uncentred_row_correction_by_loops(rng):
 # Null
 
 
-@pytest.mark.parametrize(("n", "d"), [(400, 200), (200, 400), (300, 300), (60, 500)])
+@pytest.mark.parametrize(("n", "d"), [(300, 300), (60, 500)])
 def test_null_equals_random_matrices(rng, n, d):
     s = np.linalg.svd(rng.normal(size=(3, n, d)), compute_uv=False)
     null = rank.marchenko_pastur(n, d)

@@ -57,7 +57,7 @@ def test_an_array_beside_a_tensor_is_refused(x, y, name):
 # CKA
 
 
-@pytest.mark.parametrize(("n", "dx", "dy"), [(100, 1000, 1000), (60, 20, 90)])
+@pytest.mark.parametrize(("n", "dx", "dy"), [(60, 20, 90)])
 def test_null_of_biased_cka(rng, n, dx, dy):
     got = similarity.linear_cka(rng.normal(size=(6, n, dx)), rng.normal(size=(6, n, dy))).mean()
     assert got == pytest.approx(similarity.cka_null(n, dx, dy), rel=0.02)

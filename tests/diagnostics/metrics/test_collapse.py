@@ -61,30 +61,6 @@ def test_ordinary_tokens_leave_out_the_massive_ones_at_every_depth(noise):
     assert float(ratio[1]) == pytest.approx(entries.max() / np.median(entries), rel=1e-6)
 
 
-def test_attention_without_skips_collapses_and_with_skips_does_not():
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((16, 16))
-    bare, kept = [x], [x]
-    for _ in range(6):
-        for states, skip in ((bare, 0.0), (kept, 1.0)):
-            scores = states[-1] @ states[-1].T / 16
-            weights = np.exp(scores - scores.max(1, keepdims=True))
-            mixed = weights / weights.sum(1, keepdims=True) @ states[-1]
-            states.append(skip * states[-1] + mixed)
-    residual = diagnostics.analyze(run_of(np.array(bare)[:, None]), metrics=["dong_residual"])[
-        "dong_residual"
-    ]
-    profile = residual.sel(tokens="all").squeeze().values
-    assert (np.diff(profile[:4]) < 0).all()
-    # log r_{l+1} / log r_l → 3 for small residuals
-    assert 2.5 < np.log(profile[3]) / np.log(profile[2]) < 4.5
-    assert profile[-1] == 0.0
-    with_skip = diagnostics.analyze(run_of(np.array(kept)[:, None]), metrics=["dong_residual"])[
-        "dong_residual"
-    ]
-    assert float(with_skip.sel(tokens="all").squeeze()[-1]) > 0.1
-
-
 def test_rounding_of_float32_counts_for_no_rank():
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((64, 3)) @ rng.standard_normal((3, 20))).astype(np.float32)

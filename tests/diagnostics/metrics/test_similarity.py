@@ -58,16 +58,6 @@ def test_stream_cosine_is_the_mean_over_pairs_of_streams(analysis, hc_run):
     assert float(analysis["stream_cosine"][0, 0]) == pytest.approx(1.0)
 
 
-def test_independent_unit_branches_follow_the_closed_form(make_run):
-    run = make_run("residual", layers=12, samples=4, tokens=64, features=512)
-    found = diagnostics.analyze(run, metrics=["block_influence", "residual_norm"])
-    steps = np.arange(1, 13)
-    expected = 1 - np.sqrt(steps / (steps + 1))
-    np.testing.assert_allclose(found["block_influence"].sel(tokens="all").values[0, 1:], expected, atol=3e-3)
-    norms = found["residual_norm"].values[0, :, 0]
-    np.testing.assert_allclose(norms**2 / 512, np.arange(1, 14), rtol=0.02)
-
-
 # --- joined streams, each stream, and without large features
 
 

@@ -259,8 +259,8 @@ class Case:
 
 
 def case(model: Callable[[], nn.Module], *expected: Any, batch: Any = None, **more: Any) -> Case:
-    names = ("loss", "layers")
-    options = {name: more.pop(name) for name in names if name in more}
+    names = ("loss", "layers", "settle")
+    options = {"settle": 0} | {name: more.pop(name) for name in names if name in more}
     return Case(lambda: captured(model(), batch, **options), *expected, **more)
 
 
@@ -280,13 +280,13 @@ CASES: dict[str, Case] = {
         lambda: learned(2.0), FAIL, loss=next_token, batch=counting(), says="claim to know", beside=("off_minimum",), step=1000
     ),
     "off_minimum": case(
-        lambda: learned(0.3), FAIL, loss=next_token, batch=counting(), says="With factors on what", step=1000
+        lambda: learned(0.3), FAIL, loss=next_token, batch=counting(), settle=10, says="With factors on what", step=1000
     ),
     "untrained_weights": Case(
-        lambda: with_attrs(captured(pre_norm()), checkpoint="new"), WARN, says="checkpoint has its initial value"
+        lambda: with_attrs(captured(pre_norm(), settle=0), checkpoint="new"), WARN, says="checkpoint has its initial value"
     ),
     "looks_ahead": case(
-        lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, says="the outputs depend on later tokens"
+        lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, settle=10, says="the outputs depend on later tokens"
     ),
     "not_finite": case(
         lambda: plain(at(3, overflowing)), FAIL, "depth", 4, 6, says="after block 3 (depth 4)"
