@@ -243,26 +243,3 @@ def passing() -> Passing:
         with torch.no_grad():  # its first column reads; the others mix
             block.static_alpha[:, 1:].lerp_(UNIFORM, 0.1)
     return model
-
-
-# --- streams that are really trained ---
-
-
-def trained(diagonal: float) -> xr.DataTree:
-    """An mHC after thirty steps of AdamW, whose logits learn five times as fast as the rest."""
-    model, batch = streams(diagonal * IDENTITY, make=Constrained), tokens(8, 16)
-    logits = [one.mix for one in model.modules() if isinstance(one, Connection)]
-    others = [p for p in model.parameters() if all(p is not one for one in logits)]
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": logits, "lr": 0.05, "weight_decay": 0.02},
-            {"params": others, "lr": 0.01, "weight_decay": 0.0},
-        ]
-    )
-    # The second half repeats the first, so that there is something to predict.
-    copied = torch.cat([batch[:, :8], batch[:, :8]], 1)
-    for _ in range(30):
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(model(copied)[:, :-1].flatten(0, 1), copied[:, 1:].flatten()).backward()
-        optimizer.step()
-    return captured(model, copied)

@@ -30,27 +30,16 @@ def kronecker(a, b):
     return np.stack([np.kron(*pair) for pair in zip(a, b, strict=True)])
 
 
-def permutations():
-    """Mixtures of all permutations, as mHC-lite makes them."""
-    from itertools import permutations as orders
-
-    all_of_them = np.stack([EYE[list(order)] for order in orders(range(N))])
-    return np.einsum("tp,pij->tij", softmax(RNG.standard_normal((TOKENS, len(all_of_them))), -1), all_of_them)
-
-
 CASES = {
     "Sinkhorn": (mixing.sinkhorn(NOISE, steps=100), "doubly stochastic", ()),
-    "a mixture of permutations": (permutations(), "doubly stochastic", ()),
     "a doubly stochastic circulant": (circulant(softmax(NOISE[:, 0], -1)), "doubly stochastic", ("circulant",)),
     "a Kronecker product": (kronecker(*SMALL), "doubly stochastic", ("a Kronecker product",)),
     "a symmetric one": (
         mixing.sinkhorn(NOISE + NOISE.swapaxes(-1, -2), steps=300), "doubly stochastic", ("symmetric",),
     ),
     "two streams": (SMALL[0], "doubly stochastic", ()),
-    "orthostochastic": (ORTHOGONAL**2, "doubly stochastic", ()),
     "softmax over the sources": (softmax(NOISE, -1), "row-stochastic only", ()),
     "softmax over the destinations": (softmax(NOISE, -2), "column-stochastic only", ()),
-    "softmax near the identity": (softmax(0.3 * NOISE + 4 * EYE, -1), "row-stochastic only", ()),
     "orthogonal": (ORTHOGONAL, "orthogonal", ()),
     "diagonal": (np.exp(NOISE) * EYE, "diagonal", ()),
     "weights below one": (0.5 * mixing.sinkhorn(NOISE), "substochastic", ()),
@@ -96,11 +85,11 @@ def test_matrices_are_named_by_what_they_satisfy(name):
     assert found.error <= 1e-5
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_tensors_and_tokens_in_any_shape_give_the_same(name):
-    matrices = CASES[name][0]
-    shaped = matrices.reshape(5, -1, *matrices.shape[1:])
-    assert named_constraint(torch.tensor(shaped)).words == named_constraint(matrices).words
+def test_tensors_and_tokens_in_any_shape_give_the_same():
+    for name in ("a Kronecker product", "gates", "free"):
+        matrices = CASES[name][0]
+        shaped = torch.tensor(matrices.reshape(5, -1, *matrices.shape[1:]))
+        assert named_constraint(shaped).words == named_constraint(matrices).words
 
 
 @pytest.mark.parametrize("name", TRIVIAL)

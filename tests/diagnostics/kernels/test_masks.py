@@ -3,8 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.diagnostics.kernels.formula_data import noise
 from tests.diagnostics.kernels.measures import LAYERS, MEASURES, PAIRS, measured
@@ -51,7 +49,7 @@ def kinds(*arrays):
 
 @pytest.mark.parametrize("name", MEASURES)
 def test_masked_rows_are_as_if_absent(name):
-    for count in (1, 2, 3, 5, 11):
+    for count in (1, 3, 11):
         mask = np.zeros(TOKENS, dtype=bool)
         mask[np.arange(count) * 5 % TOKENS] = True
         due = without(name, X[0], Y[0], mask)
@@ -65,10 +63,8 @@ def test_masked_rows_are_as_if_absent(name):
 
 
 @pytest.mark.parametrize("name", BATCHED)
-@given(seed=st.integers(0, 10**6))
-@settings(max_examples=5, deadline=None)
-def test_every_matrix_of_a_batch_has_its_own_mask(name, seed):
-    rng = np.random.default_rng(seed)
+def test_every_matrix_of_a_batch_has_its_own_mask(name):
+    rng = np.random.default_rng(0)
     mask = rng.random((3, TOKENS)) < 0.8
     mask[:, :12] |= rng.random((3, 1)) < 0.2  # some keep nearly all
     mask[:, 1:11] = True  # enough for every measure

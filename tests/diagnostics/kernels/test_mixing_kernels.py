@@ -1,14 +1,12 @@
-"""Mixing matrices against the matrices printed in the mHC paper, dense formulas, closed forms and loops."""
+"""Mixing matrices and their products over depth against dense formulas, closed forms, loops and mpmath."""
 
 import math
 
+import mpmath
 import numpy as np
 import pytest
 
-from benchmarks.published.figure_8 import matrices
 from depthscope.diagnostics.kernels import mixing, rank
-
-FIGURE = {family: matrices(family) for family in ("HC", "mHC")}
 
 
 def product(*matrices):
@@ -17,42 +15,6 @@ def product(*matrices):
     for m in matrices:
         total = m @ total
     return total
-
-
-def doubly_stochastic(rng, *shape, sharpness=1.0):
-    return mixing.sinkhorn(sharpness * rng.normal(size=shape), steps=200)
-
-
-# The figures of the mHC paper
-
-
-def test_figure_8_composites_multiply_later_on_the_left(array):
-    early, late, total = (np.asarray(FIGURE["mHC"][k]) for k in ("P1-30", "P31-60", "P1-60"))
-    got = mixing.composite(array(np.stack([early, late])))
-    assert np.abs(np.asarray(got) - total).max() < 0.011
-    reversed_order = mixing.composite(array(np.stack([late, early])))
-    assert np.abs(np.asarray(reversed_order) - total).max() > 0.05
-
-
-def test_figure_8_composites_of_free_matrices(array):
-    """Rounding P1-30 to 0.01 alone moves the product of HC by 3: it agrees to 3 % of its largest entry."""
-    early, late, total = (np.asarray(FIGURE["HC"][k]) for k in ("P1-30", "P31-60", "P1-60"))
-    got = np.asarray(mixing.composite(array(np.stack([early, late]))))
-    assert np.abs(got - total).max() < 0.03 * np.abs(total).max()
-    reversed_order = np.asarray(mixing.composite(array(np.stack([late, early]))))
-    assert np.abs(reversed_order - total).max() > 0.5 * np.abs(total).max()
-
-
-def test_figure_8_truncated_sinkhorn_is_expansive(array):
-    late = array(FIGURE["mHC"]["P31-60"])
-    columns = np.asarray(late).sum(0)
-    assert columns.min() == pytest.approx(0.41, abs=0.011)
-    assert columns.max() == pytest.approx(1.50, abs=0.011)
-    assert float(mixing.backward_gain(late)) == pytest.approx(1.50, abs=0.011)
-    assert float(mixing.attenuation(late).column) == pytest.approx(0.41, abs=0.011)
-    assert float(mixing.singular_values(late)[0]) == pytest.approx(1.14, abs=0.006)
-    assert float(mixing.doubly_stochastic_violation(late).row) < 0.03 < 0.4
-    assert float(mixing.doubly_stochastic_violation(late).column) > 0.4
 
 
 # One matrix
@@ -194,20 +156,65 @@ def test_composites_by_numpy(array, rng, n):
         np.testing.assert_allclose(suffix[a], product(*h[a:]), atol=1e-11)
 
 
-def test_overflow_never_makes_nan(array):
-    p = mixing.composite(array(np.tile(np.diag([1e10, 1.0]), (100, 1, 1))))
-    assert (
-        np.asarray(p).tolist() == [[math.inf, 0.0], [0.0, pytest.approx(1.0)]]
-        or not np.isnan(np.asarray(p)).any()
-    )
-    zero = mixing.composite(array(np.zeros((3, 2, 2))))
-    assert np.asarray(zero).tolist() == [[0, 0], [0, 0]]
+def test_row_stochastic_matrices_keep_a_forward_gain_of_one_at_any_depth(array, rng):
+    h = mixing.sinkhorn(2 * rng.normal(size=(1000, 4, 4)))
+    prefix, scale = mixing.prefix_composites(array(h), return_log_scale=True)
+    np.testing.assert_allclose(mixing.log_forward_gain(prefix, scale), 0.0, atol=1e-12)
 
 
-def test_deflated_gain_is_that_of_the_product(array, rng):
-    h = doubly_stochastic(rng, 6, 5, 4, 4, sharpness=2.0)
-    expected = [[np.linalg.norm(product(*h[: k + 1, b]) - 0.25, 2) for b in range(5)] for k in range(6)]
-    np.testing.assert_allclose(np.exp(np.asarray(mixing.deflated_gain(array(h)))), expected, rtol=1e-6)
+def test_explosion_and_fading_far_beyond_float64(array, rng):
+    """1000 free matrices: a gain near 10^700 up, and as far down, to the last digits of its logarithm."""
+    for size in (5.0, 0.05, 1e200, 1e-200):
+        h = size * rng.normal(size=(1000, 3, 3))
+        with mpmath.workdps(40):
+            product = mpmath.eye(3)
+            for layer in h:
+                product = mpmath.matrix(layer.tolist()) * product
+            sums = [abs(mpmath.fsum(product[i, j] for j in range(3))) for i in range(3)]
+            columns = [abs(mpmath.fsum(product[i, j] for i in range(3))) for j in range(3)]
+            expected, back = float(mpmath.log(max(sums))), float(mpmath.log(max(columns)))
+        p, scale = mixing.composite(array(h), return_log_scale=True)
+        assert float(mixing.log_forward_gain(p, scale)) == pytest.approx(expected, rel=1e-12)
+        assert float(mixing.log_backward_gain(p, scale)) == pytest.approx(back, rel=1e-12)
+
+
+# What is left of the differences
+
+
+def difference_gain(layers):
+    """Ln σ₁ of the product off the mean, in 60 digits."""
+    n = len(layers[0])
+    basis = mpmath.matrix(n, n - 1)
+    for k in range(1, n):
+        for i in range(k):
+            basis[i, k - 1] = 1 / mpmath.sqrt(k * (k + 1))
+        basis[k, k - 1] = -k / mpmath.sqrt(k * (k + 1))
+    product = mpmath.eye(n)
+    for layer in layers:
+        product = mpmath.matrix(layer.tolist()) * product
+    return float(mpmath.log(max(mpmath.svd_r(basis.T * product * basis, compute_uv=False))))
+
+
+def test_deflated_gain_by_mpmath_far_below_rounding(array, rng):
+    """Row- and column-stochastic to rounding only: the blocks multiply, what passes through the mean is left out."""
+    h = mixing.sinkhorn(rng.normal(size=(120, 4, 4)), steps=400)
+    with mpmath.workdps(160):
+        exact = [exactly_stochastic(layer) for layer in h]
+        expected = [difference_gain(exact[: k + 1]) for k in (9, 59, 119)]
+    got = np.asarray(mixing.deflated_gain(array(h)))
+    assert got[119] < math.log(1e-16) * 2
+    np.testing.assert_allclose(got[[9, 59, 119]], expected, rtol=1e-11)
+
+
+def exactly_stochastic(layer):
+    """The matrix with its last row and column set so that all sums are 1 in every digit."""
+    n = len(layer)
+    found = mpmath.matrix(layer.tolist())
+    for i in range(n - 1):
+        found[i, n - 1] = 1 - mpmath.fsum(found[i, j] for j in range(n - 1))
+    for j in range(n):
+        found[n - 1, j] = 1 - mpmath.fsum(found[i, j] for i in range(n - 1))
+    return np.array(found.tolist(), dtype=object)
 
 
 # The depth kernel
@@ -241,16 +248,6 @@ def test_depth_kernel_by_loops(array, rng, connections):
     plain = mixing.depth_kernel(*map(array, connections))
     np.testing.assert_allclose(plain, full[:, :6, 1:], atol=1e-13)
     assert (np.triu(np.asarray(plain)) == 0).all()
-
-
-def test_depth_kernel_ignores_the_stream_basis_and_spectra_do_not(rng, connections):
-    h, pre, post = connections
-    change = rng.normal(size=(7, 3, 3)) + 2 * np.eye(3)  # a basis for the streams at every depth
-    back = np.linalg.inv(change)
-    turned_h = np.einsum("lij,lbjk,lkm->lbim", change[1:], h, back[:-1])
-    turned = turned_h, np.einsum("lbi,lij->lbj", pre, back[:-1]), np.einsum("lij,lbj->lbi", change[1:], post)
-    np.testing.assert_allclose(mixing.depth_kernel(*turned), mixing.depth_kernel(*connections), atol=1e-9)
-    assert np.abs(mixing.singular_values(turned_h) - mixing.singular_values(h)).max() > 0.1
 
 
 def test_depth_kernel_at_great_depth(array):

@@ -7,25 +7,11 @@ from scipy import stats
 
 from depthscope.diagnostics.kernels import rank
 
-OF_SPECTRUM = [
-    (rank.effective_rank, rank.effective_rank_of),
-    (rank.entropy_rank, rank.entropy_rank_of),
-    (rank.participation_ratio, rank.participation_ratio_of),
-    (rank.stable_rank, rank.stable_rank_of),
-]
-
 
 def with_spectrum(s, n, d, rng):
     u = np.linalg.qr(rng.normal(size=(n, len(s))))[0]
     v = np.linalg.qr(rng.normal(size=(d, len(s))))[0]
     return (u * s) @ v.T
-
-
-@pytest.mark.parametrize(("on_matrix", "of_spectrum"), OF_SPECTRUM)
-def test_spectrum_level_serves_all(array, rng, on_matrix, of_spectrum):
-    x = array(rng.normal(size=(4, 9, 14)) + 2)
-    got = of_spectrum(rank.singular_values(x, center=True))
-    np.testing.assert_allclose(got, on_matrix(x, center=True), rtol=1e-11)
 
 
 SPECTRA = {
@@ -94,16 +80,10 @@ def test_uncentred_row_correction_by_loops(rng):
     assert float(rank.participation_ratio(x, correct="both")) == pytest.approx(over / under, rel=1e-10)
 
 
-def test_corrections_need_rows(rng):
-    x = rng.normal(size=(3, 5))
-    assert np.isnan(rank.participation_ratio(x, center=True, correct="rows"))
-    assert np.isfinite(rank.participation_ratio(x, correct="rows"))
-
-
 # Null
 
 
-@pytest.mark.parametrize(("n", "d"), [(400, 200), (200, 400), (300, 300), (60, 500)])
+@pytest.mark.parametrize(("n", "d"), [(300, 300), (60, 500)])
 def test_null_equals_random_matrices(rng, n, d):
     s = np.linalg.svd(rng.normal(size=(3, n, d)), compute_uv=False)
     null = rank.marchenko_pastur(n, d)

@@ -1,7 +1,5 @@
 """Similarity against centring matrices, explicit sums, scipy, invariances and deliberate failures."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
@@ -13,15 +11,6 @@ PAIRWISE = {
     "linear_cka": similarity.linear_cka,
     "unbiased_cka": lambda x, y, **k: similarity.linear_cka(x, y, unbiased=True, **k),
 }
-
-
-def hsic1_by_sums(k, q):
-    """The U-statistic as sums over distinct indices."""
-    n = len(k)
-    p2 = sum(k[i, j] * q[i, j] for i, j in itertools.permutations(range(n), 2)) / (n * (n - 1))
-    p3 = sum(k[i, j] * q[i, m] for i, j, m in itertools.permutations(range(n), 3)) / (n * (n - 1) * (n - 2))
-    p4 = sum(k[i, j] * q[m, r] for i, j, m, r in itertools.permutations(range(n), 4))
-    return p2 - 2 * p3 + p4 / (n * (n - 1) * (n - 2) * (n - 3))
 
 
 def exact_matrix(x, unbiased):
@@ -68,16 +57,7 @@ def test_an_array_beside_a_tensor_is_refused(x, y, name):
 # CKA
 
 
-def test_unbiased_cka_by_sums_over_distinct_indices(array, rng):
-    for dx, dy in ((3, 2), (12, 15)):
-        x, y = rng.normal(size=(7, dx)) + 1, rng.normal(size=(7, dy)) - 2
-        k, q = x @ x.T, y @ y.T
-        expected = hsic1_by_sums(k, q) / (hsic1_by_sums(k, k) * hsic1_by_sums(q, q)) ** 0.5
-        found = similarity.linear_cka(array(x), array(y), unbiased=True)
-        assert float(found) == pytest.approx(expected, rel=1e-9)
-
-
-@pytest.mark.parametrize(("n", "dx", "dy"), [(100, 1000, 1000), (60, 20, 90)])
+@pytest.mark.parametrize(("n", "dx", "dy"), [(60, 20, 90)])
 def test_null_of_biased_cka(rng, n, dx, dy):
     got = similarity.linear_cka(rng.normal(size=(6, n, dx)), rng.normal(size=(6, n, dy))).mean()
     assert got == pytest.approx(similarity.cka_null(n, dx, dy), rel=0.02)

@@ -1,4 +1,4 @@
-"""Ranks, cosines and outliers against formulas written out in numpy, and against what is known to happen."""
+"""Ranks, outliers and the share of the sequence against formulas written out in numpy, and against what is known to happen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 import xarray as xr
 
 from depthscope import diagnostics
-from tests.diagnostics.state_runs import run_of
+from tests.diagnostics.state_runs import run_of, walk
 
 
 @pytest.fixture(scope="module")
@@ -61,31 +61,45 @@ def test_ordinary_tokens_leave_out_the_massive_ones_at_every_depth(noise):
     assert float(ratio[1]) == pytest.approx(entries.max() / np.median(entries), rel=1e-6)
 
 
-def test_attention_without_skips_collapses_and_with_skips_does_not():
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((16, 16))
-    bare, kept = [x], [x]
-    for _ in range(6):
-        for states, skip in ((bare, 0.0), (kept, 1.0)):
-            scores = states[-1] @ states[-1].T / 16
-            weights = np.exp(scores - scores.max(1, keepdims=True))
-            mixed = weights / weights.sum(1, keepdims=True) @ states[-1]
-            states.append(skip * states[-1] + mixed)
-    residual = diagnostics.analyze(run_of(np.array(bare)[:, None]), metrics=["dong_residual"])[
-        "dong_residual"
-    ]
-    profile = residual.sel(tokens="all").squeeze().values
-    assert (np.diff(profile[:4]) < 0).all()
-    # log r_{l+1} / log r_l → 3 for small residuals
-    assert 2.5 < np.log(profile[3]) / np.log(profile[2]) < 4.5
-    assert profile[-1] == 0.0
-    with_skip = diagnostics.analyze(run_of(np.array(kept)[:, None]), metrics=["dong_residual"])[
-        "dong_residual"
-    ]
-    assert float(with_skip.sel(tokens="all").squeeze()[-1]) > 0.1
-
-
 def test_rounding_of_float32_counts_for_no_rank():
     rng = np.random.default_rng(0)
     x = (rng.standard_normal((64, 3)) @ rng.standard_normal((3, 20))).astype(np.float32)
     assert float(diagnostics.numerical_rank(xr.DataArray(x, dims=("token", "feature")))) == 3.0
+
+
+# --- does a state depend on the sequence
+
+
+def measured(states, name):
+    return diagnostics.analyze(run_of(states), metrics=name)[name].isel(step=0).sel(stream="mean").values
+
+
+def test_the_share_between_sequences():
+    states = walk(4)
+    states[3] = states[3][:1]  # one sequence for all
+    states[4] = states[4][:, :1]  # one token at every position
+    share = measured(states, "sequence_share")
+    assert share[1] == pytest.approx(2 / 3, abs=0.1)  # of three independent sequences, about their mean
+    assert share[3] == pytest.approx(0.0, abs=1e-12)
+    assert share[4] == pytest.approx(1.0)
+
+
+def test_padding_and_a_huge_token_do_not_count():
+    states = walk(2)
+    run = run_of(states)
+    expected = diagnostics.analyze(run, metrics="sequence_share")["sequence_share"].values
+    huge = states.copy()
+    huge[:, 0, 0] *= 1e6  # the same directions
+    found = diagnostics.analyze(run_of(huge), metrics="sequence_share")["sequence_share"].values
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    padded = run["trace"].to_dataset().load().copy(deep=True)
+    padded["mask"].values[:, 20:] = False
+    other = padded.copy(deep=True)
+    other["residual"].values[:, :, 20:] = 7.0
+    values = [
+        diagnostics.analyze(diagnostics.create_run(each, attrs=run.attrs), metrics="sequence_share")[
+            "sequence_share"
+        ].values
+        for each in (padded, other)
+    ]
+    np.testing.assert_allclose(*values)

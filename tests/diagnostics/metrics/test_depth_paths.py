@@ -59,53 +59,11 @@ def test_gates_are_multiplied_before_they_are_averaged():
     assert abs(keep[2].mean() * keep[1].mean() * write[0].mean() - expected) > 1e-4
 
 
-def test_a_plain_network_reads_every_earlier_output_once():
-    found = analyzed(plain(count=6).run())
-    np.testing.assert_array_equal(found["depth_kernel"], np.tri(6, k=-1))
-    np.testing.assert_array_equal(found["effective_streams"].sel(reduction="median")[1:], 1.0)
-
-
 def test_parallel_branches_do_not_read_each_other():
     found = analyzed(plain("parallel", count=4).run())["depth_kernel"].values
     np.testing.assert_array_equal(found, [[0, 0, 0, 0], [0, 0, 0, 0], [1, 1, 0, 0], [1, 1, 0, 0]])
     passing = analyzed(plain("parallel", count=4).run())["effective_streams"].sel(reduction="max")
     np.testing.assert_array_equal(passing, [np.nan, np.nan, 1.0, 1.0])
-
-
-def test_one_stream_of_hyper_connections_is_the_plain_network():
-    one, other = analyzed(streams(n=1).run()), analyzed(plain().run())
-    for name in PATHS:
-        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-
-
-def test_a_lag_reads_what_the_state_before_had():
-    found = analyzed(streams("lagged").run())["depth_kernel"].values
-    # Output k − 1 is not in the state before, which connection k reads.
-    assert np.all(np.diag(found, -1) == 0)
-    assert np.all(np.diag(found, -2) > 0)
-
-
-def test_uniform_attention_over_depth_has_a_closed_form():
-    count = 5
-    found = analyzed(over_depth("attention", count, uniform=True).run())
-    share = 1.0 / np.arange(1, count + 1)  # connection k reads k + 1 sources alike
-    np.testing.assert_allclose(found["depth_kernel"], np.tri(count, k=-1) * share[:, None], rtol=1e-12)
-    # Each reader has the same weight on all: the rank is one.
-    np.testing.assert_allclose(found["effective_streams"].sel(reduction="max")[1:], 1.0)
-
-
-def test_dense_averages_with_weights_of_one_are_the_plain_network():
-    dense, other = analyzed(over_depth("dense", uniform=True).run()), analyzed(plain().run())
-    for name in PATHS:
-        np.testing.assert_allclose(dense[name], other[name], rtol=1e-12, err_msg=name)
-
-
-def test_a_gate_of_zero_wastes_its_layer():
-    model = plain("scaled")
-    model.variables["branch_scale"][2] = 0.0
-    analysis = diagnostics.analyze(model.run())
-    read = analysis["depth_kernel"].isel(step=0).values.sum(0)[:-1]  # only the head reads the last one
-    assert np.flatnonzero(read == 0).tolist() == [2]
 
 
 def test_metrics_of_mixing_say_that_they_need_more_streams():

@@ -1,4 +1,4 @@
-"""Growth from step to step, and whether samples pull one way, against numpy."""
+"""Norms of states and gradients, growth from step to step, and whether samples pull one way, against numpy."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMES = [name for name, metric in CATALOGUE.items() if metric.question == "propa
 
 @pytest.fixture(scope="module")
 def analysis(mhc_run):
-    names = [*NAMES, "gradient_rank"]
+    names = [*NAMES, "gradient_rank", "residual_norm", "gradient_norm", "backward_gain"]
     return diagnostics.analyze(mhc_run, metrics=names).isel(step=0)
 
 
@@ -65,3 +65,29 @@ def test_a_single_sequence_has_a_rank(make_run):
     run = make_run("residual", layers=2, samples=1)
     found = diagnostics.analyze(run, metrics=["gradient_rank"])
     np.testing.assert_allclose(found["gradient_rank"], 1.0)
+
+
+@pytest.mark.parametrize("stream", ["mean", "2"])
+def test_norms_leave_padding_out(analysis, mhc_run, stream):
+    trace, keep = mhc_run.trace, mhc_run.trace.mask.values
+
+    def view(name):
+        values = trace[name].values[:, keep].astype(float)
+        joined = {"residual": values.mean(-2), "gradient": values.sum(-2)}
+        return joined[name] if stream == "mean" else values[:, :, int(stream)]
+
+    size = np.sqrt((view("residual") ** 2).sum(-1).mean(-1))
+    np.testing.assert_allclose(analysis["residual_norm"].sel(stream=stream), size, rtol=1e-6)
+    norm = np.sqrt((view("gradient") ** 2).sum((-1, -2)))
+    np.testing.assert_allclose(analysis["gradient_norm"].sel(stream=stream), norm, rtol=1e-6)
+    np.testing.assert_allclose(analysis["backward_gain"].sel(stream=stream), norm / norm[-1], rtol=1e-6)
+    assert analysis["backward_gain"].sel(stream=stream)[-1] == 1.0
+
+
+def test_a_zero_gradient_at_the_output_has_no_gain(make_run):
+    run = make_run("residual", layers=2)
+    trace = run["trace"].to_dataset().load()
+    trace["gradient"].values[-1] = 0.0
+    found = diagnostics.analyze(diagnostics.create_run(trace, attrs=run.attrs))
+    assert found["backward_gain"].isnull().all()
+    assert float(found["gradient_norm"][0, -1, 0]) == 0.0

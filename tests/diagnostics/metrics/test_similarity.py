@@ -1,4 +1,4 @@
-"""Similarities between depths against formulas written out in numpy."""
+"""Similarities between depths: of the mean, of joined streams, of each, without large features; against numpy and kernels."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from depthscope import diagnostics
+from depthscope.diagnostics.kernels import similarity as kernel
+from tests.diagnostics.state_runs import run_of
 
 
 @pytest.fixture(scope="module")
@@ -19,21 +21,9 @@ def mean_states(hc_run):
     return trace.residual.mean("stream").values[:, trace.mask.values].astype(float)
 
 
-def hsic(k, q, unbiased):
-    n = len(k)
-    if not unbiased:
-        h = np.eye(n) - 1 / n
-        return np.trace(k @ h @ q @ h)
-    k, q = k - np.diag(np.diag(k)), q - np.diag(np.diag(q))
-    terms = np.trace(k @ q) + k.sum() * q.sum() / (n - 1) / (n - 2) - 2 / (n - 2) * (k @ q).sum()
-    return terms / (n * (n - 3))
-
-
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_cka_of_the_mean_over_streams(analysis, mean_states, unbiased):
-    x, y = mean_states[2], mean_states[5]
-    k, q = x @ x.T, y @ y.T
-    expected = hsic(k, q, unbiased) / np.sqrt(hsic(k, k, unbiased) * hsic(q, q, unbiased))
+    expected = float(kernel.linear_cka(mean_states[2], mean_states[5], unbiased=unbiased))
     found = analysis["cka"].sel(estimator="unbiased" if unbiased else "biased", tokens="all").isel(step=0)
     assert float(found[2, 5]) == pytest.approx(expected, abs=1e-5)
     np.testing.assert_allclose(found, found.T, atol=1e-12)
@@ -68,11 +58,84 @@ def test_stream_cosine_is_the_mean_over_pairs_of_streams(analysis, hc_run):
     assert float(analysis["stream_cosine"][0, 0]) == pytest.approx(1.0)
 
 
-def test_independent_unit_branches_follow_the_closed_form(make_run):
-    run = make_run("residual", layers=12, samples=4, tokens=64, features=512)
-    found = diagnostics.analyze(run, metrics=["block_influence", "residual_norm"])
-    steps = np.arange(1, 13)
-    expected = 1 - np.sqrt(steps / (steps + 1))
-    np.testing.assert_allclose(found["block_influence"].sel(tokens="all").values[0, 1:], expected, atol=3e-3)
-    norms = found["residual_norm"].values[0, :, 0]
-    np.testing.assert_allclose(norms**2 / 512, np.arange(1, 14), rtol=0.02)
+# --- joined streams, each stream, and without large features
+
+
+NAMES = ("joined_cka", "least_stream_cka", "trimmed_cka")
+DEPTHS, SAMPLES, TOKENS, STREAMS, FEATURES = 4, 3, 30, 3, 8
+
+
+def random_states(seed=0, streams=STREAMS):
+    return np.random.default_rng(seed).normal(size=(DEPTHS, SAMPLES, TOKENS, streams, FEATURES))
+
+
+def tables(states):
+    found = diagnostics.analyze(run_of(states), metrics=["cka", *NAMES])
+    return {
+        name: found[name]
+        .sel(
+            {
+                dim: label
+                for dim, label in (("estimator", "unbiased"), ("tokens", "all"))
+                if dim in found[name].dims
+            }
+        )
+        .squeeze(drop=True)
+        .values
+        for name in ("cka", *NAMES)
+    }
+
+
+def test_of_one_stream_without_large_features_all_views_are_the_cka():
+    found = tables(random_states(streams=1))
+    for name in NAMES[:3]:
+        np.testing.assert_allclose(found[name], found["cka"], atol=1e-6)
+
+
+def test_streams_are_joined_and_each_is_compared_with_itself():
+    states = random_states()
+    states[1:, ..., 0, :] = states[0, ..., 0, :]  # one stream stays
+    found = tables(states)
+    rows = states.reshape(DEPTHS, -1, STREAMS, FEATURES)
+    for a, b in ((0, 1), (1, 3)):
+        joined = kernel.linear_cka(
+            rows[a].reshape(len(rows[a]), -1), rows[b].reshape(len(rows[b]), -1), unbiased=True
+        )
+        each = [kernel.linear_cka(rows[a][:, n], rows[b][:, n], unbiased=True) for n in range(STREAMS)]
+        assert found["joined_cka"][a, b] == pytest.approx(float(joined), abs=1e-5)
+        assert found["least_stream_cka"][a, b] == pytest.approx(min(map(float, each)), abs=1e-5)
+        assert max(map(float, each)) == pytest.approx(1.0)
+
+
+def test_streams_that_change_against_each_other_are_seen_where_their_mean_stays():
+    states = random_states()
+    change = np.random.default_rng(1).normal(size=(*states.shape[:3], FEATURES)) * 3
+    mean = states[0].mean(axis=2, keepdims=True)
+    states = np.broadcast_to(mean, states.shape).copy()
+    states[..., 0, :] += change
+    states[..., 1, :] -= change
+    found = tables(states)
+    assert found["cka"].min() > 0.999
+    assert found["joined_cka"][0, 1:].max() < 0.5
+    assert found["least_stream_cka"][0, 1:].max() < 0.5
+
+
+def test_a_large_feature_is_all_that_cka_sees_until_it_is_left_out():
+    states = random_states(streams=1)
+    large = np.random.default_rng(2).normal(size=states.shape[1:4]) * 100
+    states[..., 5] = large
+    found = tables(states)
+    assert found["cka"].min() > 0.99
+    off = ~np.eye(DEPTHS, dtype=bool)
+    rest = np.delete(states, 5, axis=-1).reshape(DEPTHS, -1, FEATURES - 1)
+    expected = kernel.cka_matrix(rest, unbiased=True)
+    np.testing.assert_allclose(found["trimmed_cka"], expected, atol=1e-5)
+    assert np.abs(found["trimmed_cka"][off]).max() < 0.3
+
+
+def test_a_stream_of_zeros_has_no_cka_and_the_joined_state_has():
+    states = random_states()
+    states[..., 2, :] = 0
+    found = tables(states)
+    assert np.isnan(found["least_stream_cka"]).all()
+    assert np.isfinite(found["joined_cka"]).all()

@@ -33,6 +33,17 @@ def run(analysed):
     return analysed.copy(deep=True)
 
 
+@pytest.fixture(scope="module")
+def saved(analysed, tmp_path_factory):
+    return schema.save_run(analysed, tmp_path_factory.mktemp("saved") / "run.zarr")
+
+
+@pytest.fixture
+def path(saved, tmp_path):
+    """A store that is the test's own."""
+    return shutil.copytree(saved, tmp_path / "run.zarr")
+
+
 def chunk_of(path: Path, name: str) -> Path:
     """The first chunk of a variable."""
     return min(each for each in (path / name / "c").rglob("*") if each.is_file())
@@ -42,8 +53,7 @@ def chunk_of(path: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("byte", [20, -1])
-def test_one_flipped_bit_is_refused_with_the_name_of_the_variable(run, tmp_path, byte):
-    path = schema.save_run(run, tmp_path / "run.zarr")
+def test_one_flipped_bit_is_refused_with_the_name_of_the_variable(path, byte):
     chunk = chunk_of(path, "trace/residual")
     content = bytearray(chunk.read_bytes())
     content[byte] ^= 1
@@ -63,8 +73,7 @@ def test_a_cut_zip_file_and_one_of_another_program_are_refused(run, tmp_path):
             schema.open_run(path)
 
 
-def test_a_variable_that_another_program_changed_is_read_as_it_is(run, tmp_path):
-    path = schema.save_run(run, tmp_path / "run.zarr")
+def test_a_variable_that_another_program_changed_is_read_as_it_is(path):
     zarr.open_array(path / "trace" / "residual", mode="r+")[:] = 0
     with schema.open_run(path) as back:
         assert not back.trace.residual.values.any()
@@ -99,9 +108,8 @@ def test_every_array_has_a_checksum_and_a_chunk_a_depth(make_run, tmp_path):
 # --- what gets in
 
 
-def test_an_old_zarr_format_is_refused_before_its_codec_runs(run, tmp_path):
+def test_an_old_zarr_format_is_refused_before_its_codec_runs(path, tmp_path):
     # numcodecs decodes a chunk of the codec `pickle` by unpickling it, which runs any program.
-    path = schema.save_run(run, tmp_path / "run.zarr")
     shutil.rmtree(path / "trace" / "mask")
     (path / "trace" / "mask").mkdir()
     metadata = {
@@ -136,8 +144,7 @@ def test_an_old_zarr_format_is_refused_before_its_codec_runs(run, tmp_path):
         ({"zarr_format": 2}, "zarr_format 3"),
     ],
 )
-def test_metadata_of_zarr_that_a_run_does_not_have(run, tmp_path, change, reason):
-    path = schema.save_run(run, tmp_path / "run.zarr")
+def test_metadata_of_zarr_that_a_run_does_not_have(path, change, reason):
     file = path / "trace" / "residual" / zarr_stores.METADATA
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(schema.SchemaError, match=reason):
@@ -145,15 +152,13 @@ def test_metadata_of_zarr_that_a_run_does_not_have(run, tmp_path, change, reason
 
 
 @pytest.mark.parametrize("text", ["[" * 5000 + "]" * 5000, '{"a": 1}', "7", "\udcff"])
-def test_odd_json_in_a_store(run, tmp_path, text):
-    path = schema.save_run(run, tmp_path / "run.zarr")
+def test_odd_json_in_a_store(path, text):
     (path / "trace" / zarr_stores.METADATA).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(schema.SchemaError, match=r"trace/zarr\.json"):
         schema.open_run(path)
 
 
-def test_a_store_contains_its_own_files_only(run, tmp_path):
-    path = schema.save_run(run, tmp_path / "run.zarr")
+def test_a_store_contains_its_own_files_only(path, tmp_path):
     chunk = next((path / "trace" / "mask" / "c").rglob("0"))
     while chunk.is_dir():
         chunk = chunk / "0"
@@ -182,8 +187,7 @@ def recoded(chunk: Path, data: bytes) -> None:
     chunk.write_bytes(data + crc32c(data).to_bytes(4, "little"))
 
 
-def test_a_chunk_that_decodes_to_more_than_its_array_has_is_refused(run, tmp_path):
-    path = schema.save_run(run, tmp_path / "run.zarr")
+def test_a_chunk_that_decodes_to_more_than_its_array_has_is_refused(path, run):
     chunk = chunk_of(path, "trace/residual")
     size = run.trace.residual.nbytes
     compress = numcodecs.Zstd(level=1).encode
@@ -203,8 +207,7 @@ def test_a_chunk_that_decodes_to_more_than_its_array_has_is_refused(run, tmp_pat
         schema.open_run(path)
 
 
-def test_the_number_of_texts_is_looked_at_before_they_are_decoded(run, tmp_path):
-    path = schema.save_run(run, tmp_path / "run.zarr")
+def test_the_number_of_texts_is_looked_at_before_they_are_decoded(path):
     recoded(chunk_of(path, "trace/module"), (2**32 - 1).to_bytes(4, "little") + bytes(100))
     with pytest.raises(schema.SchemaError, match="4294967295 texts"):
         schema.open_run(path)
@@ -228,8 +231,7 @@ def test_members_of_a_zip_file_that_a_run_does_not_have(run, tmp_path, name, opt
         schema.open_run(path)
 
 
-def test_a_thousand_groups_are_refused_and_not_opened_one_by_one(run, tmp_path):
-    path = schema.save_run(run, tmp_path / "run.zarr")
+def test_a_thousand_groups_are_refused_and_not_opened_one_by_one(path):
     for number in range(1000):
         group = path / "trace" / str(number)
         group.mkdir()

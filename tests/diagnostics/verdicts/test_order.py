@@ -38,7 +38,7 @@ def judged(values, *, begins=False, **limits) -> Finding:
     return found
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_finding_is_at_its_worst_place_and_begins_at_its_first(seed):
     rng = np.random.default_rng(seed)
     values, above = np.exp(4 * rng.standard_normal(30)), bool(seed % 2)

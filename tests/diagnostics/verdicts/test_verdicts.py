@@ -61,28 +61,6 @@ def tried(analysis, **result):
     return analysis.assign_attrs(task=task, consequences=results)
 
 
-def worst(run):
-    return max((f.severity for each in findings(run).values() for f in each), default=Severity.PASS)
-
-
-# --- healthy networks ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layers", [1, 8, 40])
-def test_a_fresh_stack_is_healthy(layers):
-    assert worst(run_of(walk(layers))) <= Severity.INFO
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_a_good_mhc_is_healthy(make_run, seed):
-    assert worst(make_run("mhc", seed=seed)) <= Severity.WARN
-    found = findings(make_run("mhc", seed=seed))
-    assert set(found) <= {
-        "copied_streams",
-        "small_sample",
-    }  # its writes differ by 10 % only
-
-
 # --- forward and backward --------------------------------------------------------------------------------------
 
 
@@ -111,21 +89,6 @@ def test_gain_explosion(mixed):
 def test_free_matrices_may_fade_as_free_matrices_do(mixed, left, severity):
     fading = np.stack([np.diag([1.0, 1.0, 1.0, left ** (1 / 12)])] * 12)
     assert {f.severity for f in findings(mixed(fading), passed=True)["attenuation"]} == {severity}
-
-
-@pytest.mark.parametrize("growth", [1.0, 1.8])
-def test_a_gradient_that_follows_the_size_of_the_states_does_not_explode(growth):
-    states = walk(8) * growth ** np.arange(9)[:, None, None, None]
-    states[0] /= 40  # a small embedding, whose gradient is as much larger
-    size = np.sqrt((states**2).mean((1, 2, 3), keepdims=True))
-    gradient = np.random.default_rng(1).standard_normal(states.shape) / size
-    (found,) = findings(run_of(states, gradient), passed=True)["exploding_gradient"]
-    assert found.severity == Severity.PASS
-    assert found.value == pytest.approx(1.0, rel=0.2)
-    analysis = diagnostics.analyze(run_of(states, gradient), metrics="backward_gain")
-    assert (
-        analysis["backward_gain"].max() > 100
-    )  # which a judgement of the gradient alone would call an explosion
 
 
 def test_gradients_whose_mean_over_streams_cancels_do_not_vanish(make_run):
@@ -242,7 +205,7 @@ def test_streams_that_are_hardly_read_or_written_are_named(mixed):
     assert "unused_stream" not in findings(mixed(reads=np.eye(4)[np.arange(12) % 4]))  # they take turns
 
 
-@pytest.mark.parametrize(("length", "sinks", "severity"), [(4, 1, "INFO"), (12, 2, "INFO"), (12, 3, "WARN")])
+@pytest.mark.parametrize(("length", "sinks", "severity"), [(12, 2, "INFO"), (12, 3, "WARN")])
 def test_one_or_two_sinks_in_a_short_sequence_are_a_note_and_more_are_not(length, sinks, severity):
     states = 0.3 * walk(8)[:, :, :length]
     states[3:, :, :sinks, 7] = 24000.0
@@ -308,9 +271,7 @@ def test_what_is_said_of_the_run_is_said_once(make_run):
 # --- what decides, on numbers alone
 
 
-@pytest.mark.parametrize(
-    ("apart", "severity"), [(1e-2, "PASS"), (1e-4, "INFO"), (1e-8, "INFO"), (1e-13, "WARN")]
-)
+@pytest.mark.parametrize(("apart", "severity"), [(1e-2, "PASS"), (1e-4, "INFO"), (1e-13, "WARN")])
 def test_streams_that_training_has_parted_are_no_more_than_a_note(apart, severity):
     cosine = xr.DataArray(1.0 - np.array([0.5, 0.5, apart, apart]), dims="depth")
     (found,) = VERDICTS["copied_streams"].findings(xr.Dataset({"stream_cosine": cosine}))
@@ -372,13 +333,6 @@ def test_a_large_feature_does_not_make_layers_the_same():
     alike = diagnostics.analyze(run_of(states))["cka"].sel(estimator="unbiased", tokens="ordinary")
     assert float(alike.min()) > 0.99
     assert findings(run_of(states), passed=True)["same_representation"][0].severity is Severity.PASS
-
-
-def test_one_representation_names_the_views_that_differ():
-    states = walk(8, branch=0.01)
-    states[..., 0] = 300 * np.random.default_rng(5).standard_normal(states.shape[1:3])
-    (found,) = findings(run_of(states))["same_representation"]
-    assert "debiased CKA 1.000 or more; without large features 0.99" in found.sentence
 
 
 @pytest.mark.parametrize(
