@@ -5,7 +5,6 @@ No model is built and no other tensor is read. The weights are those of an input
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from depthscope.probes.static.connections import (
 from depthscope.probes.static.dialect import PARTS, Dialect
 from depthscope.probes.static.dialects import TABLE
 from depthscope.probes.static.recognition import (
+    NUMBERS,
     STREAM_SETTINGS,
     Found,
     Place,
@@ -166,8 +166,8 @@ def _absent_connections(path: Path, inventory: Inventory, found: Sequence[Found]
             f"'{path}': shards that may hold connections (none is in the others) and are not there: {listed}; complete the "
             "download"
         )
-    kinds = {_without_numbers(name) for one in found for name in one.tensors}
-    return {name: file for name, file in inventory.absent.items() if _without_numbers(name) in kinds}
+    kinds = {NUMBERS.sub("#", name) for one in found for name in one.tensors}
+    return {name: file for name, file in inventory.absent.items() if NUMBERS.sub("#", name) in kinds}
 
 
 def _absence(absent: Mapping[str, str]) -> list[str]:
@@ -179,10 +179,6 @@ def _absence(absent: Mapping[str, str]) -> list[str]:
         f"{len(absent)} tensors of connections are in shards that are not there ({listed}): their connections are left out, "
         "and nothing is said of products over their chain; complete the download"
     ]
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
 
 
 def _configuration(folder: Path) -> dict[str, Any]:
@@ -332,7 +328,7 @@ def _named_tensors(unrecognised: Iterable[Unrecognised]) -> Iterator[str]:
     """The tensors that look like a connection and fit no dialect, those of all layers in one line."""
     groups: dict[str, list[Unrecognised]] = defaultdict(list)
     for one in unrecognised:
-        groups[f"{_without_numbers(one.name)} {one.shape} {one.reason}"].append(one)
+        groups[f"{NUMBERS.sub('#', one.name)} {one.shape} {one.reason}"].append(one)
     for first, *others in list(groups.values())[:MOST_NAMED]:
         shape = ", ".join(map(str, first.shape)) or "1 number"
         alike = f" and {len(others)} alike" if others else ""
