@@ -65,8 +65,8 @@ def states_around(graph: Graph, memory: MemoryReading, calls: Sequence[int]) -> 
     """The states of a memory before each of some calls, and after the last one; None where a call has no branch of it."""
     around: dict[int, list[int]] = {call: [] for call in calls}
     for connection in memory.connections:
-        for branch in connection.branches:
-            for call in graph.stack(graph.values[branch.way[0]]):
+        for of in connection.branches:
+            for call in graph.stack(of.branch.source):
                 if call in around:
                     around[call] += [connection.depth_in, connection.depth_out]
     if not all(around.values()):

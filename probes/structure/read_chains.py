@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from depthscope.probes.connections.coefficient_values import factors_of
+from depthscope.probes.connections.coefficient_values import AnyConnection, factors_of
 from depthscope.probes.connections.proof import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
-from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
+from depthscope.probes.reading.branches import Branch
+from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of, shared_start
@@ -49,7 +50,7 @@ class ChainReader:
         self.branches = memory.branches
         # How many tensors hold the streams of a state
         self._num_tensors = max(len(state.values) for state in memory.states)
-        self._of_layer: dict[int, list[BranchReading]] = {}
+        self._of_layer: dict[int, list[Branch]] = {}
         for branch in self.branches:
             self._of_layer.setdefault(branch.layer, []).append(branch)
         self.is_sinkhorn = True  # whether Sinkhorn's iteration made every matrix so far
@@ -200,17 +201,17 @@ class ChainReader:
 
         Where numbered parts of the blocks hand every state on, as the sublayers of T5 do, these are the blocks.
         """
-        coarse = {branch.way[0]: branch.unit for branch in self.branches}
+        coarse = {branch.source.number: branch.unit for branch in self.branches}
         fine: dict[int, int] = {}
         for connection in self.connections:
             call = self._sublayer(connection)
             if call is None:
                 return coarse
-            fine |= {branch.way[0]: call for branch in connection.branches}
+            fine |= {of.branch.source.number: call for of in connection.branches}
         self.is_fine = len(set(fine.values())) > len(set(coarse.values()))
         return fine if self.is_fine else coarse
 
-    def _sublayer(self, connection: ConnectionReading) -> int | None:
+    def _sublayer(self, connection: AnyConnection) -> int | None:
         """The numbered call inside of a block that has a branch inside and hands on the state to which that was added."""
         state = self.graph.values[self.memory.states[connection.depth_out].values[-1]]
         around = self.graph.stack(state)
@@ -220,20 +221,18 @@ class ChainReader:
             for s in self.graph.shown.get(v.number, ())
             if s.at == "output"
         }
-        units = {branch.unit for branch in connection.branches}
+        units = {of.branch.unit for of in connection.branches}
         inside = (
             around[around.index(unit) + 1 :] if len(units) == 1 and (unit := units.pop()) in around else []
         )
         numbered = [call for call in inside if self.graph.calls[call].container is not None]
-        working = {
-            call for b in connection.branches for call in self.graph.stack(self.graph.values[b.way[0]])
-        }
+        working = {call for of in connection.branches for call in self.graph.stack(of.branch.source)}
         return next((call for call in numbered if call in given & working), None)
 
-    def _call_of(self, branch: BranchReading) -> int:
-        return self.units[branch.way[0]]
+    def _call_of(self, branch: Branch) -> int:
+        return self.units[branch.source.number]
 
-    def _block(self, branch: BranchReading) -> str:
+    def _block(self, branch: Branch) -> str:
         """The path of the block that a branch is in: its call, or what the paths of its branches have in common."""
         own = self._of_layer[branch.layer]
         calls = {self._call_of(other) for other in own}
@@ -247,9 +246,9 @@ class ChainReader:
 
     # --- connections: the calls that mix or add, and what the coefficients are computed from
 
-    def _connection(self, of: ConnectionReading) -> Connection:
+    def _connection(self, of: AnyConnection) -> Connection:
         """A connection of a memory with streams, or over depth."""
-        branch = of.branches[-1]
+        branch = of.branches[-1].branch
         given = self._shown_branch(branch)
         call = None if given is None else self.graph.calls[given[0]]
         behind = self._behind_coefficients(of)
@@ -269,13 +268,13 @@ class ChainReader:
             parameters=tuple(dict.fromkeys(filter(None, parameters))),
         )
 
-    def _behind_coefficients(self, of: ConnectionReading) -> list[TracedValue]:
+    def _behind_coefficients(self, of: AnyConnection) -> list[TracedValue]:
         """What the coefficients of a connection are computed from: all that scales and mixes the streams."""
-        given = self.memory.carried.keys() | {number for branch in of.branches for number in branch.way}
+        given = self.memory.carried.keys() | {number for each in of.branches for number in each.branch.way}
         factors = (factor.number for factor in factors_of(self.graph, self.memory, of))
         return [self.graph.values[n] for n in sorted(self.graph.ancestors(factors, given) - given)]
 
-    def _module_of(self, values: Sequence[TracedValue], branch: BranchReading) -> str:
+    def _module_of(self, values: Sequence[TracedValue], branch: Branch) -> str:
         """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
         computed = (value for value in values if value.func and value.name not in MOVES | SAME)
         stacks = [self.graph.stack(value) for value in computed]
@@ -284,9 +283,9 @@ class ChainReader:
         around = path == self._block(branch) or f"{branch.path}.".startswith(f"{path}.")
         return "" if around else path
 
-    def _plain_connections(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
+    def _plain_connections(self, of: AnyConnection, depths: Sequence[int]) -> Iterator[Connection | None]:
         """The branches that are added between two plain states; None for one that no module gives."""
-        for branch in of.branches:
+        for branch in (each.branch for each in of.branches):
             for given in self._shown_parts(branch):
                 if given is None or not given[1]:
                     yield None
@@ -306,17 +305,17 @@ class ChainReader:
                     layout=layout,
                 )
 
-    def _shown_parts(self, branch: BranchReading) -> list[tuple[int, str] | None]:
+    def _shown_parts(self, branch: Branch) -> list[tuple[int, str] | None]:
         """The calls that give what a branch adds; several where that is a sum of what these give, as in parallel blocks."""
-        given, source = self._shown_branch(branch), self.graph.values[branch.way[0]]
+        given, source = self._shown_branch(branch), branch.source
         if given is not None or source.name != "add":
             return [given]
-        return [self._shown_by(addend, branch.numbers[0]) for addend in addends(source)]
+        return [self._shown_by(addend, branch.numbers[source.number]) for addend in addends(source)]
 
-    def _shown_branch(self, branch: BranchReading) -> tuple[int, str] | None:
+    def _shown_branch(self, branch: Branch) -> tuple[int, str] | None:
         """The outermost call that gives what a branch adds, that itself or what is moved or scaled of it; and its layout."""
-        way = list(zip(branch.way, branch.numbers, strict=True))
-        shown = (self._shown_by(self.graph.values[number], of) for number, of in reversed(way))
+        way = reversed(branch.way)
+        shown = (self._shown_by(self.graph.values[number], branch.numbers[number]) for number in way)
         return next(filter(None, shown), None)
 
     def _shown_by(self, value: TracedValue, numbers: Numbers) -> tuple[int, str] | None:
@@ -338,10 +337,10 @@ class ChainReader:
             return False
         return self._call_of(before) == self._call_of(after) >= 0
 
-    def _around(self, depth: int) -> tuple[BranchReading | None, BranchReading | None]:
+    def _around(self, depth: int) -> tuple[Branch | None, Branch | None]:
         """The last branch that was added before a state, and the first one that comes after it."""
-        before = (of.branches[-1] for of in reversed(self.connections[:depth]) if of.branches)
-        after = (of.branches[0] for of in self.connections[depth:] if of.branches)
+        before = (of.branches[-1].branch for of in reversed(self.connections[:depth]) if of.branches)
+        after = (of.branches[0].branch for of in self.connections[depth:] if of.branches)
         return next(before, None), next(after, None)
 
     def _require_whole(self, value: TracedValue) -> None:
@@ -411,7 +410,7 @@ class ChainReader:
     def _is_read_before(self, value: TracedValue, end: int, streams: Sequence[int] = ()) -> bool:
         """Whether a branch that was written before the number ``end``, or another stream, came of one of a state's tensors."""
         taken = {t.number for t in self.graph.takers(value) if t.number <= end and has_gradient(t)}
-        sources = [self.graph.values[of.way[0]] for of in self.branches if value.number < of.way[0] < end]
+        sources = [of.source for of in self.branches if value.number < of.source.number < end]
         sources += [self.graph.values[n] for n in streams if n != value.number]
         behind = self.graph.earlier(sources if taken else (), {value.number})
         return any(behind[number] for number in taken)
@@ -458,7 +457,7 @@ class ChainReader:
             return value
         reordered_of = {of.number for of in reordered(graph, [value])}
         same, unit = {of.number for of in same_elements(graph, value)}, self._call_of(after)
-        for call in graph.stack(graph.values[after.way[0]])[1:]:  # what holds the block, and the block
+        for call in graph.stack(after.source)[1:]:  # what holds the block, and the block
             for given in graph.sides.get((call, "input"), ()):
                 if given.shape != value.shape or given.number in same:
                     continue
