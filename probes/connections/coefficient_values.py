@@ -78,7 +78,6 @@ class CoefficientValues:
     ``rows``: the sequences of this batch that were sampled.
     ``precision``: in which the model multiplies its states: weights that were read by running operations once more
     are rounded to it.
-    ``autocast``: whether torch's autocast multiplied the states.
     ``norms``: ``norms(tensors, values)`` are the norms (B, T) of what has the elements of some values of the memory.
     """
 
@@ -90,7 +89,6 @@ class CoefficientValues:
     tokens: int
     rows: list[int]
     precision: torch.dtype
-    autocast: bool
     norms: Callable[[Sequence[torch.Tensor], Sequence[TracedValue]], torch.Tensor]
 
     def __post_init__(self) -> None:

@@ -44,7 +44,9 @@ class Branch:
     path: str = ""  # of its module
     kind: str = ""  # attn, mlp, or the name of its module
     layer: int = 0
-    unit: int = -1  # the outermost call, inside of that around all branches, in which it runs; -1 where it runs in none
+    unit: int = (
+        -1
+    )  # the outermost call, inside of that around all branches, in which it runs; -1 where it runs in none
 
     @property
     def inputs(self) -> list[TracedValue]:

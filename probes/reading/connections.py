@@ -139,7 +139,9 @@ class Linear:
             for at in range(0, len(group), most) if most >= LEAST_GROUP else ():
                 self._ready |= self._joined_at_once(group[at : at + most])
 
-    def joined_by(self, number: int, before: Cut, after: Cut, branches: Sequence[Branch]) -> ConnectionReading:
+    def joined_by(
+        self, number: int, before: Cut, after: Cut, branches: Sequence[Branch]
+    ) -> ConnectionReading:
         """The connection between a state, which has a number, and the next one."""
         link, steps = self._link(before, after, branches)
         joined = self._ready.get(_numbers(before, after))
@@ -156,7 +158,14 @@ class Linear:
             )
         ]
         return ConnectionReading(
-            number, joined.h_res, found, joined.constant, link.start, link.target, link.functions, joined.weighs
+            number,
+            joined.h_res,
+            found,
+            joined.constant,
+            link.start,
+            link.target,
+            link.functions,
+            joined.weighs,
         )
 
     def _branch(

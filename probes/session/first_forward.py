@@ -308,7 +308,7 @@ class LaterForwards:
 
     ``observer``: records what passes; it knows the structure.
     ``ended``: gives the forwards that ended, whose checkpoints a backward recomputes.
-    ``attention``: which calls attend, where that is looked at.
+    ``attention``: which calls attend.
     """
 
     def __init__(
@@ -317,7 +317,7 @@ class LaterForwards:
         observer: Observer,
         current: CurrentForward,
         ended: Callable[[], list[Forward]],
-        attention: AttentionPlaces | None = None,
+        attention: AttentionPlaces,
     ):
         self._model = model
         self._observer = observer
@@ -332,7 +332,7 @@ class LaterForwards:
         inputs, outputs = self._states_seen_at("input"), self._states_seen_at("output")
         for path, states in inputs.items():
             attachment.before(modules[path], partial(self._record_states, "input", path, states))
-        for path in () if self._attention is None else sorted(self._attention.paths):
+        for path in sorted(self._attention.paths):
             attachment.around(modules[path], "forward", partial(self._watch_attention, path))
         branches = {
             c.branch_path for chain in self._structure.chains for c in chain.connections if c.branch_path
@@ -402,7 +402,7 @@ class LaterForwards:
 
     def _watch_attention(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         forward = self._current.recorded
-        if forward is None or self._attention is None:
+        if forward is None:
             return None
         found = later_attention(self._attention, forward, path, module)
         return None if found is None else MethodWatch(*found)
@@ -476,11 +476,6 @@ class FirstReading:
         if not selection.includes("attention") or not (self.scope.only_own or selection.requests):
             return None
         return self.options.max_sequences if self.scope.sums else 0  # only where it lies
-
-    @property
-    def later_attention(self) -> int | None:
-        """The same of a later forward that is traced."""
-        return self.options.max_sequences if self.attention.heads else None
 
     def end(self, tape: Tape, forward: Forward) -> None:
         """Find the structure in a forward that has ended, and record what that forward showed of it."""

@@ -25,7 +25,7 @@ from depthscope.probes.model.layout import require_whole_sequences
 from depthscope.probes.model.modules import PresentModules, is_decoding, named_arguments
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode
-from depthscope.probes.session.attention import add_attention_sums, placed_attention
+from depthscope.probes.session.attention import add_attention_sums
 from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_model import CompiledCalls, CompiledModel
 from depthscope.probes.session.find_structure import RewrittenError
@@ -153,26 +153,17 @@ class Session:
                 attention=first.first_attention,
             ).attach(attachment)
         else:
-            places = first.places
-            is_placed = places is not None and places.places is not None
             if first.is_recorded:
-                # Its operations are traced, and, where they all are, its attention with them.
                 RecordedForward(
                     self.model,
                     self._current,
                     gradients=False,
                     report=self.report,
                     observer=self.observer,
-                    known=places,
-                    attention=None if is_placed else first.later_attention,
+                    known=first.places,
                 ).attach(attachment)
-            by_calls = is_placed or not first.is_recorded
             LaterForwards(
-                self.model,
-                self.observer,
-                self._current,
-                lambda: self.step.forwards,
-                first.attention if by_calls else None,
+                self.model, self.observer, self._current, lambda: self.step.forwards, first.attention
             ).attach(attachment)
             watched = {of.point.path for of in self.structure.shown}
         self._present = PresentModules(self.model, watched)
@@ -321,8 +312,6 @@ class Session:
             if not self.step.keeps_rest or (self.step.is_empty and not self.step.reservoir.stored):
                 raise
             forward.without_connections = str(error)
-        if tape.attention is not None:
-            self.first.attention.seen.update(placed_attention(tape, forward, self.structure).heads.keys())
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Note that a call of the model is over; where it did not reach `_end`, it raised."""

@@ -17,7 +17,12 @@ from depthscope.probes.connections.proof import DepthWeights, Parts, StreamConne
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.tensors import local_tensor
-from depthscope.probes.reading.description import BranchReading, ConnectionReading, DepthReading, MemoryReading
+from depthscope.probes.reading.description import (
+    BranchReading,
+    ConnectionReading,
+    DepthReading,
+    MemoryReading,
+)
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
@@ -378,7 +383,9 @@ def _writes(branches: Sequence[BranchReading], order: torch.Tensor, mix: torch.T
     """H_post, (B, T, N, V); zero where nothing is written."""
     for of in branches:
         if of.write.shape[-1] > 1:
-            raise StreamConnectionError(f"H_post of {of.branch.path} differs between the features of a stream")
+            raise StreamConnectionError(
+                f"H_post of {of.branch.path} differs between the features of a stream"
+            )
     columns = [of.write[order][..., 0] for of in branches]
     return torch.cat(columns, -1) if columns else torch.zeros_like(mix[..., :1])
 
