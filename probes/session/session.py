@@ -27,7 +27,7 @@ from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode
 from depthscope.probes.session.attention import add_attention_sums
 from depthscope.probes.session.backward_roots import StepLoss
-from depthscope.probes.session.compiled_model import CompiledCalls, CompiledModel
+from depthscope.probes.session.compiled_model import CompiledCalls, compiled_callers
 from depthscope.probes.session.find_structure import RewrittenError
 from depthscope.probes.session.first_forward import (
     NOT_READ,
@@ -51,6 +51,7 @@ class Session:
     ``model``: the user's model, which no hook changes.
     ``loss_scale``: gives the factor by which the loss is multiplied at present; None for 1.
     ``scope``: how much of a forward is measured.
+    ``called``: the module that the user calls, where that is another one around the model, as of data parallelism.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class Session:
         options: Options,
         loss_scale: Callable[[], torch.Tensor | None] | None = None,
         scope: Scope = Scope(),  # noqa: B008  it is frozen
+        called: nn.Module | None = None,
     ):
+        self._called = model if called is None else called
         self.model, self.options, self.scope = model, options, scope
         self.owner = object()  # and not the session itself, which its own hooks would then keep alive
         # Of hooks, which must not raise in the user's forward or backward: raised at the end of a step.
@@ -67,7 +70,6 @@ class Session:
         self.skipped = 0  # forwards of other threads during the first forward
         self.step = Step(options, StepLoss(loss_scale, self.report), only_own=scope.only_own)
         self._current = CurrentForward(self.owner)
-        self.compiled = CompiledModel(model)
         self._compiled_calls: CompiledCalls | None = None  # of a step that is measured by forwards of ours
         self.first = FirstReading(model, options, scope, self.step, loss_scale, self.report)
         self._running: weakref.WeakSet[Forward] = weakref.WeakSet()  # in all threads
@@ -101,7 +103,7 @@ class Session:
         self.detach()
         self.step.begin()
         # Forwards of ours run uncompiled.
-        callers = [] if self.scope.only_own else self.compiled.callers()
+        callers = [] if self.scope.only_own else compiled_callers(self.model, self._called)
         with self._lock:
             if not callers:
                 self._attach()
@@ -117,7 +119,6 @@ class Session:
                 )
 
     def _wants_compiled_call(self) -> bool:
-        self.compiled.seen = True
         return not self.errors and self.step.may_have_gradients()
 
     def _run_hooked(self, function: Callable[[], Any]) -> tuple[Any, Forward | None]:
@@ -221,7 +222,6 @@ class Session:
         if (current.is_running and in_transformation()) or in_pipeline_inference():
             return  # part of it as well, whose tensors nobody can read; or no part of the training
         current.clear()
-        self.compiled.seen = True
         with self._lock:
             # No part of a step that will be left out, and no forward without gradients of a step that measures these.
             counts = not self.errors and self.step.may_have_gradients() and self.step.includes(module)
