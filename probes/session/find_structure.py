@@ -312,8 +312,7 @@ class StructureFinder:
     def _chain_of_calls(self, calls: Sequence[int], proof: str) -> ReadChain:
         """The chain of what some modules take and give, which are the states of no memory."""
         chain = chain_of_calls(self.graph, calls, proof)
-        value = chain.points[0].value_in(self.graph)
-        assert value is not None  # it was required of the calls
+        value = self.graph.values[chain.points[0].number]
         try:
             layout = self.options.layout or shape_layout(value, self.sequences)
         except LayoutError as error:

@@ -189,13 +189,11 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     """
     structure, graph = observer.structure, tape.graph
     for state in structure.shown:
-        value = state.point.value_in(tape.graph)
-        kept = _held_tensor(graph, value, state.point.path)
+        kept = _held_tensor(graph, graph.values[state.point.number], state.point.path)
         instead = state.point.gradient_at
-        given = value if instead is None else instead.value_in(graph)
-        if given is not None:
-            of = state if instead is None else state._replace(is_shared=False)
-            _expect_gradient(tape, forward, observer, of, given)
+        given = graph.values[(state.point if instead is None else instead).number]
+        of = state if instead is None else state._replace(is_shared=False)
+        _expect_gradient(tape, forward, observer, of, given)
         observer.record_shown(forward, state, kept)
     if structure.read is not None:
         assert structure.read.first is not None
@@ -268,7 +266,7 @@ def _values_read(graph: Graph, observer: Observer) -> set[int]:
     points = [
         point for of in structure.shown for point in (of.point, of.point.gradient_at) if point is not None
     ]
-    states = [point.value_in(graph) for point in points if point.at == "operation"]
+    states = [graph.at(point.place) for point in points if point.at == "operation"]
     return found | {value.number for value in states if value is not None}
 
 

@@ -340,7 +340,7 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     if (twice := _named_twice(graph, chains)) is not None:
         return f"{twice.module}, which is not a module, gives a second state after block {twice.layer}"
     known = {number for memory in memories for state in memory.states for number in state.values}
-    known |= {value.number for chain in chains for p in chain.points if (value := p.value_in(graph))}
+    known |= {point.number for chain in chains for point in chain.points}
     # What has the elements of a state in another order is one.
     known = {of.number for of in reordered(graph, (graph.values[n] for n in known))}
     branches = [branch for memory in memories for branch in memory.branches]
