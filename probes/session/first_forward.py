@@ -203,9 +203,9 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     for number, chain in enumerate(structure.chains):
         for position, connection in enumerate(chain.connections):
             if connection.branch_path is not None:
-                given = graph.shown_at(connection.branch_path, connection.branch_index, "output", 0)
+                output = graph.shown_at(connection.branch_path, connection.branch_index, "output", 0)
                 observer.record_branch(
-                    forward, number, position, _held_tensor(graph, given, connection.branch_path)
+                    forward, number, position, _held_tensor(graph, output, connection.branch_path)
                 )
 
 
