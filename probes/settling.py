@@ -15,6 +15,7 @@ from torch import nn
 from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import SETTLED_BY
+from depthscope.diagnostics.memory import give_memory_back
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity, suspected
 from depthscope.diagnostics.verdicts.age import KNOWS, RESCALED, TASK, age_of, share_of_constant
@@ -27,7 +28,6 @@ from depthscope.probes.interventions.predictions import output_values, sees_late
 from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.loss_graph import Loss
 from depthscope.probes.model.preserved_state import eager, preserved_state
-from depthscope.probes.model.tensors import give_memory_back
 from depthscope.probes.one_shot import measure
 from depthscope.probes.rescaling import FEWEST, STEPS, first_size, promises, rescaled, sure_slope
 from depthscope.probes.run.attributes import memory_facts

@@ -22,6 +22,7 @@ from depthscope.app.cli.options import (
 )
 from depthscope.app.text.terminal import emit, printable, remark, say, working
 from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.memory import give_memory_back
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -136,8 +137,6 @@ def probe(
 
 def _with_memory_given_back(parts: Sequence[Any]) -> Iterator[Any]:
     """Each part; after it the memory that it took goes back to the system."""
-    from depthscope.probes.model.tensors import give_memory_back
-
     for part in parts:
         yield part
         give_memory_back()
