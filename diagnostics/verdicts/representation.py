@@ -53,7 +53,6 @@ OF_ONE_ANSWER = 5.0
         "0 to about 3",
     ),
     limits=Limits(warn=0.15, fail=0.03, above=False),
-    tried=True,
 )
 def rank_collapse(
     effective_rank: xr.DataArray,
@@ -159,7 +158,6 @@ MOST_ALIKE = 0.98
     limits=Limits(warn=MOST_ALIKE, fail=0.995, scale="cosine"),
     follows_from=("rank_collapse",),
     drawn_on=("token_cosine",),
-    tried=True,
 )
 def common_vector(
     token_cosine: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None
