@@ -58,7 +58,7 @@ class Use:
 
 
 class UsedForward(TorchDispatchMode):
-    """A forward in which the weights are used in some way; it notes how large what modules and softmaxes get and give is."""
+    """A forward in which the weights are used in some way; it notes the sizes of what modules give and softmaxes get."""
 
     def __init__(self, model: nn.Module, use: Use) -> None:
         super().__init__()
@@ -75,7 +75,8 @@ class UsedForward(TorchDispatchMode):
                 stack.callback(module.register_forward_hook(partial(self._leave, path)).remove)
             stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)  # a whole layer as one operation shows no softmax
-            stack.enter_context(self)
+            if not (self._use.outputs or self._use.parameters):  # which need no look at the operations
+                stack.enter_context(self)
             yield
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -106,7 +107,8 @@ class UsedForward(TorchDispatchMode):
         tensor = parts[0] if parts else None
         made = None
         if path and _has_weights(module) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-            self._note("outputs", _size(tensor))
+            if self._use == Use():
+                self._note("outputs", _size(tensor))
             if path in self._use.outputs:
                 changed = tensor * self._use.outputs[path], *parts[1:]
                 # A tuple with names, as some modules return, takes its fields one by one.
@@ -174,7 +176,8 @@ class Patient:
             forward = UsedForward(self.model, use)
             with forward.on():
                 found = torch.func.functional_call(_Called(self.model), named, (batch,))
-            self.sizes, self.other_axis = forward.sizes, forward.other_axis
+            if use == Use():
+                self.sizes, self.other_axis = forward.sizes, forward.other_axis
             return found
 
         return output
@@ -226,7 +229,7 @@ def _odd(patient: Patient) -> Iterator[Repair]:
     for kind, path, factor in sorted(apart, key=lambda each: -abs(math.log(each[2])))[:MOST_APART]:
         output = _multiplied(patient, kind, (path,), factor)
         words, cause = SCALED[kind]
-        words = words.format(path, f"{factor:.2g}, to the size of the others")
+        words = words.format(path, f"{factor:.2g} (to the size of the others)")
         yield Repair(words, cause, lambda _, output=output: output)
 
 

@@ -79,11 +79,12 @@ def _has_learned_and_forgot(attrs: Mapping[str, Any]) -> bool:
 
 
 def _repaired_share(attrs: Mapping[str, Any]) -> float:
-    """The loss after the best repair, over that of a constant answer; 1 where none was found."""
+    """The loss that the best repair surely leaves, over that of a constant answer; 1 where none was found."""
     result = attrs.get(REPAIR)
-    loss = number_or_none(result.get("repaired")) if isinstance(result, Mapping) else None
+    found = result if isinstance(result, Mapping) else {}
+    loss, half_width = number_or_none(found.get("repaired")), number_or_none(found.get("half_width")) or 0.0
     constant = number_or_none(task_of(attrs).get("constant"))
-    return loss / constant if loss is not None and constant else 1.0
+    return (loss + half_width) / constant if loss is not None and constant else 1.0
 
 
 def task_of(attrs: Mapping[str, Any]) -> Mapping[str, Any]:

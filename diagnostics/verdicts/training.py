@@ -205,12 +205,12 @@ def off_minimum(
     )
     constant = number_or_none(task_of(attrs).get("constant")) or float("inf")
     repair, cause = result.get("repair"), result.get("cause")
-    # What still has to learn can do so by its scales too.
-    if reach is None or loss is None or best is None or min(loss, best) > KNOWS * constant:
-        return
-    if not (is_text(repair) and is_text(cause)):
-        return
     half_width = number_or_none(result.get("half_width")) or 0.0
+    if reach is None or loss is None or best is None or not (is_text(repair) and is_text(cause)):
+        return
+    # What still has to learn can do so by its scales too: either use must surely know something.
+    if min(loss, best + half_width) > KNOWS * constant:
+        return
     gained = max(loss - best - half_width, 0.0)
     share = gained / (reach + gained)
     sentence = (
