@@ -212,7 +212,7 @@ def _kinds(paths: Mapping[str, float]) -> dict[str, list[str]]:
 
 
 def _odd(patient: Patient) -> Iterator[Repair]:
-    """Of what one forward shows to be odd: softmaxes along another axis, and parts that are far from the size of their kind."""
+    """What one forward shows to be odd: softmaxes along another axis, and parts far from the size of their kind."""
     if patient.other_axis:
         output = patient.as_used(Use(last_axis=True))
         yield Repair(
