@@ -71,9 +71,9 @@ def probe(
         typer.Option(
             min=0,
             metavar="N",
-            help="Most forwards for experiments that test whether a suspected problem does harm.",
+            help="Most forwards to try repairs of a suspected problem; 0 tries nothing.",
         ),
-    ] = 10,
+    ] = 60,
     factory: Annotated[
         str | None,
         typer.Option(
