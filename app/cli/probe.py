@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +22,7 @@ from depthscope.app.cli.options import (
 )
 from depthscope.app.text.terminal import emit, printable, remark, say, working
 from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.memory import give_memory_back
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -70,9 +71,9 @@ def probe(
         typer.Option(
             min=0,
             metavar="N",
-            help="Most forwards for experiments that test whether a suspected problem does harm.",
+            help="Most forwards to try repairs of a suspected problem; 0 tries nothing.",
         ),
-    ] = 10,
+    ] = 60,
     factory: Annotated[
         str | None,
         typer.Option(
@@ -108,7 +109,7 @@ def probe(
     with working(f"probing {loaded.name} on {model.text_name}"), capture_errors_for_users():
         run = probes.capture(
             loaded.model,
-            parts,
+            _with_memory_given_back(parts),
             gradients="labels" in tokens if gradients is None else gradients,
             **model.read_as,
             sites=names(model.sites),
@@ -132,6 +133,13 @@ def probe(
     del loaded, tokens, parts
     _print_saved(run, path, _judged(path), json=json)
     return FINE
+
+
+def _with_memory_given_back(parts: Sequence[Any]) -> Iterator[Any]:
+    """Each part; after it the memory that it took goes back to the system."""
+    for part in parts:
+        yield part
+        give_memory_back()
 
 
 def _default_name(model: ModelAndText) -> str:
