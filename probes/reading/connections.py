@@ -5,8 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -18,8 +17,6 @@ from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import JOINS, MIXES, MOVES, PRODUCTS
 from depthscope.probes.reading.states import FeaturesDiffer, Replays, States, Table
 
-# How many equal steps are run at once, at least, and of how many numbers at most.
-LEAST_GROUP, MOST_AT_ONCE = 4, 2**22
 GATE = 1e-5  # a weight that differs by more than this along the features is one of each feature
 
 
@@ -114,8 +111,7 @@ class Linear:
         self._known: dict[Hashable, _Joined] = {}
         self._writes: list[tuple[int, int]] | None = None
         # By the numbers of two states.
-        self._links: dict[Hashable, tuple[_Link, tuple[tuple[Hashable, ...], list[TracedValue]] | None]] = {}
-        self._ready: dict[Hashable, _Joined] = {}
+        self._links: dict[Hashable, tuple[_Link, Hashable | None]] = {}
 
     def held(self, targets: Sequence[TracedValue], sources: Sequence[Sequence[TracedValue]]) -> Held:
         """What some values hold of the streams of others."""
@@ -124,33 +120,16 @@ class Linear:
         except FeaturesDiffer:
             return Held(self.states, self._replays[1], targets, sources)
 
-    def prepare(self, cuts: Sequence[Cut], branches: Sequence[Branch]) -> None:
-        """Run the steps between states once for all pairs of them that are joined by equal ones, as equal blocks are."""
-        groups: dict[tuple[Hashable, ...], list[tuple[Hashable, _Link, list[TracedValue]]]] = {}
-        for before, after in pairwise(cuts):
-            link, steps = self._link(before, after, branches)
-            if steps is not None and steps[1]:
-                groups.setdefault(steps[0], []).append((_numbers(before, after), link, steps[1]))
-        for equal, group in groups.items():
-            (_, link, outside), num_steps = group[0], len(equal)
-            streams = sum(value.numel for of in (link.target, *link.sources) for value in of)
-            numbers = streams // self.states.num_features * len(link.sources) * num_steps
-            most = MOST_AT_ONCE // (numbers + sum(value.numel for value in outside))
-            for at in range(0, len(group), most) if most >= LEAST_GROUP else ():
-                self._ready |= self._joined_at_once(group[at : at + most])
-
     def joined_by(
         self, number: int, before: Cut, after: Cut, branches: Sequence[Branch]
     ) -> ConnectionReading:
         """The connection between a state, which has a number, and the next one."""
         link, steps = self._link(before, after, branches)
-        joined = self._ready.get(_numbers(before, after))
-        if joined is None and steps is not None and not steps[1]:
-            joined = self._known.get(steps[0])
+        joined = None if steps is None else self._known.get(steps)
         if joined is None:
             joined = self._joined(link, before)
-            if steps is not None and not steps[1]:
-                self._known[steps[0]] = joined
+            if steps is not None:
+                self._known[steps] = joined
         found = [
             self._branch(branch, write, list(zip(of, weights, strict=True)))
             for branch, write, of, weights in zip(
@@ -186,9 +165,7 @@ class Linear:
             found.taken = torch.cat([self.states.array([read]) for read in taken], 1)
         return found
 
-    def _link(
-        self, before: Cut, after: Cut, branches: Sequence[Branch]
-    ) -> tuple[_Link, tuple[tuple[Hashable, ...], list[TracedValue]] | None]:
+    def _link(self, before: Cut, after: Cut, branches: Sequence[Branch]) -> tuple[_Link, Hashable | None]:
         """What is between two states, and its steps, where these begin with the state as it is."""
         key = _numbers(before, after)
         if key not in self._links:
@@ -229,68 +206,28 @@ class Linear:
             self._weighs(sources[0], target) or _reorders(h_res),
         )
 
-    def _joined_at_once(
-        self, group: Sequence[tuple[Hashable, _Link, list[TracedValue]]]
-    ) -> dict[Hashable, _Joined]:
-        """What joins pairs of states by equal steps, each with its own coefficients; nothing where features differ."""
-        _, link, outside = group[0]
-        graph, replays = self.states.graph, self._replays[0]
-        reads = [read for of in link.reads for read in of]
+    def _steps(self, link: _Link) -> Hashable | None:
+        """What the steps that join two states are; those of another block may be the same.
 
-        def columns(*given: torch.Tensor) -> list[torch.Tensor]:
-            replays.given = dict(zip((value.number for value in outside), given, strict=True))
-            held = Held(self.states, replays, [*link.target, *reads], link.sources)
-            found = [held.columns(link.target, [at]) for at in range(len(link.sources))]
-            return found + [held.columns([read], [0]) for read in reads]
-
-        try:
-            tensors = [[graph.tensor(value) for value in of] for _, _, of in group]
-            found = torch.vmap(columns)(*map(_stacked, zip(*tensors, strict=True)))
-        except (RuntimeError, ValueError):
-            return {}  # each for itself, which says why where that fails too
-        finally:
-            replays.given = {}
-        weighs, num_sources = self._weighs(link.sources[0], link.target), len(link.sources)
-        joined: dict[Hashable, _Joined] = {}
-        for key, of, *parts in zip((k for k, _, _ in group), (of for _, of, _ in group), *found, strict=True):
-            rest = iter(parts[num_sources:])
-            of_reads = [[next(rest) for _ in each] for each in of.reads]
-            joined[key] = _Joined(
-                parts[0], parts[1:num_sources], of_reads, None, weighs or _reorders(parts[0])
-            )
-        return joined
-
-    def _steps(self, link: _Link) -> tuple[tuple[Hashable, ...], list[TracedValue]] | None:
-        """The steps that join two states, and what comes into them that another block may have otherwise.
-
-        None where a step adds a constant, or passes through what holds nothing of the memory by itself.
+        None where a step adds a constant, or takes anything but the memory and what branches give.
         """
         states, replays, sources = self.states, self._replays[0], link.sources
         places = {value.number: at for at, value in enumerate(v for of in sources for v in of)}
-        outside: dict[TracedValue, str] = {}
         parts: list[Hashable] = [tuple(map(len, sources))]
         parts += [id(states.numbers(value)) for of in sources for value in of]
         ends = [*link.target, *(read for of in link.reads for read in of)]
-
-        def place(value: TracedValue) -> Any:
-            if value.number in places:
-                return places[value.number]
-            return outside.setdefault(value, f"outside {len(outside)}")
-
-        for value in replays.between(ends, places):
-            if replays.adds_constant(value) or not states.has_numbers(value):
-                return None
-            operands = repr(filled(value.args, place)), repr(filled(value.kwargs, place)), value.item
-            taken = tuple(map(place, replays.taken(value)))
-            parts.append((value.name, *operands, taken, id(states.numbers(value))))
-            places[value.number] = len(places)
-        for value in outside:
-            if states.memory.holds(value) or value.number in states.linked:
-                return None
-            parts.append((value.shape, value.dtype))
-        return (*parts, *(tuple(places[v.number] for v in of) for of in (link.target, *link.reads))), [
-            *outside
-        ]
+        try:
+            for value in replays.between(ends, places):
+                if replays.adds_constant(value) or not states.has_numbers(value):
+                    return None
+                operands = filled(
+                    (value.args, value.kwargs, replays.taken(value)), lambda of: places[of.number]
+                )
+                parts.append((value.name, repr(operands), value.item, id(states.numbers(value))))
+                places[value.number] = len(places)
+            return (*parts, *(tuple(places[v.number] for v in of) for of in (link.target, *link.reads)))
+        except KeyError:
+            return None
 
     def _weighs(self, before: Cut, target: Sequence[TracedValue]) -> bool:
         """Whether a step of the memory between two states scales or mixes streams, or takes some of them apart."""
@@ -378,15 +315,6 @@ def _scales_or_mixes(memory: Memory, value: TracedValue) -> bool:
     if value.name in MOVES:
         return value.numel < max((v.numel for v in memory.inside(value)), default=0)
     return any(value.name in group for group in (PRODUCTS, MIXES, JOINS))
-
-
-def _stacked(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Tensors of one shape as one; what they are expanded along, all are."""
-    first = tensors[0]
-    places = tuple(slice(None) if step else slice(1) for step in first.stride())
-    if any(tensor.stride() != first.stride() for tensor in tensors):
-        return torch.stack(list(tensors))
-    return torch.stack([tensor[places] for tensor in tensors]).expand(len(tensors), *first.shape)
 
 
 def _numbers(*cuts: Cut) -> tuple[tuple[int, ...], ...]:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, NamedTuple
 
 import torch
 
@@ -33,10 +32,6 @@ from depthscope.probes.reading.states import States
 ROUNDING = {torch.float64: 512.0, torch.float32: 512.0, torch.bfloat16: 4.0, torch.float16: 16.0}
 
 
-# Numbers of a value that is recomputed with others, and of all that are at once: 2 MB of each operand.
-SMALL, MOST_WAITING = 2**15, 2**19
-
-
 def tolerance(values: Iterable[TracedValue]) -> float:
     """How far recomputed values may be off, relative to their largest number."""
     return max(ROUNDING.get(v.dtype, 4.0) * torch.finfo(v.dtype).eps for v in values if v.is_floating)
@@ -51,16 +46,13 @@ def _error(again: torch.Tensor, true: torch.Tensor) -> float:
         again, true = again[known], true[known]
     if not true.numel():
         return 0.0
-    return _relative(*(float(torch.linalg.vector_norm(of, math.inf)) for of in (again - true, true)))
-
-
-def _relative(error: float, largest: float) -> float:
+    error, largest = (float(torch.linalg.vector_norm(of, math.inf)) for of in (again - true, true))
     error /= max(largest, 1e-9)
     return error if math.isfinite(error) else math.inf
 
 
 def _applied(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-    """(…, tokens, to, from, features or 1) applied to (…, tokens, from, features)."""
+    """(tokens, to, from, features or 1) applied to (tokens, from, features)."""
     matrix = matrix.to(state)
     if state.shape[-2] == 1:
         return matrix[..., 0, :] * state
@@ -69,84 +61,19 @@ def _applied(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     return (matrix * state.unsqueeze(-3)).sum(-2)
 
 
-class _Step(NamedTuple):
-    """What is recomputed: its connection, what is applied to what, and the value that this gives."""
-
-    parts: ConnectionReading
-    factors: list[tuple[torch.Tensor, torch.Tensor]]
-    target: torch.Tensor
-
-    @property
-    def kind(self) -> tuple[Any, ...]:
-        """What steps have in common that are recomputed together."""
-        tensors = (self.target, *(tensor for pair in self.factors for tensor in pair))
-        return tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors)
-
-
-class Recomputed:
-    """How far the next states, and every read, are from what the reported parts give: the errors of connections.
-
-    Small steps of one kind are recomputed at once, each number by the same operations: an operation costs more than these.
-    """
-
-    def __init__(self, states: States):
-        self._states = states
-        self._waiting: list[_Step] = []
-        self._num_waiting = 0  # numbers of these steps
-
-    def add(self, before: Cut, parts: ConnectionReading) -> None:
-        """Take the step from a state to the next one, and what branches read of it."""
-        states, first = self._states, min(value.number for value in parts.start)
-        state = states.array(parts.start)
-        for branch in parts.branches:
-            for read, weight in branch.reads:
-                base = parts.start if read.number >= first else before
-                if [read] != base and _is_pure(states, base, read):
-                    self._add(_Step(parts, [(weight, states.array(base))], states.array([read])))
-        factors = [(parts.h_res, state), *((branch.write, branch.out) for branch in parts.branches)]
-        self._add(_Step(parts, factors, states.array(parts.target)), parts.constant)
-
-    def _add(self, step: _Step, constant: torch.Tensor | None = None) -> None:
-        if constant is not None:
-            step.parts.error = max(step.parts.error, _error(_total(step.factors) + constant, step.target))
-            return
-        self._waiting.append(step)
-        self._num_waiting += step.target.numel()
-        if step.target.numel() > SMALL or self._num_waiting > MOST_WAITING:
-            self.end()
-
-    def end(self) -> None:
-        """Note the errors of the steps that wait."""
-        kinds: dict[tuple[Any, ...], list[_Step]] = {}
-        for step in self._waiting:
-            kinds.setdefault(step.kind, []).append(step)
-        self._waiting.clear()
-        self._num_waiting = 0
-        for steps in kinds.values():
-            columns = zip(*(step.factors for step in steps), strict=True)
-            total = _total([(_joined(m for m, _ in of), _joined(x for _, x in of)) for of in columns])
-            true = _joined(step.target for step in steps)
-            sizes = [
-                torch.linalg.vector_norm(of.flatten(1), math.inf, dim=1).tolist()
-                for of in (total - true, true)
-            ]
-            for step, error, largest in zip(steps, *sizes, strict=True):
-                is_known = math.isfinite(largest)
-                found = _relative(error, largest) if is_known else _error(_total(step.factors), step.target)
-                step.parts.error = max(step.parts.error, found)
-
-
-def _total(factors: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
-    first, *rest = (_applied(*pair) for pair in factors)
-    for other in rest:
-        first = first + other
-    return first
-
-
-def _joined(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
-    """Tensors (tokens, …) of several steps as one, with the steps first."""
-    several = list(tensors)
-    return torch.stack(several) if len(several) > 1 else several[0].unsqueeze(0)
+def recomputed(states: States, before: Cut, of: ConnectionReading) -> float:
+    """How far the next state, and every read, are from what the reported parts give."""
+    first, state, worst = min(value.number for value in of.start), states.array(of.start), 0.0
+    for branch in of.branches:
+        for read, weight in branch.reads:
+            base = of.start if read.number >= first else before
+            if [read] != base and _is_pure(states, base, read):
+                worst = max(worst, _error(_applied(weight, states.array(base)), states.array([read])))
+    total = _applied(of.h_res, state)
+    for branch in of.branches:
+        total = total + _applied(branch.write, branch.out)
+    total = total if of.constant is None else total + of.constant
+    return max(worst, _error(total, states.array(of.target)))
 
 
 def _is_pure(states: States, before: Cut, read: TracedValue) -> bool:

@@ -30,8 +30,8 @@ from depthscope.probes.reading.memory import Memory, without_forks
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MIXES, only_moves
 from depthscope.probes.reading.proof import (
-    Recomputed,
     WeightCoverage,
+    recomputed,
     recomputed_depth,
     tolerance,
     why_not_apart,
@@ -247,8 +247,7 @@ class _Reader:
         self._cuts, self.linear = found, Linear(self.states)
         if found.over_depth:
             return self._over_depth(found.cuts)
-        connections, proof = list[ConnectionReading](), Recomputed(self.states)
-        self.linear.prepare(found.cuts, self.branches)
+        connections: list[ConnectionReading] = []
         for number, after in enumerate(found.cuts[1:]):
             before = found.cuts[number]
             of = self.linear.joined_by(number, before, after, self.branches)
@@ -257,9 +256,8 @@ class _Reader:
                 if ordered != after:
                     found.cuts[number + 1] = ordered
                     of = self.linear.joined_by(number, before, ordered, self.branches)
-                proof.add(before, of)
+                of.error = recomputed(self.states, before, of)
             connections.append(of)
-        proof.end()
         if any(not branch.reads for of in connections for branch in of.branches):
             return self._over_depth(found.cuts)  # a branch reads an earlier state than the last one
         return self._described(found.cuts, connections, [of.error for of in connections], over_depth=False)

@@ -282,8 +282,6 @@ class Replays:
     def __init__(self, states: States, *, one_feature: bool):
         self._states, self._graph, self._one = states, states.graph, one_feature
         self.num_features = 1 if one_feature else states.num_features
-        # By number: what comes into the steps from elsewhere, in the place of what the forward had.
-        self.given: Mapping[int, torch.Tensor] = {}
         root = states.memory.root
         self.kind = torch.float64 if root.dtype == torch.float64 else torch.float32
         self.device = self._graph.tensor(root).device
@@ -416,13 +414,9 @@ class Replays:
             raise FeaturesDiffer
         return tensor[(slice(None),) * axis + (part,)]
 
-    def _tensor(self, value: TracedValue) -> torch.Tensor:
-        given = self.given.get(value.number)
-        return self._graph.tensor(value) if given is None else given
-
     def _factor(self, value: TracedValue, of: TracedValue) -> torch.Tensor:
         """What is multiplied with a value, where it is the same for all features."""
-        tensor = self._tensor(of)
+        tensor = self._graph.tensor(of)
         if self._one:
             box = self.box(value)
             for axis in range(-1, -1 - tensor.ndim, -1):
@@ -445,7 +439,7 @@ class Replays:
                 return tensor.new_zeros(self.box(of).shape if is_known else of.shape)
             if value.name in SUMS:
                 return self._factor(value, of)
-            own = self._tensor(of)
+            own = self._graph.tensor(of)
             return own.to(self.kind) if own.is_floating_point() else own
 
         sums = SUMS.get(value.name, ())
