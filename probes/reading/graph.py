@@ -223,7 +223,6 @@ class Graph:
         self.weights: dict[int, list[TracedValue]] | None = None  # of `operations.weights`
         self._made: dict[int, torch.Tensor] = {}  # what was made again last
         self.read: set[int] = set()  # of which values the held tensor was read since the last forward
-        self._asked: dict[int, int] = {}
         self._later: dict[int, bytearray] = {}
         self._parents: list[tuple[int, ...]] = []
         self._from_input: bytearray | None = None
@@ -237,14 +236,7 @@ class Graph:
         """Whether a value was computed from another one, by whatever operations."""
         if value.number <= on.number:
             return value is on
-        known = self._later.get(on.number)
-        if known is None:
-            asked = self._asked[on.number] = self._asked.get(on.number, 0) + 1
-            if asked <= 3:  # a search is cheaper than marking everything, as long as few ask
-                back = walk([value], lambda of: (p for p in of.parents if p.number >= on.number))
-                return on in back
-            known = self.later(on)
-        return bool(known[value.number])
+        return bool(self.later(on)[value.number])
 
     def later(self, on: TracedValue) -> bytearray:
         """Marks, by number, of all values that were computed from one, and of itself."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, reduce, wraps
 from itertools import accumulate
 from operator import mul
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -22,33 +22,6 @@ NOTHING = -1
 _HOLE = -(1 << 56)  # in a vector of an axis: whatever is added to it stays negative
 
 Vectors = tuple[np.ndarray, ...]
-
-
-class Arrangement(NamedTuple):
-    """A value in another shape, the order of these axes, tokens before streams before features, and how many streams."""
-
-    sizes: tuple[int, ...]
-    order: tuple[int, ...]
-    streams: int
-    is_sorted: bool  # whether they are in this order already
-
-
-def _parts_of_axis(vector: np.ndarray) -> list[tuple[int, int]]:
-    """An axis as one or two, along each of which the numbers grow by a step, or do not change."""
-    ends = np.flatnonzero(np.diff(vector))
-    if not len(ends):
-        return [(0, len(vector))] if len(vector) > 1 else []
-    inner = int(ends[0]) + 1  # copies next to each other
-    copied = vector[::inner]
-    falls = np.flatnonzero(np.diff(copied) < 0)
-    length = int(falls[0]) + 1 if len(falls) else len(copied)
-    step = int(copied[1] - copied[0]) if length > 1 else 0
-    outer = len(copied) // length
-    parts = [(0, outer), (step, length), (0, inner)]
-    again = np.tile(np.repeat(np.arange(length) * step, inner), outer)
-    if not np.array_equal(again, vector):
-        return [(-1, len(vector))]
-    return [(step, length) for step, length in parts if length > 1]
 
 
 def _computed_once(make: Callable[..., Any]) -> Callable[..., Any]:
@@ -154,34 +127,6 @@ class Numbers:
             return None
         cut = zip(places, self.shape, strict=True)
         return found, [place if len(place) < length else None for place, length in cut]
-
-    @_computed_once
-    def arrangement(self, shape: tuple[int, ...], feature: int, num_features: int) -> Arrangement | None:
-        """How a value becomes (tokens, streams, features) by its axes alone: of a shape's elements, all or one feature."""
-        if self.array is not None or any(not len(axis) or axis.min() <= _HOLE // 2 for axis in self.axes):
-            return None
-        first = Numbers.first(shape)
-        stride, size = first.step(feature), shape[feature]
-        parts = [part for axis in self.axes for part in _parts_of_axis(axis - axis.min())]
-        tokens = [n for n, (step, length) in enumerate(parts) if step and (step, length) != (stride, size)]
-        tokens.sort(key=lambda n: -parts[n][0])
-        features = [n for n, part in enumerate(parts) if part == (stride, size)]
-        streams = [n for n, (step, _) in enumerate(parts) if not step]
-        found = np.zeros((), dtype=np.int64)
-        for n in tokens:
-            found = np.add.outer(found, np.arange(parts[n][1]) * parts[n][0])
-        true = first.first_feature(stride, size)
-        offset = self.offset + sum(int(axis.min()) for axis in self.axes)
-        if (
-            true is None
-            or offset
-            or len(features) != (num_features > 1)
-            or not np.array_equal(true[0].dense().ravel(), found.ravel())
-        ):
-            return None
-        sizes = tuple(length for _, length in parts)
-        order = (*tokens, *streams, *features)
-        return Arrangement(sizes, order, math.prod(sizes[n] for n in streams), order == tuple(sorted(order)))
 
     def step(self, axis: int) -> int:
         """How far the numbers of neighbours along an axis are apart; 1 where one has none."""

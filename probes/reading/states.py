@@ -101,11 +101,7 @@ class States:
 
     def num_streams(self, cut: Sequence[TracedValue]) -> int:
         """How many values of each token and feature some values hold."""
-        numbers = [self.numbers(value) for value in cut]
-        found = [part.arrangement(self.memory.shape, self.axis, self.num_features) for part in numbers]
-        if any(of is None for of in found):
-            return self.order(numbers)[1]
-        return sum(of.streams for of in found if of is not None)
+        return self.order([self.numbers(value) for value in cut])[1]
 
     def array(self, cut: Sequence[TracedValue]) -> torch.Tensor:
         """Some values of the memory as (tokens, streams, features)."""
@@ -122,10 +118,6 @@ class States:
     ) -> torch.Tensor:
         """Some arrays of elements that have numbers of the memory, as (arrays, tokens, streams, features)."""
         kind = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
-        parts = [self._arranged(t.to(kind), of, num_features) for t, of in zip(tensors, numbers, strict=True)]
-        known = [part for part in parts if part is not None]
-        if len(known) == len(parts):
-            return known[0] if len(known) == 1 else torch.cat(known, 2)
         order, n = self.order(numbers)
         flat = torch.cat([tensor.reshape(len(tensor), -1).to(kind) for tensor in tensors], 1)
         shape = self._shape(num_features)
@@ -137,14 +129,6 @@ class States:
     def _shape(self, num_features: int) -> tuple[int, ...]:
         shape = self.memory.shape
         return (*shape[: self.axis], num_features, *shape[self.axis + 1 :])
-
-    def _arranged(self, tensor: torch.Tensor, numbers: Numbers, num_features: int) -> torch.Tensor | None:
-        found = numbers.arrangement(self.memory.shape, self.axis, num_features)
-        if found is None:
-            return None
-        if not found.is_sorted:
-            tensor = tensor.reshape(len(tensor), *found.sizes).permute(0, *(1 + dim for dim in found.order))
-        return tensor.reshape(len(tensor), -1, found.streams, num_features)
 
     def output(self, branch: Branch) -> torch.Tensor:
         """What a branch gave as (tokens, streams, features); zero at the tokens and features that it does not write to."""
