@@ -85,7 +85,7 @@ def record(
     Parameters
     ----------
     model : Module
-        The model that the loop calls; compiled, or the module that was compiled.
+        The model that the loop calls, compiled or not.
     every, start_step, end_step : int
         Which steps are measured.
     store : path-like, optional
@@ -174,7 +174,7 @@ def record(
         )
     stages = 1 if stage is None else stage[1]
     shares = WeightShares(model, part[1] // stages) if weights and part is not None else None
-    model = inner_model(model)
+    called, model = model, inner_model(model)
     given: dict[str, Any] = {
         "sinks": list(sinks),
         "on_finding": on_finding,
@@ -215,6 +215,7 @@ def record(
             exact_sums=part is not None,
             digests=part is not None,
         ),
+        called,
     )
     return Recorder(
         session,
