@@ -53,7 +53,7 @@ def test_no_gradient_below_frozen_weights_is_no_failure(tmp_path):
 @pytest.mark.parametrize(
     "build",
     [
-        lambda: pre_norm(12),
+        lambda: pre_norm(24),
         lambda: streams(NEAR),
         lambda: streams(random_logits(0.3), make=Constrained),
     ],
