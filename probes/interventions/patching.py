@@ -17,7 +17,7 @@ from torch import nn
 from depthscope.diagnostics.errors import InputError, did_you_mean
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 from depthscope.probes.interventions.patch_measure import Answers, Cell, Measure, Outcome, patch_result
-from depthscope.probes.interventions.predictions import Loss, Pick
+from depthscope.probes.interventions.predictions import Pick
 from depthscope.probes.model.errors import InterventionError
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.model_call import batches
@@ -39,7 +39,6 @@ def patch(
     stream: Which = None,
     answer: Answers = None,
     against: Answers = None,
-    loss: Loss | None = None,
     logits: Pick | None = None,
     chain: str | None = None,
     token_text: Any = None,
@@ -71,8 +70,6 @@ def patch(
     answer, against : int or array of int, optional
         Token ids, one for all sequences or one for each. With both the measure is logit(answer) − logit(against), with the
         first alone −log p(answer), at the last real token.
-    loss : callable, optional
-        ``loss(output, clean)``: a number for each sequence or token; the batch is the clean one, whose labels count.
     logits : callable, optional
         ``logits(output)``: the tensor to compare, where the output has several.
     chain : str, optional
@@ -89,7 +86,7 @@ def patch(
     Dataset
         ``effect`` and ``change`` (m(patched) − m(corrupted)) by depth, token and stream, each with ``_error`` (standard
         error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``patched``, ``clean`` and ``corrupted`` are the
-        measures of each sequence. Without `answer` and `loss` the measure is the loss of the next clean token where the output
+        measures of each sequence. Without `answer` the measure is the loss of the next clean token where the output
         is proven to predict it, else KL(clean ‖ patched), else the relative change of the output. Token and stream −1 are
         all at once. The attribute ``no_effect`` tells why the effect is undefined (NaN) where the two inputs differ by no more
         than chance, ``left_out`` which places could not be patched, ``other_paths`` whether something leads around a state.
@@ -113,7 +110,7 @@ def patch(
     for clean_batch, corrupted_batch in pairs:
         pair = _Pair(model, clean_batch, corrupted_batch, Options(**options), chain)
         measure = Measure(
-            pair.clean, answer=answer, against=against, loss=loss, pick=logits, first=outcome.num_sequences
+            pair.clean, answer=answer, against=against, pick=logits, first=outcome.num_sequences
         )
         _run_pair(pair, measure, wanted, outcome, progress or (lambda what, done, total: None))
     measure.require_all_answers_used(outcome.num_sequences)
