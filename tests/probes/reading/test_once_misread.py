@@ -169,36 +169,6 @@ def test_the_gradient_of_a_state_comes_from_everything_that_reads_it():
     assert difference(run["trace"].gradient.values[0], true) < 1e-5
 
 
-class Movable:
-    """As torch_geometric's `Data`: an object with tensors in a store, that can be moved to a device and gone through."""
-
-    def __init__(self, **tensors):
-        self.store = tensors
-
-    def __getattr__(self, name):
-        if name not in self.__dict__.get("store", {}):
-            raise AttributeError(name)
-        return self.store[name]
-
-    def __iter__(self):
-        return iter(self.store.items())
-
-    def to(self, device):
-        return Movable(**{name: tensor.to(device) for name, tensor in self.store.items()})
-
-
-class OfObjects(Trunk):
-    def forward(self, graph):
-        return super().forward(graph.x)
-
-
-def test_a_batch_may_be_an_object_that_holds_tensors():
-    graph = Movable(x=torch.randn(8, 5), edges=torch.randint(0, 8, (2, 20)))
-    model = OfObjects().eval()
-    trace = ds.capture(model, graph)["trace"]
-    assert difference(trace.residual.values[-1], noted(model, graph)[-1]) < 1e-6
-
-
 class Encoder(nn.Module):
     """torch packs a padded batch into a nested tensor where nobody looks."""
 
@@ -301,23 +271,6 @@ def test_a_decoder_that_begins_with_zeros_is_a_tower():
     run = ds.capture(Queries().eval(), torch.randn(2, 6, 5))
     assert run.attrs["proof"] == "proven"
     assert sorted(of.sizes["token"] for of in run["trace"].children.values()) == [4, 6]
-
-
-class Packed(Trunk):
-    """Attention over all rows, as of the patches of several images in one axis."""
-
-    def step(self, number, branch, x):
-        return x + (x @ x.mT).softmax(-1) @ branch(x)
-
-
-def test_packed_tokens_are_refused_unless_they_are_said_to_be_of_one_sequence():
-    model, rows = Packed().eval(), torch.randn(12, 5)
-    with pytest.raises(LayoutError, match="layout='T D'"):
-        ds.capture(model, rows)
-    run = ds.capture(model, rows, layout="T D")
-    assert run.trace.residual.shape == (4, 1, 12, 1, WIDTH)
-    assert run.attrs["proof"] == "proven"
-    assert difference(run.trace.residual.values[-1], noted(model, rows)[-1]) < 1e-6
 
 
 # --- norms, and sequences that meet
