@@ -32,7 +32,6 @@ from depthscope.probes.session.attention import (
     placed_attention,
     watch_attention,
 )
-from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.find_structure import AxisError, RewrittenError, StructureFinder
 from depthscope.probes.session.forward import (
     CurrentForward,
@@ -42,7 +41,7 @@ from depthscope.probes.session.forward import (
     own_call,
     own_calls,
 )
-from depthscope.probes.session.observer import Observer
+from depthscope.probes.session.observer import ConnectionParameters, Observer
 from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.session.step import Step
 from depthscope.probes.structure.chain import ChainError

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 
 from depthscope.probes.connections.proof import Parts
 from depthscope.probes.model.errors import CaptureError
@@ -14,12 +15,12 @@ from depthscope.probes.model.hooks import Report
 from depthscope.probes.model.modules import find_mask, fit_mask
 from depthscope.probes.model.user_modes import compute_dtype
 from depthscope.probes.reading.tensor_memory import detached, stacked
-from depthscope.probes.session.connection_parameters import ConnectionParameters
 from depthscope.probes.session.forward import Forward, GradientListener, Key, TensorKey
 from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.statistics.live_sums import LiveSums
 from depthscope.probes.statistics.row_sums import coefficient_sums
 from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.statistics.weight_updates import unreadable
 from depthscope.probes.structure.model_structure import FINAL, ShownTensor, Structure
 
 T = TypeVar("T")
@@ -297,3 +298,50 @@ def _with_other_streams(waiting: dict[Key, dict[int, T]], of: ShownTensor, strea
         return None
     del waiting[of.chain, of.depth]
     return [stream for _, stream in sorted(streams.items())]
+
+
+class ConnectionParameters:
+    """The biases and gates of the connections.
+
+    These are the parameters that the coefficients are computed from, with no more elements than the n² + 2n coefficients and
+    no axis as wide as a state: static logits and biases, and the scalars α that scale what depends on the token.
+
+    ``model``: the user's model; its parameters are only read.
+    ``structure``: what it was found to be.
+    ``cells``: for each connection that has some, the parameter that each element of `values` belongs to.
+    """
+
+    def __init__(self, model: nn.Module, structure: Structure):
+        self._model, self._structure = model, structure
+        self._names: dict[int, tuple[str, ...]] = {}
+        self.cells: dict[int, tuple[str, ...]] = {}
+        own, listed = dict(model.named_parameters(remove_duplicate=False)), set[str]()
+        for number, connection in enumerate(structure.connections):
+            names = [name for name in connection.parameters if name in own and name not in listed]
+            chosen = {name: own[name] for name in names if self._is_small(own[name])}
+            listed.update(chosen)  # what several connections share is listed once
+            if chosen:
+                self._names[number] = tuple(chosen)
+                self.cells[number] = tuple([name for name, of in chosen.items() for _ in range(of.numel())])
+
+    def _is_small(self, parameter: nn.Parameter) -> bool:
+        n = self._structure.num_streams
+        width = self._structure.chains[0].shapes[0][-1]  # streams may be a part of it
+        widths = {width, width // n, width * n}
+        return (
+            not unreadable(parameter)
+            and parameter.numel() <= n * (n + 2)
+            and not widths & set(parameter.shape)
+        )
+
+    def values(self, number: int) -> torch.Tensor | None:
+        """The present values of a connection's biases and gates, one after another; None where it has none.
+
+        Returns: A copy in float32, as long as its `cells`.
+        """
+        names = self._names.get(number, ())
+        # By name, since an optimizer or a loader may have put others in their place.
+        parameters = [self._model.get_parameter(name) for name in names]
+        if not parameters or sum(each.numel() for each in parameters) != len(self.cells[number]):
+            return None
+        return torch.cat([each.detach().flatten().float() for each in parameters])
