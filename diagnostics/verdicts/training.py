@@ -219,7 +219,7 @@ def off_minimum(
     if reach is None or loss is None or best is None or not (is_text(repair) and is_text(cause)):
         return
     # What still has to learn can do so by its scales too: either use must surely know something.
-    if min(loss, best + half_width) > KNOWS * constant:
+    if min(loss, best + (number_or_none(result.get("repaired_half_width")) or 0.0)) > KNOWS * constant:
         return
     gained = max(loss - best - half_width, 0.0)
     share = gained / (reach + gained)
