@@ -143,7 +143,7 @@ def test_streams_that_the_head_does_not_take_have_the_gradient_of_what_else_take
 def test_each_stream_is_patched(start):
     """As where the model's own code puts other tensors into its list."""
     model, other = ListOfStreams(start), (3 * IDS + 1) % 30
-    found = ds.interventions.patch(model, IDS, other, loss=loss, tokens="all")
+    found = ds.interventions.patch(model, IDS, other, answer=3, against=7, tokens="all")
     model(IDS)
     clean = [[stream.detach() for stream in state] for state in model.states]
     shared = start == "one tensor"  # its streams cannot differ
@@ -153,8 +153,8 @@ def test_each_stream_is_patched(start):
             several = range(STREAMS) if stream < 0 else (stream,)
             model.put_in = {(depth, number): clean[depth][number] for number in several}
             with torch.no_grad():
-                expected = loss(model(other)).item()
-            patched = found.patched.sel(depth=depth, token=-1, stream=stream).item()
+                output = model(other)[:, -1]
+            patched = found.patched.sel(depth=depth, token=-1, stream=stream).values
             if depth or stream < 0 or not shared:
-                assert patched == pytest.approx(expected, rel=1e-6)
+                np.testing.assert_allclose(patched, output[:, 3] - output[:, 7], rtol=1e-5)
     np.testing.assert_allclose(found.effect.sel(stream=-1), 1, rtol=1e-6)

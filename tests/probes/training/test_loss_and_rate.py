@@ -38,7 +38,7 @@ def numbers(recorder, name: str) -> list[float]:
 def test_the_loss_is_what_the_backwards_of_the_step_began_at(gradients, compiled):
     model, other, expected = Small(), torch.nn.Linear(8, 1), []
     called = torch.compile(model, backend="eager") if compiled else model
-    with probes.record(model, gradients=gradients, metrics="live", live_tokens=8) as recorder:
+    with probes.record(called, gradients=gradients, metrics="live", live_tokens=8) as recorder:
         for step in range(2):
             total = 0.0
             for part in range(3):
