@@ -7,10 +7,13 @@ import importlib.util
 import json
 import logging
 import os
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -123,7 +126,7 @@ def _convert(file: Path) -> tuple[nn.Module, Any]:
     source = {"gguf_file": file.name, "local_files_only": True}
     message = f"transformers cannot read '{file}' as GGUF"
     advice = "check that the download is complete and that its architecture is one that transformers converts"
-    with offline(), errors_of("transformers", message, advice):
+    with offline(), errors_of("transformers", message, advice), _parsed_once():
         model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **source)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
     # save_pretrained refuses a model whose config is marked as quantised; the weights are plain float32 by now. The config
@@ -132,6 +135,25 @@ def _convert(file: Path) -> tuple[nn.Module, Any]:
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     return model, tokenizer
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Have transformers parse a file once, not three times, and make its table of names once, not for every module."""
+    import gguf
+
+    class PlainReader(gguf.GGUFReader):
+        # A vocabulary is some 100 000 slices, and one of a memory map takes ten times as long as one of an array.
+        data = property(
+            lambda self: self._data, lambda self, mapped: setattr(self, "_data", mapped.view(np.ndarray))
+        )
+
+    former = gguf.GGUFReader, gguf.get_tensor_name_map
+    gguf.GGUFReader, gguf.get_tensor_name_map = cache(PlainReader), cache(former[1])
+    try:
+        yield
+    finally:
+        gguf.GGUFReader, gguf.get_tensor_name_map = former
 
 
 def _load_copy(folder: Path) -> tuple[nn.Module, Any]:

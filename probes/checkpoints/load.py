@@ -397,13 +397,17 @@ def _call_factory(spec: str, factory: Any) -> nn.Module:
             f"'{spec}' is a {type(factory).__name__}; expected a function that returns an nn.Module"
         )
     try:
-        inspect.signature(factory).bind()  # before the call, whose own TypeErrors are the user's to see
+        signature = inspect.signature(factory)
+    except ValueError:
+        signature = (
+            inspect.Signature()
+        )  # a callable of C has none that can be read: its call shows what it needs
+    try:
+        signature.bind()  # before the call, whose own TypeErrors are the user's to see
     except TypeError as error:
         raise CheckpointError(
             f"'{spec}' is called without arguments but needs some ({error}); wrap it in a function without"
         ) from error
-    except ValueError:  # a callable of C has no signature; its call shows what it needs
-        pass
     with errors_of_user_code(f"'{spec}'"):
         model = factory()
     if not isinstance(model, nn.Module):

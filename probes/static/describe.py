@@ -145,7 +145,7 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
         connections=tuple(connections),
         heads=(*described[len(found.connections) :], *collapse),
         composites=products,
-        warnings=(*_absence(absent), *remarks(connections, products, streams)),
+        warnings=(*_absence(absent), *remarks(connections, streams)),
         looked_for=tuple(row.looked_for for row in rows if not row.head),
         unrecognised=found.unrecognised,
     )
