@@ -24,9 +24,9 @@ from depthscope.diagnostics.analysis.training_curves import training_curves
 from depthscope.diagnostics.errors import InputError, TakenError
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.diagnostics.schema.groups import group_path
+from depthscope.probes.checkpoints.errors import is_model_error, own_error
 from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import batches_of, encode_text, token_texts
-from depthscope.probes.checkpoints.user_code import is_model_error, own_error
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.one_shot import capture
 from depthscope.probes.session.options import ModelOptions, SiteOptions, takes_options

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from depthscope.diagnostics.atomic_writes import cache_folder, one_at_a_time, own_folder, replaced_folder
-from depthscope.probes.checkpoints.digests import file_digest
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of
 from depthscope.probes.checkpoints.own_files import offline, require_file
+from depthscope.probes.checkpoints.weight_files import file_digest
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.checkpoints.digests import file_digest, parameter_digest
-from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, printable
+from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, errors_of_user_code, printable
 from depthscope.probes.checkpoints.gguf import load_gguf, smollm2_file
 from depthscope.probes.checkpoints.hub import bars_on_terminals_only, hub_files, is_hub_name
 from depthscope.probes.checkpoints.own_files import (
@@ -32,9 +31,10 @@ from depthscope.probes.checkpoints.own_files import (
     require_file,
 )
 from depthscope.probes.checkpoints.tensor_inventory import StoredTensor, headers
-from depthscope.probes.checkpoints.user_code import errors_of_user_code
 from depthscope.probes.checkpoints.weight_files import (
+    file_digest,
     load_strictly,
+    parameter_digest,
     safetensors_files,
     shards,
     state_dict,

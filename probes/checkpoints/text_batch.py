@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.checkpoints.errors import errors_of
+from depthscope.probes.checkpoints.errors import errors_of, errors_of_user_code
 from depthscope.probes.checkpoints.load import LoadedModel
-from depthscope.probes.checkpoints.user_code import errors_of_user_code
 
 logger = logging.getLogger(__name__)
 
