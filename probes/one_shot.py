@@ -82,7 +82,7 @@ def capture(
     with no_collection():
         return build_run(
             measured.session,
-            [row],
+            row,
             measured.pooled,
             attrs={**({"task": task} if task else {}), **of_stage, **storable_attributes(attrs)},
             token_text=token_text,

@@ -9,14 +9,8 @@ from depthscope.diagnostics.schema.coefficients import (
     SUMS_OF_COEFFICIENTS,
 )
 from depthscope.diagnostics.schema.groups import COMPLETE, GROUPS, by_chain, chain_dataset, chains
-from depthscope.diagnostics.schema.live_log import (
-    LOG,
-    LiveRows,
-    Status,
-    is_being_written,
-    is_live_store,
-    newest_state,
-)
+from depthscope.diagnostics.schema.live_rows import LOG, LiveRows, Status
+from depthscope.diagnostics.schema.live_store import is_being_written, is_live_store, newest_state
 from depthscope.diagnostics.schema.opening import (
     POOLED_STEP,
     RESUMED_AT,

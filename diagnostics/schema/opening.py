@@ -11,20 +11,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import xarray as xr
-from xarray.backends import BackendArray
-from xarray.core import indexing
 
 from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.schema.groups import chain_dataset, group_path
 from depthscope.diagnostics.schema.joining import PARTS, join_parts, parts_of
-from depthscope.diagnostics.schema.live_log import (
+from depthscope.diagnostics.schema.live_rows import LiveRows, Status
+from depthscope.diagnostics.schema.live_store import (
     RUN_ID,
     STATES,
-    LiveRows,
-    Status,
     is_live_store,
     live_log_of,
     newest_state,
@@ -157,13 +153,11 @@ def _open_live(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.Dat
 
 def _groups_with_rows(state: xr.DataTree, rows: LiveRows, status: Status) -> dict[str, xr.Dataset]:
     """Every group of a live store, with its attributes."""
-    groups = {node.path.strip("/"): node.to_dataset(inherit=False) for node in state.subtree}
-    for path in dict.fromkeys(name.rpartition("/")[0] for name in (*rows.variables, *rows.coords)):
-        groups[path] = with_rows(path, groups.get(path, xr.Dataset()), rows)
-        groups[path].attrs |= rows.attrs.get(path, {})
-        if status.state_step != status.last_step:
+    groups = rows.groups_of(state)
+    if status.state_step != status.last_step:
+        for path in {name.rpartition("/")[0] for name in rows.variables}:
             groups[path].attrs[POOLED_STEP] = status.state_step
-    groups[""].attrs |= {**rows.attrs.get("", {}), "created": rows.created, LIVE: status.as_dict()}
+    groups[""].attrs |= {"created": rows.created, LIVE: status.as_dict()}
     if rows.resumed:
         groups[""].attrs[RESUMED_AT] = rows.resumed
     return {f"/{path}": dataset for path, dataset in groups.items()}
@@ -192,41 +186,6 @@ def _step_of(run: xr.DataTree) -> int | None:
         if node.path.startswith("/statistics") and node.sizes.get("step")
     ]
     return int(steps[0][-1]) if steps else None
-
-
-def with_rows(path: str, known: xr.Dataset, rows: LiveRows) -> xr.Dataset:
-    """A group in which what has a step is of the rows, and the rest as in the saved state."""
-    kept = known.drop_dims("step") if "step" in known.dims else known
-    of_group = {name.rpartition("/")[2]: name for name in rows.coords if name.rpartition("/")[0] == path}
-    coords = {label: rows.coords[name] for label, name in of_group.items() if label not in kept.variables}
-    variables = {}
-    for name, declared in rows.variables.items():
-        group, _, label = name.rpartition("/")
-        if group == path:
-            attrs = known[label].attrs if label in known.variables else dict(declared.attrs)
-            lazy = indexing.LazilyIndexedArray(_Column(rows, name))
-            variables[label] = xr.Variable(("step", *declared.dims), lazy, attrs)
-    try:
-        return kept.assign_coords({"step": ("step", rows.steps), **coords}).assign(variables)
-    except ValueError as error:  # other labels than the saved arrays, or two things of one name
-        raise SchemaError(f"the rows of /{path} do not fit to its saved arrays ({error})") from None
-
-
-class _Column(BackendArray):
-    """One variable of the rows that there are now, read completely when a part of it is used."""
-
-    def __init__(self, rows: LiveRows, name: str) -> None:
-        declared = rows.variables[name]
-        self.shape, self.dtype = (len(rows.rows), *declared.shape), np.dtype(declared.dtype)
-        self._read = partial(rows.column, name)
-
-    def __deepcopy__(self, memo: Any) -> _Column:
-        return self  # what was written is never changed
-
-    def __getitem__(self, key: Any) -> Any:
-        return indexing.explicit_indexing_adapter(
-            key, self.shape, indexing.IndexingSupport.BASIC, lambda index: self._read()[index]
-        )
 
 
 def open_group(

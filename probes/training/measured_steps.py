@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import xarray as xr
 
+from depthscope.diagnostics.schema import validate
+from depthscope.diagnostics.schema.live_rows import MemoryRows
 from depthscope.diagnostics.schema.loss_course import LossCourse
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import mean_task
-from depthscope.probes.run.build_run import Proven, build_run
+from depthscope.probes.run.build_run import build_run, step_numbers
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.session import Session
@@ -23,6 +25,7 @@ from depthscope.probes.training.notices import Notices
 
 if TYPE_CHECKING:
     from depthscope.probes.training.live.live import Live
+    from depthscope.probes.training.live.row import LiveRow
 
 
 FROZEN = "no gradient of the loss reaches the residual states: no weight before them is trained, as where a head alone learns"
@@ -49,7 +52,9 @@ class MeasuredSteps:
     ):
         self._session, self._say, self._attrs, self._token_text = session, notices.say, attrs, token_text
         self.weights, self._scale, self.live = weights, scale, live
-        self.rows: list[StepStatistics] = []
+        self.history = MemoryRows()
+        self.last: StepStatistics | None = None
+        self._weights_skipped: dict[str, str] = {}
         self.overflowed: list[int] = []
         self.trained = False  # whether the last measured step was one of a training
         self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why
@@ -60,24 +65,30 @@ class MeasuredSteps:
         self._pooled = PooledSums()
         self._course = LossCourse(earlier_losses)
 
-    def build(self, rows: list[StepStatistics], proven: Proven | None = None) -> xr.DataTree:
-        """The run of some rows."""
+    def state(self) -> xr.DataTree:
+        """The run of the last step."""
         # The step of the raw sequences: an analysis of them is labelled with it.
-        attrs = {"step": self._sampled_step, **self.noted(), **self._attrs}
+        attrs = {"step": self._sampled_step, **self._noted(), **self._attrs}
         return build_run(
             self._session,
-            rows,
+            self.last,
             self._pooled.sums,
             attrs=attrs,
             token_text=self._token_text,
-            proven=proven,
             metrics=None if self.live is None else self.live.datasets(),
         )
 
-    def noted(self) -> dict[str, Any]:
+    def run(self) -> xr.DataTree:
+        """The run of all steps."""
+        groups = self.history.groups_of(self.state())
+        found = xr.DataTree.from_dict({f"/{path}": dataset for path, dataset in groups.items()})
+        validate(found)
+        return found.load()
+
+    def _noted(self) -> dict[str, Any]:
         """What is known of all measured steps together."""
         attrs: dict[str, Any] = {}
-        if task := mean_task([self._task], self.rows[-1].loss if self.rows else None):
+        if task := mean_task([self._task], None if self.last is None else self.last.loss):
             attrs["task"] = task
         if self.overflowed:
             attrs["overflowed_steps"] = list(self.overflowed)
@@ -88,9 +99,8 @@ class MeasuredSteps:
                 "steps": list(missing),
                 "why": list(dict.fromkeys(missing.values())),
             }
-        last = next((row.weights for row in reversed(self.rows) if row.weights is not None), None)
-        if last is not None and last.skipped:
-            attrs["weights_skipped"] = dict(last.skipped)
+        if self._weights_skipped:
+            attrs["weights_skipped"] = self._weights_skipped
         return attrs
 
     def end(self, step: int, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
@@ -137,9 +147,17 @@ class MeasuredSteps:
             *(step, rows, sequences, value, weights, scale, self._course.add(value), loss_terms),
             digest=None if digest is None else float(digest),
         )
-        self.rows.append(row)
-        if self.live is not None:
-            self._measure_live(self.live, complete, row, overflowed)
+        self.last = row
+        if weights is not None:
+            self._weights_skipped = dict(weights.skipped)
+        numbers, coords = step_numbers(self._session, row)
+        of_live = None if self.live is None else self._measure_live(self.live, complete, row, overflowed)
+        if of_live is not None:
+            numbers, coords = {**numbers, **of_live.numbers}, {**coords, **of_live.coords}
+        self.history.append(step, numbers, coords)
+        if self.live is not None and of_live is not None:
+            self.live.note_task(mean_task([self._task], value))
+            self.live.tell(of_live, self._say)
 
     def _say_undefined_gradients(self, step: int) -> None:
         """Say once where the gradients of the present step are undefined, which their forwards tell."""
@@ -171,19 +189,17 @@ class MeasuredSteps:
         complete: list[TokenSums],
         measured: StepStatistics,
         overflowed: bool,
-    ) -> None:
-        """Add the live row of the present step; where it cannot be computed, the step has its statistics alone."""
+    ) -> LiveRow | None:
+        """The live row of the present step; where it cannot be computed, the step has its statistics alone."""
 
         def first_run() -> xr.DataTree:
-            return build_run(self._session, self.rows, self._pooled.sums)
+            return build_run(self._session, measured, self._pooled.sums)
 
         try:
-            row = live.measure(complete, measured, first_run, overflowed=overflowed)
+            return live.measure(complete, measured, first_run, overflowed=overflowed)
         except Exception as error:
             self._say(f"the live metrics of step {measured.step} were not computed: {error}", error)
-            return
-        live.note_task(mean_task([self._task], measured.loss))
-        live.tell(row, self._say)
+            return None
 
     def _loss_value(self, step: int, loss: float | torch.Tensor | None) -> float | None:
         """The loss of the step: the one that the user gives, else that of the backwards which reached the model."""

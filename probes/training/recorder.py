@@ -173,7 +173,7 @@ class Recorder:
     @property
     def measured_steps(self) -> list[int]:
         """The steps that were measured so far."""
-        return [row.step for row in self._measured.rows]
+        return list(map(int, self._measured.history.steps))
 
     @property
     def run(self) -> xr.DataTree:
@@ -184,10 +184,10 @@ class Recorder:
         CaptureError
             Where no step was measured completely; the message includes the first error.
         """
-        if not self._measured.rows:
+        if not self._measured.history.rows:
             reason = f": {self.errors[0]}" if self.errors else "; call the model and then recorder.step()"
             raise CaptureError(f"no step was measured completely{reason}")
-        return self._measured.build(self._measured.rows)
+        return self._measured.run()
 
     def close(self) -> None:
         """Remove the hooks, and end the store where one was given; calling it twice is fine."""
@@ -210,7 +210,7 @@ class Recorder:
                 remove_inert_hooks(self._session.model)
             if self._store is not None:
                 try:
-                    self._store.finish(self._measured.rows, lambda: self.run)
+                    self._store.finish(self._measured.history, self._measured.state, self._measured.run)
                 except (
                     Exception
                 ) as error:  # what follows the block, such as saving the model, must still be reached
@@ -230,19 +230,18 @@ class Recorder:
 
     def _open_store(self, store: LiveRecording) -> None:
         try:
-            earlier = store.open()
+            store.open()
         except Exception as error:  # the loop is about to run, and it must
             self._say(f"nothing is written to {store.path}: {error}", error)
             return
-        known = [step for step in earlier.get("overflowed_steps", ()) if step < self.position]
+        known = [step for step in store.earlier_attrs.get("overflowed_steps", ()) if step < self.position]
         self._measured.overflowed[:0] = known
 
     def _end_measured_step(self, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
         self._measured.end(self.position, loss, loss_terms)
         if self._store is None:
             return
-        measured, row_of = self._measured, None if self._live is None else self._live.row_of
-        sentence = self._store.write(self._session, measured.rows, measured.build, measured.noted(), row_of)
+        sentence = self._store.write(self._measured.history, self._measured.state)
         if sentence is not None:
             self._say(sentence)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ SHARE_OF_TIME = 0.01  # that judging may take, where nobody waits for it
 
 def findings_of(row: LiveRow, attrs: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
     """Findings about one row, the worst first; ``attrs`` are those of its groups."""
-    by_chain = histories([row], attrs)
+    by_chain = datasets_of(row, attrs)
     if list(by_chain) == [""]:
         return judge(by_chain[""])
     return judge(xr.DataTree.from_dict({"/": xr.Dataset(), **by_chain}))
@@ -115,32 +115,21 @@ SAMPLED_TOKENS = "sampled_tokens"
 """Attribute of a history: how many tokens of each step its ranks and similarities are of."""
 
 
-def histories(rows: Sequence[LiveRow], attrs: Mapping[str, Mapping[str, Any]]) -> dict[str, xr.Dataset]:
-    """The metrics of all measured steps, by chain.
-
-    Returns: Dims of an analysis, ``step`` first; nulls have no step. NaN in steps without a value.
-    """
+def datasets_of(row: LiveRow, attrs: Mapping[str, Mapping[str, Any]]) -> dict[str, xr.Dataset]:
+    """The metrics of one step by chain, with the dims of an analysis, ``step`` first; nulls have no step."""
     found: dict[str, dict[str, Any]] = {}
     coords: dict[str, dict[str, Any]] = {}
-    declared = {path: value for row in rows for path, value in row.numbers.items()}
-    for path, (dims, values, of_variable) in declared.items():
+    for path, (dims, values, of_variable) in row.numbers.items():
         chain, name = _chain_and_name(path)
-        missing = np.full(values.shape, np.nan)
-        stacked = np.stack([row.numbers[path][1] if path in row.numbers else missing for row in rows])
-        found.setdefault(chain, {})[name] = (("step", *dims), stacked, dict(of_variable))
-    for path, value in {path: value for row in rows for path, value in row.coords.items()}.items():
+        found.setdefault(chain, {})[name] = (("step", *dims), values[None], dict(of_variable))
+    for path, value in row.coords.items():
         chain, name = _chain_and_name(path)
-        if name.endswith("_null"):
-            found.setdefault(chain, {})[name] = value
-        else:
-            coords.setdefault(chain, {})[name] = value
-    steps = np.array([row.step for row in rows])
-    reasons = rows[-1].not_computed if rows else {}
+        (found if name.endswith("_null") else coords).setdefault(chain, {})[name] = value
     return {
         chain: xr.Dataset(
             variables,
-            {**coords.get(chain, {}), "step": steps},
-            attrs={**attrs.get(chain, {}), "not_computed": dict(reasons.get(chain, {}))},
+            {**coords.get(chain, {}), "step": [row.step]},
+            attrs={**attrs.get(chain, {}), "not_computed": dict(row.not_computed.get(chain, {}))},
         )
         for chain, variables in found.items()
     }

@@ -23,10 +23,10 @@ from depthscope.probes.training.live.findings import (
     SAMPLED_TOKENS,
     OnFinding,
     Watched,
-    histories,
+    datasets_of,
     scalars,
 )
-from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow, on_host, packed
+from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow, on_host
 from depthscope.probes.training.notices import TrainingStopped
 from depthscope.probes.training.sinks import LearningRate, Sink
 
@@ -54,7 +54,7 @@ class Live:
         on_finding: OnFinding | None = None,
         stop_on: str | None = None,
     ) -> None:
-        self.rows: list[LiveRow] = []
+        self.last: LiveRow | None = None  # the row of the last step that has one
         self.attrs: dict[str, dict[str, Any]] = {}  # of the groups, as the first step showed them
         self._session = session
         self._metrics = LiveMetrics(session, names)
@@ -87,9 +87,8 @@ class Live:
             }
         if overflowed:
             _forget_gradients(sums)
-        row = self._metrics.row(on_host(sums), measured, self.rate.value())
-        self.rows.append(packed(row, self.rows[-1] if self.rows else None))
-        return row
+        self.last = self._metrics.row(on_host(sums), measured, self.rate.value())
+        return self.last
 
     def tell(self, row: LiveRow, say: Callable[[str, Exception | None], None]) -> None:
         """Hand a row to the sinks, and what is new in its findings to the user.
@@ -171,16 +170,12 @@ class Live:
             row = xr.Dataset({"loss_not_finite": 1.0}, attrs=next(iter(self.attrs.values()), {}))
             self._tell_findings(step, self._watched.new(VERDICTS["not_finite"].findings(row)), say)
 
-    def row_of(self, step: int) -> LiveRow | None:
-        """The row of a measured step; None where it could not be computed."""
-        return next((row for row in reversed(self.rows) if row.step == step), None)
-
     def datasets(self) -> dict[str, xr.Dataset]:
-        """The metrics of all rows by chain; empty where there is none."""
-        if not self.rows:
+        """The metrics of the last row by chain; empty where there is none."""
+        if self.last is None:
             return {}
         tokens = {"live": True, SAMPLED_TOKENS: self._session.scope.live_tokens}
-        return histories(self.rows, {chain: {**attrs, **tokens} for chain, attrs in self.attrs.items()})
+        return datasets_of(self.last, {chain: {**attrs, **tokens} for chain, attrs in self.attrs.items()})
 
 
 def _forget_gradients(sums: Sequence[TokenSums]) -> None:

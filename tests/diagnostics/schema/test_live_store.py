@@ -18,7 +18,8 @@ import xarray as xr
 
 from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.schema import LiveRows
-from depthscope.diagnostics.schema.live_log import LiveStore, packed
+from depthscope.diagnostics.schema.live_rows import packed
+from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.diagnostics.schema.live_logs import frames, row, written
 from tests.diagnostics.small_disks import small_disk
 
@@ -122,7 +123,6 @@ def test_a_variable_may_come_later_and_be_missing_later(one_step, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             store.append(7, numbers)
-    store.note({"complete": True}, "metrics")
     store.close()
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(7))
@@ -132,7 +132,6 @@ def test_a_variable_may_come_later_and_be_missing_later(one_step, tmp_path):
         np.testing.assert_array_equal(mine.values[5], [0, 1, 2])
         assert np.isnan(mine.values[[0, 4, 6]]).all()
         assert run.metrics.site.values.tolist() == ["a", "b", "c"]
-        assert run.metrics.attrs["complete"] is True
 
 
 def test_a_resumed_training_has_no_step_twice(one_step, tmp_path):
@@ -355,7 +354,7 @@ def test_one_writer_at_a_time_and_a_killed_one_holds_nothing(one_step, tmp_path)
             LiveStore(tmp_path / "a", **options)
     store.close()
     code = (
-        "import sys, time; from depthscope.diagnostics.schema.live_log import LiveStore; "
+        "import sys, time; from depthscope.diagnostics.schema.live_store import LiveStore; "
         "store = LiveStore(sys.argv[1], resume=True); print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a")], stdout=subprocess.PIPE) as other:
@@ -417,7 +416,7 @@ def test_states_are_bounded_and_each_is_a_run(one_step, tmp_path):
 
 WRITER = """
 import sys
-from depthscope.diagnostics.schema.live_log import LiveStore
+from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.diagnostics.schema.live_logs import row
 store = LiveStore(sys.argv[1], resume=True)
 first = 0 if store.last_step is None else store.last_step + 1
@@ -452,7 +451,7 @@ def test_every_row_that_was_acknowledged_outlives_a_killed_writer(one_step, tmp_
 
 FULL = """
 import os, sys
-from depthscope.diagnostics.schema.live_log import LiveStore
+from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.diagnostics.schema.live_logs import row
 store, failed = LiveStore(sys.argv[1], resume=True), 0
 for step in range(2000):
