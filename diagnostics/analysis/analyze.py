@@ -27,7 +27,6 @@ from depthscope.diagnostics.quantities.registry import (
     with_facts,
 )
 from depthscope.diagnostics.schema import INFERRED, chain_dataset, chains, open_run
-from depthscope.diagnostics.schema.groups import Analysis, AnalysisTree
 
 Progress = Callable[[str, int, int], None]
 
@@ -70,7 +69,7 @@ def analyze(
     Dataset or DataTree
         ``step`` first, with nulls and standard errors as ``NAME_null`` and ``NAME_stderr``; a tree with one child per
         chain where there are several. The attributes are the run's, ``not_computed``: reason by metric, and ``notes``:
-        sentences, by metric, where the sample is too small for the question. ``to_netcdf`` and ``to_zarr`` write all of them.
+        sentences, by metric, where the sample is too small for the question. ``to_zarr`` writes all of them.
 
     Raises
     ------
@@ -97,8 +96,8 @@ def _of_chains(
     if metrics is None:
         analyses = {chain: _with_losses(run, chain, found) for chain, found in analyses.items()}
     if list(analyses) == [""]:
-        return Analysis.of(analyses[""])
-    return AnalysisTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
+        return analyses[""]
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
 
 
 def _with_losses(run: xr.DataTree, chain: str, analysis: xr.Dataset) -> xr.Dataset:

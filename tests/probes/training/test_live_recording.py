@@ -202,7 +202,9 @@ def test_a_full_disk_is_said_once_and_the_steps_come_later(tmp_path, monkeypatch
 
 
 def test_a_long_training_takes_no_more_declarations_than_a_short_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(live_rows, "MAX_JSON", 1 << 14)  # of a log, in which 16 000 steps would be too many for the test
+    monkeypatch.setattr(
+        live_rows, "MAX_JSON", 1 << 14
+    )  # of a log, in which 16 000 steps would be too many for the test
     training, targets = Training(), IDS % 8
     with training.record(store=tmp_path / "a") as recorder:
         for _ in range(100):
