@@ -28,9 +28,7 @@ from depthscope.diagnostics.schema.saving import (
     write_zip,
 )
 from depthscope.diagnostics.schema.validation import (
-    PROVEN,
     SCHEMA_VERSION,
-    UNPROVEN,
     SchemaError,
     create_run,
     validate,
@@ -45,11 +43,13 @@ from depthscope.diagnostics.schema.variables import (
     OF_ATTENTION,
     OF_WEIGHTS,
     PROFILE,
+    PROVEN,
     QUERY,
     STATE,
     STATISTICS,
     TRACE,
     TRACE_COORDS,
+    UNPROVEN,
     WITHOUT_GRADIENT,
     Variable,
 )

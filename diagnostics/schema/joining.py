@@ -19,13 +19,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.schema.coefficients import SUMS_OF_COEFFICIENTS
 from depthscope.diagnostics.schema.groups import chain_dataset, chains, group_path
 from depthscope.diagnostics.schema.loss_course import LossCourse
 from depthscope.diagnostics.schema.validation import SchemaError
 from depthscope.diagnostics.schema.variables import (
     CUT_GRADIENT,
-    MOTION,
     OF_SUMS,
     STATISTICS,
     WITHOUT_GRADIENT,
@@ -37,13 +35,6 @@ PART, STAGE = "part", "pipeline_stage"
 PARTS = "parts"
 """Attribute of a joined run: how many parts it has, which are missing or behind, and how they were joined."""
 
-SUMMED = frozenset((
-    *("token_count", "sequence_count", "norm_sum", "square_norm_sum", "adjacent_cosine_sum", "gain_sum", "loss_terms"),
-    *("h_pre_token_count", *SUMS_OF_COEFFICIENTS),
-    *("attention_query_count", "attention_entropy_sum", "sink_mass_sum", "feature_sum", "unit_sum"),
-))  # fmt: skip
-LARGEST = frozenset(("norm_max", "abs_max", "gain_max", "loss_not_finite"))
-FIRST = frozenset(("loss_scale", "connection_parameter", "cell_parameter"))  # equal in all parts
 SAME = [
     "family",
     "n_streams",
@@ -283,16 +274,17 @@ class _PartWeights:
         """One statistic of all parts, (part, step, …); None where it is not known how it adds up."""
         lead = (len(self.counted), len(self.steps), *(1,) * (values.ndim - 2))
         counts = (self.present & np.array(self.counted)[:, None]).reshape(lead)
-        if name in LARGEST:
+        how = STATISTICS[name].parts
+        if how == "largest":
             return np.where(counts, values, -np.inf).max(0)
-        if name in FIRST:
+        if how == "first":
             return values[0]
         factor = np.ones_like(self.share)
         if name == "loss":
             factor = self.of_loss
         elif name == "gradient_square_norm_sum":
             factor = self.share**2
-        elif name not in SUMMED:
+        elif how != "sum":
             return None
         return np.where(counts, values * factor.reshape(lead), 0.0).sum(0)
 
@@ -305,7 +297,8 @@ def _added(parts: Sequence[xr.Dataset], weights: _PartWeights) -> xr.Dataset:
     for name in [str(name) for name in first.data_vars if all(name in part for part in parts)]:
         like = first[name]
         _require_same(f"the size of {name}", {str(i): _sizes(part[name]) for i, part in enumerate(parts)})
-        if STATISTICS[name].dims == MOTION or name == "weight_count":  # every process has a share of them
+        how = STATISTICS[name].parts
+        if how == "share":  # every process has one of them
             of_all = [weights.at_steps(p[name]) if "step" in like.dims else p[name].values for p in parts]
             found[name] = (like.dims, np.sum(of_all, axis=0), like.attrs)
         elif "step" in like.dims:
@@ -313,7 +306,7 @@ def _added(parts: Sequence[xr.Dataset], weights: _PartWeights) -> xr.Dataset:
             added = weights.added(name, values)
             if added is not None:
                 found[name] = (("step", *(dim for dim in like.dims if dim != "step")), added, like.attrs)
-        elif name in SUMMED:
+        elif how == "sum":
             found[name] = (
                 like.dims,
                 np.sum([p[name].values for p in counted], axis=0, dtype=float),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from depthscope.diagnostics.schema.coefficients import COEFFICIENTS, ROUTE, SUMMED
 
@@ -41,11 +43,39 @@ class Variable:
     ``dims``: its dimensions, in order.
     ``kind``: allowed numpy dtype kinds: ``"f"`` floating, ``"i"`` integer, ``"b"`` boolean, ``"O"`` text.
     ``meaning``: one line for people.
+    ``parts``: how those of the parts of a run become one: ``"sum"``, ``"largest"``, ``"first"`` (they are equal), a sum of
+    shares (``"share"``, of each process), or by a rule of its own; empty where it is not known.
+    ``allowed``: what each of its texts is: some of these, or what the function says.
     """
 
     dims: tuple[str, ...]
     kind: str
     meaning: str
+    parts: str = ""
+    allowed: tuple[str, ...] | Callable[[Any], bool] = ()
+
+    def odd_texts(self, texts: Any) -> list[str]:
+        """Those texts that are not allowed."""
+        known = self.allowed if callable(self.allowed) else self.allowed.__contains__
+        return sorted({str(text) for text in texts.ravel().tolist() if self.allowed and not known(str(text))})
+
+
+PROVEN = "proven"
+UNPROVEN = "unproven: "
+"""What an attribute ``proof`` is, or begins with."""
+
+
+def is_proof(text: Any) -> bool:
+    """Whether a text states that something is proven, or that it is not and why.
+
+    Examples
+    --------
+    >>> is_proof("proven"), is_proof("unproven: a branch was not seen"), is_proof("unproven: "), is_proof(True)
+    (True, True, False, False)
+    """
+    if not isinstance(text, str):
+        return False
+    return text == PROVEN or bool(text.startswith(UNPROVEN) and text.removeprefix(UNPROVEN).strip())
 
 
 # Kinds of text are "U" of a fixed width, "O" for Python's own, as stored and read, and "T" for numpy's StringDType.
@@ -83,7 +113,10 @@ TRACE: dict[str, Variable] = {
 TRACE_COORDS: dict[str, Variable] = {
     "layer": Variable(("depth",), "iu", "block number, -1 for the embedding"),
     "site": Variable(
-        ("depth",), "OTU", "embed, mid (in a block), post (after it), pre (changed before the next)"
+        ("depth",),
+        "OTU",
+        "embed, mid (in a block), post (after it), pre (changed before the next)",
+        allowed=SITES,
     ),
     "module": Variable(("depth",), "OTU", "module path that produced the state"),
     "phase": Variable(("sample",), "OTU", "prefill, or decode where the cache was not empty"),
@@ -101,15 +134,13 @@ TRACE_COORDS: dict[str, Variable] = {
         ("connection",),
         "OTU",
         "what is applied to the sum to give the next state: norm, activation, empty for nothing",
+        allowed=("", "norm", "activation"),
     ),
-    "proof": Variable(("connection",), "OTU", "proven, or unproven: and the reason"),
+    "proof": Variable(("connection",), "OTU", "proven, or unproven: and the reason", allowed=is_proof),
     "source": Variable(
         ("source",), "iu", "0 the embedding, j the output of sublayer j, which is connection j - 1"
     ),
 }
-
-AFTER_SUM = ("", "norm", "activation")
-"""What may be applied to the sum of a plain connection to give the next state."""
 
 OF_ATTENTION = ("query_entropy", "query_keys", "query_first_weight")
 """Variables of attention weights: three numbers for each query, in place of a matrix for each head."""
@@ -117,16 +148,17 @@ OF_ATTENTION = ("query_entropy", "query_keys", "query_first_weight")
 
 # Sums over tokens where possible, not means: those of several batches add up, whatever their sizes.
 STATISTICS: dict[str, Variable] = {
-    "token_count": Variable(("step",), "fiu", "real tokens of the step"),
-    "sequence_count": Variable(("step",), "fiu", "sequences of the step"),
-    "loss": Variable(("step",), "f", "the user's loss, where known"),
+    "token_count": Variable(("step",), "fiu", "real tokens of the step", parts="sum"),
+    "sequence_count": Variable(("step",), "fiu", "sequences of the step", parts="sum"),
+    "loss": Variable(("step",), "f", "the user's loss, where known", parts="rule"),
     "loss_not_finite": Variable(
         ("step",),
         "f",
         "1 where the user's loss was NaN or infinite, 0 where it was finite; NaN where none was known",
+        parts="largest",
     ),
     "loss_terms": Variable(
-        ("step",), "f", "of how many terms the loss is a mean, where it is not of all tokens"
+        ("step",), "f", "of how many terms the loss is a mean, where it is not of all tokens", parts="sum"
     ),
     "batch_digest": Variable(
         ("step",),
@@ -137,48 +169,72 @@ STATISTICS: dict[str, Variable] = {
         ("step",),
         "f",
         "how far the loss is above the lowest one so far, over that at the start; NaN where not known",
+        parts="rule",
     ),
-    "loss_scale": Variable(("step",), "f", "what a gradient scaler multiplied the loss by"),
-    "norm_sum": Variable(PROFILE, "f", "Σ ‖x‖ over tokens"),
-    "square_norm_sum": Variable(PROFILE, "f", "Σ ‖x‖² over tokens"),
-    "norm_max": Variable(PROFILE, "f", "max ‖x‖ over tokens"),
-    "abs_max": Variable(PROFILE, "f", "max |x| over tokens and features"),
-    "unit_pair_sum": Variable(PROFILE, "f", "‖Σ x/‖x‖‖² − count: the sum of all off-diagonal cosines"),
-    "adjacent_cosine_sum": Variable(PROFILE, "f", "Σ cos(x_depth, x_depth−1) over tokens"),
-    "gradient_square_norm_sum": Variable(PROFILE, "f", "Σ ‖∂loss/∂x‖² over tokens"),
-    "gain_sum": Variable(GAIN, "f", "Σ over tokens of the Amax gain of H_res"),
-    "gain_max": Variable(GAIN, "f", "max over tokens of the Amax gain of H_res"),
+    "loss_scale": Variable(("step",), "f", "what a gradient scaler multiplied the loss by", parts="first"),
+    "norm_sum": Variable(PROFILE, "f", "Σ ‖x‖ over tokens", parts="sum"),
+    "square_norm_sum": Variable(PROFILE, "f", "Σ ‖x‖² over tokens", parts="sum"),
+    "norm_max": Variable(PROFILE, "f", "max ‖x‖ over tokens", parts="largest"),
+    "abs_max": Variable(PROFILE, "f", "max |x| over tokens and features", parts="largest"),
+    "unit_pair_sum": Variable(
+        PROFILE, "f", "‖Σ x/‖x‖‖² − count: the sum of all off-diagonal cosines", parts="rule"
+    ),
+    "adjacent_cosine_sum": Variable(PROFILE, "f", "Σ cos(x_depth, x_depth−1) over tokens", parts="sum"),
+    "gradient_square_norm_sum": Variable(PROFILE, "f", "Σ ‖∂loss/∂x‖² over tokens", parts="rule"),
+    "gain_sum": Variable(GAIN, "f", "Σ over tokens of the Amax gain of H_res", parts="sum"),
+    "gain_max": Variable(GAIN, "f", "max over tokens of the Amax gain of H_res", parts="largest"),
     **{
         of.total: Variable(
-            (*CONNECTION_STEP, *of.axes), "f", f"Σ {of.symbol} over the tokens of {of.counted_by}"
+            (*CONNECTION_STEP, *of.axes),
+            "f",
+            f"Σ {of.symbol} over the tokens of {of.counted_by}",
+            parts="sum",
         )
         for of in SUMMED
     },
     "h_pre_token_count": Variable(
-        CONNECTION_STEP, "f", "real tokens whose H_pre is known: of the sampled sequences, or all"
+        CONNECTION_STEP,
+        "f",
+        "real tokens whose H_pre is known: of the sampled sequences, or all",
+        parts="sum",
     ),
     "connection_parameter": Variable(
         ("step", "cell"),
         "f",
         "each element of the biases and gates of the connections, as the step's forwards used it",
+        parts="first",
     ),
-    "cell_parameter": Variable(("cell",), "OTU", "the parameter that this element belongs to"),
+    "cell_parameter": Variable(("cell",), "OTU", "the parameter that this element belongs to", parts="first"),
     "attention_query_count": Variable(
-        HEADS, "f", "real queries that see two keys or more, of the sequences whose attention was looked at"
+        HEADS,
+        "f",
+        "real queries that see two keys or more, of the sequences whose attention was looked at",
+        parts="sum",
     ),
     "attention_entropy_sum": Variable(
-        HEADS, "f", "Σ over these queries of the entropy of their weights, as a share of that of uniform ones"
+        HEADS,
+        "f",
+        "Σ over these queries of the entropy of their weights, as a share of that of uniform ones",
+        parts="sum",
     ),
-    "sink_mass_sum": Variable(HEADS, "f", "Σ over these queries of the weight on their first key"),
-    "weight_square_norm": Variable(MOTION, "f", "‖W‖² of the parameters that a module owns"),
-    "weight_gradient_square_norm": Variable(MOTION, "f", "‖∂loss/∂W‖²"),
-    "weight_update_square_norm": Variable(MOTION, "f", "‖ΔW‖² of one step of the optimizer"),
-    "weight_first_square_distance": Variable(MOTION, "f", "‖W − W₀‖², W₀ of the first checkpoint"),
-    "weight_first_square_norm": Variable(MOTION, "f", "‖W₀‖² of the first checkpoint"),
-    "weight_count": Variable(("weight",), "fiu", "number of elements of W"),
+    "sink_mass_sum": Variable(
+        HEADS, "f", "Σ over these queries of the weight on their first key", parts="sum"
+    ),
+    "weight_square_norm": Variable(MOTION, "f", "‖W‖² of the parameters that a module owns", parts="share"),
+    "weight_gradient_square_norm": Variable(MOTION, "f", "‖∂loss/∂W‖²", parts="share"),
+    "weight_update_square_norm": Variable(MOTION, "f", "‖ΔW‖² of one step of the optimizer", parts="share"),
+    "weight_first_square_distance": Variable(
+        MOTION, "f", "‖W − W₀‖², W₀ of the first checkpoint", parts="share"
+    ),
+    "weight_first_square_norm": Variable(MOTION, "f", "‖W₀‖² of the first checkpoint", parts="share"),
+    "weight_count": Variable(("weight",), "fiu", "number of elements of W", parts="share"),
     "weight_layer": Variable(("weight",), "iu", "block number of the module, -1 outside the blocks"),
-    "feature_sum": Variable(("depth", "stream", "feature"), "f", "Σ x, since the weights last changed"),
-    "unit_sum": Variable(("depth", "stream", "feature"), "f", "Σ x/‖x‖, since the weights last changed"),
+    "feature_sum": Variable(
+        ("depth", "stream", "feature"), "f", "Σ x, since the weights last changed", parts="sum"
+    ),
+    "unit_sum": Variable(
+        ("depth", "stream", "feature"), "f", "Σ x/‖x‖, since the weights last changed", parts="sum"
+    ),
 }
 
 OF_SUMS = "of_sums"

@@ -62,8 +62,9 @@ class LiveGroup:
         dims = ["scope" if dim == "group" else dim for dim in dims_of]
         values = np.asarray(values_of, dtype=np.float64)
         if "stream" in dims and (lacks := len(self.streams) - values.shape[dims.index("stream")]):
-            # The mean, which comes first, has no share of what is read or written.
-            padding = [(lacks if dim == "stream" else 0, 0) for dim in dims]
+            # The mean, which comes first, has no share of what is read or written; or it alone was measured.
+            sides = (0, lacks) if values.shape[dims.index("stream")] == 1 else (lacks, 0)
+            padding = [sides if dim == "stream" else (0, 0) for dim in dims]
             values = np.pad(values, padding, constant_values=np.nan)
         order = sorted(dims, key=DIMS.index)
         return tuple(order), np.transpose(values, [dims.index(dim) for dim in order])
