@@ -149,12 +149,6 @@ class Dialect:
         functions = (self.parts, self.gates, self.read, self.write, self.mixing, self.sinkhorn)
         return (*functions, self.sources_in_rows, self.family)
 
-    @property
-    def looked_for(self) -> str:
-        """The row in words, for a user whose checkpoint has no connection."""
-        tensors = ", ".join(f"{self.own_name(role)} ({self.shapes[role]})" for role in sorted(self.required))
-        return f"{self.name}: {self.title}; {tensors}"
-
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Sizes]:
         """Every assignment of n, D, … with which some tensors, by role, have the shapes of the row."""
         # Layers of a model have equal shapes: they are solved once.
