@@ -144,6 +144,7 @@ def _measure_batch(
         output = call_observed(session, batch)
         session.raise_first_error()
         value = loss_value(output, batch, loss, required=gradients)
+        del output  # logits are large, and a backward needs none
         if not session.step.forwards and gradients:
             session.fold()  # gives the reason why nothing was seen
         task = read_task(value, batch)  # before the backward, which frees the graph

@@ -27,6 +27,7 @@ from depthscope.probes.interventions.predictions import output_values, sees_late
 from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.loss_graph import Loss
 from depthscope.probes.model.preserved_state import eager, preserved_state
+from depthscope.probes.model.tensors import give_memory_back
 from depthscope.probes.one_shot import measure
 from depthscope.probes.rescaling import FEWEST, STEPS, first_size, promises, rescaled, sure_slope
 from depthscope.probes.run.attributes import memory_facts
@@ -131,12 +132,15 @@ def _examined(run: xr.DataTree, model: nn.Module, batch: Any, options: Mapping[s
         return {}
     scope = Scope(only_own=True, sums=False, origins=find_origins)
     try:
+        give_memory_back()  # of what was measured and analysed before
         session = measure(model, batch, Options(**options), scope=scope).session
+        give_memory_back()
         origins = session.observer.origins
         if origins is not None and origins.doubts:
             follow(session, origins, batch)
         with graph_of_frozen(model, wanted=has_gradients):
             kept = kept_bytes(session, with_gradients(batch)) if has_gradients else {}
+        give_memory_back()
         sequences, evidence = prove(session)
     except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -108,7 +108,7 @@ def probe(
     with working(f"probing {loaded.name} on {model.text_name}"), capture_errors_for_users():
         run = probes.capture(
             loaded.model,
-            parts,
+            _with_memory_given_back(parts),
             gradients="labels" in tokens if gradients is None else gradients,
             **model.read_as,
             sites=names(model.sites),
@@ -132,6 +132,15 @@ def probe(
     del loaded, tokens, parts
     _print_saved(run, path, _judged(path), json=json)
     return FINE
+
+
+def _with_memory_given_back(parts: Sequence[Any]) -> Iterator[Any]:
+    """Each part; after it the memory that it took goes back to the system."""
+    from depthscope.probes.model.tensors import give_memory_back
+
+    for part in parts:
+        yield part
+        give_memory_back()
 
 
 def _default_name(model: ModelAndText) -> str:

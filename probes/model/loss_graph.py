@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -66,6 +66,7 @@ ENOUGH = 4
 FEWEST_TARGETS = 100
 # Targets of which the entropy of the predictions is known well enough.
 PREDICTIONS = 256
+ROWS_AT_ONCE = 32
 # The smallest probability that one less than it still shows in float32, and how near two ways to the same loss come.
 LEAST, SAME_LOSS = 1e-7, 0.01
 # Of one mean over batches: what is measured, and no fact of the task.
@@ -79,8 +80,9 @@ def _compared_at_node(node: Any, classes: int) -> dict[str, float]:
         return {}
     rows, target = predicted.movedim(1, -1).reshape(-1, classes), target.flatten()
     counted = torch.nonzero(target != IGNORED)[:, 0]
-    some = rows[counted[_some(counted)]].exp()
-    return _compared_classes(-rows[counted, target[counted]], target[counted], some, classes)
+    # Some rows at a time: with a large vocabulary each copy of all of them is as large as the logits.
+    expected = _entropy(rows[part].exp() for part in counted[_some(counted)].split(ROWS_AT_ONCE))
+    return _compared_classes(-rows[counted, target[counted]], target[counted], expected, classes)
 
 
 def compared_by_gradient(gradient: torch.Tensor | None, classes: int, loss: float) -> dict[str, float]:
@@ -99,8 +101,9 @@ def compared_by_gradient(gradient: torch.Tensor | None, classes: int, loss: floa
     least = 0.5 * loss if most > -0.8 * math.log(LEAST) else (1.0 - SAME_LOSS) * loss
     if not least <= mean <= (1.0 + SAME_LOSS) * loss:
         return {}
-    some = len(rows) * rows[_some(rows)] + functional.one_hot(target[_some(rows)], classes)
-    return _compared_classes(losses, target, some, classes)
+    pairs = zip(rows[_some(rows)].split(ROWS_AT_ONCE), target[_some(rows)].split(ROWS_AT_ONCE), strict=True)
+    expected = _entropy(len(rows) * part + functional.one_hot(at, classes) for part, at in pairs)
+    return _compared_classes(losses, target, expected, classes)
 
 
 def _some(values: torch.Tensor) -> slice:
@@ -108,10 +111,15 @@ def _some(values: torch.Tensor) -> slice:
     return slice(None, None, max(1, len(values) // PREDICTIONS))
 
 
+def _entropy(parts: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The entropy of each prediction, from the probabilities of some of them at a time."""
+    return torch.cat([torch.special.entr(part.float().clamp_(min=0.0)).sum(-1) for part in parts])
+
+
 def _compared_classes(
-    losses: torch.Tensor, target: torch.Tensor, some: torch.Tensor, classes: int
+    losses: torch.Tensor, target: torch.Tensor, expected: torch.Tensor, classes: int
 ) -> dict[str, float]:
-    """What a cross entropy has to beat, see `_compared`; empty of one class. ``some``: the probabilities of some predictions.
+    """What a cross entropy has to beat, see `_compared`; empty of one class. ``expected``: the entropies of some predictions.
 
     The constant answer is how often each class comes, its loss the entropy (Miller and Madow); of too few targets for that,
     as of most text with a large vocabulary, that of equal probabilities of all classes, which is no less.
@@ -124,8 +132,7 @@ def _compared_classes(
     of_each, bias = torch.full_like(counts, math.log(classes)), 0.0
     if total >= FEWEST_TARGETS and total >= ENOUGH * len(counts):
         of_each, bias = -(counts / total).log(), (len(counts) - 1) / (2 * total)
-    entropy = torch.special.entr(some.float().clamp(min=0.0)).sum(-1)
-    return _compared(losses, of_each[places] + bias, entropy, losses[_some(losses)])
+    return _compared(losses, of_each[places] + bias, expected, losses[_some(losses)])
 
 
 def _compared(
