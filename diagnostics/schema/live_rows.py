@@ -35,7 +35,7 @@ from depthscope.diagnostics.atomic_writes import open_below
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.attributes import json_default, storable_texts
 from depthscope.diagnostics.schema.groups import GROUPS
-from depthscope.diagnostics.schema.validation import Limit, SchemaError, require_dense
+from depthscope.diagnostics.schema.validation import SchemaError, require_dense, require_room
 
 try:
     import fcntl
@@ -285,12 +285,14 @@ def _require_fitting(declared: Mapping[str, Declared | xr.Variable]) -> None:
 
 
 def _declared(name: str, fields: Mapping[str, Any], begin: int) -> Declared:
-    shape = tuple(fields["shape"])
-    if not all(type(size) is int and 0 <= size < 1 << 40 for size in shape):
-        raise InputError(f"{name} has the shape {shape}, expected whole numbers from 0 on")
-    if fields["dtype"] not in ("<f8", "<f4"):
-        raise InputError(f"{name} has the dtype {fields['dtype']!r}, expected <f8 or <f4")
-    return Declared(_dims(name, fields), shape, fields["dtype"], dict(fields["attrs"]), begin)
+    dims, shape, dtype = tuple(map(str, fields["dims"])), tuple(fields["shape"]), fields["dtype"]
+    is_shape = all(type(size) is int and 0 <= size < 1 << 40 for size in shape)
+    if not is_shape or dtype not in ("<f8", "<f4") or len({*dims, "step"}) <= len(dims):
+        raise InputError(
+            f"{name} has the dims {dims}, the shape {shape} and the dtype {dtype!r}; expected each dim once and no step, "
+            "whole numbers from 0 on, and <f8 or <f4"
+        )
+    return Declared(dims, shape, dtype, dict(fields["attrs"]), begin)
 
 
 def _coordinate(name: str, fields: Mapping[str, Any]) -> xr.Variable:
@@ -301,14 +303,7 @@ def _coordinate(name: str, fields: Mapping[str, Any]) -> xr.Variable:
         raise InputError(f"the values of {name} are of the kinds {kinds}; expected numbers or texts")
     if kinds != {str}:
         values = values.astype(bool if kinds == {bool} else np.int64 if kinds == {int} else np.float64)
-    return xr.Variable(_dims(name, fields), values, dict(fields["attrs"]))
-
-
-def _dims(name: str, fields: Mapping[str, Any]) -> tuple[str, ...]:
-    dims = tuple(map(str, fields["dims"]))
-    if len({*dims, "step"}) <= len(dims):
-        raise InputError(f"{name} has the dims {dims}, expected each once, without the step")
-    return dims
+    return xr.Variable(fields["dims"], values, dict(fields["attrs"]))
 
 
 def _listed(dims: str | list[str]) -> list[str]:
@@ -337,17 +332,15 @@ class Status:
 
     ``state``: ``"growing"``, ``"killed"`` or ``"finished"``; ``"unknown"`` where the writer ran on another machine and holds
     no lock that is seen here.
-    ``age_seconds``: since the last row. ``pid``, ``host``: of the last writer.
-    ``state_step``: the step of the raw sequences and of the other large arrays.
     """
 
     state: str
     last_step: int | None
     num_rows: int
-    age_seconds: float
-    pid: int
+    age_seconds: float  # since the last row
+    pid: int  # of the last writer
     host: str
-    state_step: int | None
+    state_step: int | None  # of the raw sequences and of the other large arrays
 
     def as_dict(self) -> dict[str, Any]:
         """The fields, and all of it as a sentence."""
@@ -444,7 +437,7 @@ class LiveRows(Rows):
                 f"its {LOG} is damaged at byte {self.end}, in row {len(self.rows)}; copy it again from where it came, or keep "
                 f"the rows before it: head -c {self.end} {LOG}"
             )
-        Limit.of(size, None).check(len(self.rows) * self._row_bytes)
+        require_room(len(self.rows) * self._row_bytes, size)
         return self.end > before
 
     def _frame_at(self, at: int, size: int) -> tuple[bytes, int, int] | None:

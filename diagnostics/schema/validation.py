@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -231,38 +230,25 @@ MAX_TEXT = 16 << 20
 """Bytes of one metadata file of Zarr."""
 
 # States hardly get smaller by compression; rows of NaN, of what was not measured in most steps, do.
-_FREE_BYTES = 256 << 20
-_RATIO = 32
+FREE_BYTES = 256 << 20
+RATIO = 32
 
 
-@dataclass(frozen=True)
-class Limit:
-    """Bytes that the arrays of a run may have in memory, and where that number is from."""
-
-    max_bytes: int  # the limit
-    reason: str  # for the message: what set it
-
-    @classmethod
-    def of(cls, stored: int, max_bytes: int | None) -> Limit:
-        """The limit that was asked for, or else what the bytes on disk can account for."""
-        if max_bytes is not None:
-            return cls(max_bytes, f"the limit of {max_bytes} bytes that was asked for")
-        allowed = _FREE_BYTES + _RATIO * stored
-        return cls(
-            allowed, f"the {allowed} bytes that {stored} stored bytes can account for; raise it by max_bytes"
-        )
-
-    def check(self, declared: int) -> None:
-        """Refuse arrays whose shapes and dtypes ask for more bytes than the limit."""
-        if declared > self.max_bytes:
-            raise SchemaError(f"its arrays need {declared} bytes, more than {self.reason}")
+def require_room(declared: int, stored: int, max_bytes: int | None = None) -> None:
+    """Refuse arrays that need more bytes than were asked for, or else than the bytes on disk can account for."""
+    allowed = FREE_BYTES + RATIO * stored
+    reason = f"the {allowed} bytes that {stored} stored bytes can account for; raise it by max_bytes"
+    if max_bytes is not None:
+        allowed, reason = max_bytes, f"the limit of {max_bytes} bytes that was asked for"
+    if declared > allowed:
+        raise SchemaError(f"its arrays need {declared} bytes, more than {reason}")
 
 
 def require_dense(path: Path, entry: os.stat_result) -> None:
     """Refuse a file with far more bytes than the disk holds of it: a hole of a terabyte takes no room there."""
     # Windows does not know. 16 MiB and 32 times: a file system may compress what is in it.
     held = 512 * getattr(entry, "st_blocks", entry.st_size)
-    if entry.st_size > (16 << 20) + _RATIO * held:
+    if entry.st_size > (16 << 20) + RATIO * held:
         raise SchemaError(f"{path} has {entry.st_size} bytes, of which the disk holds {held}; copy it again")
 
 

@@ -232,12 +232,12 @@ def _parsed_once() -> Iterator[None]:
             lambda self: self._data, lambda self, mapped: setattr(self, "_data", mapped.view(np.ndarray))
         )
 
-    former = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader, gguf.get_tensor_name_map = cache(PlainReader), cache(former[1])
+    former = {name: vars(gguf)[name] for name in ("GGUFReader", "get_tensor_name_map")}
+    vars(gguf).update(GGUFReader=cache(PlainReader), get_tensor_name_map=cache(gguf.get_tensor_name_map))
     try:
         yield
     finally:
-        gguf.GGUFReader, gguf.get_tensor_name_map = former
+        vars(gguf).update(former)
 
 
 # --- folders and factories

@@ -263,7 +263,7 @@ NOTHING = {"variables": {}, "coords": {}}
         (variable(dims=["q"], shape=[1 << 36]), "a row of more than"),
         (variable(shape=[-1]), "whole numbers"),
         (variable(dims=["step"]), "has the dims"),
-        (variable(dtype="O"), "has the dtype 'O'"),
+        (variable(dtype="O"), "the dtype 'O'"),
         ({"variables": {"/etc/x": variable()["variables"]["statistics/x"]}}, "is not a name"),
         (variable(shape=[4]), "conflicting sizes"),
         (NOTHING | {"coords": {"metrics/x": {"dims": ["x"], "values": [{}], "attrs": {}}}}, "kinds"),

@@ -269,4 +269,6 @@ def test_a_run_above_the_limit_is_refused(run, tmp_path, suffix):
 
 
 def test_the_default_limit_follows_the_bytes_on_disk():
-    assert validation.Limit.of(10**9, None).max_bytes == (256 << 20) + 32 * 10**9
+    validation.require_room((256 << 20) + 32 * 10**9, 10**9)
+    with pytest.raises(schema.SchemaError, match="1000000000 stored bytes can account for"):
+        validation.require_room((256 << 20) + 32 * 10**9 + 1, 10**9)
