@@ -309,7 +309,7 @@ def _row_of(part: xr.DataTree) -> tuple[int, dict[str, Any], dict[str, Any]]:
     for node in (
         each for group in ("statistics", "metrics") for each in part[group].subtree if each.data_vars
     ):
-        path, step = node.path.strip("/"), int(node["step"][0])
+        path, step = node.path.strip("/"), int(node.to_dataset()["step"][0])
         for name, of in node.data_vars.items():
             if "step" in of.dims:
                 numbers[f"{path}/{name}"] = of.isel(step=0).dims, of.isel(step=0).values, of.attrs

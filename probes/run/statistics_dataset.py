@@ -119,8 +119,7 @@ def step_variables(
         if gains is not None:
             variables[name] = (schema.GAIN[1:], np.moveaxis(gains, -1, 0).copy())
     # The biases and gates of all connections.
-    values = {at: sums.array(PARAMETER, [at]) for at in cells}
-    measured = {at: of[0] for at, of in values.items() if of is not None}
+    measured = {at: of[0] for at in cells if (of := sums.array(PARAMETER, [at])) is not None}
     if not measured:
         return variables, {}
     variables[PARAMETER] = (("cell",), np.concatenate(list(measured.values())))

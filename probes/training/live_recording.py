@@ -54,7 +54,7 @@ class LiveRecording:
         require_live_place(self._folder, resume=resume, force=force)
         earlier = LiveRows(self._folder) if resume and is_live_store(self._folder) else None
         self.last_step = None if earlier is None else earlier.last_step
-        self.earlier_attrs: dict[str, Any] = {}  # of the run of earlier attempts
+        self.earlier_attrs: dict[Any, Any] = {}  # of the run of earlier attempts
         if self.last_step is not None and schema.newest_state(self._folder) is not None:
             with schema.open_run(self._folder) as known:
                 self.earlier_attrs = dict(known.attrs)

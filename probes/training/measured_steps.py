@@ -54,7 +54,7 @@ class MeasuredSteps:
         self.weights, self._scale, self.live = weights, scale, live
         self.history = MemoryRows()
         self.last: StepStatistics | None = None
-        self._weights_skipped: dict[str, str] = {}
+        self._weights_skipped: dict[str, int] = {}
         self.overflowed: list[int] = []
         self.trained = False  # whether the last measured step was one of a training
         self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why

@@ -228,7 +228,8 @@ def _stacked(parts: Mapping[int, torch.Tensor], keys: Sequence[int]) -> np.ndarr
     known = [key for key in keys if key in parts]
     if not known:
         return np.full((len(keys), 1), np.nan)
-    values = torch.stack([parts[key].double().reshape(-1) for key in known]).cpu().numpy()
+    # In float64 here: some devices have none.
+    values = torch.stack([parts[key].reshape(-1) for key in known]).cpu().double().numpy()
     found = np.full((len(keys), values.shape[1]), np.nan)
     found[[list(keys).index(key) for key in known]] = values
     return found

@@ -26,7 +26,7 @@ from depthscope.probes.training.live.findings import (
     datasets_of,
     scalars,
 )
-from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow, on_host
+from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
 from depthscope.probes.training.notices import TrainingStopped
 from depthscope.probes.training.sinks import LearningRate, Sink
 
@@ -87,7 +87,7 @@ class Live:
             }
         if overflowed:
             _forget_gradients(sums)
-        self.last = self._metrics.row(on_host(sums), measured, self.rate.value())
+        self.last = self._metrics.row(sums, measured, self.rate.value())
         return self.last
 
     def tell(self, row: LiveRow, say: Callable[[str, Exception | None], None]) -> None:

@@ -123,7 +123,7 @@ class SampledTokens:
     def _largest(self) -> np.ndarray:
         """The largest magnitude of every token, (L, V), at least that of the sampled ones."""
         values = [self._live.values["largest"][depth].amax(0) for depth in self._group.depths]
-        return torch.stack(values).double().cpu().numpy()
+        return torch.stack(values).cpu().double().numpy()
 
     def massive(self) -> Massive:
         """Sizes of every token, and which of the sampled ones are massive."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -481,3 +482,25 @@ def test_a_full_disk_costs_the_rows_for_which_there_is_no_room_and_no_other(one_
             require_rows(run, steps)
             assert len(steps) == 2000 - int(done.stdout)
             assert steps[-1] == 1999
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no limit")
+def test_a_limit_on_the_size_of_files_is_an_error_and_the_rows_before_it_stay(one_step, tmp_path):
+    written(tmp_path / "a", one_step).close()
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        size = (tmp_path / "a" / schema.LOG).stat().st_size
+        store = LiveStore(tmp_path / "a", resume=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 500, resource.RLIM_INFINITY))
+        failed = 0
+        for step in range(5, 20):
+            try:
+                store.append(step, row(float(step)))
+            except OSError:
+                failed += 1
+        os._exit(failed)
+    failed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert 5 < failed < 15
+    with schema.open_run(tmp_path / "a") as run:
+        require_rows(run, range(20 - failed))
