@@ -87,7 +87,7 @@ class Row(NamedTuple):
     size: int
 
 
-class Rows:
+class StepRows:
     """What has a value per step: declared variables and coordinates, and where the numbers of each row are."""
 
     def __init__(self) -> None:
@@ -219,7 +219,7 @@ class Rows:
         return variables, coords, end
 
 
-class MemoryRows(Rows):
+class MemoryRows(StepRows):
     """The rows of a recorder, which take little more than their numbers."""
 
     def __init__(self) -> None:
@@ -253,7 +253,7 @@ class MemoryRows(Rows):
 class _Column(BackendArray):
     """One variable of the rows that there are now, read completely when a part of it is used."""
 
-    def __init__(self, rows: Rows, name: str) -> None:
+    def __init__(self, rows: StepRows, name: str) -> None:
         declared = rows.variables[name]
         self.shape, self.dtype = (len(rows.rows), *declared.shape), np.dtype(declared.dtype)
         self._read = partial(rows.column, name)
@@ -361,7 +361,7 @@ def packed(head: Mapping[str, Any], data: bytes = b"") -> bytes:
     return HEAD.pack(MAGIC, len(text), len(data), checksum) + text + data
 
 
-class LiveRows(Rows):
+class LiveRows(StepRows):
     """The rows of a live store that may grow: `refresh` reads the frames that were appended.
 
     Raises SchemaError: For a log that is damaged before its end, of another program, or of a newer version.

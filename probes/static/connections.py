@@ -56,11 +56,7 @@ class MatrixFacts:
 class StaticConnection:
     """A connection at an input that adds nothing; rows of ``h_res`` are destinations. None: the files do not determine it.
 
-    ``dtypes``: of its tensors.
-    ``gates``: by part, the factor of what depends on the input.
     ``h_pre``: the read that is applied here; with ``read_lag`` 1 the sub-block before made it; None where unknown.
-    ``floor``: what Sinkhorn adds to every sum.
-    ``constraint``: what H_res satisfies, as measured.
     """
 
     module: str
@@ -70,19 +66,18 @@ class StaticConnection:
     family: str
     streams: int
     width: int | None
-    constrained: bool
     learns_mixing: bool
-    dtypes: tuple[str, ...]
-    gates: dict[str, float]
+    dtypes: tuple[str, ...]  # of its tensors
+    gates: dict[str, float]  # by part, the factor of what depends on the input
     h_res: np.ndarray | None
     h_pre: np.ndarray | None
     h_post: np.ndarray | None
-    floor: float
+    floor: float  # what Sinkhorn adds to every sum
     mixing: MatrixFacts | None
     note: str
     dialect: str
     read_lag: int | None
-    constraint: str = ""
+    constraint: str = ""  # what H_res satisfies, as measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +112,10 @@ def settings_of(dialect: Dialect, config: Mapping[str, Any]) -> Settings:
     """
     values, shown, assumed = {}, {}, []
     for name, constant in dialect.constants.items():
-        given = [(key, value) for key in constant.keys if _is_number(value := setting(config, key))]
+        values_of = [(key, setting(config, key)) for key in constant.keys]
+        given = [
+            (key, of) for key, of in values_of if isinstance(of, (int, float)) and not isinstance(of, bool)
+        ]
         key, value = given[0] if given else (constant.keys[0], constant.default)
         # Rounds of Sinkhorn among them, each of which takes a microsecond.
         if not abs(value) <= LARGEST_SETTING:
@@ -128,10 +126,6 @@ def settings_of(dialect: Dialect, config: Mapping[str, Any]) -> Settings:
         values[name] = shown[key] = float(value)
         assumed += [] if given else [key]
     return Settings(values, shown, tuple(assumed))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def connection_of(
@@ -162,7 +156,6 @@ def connection_of(
         family=row.family,
         streams=found.streams,
         width=found.sizes.get("D"),
-        constrained=row.doubly_stochastic,
         learns_mixing=row.learns_mixing,
         dtypes=tuple(sorted({each.dtype for each in found.roles.values()})),
         gates=gates,

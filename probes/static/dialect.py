@@ -78,8 +78,8 @@ class Dialect:
         Whether the rows of ``res`` and `mixing` are sources; destinations otherwise.
     read_lag : int
         1 where each sub-block applies the read that the one before computed; the first one reads stream 0.
-    head, doubly_stochastic, learns_mixing : bool
-        Whether it only reads the streams at the end; whether H_res is so by construction; whether it has parameters.
+    head, learns_mixing : bool
+        Whether it only reads the streams at the end; whether H_res has parameters.
     note : str
         A remark that is printed.
     """
@@ -106,7 +106,6 @@ class Dialect:
     sources_in_rows: bool = False
     read_lag: int = 0
     head: bool = False
-    doubly_stochastic: bool = False
     learns_mixing: bool = True
     note: str = ""
     _solved: dict[Any, list[Sizes]] = field(default_factory=dict, init=False, repr=False)

@@ -70,10 +70,6 @@ def _twice_sigmoid(t: Values) -> np.ndarray:
     return 2 * expit(t.post)
 
 
-def _identity(t: Values) -> np.ndarray:
-    return np.eye(t.n)
-
-
 # --- DeepSeek-V4 and its relatives: one projection of all streams, one bias, one scale for each part
 
 _GLM = ("glm5_next", "glm5_next_text", "glm5next", "glm5-next")
@@ -97,7 +93,6 @@ DEEPSEEK_V4 = Dialect(
     read=_sigmoid_with_floor,
     write=_twice_sigmoid,
     sinkhorn=lambda t: {"rounds": t.rounds, "floor": t.eps},
-    doubly_stochastic=True,
     constants={
         "rounds": Constant(("hc_sinkhorn_iters", "mhc_recur_norm", _ITERATIONS, "hyper_connection.sinkhorn_iters"), 20),
         "eps": Constant(("hc_eps", *_EPSILON), 1e-6),
@@ -178,7 +173,7 @@ HY_V4 = Dialect(
     gates=lambda t: {"pre": t.scale[0], "post": t.scale[1]},
     read=_sigmoid_with_floor,
     write=lambda t: t.magnitude * expit(t.post) + t.eps,
-    mixing=_identity,
+    mixing=lambda t: np.eye(t.n),
     learns_mixing=False,
     constants={
         "magnitude": Constant(("hc_magnitude", "hyper_connection.magnitude"), 2.0),
@@ -242,7 +237,6 @@ MHC_LUCIDRAINS = Dialect(
     read=_sigmoid,
     write=_twice_sigmoid,
     sinkhorn=lambda t: {"rounds": t.rounds, "last": "rows"},
-    doubly_stochastic=True,
     constants={"rounds": Constant(("sinkhorn_iters", "mhc_sinkhorn_iters", "num_sinkhorn_iters"), 20)},
 )
 MHC_FLATTENED = replace(
@@ -282,7 +276,6 @@ MHC_LITE = Dialect(
     read=_sigmoid,
     write=_twice_sigmoid,
     mixing=lambda t: permutations(softmax(t.res), t.n),
-    doubly_stochastic=True,
 )
 
 # --- heads: the read of the streams before the final norm

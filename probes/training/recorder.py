@@ -157,7 +157,7 @@ class Recorder:
         self._notices.warn()
         # Last of all: nothing of ours is half done when the training ends here.
         if self._live is not None:
-            self._live.stop_if_severe()
+            self._live.watched.stop_if_severe()
 
     @property
     def is_open(self) -> bool:
@@ -203,8 +203,8 @@ class Recorder:
                     self._safely(self._end_measured_step, None)
                 self._notices.say_how_many()
                 if self._live is not None:
-                    self._live.judge(self._say)
-                    self._live.say_too_late(self._say)
+                    self._live.watched.judge(self._live.attrs, self._say)
+                    self._live.watched.say_too_late(self._say)
             finally:
                 self._detach()
                 remove_inert_hooks(self._session.model)
