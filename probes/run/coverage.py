@@ -84,9 +84,9 @@ def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverag
     for depth, point in enumerate(chain.points):
         fired, stored = (number, depth) in captured, depth in wanted
         not_stored = FOR_PROOF if fired else NOT_REQUESTED
-        name, times = state_name(chain, depth), (count if stored else 0, count if fired else 0)
+        name, seen = state_name(chain, depth), (count if stored else 0, count if fired else 0)
         why = "" if stored else not_stored
-        yield Coverage(name, point.site, _call_name(point), point.layer, chain.name, *times, why)
+        yield Coverage(name, point.site, _call_name(point), point.layer, chain.name, *seen, why)
     # Sites that this chain has nowhere are listed once, without a layer: that they are missing must not look like an omission.
     if not any(point.site == "mid" for point in chain.points):
         why = NO_SUMS if selection.inside_blocks else NOT_REQUESTED
