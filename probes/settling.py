@@ -7,29 +7,26 @@ from collections.abc import Mapping
 from functools import cache, partial
 from typing import Any, Unpack
 
-import numpy as np
 import torch
 import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.experiments import SETTLED_BY
+from depthscope.diagnostics.memory import give_memory_back
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity, suspected
-from depthscope.diagnostics.verdicts.age import KNOWS, RESCALED, TASK, age_of, share_of_constant
-from depthscope.diagnostics.verdicts.causes import worst_depth
+from depthscope.diagnostics.verdicts.age import KNOWS, REPAIR, TASK, age_of, share_of_constant
 from depthscope.diagnostics.verdicts.rule import CONSEQUENCES, SUSPECTED
-from depthscope.diagnostics.verdicts.training import to_lose
-from depthscope.probes.interventions.changes import Plan, plan
+from depthscope.diagnostics.verdicts.training import beyond_expected, is_unsure, to_lose
+from depthscope.probes.interventions.changes import plan
 from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
 from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.loss_graph import Loss
 from depthscope.probes.model.preserved_state import eager, preserved_state
-from depthscope.probes.model.tensors import give_memory_back
 from depthscope.probes.one_shot import measure
-from depthscope.probes.rescaling import FEWEST, STEPS, first_size, promises, rescaled, sure_slope
+from depthscope.probes.repairs import FEWEST, Patient, first_size, repaired, row_of
 from depthscope.probes.run.attributes import memory_facts
 from depthscope.probes.run.build_run import prove
 from depthscope.probes.run.connection_remarks import all_remarks
@@ -39,10 +36,7 @@ from depthscope.probes.session.kept_bytes import FOREIGN_NORMS, kept_bytes
 from depthscope.probes.session.model_call import batches, call_model, copied, graph_of_frozen, with_gradients
 from depthscope.probes.session.options import ModelOptions, Options, Scope, takes_options
 
-MOST_FORWARDS = 10
-# Forwards before the first experiment: to read the model, to find where its states are made, to see that it repeats itself,
-# whether its output predicts the next token, and whether anything leads around a changed state.
-FIRST_FORWARDS = 5
+MOST_FORWARDS = 60
 # Of the sample, to see what is suspected: four sequences and the first tokens of each show it.
 SEQUENCES, TOKENS = 4, 128
 
@@ -59,9 +53,11 @@ def settle(
 ) -> xr.DataTree:
     """Try what a run leaves open, and keep the results in the run, where `judge` finds them.
 
-    What a verdict suspects is loud where an experiment shows its consequence: what the loss (or the output, without labels)
-    loses when steps are left out, or when states are replaced by what a collapse would leave of them. `capture` measures and
-    tries nothing; the command ``probe`` does both. The model is not changed.
+    Of a network that is trained and in which something is suspected, repairs are tried: other scales of its parts and of its
+    softmaxes, another axis of these, its gains read otherwise, its mixing matrices transposed or normalised. What the best of
+    them regains of the loss is the severity, and it names the cause. Layers that hold one representation are left out: where
+    that changes nothing, they are of no use. `capture` measures and tries nothing; the command ``probe`` does both. The model
+    is not changed.
 
     Parameters
     ----------
@@ -74,9 +70,9 @@ def settle(
     loss : callable, optional
         ``loss(output, batch) -> scalar``, as in `capture`.
     forwards : int
-        At most so many forwards for the experiments on what is suspected; where nothing is, none is made of these. Where
-        something is and the loss would fall with other scales of what the modules give, as many more with their backward at
-        most.
+        At most so many forwards to find a repair, none of them with a backward. Where nothing is suspected, one shows whether
+        something is odd: a softmax along another axis, a module far from the size of its kind in other blocks. For the
+        interval of what is regained, two more of each of 16 sequences.
     **options
         Each option of `Options`.
 
@@ -84,7 +80,7 @@ def settle(
     -------
     DataTree
         The run; what is added is in its attributes and those of its metrics. ``consequences`` has one mapping for each
-        suspicion that was tried, or why it could not be; ``rescaled`` a lower loss with other scales; ``remarks`` also from
+        suspicion that was tried, or why it could not be; ``repair`` the one that lowers the loss most; ``remarks`` also from
         what the coefficients of connections are computed, whether these learn, which modules get zeros, and whether outputs
         see later tokens (two or three forwards); ``memory``, of a run with gradients, what a forward keeps for its backward,
         as measured.
@@ -103,22 +99,19 @@ def settle(
         )
     added = _examined(run, model, parts[0], options)
     suspicions = _suspicions(run) if forwards else []
-    results: list[dict[str, Any]] = []
-    for chain in dict.fromkeys(chain for chain, _, _ in suspicions) if forwards > FIRST_FORWARDS else ():
-        of_chain = [
-            (finding, analysis)
-            for name, finding, analysis in suspicions
-            if name == chain and VERDICTS[finding.verdict].tried and _is_open(finding)
-        ]
-        if of_chain:
-            results += _settled(chain, of_chain, model, parts, loss, forwards - FIRST_FORWARDS, options)
+    results = [
+        _without_steps(chain, finding, model, parts, loss, options)
+        for chain, finding in suspicions
+        if VERDICTS[finding.verdict].tried
+        and (finding.severity > Severity.INFO or finding.settled == SUSPECTED)
+    ]
     added |= {CONSEQUENCES: results} if results else {}
     if ahead := _looks_ahead(run, model, parts[0], options):
         added["remarks"] = [*added.get("remarks", run.attrs.get("remarks", ())), *ahead]
-    scales = (
-        _rescaled(run, model, parts, loss, forwards, options, suspected=bool(suspicions)) if forwards else {}
-    )
-    added |= {RESCALED: scales} if scales else {}
+    if forwards and (
+        best := _repaired(run, Patient(model, parts, loss, forwards), options, is_suspected=bool(suspicions))
+    ):
+        added[REPAIR] = best
     found: xr.DataTree = run.copy(deep=False)
     for node in (found, *(found["metrics"].subtree if "metrics" in found.children else ())):
         node.attrs = {**node.attrs, **added}
@@ -170,7 +163,7 @@ def _looks_ahead(
     if not (ahead or repeats):
         return []
     batch_axis = _batch_axis(options)
-    part = batch if batch_axis else _row(batch, _longest(batch), first_size(batch))
+    part = batch if batch_axis else row_of(batch, _longest(batch), first_size(batch))
     try:
         again = partial(_output_again, model, batch_axis=batch_axis)
         sees = sees_later_tokens(part, again, must_see_earlier=not ahead)
@@ -189,29 +182,20 @@ def _batch_axis(options: Mapping[str, Any]) -> int:
     return 1 if layout.replace(" ", "").startswith("TB") or (layout and is_packed(layout)) else 0
 
 
-def _rescaled(
-    run: xr.DataTree,
-    model: nn.Module,
-    parts: list[Any],
-    loss: Loss | None,
-    forwards: int,
-    options: Mapping[str, Any],
-    *,
-    suspected: bool,
+def _repaired(
+    run: xr.DataTree, patient: Patient, options: Mapping[str, Any], *, is_suspected: bool
 ) -> dict[str, Any]:
-    """What the loss would be with other scales of what the modules give, of a network that has something to lose.
+    """The best repair of a network that has something to lose.
 
-    ``suspected``: whether anything is; else it is tried only where the loss is near that of a constant answer, or the
-    gradients of the run promise that it would fall.
+    Something is suspected too where the loss is near that of a constant answer, or not what the predictions expect.
     """
     attrs = {str(name): value for name, value in run.attrs.items()}
     reach = to_lose(attrs)
-    if reach is None or _batch_axis(options) or sum(map(first_size, parts)) < FEWEST:
+    if reach is None or _batch_axis(options) or sum(map(first_size, patient.parts)) < FEWEST:
         return {}
-    knows_little = (share_of_constant(attrs) or 0.0) > KNOWS
-    # The gradients in the run are those of the loss of one part.
-    if not (suspected or knows_little or promises(_slopes(run, first_size(parts[0])), reach)):
-        return {}
+    is_suspected |= (
+        is_unsure(attrs) or beyond_expected(attrs) > 0.0 or (share_of_constant(attrs) or 0.0) > KNOWS
+    )
     traces = (
         [node.attrs for node in run["trace"].subtree if node.data_vars] if "trace" in run.children else []
     )
@@ -223,33 +207,11 @@ def _rescaled(
     if age_of(xr.Dataset(coords=last, attrs=attrs)).trained is False:
         return {}
     try:
-        return rescaled(model, parts, loss, reach=reach, steps=min(STEPS, forwards))
+        return repaired(
+            patient, reach, options, streams=attrs.get("n_streams", 1) > 1, is_suspected=is_suspected
+        )
     except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
         return {}
-
-
-def _slopes(run: xr.DataTree, sequences: int) -> dict[str, float]:
-    """Derivatives of the loss along the logarithm of a factor on the first state, on each step, and on what the head reads.
-
-    They are ⟨∂loss/∂X, X − X before⟩; those that chance explains, as they differ between the sampled sequences, are left out.
-    ``sequences``: in each part of the batch.
-    """
-    rows: dict[str, np.ndarray] = {}
-    for node in run["trace"].subtree if "trace" in run.children else ():
-        trace = node.to_dataset(inherit=False)
-        before: Any = 0.0
-        for depth in range(trace.sizes["depth"]) if "gradient" in trace else ():
-            state, gradient = (
-                trace[name][depth].where(trace["mask"], 0.0) for name in ("residual", "gradient")
-            )
-            rows[f"{node.path} {depth}"] = (
-                (gradient * (state - before)).sum(("token", "stream", "feature")).values
-            )
-            before = state
-        if "final_gradient" in trace:
-            last = trace["final_gradient"] * trace["final"]
-            rows[f"{node.path} head"] = last.where(trace["mask"], 0.0).sum(("token", "feature")).values
-    return {name: found for name, of in rows.items() if (found := sure_slope(torch.as_tensor(of), sequences))}
 
 
 def _longest(batch: Any) -> int:
@@ -271,8 +233,8 @@ def _judged_metrics() -> tuple[str, ...]:
     return tuple(name for name, metric in CATALOGUE.items() if taken & {name, f"{name}_null"})
 
 
-def _suspicions(run: xr.DataTree) -> list[tuple[str, Finding, xr.Dataset]]:
-    """What is suspected, by chain, with the analysis that it is read off."""
+def _suspicions(run: xr.DataTree) -> list[tuple[str, Finding]]:
+    """What is suspected of each chain."""
     stored = {chain: schema.chain_dataset(run, "metrics", chain) for chain in schema.chains(run)}
     known = {chain: of for chain, of in stored.items() if of is not None and of.attrs.get(schema.COMPLETE)}
     if len(known) < len(stored):
@@ -283,73 +245,39 @@ def _suspicions(run: xr.DataTree) -> list[tuple[str, Finding, xr.Dataset]]:
             sizes = {"sample": slice(SEQUENCES), "token": slice(TOKENS)}
             node.dataset = node.to_dataset(inherit=False).isel(sizes, missing_dims="ignore")
         known = schema.by_chain(analyze(part, metrics=_judged_metrics()))
-    return [(chain, finding, each) for chain, each in known.items() for finding in suspected(each)]
+    return [(chain, finding) for chain, each in known.items() for finding in suspected(each)]
 
 
-def _settled(
+def _without_steps(
     chain: str,
-    places: list[tuple[Finding, xr.Dataset]],
+    finding: Finding,
     model: nn.Module,
-    batch: list[Any],
+    parts: list[Any],
     loss: Loss | None,
-    most: int,
     options: Mapping[str, Any],
-) -> list[dict[str, Any]]:
-    """The results of the experiments on one chain, those of the worst suspicions first."""
-    wanted: dict[Plan, list[tuple[Finding, dict[str, Any]]]] = {}
-    for finding, analysis in places:
-        each, depths = _plan_of(finding, analysis)
-        if each in wanted or len(wanted) < most:
-            wanted.setdefault(each, []).append((finding, _place(finding, chain, depths)))
-    try:
-        result = ablate(model, batch, list(wanted), loss=_by_sequence(loss), chain=chain or None, **options)
-    except (
-        Exception
-    ) as error:  # a model may do anything when it runs again, and what was measured is not lost for it
-        return [{**place, "why": str(error)} for found in wanted.values() for _, place in found]
-    rows = {
-        (str(kind), int(depth)): number
-        for number, (kind, depth) in enumerate(
-            zip(result["kind"].values, result["depth"].values, strict=True)
-        )
-    }
-    results = []
-    for each in wanted:
-        number = rows.get((each.kind, (each.depths or (-1,))[-1]))
-        why = next(
-            (words for words in result.attrs["left_out"] if words.startswith(each.kind)),
-            "it could not be made",
-        )
-        for _, place in wanted[each]:
-            results.append({**place, "why": why} if number is None else {**place, **_effect(result, number)})
-    return results
-
-
-def _is_open(finding: Finding) -> bool:
-    """Whether a result would decide how loud a finding is."""
-    return finding.severity > Severity.INFO or finding.settled == SUSPECTED
-
-
-def _place(finding: Finding, chain: str, depths: tuple[int, int]) -> dict[str, Any]:
-    return {
+) -> dict[str, Any]:
+    """What the network loses without the steps that a finding says do nothing."""
+    first, last = finding.first + 1, finding.last  # a state of a range that is one has no step before it
+    place = {
         "verdict": finding.verdict,
         "chain": chain,
-        "stream": finding.stream,
         "first": finding.first,
-        "last": finding.last,
-        "kind": SETTLED_BY[finding.verdict],
-        "depths": list(depths),
+        "last": last,
+        "depths": [first, last],
     }
-
-
-def _plan_of(finding: Finding, analysis: xr.Dataset) -> tuple[Plan, tuple[int, int]]:
-    """The experiment that settles a suspicion, and the first and last depth that it changes."""
-    kind = SETTLED_BY[finding.verdict]
-    if kind == "bypass":  # a state of a range that is one has no step before it
-        first, last = finding.first + 1, finding.last
-        return plan(kind, depths=list(range(first, last + 1))), (first, last)
-    at = worst_depth(finding, analysis) or 0
-    return plan(kind, depths=at), (at, at)
+    try:
+        steps = plan("bypass", depths=list(range(first, last + 1)))
+        result = ablate(model, parts, steps, loss=_by_sequence(loss), chain=chain or None, **options)
+    except Exception as error:  # as above
+        return {**place, "why": str(error)}
+    row = result.isel(experiment=0)
+    known = {
+        "loss": float(result["base_loss"].mean("token").mean("sample")),
+        "loss_change": float(row["loss_change"]),
+        "half_width": float(row["loss_change_high"] - row["loss_change_low"]) / 2,
+        "output_change": float(row["output_change"]),
+    }
+    return place | {name: value for name, value in known.items() if math.isfinite(value)}
 
 
 def _by_sequence(loss: Loss | None) -> Loss | None:
@@ -364,7 +292,10 @@ def _by_sequence(loss: Loss | None) -> Loss | None:
             return value
         try:
             each = torch.stack(
-                [loss(_row(output, n, count), _row(batch, n, count)).detach().float() for n in range(count)]
+                [
+                    loss(row_of(output, n, count), row_of(batch, n, count)).detach().float()
+                    for n in range(count)
+                ]
             )
         except Exception:  # the user's function may do anything with a part of a batch
             return value
@@ -372,24 +303,3 @@ def _by_sequence(loss: Loss | None) -> Loss | None:
         return each if bool(same) and each.ndim == 1 else value
 
     return of_each
-
-
-def _row(value: Any, number: int, count: int) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value[number : number + 1] if value.ndim and len(value) == count else value
-    if isinstance(value, Mapping):
-        return {name: _row(item, number, count) for name, item in value.items()}
-    return type(value)(_row(item, number, count) for item in value) if type(value) in (tuple, list) else value
-
-
-def _effect(result: xr.Dataset, number: int) -> dict[str, Any]:
-    """What one experiment showed, as plain numbers; what is not known is left out."""
-    row = result.isel(experiment=number)
-    low, high = float(row["loss_change_low"]), float(row["loss_change_high"])
-    known = {
-        "loss": float(result["base_loss"].mean("token").mean("sample")),
-        "loss_change": float(row["loss_change"]),
-        "half_width": (high - low) / 2,
-        "output_change": float(row["output_change"]),
-    }
-    return {name: value for name, value in known.items() if math.isfinite(value)}

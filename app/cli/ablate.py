@@ -43,7 +43,7 @@ def ablate(
         str,
         typer.Option(
             metavar="A,B",
-            help="skip (blocks); identity, uniform (in place of H_res); drop-stream, bypass, merge-tokens (states).",
+            help="skip (blocks); identity, uniform (in place of H_res); drop-stream, bypass (states).",
         ),
     ] = "skip",
     blocks: Annotated[str | None, _places("blocks")] = None,

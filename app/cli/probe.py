@@ -22,6 +22,7 @@ from depthscope.app.cli.options import (
 )
 from depthscope.app.text.terminal import emit, printable, remark, say, working
 from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.memory import give_memory_back
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -70,9 +71,9 @@ def probe(
         typer.Option(
             min=0,
             metavar="N",
-            help="Most forwards for experiments that test whether a suspected problem does harm.",
+            help="Most forwards to try repairs of a suspected problem; 0 tries nothing.",
         ),
-    ] = 10,
+    ] = 60,
     factory: Annotated[
         str | None,
         typer.Option(
@@ -136,8 +137,6 @@ def probe(
 
 def _with_memory_given_back(parts: Sequence[Any]) -> Iterator[Any]:
     """Each part; after it the memory that it took goes back to the system."""
-    from depthscope.probes.model.tensors import give_memory_back
-
     for part in parts:
         yield part
         give_memory_back()

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from depthscope.diagnostics.errors import AbsentError, InputError
+from depthscope.diagnostics.memory import share_heaps
 
 HOST = "127.0.0.1"
 FIRST_PORT = 8501  # Streamlit's own
@@ -138,6 +139,7 @@ def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> Non
     from depthscope.app.dashboard.components import chart
     from depthscope.app.dashboard.state import run_library
 
+    share_heaps()  # Streamlit runs every page in a thread of its own
     run_library.allow(paths, max_bytes=max_bytes)
     run_library.analyse_beside()
     # plotly.js of the installed package: its version is the one that made the figure, and no network is needed.

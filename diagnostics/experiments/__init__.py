@@ -16,12 +16,11 @@ from depthscope.diagnostics.experiments.results import (
     table,
     table_rows,
 )
-from depthscope.diagnostics.experiments.settling import CHANGED, SETTLED_BY, consequence_words, experiment_for
+from depthscope.diagnostics.experiments.settling import SETTLED_BY, consequence_words, experiment_for
 from depthscope.diagnostics.experiments.variables import CELLS, EFFECTS, LENS, PATCHES, declared
 
 __all__ = [
     "CELLS",
-    "CHANGED",
     "EFFECTS",
     "KINDS",
     "LENS",

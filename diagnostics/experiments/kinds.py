@@ -39,7 +39,6 @@ KINDS: dict[str, ExperimentKind] = {
         ),
         ExperimentKind("drop_stream", "depth", "one stream is set to zero at one depth", streams=True),
         ExperimentKind("bypass", "depth", "the steps to the named depths are left out, all at once"),
-        ExperimentKind("merge_tokens", "depth", "every token's state is the mean of its sequence"),
     )
 }
 """Every kind of experiment, by name."""

@@ -11,8 +11,6 @@ from depthscope.diagnostics.numbers import number, percent
 SETTLED_BY: dict[str, str] = {
     # Steps that are said to do nothing: without them nothing changes.
     **dict.fromkeys(("same_representation", "idle_layer"), "bypass"),
-    # States of which a collapse is said to leave little: with only that left, nothing changes.
-    **dict.fromkeys(("rank_collapse", "common_vector"), "merge_tokens"),
     # A gain that is said to grow or fade by mixing: without mixing it does not.
     **dict.fromkeys(("gain_explosion", "attenuation", "negative_mixing"), "identity"),
     "stream_collapse": "uniform",
@@ -70,26 +68,17 @@ def experiment_for(finding: Placed, target: str = "CHECKPOINT") -> str | None:
     return " ".join(words)
 
 
-CHANGED = {
-    "bypass": "Without the steps from depth {first} to {last}",
-    "merge_tokens": "With the mean of its sequence in place of every token's state at depth {last}",
-}
-"""What the experiments that `depthscope.settle` makes change, in words."""
-
-
 def consequence_words(result: Mapping[str, Any]) -> str:
-    """What an experiment that a suspicion named has shown, in one sentence.
+    """What leaving out the steps that a suspicion named has shown, in one sentence.
 
     Examples
     --------
-    >>> result = {"kind": "bypass", "depths": [5, 15], "loss": 2.1, "loss_change": 0.01, "half_width": 0.02}
+    >>> result = {"depths": [5, 15], "loss": 2.1, "loss_change": 0.01, "half_width": 0.02}
     >>> consequence_words(result)
     'Without the steps from depth 5 to 15 the loss changes by +0.01 ± 0.02 (from 2.1).'
     """
     first, last = result["depths"]
-    changed = CHANGED[result["kind"]].format(first=first, last=last)
-    if first == last:
-        changed = changed.replace(f"the steps from depth {first} to {last}", f"the step to depth {last}")
+    steps = f"the steps from depth {first} to {last}" if first < last else f"the step to depth {last}"
     parts = []
     if result.get("loss_change") is not None:
         reach = result.get("half_width")
@@ -99,4 +88,4 @@ def consequence_words(result: Mapping[str, Any]) -> str:
         )
     if result.get("output_change") is not None:
         parts.append(f"the output changes by {percent(result['output_change'])}")
-    return f"{changed} {' and '.join(parts[:2])}."
+    return f"Without {steps} {' and '.join(parts)}."

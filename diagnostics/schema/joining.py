@@ -46,7 +46,7 @@ SAME = [
     "seed",
     "loss_reduction",
 ]
-OF_ONE_PART = f"{PART} {STAGE} consequences rescaled distinct_tokens data_digest".split()
+OF_ONE_PART = f"{PART} {STAGE} consequences repair distinct_tokens data_digest".split()
 ESTIMATED_PAIRS = "pairs within each part; those between parts are taken to have the same mean"
 CLOSE = 1e-6  # of two states, relative to the largest: the same numbers, but for a cast on the way
 _NAME = re.compile(r"part-\d{5}(\.zarr(\.zip)?)?")

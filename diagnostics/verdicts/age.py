@@ -10,8 +10,8 @@ import xarray as xr
 TASK = "task"
 """Attribute of a run: what its loss is of: the ``classes``, the loss of ``guessing`` among them, and the ``loss`` itself."""
 
-RESCALED = "rescaled"
-"""Attribute of a run: the loss with other scales, and which; see `depthscope.probes.rescaling`."""
+REPAIR = "repair"
+"""Attribute of a run: the use of the same weights that lowers the loss most; see `depthscope.probes.repairs`."""
 
 # Share of the loss of a constant answer, from which on nothing is learned of the input, or nothing of it left.
 NOTHING_LEARNED = 0.97
@@ -49,7 +49,7 @@ def age_of(analysis: xr.Dataset) -> Age:
         (
             repaired < KNOWS,
             True,
-            f"with other scales its loss is {100 * repaired:.0f} % of a constant answer's",
+            f"after a repair its loss is {100 * repaired:.0f} % of a constant answer's",
         ),
         (step >= MANY_STEPS, True, f"it has trained for {step:.0f} steps"),
         (distance > MOVED, True, f"its weights have moved by up to {100 * distance:.0f} %"),
@@ -79,11 +79,12 @@ def _has_learned_and_forgot(attrs: Mapping[str, Any]) -> bool:
 
 
 def _repaired_share(attrs: Mapping[str, Any]) -> float:
-    """The share of what the loss is with the scales that it would be lowest with; 1 where they were not tried."""
-    result = attrs.get(RESCALED)
-    loss = number_or_none(result.get("rescaled")) if isinstance(result, Mapping) else None
+    """The loss that the best repair surely leaves, over that of a constant answer; 1 where none was found."""
+    result = attrs.get(REPAIR)
+    found = result if isinstance(result, Mapping) else {}
+    loss, half_width = number_or_none(found.get("repaired")), number_or_none(found.get("half_width")) or 0.0
     constant = number_or_none(task_of(attrs).get("constant"))
-    return loss / constant if loss is not None and constant else 1.0
+    return (loss + half_width) / constant if loss is not None and constant else 1.0
 
 
 def task_of(attrs: Mapping[str, Any]) -> Mapping[str, Any]:

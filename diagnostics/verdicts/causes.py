@@ -22,7 +22,8 @@ def explain(
     """Findings of one chain, of which those that another one explains name it.
 
     An effect is a note where a loud finding that is at least as bad as it explains it: what a depth does, all later ones
-    inherit. What the loss shows stays loud, and names the statistic that is farthest beyond its limit: there to look.
+    inherit. What the loss shows stays loud, and names where to look: at the repair that lowers it, or else at the statistic
+    that is farthest beyond its limit.
 
     ``causes``: by verdict, the verdicts that it may follow from.
     ``explained``: the verdicts on the loss, which any statistic explains; the others are facts or statistics.
@@ -30,14 +31,16 @@ def explain(
     found = [_effect(each, findings, analysis, causes.get(each.verdict, ())) for each in findings]
     notes = [each for each in findings if each.explains and each.verdict not in explained]
     places = sorted(notes, key=lambda each: (each.axis != "run", each.excess))
-    return [
-        replace(
-            each, because=places[-1].verdict, sentence=f"{each.sentence} Look first at {_named(places[-1])}."
-        )
-        if each.verdict in explained and each.severity > Severity.INFO and not each.because and places
-        else each
-        for each in found
-    ]
+    places += [each for each in found if each.verdict == "off_minimum" and each.severity > Severity.INFO]
+
+    def with_place(each: Finding) -> Finding:
+        others = [place for place in places if place.verdict != each.verdict]
+        if each.verdict not in explained or each.severity <= Severity.INFO or each.because or not others:
+            return each
+        sentence = f"{each.sentence} Look first at {_named(others[-1])}."
+        return replace(each, because=others[-1].verdict, sentence=sentence)
+
+    return [with_place(each) for each in found]
 
 
 def _effect(

@@ -122,7 +122,7 @@ class Verdict:
     ``function``: variables in, profiles out; None where the question does not apply.
     ``follows_from``: other verdicts that explain this one, which is then a note.
     ``drawn_on``: metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
-    ``tried``: whether `depthscope.settle` runs its experiment of `SETTLED_BY`, which shows whether what it is about is of use.
+    ``tried``: whether `depthscope.settle` leaves out what it says is of no use.
     """
 
     name: str
@@ -196,7 +196,7 @@ class Verdict:
         sentence = self._sentence(profile, values[at], limit, by_limits, at, beyond)
         severity, words, settled = min(by_limits, Severity.INFO), "", ""
         if by_limits > Severity.INFO and not profile.note_only:
-            result = result_of(analysis.attrs, self.name, profile.stream, first, last)
+            result = result_of(analysis.attrs, self.name, first, last)
             severity, words, settled = grade(
                 self.kind,
                 by_limits,

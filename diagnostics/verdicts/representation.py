@@ -53,7 +53,6 @@ OF_ONE_ANSWER = 5.0
         "0 to about 3",
     ),
     limits=Limits(warn=0.15, fail=0.03, above=False),
-    tried=True,
 )
 def rank_collapse(
     effective_rank: xr.DataArray,
@@ -159,7 +158,6 @@ MOST_ALIKE = 0.98
     limits=Limits(warn=MOST_ALIKE, fail=0.995, scale="cosine"),
     follows_from=("rank_collapse",),
     drawn_on=("token_cosine",),
-    tried=True,
 )
 def common_vector(
     token_cosine: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None
@@ -202,7 +200,9 @@ def common_vector(
     limits=Limits(info=IDLE, warn=DEAD, above=False),
     follows_from=("gain_explosion", "same_representation", "common_vector"),
 )
-def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) -> Iterator[Profile]:
+def idle_layer(
+    angular_distance: xr.DataArray, block_influence: xr.DataArray, write_share: xr.DataArray | None = None
+) -> Iterator[Profile]:
     """A layer barely changes the residual stream.
 
     It can be left out at little cost (Gromov et al. 2025; Men et al. 2025). Normal at the start where
@@ -217,6 +217,11 @@ def idle_layer(angular_distance: xr.DataArray, block_influence: xr.DataArray) ->
     if "site" in steps.coords:
         layers &= ~steps["site"].isin(["final", "pre"])
     turned = steps.copy(data=angles).where(layers)
+    if write_share is not None and "depth_out" in write_share.coords:
+        # Mixing alone may turn the state: of weights that are all zero no stream has a share.
+        silent = write_share.isnull().all("stream")
+        written = write_share["depth_out"].where(silent & ~silent.all(), drop=True)
+        turned = turned.where(~((turned < IDLE) & turned["depth"].isin(written)), 0.0)
     # Where most of the steps add nothing, their branches were made to begin so.
     most_are_dead = int((turned < DEAD).sum()) > int(turned.notnull().sum()) // 2
     yield Profile(

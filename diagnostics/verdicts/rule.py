@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
-from depthscope.diagnostics.experiments import CHANGED, consequence_words
+from depthscope.diagnostics.experiments import consequence_words
 from depthscope.diagnostics.verdicts.age import KNOWS, Age, number_or_none, share_of_constant, task_of
 from depthscope.diagnostics.verdicts.finding import Severity
 
@@ -111,18 +111,13 @@ def _is_of_no_use(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> bool:
     return (number_or_none(result.get("output_change")) or 0.0) <= SAME_OUTPUT
 
 
-def result_of(
-    attrs: Mapping[str, Any], verdict: str, stream: str | None, first: int, last: int
-) -> Mapping[str, Any] | None:
+def result_of(attrs: Mapping[str, Any], verdict: str, first: int, last: int) -> Mapping[str, Any] | None:
     """The result of the experiment on a finding at this place; a file may have anything in its place."""
     results = attrs.get(CONSEQUENCES)
     for result in results if isinstance(results, (list, tuple)) else ():
-        if not isinstance(result, Mapping) or not {"first", "last", "depths", "kind"} <= set(result):
+        if not isinstance(result, Mapping) or not {"first", "last", "depths"} <= set(result):
             continue
-        if "why" in result or result.get("verdict") != verdict or result["kind"] not in CHANGED:
-            continue
-        if result.get("stream") == stream and (
-            first < 0 or (result["first"] <= last and first <= result["last"])
-        ):
+        is_here = result.get("verdict") == verdict and result["first"] <= last and first <= result["last"]
+        if is_here and "why" not in result:
             return result
     return None

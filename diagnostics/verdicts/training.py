@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -16,7 +17,7 @@ from depthscope.diagnostics.verdicts.age import (
     MOVED,
     NOTHING_LEARNED,
     ONE_SIDED,
-    RESCALED,
+    REPAIR,
     number_or_none,
     share_of_constant,
     share_of_guessing,
@@ -24,6 +25,7 @@ from depthscope.diagnostics.verdicts.age import (
 )
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
+from depthscope.diagnostics.verdicts.wiring import is_text
 
 # --- the loss ---
 
@@ -128,13 +130,13 @@ def surer_than_right(
     known = [number_or_none(task.get(name)) for name in ("loss", "expected", "constant", "expected_error")]
     if None in known or attrs.get("untouched"):
         return
-    loss, expected, constant, error = (float(value or 0.0) for value in known)
+    loss, expected, constant, _ = (float(value or 0.0) for value in known)
     claimed = max(constant - expected, LEAST_CLAIM * constant)
     sentence = (
         f"The loss, {number(loss)}, is above what the predictions themselves expect, {number(expected)}: they claim to know "
         f"{number(constant - expected)} more than a constant answer ({DEFAULT})."
     )
-    wrong = (loss - ONE_SIDED * error - expected) / claimed
+    wrong = beyond_expected(attrs) / claimed
     words = "of what the predictions claim to know, the part that is wrong is"
     may_be_new = _may_be_new(attrs) and not _is_old(step, first_weight_distance)
     yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", note_only=may_be_new)
@@ -155,12 +157,29 @@ def to_lose(attrs: Mapping[str, Any]) -> float | None:
     return None if loss is None or not most else max(most - loss, LEAST_REACH * most)
 
 
+def beyond_expected(attrs: Mapping[str, Any]) -> float:
+    """What a network loses above what its predictions expect, or (negative) below, beyond the noise of the sample."""
+    names = ("loss", "expected", "expected_error")
+    known = [number_or_none(task_of(attrs).get(name)) for name in names]
+    if None in known:
+        return 0.0
+    loss, expected, error = (float(value or 0.0) for value in known)
+    return math.copysign(max(abs(loss - expected) - ONE_SIDED * error, 0.0), loss - expected)
+
+
+def is_unsure(attrs: Mapping[str, Any]) -> bool:
+    """Whether predictions do not claim what the network knows."""
+    constant, loss = (number_or_none(task_of(attrs).get(name)) for name in ("constant", "loss"))
+    known = 0.0 if constant is None or loss is None else constant - loss
+    return beyond_expected(attrs) < -UNSURE * known if known > 0.0 else False
+
+
 # Beyond the interval, trained networks of more than 100 kinds regain 0.05 at most.
 @verdict(
     Kind.LOSS,
     metric="loss",
     judges=Number(
-        "share of what the loss can be below that of a constant answer that other scales regain",
+        "share of what the loss can be below that of a constant answer that a repair regains",
         "gained / (constant − loss + gained)",
         "0 to 1",
     ),
@@ -171,40 +190,38 @@ def off_minimum(
     step: xr.DataArray | None = None,
     first_weight_distance: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
-    """The weights are not used as they were trained: other scales lower the loss.
+    """The weights are not used as they were trained: a repair lowers the loss.
 
-    Training leaves each of these scales at a minimum of the loss. Look at the modules that are named for a factor of attention
-    logits or norms, an eps, a gain that was not restored, weights of another block; or the data are foreign to the network.
+    Training leaves the network at a minimum of the loss, which the repair that is named regains in part. Look for what it
+    names: a factor of attention logits, an axis, an eps, gains or weights that were not restored; or the data are foreign to
+    the network.
     """
-    result, task = attrs.get(RESCALED), task_of(attrs)
+    result = attrs.get(REPAIR)
     result = result if isinstance(result, Mapping) else {}
-    reach, loss = to_lose(attrs), number_or_none(result.get("loss"))
-    best = number_or_none(result.get("rescaled"))
-    constant = number_or_none(task.get("constant")) or float("inf")
-    # What still has to learn can do so by its scales too.
-    if reach is None or loss is None or best is None or min(loss, best) > KNOWS * constant:
-        return
+    reach, loss, best = (
+        to_lose(attrs),
+        number_or_none(result.get("loss")),
+        number_or_none(result.get("repaired")),
+    )
+    constant = number_or_none(task_of(attrs).get("constant")) or float("inf")
+    repair, cause = result.get("repair"), result.get("cause")
     half_width = number_or_none(result.get("half_width")) or 0.0
+    if reach is None or loss is None or best is None or not (is_text(repair) and is_text(cause)):
+        return
+    # What still has to learn can do so by its scales too: either use must surely know something.
+    if min(loss, best + half_width) > KNOWS * constant:
+        return
     gained = max(loss - best - half_width, 0.0)
     share = gained / (reach + gained)
-    most = ", ".join(f"{name} × {number(factor)}" for name, factor in result.get("most") or ())
-    more = ", …" if (number_or_none(result.get("modules")) or 0.0) > len(result.get("most") or ()) else ""
-    interval = f" ± {number(half_width, digits=2)}" if half_width else ""
     sentence = (
-        f"With factors on what {result.get('modules')} modules give ({most}{more}) the loss falls from "
-        f"{number(loss)} to {number(best)}{interval}: {percent(share)} of what it then is below that of a constant answer "
-        f"({DEFAULT})."
+        f"{repair[:1].upper()}{repair[1:]} lowers the loss by {number(loss - best)} ± {number(half_width, digits=2)} (from "
+        f"{number(loss)}), of which the surer part is {percent(share)} of what it then is below that of a constant answer "
+        f"({DEFAULT}). {cause[:1].upper()}{cause[1:]} would look like this."
     )
-    expected = number_or_none(task.get("expected"))
-    noise = ONE_SIDED * (number_or_none(task.get("expected_error")) or 0.0)
-    is_unsure = expected is not None and expected - loss - noise > UNSURE * (constant - loss)
-    may_still_learn = is_unsure and not _is_old(step, first_weight_distance)
-    if expected is not None and may_still_learn:
-        sentence += (
-            f" Its predictions expect a loss of {number(expected)}: a network in the middle of its training is as unsure, and "
-            "this is then no fault."
-        )
-    words = "of what the loss can be below that of a constant answer, other scales regain"
+    may_still_learn = is_unsure(attrs) and not _is_old(step, first_weight_distance)
+    if may_still_learn:
+        sentence += " A network in the middle of its training is as unsure of its predictions, and this is then no fault."
+    words = "of what the loss can be below that of a constant answer, a repair regains"
     yield Profile(xr.DataArray(share), words, sentence=sentence, note_only=may_still_learn)
 
 

@@ -36,7 +36,7 @@ LONGEST = 1000  # characters of a sentence; those of the capture have about 300
 ROUNDING = 1e-6
 
 
-def _is_text(found: Any) -> TypeGuard[str]:
+def is_text(found: Any) -> TypeGuard[str]:
     """Whether what a file has in the place of a sentence can be one."""
     return isinstance(found, str) and found.isprintable() and len(found) <= LONGEST
 
@@ -49,7 +49,7 @@ def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator
             continue
         sentence, value = remark.get("sentence"), remark.get("value")
         number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        if _is_text(sentence) and number:
+        if is_text(sentence) and number:
             yield Profile(
                 xr.DataArray(float(value)),  # type: ignore[arg-type]
                 "",

@@ -15,6 +15,7 @@ import torch
 from depthscope.diagnostics.experiments import ExperimentKind, kind_named
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 from depthscope.probes.model.errors import InterventionError
+from depthscope.probes.structure.chain import Connection
 
 Numbers: TypeAlias = int | Iterable[int] | None
 Edits: TypeAlias = Mapping[int, Edit]
@@ -52,8 +53,8 @@ def plan(
     Parameters
     ----------
     kind : str
-        ``"skip"`` (a block); ``"identity"``, ``"uniform"`` (in place of H_res); ``"drop_stream"``, ``"bypass"``,
-        ``"merge_tokens"`` (of the state at a depth).
+        ``"skip"`` (a block); ``"identity"``, ``"uniform"`` (in place of H_res); ``"drop_stream"``, ``"bypass"`` (of the
+        state at a depth).
     blocks, connections, depths, streams : int or iterable of int, optional
         Where; every place by default. A depth means the block or connection that ends there.
 
@@ -196,18 +197,22 @@ def _remixed(rule: str, number: int, model: ModelUnderTest) -> Change:
 
     def edits(model: ModelUnderTest) -> Edits:
         known = model.base.mixing[number]
-        difference = MATRICES[rule](known) - known
-
-        def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
-            before = seen[link.depth_in]
-            # In float64: the difference may be small against the state.
-            moved = difference.to(before.device) @ before.double()
-            return (state.double() + moved).to(state.dtype)
-
-        return {link.depth_out: edit}
+        return remixed(MATRICES[rule](known) - known, link)
 
     name = f"H_res of connection {number} ({link.branch}, block {link.layer}): {rule}"
     return Change(name, rule, edits, block=link.layer, depth=link.depth_out, connection=number)
+
+
+def remixed(difference: torch.Tensor, link: Connection) -> Edits:
+    """The edit that adds a difference to the matrix of a connection, whose branch writes what it wrote."""
+
+    def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
+        before = seen[link.depth_in]
+        # In float64: the difference may be small against the state.
+        moved = difference.to(before.device) @ before.double()
+        return (state.double() + moved).to(state.dtype)
+
+    return {link.depth_out: edit}
 
 
 # --- states
@@ -216,8 +221,6 @@ def _remixed(rule: str, number: int, model: ModelUnderTest) -> Change:
 def _of_depths(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
     """The experiments of a plan on states."""
     depths = [depth for depth in range(len(model.chain.points)) if _depth_selected(depth, wanted, model)]
-    if kind.name == "merge_tokens":
-        return (_merged(depth, model) for depth in depths)
     if kind.name == "drop_stream":
         return (_dropped(depth, stream, model) for depth in depths for stream in _streams(wanted, model))
     return _bypassed([depth for depth in depths if depth], wanted, model)
@@ -231,14 +234,6 @@ def _bypassed(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterato
         yield Change(
             f"without the {steps}", "bypass", bypassing("bypass", first - 1, last, model), depth=last
         )
-
-
-def _merged(depth: int, model: ModelUnderTest) -> Change:
-    def edits(model: ModelUnderTest) -> Edits:
-        return {depth: lambda state, seen: merged_tokens(state, model.mask)}
-
-    name, layer = "merge_tokens", model.chain.points[depth].layer
-    return Change(f"{name} at depth {depth}", name, edits, block=layer, depth=depth)
 
 
 def _depth_selected(depth: int, wanted: Plan, model: ModelUnderTest) -> bool:
@@ -273,18 +268,8 @@ def _dropped(depth: int, stream: int, model: ModelUnderTest) -> Change:
     )
 
 
-# --- what takes the place of a matrix (B, T, N, N), or of a state (B, T, N, D)
-
 MATRICES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "identity": lambda mix: torch.eye(mix.shape[-1], dtype=mix.dtype).expand_as(mix),
     "uniform": lambda mix: torch.full_like(mix, 1 / mix.shape[-1]),
 }
 """What takes the place of H_res (B, T, N, N), by the kind of the experiment."""
-
-
-def merged_tokens(state: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-    """The mean over the real tokens of each sequence, at all of them."""
-    counted = torch.ones(state.shape[:2], dtype=torch.bool) if mask is None else mask
-    real = counted.to(state.device)[:, :, None, None]
-    mean = (state.double() * real).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1)
-    return torch.where(real, mean.to(state.dtype), state)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
@@ -128,9 +126,3 @@ class OperationsShown(TorchDispatchMode):
         result = func(*args, **kwargs)
         self._listener(func, args, kwargs, result)
         return result
-
-
-def give_memory_back() -> None:
-    """Return freed memory to the system: glibc keeps it, in pieces that larger tensors do not fit into."""
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)

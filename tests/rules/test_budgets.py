@@ -28,7 +28,7 @@ ROOMS = {
         "probes/jacobian",
         "probes/lens",
         "probes/settling.py",
-        "probes/rescaling.py",
+        "probes/repairs.py",
     ): 3000,
     ("diagnostics/schema",): 2200,
     ("diagnostics/kernels",): 3800,

@@ -16,7 +16,7 @@ JUDGING = (
         f"depthscope.diagnostics.{room}"
         for room in ("metrics", "verdicts", "experiments", "quantities", "analysis")
     ),
-    *(f"depthscope.probes.{room}" for room in ("settling", "rescaling", "interventions", "jacobian", "lens")),
+    *(f"depthscope.probes.{room}" for room in ("settling", "repairs", "interventions", "jacobian", "lens")),
 )
 SCRIPT = """
 import sys, torch, depthscope as ds

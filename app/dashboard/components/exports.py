@@ -13,7 +13,6 @@ import streamlit as st
 from depthscope.app.dashboard.components.chart import show_frame
 from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import escaped
-from depthscope.app.drawing.matplotlib import write_figure
 from depthscope.app.figures import Figure, FigureKind, Selection
 from depthscope.app.figures.specification import figure_table
 from depthscope.app.readings.readings import Reading
@@ -138,6 +137,9 @@ def figure_tex(figure: Figure, keys: Sequence[str]) -> str:
 
 
 def _written(figure: Figure, ending: str, venue: str) -> bytes:
+    # Here: matplotlib takes 25 MB, which a server that writes no figure does without.
+    from depthscope.app.drawing.matplotlib import write_figure
+
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"figure.{ending}")
         write_figure(figure, path, width=venue)

@@ -15,6 +15,7 @@ if __name__ == "__main__":
     from depthscope.app.dashboard.components.page import choose_runs, show_page
     from depthscope.app.dashboard.pages import PAGES
     from depthscope.app.dashboard.state.chosen_runs import follow
+    from depthscope.diagnostics.memory import give_memory_back
 
     st.set_page_config(page_title="depthscope", page_icon="🔭", layout="wide")
     pages = {
@@ -29,3 +30,4 @@ if __name__ == "__main__":
     # Here and not in the page: a widget that the page itself draws loses its value when the visitor opens another page.
     choose_runs()
     current.run()
+    give_memory_back()

@@ -234,7 +234,7 @@ def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
 
 _differences = ReadingCache(32 * 2**20, lambda found: sum(each.value.nbytes * 4 for each in found) + 1000)
 
-_close_ups = ReadingCache(2 * CACHE_BYTES, lambda close_up: close_up.nbytes if close_up else 0)
+_close_ups = ReadingCache(CACHE_BYTES, lambda close_up: close_up.nbytes if close_up else 0)
 
 _cache = ReadingCache(CACHE_BYTES, _size_of)
 """One for the process: all visitors share the analyses. Not Streamlit's own, which counts entries instead of bytes."""

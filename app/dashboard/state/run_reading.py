@@ -71,8 +71,8 @@ def sentence(error: Exception) -> str:
     return visible(error, lines=True, longest=LONGEST_TEXT)
 
 
-CACHE_BYTES = 512 * 2**20
-"""Memory for analysed runs: 2 000 runs of 12 layers, or a few of 1 000. A heuristic of ours: it is left to the models."""
+CACHE_BYTES = 128 * 2**20
+"""Memory for analysed runs: 500 runs of 12 layers. A heuristic of ours: the others are read from the user's cache folder."""
 
 
 class ReadingCache:

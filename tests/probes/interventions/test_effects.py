@@ -41,19 +41,14 @@ def test_loss_divergence_and_interval_of_a_skipped_block():
     assert np.isnan(found.base_loss.values[:, -1]).all()  # no next token is known there
 
 
-def test_what_a_collapse_would_leave_takes_the_place_of_a_state():
+def test_the_state_before_a_step_takes_the_place_of_that_after_it():
     model, batch = LocalStreams(layers=2).eval(), ids(3)
     model_under_test = ds.interventions.ModelUnderTest(model, batch)
     depth, last = 2, max(model_under_test.base.states)
-    state = model_under_test.base.states[depth]
-    expected = {
-        "merge_tokens": state.mean(1, keepdim=True).expand_as(state),
-        "bypass": model_under_test.base.states[depth - 1],
-    }
-    for kind, changed in expected.items():
-        (change,) = changes(ds.interventions.plan(kind, depths=depth), model_under_test)
-        passed = model_under_test.forward(change.edits(model_under_test))
-        torch.testing.assert_close(passed.states[depth], changed, atol=1e-5, rtol=1e-4)
+    (change,) = changes(ds.interventions.plan("bypass", depths=depth), model_under_test)
+    passed = model_under_test.forward(change.edits(model_under_test))
+    before = model_under_test.base.states[depth - 1]
+    torch.testing.assert_close(passed.states[depth], before, atol=1e-5, rtol=1e-4)
     (change,) = changes(ds.interventions.plan("bypass", depths=range(1, last + 1)), model_under_test)
     passed = model_under_test.forward(change.edits(model_under_test))
     assert torch.equal(passed.states[last], model_under_test.base.states[0])
