@@ -1,13 +1,6 @@
 """What is a run? Its groups, variables and attributes, their validation, and runs on disk."""
 
 from depthscope.diagnostics.schema.attributes import storable_attributes
-from depthscope.diagnostics.schema.coefficients import (
-    COEFFICIENTS,
-    OF_STREAMS,
-    PLAIN_FACTORS,
-    SUMMED,
-    SUMS_OF_COEFFICIENTS,
-)
 from depthscope.diagnostics.schema.groups import COMPLETE, GROUPS, by_chain, chain_dataset, chains
 from depthscope.diagnostics.schema.live_rows import LOG, LiveRows, Status
 from depthscope.diagnostics.schema.live_store import is_being_written, is_live_store, newest_state
@@ -34,6 +27,7 @@ from depthscope.diagnostics.schema.validation import (
     validate,
 )
 from depthscope.diagnostics.schema.variables import (
+    COEFFICIENTS,
     CUT_GRADIENT,
     FROZEN_MODULES,
     GAIN,
@@ -41,12 +35,16 @@ from depthscope.diagnostics.schema.variables import (
     MOTION,
     NOT_FINITE,
     OF_ATTENTION,
+    OF_STREAMS,
     OF_WEIGHTS,
+    PLAIN_FACTORS,
     PROFILE,
     PROVEN,
     QUERY,
     STATE,
     STATISTICS,
+    SUMMED,
+    SUMS_OF_COEFFICIENTS,
     TRACE,
     TRACE_COORDS,
     UNPROVEN,

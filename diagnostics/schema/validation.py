@@ -13,10 +13,11 @@ import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import kind_of
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.schema.coefficients import OVER_DEPTH, PLAIN_FACTORS
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains, group_path
 from depthscope.diagnostics.schema.variables import (
     COVERAGE,
+    OVER_DEPTH,
+    PLAIN_FACTORS,
     PROVEN,
     STATISTICS,
     TRACE,
