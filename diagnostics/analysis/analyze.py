@@ -25,7 +25,7 @@ from depthscope.diagnostics.quantities.registry import (
     sources,
     with_facts,
 )
-from depthscope.diagnostics.schema import INFERRED, chain_dataset, chains, open_run
+from depthscope.diagnostics.schema import chain_dataset, chains, open_run
 
 Progress = Callable[[str, int, int], None]
 
@@ -228,21 +228,7 @@ def _finished(
     notes = _notes(dataset, source, jackknife)
     # Of several chains one may be proven and another not: each analysis has its own chain's.
     facts = {name: trace.attrs[name] for name in FACTS if name in trace.attrs}
-    facts |= _inferred_reads(trace)
     return dataset.assign_attrs({**run.attrs, **facts, "not_computed": dict(reasons), "notes": notes})
-
-
-def _inferred_reads(trace: xr.Dataset) -> dict[str, str]:
-    """Where H_pre was found from the streams and the branch's input, and how far it is from giving that input."""
-    if "read_known" not in trace or "read_error" not in trace:
-        return {}
-    count = trace.sizes["connection"]
-    at = np.isin(np.arange(count), trace["read_known"].attrs.get(INFERRED, []))
-    errors = trace["read_error"].values[at]
-    if np.isnan(errors).all():
-        return {}
-    where = "" if at.all() else f" at {at.sum()} of {count} connections"
-    return {"inferred_reads": f"H_pre inferred{where}, error {np.nanmax(errors):.1g}."}
 
 
 def _notes(analysis: xr.Dataset, source: Quantities, jackknife: bool) -> dict[str, str]:

@@ -250,16 +250,10 @@ def mixing(h_res: xr.DataArray, mask: xr.DataArray) -> Mixing:
     return Mixing(h_res, mask)
 
 
-@quantity(roots=("h_pre",))
-def read_weights(
-    h_pre: xr.DataArray, mask: xr.DataArray, read_known: xr.DataArray | None = None
-) -> np.ndarray:
-    """Weights by which every connection reads the streams, (C, N, n); 0 where they are not known.
-
-    Equal streams do not tell by which weights they are read: such tokens count for no share.
-    """
-    weights = require_finite(real_tokens(h_pre, mask), h_pre)
-    return weights if read_known is None else weights * real_tokens(read_known, mask)[..., None]
+@quantity
+def read_weights(h_pre: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
+    """Weights by which every connection reads the streams, (C, N, n)."""
+    return require_finite(real_tokens(h_pre, mask), h_pre)
 
 
 def require_finite(weights: np.ndarray, of: xr.DataArray) -> np.ndarray:

@@ -155,15 +155,7 @@ def _validate_sizes(trace: xr.Dataset, path: str) -> None:
 
 
 def _validate_order(trace: xr.Dataset, path: str) -> None:
-    """Check that connections read no depth that comes later, and write one that there is."""
-    if "read_depth" in trace.variables and "depth_in" in trace.coords:
-        late = trace["read_depth"].values > trace["depth_in"].values
-        if late.any():
-            number = int(late.argmax())
-            raise SchemaError(
-                f"{path}: connection {number} reads depth {int(trace['read_depth'][number])}, after depth "
-                f"{int(trace['depth_in'][number])}, which it is applied to"
-            )
+    """Check that connections write a depth that there is."""
     # Where the depths are 0 … D with the last block's output at the end: a capture of some sites has gaps, and a final norm or
     # a state that is changed before the next block comes after the last connection.
     depths = trace["depth"].values.tolist()

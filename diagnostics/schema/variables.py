@@ -113,9 +113,6 @@ CUT_GRADIENT = "cut_gradient"
 FROZEN_MODULES = "frozen_modules"
 """Attribute of the updates of weights: modules none of whose parameters is trained, while others are."""
 
-INFERRED = "inferred_at"
-"""Attribute of what is known of h_pre: the connections at which it was inferred from the streams and the branch's input."""
-
 NOT_FINITE = "not_finite_tokens"
 """Attribute of a metric: how many tokens have NaN or infinities, by depth or connection."""
 
@@ -175,19 +172,9 @@ def is_proof(text: Any) -> bool:
 TRACE: dict[str, Variable] = {
     "residual": Variable(STATE, "f", "residual state of each stream"),
     "gradient": Variable(STATE, "f", "gradient of the loss with respect to the residual state"),
-    "h_res_returned": Variable(
-        (*ROUTE, "stream_out", "stream_in"),
-        "f",
-        "h_res as its module gives it, where the model rounds it to apply it",
-    ),
     **{of.name: Variable((*ROUTE, *of.axes), "f", of.meaning) for of in COEFFICIENTS},
     "branch_in": Variable((*ROUTE, "feature"), "f", "input of the branch"),
     "branch_out": Variable((*ROUTE, "feature"), "f", "output of the branch"),
-    "read_known": Variable(
-        ROUTE,
-        "f",
-        "1 where h_pre is known, 0 where it was inferred from equal streams; absent where the module gives it",
-    ),
     "views_in": Variable((*ROUTE, "view_in", "feature"), "f", "several branch inputs, in place of branch_in"),
     "views_out": Variable(
         (*ROUTE, "view_out", "feature"), "f", "several branch outputs, in place of branch_out"
@@ -218,11 +205,6 @@ TRACE_COORDS: dict[str, Variable] = {
     "connection_module": Variable(("connection",), "OTU", "module path of the connection"),
     "depth_in": Variable(("connection",), "iu", "depth index that the connection reads"),
     "depth_out": Variable(("connection",), "iu", "depth index that the connection writes"),
-    "read_depth": Variable(
-        ("connection",),
-        "iu",
-        "depth index of the state that h_pre reads, where it is an earlier one than depth_in",
-    ),
     "after_sum": Variable(
         ("connection",),
         "OTU",

@@ -26,7 +26,7 @@ from depthscope.diagnostics.verdicts import (
 from depthscope.diagnostics.verdicts.causes import explain
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Findings, Severity
-from depthscope.diagnostics.verdicts.reading import with_inferred_reads, with_proof
+from depthscope.diagnostics.verdicts.reading import with_proof
 from depthscope.diagnostics.verdicts.rule import CONSEQUENCES, Kind
 
 __all__ = [
@@ -161,7 +161,7 @@ def _judge_chain(analysis: xr.Dataset, chain: str) -> list[Finding]:
     judged = {finding.verdict for finding in found} - ABOUT_THE_RUN
     found += reading.nothing_measured.findings(last.assign_attrs({reading.JUDGED: len(judged)}))
     explained = explain(found, last, CAUSES, ON_THE_LOSS)
-    return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in explained]
+    return [with_proof(each, analysis.attrs) for each in explained]
 
 
 def _without_overflow(analysis: xr.Dataset) -> xr.Dataset:
