@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -213,29 +212,29 @@ def open_group(
             raise AbsentError(f"{source}: it has no group {group_path(group, chain)}")
         return found
     _require_present(source)
-    with _damage_named(source):
-        check_zarr(source, max_bytes, chunks=False)
-        store = _store(source)
-        try:
-            opened = xr.open_dataset(store, group=group_path(group, chain), **_OPTIONS)
-        except FileNotFoundError:  # the error of zarr for it
-            raise AbsentError(f"{source}: it has no group {group_path(group, chain)}") from None
-        decoded, _ = _decoded(opened)
-        decoded.set_close(store.close)
-        return decoded
+    found = open_tree(source, group_path(group, chain), max_bytes=max_bytes, checksums=False)
+    dataset = found.to_dataset()
+    dataset.set_close(found.close)
+    return dataset
 
 
-def open_tree(path: Path, *, max_bytes: int | None = None, checksums: bool = True) -> xr.DataTree:
-    """A Zarr folder or zip file as a decoded tree, whatever it is of, once it was checked.
+def open_tree(
+    path: Path, group: str = "", *, max_bytes: int | None = None, checksums: bool = True
+) -> xr.DataTree:
+    """A Zarr folder or zip file, or a group of it, as a decoded tree, whatever it is of, once it was checked.
 
     Raises SchemaError: With the path and what is wrong, for what `save_run` does not write.
+    Raises AbsentError: Where there is no such group.
     """
     with _damage_named(path):
         require_ordinary(path, folder=path.name.endswith(".zarr"))
         check_zarr(path, max_bytes, chunks=checksums)
         store = _store(path)
         datasets: dict[str, xr.Dataset] = {}
-        waiting = [xr.open_datatree(store, **_OPTIONS)]
+        try:
+            waiting = [xr.open_datatree(store, group=group or None, **_OPTIONS)]
+        except FileNotFoundError:  # the error of zarr for it
+            raise AbsentError(f"{path}: it has no group {group}") from None
         while waiting:
             node = waiting.pop()
             datasets[node.path], order = _decoded(node.to_dataset(inherit=False))
@@ -302,16 +301,30 @@ def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
     """
     # Resolved, so that a root that is reached by a link is not itself taken for a place outside.
     base = Path(root).resolve()
-    if is_live_store(base) or parts_of(base):
-        return {base.name: base}
-    if base.name.endswith(SUFFIXES):
-        return {without_suffix(base.name): base} if base.exists() else {}
-    found: dict[str, Path] = {}
-    for entry in sorted(_walk(base, itertools.count(1))):
-        # A dashboard may serve this folder to others: nothing outside it is offered.
-        if _is_below(base, entry):
-            found[without_suffix(str(entry.relative_to(base)))] = entry
-    return found
+    if _is_run(base) and base.exists():
+        return {without_suffix(base.name): base}
+    found: list[Path] = []
+    num_entries = 0
+    for place, folders, files in os.walk(
+        base
+    ):  # links to folders are not followed: they may lead in a circle
+        num_entries += len(folders) + len(files)
+        # The root of a disk would be read for minutes.
+        if num_entries > MAX_ENTRIES:
+            raise InputError(
+                f"more than {MAX_ENTRIES} files up to {place}; name the folder that the runs are in"
+            )
+        # A name with a dot is a run that is being written, see `save_run`.
+        entries = [Path(place, name) for name in (*folders, *files) if not name.startswith(".")]
+        runs = [entry for entry in entries if _is_run(entry)]
+        found += runs
+        folders[:] = sorted({entry.name for entry in entries} - {run.name for run in runs} - {*files})
+    # A dashboard may serve this folder to others: nothing outside it is offered.
+    return {without_suffix(str(of.relative_to(base))): of for of in sorted(found) if _is_below(base, of)}
+
+
+def _is_run(path: Path) -> bool:
+    return path.name.endswith(SUFFIXES) or is_live_store(path) or bool(parts_of(path))
 
 
 def _is_below(base: Path, entry: Path) -> bool:
@@ -319,21 +332,3 @@ def _is_below(base: Path, entry: Path) -> bool:
         return entry.resolve().is_relative_to(base)
     except (OSError, RuntimeError):  # a link that leads in a circle
         return False
-
-
-def _walk(folder: Path, seen: Iterator[int]) -> Iterable[Path]:
-    if not folder.is_dir():
-        return
-    for entry in map(folder.joinpath, os.listdir(folder)):
-        # The root of a disk would be read for minutes.
-        if next(seen) > MAX_ENTRIES:
-            raise InputError(
-                f"more than {MAX_ENTRIES} files up to {folder}; name the folder that the runs are in"
-            )
-        # A name with a dot is a run that is being written, see `save_run`.
-        if entry.name.startswith("."):
-            continue
-        if entry.name.endswith(SUFFIXES) or is_live_store(entry) or parts_of(entry):
-            yield entry
-        elif entry.is_dir() and not entry.is_symlink():  # a linked folder may lead in a circle
-            yield from _walk(entry, seen)

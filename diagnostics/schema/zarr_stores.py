@@ -198,10 +198,6 @@ def _checked_array(path: str, document: Mapping[str, Any]) -> _Array:
         )
     if names not in _CODECS or (kind == "string") != (names[0] == "vlen-utf8"):
         raise SchemaError(f"{path} has the codecs {names}; expected one of {_CODECS}")
-    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
-    keys = {"name": "default", "configuration": {"separator": "/"}}
-    if (document["chunk_grid"], document.get("chunk_key_encoding")) != (grid, keys):
-        raise SchemaError(f"{path} has another chunk grid or other chunk keys than {grid} and {keys}")
     num_bytes = math.prod(chunk) * _ITEM_BYTES[kind]
     if num_bytes > MAX_CHUNK:
         raise SchemaError(f"{path} has chunks of {num_bytes} bytes; at most {MAX_CHUNK} are read")

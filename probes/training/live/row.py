@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -72,8 +73,9 @@ class LiveMetrics:
         self.groups: list[LiveGroup] = []
         self._session = session
         self._positions: list[np.ndarray] = []  # of the first step
+        self._counts: tuple[int, ...] = ()
+        self._known_nulls: dict[str, Any] = {}
         self._touched: set[int] = set()  # chains whose weights are not as initialisers leave them any more
-        self._known_nulls: dict[tuple[int, int, int], dict[str, Any]] = {}
 
     def row(
         self, sums: Sequence[TokenSums], measured: StepStatistics, learning_rate: float | None
@@ -98,7 +100,8 @@ class LiveMetrics:
             source = tokens.source(exact_quantities(sums[group.number], group))
             values, reasons = self._measure(group, tokens, source)
             stamped = {name: _stamped(name, of, group) for name, of in (values | more).items()}
-            nulls = self._nulls(at, group, tokens, source, values)
+            counts = at, tokens.count, int(tokens.massive_K.sum())
+            nulls = self._nulls(counts, group, source, values)
             numbers |= {group.path(name): of for name, of in stamped.items()}
             for name, part in (_coords(group, stamped) | more_coords | nulls).items():
                 coords[group.path(name)] = part
@@ -126,34 +129,22 @@ class LiveMetrics:
         return values, reasons
 
     def _nulls(
-        self,
-        at: int,
-        group: LiveGroup,
-        tokens: SampledTokens,
-        source: Quantities,
-        names: Iterable[str],
+        self, counts: tuple[int, ...], group: LiveGroup, source: Quantities, names: Iterable[str]
     ) -> dict[str, Any]:
-        """Nulls that are no constants, as ``NAME_null``."""
-        counts = at, tokens.count, int(tokens.massive_K.sum())
-        if counts not in self._known_nulls:
-            self._known_nulls = {counts: {}}
-        known, found = self._known_nulls[counts], {}
-        for name in names:
-            metric = CATALOGUE[name]
-            key = f"{name}_null"
-            if not callable(metric.null):
-                continue
-            if key not in known:
-                try:
+        """Nulls that are no constants, as ``NAME_null``; ``counts``: of the group and its tokens, by which most are known."""
+        found: dict[str, Any] = {}
+        if counts != self._counts:
+            self._counts, self._known_nulls = counts, {}
+        for metric in (CATALOGUE[name] for name in names):
+            name = f"{metric.name}_null"
+            if callable(metric.null) and name not in self._known_nulls:
+                with suppress(Unavailable):  # such as that of shares, where the mixing matrix is not known
                     null = source.call(metric.null)
-                except Unavailable:  # such as that of shares, where the mixing matrix is not known
-                    continue
-                found[key] = *group.numbers(null.dims, null.values), metric.facts("expected of iid noise")
-                if set(inspect.signature(metric.null).parameters) <= OF_COUNTS:
-                    known[key] = found[key]
-            else:
-                found[key] = known[key]
-        return found
+                    facts = metric.facts("expected of iid noise")
+                    found[name] = *group.numbers(null.dims, null.values), facts
+                    if set(inspect.signature(metric.null).parameters) <= OF_COUNTS:
+                        self._known_nulls[name] = found[name]
+        return self._known_nulls | found
 
     def _weights(
         self, group: LiveGroup, weights: WeightNorms | None
