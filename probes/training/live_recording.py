@@ -20,6 +20,8 @@ STATE_SHARE = 0.01
 """The raw sequences and pooled sums are saved again when this share of the time since then is what saving them took."""
 
 LOSS = "statistics/loss"
+Run = Callable[[], xr.DataTree]
+"""Makes a run."""
 
 
 class LiveRecording:
@@ -82,7 +84,7 @@ class LiveRecording:
             raise
         self._is_open = True
 
-    def write(self, history: MemoryRows, state: Callable[[], xr.DataTree]) -> str | None:
+    def write(self, history: MemoryRows, state: Run) -> str | None:
         """Write the rows that are not written yet, and sometimes the large arrays.
 
         ``state``: makes the run of the last row.
@@ -121,7 +123,7 @@ class LiveRecording:
         known, self._said = self._said, sentence
         return None if sentence == known else sentence
 
-    def _write(self, history: MemoryRows, state: Callable[[], xr.DataTree]) -> None:
+    def _write(self, history: MemoryRows, state: Run) -> None:
         if self._store is None:
             self.open()
         store = self._store
@@ -145,9 +147,7 @@ class LiveRecording:
         cost = self._state_ended - self._state_began
         return STATE_SHARE * (time.monotonic() - self._state_ended) >= cost
 
-    def finish(
-        self, history: MemoryRows, build: Callable[[], xr.DataTree], run: Callable[[], xr.DataTree]
-    ) -> None:
+    def finish(self, history: MemoryRows, build: Run, run: Run) -> None:
         """End writing: the final arrays, or the file in place of the live store.
 
         ``build``: makes the run of the last row.
@@ -178,18 +178,11 @@ class LiveRecording:
             self._options = {"resume": self._file is None}
             self._num_written = self._num_written if self._file is None else 0
 
-    def _save_file(
-        self,
-        store: LiveStore | None,
-        is_complete: bool,
-        build: Callable[[], xr.DataTree],
-        run: Callable[[], xr.DataTree],
-    ) -> None:
+    def _save_file(self, store: LiveStore | None, is_complete: bool, build: Run, run: Run) -> None:
         assert self._file is not None
-        if store is None or not is_complete or self.last_step is None:
+        if store is None or not is_complete:
             schema.save_run(run(), self._file, force=self._force)
-        else:
-            # Earlier attempts have rows that this recorder never had.
+        else:  # with the rows of earlier attempts, which this recorder never had
             store.save_state(build())
             with schema.open_run(self._folder) as whole:
                 schema.save_run(whole, self._file, force=self._force)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,17 +42,17 @@ class MeasuredSteps:
     def __init__(
         self,
         session: Session,
-        notices: Notices,
-        earlier_losses: list[float],
         *,
-        attrs: Mapping[str, Any],
-        token_text: Any,
-        weights: WeightUpdates | None,
-        scale: LossScale,
-        live: Live | None,
+        earlier_losses: Iterable[float] = (),
+        attrs: Mapping[str, Any] = MappingProxyType({}),
+        token_text: Any = None,
+        weights: WeightUpdates | None = None,
+        scale: LossScale | None = None,
+        live: Live | None = None,
     ):
-        self._session, self._say, self._attrs, self._token_text = session, notices.say, attrs, token_text
-        self.weights, self._scale, self.live = weights, scale, live
+        self.notices = Notices()
+        self.session, self._say, self._attrs, self._token_text = session, self.notices.say, attrs, token_text
+        self.weights, self._scale, self.live = weights, scale or LossScale(None), live
         self.history = MemoryRows()
         self.last: StepStatistics | None = None
         self._weights_skipped: dict[str, int] = {}
@@ -70,7 +71,7 @@ class MeasuredSteps:
         # The step of the raw sequences: an analysis of them is labelled with it.
         attrs = {"step": self._sampled_step, **self._noted(), **self._attrs}
         return build_run(
-            self._session,
+            self.session,
             self.last,
             self._pooled.sums,
             attrs=attrs,
@@ -106,22 +107,22 @@ class MeasuredSteps:
     def end(self, step: int, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
         """End a step that was measured."""
         # First of all: hooks and copies end with the step, whatever fails below.
-        cut_short = self._session.detach()
+        cut_short = self.session.detach()
         weights, scale = self._weight_norms(step), self._scale.end()
         if cut_short:
             self._say(
                 f"{cut_short} forward{'s' * (cut_short > 1)} had not ended when step {step} did, and count to no step"
             )
         value = self._loss_value(step, loss)
-        self._session.raise_first_error()
-        parts = self._session.fold()
+        self.session.raise_first_error()
+        parts = self.session.fold()
         if not num_tokens(parts):
             raise CaptureError("no batch of it had a real token; nothing to measure")
-        digest = self._session.step.digest
-        self.trained = self._session.step.trains
+        digest = self.session.step.digest
+        self.trained = self.session.step.trains
         self._say_undefined_gradients(step)
         self._say_missing_connections(step)
-        if self._session.step.without_gradients and not self._without_gradients:
+        if self.session.step.without_gradients and not self._without_gradients:
             self._without_gradients = FROZEN
             self._say(
                 f"step {step} was measured without gradients, and so is every further one like it: {FROZEN}"
@@ -150,7 +151,7 @@ class MeasuredSteps:
         self.last = row
         if weights is not None:
             self._weights_skipped = dict(weights.skipped)
-        numbers, coords = step_numbers(self._session, row)
+        numbers, coords = step_numbers(self.session, row)
         of_live = None if self.live is None else self._measure_live(self.live, complete, row, overflowed)
         if of_live is not None:
             numbers, coords = {**numbers, **of_live.numbers}, {**coords, **of_live.coords}
@@ -161,7 +162,7 @@ class MeasuredSteps:
 
     def _say_undefined_gradients(self, step: int) -> None:
         """Say once where the gradients of the present step are undefined, which their forwards tell."""
-        if self._undefined_said or not self._session.step.gradients_undefined:
+        if self._undefined_said or not self.session.step.gradients_undefined:
             return
         self._undefined_said = True
         self._say(
@@ -172,7 +173,7 @@ class MeasuredSteps:
 
     def _say_missing_connections(self, step: int) -> None:
         """Say where the connections of the present step were not read: the rest of it is in its row."""
-        why = self._session.step.without_connections
+        why = self.session.step.without_connections
         if not why:
             self._sampled_step = step
             return
@@ -193,7 +194,7 @@ class MeasuredSteps:
         """The live row of the present step; where it cannot be computed, the step has its statistics alone."""
 
         def first_run() -> xr.DataTree:
-            return build_run(self._session, measured, self._pooled.sums)
+            return build_run(self.session, measured, self._pooled.sums)
 
         try:
             return live.measure(complete, measured, first_run, overflowed=overflowed)
@@ -203,9 +204,9 @@ class MeasuredSteps:
 
     def _loss_value(self, step: int, loss: float | torch.Tensor | None) -> float | None:
         """The loss of the step: the one that the user gives, else that of the backwards which reached the model."""
-        self._task = self._session.step.loss.task
+        self._task = self.session.step.loss.task
         if loss is None:
-            return self._session.step.loss.value()
+            return self.session.step.loss.value()
         try:
             return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -222,7 +223,7 @@ class MeasuredSteps:
         for part in parts:
             for chain in part.sums:
                 chain.live = None  # of this step alone, and as large as its number of tokens
-        if self._session.step.without_connections and not self._pooled.is_of(parts[-1].stamp):
+        if self.session.step.without_connections and not self._pooled.is_of(parts[-1].stamp):
             return row  # what is pooled has the weights of the raw sequences, which are of an earlier step
         self._pooled.add(parts)
         return row

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import xarray as xr
@@ -18,14 +18,9 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import remove_inert_hooks
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.row_sums import LossScale
-from depthscope.probes.statistics.weight_updates import WeightUpdates
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.measured_steps import MeasuredSteps
-from depthscope.probes.training.notices import OPEN, Notices, close_at_exit
-
-if TYPE_CHECKING:
-    from depthscope.probes.training.live.live import Live
+from depthscope.probes.training.notices import OPEN, close_at_exit
 
 
 class Recorder:
@@ -40,40 +35,20 @@ class Recorder:
 
     def __init__(
         self,
-        session: Session,
-        *,
+        measured: MeasuredSteps,
         every: int = 1,
         start_step: int = 0,
         end_step: int | None = None,
-        store: LiveRecording | None = None,
         first_step: int = 0,
-        attrs: Mapping[str, Any] | None = None,
-        token_text: Any = None,
-        weights: WeightUpdates | None = None,
-        scale: LossScale | None = None,
-        live: Live | None = None,
-        is_part: bool = False,
+        store: LiveRecording | None = None,
     ):
         if every < 1:
             raise InputError(f"every is {every}; expected 1 or more")
-        self._notices = Notices()
-        self._say = self._notices.say
-        self.errors = self._notices.errors
+        self._measured, self._notices = measured, measured.notices
+        self._session, self._live, self._store = measured.session, measured.live, store
+        self._say, self.errors = self._notices.say, self._notices.errors
         self.position = first_step  # the present step
-        self._session = session
         self._every, self._start, self._end = every, start_step, end_step
-        self._store, self._live = store, live
-        session.step.keeps_rest &= not is_part  # all parts of a run have the same statistics
-        self._measured = MeasuredSteps(
-            session,
-            self._notices,
-            [] if store is None else store.earlier_losses(first_step),
-            attrs=attrs or {},
-            token_text=token_text,
-            weights=weights,
-            scale=scale or LossScale(None),
-            live=live,
-        )
         self._stack = ExitStack()
         self._state = "new"  # then "open" inside the ``with`` block, "closed", and "abandoned" in a child process or a copy
         self._lock = threading.RLock()
@@ -279,6 +254,6 @@ class Recorder:
 
 
 def _copy_that_measures_nothing() -> Recorder:
-    recorder = Recorder(Session(nn.Identity(), Options()))
+    recorder = Recorder(MeasuredSteps(Session(nn.Identity(), Options())))
     recorder._state = "abandoned"
     return recorder
