@@ -171,7 +171,7 @@ def require_chosen_runs(*, of_training: bool = False) -> ChosenRuns:
             st.markdown(escaped(run.reason))
             st.caption("Measure the model again, then reload this page:")
             # Another name: of a run that a newer version wrote, this one must not destroy what it cannot read.
-            st.code("depthscope probe CHECKPOINT --text FILE --out NEW.zarr", "bash")
+            st.code("depthscope probe CHECKPOINT --text FILE --out NEW.zarr", "bash", wrap_lines=True)
     if not chosen.readings:
         if not chosen.unreadable:
             explain_none()
@@ -215,4 +215,5 @@ def explain_none() -> None:
     st.code(
         "depthscope demo\ndepthscope probe CHECKPOINT --text FILE --out runs/a.zarr\ndepthscope dashboard runs",
         "bash",
+        wrap_lines=True,
     )

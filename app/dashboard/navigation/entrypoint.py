@@ -24,7 +24,7 @@ if __name__ == "__main__":
         )
         for page in PAGES
     }
-    current = st.navigation({"depthscope": list(pages.values())})
+    current = st.navigation(list(pages.values()))
     st.html(Path(__file__).with_name("page.css"))
     follow(pages)
     # Here and not in the page: a widget that the page itself draws loses its value when the visitor opens another page.

@@ -151,6 +151,7 @@ def _explain_none(history: TrainingHistory | UnreadableRun) -> None:
         'with ds.record(model, every=50, metrics="live", store="runs/a", optimizer=optimizer) as recorder:\n'
         "    ...\n    recorder.step(loss)",
         "python",
+        wrap_lines=True,
     )
 
 
