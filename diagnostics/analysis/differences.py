@@ -88,8 +88,8 @@ def same_sequences(first: xr.Dataset, second: xr.Dataset, digests: tuple[object,
     if masks[0].shape != masks[1].shape or not np.array_equal(masks[0].values, masks[1].values):
         return False
     # Two runs of one text may have stored other sequences of it.
-    texts = [trace.get("token_text") for trace in (first, second)]
-    return texts[0] is texts[1] or (None not in texts and texts[0].equals(texts[1]))
+    has_texts = ["token_text" in trace for trace in (first, second)]
+    return not any(has_texts) or (all(has_texts) and first["token_text"].equals(second["token_text"]))
 
 
 def of_two(metric: str, values: Mapping[str, xr.DataArray], *, paired: bool) -> Difference:

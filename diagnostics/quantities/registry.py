@@ -138,11 +138,6 @@ class Quantities:
         """Give a quantity that is known already, such as from more data than the trace has."""
         self._values[name] = value
 
-    @property
-    def computed(self) -> set[str]:
-        """Names of the derived quantities that were needed so far."""
-        return {name for name in self._values if name in QUANTITIES}
-
     def call(self, function: Callable[..., Any]) -> Any:
         """Call a function with the quantities that its parameters name.
 

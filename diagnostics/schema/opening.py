@@ -212,9 +212,9 @@ def open_group(
             raise AbsentError(f"{source}: it has no group {group_path(group, chain)}")
         return found
     _require_present(source)
-    found = open_tree(source, group_path(group, chain), max_bytes=max_bytes, checksums=False)
-    dataset = found.to_dataset()
-    dataset.set_close(found.close)
+    tree = open_tree(source, group_path(group, chain), max_bytes=max_bytes, checksums=False)
+    dataset = tree.to_dataset()
+    dataset.set_close(tree.close)
     return dataset
 
 

@@ -141,7 +141,10 @@ def is_proof(text: Any) -> bool:
 
 def _table(*rows: tuple[str, ...]) -> dict[str, Variable]:
     """Variables of rows with name, dims, kind, meaning and, where it is known, how parts are joined."""
-    return {name: Variable(tuple(dims.split()), kind, *more) for name, dims, kind, *more in rows}
+    return {
+        name: Variable(tuple(dims.split()), kind, meaning, "".join(parts))
+        for name, dims, kind, meaning, *parts in rows
+    }
 
 
 # Kinds of text are "U" of a fixed width, "O" for Python's own, as stored and read, and "T" for numpy's StringDType.
@@ -175,7 +178,7 @@ TRACE_COORDS = _table(
     ("proof", "connection", "OTU", "proven, or unproven: and the reason"),
     ("source", "source", "iu", "0 the embedding, j the output of sublayer j, which is connection j - 1"),
 )  # fmt: skip
-_ALLOWED = {"site": SITES, "after_sum": ("", "norm", "activation"), "proof": is_proof}
+_ALLOWED: dict[str, Any] = {"site": SITES, "after_sum": ("", "norm", "activation"), "proof": is_proof}
 TRACE_COORDS |= {name: replace(TRACE_COORDS[name], allowed=of) for name, of in _ALLOWED.items()}
 
 OF_ATTENTION = ("query_entropy", "query_keys", "query_first_weight")
@@ -205,7 +208,7 @@ STATISTICS = _table(
     ("connection_parameter", "step cell", "f", "each element of biases and gates of connections, as it was used", "first"),
     ("cell_parameter", "cell", "OTU", "the parameter that this element belongs to", "first"),
     ("attention_query_count", "step depth head", "f", "real queries with two keys or more, of the sequences looked at", "sum"),
-    ("attention_entropy_sum", "step depth head", "f", "Σ of the entropy of these queries, over that of uniform weights", "sum"),
+    ("attention_entropy_sum", "step depth head", "f", "Σ of the entropy of these queries over that of uniform weights", "sum"),
     ("sink_mass_sum", "step depth head", "f", "Σ over these queries of the weight on their first key", "sum"),
     ("weight_square_norm", "step weight", "f", "‖W‖² of the parameters that a module owns", "share"),
     ("weight_gradient_square_norm", "step weight", "f", "‖∂loss/∂W‖²", "share"),
