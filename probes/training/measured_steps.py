@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -55,7 +56,7 @@ class MeasuredSteps:
         self.weights, self._scale, self.live = weights, scale or LossScale(None), live
         self.history = MemoryRows()
         self.last: StepStatistics | None = None
-        self._weights_skipped: dict[str, int] = {}
+        self._known_weights: WeightNorms | None = None  # of the last step that has some
         self.overflowed: list[int] = []
         self.trained = False  # whether the last measured step was one of a training
         self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why
@@ -72,7 +73,8 @@ class MeasuredSteps:
         attrs = {"step": self._sampled_step, **self._noted(), **self._attrs}
         return build_run(
             self.session,
-            self.last,
+            # Which modules have weights is known of a step without their norms too; its row has none.
+            None if self.last is None else replace(self.last, weights=self._known_weights),
             self._pooled.sums,
             attrs=attrs,
             token_text=self._token_text,
@@ -100,8 +102,8 @@ class MeasuredSteps:
                 "steps": list(missing),
                 "why": list(dict.fromkeys(missing.values())),
             }
-        if self._weights_skipped:
-            attrs["weights_skipped"] = self._weights_skipped
+        if self._known_weights is not None and self._known_weights.skipped:
+            attrs["weights_skipped"] = dict(self._known_weights.skipped)
         return attrs
 
     def end(self, step: int, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
@@ -149,8 +151,7 @@ class MeasuredSteps:
             digest=None if digest is None else float(digest),
         )
         self.last = row
-        if weights is not None:
-            self._weights_skipped = dict(weights.skipped)
+        self._known_weights = weights or self._known_weights
         numbers, coords = step_numbers(self.session, row)
         of_live = None if self.live is None else self._measure_live(self.live, complete, row, overflowed)
         if of_live is not None:
