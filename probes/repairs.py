@@ -12,18 +12,19 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.diagnostics.experiments import estimate
 from depthscope.probes.interventions.changes import remixed
-from depthscope.probes.interventions.model_under_test import ModelUnderTest
+from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 from depthscope.probes.model.loss_graph import Loss, loss_value
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import eager, preserved_state
@@ -41,6 +42,8 @@ FARTHEST = 10  # times that a factor is doubled, or halved
 # One part is tried at the size of the others of its kind where it differs by this factor: the farthest few.
 APART, MOST_APART, FEWEST_OF_A_KIND = 4.0, 3, 3
 
+Change: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True)
 class Use:
@@ -49,20 +52,32 @@ class Use:
     ``outputs, logits``: factors on what modules give, and on the logits of the softmaxes that run inside of them, by path.
     ``last_axis``: whether every softmax runs along the last axis.
     ``parameters``: what takes the place of some, by name.
+    ``mixing``: what takes the place of every mixing matrix.
     """
 
     outputs: Mapping[str, float] = field(default_factory=dict)
     logits: Mapping[str, float] = field(default_factory=dict)
     last_axis: bool = False
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    mixing: Change | None = None
+
+    def times(self, factor: float) -> Use:
+        """The same with all of its factors multiplied."""
+        outputs, logits = (
+            {path: factor * each for path, each in of.items()} for of in (self.outputs, self.logits)
+        )
+        return replace(self, outputs=outputs, logits=logits)
+
+
+AS_IT_IS = Use()
 
 
 class UsedForward(TorchDispatchMode):
-    """A forward in which the weights are used in some way; it notes the sizes of what modules give and softmaxes get."""
+    """A forward in which the weights are used in some way; as they are, it notes what modules give and softmaxes get."""
 
     def __init__(self, model: nn.Module, use: Use) -> None:
         super().__init__()
-        self.sizes: dict[str, dict[str, float]] = {"outputs": {}, "logits": {}}
+        self.sizes: dict[str, dict[str, float]] = {kind: {} for kind in SCALED}
         self.other_axis = False
         self._model, self._use, self._path = model, use, [""]
 
@@ -85,19 +100,20 @@ class UsedForward(TorchDispatchMode):
         if name in SOFTMAX and args[0].ndim >= 3 and min(args[0].shape[-2:]) > 1:
             logits, axis = args[0], args[1] % args[0].ndim
             self.other_axis |= axis != logits.ndim - 1
-            finite = logits[logits.isfinite()]
-            self._note("logits", float(finite.float().std()) if finite.numel() > 1 else 0.0)
+            self._note("logits", logits[logits.isfinite()])
             axis = logits.ndim - 1 if self._use.last_axis else axis
             args = (factor * logits, axis, *args[2:])
         elif name in FUSED:
-            queries, keys = args[:2]
-            self._note("logits", _size(queries) * _size(keys))
+            self._note("logits", *args[:2])
             scale = kwargs.get("scale")
-            kwargs = kwargs | {"scale": factor * (queries.shape[-1] ** -0.5 if scale is None else scale)}
+            kwargs = kwargs | {"scale": factor * (args[0].shape[-1] ** -0.5 if scale is None else scale)}
         return func(*args, **kwargs)
 
-    def _note(self, kind: str, size: float) -> None:
-        self.sizes[kind].setdefault(self._path[-1], size)
+    def _note(self, kind: str, *factors: torch.Tensor) -> None:
+        """The size of a product, of the first time that it is made."""
+        if self._use is AS_IT_IS and self._path[-1] not in self.sizes[kind]:
+            sizes = [float(each.detach().float().square().mean().sqrt()) for each in factors]
+            self.sizes[kind][self._path[-1]] = math.prod(sizes)
 
     def _enter(self, path: str, module: nn.Module, given: Any) -> None:
         self._path.append(path)
@@ -107,8 +123,7 @@ class UsedForward(TorchDispatchMode):
         tensor = parts[0] if parts else None
         made = None
         if path and _has_weights(module) and isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-            if self._use == Use():
-                self._note("outputs", _size(tensor))
+            self._note("outputs", tensor)
             if path in self._use.outputs:
                 changed = tensor * self._use.outputs[path], *parts[1:]
                 # A tuple with names, as some modules return, takes its fields one by one.
@@ -116,10 +131,6 @@ class UsedForward(TorchDispatchMode):
                 made = changed[0] if parts is not output else whole
         self._path.pop()
         return made
-
-
-def _size(tensor: torch.Tensor) -> float:
-    return float(tensor.detach().float().square().mean().sqrt()) if tensor.numel() else 0.0
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -137,8 +148,52 @@ class _Called(nn.Module):
         return call_model(self.model, batch)
 
 
-Output = Callable[[Any], Any]
-"""What the model returns for a batch, used in some way."""
+@dataclass
+class Patient:
+    """A model and the parts of a batch, which is run again and again.
+
+    ``forwards``: how often at most. ``options``: how the model is read, of which the mixing matrices are changed.
+    ``sizes, other_axis``: what the forward as it is has shown, see `UsedForward`.
+    """
+
+    model: nn.Module
+    parts: Sequence[Any]
+    loss: Loss | None
+    forwards: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+    sizes: dict[str, dict[str, float]] = field(default_factory=dict)
+    other_axis: bool = False
+
+    def lost(self, use: Use, parts: Sequence[Any] | None = None) -> float:
+        """The mean loss over some parts; NaN where there is none."""
+        parts = self.parts if parts is None else parts
+        total = 0.0
+        for part in parts:
+            given = copied(part)
+            with preserved_state(self.model), eager(), torch.no_grad(), own_call(object()):
+                output = self._output(use, given) if use.mixing is None else self._remixed(use.mixing, given)
+                value = loss_value(output, given, self.loss, required=False)
+            total += math.nan if value is None else float(value) * first_size(part)
+        return total / max(sum(map(first_size, parts)), 1)
+
+    def _output(self, use: Use, batch: Any) -> Any:
+        forward = UsedForward(self.model, use)
+        named = {f"model.{name}": value for name, value in use.parameters.items()}
+        with forward.on():
+            output = torch.func.functional_call(_Called(self.model), named, (batch,))
+        if use is AS_IT_IS:
+            self.sizes, self.other_axis = forward.sizes, forward.other_axis
+        return output
+
+    def _remixed(self, change: Change, batch: Any) -> Any:
+        under_test = ModelUnderTest(self.model, batch, Options(**self.options))
+        edits: dict[int, Edit] = {}
+        for number, known in under_test.base.mixing.items():
+            edits |= remixed(change(known) - known, under_test.chain.connections[number])
+        return under_test.forward(edits, checked=False).output
+
+
+# --- the table of repairs
 
 
 @dataclass(frozen=True)
@@ -147,60 +202,72 @@ class Repair:
 
     ``words``: what is done, to be followed by what it does to the loss; ``{factor}`` in it.
     ``cause``: what was wrong where it helps.
-    ``used``: how, at a factor.
-    ``factors``: the first steps; each is taken again as long as the loss falls.
+    ``factors``: of the first steps; each is taken again as long as the loss falls.
     """
 
     words: str
     cause: str
-    used: Callable[[float], Output]
+    use: Use
     factors: tuple[float, ...] = (1.0,)
-
-
-@dataclass
-class Patient:
-    """A model and the parts of a batch, which is run again and again; ``forwards``: how often at most."""
-
-    model: nn.Module
-    parts: Sequence[Any]
-    loss: Loss | None
-    forwards: int
-    sizes: dict[str, dict[str, float]] = field(default_factory=dict)
-    other_axis: bool = False
-
-    def as_used(self, use: Use) -> Output:
-        """The forward with the weights used in some way."""
-        named = {f"model.{name}": value for name, value in use.parameters.items()}
-
-        def output(batch: Any) -> Any:
-            forward = UsedForward(self.model, use)
-            with forward.on():
-                found = torch.func.functional_call(_Called(self.model), named, (batch,))
-            if use == Use():
-                self.sizes, self.other_axis = forward.sizes, forward.other_axis
-            return found
-
-        return output
-
-    def lost(self, output: Output, parts: Sequence[Any] | None = None) -> float:
-        """The mean loss over some parts; NaN where there is none."""
-        parts = self.parts if parts is None else parts
-        total = 0.0
-        for part in parts:
-            given = copied(part)
-            with preserved_state(self.model), eager(), torch.no_grad(), own_call(object()):
-                value = loss_value(output(given), given, self.loss, required=False)
-            total += math.nan if value is None else float(value) * first_size(part)
-        return total / max(sum(map(first_size, parts)), 1)
-
-
-# --- the table of repairs
 
 
 SCALED = {
     "logits": ("multiplying the logits of the softmax in {} by {}", "another scale of attention"),
     "outputs": ("multiplying what {} gives by {}", "another scale of these modules"),
 }
+GAINS: tuple[tuple[str, str, Change], ...] = (
+    (
+        "adding 1 to every gain of a norm",
+        "gains that are stored as their distance from 1",
+        lambda gain: gain + 1,
+    ),
+    ("taking 1 from every gain of a norm", "gains to which 1 is added twice", lambda gain: gain - 1),
+    ("resetting every gain of a norm to 1", "gains that are not those of these norms", torch.ones_like),
+)
+MIXINGS: tuple[tuple[str, str, Change], ...] = (
+    ("transposing every mixing matrix", "mixing matrices that are applied transposed", lambda mix: mix.mT),
+    (
+        "dividing every mixing matrix by the sums of its rows",
+        "mixing matrices that amplify or starve streams",
+        lambda mix: mix / mix.sum(-1, keepdim=True),
+    ),
+)
+
+
+def _odd(patient: Patient) -> Iterator[Repair]:
+    """What one forward shows to be odd: softmaxes along another axis, and parts far from the size of their kind."""
+    if patient.other_axis:
+        words, cause = "running every softmax along the last axis", "a softmax along another axis"
+        yield Repair(words, cause, Use(last_axis=True))
+    apart: list[tuple[str, str, float]] = []
+    for kind, sizes in patient.sizes.items():
+        for paths in _kinds(sizes).values():
+            usual = median(sizes[path] for path in paths)
+            far = [(kind, path, usual / sizes[path]) for path in paths if sizes[path] > 0.0 < usual]
+            apart += far if len(paths) >= FEWEST_OF_A_KIND else []
+    apart = sorted(apart, key=lambda each: -abs(math.log(each[2])))[:MOST_APART]
+    for kind, path, factor in apart:
+        if not 1 / APART < factor < APART:
+            words, cause = SCALED[kind]
+            words = words.format(path, f"{factor:.2g} (to the size of the others)")
+            yield Repair(words, cause, _multiplied(kind, [path], factor))
+
+
+def _of_all(patient: Patient, *, streams: bool) -> Iterator[Repair]:
+    """Gains, mixing matrices, and all parts of each kind."""
+    gains = {
+        f"{path}.weight": module._parameters["weight"]
+        for path, module in module_paths(patient.model)
+        if "norm" in type(module).__name__.lower() and module._parameters.get("weight") is not None
+    }
+    for words, cause, change in GAINS if gains else ():
+        changed = {name: change(gain.detach()) for name, gain in gains.items() if gain is not None}
+        yield Repair(words, cause, Use(parameters=changed))
+    for words, cause, change in MIXINGS if streams else ():
+        yield Repair(words, cause, Use(mixing=change))
+    for kind, (words, cause) in SCALED.items():
+        for name, paths in _kinds(patient.sizes[kind]).items():
+            yield Repair(words.format(name, "{factor:g}"), cause, _multiplied(kind, paths), (0.5, 2.0))
 
 
 def _kinds(paths: Mapping[str, float]) -> dict[str, list[str]]:
@@ -211,144 +278,54 @@ def _kinds(paths: Mapping[str, float]) -> dict[str, list[str]]:
     return found
 
 
-def _odd(patient: Patient) -> Iterator[Repair]:
-    """What one forward shows to be odd: softmaxes along another axis, and parts far from the size of their kind."""
-    if patient.other_axis:
-        output = patient.as_used(Use(last_axis=True))
-        yield Repair(
-            "running every softmax along the last axis", "a softmax along another axis", lambda _: output
-        )
-    apart = []
-    for kind in SCALED:
-        for paths in _kinds(patient.sizes[kind]).values():
-            sizes = {path: patient.sizes[kind][path] for path in paths}
-            usual = median(sizes.values())
-            far = [(path, usual / size) for path, size in sizes.items() if size > 0.0 < usual]
-            apart += [(kind, *each) for each in far] if len(paths) >= FEWEST_OF_A_KIND else []
-    apart = [each for each in apart if not 1 / APART < each[2] < APART]
-    for kind, path, factor in sorted(apart, key=lambda each: -abs(math.log(each[2])))[:MOST_APART]:
-        output = _multiplied(patient, kind, (path,), factor)
-        words, cause = SCALED[kind]
-        words = words.format(path, f"{factor:.2g} (to the size of the others)")
-        yield Repair(words, cause, lambda _, output=output: output)
+def _multiplied(kind: str, paths: Sequence[str], factor: float = 1.0) -> Use:
+    factors = dict.fromkeys(paths, factor)
+    return Use(logits=factors) if kind == "logits" else Use(outputs=factors)
 
 
-def _scales(patient: Patient) -> Iterator[Repair]:
-    """A factor on all parts of a kind."""
-    for kind, (words, cause) in SCALED.items():
-        for name, paths in _kinds(patient.sizes[kind]).items():
-            used = partial(_multiplied, patient, kind, tuple(paths))
-            yield Repair(words.format(name, "{factor:g}"), cause, used, (0.5, 2.0))
+# --- which one helps
 
 
-def _multiplied(patient: Patient, kind: str, paths: tuple[str, ...], factor: float) -> Output:
-    return patient.as_used(Use(**{kind: dict.fromkeys(paths, factor)}))
-
-
-def _gains(patient: Patient) -> Iterator[Repair]:
-    """All gains of norms at once."""
-    gains = {
-        f"{path}.weight": module.weight
-        for path, module in module_paths(patient.model)
-        if "norm" in type(module).__name__.lower()
-        and isinstance(module._parameters.get("weight"), torch.Tensor)
-    }
-    changes = {
-        "adding 1 to every gain of a norm": (
-            "gains that are stored as their distance from 1",
-            lambda gain: gain + 1,
-        ),
-        "taking 1 from every gain of a norm": ("gains to which 1 is added twice", lambda gain: gain - 1),
-        "resetting every gain of a norm to 1": ("gains that are not those of these norms", torch.ones_like),
-    }
-    for words, (cause, change) in changes.items() if gains else ():
-        output = patient.as_used(
-            Use(parameters={name: change(gain.detach()) for name, gain in gains.items()})
-        )
-        yield Repair(words, cause, lambda _, output=output: output)
-
-
-MIXINGS: dict[str, tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
-    "transposing every mixing matrix": ("mixing matrices that are applied transposed", lambda mix: mix.mT),
-    "dividing every mixing matrix by the sums of its rows": (
-        "mixing matrices that amplify or starve streams",
-        lambda mix: mix / mix.sum(-1, keepdim=True),
-    ),
-}
-
-
-def _mixings(patient: Patient, options: Mapping[str, Any]) -> Iterator[Repair]:
-    def used(change: Callable[[torch.Tensor], torch.Tensor]) -> Output:
-        def output(batch: Any) -> Any:
-            under_test = ModelUnderTest(patient.model, batch, Options(**options))
-            edits = {}
-            for number, known in under_test.base.mixing.items():
-                edits |= remixed(change(known) - known, under_test.chain.connections[number])
-            return under_test.forward(edits, checked=False).output
-
-        return output
-
-    for words, (cause, change) in MIXINGS.items():
-        yield Repair(words, cause, lambda _, change=change: used(change))
-
-
-def repaired(
-    patient: Patient, reach: float, options: Mapping[str, Any], *, streams: bool, is_suspected: bool
-) -> dict[str, Any]:
+def repaired(patient: Patient, reach: float, *, streams: bool, is_suspected: bool) -> dict[str, Any]:
     """The repair that lowers the loss most, with what it regains and a 95 % interval over sequences; empty for none.
 
     ``reach``: what there is to lose, in the units of the loss.
     ``is_suspected``: whether something is; else what one forward shows to be odd is repaired alone.
     """
-    unchanged = patient.as_used(Use())
-    base = patient.lost(unchanged)
-    tried = [*_odd(patient)]
-    if is_suspected:
-        tried += [*_gains(patient), *(_mixings(patient, options) if streams else ()), *_scales(patient)]
-    lowest, words, cause, best = min(
-        (
-            (loss, repair.words.format(factor=factor), repair.cause, output)
-            for repair in tried
-            for loss, factor, output in _steps(patient, repair, base, PROMISE * reach)
-        ),
-        key=lambda each: each[0],
-        default=(base, "", "", unchanged),
-    )
-    if not lowest < base - PROMISE * reach:
+    base, least = patient.lost(AS_IT_IS), PROMISE * reach
+    tried = [*_odd(patient), *(_of_all(patient, streams=streams) if is_suspected else ())]
+    found = [each for repair in tried for each in _steps(patient, repair, base, least)]
+    lowest, words, cause, best = min(found, key=lambda each: each[0], default=(base, "", "", AS_IT_IS))
+    if not lowest < base - least:
         return {}
     alone = [row for part in patient.parts for row in rows_of(part)][:MOST_ALONE]
-    changes = [patient.lost(best, [row]) - patient.lost(unchanged, [row]) for row in alone]
-    interval = estimate(torch.tensor(changes).numpy())
-    return {
-        "repair": words,
-        "cause": cause,
-        "loss": base,
-        "repaired": lowest,
-        "half_width": (interval.high - interval.low) / 2,
-    }
+    changes = [patient.lost(best, [row]) - patient.lost(AS_IT_IS, [row]) for row in alone]
+    interval = estimate(np.array(changes))
+    half_width = (interval.high - interval.low) / 2
+    return {"repair": words, "cause": cause, "loss": base, "repaired": lowest, "half_width": half_width}
 
 
 def _steps(
     patient: Patient, repair: Repair, base: float, least: float
-) -> Iterator[tuple[float, float, Output]]:
-    """The losses of a repair with its factors, each of which is taken again as long as the loss falls."""
+) -> Iterator[tuple[float, str, str, Use]]:
+    """The losses of a repair with its factors, each of which is taken again as long as the loss falls by something."""
     for step in repair.factors:
-        factor, before = step, base
-        for _ in range(FARTHEST if step != 1.0 else 1):
+        before = base
+        for number in range(1, FARTHEST + 1 if step != 1.0 else 2):
             if patient.forwards <= 0:
                 return
             patient.forwards -= 1
-            output = repair.used(factor)
+            use = repair.use.times(step**number)
             try:
-                loss = patient.lost(output)
+                loss = patient.lost(use)
             except Exception:  # a model may do anything where its numbers are others
                 break
             if not math.isfinite(loss):
                 break
-            yield loss, factor, output
+            yield loss, repair.words.format(factor=step**number), repair.cause, use
             if not loss < before - least:
                 break
-            factor, before = factor * step, loss
+            before = loss
 
 
 # --- batches

@@ -109,7 +109,7 @@ def settle(
     if ahead := _looks_ahead(run, model, parts[0], options):
         added["remarks"] = [*added.get("remarks", run.attrs.get("remarks", ())), *ahead]
     if forwards and (
-        best := _repaired(run, Patient(model, parts, loss, forwards), options, is_suspected=bool(suspicions))
+        best := _repaired(run, Patient(model, parts, loss, forwards, options), is_suspected=bool(suspicions))
     ):
         added[REPAIR] = best
     found: xr.DataTree = run.copy(deep=False)
@@ -182,16 +182,14 @@ def _batch_axis(options: Mapping[str, Any]) -> int:
     return 1 if layout.replace(" ", "").startswith("TB") or (layout and is_packed(layout)) else 0
 
 
-def _repaired(
-    run: xr.DataTree, patient: Patient, options: Mapping[str, Any], *, is_suspected: bool
-) -> dict[str, Any]:
+def _repaired(run: xr.DataTree, patient: Patient, *, is_suspected: bool) -> dict[str, Any]:
     """The best repair of a network that has something to lose.
 
     Something is suspected too where the loss is near that of a constant answer, or not what the predictions expect.
     """
     attrs = {str(name): value for name, value in run.attrs.items()}
     reach = to_lose(attrs)
-    if reach is None or _batch_axis(options) or sum(map(first_size, patient.parts)) < FEWEST:
+    if reach is None or _batch_axis(patient.options) or sum(map(first_size, patient.parts)) < FEWEST:
         return {}
     is_suspected |= (
         is_unsure(attrs) or beyond_expected(attrs) > 0.0 or (share_of_constant(attrs) or 0.0) > KNOWS
@@ -207,9 +205,7 @@ def _repaired(
     if age_of(xr.Dataset(coords=last, attrs=attrs)).trained is False:
         return {}
     try:
-        return repaired(
-            patient, reach, options, streams=attrs.get("n_streams", 1) > 1, is_suspected=is_suspected
-        )
+        return repaired(patient, reach, streams=attrs.get("n_streams", 1) > 1, is_suspected=is_suspected)
     except Exception:  # a model may do anything when it runs again, and what was measured is not lost for it
         return {}
 

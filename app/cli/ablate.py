@@ -171,7 +171,6 @@ def _patched(model: ModelAndText, loaded: LoadedModel, file: Path, where: dict[s
             loaded.model,
             [{ids: clean} for clean, _ in batches],
             [{ids: corrupted} for _, corrupted in batches],
-            sites=names(model.sites) or "residual",
             depths=where["depths"],
             tokens=where["tokens"],
             stream=where["streams"],

@@ -1,7 +1,14 @@
 """Which experiments are there, what do their results mean, and which one settles a finding? Without torch."""
 
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate, estimated, share_of
-from depthscope.diagnostics.experiments.kinds import KINDS, ExperimentKind, kind_named
+from depthscope.diagnostics.experiments.kinds import (
+    KINDS,
+    SETTLED_BY,
+    ExperimentKind,
+    consequence_words,
+    experiment_for,
+    kind_named,
+)
 from depthscope.diagnostics.experiments.results import (
     RESULTS,
     SUFFIX,
@@ -13,10 +20,8 @@ from depthscope.diagnostics.experiments.results import (
     result_path,
     results_beside,
     save_result,
-    table,
     table_rows,
 )
-from depthscope.diagnostics.experiments.settling import SETTLED_BY, consequence_words, experiment_for
 from depthscope.diagnostics.experiments.variables import CELLS, EFFECTS, LENS, PATCHES, declared
 
 __all__ = [
@@ -45,6 +50,5 @@ __all__ = [
     "results_beside",
     "save_result",
     "share_of",
-    "table",
     "table_rows",
 ]

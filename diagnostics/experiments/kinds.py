@@ -1,10 +1,13 @@
-"""Which changes of a forward can be made? Name, what is changed, and what the model must have for it."""
+"""Which changes of a forward can be made, which one settles a finding, and what its result means."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from depthscope.diagnostics.errors import InputError, did_you_mean
+from depthscope.diagnostics.numbers import number, percent
 
 
 @dataclass(frozen=True)
@@ -56,3 +59,62 @@ def kind_named(name: str) -> ExperimentKind:
     if found is None:
         raise InputError(f"no experiment {name!r}; {did_you_mean(str(name), KINDS)}")
     return found
+
+
+SETTLED_BY: dict[str, str] = {
+    # Steps that are said to do nothing: without them nothing changes.
+    **dict.fromkeys(("same_representation", "idle_layer"), "bypass"),
+    # A gain that is said to grow or fade by mixing: without mixing it does not.
+    **dict.fromkeys(("gain_explosion", "attenuation", "negative_mixing"), "identity"),
+    "stream_collapse": "uniform",
+    # A stream that is said to carry nothing.
+    **dict.fromkeys(("unused_stream", "passing_streams"), "drop_stream"),
+}
+"""Verdict name → the experiment that tells whether it matters to the model's output."""
+
+
+def experiment_for(finding: Any, target: str = "CHECKPOINT") -> str | None:
+    """The command of the experiment that would settle a finding.
+
+    ``target``: the checkpoint to name in the command; a word that a reader replaces by default.
+    Returns: None where no experiment on the forward would tell, as for gradients and for readings that are not proven.
+
+    Examples
+    --------
+    >>> from types import SimpleNamespace
+    >>> experiment_for(SimpleNamespace(verdict="idle_layer", axis="depth", first=3, last=5, stream=None))
+    'depthscope ablate CHECKPOINT --do bypass --depths 3-5'
+    """
+    kind = KINDS.get(SETTLED_BY.get(finding.verdict, ""))
+    if kind is None:
+        return None
+    words = ["depthscope", "ablate", target, "--do", kind.name.replace("_", "-")]
+    if finding.axis in ("depth", "connection") and finding.first >= 0:
+        span = str(finding.first) if finding.first == finding.last else f"{finding.first}-{finding.last}"
+        words += [f"--{finding.axis}s", span]
+    if kind.streams and finding.stream is not None and str(finding.stream).isdigit():
+        words += ["--stream", str(finding.stream)]
+    return " ".join(words)
+
+
+def consequence_words(result: Mapping[str, Any]) -> str:
+    """What leaving out the steps that a suspicion named has shown, in one sentence.
+
+    Examples
+    --------
+    >>> result = {"depths": [5, 15], "loss": 2.1, "loss_change": 0.01, "half_width": 0.02}
+    >>> consequence_words(result)
+    'Without the steps from depth 5 to 15 the loss changes by +0.01 ± 0.02 (from 2.1).'
+    """
+    first, last = result["depths"]
+    steps = f"the steps from depth {first} to {last}" if first < last else f"the step to depth {last}"
+    parts = []
+    if result.get("loss_change") is not None:
+        reach = result.get("half_width")
+        interval = "" if reach is None else f" ± {number(reach, digits=2)}"
+        parts.append(
+            f"the loss changes by {number(result['loss_change'], sign=True)}{interval} (from {number(result['loss'])})"
+        )
+    if result.get("output_change") is not None:
+        parts.append(f"the output changes by {percent(result['output_change'])}")
+    return f"Without {steps} {' and '.join(parts)}."

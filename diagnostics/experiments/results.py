@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import replaced_file
 from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.experiments.intervals import Estimate, estimate
-from depthscope.diagnostics.experiments.settling import SETTLED_BY, Placed
+from depthscope.diagnostics.experiments.kinds import SETTLED_BY
 from depthscope.diagnostics.experiments.variables import CELLS, ESTIMATES
 from depthscope.diagnostics.numbers import number, percent
 from depthscope.diagnostics.schema import open_tree, without_suffix, write_zip
@@ -109,18 +108,6 @@ def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
     return rows
 
 
-def table(result: xr.Dataset) -> pd.DataFrame:
-    """The effects of experiments as a short table.
-
-    ``result``: of `depthscope.interventions.ablate`.
-    Returns: One row an experiment: ``loss_change`` with ``low`` and ``high`` (95 %), ``kl``, ``output_change``.
-    """
-    names = {"loss_change": "loss_change", "loss_change_low": "low", "loss_change_high": "high"}
-    names |= {name: name for name in ("kl", "output_change")}
-    columns = {words: result[name].values for name, words in names.items()}
-    return pd.DataFrame(columns, index=pd.Index(result["experiment"].values, name="experiment"))
-
-
 def _finite(result: xr.Dataset, name: str, position: int) -> float | None:
     value = float(result[name].values[position]) if name in result else math.nan
     return value if math.isfinite(value) else None
@@ -132,7 +119,7 @@ def _size(row: dict[str, Any]) -> float:
     return abs(value) if value is not None else 0.0
 
 
-def result_for(finding: Placed, result: xr.Dataset) -> str:
+def result_for(finding: Any, result: xr.Dataset) -> str:
     """What the experiment that settles a finding gave, where it was run at the finding's place.
 
     Returns: The experiment at that place which changes the loss most; empty where none was run.
@@ -146,7 +133,7 @@ def result_for(finding: Placed, result: xr.Dataset) -> str:
     return sentence(max(rows, key=_size)) if rows else ""
 
 
-def _at_the_place(row: dict[str, Any], finding: Placed) -> bool:
+def _at_the_place(row: dict[str, Any], finding: Any) -> bool:
     stream = str(finding.stream)
     if stream.isdigit() and row["stream"] not in (None, int(stream)):
         return False

@@ -51,7 +51,6 @@ DECLARED: tuple[Metric, ...] = (
     operators.mixing_singular_value,
     operators.composite_singular_value,
     operators.mixing_eigenvalue_modulus,
-    operators.operator_gain,
     operators.composite_operator_gain,
     contraction.deflated_gain,
     contraction.relative_deflated_gain,

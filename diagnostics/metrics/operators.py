@@ -80,34 +80,6 @@ def _norms(matrices: np.ndarray, log_scale: np.ndarray) -> np.ndarray:
     )
 
 
-def _by_norm(mixing: Mixing, gains: np.ndarray, *, depends_on: str) -> xr.Variable:
-    """Operator norms (C, N, 3), reduced over tokens."""
-    largest = [mixing.largest_tokens(gains[..., number]) for number in range(len(NORMS))]
-    found = mixing.reduced(gains, ("norm",), depends_on=depends_on).transpose("norm", ...)
-    return with_attrs(found, {LARGEST_TOKEN: largest})
-
-
-@metric(
-    symbol=r"\|H\|_p",
-    dims="norm connection reduction",
-    scale="log",
-    healthy=GAIN,
-    cite="xie2025mhc",
-    basis="stream",
-    null=1.0,
-    estimator=PER_TOKEN,
-    better="nearer 1",
-)
-def operator_gain(mixing: Mixing) -> xr.Variable:
-    r"""Operator norms of one connection: what signed sums can hide by cancellation.
-
-    .. math:: \|H\|_\infty = \max_i \textstyle\sum_j |H_{ij}|, \quad \|H\|_1 = \max_j \sum_i |H_{ij}|, \quad \|H\|_2 = \sigma_1
-    """
-    # No scale was taken out of a single matrix: of zeros `rescaled` returns the values as they are.
-    gains = mixing.each(lambda matrices: _norms(matrices, np.zeros(())))
-    return _by_norm(mixing, gains, depends_on="itself")
-
-
 @metric(
     symbol=r"\|P\|_p",
     dims="norm connection reduction",
@@ -120,8 +92,13 @@ def operator_gain(mixing: Mixing) -> xr.Variable:
     better="nearer 1",
 )
 def composite_operator_gain(mixing: Mixing) -> xr.Variable:
-    r"""Operator norms of the product of all connections from the embedding on.
+    r"""Operator norms of the product of all connections from the embedding on: what signed sums can hide by cancellation.
 
-    .. math:: P = H_c \cdots H_2 H_1
+    .. math:: \|P\|_\infty = \max_i \textstyle\sum_j |P_{ij}|, \quad \|P\|_1 = \max_j \sum_i |P_{ij}|, \quad \|P\|_2 = \sigma_1
+
+    of :math:`P = H_c \cdots H_2 H_1`.
     """
-    return _by_norm(mixing, mixing.each_product(_norms), depends_on="earlier")
+    gains = mixing.each_product(_norms)  # (C, N, 3)
+    largest = [mixing.largest_tokens(gains[..., number]) for number in range(len(NORMS))]
+    found = mixing.reduced(gains, ("norm",), depends_on="earlier").transpose("norm", ...)
+    return with_attrs(found, {LARGEST_TOKEN: largest})

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from depthscope.probes.connections.proof import SAME, Parts, per_token
-from depthscope.probes.reading.description import ConnectionReading, MemoryReading
+from depthscope.probes.reading.description import ConnectionReading, DepthReading, MemoryReading
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, names, walk
 from depthscope.probes.reading.operations import addends, reordered
 
+AnyConnection = ConnectionReading | DepthReading
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 
 
@@ -28,13 +29,12 @@ def vector(weights: torch.Tensor | None) -> torch.Tensor | None:
     return weights.flatten(-2)
 
 
-def reads_of(graph: Graph, connection: ConnectionReading) -> list[TracedValue]:
+def reads_of(connection: AnyConnection) -> list[TracedValue]:
     """What the branches of a connection take."""
-    found = (graph.at(place) for branch in connection.branches for place in branch.reads)
-    return [value for value in found if value is not None]
+    return [value for of in connection.branches for value in of.branch.inputs if value.func is not None]
 
 
-def factors_of(graph: Graph, memory: MemoryReading, connection: ConnectionReading) -> Iterator[TracedValue]:
+def factors_of(graph: Graph, memory: MemoryReading, connection: AnyConnection) -> Iterator[TracedValue]:
     """What multiplies the streams between two states or on the way to what a branch reads, or what a branch gives."""
     values, carried = graph.values, memory.carried
     before = memory.states[connection.depth_in].values
@@ -45,14 +45,14 @@ def factors_of(graph: Graph, memory: MemoryReading, connection: ConnectionReadin
             of for of in found if of.number in carried and of.number > min(begin) and of.number not in begin
         ]
 
-    ends = [*(values[n] for n in memory.states[connection.depth_out].values), *reads_of(graph, connection)]
+    ends = [*(values[n] for n in memory.states[connection.depth_out].values), *reads_of(connection)]
     steps = [
         of for of in walk(between(ends), lambda of: between(of.parents))
         if any(p.number in carried for p in of.parents)
     ]  # fmt: skip
-    ways = [n for branch in connection.branches for n in branch.way]
-    for step in (*steps, *(values[n] for branch in connection.branches for n in branch.way[1:])):
-        given = {of.number for of in addends(step)}.union(ways)
+    ways = [of.branch.way for of in connection.branches]
+    for step in (*steps, *(values[n] for way in ways for n in way[1:])):
+        given = {of.number for of in addends(step)}.union(*ways)
         yield from (
             p for p in step.parents if p.is_floating and p.number not in given and p.number not in carried
         )
@@ -78,7 +78,6 @@ class CoefficientValues:
     ``rows``: the sequences of this batch that were sampled.
     ``precision``: in which the model multiplies its states: weights that were read by running operations once more
     are rounded to it.
-    ``autocast``: whether torch's autocast multiplied the states.
     ``norms``: ``norms(tensors, values)`` are the norms (B, T) of what has the elements of some values of the memory.
     """
 
@@ -90,7 +89,6 @@ class CoefficientValues:
     tokens: int
     rows: list[int]
     precision: torch.dtype
-    autocast: bool
     norms: Callable[[Sequence[torch.Tensor], Sequence[TracedValue]], torch.Tensor]
 
     def __post_init__(self) -> None:
@@ -129,7 +127,7 @@ class CoefficientValues:
 
     def branch_inputs(self, number: int) -> set[int]:
         """The values that are what a connection's branches take."""
-        taken = reordered(self.graph, reads_of(self.graph, self.connections[number]))
+        taken = reordered(self.graph, reads_of(self.connections[number]))
         return {value.number for value in taken} - self.every
 
     def window(self, number: int) -> tuple[int, int]:

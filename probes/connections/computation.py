@@ -5,63 +5,19 @@ Shapes: B batch, T token, N stream, D feature; K the sampled sequences.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from depthscope.probes.connections.coefficient_values import CoefficientValues
 from depthscope.probes.connections.proof import SAME, per_token
-from depthscope.probes.reading.graph import INPUT, TracedValue, ValuePlace, names
-from depthscope.probes.reading.operations import MATRICES, MOVES
+from depthscope.probes.reading.graph import INPUT, TracedValue, ValuePlace
 
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
-# Operations that normalise, or give what a division normalises by, with the position of their axes; those that only make
-# the numbers smaller; and those that exchange axes.
-REDUCTIONS = {
-    "sum": 1, "mean": 1, "_softmax": 1, "_safe_softmax": 1, "_log_softmax": 1, "logsumexp": 1, "linalg_vector_norm": 2,
-}  # fmt: skip
-EXTREMES = names("max amax min amin")
-TURNS = names("transpose permute t")
-SAME_NUMBERS = names("_to_copy to")
 CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which is not tried
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """An operation that normalises a matrix along an axis, or reduces it.
-
-    ``number``: of its result in the graph.
-    ``axis``: counted from the end (−1 is the last); 0 where it is not known.
-    ``size``: of that axis.
-    ``turned``: whether axes were exchanged, and nothing else.
-    """
-
-    number: int
-    axis: int
-    size: int
-    turned: bool = False
-
-
-def _reductions(value: TracedValue, squares: set[int], vectors: set[int]) -> Iterator[Reduction]:
-    """What an operation makes of a matrix, where it normalises, reduces or turns it."""
-    matrix = value.args[0] if value.args else None
-    if not isinstance(matrix, TracedValue) or matrix.numel not in squares:
-        return
-    rank = len(matrix.shape)
-    if value.name in TURNS and value.numel == matrix.numel:
-        yield Reduction(value.number, 0, 0, turned=True)
-    elif value.name in REDUCTIONS and rank > 1:
-        at = REDUCTIONS[value.name]
-        axes = value.kwargs.get("dim", value.args[at] if len(value.args) > at else None)
-        for axis in axes if isinstance(axes, (tuple, list)) else (axes,):
-            if isinstance(axis, int):
-                yield Reduction(value.number, axis - rank if axis >= 0 else axis, matrix.shape[axis])
-    elif value.name not in EXTREMES and value.numel in vectors:
-        yield Reduction(value.number, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -78,11 +34,8 @@ class Origin:
     ``unused``: a matrix (K, T, n, n) that was computed from parameters for this connection, and that no output
     depends on.
     ``sigmoids``: by weights (H_pre, H_post): the factor c where they are c · σ(·).
-    ``axes``: along which axes the matrix was normalised.
-    ``exact``: the matrix (K, T, n, n) as it is applied, where it was read in half precision only.
     ``turned``: whether the matrix is applied as the transpose of what was computed first; None where that is
     symmetric.
-    ``stored``: the matrix (K, T, n, n) of higher precision of which the applied one is a rounding.
     ``reads_along``: where one matrix has the read weights in its first columns and the mixing in its others: whether
     both are applied along the same axis; None where no matrix has both.
     """
@@ -93,10 +46,7 @@ class Origin:
     later: bool = False
     unused: torch.Tensor | None = None
     sigmoids: Mapping[str, float] = field(default_factory=dict)
-    axes: tuple[Reduction, ...] = ()
-    exact: torch.Tensor | None = None
     turned: bool | None = None
-    stored: torch.Tensor | None = None
     reads_along: bool | None = None
 
     def at(self, positions: Sequence[int]) -> Origin:
@@ -132,9 +82,6 @@ class Search(CoefficientValues):
     def origin(self, number: int) -> Origin:
         """What is known of one connection without its gradients."""
         found, mix = self.found[number], self.found[number].get("H_res", [])
-        behind = self.behind(mix[:1])
-        first = [v.number for v in self.squares(number) if v.number in behind]
-        chain = self.graph.ancestors([v.number for v in mix[-1:]], stop=frozenset(first[:1]) | self.every)
         share, later = self._other_tokens(number)
         return Origin(
             other_states={
@@ -144,17 +91,9 @@ class Search(CoefficientValues):
             later=later,
             unused=self._unused_matrix(number),
             sigmoids=self._sigmoids(number),
-            axes=tuple(self._normalised_axes(number, chain)),
             turned=self._is_transposed(number, mix),
             reads_along=self._reads_along(number, mix),
-            **self._before_cast(number),
         )
-
-    def _normalised_axes(self, number: int, chain: set[int]) -> Iterator[Reduction]:
-        """Along which axes matrices were normalised, or turned, among some values."""
-        n = self.weights[number]["H_res"].shape[-1]
-        for each in sorted(chain):
-            yield from _reductions(self.graph.values[each], self.sizes(n * n), self.sizes(n))
 
     def _is_transposed(self, number: int, mix: Sequence[TracedValue]) -> bool | None:
         wanted = self.weights[number]["H_res"]
@@ -173,35 +112,6 @@ class Search(CoefficientValues):
                 if straight or turned:
                     return None if straight and turned else turned
         return None
-
-    def _before_cast(self, number: int) -> dict[str, Any]:
-        """The matrix before it was rounded to half precision, by the model or where autocast multiplied it."""
-        wanted = self.weights[number]["H_res"]
-        for value in reversed(self.squares(number)):
-            before = value.parents[0] if value.name in SAME_NUMBERS and value.parents else value
-            if value.dtype not in CASTS or before.dtype in CASTS or not before.is_floating:
-                continue
-            n, rounded = wanted.shape[-1], partial(torch.Tensor.to, dtype=value.dtype)
-            fitting = (
-                m
-                for few in self.sampled(before, (n, n))
-                for m in (few, few.mT)
-                if torch.equal(rounded(m).float(), wanted)
-            )
-            matrix = next(fitting, None)
-            if matrix is None or torch.equal(matrix, wanted):
-                continue
-            if self.autocast and self._is_only_multiplied(value):
-                return {"exact": matrix}
-            return {"stored": matrix}
-        return {}
-
-    def _is_only_multiplied(self, value: TracedValue) -> bool:
-        """Whether a matrix is only multiplied: where it is rounded, autocast may have done so."""
-        return all(
-            taker.name in MATRICES or (taker.name in MOVES and self._is_only_multiplied(taker))
-            for taker in self.graph.takers(value)
-        )
 
     def _reads_along(self, number: int, mix: Sequence[TracedValue]) -> bool | None:
         applied, read = self.weights[number]["H_res"], self.weights[number].get("H_pre")

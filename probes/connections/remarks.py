@@ -50,7 +50,6 @@ class Facts:
     ``name``: the module that it belongs to.
     ``mix``: H_res as applied (K, T, n, n), and the identity where nothing mixes.
     ``mixes``: whether the model computes a matrix.
-    ``stored``: H_res before the model rounded it to another precision.
     ``read, write``: H_pre and H_post (K, T, n); None where there are several views, or gates per feature.
     ``mask``: (K, T), True on tokens that are no padding.
     ``origin``: from what the weights were computed; None where no forward was followed.
@@ -60,7 +59,6 @@ class Facts:
     name: str
     mix: torch.Tensor
     mixes: bool
-    stored: torch.Tensor
     read: torch.Tensor | None = None
     write: torch.Tensor | None = None
     mask: torch.Tensor | None = None
@@ -78,9 +76,9 @@ class Facts:
         """Number of streams n."""
         return self.mix.shape[-1]
 
-    def sum_errors(self, matrix: torch.Tensor | None = None) -> tuple[float, float]:
+    def sum_errors(self) -> tuple[float, float]:
         """The largest error of a row's sum (over sources) and of a column's (over destinations), against 1."""
-        values = self.tokens(self.stored if matrix is None else matrix)
+        values = self.tokens(self.mix)
         return float((values.sum(-1) - 1).abs().max()), float((values.sum(-2) - 1).abs().max())
 
 
@@ -108,47 +106,26 @@ MEASURED_ROUNDS = 3  # after which the error falls by the same factor in each ro
 FAR = 0.1  # an error of a sum that no implementation of Sinkhorn leaves on logits that it can converge on; a heuristic
 
 
-def one_sided(facts: Facts, side: int) -> bool:
-    """Whether the sums of one side (0 rows, 1 columns) alone are exact, by a normalisation and not by truncation."""
-    errors = facts.sum_errors()
-    if errors[side] > EXACT_SUM or errors[1 - side] <= CLEAR_ERROR:
-        return False
-    rounds = _rounds(facts, -1 - side)
-    axes = facts.origin.axes if facts.origin is not None else ()
-    along = {each.axis for each in axes if not each.turned and each.size != 1}
-    if not along or 0 in along:  # the code does not show it: only what is clear by itself is said
-        return rounds < FEW_ROUNDS and errors[1 - side] > FAR
-    normalised = [each.number for each in axes if not each.turned]
-    between = any(each.turned and normalised[0] < each.number < normalised[-1] for each in axes)
-    # With an exchange of the axes between them, normalisations along one axis of the code may be along both.
-    return len(along) == 1 and (not between or rounds < FEW_ROUNDS)
+def one_sided(facts: Facts) -> bool:
+    """Whether the sums over the destinations alone are exact, by one normalisation and not by truncation."""
+    row, column = facts.sum_errors()
+    return column <= EXACT_SUM and row > FAR and _rounds(facts) < FEW_ROUNDS
 
 
-def _once_more(matrix: torch.Tensor, last: int) -> torch.Tensor:
-    """One round of Sinkhorn that ends with the sums along ``last`` (−1 rows, −2 columns) exact."""
-    first = -3 - last
-    matrix = matrix / matrix.sum(first, keepdim=True)
-    return matrix / matrix.sum(last, keepdim=True)
-
-
-def _inexact(matrix: torch.Tensor, last: int) -> torch.Tensor:
-    return (matrix.sum(-3 - last) - 1).abs().amax(-1)
-
-
-def _rounds(facts: Facts, last: int) -> float:
-    """How many rounds of Sinkhorn the errors of the sums show, the median over tokens.
+def _rounds(facts: Facts) -> float:
+    """How many rounds of Sinkhorn that end with exact sums over the destinations the other sums show, the median over tokens.
 
     Close to its limit Sinkhorn divides the error by the same factor ρ in each round, which a few more rounds on the matrix
     itself measure; an error e is then what ln e / ln ρ rounds leave of an error of 1.
     """
-    matrix = facts.tokens(facts.stored)
+    matrix = facts.tokens(facts.mix)
     if not (matrix >= 0).all() or not (matrix.sum(-1) > 0).all() or not (matrix.sum(-2) > 0).all():
         return 0.0
-    error = _inexact(matrix, last)
-    again = matrix
+    error = (matrix.sum(-1) - 1).abs().amax(-1)
     for _ in range(MEASURED_ROUNDS):
-        again = _once_more(again, last)
-    left = _inexact(again, last)
+        matrix = matrix / matrix.sum(-1, keepdim=True)
+        matrix = matrix / matrix.sum(-2, keepdim=True)
+    left = (matrix.sum(-1) - 1).abs().amax(-1)
     factor = ((left / error.clamp_min(1e-300)) ** (1 / MEASURED_ROUNDS)).clamp(1e-12, 1 - 1e-9)
     known = error > EXACT_SUM
     if not known.any():
@@ -247,7 +224,7 @@ def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:
     late = [
         i
         for i, (row, column) in errors.items()
-        if column <= EXACT_SUM and row > CLEAR_ERROR and not one_sided(facts[i], 1)
+        if column <= EXACT_SUM and row > CLEAR_ERROR and not one_sided(facts[i])
     ]
     if late and all(column <= EXACT_SUM for _, column in errors.values()):
         row, column = max(errors[i][0] for i in late), max(errors[i][1] for i in late)
@@ -272,12 +249,10 @@ def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
     if not at:
         return
     n = facts[0].num_streams
-    axes = [axis for i in at if (origin := facts[i].origin) is not None for axis in origin.axes]
-    sure = any(axis.size == 1 for axis in axes)
     yield Remark(
         "constant_mixing",
         f"H_res is 1 in every entry {places(facts, at)}, whatever its parameters (within {short(max(far[i] for i in at))}, "
-        f"at every token): {'it is normalised' if sure else 'as after a normalisation'} along an axis of size one; all {n} "
+        f"at every token): as after a normalisation along an axis of size one; all {n} "
         f"streams become their sum, {n} times as large at each connection",
         float(n),
         tuple(at),

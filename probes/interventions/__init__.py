@@ -1,6 +1,6 @@
 """What happens when something in the forward is changed? Experiments that settle what a finding only suspects."""
 
-from depthscope.diagnostics.experiments import KINDS, open_result, save_result, table
+from depthscope.diagnostics.experiments import KINDS, open_result, save_result
 from depthscope.probes.interventions.changes import Plan, plan
 from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.model_under_test import ModelUnderTest
@@ -17,5 +17,4 @@ __all__ = [
     "patch",
     "plan",
     "save_result",
-    "table",
 ]

@@ -14,7 +14,7 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.experiments import CELLS, PATCHES, declared, estimate, estimated, share_of
 from depthscope.probes.interventions.effects import texts_of
 from depthscope.probes.interventions.model_under_test import ModelUnderTest, Passed
-from depthscope.probes.interventions.predictions import Loss, Pick, divergence, relative_change, user_loss
+from depthscope.probes.interventions.predictions import Pick, divergence, relative_change
 from depthscope.probes.model.errors import InterventionError
 
 Answers: TypeAlias = Any
@@ -23,7 +23,6 @@ Answers: TypeAlias = Any
 MEASURES = {
     "logit_difference": ("logit(answer) − logit(against)", "1"),
     "answer_loss": ("−log p(answer)", "nats"),
-    "given_loss": ("the loss that was given", ""),
     "next_token_loss": ("−log p(next clean token)", "nats"),
     "kl": ("KL(clean ‖ patched)", "nats"),
     "output_change": ("‖patched − clean output‖ / ‖clean output‖", "1"),
@@ -36,7 +35,6 @@ class Measure:
 
     ``clean``: the model on the clean batch.
     ``answer, against``: token ids.
-    ``loss``: of the user.
     ``pick``: the tensor to compare.
     ``first``: number of the first sequence of the batch among all.
     """
@@ -47,15 +45,12 @@ class Measure:
         *,
         answer: Answers,
         against: Answers,
-        loss: Loss | None,
         pick: Pick | None,
         first: int,
     ) -> None:
         if against is not None and answer is None:
             raise InputError("got against= without answer=; expected the right token too")
-        if answer is not None and loss is not None:
-            raise InputError("answer= and loss= both say what is measured; expected one of them")
-        self._clean, self._loss, self._pick = clean, loss, pick
+        self._clean, self._pick = clean, pick
         self._values = clean.values(clean.base.output, pick)
         rows, _, size = self._values.shape
         self._answer, self._against = (
@@ -68,8 +63,6 @@ class Measure:
     def _choose(self) -> str:
         if self._answer is not None:
             return "answer_loss" if self._against is None else "logit_difference"
-        if self._loss is not None:
-            return "given_loss"
         self._targets = self._clean.targets(self._values, self._pick)
         self.why = self._targets.why
         if self._targets.ids is not None:
@@ -77,7 +70,7 @@ class Measure:
         return "kl" if self._targets.distribution else "output_change"
 
     def of(self, passed: Passed) -> torch.Tensor:
-        """The measure of one forward, (B,) in float64; of a loss that is one number in all, (1,)."""
+        """The measure of one forward, (B,) in float64."""
         values = self._clean.values(passed.output, self._pick)
         if values.shape != self._values.shape:
             raise InterventionError(
@@ -86,10 +79,7 @@ class Measure:
             )
         if self._answer is not None:
             return self._of_answers(values).double().cpu()
-        if self._loss is not None:
-            shape = values.shape[0], values.shape[1]
-            found = user_loss(self._loss, passed.output, self._clean.batch, shape)
-        elif self.name == "next_token_loss":
+        if self.name == "next_token_loss":
             found = self._targets.next_token_loss(values)
         else:
             found = (divergence if self.name == "kl" else relative_change)(self._values, values)
@@ -221,6 +211,5 @@ def patch_result(outcome: Outcome, name: str, token_text: Any) -> xr.Dataset:
     }
     found = declared(xr.Dataset(variables, coords, attrs), PATCHES)
     for key in ("change", "change_error", "change_low", "change_high", "patched", "clean", "corrupted"):
-        if unit := MEASURES[outcome.attrs["measure"]][1]:
-            found[key].attrs["units"] = unit
+        found[key].attrs["units"] = MEASURES[outcome.attrs["measure"]][1]
     return found

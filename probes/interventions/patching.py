@@ -17,12 +17,11 @@ from torch import nn
 from depthscope.diagnostics.errors import InputError, did_you_mean
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 from depthscope.probes.interventions.patch_measure import Answers, Cell, Measure, Outcome, patch_result
-from depthscope.probes.interventions.predictions import Loss, Pick
+from depthscope.probes.interventions.predictions import Pick
 from depthscope.probes.model.errors import InterventionError
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import ModelOptions, Options, takes_options
-from depthscope.probes.structure.sites import STATES, SiteSelection, select
 
 Which: TypeAlias = int | Iterable[int] | str | None
 ALL = -1
@@ -35,13 +34,11 @@ def patch(
     clean: Any,
     corrupted: Any,
     *,
-    sites: str | Iterable[str] = "residual",
     depths: int | Iterable[int] | None = None,
     tokens: Which = None,
     stream: Which = None,
     answer: Answers = None,
     against: Answers = None,
-    loss: Loss | None = None,
     logits: Pick | None = None,
     chain: str | None = None,
     token_text: Any = None,
@@ -64,9 +61,6 @@ def patch(
         The model, run as it is, without gradients.
     clean, corrupted : mapping, tensor, tuple, or as many of these
         Two inputs of the same shape, with the same tokens padded; the second differs from the first where it matters.
-    sites : str or iterable of str
-        Which states: ``residual``, all of them, or names of `capture`, such as ``blocks.3.hook_resid_mid`` and
-        ``hidden_states[2]``.
     depths : int or iterable of int, optional
         Only these.
     tokens : int, iterable of int or ``"all"``, optional
@@ -76,8 +70,6 @@ def patch(
     answer, against : int or array of int, optional
         Token ids, one for all sequences or one for each. With both the measure is logit(answer) − logit(against), with the
         first alone −log p(answer), at the last real token.
-    loss : callable, optional
-        ``loss(output, clean)``: a number for each sequence or token; the batch is the clean one, whose labels count.
     logits : callable, optional
         ``logits(output)``: the tensor to compare, where the output has several.
     chain : str, optional
@@ -94,7 +86,7 @@ def patch(
     Dataset
         ``effect`` and ``change`` (m(patched) − m(corrupted)) by depth, token and stream, each with ``_error`` (standard
         error over sequences), ``_low`` and ``_high`` (95 %, Student's t); ``patched``, ``clean`` and ``corrupted`` are the
-        measures of each sequence. Without `answer` and `loss` the measure is the loss of the next clean token where the output
+        measures of each sequence. Without `answer` the measure is the loss of the next clean token where the output
         is proven to predict it, else KL(clean ‖ patched), else the relative change of the output. Token and stream −1 are
         all at once. The attribute ``no_effect`` tells why the effect is undefined (NaN) where the two inputs differ by no more
         than chance, ``left_out`` which places could not be patched, ``other_paths`` whether something leads around a state.
@@ -104,7 +96,7 @@ def patch(
     InterventionError
         Where the inputs do not fit each other, the reading of the model is unproven, or no place can be patched.
     InputError
-        For arguments that are not known. A site that the model does not have is a `SiteError`.
+        For arguments that are not known.
 
     Examples
     --------
@@ -112,14 +104,13 @@ def patch(
     >>> found = ds.interventions.patch(model, clean, corrupted, answer=3, against=7)  # doctest: +SKIP
     >>> found.effect.sel(stream=-1).plot()  # doctest: +SKIP
     """
-    selection = _selected_sites(sites)
     pairs = _paired(clean, corrupted)
-    wanted = _Wanted(selection, _numbers(depths), _numbers(tokens), _numbers(stream))
+    wanted = _Wanted(_numbers(depths), _numbers(tokens), _numbers(stream))
     outcome = Outcome()
     for clean_batch, corrupted_batch in pairs:
         pair = _Pair(model, clean_batch, corrupted_batch, Options(**options), chain)
         measure = Measure(
-            pair.clean, answer=answer, against=against, loss=loss, pick=logits, first=outcome.num_sequences
+            pair.clean, answer=answer, against=against, pick=logits, first=outcome.num_sequences
         )
         _run_pair(pair, measure, wanted, outcome, progress or (lambda what, done, total: None))
     measure.require_all_answers_used(outcome.num_sequences)
@@ -128,22 +119,9 @@ def patch(
 
 @dataclass(frozen=True)
 class _Wanted:
-    sites: SiteSelection
     depths: tuple[int, ...] | None
     tokens: tuple[int, ...] | None
     streams: tuple[int, ...] | None
-
-
-def _selected_sites(names: str | Iterable[str]) -> SiteSelection:
-    found = select(names if isinstance(names, str) else list(names))
-    known = {*STATES, "state", "resid_pre", "hc_in"}
-    for request in found.requests:
-        if not known >= set(request.kinds):
-            raise InputError(
-                f"the site {request.name!r} cannot be patched; expected states ({', '.join(('residual', *STATES))}, "
-                f"hidden_states[2], blocks.3.hook_resid_post)"
-            )
-    return found
 
 
 def _numbers(given: Which) -> tuple[int, ...] | None:
@@ -214,21 +192,14 @@ class _Pair:
             )
         self.real = masks[0]
 
-    def depths(self, wanted: _Wanted) -> list[int]:
+    def depths(self, asked: tuple[int, ...] | None) -> list[int]:
         """The depths whose states are patched."""
-        chain, asked = self.corrupted.chain, wanted.depths
-        wanted.sites.require([chain])
-        last = len(chain.points) - 1
+        last = len(self.corrupted.chain.points) - 1
         if outside := [depth for depth in asked or () if not 0 <= depth <= last]:
             raise InterventionError(
                 f"depth {outside[0]} is none of the model's; it has depths 0 (embedding) … {last}"
             )
-        return [
-            depth
-            for depth in range(last + 1)
-            if any(request.takes_state(chain, depth) for request in wanted.sites.requests)
-            and (asked is None or depth in asked)
-        ]
+        return [depth for depth in range(last + 1) if asked is None or depth in asked]
 
 
 def _differing(one: Mapping[int, Any], other: Mapping[int, Any]) -> str:
@@ -257,7 +228,7 @@ def _run_pair(
         name: measure.of(each.base) for name, each in (("clean", pair.clean), ("corrupted", pair.corrupted))
     }
     values: dict[Cell, torch.Tensor] = {}
-    depths = pair.depths(wanted)
+    depths = pair.depths(wanted.depths)
     for number, depth in enumerate(depths):
         progress(f"the state at depth {depth}", number, len(depths))
         outcome.layers[depth] = pair.corrupted.chain.points[depth].layer
@@ -267,9 +238,7 @@ def _run_pair(
         except InterventionError as error:
             outcome.left_out[f"depth {depth}"] = str(error)
     if not values:
-        raise InterventionError(
-            next(iter(outcome.left_out.values()), "no depth that was asked for has one of these sites")
-        )
+        raise InterventionError(next(iter(outcome.left_out.values()), "no depth was asked for"))
     outcome.add(base["clean"], base["corrupted"], values, measure, pair.corrupted)
 
 

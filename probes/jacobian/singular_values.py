@@ -89,7 +89,6 @@ def jacobian(
     values: int = 8,
     chain: str | None = None,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
     **options: Unpack[ModelOptions],
 ) -> xr.Dataset:
     r"""The largest singular values of every block's Jacobian, and of all blocks together.
@@ -110,8 +109,6 @@ def jacobian(
         Name of the chain where a model has several; the first one when not given.
     seed : int
         Of the random start.
-    progress : callable, optional
-        Called with (what, number done, number in all).
     **options
         How the model is read: ``layers``, ``layout``, ``streams``, ``mask``.
 
@@ -152,7 +149,7 @@ def jacobian(
     with preserved_state(model), graph_of_frozen(model, wanted=True), eager(), sdpa_kernel(SDPBackend.MATH):
         session, forward = _first_forward(model, batch, Options(**options, gradients=True, max_sequences=1))
         try:
-            return _measured(session, forward, values, chain, seed, progress)
+            return _measured(session, forward, values, chain, seed)
         finally:
             session.drop()
 
@@ -163,7 +160,6 @@ def _measured(
     values: int,
     chain: str | None,
     seed: int,
-    progress: Callable[[str, int, int], None] | None,
 ) -> xr.Dataset:
     number, found_chain = _named(session.structure.chains, chain)
     states = _states(forward, number, len(found_chain.points))
@@ -183,9 +179,7 @@ def _measured(
 
     spans = [*pairwise(depths), (depths[0], depths[-1])]
     found = []
-    for done, (start, stop) in enumerate(spans):
-        if progress is not None:
-            progress(f"the Jacobian from depth {start} to {stop}", done, len(spans))
+    for start, stop in spans:
         # One at a time: each keeps a graph of its own for the products with J.
         operator = _Jacobian(states[start], states[stop], entries(start), entries(stop))
         found.append([np.pad(each, (0, max(0, values - len(each))), constant_values=np.nan)

@@ -41,7 +41,19 @@ class Branch:
     steps: dict[int, TracedValue] = field(default_factory=dict)
     reads_before_norms: list[TracedValue] = field(default_factory=list)  # of the whole ones
     numbers: dict[int, Numbers] = field(default_factory=dict)  # of elements, by the values of these ways
+    path: str = ""  # of its module
+    kind: str = ""  # attn, mlp, or the name of its module
+    layer: int = 0
+    unit: int = (
+        -1
+    )  # the outermost call, inside of that around all branches, in which it runs; -1 where it runs in none
 
+    @property
+    def inputs(self) -> list[TracedValue]:
+        """What it reads, before norms."""
+        return list(dict.fromkeys([*self.reads_before_norms, self.read]))
+
+    @property
     def way(self) -> tuple[int, ...]:
         """The numbers of its source, and of what is moved or scaled of it up to what is added."""
         after = {before.number: number for number, before in self.steps.items()}
@@ -102,7 +114,7 @@ def with_own_gates(memory: Memory, branches: list[Branch], stride: int) -> bool:
     """
     own: list[tuple[Branch, list[TracedValue], int]] = []
     for branch in branches:
-        way = [memory.graph.values[number] for number in branch.way()]
+        way = [memory.graph.values[number] for number in branch.way]
         ends = {
             number for number, of in branch.numbers.items() if of.count > branch.numbers[way[0].number].count
         }

@@ -62,8 +62,8 @@ class Rules:
         rule = _RULES.get(value.name)
         try:
             return None if rule is None else rule(self, value)
-        except (RuntimeError, IndexError, TypeError, NotImplementedError, ValueError):
-            return None  # an operation that does not take numbers, as one of another kind of tensor
+        except RuntimeError:
+            return None  # torch does not move whole numbers so, or an index was not kept
 
     def _inside(self, value: TracedValue) -> list[TracedValue]:
         return [operand for operand in linear_in(value) if operand.number in self._carried]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.cuts import Cut
+from depthscope.probes.reading.description import BranchReading, ConnectionReading
 from depthscope.probes.reading.graph import ReadingError, TracedValue, filled
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import JOINS, MIXES, MOVES, PRODUCTS
@@ -20,30 +21,6 @@ from depthscope.probes.reading.states import FeaturesDiffer, Replays, States, Ta
 # How many equal steps are run at once, at least, and of how many numbers at most.
 LEAST_GROUP, MOST_AT_ONCE = 4, 2**22
 GATE = 1e-5  # a weight that differs by more than this along the features is one of each feature
-
-
-@dataclass
-class BranchParts:
-    """What one branch reads and writes in one connection; weights are (tokens, to, from, features or 1)."""
-
-    branch: Branch
-    write: torch.Tensor
-    out: torch.Tensor  # (tokens, streams of the branch, features)
-    reads: list[tuple[TracedValue, torch.Tensor]] = field(default_factory=list)
-
-
-@dataclass
-class ConnectionParts:
-    """What joins two states."""
-
-    h_res: torch.Tensor  # (tokens, to, from, features or 1)
-    branches: list[BranchParts]
-    constant: torch.Tensor | None
-    start: list[TracedValue]  # the state, after the norm with which the step begins
-    target: list[TracedValue]  # the next state, before its last norm
-    functions: list[str]
-    weighs: bool = True  # whether an operation scales or mixes the streams
-    error: float = 0.0
 
 
 @dataclass
@@ -162,8 +139,10 @@ class Linear:
             for at in range(0, len(group), most) if most >= LEAST_GROUP else ():
                 self._ready |= self._joined_at_once(group[at : at + most])
 
-    def joined_by(self, before: Cut, after: Cut, branches: Sequence[Branch]) -> ConnectionParts:
-        """The parts of the connection between two states."""
+    def joined_by(
+        self, number: int, before: Cut, after: Cut, branches: Sequence[Branch]
+    ) -> ConnectionReading:
+        """The connection between a state, which has a number, and the next one."""
         link, steps = self._link(before, after, branches)
         joined = self._ready.get(_numbers(before, after))
         if joined is None and steps is not None and not steps[1]:
@@ -172,15 +151,40 @@ class Linear:
             joined = self._joined(link, before)
             if steps is not None and not steps[1]:
                 self._known[steps[0]] = joined
-        parts = [
-            BranchParts(branch, write, self.states.output(branch), list(zip(of, weights, strict=True)))
+        found = [
+            self._branch(branch, write, list(zip(of, weights, strict=True)))
             for branch, write, of, weights in zip(
                 link.branches, joined.writes, link.reads, joined.reads, strict=True
             )
         ]
-        return ConnectionParts(
-            joined.h_res, parts, joined.constant, link.start, link.target, link.functions, joined.weighs
+        return ConnectionReading(
+            number,
+            joined.h_res,
+            found,
+            joined.constant,
+            link.start,
+            link.target,
+            link.functions,
+            joined.weighs,
         )
+
+    def _branch(
+        self, branch: Branch, write: torch.Tensor, reads: Sequence[tuple[TracedValue, torch.Tensor]]
+    ) -> BranchReading:
+        """What a branch reads and writes: of several values those of all streams at once, otherwise the last one."""
+        found = BranchReading(branch, write, self.states.output(branch), reads=reads)
+        mixtures = len(reads) > 1 and all(matrix.shape[1] == 1 for _, matrix in reads)
+        together = (mixtures or found.out.shape[1] > 1) and all(matrix.shape[-1] == 1 for _, matrix in reads)
+        matrices = [matrix for _, matrix in (reads if together else reads[-1:])]
+        if not matrices:
+            return found
+        found.read = torch.cat(matrices, 1)
+        is_gate, is_one = found.read.shape[-1] > 1, not together and matrices[-1].shape[1] == 1
+        whole = [read for read, _ in reads if self.states.memory.is_whole(read)]
+        if whole and (is_gate or not is_one or matrices[-1].shape[2] > 1):
+            taken = whole[-1:] if is_one or is_gate else whole
+            found.taken = torch.cat([self.states.array([read]) for read in taken], 1)
+        return found
 
     def _link(
         self, before: Cut, after: Cut, branches: Sequence[Branch]

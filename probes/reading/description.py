@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
-from depthscope.probes.reading.graph import ValuePlace
+from depthscope.probes.reading.branches import Branch
+from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.numbers import Numbers
 
 PROVEN = "proven"
@@ -20,51 +21,59 @@ class StateReading:
     layer: int  # of the block, -1 before the first
     site: str  # embed, pre, mid, post
     values: tuple[int, ...]  # the numbers in the graph of what it consists of
-    array: Callable[[], torch.Tensor] = field(repr=False)  # makes ``value``, as long as the forward is held
-
-    @property
-    def value(self) -> torch.Tensor:
-        """(tokens, streams, features)."""
-        return self.array()
 
 
-@dataclass(frozen=True)
+@dataclass
 class BranchReading:
-    """One branch: where it reads and what it writes.
+    """What one branch reads and writes between two states; weights are (tokens, to, from, features or 1)."""
 
-    ``parts`` are (tokens, …) arrays: ``read`` (H_pre, of each of its inputs and each stream) and ``write`` (H_post, of each
-    stream and each of its outputs), or ``read_gate`` and ``branch_gate`` where these differ along the features; ``out`` what
-    it gave, ``in`` what it read of several streams.
-    """
-
-    path: str
-    kind: str  # attn, mlp, or the name of its module
-    layer: int
-    reads: tuple[ValuePlace, ...]
-    unit: int  # the outermost call, inside of that around all branches, in which it runs; -1 where it runs in none
-    # Numbers of values: the source, and what is moved or scaled of it up to what is added
-    way: tuple[int, ...]
-    # Where the elements of the memory's first value are, to which each of these values is added.
-    numbers: tuple[Numbers, ...] = field(repr=False)
-    parts: Mapping[str, torch.Tensor] = field(repr=False)
+    branch: Branch
+    write: torch.Tensor  # H_post: to each stream, from each of its outputs
+    out: torch.Tensor  # what it gave, (tokens, its outputs, features)
+    # H_pre: to each of its inputs, from each stream, or each source over depth; None where that is known of no input
+    read: torch.Tensor | None = None
+    taken: torch.Tensor | None = None  # what it read of several streams, (tokens, inputs, features)
+    reads: Sequence[tuple[TracedValue, torch.Tensor]] = ()  # each value that it reads, with its weights
 
 
-@dataclass(frozen=True)
+@dataclass
 class ConnectionReading:
-    """What joins two states: X' = H_res X + Σ h_post y + constant.
-
-    ``parts``: ``h_res`` (tokens, streams out, streams in), or ``residual_gate`` (tokens, features) where the weight of a
-    single stream differs along the features; ``depth_read`` and ``depth_carry`` (tokens, sources) over depth; ``constant``.
-    """
+    """What joins two states: X' = H_res X + Σ h_post y + constant; weights are (tokens, to, from, features or 1)."""
 
     depth_in: int
-    depth_out: int
-    parts: Mapping[str, torch.Tensor] = field(repr=False)
-    branches: tuple[BranchReading, ...]
-    # Norms and activations of the whole state at the begin and the end of the step
-    functions: tuple[str, ...]
-    error: float  # of the recomputed state, relative to its largest number
+    h_res: torch.Tensor
+    branches: list[BranchReading]
+    constant: torch.Tensor | None
+    start: list[TracedValue]  # the state, after the norm with which the step begins
+    target: list[TracedValue]  # the next state, before its last norm
+    functions: list[str]  # norms and activations of the whole state at the begin and the end of the step
     weighs: bool = True  # whether an operation scales or mixes the streams; otherwise h_res is the identity by construction
+    error: float = 0.0  # of the recomputed state, relative to its largest number
+
+    @property
+    def depth_out(self) -> int:
+        """The depth of the next state."""
+        return self.depth_in + 1
+
+
+@dataclass
+class DepthReading:
+    """What joins two states that are sums over depth; weights are (tokens, sources, features or 1)."""
+
+    depth_in: int
+    read: torch.Tensor  # of what its last branch reads
+    carry: torch.Tensor  # of the next state, without its own branches
+    state: torch.Tensor  # of the state before
+    branches: list[BranchReading]
+    constant: torch.Tensor | None
+    error: float
+    functions: tuple[str, ...] = ()
+    weighs = True
+
+    @property
+    def depth_out(self) -> int:
+        """The depth of the next state."""
+        return self.depth_in + 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +82,7 @@ class MemoryReading:
 
     name: str
     states: tuple[StateReading, ...]
-    connections: tuple[ConnectionReading, ...]
+    connections: tuple[ConnectionReading | DepthReading, ...]
     num_streams: int
     over_depth: bool
     inner_streams: (
@@ -104,9 +113,9 @@ class MemoryReading:
         return self.num_streams == 1 and not self.over_depth
 
     @property
-    def branches(self) -> list[BranchReading]:
+    def branches(self) -> list[Branch]:
         """All branches, in order."""
-        return [branch for connection in self.connections for branch in connection.branches]
+        return [of.branch for connection in self.connections for of in connection.branches]
 
     @property
     def units(self) -> set[int]:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from depthscope.probes.reading.branches import Branch, branches_of
-from depthscope.probes.reading.connections import ConnectionParts, DepthParts
+from depthscope.probes.reading.connections import DepthParts
 from depthscope.probes.reading.cuts import Cut
+from depthscope.probes.reading.description import ConnectionReading
 from depthscope.probes.reading.graph import Graph, TracedValue, walk
 from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import (
@@ -71,7 +72,7 @@ def _applied(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
 class _Step(NamedTuple):
     """What is recomputed: its connection, what is applied to what, and the value that this gives."""
 
-    parts: ConnectionParts
+    parts: ConnectionReading
     factors: list[tuple[torch.Tensor, torch.Tensor]]
     target: torch.Tensor
 
@@ -93,7 +94,7 @@ class Recomputed:
         self._waiting: list[_Step] = []
         self._num_waiting = 0  # numbers of these steps
 
-    def add(self, before: Cut, parts: ConnectionParts) -> None:
+    def add(self, before: Cut, parts: ConnectionReading) -> None:
         """Take the step from a state to the next one, and what branches read of it."""
         states, first = self._states, min(value.number for value in parts.start)
         state = states.array(parts.start)
@@ -226,7 +227,7 @@ def why_not_ended(memory: Memory, branches: Sequence[Branch]) -> str:
     """A branch that is said to end before it does: what scales its output alone is computed from that, as a norm is."""
     graph = memory.graph
     for branch in branches:
-        way = [graph.values[number] for number in branch.way()]
+        way = [graph.values[number] for number in branch.way]
         for before, after in pairwise(way):
             by = [of for of in after.parents if of is not before] if after.numel == way[0].numel else []
             if after.name in PRODUCTS and any(graph.depends(of, way[0]) for of in by):
@@ -380,7 +381,7 @@ class WeightCoverage:
 
     def _parts_put_next(self) -> str:
         """What a branch gives is added in all its parts: none is put next to the state, as further features of it."""
-        sources = {number for branch in self.branches for number in branch.way()}
+        sources = {number for branch in self.branches for number in branch.way}
         for read, taker in self.memory.leaves:
             for piece in addends(taker) if taker.name in JOINS else ():
                 way = piece

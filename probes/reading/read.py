@@ -6,19 +6,20 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise, takewhile
 
 import torch
 
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
 from depthscope.probes.reading.choice import NO_MEMORY, memories
-from depthscope.probes.reading.connections import BranchParts, ConnectionParts, DepthParts, Linear, weights
+from depthscope.probes.reading.connections import DepthParts, Linear, weights
 from depthscope.probes.reading.cuts import Cut, Cuts, cuts_of, last_read, size_of
 from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
     ConnectionReading,
+    DepthReading,
     MemoryReading,
     NetworkReading,
     StateReading,
@@ -123,7 +124,6 @@ class _Reader:
         self.branches = branches_of(memory)
         if not self.branches:
             raise ReadingError(NO_MEMORY)
-        self._numbers = {branch.source.number: number for number, branch in enumerate(self.branches)}
         self._before: MemoryReading | None = None  # of an earlier forward, but for its coefficients
         self._cuts: Cuts | None = None  # the states, where their connections are read
         self._inner: _Reader | None = None  # of another memory that is read in the place of this one
@@ -174,8 +174,11 @@ class _Reader:
         # Of streams, gates of each feature are parts of the branches: their weights are then one number for each stream.
         has_streams = found.over_depth or self.states.num_streams(found.cuts[-1]) > 1
         if has_streams and with_own_gates(self.memory, self.branches, self.states.feature_stride):
-            self._numbers = {branch.source.number: at for at, branch in enumerate(self.branches)}
             self.states = States(self.memory, self.branches)
+        for number, branch in enumerate(self.branches):
+            branch.path, branch.kind = self.names.paths[number], self.names.kind(number)
+            unit, branch.layer = self.names.unit(number), self.names.layers[number]
+            branch.unit = -1 if unit is None else unit
         if found.over_depth and (plain := self._before_last_mixture()) is not None:
             read = self._instead(plain)
             path = self.graph.path(self.memory.end) or "the model"
@@ -242,24 +245,22 @@ class _Reader:
         self._cuts, self.linear = found, Linear(self.states)
         if found.over_depth:
             return self._over_depth(found.cuts)
-        parts, proof = [], Recomputed(self.states)
+        connections, proof = list[ConnectionReading](), Recomputed(self.states)
         self.linear.prepare(found.cuts, self.branches)
-        for number, after in enumerate(found.cuts[1:], 1):
-            before = found.cuts[number - 1]
-            of = self.linear.joined_by(before, after, self.branches)
+        for number, after in enumerate(found.cuts[1:]):
+            before = found.cuts[number]
+            of = self.linear.joined_by(number, before, after, self.branches)
             if self._before is None:
                 ordered = self._in_places(before, after, of.h_res)
                 if ordered != after:
-                    found.cuts[number] = ordered
-                    of = self.linear.joined_by(before, ordered, self.branches)
+                    found.cuts[number + 1] = ordered
+                    of = self.linear.joined_by(number, before, ordered, self.branches)
                 proof.add(before, of)
-            parts.append(of)
+            connections.append(of)
         proof.end()
-        if any(not branch.reads for of in parts for branch in of.branches):
+        if any(not branch.reads for of in connections for branch in of.branches):
             return self._over_depth(found.cuts)  # a branch reads an earlier state than the last one
-        connections = [self._connection(number, of) for number, of in enumerate(parts)]
-        errors = [of.error for of in parts]
-        return self._described(found.cuts, connections, errors, over_depth=False)
+        return self._described(found.cuts, connections, [of.error for of in connections], over_depth=False)
 
     def _in_places(self, before: Cut, after: Cut, h_res: torch.Tensor) -> Cut:
         """The values of a state, where each holds a stream: one that carries on a single stream keeps its place.
@@ -283,7 +284,7 @@ class _Reader:
     def _described(
         self,
         cuts: Sequence[Cut],
-        connections: list[ConnectionReading],
+        connections: Sequence[ConnectionReading | DepthReading],
         errors: list[float],
         *,
         over_depth: bool,
@@ -355,62 +356,9 @@ class _Reader:
 
     def _states(self, cuts: Sequence[Cut]) -> list[StateReading]:
         return [
-            StateReading(*label, tuple(value.number for value in cut), partial(self.states.array, cut))
+            StateReading(*label, tuple(value.number for value in cut))
             for cut, label in zip(cuts, labels(self.names, cuts), strict=True)
         ]
-
-    def _connection(self, number: int, of: ConnectionParts) -> ConnectionReading:
-        parts: dict[str, torch.Tensor] = {}
-        if of.h_res.shape[-1] == 1:
-            parts["h_res"] = of.h_res[..., 0]
-        elif of.h_res.shape[1:3] == (1, 1):
-            parts["residual_gate"] = of.h_res[:, 0, 0]
-        else:
-            parts["h_res_gate"] = of.h_res
-        if of.constant is not None:
-            parts["constant"] = of.constant
-        branches = tuple(self._branch(b.branch, self._branch_parts(b)) for b in of.branches)
-        return ConnectionReading(
-            number, number + 1, parts, branches, tuple(of.functions), of.error, of.weighs
-        )
-
-    def _branch_parts(self, of: BranchParts) -> dict[str, torch.Tensor]:
-        """The weights of a branch, what it gave, and what it reads of several streams."""
-        write, reads = of.write, of.reads  # (tokens, streams, streams of the branch, features or 1)
-        is_gate = write.shape[1:3] == (1, 1)
-        found = (
-            {"branch_gate": write[:, 0, 0] if is_gate else write}
-            if write.shape[-1] > 1
-            else {"write": write[..., 0]}
-        )
-        found["out"] = of.out
-        # Of all streams, read at once; otherwise what comes last is read of what came before.
-        mixtures = len(reads) > 1 and all(matrix.shape[1] == 1 for _, matrix in reads)
-        together = (mixtures or of.out.shape[1] > 1) and all(matrix.shape[-1] == 1 for _, matrix in reads)
-        matrices = [matrix for _, matrix in (reads if together else reads[-1:])]
-        if not matrices:
-            return found
-        if matrices[-1].shape[-1] > 1:
-            found["read_gate"] = matrices[-1]
-        else:
-            found["read"] = torch.cat([matrix[..., 0] for matrix in matrices], 1)
-        is_one = not together and matrices[-1].shape[1] == 1
-        whole = [read for read, _ in reads if self.memory.is_whole(read)]
-        if whole and ("read_gate" in found or not is_one or matrices[-1].shape[2] > 1):
-            taken = whole[-1:] if is_one or "read_gate" in found else whole
-            found["in"] = torch.cat([self.states.array([read]) for read in taken], 1)
-        return found
-
-    def _branch(self, branch: Branch, parts: dict[str, torch.Tensor]) -> BranchReading:
-        number = self._numbers[branch.source.number]
-        before_norms = dict.fromkeys([*branch.reads_before_norms, branch.read])
-        reads = tuple(self.graph.place(read) for read in before_norms)
-        unit = self.names.unit(number)
-        return BranchReading(
-            self.names.paths[number], self.names.kind(number), self.names.layers[number],
-            reads, -1 if unit is None else unit, branch.way(),
-            tuple(branch.numbers[value] for value in branch.way()), parts,
-        )  # fmt: skip
 
     def _over_depth(self, cuts: Sequence[Cut]) -> MemoryReading:
         last = before_norms(self.memory, last_read(self.memory, self.branches))
@@ -477,7 +425,7 @@ class _Reader:
         parts: DepthParts,
         error: float,
         by_read: bool,
-    ) -> ConnectionReading:
+    ) -> DepthReading:
         read_state, before, after = pair
         new = [
             k for k, branch in enumerate(self.branches)
@@ -487,21 +435,14 @@ class _Reader:
         read = reads[-1].read if reads else before
         carry = parts.of(after).clone()
         carry[:, [k + 1 for k in new]] = 0
-        found = _by_source("depth_read", parts.of(read)) | _by_source("depth_carry", carry)
-        found |= _by_source("state", parts.of(before))
-        if (after.number, 0) in parts.constants:
-            found["constant"] = parts.constants[after.number, 0]
-        branches = []
+        found = []
         for k in new:
-            own = weights(parts.of(after)[:, k + 1])
-            out = parts.sources[k + 1].unsqueeze(1)
-            written = {"branch_gate": own} if own.shape[-1] > 1 else {"write": own.unsqueeze(-1)}
-            written["out"] = out
+            own = weights(parts.of(after)[:, k + 1])[:, None, None]
             rows = parts.rows(self.linear.mixtures(self.branches[k]))
-            if len(rows) > 1:
-                written |= _by_source("depth_read", torch.stack(rows, 1))
-            branches.append(self._branch(self.branches[k], written))
-        return ConnectionReading(number, number + 1, found, tuple(branches), (), error)
+            several = torch.stack(rows, 1) if len(rows) > 1 else None
+            found.append(BranchReading(self.branches[k], own, parts.sources[k + 1].unsqueeze(1), several))
+        constant = parts.constants.get((after.number, 0))
+        return DepthReading(number, parts.of(read), carry, parts.of(before), found, constant, error)
 
     def _read_state(self, branch: Branch) -> TracedValue:
         """What a branch reads; where it reads several mixtures at once, what its output is added to."""
@@ -523,11 +464,6 @@ class _Reader:
                 return []
             found.append(inside[0])
         return [*found, last] if len(set(found)) == len(found) else []
-
-
-def _by_source(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Weights of sources under a name, or under that of a gate where they differ along the features."""
-    return {name: weight[..., 0]} if weight.shape[-1] == 1 else {f"{name}_gate": weight}
 
 
 def _begin_with_first_state(parts: DepthParts) -> None:

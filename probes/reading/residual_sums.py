@@ -179,7 +179,7 @@ def _ends_of_branches(
     graph: Graph, read: Iterable[MemoryReading], held: set[int]
 ) -> tuple[list[TracedValue], set[int]]:
     """What is added to memories or weighs them, in order; and the values that these carry, but for it."""
-    sources = {b.way[0] for memory in read for c in memory.connections for b in c.branches}
+    sources = {branch.source.number for memory in read for branch in memory.branches}
     begins = {memory.root for memory in read}
     taken = {parent.number for n in held - begins for parent in graph.values[n].parents}
     return [graph.values[n] for n in sorted(sources | taken - held)], held - sources

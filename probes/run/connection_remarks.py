@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficient_values import vector
-from depthscope.probes.connections.computation import Origin
 from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.connections.remarks import Facts, passing_inside, remarks
 from depthscope.probes.session.session import Session
@@ -33,7 +32,6 @@ def all_remarks(
             name=joint.path,
             mix=joint.matrix,
             mixes=joint.parts.mix is not None,
-            stored=joint.matrix,
             read=vector(joint.parts.read),
             write=vector(joint.parts.write),
             mask=joint.mask,
@@ -45,7 +43,9 @@ def all_remarks(
     # The sampled sequences are in the order of the data, and these are of its first batch.
     kept = [] if origins is None else [n for n, index in enumerate(origins.indices) if index in indices]
     if origins is not None and kept:
-        facts = [_completed(of, origin.at(kept)) for of, origin in zip(facts, origins.origins, strict=True)]
+        facts = [
+            replace(of, origin=origin.at(kept)) for of, origin in zip(facts, origins.origins, strict=True)
+        ]
     inner = (
         passing_inside(structure.inner_streams, len(structure.chains[0].points) - 1)
         if structure.inner_streams
@@ -61,24 +61,6 @@ def _spread(state: torch.Tensor, mask: torch.Tensor) -> float:
     return float(
         (real - real.mean(-2, keepdim=True)).norm() / real.norm().clamp_min(torch.finfo(torch.float64).tiny)
     )
-
-
-def _completed(facts: Facts, origin: Origin) -> Facts:
-    facts = replace(facts, origin=origin)
-    if origin.exact is not None:
-        exact = _with(facts.stored, origin.exact)
-        return replace(facts, mix=exact, stored=exact)
-    if origin.stored is None:
-        return facts
-    # A matrix that the trace read is the one that is applied: only the computation shows what it was before.
-    return replace(facts, stored=_with(facts.stored, origin.stored))
-
-
-def _with(matrices: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
-    """Matrices with those of the sequences of the first batch in their place."""
-    completed = matrices.clone()
-    completed[: known.shape[0], : known.shape[1]] = known
-    return completed
 
 
 NAMED = 3  # modules in a sentence

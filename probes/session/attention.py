@@ -205,7 +205,7 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
         call = graph.calls[graph.values[value].call]
         of_call = places.calls.setdefault((call.path, call.number), [])
         of_call.append(None)  # before the first state, or in what is no chain
-        place = _first_state_after(graph.values[value], graph, tape, structure)
+        place = _first_state_after(graph.values[value], graph, structure)
         if place is None:
             continue
         number, depth, state = place
@@ -226,12 +226,12 @@ def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> Atte
 
 
 def _first_state_after(
-    made: TracedValue, graph: Graph, tape: Tape, structure: Structure
+    made: TracedValue, graph: Graph, structure: Structure
 ) -> tuple[int, int, TracedValue] | None:
     """Chain, depth and value of the first state that was computed from a value, after another one."""
     for number, chain in enumerate(structure.chains):
-        states = ((depth, point.value_in(tape.graph)) for depth, point in enumerate(chain.points))
-        later = ((d, value) for d, value in states if value is not None and value.number > made.number)
+        states = ((depth, graph.values[point.number]) for depth, point in enumerate(chain.points))
+        later = ((d, value) for d, value in states if value.number > made.number)
         depth, value = next(later, (0, made))
         if depth > 0 and graph.depends(value, made):
             return number, depth, value

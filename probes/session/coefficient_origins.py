@@ -62,7 +62,7 @@ def find_origins(
     try:
         search = Search(
             *(read.rereading.graph, memory, read.connections(memory), sampled, forward.batch_size),
-            *(sampled[0].write.shape[1], rows, observer.precision, observer.precision != observer.dtype),
+            *(sampled[0].write.shape[1], rows, observer.precision),
             partial(read.token_norms, memory),
         )
         for number in range(len(sampled)):

@@ -13,7 +13,6 @@ import copy
 import gc
 import sys
 import threading
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -55,15 +54,6 @@ def compiler_is_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
-def something_is_compiled() -> bool:
-    """Whether the process has code that runs compiled: what torch's compiler has made for it is alive then."""
-    frames = sys.modules.get("torch._dynamo.eval_frame"), sys.modules.get("torch._dynamo.convert_frame")
-    names = ("OptimizeContext", "CatchErrorsWrapper")
-    kinds = [getattr(module, name, None) for module, name in zip(frames, names, strict=True)]
-    # An object refers to its class, and C code finds those in a third of the time that all objects take here.
-    return None in kinds or any(type(of) in kinds for of in gc.get_referrers(*kinds))
-
-
 def is_compiled(module: nn.Module) -> bool:
     """Whether the call of a module runs compiled."""
     if vars(module).get(COMPILED_CALL) is not None or COMPILED_FROM in vars(module):
@@ -93,32 +83,11 @@ def living_modules() -> list[nn.Module]:
     return [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and "_modules" in vars(m)]
 
 
-class CompiledModel:
-    """Finds the modules whose call is the model's outermost one, where any part of it runs compiled."""
-
-    def __init__(self, model: nn.Module):
-        self._model = model
-        self._around: weakref.WeakSet[nn.Module] = (
-            weakref.WeakSet()
-        )  # compiled modules that contain the model
-        self.seen = False  # whether a call of the model was seen since `callers` was asked last
-
-    def callers(self) -> list[nn.Module]:
-        """The modules that the user may call; none where nothing is compiled.
-
-        The model does not know of modules that contain it: where it was not called since, they are looked for among all
-        that live, if anything is compiled: some milliseconds for every 100 000 objects of the program.
-        """
-        if not compiler_is_loaded():
-            return []
-        if not self.seen and something_is_compiled():
-            for module in living_modules():
-                if module is not self._model and is_compiled(module) and self._model in module.modules():
-                    self._around.add(module)
-        self.seen = False
-        if self._around or any(is_compiled(module) for module in self._model.modules()):
-            return [*self._around, self._model]
-        return []
+def compiled_callers(model: nn.Module, called: nn.Module) -> list[nn.Module]:
+    """The modules that the user may call, where any part of them runs compiled; none where nothing does."""
+    if compiler_is_loaded() and any(map(is_compiled, called.modules())):
+        return list(dict.fromkeys([called, model]))
+    return []
 
 
 @dataclass(eq=False)
@@ -195,7 +164,7 @@ class SecondForward:
 class CompiledCalls:
     """What is on the outermost call of a compiled model: nothing in its compiled code, and a forward of ours before it.
 
-    ``callers``: the modules that the user may call; see `CompiledModel`.
+    ``callers``: the modules that the user may call; see `compiled_callers`.
     ``wanted``: whether the call that begins is to be measured.
     ``run_hooked``: calls a function with the session's hooks on the model; returns its result and the forward that the hooks
     recorded.

@@ -16,7 +16,7 @@ from torch import nn
 from depthscope.probes.connections.proof import StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, count_streams, parse_layout
-from depthscope.probes.reading.description import PROVEN, MemoryReading
+from depthscope.probes.reading.description import PROVEN, ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import INPUT, Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
@@ -312,8 +312,7 @@ class StructureFinder:
     def _chain_of_calls(self, calls: Sequence[int], proof: str) -> ReadChain:
         """The chain of what some modules take and give, which are the states of no memory."""
         chain = chain_of_calls(self.graph, calls, proof)
-        value = chain.points[0].value_in(self.graph)
-        assert value is not None  # it was required of the calls
+        value = self.graph.values[chain.points[0].number]
         try:
             layout = self.options.layout or shape_layout(value, self.sequences)
         except LayoutError as error:
@@ -496,8 +495,9 @@ def _units(stages: Iterable[MemoryReading]) -> set[int]:
 def _gates_the_state(memory: MemoryReading) -> bool:
     """Whether a state is scaled otherwise at each token, and not only dropped at some, as by a mask."""
     known: set[tuple[Any, ...]] = set()
-    for parts in (connection.parts for connection in memory.connections):
-        scale = parts["residual_gate"] if "residual_gate" in parts else parts["h_res"]
+    for connection in memory.connections:
+        assert isinstance(connection, ConnectionReading)
+        scale = connection.h_res
         place = scale.data_ptr(), scale.shape, scale.stride()  # equal blocks have one tensor
         if place in known:
             continue

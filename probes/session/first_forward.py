@@ -188,13 +188,11 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     """
     structure, graph = observer.structure, tape.graph
     for state in structure.shown:
-        value = state.point.value_in(tape.graph)
-        kept = _held_tensor(graph, value, state.point.path)
+        kept = _held_tensor(graph, graph.values[state.point.number], state.point.path)
         instead = state.point.gradient_at
-        given = value if instead is None else instead.value_in(graph)
-        if given is not None:
-            of = state if instead is None else state._replace(is_shared=False)
-            _expect_gradient(tape, forward, observer, of, given)
+        given = graph.values[(state.point if instead is None else instead).number]
+        of = state if instead is None else state._replace(is_shared=False)
+        _expect_gradient(tape, forward, observer, of, given)
         observer.record_shown(forward, state, kept)
     if structure.read is not None:
         assert structure.read.first is not None
@@ -204,9 +202,9 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     for number, chain in enumerate(structure.chains):
         for position, connection in enumerate(chain.connections):
             if connection.branch_path is not None:
-                given = graph.shown_at(connection.branch_path, connection.branch_index, "output", 0)
+                output = graph.shown_at(connection.branch_path, connection.branch_index, "output", 0)
                 observer.record_branch(
-                    forward, number, position, _held_tensor(graph, given, connection.branch_path)
+                    forward, number, position, _held_tensor(graph, output, connection.branch_path)
                 )
 
 
@@ -267,7 +265,7 @@ def _values_read(graph: Graph, observer: Observer) -> set[int]:
     points = [
         point for of in structure.shown for point in (of.point, of.point.gradient_at) if point is not None
     ]
-    states = [point.value_in(graph) for point in points if point.at == "operation"]
+    states = [graph.at(point.place) for point in points if point.at == "operation"]
     return found | {value.number for value in states if value is not None}
 
 
@@ -307,7 +305,7 @@ class LaterForwards:
 
     ``observer``: records what passes; it knows the structure.
     ``ended``: gives the forwards that ended, whose checkpoints a backward recomputes.
-    ``attention``: which calls attend, where that is looked at.
+    ``attention``: which calls attend.
     """
 
     def __init__(
@@ -316,7 +314,7 @@ class LaterForwards:
         observer: Observer,
         current: CurrentForward,
         ended: Callable[[], list[Forward]],
-        attention: AttentionPlaces | None = None,
+        attention: AttentionPlaces,
     ):
         self._model = model
         self._observer = observer
@@ -331,7 +329,7 @@ class LaterForwards:
         inputs, outputs = self._states_seen_at("input"), self._states_seen_at("output")
         for path, states in inputs.items():
             attachment.before(modules[path], partial(self._record_states, "input", path, states))
-        for path in () if self._attention is None else sorted(self._attention.paths):
+        for path in sorted(self._attention.paths):
             attachment.around(modules[path], "forward", partial(self._watch_attention, path))
         branches = {
             c.branch_path for chain in self._structure.chains for c in chain.connections if c.branch_path
@@ -401,7 +399,7 @@ class LaterForwards:
 
     def _watch_attention(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         forward = self._current.recorded
-        if forward is None or self._attention is None:
+        if forward is None:
             return None
         found = later_attention(self._attention, forward, path, module)
         return None if found is None else MethodWatch(*found)
@@ -475,11 +473,6 @@ class FirstReading:
         if not selection.includes("attention") or not (self.scope.only_own or selection.requests):
             return None
         return self.options.max_sequences if self.scope.sums else 0  # only where it lies
-
-    @property
-    def later_attention(self) -> int | None:
-        """The same of a later forward that is traced."""
-        return self.options.max_sequences if self.attention.heads else None
 
     def end(self, tape: Tape, forward: Forward) -> None:
         """Find the structure in a forward that has ended, and record what that forward showed of it."""

@@ -25,9 +25,9 @@ from depthscope.probes.model.layout import require_whole_sequences
 from depthscope.probes.model.modules import PresentModules, is_decoding, named_arguments
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode
-from depthscope.probes.session.attention import add_attention_sums, placed_attention
+from depthscope.probes.session.attention import add_attention_sums
 from depthscope.probes.session.backward_roots import StepLoss
-from depthscope.probes.session.compiled_model import CompiledCalls, CompiledModel
+from depthscope.probes.session.compiled_model import CompiledCalls, compiled_callers
 from depthscope.probes.session.find_structure import RewrittenError
 from depthscope.probes.session.first_forward import (
     NOT_READ,
@@ -51,6 +51,7 @@ class Session:
     ``model``: the user's model, which no hook changes.
     ``loss_scale``: gives the factor by which the loss is multiplied at present; None for 1.
     ``scope``: how much of a forward is measured.
+    ``called``: the module that the user calls, where that is another one around the model, as of data parallelism.
     """
 
     def __init__(
@@ -59,7 +60,9 @@ class Session:
         options: Options,
         loss_scale: Callable[[], torch.Tensor | None] | None = None,
         scope: Scope = Scope(),  # noqa: B008  it is frozen
+        called: nn.Module | None = None,
     ):
+        self._called = model if called is None else called
         self.model, self.options, self.scope = model, options, scope
         self.owner = object()  # and not the session itself, which its own hooks would then keep alive
         # Of hooks, which must not raise in the user's forward or backward: raised at the end of a step.
@@ -67,7 +70,6 @@ class Session:
         self.skipped = 0  # forwards of other threads during the first forward
         self.step = Step(options, StepLoss(loss_scale, self.report), only_own=scope.only_own)
         self._current = CurrentForward(self.owner)
-        self.compiled = CompiledModel(model)
         self._compiled_calls: CompiledCalls | None = None  # of a step that is measured by forwards of ours
         self.first = FirstReading(model, options, scope, self.step, loss_scale, self.report)
         self._running: weakref.WeakSet[Forward] = weakref.WeakSet()  # in all threads
@@ -101,7 +103,7 @@ class Session:
         self.detach()
         self.step.begin()
         # Forwards of ours run uncompiled.
-        callers = [] if self.scope.only_own else self.compiled.callers()
+        callers = [] if self.scope.only_own else compiled_callers(self.model, self._called)
         with self._lock:
             if not callers:
                 self._attach()
@@ -117,7 +119,6 @@ class Session:
                 )
 
     def _wants_compiled_call(self) -> bool:
-        self.compiled.seen = True
         return not self.errors and self.step.may_have_gradients()
 
     def _run_hooked(self, function: Callable[[], Any]) -> tuple[Any, Forward | None]:
@@ -153,26 +154,17 @@ class Session:
                 attention=first.first_attention,
             ).attach(attachment)
         else:
-            places = first.places
-            is_placed = places is not None and places.places is not None
             if first.is_recorded:
-                # Its operations are traced, and, where they all are, its attention with them.
                 RecordedForward(
                     self.model,
                     self._current,
                     gradients=False,
                     report=self.report,
                     observer=self.observer,
-                    known=places,
-                    attention=None if is_placed else first.later_attention,
+                    known=first.places,
                 ).attach(attachment)
-            by_calls = is_placed or not first.is_recorded
             LaterForwards(
-                self.model,
-                self.observer,
-                self._current,
-                lambda: self.step.forwards,
-                first.attention if by_calls else None,
+                self.model, self.observer, self._current, lambda: self.step.forwards, first.attention
             ).attach(attachment)
             watched = {of.point.path for of in self.structure.shown}
         self._present = PresentModules(self.model, watched)
@@ -230,7 +222,6 @@ class Session:
         if (current.is_running and in_transformation()) or in_pipeline_inference():
             return  # part of it as well, whose tensors nobody can read; or no part of the training
         current.clear()
-        self.compiled.seen = True
         with self._lock:
             # No part of a step that will be left out, and no forward without gradients of a step that measures these.
             counts = not self.errors and self.step.may_have_gradients() and self.step.includes(module)
@@ -321,8 +312,6 @@ class Session:
             if not self.step.keeps_rest or (self.step.is_empty and not self.step.reservoir.stored):
                 raise
             forward.without_connections = str(error)
-        if tape.attention is not None:
-            self.first.attention.seen.update(placed_attention(tape, forward, self.structure).heads.keys())
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Note that a call of the model is over; where it did not reach `_end`, it raised."""

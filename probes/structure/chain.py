@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, ValuePlace
+from depthscope.probes.reading.graph import Graph, ValuePlace
 
 PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a norm of that sum
 NO_FINAL_NORM = "no norm takes the last state"
@@ -32,6 +32,8 @@ class HookPoint:
     layer: int
     site: str
     module: str  # the module that computed the state
+    number: int  # of the value that it shows, in the graph of the forward that was read
+    shape: tuple[int, ...]  # of the state
     item: int = (
         0  # which of the call's floating tensors; the k-th operation of its name that the call runs itself
     )
@@ -50,25 +52,14 @@ class HookPoint:
         """Where the operation is that shows a state which no call shows."""
         return ValuePlace(self.path, self.index, self.operation, self.item, self.result)
 
-    def value_in(self, graph: Graph) -> TracedValue | None:
-        """The value that it shows in a recorded forward; None where it shows none."""
-        if self.at == "operation":
-            return graph.at(self.place)
-        try:
-            return graph.shown_at(self.path, self.index, self.at, self.item)
-        except ReadingError:
-            return None
-
     def moment_in(self, graph: Graph) -> float:
-        """When it shows its state, in numbers of values: with an operation, or as a call begins or ends."""
+        """When it shows its state in the forward that was read: with an operation, or as a call begins or ends."""
         if self.streams:
             return max(of.moment_in(graph) for of in self.streams)
         if self.at == "operation":
-            value = graph.at(self.place)
-            return math.inf if value is None else value.number
-        try:
-            made = graph.made_in[graph.call_of(self.path, self.index)]
-        except (ReadingError, KeyError):  # it was not called, or did not end
+            return self.number
+        made = graph.made_in.get(graph.call_of(self.path, self.index))
+        if made is None:  # it did not end
             return math.inf
         return made.start - 0.5 if self.at == "input" else made.stop - 0.5
 
@@ -98,13 +89,17 @@ class Chain:
     connections: tuple[Connection, ...]
     blocks: tuple[str, ...]
     block_class: str
-    shapes: tuple[tuple[int, ...], ...]
     layout: str = ""  # the axes of its states; empty where these have no order that a layout can name
     final: HookPoint | None = None  # after the last norm
     without_final: str = NO_FINAL_NORM  # why there is none
     history: bool = False  # connected to earlier depths, not to streams
     family: str = ""  # of a chain with connections over depth, or whose state is scaled at each token
     proof: str = ""  # of a plain chain: "proven", or "unproven: why"
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Of its states, all in its layout."""
+        return [point.shape for point in self.points]
 
     @property
     def has_streams(self) -> bool:

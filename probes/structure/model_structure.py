@@ -17,7 +17,12 @@ from depthscope.probes.connections.proof import DepthWeights, Parts, StreamConne
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.tensors import local_tensor
-from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
+from depthscope.probes.reading.description import (
+    BranchReading,
+    ConnectionReading,
+    DepthReading,
+    MemoryReading,
+)
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
@@ -268,9 +273,11 @@ class ReadStructure:
         )
         self.casts = memory.casts
         self.mixes = any(connection.weighs for connection in self.first.connections)
-        h_res = None if memory.over_depth else memory.connections[0].parts.get("h_res")
+        first = memory.connections[0]
         # Whether one tensor is every stream of the first state: of the first matrix only the sums of its rows are known.
-        self.is_first_shared = h_res is not None and h_res.shape[-1] < h_res.shape[-2]
+        self.is_first_shared = (
+            isinstance(first, ConnectionReading) and first.h_res.shape[2] < first.h_res.shape[1]
+        )
         # That, and those that read or write other numbers of streams at once than most: their step is one between connections.
         self.left_out = frozenset({0} if self.is_first_shared else ())
 
@@ -321,7 +328,7 @@ class ReadStructure:
 
     def connections(self, memory: MemoryReading) -> list[ConnectionReading]:
         """The connections with streams, of which `weights` are."""
-        joined = (connection for connection in memory.connections if connection.branches)
+        joined = (of for of in memory.connections if of.branches and isinstance(of, ConnectionReading))
         return [connection for number, connection in enumerate(joined) if number not in self.left_out]
 
     def token_norms(
@@ -346,7 +353,7 @@ def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: b
     ``mixes``: whether some connection of the model has a matrix; otherwise it is left out.
     Raises StreamConnectionError: Where its weights are no scalars, or what its branch reads has another order than the state.
     """
-    if "h_res" not in connection.parts:
+    if connection.h_res.shape[-1] > 1:
         raise StreamConnectionError(
             "H_res differs between the features of a stream: it is not a matrix over streams"
         )
@@ -355,43 +362,43 @@ def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: b
         raise StreamConnectionError(
             f"the streams go through {names} after the sum, which a connection has no part for"
         )
-    mix = connection.parts["h_res"][order]
-    branches = connection.branches
-    constant = connection.parts.get("constant")
+    mix, branches, constant = connection.h_res[order][..., 0], connection.branches, connection.constant
     return Parts(
         mix=mix if mixes else None,
         read=_reads(branches, order),
         write=_writes(branches, order, mix),
-        branch_in=_branch_tensors(branches, order, "in"),
-        branch_out=_branch_tensors(branches, order, "out"),
+        branch_in=_branch_tensors(branches, [of.taken for of in branches], order, "takes"),
+        branch_out=_branch_tensors(branches, [of.out for of in branches], order, "gives"),
         constant=None if constant is None else constant[order],
     )
 
 
 def _reads(branches: Sequence[BranchReading], order: torch.Tensor) -> torch.Tensor | None:
     """H_pre, (B, T, V, N); None where a branch reads by gates per feature."""
-    if not branches or any("read" not in branch.parts for branch in branches):
-        return None
-    return torch.cat([branch.parts["read"][order] for branch in branches], -2)
+    reads = [of.read[order] for of in branches if of.read is not None and of.read.shape[-1] == 1]
+    return torch.cat(reads, -3)[..., 0] if reads and len(reads) == len(branches) else None
 
 
 def _writes(branches: Sequence[BranchReading], order: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
     """H_post, (B, T, N, V); zero where nothing is written."""
-    for branch in branches:
-        if "write" not in branch.parts:
-            raise StreamConnectionError(f"H_post of {branch.path} differs between the features of a stream")
-    columns = [branch.parts["write"][order] for branch in branches]
+    for of in branches:
+        if of.write.shape[-1] > 1:
+            raise StreamConnectionError(
+                f"H_post of {of.branch.path} differs between the features of a stream"
+            )
+    columns = [of.write[order][..., 0] for of in branches]
     return torch.cat(columns, -1) if columns else torch.zeros_like(mix[..., :1])
 
 
-def _branch_tensors(branches: Sequence[BranchReading], order: torch.Tensor, name: str) -> torch.Tensor:
-    missing = [branch.path or "a branch" for branch in branches if name not in branch.parts]
-    if missing or not branches:
-        what = "takes" if name == "in" else "gives"
-        raise StreamConnectionError(
-            f"what {missing[0] if missing else 'no branch'} {what} has not the tokens of the state"
-        )
-    return torch.cat([branch.parts[name][order] for branch in branches], -2)
+def _branch_tensors(
+    branches: Sequence[BranchReading], tensors: Sequence[torch.Tensor | None], order: torch.Tensor, what: str
+) -> torch.Tensor:
+    known = [tensor[order] for tensor in tensors if tensor is not None]
+    if len(known) < len(tensors) or not known:
+        paths = (of.branch.path for of, tensor in zip(branches, tensors, strict=True) if tensor is None)
+        path = next(paths, "no branch") or "a branch"
+        raise StreamConnectionError(f"what {path} {what} has not the tokens of the state")
+    return torch.cat(known, -2)
 
 
 def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[DepthWeights, torch.Tensor]]:
@@ -400,31 +407,30 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
     The first source is the first state.
     Raises StreamConnectionError: Where a state is not one branch's after the one before, or a weight is no scalar.
     """
-    begin = memory.connections[0].parts.get("state")
-    if begin is None:
+    connections = [of for of in memory.connections if isinstance(of, DepthReading)]
+    begin = connections[0].state
+    if begin.shape[-1] > 1:
         raise StreamConnectionError("the weights over depth differ between the features of the first state")
     if bool(begin[:, 1:].any()) or bool((begin[:, 0] != 1).any()):
         raise StreamConnectionError("the first state is not the embedding alone")
     found = []
-    for connection in memory.connections:
+    for connection in connections:
         if not connection.branches:  # a mixture is read of what a block gave and of earlier outputs
             continue
         if len(connection.branches) != 1:
             raise StreamConnectionError(
                 f"{len(connection.branches)} branches lie between two states of sums over depth; expected one"
             )
-        (branch,) = connection.branches
-        if "constant" in connection.parts or not {"write", "out"} <= branch.parts.keys():
-            raise StreamConnectionError(f"what {branch.path or 'a branch'} adds has no scalar weight")
-        if "depth_read_gate" in branch.parts or not {"depth_read", "depth_carry"} <= connection.parts.keys():
-            raise StreamConnectionError(
-                f"the weights over depth differ between the features at {branch.path or 'a branch'}"
-            )
-        several, carry = branch.parts.get("depth_read"), connection.parts["depth_carry"]
-        read = connection.parts["depth_read"].unsqueeze(-2) if several is None else several
-        scale = branch.parts["write"].flatten(1).mean(-1)
-        weights_of = DepthWeights(read[order].float(), carry[order].float(), scale[order].float())
-        found.append((weights_of, branch.parts["out"][order].squeeze(-2)))
+        (of,) = connection.branches
+        path, carry = of.branch.path or "a branch", connection.carry
+        read = connection.read.unsqueeze(1) if of.read is None else of.read
+        if connection.constant is not None or of.write.shape[-1] > 1:
+            raise StreamConnectionError(f"what {path} adds has no scalar weight")
+        if max(read.shape[-1], connection.read.shape[-1], carry.shape[-1]) > 1:
+            raise StreamConnectionError(f"the weights over depth differ between the features at {path}")
+        rows = (read[order][..., 0], carry[order][..., 0], of.write[order].flatten(2).mean(-1))
+        weights_of = DepthWeights(*(row.float() for row in rows))
+        found.append((weights_of, of.out[order].squeeze(-2)))
     return found
 
 

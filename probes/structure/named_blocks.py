@@ -65,8 +65,8 @@ def states_around(graph: Graph, memory: MemoryReading, calls: Sequence[int]) -> 
     """The states of a memory before each of some calls, and after the last one; None where a call has no branch of it."""
     around: dict[int, list[int]] = {call: [] for call in calls}
     for connection in memory.connections:
-        for branch in connection.branches:
-            for call in graph.stack(graph.values[branch.way[0]]):
+        for of in connection.branches:
+            for call in graph.stack(of.branch.source):
                 if call in around:
                     around[call] += [connection.depth_in, connection.depth_out]
     if not all(around.values()):
@@ -87,17 +87,17 @@ def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
     ]
     values = [graph.sides[end][0] for end in ends]
     labels = block_labels(blocks, constant=len({value.shape for value in values}) == 1)
+    modules = ["(input)", *(block.path for block in blocks)]
     points = []
-    for depth, ((number, at), (layer, site)) in enumerate(zip(ends, labels, strict=True)):
-        call, module = graph.calls[number], blocks[depth - 1].path if depth else "(input)"
-        points.append(HookPoint(call.path, call.number, at, layer, site, module))
+    for (number, at), (layer, site), module, value in zip(ends, labels, modules, values, strict=True):
+        call = graph.calls[number]
+        points.append(HookPoint(call.path, call.number, at, layer, site, module, value.number, value.shape))
     return Chain(
         name="",
         points=tuple(points),
         connections=(),
         blocks=tuple(dict.fromkeys(call.path for call in blocks)),
         block_class="/".join(dict.fromkeys(call.kind for call in blocks)),
-        shapes=tuple(value.shape for value in values),
         proof=proof,
     )
 

@@ -340,18 +340,18 @@ def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[Memo
     if (twice := _named_twice(graph, chains)) is not None:
         return f"{twice.module}, which is not a module, gives a second state after block {twice.layer}"
     known = {number for memory in memories for state in memory.states for number in state.values}
-    known |= {value.number for chain in chains for p in chain.points if (value := p.value_in(graph))}
+    known |= {point.number for chain in chains for point in chain.points}
     # What has the elements of a state in another order is one.
     known = {of.number for of in reordered(graph, (graph.values[n] for n in known))}
     branches = [branch for memory in memories for branch in memory.branches]
     known |= {number for branch in branches for number in branch.way}
     # What a branch reads in the middle of a step, as of a solver's second evaluation, is proven next to the states.
-    reads = {value for branch in branches for place in branch.reads if (value := graph.at(place)) is not None}
+    reads = {value for branch in branches for value in branch.inputs if value.func is not None}
     carried = {number for memory in memories for number in memory.carried}
     missing = {read.number for read in reads if _is_between_states(graph, read, known, carried)}
     known |= {read.number for read in reads} - missing
     # What a branch reads of a state may be carried too, as by a norm in single operations.
-    sources = {branch.way[0] for branch in branches}  # which may be a part of the memory by themselves
+    sources = {branch.source.number for branch in branches}  # which may be a part of the memory by themselves
     inside = graph.earlier([graph.values[number] for number in sources], (known | missing) - sources)
     works = {
         f"{path}." for b in branches for path in (b.path, graph.calls[b.unit].path if b.unit >= 0 else b.path)

@@ -7,11 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from depthscope.probes.connections.coefficient_values import factors_of
+from depthscope.probes.connections.coefficient_values import AnyConnection, factors_of
 from depthscope.probes.connections.proof import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
-from depthscope.probes.reading.description import BranchReading, ConnectionReading, MemoryReading
+from depthscope.probes.reading.branches import Branch
+from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of, shared_start
@@ -49,7 +50,7 @@ class ChainReader:
         self.branches = memory.branches
         # How many tensors hold the streams of a state
         self._num_tensors = max(len(state.values) for state in memory.states)
-        self._of_layer: dict[int, list[BranchReading]] = {}
+        self._of_layer: dict[int, list[Branch]] = {}
         for branch in self.branches:
             self._of_layer.setdefault(branch.layer, []).append(branch)
         self.is_sinkhorn = True  # whether Sinkhorn's iteration made every matrix so far
@@ -78,139 +79,132 @@ class ChainReader:
             depths = depths if wanted is None else list(wanted)
         points = [self._point(depth) for depth in depths]
         # The layout that most of them have, the first one of equally many.
-        whole = (self.layout_of(value) for point, value in points if point.streams or self._num_tensors == 1)
-        counts = Counter(filter(None, whole))
+        counts = Counter(self._layout(point) for point in points if point.streams or self._num_tensors == 1)
+        del counts[""]
         layout = max(counts, key=lambda of: ("F" in of, counts[of]), default="")
         points = [
-            (point, value)
-            if self.layout_of(value) == layout
-            else self._with_layout(depth, point, value, layout)
-            for depth, (point, value) in zip(depths, points, strict=True)
+            point if self._layout(point) == layout else self._with_layout(depth, point, layout)
+            for depth, point in zip(depths, points, strict=True)
         ]
         if self._num_tensors > 1:  # the streams of most states are tensors that are put next to each other
-            of_streams = (f"N {p.layout}" if p.layout and p.streams else p.layout for p, _ in points)
             points = [
-                (replace(p, layout=own if p.streams else own or layout), value)
-                for own, (p, value) in zip(of_streams, points, strict=True)
+                replace(p, layout=p.layout and f"N {p.layout}" if p.streams else p.layout or layout)
+                for p in points
             ]
             layout = f"N {layout}"
         self._require_one_order(points)
         if self.memory.is_plain:  # what no call hands on that made it lies inside of that
-            points = [
-                (p if self._is_named_rightly(p, value) else replace(p, site="mid"), value)
-                for p, value in points
-            ]
+            points = [p if self._is_named_rightly(p) else replace(p, site="mid") for p in points]
         if self.memory.over_depth:
-            points = [(self._as_read(point, value), value) for point, value in points]
+            points = list(map(self._as_read, points))
+        # The shapes of the states in the chain's layout: of one memory they are all the same.
+        usual = next((point.shape for point in points if not point.layout), points[0].shape)
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
         chain = Chain(
             name="",
-            points=tuple(point for point, _ in points),
+            points=tuple(replace(point, shape=usual) if point.layout else point for point in points),
             connections=joined,
             blocks=blocks,
             block_class="/".join(kinds),
-            shapes=self._shapes(points),
             layout=layout,
             history=self.memory.over_depth,
             proof=self.memory.proof,
         )
         return ReadChain(chain, (self.memory,), is_sinkhorn)
 
-    def _as_read(self, point: HookPoint, value: TracedValue) -> HookPoint:
+    def _value(self, point: HookPoint) -> TracedValue:
+        return self.graph.values[point.number]
+
+    def _layout(self, point: HookPoint) -> str:
+        return self.layout_of(self._value(point))
+
+    def _as_read(self, point: HookPoint) -> HookPoint:
         """A state over depth, named after the block that reads it where the block before gives another value."""
-        if (made := self._made_elsewhere(point, value)) is not None:
+        if (made := self._made_elsewhere(point)) is not None:
             return replace(point, module=made)
         following = next((b for b in self.branches if b.layer > point.layer and self._call_of(b) >= 0), None)
-        if point.site != "post" or self._shows(point, value, "output") is not False or following is None:
+        if point.site != "post" or self._shows(point, "output") is not False or following is None:
             return point
         if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
             return point
-        block, made = self.graph.calls[self._call_of(following)].path, self.graph.path(value)
+        block, made = self.graph.calls[self._call_of(following)].path, self.graph.path(self._value(point))
         module = made if made.startswith(f"{block}.") else block
         return replace(point, layer=following.layer, site="pre", module=module)
 
-    def _made_elsewhere(self, point: HookPoint, value: TracedValue) -> str | None:
+    def _made_elsewhere(self, point: HookPoint) -> str | None:
         """The module that makes a mixture, where the block after which it is named gives another state, and takes another."""
-        made, labels = self.graph.path(value), [(state.layer, state.site) for state in self.memory.states]
+        made = self.graph.path(self._value(point))
+        labels = [(state.layer, state.site) for state in self.memory.states]
         is_mixture = point.site == "pre" or labels.count((point.layer, "post")) > 1
         # What a block normalises before it hands it on is the state of its last layer.
         is_inside = point.site == "post" and made.startswith(f"{point.module}.")
         if not made or not (is_mixture or is_inside) or f"{point.module}.".startswith(f"{made}."):
             return None
-        return None if self._shows(point, value, "input", "output") else made
+        return None if self._shows(point, "input", "output") else made
 
-    def _shows(self, point: HookPoint, value: TracedValue, *ats: str) -> bool | None:
+    def _shows(self, point: HookPoint, *ats: str) -> bool | None:
         """Whether the module after which a state is named takes or gives it; None where it takes and gives nothing."""
-        same = {other.number for other in same_elements(self.graph, value)}
+        same = {other.number for other in same_elements(self.graph, self._value(point))}
         calls = [number for number, call in enumerate(self.graph.calls) if call.path == point.module]
         shown = [of.number for call in calls for at in ats for of in self.graph.sides.get((call, at), ())]
         return not same.isdisjoint(shown) if shown else None
 
-    def _is_named_rightly(self, point: HookPoint, value: TracedValue) -> bool:
+    def _is_named_rightly(self, point: HookPoint) -> bool:
         """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
         if point.site not in ("post", "pre"):
             return True
-        shown = [
-            of for other in same_elements(self.graph, value) for of in self.graph.shown.get(other.number, ())
-        ]
-        paths = {self.graph.calls[of.call].path for of in shown if of.at == "output"}
+        value, shown = self._value(point), self.graph.shown
+        given = [of for other in same_elements(self.graph, value) for of in shown.get(other.number, ())]
+        paths = {self.graph.calls[of.call].path for of in given if of.at == "output"}
         if any(f"{point.module}.".startswith(f"{path}.") for path in paths if path):
             return True
         inside = [call for call in self.graph.stack(value) if self.graph.calls[call].path == point.module]
         return not inside or not any(
-            of.call in inside and of.at == "output" for given in self.graph.shown.values() for of in given
+            of.call in inside and of.at == "output" for places in shown.values() for of in places
         )
 
-    def _require_one_order(self, points: Sequence[tuple[HookPoint, TracedValue]]) -> None:
+    def _require_one_order(self, points: Sequence[HookPoint]) -> None:
         """Refuse states of which some have their tokens in another order: those of one shape and layout have one order."""
         orders: dict[tuple[object, ...], set[object]] = {}
-        for point, value in points if self.memory.is_plain else ():
-            numbers = self.memory.carried.get(value.number)
+        for point in points if self.memory.is_plain else ():
+            numbers = self.memory.carried.get(point.number)
             if numbers is not None:
-                orders.setdefault((value.shape, point.layout), set()).add(numbers.key)
+                orders.setdefault((point.shape, point.layout), set()).add(numbers.key)
         if any(len(keys) > 1 for keys in orders.values()):
             raise LayoutError(
                 f"the tokens of {self.memory.name} are put into another order between two states; name the modules whose "
                 "states are wanted with layers="
             )
 
-    def _shapes(self, points: Sequence[tuple[HookPoint, TracedValue]]) -> tuple[tuple[int, ...], ...]:
-        """The shapes of the states in the chain's layout: of one memory they are all the same."""
-        shapes = [(*((len(p.streams),) if p.streams else ()), *value.shape) for p, value in points]
-        usual = next((of for of, (p, _) in zip(shapes, points, strict=True) if not p.layout), shapes[0])
-        return tuple(usual if p.layout else of for of, (p, _) in zip(shapes, points, strict=True))
-
-    def _with_layout(
-        self, depth: int, point: HookPoint, value: TracedValue, layout: str
-    ) -> tuple[HookPoint, TracedValue]:
+    def _with_layout(self, depth: int, point: HookPoint, layout: str) -> HookPoint:
         """What shows a state in the layout of the others; where nothing does, what shows it in its own."""
-        same = before_all_readers(self.graph, list(reordered(self.graph, [value])))
-        layouts, own = [of for other in same if (of := self.layout_of(other))], self.layout_of(value)
+        same = before_all_readers(self.graph, list(reordered(self.graph, [self._value(point)])))
+        layouts, own = [of for other in same if (of := self.layout_of(other))], self._layout(point)
         # Streams and parts of their features that are one axis elsewhere may come in another order there.
         if ("F" in layout) == ("F" in (own or layout)) and layout in layouts:
             return self._point(depth, layout)
         if not own:
             own = next(iter(layouts), "")
-            point, value = self._point(depth, own)
-        return replace(point, layout=own), value
+            point = self._point(depth, own)
+        return replace(point, layout=own)
 
     def _units(self) -> dict[int, int]:
         """By the number of a branch's source the call of its block; -1 where it is in none.
 
         Where numbered parts of the blocks hand every state on, as the sublayers of T5 do, these are the blocks.
         """
-        coarse = {branch.way[0]: branch.unit for branch in self.branches}
+        coarse = {branch.source.number: branch.unit for branch in self.branches}
         fine: dict[int, int] = {}
         for connection in self.connections:
             call = self._sublayer(connection)
             if call is None:
                 return coarse
-            fine |= {branch.way[0]: call for branch in connection.branches}
+            fine |= {of.branch.source.number: call for of in connection.branches}
         self.is_fine = len(set(fine.values())) > len(set(coarse.values()))
         return fine if self.is_fine else coarse
 
-    def _sublayer(self, connection: ConnectionReading) -> int | None:
+    def _sublayer(self, connection: AnyConnection) -> int | None:
         """The numbered call inside of a block that has a branch inside and hands on the state to which that was added."""
         state = self.graph.values[self.memory.states[connection.depth_out].values[-1]]
         around = self.graph.stack(state)
@@ -220,20 +214,18 @@ class ChainReader:
             for s in self.graph.shown.get(v.number, ())
             if s.at == "output"
         }
-        units = {branch.unit for branch in connection.branches}
+        units = {of.branch.unit for of in connection.branches}
         inside = (
             around[around.index(unit) + 1 :] if len(units) == 1 and (unit := units.pop()) in around else []
         )
         numbered = [call for call in inside if self.graph.calls[call].container is not None]
-        working = {
-            call for b in connection.branches for call in self.graph.stack(self.graph.values[b.way[0]])
-        }
+        working = {call for of in connection.branches for call in self.graph.stack(of.branch.source)}
         return next((call for call in numbered if call in given & working), None)
 
-    def _call_of(self, branch: BranchReading) -> int:
-        return self.units[branch.way[0]]
+    def _call_of(self, branch: Branch) -> int:
+        return self.units[branch.source.number]
 
-    def _block(self, branch: BranchReading) -> str:
+    def _block(self, branch: Branch) -> str:
         """The path of the block that a branch is in: its call, or what the paths of its branches have in common."""
         own = self._of_layer[branch.layer]
         calls = {self._call_of(other) for other in own}
@@ -247,9 +239,9 @@ class ChainReader:
 
     # --- connections: the calls that mix or add, and what the coefficients are computed from
 
-    def _connection(self, of: ConnectionReading) -> Connection:
+    def _connection(self, of: AnyConnection) -> Connection:
         """A connection of a memory with streams, or over depth."""
-        branch = of.branches[-1]
+        branch = of.branches[-1].branch
         given = self._shown_branch(branch)
         call = None if given is None else self.graph.calls[given[0]]
         behind = self._behind_coefficients(of)
@@ -269,13 +261,13 @@ class ChainReader:
             parameters=tuple(dict.fromkeys(filter(None, parameters))),
         )
 
-    def _behind_coefficients(self, of: ConnectionReading) -> list[TracedValue]:
+    def _behind_coefficients(self, of: AnyConnection) -> list[TracedValue]:
         """What the coefficients of a connection are computed from: all that scales and mixes the streams."""
-        given = self.memory.carried.keys() | {number for branch in of.branches for number in branch.way}
+        given = self.memory.carried.keys() | {number for each in of.branches for number in each.branch.way}
         factors = (factor.number for factor in factors_of(self.graph, self.memory, of))
         return [self.graph.values[n] for n in sorted(self.graph.ancestors(factors, given) - given)]
 
-    def _module_of(self, values: Sequence[TracedValue], branch: BranchReading) -> str:
+    def _module_of(self, values: Sequence[TracedValue], branch: Branch) -> str:
         """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
         computed = (value for value in values if value.func and value.name not in MOVES | SAME)
         stacks = [self.graph.stack(value) for value in computed]
@@ -284,9 +276,9 @@ class ChainReader:
         around = path == self._block(branch) or f"{branch.path}.".startswith(f"{path}.")
         return "" if around else path
 
-    def _plain_connections(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
+    def _plain_connections(self, of: AnyConnection, depths: Sequence[int]) -> Iterator[Connection | None]:
         """The branches that are added between two plain states; None for one that no module gives."""
-        for branch in of.branches:
+        for branch in (each.branch for each in of.branches):
             for given in self._shown_parts(branch):
                 if given is None or not given[1]:
                     yield None
@@ -306,17 +298,17 @@ class ChainReader:
                     layout=layout,
                 )
 
-    def _shown_parts(self, branch: BranchReading) -> list[tuple[int, str] | None]:
+    def _shown_parts(self, branch: Branch) -> list[tuple[int, str] | None]:
         """The calls that give what a branch adds; several where that is a sum of what these give, as in parallel blocks."""
-        given, source = self._shown_branch(branch), self.graph.values[branch.way[0]]
+        given, source = self._shown_branch(branch), branch.source
         if given is not None or source.name != "add":
             return [given]
-        return [self._shown_by(addend, branch.numbers[0]) for addend in addends(source)]
+        return [self._shown_by(addend, branch.numbers[source.number]) for addend in addends(source)]
 
-    def _shown_branch(self, branch: BranchReading) -> tuple[int, str] | None:
+    def _shown_branch(self, branch: Branch) -> tuple[int, str] | None:
         """The outermost call that gives what a branch adds, that itself or what is moved or scaled of it; and its layout."""
-        way = list(zip(branch.way, branch.numbers, strict=True))
-        shown = (self._shown_by(self.graph.values[number], of) for number, of in reversed(way))
+        way = reversed(branch.way)
+        shown = (self._shown_by(self.graph.values[number], branch.numbers[number]) for number in way)
         return next(filter(None, shown), None)
 
     def _shown_by(self, value: TracedValue, numbers: Numbers) -> tuple[int, str] | None:
@@ -338,10 +330,10 @@ class ChainReader:
             return False
         return self._call_of(before) == self._call_of(after) >= 0
 
-    def _around(self, depth: int) -> tuple[BranchReading | None, BranchReading | None]:
+    def _around(self, depth: int) -> tuple[Branch | None, Branch | None]:
         """The last branch that was added before a state, and the first one that comes after it."""
-        before = (of.branches[-1] for of in reversed(self.connections[:depth]) if of.branches)
-        after = (of.branches[0] for of in self.connections[depth:] if of.branches)
+        before = (of.branches[-1].branch for of in reversed(self.connections[:depth]) if of.branches)
+        after = (of.branches[0].branch for of in self.connections[depth:] if of.branches)
         return next(before, None), next(after, None)
 
     def _require_whole(self, value: TracedValue) -> None:
@@ -349,8 +341,8 @@ class ChainReader:
         if (split := self.graph.split.get(value.number)) is not None:
             raise split_error(split)
 
-    def _point(self, depth: int, layout: str = "") -> tuple[HookPoint, TracedValue]:
-        """What shows a state in a later forward, and the value that it shows; one of some layout, where that is asked for.
+    def _point(self, depth: int, layout: str = "") -> HookPoint:
+        """What shows a state in a later forward; a value of some layout, where that is asked for.
 
         Where several tensors hold the state, what shows each, and the last one.
         """
@@ -360,22 +352,23 @@ class ChainReader:
             value = self.graph.values[numbers[0]] if depth else self._first()
             return self._point_of(depth, value, layout)
         found = [self._point_of(depth, self.graph.values[number], layout) for number in numbers]
-        if len({self.layout_of(value) for _, value in found}) > 1 or counts != {math.prod(self.memory.shape)}:
+        if len(set(map(self._layout, found))) > 1 or counts != {math.prod(self.memory.shape)}:
             raise LayoutError(
                 f"the state of block {self.memory.states[depth].layer} consists of {len(found)} tensors of the shapes "
-                f"{[value.shape for _, value in found]}; expected one tensor, or one for each stream with the same axes. "
+                f"{[point.shape for point in found]}; expected one tensor, or one for each stream with the same axes. "
                 "Stack the streams into one, or name the modules whose states are wanted with layers="
             )
         end = max(numbers)
         streams = [
-            replace(point, is_read_before=self._is_read_before(value, end, numbers)) for point, value in found
+            replace(point, is_read_before=self._is_read_before(self._value(point), end, numbers))
+            for point in found
         ] * (self.memory.num_streams if len(found) == 1 else 1)
-        point, value = max(found, key=lambda of: of[1].number)
-        return replace(point, streams=tuple(streams)), value
+        point = max(found, key=lambda of: of.number)
+        return replace(point, streams=tuple(streams), shape=(len(streams), *point.shape))
 
-    def _with_gradient(self, point: HookPoint, value: TracedValue) -> HookPoint:
+    def _with_gradient(self, point: HookPoint) -> HookPoint:
         """What shows a state; with what has its gradient, where a function of autograd makes it and reads it itself."""
-        graph = self.graph
+        graph, value = self.graph, self._value(point)
         begin = graph.has_graph_from.get(value.number)
         early = [of for of in graph.takers(value) if begin is None or of.number < begin]
         if not graph.has_graph_from or not any(has_gradient(of) and graph.reaches_output(of) for of in early):
@@ -404,19 +397,19 @@ class ChainReader:
         """The operation that shows a value, named as another point is."""
         place = self.graph.place(value)
         return HookPoint(
-            place.module, place.call, "operation", of.layer, of.site, of.module,
+            place.module, place.call, "operation", of.layer, of.site, of.module, value.number, value.shape,
             item=place.order, operation=place.operation, result=place.result,
         )  # fmt: skip
 
     def _is_read_before(self, value: TracedValue, end: int, streams: Sequence[int] = ()) -> bool:
         """Whether a branch that was written before the number ``end``, or another stream, came of one of a state's tensors."""
         taken = {t.number for t in self.graph.takers(value) if t.number <= end and has_gradient(t)}
-        sources = [self.graph.values[of.way[0]] for of in self.branches if value.number < of.way[0] < end]
+        sources = [of.source for of in self.branches if value.number < of.source.number < end]
         sources += [self.graph.values[n] for n in streams if n != value.number]
         behind = self.graph.earlier(sources if taken else (), {value.number})
         return any(behind[number] for number in taken)
 
-    def _point_of(self, depth: int, value: TracedValue, layout: str) -> tuple[HookPoint, TracedValue]:
+    def _point_of(self, depth: int, value: TracedValue, layout: str) -> HookPoint:
         """What shows a value that is a state, or a stream of one."""
         state, same = self.memory.states[depth], same_elements(self.graph, value)
         moved = list(reordered(self.graph, [value]))
@@ -439,16 +432,17 @@ class ChainReader:
         if best is None:
             # Without axes of size one, and with no others merged.
             value = min(same, key=lambda of: (of.shape.count(1), of is not value, len(of.shape)))
-            named = HookPoint("", 0, "operation", state.layer, state.site, producer)
-            return self._with_gradient(self._operation(value, named), value), value
-        shown_value, shown = best
+            named = HookPoint("", 0, "operation", state.layer, state.site, producer, 0, ())
+            return self._with_gradient(self._operation(value, named))
+        value, shown = best
         call = self.graph.calls[shown.call]
         if state.site == "pre" and shown.at == "input":  # changed before this block
             producer = call.path
         point = HookPoint(
-            call.path, call.number, shown.at, state.layer, state.site, producer, item=shown.item
-        )
-        return self._with_gradient(point, shown_value), shown_value
+            call.path, call.number, shown.at, state.layer, state.site, producer, value.number, value.shape,
+            item=shown.item,
+        )  # fmt: skip
+        return self._with_gradient(point)
 
     def _first(self) -> TracedValue:
         """The first state: what the first block takes of it, with its tokens in another order, or before a norm."""
@@ -458,7 +452,7 @@ class ChainReader:
             return value
         reordered_of = {of.number for of in reordered(graph, [value])}
         same, unit = {of.number for of in same_elements(graph, value)}, self._call_of(after)
-        for call in graph.stack(graph.values[after.way[0]])[1:]:  # what holds the block, and the block
+        for call in graph.stack(after.source)[1:]:  # what holds the block, and the block
             for given in graph.sides.get((call, "input"), ()):
                 if given.shape != value.shape or given.number in same:
                     continue

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from depthscope.probes.model.layout import LayoutError, canonical, parse_layout
-from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.description import DepthReading, MemoryReading
 from depthscope.probes.reading.graph import INPUT, SHAPE_ONLY, Graph, TracedValue, names, values_in
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import MATRICES, ROW_MAJOR, addends, only_moves
@@ -400,8 +400,9 @@ def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
 def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Iterable[int]) -> bool:
     """Whether the first step adds to the first state, as it is, nothing but what its branches give: no further stream."""
     joined = memory.connections[0]
-    written = {number for branch in joined.branches for number in branch.way}
+    written = {number for of in joined.branches for number in of.branch.way}
     sums = [graph.values[n] for n in numbers if n <= max(memory.states[1].values)]
     added = {v.number for of in sums for v in addends(of)} - memory.carried.keys()
-    h_res = joined.parts.get("h_res")
-    return added <= written and h_res is not None and bool(torch.isclose(h_res, torch.ones_like(h_res)).all())
+    if isinstance(joined, DepthReading) or joined.h_res.shape[-1] > 1:
+        return False
+    return added <= written and bool(torch.isclose(joined.h_res, torch.ones_like(joined.h_res)).all())

@@ -54,8 +54,8 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
     chain = part.chain
     containers = {_stage_of(path) for path in chain.blocks} - {None}
     kinds = set(chain.block_class.split("/"))
-    state, limit = chain.points[0].value_in(graph), len(graph.calls)
-    while state is not None:
+    state, limit = graph.values[chain.points[0].number], len(graph.calls)
+    while True:
         call = _block_of(graph, state, containers, limit)
         if call is None:
             break
@@ -72,13 +72,14 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
         if not given or begin.site != "embed" or layer < 0:
             break
         begin = replace(begin, layer=layer, site="post", module=block.path)
-        opening = HookPoint(block.path, block.number, "input", -1, "embed", "(input)")
+        opening = HookPoint(
+            block.path, block.number, "input", -1, "embed", "(input)", taken.number, taken.shape
+        )
         chain, state = (
             replace(
                 chain,
                 points=(opening, begin, *chain.points[1:]),
                 connections=tuple(_moved(c, 1, 0) for c in chain.connections),
-                shapes=(taken.shape, *chain.shapes),
                 blocks=(opening.path, *chain.blocks),
             ),
             taken,
@@ -109,7 +110,7 @@ def with_ending(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
     """The chain with what blocks of its classes, in places like theirs, give after its last state, in another shape."""
     kinds = set(chain.block_class.split("/"))
     places = {_without_numbers(path) for path in chain.blocks}
-    last = chain.points[-1].value_in(graph)
+    last = graph.values[chain.points[-1].number]
     for number, call in enumerate(graph.calls):
         ends = graph.ends_of(number)
         if call.kind not in kinds or _without_numbers(call.path) not in places:
@@ -119,13 +120,11 @@ def with_ending(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
         value = ends[1]
         if value.shape == last.shape or not _has_layout(value, chain.layout, sequences):
             continue
-        point = HookPoint(call.path, call.number, "output", chain.points[-1].layer + 1, "post", call.path)
-        chain = replace(
-            chain,
-            points=(*chain.points, point),
-            shapes=(*chain.shapes, value.shape),
-            blocks=(*chain.blocks, call.path),
+        layer = chain.points[-1].layer + 1
+        point = HookPoint(
+            call.path, call.number, "output", layer, "post", call.path, value.number, value.shape
         )
+        chain = replace(chain, points=(*chain.points, point), blocks=(*chain.blocks, call.path))
         last = value
     return chain
 
@@ -157,7 +156,6 @@ def with_next_stage(chain: Chain, stage: Chain) -> Chain:
         connections=(*chain.connections, *moved) if chain.connections and stage.connections else (),
         blocks=tuple(dict.fromkeys([*chain.blocks, *first_blocks, *stage.blocks])),
         block_class="/".join(kinds),
-        shapes=(*chain.shapes, *stage.shapes),
         proof=proof,
     )
 
@@ -173,15 +171,18 @@ def _point_of_stage(point: HookPoint, first: int, shift: int) -> HookPoint:
 
 def with_final(graph: Graph, chain: Chain, memory: MemoryReading) -> Chain:
     """The chain with the hook point after its last norm: the call that gives it, whatever the module is called."""
-    shown, why = _final_norm(graph, memory, chain.shapes[-1])
-    if shown is None:
+    found, why = _final_norm(graph, memory, chain.shapes[-1])
+    if found is None:
         return replace(chain, without_final=why)
-    call, layer = graph.calls[shown.call], chain.points[-1].layer
-    point = HookPoint(call.path, call.number, "output", layer, "final", call.path, item=shown.item)
+    (shown, value), layer = found, chain.points[-1].layer
+    path, index = graph.calls[shown.call].path, graph.calls[shown.call].number
+    point = HookPoint(path, index, "output", layer, "final", path, value.number, value.shape, item=shown.item)
     return replace(chain, final=point)
 
 
-def _final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> tuple[Shown | None, str]:
+def _final_norm(
+    graph: Graph, memory: MemoryReading, shape: tuple[int, ...]
+) -> tuple[tuple[Shown, TracedValue] | None, str]:
     """Where a call gives the norm of the last state, or of what its streams are merged to; or None, and why none does.
 
     ``shape``: of the last state, as it is captured.
@@ -200,7 +201,7 @@ def _final_norm(graph: Graph, memory: MemoryReading, shape: tuple[int, ...]) -> 
             and (several or value.shape == shape)
         ]
         if given:
-            return min(given, key=lambda of: of[0].order)[0], ""
+            return min(given, key=lambda of: of[0].order), ""
         if normed:
             path = graph.path(normed[0])
             why = (

@@ -86,7 +86,7 @@ def record(
     Parameters
     ----------
     model : Module
-        The model that the loop calls; compiled, or the module that was compiled.
+        The model that the loop calls, compiled or not.
     every, start_step, end_step : int
         Which steps are measured.
     store : path-like, optional
@@ -175,7 +175,7 @@ def record(
         )
     stages = 1 if stage is None else stage[1]
     shares = WeightShares(model, part[1] // stages) if weights and part is not None else None
-    model = inner_model(model)
+    called, model = model, inner_model(model)
     given: dict[str, Any] = {"sinks": list(sinks), "on_finding": on_finding}
     given |= {"stop_on": stop_on, "optimizer": optimizer}
     attrs = storable_attributes(attrs)
@@ -203,7 +203,7 @@ def record(
         all_attrs = {PART: {"number": part[0], "of": part[1], "loss": loss_reduction or ""}, **all_attrs}
     is_part = part is not None
     scope = Scope(live_tokens=live_tokens if names else 0, exact_sums=is_part, digests=is_part)
-    session = Session(model, Options(**options), scale if scaler is not None else None, scope)
+    session = Session(model, Options(**options), scale if scaler is not None else None, scope, called)
     session.step.keeps_rest &= part is None  # all parts of a run have the same statistics
     measured = MeasuredSteps(
         session,

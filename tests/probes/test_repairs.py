@@ -103,7 +103,7 @@ def test_a_repair_names_what_was_changed(spoil, words, cause):
     patient = spoilt(spoil)
     before = {name: value.clone() for name, value in patient.model.state_dict().items()}
     state = torch.get_rng_state()
-    found = repaired(patient, 0.1, {}, streams=False, is_suspected=True)
+    found = repaired(patient, 0.1, streams=False, is_suspected=True)
     assert words in found["repair"]
     assert cause in found["cause"]
     assert found["repaired"] < 0.1 * found["loss"]
@@ -115,15 +115,15 @@ def test_a_repair_names_what_was_changed(spoil, words, cause):
 
 @pytest.mark.parametrize("spoil", [with_attributes(axis=1), scaled("2.out", by=40.0)])
 def test_what_a_forward_shows_to_be_odd_is_tried_without_a_suspicion(spoil):
-    assert repaired(spoilt(spoil), 0.1, {}, streams=False, is_suspected=False)
+    assert repaired(spoilt(spoil), 0.1, streams=False, is_suspected=False)
 
 
 def test_a_network_that_is_used_as_it_was_meant_is_left():
     patient = spoilt(lambda model: None)
-    assert repaired(patient, 0.1, {}, streams=False, is_suspected=True) == {}
+    assert repaired(patient, 0.1, streams=False, is_suspected=True) == {}
     with_few = spoilt(scaled("4", by=8.0))
     with_few.forwards = 0
-    assert repaired(with_few, 0.1, {}, streams=False, is_suspected=True) == {}
+    assert repaired(with_few, 0.1, streams=False, is_suspected=True) == {}
 
 
 def test_mixing_matrices_that_are_applied_transposed_or_amplify():
@@ -144,8 +144,6 @@ def test_mixing_matrices_that_are_applied_transposed_or_amplify():
         def loss(output, batch, outputs=outputs):
             return functional.mse_loss(output, torch.stack([outputs[str(row)] for row in batch.tolist()]))
 
-        found = repaired(
-            Patient(streams(applied), [ids], loss, 100), 0.1, {}, streams=True, is_suspected=True
-        )
+        found = repaired(Patient(streams(applied), [ids], loss, 100), 0.1, streams=True, is_suspected=True)
         assert found["repair"] == words
         assert found["repaired"] < 0.01 * found["loss"]

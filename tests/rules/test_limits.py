@@ -27,7 +27,6 @@ def test_a_declared_healthy_range_is_what_no_verdict_reports(analyses):
     # of the metric is judged, by one limit for free and constrained ones, so that the picture of the metric has no line.
     assert unjudged <= {
         "mixing_gain",
-        "operator_gain",
         "identity_distance",
         "doubly_stochastic_violation",
         "update_ratio",

@@ -24,7 +24,7 @@ KERNELS = {
     "rank": "effective_rank entropy_rank participation_ratio stable_rank dong_residual marchenko_pastur",
     "geometry": "token_cosine angular_distance block_influence massive_activations",
     "similarity": "linear_cka cka_matrix",
-    "mixing": "sinkhorn forward_gain backward_gain operator_gain attenuation composite prefix_composites suffix_composites "
+    "mixing": "sinkhorn forward_gain backward_gain operator_gain attenuation composite prefix_composites "
     "deflated_gain depth_kernel effective_streams doubly_stochastic_violation identity_distance",
     "gradients": "gradient_norm",
 }

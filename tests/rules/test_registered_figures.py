@@ -89,7 +89,7 @@ def test_a_default_figure_shows_the_numbers_of_the_defined_one(name, whole):
 
 def test_a_metric_that_no_figure_can_draw_is_left_out_of_the_default_ones():
     """FIGURES is built when the app is imported: one such metric must not take the command line down."""
-    undrawable = replace(CATALOGUE["operator_gain"], dims=("kind", "norm", "connection"))
+    undrawable = replace(CATALOGUE["composite_operator_gain"], dims=("kind", "norm", "connection"))
     kinds = default_figures([undrawable, CATALOGUE["mixing_gain"]], tuple(DEFINED.values()))
     assert [kind.name for kind in kinds] == ["mixing_gain"]
     (advice,) = undrawn([undrawable, CATALOGUE["mixing_gain"]])

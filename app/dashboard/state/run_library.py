@@ -163,6 +163,9 @@ def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
         # Analysed again now and then; what its rows say at the moment is in `live_states`.
         known = growing_runs.read_growing(name, path) if growing_runs.is_known(path) else None
         return known if known is None else _summarised(known)
+    # Its files are looked at when its analysis has ended: hundreds of runs have a hundred thousand files.
+    if _beside and _beside[0].is_pending(path):
+        return None
     try:
         place = _place_of(path)
         if path in _summaries and _summaries[path][0] == place:

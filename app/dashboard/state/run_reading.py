@@ -149,6 +149,8 @@ class Analyses:
         """
         with self._lock:
             for name, path in runs.items():
+                if self.is_pending(path) and not first:
+                    continue
                 with suppress(OSError):  # it has gone
                     version = version_of(path)
                     if path not in self._jobs or self._jobs[path].version != version:
@@ -163,6 +165,11 @@ class Analyses:
         with self._lock:
             job = self._waiting.pop(0)
         job.reason = _analysed(job)
+
+    def is_pending(self, path: Path) -> bool:
+        """Whether an analysis of a run was asked for and has not ended."""
+        job = self._jobs.get(path)
+        return job is not None and job.reason is None
 
     def is_waiting(self, path: Path) -> bool:
         """Whether the analysis of a run was asked for and has not begun."""

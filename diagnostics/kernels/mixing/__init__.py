@@ -25,12 +25,11 @@ from depthscope.diagnostics.kernels.mixing.paths import (
     effective_streams,
     streams_across,
 )
-from depthscope.diagnostics.kernels.mixing.products import composite, prefix_composites, suffix_composites
+from depthscope.diagnostics.kernels.mixing.products import composite, prefix_composites
 from depthscope.diagnostics.kernels.mixing.spectra import (
     deflated_gain,
     eigenvalues,
     singular_values,
-    spectral_gap,
 )
 from depthscope.diagnostics.kernels.mixing.stochastic import (
     Violation,
@@ -61,7 +60,5 @@ __all__ = [
     "prefix_composites",
     "singular_values",
     "sinkhorn",
-    "spectral_gap",
     "streams_across",
-    "suffix_composites",
 ]

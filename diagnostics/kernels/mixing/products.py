@@ -56,33 +56,17 @@ def multiply(xp: Any, a: Array, b: Array) -> Array:
 
 
 def _running(
-    xp: Any, stack: Array, *, reverse: bool, after: tuple[Array, Array] | None = None
-) -> Iterator[tuple[int, Array, Array]]:
-    """Layer by layer (reversed: from the last): its index, the product so far (n, n, B) and its log scale."""
-    order = range(stack.shape[0])
+    xp: Any, stack: Array, after: tuple[Array, Array] | None = None
+) -> Iterator[tuple[Array, Array]]:
+    """Layer by layer: the product so far (n, n, B) and its log scale."""
     product, log_scale = (None, xp.zeros_like(stack[0, 0, 0])) if after is None else after
     # Both factors are in the range before they are multiplied, so that the product cannot overflow.
-    for layer in reversed(order) if reverse else order:
+    for layer in range(stack.shape[0]):
         new, log_scale = rescaled(xp, stack[layer], log_scale, dims=2)
         if product is not None:
-            new = multiply(xp, product, new) if reverse else multiply(xp, new, product)
-            new, log_scale = rescaled(xp, new, log_scale, dims=2)
+            new, log_scale = rescaled(xp, multiply(xp, new, product), log_scale, dims=2)
         product = new
-        yield layer, product, log_scale
-
-
-def _composites(
-    h: Array, *, reverse: bool, return_log_scale: bool, after: tuple[Array, Array] | None = None
-) -> Any:
-    """All prefix or suffix products (L, ..., n, n), with their log scales (L, ...) if asked."""
-    xp, stack, batch = stacked(h)
-    if after is not None:
-        product, log_scale = (xp.asarray(in_memory(each)) for each in after)
-        after = stacked(product[None])[1][0], xp.reshape(log_scale, (-1,))
-    products, scales = xp.empty_like(stack), xp.empty_like(stack[:, 0, 0])
-    for layer, product, log_scale in _running(xp, stack, reverse=reverse, after=after):
-        products[layer], scales[layer] = product, log_scale
-    return _in_given_shape(h, xp, (products, scales), batch, return_log_scale)
+        yield product, log_scale
 
 
 def _in_given_shape(h: Array, xp: Any, found: tuple[Array, Array], batch: tuple[int, ...], logs: bool) -> Any:
@@ -114,7 +98,7 @@ def composite(h: Array, *, return_log_scale: bool = False) -> Any:
     [[0.0, 1.0], [1.0, 1.0]]
     """
     xp, stack, batch = stacked(h)
-    *_, (_, product, log_scale) = _running(xp, stack, reverse=False)
+    *_, (product, log_scale) = _running(xp, stack)
     return _in_given_shape(h, xp, (product, log_scale), batch, return_log_scale)
 
 
@@ -142,27 +126,11 @@ def prefix_composites(
     >>> prefix_composites([[[2.0]], [[3.0]]])[:, 0, 0].tolist()
     [2.0, 6.0]
     """
-    return _composites(h, reverse=False, return_log_scale=return_log_scale, after=after)
-
-
-def suffix_composites(h: Array, *, return_log_scale: bool = False) -> Any:
-    """Composites to the output: entry l is H_L … H_l, the mapping of the gradient down to depth l.
-
-    Parameters
-    ----------
-    h
-        (L, ..., n, n), from the first layer to the last.
-    return_log_scale
-        Give (P, s) with the composites P · e^s.
-
-    Returns
-    -------
-    Array or tuple
-        (L, ..., n, n), or with its log scales (L, ...).
-
-    Examples
-    --------
-    >>> suffix_composites([[[2.0]], [[3.0]]])[:, 0, 0].tolist()
-    [6.0, 3.0]
-    """
-    return _composites(h, reverse=True, return_log_scale=return_log_scale)
+    xp, stack, batch = stacked(h)
+    if after is not None:
+        product, log_scale = (xp.asarray(in_memory(each)) for each in after)
+        after = stacked(product[None])[1][0], xp.reshape(log_scale, (-1,))
+    products, scales = xp.empty_like(stack), xp.empty_like(stack[:, 0, 0])
+    for layer, (product, log_scale) in enumerate(_running(xp, stack, after)):
+        products[layer], scales[layer] = product, log_scale
+    return _in_given_shape(h, xp, (products, scales), batch, return_log_scale)

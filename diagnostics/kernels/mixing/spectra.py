@@ -34,30 +34,6 @@ def eigenvalues(p: Array) -> Array:
     return xp.take_along_axis(values, xp.argsort(-xp.abs(values), axis=-1, stable=True), axis=-1)
 
 
-def spectral_gap(p: Array) -> Array:
-    """Spectral gap 1 − |λ₂|: how fast streams become equal under repeated mixing.
-
-    Parameters
-    ----------
-    p
-        Matrices (..., n, n).
-
-    Returns
-    -------
-    Array
-        (...); NaN for a single stream.
-
-    Examples
-    --------
-    >>> float(spectral_gap([[0.75, 0.25], [0.25, 0.75]]).round(12))
-    0.5
-    """
-    xp, p = square(p)
-    if p.shape[-1] == 1:
-        return xp.full_like(p[..., 0, 0], xp.nan)
-    return 1.0 - xp.abs(eigenvalues(p)[..., 1])
-
-
 def singular_values(p: Array) -> Array:
     """Singular values of small matrices, descending, to LAPACK's accuracy (an error of some 1e-15 σ₁).
 

@@ -18,39 +18,38 @@ def table(d, n):
     }
 
 
+def facts(n, sublayers=1, width=WIDTH):
+    return memory.StreamMemory(width, n, sublayers, element_bytes=1).as_dict()
+
+
 @pytest.mark.parametrize("n", SIZES)
 def test_traffic_is_the_sum_of_the_operations(n):
-    rows = table(WIDTH, n).values()
-    assert memory.elements_read(WIDTH, n) == sum(read for read, _ in rows)
-    assert memory.elements_written(WIDTH, n) == sum(written for _, written in rows)
-
-
-@pytest.mark.parametrize("n", SIZES)
-def test_a_fused_kernel_reads_the_streams_and_the_branch_once_and_writes_the_streams_once(n):
     rows = table(WIDTH, n)
+    assert facts(n)["elements_read"] == sum(read for read, _ in rows.values())
+    assert facts(n)["elements_written"] == sum(written for _, written in rows.values())
+    # A fused kernel reads the streams and the branch once, and writes the streams once; coefficients are read all the same.
     alone = [rows["compute H_pre, H_post, H_res"], rows["apply H_pre"]]
-    # The coefficients of the two operations are read all the same.
-    assert (
-        memory.elements_read(WIDTH, n, fused=True) == sum(r for r, _ in alone) + (n + 1) * WIDTH + n + n * n
-    )
-    assert memory.elements_written(WIDTH, n, fused=True) == sum(w for _, w in alone) + n * WIDTH
+    assert facts(n)["fused_elements_read"] == sum(r for r, _ in alone) + (n + 1) * WIDTH + n + n * n
+    assert facts(n)["fused_elements_written"] == sum(w for _, w in alone) + n * WIDTH
 
 
 def test_a_plain_residual_reads_two_states_and_writes_one():
-    for fused in (False, True):
-        assert memory.elements_read(WIDTH, 1, fused=fused) == 2 * WIDTH
-        assert memory.elements_written(WIDTH, 1, fused=fused) == WIDTH
+    for fused in ("", "fused_"):
+        assert facts(1)[f"{fused}elements_read"] == 2 * WIDTH
+        assert facts(1)[f"{fused}elements_written"] == WIDTH
+        assert facts(1)[f"{fused}traffic_ratio"] == 1.0
 
 
 @pytest.mark.parametrize(("n", "sublayers"), [(2, 24), (4, 60), (4, 61), (8, 100), (4, 1)])
 def test_the_block_of_recomputation_is_within_a_tenth_of_the_best(n, sublayers):
-    kept = {b: memory.kept_elements(8, n, sublayers, block=b) for b in range(1, sublayers + 1)}
-    chosen = memory.recomputed_block(n, sublayers)
+    # The streams at the begin of each block; of the one that runs backward also the input and output of each branch.
+    kept = [n * 8 * -(-sublayers // block) + (n + 2) * 8 * block for block in range(1, sublayers + 1)]
+    found = facts(n, sublayers, width=8)
+    assert found["recomputed_kept_bytes"] == kept[found["recomputed_block"] - 1]
     # The formula takes the number of blocks as it divides, and not rounded up.
-    assert kept[chosen] <= 1.1 * min(kept.values())
+    assert found["recomputed_kept_bytes"] <= 1.1 * min(kept)
 
 
 def test_sizes_below_one_are_refused():
-    for call in (lambda: memory.elements_read(0, 4), lambda: memory.kept_elements(8, 4, 10, block=0)):
-        with pytest.raises(ValueError, match="got a size of 0"):
-            call()
+    with pytest.raises(ValueError, match="got a size of 0"):
+        facts(0)

@@ -68,6 +68,13 @@ def test_row_correction_is_unbiased_where_the_plain_value_is_not(rng):
     assert rank.participation_ratio(x, center=True).mean() < 0.7 * expected
 
 
+def test_three_centred_rows_have_no_correction(array, rng):
+    x = rng.normal(size=(4, 3, 5))
+    for correct in ("rows", "both"):
+        assert np.isnan(rank.participation_ratio(array(x), center=True, correct=correct)).all()
+        assert not np.isnan(rank.participation_ratio(array(x), correct=correct)).any()
+
+
 def test_uncentred_row_correction_by_loops(rng):
     x = rng.normal(size=(6, 3)) + 0.5
     k = x @ x.T

@@ -67,6 +67,16 @@ def test_rounding_of_float32_counts_for_no_rank():
     assert float(diagnostics.numerical_rank(xr.DataArray(x, dims=("token", "feature")))) == 3.0
 
 
+def test_the_dong_residual_is_the_distance_from_equal_tokens_in_the_norm_of_paths(noise):
+    def size(x):
+        return np.sqrt(np.abs(x).sum(0).max() * np.abs(x).sum(1).max())
+
+    found = diagnostics.analyze(run_of(noise), metrics="dong_residual")["dong_residual"].isel(step=0, depth=1)
+    states = noise[1].astype(np.float32).astype(float)
+    each = [size(x - x.mean(0)) / size(x) for x in states]
+    assert float(found.sel(tokens="all", stream="mean")) == pytest.approx(np.mean(each), rel=1e-6)
+
+
 # --- does a state depend on the sequence
 
 

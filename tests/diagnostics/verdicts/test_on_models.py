@@ -260,7 +260,7 @@ class Case:
 
 def case(model: Callable[[], nn.Module], *expected: Any, batch: Any = None, **more: Any) -> Case:
     names = ("loss", "layers", "settle")
-    options = {"settle": 0} | {name: more.pop(name) for name in names if name in more}
+    options = {name: more.pop(name) for name in names if name in more}
     return Case(lambda: captured(model(), batch, **options), *expected, **more)
 
 
@@ -287,7 +287,7 @@ CASES: dict[str, Case] = {
         lambda: with_attrs(captured(pre_norm(), settle=0), checkpoint="new"), WARN, says="checkpoint has its initial value"
     ),
     "looks_ahead": case(
-        lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, settle=10, says="the outputs depend on later tokens"
+        lambda: plain(lambda i: Uncausal()), FAIL, loss=next_token, says="the outputs depend on later tokens"
     ),
     "not_finite": case(
         lambda: plain(at(3, overflowing)), FAIL, "depth", 4, 6, says="after block 3 (depth 4)"

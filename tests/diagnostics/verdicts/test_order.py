@@ -9,15 +9,10 @@ from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables.findings import cards_of
 from depthscope.app.text.cards import ABOUT_THE_READING, card_of, cards_text, place_of
 from depthscope.diagnostics import Finding, Severity, schema
-from depthscope.diagnostics.verdicts import VERDICTS, Findings, Kind, Limits, Profile, Verdict
+from depthscope.diagnostics.verdicts import Findings, Kind, Limits, Profile, Verdict
 from depthscope.diagnostics.verdicts.causes import worst_depth
 from depthscope.diagnostics.verdicts.declaration import Number
 from tests.diagnostics.state_runs import run_of, walk
-
-READING = {
-    "small_sample",
-    "unproven_reading",
-}
 
 
 def judged(values, *, begins=False, **limits) -> Finding:
@@ -94,10 +89,6 @@ def test_the_worst_collapse_comes_before_what_could_not_be_proved(make_run):
         if each.about == "network" and each.severity == collapse.severity and not each.because
     ]
     assert same[0] is collapse
-
-
-def test_only_verdicts_about_the_run_are_about_the_reading():
-    assert {each.name for each in VERDICTS.values() if each.about == "reading"} == READING
 
 
 def test_every_face_has_a_line_of_its_own_for_the_reading(make_run):

@@ -99,6 +99,17 @@ def test_gradients_whose_mean_over_streams_cancels_do_not_vanish(make_run):
     assert not {"vanishing_gradient", "exploding_gradient"} & set(found)
 
 
+def test_gradients_that_follow_the_states_do_not_explode():
+    """What is large gets a small gradient where each block normalises its input: their product stays."""
+    sizes = (10.0 ** np.arange(9)).reshape(-1, 1, 1, 1)
+    states, gradient = (
+        np.random.default_rng(seed).standard_normal((9, SAMPLES, TOKENS, FEATURES)) for seed in (0, 1)
+    )
+    found = findings(run_of(states * sizes, gradient / sizes), passed=True)["exploding_gradient"][0]
+    assert found.severity is Severity.PASS
+    assert found.value == pytest.approx(1.0, rel=0.1)
+
+
 def test_a_final_norm_is_neither_gradient_loss_nor_idle():
     states = walk(8)
     states = np.concatenate([states, states[-1:] / 100])
@@ -298,7 +309,14 @@ def test_streams_that_change_while_their_mean_stays_are_no_single_representation
     moving = run_of(np.concatenate([mean + apart, mean - apart], axis=3))
     (found,) = findings(still, trained=True)["same_representation"]
     assert (found.severity, found.first, found.last) == (Severity.WARN, 0, 8)
+    assert "stream" not in found.sentence
     assert findings(moving, passed=True)["same_representation"][0].severity is Severity.PASS
+    # One that moves a little is alike enough, and said.
+    apart[1:] = apart[:1] + 0.1 * (apart[1:] - apart[:1])
+    (found,) = findings(run_of(np.concatenate([mean + apart, mean - apart], axis=3)), trained=True)[
+        "same_representation"
+    ]
+    assert ", of the least similar stream 0.96" in found.sentence
 
 
 def test_a_large_feature_does_not_make_layers_the_same():

@@ -11,7 +11,6 @@ import torch
 import transformers
 from torch import nn
 
-from depthscope.probes import SiteError
 from depthscope.probes.interventions import InterventionError, patch
 from tests.models.families import STREAMS, built
 from tests.models.small_models import llama
@@ -179,9 +178,7 @@ def test_measures_without_and_with_labels():
 
     places = {"depths": 1, "tokens": [2, 4], "stream": "all"}
     own = patch(model, clean, corrupted, **places)
-    given = patch(model, clean, corrupted, loss=next_token, **places)
-    assert (own.attrs["measure"], given.attrs["measure"]) == ("next_token_loss", "given_loss")
-    np.testing.assert_allclose(own.patched, given.patched, rtol=1e-6)
+    assert own.attrs["measure"] == "next_token_loss"
     # Of the clean tokens, which the corrupted forward predicts worse or better.
     with torch.no_grad():
         np.testing.assert_allclose(own.corrupted, next_token(model(corrupted), clean), rtol=1e-5)
@@ -246,23 +243,6 @@ def test_inputs_that_do_not_fit_are_refused():
         InterventionError, match=r"depth 9 is none of the model's; it has depths 0 \(embedding\) … 2"
     ):
         patch(model, clean, corrupted, depths=9)
-
-
-def test_sites_that_do_not_exist_are_refused_with_the_closest_names():
-    model, (clean, corrupted) = LocalStreams(layers=2).eval(), pair()
-    with pytest.raises(ValueError, match="the site 'branch_out' cannot be patched; expected states"):
-        patch(model, clean, corrupted, sites="branch_out")
-    with pytest.raises(SiteError, match="the model has the blocks 0 … 1"):
-        patch(model, clean, corrupted, sites="blocks.7.hook_resid_post")
-    with pytest.raises(ValueError, match="the site 'h_res' cannot be patched; expected states"):
-        patch(model, clean, corrupted, sites="h_res")
-    seen = []
-    named = patch(
-        model, clean, corrupted, sites="hidden_states[1]", tokens="all", stream="all",
-        progress=lambda *what: seen.append(what),
-    )  # fmt: skip
-    assert named.depth.values.tolist() == [1]
-    assert seen == [("the state at depth 1", 0, 1)]
 
 
 def test_an_unproven_reading_is_refused():

@@ -32,7 +32,7 @@ def read(name: str):
 )
 def test_a_branch_has_the_path_of_its_module_and_its_kind(name, paths, kinds):
     (memory,) = read(name)
-    branches = [branch for connection in memory.connections for branch in connection.branches][:3]
+    branches = memory.branches[:3]
 
     assert [branch.path for branch in branches] == paths
     assert [branch.kind for branch in branches] == kinds

@@ -33,29 +33,30 @@ def ids(tokens: int = TOKENS) -> torch.Tensor:
 
 
 def read(kernel: Kernel, *, grad: bool):
-    """The reading, and what the blocks took, by plain hooks in the same forward."""
+    """The reading, the graph, and what the blocks took, by plain hooks in the same forward."""
     torch.manual_seed(0)
     model, taken = kernel.make(), []
     for block in dict.fromkeys(model.blocks):
         block.register_forward_pre_hook(lambda module, args: taken.append(args[0].detach().float().clone()))
     with torch.set_grad_enabled(grad):
-        return read_model(model, ids()), taken
+        graph, _ = recorded(model, ids())
+    return Rereading(graph).reading, graph, taken
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning", "ignore:None of the inputs:UserWarning")
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
 def test_states_are_what_the_blocks_take(kernel: Kernel):
-    found, taken = read(kernel, grad=KERNELS.index(kernel) % 2 == 0)
+    found, graph, taken = read(kernel, grad=KERNELS.index(kernel) % 2 == 0)
     memory = found.memories[0]
-    branches = [branch for connection in memory.connections for branch in connection.branches]
 
     assert (len(found.memories), len(memory.states)) == (1 + kernel.further, 1 + DEPTH)
     assert all(each.is_proven for each in found.memories)
     assert memory.casts == kernel.casts
-    assert [branch.layer for branch in branches] == list(range(DEPTH))
+    assert [branch.layer for branch in memory.branches] == list(range(DEPTH))
     for state, given in zip(memory.states, taken, strict=False):
-        if given.numel() == state.value.numel():
-            torch.testing.assert_close(state.value.reshape(given.shape), given)
+        own = [graph.tensor(graph.values[number]).float() for number in state.values]
+        if sum(of.numel() for of in own) == given.numel():
+            torch.testing.assert_close(own[0].reshape(given.shape), given)
 
 
 @pytest.mark.parametrize("kernel", WITH_GRADIENTS, ids=lambda kernel: kernel.name)
@@ -66,7 +67,7 @@ def test_what_left_pytorch_is_a_part_of_its_branch_where_gradients_show_it(kerne
 
 @pytest.mark.parametrize("kernel", REFUSED, ids=lambda kernel: kernel.name)
 def test_sums_that_no_operation_shows_are_refused_by_name(kernel: Kernel):
-    found, _ = read(kernel, grad=True)
+    found, _, _ = read(kernel, grad=True)
 
     assert not found.memories
     assert "nothing is known of" in found.refused

@@ -263,23 +263,6 @@ def test_what_cannot_be_followed_is_said_and_the_training_is_the_same(build, los
     assert reason in str(recorder.errors[0])
 
 
-def test_a_model_that_something_compiled_contains_is_found():
-    found = []
-    for compiled in (False, True):
-        torch.compiler.reset()
-        torch.manual_seed(0)
-        inner = Residual(dropout=0.0).train()
-        outer = torch.compile(WithLoss(inner), backend=other_masks) if compiled else WithLoss(inner)
-        with probes.record(inner, gradients=True) as recorder:
-            for _ in range(2):
-                outer(IDS).backward()
-                recorder.step()
-        assert recorder.errors == []
-        found.append([recorder.run.trace[name].values for name in ("residual", "gradient")])
-    for plain, probed in zip(*found, strict=True):
-        np.testing.assert_allclose(probed, plain, rtol=1e-4, atol=1e-7)
-
-
 def test_nothing_is_left_of_a_compiled_step():
     torch.compiler.reset()
     model = whole(Residual(), backend=other_masks)
