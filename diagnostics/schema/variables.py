@@ -104,8 +104,9 @@ class Variable:
     ``dims``: its dimensions, in order.
     ``kind``: allowed numpy dtype kinds: ``"f"`` floating, ``"i"`` integer, ``"b"`` boolean, ``"O"`` text.
     ``meaning``: one line for people.
-    ``parts``: how those of the parts of a run become one: ``"sum"``, ``"largest"``, ``"first"`` (they are equal), a sum of
-    shares (``"share"``, of each process), or by a rule of its own; empty where it is not known.
+    ``parts``: how those of the parts of a run become one: ``"sum"``, ``"largest"``, ``"first"`` (all are equal), the sum of
+    the ``"share"`` that each process has, the sum by how much a part counts in the ``"loss"`` or by its ``"squares"``, or
+    a ``"rule"`` of its own; empty where it is not known.
     ``allowed``: what each of its texts is: some of these, or what the function says.
     """
 
@@ -189,7 +190,7 @@ OF_ATTENTION = ("query_entropy", "query_keys", "query_first_weight")
 STATISTICS = _table(
     ("token_count", "step", "fiu", "real tokens of the step", "sum"),
     ("sequence_count", "step", "fiu", "sequences of the step", "sum"),
-    ("loss", "step", "f", "the user's loss, where known", "rule"),
+    ("loss", "step", "f", "the user's loss, where known", "loss"),
     ("loss_not_finite", "step", "f", "1 where the loss was NaN or infinite, 0 where finite; NaN where not known", "largest"),
     ("loss_terms", "step", "f", "of how many terms the loss is a mean, where not of all tokens", "sum"),
     ("batch_digest", "step", "f", "of what the model was called with: the same one is the same data"),
@@ -201,7 +202,7 @@ STATISTICS = _table(
     ("abs_max", "step depth stream", "f", "max |x| over tokens and features", "largest"),
     ("unit_pair_sum", "step depth stream", "f", "‖Σ x/‖x‖‖² − count: the sum of all off-diagonal cosines", "rule"),
     ("adjacent_cosine_sum", "step depth stream", "f", "Σ cos(x_depth, x_depth−1) over tokens", "sum"),
-    ("gradient_square_norm_sum", "step depth stream", "f", "Σ ‖∂loss/∂x‖² over tokens", "rule"),
+    ("gradient_square_norm_sum", "step depth stream", "f", "Σ ‖∂loss/∂x‖² over tokens", "squares"),
     ("gain_sum", "step direction connection", "f", "Σ over tokens of the Amax gain of H_res", "sum"),
     ("gain_max", "step direction connection", "f", "max over tokens of the Amax gain of H_res", "largest"),
     ("h_pre_token_count", "step connection", "f", "real tokens with a known H_pre: of the sampled sequences, or all", "sum"),
