@@ -287,7 +287,9 @@ def _multiplied(kind: str, paths: Sequence[str], factor: float = 1.0) -> Use:
 
 
 def repaired(patient: Patient, reach: float, *, streams: bool, is_suspected: bool) -> dict[str, Any]:
-    """The repair that lowers the loss most, with what it regains and a 95 % interval over sequences; empty for none.
+    """The repair that lowers the loss most, with 95 % intervals over sequences of what it regains and of what is left.
+
+    Empty for none.
 
     ``reach``: what there is to lose, in the units of the loss.
     ``is_suspected``: whether something is; else what one forward shows to be odd is repaired alone.
@@ -299,10 +301,16 @@ def repaired(patient: Patient, reach: float, *, streams: bool, is_suspected: boo
     if not lowest < base - least:
         return {}
     alone = [row for part in patient.parts for row in rows_of(part)][:MOST_ALONE]
-    changes = [patient.lost(best, [row]) - patient.lost(AS_IT_IS, [row]) for row in alone]
-    interval = estimate(np.array(changes))
-    half_width = (interval.high - interval.low) / 2
-    return {"repair": words, "cause": cause, "loss": base, "repaired": lowest, "half_width": half_width}
+    before, after = (np.array([patient.lost(use, [row]) for row in alone]) for use in (AS_IT_IS, best))
+    gained, left = estimate(before - after), estimate(after)
+    return {
+        "repair": words,
+        "cause": cause,
+        "loss": base,
+        "repaired": lowest,
+        "half_width": (gained.high - gained.low) / 2,
+        "repaired_half_width": (left.high - left.low) / 2,
+    }
 
 
 def _steps(

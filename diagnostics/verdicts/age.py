@@ -82,7 +82,10 @@ def _repaired_share(attrs: Mapping[str, Any]) -> float:
     """The loss that the best repair surely leaves, over that of a constant answer; 1 where none was found."""
     result = attrs.get(REPAIR)
     found = result if isinstance(result, Mapping) else {}
-    loss, half_width = number_or_none(found.get("repaired")), number_or_none(found.get("half_width")) or 0.0
+    loss, half_width = (
+        number_or_none(found.get("repaired")),
+        number_or_none(found.get("repaired_half_width")) or 0.0,
+    )
     constant = number_or_none(task_of(attrs).get("constant"))
     return (loss + half_width) / constant if loss is not None and constant else 1.0
 

@@ -131,12 +131,11 @@ def surer_than_right(
     if None in known or attrs.get("untouched"):
         return
     loss, expected, constant, _ = (float(value or 0.0) for value in known)
-    claimed = max(constant - expected, LEAST_CLAIM * constant)
     sentence = (
         f"The loss, {number(loss)}, is above what the predictions themselves expect, {number(expected)}: they claim to know "
         f"{number(constant - expected)} more than a constant answer ({DEFAULT})."
     )
-    wrong = beyond_expected(attrs) / claimed
+    wrong = wrong_part(attrs)
     words = "of what the predictions claim to know, the part that is wrong is"
     may_be_new = _may_be_new(attrs) and not _is_old(step, first_weight_distance)
     yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", note_only=may_be_new)
@@ -148,6 +147,8 @@ LEAST_REACH = 0.2
 # A network that does not claim this share of what it knows, beyond the noise of the sample, is in the middle of its training,
 # where scales still grow, or has lost its scales: the loss alone does not tell which.
 UNSURE = 0.3
+# Part of what predictions claim to know that is wrong, from which on a repair is tried.
+SUSPECT = 0.1
 
 
 def to_lose(attrs: Mapping[str, Any]) -> float | None:
@@ -170,8 +171,17 @@ def beyond_expected(attrs: Mapping[str, Any]) -> float:
 def is_unsure(attrs: Mapping[str, Any]) -> bool:
     """Whether predictions do not claim what the network knows."""
     constant, loss = (number_or_none(task_of(attrs).get(name)) for name in ("constant", "loss"))
-    known = 0.0 if constant is None or loss is None else constant - loss
-    return beyond_expected(attrs) < -UNSURE * known if known > 0.0 else False
+    if constant is None or loss is None or task_of(attrs).get("expected") is None:
+        return False
+    return beyond_expected(attrs) < -UNSURE * (constant - loss)
+
+
+def wrong_part(attrs: Mapping[str, Any]) -> float:
+    """What part of what the predictions claim to know is wrong, beyond the noise of the sample; 0 where that is not known."""
+    expected, constant = (number_or_none(task_of(attrs).get(name)) for name in ("expected", "constant"))
+    if expected is None or not constant:
+        return 0.0
+    return beyond_expected(attrs) / max(constant - expected, LEAST_CLAIM * constant)
 
 
 # Beyond the interval, trained networks of more than 100 kinds regain 0.05 at most.
@@ -209,7 +219,7 @@ def off_minimum(
     if reach is None or loss is None or best is None or not (is_text(repair) and is_text(cause)):
         return
     # What still has to learn can do so by its scales too: either use must surely know something.
-    if min(loss, best + half_width) > KNOWS * constant:
+    if min(loss, best + (number_or_none(result.get("repaired_half_width")) or 0.0)) > KNOWS * constant:
         return
     gained = max(loss - best - half_width, 0.0)
     share = gained / (reach + gained)

@@ -105,7 +105,7 @@ def prediction(output: Any, batch: Any) -> torch.Tensor:
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
-def captured(model: nn.Module, batch: Any = None, *, settle: int = 10, **options: Any) -> xr.DataTree:
+def captured(model: nn.Module, batch: Any = None, *, settle: int = 60, **options: Any) -> xr.DataTree:
     """A run with gradients, as the command `probe` makes it; ``settle``: forwards of its experiments, 0 for none."""
     batch = tokens() if batch is None else batch
     loss = options.pop("loss", prediction)

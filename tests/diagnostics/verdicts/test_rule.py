@@ -160,7 +160,7 @@ def test_capture_tries_what_it_suspects_and_leaves_the_model_as_it_was():
 def test_a_loss_that_a_repair_lowers(judged, loss, repaired, half_width, severity):
     task = {"classes": 30, "guessing": 3.4, "constant": 3.0, "loss": loss}
     changed = {"loss": loss, "repaired": repaired, "repair": "turning a by 0.5", "cause": "another turn"}
-    changed |= {} if half_width is None else {"half_width": half_width}
+    changed |= {} if half_width is None else dict.fromkeys(("half_width", "repaired_half_width"), half_width)
     found = judged("off_minimum", 0, severity, task=task, repair=changed)
     assert all(each.sentence.startswith("Turning a by 0.5 lowers the loss by ") for each in found)
     assert all("Another turn would look like this" in each.sentence for each in found)
