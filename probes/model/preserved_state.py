@@ -134,7 +134,9 @@ class _Contents:
             if type(value) in CONTAINERS:
                 if id(value) not in seen:
                     self._note(value, seen)
-            elif isinstance(container, CHANGED) and _can_be_exchanged(value):
+            elif isinstance(container, CHANGED) and (
+                isinstance(value, COPIED) or (type(value) is torch.Tensor and not value.requires_grad)
+            ):
                 self._exchanged[id(value)] = value
             elif type(value) is torch.Tensor and not value.is_meta:
                 self._written_back.append((value, _version(value), value.detach().clone()))
@@ -200,10 +202,6 @@ def _put_back_entries(container: Any, content: dict[Any, Any]) -> None:
         del container[name]
     for name, value in content.items():
         container[name] = value
-
-
-def _can_be_exchanged(value: Any) -> bool:
-    return isinstance(value, COPIED) or (type(value) is torch.Tensor and not value.requires_grad)
 
 
 def _copy(value: Any, shared: Mapping[int, torch.UntypedStorage]) -> Any:
