@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from depthscope.diagnostics.schema.variables import (
     TRACE_COORDS,
     UNPROVEN,
     Variable,
-    is_proof,
 )
 
 # The first number grows where older versions cannot read a run, the second where variables are added.
@@ -111,10 +110,30 @@ def _validate_variable(variable: xr.Variable, declared: Variable, path: str) -> 
         raise SchemaError(f"{path} has dims {variable.dims}, expected {declared.dims}")
     if variable.dtype.kind not in declared.kind:
         raise SchemaError(f"{path} has dtype {variable.dtype}, expected kind {declared.kind!r}")
-    if declared.allowed and (odd := declared.odd_texts(variable.values)):
-        is_set = isinstance(declared.allowed, tuple)
-        allowed = f"some of {declared.allowed}" if is_set else f"{PROVEN!r}, or {UNPROVEN!r} and the reason"
-        raise SchemaError(f"{path} has {odd[0]!r}; expected {allowed}")
+    texts = {str(text) for text in variable.values.ravel().tolist()} if declared.allowed else set()
+    if odd := sorted(text for text in texts if not _is_allowed(text, declared.allowed)):
+        raise SchemaError(f"{path} has {odd[0]!r}; expected some of {declared.allowed}")
+
+
+def _is_allowed(text: str, allowed: Sequence[str]) -> bool:
+    """Whether a text is one of those that are allowed, or begins with one that ends in a colon, and goes on."""
+    return any(
+        text.startswith(each) and bool(text.removeprefix(each).strip())
+        if each.endswith(": ")
+        else text == each
+        for each in allowed
+    )
+
+
+def is_proof(text: Any) -> bool:
+    """Whether a text states that something is proven, or that it is not and why.
+
+    Examples
+    --------
+    >>> is_proof("proven"), is_proof("unproven: a branch was not seen"), is_proof("unproven: "), is_proof(True)
+    (True, True, False, False)
+    """
+    return isinstance(text, str) and _is_allowed(text, (PROVEN, UNPROVEN))
 
 
 def _validate_statements(attrs: Mapping[Any, Any], path: str) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 ROUTE = ("connection", "sample", "token")
 """Dims that every coefficient has first."""
@@ -107,37 +105,19 @@ class Variable:
     ``parts``: how those of the parts of a run become one: ``"sum"``, ``"largest"``, ``"first"`` (all are equal), the sum of
     the ``"share"`` that each process has, the sum by how much a part counts in the ``"loss"`` or by its ``"squares"``, or
     a ``"rule"`` of its own; empty where it is not known.
-    ``allowed``: what each of its texts is: some of these, or what the function says.
+    ``allowed``: what each of its texts is: one of these; more follows one that ends in a colon.
     """
 
     dims: tuple[str, ...]
     kind: str
     meaning: str
     parts: str = ""
-    allowed: tuple[str, ...] | Callable[[Any], bool] = ()
-
-    def odd_texts(self, texts: Any) -> list[str]:
-        """Those texts that are not allowed."""
-        known = self.allowed if callable(self.allowed) else self.allowed.__contains__
-        return sorted({str(text) for text in texts.ravel().tolist() if self.allowed and not known(str(text))})
+    allowed: tuple[str, ...] = ()
 
 
 PROVEN = "proven"
 UNPROVEN = "unproven: "
 """What an attribute ``proof`` is, or begins with."""
-
-
-def is_proof(text: Any) -> bool:
-    """Whether a text states that something is proven, or that it is not and why.
-
-    Examples
-    --------
-    >>> is_proof("proven"), is_proof("unproven: a branch was not seen"), is_proof("unproven: "), is_proof(True)
-    (True, True, False, False)
-    """
-    if not isinstance(text, str):
-        return False
-    return text == PROVEN or bool(text.startswith(UNPROVEN) and text.removeprefix(UNPROVEN).strip())
 
 
 def _table(*rows: tuple[str, ...]) -> dict[str, Variable]:
@@ -179,7 +159,7 @@ TRACE_COORDS = _table(
     ("proof", "connection", "OTU", "proven, or unproven: and the reason"),
     ("source", "source", "iu", "0 the embedding, j the output of sublayer j, which is connection j - 1"),
 )  # fmt: skip
-_ALLOWED: dict[str, Any] = {"site": SITES, "after_sum": ("", "norm", "activation"), "proof": is_proof}
+_ALLOWED = {"site": SITES, "after_sum": ("", "norm", "activation"), "proof": (PROVEN, UNPROVEN)}
 TRACE_COORDS |= {name: replace(TRACE_COORDS[name], allowed=of) for name, of in _ALLOWED.items()}
 
 OF_ATTENTION = ("query_entropy", "query_keys", "query_first_weight")

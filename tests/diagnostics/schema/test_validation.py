@@ -78,7 +78,7 @@ def test_parts_that_contradict_the_connections_are_refused():
     with pytest.raises(schema.SchemaError, match=r"after_sum has 'softmax'; expected some of"):
         _linear("plain", after_sum=("connection", ["softmax"] * 5))
     with pytest.raises(
-        schema.SchemaError, match="/trace/proof has 'maybe'; expected 'proven', or 'unproven: '"
+        schema.SchemaError, match=r"/trace/proof has 'maybe'; expected some of \('proven', 'unproven: '\)"
     ):
         _linear("plain", proof=("connection", ["maybe"] * 5))
 
