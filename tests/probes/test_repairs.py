@@ -77,25 +77,21 @@ def spoilt(spoil: Callable[[nn.Module], None]) -> Patient:
     return Patient(wrong, [x[:8], x[8:]], loss, 100)
 
 
+AXIS = "running every softmax along the last axis", "a softmax along another axis"
+LOGITS, PART = "another scale of attention", "another scale of these modules"
+
+
 @pytest.mark.parametrize(
     ("spoil", "words", "cause"),
     [
-        (
-            with_attributes(axis=-2),
-            "running every softmax along the last axis",
-            "a softmax along another axis",
-        ),
-        (
-            with_attributes(axis=1),
-            "running every softmax along the last axis",
-            "a softmax along another axis",
-        ),
-        (with_attributes(scale=4.0), "the softmax in * by 0.25", "another scale of attention"),
-        (with_attributes(scale=0.25), "the softmax in * by 4", "another scale of attention"),
+        (with_attributes(axis=-2), *AXIS),
+        (with_attributes(axis=1), *AXIS),
+        (with_attributes(scale=4.0), "the softmax in * by 0.25", LOGITS),
+        (with_attributes(scale=0.25), "the softmax in * by 4", LOGITS),
         (with_gains(lambda gain: gain - 1), "adding 1 to every gain of a norm", "distance from 1"),
         (with_gains(lambda gain: gain + 1), "taking 1 from every gain of a norm", "1 is added twice"),
-        (scaled("4", by=8.0), "multiplying what * gives by 0.125", "another scale of these modules"),
-        (scaled("2.out", by=40.0), "multiplying what 2.out gives by 0.0", "another scale of these modules"),
+        (scaled("4", by=8.0), "multiplying what * gives by 0.125", PART),
+        (scaled("2.out", by=40.0), "multiplying what 2.out gives by 0.0", PART),
     ],
     ids=lambda each: each if isinstance(each, str) else "",
 )

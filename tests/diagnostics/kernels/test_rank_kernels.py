@@ -36,17 +36,11 @@ def test_effective_rank_survives_bad_conditions(rng, case, shape):
     assert float(rank.effective_rank(x.astype(np.float32).astype(float))) >= 1
 
 
-# Degenerate input
-
-
 def test_wrong_options_are_refused():
     with pytest.raises(ValueError, match="negative"):
         rank.effective_rank_of([1.0, -1.0])
     with pytest.raises(ValueError, match="expected None, 'rows' or 'both'"):
         rank.participation_ratio(np.ones((3, 2)), correct="row")
-
-
-# Participation ratio corrected
 
 
 @pytest.mark.parametrize("shape", [(12, 9), (9, 30), (4, 2)])
@@ -85,9 +79,6 @@ def test_uncentred_row_correction_by_loops(rng):
     over = sum(x[i, a] ** 2 * x[j, b] ** 2 for i, j in pairs for a, b in columns)
     under = sum(x[i, a] * x[j, a] * x[i, b] * x[j, b] for i, j in pairs for a, b in columns)
     assert float(rank.participation_ratio(x, correct="both")) == pytest.approx(over / under, rel=1e-10)
-
-
-# Null
 
 
 @pytest.mark.parametrize(("n", "d"), [(300, 300), (60, 500)])

@@ -65,8 +65,3 @@ def test_without_an_interval_nothing_changes():
     del plain["norm_stderr"].attrs[DEGREES]
     assert uncertainty.findings(large, plain)[0].severity == Severity.WARN
     assert uncertainty.findings(large, plain.drop_vars("norm_stderr"))[0].severity == Severity.WARN
-
-
-def test_a_passed_verdict_stays_passed():
-    (found,) = uncertainty.findings(large, analysis([5.0], 40.0))
-    assert found.severity == Severity.PASS

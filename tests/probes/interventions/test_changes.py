@@ -187,6 +187,8 @@ def test_nothing_is_left_behind_when_a_change_raises():
             return x
 
     residual = Residual().train()
+    residual(torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(1))).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in residual.parameters()]
     before = {name: value.clone() for name, value in residual.state_dict().items()}
     batch = torch.randn(3, 6, 5, generator=torch.Generator().manual_seed(0)).transpose(1, 2)
     kept, random = batch.clone(), torch.get_rng_state()
@@ -198,6 +200,7 @@ def test_nothing_is_left_behind_when_a_change_raises():
     with pytest.raises(KeyboardInterrupt):
         under_test.forward({2: fail})
     assert all(torch.equal(value, before[name]) for name, value in residual.state_dict().items())
+    assert all(map(torch.equal, (parameter.grad for parameter in residual.parameters()), gradients))
     assert torch.equal(batch, kept)
     assert torch.equal(torch.get_rng_state(), random)
     assert residual.training
