@@ -62,8 +62,8 @@ class Rules:
         rule = _RULES.get(value.name)
         try:
             return None if rule is None else rule(self, value)
-        except RuntimeError:
-            return None  # torch does not move whole numbers so, or an index was not kept
+        except (RuntimeError, IndexError, TypeError, ValueError):
+            return None  # torch does not move whole numbers so, an index was not kept, or axes do not fit
 
     def _inside(self, value: TracedValue) -> list[TracedValue]:
         return [operand for operand in linear_in(value) if operand.number in self._carried]
