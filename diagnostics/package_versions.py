@@ -26,10 +26,6 @@ def _version(name: str) -> str | None:
         return None
 
 
-DEPTHSCOPE = package_versions(["depthscope"]).get("depthscope", "0+source")
-"""The installed version of this package; ``"0+source"`` where the code runs without being installed."""
-
-
 def install_command(extra: str) -> str:
     """The command that adds an extra to this installation, from the place that it was installed from.
 

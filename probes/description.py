@@ -197,7 +197,7 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
     measured = measure(
         model, first, Options(**options, max_sequences=2), scope=Scope(only_own=True, sums=False)
     )
-    run = build_run(measured.session, [], [], described=True)
+    run = build_run(measured.session, None, [], described=True)
     names = schema.chains(run)
     traces = {name: schema.chain_dataset(run, "trace", name) for name in names}
     leading = traces[names[0]]  # only the first chain may have stream connections

@@ -20,13 +20,14 @@ from torch import nn
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.analyze import analyze
-from depthscope.diagnostics.analysis.training_curves import training_curves
+from depthscope.diagnostics.analysis.training_curves import curves_of_sums
 from depthscope.diagnostics.errors import InputError, TakenError
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.diagnostics.schema.groups import group_path
+from depthscope.diagnostics.schema.live_rows import MemoryRows
+from depthscope.probes.checkpoints.errors import is_model_error, own_error
 from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import batches_of, encode_text, token_texts
-from depthscope.probes.checkpoints.user_code import is_model_error, own_error
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.one_shot import capture
 from depthscope.probes.session.options import ModelOptions, SiteOptions, takes_options
@@ -218,7 +219,8 @@ def _measured(
             assert trace is not None
             nodes[place] = nodes[place].merge(_weight_distances(model, first, trace))
         of_chain = analysis if isinstance(analysis, xr.Dataset) else analysis[chain].to_dataset()
-        nodes[f"/{group_path('metrics', chain)}"] = of_chain.assign_coords(step=[step])
+        curves = curves_of_sums(nodes[place])
+        nodes[f"/{group_path('metrics', chain)}"] = _with_curves(of_chain.assign_coords(step=[step]), curves)
     return xr.DataTree.from_dict(nodes)
 
 
@@ -277,50 +279,50 @@ def _require_same_model(first: xr.DataTree, run: xr.DataTree) -> None:
 def _joined(
     parts: Sequence[xr.DataTree], paths: Mapping[int, str], left_out: Mapping[str, str]
 ) -> xr.DataTree:
-    """``/metrics`` and ``/statistics`` by step; ``/trace`` and ``/coverage`` of the last checkpoint."""
-    last = parts[-1]
-    steps = [int(schema.chain_dataset(part, "metrics", schema.chains(part)[0])["step"][0]) for part in parts]  # type: ignore[index]
+    """``/metrics`` and ``/statistics`` by step, as of a recording; ``/trace`` and ``/coverage`` of the last checkpoint."""
+    history, last = MemoryRows(), parts[-1]
+    for part in parts:
+        history.append(*_row_of(part))
     attrs: dict[str, Any] = {
         CHECKPOINTS: [
-            {"step": step, "name": Path(paths[step]).name, "weights_digest": part.attrs["weights_digest"]}
-            for step, part in zip(steps, parts, strict=True)
+            {
+                "step": row.step,
+                "name": Path(paths[row.step]).name,
+                "weights_digest": part.attrs["weights_digest"],
+            }
+            for row, part in zip(history.rows, parts, strict=True)
         ]
     }
     if left_out:
         attrs["checkpoints_left_out"] = {Path(path).name: why for path, why in left_out.items()}
-    nodes = {
-        path.strip("/"): node
-        for path, node in last.to_dict().items()
-        if path.startswith(("/trace", "/coverage"))
-    }
-    for chain in schema.chains(last):
-        for group in ("statistics", "metrics"):
-            found = [schema.chain_dataset(part, group, chain) for part in parts]
-            nodes[group_path(group, chain)] = _by_step([each for each in found if each is not None])
-    run = xr.DataTree.from_dict({**nodes, "/": xr.Dataset(attrs={**last.attrs, **attrs})})
-    for chain in schema.chains(last):
-        place = group_path("metrics", chain)
-        run[place] = xr.DataTree(_with_curves(nodes[place], training_curves(run, chain=chain)))
+    run = xr.DataTree.from_dict({f"/{path}": of for path, of in history.groups_of(last).items()}).load()
+    run.attrs |= attrs
     schema.validate(run)
     return run
 
 
-def _by_step(parts: Sequence[xr.Dataset]) -> xr.Dataset:
-    """What has a step of all parts, and what has none of the last one."""
-    last = parts[-1]
-    of_steps = [part[[name for name in part.data_vars if "step" in part[name].dims]] for part in parts]
-    # A metric that a checkpoint lacks is NaN there.
-    joined = xr.concat(
-        of_steps, "step", join="outer", coords="minimal", compat="override", combine_attrs="override"
-    )
-    for name in joined.data_vars:
-        # As each part has it, and of the last one that has it: what is true of one step alone.
-        joined[name].attrs = next(part[name].attrs for part in reversed(of_steps) if name in part)
-    return last.drop_dims("step").merge(joined, compat="override", join="outer").assign_attrs(last.attrs)
+def _row_of(part: xr.DataTree) -> tuple[int, dict[str, Any], dict[str, Any]]:
+    """Step, numbers and coordinates of one checkpoint, as a history takes them."""
+    numbers: dict[str, Any] = {}
+    coords: dict[str, Any] = {}
+    step = 0
+    for node in (
+        each for group in ("statistics", "metrics") for each in part[group].subtree if each.data_vars
+    ):
+        path, step = node.path.strip("/"), int(node.to_dataset()["step"][0])
+        for name, of in node.data_vars.items():
+            if "step" in of.dims:
+                numbers[f"{path}/{name}"] = of.isel(step=0).dims, of.isel(step=0).values, of.attrs
+        coords |= {
+            f"{path}/{name}": (of.dims, of.values, of.attrs)
+            for name, of in node.coords.items()
+            if name != "step"
+        }
+    return step, numbers, coords
 
 
 def _with_curves(metrics: xr.Dataset, curves: xr.Dataset) -> xr.Dataset:
-    """The metrics of all steps, with those that only the statistics of a history give."""
+    """The metrics of a checkpoint, with those that only its statistics give."""
     added = {
         name: curves[name]
         for name in curves.data_vars

@@ -13,7 +13,7 @@ from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import Loss, loss_value, mean_task, read_task
 from depthscope.probes.model.modules import require_module
-from depthscope.probes.model.preserved_state import eager, no_collection, preserved_state
+from depthscope.probes.model.preserved_state import eager, preserved_state
 from depthscope.probes.run.attributes import stage_attribute
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import StepStatistics
@@ -79,14 +79,13 @@ def capture(
     of_stage = {} if stage is None else stage_attribute(stage)
     measured = measure(model, batch, Options(**options), loss=loss)
     row, task = measured.row, mean_task(measured.tasks, measured.row.loss)
-    with no_collection():
-        return build_run(
-            measured.session,
-            [row],
-            measured.pooled,
-            attrs={**({"task": task} if task else {}), **of_stage, **storable_attributes(attrs)},
-            token_text=token_text,
-        )
+    return build_run(
+        measured.session,
+        row,
+        measured.pooled,
+        attrs={**({"task": task} if task else {}), **of_stage, **storable_attributes(attrs)},
+        token_text=token_text,
+    )
 
 
 class Measurement(NamedTuple):
@@ -116,8 +115,7 @@ def measure(
     tasks: list[dict[str, Any]] = []
     with preserved_state(model), graph_of_frozen(model, wanted=options.gradients), eager():
         for item in batches(batch):
-            with no_collection():
-                measured, value, task = _measure_batch(session, item, loss)
+            measured, value, task = _measure_batch(session, item, loss)
             first = item if first is None else first
             sequences += measured.batch_size
             # Without gradients a batch needs no loss, and some batches may carry one all the same.

@@ -352,7 +352,7 @@ def capture_errors_for_users() -> Iterator[None]:
 
     Every other error is ours and keeps its traceback.
     """
-    from depthscope.probes.checkpoints.user_code import is_model_error, own_error
+    from depthscope.probes.checkpoints.errors import is_model_error, own_error
     from depthscope.probes.model.errors import CaptureError
 
     try:

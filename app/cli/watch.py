@@ -65,7 +65,7 @@ def watch(
     The first model that it trains is recorded while it trains, into a live store.
     """
     from depthscope.diagnostics.schema import LiveRows, is_live_store
-    from depthscope.diagnostics.schema.live_log import require_live_place
+    from depthscope.diagnostics.schema.live_store import require_live_place
     from depthscope.probes.training.notices import TrainingStopped
     from depthscope.probes.training.watched_script import ScriptWatch
 

@@ -93,9 +93,9 @@ def _capture(kind: str, path: Path) -> Any:
     from depthscope import probes
     from depthscope.app.demo.small_lm import build
     from depthscope.app.demo.training import corpus
-    from depthscope.probes.checkpoints.digests import file_digest
     from depthscope.probes.checkpoints.load import LoadedModel
     from depthscope.probes.checkpoints.text_batch import encode_text, token_texts
+    from depthscope.probes.checkpoints.weight_files import file_digest
 
     with safe_open(path, framework="numpy") as file:
         facts: Mapping[str, Any] = json.loads(file.metadata()["training"])

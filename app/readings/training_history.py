@@ -22,7 +22,6 @@ from depthscope.diagnostics.errors import AbsentError
 from depthscope.diagnostics.quantities.registry import ROW_FACTS
 from depthscope.diagnostics.schema import LiveRows, Status
 from depthscope.diagnostics.schema.groups import group_path
-from depthscope.diagnostics.schema.opening import with_rows
 
 DRIFT = "connection_parameter_drift"
 
@@ -189,7 +188,7 @@ def history_of(reading: Reading, runs: Mapping[str, xr.DataTree] = MappingProxyT
 def _of_rows(reading: Reading, rows: LiveRows, known: xr.Dataset) -> tuple[xr.Dataset, xr.Dataset]:
     """What the rows of a store have of a chain, read when it is used: its metrics, and its sums with what has no step."""
     metrics, sums = (
-        with_rows(group_path(group, reading.chain), of, rows)
+        rows.dataset(group_path(group, reading.chain), of)
         for group, of in (("metrics", xr.Dataset()), ("statistics", known))
     )
     return metrics.reset_coords([name for name in metrics.coords if str(name).endswith("_null")]), sums

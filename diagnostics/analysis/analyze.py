@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.analysis import sample_size
 from depthscope.diagnostics.analysis.jackknife import jackknife as jackknife_errors
 from depthscope.diagnostics.analysis.jackknife import num_replicas
 from depthscope.diagnostics.analysis.training_curves import losses, training_curves
@@ -26,8 +25,7 @@ from depthscope.diagnostics.quantities.registry import (
     sources,
     with_facts,
 )
-from depthscope.diagnostics.schema import INFERRED, chain_dataset, chains, open_run
-from depthscope.diagnostics.schema.groups import Analysis, AnalysisTree
+from depthscope.diagnostics.schema import chain_dataset, chains, open_run
 
 Progress = Callable[[str, int, int], None]
 
@@ -70,7 +68,7 @@ def analyze(
     Dataset or DataTree
         ``step`` first, with nulls and standard errors as ``NAME_null`` and ``NAME_stderr``; a tree with one child per
         chain where there are several. The attributes are the run's, ``not_computed``: reason by metric, and ``notes``:
-        sentences, by metric, where the sample is too small for the question. ``to_netcdf`` and ``to_zarr`` write all of them.
+        sentences, by metric, where the sample is too small for the question. ``to_zarr`` writes all of them.
 
     Raises
     ------
@@ -97,8 +95,8 @@ def _of_chains(
     if metrics is None:
         analyses = {chain: _with_losses(run, chain, found) for chain, found in analyses.items()}
     if list(analyses) == [""]:
-        return Analysis.of(analyses[""])
-    return AnalysisTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
+        return analyses[""]
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(run.attrs)), **analyses})
 
 
 def _with_losses(run: xr.DataTree, chain: str, analysis: xr.Dataset) -> xr.Dataset:
@@ -230,26 +228,12 @@ def _finished(
     notes = _notes(dataset, source, jackknife)
     # Of several chains one may be proven and another not: each analysis has its own chain's.
     facts = {name: trace.attrs[name] for name in FACTS if name in trace.attrs}
-    facts |= _inferred_reads(trace)
     return dataset.assign_attrs({**run.attrs, **facts, "not_computed": dict(reasons), "notes": notes})
-
-
-def _inferred_reads(trace: xr.Dataset) -> dict[str, str]:
-    """Where H_pre was found from the streams and the branch's input, and how far it is from giving that input."""
-    if "read_known" not in trace or "read_error" not in trace:
-        return {}
-    count = trace.sizes["connection"]
-    at = np.isin(np.arange(count), trace["read_known"].attrs.get(INFERRED, []))
-    errors = trace["read_error"].values[at]
-    if np.isnan(errors).all():
-        return {}
-    where = "" if at.all() else f" at {at.sum()} of {count} connections"
-    return {"inferred_reads": f"H_pre inferred{where}, error {np.nanmax(errors):.1g}."}
 
 
 def _notes(analysis: xr.Dataset, source: Quantities, jackknife: bool) -> dict[str, str]:
     mask = source["mask"].transpose("sample", "token")
-    return sample_size.notes(
+    return sample_notes(
         analysis,
         num_tokens=int(mask.sum()),
         num_sequences=int(mask.any("token").sum()),
@@ -321,3 +305,73 @@ def _curves_alone(run: xr.DataTree, chain: str, chosen: Mapping[str, Metric]) ->
     reason = "the run has no trace: capture one with ds.capture(...)"
     missing = {name: reason for name in chosen if name not in found}
     return found.assign_attrs({**run.attrs, "not_computed": missing})
+
+
+# --- is the sample large enough?
+
+# All heuristics of ours. Tokens at which the unbiased CKA of unrelated noise has a standard deviation of 0.03 (0.08 at 20,
+# whatever the number of features; measured):
+TOKENS_FOR_CKA = 50
+# Sequences at which a standard error is itself known to 35 %, by 1 / √(2 (S − 1)):
+SEQUENCES = 5
+# An error of a tenth of the range of CKA.
+ERROR_OF_CKA = 0.1
+
+
+def sample_notes(
+    analysis: xr.Dataset, *, num_tokens: int, num_sequences: int, num_features: int, errors: bool = False
+) -> dict[str, str]:
+    """Sentences about metrics for which the sample is too small.
+
+    ``analysis``: metrics under the names of the catalogue.
+    ``errors``: whether standard errors were requested; there may be none.
+    Returns: One sentence by name of the metric; "standard errors" for all of them together.
+    """
+    ranks = ("effective_rank", "participation_ratio")
+    found = {name: _of_rank(analysis, name, num_tokens, "tokens") for name in ranks}
+    found["gradient_rank"] = _of_rank(analysis, "gradient_rank", num_sequences, "sequences")
+    found["cka"] = _of_cka(analysis, num_tokens)
+    sentences = {name: note for name, note in found.items() if note and name in analysis}
+    # Means over sequences have errors in any case; where errors were not asked for, there is no note about them.
+    if errors and num_sequences < SEQUENCES:
+        sentences["standard errors"] = _of_errors(num_sequences)
+    return sentences
+
+
+def _of_rank(analysis: xr.Dataset, name: str, count: int, what: str) -> str:
+    """A note on a rank that more tokens would raise; judged on all tokens, centred, where the analysis has variants."""
+    if name not in analysis:
+        return ""
+    pick = {"scope": "data", "tokens": "all", "centering": "centred", "stream": "mean"}
+    value = analysis[name].sel({dim: label for dim, label in pick.items() if dim in analysis[name].dims})
+    largest = float(value.max()) if value.notnull().any() else 0.0
+    # Heuristic: 1 / PR is about 1 / N + 1 / (true value), so that at N = 2 PR the true value is twice as large.
+    if count >= 2 * largest:
+        return ""
+    at = int(value.isel(step=-1).argmax("depth"))
+    return (
+        f"{count} {what} for a rank of {largest:.3g} at depth {at}: more of them would raise it; read it as a "
+        "fraction of its noise baseline"
+    )
+
+
+def _of_cka(analysis: xr.Dataset, num_tokens: int) -> str:
+    if num_tokens < TOKENS_FOR_CKA:
+        return f"{num_tokens} tokens: the unbiased value swings widely below {TOKENS_FOR_CKA} (depthscope's default)"
+    if "cka_stderr" not in analysis:
+        return ""
+    error = float(analysis["cka_stderr"].sel(estimator="unbiased", tokens="all").max())
+    if not error > ERROR_OF_CKA:
+        return ""
+    return f"the standard error of the unbiased value reaches {error:.2f}: sample more sequences"
+
+
+def _of_errors(num_sequences: int) -> str:
+    if num_sequences < 2:
+        return "one sequence: no standard error is known; sample more sequences"
+    # A standard error of S sequences has itself a relative one of 1 / √(2 (S − 1)).
+    own, of_four_times = (100 / (2 * (count - 1)) ** 0.5 for count in (num_sequences, 4 * num_sequences))
+    return (
+        f"error bars come from {num_sequences} sequences and are themselves uncertain by about {own:.0f} %; "
+        f"{4 * num_sequences} give {of_four_times:.0f} %"
+    )

@@ -21,7 +21,6 @@ import xarray as xr
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
-from depthscope.diagnostics.package_versions import DEPTHSCOPE
 from depthscope.diagnostics.quantities import registry
 from depthscope.diagnostics.quantities.registry import Quantities, Unavailable
 from depthscope.diagnostics.quantities.tokens import Massive
@@ -227,7 +226,7 @@ def _run(
     progress: Progress | None,
 ) -> list[Any]:
     """What a function returns for each of several arguments, in their order."""
-    futures = [pool.submit(_of_version, DEPTHSCOPE, function, *each) for each in arguments]
+    futures = [pool.submit(function, *each) for each in arguments]
     try:
         for done, future in enumerate(as_completed(futures), 1):
             future.result()
@@ -237,12 +236,3 @@ def _run(
         for future in futures:  # where one raised, the others are of no use
             future.cancel()
     return [future.result() for future in futures]
-
-
-def _of_version(version: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function where this process has the version of the package that asks for it."""
-    if version != DEPTHSCOPE:
-        raise InputError(
-            f"a worker has depthscope {DEPTHSCOPE}, and {version} asks it; start it in the same environment"
-        )
-    return function(*arguments)

@@ -16,7 +16,6 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.labelled_input import bind_arrays, split_options, trace_of, with_mask
 from depthscope.diagnostics.quantities import (
     depth_paths,
-    mean_states,
     mixing_matrices,
     over_sequences,
     registry,
@@ -28,7 +27,7 @@ from depthscope.diagnostics.quantities.registry import DIMS, Quantities
 
 # Importing these declares their quantities, so that a metric finds them whichever files are imported before it.
 QUANTITY_MODULES = (
-    *(states, tokens, token_spectra, mean_states, mixing_matrices),
+    *(states, tokens, token_spectra, mixing_matrices),
     depth_paths,
 )
 

@@ -116,13 +116,12 @@ def signal_sizes(
 
 def _read_depths(h_pre: xr.DataArray, residual: xr.DataArray) -> list[int]:
     """Position on the depth axis of the state that each connection reads."""
-    name = "read_depth" if "read_depth" in h_pre.coords else "depth_in"
     depths = residual["depth"].values.tolist() if "depth" in residual.coords else []
-    if name not in h_pre.coords or not set(h_pre[name].values.tolist()) <= set(depths):
+    if "depth_in" not in h_pre.coords or not set(h_pre["depth_in"].values.tolist()) <= set(depths):
         raise Unavailable(
             "the run does not have the states that the connections read: capture them with sites=None"
         )
-    return [depths.index(depth) for depth in h_pre[name].values.tolist()]
+    return [depths.index(depth) for depth in h_pre["depth_in"].values.tolist()]
 
 
 def _stream_sizes(depths: list[int], residual: xr.DataArray, mask: xr.DataArray) -> np.ndarray:

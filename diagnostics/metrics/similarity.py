@@ -13,9 +13,8 @@ import xarray as xr
 from depthscope.diagnostics.kernels import geometry
 from depthscope.diagnostics.kernels import similarity as kernel
 from depthscope.diagnostics.metrics.declaration import OURS, Range, metric
-from depthscope.diagnostics.quantities.mean_states import MeanStates
 from depthscope.diagnostics.quantities.registry import quantity, ratio
-from depthscope.diagnostics.quantities.states import States
+from depthscope.diagnostics.quantities.states import MeanStates, States
 from depthscope.diagnostics.quantities.tokens import for_each_count
 
 # Numbers in the unit vectors of one block of tokens over all depths: 2 MB of float64, which stay in the cache of a core.

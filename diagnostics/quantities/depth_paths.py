@@ -97,24 +97,11 @@ def _order_of(values: xr.DataArray) -> Order:
             "some connections were left out by sites=, so that what passes them is unknown: capture all of them"
         )
     if "depth_in" not in coords or "depth_out" not in coords:
-        return Order(tuple(range(count)), tuple(range(count)))
+        return Order(tuple(range(count)))
     ends = list(zip(coords["depth_in"].values.tolist(), coords["depth_out"].values.tolist(), strict=True))
     # Branches between the same two depths are parallel.
     applied = np.cumsum([number > 0 and ends[number] != ends[number - 1] for number in range(count)]).tolist()
-    if "read_depth" not in coords:
-        return Order(tuple(applied), tuple(applied))
-    reads = []
-    for number, depth in enumerate(coords["read_depth"].values.tolist()):
-        # The state after all connections that write it or an earlier depth.
-        written = [applied[other] + 1 for other in range(count) if ends[other][1] <= depth]
-        state = max(written, default=0)
-        if state > applied[number]:
-            raise Unavailable(
-                f"read_depth of connection {number} is {depth}; expected at most depth {ends[number][0]}, which it is "
-                "applied to"
-            )
-        reads.append(state)
-    return Order(tuple(applied), tuple(reads))
+    return Order(tuple(applied))
 
 
 def _require_plain(depth_in: xr.DataArray, attrs: Mapping[str, Any], *, after_sum_is_known: bool) -> None:

@@ -50,13 +50,9 @@ def connection_gains(
     gain_sum: xr.DataArray, gain_max: xr.DataArray, token_count: xr.DataArray
 ) -> xr.DataArray:
     """Mean and largest Amax gain of every connection."""
-    return _mean_and_max(gain_sum / token_count, gain_max)
-
-
-def _mean_and_max(mean: xr.DataArray, largest: xr.DataArray) -> xr.DataArray:
     # No quantiles, which sums over batches cannot give.
     labels = xr.Variable("reduction", ["mean", "max"])
-    return xr.concat([mean, largest], labels, coords="minimal", compat="override")
+    return xr.concat([gain_sum / token_count, gain_max], labels, coords="minimal", compat="override")
 
 
 def mean_entropy_share(

@@ -5,7 +5,7 @@ Shapes: ``C`` connections, ``N`` real tokens, ``n`` streams.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cached_property
 
 import numpy as np
@@ -23,16 +23,15 @@ BLOCK = 4_000_000
 
 # Matrices that are measured in one call: with few tokens, calls would take longer than what they compute.
 AT_ONCE = 4096
-# Bytes of matrices that are cached between metrics: 60 connections of 32 768 tokens and 4 streams. Heuristic.
-KEPT_BYTES = 256_000_000
 # Tokens of one block of products, so that those of all connections need not be in memory at once.
 TOKENS = 1024
 
 
 class Mixing:
-    """Mixing matrices of one chain in float64: a few connections at a time, and multiplied from the embedding on.
+    """Mixing matrices of one chain in float64, and multiplied from the embedding on.
 
-    A connection that is not finite is replaced by the identity, and every value computed from it is NaN.
+    All are in memory: they take less than the states of one depth, whose features are many more than the streams. A connection
+    that is not finite is replaced by the identity, and every value computed from it is NaN.
 
     ``h_res``: dims (connection, sample, token, stream_out, stream_in).
     ``mask``: dims (sample, token).
@@ -45,8 +44,6 @@ class Mixing:
         self._labels = connection_labels(h_res)
         # Sequence and position of each token, in the order of the tokens.
         self._positions = np.argwhere(self._real)
-        self._bad: dict[int, int] = {}
-        self._seen = np.zeros(len(self), dtype=bool)
 
     def __len__(self) -> int:
         return int(self._h_res.sizes["connection"])
@@ -56,70 +53,44 @@ class Mixing:
         """N."""
         return len(self._positions)
 
-    @property
-    def fits(self) -> bool:
-        """Whether all matrices are cached in memory; else they are read again by each metric, a few connections at a time."""
-        return 8 * len(self) * self.num_tokens * self.num_streams**2 <= KEPT_BYTES
-
     @cached_property
-    def matrices(self) -> np.ndarray:
-        """All matrices, (C, N, n, n)."""
-        return self._read(slice(None))
-
-    def _read(self, connections: slice) -> np.ndarray:
-        """Matrices of some connections (c, N, n, n) in float64."""
-        matrices = self._h_res[connections].values[:, self._real].astype(np.float64)
-        bad: np.ndarray = np.logical_not(np.isfinite(matrices).all(axis=(2, 3)))
-        for position, of_one in zip(range(len(self))[connections], bad, strict=True):
-            self._seen[position] = True
-            if of_one.any():
-                self._bad[position] = int(of_one.sum())
+    def _read(self) -> tuple[np.ndarray, np.ndarray]:
+        """All matrices, and how many of each connection are not finite."""
+        matrices = self._h_res.values[:, self._real].astype(np.float64)
+        num_bad = np.logical_not(np.isfinite(matrices).all(axis=(2, 3))).sum(axis=1)
         # LAPACK refuses NaN, and products would carry them on: `reduced` sets what depends on these to NaN.
-        matrices[bad.any(axis=1)] = np.eye(matrices.shape[-1])
+        matrices[num_bad > 0] = np.eye(matrices.shape[-1])
         # Tokens are the last axis in memory, the second of the view: sums and products over the few streams then
         # run along the tokens and vectorise.
         ordered = np.moveaxis(np.ascontiguousarray(np.moveaxis(matrices, 1, -1)), -1, 1)
-        ordered.flags.writeable = (
-            False  # they are cached: a metric that wrote to them would change all later ones
-        )
-        return ordered
+        ordered.flags.writeable = False  # a metric that wrote to them would change all later ones
+        return ordered, num_bad
 
-    def blocks(self) -> Iterator[np.ndarray]:
-        """The matrices (c, N, n, n) from the first connection on, a few connections at a time."""
-        for part in self._parts:
-            yield self.matrices[part] if self.fits else self._read(part)
+    @property
+    def matrices(self) -> np.ndarray:
+        """All matrices, (C, N, n, n)."""
+        return self._read[0]
 
     @property
     def _parts(self) -> list[slice]:
+        """Some connections at a time: what is computed of them takes more than they do."""
         size = max(1, AT_ONCE // self.num_tokens)
         return [slice(start, start + size) for start in range(0, len(self), size)]
 
-    def token_blocks(self) -> Iterator[np.ndarray]:
+    def token_blocks(self) -> list[np.ndarray]:
         """The matrices of all connections (C, t, n, n), a few tokens at a time."""
-        width = max(1, KEPT_BYTES // (8 * len(self) * self.num_streams**2))
-        for start in range(0, self.num_tokens, width):
-            tokens = slice(start, start + width)
-            whole = (
-                self.matrices if self.fits else np.concatenate([block[:, tokens] for block in self.blocks()])
-            )
-            # Rounded up: array_split makes blocks of TOKENS or fewer.
-            yield from np.array_split(whole, -(-whole.shape[1] // TOKENS), axis=1)
+        # Rounded up: array_split makes blocks of TOKENS or fewer.
+        return np.array_split(self.matrices, -(-self.num_tokens // TOKENS), axis=1)
 
     @property
     def finite(self) -> np.ndarray:
         """Which connections are finite, (C,)."""
-        if self.fits:
-            _ = self.matrices  # read here where no metric has, and cached
-        for position in np.flatnonzero(~self._seen).tolist():
-            self._read(slice(position, position + 1))
-        found = np.ones(len(self), dtype=bool)
-        found[list(self._bad)] = False
-        return found
+        return np.asarray(self._read[1] == 0)
 
     @property
     def not_finite(self) -> dict[str, int]:
         """How many tokens of each connection that is not finite are not, by its label."""
-        return {str(self._labels[c]): self._bad[c] for c in np.flatnonzero(~self.finite).tolist()}
+        return {str(self._labels[c]): int(self._read[1][c]) for c in np.flatnonzero(~self.finite).tolist()}
 
     @property
     def finite_from_first(self) -> np.ndarray:
@@ -146,25 +117,15 @@ class Mixing:
 
         ``measure``: matrices (..., n, n) in, values (..., more) out.
         """
-        return np.concatenate([measure(block) for block in self.blocks()])
+        return np.concatenate([measure(self.matrices[part]) for part in self._parts])
 
     def each_product(self, measure: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
         """Measure the products from the embedding on, as many at a time as there is memory for.
 
         ``measure``: matrices (..., n, n) and their log scales (...) in, values (..., more) out.
         """
-        return np.concatenate([measure(products, scales) for products, scales in self._products()])
-
-    def _products(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Products from the embedding on (c, N, n, n) and their log scales (c, N), a few connections at a time."""
-        before: tuple[np.ndarray, np.ndarray] | None = None
-        for number, block in enumerate(self.blocks()):
-            if self.fits:  # cached for the next metric
-                products, scales = (of_all[self._parts[number]] for of_all in self.prefix)
-            else:
-                products, scales = kernel.prefix_composites(block, return_log_scale=True, after=before)
-                before = products[-1], scales[-1]
-            yield products, scales
+        products, scales = self.prefix
+        return np.concatenate([measure(products[part], scales[part]) for part in self._parts])
 
     def reduced(
         self, values: np.ndarray, dims: tuple[str, ...] = (), *, depends_on: str = "itself"
@@ -250,16 +211,10 @@ def mixing(h_res: xr.DataArray, mask: xr.DataArray) -> Mixing:
     return Mixing(h_res, mask)
 
 
-@quantity(roots=("h_pre",))
-def read_weights(
-    h_pre: xr.DataArray, mask: xr.DataArray, read_known: xr.DataArray | None = None
-) -> np.ndarray:
-    """Weights by which every connection reads the streams, (C, N, n); 0 where they are not known.
-
-    Equal streams do not tell by which weights they are read: such tokens count for no share.
-    """
-    weights = require_finite(real_tokens(h_pre, mask), h_pre)
-    return weights if read_known is None else weights * real_tokens(read_known, mask)[..., None]
+@quantity
+def read_weights(h_pre: xr.DataArray, mask: xr.DataArray) -> np.ndarray:
+    """Weights by which every connection reads the streams, (C, N, n)."""
+    return require_finite(real_tokens(h_pre, mask), h_pre)
 
 
 def require_finite(weights: np.ndarray, of: xr.DataArray) -> np.ndarray:

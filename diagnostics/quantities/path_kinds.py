@@ -23,15 +23,14 @@ from depthscope.diagnostics.quantities.registry import Unavailable
 
 @dataclass(frozen=True)
 class Order:
-    """Which state each sublayer is applied to, and which one it reads; states are numbered from the embedding, 0."""
+    """Which state each sublayer reads and is applied to; states are numbered from the embedding, 0."""
 
-    applied_to: tuple[int, ...]  # (C,) each
-    reads_from: tuple[int, ...]  # (C,) each
+    applied_to: tuple[int, ...]  # (C,)
 
     @property
     def sequential(self) -> bool:
-        """Whether each sublayer reads the state that it is applied to, one after the other."""
-        return self.applied_to == self.reads_from == tuple(range(len(self.applied_to)))
+        """Whether the sublayers follow one another."""
+        return self.applied_to == tuple(range(len(self.applied_to)))
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -114,7 +113,6 @@ class StreamPaths(DepthPaths):
             reads.reshape(-1, *reads.shape[2:]),
             writes.reshape(-1, *writes.shape[2:]),
             applied_to=np.repeat(self.order.applied_to, views).tolist(),
-            reads_from=np.repeat(self.order.reads_from, views).tolist(),
         )
 
     def kernels(self, part: slice | np.ndarray) -> np.ndarray:
@@ -173,7 +171,6 @@ class PlainPaths(DepthPaths):
             np.ones_like(writes)[..., None],
             writes[..., None],
             applied_to=self.order.applied_to,
-            reads_from=self.order.reads_from,
         )
         # Gates: each feature has its own product; their magnitudes are averaged after it.
         return np.abs(found) if found.ndim == 3 else np.abs(found).mean(axis=1)

@@ -67,9 +67,6 @@ ROW_FACTS = ("untouched",)
 ATTRS = "attrs"
 """The quantity of this name is the attributes of the chain: its family, and whether its reading is proven."""
 
-# Parts of connections with streams, which a run of one stream cannot have.
-_OF_STREAMS = (*(*OF_STREAMS, "read_known"),)
-
 # What to do where a run lacks a variable.
 _REMEDIES = {
     "gradient": "capture it with gradients=True; a network whose trunk is frozen has none at its states",
@@ -140,11 +137,6 @@ class Quantities:
     def give(self, name: str, value: Any) -> None:
         """Give a quantity that is known already, such as from more data than the trace has."""
         self._values[name] = value
-
-    @property
-    def computed(self) -> set[str]:
-        """Names of the derived quantities that were needed so far."""
-        return {name for name in self._values if name in QUANTITIES}
 
     def call(self, function: Callable[..., Any]) -> Any:
         """Call a function with the quantities that its parameters name.
@@ -227,7 +219,7 @@ class Quantities:
         if name not in (*TRACE, *TRACE_COORDS, *STATISTICS):
             # Not Unavailable, which is a reason about the run: this is a mistake in a declaration.
             raise LookupError(f"no quantity {name!r}; declare it with @quantity or record it in the trace")
-        if name in _OF_STREAMS and self.trace.sizes.get("stream") == 1:
+        if name in OF_STREAMS and self.trace.sizes.get("stream") == 1:
             raise Unavailable("needs more than one stream; this run has one")
         raise missing(name)
 

@@ -1,22 +1,9 @@
 """What is a run? Its groups, variables and attributes, their validation, and runs on disk."""
 
 from depthscope.diagnostics.schema.attributes import storable_attributes
-from depthscope.diagnostics.schema.coefficients import (
-    COEFFICIENTS,
-    OF_STREAMS,
-    PLAIN_FACTORS,
-    SUMMED,
-    SUMS_OF_COEFFICIENTS,
-)
 from depthscope.diagnostics.schema.groups import COMPLETE, GROUPS, by_chain, chain_dataset, chains
-from depthscope.diagnostics.schema.live_log import (
-    LOG,
-    LiveRows,
-    Status,
-    is_being_written,
-    is_live_store,
-    newest_state,
-)
+from depthscope.diagnostics.schema.live_rows import LOG, LiveRows, Status
+from depthscope.diagnostics.schema.live_store import is_being_written, is_live_store, newest_state
 from depthscope.diagnostics.schema.opening import (
     POOLED_STEP,
     RESUMED_AT,
@@ -34,28 +21,32 @@ from depthscope.diagnostics.schema.saving import (
     write_zip,
 )
 from depthscope.diagnostics.schema.validation import (
-    PROVEN,
     SCHEMA_VERSION,
-    UNPROVEN,
     SchemaError,
     create_run,
     validate,
 )
 from depthscope.diagnostics.schema.variables import (
+    COEFFICIENTS,
     CUT_GRADIENT,
     FROZEN_MODULES,
     GAIN,
-    INFERRED,
     MOTION,
     NOT_FINITE,
     OF_ATTENTION,
+    OF_STREAMS,
     OF_WEIGHTS,
+    PLAIN_FACTORS,
     PROFILE,
+    PROVEN,
     QUERY,
     STATE,
     STATISTICS,
+    SUMMED,
+    SUMS_OF_COEFFICIENTS,
     TRACE,
     TRACE_COORDS,
+    UNPROVEN,
     WITHOUT_GRADIENT,
     Variable,
 )
@@ -67,7 +58,6 @@ __all__ = [
     "FROZEN_MODULES",
     "GAIN",
     "GROUPS",
-    "INFERRED",
     "LIVE",
     "LOG",
     "MOTION",

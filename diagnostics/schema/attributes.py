@@ -1,4 +1,4 @@
-"""How are attributes stored? As text and numbers as they are; everything else as JSON."""
+"""How are attributes and texts stored? As JSON has them, and texts as every reader can show them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,49 @@ import xarray as xr
 
 from depthscope.diagnostics.errors import InputError
 
-# netCDF attributes take no None, bool or dict, and an empty text comes back as None from h5netcdf. A prefix marks what
-# was encoded, so that text written by the user is never parsed.
+# Runs of earlier versions have what is no text and no number as JSON text with this prefix; a user's own text that begins with
+# it is stored like that, so that it is never parsed.
 _JSON = "json:"
 
 
 def encode_dataset(dataset: xr.Dataset) -> xr.Dataset:
-    """A copy of a dataset that every format can store; its attributes are what JSON can express."""
+    """A copy of a dataset that Zarr stores; its attributes are what JSON can express."""
     encoded = dataset.copy()
     encoded.attrs = _encode_attrs(dataset.attrs)
     as_objects: dict[Hashable, xr.Variable] = {}
     for name, variable in encoded.variables.items():
         variable.attrs = _encode_attrs(dataset.variables[name].attrs)
-        # Chunks and filters of the file that it was read from do not fit another format.
+        # Chunks and filters of the file that it was read from do not fit another one.
         variable.encoding = {}
-        # Fixed-width text is stored at its own width by zarr and refused by h5netcdf; objects work in both.
+        # Fixed-width text is stored at its own width.
         if variable.dtype.kind in "OUT":
             texts = np.array([_storable(text) for text in variable.values.ravel().tolist()], object)
             as_objects[name] = xr.Variable(variable.dims, texts.reshape(variable.shape), variable.attrs)
     return encoded.assign(as_objects)  # at once: each time all indexes are compared
+
+
+def decode_dataset(dataset: xr.Dataset) -> xr.Dataset:
+    """The inverse of `encode_dataset`."""
+    decoded = dataset.copy()
+    decoded.attrs = _decode_attrs(dataset.attrs)
+    for name, variable in decoded.variables.items():
+        variable.attrs = _decode_attrs(dataset.variables[name].attrs)
+    return decoded
+
+
+def _encode_attrs(attrs: Mapping[Hashable, Any]) -> dict[str, Any]:
+    plain = json.loads(json.dumps({str(key): value for key, value in attrs.items()}, default=json_default))
+    return {key: _JSON + json.dumps(of) if _has_prefix(of) else of for key, of in plain.items()}
+
+
+def _decode_attrs(attrs: Mapping[Hashable, Any]) -> dict[str, Any]:
+    return {
+        str(key): json.loads(of.removeprefix(_JSON)) if _has_prefix(of) else of for key, of in attrs.items()
+    }
+
+
+def _has_prefix(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(_JSON)
 
 
 def _storable(text: Any) -> Any:
@@ -47,46 +71,6 @@ def storable_texts(content: Any) -> Any:
     if isinstance(content, list):
         return [storable_texts(value) for value in content]
     return _storable(content)
-
-
-def decode_dataset(dataset: xr.Dataset) -> xr.Dataset:
-    """The inverse of `encode_dataset`."""
-    decoded = dataset.copy()
-    decoded.attrs = decode_attrs(dataset.attrs)
-    for name, variable in decoded.variables.items():
-        variable.attrs = decode_attrs(dataset.variables[name].attrs)
-    return decoded
-
-
-def decode_attrs(attrs: Mapping[Hashable, Any]) -> dict[str, Any]:
-    """Attributes as they were before `encode_dataset`."""
-    decoded = {}
-    for key, value in attrs.items():
-        if isinstance(value, str) and value.startswith(_JSON):
-            value = json.loads(value.removeprefix(_JSON))
-        elif isinstance(value, np.generic):  # netCDF gives numpy's numbers, JSON and the caller Python's
-            value = value.item()
-        decoded[str(key)] = value
-    return decoded
-
-
-def _encode_attrs(attrs: Mapping[Hashable, Any]) -> dict[str, Any]:
-    return {str(key): _encode_value(value) for key, value in attrs.items()}
-
-
-def _encode_value(value: Any) -> Any:
-    if isinstance(value, np.generic):
-        value = value.item()
-    # bool is an int in Python, and would come back as a number.
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    # netCDF has integers of 64 bits.
-    if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        is_number = False
-    # JSON escapes what UTF-8 and C cannot have in a text.
-    is_text = (
-        isinstance(value, str) and value != "" and not value.startswith(_JSON) and _storable(value) == value
-    )
-    return value if is_number or is_text else _JSON + json.dumps(value, default=json_default)
 
 
 def storable_attributes(attrs: Mapping[str, Any] | None) -> dict[str, Any]:

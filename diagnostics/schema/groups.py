@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import xarray as xr
-
-from depthscope.diagnostics.schema.attributes import encode_dataset
 
 GROUPS = ("trace", "statistics", "metrics", "coverage")
 
@@ -28,13 +24,10 @@ def chain_dataset(run: xr.DataTree, group: str, chain: str = "") -> xr.Dataset |
 
     ``group``: ``"trace"``, ``"statistics"`` or ``"metrics"``.
     ``chain``: a name of `chains`.
-    Returns: Of metrics an `Analysis`.
     """
     if group not in run.children or (chain and chain not in run[group].children):
         return None
     dataset = run[group_path(group, chain)].to_dataset()
-    if group == "metrics":  # as `analyze` returns them
-        dataset = Analysis.of(dataset)
     return dataset if dataset.variables else None  # the node above several chains is empty
 
 
@@ -56,43 +49,3 @@ def group_path(group: str, chain: str) -> str:
     ('trace', 'trace/decoder')
     """
     return f"{group}/{chain}" if chain else group
-
-
-class Analysis(xr.Dataset):
-    """A Dataset of metrics, which writes attributes that netCDF has no type for, such as a dict, as JSON text."""
-
-    __slots__ = ()
-
-    @classmethod
-    def of(cls, dataset: xr.Dataset) -> Analysis:
-        """The same variables, coordinates and attributes."""
-        variables = (
-            dataset.variables
-        )  # of arrays with labels xarray would compare those of each with those of all others
-        return cls(
-            {name: variables[name] for name in dataset.data_vars},
-            {name: variables[name] for name in dataset.coords},
-            dataset.attrs,
-        )
-
-    def to_netcdf(self, *arguments: Any, **options: Any) -> Any:
-        """As of Dataset."""
-        return xr.Dataset.to_netcdf(encode_dataset(self), *arguments, **options)
-
-    def to_zarr(self, *arguments: Any, **options: Any) -> Any:
-        """As of Dataset."""
-        return xr.Dataset.to_zarr(encode_dataset(self), *arguments, **options)
-
-
-class AnalysisTree(xr.DataTree):
-    """An `Analysis` of each of several chains."""
-
-    __slots__ = ()
-
-    def to_netcdf(self, *arguments: Any, **options: Any) -> Any:
-        """As of DataTree."""
-        return xr.DataTree.to_netcdf(self.map_over_datasets(encode_dataset), *arguments, **options)
-
-    def to_zarr(self, *arguments: Any, **options: Any) -> Any:
-        """As of DataTree."""
-        return xr.DataTree.to_zarr(self.map_over_datasets(encode_dataset), *arguments, **options)

@@ -19,13 +19,11 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.schema.coefficients import SUMS_OF_COEFFICIENTS
 from depthscope.diagnostics.schema.groups import chain_dataset, chains, group_path
 from depthscope.diagnostics.schema.loss_course import LossCourse
 from depthscope.diagnostics.schema.validation import SchemaError
 from depthscope.diagnostics.schema.variables import (
     CUT_GRADIENT,
-    MOTION,
     OF_SUMS,
     STATISTICS,
     WITHOUT_GRADIENT,
@@ -37,13 +35,6 @@ PART, STAGE = "part", "pipeline_stage"
 PARTS = "parts"
 """Attribute of a joined run: how many parts it has, which are missing or behind, and how they were joined."""
 
-SUMMED = frozenset((
-    *("token_count", "sequence_count", "norm_sum", "square_norm_sum", "adjacent_cosine_sum", "gain_sum", "loss_terms"),
-    *("h_pre_token_count", *SUMS_OF_COEFFICIENTS),
-    *("attention_query_count", "attention_entropy_sum", "sink_mass_sum", "feature_sum", "unit_sum"),
-))  # fmt: skip
-LARGEST = frozenset(("norm_max", "abs_max", "gain_max", "loss_not_finite"))
-FIRST = frozenset(("loss_scale", "connection_parameter", "cell_parameter"))  # equal in all parts
 SAME = [
     "family",
     "n_streams",
@@ -279,48 +270,24 @@ class _PartWeights:
         }
         return ({"same_data": same} if same else {}) | ({"last_step": ended} if ended else {})
 
-    def added(self, name: str, values: np.ndarray) -> np.ndarray | None:
-        """One statistic of all parts, (part, step, …); None where it is not known how it adds up."""
-        lead = (len(self.counted), len(self.steps), *(1,) * (values.ndim - 2))
-        counts = (self.present & np.array(self.counted)[:, None]).reshape(lead)
-        if name in LARGEST:
-            return np.where(counts, values, -np.inf).max(0)
-        if name in FIRST:
-            return values[0]
-        factor = np.ones_like(self.share)
-        if name == "loss":
-            factor = self.of_loss
-        elif name == "gradient_square_norm_sum":
-            factor = self.share**2
-        elif name not in SUMMED:
-            return None
-        return np.where(counts, values * factor.reshape(lead), 0.0).sum(0)
-
 
 def _added(parts: Sequence[xr.Dataset], weights: _PartWeights) -> xr.Dataset:
-    """The statistics of all parts."""
+    """The statistics of all parts, each as the table of variables says."""
     first = parts[0]
     found: dict[str, Any] = {}
-    counted = [part for part, counts in zip(parts, weights.counted, strict=True) if counts]
     for name in [str(name) for name in first.data_vars if all(name in part for part in parts)]:
         like = first[name]
-        _require_same(f"the size of {name}", {str(i): _sizes(part[name]) for i, part in enumerate(parts)})
-        if STATISTICS[name].dims == MOTION or name == "weight_count":  # every process has a share of them
-            of_all = [weights.at_steps(p[name]) if "step" in like.dims else p[name].values for p in parts]
-            found[name] = (like.dims, np.sum(of_all, axis=0), like.attrs)
-        elif "step" in like.dims:
+        sizes = {str(i): {**part[name].sizes, "step": 0} for i, part in enumerate(parts)}
+        _require_same(f"the size of {name}", sizes)
+        if "step" in like.dims:
             values = np.stack([weights.at_steps(part[name]) for part in parts])
-            added = weights.added(name, values)
-            if added is not None:
-                found[name] = (("step", *(dim for dim in like.dims if dim != "step")), added, like.attrs)
-        elif name in SUMMED:
-            found[name] = (
-                like.dims,
-                np.sum([p[name].values for p in counted], axis=0, dtype=float),
-                like.attrs,
-            )
+            dims = ("step", *(dim for dim in like.dims if dim != "step"))
         else:
-            found[name] = like.variable
+            values, dims = np.stack([part[name].values for part in parts]), like.dims
+        added = _joined_values(STATISTICS[name].parts, values, weights, by_step="step" in dims)
+        if added is not None:
+            found[name] = (dims, added, like.attrs)
+    counted = [part for part, counts in zip(parts, weights.counted, strict=True) if counts]
     found["unit_pair_sum"] = _pair_sum(counted, weights)
     if "loss" in found:
         course = LossCourse()
@@ -329,8 +296,23 @@ def _added(parts: Sequence[xr.Dataset], weights: _PartWeights) -> xr.Dataset:
     return xr.Dataset(found, {**coords, "step": weights.steps}, attrs=first.attrs)
 
 
-def _sizes(values: xr.DataArray) -> dict[str, int]:
-    return {str(dim): size for dim, size in values.sizes.items() if dim != "step"}
+def _joined_values(
+    how: str, values: np.ndarray, weights: _PartWeights, *, by_step: bool
+) -> np.ndarray | None:
+    """One statistic of all parts, (part, step, …) or (part, …); None where it is not known how it adds up."""
+    if how == "share":  # every process has one of them
+        return np.asarray(values.sum(0))
+    counts = weights.present & np.array(weights.counted)[:, None]  # (part, step)
+    factors = {"sum": np.ones_like(weights.share), "loss": weights.of_loss, "squares": weights.share**2}
+    lead = (*counts.shape, *(1,) * (values.ndim - 2)) if by_step else (len(values), *(1,) * (values.ndim - 1))
+    if not by_step:
+        counts, factors = np.array(weights.counted), {"sum": np.ones(len(values))}
+    if how == "largest":
+        return np.asarray(np.where(counts.reshape(lead), values, -np.inf).max(0))
+    if how in factors:
+        weighted = values.astype(float) * factors[how].reshape(lead)
+        return np.asarray(np.where(counts.reshape(lead), weighted, 0.0).sum(0))
+    return np.asarray(values[0]) if how == "first" or not by_step else None
 
 
 def _pair_sum(parts: Sequence[xr.Dataset], weights: _PartWeights) -> Any:

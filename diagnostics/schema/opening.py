@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator
@@ -11,20 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import xarray as xr
-from xarray.backends import BackendArray
-from xarray.core import indexing
 
 from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.schema.groups import chain_dataset, group_path
 from depthscope.diagnostics.schema.joining import PARTS, join_parts, parts_of
-from depthscope.diagnostics.schema.live_log import (
+from depthscope.diagnostics.schema.live_rows import LiveRows, Status
+from depthscope.diagnostics.schema.live_store import (
     RUN_ID,
     STATES,
-    LiveRows,
-    Status,
     is_live_store,
     live_log_of,
     newest_state,
@@ -157,13 +152,11 @@ def _open_live(store: Path, open_state: Callable[[Path], xr.DataTree]) -> xr.Dat
 
 def _groups_with_rows(state: xr.DataTree, rows: LiveRows, status: Status) -> dict[str, xr.Dataset]:
     """Every group of a live store, with its attributes."""
-    groups = {node.path.strip("/"): node.to_dataset(inherit=False) for node in state.subtree}
-    for path in dict.fromkeys(name.rpartition("/")[0] for name in (*rows.variables, *rows.coords)):
-        groups[path] = with_rows(path, groups.get(path, xr.Dataset()), rows)
-        groups[path].attrs |= rows.attrs.get(path, {})
-        if status.state_step != status.last_step:
+    groups = rows.groups_of(state)
+    if status.state_step != status.last_step:
+        for path in {name.rpartition("/")[0] for name in rows.variables}:
             groups[path].attrs[POOLED_STEP] = status.state_step
-    groups[""].attrs |= {**rows.attrs.get("", {}), "created": rows.created, LIVE: status.as_dict()}
+    groups[""].attrs |= {"created": rows.created, LIVE: status.as_dict()}
     if rows.resumed:
         groups[""].attrs[RESUMED_AT] = rows.resumed
     return {f"/{path}": dataset for path, dataset in groups.items()}
@@ -194,41 +187,6 @@ def _step_of(run: xr.DataTree) -> int | None:
     return int(steps[0][-1]) if steps else None
 
 
-def with_rows(path: str, known: xr.Dataset, rows: LiveRows) -> xr.Dataset:
-    """A group in which what has a step is of the rows, and the rest as in the saved state."""
-    kept = known.drop_dims("step") if "step" in known.dims else known
-    of_group = {name.rpartition("/")[2]: name for name in rows.coords if name.rpartition("/")[0] == path}
-    coords = {label: rows.coords[name] for label, name in of_group.items() if label not in kept.variables}
-    variables = {}
-    for name, declared in rows.variables.items():
-        group, _, label = name.rpartition("/")
-        if group == path:
-            attrs = known[label].attrs if label in known.variables else dict(declared.attrs)
-            lazy = indexing.LazilyIndexedArray(_Column(rows, name))
-            variables[label] = xr.Variable(("step", *declared.dims), lazy, attrs)
-    try:
-        return kept.assign_coords({"step": ("step", rows.steps), **coords}).assign(variables)
-    except ValueError as error:  # other labels than the saved arrays, or two things of one name
-        raise SchemaError(f"the rows of /{path} do not fit to its saved arrays ({error})") from None
-
-
-class _Column(BackendArray):
-    """One variable of the rows that there are now, read completely when a part of it is used."""
-
-    def __init__(self, rows: LiveRows, name: str) -> None:
-        declared = rows.variables[name]
-        self.shape, self.dtype = (len(rows.rows), *declared.shape), np.dtype(declared.dtype)
-        self._read = partial(rows.column, name)
-
-    def __deepcopy__(self, memo: Any) -> _Column:
-        return self  # what was written is never changed
-
-    def __getitem__(self, key: Any) -> Any:
-        return indexing.explicit_indexing_adapter(
-            key, self.shape, indexing.IndexingSupport.BASIC, lambda index: self._read()[index]
-        )
-
-
 def open_group(
     path: str | os.PathLike[str], group: str, chain: str = "", *, max_bytes: int | None = None
 ) -> xr.Dataset:
@@ -254,29 +212,29 @@ def open_group(
             raise AbsentError(f"{source}: it has no group {group_path(group, chain)}")
         return found
     _require_present(source)
-    with _damage_named(source):
-        check_zarr(source, max_bytes, chunks=False)
-        store = _store(source)
-        try:
-            opened = xr.open_dataset(store, group=group_path(group, chain), **_OPTIONS)
-        except FileNotFoundError:  # the error of zarr for it
-            raise AbsentError(f"{source}: it has no group {group_path(group, chain)}") from None
-        decoded, _ = _decoded(opened)
-        decoded.set_close(store.close)
-        return decoded
+    tree = open_tree(source, group_path(group, chain), max_bytes=max_bytes, checksums=False)
+    dataset = tree.to_dataset()
+    dataset.set_close(tree.close)
+    return dataset
 
 
-def open_tree(path: Path, *, max_bytes: int | None = None, checksums: bool = True) -> xr.DataTree:
-    """A Zarr folder or zip file as a decoded tree, whatever it is of, once it was checked.
+def open_tree(
+    path: Path, group: str = "", *, max_bytes: int | None = None, checksums: bool = True
+) -> xr.DataTree:
+    """A Zarr folder or zip file, or a group of it, as a decoded tree, whatever it is of, once it was checked.
 
     Raises SchemaError: With the path and what is wrong, for what `save_run` does not write.
+    Raises AbsentError: Where there is no such group.
     """
     with _damage_named(path):
         require_ordinary(path, folder=path.name.endswith(".zarr"))
         check_zarr(path, max_bytes, chunks=checksums)
         store = _store(path)
         datasets: dict[str, xr.Dataset] = {}
-        waiting = [xr.open_datatree(store, **_OPTIONS)]
+        try:
+            waiting = [xr.open_datatree(store, group=group or None, **_OPTIONS)]
+        except FileNotFoundError:  # the error of zarr for it
+            raise AbsentError(f"{path}: it has no group {group}") from None
         while waiting:
             node = waiting.pop()
             datasets[node.path], order = _decoded(node.to_dataset(inherit=False))
@@ -343,16 +301,30 @@ def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
     """
     # Resolved, so that a root that is reached by a link is not itself taken for a place outside.
     base = Path(root).resolve()
-    if is_live_store(base) or parts_of(base):
-        return {base.name: base}
-    if base.name.endswith(SUFFIXES):
-        return {without_suffix(base.name): base} if base.exists() else {}
-    found: dict[str, Path] = {}
-    for entry in sorted(_walk(base, itertools.count(1))):
-        # A dashboard may serve this folder to others: nothing outside it is offered.
-        if _is_below(base, entry):
-            found[without_suffix(str(entry.relative_to(base)))] = entry
-    return found
+    if _is_run(base) and base.exists():
+        return {without_suffix(base.name): base}
+    found: list[Path] = []
+    num_entries = 0
+    for place, folders, files in os.walk(
+        base
+    ):  # links to folders are not followed: they may lead in a circle
+        num_entries += len(folders) + len(files)
+        # The root of a disk would be read for minutes.
+        if num_entries > MAX_ENTRIES:
+            raise InputError(
+                f"more than {MAX_ENTRIES} files up to {place}; name the folder that the runs are in"
+            )
+        # A name with a dot is a run that is being written, see `save_run`.
+        entries = [Path(place, name) for name in (*folders, *files) if not name.startswith(".")]
+        runs = [entry for entry in entries if _is_run(entry)]
+        found += runs
+        folders[:] = sorted({entry.name for entry in entries} - {run.name for run in runs} - {*files})
+    # A dashboard may serve this folder to others: nothing outside it is offered.
+    return {without_suffix(str(of.relative_to(base))): of for of in sorted(found) if _is_below(base, of)}
+
+
+def _is_run(path: Path) -> bool:
+    return path.name.endswith(SUFFIXES) or is_live_store(path) or bool(parts_of(path))
 
 
 def _is_below(base: Path, entry: Path) -> bool:
@@ -360,21 +332,3 @@ def _is_below(base: Path, entry: Path) -> bool:
         return entry.resolve().is_relative_to(base)
     except (OSError, RuntimeError):  # a link that leads in a circle
         return False
-
-
-def _walk(folder: Path, seen: Iterator[int]) -> Iterable[Path]:
-    if not folder.is_dir():
-        return
-    for entry in map(folder.joinpath, os.listdir(folder)):
-        # The root of a disk would be read for minutes.
-        if next(seen) > MAX_ENTRIES:
-            raise InputError(
-                f"more than {MAX_ENTRIES} files up to {folder}; name the folder that the runs are in"
-            )
-        # A name with a dot is a run that is being written, see `save_run`.
-        if entry.name.startswith("."):
-            continue
-        if entry.name.endswith(SUFFIXES) or is_live_store(entry) or parts_of(entry):
-            yield entry
-        elif entry.is_dir() and not entry.is_symlink():  # a linked folder may lead in a circle
-            yield from _walk(entry, seen)

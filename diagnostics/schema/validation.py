@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,16 @@ import xarray as xr
 
 from depthscope.diagnostics.atomic_writes import kind_of
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.schema.coefficients import OVER_DEPTH, PLAIN_FACTORS
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains, group_path
 from depthscope.diagnostics.schema.variables import (
-    AFTER_SUM,
     COVERAGE,
-    SITES,
+    OVER_DEPTH,
+    PLAIN_FACTORS,
+    PROVEN,
     STATISTICS,
     TRACE,
     TRACE_COORDS,
+    UNPROVEN,
     Variable,
 )
 
@@ -30,10 +30,10 @@ from depthscope.diagnostics.schema.variables import (
 SCHEMA_VERSION = "1.2"
 
 # Without these nothing else of a group can be read: states need their padding, sums the number of their tokens.
-_REQUIRED = {"trace": ("residual", "mask"), "statistics": ("token_count",), "metrics": (), "coverage": ()}
-PROVEN = "proven"
-UNPROVEN = "unproven: "
-"""What an attribute ``proof`` is, or begins with."""
+_REQUIRED = {
+    "trace": ("residual", "mask", "layer", "site", "module"),
+    **{"statistics": ("token_count",), "metrics": (), "coverage": ()},
+}
 
 _DECLARED: dict[str, dict[str, Variable]] = {
     "trace": TRACE | TRACE_COORDS,
@@ -91,7 +91,7 @@ def check_version(attrs: Mapping[Any, Any]) -> None:
 
 def _validate_group(dataset: xr.Dataset, group: str, path: str) -> None:
     for required in _REQUIRED[group]:
-        if required not in dataset:
+        if required not in dataset.variables:
             raise SchemaError(
                 f"{path} has no variable {required!r}; it has {sorted(map(str, dataset.variables))}"
             )
@@ -100,7 +100,9 @@ def _validate_group(dataset: xr.Dataset, group: str, path: str) -> None:
         if name in dataset.variables:
             _validate_variable(dataset.variables[name], declared, f"{path}/{name}")
     if group == "trace":
-        _validate_trace(dataset, path)
+        _validate_statements(dataset.attrs, path)
+        _validate_sizes(dataset, path)
+        _validate_order(dataset, path)
 
 
 def _validate_variable(variable: xr.Variable, declared: Variable, path: str) -> None:
@@ -108,56 +110,18 @@ def _validate_variable(variable: xr.Variable, declared: Variable, path: str) -> 
         raise SchemaError(f"{path} has dims {variable.dims}, expected {declared.dims}")
     if variable.dtype.kind not in declared.kind:
         raise SchemaError(f"{path} has dtype {variable.dtype}, expected kind {declared.kind!r}")
+    texts = {str(text) for text in variable.values.ravel().tolist()} if declared.allowed else set()
+    if odd := sorted(text for text in texts if not _is_allowed(text, declared.allowed)):
+        raise SchemaError(f"{path} has {odd[0]!r}; expected some of {declared.allowed}")
 
 
-def _validate_trace(trace: xr.Dataset, path: str) -> None:
-    missing = [name for name in ("layer", "site", "module") if name not in trace.coords]
-    if missing:
-        raise SchemaError(f"{path} lacks the coordinates {missing} on depth")
-    unknown = set(map(str, trace["site"].values)) - set(SITES)
-    if unknown:
-        raise SchemaError(f"{path} has sites {sorted(unknown)}, expected some of {SITES}")
-    # xarray keeps one size for a dim: that these three dims are of the same streams is a rule of ours.
-    streams = trace.sizes["stream"]
-    for side in ("stream_out", "stream_in"):
-        if trace.sizes.get(side, streams) != streams:
-            raise SchemaError(
-                f"{path}/h_res has {trace.sizes[side]} along {side}, but the run has {streams} streams"
-            )
-    _validate_statements(trace.attrs, path)
-    _validate_linear_parts(trace, path)
-    if "connection" in trace.dims and "depth_out" in trace.coords and _has_every_depth(trace):
-        furthest = int(trace["depth_out"].max())
-        if furthest >= trace.sizes["depth"]:
-            raise SchemaError(
-                f"{path}: a connection writes depth {furthest}, the last depth is {trace.sizes['depth'] - 1}"
-            )
-
-
-def _validate_statements(attrs: Mapping[Any, Any], path: str) -> None:
-    """Check the statements of a run or a chain about its reading: whether it is proven, and what its matrices satisfy."""
-    proof = attrs.get("proof", PROVEN)
-    if not is_proof(proof):
-        raise SchemaError(
-            f"{path} has the proof {proof!r}; expected {PROVEN!r}, or {UNPROVEN!r} and the reason"
-        )
-    constraint = attrs.get("constraint", "unknown")
-    if not (isinstance(constraint, str) and constraint.strip()):
-        raise SchemaError(
-            f"{path} has the constraint {constraint!r}; expected a description of what the matrices satisfy, such as "
-            "'doubly stochastic within 1e-6', or no such attribute"
-        )
-    left_out = attrs.get("not_covered", [])
-    if not (isinstance(left_out, (list, tuple)) and all(_says_something(part) for part in left_out)):
-        raise SchemaError(
-            f"{path} has not_covered {left_out!r}; expected a list of the parts that lie in no chain, each a dict with its "
-            "'module' and a 'sentence' that says why"
-        )
-
-
-def _says_something(part: Any) -> bool:
-    return isinstance(part, Mapping) and all(
-        isinstance(part.get(key), str) and part[key].strip() for key in ("module", "sentence")
+def _is_allowed(text: str, allowed: Sequence[str]) -> bool:
+    """Whether a text is one of those that are allowed, or begins with one that ends in a colon, and goes on."""
+    return any(
+        text.startswith(each) and bool(text.removeprefix(each).strip())
+        if each.endswith(": ")
+        else text == each
+        for each in allowed
     )
 
 
@@ -169,57 +133,58 @@ def is_proof(text: Any) -> bool:
     >>> is_proof("proven"), is_proof("unproven: a branch was not seen"), is_proof("unproven: "), is_proof(True)
     (True, True, False, False)
     """
-    if not isinstance(text, str):
-        return False
-    return text == PROVEN or bool(text.startswith(UNPROVEN) and text.removeprefix(UNPROVEN).strip())
+    return isinstance(text, str) and _is_allowed(text, (PROVEN, UNPROVEN))
 
 
-def _validate_linear_parts(trace: xr.Dataset, path: str) -> None:
-    """Check what dims and dtypes do not say about the parts of connections that are no streams."""
-    factors = [name for name in PLAIN_FACTORS if name in trace]
-    if factors and trace.sizes["stream"] != 1:
+def _validate_statements(attrs: Mapping[Any, Any], path: str) -> None:
+    """Check the statements of a run or a chain about its reading: whether it is proven, and what its matrices satisfy."""
+    proof, constraint = attrs.get("proof", PROVEN), attrs.get("constraint", "unknown")
+    if not is_proof(proof):
         raise SchemaError(
-            f"{path} has {', '.join(factors)} and {trace.sizes['stream']} streams; factors are of plain connections, with "
-            "one stream: those of streams are h_res and h_post"
+            f"{path} has the proof {proof!r}; expected {PROVEN!r}, or {UNPROVEN!r} and the reason"
+        )
+    if not (isinstance(constraint, str) and constraint.strip()):
+        raise SchemaError(
+            f"{path} has the constraint {constraint!r}; expected a description of what the matrices satisfy, such as "
+            "'doubly stochastic within 1e-6', or no such attribute"
+        )
+
+
+def _validate_sizes(trace: xr.Dataset, path: str) -> None:
+    """Check what dims and dtypes do not say: how many there are of what belongs together."""
+    sizes, streams = trace.sizes, trace.sizes["stream"]
+    # xarray keeps one size for a dim: that these three dims are of the same streams is a rule of ours.
+    for side in ("stream_out", "stream_in"):
+        if sizes.get(side, streams) != streams:
+            raise SchemaError(
+                f"{path}/h_res has {sizes[side]} along {side}, but the run has {streams} streams"
+            )
+    factors = [name for name in PLAIN_FACTORS if name in trace]
+    if factors and streams != 1:
+        raise SchemaError(
+            f"{path} has {', '.join(factors)} and {streams} streams; factors are of plain connections, with one stream: those "
+            "of streams are h_res and h_post"
         )
     over_depth = [name for name in OVER_DEPTH if name in trace]
-    if over_depth and trace.sizes["source"] <= trace.sizes["connection"]:
+    if over_depth and sizes["source"] <= sizes["connection"]:
         raise SchemaError(
-            f"{path}/{over_depth[0]} has {trace.sizes['source']} sources and {trace.sizes['connection']} connections; "
-            "expected at least one source more: the embedding, then the output of each"
+            f"{path}/{over_depth[0]} has {sizes['source']} sources and {sizes['connection']} connections; expected at least "
+            "one source more: the embedding, then the output of each"
         )
-    if "read_depth" in trace.variables and "depth_in" in trace.coords:
-        late = trace["read_depth"].values > trace["depth_in"].values
-        if late.any():
-            number = int(late.argmax())
-            raise SchemaError(
-                f"{path}: connection {number} reads depth {int(trace['read_depth'][number])}, after depth "
-                f"{int(trace['depth_in'][number])}, which it is applied to"
-            )
-    _validate_texts(trace, path)
 
 
-def _validate_texts(trace: xr.Dataset, path: str) -> None:
-    """Check the coordinates of connections that are texts."""
-    after = set(map(str, trace["after_sum"].values)) if "after_sum" in trace.variables else set()
-    if after - set(AFTER_SUM):
-        raise SchemaError(
-            f"{path}/after_sum has {sorted(after - set(AFTER_SUM))}, expected some of {AFTER_SUM}"
-        )
-    proofs = trace["proof"].values.tolist() if "proof" in trace.variables else []
-    odd = [text for text in proofs if not is_proof(text)]
-    if odd:
-        raise SchemaError(f"{path}/proof has {odd[0]!r}; expected {PROVEN!r}, or {UNPROVEN!r} and the reason")
-
-
-def _has_every_depth(trace: xr.Dataset) -> bool:
-    """Whether the depths are 0 … D with the last block's output at the end, so that depth_out must be among them.
-
-    A capture of some sites has gaps; a final norm or a state that is changed before the next block comes after the last
-    connection.
-    """
+def _validate_order(trace: xr.Dataset, path: str) -> None:
+    """Check that connections write a depth that there is."""
+    # Where the depths are 0 … D with the last block's output at the end: a capture of some sites has gaps, and a final norm or
+    # a state that is changed before the next block comes after the last connection.
     depths = trace["depth"].values.tolist()
-    return str(trace["site"].values[-1]) == "post" and depths == list(range(len(depths)))
+    has_every = str(trace["site"].values[-1]) == "post" and depths == list(range(len(depths)))
+    if has_every and "connection" in trace.dims and "depth_out" in trace.coords:
+        furthest = int(trace["depth_out"].max())
+        if furthest >= len(depths):
+            raise SchemaError(
+                f"{path}: a connection writes depth {furthest}, the last depth is {len(depths) - 1}"
+            )
 
 
 Parts = xr.Dataset | Mapping[str, xr.Dataset] | None
@@ -277,38 +242,25 @@ MAX_TEXT = 16 << 20
 """Bytes of one metadata file of Zarr."""
 
 # States hardly get smaller by compression; rows of NaN, of what was not measured in most steps, do.
-_FREE_BYTES = 256 << 20
-_RATIO = 32
+FREE_BYTES = 256 << 20
+RATIO = 32
 
 
-@dataclass(frozen=True)
-class Limit:
-    """Bytes that the arrays of a run may have in memory, and where that number is from."""
-
-    max_bytes: int  # the limit
-    reason: str  # for the message: what set it
-
-    @classmethod
-    def of(cls, stored: int, max_bytes: int | None) -> Limit:
-        """The limit that was asked for, or else what the bytes on disk can account for."""
-        if max_bytes is not None:
-            return cls(max_bytes, f"the limit of {max_bytes} bytes that was asked for")
-        allowed = _FREE_BYTES + _RATIO * stored
-        return cls(
-            allowed, f"the {allowed} bytes that {stored} stored bytes can account for; raise it by max_bytes"
-        )
-
-    def check(self, declared: int) -> None:
-        """Refuse arrays whose shapes and dtypes ask for more bytes than the limit."""
-        if declared > self.max_bytes:
-            raise SchemaError(f"its arrays need {declared} bytes, more than {self.reason}")
+def require_room(declared: int, stored: int, max_bytes: int | None = None) -> None:
+    """Refuse arrays that need more bytes than were asked for, or else than the bytes on disk can account for."""
+    allowed = FREE_BYTES + RATIO * stored
+    reason = f"the {allowed} bytes that {stored} stored bytes can account for; raise it by max_bytes"
+    if max_bytes is not None:
+        allowed, reason = max_bytes, f"the limit of {max_bytes} bytes that was asked for"
+    if declared > allowed:
+        raise SchemaError(f"its arrays need {declared} bytes, more than {reason}")
 
 
 def require_dense(path: Path, entry: os.stat_result) -> None:
     """Refuse a file with far more bytes than the disk holds of it: a hole of a terabyte takes no room there."""
     # Windows does not know. 16 MiB and 32 times: a file system may compress what is in it.
     held = 512 * getattr(entry, "st_blocks", entry.st_size)
-    if entry.st_size > (16 << 20) + _RATIO * held:
+    if entry.st_size > (16 << 20) + RATIO * held:
         raise SchemaError(f"{path} has {entry.st_size} bytes, of which the disk holds {held}; copy it again")
 
 

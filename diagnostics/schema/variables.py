@@ -1,10 +1,76 @@
-"""Which variables may a run have? Name, dims, dtype and meaning of each, by group."""
+"""Which variables may a run have, and which coefficients a connection? Name, dims, dtype and meaning of each, by group."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from depthscope.diagnostics.schema.coefficients import COEFFICIENTS, ROUTE, SUMMED
+ROUTE = ("connection", "sample", "token")
+"""Dims that every coefficient has first."""
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    """One coefficient of connections."""
+
+    name: str  # of its variable in a trace
+    symbol: str  # as it is printed
+    axes: tuple[str, ...]  # its dims after `ROUTE`; a matrix over streams has destinations first
+    # ``"A"`` of what the next state keeps, ``"B"`` of what it gets from the branch, ``"C"`` of what the
+    # branch reads
+    role: str
+    meaning: str  # one line for people
+    of_streams: bool = False  # whether only connections of several streams have it
+    # what it is where a run does not store it; None where it is then not known
+    missing: float | None = None
+    summed: bool = False  # whether a recording adds it up over the tokens of a step, as ``NAME_sum``
+    counted_by: str = "token_count"  # the statistic that counts the tokens of this sum
+    remedy: str = ""  # what to do where a run lacks it
+
+    @property
+    def total(self) -> str:
+        """The statistic with its sum over tokens."""
+        return f"{self.name}_sum"
+
+
+COEFFICIENTS = (
+    Coefficient("h_res", "H_res", ("stream_out", "stream_in"), "A", "stream mixing matrix, rows are destinations",
+                of_streams=True, summed=True,
+                remedy="one stream mixes nothing, or the family's mixing matrix is not known"),
+    Coefficient("h_pre", "H_pre", ("stream",), "C", "weights that read the branch input from the streams",
+                of_streams=True, summed=True, counted_by="h_pre_token_count",
+                remedy="the family has no scalar read weights, or the capture left them out"),
+    Coefficient("h_post", "H_post", ("stream",), "B", "weights that write the branch output to the streams",
+                of_streams=True, summed=True,
+                remedy="the family has no scalar write weights, or the capture left them out"),
+    Coefficient("read", "H_pre", ("view_in", "stream"), "C", "h_pre of several branch inputs", of_streams=True),
+    Coefficient("write", "H_post", ("stream", "view_out"), "B", "h_post of several outputs", of_streams=True),
+    # Of plain connections, which have one stream.
+    Coefficient("residual_scale", "a", (), "A", "factor of the state in the next one", missing=1.0),
+    Coefficient("branch_scale", "b", (), "B", "factor of the branch's output", missing=1.0),
+    Coefficient("residual_gate", "a", ("feature",), "A", "factors of the state's features", missing=1.0),
+    Coefficient("branch_gate", "b", ("feature",), "B", "factors of the output's features", missing=1.0),
+    # Of connections over depth; source 0 is the embedding, j the output of sublayer j.
+    Coefficient("depth_read", "C", ("source",), "C", "how much of each source a branch reads"),
+    Coefficient("depth_reads", "C", ("view_in", "source"), "C", "that of several inputs; NaN beyond their number"),
+    Coefficient("depth_carry", "A", ("source",), "A", "how much of each source the next state keeps"),
+)  # fmt: skip
+
+SUMMED = tuple(of for of in COEFFICIENTS if of.summed)
+"""Those that a recording adds up over the tokens of a step."""
+
+SUMS_OF_COEFFICIENTS = tuple(
+    name for of in SUMMED for name in (of.total, of.counted_by) if name != "token_count"
+)
+"""Their sums, and the numbers of tokens that these are of where they are not of all."""
+
+OF_STREAMS = tuple(of.name for of in COEFFICIENTS if of.of_streams)
+"""Variables that only connections of several streams have."""
+
+PLAIN_FACTORS = tuple(of.name for of in COEFFICIENTS if of.missing == 1.0)
+"""Variables that say by what a plain connection, which has one stream, multiplies the state and the branch's output."""
+
+OVER_DEPTH = tuple(of.name for of in COEFFICIENTS if "source" in of.axes)
+"""Variables of connections that read or keep more depths than their own."""
 
 # Where in a block a state is taken: see the meaning of the coordinate `site`.
 SITES = ("embed", "pre", "mid", "post", "final")
@@ -18,9 +84,6 @@ CUT_GRADIENT = "cut_gradient"
 FROZEN_MODULES = "frozen_modules"
 """Attribute of the updates of weights: modules none of whose parameters is trained, while others are."""
 
-INFERRED = "inferred_at"
-"""Attribute of what is known of h_pre: the connections at which it was inferred from the streams and the branch's input."""
-
 NOT_FINITE = "not_finite_tokens"
 """Attribute of a metric: how many tokens have NaN or infinities, by depth or connection."""
 
@@ -29,8 +92,6 @@ STATE = ("depth", "sample", "token", "stream", "feature")
 QUERY = ("depth", "sample", "head", "token")
 PROFILE = ("step", "depth", "stream")
 GAIN = ("step", "direction", "connection")
-HEADS = ("step", "depth", "head")
-CONNECTION_STEP = ("step", "connection")
 MOTION = ("step", "weight")
 
 
@@ -41,144 +102,110 @@ class Variable:
     ``dims``: its dimensions, in order.
     ``kind``: allowed numpy dtype kinds: ``"f"`` floating, ``"i"`` integer, ``"b"`` boolean, ``"O"`` text.
     ``meaning``: one line for people.
+    ``parts``: how those of the parts of a run become one: ``"sum"``, ``"largest"``, ``"first"`` (all are equal), the sum of
+    the ``"share"`` that each process has, the sum by how much a part counts in the ``"loss"`` or by its ``"squares"``, or
+    a ``"rule"`` of its own; empty where it is not known.
+    ``allowed``: what each of its texts is: one of these; more follows one that ends in a colon.
     """
 
     dims: tuple[str, ...]
     kind: str
     meaning: str
+    parts: str = ""
+    allowed: tuple[str, ...] = ()
+
+
+PROVEN = "proven"
+UNPROVEN = "unproven: "
+"""What an attribute ``proof`` is, or begins with."""
+
+
+def _table(*rows: tuple[str, ...]) -> dict[str, Variable]:
+    """Variables of rows with name, dims, kind, meaning and, where it is known, how parts are joined."""
+    return {
+        name: Variable(tuple(dims.split()), kind, meaning, "".join(parts))
+        for name, dims, kind, meaning, *parts in rows
+    }
 
 
 # Kinds of text are "U" of a fixed width, "O" for Python's own, as stored and read, and "T" for numpy's StringDType.
-TRACE: dict[str, Variable] = {
-    "residual": Variable(STATE, "f", "residual state of each stream"),
-    "gradient": Variable(STATE, "f", "gradient of the loss with respect to the residual state"),
-    "h_res_returned": Variable(
-        (*ROUTE, "stream_out", "stream_in"),
-        "f",
-        "h_res as its module gives it, where the model rounds it to apply it",
-    ),
-    **{of.name: Variable((*ROUTE, *of.axes), "f", of.meaning) for of in COEFFICIENTS},
-    "branch_in": Variable((*ROUTE, "feature"), "f", "input of the branch"),
-    "branch_out": Variable((*ROUTE, "feature"), "f", "output of the branch"),
-    "read_known": Variable(
-        ROUTE,
-        "f",
-        "1 where h_pre is known, 0 where it was inferred from equal streams; absent where the module gives it",
-    ),
-    "views_in": Variable((*ROUTE, "view_in", "feature"), "f", "several branch inputs, in place of branch_in"),
-    "views_out": Variable(
-        (*ROUTE, "view_out", "feature"), "f", "several branch outputs, in place of branch_out"
-    ),
-    "query_entropy": Variable(
-        QUERY, "f", "entropy of the attention weights of each query before a state, in nats"
-    ),
-    "query_keys": Variable(QUERY, "f", "number of keys that the query may attend to"),
-    "query_first_weight": Variable(QUERY, "f", "weight of the query on the first of these keys"),
-    "final": Variable(("sample", "token", "feature"), "f", "output of the last norm, which the head reads"),
-    "final_gradient": Variable(("sample", "token", "feature"), "f", "gradient with respect to that state"),
-    "mask": Variable(("sample", "token"), "b", "true where the token is real, false on padding"),
-    "token_text": Variable(("sample", "token"), "OTU", "the token as text"),
-}
+TRACE = {of.name: Variable((*ROUTE, *of.axes), "f", of.meaning) for of in COEFFICIENTS} | _table(
+    ("residual", "depth sample token stream feature", "f", "residual state of each stream"),
+    ("gradient", "depth sample token stream feature", "f", "gradient of the loss with respect to the residual state"),
+    ("branch_in", "connection sample token feature", "f", "input of the branch"),
+    ("branch_out", "connection sample token feature", "f", "output of the branch"),
+    ("views_in", "connection sample token view_in feature", "f", "several branch inputs, in place of branch_in"),
+    ("views_out", "connection sample token view_out feature", "f", "several branch outputs, in place of branch_out"),
+    ("query_entropy", "depth sample head token", "f", "entropy of the weights of each query before a state, in nats"),
+    ("query_keys", "depth sample head token", "f", "number of keys that the query may attend to"),
+    ("query_first_weight", "depth sample head token", "f", "weight of the query on the first of these keys"),
+    ("final", "sample token feature", "f", "output of the last norm, which the head reads"),
+    ("final_gradient", "sample token feature", "f", "gradient with respect to that state"),
+    ("mask", "sample token", "b", "true where the token is real, false on padding"),
+    ("token_text", "sample token", "OTU", "the token as text"),
+)  # fmt: skip
 
-TRACE_COORDS: dict[str, Variable] = {
-    "layer": Variable(("depth",), "iu", "block number, -1 for the embedding"),
-    "site": Variable(
-        ("depth",), "OTU", "embed, mid (in a block), post (after it), pre (changed before the next)"
-    ),
-    "module": Variable(("depth",), "OTU", "module path that produced the state"),
-    "phase": Variable(("sample",), "OTU", "prefill, or decode where the cache was not empty"),
-    "connection_layer": Variable(("connection",), "iu", "block number of the connection"),
-    "branch": Variable(("connection",), "OTU", "attn, mlp or block"),
-    "connection_module": Variable(("connection",), "OTU", "module path of the connection"),
-    "depth_in": Variable(("connection",), "iu", "depth index that the connection reads"),
-    "depth_out": Variable(("connection",), "iu", "depth index that the connection writes"),
-    "read_depth": Variable(
-        ("connection",),
-        "iu",
-        "depth index of the state that h_pre reads, where it is an earlier one than depth_in",
-    ),
-    "after_sum": Variable(
-        ("connection",),
-        "OTU",
-        "what is applied to the sum to give the next state: norm, activation, empty for nothing",
-    ),
-    "proof": Variable(("connection",), "OTU", "proven, or unproven: and the reason"),
-    "source": Variable(
-        ("source",), "iu", "0 the embedding, j the output of sublayer j, which is connection j - 1"
-    ),
-}
-
-AFTER_SUM = ("", "norm", "activation")
-"""What may be applied to the sum of a plain connection to give the next state."""
+TRACE_COORDS = _table(
+    ("layer", "depth", "iu", "block number, -1 for the embedding"),
+    ("site", "depth", "OTU", "embed, mid (in a block), post (after it), pre (changed before the next)"),
+    ("module", "depth", "OTU", "module path that produced the state"),
+    ("phase", "sample", "OTU", "prefill, or decode where the cache was not empty"),
+    ("connection_layer", "connection", "iu", "block number of the connection"),
+    ("branch", "connection", "OTU", "attn, mlp or block"),
+    ("connection_module", "connection", "OTU", "module path of the connection"),
+    ("depth_in", "connection", "iu", "depth index that the connection reads"),
+    ("depth_out", "connection", "iu", "depth index that the connection writes"),
+    ("after_sum", "connection", "OTU", "what is applied to the sum to give the next state: norm, activation, or nothing"),
+    ("proof", "connection", "OTU", "proven, or unproven: and the reason"),
+    ("source", "source", "iu", "0 the embedding, j the output of sublayer j, which is connection j - 1"),
+)  # fmt: skip
+_ALLOWED = {"site": SITES, "after_sum": ("", "norm", "activation"), "proof": (PROVEN, UNPROVEN)}
+TRACE_COORDS |= {name: replace(TRACE_COORDS[name], allowed=of) for name, of in _ALLOWED.items()}
 
 OF_ATTENTION = ("query_entropy", "query_keys", "query_first_weight")
 """Variables of attention weights: three numbers for each query, in place of a matrix for each head."""
 
 
 # Sums over tokens where possible, not means: those of several batches add up, whatever their sizes.
-STATISTICS: dict[str, Variable] = {
-    "token_count": Variable(("step",), "fiu", "real tokens of the step"),
-    "sequence_count": Variable(("step",), "fiu", "sequences of the step"),
-    "loss": Variable(("step",), "f", "the user's loss, where known"),
-    "loss_not_finite": Variable(
-        ("step",),
-        "f",
-        "1 where the user's loss was NaN or infinite, 0 where it was finite; NaN where none was known",
-    ),
-    "loss_terms": Variable(
-        ("step",), "f", "of how many terms the loss is a mean, where it is not of all tokens"
-    ),
-    "batch_digest": Variable(
-        ("step",),
-        "f",
-        "of what the model was called with: processes that have the same one have the same data",
-    ),
-    "loss_rise": Variable(
-        ("step",),
-        "f",
-        "how far the loss is above the lowest one so far, over that at the start; NaN where not known",
-    ),
-    "loss_scale": Variable(("step",), "f", "what a gradient scaler multiplied the loss by"),
-    "norm_sum": Variable(PROFILE, "f", "Σ ‖x‖ over tokens"),
-    "square_norm_sum": Variable(PROFILE, "f", "Σ ‖x‖² over tokens"),
-    "norm_max": Variable(PROFILE, "f", "max ‖x‖ over tokens"),
-    "abs_max": Variable(PROFILE, "f", "max |x| over tokens and features"),
-    "unit_pair_sum": Variable(PROFILE, "f", "‖Σ x/‖x‖‖² − count: the sum of all off-diagonal cosines"),
-    "adjacent_cosine_sum": Variable(PROFILE, "f", "Σ cos(x_depth, x_depth−1) over tokens"),
-    "gradient_square_norm_sum": Variable(PROFILE, "f", "Σ ‖∂loss/∂x‖² over tokens"),
-    "gain_sum": Variable(GAIN, "f", "Σ over tokens of the Amax gain of H_res"),
-    "gain_max": Variable(GAIN, "f", "max over tokens of the Amax gain of H_res"),
-    **{
-        of.total: Variable(
-            (*CONNECTION_STEP, *of.axes), "f", f"Σ {of.symbol} over the tokens of {of.counted_by}"
-        )
-        for of in SUMMED
-    },
-    "h_pre_token_count": Variable(
-        CONNECTION_STEP, "f", "real tokens whose H_pre is known: of the sampled sequences, or all"
-    ),
-    "connection_parameter": Variable(
-        ("step", "cell"),
-        "f",
-        "each element of the biases and gates of the connections, as the step's forwards used it",
-    ),
-    "cell_parameter": Variable(("cell",), "OTU", "the parameter that this element belongs to"),
-    "attention_query_count": Variable(
-        HEADS, "f", "real queries that see two keys or more, of the sequences whose attention was looked at"
-    ),
-    "attention_entropy_sum": Variable(
-        HEADS, "f", "Σ over these queries of the entropy of their weights, as a share of that of uniform ones"
-    ),
-    "sink_mass_sum": Variable(HEADS, "f", "Σ over these queries of the weight on their first key"),
-    "weight_square_norm": Variable(MOTION, "f", "‖W‖² of the parameters that a module owns"),
-    "weight_gradient_square_norm": Variable(MOTION, "f", "‖∂loss/∂W‖²"),
-    "weight_update_square_norm": Variable(MOTION, "f", "‖ΔW‖² of one step of the optimizer"),
-    "weight_first_square_distance": Variable(MOTION, "f", "‖W − W₀‖², W₀ of the first checkpoint"),
-    "weight_first_square_norm": Variable(MOTION, "f", "‖W₀‖² of the first checkpoint"),
-    "weight_count": Variable(("weight",), "fiu", "number of elements of W"),
-    "weight_layer": Variable(("weight",), "iu", "block number of the module, -1 outside the blocks"),
-    "feature_sum": Variable(("depth", "stream", "feature"), "f", "Σ x, since the weights last changed"),
-    "unit_sum": Variable(("depth", "stream", "feature"), "f", "Σ x/‖x‖, since the weights last changed"),
+STATISTICS = _table(
+    ("token_count", "step", "fiu", "real tokens of the step", "sum"),
+    ("sequence_count", "step", "fiu", "sequences of the step", "sum"),
+    ("loss", "step", "f", "the user's loss, where known", "loss"),
+    ("loss_not_finite", "step", "f", "1 where the loss was NaN or infinite, 0 where finite; NaN where not known", "largest"),
+    ("loss_terms", "step", "f", "of how many terms the loss is a mean, where not of all tokens", "sum"),
+    ("batch_digest", "step", "f", "of what the model was called with: the same one is the same data"),
+    ("loss_rise", "step", "f", "how far the loss is above its lowest, over that at the start; NaN where not known", "rule"),
+    ("loss_scale", "step", "f", "what a gradient scaler multiplied the loss by", "first"),
+    ("norm_sum", "step depth stream", "f", "Σ ‖x‖ over tokens", "sum"),
+    ("square_norm_sum", "step depth stream", "f", "Σ ‖x‖² over tokens", "sum"),
+    ("norm_max", "step depth stream", "f", "max ‖x‖ over tokens", "largest"),
+    ("abs_max", "step depth stream", "f", "max |x| over tokens and features", "largest"),
+    ("unit_pair_sum", "step depth stream", "f", "‖Σ x/‖x‖‖² − count: the sum of all off-diagonal cosines", "rule"),
+    ("adjacent_cosine_sum", "step depth stream", "f", "Σ cos(x_depth, x_depth−1) over tokens", "sum"),
+    ("gradient_square_norm_sum", "step depth stream", "f", "Σ ‖∂loss/∂x‖² over tokens", "squares"),
+    ("gain_sum", "step direction connection", "f", "Σ over tokens of the Amax gain of H_res", "sum"),
+    ("gain_max", "step direction connection", "f", "max over tokens of the Amax gain of H_res", "largest"),
+    ("h_pre_token_count", "step connection", "f", "real tokens with a known H_pre: of the sampled sequences, or all", "sum"),
+    ("connection_parameter", "step cell", "f", "each element of biases and gates of connections, as it was used", "first"),
+    ("cell_parameter", "cell", "OTU", "the parameter that this element belongs to", "first"),
+    ("attention_query_count", "step depth head", "f", "real queries with two keys or more, of the sequences looked at", "sum"),
+    ("attention_entropy_sum", "step depth head", "f", "Σ of the entropy of these queries over that of uniform weights", "sum"),
+    ("sink_mass_sum", "step depth head", "f", "Σ over these queries of the weight on their first key", "sum"),
+    ("weight_square_norm", "step weight", "f", "‖W‖² of the parameters that a module owns", "share"),
+    ("weight_gradient_square_norm", "step weight", "f", "‖∂loss/∂W‖²", "share"),
+    ("weight_update_square_norm", "step weight", "f", "‖ΔW‖² of one step of the optimizer", "share"),
+    ("weight_first_square_distance", "step weight", "f", "‖W − W₀‖², W₀ of the first checkpoint", "share"),
+    ("weight_first_square_norm", "step weight", "f", "‖W₀‖² of the first checkpoint", "share"),
+    ("weight_count", "weight", "fiu", "number of elements of W", "share"),
+    ("weight_layer", "weight", "iu", "block number of the module, -1 outside the blocks"),
+    ("feature_sum", "depth stream feature", "f", "Σ x, since the weights last changed", "sum"),
+    ("unit_sum", "depth stream feature", "f", "Σ x/‖x‖, since the weights last changed", "sum"),
+)  # fmt: skip
+STATISTICS |= {
+    of.total: Variable(
+        ("step", "connection", *of.axes), "f", f"Σ {of.symbol} over the tokens of {of.counted_by}", "sum"
+    )
+    for of in SUMMED
 }
 
 OF_SUMS = "of_sums"
@@ -188,13 +215,13 @@ OF_SUMS = "of_sums"
 OF_WEIGHTS = tuple(name for name, variable in STATISTICS.items() if variable.dims == MOTION)
 """Statistics of each module's weights: their square root, or that of a ratio of them, is a metric."""
 
-COVERAGE: dict[str, Variable] = {
-    "place_name": Variable(("place",), "OTU", "the site's common name"),
-    "site": Variable(("place",), "OTU", "what kind of site it is"),
-    "module": Variable(("place",), "OTU", "the module that shows it"),
-    "layer": Variable(("place",), "iu", "block number, -1 for none"),
-    "chain": Variable(("place",), "OTU", "its chain, empty where there is one"),
-    "expected": Variable(("place",), "iu", "forwards in which it was expected"),
-    "fired": Variable(("place",), "iu", "forwards in which it was seen"),
-    "why": Variable(("place",), "OTU", "why it was not captured, or how it was had"),
-}
+COVERAGE = _table(
+    ("place_name", "place", "OTU", "the site's common name"),
+    ("site", "place", "OTU", "embed, mid (in a block), post (after it), pre (changed before the next)"),
+    ("module", "place", "OTU", "the module that shows it"),
+    ("layer", "place", "iu", "block number, -1 for none"),
+    ("chain", "place", "OTU", "its chain, empty where there is one"),
+    ("expected", "place", "iu", "forwards in which it was expected"),
+    ("fired", "place", "iu", "forwards in which it was seen"),
+    ("why", "place", "OTU", "why it was not captured, or how it was had"),
+)  # fmt: skip

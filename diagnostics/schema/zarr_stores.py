@@ -22,9 +22,9 @@ from depthscope.diagnostics.schema.validation import (
     MAX_GROUPS,
     MAX_TEXT,
     MAX_VARIABLES,
-    Limit,
     SchemaError,
     require_dense,
+    require_room,
 )
 
 METADATA = "zarr.json"
@@ -71,7 +71,7 @@ class _Array(NamedTuple):
 def check_zarr(path: Path, max_bytes: int | None = None, *, chunks: bool = True) -> None:
     """Refuse a folder or zip file that has anything in it but arrays and groups of Zarr 3 as a run has them.
 
-    ``max_bytes``: that all arrays may need; see `Limit`.
+    ``max_bytes``: that all arrays may need; see `require_room`.
     ``chunks``: read each chunk once, a part at a time, and compare it with its checksum.
     """
     if path.is_dir():
@@ -144,9 +144,8 @@ def _check_entries(entries: Mapping[str, _Entry], max_bytes: int | None, chunks:
         raise SchemaError(
             f"it has more than {MAX_VARIABLES} variables or {MAX_GROUPS} groups, which no run has"
         )
-    Limit.of(sum(entry.size for entry in entries.values()), max_bytes).check(
-        sum(math.prod(array.shape) * array.item_bytes for array in arrays.values())
-    )
+    declared = sum(math.prod(array.shape) * array.item_bytes for array in arrays.values())
+    require_room(declared, sum(entry.size for entry in entries.values()), max_bytes)
     if sum(math.prod(array.counts) for array in arrays.values()) > len(entries):
         raise SchemaError("its variables have more chunks than it has files: some are missing")
     for path, array in arrays.items():
@@ -199,10 +198,6 @@ def _checked_array(path: str, document: Mapping[str, Any]) -> _Array:
         )
     if names not in _CODECS or (kind == "string") != (names[0] == "vlen-utf8"):
         raise SchemaError(f"{path} has the codecs {names}; expected one of {_CODECS}")
-    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
-    keys = {"name": "default", "configuration": {"separator": "/"}}
-    if (document["chunk_grid"], document.get("chunk_key_encoding")) != (grid, keys):
-        raise SchemaError(f"{path} has another chunk grid or other chunk keys than {grid} and {keys}")
     num_bytes = math.prod(chunk) * _ITEM_BYTES[kind]
     if num_bytes > MAX_CHUNK:
         raise SchemaError(f"{path} has chunks of {num_bytes} bytes; at most {MAX_CHUNK} are read")

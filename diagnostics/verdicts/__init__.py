@@ -12,7 +12,6 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.registry import with_row_facts
 from depthscope.diagnostics.schema import GROUPS, by_chain
-from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.verdicts import (
     inputs,
     magnitude,
@@ -27,7 +26,7 @@ from depthscope.diagnostics.verdicts import (
 from depthscope.diagnostics.verdicts.causes import explain
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, Verdict, verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Findings, Severity
-from depthscope.diagnostics.verdicts.reading import with_inferred_reads, with_proof
+from depthscope.diagnostics.verdicts.reading import with_proof
 from depthscope.diagnostics.verdicts.rule import CONSEQUENCES, Kind
 
 __all__ = [
@@ -162,7 +161,7 @@ def _judge_chain(analysis: xr.Dataset, chain: str) -> list[Finding]:
     judged = {finding.verdict for finding in found} - ABOUT_THE_RUN
     found += reading.nothing_measured.findings(last.assign_attrs({reading.JUDGED: len(judged)}))
     explained = explain(found, last, CAUSES, ON_THE_LOSS)
-    return [with_proof(with_inferred_reads(each, analysis.attrs), analysis.attrs) for each in explained]
+    return [with_proof(each, analysis.attrs) for each in explained]
 
 
 def _without_overflow(analysis: xr.Dataset) -> xr.Dataset:
@@ -202,8 +201,7 @@ def _analysis_by_chain(analysis: xr.Dataset | xr.DataTree) -> dict[str, xr.Datas
         raise _no_analysis(f"a {type(analysis).__name__}")
     if isinstance(analysis, xr.DataTree) and set(GROUPS) & set(analysis.children):
         raise _no_analysis("a run")
-    # Of a file that `to_netcdf` wrote and xarray opened.
-    found = {chain: decode_dataset(part) for chain, part in by_chain(analysis).items()}
+    found = by_chain(analysis)
     for chain, part in found.items():
         # An analysis of a run that can feed no metric has reasons only.
         if "not_computed" not in part.attrs and not set(CATALOGUE) & set(part.data_vars):

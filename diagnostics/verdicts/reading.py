@@ -9,7 +9,6 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.schema import PROVEN, UNPROVEN
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Finding
@@ -133,12 +132,3 @@ def with_proof(finding: Finding, attrs: Mapping[str, Any]) -> Finding:
     if unproven_sentence(proof) not in sentence:
         sentence = f"{sentence} {unproven_sentence(proof)}"
     return replace(finding, proof=proof, sentence=sentence)
-
-
-def with_inferred_reads(finding: Finding, attrs: Mapping[str, Any]) -> Finding:
-    """A finding with where it rests on read weights that no module gives, and how well they fit what was read."""
-    metric = CATALOGUE.get(finding.metric)
-    inferred = attrs.get("inferred_reads")
-    if not inferred or metric is None or not {"h_pre", "read"} & set(metric.roots):
-        return finding
-    return replace(finding, sentence=f"{finding.sentence} {inferred}")

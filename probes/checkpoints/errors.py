@@ -1,10 +1,15 @@
-"""How is a checkpoint refused? With one sentence, whatever transformers, torch or a tokenizer raised."""
+"""How is a checkpoint refused? With one sentence, whatever was raised; an error of the user's own code is shown as theirs."""
 
 from __future__ import annotations
 
+import linecache
 import logging
+import sysconfig
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
 
 from depthscope.diagnostics.errors import InputError
 
@@ -72,3 +77,105 @@ def _reason(error: Exception) -> str:
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
         return "it needs more memory than there is"
     return first_line(error)
+
+
+# --- the user's own code
+
+# This package, by the path that it was imported from: in a checkout the files are elsewhere, and so are the user's own.
+OUR_FOLDERS = (str(Path(__file__).parents[2]),)
+STANDARD_LIBRARY = tuple(sysconfig.get_path(name) for name in ("stdlib", "platstdlib"))
+INSTALLED = ("site-packages", "dist-packages")
+# Functions of ours that a model's own code runs in: our trace, and `model.hooks.WatchedMethod`, which calls its forward.
+PASSED_THROUGH = ("__torch_dispatch__", "__torch_function__", "WatchedMethod.__call__")
+REPEATED = 50  # calls of the user's own code in one traceback, more than any model nests; heuristic
+# Files of torch from which a model's own code is called, forward and backward
+CALLS_OF_A_MODEL = (
+    ("nn", "modules", "module.py"),
+    ("torch", "autograd", "function.py"),
+    ("torch", "autograd", "graph.py"),
+)
+
+
+@contextmanager
+def errors_of_user_code(source: str) -> Iterator[None]:
+    """Turn an error of the user's own code into one sentence that names the place in it.
+
+    KeyboardInterrupt passes: it is the user at the keyboard.
+
+    ``source``: what runs their code, such as the specification of a factory.
+    Raises CheckpointError: With the type, the message, the file, the line and its text.
+    """
+    try:
+        yield
+    except (CheckpointError, KeyboardInterrupt):
+        raise
+    # sys.exit and GeneratorExit too: this process does not end by what a checkpoint does
+    except BaseException as error:
+        raise CheckpointError(own_error(source, error)) from error
+
+
+def own_error(source: str, error: BaseException) -> str:
+    """The sentence for an error in the user's code, or in that of a library's model.
+
+    ``source``: what ran it, in the words of the message.
+    """
+    name = type(error).__name__
+    reason = first_line(error).removeprefix(f"{name}: ")
+    named = name if reason == name else f"{name}: {reason}"
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:  # its place is in no frame
+        place = _shown(error.filename, error.lineno, error.text or "")
+        return f"{source} stops with an error of its own code, {named}{place}; correct it there"
+    frames = [
+        (frame.f_code.co_filename, line)
+        for frame, line in _frames(error)
+        if not frame.f_code.co_filename.startswith("<")
+        and not _is_below(frame.f_code.co_filename, OUR_FOLDERS)
+    ]
+    own = [frame for frame in frames if _is_users(frame[0])]
+    if own:
+        # The innermost line of theirs: it may have called a library with what does not fit.
+        place = _shown(*own[-1], linecache.getline(*own[-1]))
+        return f"{source} stops with an error of its own code, {named}{place}; correct it there"
+    place = _shown(*frames[-1], linecache.getline(*frames[-1])) if frames else ""
+    return f"{source} stops with {named}{place}; its settings, its weights or the input do not fit its code"
+
+
+def _shown(file: str, line: int, text: str) -> str:
+    code = " ".join(text.split())[:120]
+    return f" ({file}, line {line}{f': {code}' if code else ''})"
+
+
+def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
+    return list(traceback.walk_tb(error.__traceback__))
+
+
+def _is_users(file: str) -> bool:
+    is_installed = any(part in INSTALLED for part in Path(file).parts)
+    return not is_installed and not _is_below(file, STANDARD_LIBRARY) and not _is_below(file, OUR_FOLDERS)
+
+
+def _is_below(file: str, folders: tuple[str, ...]) -> bool:
+    return any(Path(file).is_relative_to(folder) for folder in folders)
+
+
+def is_model_error(error: BaseException) -> bool:
+    """Whether an error comes from a model, and not from this library's own code around it.
+
+    Returns: True where, after the last frame of this library, a module was called or code outside all libraries ran.
+    """
+    frames = [frame for frame, _ in _frames(error)]
+    if isinstance(error, RecursionError):
+        # It is raised in whatever code comes last; who calls itself is whose frames are many.
+        files = [frame.f_code.co_filename for frame in frames]
+        return sum(map(_is_users, files)) > REPEATED
+    # An error in what they call is the model's.
+    files = [
+        frame.f_code.co_filename for frame in frames if not frame.f_code.co_qualname.endswith(PASSED_THROUGH)
+    ]
+    # A hook of ours runs within the call of a module too, and is then the last.
+    last = max((i for i, file in enumerate(files) if _is_below(file, OUR_FOLDERS)), default=-1)
+    return any(
+        Path(file).parts[-3:] in CALLS_OF_A_MODEL or _is_users(file)
+        for file in files[last + 1 :]
+        if not file.startswith("<")
+    )

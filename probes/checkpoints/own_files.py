@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import stat
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -166,34 +164,19 @@ def read_json(file: Path, expected: str) -> dict[str, Any]:
     return content
 
 
-_loading = threading.local()
-_installed = threading.Lock()
-NETWORK_EVENTS = frozenset({"socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "urllib.Request"})
-
-
 @contextmanager
 def offline() -> Iterator[None]:
-    """Refuse connections to a network from this thread, as long as a checkpoint is loaded.
+    """Have the libraries of Hugging Face fetch nothing, as long as a checkpoint is loaded.
 
-    ``local_files_only`` asks the same of transformers, but not of every library that an architecture or a tokenizer calls.
+    ``local_files_only`` asks the same of transformers, but not of everything that an architecture or a tokenizer calls.
     """
-    if _installed.acquire(blocking=False):  # once: an audit hook stays for the life of the process
-        sys.addaudithook(_refuse_network)
-    before = getattr(_loading, "active", False)
-    _loading.active = True
+    try:
+        from huggingface_hub import constants
+    except ImportError:  # nor is there anything that would fetch
+        yield
+        return
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
     finally:
-        _loading.active = before
-
-
-def _refuse_network(event: str, arguments: tuple[Any, ...]) -> None:
-    # While the interpreter ends, the names of a module become None before the last events come.
-    if not NETWORK_EVENTS or event not in NETWORK_EVENTS or not getattr(_loading, "active", False):
-        return
-    # An address of the internet is a tuple; a text is a socket of this machine.
-    if event == "socket.connect" and not isinstance(arguments[1], tuple):
-        return
-    raise CheckpointError(
-        "the checkpoint wants something from the network; nothing is fetched: complete the download"
-    )
+        constants.HF_HUB_OFFLINE = before

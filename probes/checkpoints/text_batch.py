@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.checkpoints.errors import errors_of
+from depthscope.probes.checkpoints.errors import errors_of, errors_of_user_code
 from depthscope.probes.checkpoints.load import LoadedModel
-from depthscope.probes.checkpoints.user_code import errors_of_user_code
 
 logger = logging.getLogger(__name__)
 
@@ -24,27 +23,21 @@ REPAIR = "repair the tokenizer's files"
 IGNORED_LABEL = -100  # torch's and transformers' ignore_index
 
 
-def sample_text(kind: str = "docs") -> str:
+def sample_text() -> str:
     """English text that comes with every Python installation, so that a first look needs no download.
 
-    ``kind``: the language reference that ``help()`` prints (about 470 kB), or the same words in random order.
-    Returns: The text, the same on every machine with this Python version.
+    Returns: The language reference that ``help()`` prints, about 470 kB, the same on every machine with this Python version.
 
     Examples
     --------
     >>> "coroutine" in sample_text()
     True
     """
-    if kind not in {"docs", "shuffled"}:
-        raise InputError(f"got text '{kind}', expected 'docs' or 'shuffled'")
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise InputError("this Python has no pydoc_data; give a text of your own") from error
-    text = "\n\n".join(topics[name].strip() for name in sorted(topics))
-    if kind == "docs":
-        return text
-    return " ".join(np.random.default_rng(0).permutation(text.split()))
+    return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
 def encode_text(

@@ -296,7 +296,7 @@ class ModelUnderTest:
                 self.mask = session.step.last.masks.get(self.number)
                 if self.chain.over_depth and not self._proven_over_depth:
                     # Of a chain whose branches read sums over depth the proof is made where a run is built.
-                    build_run(session, [], [], described=True)
+                    build_run(session, None, [], described=True)
                     self._proven_over_depth = True
                 passed = Passed(output, connections={} if self.number else self._parts())
                 session.fold()

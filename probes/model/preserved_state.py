@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-import gc
 import operator
 import os
 import random
 import sys
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,11 +21,11 @@ from depthscope.probes.model.hooks import WatchedMethod
 from depthscope.probes.model.modules import all_modules, own_parameters
 
 
-class WhileNeeded:
-    """A change of the process that all threads share: each restoring what it found would leave another's on for ever."""
+class _Stance:
+    """The stance of torch's compiler, of all threads: each restoring what it found would leave another's on for ever."""
 
-    def __init__(self, begin: Callable[[], None], end: Callable[[], None]) -> None:
-        self._begin, self._end = begin, end
+    def __init__(self) -> None:
+        self._ours: Any = None
         self._users = 0
         self._renew_lock()
         if hasattr(os, "register_at_fork"):  # not on Windows
@@ -40,7 +39,8 @@ class WhileNeeded:
         """Need it inside of the block."""
         with self._lock:
             if self._users == 0:
-                self._begin()
+                self._restore()  # where the user's own stance, which was on when we left, has put ours back
+                self._ours = torch.compiler.set_stance("force_eager")
             self._users += 1
         try:
             yield
@@ -48,46 +48,16 @@ class WhileNeeded:
             with self._lock:
                 self._users -= 1
                 if self._users == 0:
-                    self._end()
+                    self._restore()
 
-
-class _Pause:
-    was_on = False
-
-    def begin(self) -> None:
-        self.was_on = gc.isenabled()
-        gc.disable()
-
-    def end(self) -> None:
-        if self.was_on:
-            gc.enable()
-
-
-class _Stance:
-    """The stance of torch's compiler that all forwards of ours share."""
-
-    def __init__(self) -> None:
-        self._ours: Any = None
-
-    def take(self) -> None:
-        self.restore()  # where the user's own stance, which was on when we left, has put ours back
-        self._ours = torch.compiler.set_stance("force_eager")
-
-    def restore(self) -> None:
+    def _restore(self) -> None:
         # Only where ours is on: the user may have taken another one meanwhile.
         if self._ours is not None and torch._dynamo.eval_frame._stance is self._ours.stance:
             self._ours.__exit__(None, None, None)
             self._ours = None
 
 
-_pause, _stance = _Pause(), _Stance()
-no_collection = WhileNeeded(_pause.begin, _pause.end)
-"""Put the search for cyclic garbage off, in this process; what nothing refers to any more is freed at once all the same.
-
-A complete search goes through every object of the process, a tenth of a second for what torch and xarray alone bring, and
-through all that is noted of a forward. It comes when the objects are a quarter more, which the notes on one deep forward are.
-"""
-_eager = WhileNeeded(_stance.take, _stance.restore)
+_stance = _Stance()
 
 
 @contextmanager
@@ -96,7 +66,7 @@ def eager() -> Iterator[None]:
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to load the compiler takes a second
         yield
         return
-    with _eager():
+    with _stance():
         yield
 
 
@@ -164,7 +134,9 @@ class _Contents:
             if type(value) in CONTAINERS:
                 if id(value) not in seen:
                     self._note(value, seen)
-            elif isinstance(container, CHANGED) and _can_be_exchanged(value):
+            elif isinstance(container, CHANGED) and (
+                isinstance(value, COPIED) or (type(value) is torch.Tensor and not value.requires_grad)
+            ):
                 self._exchanged[id(value)] = value
             elif type(value) is torch.Tensor and not value.is_meta:
                 self._written_back.append((value, _version(value), value.detach().clone()))
@@ -230,10 +202,6 @@ def _put_back_entries(container: Any, content: dict[Any, Any]) -> None:
         del container[name]
     for name, value in content.items():
         container[name] = value
-
-
-def _can_be_exchanged(value: Any) -> bool:
-    return isinstance(value, COPIED) or (type(value) is torch.Tensor and not value.requires_grad)
 
 
 def _copy(value: Any, shared: Mapping[int, torch.UntypedStorage]) -> Any:

@@ -11,7 +11,6 @@ from itertools import pairwise, takewhile
 
 import torch
 
-from depthscope.probes.model.preserved_state import no_collection
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
 from depthscope.probes.reading.choice import NO_MEMORY, memories
 from depthscope.probes.reading.connections import DepthParts, Linear, weights
@@ -47,7 +46,7 @@ class Rereading:
     def __init__(self, graph: Graph):
         self.graph = graph
         self._readers: list[_Reader] = []
-        with torch.no_grad(), no_collection():
+        with torch.no_grad():
             self.reading = self._read()
 
     def _read(self) -> NetworkReading:
@@ -95,8 +94,7 @@ class Rereading:
                     f"{self._readers[0].name} was not found again in a later forward, whose operations are others{why}"
                 )
             self.graph, self._readers = graph, [found]
-        with no_collection():
-            return self._readers[0].again()
+        return self._readers[0].again()
 
 
 def _refuse_recurrence(graph: Graph, memory: Memory) -> None:

@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.hooks import without_frames
 from depthscope.probes.model.modules import module_paths
-from depthscope.probes.model.preserved_state import no_collection
 from depthscope.probes.model.tensors import Listener, floats_in, split_over
 from depthscope.probes.model.user_modes import circumstances
 from depthscope.probes.reading.graph import (
@@ -126,16 +125,6 @@ class GraphRecorder(TorchDispatchMode):
         self.on_value: Callable[[TracedValue, torch.Tensor], object] | None = None
         # Called with every operation, after what it made was noted.
         self.listeners: list[Listener] = []
-
-    def __enter__(self) -> GraphRecorder:
-        self._paused = no_collection()
-        self._paused.__enter__()
-        super().__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        self._paused.__exit__(None, None, None)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:

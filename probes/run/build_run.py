@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,48 +23,39 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
 
 
-class Proven(NamedTuple):
-    """What the sampled sequences prove of a model at its present weights."""
-
-    sequences: list[Sequence]
-    evidence: Evidence
-
-
-def prove(session: Session) -> Proven:
-    """Prove the connections of a model on the sequences that a session sampled.
+def prove(session: Session) -> tuple[list[Sequence], Evidence]:
+    """The sequences that a session sampled, and what they prove of the connections of its model.
 
     ``session``: with its chains found and at least one sequence sampled.
     Raises ReconstructionError: Where a connection's coefficients do not give its next state.
     """
     sequences = session.step.reservoir.in_order()
     joints = sampled_joints(session, sequences)
-    return Proven(sequences, gather_evidence(joints) if joints else Evidence())
+    return sequences, gather_evidence(joints) if joints else Evidence()
 
 
 def build_run(
     session: Session,
-    rows: list[StepStatistics],
+    row: StepStatistics | None,
     pooled: list[TokenSums],
     *,
     attrs: Mapping[str, Any] | None = None,
     token_text: Any = None,
     described: bool = False,
-    proven: Proven | None = None,
     metrics: Mapping[str, xr.Dataset] | None = None,
 ) -> xr.DataTree:
     """Build a validated run from what a session recorded.
 
     ``session``: with its chains found and at least one sequence sampled.
-    ``rows``: one per measured step; without any the run has no statistics.
+    ``row``: of a measured step; without one the run has no statistics.
     ``pooled``: statistics of all steps since the weights last changed, one per chain.
     ``token_text``: text of every token, by the sequence's index.
     ``described``: leave out what the weights say, and the digests by which runs are compared.
-    ``proven``: what `prove` returned for the present sample.
-    ``metrics``: what was measured while the training ran, by group.
+    ``metrics``: what was measured in the step, by group.
     Raises ReconstructionError: Where a connection's coefficients do not give its next state.
     """
     # The proof first: a run whose connections do not give their next states is refused, not saved with a warning.
-    sequences, evidence = proven or prove(session)
+    sequences, evidence = prove(session)
     remarks = all_remarks(session, evidence, [sequence.index for sequence in sequences])
     covered = coverage(session, evidence)
     chains = session.structure.chains
@@ -77,13 +68,15 @@ def build_run(
             trace[name] = trace_dataset(
                 session, number, depths, sequences, evidence, token_text, described=described
             )
-            if not rows:
+            if row is None:
                 continue
-            measured = statistics_dataset(
-                chain, number, depths, rows, pooled, evidence, session.observer.parameter_cells
-            )
-            variables, coords = weight_variables([row.weights for row in rows], chains, number, starts, stage)
-            statistics[name] = measured.assign(variables).assign_coords(coords)
+            cells, joined = session.observer.parameter_cells, len(evidence.proofs)
+            measured = statistics_dataset(chain, number, depths, row, pooled, joined, cells)
+            weights, facts, coords = weight_variables(row.weights, chains, number, starts, stage)
+            by_step = {
+                label: (("step", *dims), of[None], *attrs) for label, (dims, of, *attrs) in weights.items()
+            }
+            statistics[name] = measured.assign(by_step | facts).assign_coords(coords)
     memory = memory_facts(next(iter(trace.values())), session.observer.dtype)
     # The only group of a model with one chain and one stage has no name: its variables are the group's own.
     return schema.create_run(
@@ -101,27 +94,24 @@ def build_run(
     )
 
 
-def step_numbers(session: Session, row: StepStatistics, proven: Proven) -> dict[str, tuple[Any, ...]]:
-    """The row of one step, as `build_run` has it in ``/statistics``.
+def step_numbers(session: Session, row: StepStatistics) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The row of one step, as `build_run` has it in ``/statistics``, without the step; and its coordinates.
 
-    Returns: By ``statistics/variable``, or ``statistics/group/variable`` where the run has several groups; without the
-    step.
+    Both by ``statistics/variable``, or ``statistics/group/variable`` where the run has several groups.
     """
-    numbers: dict[str, tuple[Any, ...]] = {}
-    chains = session.structure.chains
+    numbers: dict[str, Any] = {}
+    coords: dict[str, Any] = {}
+    chains, joined = session.structure.chains, len(session.structure.connections)
     for number in range(len(chains)):
         groups = chain_groups(session, number)
         starts = [group.depths[0] for group in groups]
         for stage, (name, depths) in enumerate(groups):
-            variables, _ = step_variables(
-                number, depths, [row], proven.evidence, session.observer.parameter_cells
-            )
-            variables.update(weight_variables([row.weights], chains, number, starts, stage)[0])
-            for label, (dims, values, *attrs) in variables.items():
-                dims = (dims,) if isinstance(dims, str) else dims
-                if dims[0] == "step":
-                    numbers[f"{group_path('statistics', name)}/{label}"] = (dims[1:], values[0], *attrs)
-    return numbers
+            found, cells = step_variables(number, depths, row, joined, session.observer.parameter_cells)
+            weights, _, modules = weight_variables(row.weights, chains, number, starts, stage)
+            path = group_path("statistics", name)
+            numbers |= {f"{path}/{label}": value for label, value in (found | weights).items()}
+            coords |= {f"{path}/{label}": value for label, value in (cells | modules).items()}
+    return numbers, coords
 
 
 def sampled_joints(session: Session, sequences: list[Sequence]) -> list[Joint]:

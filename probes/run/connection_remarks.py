@@ -74,7 +74,12 @@ def _module_remarks(model: nn.Module, foreign_norms: Sequence[str]) -> list[dict
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats
     }
     trained = [name for name, module in norms.items() if not module.training and _is_trained(module)]
-    stale = [name for name in trained if _is_stale(norms[name])]
+    # As they were made.
+    stale = [
+        name
+        for name in trained
+        if bool((norms[name].running_mean == 0).all() and (norms[name].running_var == 1).all())
+    ]
     foreign = [name for name in trained if name in foreign_norms]
     if not stale and not foreign:
         return []
@@ -102,8 +107,3 @@ def _is_trained(norm: nn.modules.batchnorm._BatchNorm) -> bool:
     if any(not isinstance(each, torch.Tensor) or each.is_meta for each in known):
         return False
     return bool((norm.weight != 1).any()) or bool((norm.bias != 0).any())
-
-
-def _is_stale(norm: nn.modules.batchnorm._BatchNorm) -> bool:
-    """Whether its statistics are as they were made."""
-    return bool((norm.running_mean == 0).all()) and bool((norm.running_var == 1).all())

@@ -305,46 +305,37 @@ OUTSIDE_BLOCKS = -1  # for a layer
 
 
 def weight_variables(
-    rows: Sequence[WeightNorms | None],
+    measured: WeightNorms | None,
     chains: Sequence[Chain],
     number: int,
     starts: Sequence[int],
     stage: int,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The variables and coordinates of one group of ``/statistics``; empty where nothing was measured.
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Of one group of ``/statistics`` what a step has of its weights, what has no step, and the coordinates; empty for none.
 
     A module belongs to the chain whose block contains it, any other one to the first chain. Of a chain's stages, whose first
     depths are ``starts``, each gets the modules of the blocks that end in it.
     """
-    measured = next((row for row in reversed(rows) if row is not None), None)
-    if measured is None:
-        return {}, {}
     chosen, layers = [], []
-    for i, path in enumerate(measured.paths):
+    for i, path in enumerate([] if measured is None else measured.paths):
         chain, layer, depth = _chain_layer_depth(path, chains)
         # Of the stage that contains this depth; weights before the first stored depth go to the first stage.
         if chain == number and max(0, bisect_right(starts, depth) - 1) == stage:
             chosen.append(i)
             layers.append(layer)
-    if not chosen:
-        return {}, {}
-    # A weight variable covers all steps of the run: NaN in those that measured no weights.
-    undefined = np.full(len(measured.paths), math.nan)
-    variables: dict[str, Any] = {}
-    for name in VARIABLES:
-        values = np.stack([undefined if row is None else row.values[name] for row in rows])
-        variables[name] = (("step", "weight"), values[:, chosen])
-    frozen = [measured.paths[i] for i in chosen if measured.paths[i] in measured.frozen]
-    if frozen:
-        # Of the last step: its update is undefined, since nothing was to change.
+    if measured is None or not chosen:
+        return {}, {}, {}
+    numbers: dict[str, Any] = {name: (("weight",), measured.values[name][chosen]) for name in VARIABLES}
+    paths = [measured.paths[i] for i in chosen]
+    if frozen := [path for path in paths if path in measured.frozen]:
+        # Its update is undefined, since nothing was to change.
         update = "weight_update_square_norm"
-        variables[update] = (*variables[update], {FROZEN_MODULES: frozen})
-    variables["weight_count"] = ("weight", measured.counts[chosen])
+        numbers[update] = (*numbers[update], {FROZEN_MODULES: frozen})
     coords = {
-        "weight": np.array([measured.paths[i] for i in chosen], dtype=object),
-        "weight_layer": ("weight", np.array(layers, dtype=int)),
+        "weight": (("weight",), np.array(paths, dtype=object)),
+        "weight_layer": (("weight",), np.array(layers, dtype=int)),
     }
-    return variables, coords
+    return numbers, {"weight_count": ("weight", measured.counts[chosen])}, coords
 
 
 def _chain_layer_depth(path: str, chains: Sequence[Chain]) -> tuple[int, int, int]:

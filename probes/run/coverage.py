@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,8 +23,7 @@ PATTERN_NAME = "blocks.{i}.attn.hook_pattern"
 TEXTS = ("name", "site", "module", "chain", "why")
 
 
-@dataclass(frozen=True)
-class Coverage:
+class Coverage(NamedTuple):
     """One site: its common name, the module that shows it, and the forwards in which it was expected and fired."""
 
     name: str
@@ -70,12 +68,11 @@ def coverage_counts(rows: list[Coverage]) -> dict[str, int]:
 
 def coverage_dataset(rows: list[Coverage]) -> xr.Dataset:
     """The coverage as a table, one row per site."""
-    variables = {}
-    for column in asdict(rows[0]):
-        values = [getattr(row, column) for row in rows]
-        name = "place_name" if column == "name" else column  # as the schema has it
-        variables[name] = ("place", np.array(values, dtype=object if column in TEXTS else np.int64))
-    return xr.Dataset(variables)
+    columns = zip(Coverage._fields, zip(*rows, strict=True), strict=True)
+    found = {
+        name: ("place", np.array(of, dtype=object if name in TEXTS else np.int64)) for name, of in columns
+    }
+    return xr.Dataset({"place_name": found.pop("name"), **found})  # as the schema has it
 
 
 def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverage]:
@@ -87,16 +84,9 @@ def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverag
     for depth, point in enumerate(chain.points):
         fired, stored = (number, depth) in captured, depth in wanted
         not_stored = FOR_PROOF if fired else NOT_REQUESTED
-        yield Coverage(
-            name=state_name(chain, depth),
-            site=point.site,
-            module=_call_name(point),
-            layer=point.layer,
-            chain=chain.name,
-            expected=count if stored else 0,
-            fired=count if fired else 0,
-            why="" if stored else not_stored,
-        )
+        name, seen = state_name(chain, depth), (count if stored else 0, count if fired else 0)
+        why = "" if stored else not_stored
+        yield Coverage(name, point.site, _call_name(point), point.layer, chain.name, *seen, why)
     # Sites that this chain has nowhere are listed once, without a layer: that they are missing must not look like an omission.
     if not any(point.site == "mid" for point in chain.points):
         why = NO_SUMS if selection.inside_blocks else NOT_REQUESTED
@@ -130,16 +120,8 @@ def _attention_rows(session: Session, number: int, chain: Chain) -> Iterator[Cov
         point, stored = chain.points[depth], selection.stores_attention(chain, depth)
         # A first forward that had to be repeated showed it too, and counts as none.
         times = min(places.seen[owner, depth], session.step.num_forwards) if stored else 0
-        yield Coverage(
-            name=PATTERN_NAME.replace("{i}", str(point.layer)),
-            site="attention",
-            module=module,
-            layer=point.layer,
-            chain=chain.name,
-            expected=times,
-            fired=times,
-            why="" if stored else NOT_REQUESTED,
-        )
+        name, why = PATTERN_NAME.replace("{i}", str(point.layer)), "" if stored else NOT_REQUESTED
+        yield Coverage(name, "attention", module, point.layer, chain.name, times, times, why)
 
 
 def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iterator[Coverage]:
@@ -147,18 +129,10 @@ def _connection_rows(session: Session, chain: Chain, evidence: Evidence) -> Iter
         for variable, why in _connection_variables(session, connection, evidence, number):
             stored = session.options.selection.stores_variable(chain, variable)
             # What does not exist is expected in no forward: it must not count as a site that failed to fire.
-            exists = not why
-            times = session.step.num_forwards if stored and exists else 0
-            yield Coverage(
-                name=f"blocks.{connection.layer}.{connection.branch}.{variable}",
-                site=variable,
-                module=connection.path,
-                layer=connection.layer,
-                chain=chain.name,
-                expected=times,
-                fired=times,
-                why=why or ("" if stored else NOT_REQUESTED),
-            )
+            times = session.step.num_forwards if stored and not why else 0
+            name, module = f"blocks.{connection.layer}.{connection.branch}.{variable}", connection.path
+            reason = why or ("" if stored else NOT_REQUESTED)
+            yield Coverage(name, variable, module, connection.layer, chain.name, times, times, reason)
 
 
 def _reads_several_sums(session: Session) -> bool:

@@ -169,7 +169,7 @@ def _are_equal(weights: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) 
     )
 
 
-# Numbers of each parameter. An optimizer's step changes nearly all of them, so that a few do; `checkpoints.digests` reads
+# Numbers of each parameter. An optimizer's step changes nearly all of them, so that a few do; `checkpoints.weight_files` reads
 # all, which takes seconds for a large model.
 NUMBERS_PER_PARAMETER = 256
 NUMPY_TYPES = (torch.float32, torch.float64, torch.float16)

@@ -17,7 +17,6 @@ from depthscope.probes.run.initial_weights import equal_blocks, untouched, untou
 from depthscope.probes.run.linear_variables import linear_coords
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
-from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.model_structure import FINAL
 
 
@@ -73,7 +72,10 @@ def trace_dataset(
         variables["token_text"] = (("sample", "token"), _token_texts(token_text, sequences, tokens))
     # The chain's own: another chain of the run may be unproven.
     proof = chain_proof(chain, evidence)
-    facts = ({"proof": proof} if proof else {}) | ({} if described else _facts_of_weights(session, chain))
+    facts = {"proof": proof} if proof else {}
+    if not described:  # of the age of a chain's blocks, and of mistakes in loading them
+        facts |= untouched(session.model, chain) | untouched_blocks(session.model, chain)
+        facts |= equal_blocks(session.model, chain)
     trace = xr.Dataset(variables, coords, attrs=facts)
     if "connection" not in trace.dims:
         return trace
@@ -81,12 +83,6 @@ def trace_dataset(
     kept = [selection.stores_connection(chain.connections[position]) for position in within]
     stored = [i for i, is_kept in enumerate(kept) if is_kept]
     return trace.isel(connection=stored)
-
-
-def _facts_of_weights(session: Session, chain: Chain) -> dict[str, Any]:
-    """What the weights say of the age of a chain's blocks, and of mistakes in loading them."""
-    of_blocks = untouched_blocks(session.model, chain) | equal_blocks(session.model, chain)
-    return untouched(session.model, chain) | of_blocks
 
 
 def _gradients(

@@ -20,7 +20,6 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, Report, in_recomputation
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.modules import module_paths, module_types
-from depthscope.probes.model.preserved_state import no_collection
 from depthscope.probes.model.tensors import first_float, floats_in, tensors_in
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, ValuePlace
@@ -478,8 +477,7 @@ class FirstReading:
     def end(self, tape: Tape, forward: Forward) -> None:
         """Find the structure in a forward that has ended, and record what that forward showed of it."""
         try:
-            with no_collection():
-                structure = self._structure(tape, forward)
+            structure = self._structure(tape, forward)
             if self.observer is not None:
                 require_same(structure, self.observer.structure)
             # Before the states: where these have to be copied in one more forward, it is not traced again.

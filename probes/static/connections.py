@@ -14,17 +14,12 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
 from depthscope.probes.checkpoints.errors import CheckpointError
-from depthscope.probes.static.dialect import PARTS, Dialect, Values
+from depthscope.probes.static.dialect import Dialect, Values
 from depthscope.probes.static.dialects import sinkhorn
 from depthscope.probes.static.recognition import Found, Place, setting
 
 LARGEST_SETTING = 10_000  # a heuristic: public models have 20 rounds of Sinkhorn and magnitudes of a few
 ROUNDED = 1e-6  # largest error of a sum of weights that were stored in float32 at most
-# Heuristics of ours, beyond which a warning is given.
-COLLAPSED = 0.01  # share of the differences between streams below which they count as one
-UNIFORM = 0.01  # largest difference between the rows of H_res
-SHUT = 1e-6  # size of a gate
-GAIN = 2.0  # of the product over the depth; that of doubly stochastic matrices is 1
 
 COLLAPSE = "the read that the last sub-block computes collapses the streams before the final norm"
 OPEN_READ = "which read is applied here depends on a sub-block whose connection the files do not contain"
@@ -61,11 +56,7 @@ class MatrixFacts:
 class StaticConnection:
     """A connection at an input that adds nothing; rows of ``h_res`` are destinations. None: the files do not determine it.
 
-    ``dtypes``: of its tensors.
-    ``gates``: by part, the factor of what depends on the input.
     ``h_pre``: the read that is applied here; with ``read_lag`` 1 the sub-block before made it; None where unknown.
-    ``floor``: what Sinkhorn adds to every sum.
-    ``constraint``: what H_res satisfies, as measured.
     """
 
     module: str
@@ -75,19 +66,18 @@ class StaticConnection:
     family: str
     streams: int
     width: int | None
-    constrained: bool
     learns_mixing: bool
-    dtypes: tuple[str, ...]
-    gates: dict[str, float]
+    dtypes: tuple[str, ...]  # of its tensors
+    gates: dict[str, float]  # by part, the factor of what depends on the input
     h_res: np.ndarray | None
     h_pre: np.ndarray | None
     h_post: np.ndarray | None
-    floor: float
+    floor: float  # what Sinkhorn adds to every sum
     mixing: MatrixFacts | None
     note: str
     dialect: str
     read_lag: int | None
-    constraint: str = ""
+    constraint: str = ""  # what H_res satisfies, as measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +91,6 @@ class StaticComposite:
     backward_gain: float
     singular_values: np.ndarray
     effective_rank: float
-    collapsed_after: int | None
 
 
 # --- the functions of a row
@@ -123,7 +112,10 @@ def settings_of(dialect: Dialect, config: Mapping[str, Any]) -> Settings:
     """
     values, shown, assumed = {}, {}, []
     for name, constant in dialect.constants.items():
-        given = [(key, value) for key in constant.keys if _is_number(value := setting(config, key))]
+        values_of = [(key, setting(config, key)) for key in constant.keys]
+        given = [
+            (key, of) for key, of in values_of if isinstance(of, (int, float)) and not isinstance(of, bool)
+        ]
         key, value = given[0] if given else (constant.keys[0], constant.default)
         # Rounds of Sinkhorn among them, each of which takes a microsecond.
         if not abs(value) <= LARGEST_SETTING:
@@ -134,10 +126,6 @@ def settings_of(dialect: Dialect, config: Mapping[str, Any]) -> Settings:
         values[name] = shown[key] = float(value)
         assumed += [] if given else [key]
     return Settings(values, shown, tuple(assumed))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def connection_of(
@@ -168,7 +156,6 @@ def connection_of(
         family=row.family,
         streams=found.streams,
         width=found.sizes.get("D"),
-        constrained=row.doubly_stochastic,
         learns_mixing=row.learns_mixing,
         dtypes=tuple(sorted({each.dtype for each in found.roles.values()})),
         gates=gates,
@@ -301,9 +288,8 @@ def composites(
         matrices = [member.h_res for member in members if member.h_res is not None]
         if chain in broken or len(matrices) < len(members):
             continue
-        h_res = np.stack(matrices)
         # scaled to avoid overflow: free matrices of a deep model multiply beyond float64
-        product, log_scale = kernel.composite(h_res, return_log_scale=True)
+        product, log_scale = kernel.composite(np.stack(matrices), return_log_scale=True)
         with np.errstate(over="ignore"):  # a gain beyond float64 is shown as infinite
             forward = np.exp(kernel.log_forward_gain(product, log_scale))
             backward = np.exp(kernel.log_backward_gain(product, log_scale))
@@ -317,81 +303,17 @@ def composites(
             singular_values=singular_values,
             # Of the scaled product: a rank does not depend on the scale, which may be infinite here.
             effective_rank=float(rank.effective_rank_of(kernel.singular_values(product))),
-            # Doubly stochastic matrices keep the mean of the streams and enlarge no difference, so a collapse lasts; after
-            # free ones differences may grow again.
-            collapsed_after=_collapsed_after(h_res)
-            if all(member.constrained for member in members)
-            else None,
         )
 
 
-def _collapsed_after(h_res: np.ndarray) -> int | None:
-    """The number of connections after which less than `COLLAPSED` of the differences between streams is left."""
-    below = kernel.deflated_gain(h_res) < math.log(COLLAPSED)
-    return int(np.argmax(below)) + 1 if below.any() else None
+# --- what the files contradict or lack
 
 
-# --- warnings
-
-
-def remarks(
-    connections: Sequence[StaticConnection],
-    products: Sequence[StaticComposite],
-    configured_streams: float | None,
-) -> Iterator[str]:
-    """Warnings on the static weights of a checkpoint, as sentences.
+def remarks(connections: Sequence[StaticConnection], configured_streams: float | None) -> Iterator[str]:
+    """Where a checkpoint contradicts its configuration, or has gaps, as sentences.
 
     ``configured_streams``: the number of streams that the configuration gives.
     """
-    yield from _on_connections(connections)
-    yield from _on_products(connections, products)
-    streams = sorted({connection.streams for connection in connections if connection.streams > 1})
-    if configured_streams is not None and streams and streams != [int(configured_streams)]:
-        yield (
-            f"config.json gives {configured_streams:g} streams, the shapes of the tensors {', '.join(map(str, streams))}: "
-            "the configuration is another model's"
-        )
-
-
-def _on_connections(connections: Sequence[StaticConnection]) -> Iterator[str]:
-    uniform = [
-        one
-        for one in connections
-        if one.learns_mixing
-        and one.h_res is not None
-        and np.abs(one.h_res - one.h_res.mean(axis=0)).max() < UNIFORM
-    ]
-    if uniform:
-        yield (
-            f"{_named(uniform, len(connections))}: mixing is uniform, H_res has rank 1: one such connection makes all streams "
-            "the same. A zero bias does this; put a bias on the diagonal of the logits"
-        )
-    shut: dict[str, list[StaticConnection]] = defaultdict(list)
-    for one in connections:
-        shut[", ".join(f"H_{part}" for part in PARTS if abs(one.gates.get(part, 1)) < SHUT)].append(one)
-    for parts, hits in shut.items():
-        if parts:
-            yield f"{_named(hits, len(connections))}: zero gates, so the input does not change {parts}"
-
-
-def _on_products(
-    connections: Sequence[StaticConnection], products: Sequence[StaticComposite]
-) -> Iterator[str]:
-    learned = {one.chain for one in connections if one.learns_mixing}
-    for product in products:
-        chain, gains = f"chain {product.chain or '(one)'}", (product.forward_gain, product.backward_gain)
-        if product.chain not in learned:
-            continue
-        if max(gains) > GAIN:
-            yield (
-                f"{chain}: the product of {product.connections} static matrices amplifies, forward by {gains[0]:.3g} and "
-                f"backward by {gains[1]:.3g}"
-            )
-        if product.collapsed_after is not None:
-            yield (
-                f"{chain}: after {product.collapsed_after} of {product.connections} static matrices hardly anything (1%) is "
-                "left of the differences between the streams of the embedding; later writes can differ"
-            )
     for chain, members in _by_chain(connections).items():
         # Where no weights are known, as of an attention over depth, whose first one is often left out, no product is made.
         missing = missing_places(members) if any(one.h_res is not None for one in members) else []
@@ -401,10 +323,9 @@ def _on_products(
                 f"chain {chain or '(one)'}: no connection at {shown}, where other layers have one; a product over depth "
                 "leaves it out"
             )
-
-
-def _named(hits: Sequence[StaticConnection], total: int) -> str:
-    if len(hits) == total:
-        return f"all {total} connections" if total > 1 else hits[0].module
-    first = ", ".join(hit.module for hit in hits[:2]) + (", …" if len(hits) > 2 else "")
-    return f"{len(hits)} of {total} connections ({first})"
+    streams = sorted({connection.streams for connection in connections if connection.streams > 1})
+    if configured_streams is not None and streams and streams != [int(configured_streams)]:
+        yield (
+            f"config.json gives {configured_streams:g} streams, the shapes of the tensors {', '.join(map(str, streams))}: "
+            "the configuration is another model's"
+        )

@@ -5,7 +5,6 @@ No model is built and no other tensor is read. The weights are those of an input
 
 from __future__ import annotations
 
-import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -50,7 +49,6 @@ COLUMNS = (
     "connection", "gates pre/post/res", "H_pre", "H_post", "row sums", "column sums", "σ₂", "off-diag", "to I", "to J/n",
 )  # fmt: skip
 UNKNOWN = "–"  # the files do not determine it, or it is the same in every model
-WIDTH = 120  # characters of a line of words
 MOST_NAMED = 12  # groups of tensors that fit no dialect; JSON has all of them
 
 
@@ -70,7 +68,6 @@ class StaticDescription:
     heads: tuple[StaticConnection, ...]
     composites: tuple[StaticComposite, ...]
     warnings: tuple[str, ...]
-    looked_for: tuple[str, ...]
     unrecognised: tuple[Unrecognised, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -145,8 +142,7 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
         connections=tuple(connections),
         heads=(*described[len(found.connections) :], *collapse),
         composites=products,
-        warnings=(*_absence(absent), *remarks(connections, products, streams)),
-        looked_for=tuple(row.looked_for for row in rows if not row.head),
+        warnings=(*_absence(absent), *remarks(connections, streams)),
         unrecognised=found.unrecognised,
     )
 
@@ -263,12 +259,7 @@ def _why_none(found: StaticDescription) -> Iterator[str]:
         return
     yield (
         "  A plain residual network has none; nor does a connection without parameters, which only a run shows "
-        "(describe without --weights-only)."
-    )
-    yield "  Looked for:"
-    known = "; ".join(words.split("; ")[0].partition(": ")[2] for words in found.looked_for)
-    yield from textwrap.wrap(
-        known, WIDTH, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False
+        f"(describe without --weights-only). Looked for the dialects {', '.join(row.name for row in TABLE if not row.head)}."
     )
 
 

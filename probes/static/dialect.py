@@ -8,8 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -78,8 +77,8 @@ class Dialect:
         Whether the rows of ``res`` and `mixing` are sources; destinations otherwise.
     read_lag : int
         1 where each sub-block applies the read that the one before computed; the first one reads stream 0.
-    head, doubly_stochastic, learns_mixing : bool
-        Whether it only reads the streams at the end; whether H_res is so by construction; whether it has parameters.
+    head, learns_mixing : bool
+        Whether it only reads the streams at the end; whether H_res has parameters.
     note : str
         A remark that is printed.
     """
@@ -106,7 +105,6 @@ class Dialect:
     sources_in_rows: bool = False
     read_lag: int = 0
     head: bool = False
-    doubly_stochastic: bool = False
     learns_mixing: bool = True
     note: str = ""
     _solved: dict[Any, list[Sizes]] = field(default_factory=dict, init=False, repr=False)
@@ -148,12 +146,6 @@ class Dialect:
         """What is computed, apart from when the read is applied: equal for rows that only name it differently."""
         functions = (self.parts, self.gates, self.read, self.write, self.mixing, self.sinkhorn)
         return (*functions, self.sources_in_rows, self.family)
-
-    @property
-    def looked_for(self) -> str:
-        """The row in words, for a user whose checkpoint has no connection."""
-        tensors = ", ".join(f"{self.own_name(role)} ({self.shapes[role]})" for role in sorted(self.required))
-        return f"{self.name}: {self.title}; {tensors}"
 
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Sizes]:
         """Every assignment of n, D, … with which some tensors, by role, have the shapes of the row."""
@@ -207,36 +199,33 @@ def solve(shapes: Mapping[str, tuple[int, ...]], texts: Mapping[str, str]) -> li
     ]
     for alternatives in itertools.product(*choices):
         pairs = [pair for each in alternatives for pair in each]
-        found += [sizes for sizes in _assignments(pairs, {}) if sizes not in found]
+        ranged = sorted({name for formula, _ in pairs for name in formula.names} & RANGES.keys())
+        for values in itertools.product(*(RANGES[name] for name in ranged)):
+            sizes = _completed(pairs, dict(zip(ranged, values, strict=True)))
+            if sizes is not None and sizes not in found:
+                found.append(sizes)
     return found
 
 
-def _assignments(pairs: Sequence[tuple[Size, int]], known: Sizes) -> Iterator[Sizes]:
-    """Assignments that satisfy all equations; the equation with the fewest unknown symbols is solved first."""
-    if not pairs:
-        yield known
-        return
-    formula, size = min(pairs, key=lambda pair: len(pair[0].names - known.keys()))
-    unknown = sorted(formula.names - known.keys(), key=lambda name: len(RANGES.get(name, range(sys.maxsize))))
-    if not unknown:
-        if formula.value(known) == size:
-            yield from _assignments([pair for pair in pairs if pair != (formula, size)], known)
-        return
-    for value in _values(formula, unknown[0], size, known, alone=len(unknown) == 1):
-        yield from _assignments(pairs, {**known, unknown[0]: value})
-
-
-def _values(formula: Size, name: str, size: int, known: Sizes, *, alone: bool) -> Iterable[int]:
-    """Values of a symbol that an equation allows; where it is the only unknown, those that solve it."""
-    if name in RANGES:
-        # A symbol is at most the size that it is part of.
-        return (value for value in RANGES[name] if value <= size)
-    if not alone:
-        raise InputError(
-            f"the size {formula.text!r} has several unknown factors; give each a shape of its own"
-        )
-    # Sizes of features are large, and their equations linear: two values give the line.
-    at_zero, at_one = (formula.value({**known, name: value}) for value in (0, 1))
-    slope = at_one - at_zero
-    solution = (size - at_zero) / slope if slope else 0.0
-    return [round(solution)] if solution >= 1 and solution == round(solution) else []
+def _completed(pairs: Sequence[tuple[Size, int]], known: Sizes) -> Sizes | None:
+    """All symbols, where some are known and all equations hold; None where they do not."""
+    waiting = list(pairs)
+    while waiting:
+        # The equation with the fewest unknown symbols first.
+        pair = min(waiting, key=lambda pair: len(pair[0].names - known.keys()))
+        waiting.remove(pair)
+        (formula, size), unknown = pair, [*pair[0].names - known.keys()]
+        if len(unknown) > 1:
+            raise InputError(
+                f"the size {formula.text!r} has several unknown factors; give each a shape of its own"
+            )
+        if unknown:
+            # Sizes of features are large, and their equations linear: two values give the line.
+            at_zero, at_one = (formula.value({**known, unknown[0]: value}) for value in (0, 1))
+            slope = at_one - at_zero
+            if slope <= 0 or size <= at_zero or (size - at_zero) % slope:
+                return None
+            known[unknown[0]] = (size - at_zero) // slope
+        elif formula.value(known) != size:
+            return None
+    return known

@@ -70,10 +70,6 @@ def _twice_sigmoid(t: Values) -> np.ndarray:
     return 2 * expit(t.post)
 
 
-def _identity(t: Values) -> np.ndarray:
-    return np.eye(t.n)
-
-
 # --- DeepSeek-V4 and its relatives: one projection of all streams, one bias, one scale for each part
 
 _GLM = ("glm5_next", "glm5_next_text", "glm5next", "glm5-next")
@@ -97,7 +93,6 @@ DEEPSEEK_V4 = Dialect(
     read=_sigmoid_with_floor,
     write=_twice_sigmoid,
     sinkhorn=lambda t: {"rounds": t.rounds, "floor": t.eps},
-    doubly_stochastic=True,
     constants={
         "rounds": Constant(("hc_sinkhorn_iters", "mhc_recur_norm", _ITERATIONS, "hyper_connection.sinkhorn_iters"), 20),
         "eps": Constant(("hc_eps", *_EPSILON), 1e-6),
@@ -178,30 +173,13 @@ HY_V4 = Dialect(
     gates=lambda t: {"pre": t.scale[0], "post": t.scale[1]},
     read=_sigmoid_with_floor,
     write=lambda t: t.magnitude * expit(t.post) + t.eps,
-    mixing=_identity,
+    mixing=lambda t: np.eye(t.n),
     learns_mixing=False,
     constants={
         "magnitude": Constant(("hc_magnitude", "hyper_connection.magnitude"), 2.0),
         "eps": Constant(("hc_eps", "hyper_connection.epsilon"), 1e-6),
     },
 )
-_GATED = {"norm": "n*D", "down": "r, n*D", "up": "n*D, r"}
-_GATED_NAMES = {"norm": "hc_norm|norm", "down": "input_mix_weight_down|down", "up": "input_mix_weight_up|up"}
-QWEN4_GATED = Dialect(
-    name="qwen4-gated",
-    title="Qwen4-exp and Qwen3.8-Next: gated streams",
-    family="gated_streams",
-    model_types=frozenset(("qwen4_exp", "qwen4_exp_text", "qwen4exp", "qwen3_8_next", "qwen3_8_next_text")),
-    names=("{path}.{branch}_hyper_connection.*", "{path}.hc_{branch}_*"),
-    tensors={},
-    projections={**_GATED, "inject": "n, n*D"},
-    stored={**_GATED_NAMES, "inject": "block_inject_weight|inject"},
-    write=lambda t: np.ones(t.n),
-    mixing=_identity,
-    learns_mixing=False,
-    note="gated streams have no biases: every read is per feature, every write 2 sigmoid(0) = 1 at a zero input",
-)
-
 # --- the package hyper-connections and those that took its names
 
 HYPER_CONNECTIONS = Dialect(
@@ -259,7 +237,6 @@ MHC_LUCIDRAINS = Dialect(
     read=_sigmoid,
     write=_twice_sigmoid,
     sinkhorn=lambda t: {"rounds": t.rounds, "last": "rows"},
-    doubly_stochastic=True,
     constants={"rounds": Constant(("sinkhorn_iters", "mhc_sinkhorn_iters", "num_sinkhorn_iters"), 20)},
 )
 MHC_FLATTENED = replace(
@@ -299,28 +276,6 @@ MHC_LITE = Dialect(
     read=_sigmoid,
     write=_twice_sigmoid,
     mixing=lambda t: permutations(softmax(t.res), t.n),
-    doubly_stochastic=True,
-)
-
-# --- attention over depth
-
-KIMI_K3 = Dialect(
-    name="kimi-k3",
-    title="Kimi-K3: attention residuals over the sums of blocks",
-    family="depth_attention",
-    model_types=frozenset(("kimi_k3", "kimi_linear", "kimi-k3", "kimi-linear", "kimi_k25")),
-    names=("{path}.{branch}_res_*", "{path}.{branch}_res.*"),
-    branches=("self_attention", "mlp"),
-    tensors={"proj": "1, D", "norm": "D"},
-    note="what an attention over depth reads depends on the input: run the model (describe without --weights-only)",
-)
-KIMI_K3_OUTPUT = replace(
-    KIMI_K3,
-    name="kimi-k3-output",
-    title="Kimi-K3: the attention residual before the final norm",
-    head=True,
-    names=("{path}.output_attn_res_*", "{path}.output_attn_res.*"),
-    branches=(),
 )
 
 # --- heads: the read of the streams before the final norm
@@ -358,31 +313,8 @@ OPENPANGU_V2_MERGE = replace(
     gates=lambda t: {"pre": t.branch_alpha_pre},
     constants={"eps": Constant(("hc_eps", "hyper_connection.epsilon"), 1e-6)},
 )
-QWEN4_MIXER = Dialect(
-    name="qwen4-mixer",
-    title="the head of gated streams",
-    family="head",
-    head=True,
-    names=("{path}.hyper_connection_mixer.*", "{path}.output_hc_*"),
-    tensors={},
-    projections=_GATED,
-    stored=_GATED_NAMES,
-    learns_mixing=False,
-    note="the head of gated streams reads per feature: there is no scalar H_pre",
-)
-
 TABLE = (
-    *(
-        DEEPSEEK_V4,
-        DEEPSEEK_V41,
-        DEEPSEEK_V4_MODULES,
-        OPENPANGU_V2,
-        MEGATRON,
-        PADDLEFLEET,
-        HY_V4,
-        QWEN4_GATED,
-    ),
-    *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, MHC_FLATTENED, MHC_LITE, KIMI_K3, KIMI_K3_OUTPUT),
-    *(HEAD, OPENPANGU_V2_MERGE, QWEN4_MIXER),
+    *(DEEPSEEK_V4, DEEPSEEK_V41, DEEPSEEK_V4_MODULES, OPENPANGU_V2, MEGATRON, PADDLEFLEET, HY_V4),
+    *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, MHC_FLATTENED, MHC_LITE, HEAD, OPENPANGU_V2_MERGE),
 )
 """The rows of public dialects."""

@@ -42,8 +42,6 @@ HARMLESS = re.compile(
     r"norm|gamma|(weight_)?scale_inv$|weight_scale(_2)?$|input_scale$|zero_point|_packed$|num_batches",
     re.IGNORECASE,
 )
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens|tok_embeddings|token_embd|word_embeddings|wte|embedding|embed)$")
-MOST_STREAMS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,9 +143,8 @@ def recognise(
         for extra in extras[one.prefix]
     }
     misfits = [one for row in usable for one in found[row] if one.misfit]
-    suspects = _suspects(
-        tensors, alike.values(), modules, {one.prefix.rstrip("._") for one in (*connections, *heads)}, config
-    )
+    known_modules = {one.prefix.rstrip("._") for one in (*connections, *heads)}
+    suspects = _suspects(tensors, alike.values(), known_modules)
     for one in sorted(misfits, key=lambda one: len(one.roles)):
         reasons |= {name: f"as {one.dialect.name}, {one.misfit}" for name in one.tensors & suspects}
     owned = {name for one in (*connections, *heads) for name in one.tensors}
@@ -303,36 +300,11 @@ def _extra_names(one: Found, modules: Mapping[str, Sequence[tuple[str, str]]]) -
 # --- what looks like a connection and fits no row
 
 
-def _suspects(
-    tensors: Tensors,
-    alike: Iterable[Sequence[str]],
-    modules: Mapping[str, Sequence[tuple[str, str]]],
-    recognised: set[str],
-    config: Mapping[str, Any],
-) -> set[str]:
-    """The tensors that look like a connection's by their names or shapes; ``recognised``: modules that are known ones."""
-    found = {
+def _suspects(tensors: Tensors, alike: Iterable[Sequence[str]], recognised: set[str]) -> set[str]:
+    """The tensors that look like a connection's by their names; ``recognised``: modules that are known ones."""
+    return {
         name for group in alike if WORDS.search(group[0]) for name in group if _has_words(name, recognised)
     }
-    width = _width(tensors, config)
-    found |= {
-        name
-        for name, tensor in tensors.items()
-        if _maps_streams(tensor.shape, width) and not HARMLESS.search(name)
-    }
-    for members in modules.values():
-        # Matrices from n·D to n² or n (n + 2) numbers, next to an n × n matrix, whatever they are called.
-        sides = {name: sorted(size for size in tensors[name].shape if size != 1)[-2:] for _, name in members}
-        sides = {name: side for name, side in sides.items() if len(side) == 2 and not HARMLESS.search(name)}
-        for n in {few for few, many in sides.values() if few == many and 1 < few <= MOST_STREAMS}:
-            counts = (n * n, n * (n + 2))
-            maps = [
-                name
-                for name, (few, many) in sides.items()
-                if few in counts and many % n == 0 and many > n * n
-            ]
-            found.update(name for name in sides if maps and (name in maps or sides[name] == [n, n]))
-    return found
 
 
 def _has_words(name: str, recognised: set[str]) -> bool:
@@ -343,27 +315,6 @@ def _has_words(name: str, recognised: set[str]) -> bool:
     parts = own.split(".")
     around = (end for end in range(len(parts) - 1, 0, -1) if ".".join(parts[:end]) in recognised)
     return WORDS.search(".".join(parts[next(around, 0) :])) is not None
-
-
-def _width(tensors: Tensors, config: Mapping[str, Any]) -> int | None:
-    """The width of the model: of its configuration, or of its embedding; None where neither exists."""
-    for key in ("hidden_size", "d_model", "n_embd", "embedding_length", "dim"):
-        value = setting(config, key)
-        if isinstance(value, int) and value > 0:
-            return value
-    named = (tensor.shape for name, tensor in tensors.items() if EMBEDDING.search(name.removesuffix(WEIGHT)))
-    return next((shape[1] for shape in named if len(shape) == 2), None)
-
-
-def _maps_streams(shape: tuple[int, ...], width: int | None) -> bool:
-    """Whether a matrix maps n streams of the model's width to the weights of a connection: 2 n, n² or n (n + 2) numbers."""
-    if width is None or len(shape) != 2:
-        return False
-    outputs, (n, rest) = min(shape), divmod(max(shape), width)
-    # A layer with few outputs on an input of twice the width is no rarity.
-    return (
-        rest == 0 and outputs % width > 0 and 2 < n <= MOST_STREAMS and outputs in (2 * n, n * n, n * (n + 2))
-    )
 
 
 # --- where in the network

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import xarray as xr
 
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import StorageError, TakenError
 from depthscope.diagnostics.schema import LiveRows, is_live_store
-from depthscope.diagnostics.schema.live_log import LiveStore, live_log_of, require_live_place
-from depthscope.probes.run.build_run import Proven, prove, step_numbers
-from depthscope.probes.run.statistics_dataset import StepStatistics
-from depthscope.probes.session.session import Session
-
-if TYPE_CHECKING:
-    from depthscope.probes.training.live.row import LiveRow
+from depthscope.diagnostics.schema.live_rows import MemoryRows
+from depthscope.diagnostics.schema.live_store import LiveStore, live_log_of, require_live_place
 
 STATE_SHARE = 0.01
 """The raw sequences and pooled sums are saved again when this share of the time since then is what saving them took."""
 
 LOSS = "statistics/loss"
-
-BuildRun = Callable[[list[StepStatistics], Proven], xr.DataTree]
-LiveRowOf = Callable[[int], "LiveRow | None"]
+Run = Callable[[], xr.DataTree]
+"""Makes a run."""
 
 
 class LiveRecording:
@@ -48,7 +42,7 @@ class LiveRecording:
         self._store: LiveStore | None = None
         self._is_open, self._is_taken = False, False
         self._num_written = 0  # of the recorder's rows
-        self._proven: Proven | None = None
+        self._has_state = False  # of this recorder
         self._state_began = self._state_ended = 0.0
         self._said = self._error = self._state_error = ""
         if self._file is not None:
@@ -62,6 +56,10 @@ class LiveRecording:
         require_live_place(self._folder, resume=resume, force=force)
         earlier = LiveRows(self._folder) if resume and is_live_store(self._folder) else None
         self.last_step = None if earlier is None else earlier.last_step
+        self.earlier_attrs: dict[Any, Any] = {}  # of the run of earlier attempts
+        if self.last_step is not None and schema.newest_state(self._folder) is not None:
+            with schema.open_run(self._folder) as known:
+                self.earlier_attrs = dict(known.attrs)
         self._earlier_losses: list[tuple[int, float]] = []
         if earlier is not None and LOSS in earlier.variables:
             steps, losses = earlier.steps.tolist(), earlier.column(LOSS).tolist()
@@ -76,11 +74,8 @@ class LiveRecording:
         """Where the steps are while they are measured."""
         return self._folder
 
-    def open(self) -> dict[str, Any]:
-        """Open the store, as the block begins.
-
-        Returns: What earlier attempts noted of the run.
-        """
+    def open(self) -> None:
+        """Open the store, as the block begins."""
         try:
             self._store = LiveStore(self._folder, **self._options, keep_states=self._keep_states)
         except BlockingIOError:
@@ -88,25 +83,26 @@ class LiveRecording:
             self._is_taken = True
             raise
         self._is_open = True
-        return dict(self._store.attrs.get("", {}))
 
-    def write(
-        self,
-        session: Session,
-        rows: list[StepStatistics],
-        build: BuildRun,
-        attrs: Mapping[str, Any],
-        live_row_of: LiveRowOf | None = None,
-    ) -> str | None:
+    def write(self, history: MemoryRows, state: Run) -> str | None:
         """Write the rows that are not written yet, and sometimes the large arrays.
 
-        ``build``: makes a run of some of its rows.
+        ``state``: makes the run of the last row.
         Returns: What went wrong; the same is said once.
         """
         if self._is_taken:
             return None
         try:
-            self._write(session, rows, build, attrs, live_row_of)
+            try:
+                self._write(history, state)
+            except FileNotFoundError:
+                if not self._is_open:
+                    raise
+                # The folder has gone: all steps again, into a new one. What somebody else put there meanwhile stays.
+                if self._store is not None:
+                    self._store.close()
+                self._store, self._num_written, self._options = None, 0, {}
+                self._write(history, state)
         except Exception as error:  # the training goes on, and the next measured step tries again
             self._error = str(error)
             return self._once(
@@ -127,85 +123,51 @@ class LiveRecording:
         known, self._said = self._said, sentence
         return None if sentence == known else sentence
 
-    def _write(
-        self,
-        session: Session,
-        rows: list[StepStatistics],
-        build: BuildRun,
-        attrs: Mapping[str, Any],
-        live_row_of: LiveRowOf | None,
-    ) -> None:
-        try:
-            self._write_rows(session, rows, build, attrs, live_row_of)
-        except FileNotFoundError:
-            if not self._is_open:
-                raise
-            # The folder has gone: all steps again, into a new one. What somebody else put there meanwhile stays.
-            if self._store is not None:
-                self._store.close()
-            self._store, self._num_written, self._options = None, 0, {}
-            self._write_rows(session, rows, build, attrs, live_row_of)
-
-    def _write_rows(
-        self,
-        session: Session,
-        rows: list[StepStatistics],
-        build: BuildRun,
-        attrs: Mapping[str, Any],
-        live_row_of: LiveRowOf | None,
-    ) -> None:
+    def _write(self, history: MemoryRows, state: Run) -> None:
         if self._store is None:
             self.open()
         store = self._store
         assert store is not None
-        if self._proven is None or not store.has_state or self._is_due():
+        if not self._has_state or not store.has_state or self._is_due():
             began = time.monotonic()
-            proven = prove(session)
             try:
-                store.save_state(build(rows[-1:], proven))
+                store.save_state(state())
                 self._state_error = ""
             except (OSError, MemoryError) as error:
                 # The numbers of the step need less room than its arrays.
                 if not store.has_state:
                     raise
                 self._state_error = str(error)
-            # Not the sampled sequences: they are needed no more.
-            self._proven = proven._replace(sequences=[])
-            self._state_began, self._state_ended = began, time.monotonic()
-        for row in rows[self._num_written :]:
-            numbers, coords = step_numbers(session, row, self._proven), {}
-            live_row = None if live_row_of is None else live_row_of(row.step)
-            if live_row is not None:
-                numbers, coords = {**numbers, **live_row.numbers}, dict(live_row.coords)
-            store.append(row.step, numbers, coords=coords)
+            self._has_state, self._state_began, self._state_ended = True, began, time.monotonic()
+        for number in range(self._num_written, len(history.rows)):
+            store.append(*history.row(number))
             self._num_written += 1
-        store.note(attrs)
 
     def _is_due(self) -> bool:
         cost = self._state_ended - self._state_began
         return STATE_SHARE * (time.monotonic() - self._state_ended) >= cost
 
-    def finish(self, rows: list[StepStatistics], build: Callable[[], xr.DataTree]) -> None:
+    def finish(self, history: MemoryRows, build: Run, run: Run) -> None:
         """End writing: the final arrays, or the file in place of the live store.
 
-        ``build``: makes the run of all of them.
+        ``build``: makes the run of the last row.
+        ``run``: makes that of all of them.
         Raises Exception: Where something was not written. What the live store has stays.
         """
         store, self._store = self._store, None
-        is_complete = store is not None and self._num_written == len(rows)
+        missing = len(history.rows) - self._num_written
+        is_complete = store is not None and not missing
         try:
-            if not rows:
+            if not history.rows:
                 if store is not None and store.last_step is not None:
                     store.finish()
-                return
-            if self._file is None:
-                if store is None or not is_complete:
-                    missing = len(rows) - self._num_written
-                    raise StorageError(f"{missing} steps are not in {self._folder} ({self._error})")
+            elif self._file is not None:
+                self._save_file(store, is_complete, build, run)
+            elif store is None or missing:
+                raise StorageError(f"{missing} steps are not in {self._folder} ({self._error})")
+            else:
                 store.save_state(build())
                 store.finish()
-            else:
-                self._save_file(store, is_complete, build)
         finally:
             if store is not None and store.last_step is None:
                 with suppress(OSError):  # it has gone, or another one is in its place
@@ -216,14 +178,11 @@ class LiveRecording:
             self._options = {"resume": self._file is None}
             self._num_written = self._num_written if self._file is None else 0
 
-    def _save_file(
-        self, store: LiveStore | None, is_complete: bool, build: Callable[[], xr.DataTree]
-    ) -> None:
+    def _save_file(self, store: LiveStore | None, is_complete: bool, build: Run, run: Run) -> None:
         assert self._file is not None
-        if store is None or not is_complete or self.last_step is None:
-            schema.save_run(build(), self._file, force=self._force)
-        else:
-            # Earlier attempts have rows that this recorder never had.
+        if store is None or not is_complete:
+            schema.save_run(run(), self._file, force=self._force)
+        else:  # with the rows of earlier attempts, which this recorder never had
             store.save_state(build())
             with schema.open_run(self._folder) as whole:
                 schema.save_run(whole, self._file, force=self._force)

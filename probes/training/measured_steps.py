@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 import xarray as xr
 
+from depthscope.diagnostics.schema import validate
+from depthscope.diagnostics.schema.live_rows import MemoryRows
 from depthscope.diagnostics.schema.loss_course import LossCourse
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import mean_task
-from depthscope.probes.run.build_run import Proven, build_run
+from depthscope.probes.run.build_run import build_run, step_numbers
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.session import Session
@@ -23,6 +27,7 @@ from depthscope.probes.training.notices import Notices
 
 if TYPE_CHECKING:
     from depthscope.probes.training.live.live import Live
+    from depthscope.probes.training.live.row import LiveRow
 
 
 FROZEN = "no gradient of the loss reaches the residual states: no weight before them is trained, as where a head alone learns"
@@ -38,18 +43,20 @@ class MeasuredSteps:
     def __init__(
         self,
         session: Session,
-        notices: Notices,
-        earlier_losses: list[float],
         *,
-        attrs: Mapping[str, Any],
-        token_text: Any,
-        weights: WeightUpdates | None,
-        scale: LossScale,
-        live: Live | None,
+        earlier_losses: Iterable[float] = (),
+        attrs: Mapping[str, Any] = MappingProxyType({}),
+        token_text: Any = None,
+        weights: WeightUpdates | None = None,
+        scale: LossScale | None = None,
+        live: Live | None = None,
     ):
-        self._session, self._say, self._attrs, self._token_text = session, notices.say, attrs, token_text
-        self.weights, self._scale, self.live = weights, scale, live
-        self.rows: list[StepStatistics] = []
+        self.notices = Notices()
+        self.session, self._say, self._attrs, self._token_text = session, self.notices.say, attrs, token_text
+        self.weights, self._scale, self.live = weights, scale or LossScale(None), live
+        self.history = MemoryRows()
+        self.last: StepStatistics | None = None
+        self._known_weights: WeightNorms | None = None  # of the last step that has some
         self.overflowed: list[int] = []
         self.trained = False  # whether the last measured step was one of a training
         self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why
@@ -60,24 +67,31 @@ class MeasuredSteps:
         self._pooled = PooledSums()
         self._course = LossCourse(earlier_losses)
 
-    def build(self, rows: list[StepStatistics], proven: Proven | None = None) -> xr.DataTree:
-        """The run of some rows."""
+    def state(self) -> xr.DataTree:
+        """The run of the last step."""
         # The step of the raw sequences: an analysis of them is labelled with it.
-        attrs = {"step": self._sampled_step, **self.noted(), **self._attrs}
+        attrs = {"step": self._sampled_step, **self._noted(), **self._attrs}
         return build_run(
-            self._session,
-            rows,
+            self.session,
+            # Which modules have weights is known of a step without their norms too; its row has none.
+            None if self.last is None else replace(self.last, weights=self._known_weights),
             self._pooled.sums,
             attrs=attrs,
             token_text=self._token_text,
-            proven=proven,
             metrics=None if self.live is None else self.live.datasets(),
         )
 
-    def noted(self) -> dict[str, Any]:
+    def run(self) -> xr.DataTree:
+        """The run of all steps."""
+        groups = self.history.groups_of(self.state())
+        found = xr.DataTree.from_dict({f"/{path}": dataset for path, dataset in groups.items()})
+        validate(found)
+        return found.load()
+
+    def _noted(self) -> dict[str, Any]:
         """What is known of all measured steps together."""
         attrs: dict[str, Any] = {}
-        if task := mean_task([self._task], self.rows[-1].loss if self.rows else None):
+        if task := mean_task([self._task], None if self.last is None else self.last.loss):
             attrs["task"] = task
         if self.overflowed:
             attrs["overflowed_steps"] = list(self.overflowed)
@@ -88,30 +102,29 @@ class MeasuredSteps:
                 "steps": list(missing),
                 "why": list(dict.fromkeys(missing.values())),
             }
-        last = next((row.weights for row in reversed(self.rows) if row.weights is not None), None)
-        if last is not None and last.skipped:
-            attrs["weights_skipped"] = dict(last.skipped)
+        if self._known_weights is not None and self._known_weights.skipped:
+            attrs["weights_skipped"] = dict(self._known_weights.skipped)
         return attrs
 
     def end(self, step: int, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
         """End a step that was measured."""
         # First of all: hooks and copies end with the step, whatever fails below.
-        cut_short = self._session.detach()
+        cut_short = self.session.detach()
         weights, scale = self._weight_norms(step), self._scale.end()
         if cut_short:
             self._say(
                 f"{cut_short} forward{'s' * (cut_short > 1)} had not ended when step {step} did, and count to no step"
             )
         value = self._loss_value(step, loss)
-        self._session.raise_first_error()
-        parts = self._session.fold()
+        self.session.raise_first_error()
+        parts = self.session.fold()
         if not num_tokens(parts):
             raise CaptureError("no batch of it had a real token; nothing to measure")
-        digest = self._session.step.digest
-        self.trained = self._session.step.trains
+        digest = self.session.step.digest
+        self.trained = self.session.step.trains
         self._say_undefined_gradients(step)
         self._say_missing_connections(step)
-        if self._session.step.without_gradients and not self._without_gradients:
+        if self.session.step.without_gradients and not self._without_gradients:
             self._without_gradients = FROZEN
             self._say(
                 f"step {step} was measured without gradients, and so is every further one like it: {FROZEN}"
@@ -137,13 +150,20 @@ class MeasuredSteps:
             *(step, rows, sequences, value, weights, scale, self._course.add(value), loss_terms),
             digest=None if digest is None else float(digest),
         )
-        self.rows.append(row)
-        if self.live is not None:
-            self._measure_live(self.live, complete, row, overflowed)
+        self.last = row
+        self._known_weights = weights or self._known_weights
+        numbers, coords = step_numbers(self.session, row)
+        of_live = None if self.live is None else self._measure_live(self.live, complete, row, overflowed)
+        if of_live is not None:
+            numbers, coords = {**numbers, **of_live.numbers}, {**coords, **of_live.coords}
+        self.history.append(step, numbers, coords)
+        if self.live is not None and of_live is not None:
+            self.live.note_task(mean_task([self._task], value))
+            self.live.tell(of_live, self._say)
 
     def _say_undefined_gradients(self, step: int) -> None:
         """Say once where the gradients of the present step are undefined, which their forwards tell."""
-        if self._undefined_said or not self._session.step.gradients_undefined:
+        if self._undefined_said or not self.session.step.gradients_undefined:
             return
         self._undefined_said = True
         self._say(
@@ -154,7 +174,7 @@ class MeasuredSteps:
 
     def _say_missing_connections(self, step: int) -> None:
         """Say where the connections of the present step were not read: the rest of it is in its row."""
-        why = self._session.step.without_connections
+        why = self.session.step.without_connections
         if not why:
             self._sampled_step = step
             return
@@ -171,25 +191,23 @@ class MeasuredSteps:
         complete: list[TokenSums],
         measured: StepStatistics,
         overflowed: bool,
-    ) -> None:
-        """Add the live row of the present step; where it cannot be computed, the step has its statistics alone."""
+    ) -> LiveRow | None:
+        """The live row of the present step; where it cannot be computed, the step has its statistics alone."""
 
         def first_run() -> xr.DataTree:
-            return build_run(self._session, self.rows, self._pooled.sums)
+            return build_run(self.session, measured, self._pooled.sums)
 
         try:
-            row = live.measure(complete, measured, first_run, overflowed=overflowed)
+            return live.measure(complete, measured, first_run, overflowed=overflowed)
         except Exception as error:
             self._say(f"the live metrics of step {measured.step} were not computed: {error}", error)
-            return
-        live.note_task(mean_task([self._task], measured.loss))
-        live.tell(row, self._say)
+            return None
 
     def _loss_value(self, step: int, loss: float | torch.Tensor | None) -> float | None:
         """The loss of the step: the one that the user gives, else that of the backwards which reached the model."""
-        self._task = self._session.step.loss.task
+        self._task = self.session.step.loss.task
         if loss is None:
-            return self._session.step.loss.value()
+            return self.session.step.loss.value()
         try:
             return float(loss.detach() if isinstance(loss, torch.Tensor) else loss)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -206,7 +224,7 @@ class MeasuredSteps:
         for part in parts:
             for chain in part.sums:
                 chain.live = None  # of this step alone, and as large as its number of tokens
-        if self._session.step.without_connections and not self._pooled.is_of(parts[-1].stamp):
+        if self.session.step.without_connections and not self._pooled.is_of(parts[-1].stamp):
             return row  # what is pooled has the weights of the raw sequences, which are of an earlier step
         self._pooled.add(parts)
         return row

@@ -21,6 +21,7 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.row_sums import LossScale
 from depthscope.probes.statistics.weight_updates import WeightUpdates
 from depthscope.probes.training.live_recording import LiveRecording
+from depthscope.probes.training.measured_steps import MeasuredSteps
 from depthscope.probes.training.processes import (
     WeightShares,
     last_common_step,
@@ -175,12 +176,8 @@ def record(
     stages = 1 if stage is None else stage[1]
     shares = WeightShares(model, part[1] // stages) if weights and part is not None else None
     called, model = model, inner_model(model)
-    given: dict[str, Any] = {
-        "sinks": list(sinks),
-        "on_finding": on_finding,
-        "stop_on": stop_on,
-        "optimizer": optimizer,
-    }
+    given: dict[str, Any] = {"sinks": list(sinks), "on_finding": on_finding}
+    given |= {"stop_on": stop_on, "optimizer": optimizer}
     attrs = storable_attributes(attrs)
     names = _live_names(metrics, live_tokens, given)
     if names:
@@ -200,37 +197,24 @@ def record(
         recording = LiveRecording(place, resume=resume, force=force, keep_states=keep_traces)
     if first_step is None:
         first_step = 0 if recording is None or recording.last_step is None else recording.last_step + 1
-    all_attrs: dict[str, Any] = (
-        {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
-    )
+    reduced = {} if loss_reduction is None else {"loss_reduction": loss_reduction.removeprefix("global_")}
+    all_attrs = reduced | ({} if stage is None else stage_attribute(stage)) | attrs
     if part is not None:
-        all_attrs[PART] = {"number": part[0], "of": part[1], "loss": loss_reduction or ""}
-    all_attrs.update(({} if stage is None else stage_attribute(stage)) | attrs)
-    session = Session(
-        model,
-        Options(**options),
-        scale if scaler is not None else None,
-        Scope(
-            live_tokens=live_tokens if names else 0,
-            exact_sums=part is not None,
-            digests=part is not None,
-        ),
-        called,
-    )
-    return Recorder(
+        all_attrs = {PART: {"number": part[0], "of": part[1], "loss": loss_reduction or ""}, **all_attrs}
+    is_part = part is not None
+    scope = Scope(live_tokens=live_tokens if names else 0, exact_sums=is_part, digests=is_part)
+    session = Session(model, Options(**options), scale if scaler is not None else None, scope, called)
+    session.step.keeps_rest &= part is None  # all parts of a run have the same statistics
+    measured = MeasuredSteps(
         session,
-        every=every,
-        start_step=start_step,
-        end_step=end_step,
-        store=recording,
-        first_step=first_step,
+        earlier_losses=[] if recording is None else recording.earlier_losses(first_step),
         attrs=all_attrs,
         token_text=token_text,
         weights=WeightUpdates(model, scale, shares) if weights else None,
         scale=scale,
         live=_live(session, names, "" if recording is None else recording.path.name, given),
-        is_part=part is not None,
     )
+    return Recorder(measured, every, start_step, end_step, first_step, recording)
 
 
 def _live_names(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import xarray as xr
@@ -18,14 +18,9 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import remove_inert_hooks
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.row_sums import LossScale
-from depthscope.probes.statistics.weight_updates import WeightUpdates
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.measured_steps import MeasuredSteps
-from depthscope.probes.training.notices import OPEN, Notices, close_at_exit
-
-if TYPE_CHECKING:
-    from depthscope.probes.training.live.live import Live
+from depthscope.probes.training.notices import OPEN, close_at_exit
 
 
 class Recorder:
@@ -40,40 +35,20 @@ class Recorder:
 
     def __init__(
         self,
-        session: Session,
-        *,
+        measured: MeasuredSteps,
         every: int = 1,
         start_step: int = 0,
         end_step: int | None = None,
-        store: LiveRecording | None = None,
         first_step: int = 0,
-        attrs: Mapping[str, Any] | None = None,
-        token_text: Any = None,
-        weights: WeightUpdates | None = None,
-        scale: LossScale | None = None,
-        live: Live | None = None,
-        is_part: bool = False,
+        store: LiveRecording | None = None,
     ):
         if every < 1:
             raise InputError(f"every is {every}; expected 1 or more")
-        self._notices = Notices()
-        self._say = self._notices.say
-        self.errors = self._notices.errors
+        self._measured, self._notices = measured, measured.notices
+        self._session, self._live, self._store = measured.session, measured.live, store
+        self._say, self.errors = self._notices.say, self._notices.errors
         self.position = first_step  # the present step
-        self._session = session
         self._every, self._start, self._end = every, start_step, end_step
-        self._store, self._live = store, live
-        session.step.keeps_rest &= not is_part  # all parts of a run have the same statistics
-        self._measured = MeasuredSteps(
-            session,
-            self._notices,
-            [] if store is None else store.earlier_losses(first_step),
-            attrs=attrs or {},
-            token_text=token_text,
-            weights=weights,
-            scale=scale or LossScale(None),
-            live=live,
-        )
         self._stack = ExitStack()
         self._state = "new"  # then "open" inside the ``with`` block, "closed", and "abandoned" in a child process or a copy
         self._lock = threading.RLock()
@@ -157,7 +132,7 @@ class Recorder:
         self._notices.warn()
         # Last of all: nothing of ours is half done when the training ends here.
         if self._live is not None:
-            self._live.stop_if_severe()
+            self._live.watched.stop_if_severe()
 
     @property
     def is_open(self) -> bool:
@@ -173,7 +148,7 @@ class Recorder:
     @property
     def measured_steps(self) -> list[int]:
         """The steps that were measured so far."""
-        return [row.step for row in self._measured.rows]
+        return list(map(int, self._measured.history.steps))
 
     @property
     def run(self) -> xr.DataTree:
@@ -184,10 +159,10 @@ class Recorder:
         CaptureError
             Where no step was measured completely; the message includes the first error.
         """
-        if not self._measured.rows:
+        if not self._measured.history.rows:
             reason = f": {self.errors[0]}" if self.errors else "; call the model and then recorder.step()"
             raise CaptureError(f"no step was measured completely{reason}")
-        return self._measured.build(self._measured.rows)
+        return self._measured.run()
 
     def close(self) -> None:
         """Remove the hooks, and end the store where one was given; calling it twice is fine."""
@@ -203,14 +178,14 @@ class Recorder:
                     self._safely(self._end_measured_step, None)
                 self._notices.say_how_many()
                 if self._live is not None:
-                    self._live.judge(self._say)
-                    self._live.say_too_late(self._say)
+                    self._live.watched.judge(self._live.attrs, self._say)
+                    self._live.watched.say_too_late(self._say)
             finally:
                 self._detach()
                 remove_inert_hooks(self._session.model)
             if self._store is not None:
                 try:
-                    self._store.finish(self._measured.rows, lambda: self.run)
+                    self._store.finish(self._measured.history, self._measured.state, self._measured.run)
                 except (
                     Exception
                 ) as error:  # what follows the block, such as saving the model, must still be reached
@@ -230,19 +205,18 @@ class Recorder:
 
     def _open_store(self, store: LiveRecording) -> None:
         try:
-            earlier = store.open()
+            store.open()
         except Exception as error:  # the loop is about to run, and it must
             self._say(f"nothing is written to {store.path}: {error}", error)
             return
-        known = [step for step in earlier.get("overflowed_steps", ()) if step < self.position]
+        known = [step for step in store.earlier_attrs.get("overflowed_steps", ()) if step < self.position]
         self._measured.overflowed[:0] = known
 
     def _end_measured_step(self, loss: float | torch.Tensor | None, loss_terms: float | None = None) -> None:
         self._measured.end(self.position, loss, loss_terms)
         if self._store is None:
             return
-        measured, row_of = self._measured, None if self._live is None else self._live.row_of
-        sentence = self._store.write(self._session, measured.rows, measured.build, measured.noted(), row_of)
+        sentence = self._store.write(self._measured.history, self._measured.state)
         if sentence is not None:
             self._say(sentence)
 
@@ -280,6 +254,6 @@ class Recorder:
 
 
 def _copy_that_measures_nothing() -> Recorder:
-    recorder = Recorder(Session(nn.Identity(), Options()))
+    recorder = Recorder(MeasuredSteps(Session(nn.Identity(), Options())))
     recorder._state = "abandoned"
     return recorder

@@ -374,12 +374,13 @@ for run in cycle(runs):
 
 
 @posix
-def test_a_run_whose_writer_is_killed_is_the_former_or_the_new(tmp_path, make_run):
+@pytest.mark.parametrize("suffix", schema.SUFFIXES)
+def test_a_run_whose_writer_is_killed_is_the_former_or_the_new(tmp_path, make_run, suffix):
     runs = [make_run(family, layers=1, tokens=8, features=8) for family in ("residual", "hc")]
-    target = tmp_path / "run.zarr"
+    target = tmp_path / f"run{suffix}"
     with subprocess.Popen([sys.executable, "-c", WRITER, target], stdout=subprocess.PIPE, cwd=ROOT) as writer:
         assert writer.stdout.readline() == b"written\n"
-        time.sleep(random.Random(0).uniform(0, 0.3))
+        time.sleep(random.Random(suffix).uniform(0, 0.3))
         writer.send_signal(signal.SIGKILL)
     write_file(tmp_path / "other", "the next writer")
     with schema.open_run(target) as found:

@@ -109,7 +109,7 @@ def test_where_there_is_no_room_nothing_else_is_lost(kind, limit, tmp_path, monk
         used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
         enough, names = (used if limit == "disk" else max(file.stat().st_size for file in files)), len(files)
     failed = 0
-    for share in (0.02, 0.6, 20.0):  # while it is written there is more than in the end
+    for share in (0.02, 0.4, 0.8, 20.0):  # while it is written there is more than in the end
         size = 4096 * (1 + int(share * enough) // 4096)
         (roomy / "checkpoint").unlink(missing_ok=True)
         with small_disk(small, size) if limit == "disk" else nullcontext():
@@ -126,4 +126,4 @@ def test_where_there_is_no_room_nothing_else_is_lost(kind, limit, tmp_path, monk
         assert "Traceback" not in told
         assert is_full or len(left) == names
         failed += is_full
-    assert 0 < failed < 3
+    assert 0 < failed < 4

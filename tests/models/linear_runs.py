@@ -60,7 +60,7 @@ class LinearModel:
             "depth_in": ("connection", np.asarray(depth_in)),
             "depth_out": ("connection", np.asarray(self.coords.get("depth_out", np.asarray(depth_in) + 1))),
         }
-        for name in ("read_depth", "after_sum", "proof"):
+        for name in ("after_sum", "proof"):
             if name in self.coords:
                 coords[name] = ("connection", np.asarray(self.coords[name]))
         stated = {} if proof is None else {"proof": proof}
@@ -132,7 +132,7 @@ def plain(kind: str = "", count: int = 5, seed: int = 0) -> LinearModel:
 
 
 def streams(kind: str = "", count: int = 5, n: int = 3, seed: int = 0) -> LinearModel:
-    """X' = H_res X + H_post F(H_pre X): ``"lagged"`` reads the state before, ``"views"`` has two inputs and one output."""
+    """X' = H_res X + H_post F(H_pre X): ``"views"`` has two inputs and one output."""
     rng = np.random.default_rng(seed)
     views = 2 if kind == "views" else 1
     outputs = _outputs(rng, count)
@@ -141,7 +141,6 @@ def streams(kind: str = "", count: int = 5, n: int = 3, seed: int = 0) -> Linear
     reads, writes = rng.uniform(0.2, 1.0, (*lead, views, n)), rng.uniform(0.2, 1.0, (*lead, n))
     if n == 1:
         reads, writes = np.ones_like(reads), np.ones_like(writes)
-    read_depth = [max(0, c - 1) if kind == "lagged" else c for c in range(count)]
     variables = {"h_res": mix, "h_pre": reads[..., 0, :], "h_post": writes}
     if kind == "views":
         variables = {"h_res": mix, "read": reads, "write": writes[..., None]}
@@ -150,14 +149,13 @@ def streams(kind: str = "", count: int = 5, n: int = 3, seed: int = 0) -> Linear
     def recurrence(given: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         states, inputs = [embedding], []
         for c in range(count):
-            inputs.append(np.einsum("stvn,stnd->stvd", reads[c], states[read_depth[c]]))
+            inputs.append(np.einsum("stvn,stnd->stvd", reads[c], states[c]))
             states.append(
                 np.einsum("stij,stjd->stid", mix[c], states[-1]) + writes[c][..., None] * given[c, :, :, :1]
             )
         return np.stack(states), np.stack(inputs)
 
-    coords = {"read_depth": read_depth} if kind == "lagged" else {}
-    return LinearModel(f"streams {kind}".strip(), "hc", variables, outputs, recurrence, coords, embedding)
+    return LinearModel(f"streams {kind}".strip(), "hc", variables, outputs, recurrence, {}, embedding)
 
 
 def over_depth(kind: str, count: int = 5, seed: int = 0, *, uniform: bool = False) -> LinearModel:
@@ -191,7 +189,6 @@ MODELS: dict[str, LinearModel] = {
     "parallel": plain("parallel", count=6),
     "streams": streams(),
     "one stream": streams(n=1),
-    "lagged": streams("lagged"),
     "views": streams("views"),
     "attention over depth": over_depth("attention"),
     "averages of depths": over_depth("dense"),

@@ -35,7 +35,6 @@ FORBIDDEN = {
 METHODS = {"iterdir", "unlink", "rmdir"}  # of a Path, whatever its name; `remove` is a list's as well
 ALLOWED = {
     ("probes/checkpoints/own_files.py", "iterdir"): "lists the files of a checkpoint, which are read",
-    ("probes/checkpoints/gguf.py", "iterdir"): "lists a copy in the user's own cache",
     ("probes/history.py", "iterdir"): "lists checkpoints, which are read",
 }
 

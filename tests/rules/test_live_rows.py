@@ -14,7 +14,7 @@ from depthscope import probes
 from depthscope.app.readings.readings import read_runs
 from depthscope.diagnostics import judge, schema
 from depthscope.diagnostics.quantities.registry import with_facts
-from depthscope.diagnostics.schema.live_log import LiveStore
+from depthscope.diagnostics.schema.live_store import LiveStore
 from depthscope.diagnostics.verdicts import ABOUT_THE_RUN
 from depthscope.probes.training.live.findings import findings_of
 from depthscope.probes.training.live.live import Live
@@ -93,7 +93,7 @@ def with_nan(row, path, step):
 
 def test_every_live_metric_as_nan_is_judged_as_it_is_later(healthy, tmp_path):
     recorder, _ = healthy
-    row = recorder._live.rows[-1]
+    row = recorder._live.last
     broken = [with_nan(row, path, step) for step, path in enumerate(row.numbers)]
     store = LiveStore(tmp_path / "run")
     store.save_state(recorder.run)
@@ -192,5 +192,5 @@ def test_a_step_that_a_scaler_skips_is_no_finding_live_or_later(tmp_path):
                 pytest.warns(probes.ProbeWarning, match="overflowed") if bad > 1 else contextlib.nullcontext()
             ):
                 recorder.step(1.0)
-    require_same(findings_of(recorder._live.rows[-1], recorder._live.attrs), tmp_path / "run")
+    require_same(findings_of(recorder._live.last, recorder._live.attrs), tmp_path / "run")
     assert "not_finite" not in {finding.verdict for finding in told}

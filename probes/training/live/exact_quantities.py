@@ -62,8 +62,9 @@ class LiveGroup:
         dims = ["scope" if dim == "group" else dim for dim in dims_of]
         values = np.asarray(values_of, dtype=np.float64)
         if "stream" in dims and (lacks := len(self.streams) - values.shape[dims.index("stream")]):
-            # The mean, which comes first, has no share of what is read or written.
-            padding = [(lacks if dim == "stream" else 0, 0) for dim in dims]
+            # The mean, which comes first, has no share of what is read or written; or it alone was measured.
+            sides = (0, lacks) if values.shape[dims.index("stream")] == 1 else (lacks, 0)
+            padding = [sides if dim == "stream" else (0, 0) for dim in dims]
             values = np.pad(values, padding, constant_values=np.nan)
         order = sorted(dims, key=DIMS.index)
         return tuple(order), np.transpose(values, [dims.index(dim) for dim in order])
@@ -146,7 +147,9 @@ class _ExactQuantities:
         return xr.Variable(dims, found[0]), xr.Variable(dims, found[1])
 
     def gradient_norms(self) -> xr.Variable:
-        _require_any(self._sums, GRADIENT, self._depths)
+        # That it was not measured its values do not say, since NaN is one of them.
+        if not any(depth in self._sums.sums.get(GRADIENT, {}) for depth in self._depths):
+            raise Unavailable(NOT_SHOWN)
         return xr.Variable(PROFILE, np.sqrt(self._views(GRADIENT)))
 
     def gradient_facts(self) -> dict[str, list[int]]:
@@ -164,7 +167,9 @@ class _ExactQuantities:
         mean = self._sums.mean_view
         arrays = []
         for part in [self._sums] if mean is None else [mean, self._sums]:
-            known = _squared_units(part) if name == "unit_square" else part.sums.get(name, {})
+            known = part.sums.get("unit_sum" if name == "unit_square" else name, {})
+            if name == "unit_square":
+                known = {depth: unit.square().sum(-1) for depth, unit in known.items()}
             arrays.append(_stacked(known, self._depths))
         widest = max((array.shape[1] for array in arrays), default=1)
         return np.concatenate(arrays, axis=1) if name != "token_count" else arrays[0][:, :widest]
@@ -218,22 +223,13 @@ class _ExactQuantities:
         return xr.Variable(("connection", "stream"), _stacked(known, self._connections))
 
 
-def _squared_units(part: TokenSums) -> dict[int, torch.Tensor]:
-    return {depth: unit.square().sum(-1) for depth, unit in part.sums.get("unit_sum", {}).items()}
-
-
 def _stacked(parts: Mapping[int, torch.Tensor], keys: Sequence[int]) -> np.ndarray:
     """Vectors by key, (keys, …), read back from their device at once; NaN where one is missing."""
     known = [key for key in keys if key in parts]
     if not known:
         return np.full((len(keys), 1), np.nan)
-    values = torch.stack([parts[key].double().reshape(-1) for key in known]).cpu().numpy()
+    # In float64 here: some devices have none.
+    values = torch.stack([parts[key].reshape(-1) for key in known]).cpu().double().numpy()
     found = np.full((len(keys), values.shape[1]), np.nan)
     found[[list(keys).index(key) for key in known]] = values
     return found
-
-
-def _require_any(sums: TokenSums, name: str, keys: Sequence[int]) -> None:
-    """Refuse a statistic that was not measured at all: its values do not say so, since NaN is one of them."""
-    if not any(key in sums.sums.get(name, {}) for key in keys):
-        raise Unavailable(NOT_SHOWN)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -14,15 +14,20 @@ import xarray as xr
 from depthscope.diagnostics import Finding, Severity, judge
 from depthscope.diagnostics.errors import InputError
 from depthscope.probes.training.live.row import LiveRow
+from depthscope.probes.training.notices import TrainingStopped
 
 OnFinding = Callable[[int, Finding], Any]
+Attributes = Mapping[str, Mapping[str, Any]]
+"""Those of the groups of a row, by chain."""
+Say = Callable[[str, Exception | None], None]
+"""Called with a sentence for the user, and the error that is behind it."""
 
 SHARE_OF_TIME = 0.01  # that judging may take, where nobody waits for it
 
 
-def findings_of(row: LiveRow, attrs: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
+def findings_of(row: LiveRow, attrs: Attributes) -> list[Finding]:
     """Findings about one row, the worst first; ``attrs`` are those of its groups."""
-    by_chain = histories([row], attrs)
+    by_chain = datasets_of(row, attrs)
     if list(by_chain) == [""]:
         return judge(by_chain[""])
     return judge(xr.DataTree.from_dict({"/": xr.Dataset(), **by_chain}))
@@ -32,13 +37,11 @@ class Watched:
     """Judges rows, and reports what is new in them.
 
     ``on_finding``: ``on_finding(step, finding)``.
-    ``stop_on``: ``"warn"`` or ``"fail"``.
+    ``stop_on``: ``"warn"`` or ``"fail"``: the severity that ends the training.
     ``name``: of the run, printed before its steps; empty for none.
     """
 
-    def __init__(
-        self, on_finding: OnFinding | None = None, stop_on: str | None = None, name: str = ""
-    ) -> None:
+    def __init__(self, on_finding: OnFinding | None, stop_on: str | None, name: str) -> None:
         levels = {severity.name.lower(): severity for severity in (Severity.WARN, Severity.FAIL)}
         if stop_on is not None and stop_on not in levels:
             raise InputError(
@@ -53,94 +56,97 @@ class Watched:
         self._stop_on = None if stop_on is None else levels[stop_on]
         self._told: dict[tuple[Any, ...], Severity] = {}
         self._last: tuple[float, float] | None = None  # when rows were last judged, and how long that took
+        self._unjudged: LiveRow | None = None
+        self._severe: tuple[int, tuple[Finding, ...]] | None = None  # what is to stop the training
 
-    @property
-    def due(self) -> bool:
-        """Whether the present row is to be judged.
+    def take(self, row: LiveRow, attrs: Attributes, say: Say) -> None:
+        """Judge a row, where that is due: every one where the user waits for findings.
 
-        Every row where the user waits for findings. Else, where rows follow each other within seconds, as many as take one
-        percent of the time; a finding is then printed some rows later.
+        Else, where rows follow each other within seconds, as many as take one percent of the time; a finding is then printed
+        some rows later.
         """
-        if self._last is None or self._on_finding is not None or self._stop_on is not None:
-            return True
-        ended, took = self._last
-        return time.perf_counter() - ended > took / SHARE_OF_TIME
+        self._unjudged = row
+        waits = self._on_finding is not None or self._stop_on is not None
+        if waits or self._last is None or time.perf_counter() - self._last[0] > self._last[1] / SHARE_OF_TIME:
+            self.judge(attrs, say)
 
-    def judge(self, row: LiveRow, attrs: Mapping[str, Mapping[str, Any]]) -> list[Finding]:
-        """Findings about one row that are new, or more severe than before, the worst first."""
+    def judge(self, attrs: Attributes, say: Say) -> None:
+        """Judge the last row, where that was not done yet."""
+        row, self._unjudged = self._unjudged, None
+        if row is None:
+            return
         began = time.perf_counter()
-        found = self.new(findings_of(row, attrs))
+        try:
+            findings = findings_of(row, attrs)
+        except Exception as error:
+            say(f"step {row.step} was not judged: {error}", error)
+            return
         ended = time.perf_counter()
         self._last = ended, ended - began
-        return found
+        self.report(row.step, findings, say)
 
-    def new(self, findings: Iterable[Finding]) -> list[Finding]:
-        """Those findings of a row that are new, or more severe than before."""
-        found = []
-        for finding in findings:
-            # Not by its place or number, which move from step to step.
-            key = finding.verdict, finding.chain, finding.stream, finding.quantity
-            if finding.severity > self._told.get(key, Severity.PASS):
-                self._told[key] = finding.severity
-                found.append(finding)
-        return found
-
-    def tell(self, step: int, findings: list[Finding]) -> None:
-        """Print those that are a warning or worse to the standard error, and call the user's function for each.
-
-        Raises Exception: What the user's function raised first, after all are reported.
-        """
-        failed: list[Exception] = []
-        for finding in findings:
+    def report(self, step: int, findings: Iterable[Finding], say: Say) -> None:
+        """Print what is new in a step and a warning or worse, and tell the user's function all that is new."""
+        new = [finding for finding in findings if self._is_new(finding)]
+        if self._stop_on is not None and (severe := [of for of in new if of.severity >= self._stop_on]):
+            self._severe = step, tuple(severe)
+        failed = None
+        for finding in new:
             if finding.severity >= Severity.WARN:
-                sys.stderr.write(
-                    f"depthscope: {self._of}step {step}: {finding.severity.name}: {finding.sentence}\n"
-                )
-            if self._on_finding is not None:
-                try:
+                severity = finding.severity.name
+                sys.stderr.write(f"depthscope: {self._of}step {step}: {severity}: {finding.sentence}\n")
+            try:
+                if self._on_finding is not None:
                     self._on_finding(step, finding)
-                except Exception as error:  # the other findings are still to be reported
-                    failed.append(error)
-        if failed:
-            raise failed[0]
+            except Exception as error:  # the other findings are still to be reported
+                failed = failed or error
+        if failed is not None:
+            say(f"on_finding failed at step {step}: {type(failed).__name__}: {failed}", failed)
 
-    def severe(self, findings: Iterable[Finding]) -> tuple[Finding, ...]:
-        """Those findings that are as severe as ``stop_on``; none where nothing is to stop the training."""
-        if self._stop_on is None:
-            return ()
-        return tuple(finding for finding in findings if finding.severity >= self._stop_on)
+    def _is_new(self, finding: Finding) -> bool:
+        """Whether it is new, or more severe than before."""
+        # Not by its place or number, which move from step to step.
+        key = finding.verdict, finding.chain, finding.stream, finding.quantity
+        before = self._told.get(key, Severity.PASS)
+        self._told[key] = max(before, finding.severity)
+        return finding.severity > before
+
+    def stop_if_severe(self) -> None:
+        """Raise `TrainingStopped` where a row has a new finding as severe as was asked for."""
+        severe, self._severe = self._severe, None
+        if severe is not None:
+            raise TrainingStopped(*severe)
+
+    def say_too_late(self, say: Say) -> None:
+        """Say what would have stopped a training that has ended by now."""
+        severe, self._severe = self._severe, None
+        if severe is not None:
+            say(
+                f"step {severe[0]} has a finding that stop_on ends a training for, and the training had ended: "
+                f"{severe[1][0].sentence}",
+                None,
+            )
 
 
 SAMPLED_TOKENS = "sampled_tokens"
 """Attribute of a history: how many tokens of each step its ranks and similarities are of."""
 
 
-def histories(rows: Sequence[LiveRow], attrs: Mapping[str, Mapping[str, Any]]) -> dict[str, xr.Dataset]:
-    """The metrics of all measured steps, by chain.
-
-    Returns: Dims of an analysis, ``step`` first; nulls have no step. NaN in steps without a value.
-    """
+def datasets_of(row: LiveRow, attrs: Attributes) -> dict[str, xr.Dataset]:
+    """The metrics of one step by chain, with the dims of an analysis, ``step`` first; nulls have no step."""
     found: dict[str, dict[str, Any]] = {}
     coords: dict[str, dict[str, Any]] = {}
-    declared = {path: value for row in rows for path, value in row.numbers.items()}
-    for path, (dims, values, of_variable) in declared.items():
+    for path, (dims, values, of_variable) in row.numbers.items():
         chain, name = _chain_and_name(path)
-        missing = np.full(values.shape, np.nan)
-        stacked = np.stack([row.numbers[path][1] if path in row.numbers else missing for row in rows])
-        found.setdefault(chain, {})[name] = (("step", *dims), stacked, dict(of_variable))
-    for path, value in {path: value for row in rows for path, value in row.coords.items()}.items():
+        found.setdefault(chain, {})[name] = (("step", *dims), values[None], dict(of_variable))
+    for path, value in row.coords.items():
         chain, name = _chain_and_name(path)
-        if name.endswith("_null"):
-            found.setdefault(chain, {})[name] = value
-        else:
-            coords.setdefault(chain, {})[name] = value
-    steps = np.array([row.step for row in rows])
-    reasons = rows[-1].not_computed if rows else {}
+        (found if name.endswith("_null") else coords).setdefault(chain, {})[name] = value
     return {
         chain: xr.Dataset(
             variables,
-            {**coords.get(chain, {}), "step": steps},
-            attrs={**attrs.get(chain, {}), "not_computed": dict(reasons.get(chain, {}))},
+            {**coords.get(chain, {}), "step": [row.step]},
+            attrs={**attrs.get(chain, {}), "not_computed": dict(row.not_computed.get(chain, {}))},
         )
         for chain, variables in found.items()
     }

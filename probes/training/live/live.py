@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import xarray as xr
 
-from depthscope.diagnostics import Finding
 from depthscope.diagnostics.analysis.analyze import find_metric
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
@@ -22,12 +21,12 @@ from depthscope.probes.training.live.exact_quantities import live_groups
 from depthscope.probes.training.live.findings import (
     SAMPLED_TOKENS,
     OnFinding,
+    Say,
     Watched,
-    histories,
+    datasets_of,
     scalars,
 )
-from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow, on_host, packed
-from depthscope.probes.training.notices import TrainingStopped
+from depthscope.probes.training.live.row import LIVE, LiveMetrics, LiveRow
 from depthscope.probes.training.sinks import LearningRate, Sink
 
 
@@ -39,8 +38,7 @@ class Live:
     ``name``: of the run, for what is printed: several may be recorded at a time.
     ``optimizer``: whose learning rate is recorded.
     ``sinks``: each is called with a step and named numbers.
-    ``on_finding``: called with a step and each new finding.
-    ``stop_on``: ``"warn"`` or ``"fail"``: the severity that ends the training.
+    ``on_finding, stop_on``: as of `Watched`.
     """
 
     def __init__(
@@ -54,15 +52,13 @@ class Live:
         on_finding: OnFinding | None = None,
         stop_on: str | None = None,
     ) -> None:
-        self.rows: list[LiveRow] = []
+        self.last: LiveRow | None = None  # the row of the last step that has one
         self.attrs: dict[str, dict[str, Any]] = {}  # of the groups, as the first step showed them
         self._session = session
         self._metrics = LiveMetrics(session, names)
         self.rate = LearningRate(optimizer, session.report)
         self._sinks = list(sinks)
-        self._watched = Watched(on_finding, stop_on, name)
-        self._severe: tuple[int, tuple[Finding, ...]] | None = None  # what is to stop the training
-        self._unjudged: LiveRow | None = None
+        self.watched = Watched(on_finding, stop_on, name)
 
     def measure(
         self,
@@ -87,15 +83,11 @@ class Live:
             }
         if overflowed:
             _forget_gradients(sums)
-        row = self._metrics.row(on_host(sums), measured, self.rate.value())
-        self.rows.append(packed(row, self.rows[-1] if self.rows else None))
-        return row
+        self.last = self._metrics.row(sums, measured, self.rate.value())
+        return self.last
 
-    def tell(self, row: LiveRow, say: Callable[[str, Exception | None], None]) -> None:
-        """Hand a row to the sinks, and what is new in its findings to the user.
-
-        ``say``: called with a sentence and the error where a sink, a verdict or the user's function failed.
-        """
+    def tell(self, row: LiveRow, say: Say) -> None:
+        """Hand a row to the sinks, and what is new in its findings to the user."""
         named = scalars(row) if self._sinks else {}
         for sink in list(self._sinks):
             try:
@@ -104,9 +96,7 @@ class Live:
                 self._sinks.remove(sink)  # one sentence, and not one at every step
                 name = getattr(sink, "__qualname__", type(sink).__name__)
                 say(f"the sink {name} failed at step {row.step} and gets no further rows: {error}", error)
-        self._unjudged = row
-        if self._watched.due:
-            self.judge(say)
+        self.watched.take(row, self.attrs, say)
 
     def note_task(self, task: Mapping[str, Any]) -> None:
         """What the loss of the last step is of, by which its row is judged as a run is that has it."""
@@ -114,51 +104,7 @@ class Live:
             attrs.pop("task", None)
             attrs |= {"task": dict(task)} if task else {}
 
-    def judge(self, say: Callable[[str, Exception | None], None]) -> None:
-        """Judge the last row, where that was not done yet.
-
-        ``say``: called with a sentence and the error where that failed.
-        """
-        row, self._unjudged = self._unjudged, None
-        if row is None:
-            return
-        try:
-            new = self._watched.judge(row, self.attrs)
-        except Exception as error:
-            say(f"step {row.step} was not judged: {error}", error)
-            return
-        self._tell_findings(row.step, new, say)
-
-    def _tell_findings(
-        self, step: int, new: list[Finding], say: Callable[[str, Exception | None], None]
-    ) -> None:
-        if severe := self._watched.severe(new):
-            self._severe = step, severe
-        try:
-            self._watched.tell(step, new)
-        except Exception as error:
-            say(f"on_finding failed at step {step}: {type(error).__name__}: {error}", error)
-
-    def stop_if_severe(self) -> None:
-        """Raise `TrainingStopped` where a row has a new finding as severe as was asked for."""
-        severe, self._severe = self._severe, None
-        if severe is not None:
-            raise TrainingStopped(*severe)
-
-    def say_too_late(self, say: Callable[[str, Exception | None], None]) -> None:
-        """Say what would have stopped a training that has ended by now."""
-        severe, self._severe = self._severe, None
-        if severe is not None:
-            step, findings = severe
-            say(
-                f"step {step} has a finding that stop_on ends a training for, and the training had ended: "
-                f"{findings[0].sentence}",
-                None,
-            )
-
-    def look_at(
-        self, step: int, loss: float | torch.Tensor | None, say: Callable[[str, Exception | None], None]
-    ) -> None:
+    def look_at(self, step: int, loss: float | torch.Tensor | None, say: Say) -> None:
         """Judge whether the loss of a step that is not measured is finite, where nothing has to wait for it.
 
         ``loss``: of the step; one on another device than the CPU is not read.
@@ -169,18 +115,14 @@ class Live:
             loss = float(loss.detach())
         if isinstance(loss, (int, float)) and not math.isfinite(loss):
             row = xr.Dataset({"loss_not_finite": 1.0}, attrs=next(iter(self.attrs.values()), {}))
-            self._tell_findings(step, self._watched.new(VERDICTS["not_finite"].findings(row)), say)
-
-    def row_of(self, step: int) -> LiveRow | None:
-        """The row of a measured step; None where it could not be computed."""
-        return next((row for row in reversed(self.rows) if row.step == step), None)
+            self.watched.report(step, VERDICTS["not_finite"].findings(row), say)
 
     def datasets(self) -> dict[str, xr.Dataset]:
-        """The metrics of all rows by chain; empty where there is none."""
-        if not self.rows:
+        """The metrics of the last row by chain; empty where there is none."""
+        if self.last is None:
             return {}
         tokens = {"live": True, SAMPLED_TOKENS: self._session.scope.live_tokens}
-        return histories(self.rows, {chain: {**attrs, **tokens} for chain, attrs in self.attrs.items()})
+        return datasets_of(self.last, {chain: {**attrs, **tokens} for chain, attrs in self.attrs.items()})
 
 
 def _forget_gradients(sums: Sequence[TokenSums]) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
-import torch
 import xarray as xr
 
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES, sums_of
@@ -74,8 +73,9 @@ class LiveMetrics:
         self.groups: list[LiveGroup] = []
         self._session = session
         self._positions: list[np.ndarray] = []  # of the first step
+        self._counts: tuple[int, ...] = ()
+        self._known_nulls: dict[str, Any] = {}
         self._touched: set[int] = set()  # chains whose weights are not as initialisers leave them any more
-        self._known_nulls: dict[tuple[int, int, int], dict[str, Any]] = {}
 
     def row(
         self, sums: Sequence[TokenSums], measured: StepStatistics, learning_rate: float | None
@@ -100,7 +100,8 @@ class LiveMetrics:
             source = tokens.source(exact_quantities(sums[group.number], group))
             values, reasons = self._measure(group, tokens, source)
             stamped = {name: _stamped(name, of, group) for name, of in (values | more).items()}
-            nulls = self._nulls(at, group, tokens, source, values)
+            counts = at, tokens.count, int(tokens.massive_K.sum())
+            nulls = self._nulls(counts, group, source, values)
             numbers |= {group.path(name): of for name, of in stamped.items()}
             for name, part in (_coords(group, stamped) | more_coords | nulls).items():
                 coords[group.path(name)] = part
@@ -128,34 +129,22 @@ class LiveMetrics:
         return values, reasons
 
     def _nulls(
-        self,
-        at: int,
-        group: LiveGroup,
-        tokens: SampledTokens,
-        source: Quantities,
-        names: Iterable[str],
+        self, counts: tuple[int, ...], group: LiveGroup, source: Quantities, names: Iterable[str]
     ) -> dict[str, Any]:
-        """Nulls that are no constants, as ``NAME_null``."""
-        counts = at, tokens.count, int(tokens.massive_K.sum())
-        if counts not in self._known_nulls:
-            self._known_nulls = {counts: {}}
-        known, found = self._known_nulls[counts], {}
-        for name in names:
-            metric = CATALOGUE[name]
-            key = f"{name}_null"
-            if not callable(metric.null):
-                continue
-            if key not in known:
-                try:
+        """Nulls that are no constants, as ``NAME_null``; ``counts``: of the group and its tokens, by which most are known."""
+        found: dict[str, Any] = {}
+        if counts != self._counts:
+            self._counts, self._known_nulls = counts, {}
+        for metric in (CATALOGUE[name] for name in names):
+            name = f"{metric.name}_null"
+            if callable(metric.null) and name not in self._known_nulls:
+                with suppress(Unavailable):  # such as that of shares, where the mixing matrix is not known
                     null = source.call(metric.null)
-                except Unavailable:  # such as that of shares, where the mixing matrix is not known
-                    continue
-                found[key] = *group.numbers(null.dims, null.values), metric.facts("expected of iid noise")
-                if set(inspect.signature(metric.null).parameters) <= OF_COUNTS:
-                    known[key] = found[key]
-            else:
-                found[key] = known[key]
-        return found
+                    facts = metric.facts("expected of iid noise")
+                    found[name] = *group.numbers(null.dims, null.values), facts
+                    if set(inspect.signature(metric.null).parameters) <= OF_COUNTS:
+                        self._known_nulls[name] = found[name]
+        return self._known_nulls | found
 
     def _weights(
         self, group: LiveGroup, weights: WeightNorms | None
@@ -164,10 +153,10 @@ class LiveMetrics:
         chains = self._session.structure.chains
         stages = [other for other in self.groups if other.number == group.number]
         starts = [other.depths[0] for other in stages]
-        variables, coords = weight_variables([weights], chains, group.number, starts, stages.index(group))
-        if not variables:
+        numbers, facts, coords = weight_variables(weights, chains, group.number, starts, stages.index(group))
+        if not numbers:
             return {}, {}
-        dataset = xr.Dataset(variables, coords).isel(step=0)
+        dataset = xr.Dataset(numbers | facts, coords)
         source = Quantities(dataset)
         found: dict[str, Number] = {}
         for metric in CATALOGUE.values():
@@ -175,10 +164,7 @@ class LiveMetrics:
                 value = source.call(metric.function)
                 attrs = {**value.attrs, "estimator": metric.estimator}
                 found[metric.name] = value.dims, value.values, attrs
-        return found, {
-            "weight": (("weight",), coords["weight"], {}),
-            "weight_layer": (("weight",), coords["weight_layer"][1], {}),
-        }
+        return found, coords
 
     def _start(self, group: LiveGroup) -> dict[str, Number]:
         """Whether the weights of a group are as they were drawn; empty from the step on at which they are not."""
@@ -254,129 +240,3 @@ def _coords(group: LiveGroup, values: Numbers) -> dict[str, Any]:
         if of_dim in dims and len(array) == dims[of_dim]:
             found[name] = ((of_dim,), array, {})
     return found
-
-
-ROWS_AT_ONCE = 128  # whose memory is taken together: small arrays between others would leave gaps
-
-
-class _Layout(dict[str, tuple[Any, ...]]):
-    """Dims, shape, begin, end and attributes by path, for rows that have the same, and the memory of their numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._block, self._used = np.zeros((0, 0)), 0
-
-    def room(self, size: int) -> np.ndarray:
-        """Memory for the numbers of one more row."""
-        if self._used == len(self._block):
-            self._block, self._used = np.empty((ROWS_AT_ONCE, size)), 0
-        self._used += 1
-        return self._block[self._used - 1]
-
-
-class _Packed(Mapping[str, Number]):
-    """The numbers of one row, by their paths."""
-
-    __slots__ = ("_values", "layout")
-
-    def __init__(self, layout: _Layout, values: np.ndarray):
-        self.layout, self._values = layout, values
-
-    def __getitem__(self, path: str) -> Number:
-        dims, shape, start, stop, attrs = self.layout[path]
-        return dims, self._values[start:stop].reshape(shape), attrs
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layout)
-
-    def __len__(self) -> int:
-        return len(self.layout)
-
-
-def packed(row: LiveRow, before: LiveRow | None) -> LiveRow:
-    """A row that takes little more than its numbers next to the one before."""
-    own, start = _Layout(), 0
-    known = before.numbers.layout if before is not None and isinstance(before.numbers, _Packed) else _Layout()
-    for path, (dims, values, attrs) in row.numbers.items():
-        place = tuple(dims), values.shape, start, start + values.size, attrs
-        own[path] = known[path] if _is_same(place, known.get(path)) else place
-        start += values.size
-    is_known = len(own) == len(known) and all(place is known[path] for path, place in own.items())
-    layout = known if is_known else own
-    values = layout.room(start)
-    for path, (_, _, begin, end, _) in layout.items():
-        values[begin:end] = np.ravel(row.numbers[path][1])
-    found = replace(row, numbers=_Packed(layout, values))
-    if before is None:
-        return found
-    return replace(
-        found,
-        coords=before.coords if _are_same(row.coords, before.coords) else row.coords,
-        not_computed=before.not_computed if row.not_computed == before.not_computed else row.not_computed,
-    )
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    try:
-        return one is other or bool(one == other)
-    except ValueError:  # of arrays
-        return False
-
-
-def _are_same(ones: Numbers, others: Numbers) -> bool:
-    return ones.keys() == others.keys() and all(
-        a[0] == b[0]
-        and a[1].dtype == b[1].dtype
-        and (a[1] is b[1] or np.array_equal(a[1], b[1], equal_nan=a[1].dtype.kind == "f"))
-        and _is_same(a[2], b[2])
-        for a, b in ((ones[path], others[path]) for path in ones)
-    )
-
-
-OF_TOKENS = ("places", "states", "gradient_norms", "mixes", "reads", "writes", "sums", "values")
-NOT_READ = "feature_sum"  # no metric of a row is computed from it
-
-
-def on_host(sums: Sequence[TokenSums]) -> list[TokenSums]:
-    """The sums of each chain in the memory of the host; the same objects where they are there already."""
-    far = [tensor for chain in sums for tensor in _tensors(chain) if tensor.device.type != "cpu"]
-    if not far:
-        return list(sums)
-    near: dict[int, torch.Tensor] = {}
-    for kind in {(tensor.dtype, tensor.device) for tensor in far}:
-        of_kind = [tensor for tensor in far if (tensor.dtype, tensor.device) == kind]
-        flat = torch.cat([tensor.reshape(-1) for tensor in of_kind]).cpu()
-        parts = flat.split([tensor.numel() for tensor in of_kind])
-        near |= {id(one): part.view(one.shape) for one, part in zip(of_kind, parts, strict=True)}
-    return [_changed(chain, lambda tensor: near.get(id(tensor), tensor)) for chain in sums]
-
-
-def _tensors(chain: TokenSums) -> Iterator[torch.Tensor]:
-    """The tensors of a chain's sums that rows are computed from."""
-    found: list[torch.Tensor] = []
-    _changed(chain, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-    yield from found
-
-
-def _changed(chain: TokenSums, change: Callable[[torch.Tensor], torch.Tensor]) -> TokenSums:
-    """A copy with other tensors."""
-    chain = copy.copy(chain)
-    chain.sums = {name: _mapped(parts, change) for name, parts in chain.sums.items() if name != NOT_READ}
-    chain.mean_view = None if chain.mean_view is None else _changed(chain.mean_view, change)
-    if chain.live is not None:
-        chain.live = copy.copy(chain.live)
-        for name in OF_TOKENS:
-            setattr(chain.live, name, _mapped(getattr(chain.live, name), change))
-    return chain
-
-
-def _mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same nesting with every tensor changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {key: _mapped(part, change) for key, part in value.items()}
-    if isinstance(value, tuple):
-        parts = [_mapped(part, change) for part in value]
-        return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
-    return value

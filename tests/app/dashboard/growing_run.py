@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.schema.live_log import LiveStore
+from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.models.synthetic_run import synthetic_run
 
 SPIKE = 7

@@ -14,7 +14,7 @@ from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.figures.build.history_figure import MOST_COLUMNS
 from depthscope.diagnostics import save_run, schema
 from depthscope.diagnostics.schema import LiveRows
-from depthscope.diagnostics.schema.live_log import LiveStore
+from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.app.dashboard.growing_run import SPIKE, add, begin, with_state
 from tests.app.dashboard.opening import charts, depth_map, numbers, open_page, words
 

@@ -110,8 +110,3 @@ def test_workers_of_dask_read_the_run_themselves(tmp_path):
         distributed.Client(cluster) as client,
     ):
         require_equal(analyze(path, names, scheduler=client), analyze(run, names), exact=False)
-
-
-def test_a_worker_of_another_version_is_refused():
-    with pytest.raises(ValueError, match=r"a worker has depthscope .*, and 0\.0\.1 asks it"):
-        scheduled._of_version("0.0.1", len, [])

@@ -47,25 +47,6 @@ def test_a_connection_that_is_not_finite_is_undefined(make_run):
     assert "not finite at connection 2" in found.attrs["not_computed"]["depth_kernel"]
 
 
-def test_reads_that_equal_streams_leave_open_are_unknown(make_run):
-    run = make_run("hc", layers=3)
-    trace = run["trace"].to_dataset().load()
-    known = np.ones(trace["h_pre"].shape[:3], np.float32)
-    known[0] = 0.0  # streams that begin as copies
-    known[2, :, ::2] = 0.0
-    trace["read_known"] = (("connection", "sample", "token"), known)
-    found = diagnostics.analyze(
-        schema.create_run(trace, attrs=run.attrs), metrics=["read_share", "signal_share"]
-    )
-    plain = diagnostics.analyze(run, metrics=["read_share"])
-    share = found["read_share"].isel(step=0)
-    assert share.isel(connection=0).isnull().all()
-    np.testing.assert_array_equal(share[1], plain["read_share"].isel(step=0)[1])
-    weights = np.abs(trace["h_pre"].values[2] * known[2][..., None])[trace["mask"].values].sum(0)
-    np.testing.assert_allclose(share[2], weights / weights.sum(), rtol=1e-6)
-    assert found["signal_share"].isel(step=0, connection=0).isnull().all()
-
-
 def test_the_signal_read_of_a_stream_is_its_weight_times_its_size(make_run):
     run = make_run("hc", layers=3)
     trace = run["trace"].to_dataset().load()

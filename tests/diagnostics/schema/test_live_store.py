@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,8 @@ import xarray as xr
 
 from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.schema import LiveRows
-from depthscope.diagnostics.schema.live_log import LiveStore, packed
+from depthscope.diagnostics.schema.live_rows import packed
+from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.diagnostics.schema.live_logs import frames, row, written
 from tests.diagnostics.small_disks import small_disk
 
@@ -122,7 +124,6 @@ def test_a_variable_may_come_later_and_be_missing_later(one_step, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             store.append(7, numbers)
-    store.note({"complete": True}, "metrics")
     store.close()
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(7))
@@ -132,7 +133,6 @@ def test_a_variable_may_come_later_and_be_missing_later(one_step, tmp_path):
         np.testing.assert_array_equal(mine.values[5], [0, 1, 2])
         assert np.isnan(mine.values[[0, 4, 6]]).all()
         assert run.metrics.site.values.tolist() == ["a", "b", "c"]
-        assert run.metrics.attrs["complete"] is True
 
 
 def test_a_resumed_training_has_no_step_twice(one_step, tmp_path):
@@ -264,7 +264,7 @@ NOTHING = {"variables": {}, "coords": {}}
         (variable(dims=["q"], shape=[1 << 36]), "a row of more than"),
         (variable(shape=[-1]), "whole numbers"),
         (variable(dims=["step"]), "has the dims"),
-        (variable(dtype="O"), "has the dtype 'O'"),
+        (variable(dtype="O"), "the dtype 'O'"),
         ({"variables": {"/etc/x": variable()["variables"]["statistics/x"]}}, "is not a name"),
         (variable(shape=[4]), "conflicting sizes"),
         (NOTHING | {"coords": {"metrics/x": {"dims": ["x"], "values": [{}], "attrs": {}}}}, "kinds"),
@@ -355,7 +355,7 @@ def test_one_writer_at_a_time_and_a_killed_one_holds_nothing(one_step, tmp_path)
             LiveStore(tmp_path / "a", **options)
     store.close()
     code = (
-        "import sys, time; from depthscope.diagnostics.schema.live_log import LiveStore; "
+        "import sys, time; from depthscope.diagnostics.schema.live_store import LiveStore; "
         "store = LiveStore(sys.argv[1], resume=True); print('open', flush=True); time.sleep(60)"
     )
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "a")], stdout=subprocess.PIPE) as other:
@@ -417,7 +417,7 @@ def test_states_are_bounded_and_each_is_a_run(one_step, tmp_path):
 
 WRITER = """
 import sys
-from depthscope.diagnostics.schema.live_log import LiveStore
+from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.diagnostics.schema.live_logs import row
 store = LiveStore(sys.argv[1], resume=True)
 first = 0 if store.last_step is None else store.last_step + 1
@@ -452,7 +452,7 @@ def test_every_row_that_was_acknowledged_outlives_a_killed_writer(one_step, tmp_
 
 FULL = """
 import os, sys
-from depthscope.diagnostics.schema.live_log import LiveStore
+from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.diagnostics.schema.live_logs import row
 store, failed = LiveStore(sys.argv[1], resume=True), 0
 for step in range(2000):
@@ -482,3 +482,25 @@ def test_a_full_disk_costs_the_rows_for_which_there_is_no_room_and_no_other(one_
             require_rows(run, steps)
             assert len(steps) == 2000 - int(done.stdout)
             assert steps[-1] == 1999
+
+
+@pytest.mark.skipif(os.name != "posix", reason="there is no limit")
+def test_a_limit_on_the_size_of_files_is_an_error_and_the_rows_before_it_stay(one_step, tmp_path):
+    written(tmp_path / "a", one_step).close()
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        size = (tmp_path / "a" / schema.LOG).stat().st_size
+        store = LiveStore(tmp_path / "a", resume=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 500, resource.RLIM_INFINITY))
+        failed = 0
+        for step in range(5, 20):
+            try:
+                store.append(step, row(float(step)))
+            except OSError:
+                failed += 1
+        os._exit(failed)
+    failed = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert 5 < failed < 15
+    with schema.open_run(tmp_path / "a") as run:
+        require_rows(run, range(20 - failed))

@@ -86,7 +86,14 @@ def test_texts_and_attributes_that_no_format_can_have_are_stored_visibly(run, tm
     trace["token_text"] = (("sample", "token"), texts)
     trace["residual"].attrs |= {"scale_factor": 2.0, "units": "days since 2020-01-01"}
     run["trace"] = trace
-    run.attrs |= {"large": 2**80, "nul": "a\0b", "half": "\ud800", "nan": float("nan"), "deep": {"a": [[1]]}}
+    run.attrs |= {
+        "large": 2**80,
+        "nul": "a\0b",
+        "half": "\ud800",
+        "nan": float("nan"),
+        "deep": {"a": [[1]]},
+        "own": "json:{",
+    }
     for suffix in schema.SUFFIXES:
         with schema.open_run(schema.save_run(run, tmp_path / f"run{suffix}")) as back:
             assert back.trace.token_text.values[0, :2].tolist() == ["nul␀", ""]
@@ -262,4 +269,6 @@ def test_a_run_above_the_limit_is_refused(run, tmp_path, suffix):
 
 
 def test_the_default_limit_follows_the_bytes_on_disk():
-    assert validation.Limit.of(10**9, None).max_bytes == (256 << 20) + 32 * 10**9
+    validation.require_room((256 << 20) + 32 * 10**9, 10**9)
+    with pytest.raises(schema.SchemaError, match="1000000000 stored bytes can account for"):
+        validation.require_room((256 << 20) + 32 * 10**9 + 1, 10**9)

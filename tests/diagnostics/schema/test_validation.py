@@ -75,12 +75,10 @@ def test_parts_that_contradict_the_connections_are_refused():
         schema.SchemaError, match="5 sources and 5 connections; expected at least one source more"
     ):
         schema.create_run(short, attrs={"proof": "proven"})
-    with pytest.raises(schema.SchemaError, match="connection 0 reads depth 3, after depth 0"):
-        _linear("streams", read_depth=("connection", [3] * 5))
-    with pytest.raises(schema.SchemaError, match=r"after_sum has .*'softmax'.*, expected some of"):
+    with pytest.raises(schema.SchemaError, match=r"after_sum has 'softmax'; expected some of"):
         _linear("plain", after_sum=("connection", ["softmax"] * 5))
     with pytest.raises(
-        schema.SchemaError, match="/trace/proof has 'maybe'; expected 'proven', or 'unproven: '"
+        schema.SchemaError, match=r"/trace/proof has 'maybe'; expected some of \('proven', 'unproven: '\)"
     ):
         _linear("plain", proof=("connection", ["maybe"] * 5))
 

@@ -14,7 +14,6 @@ from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.verdicts import VERDICTS
 from depthscope.diagnostics.verdicts.declaration import number
 from tests.diagnostics.state_runs import FEATURES, SAMPLES, TOKENS, run_of, walk
-from tests.models.synthetic_run import synthetic_run
 
 UNIFORM = np.full((4, 4), 0.25)
 
@@ -301,31 +300,6 @@ def test_what_is_no_analysis_is_refused(mhc_run):
     for said, came in wrong.items():
         with pytest.raises(ValueError, match=rf"got {said}.*judge\(ds\.analyze\(run\)\)"):
             diagnostics.judge(came)
-
-
-def test_a_finding_on_inferred_read_weights_says_so_with_their_error():
-    run = synthetic_run("hc", layers=3)
-    trace = run["trace"].to_dataset().load()
-    trace["h_pre"].values[..., 1] = 0.0  # nothing reads stream 1
-    count = trace.sizes["connection"]
-    known = xr.ones_like(trace["h_pre"].isel(stream=0, drop=True)).assign_attrs({schema.INFERRED: [0, 2]})
-    errors = ("connection", np.array([3e-7, 9.0, 2e-7, *[np.nan] * (count - 3)]))
-
-    def unread(trace):
-        findings = diagnostics.judge(diagnostics.analyze(schema.create_run(trace, attrs=run.attrs)))
-        (finding,) = [each for each in findings if each.verdict == "unused_stream"]
-        return finding.sentence
-
-    assert "inferred" not in unread(trace)
-    inferred = trace.assign(read_known=known, read_error=errors)
-    assert unread(inferred).endswith(f" H_pre inferred at 2 of {count} connections, error 3e-07.")
-    # A verdict on the states does not rest on H_pre.
-    for finding in diagnostics.judge(
-        diagnostics.analyze(schema.create_run(inferred, attrs=run.attrs)), passed=True
-    ):
-        assert ("H_pre inferred" in finding.sentence) == (
-            finding.metric in ("read_share", "signal_share", "depth_kernel")
-        )
 
 
 def test_streams_that_change_while_their_mean_stays_are_no_single_representation():

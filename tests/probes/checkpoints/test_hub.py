@@ -33,7 +33,6 @@ def root(tmp_path_factory):
         "spm": ["config.json", "model.safetensors", "tokenizer.model"],
         "quantised": ["a.Q4.gguf", "a.Q8.gguf"],
         "empty": ["README.md"],
-        "adapter": ["config.json", "adapter_config.json", "adapter_model.safetensors"],
         "gated": ["config.json"],
         "one": ["README.md", "m.Q4.gguf"],
     }.items():
@@ -103,7 +102,6 @@ def test_a_run_keeps_the_commit(server, tmp_path, capsys):
         ("org/quantised/b.gguf", r"no b\.gguf in 'org/quantised'; it has a\.Q4\.gguf, a\.Q8\.gguf"),
         ("org/one", r"m\.Q4\.gguf' .*GGUF"),  # it was fetched, and is none
         ("org/empty", r"has no model\.safetensors or \.gguf; it has README\.md"),
-        ("org/adapter", "is a PEFT adapter"),
         ("org/gated", "is gated: ask for access on its page, then log in"),
         ("org/nothing", "no folder 'org/nothing' here, and no such repository at http"),
         ("org/tiny@v9", "has no revision 'v9'; give a branch, a tag or a commit"),

@@ -9,7 +9,7 @@ from torch import nn
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.probes.checkpoints.load import LoadedModel
-from depthscope.probes.checkpoints.text_batch import batches_of, encode_text, sample_text, token_texts
+from depthscope.probes.checkpoints.text_batch import batches_of, encode_text, token_texts
 
 
 class Reader(nn.Module):
@@ -123,15 +123,6 @@ def test_length_beyond_the_positions():
     model.config = type("Config", (), {"max_position_embeddings": 64, "vocab_size": 256})()
     with pytest.raises(ValueError, match="128 tokens, but the model has 64 positions; give length=64"):
         encode_text(loaded(model), "a" * 500, length=128)
-
-
-def test_sample_text():
-    docs, shuffled = sample_text(), sample_text("shuffled")
-    assert len(docs) > 100_000
-    assert sorted(docs.split()) == sorted(shuffled.split())
-    assert docs.split() != shuffled.split()
-    with pytest.raises(ValueError, match="expected 'docs' or 'shuffled'"):
-        sample_text("poems")
 
 
 def test_text_reaches_a_run_with_its_mask():

@@ -146,18 +146,14 @@ def test_independent_streams_use_the_configured_magnitude_and_have_a_head(saved)
     assert (head.h_res, head.h_post, head.branch) == (None, None, "head")
 
 
-def test_gated_streams_write_one_at_a_zero_input(saved):
-    model, folder = saved("qwen4_exp")
-    found = probes.describe_weights(folder)
-    with torch.no_grad():
-        _, _, inject = model.layers[0].attn_hyper_connection(torch.zeros(1, 1, N * 64))
-    assert [one.module for one in found.connections[:2]] == [
-        "layers.0.attn_hyper_connection",
-        "layers.0.mlp_hyper_connection",
-    ]
-    np.testing.assert_array_equal(found.connections[0].h_post, inject[0, 0])
-    assert found.connections[0].h_pre is None
-    assert "per feature" in str(found)
+def test_what_has_no_scalar_weights_is_named_and_left_to_a_run(saved):
+    found = probes.describe_weights(saved("qwen4_exp")[1])  # gates per feature
+    assert found.connections == ()
+    assert {one.name.split(".")[2] for one in found.unrecognised} >= {
+        "attn_hyper_connection",
+        "mlp_hyper_connection",
+    }
+    assert "run the model (describe without" in str(found)
 
 
 LIBRARY = {
@@ -310,7 +306,7 @@ def test_checkpoint_without_connections_says_so(tmp_path):
     found = probes.describe_weights(tmp_path)
     assert found.connections == ()
     assert "no stream connection in 1 tensors of 1 file" in str(found)
-    assert "static_alpha" in str(found)
+    assert "Looked for the dialects deepseek-v4, " in str(found)
 
 
 def torn(folder: Path) -> Path:
@@ -418,7 +414,7 @@ def test_settings_of_no_model_are_refused(tmp_path, rounds):
         probes.describe_weights(tmp_path)
 
 
-# --- warnings and numbers, from values known by hand
+# --- numbers, from values known by hand
 
 
 def test_zero_base_is_uniform_of_rank_one_and_has_gain_one(tmp_path):
@@ -432,17 +428,6 @@ def test_zero_base_is_uniform_of_rank_one_and_has_gain_one(tmp_path):
     (composite,) = found.composites
     assert composite.forward_gain == pytest.approx(1, abs=1e-5)
     assert composite.effective_rank == pytest.approx(1, abs=1e-4)
-    assert composite.collapsed_after == 1
-    assert any("all 2 connections: mixing is uniform" in words for words in found.warnings)
-
-
-def test_zero_gates_are_named(tmp_path):
-    found = probes.describe_weights(
-        checkpoint(tmp_path, *[base(torch.randn(N, N)) for _ in range(2)], scale=0.0)
-    )
-    assert (
-        "all 2 connections: zero gates, so the input does not change H_pre, H_post, H_res" in found.warnings
-    )
 
 
 def test_amplifying_products_are_told_even_beyond_floats(tmp_path):
@@ -453,7 +438,7 @@ def test_amplifying_products_are_told_even_beyond_floats(tmp_path):
     save_file(tensors, tmp_path / "m.safetensors")
     found = probes.describe_weights(tmp_path)
     assert found.composites[0].forward_gain == math.inf
-    assert any("amplifies" in words for words in found.warnings)
+    assert "gain forward inf" in str(found)
 
 
 def test_configuration_of_another_model_is_told(tmp_path):

@@ -103,35 +103,6 @@ def test_an_unknown_model_type_needs_a_row_of_its_own(tmp_path):
     assert len(probes.describe_weights(folder, dialects=[mine]).connections) == 6
 
 
-# --- attention over depth
-
-
-def kimi(layers: int = 5) -> dict[str, torch.Tensor]:
-    make = Random(30)
-    prefix = "language_model.model."
-    tensors = {}
-    for layer in range(layers):
-        for branch in ("self_attention", "mlp"):
-            tensors[f"{prefix}layers.{layer}.{branch}_res_norm.weight"] = make(D)
-            tensors[f"{prefix}layers.{layer}.{branch}_res_proj.weight"] = make(1, D)
-    tensors[f"{prefix}output_attn_res_norm.weight"] = make(D)
-    tensors[f"{prefix}output_attn_res_proj.weight"] = make(1, D)
-    return tensors
-
-
-def test_attention_residuals_are_named_and_their_weights_left_to_a_run(tmp_path):
-    found = probes.describe_weights(write_safetensors(tmp_path, kimi(), {"model_type": "kimi_k3"}))
-    everything = [*found.connections, *found.heads]
-    assert (len(everything), {one.family for one in everything}) == (11, {"depth_attention"})
-    assert (found.composites, everything[0].h_res, found.unrecognised) == ((), None, ())
-    assert "depends on the input: run the model" in str(found)
-
-
-def test_the_names_of_kimi_in_another_model_are_not_taken_for_it(tmp_path):
-    with pytest.raises(CheckpointError, match="model type qwen3 is none of theirs"):
-        probes.describe_weights(write_safetensors(tmp_path, kimi(), {"model_type": "qwen3"}))
-
-
 def test_names_of_one_code_are_read_under_any_model_type_and_that_is_said(tmp_path):
     case = CASES["dynamic_hyper_connections"]()
     found = probes.describe_weights(write_safetensors(tmp_path, case.tensors, {"model_type": "nano_gpt"}))

@@ -11,12 +11,8 @@ from depthscope import diagnostics, probes
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.probes.statistics.live_sums import draw_places
-from depthscope.probes.training.live import live as live_module
-from depthscope.probes.training.live import row as row_module
 from depthscope.probes.training.live.live import live_names
 from depthscope.probes.training.live.row import LIVE
-from tests.models import sinkhorn_model
-from tests.models.sinkhorn_model import SinkhornModel
 
 # Vectors are added in float32 over the tokens of a block; all else is float64 on the same float32 states.
 EXACT = 1e-6
@@ -262,24 +258,3 @@ def test_padding_and_states_that_are_not_finite(models, text_batch):
     for name in ("residual_norm", "effective_rank"):
         pooled = row[name].sel(stream="mean").isel(scope=0, tokens=0, centering=0, missing_dims="ignore")
         assert pooled.isnull().values.tolist() == [False] * 4 + [True] * 3
-
-
-def test_a_copy_of_the_sums_on_the_host_gives_the_same_row(monkeypatch):
-    def rows() -> list:
-        return train(SinkhornModel(), sinkhorn_model.ids(), metrics="all")._live.rows
-
-    expected, copied = rows(), []
-
-    def copies(sums):
-        copied.append([row_module._changed(chain, torch.clone) for chain in sums])
-        return copied[-1]
-
-    monkeypatch.setattr(live_module, "on_host", copies)
-    for one, other in zip(rows(), expected, strict=True):
-        assert one.numbers.keys() == other.numbers.keys()
-        for name, (dims, values, _) in one.numbers.items():
-            assert dims == other.numbers[name][0]
-            np.testing.assert_array_equal(values, other.numbers[name][1], err_msg=name)
-    assert all(
-        row_module.on_host(sums) == sums for sums in copied
-    )  # what is there already is not copied again

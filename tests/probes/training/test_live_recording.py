@@ -19,8 +19,8 @@ from torch import nn
 
 from depthscope import probes
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.schema import saving
-from depthscope.diagnostics.schema.live_log import LiveStore
+from depthscope.diagnostics.schema import live_rows, saving
+from depthscope.diagnostics.schema.live_store import LiveStore
 from depthscope.probes.training import live_recording
 from tests.models.plain_stack import Block, Stack
 
@@ -199,6 +199,20 @@ def test_a_full_disk_is_said_once_and_the_steps_come_later(tmp_path, monkeypatch
                 assert run.statistics.step.values.tolist() == [0, 1, 2, 3, 4, 5, 6]
         with pytest.warns(probes.ProbeWarning, match="again"):
             training.steps(recorder, 1)
+
+
+def test_a_long_training_takes_no_more_declarations_than_a_short_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        live_rows, "MAX_JSON", 1 << 14
+    )  # of a log, in which 16 000 steps would be too many for the test
+    training, targets = Training(), IDS % 8
+    with training.record(store=tmp_path / "a") as recorder:
+        for _ in range(100):
+            nn.functional.cross_entropy(training.model(IDS).flatten(0, 1), targets.flatten()).backward()
+            recorder.step()  # its task, the loss among it, is another one at every step
+    with schema.open_run(tmp_path / "a") as run:
+        assert run.statistics.sizes["step"] == 100
+        assert run.attrs["task"]["classes"] == 8
 
 
 def test_what_is_no_store_is_refused_before_the_loop(tmp_path):
