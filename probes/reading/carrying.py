@@ -174,7 +174,8 @@ class Rules:
         if value.name == "stack" or (piece.shape == model.shape and self._is_stacked(value, axis)):
             return model
         one = model.collapsed([axis])
-        return None if one is None else one.expand(piece.shape)
+        # An empty cache, which torch joins to anything, has one axis.
+        return None if one is None or len(piece.shape) != len(model.shape) else one.expand(piece.shape)
 
     def _is_stacked(self, value: TracedValue, axis: int) -> bool:
         """Whether pieces of one shape are joined along an axis that is taken apart into them at once."""
