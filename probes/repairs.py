@@ -294,12 +294,15 @@ def repaired(patient: Patient, reach: float, *, streams: bool, is_suspected: boo
     ``reach``: what there is to lose, in the units of the loss.
     ``is_suspected``: whether something is; else what one forward shows to be odd is repaired alone.
     """
-    base, least = patient.lost(AS_IT_IS), PROMISE * reach
+    # On the first part; what helps there is then measured on all of them.
+    base, least = patient.lost(AS_IT_IS, patient.parts[:1]), PROMISE * reach
     tried = [*_odd(patient), *(_of_all(patient, streams=streams) if is_suspected else ())]
     found = [each for repair in tried for each in _steps(patient, repair, base, least)]
     lowest, words, cause, best = min(found, key=lambda each: each[0], default=(base, "", "", AS_IT_IS))
     if not lowest < base - least:
         return {}
+    if len(patient.parts) > 1:
+        base, lowest = patient.lost(AS_IT_IS), patient.lost(best)
     alone = [row for part in patient.parts for row in rows_of(part)][:MOST_ALONE]
     before, after = (np.array([patient.lost(use, [row]) for row in alone]) for use in (AS_IT_IS, best))
     gained, left = estimate(before - after), estimate(after)
@@ -325,7 +328,7 @@ def _steps(
             patient.forwards -= 1
             use = repair.use.times(step**number)
             try:
-                loss = patient.lost(use)
+                loss = patient.lost(use, patient.parts[:1])
             except Exception:  # a model may do anything where its numbers are others
                 break
             if not math.isfinite(loss):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -123,6 +124,7 @@ def probe(
                 "data_digest": text_digest(text),
             },
         )
+    gc.collect()  # what measured it had the states too
     run = _analysed(run)
     # What cannot be analysed raises no suspicion, and is saved as it was measured.
     if settle and "metrics" in run.children:

@@ -53,9 +53,10 @@ class GradientListener:
         return (get_gradient_edge(self.end) if isinstance(self.end, torch.Tensor) else self.end).node
 
     def release(self) -> None:
-        """Listen no more, and let go of the graph."""
+        """Listen no more, and let go of the graph and of the receivers, which know the forward."""
         self.handle.remove()
         self.end = None
+        self.receivers.clear()
 
     def receive(self, gradient: torch.Tensor | None) -> None:
         """Hand a gradient to all receivers."""
@@ -255,6 +256,11 @@ class Tape:
         """The graph of the forward."""
         assert self.recorder is not None
         return self.recorder.graph
+
+    def end(self) -> None:
+        """Let go of who listened: each knows the tape, and a circle of all tensors of a forward is freed late."""
+        if self.recorder is not None:
+            self.recorder.on_taken = self.recorder.on_value = None
 
 
 class CurrentForward(threading.local):

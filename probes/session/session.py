@@ -304,6 +304,7 @@ class Session:
 
     def _end_traced(self, tape: Tape, forward: Forward) -> None:
         """Record what the trace of a later forward shows."""
+        tape.end()
         try:
             with own_call(self.observer):
                 record_operations(tape, forward, self.observer, self.model, self.first.places)
@@ -326,6 +327,7 @@ class Session:
 
     def _end_first(self, tape: Tape, forward: Forward) -> None:
         """Find the structure in a forward, and record what that forward showed of it."""
+        tape.end()
         try:
             self.first.end(tape, forward)
         finally:
