@@ -122,11 +122,3 @@ def test_a_head_of_the_same_blocks_is_no_part_of_the_trunk_and_both_have_the_gra
     shared = [run["trace"][name].gradient.values[depth] for name, depth in (("trunk", 2), ("head", 0))]
     assert shared[0].any()
     assert (shared[0] == shared[1]).all()
-
-
-def test_a_run_whose_left_out_parts_say_nothing_is_no_run():
-    model, batch = text_and_sound()
-    run = probes.capture(model, batch)
-    run.attrs["not_covered"] = [{"module": "sound"}]
-    with pytest.raises(schema.SchemaError, match="not_covered"):
-        schema.validate(run)
