@@ -135,12 +135,12 @@ OPENPANGU_V2 = replace(
 MEGATRON = replace(
     DEEPSEEK_V4,
     name="megatron",
-    title="Megatron-Core and Bridge",
+    title="Megatron-Core and Bridge; PaddleFleet, whose projections are stored input by output",
     model_types=frozenset(),
     names=("{path}.{branch}_hyper_connection.*",),
     branches=(),
-    note="as Megatron-Core applies it since it matches DeepSeek-V4; its first releases multiplied by the transposed H_res",
-    projections={"mapping_proj": "n*(n+2), n*D"},
+    note="as it is applied since it matches DeepSeek-V4; first releases of its code multiplied by the transposed H_res",
+    projections={"mapping_proj": "n*(n+2), n*D | n*D, n*(n+2)"},
     tensors={"bias": "n*(n+2)", "alpha_pre": "1", "alpha_post": "1", "alpha_res": "1"},
     parts=lambda t: split(t.bias, t.n),
     gates=lambda t: _three((t.alpha_pre, t.alpha_post, t.alpha_res)),
@@ -149,13 +149,6 @@ MEGATRON = replace(
         "eps": Constant(("mhc_epsilon", "hc_eps", "hyper_connection.epsilon"), 1e-6),
     },
 )  # fmt: skip
-PADDLEFLEET = replace(
-    MEGATRON,
-    name="paddlefleet",
-    title="PaddleFleet, whose projections are stored input by output",
-    note="as PaddleFleet applies it since it matches DeepSeek-V4; its first releases multiplied by the transposed H_res",
-    projections={"mapping_proj": "n*D, n*(n+2)"},
-)
 HY_V4 = Dialect(
     name="hy-v4",
     title="HY4: independent streams",
@@ -212,14 +205,15 @@ HYPER_CONNECTIONS = Dialect(
 )
 MHC_LUCIDRAINS = Dialect(
     name="mhc-lucidrains",
-    title="mHC of the package hyper-connections, first and second version: static_alpha (n, n + 1) with residual_scale",
+    title="mHC of the package hyper-connections, and with weights of all streams together: static_alpha (n, n + 1), residual_scale",
     family="mhc",
     names=("{path}.*",),
     absent=("H_res_logits",),
     tensors={"static_alpha": "n, n + 1", "residual_scale": "1"},
     optional={
-        **{"static_beta": "n | n, 1, 1", "dynamic_alpha_fn": "D, n + 1 | p, D, n + 1"},
-        **{"dynamic_beta_fn": "D | D, 1", "pre_branch_scale": "1", "h_post_scale": "1", "norm_gamma": "D"},
+        **{"static_beta": "n | n, 1, 1", "dynamic_alpha_fn": "D, n + 1 | p, D, n + 1 | n*D, n*(n + 1)"},
+        **{"dynamic_beta_fn": "D | D, 1 | n*D, n", "pre_branch_scale": "1", "h_post_scale": "1"},
+        "norm_gamma": "D | n*D",
     },
     unread=("dynamic_alpha_fn", "dynamic_beta_fn", "norm_gamma"),
     stored={"norm_gamma": "norm.gamma"},
@@ -238,17 +232,6 @@ MHC_LUCIDRAINS = Dialect(
     write=_twice_sigmoid,
     sinkhorn=lambda t: {"rounds": t.rounds, "last": "rows"},
     constants={"rounds": Constant(("sinkhorn_iters", "mhc_sinkhorn_iters", "num_sinkhorn_iters"), 20)},
-)
-MHC_FLATTENED = replace(
-    MHC_LUCIDRAINS,
-    name="mhc-flattened",
-    title="mHC whose weights depend on all streams together: static_alpha (n, n + 1), dynamic_alpha_fn (n·D, n + n²)",
-    projections={"dynamic_alpha_fn": "n*D, n*(n + 1)"},
-    optional={
-        **{"static_beta": "n", "dynamic_beta_fn": "n*D, n", "pre_branch_scale": "1", "h_post_scale": "1"},
-        "norm_gamma": "n*D | D",
-    },
-    unread=("dynamic_beta_fn", "norm_gamma"),
 )
 MHC_LITE = Dialect(
     name="mhc-lite",
@@ -282,39 +265,27 @@ MHC_LITE = Dialect(
 
 HEAD = Dialect(
     name="head",
-    title="the head of DeepSeek-V4 and its relatives",
+    title="the head of DeepSeek-V4 and its relatives, and of openPangu-2.0",
     family="head",
     head=True,
-    names=("{path}.hc_head.*", "{path}.hc_head_*", "{path}.output_hc_*"),
+    names=("{path}.hc_head.*", "{path}.hc_head_*", "{path}.output_hc_*", "{path}.merge_mhc_module.*"),
     projections={"fn": "n, n*D | n*D, n"},
-    tensors={"base": "n", "scale": "1"},
+    tensors={"base": "n | 1", "scale": "1"},
+    optional={"norm_gamma": "n*D"},
+    unread=("norm_gamma",),
     stored={
-        "fn": "fn|hc_fn|hc_head_fn",
-        "base": "base|hc_base|hc_head_base",
-        "scale": "scale|hc_scale|hc_head_scale",
+        "fn": "fn|hc_fn|hc_head_fn|phi",
+        "base": "base|hc_base|hc_head_base|branch_beta_pre",
+        "scale": "scale|hc_scale|hc_head_scale|branch_alpha_pre",
     },
-    parts=lambda t: {"pre": t.base},
+    parts=lambda t: {"pre": np.ones(t.n) * t.base},
     gates=lambda t: {"pre": t.scale},
     read=_sigmoid_with_floor,
     learns_mixing=False,
     constants={"eps": Constant(("hc_eps", *_EPSILON), 1e-6)},
 )
-OPENPANGU_V2_MERGE = replace(
-    HEAD,
-    name="openpangu-v2-merge",
-    title="the head of openPangu-2.0",
-    names=("{path}.merge_mhc_module.*",),
-    projections={"phi": "n, n*D"},
-    tensors={"branch_alpha_pre": "1", "branch_beta_pre": "n | 1"},
-    stored={},
-    optional={"norm_gamma": "n*D"},
-    unread=("norm_gamma",),
-    parts=lambda t: {"pre": np.ones(t.n) * t.branch_beta_pre},
-    gates=lambda t: {"pre": t.branch_alpha_pre},
-    constants={"eps": Constant(("hc_eps", "hyper_connection.epsilon"), 1e-6)},
-)
 TABLE = (
-    *(DEEPSEEK_V4, DEEPSEEK_V41, DEEPSEEK_V4_MODULES, OPENPANGU_V2, MEGATRON, PADDLEFLEET, HY_V4),
-    *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, MHC_FLATTENED, MHC_LITE, HEAD, OPENPANGU_V2_MERGE),
+    *(DEEPSEEK_V4, DEEPSEEK_V41, DEEPSEEK_V4_MODULES, OPENPANGU_V2, MEGATRON, HY_V4),
+    *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, MHC_LITE, HEAD),
 )
 """The rows of public dialects."""

@@ -181,7 +181,7 @@ def megatron() -> Case:
 
 def paddlefleet() -> Case:
     return like_v4(
-        8, megatron_names, MEGATRON, bias="bias", dialect="paddlefleet", rounds=20,
+        8, megatron_names, MEGATRON, bias="bias", dialect="megatron", rounds=20,
         shapes=((N * D, M), (M,), (1,), (1,), (1,)), config={"hidden_size": D},
     )  # fmt: skip
 
@@ -274,7 +274,7 @@ def flattened_mhc() -> Case:
         )
 
     tensors, expected = layered(one)
-    return Case(tensors, {}, "mhc", "mhc-flattened", expected)
+    return Case(tensors, {}, "mhc", "mhc-lucidrains", expected)
 
 
 def of_permutations(weights: torch.Tensor) -> torch.Tensor:
