@@ -205,7 +205,7 @@ HYPER_CONNECTIONS = Dialect(
 )
 MHC_LUCIDRAINS = Dialect(
     name="mhc-lucidrains",
-    title="mHC of the package hyper-connections, and with weights of all streams together: static_alpha (n, n + 1), residual_scale",
+    title="mHC of the package hyper-connections and its descendants: static_alpha (n, n + 1) with residual_scale",
     family="mhc",
     names=("{path}.*",),
     absent=("H_res_logits",),

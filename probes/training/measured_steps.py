@@ -129,7 +129,9 @@ class MeasuredSteps:
             self._say(
                 f"step {step} was measured without gradients, and so is every further one like it: {FROZEN}"
             )
-        complete = added_up(parts)
+        complete: list[TokenSums] = []  # the sums of all forwards, by chain
+        for part in parts:
+            complete = merge_sums(complete, part.sums)
         sums = self._pool(parts, complete)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
         overflowed = scale is not None and (
@@ -260,14 +262,6 @@ class PooledSums:
                 pooled, stamp = [], part.stamp
             pooled = merge_sums(pooled, part.sums)
         self.sums, self._stamp = pooled, stamp
-
-
-def added_up(parts: list[Measured]) -> list[TokenSums]:
-    """The sums of all forwards of a step, by chain."""
-    sums: list[TokenSums] = []
-    for part in parts:
-        sums = merge_sums(sums, part.sums)
-    return sums
 
 
 def finite_gradients(sums: list[TokenSums]) -> bool:
