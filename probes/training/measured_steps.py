@@ -20,9 +20,8 @@ from depthscope.probes.run.build_run import build_run, step_numbers
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.row_sums import LossScale, RowSums
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
-from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
+from depthscope.probes.statistics.weight_updates import LossScale, WeightNorms, WeightUpdates
 from depthscope.probes.training.notices import Notices
 
 if TYPE_CHECKING:
@@ -147,9 +146,8 @@ class MeasuredSteps:
             weights = None if weights is None else weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
         # The numbers of the forward are right even where the gradients overflowed, so the row stays.
-        rows = [RowSums(chain) for chain in sums]
         row = StepStatistics(
-            *(step, rows, sequences, value, weights, scale, self._course.add(value), loss_terms),
+            *(step, sums, sequences, value, weights, scale, self._course.add(value), loss_terms),
             digest=None if digest is None else float(digest),
         )
         self.last = row

@@ -18,8 +18,7 @@ from depthscope.probes.run.attributes import stage_attribute
 from depthscope.probes.session.compiled_model import inner_model
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.row_sums import LossScale
-from depthscope.probes.statistics.weight_updates import WeightUpdates
+from depthscope.probes.statistics.weight_updates import LossScale, WeightUpdates
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.measured_steps import MeasuredSteps
 from depthscope.probes.training.processes import (
