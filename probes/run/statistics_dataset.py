@@ -41,30 +41,22 @@ class StepStatistics:
 
 def statistics_dataset(
     chain: Chain,
-    number: int,
     depths: list[int],
-    row: StepStatistics,
-    pooled: list[TokenSums],
-    num_connections: int,
-    cells: Mapping[int, Sequence[str]],
+    step: int,
+    pooled: TokenSums,
+    numbers: Mapping[str, Any],
+    coords: Mapping[str, Any],
 ) -> xr.Dataset:
-    """The statistics of one group in one step, without those of the weights.
-
-    ``pooled``: the sums of all steps since the weights last changed, one per chain.
-    ``num_connections``: those with streams.
-    ``cells``: for each connection the parameter that each of its stored values belongs to, see `ConnectionParameters`.
-    """
-    variables, coords = step_variables(number, depths, row, num_connections, cells)
+    """The statistics of one group in one step, with those of all steps since the weights last changed, ``pooled``."""
     by_step = {
-        name: (("step", *dims), values[None], *attrs) for name, (dims, values, *attrs) in variables.items()
+        name: (("step", *dims), values[None], *attrs) for name, (dims, values, *attrs) in numbers.items()
     }
     for name in ("feature_sum", "unit_sum"):  # too wide for one row per step
-        by_step[name] = (("depth", "stream", "feature"), _array(pooled[number], name, depths))
-    coords |= depth_coords(chain, depths) | {"step": [row.step]}
-    coords["stream"] = np.arange(by_step["unit_pair_sum"][1].shape[2])
-    if num_connections:
-        coords |= {**connection_coords(chain.connections), "direction": DIRECTIONS}
-    return xr.Dataset(by_step, coords)
+        by_step[name] = (("depth", "stream", "feature"), _array(pooled, name, depths))
+    axes = {"step": [step], "stream": np.arange(by_step["unit_pair_sum"][1].shape[2])}
+    if chain.has_streams:
+        axes |= {**connection_coords(chain.connections), "direction": DIRECTIONS}
+    return xr.Dataset(by_step, {**coords, **depth_coords(chain, depths), **axes})
 
 
 def step_variables(
