@@ -121,7 +121,7 @@ def _analyze_scheduled(
     progress: Progress | None,
 ) -> xr.Dataset | xr.DataTree:
     """Measure a run part by part; of one in memory or opened already only by threads."""
-    from depthscope.diagnostics.analysis.scheduled import Source, measure, trace_of
+    from depthscope.diagnostics.analysis.scheduled import measure, trace_of
 
     if jackknife:
         raise InputError(
@@ -144,8 +144,9 @@ def _analyze_scheduled(
                 analyses[chain] = _curves_alone(opened, chain, chosen)
                 continue
             trace = trace_of(opened, chain)
-            source = Source(path, chain, None if is_saved else trace)
-            values, reasons = measure(source, list(chosen), scheduler, memory=memory, progress=progress)
+            values, reasons = measure(
+                trace, (path, chain), list(chosen), scheduler, memory=memory, progress=progress
+            )
             of_all = Quantities(trace)
             found = {name: of_all.unlabelled(value) for name, value in values.items()}
             analyses[chain] = _finished(opened, trace, of_all, found, reasons, jackknife=False)

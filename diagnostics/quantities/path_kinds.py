@@ -139,7 +139,7 @@ class PlainPaths(DepthPaths):
     """
 
     def __init__(self, keeps: np.ndarray, writes: np.ndarray, order: Order) -> None:
-        super().__init__(*keeps.shape[:2], len(keeps) ** 2 * int(np.prod(keeps.shape[2:])))
+        super().__init__(keeps.shape[0], keeps.shape[1], len(keeps) ** 2 * int(np.prod(keeps.shape[2:])))
         self.keeps, self.writes, self.order = keeps, writes, order
 
     def kernels(self, part: slice | np.ndarray) -> np.ndarray:
@@ -169,7 +169,7 @@ class SourcePaths(DepthPaths):
     """
 
     def __init__(self, weights: np.ndarray) -> None:
-        super().__init__(*weights.shape[:2], len(weights) ** 2)
+        super().__init__(weights.shape[0], weights.shape[1], len(weights) ** 2)
         self._kernels = np.moveaxis(weights[..., 1:], 0, 1)
 
     def kernels(self, part: slice | np.ndarray) -> np.ndarray:
