@@ -27,11 +27,6 @@ class Order:
     applied_to: tuple[int, ...]  # (C,)
 
     @property
-    def sequential(self) -> bool:
-        """Whether the sublayers follow one another."""
-        return self.applied_to == tuple(range(len(self.applied_to)))
-
-    @property
     def cuts(self) -> tuple[int, ...]:
         """The connection before which each one's state is cut: between parallel branches there is no state."""
         return tuple(self.applied_to.index(state) for state in self.applied_to)
@@ -79,7 +74,7 @@ class StreamPaths(DepthPaths):
 
     def _plain(self) -> bool:
         """Whether there is one view of each branch, and each connection follows the one before."""
-        return self.num_views == 1 and self.order.sequential
+        return self.num_views == 1 and self.order.applied_to == tuple(range(len(self)))
 
     def _by_view(self, part: slice | np.ndarray) -> np.ndarray:
         """M of some tokens, (N, C·V, C·V): each view as a branch of its own, parallel to the others."""

@@ -55,11 +55,6 @@ def floats_in(*values: Any) -> list[torch.Tensor]:
     return found
 
 
-def first_float(*values: Any) -> torch.Tensor | None:
-    """First floating tensor with at least two axes, or None."""
-    return next(iter(floats_in(values)), None)
-
-
 def version(tensor: torch.Tensor | None) -> int | None:
     """How often a tensor was written in place; None in inference mode, where torch does not count."""
     return None if tensor is None or tensor.is_inference() else tensor._version

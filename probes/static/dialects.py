@@ -78,9 +78,9 @@ _PANGU = ("openpangu_v2", "openpangu-v2")
 _EPSILON = ("hyper_connection.epsilon", "hyper_connection.eps")
 _ITERATIONS = "hyper_connection.sinkhorn_iterations"
 
+# Raw names and GGUF; GLM-5.3-Flash; openPangu-2.0 in GGUF.
 DEEPSEEK_V4 = Dialect(
     name="deepseek-v4",
-    title="DeepSeek-V4, raw names and GGUF; GLM-5.3-Flash; openPangu-2.0 in GGUF",
     family="mhc",
     model_types=frozenset((*_V4, *_PANGU)),
     names=("{path}.hc_{branch}_*",),
@@ -101,17 +101,16 @@ DEEPSEEK_V4 = Dialect(
 DEEPSEEK_V41 = replace(
     DEEPSEEK_V4,
     name="deepseek-v4.1",
-    title="DeepSeek-V4.1: names of DeepSeek-V4 without a head; what a sub-block computes as read, the next one applies",
     model_types=frozenset(
         ("deepseek_v41", "deepseek_v41_text", "deepseek_v4_1", "deepseek_v4_1_text", "deepseek41", "deepseek4.1")
     ),
     note="a sub-block applies the H_pre that the one before computed: H_pre here is what is applied, the first one stream 0",
     read_lag=1,
 )  # fmt: skip
+# Names of the modules of transformers and of torchtitan.
 DEEPSEEK_V4_MODULES = replace(
     DEEPSEEK_V4,
     name="deepseek-v4-transformers",
-    title="DeepSeek-V4, names of the modules of transformers and of torchtitan",
     model_types=frozenset(_V4),
     names=("{path}.{branch}_hc.*", "{path}.hc_{branch}.*", "{path}.*"),
     branches=(),
@@ -120,7 +119,6 @@ DEEPSEEK_V4_MODULES = replace(
 OPENPANGU_V2 = replace(
     DEEPSEEK_V4,
     name="openpangu-v2",
-    title="openPangu-2.0",
     model_types=frozenset(),
     names=("{path}.{branch}_mhc_module.*",),
     branches=(),
@@ -132,10 +130,10 @@ OPENPANGU_V2 = replace(
         "eps": Constant(("hc_eps", "hyper_connection.epsilon"), 1e-6),
     },
 )
+# Megatron-Core and Bridge; PaddleFleet, whose projections are stored input by output.
 MEGATRON = replace(
     DEEPSEEK_V4,
     name="megatron",
-    title="Megatron-Core and Bridge; PaddleFleet, whose projections are stored input by output",
     model_types=frozenset(),
     names=("{path}.{branch}_hyper_connection.*",),
     branches=(),
@@ -151,7 +149,6 @@ MEGATRON = replace(
 )  # fmt: skip
 HY_V4 = Dialect(
     name="hy-v4",
-    title="HY4: independent streams",
     family="independent_hc",
     model_types=frozenset(("hy_v4", "hy_v4_vl", "hy_v4_text", "hyv4", "hy-v4")),
     names=(
@@ -175,9 +172,9 @@ HY_V4 = Dialect(
 )
 # --- the package hyper-connections and those that took its names
 
+# Static (SHC) and dynamic (DHC).
 HYPER_CONNECTIONS = Dialect(
     name="hyper-connections",
-    title="hyper-connections, static (SHC) and dynamic (DHC): static_alpha (n, n + 1) with static_beta (n)",
     family="hc",
     names=("{path}.*",),
     absent=("residual_scale", "H_res_logits", "norm"),
@@ -205,7 +202,6 @@ HYPER_CONNECTIONS = Dialect(
 )
 MHC_LUCIDRAINS = Dialect(
     name="mhc-lucidrains",
-    title="mHC of the package hyper-connections and its descendants: static_alpha (n, n + 1) with residual_scale",
     family="mhc",
     names=("{path}.*",),
     absent=("H_res_logits",),
@@ -233,9 +229,9 @@ MHC_LUCIDRAINS = Dialect(
     sinkhorn=lambda t: {"rounds": t.rounds, "last": "rows"},
     constants={"rounds": Constant(("sinkhorn_iters", "mhc_sinkhorn_iters", "num_sinkhorn_iters"), 20)},
 )
+# H_res is a mixture of the n! permutations.
 MHC_LITE = Dialect(
     name="mhc-lite",
-    title="mHC-lite: H_res is a mixture of the n! permutations",
     family="mhc_lite",
     names=("{path}.*",),
     tensors={"static_alpha": "n + factorial(n)"},
@@ -263,9 +259,9 @@ MHC_LITE = Dialect(
 
 # --- heads: the read of the streams before the final norm
 
+# Of DeepSeek-V4 and its relatives, and of openPangu-2.0.
 HEAD = Dialect(
     name="head",
-    title="the head of DeepSeek-V4 and its relatives, and of openPangu-2.0",
     family="head",
     head=True,
     names=("{path}.hc_head.*", "{path}.hc_head_*", "{path}.output_hc_*", "{path}.merge_mhc_module.*"),

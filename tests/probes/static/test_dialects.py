@@ -127,7 +127,6 @@ def test_names_with_another_norm_are_not_read_and_named(tmp_path):
 
 MINE = Dialect(
     name="mine",
-    title="three maps in one projection",
     family="circulant",
     names=("{path}.{branch}_mixer.*",),
     projections={"map": "n*D, 3*n"},
@@ -270,7 +269,7 @@ def test_quantised_values_are_those_of_the_gguf_package(tmp_path):
         "h.0.attn.H_pre_logits": weights,
     }
     flat = Dialect(
-        name="flat", title="", family="mine", names=("{path}.*",), tensors={"H_res_logits": "2, 32"},
+        name="flat", family="mine", names=("{path}.*",), tensors={"H_res_logits": "2, 32"},
         projections={"H_pre_logits": "1, n"}, parts=lambda t: {"res": t.H_res_logits.reshape(t.n, t.n)},
         mixing=lambda t: t.res,
     )  # fmt: skip
