@@ -131,11 +131,6 @@ class Dialect:
         """Roles without which nothing is a connection of the row."""
         return frozenset((*self.tensors, *self.projections))
 
-    @property
-    def read_roles(self) -> frozenset[str]:
-        """Roles whose values are read."""
-        return frozenset((*self.tensors, *self.optional)) - set(self.unread)
-
     def own_name(self, role: str) -> str:
         """The first name of a tensor in files."""
         return self.stored.get(role, role).split("|")[0]
