@@ -68,7 +68,8 @@ def build_run(
             session, number, depths, sequences, evidence, token_text, described=described
         )
         if row is not None:
-            measured = statistics_dataset(chains[number], depths, row.step, pooled[number], numbers, coords)
+            of_group = (chains[number], depths, row.step, pooled[number], numbers, coords)
+            measured = statistics_dataset(*of_group, has_connections=bool(evidence.proofs))
             statistics[name] = measured.assign(facts)
     memory = memory_facts(next(iter(trace.values())), session.observer.dtype)
     # The only group of a model with one chain and one stage has no name: its variables are the group's own.

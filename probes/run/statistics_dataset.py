@@ -46,6 +46,8 @@ def statistics_dataset(
     pooled: TokenSums,
     numbers: Mapping[str, Any],
     coords: Mapping[str, Any],
+    *,
+    has_connections: bool,
 ) -> xr.Dataset:
     """The statistics of one group in one step, with those of all steps since the weights last changed, ``pooled``."""
     by_step = {
@@ -54,7 +56,7 @@ def statistics_dataset(
     for name in ("feature_sum", "unit_sum"):  # too wide for one row per step
         by_step[name] = (("depth", "stream", "feature"), _array(pooled, name, depths))
     axes = {"step": [step], "stream": np.arange(by_step["unit_pair_sum"][1].shape[2])}
-    if chain.has_streams:
+    if has_connections:
         axes |= {**connection_coords(chain.connections), "direction": DIRECTIONS}
     return xr.Dataset(by_step, {**coords, **depth_coords(chain, depths), **axes})
 

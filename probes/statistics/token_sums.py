@@ -265,9 +265,11 @@ class TokenSums:
         if not known:
             return None
         if len({value.device for value in known.values()}) == 1:  # read back at once
-            known = dict(zip(known, torch.stack(list(known.values())).cpu(), strict=True))
-        missing = np.full(next(iter(known.values())).shape, np.nan)
-        return np.stack([known[key].cpu().numpy() if key in known else missing for key in keys])
+            read = dict(zip(known, torch.stack(list(known.values())).cpu().numpy(), strict=True))
+        else:
+            read = {key: value.cpu().numpy() for key, value in known.items()}
+        missing = np.full(next(iter(read.values())).shape, np.nan)
+        return np.stack([read.get(key, missing) for key in keys])
 
     def keys(self, name: str) -> Sequence[int]:
         """The depths or connections at which something was added to a sum."""
