@@ -24,10 +24,7 @@ from benchmarks.shared import process, tables
 
 TOPICS = ("cka", "ranks")
 # Names of distributions, for the versions on the page.
-PEERS = (
-    *("torch-cka", "cka-pytorch", "pytorch-cka", "ckatorch", "repsim", "torchlens"),
-    *("scikit-dimension", "dimensionality", "rsatoolbox"),
-)
+PEERS = ("ckatorch", "repsim", "torchlens")
 
 
 def main() -> None:
@@ -39,9 +36,10 @@ def main() -> None:
     found = compared(arguments)
     results = {"comparisons": found, "rounds": arguments.rounds}
     results |= tables.circumstances("benchmarks.analysis", (*page.PACKAGES, *PEERS))
-    print(json.dumps(results, indent=1) if arguments.json else page.text(results))
+    text = page.markdown(results)
+    print(text)
     if arguments.markdown:
-        tables.put_section(arguments.markdown, "benchmarks.analysis", page.markdown(results))
+        tables.put_section(arguments.markdown, "benchmarks.analysis", text)
 
 
 def parsed() -> argparse.Namespace:
@@ -55,7 +53,6 @@ def parsed() -> argparse.Namespace:
         action="store_true",
         help="small sizes, two rounds, one process for each comparison: only to see it run",
     )
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--markdown", type=Path, help="write its part of the page, docs/benchmarks.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

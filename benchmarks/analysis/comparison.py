@@ -12,10 +12,6 @@ Make = Callable[[], Any]
 Step = Callable[[], Any]
 
 
-class CannotTakeError(Exception):
-    """Why a tool is not measured."""
-
-
 @dataclass(frozen=True)
 class Tool:
     """One implementation of what is compared.
@@ -25,14 +21,12 @@ class Tool:
     ``package``: the peer to which it belongs, in a process of its own since some patch torch when they are imported;
     empty for this package, numpy and torch.
     ``skips``: sizes at which it would take minutes.
-    ``answers``: whether its answer is compared; otherwise it is timed only, to divide other times by.
     """
 
     prepare: Callable[[Any], Step]
     truth: str = ""
     package: str = ""
     skips: tuple[str, ...] = ()
-    answers: bool = True
 
 
 def worst(found: np.ndarray, truth: np.ndarray) -> float:
@@ -56,7 +50,6 @@ class Comparison:
     ``variants``: functions that make the data on which answers are checked.
     ``truths``: references: from the data to the answer in float64.
     ``error``: from an answer and its reference to the error.
-    ``own_variants``: variants for tools without a package only: peers would take minutes.
     ``note``: what a reader needs to know, in the page.
     """
 
@@ -68,7 +61,6 @@ class Comparison:
     truths: Mapping[str, Callable[[Any], np.ndarray]] = field(default_factory=dict)
     # The worst entry: a mean would hide one wrong value among many right ones.
     error: Callable[[np.ndarray, np.ndarray], float] = worst
-    own_variants: Mapping[str, Make] = field(default_factory=dict)
     note: str = ""
 
     def groups(self) -> list[list[str]]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.analysis.comparison import CannotTakeError, Comparison, Make, Step, Tool
+from benchmarks.analysis.comparison import Comparison, Make, Step, Tool
 from benchmarks.shared.memory import status, trimmed
+from benchmarks.shared.process import reason
 from benchmarks.shared.rounds import ratio
 
 PATIENCE = 6.0  # seconds for the rounds of one tool; a slower one is run once
@@ -25,13 +26,8 @@ def rows(comparison: Comparison, names: list[str], rounds: int) -> dict[str, dic
     Returns: Tool to ``errors`` by variant, and ``times`` by size.
     """
     found: dict[str, dict[str, Any]] = {name: {"errors": {}, "times": {}} for name in names}
-    variants = dict(comparison.variants)
-    own = [name for name in names if not comparison.tools[name].package]
-    if len(own) > 1:  # in the groups of peers the baseline alone is ours
-        variants |= comparison.own_variants
-    for variant, make in variants.items():
-        chosen = own if variant in comparison.own_variants else names
-        for name, cell in errors(comparison, chosen, make).items():
+    for variant, make in comparison.variants.items():
+        for name, cell in errors(comparison, names, make).items():
             found[name]["errors"][variant] = cell
     for size, make in comparison.sizes.items():
         data = make()
@@ -42,14 +38,13 @@ def rows(comparison: Comparison, names: list[str], rounds: int) -> dict[str, dic
 
 def errors(comparison: Comparison, names: list[str], make: Make) -> dict[str, float | str]:
     """The error of each tool on the same data."""
-    answering = [name for name in names if comparison.tools[name].answers]
     try:
         data = make()
     # SmolLM2 is a package of weights that few have installed.
     except ImportError as missing:
-        return dict.fromkeys(answering, f"{NO_DATA}: {missing}")
+        return dict.fromkeys(names, f"{NO_DATA}: {missing}")
     truths: dict[str, np.ndarray] = {}
-    return {name: error(comparison, comparison.tools[name], data, truths) for name in answering}
+    return {name: error(comparison, comparison.tools[name], data, truths) for name in names}
 
 
 def error(comparison: Comparison, tool: Tool, data: Any, truths: dict[str, np.ndarray]) -> float | str:
@@ -116,11 +111,3 @@ def timed(step: Step, repeats: int) -> float:
     for _ in range(repeats):
         step()
     return (time.process_time() - started) / repeats
-
-
-def reason(failure: Exception) -> str:
-    """Why a tool failed, in a line."""
-    if isinstance(failure, ModuleNotFoundError):
-        return "not installed"
-    first = (str(failure).strip() or repr(failure)).splitlines()[0]
-    return first if isinstance(failure, CannotTakeError) else f"{type(failure).__name__}: {first[:80]}"

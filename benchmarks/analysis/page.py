@@ -1,4 +1,4 @@
-"""How are the results of benchmarks.analysis written? As tables, and as a part of docs/benchmarks.md."""
+"""How are the results of benchmarks.analysis written? As a part of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -11,12 +11,6 @@ from benchmarks.shared.tables import Table
 PACKAGES = ("torch", "numpy", "scipy", "transformers", "hyper-connections", "depthscope")
 
 
-def text(results: dict[str, Any]) -> str:
-    """Tables for a terminal."""
-    head = f"{results['machine']}; medians of up to {results['rounds']} interleaved rounds"
-    return f"{head}\n\n{layout.as_text(tables(results))}"
-
-
 def markdown(results: dict[str, Any]) -> str:
     """This benchmark's part of docs/benchmarks.md."""
     parts = [HEAD.format(**results, peers=layout.pinned(results["versions"]))]
@@ -27,15 +21,6 @@ def markdown(results: dict[str, Any]) -> str:
         parts += [f"{note}\n"] if note else []
         parts += [layout.as_markdown(table) for table in (answers, times) if table[2]]
     return "\n".join([*parts, layout.named(results["versions"]), ""])
-
-
-def tables(results: dict[str, Any]) -> list[Table]:
-    """Every table."""
-    found: list[Table] = []
-    for comparison in results["comparisons"].values():
-        for title, header, rows in tables_of(comparison):
-            found += [(f"{comparison['title']}: {title}", header, rows)] if rows else []
-    return found
 
 
 def tables_of(comparison: dict[str, Any]) -> tuple[Table, Table]:
@@ -99,6 +84,5 @@ is compared with. A tool that takes more than some seconds is run once.
 
 **Not tried:** GPUs, several threads, other sizes than these; where a cell says so, a size that would take minutes.
 
-Peers: `pip install {peers}`; netrep is not on PyPI, and is measured where its modules are installed;
-for the page in the repository these were its two classes, re-typed from its text without branches that are not called here.
+Peers: `pip install {peers}`.
 """

@@ -1,6 +1,6 @@
 """Train every network that is not in the table yet, then write the page: ``python -m benchmarks.answer --page docs``.
 
-Each network is added to the table when it is measured, so that a run that is ended goes on where it was. ``--page DIR`` alone
+Each network is added to the table when it is measured, so that a run that is ended goes on where it was. ``--no-training``
 writes answer.md and its figures from the table that is there.
 """
 
@@ -9,27 +9,38 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.answer.networks import DESIGNS
 from benchmarks.answer.page import write_page
 
-SIZE = {"depth": 4, "width": 32, "heads": 2, "streams": 4, "batch": 2, "length": 64}
-QUICK = {"depth": 2, "width": 16, "heads": 2, "streams": 4, "batch": 2, "length": 16}
-# (steps of training, constant that every branch is multiplied with, seeds)
-VARIANTS = ((1000, 1.0, 5), (1000, 0.1, 3), (1000, 0.01, 3), (1000, 0.001, 3), (4000, 1.0, 5))
-QUICK_VARIANTS = ((2, 1.0, 2), (2, 0.01, 1), (3, 1.0, 2))
+SIZE = {"width": 32, "heads": 2, "streams": 4, "batch": 8, "length": 64}
+QUICK = {"width": 16, "heads": 2, "streams": 4, "batch": 2, "length": 16}
+# (blocks, constant that every branch is multiplied with, seeds), in the order in which they are trained: what is there
+# already is skipped, so that all depths have some seeds before any has all.
+SCALES = (0.1, 0.01, 0.001)
+NETWORKS = (
+    *((depth, 1.0, 3) for depth in (4, 16)),
+    *((16, scale, 1) for scale in SCALES),
+    *((depth, 1.0, seeds) for depth, seeds in ((48, 1), (4, 5), (16, 5), (48, 3))),
+)
+QUICK_NETWORKS = ((2, 1.0, 2), (4, 1.0, 2), (4, 0.01, 1))
+STEPS, RATE_STEPS, QUICK_STEPS = 1000, 300, 5
+# The learning rate of a design at a depth is the best of these after RATE_STEPS steps of a seed that is not used again.
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+RATE_SEED = 100
+KEYS = ("family", "depth", "seed", "steps", "branch_scale")
 
 
 def plan(*, quick: bool) -> Iterator[dict[str, Any]]:
-    """The settings of every network, seed by seed: a run that is ended early has all designs of some seeds."""
-    for steps, scale, seeds in QUICK_VARIANTS if quick else VARIANTS:
+    """The settings of every network but its rate, seed by seed: a run that is ended early has all designs of some seeds."""
+    steps, sizes = (QUICK_STEPS, QUICK) if quick else (STEPS, SIZE)
+    for depth, scale, seeds in QUICK_NETWORKS if quick else NETWORKS:
         for seed in range(seeds):
             for family in DESIGNS:
-                sizes = QUICK if quick else SIZE
-                first = {"family": family, "depth": sizes["depth"], "seed": seed, "steps": steps}
+                first = {"family": family, "depth": depth, "seed": seed, "steps": steps}
                 yield {**first, "branch_scale": scale, **sizes}
 
 
@@ -38,43 +49,71 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--table", type=Path, default=Path("docs/answer.csv"))
     parser.add_argument("--page", type=Path, help="write answer.md and its figures into this folder")
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny networks and two steps: to see that it runs"
-    )
+    parser.add_argument("--quick", action="store_true", help="tiny networks, few steps: to see that it runs")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks (needs a C++ compiler)")
     parser.add_argument("--no-training", action="store_true", help="write the page from the table as it is")
     options = parser.parse_args(words)
     if not options.no_training:
-        _measure_missing(options.table, quick=options.quick)
+        _measure_missing(options.table, quick=options.quick, compiled=options.compile)
     if options.page is not None:
         write_page(options.table, options.page)
     return 0
 
 
-def _measure_missing(table: Path, *, quick: bool) -> None:
+def _measure_missing(table: Path, *, quick: bool, compiled: bool) -> None:
     from benchmarks.answer.measure import measure
+    from benchmarks.answer.pretrained import pretrained
     from depthscope.app.demo.training import single_threaded
 
-    networks = list(plan(quick=quick))
-    keys = list(networks[0])
-    done = set()
-    if table.exists():
-        with table.open(newline="", encoding="utf-8") as file:
-            done = {tuple(row[key] for key in keys) for row in csv.DictReader(file)}
-    for settings in networks:
-        if tuple(str(settings[key]) for key in keys) in done:
-            continue
-        with single_threaded():
-            found = measure(settings)
-        cells = {name: _cell(value) for name, value in {**settings, **found}.items()}
-        is_new = not table.exists()
-        with table.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(cells), lineterminator="\n")
-            if is_new:
-                writer.writeheader()
-            writer.writerow(cells)
-        sys.stderr.write(
-            f"{settings['family']}, seed {settings['seed']}, {settings['steps']} steps: loss {cells['loss']}\n"
-        )
+    rates = table.with_name(f"{table.stem}_rates.csv")
+    with single_threaded():
+        for settings in plan(quick=quick):
+            if _row(table, settings, KEYS) is None:
+                full = {**settings, "rate": _best_rate(rates, settings, compiled=compiled)}
+                states = table.with_name(f"{table.stem}_states")
+                _append(table, {**full, **measure(full, states, compiled=compiled)}, KEYS)
+        for name, measured in pretrained(quick=quick).items():
+            if _row(table, {"family": name}, ("family",)) is None:
+                _append(table, measured(), KEYS)
+
+
+def _best_rate(rates: Path, settings: Mapping[str, Any], *, compiled: bool) -> float:
+    """Of `RATES`, with which a short training reaches the least held-out loss; measured once for a design and a depth."""
+    from benchmarks.answer.measure import rate_loss
+
+    found = {}
+    for rate in RATES:
+        steps = min(RATE_STEPS, settings["steps"])
+        at = {**settings, "rate": rate, "steps": steps, "seed": RATE_SEED, "branch_scale": 1.0}
+        names = ("family", "depth", "rate", "steps")
+        row = _row(rates, at, names)
+        if row is None:
+            row = {name: at[name] for name in names} | {"loss": rate_loss(at, compiled=compiled)}
+            _append(rates, row, names)
+        found[rate] = float(row["loss"])
+    return min(found, key=lambda rate: found[rate])
+
+
+def _row(table: Path, settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any] | None:
+    """The row of a table with these settings."""
+    if not table.exists():
+        return None
+    with table.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            if all(row[name] == _cell(settings[name]) for name in names):
+                return row
+    return None
+
+
+def _append(table: Path, row: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    cells = {name: _cell(value) for name, value in row.items()}
+    is_new = not table.exists()
+    with table.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(cells), lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(cells)
+    sys.stderr.write(", ".join(f"{name} {row[name]}" for name in (*names, "loss")) + "\n")
 
 
 def _cell(value: Any) -> str:

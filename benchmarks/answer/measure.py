@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,72 +13,99 @@ import torch
 import xarray as xr
 from torch import nn
 
-from benchmarks.answer.networks import make, without_blocks
+from benchmarks.answer.networks import compiled_copy, make, without_blocks
 from depthscope import analyze, capture, judge, settle
 from depthscope.app.demo.small_lm import Size
 from depthscope.app.demo.training import Recipe, corpus, held_out_loss, train
-from depthscope.diagnostics.verdicts.same_representation import ALIKE, longest_range
+from depthscope.diagnostics.kernels.similarity import linear_cka
+from depthscope.diagnostics.verdicts.same_representation import ALIKE
 
-# The same two states compared in several ways. Of these the least decides, as in the verdict.
+# The joined state (streams × features) is the estimand: all that the next layer can read. The others are for robustness.
 VIEWS = {
-    "mean": ("cka", "mean over streams"),
     "joined": ("joined_cka", "all streams joined"),
+    "mean": ("cka", "mean over streams"),
     "stream": ("least_stream_cka", "least similar stream"),
     "trimmed": ("trimmed_cka", "without large features"),
 }
-METRICS = (*(metric for metric, _ in VIEWS.values()), "angular_distance", "num_tokens")
+METRICS = (*(metric for metric, _ in VIEWS.values()), "num_tokens")
 # Held-out sequences that are captured, and windows on which the loss without some blocks is compared with all of them.
 SEQUENCES, WINDOWS = 4, 16
+QUARTERS = 4
 
 
-def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
+def measure(settings: Mapping[str, Any], states: Path, *, compiled: bool) -> dict[str, Any]:
     """Train one network, and ask which of its states are the same and what its blocks are worth.
 
-    ``settings``: family, depth, seed, steps, branch_scale, width, heads, streams, batch, length.
+    ``settings``: family, depth, seed, steps, branch_scale, rate, width, heads, streams, batch, length.
+    ``states``: folder of the last state of each design's first seed, with which those of the other seeds are compared.
     Returns: Numbers and curves by column of the table. States are those between blocks; of attention residuals, what the
     first sublayer of a block reads.
     """
     started = time.process_time()
-    blocks, length = settings["depth"], settings["length"]
-    size = Size(blocks, settings["width"], settings["heads"], settings["streams"])
-    model = make(settings["family"], size, settings["seed"], settings["branch_scale"])
-    before, _ = analysed(model, settings)
-    recipe = Recipe(
-        steps=settings["steps"], seed=settings["seed"], size=size, batch=settings["batch"], length=length
-    )
-    losses = train(model, recipe)
+    model = _fresh(settings)
+    before, _ = analysed(model, settings["length"])
+    losses = trained(model, settings, compiled=compiled)
     model.eval()
-    analysis, run = analysed(model, settings)
-    same, fresh = (least_alike(each, blocks) for each in (analysis, before))
-    first, last = longest_range(same >= ALIKE)
-    skip_last = [cost(model, length, range(blocks - count, blocks)) for count in range(1, blocks + 1)]
-    memory = run.attrs.get("memory", {})
+    blocks, length = settings["depth"], settings["length"]
+    analysis, run = analysed(model, length)
     return {
         "loss": held_out_loss(model, length=length),
-        "start_loss": losses[0],
-        "alike": same[0, -1],
-        **{f"alike_{name}": between_blocks(analysis, metric, blocks)[0, -1]
-           for name, (metric, _) in VIEWS.items()},
-        "start_alike": fresh[0, -1],
-        "same_from": same_from(same),
-        "longest_same": last - first,
-        "turn": 180.0 * between_blocks(analysis, "angular_distance", blocks)[0, -1],
-        "severity": severity(analysis),
-        "skip_later": skip_last[blocks // 2 - 1],
-        "skip_same": cost(model, length, range(first, last)),
-        "kept_bytes": memory.get("measured_kept_bytes", np.nan) / memory.get("measured_tokens", 1),
+        **{f"course_{part}": float(np.mean(each)) for part, each in zip("ab", _last_fifths(losses), strict=True)},
+        **similarities(analysis, before, blocks),
+        "other_seed": _other_seed(run, settings, states),
+        "kept_bytes": run.attrs["memory"]["measured_kept_bytes"] / run.attrs["memory"]["measured_tokens"],
+        **{f"skip_{quarter + 1}": cost(model, length, part) for quarter, part in enumerate(quarters(blocks))},
         "seconds": time.process_time() - started,
-        "to_last": same[:, -1].tolist(),
-        "start_to_last": fresh[:, -1].tolist(),
-        "table": same.ravel().tolist(),
-        "skip_last": skip_last,
-        "skip_each": [cost(model, length, [block]) for block in range(blocks)],
     }  # fmt: skip
 
 
-def analysed(model: nn.Module, settings: Mapping[str, Any]) -> tuple[xr.Dataset, xr.DataTree]:
+def rate_loss(settings: Mapping[str, Any], *, compiled: bool) -> float:
+    """The held-out loss of a short training at a learning rate; infinite where it diverged."""
+    model = _fresh(settings)
+    trained(model, settings, compiled=compiled)
+    found = held_out_loss(model.eval(), length=settings["length"])
+    return found if np.isfinite(found) else float("inf")
+
+
+def _fresh(settings: Mapping[str, Any]) -> nn.Module:
+    size = Size(settings["depth"], settings["width"], settings["heads"], settings["streams"])
+    return make(settings["family"], size, settings["seed"], settings["branch_scale"])
+
+
+def trained(model: nn.Module, settings: Mapping[str, Any], *, compiled: bool) -> list[float]:
+    """Train in place; the loss of every step, nats per byte."""
+    names = ("steps", "seed", "batch", "length")
+    recipe = Recipe(learning_rate=settings["rate"], **{name: settings[name] for name in names})
+    if not compiled:
+        return train(model, recipe)
+    copy = compiled_copy(model)
+    losses = train(copy, recipe)
+    model.load_state_dict(copy.state_dict())
+    return losses
+
+
+def _last_fifths(losses: Sequence[float]) -> list[np.ndarray]:
+    """The losses of the last but one and of the last fifth of a training: equal where it has flattened."""
+    return np.array_split(np.array(losses), 5)[-2:] if len(losses) >= 5 else [np.array(losses)] * 2
+
+
+def similarities(analysis: xr.Dataset, before: xr.Dataset | None, blocks: int) -> dict[str, Any]:
+    """CKA of the first and the last state in every view, along depth of the joined one, fresh, and the verdict."""
+    views = {name: between_blocks(analysis, metric, blocks) for name, (metric, _) in VIEWS.items()}
+    fresh = None if before is None else between_blocks(before, "joined_cka", blocks)
+    return {
+        **{f"alike_{name}": view[0, -1] for name, view in views.items()},
+        "start_alike": np.nan if fresh is None else fresh[0, -1],
+        "same_from": same_from(views["joined"]),
+        "severity": severity(analysis),
+        "to_last": views["joined"][:, -1].tolist(),
+        "start_to_last": [] if fresh is None else fresh[:, -1].tolist(),
+    }
+
+
+def analysed(model: nn.Module, length: int) -> tuple[xr.Dataset, xr.DataTree]:
     """The metrics of a network on evenly spread held-out sequences, the same ones for every network of a length; its run."""
-    held_out, length = corpus()[1], settings["length"]
+    held_out = corpus()[1]
     starts = torch.linspace(0, len(held_out) - length - 1, SEQUENCES).long()[:, None]
     ids = held_out[starts + torch.arange(length)]
     batch = {"input_ids": ids, "labels": ids}
@@ -85,6 +114,20 @@ def analysed(model: nn.Module, settings: Mapping[str, Any]) -> tuple[xr.Dataset,
     analysis = analyze(run, metrics=METRICS)
     assert isinstance(analysis, xr.Dataset)
     return analysis, run
+
+
+def _other_seed(run: xr.DataTree, settings: Mapping[str, Any], states: Path) -> float:
+    """CKA of the last state with that of the design's first seed: what two networks that learnt the same task share."""
+    last = run["trace"]["residual"].isel(depth=-1).transpose("sample", "token", "stream", "feature").values
+    rows = last.reshape(last.shape[0] * last.shape[1], -1)
+    names = ("family", "depth", "steps", "branch_scale")
+    file = states / ("_".join(str(settings[name]) for name in names) + ".npy")
+    if settings["seed"] == 0:
+        states.mkdir(parents=True, exist_ok=True)
+        np.save(file, rows)
+    if settings["seed"] == 0 or not file.exists():
+        return float("nan")
+    return float(linear_cka(np.load(file), rows, unbiased=True))
 
 
 def between_blocks(analysis: xr.Dataset, metric: str, blocks: int) -> np.ndarray:
@@ -96,11 +139,6 @@ def between_blocks(analysis: xr.Dataset, metric: str, blocks: int) -> np.ndarray
     every = (len(table) - 1) // blocks
     assert len(table) == every * blocks + 1, f"{len(table)} states of {blocks} blocks"
     return np.asarray(table.values[::every, ::every], dtype=float)
-
-
-def least_alike(analysis: xr.Dataset, blocks: int) -> np.ndarray:
-    """The least CKA of every two states between blocks over the views that decide."""
-    return np.fmin.reduce([between_blocks(analysis, metric, blocks) for metric, _ in VIEWS.values()])
 
 
 def same_from(same: np.ndarray) -> int:
@@ -118,6 +156,18 @@ def severity(analysis: xr.Dataset) -> float:
     """Of the verdict same_representation: 0 passed, 1 a note, 2 a warning, 3 a failure; NaN where it could not judge."""
     found = [each.severity for each in judge(analysis, passed=True) if each.verdict == "same_representation"]
     return float(max(found)) if found else float("nan")
+
+
+def quarters(blocks: int) -> list[range]:
+    """The blocks of each quarter of depth.
+
+    Examples
+    --------
+    >>> quarters(6)
+    [range(0, 1), range(1, 3), range(3, 4), range(4, 6)]
+    """
+    ends = [blocks * number // QUARTERS for number in range(QUARTERS + 1)]
+    return [range(start, end) for start, end in pairwise(ends)]
 
 
 def cost(model: nn.Module, length: int, left_out: Sequence[int]) -> float:

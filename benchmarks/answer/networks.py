@@ -1,11 +1,11 @@
-"""The five designs: one byte decoder whose sublayers are joined by a residual, HC, mHC, mHC-lite or attention over depth."""
+"""The six designs: one byte decoder joined by a residual (Pre-LN, Post-LN), HC, mHC, mHC-lite or attention over depth."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from copy import deepcopy
 from itertools import permutations
 
 import torch
@@ -16,7 +16,8 @@ from depthscope.app.demo.small_lm import MLP, NUM_BYTES, Attention, LanguageOutp
 
 # Shapes: B sequences, N streams, T tokens, D features.
 
-DESIGNS = {"residual": "residual", "hc": "HC", "mhc": "mHC", "mhc-lite": "mHC-lite", "attnres": "AttnRes"}
+DESIGNS = {"residual": "Pre-LN", "post-ln": "Post-LN", "hc": "HC", "mhc": "mHC", "mhc-lite": "mHC-lite",
+           "attnres": "AttnRes"}  # fmt: skip
 # Of H_res at the start in the package's mHC with four streams; mHC-lite begins there too, so that only the map differs.
 DIAGONAL = 0.475
 # As in the mHC paper: what depends on the token begins small.
@@ -62,6 +63,22 @@ class PermutationConnection(nn.Module):
         mixed = torch.einsum("btij,btjd->btid", h_res, x_BTND)
         written = mixed + 2 * torch.sigmoid(write).unsqueeze(-1) * self.branch(branch_in).unsqueeze(-2)
         return written.permute(0, 2, 1, 3).flatten(0, 1)
+
+
+class PostNorm(nn.Module):
+    """x ← LN(x + F(x)), as the first transformers; F has no norm of its own.
+
+    ``streams``, ``layer_index``: taken as the package's connections take them; nothing depends on them.
+    """
+
+    def __init__(self, streams: int, *, dim: int, branch: nn.Module, layer_index: int = 0):
+        super().__init__()
+        branch.norm = nn.Identity()
+        self.branch, self.norm = branch, nn.LayerNorm(dim)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Add the branch, then normalise."""
+        return self.norm(x + self.branch(x))
 
 
 class DepthQuery(nn.Module):
@@ -131,7 +148,9 @@ def make(design: str, size: Size, seed: int, branch_scale: float = 1.0) -> nn.Mo
         if design == "attnres":
             model: nn.Module = DepthAttentionLM(size)
         elif design == "mhc-lite":
-            model = SmallLM(design, size, connection=partial(PermutationConnection))
+            model = SmallLM(design, size, connection=PermutationConnection)
+        elif design == "post-ln":
+            model = SmallLM("residual", size, connection=PostNorm)
         else:
             model = build(design, size=size, seed=seed)
     if branch_scale == 1.0:
@@ -144,6 +163,14 @@ def make(design: str, size: Size, seed: int, branch_scale: float = 1.0) -> nn.Mo
     for connection in connections:
         connection.branch = ScaledBranch(connection.branch, branch_scale)
     return model
+
+
+def compiled_copy(model: nn.Module) -> nn.Module:
+    """A copy that trains 2 to 3 times as fast: each block, or branch of attention residuals, compiled by itself."""
+    copy = deepcopy(model)
+    for block in copy.branches if isinstance(copy, DepthAttentionLM) else copy.blocks:
+        block.compile(dynamic=False)
+    return copy
 
 
 @contextmanager

@@ -9,14 +9,18 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from benchmarks.answer.measure import QUARTERS, VIEWS
 from benchmarks.answer.networks import DESIGNS
 from depthscope.app.drawing.matplotlib import write_figure
 from depthscope.app.figures import Line, Lines
-from depthscope.diagnostics.analysis.differences import holm, of_seeds
+from depthscope.diagnostics.analysis.differences import Difference, holm, of_seeds
 from depthscope.diagnostics.experiments.intervals import estimate
 from depthscope.diagnostics.verdicts.same_representation import ALIKE
 
 QUESTION = "Does the signal degenerate into one representation that is the same in all layers?"
+BASE = next(iter(DESIGNS))
+EQUIVALENT = 0.05
+"""Nats per byte: a smaller difference of losses is called none."""
 
 
 def write_page(table: Path, folder: Path) -> None:
@@ -29,41 +33,50 @@ def write_page(table: Path, folder: Path) -> None:
     (folder / "answer.md").write_text(page_text(rows, drawn, table.name), encoding="utf-8", newline="\n")
 
 
-def trained(rows: pd.DataFrame, steps: int, scale: float = 1.0) -> dict[str, pd.DataFrame]:
-    """The networks of a length of training and a scale of the branches, by the title of their design."""
-    chosen = rows[(rows.steps == steps) & (rows.branch_scale == scale)]
-    return {title: chosen[chosen.family == family] for family, title in DESIGNS.items()}
+def trained(rows: pd.DataFrame, depth: int, scale: float = 1.0) -> dict[str, pd.DataFrame]:
+    """The networks of a depth and a scale of the branches, by design; designs of which none was trained are left out."""
+    chosen = rows[(rows.depth == depth) & (rows.branch_scale == scale)]
+    found = {family: chosen[chosen.family == family] for family in DESIGNS}
+    return {family: each for family, each in found.items() if len(each)}
+
+
+def depths(rows: pd.DataFrame) -> list[int]:
+    """The numbers of blocks that every design was trained with."""
+    ours = rows[rows.family.isin(list(DESIGNS))]
+    return [depth for depth in sorted(ours.depth.unique()) if len(trained(rows, depth)) == len(DESIGNS)]
 
 
 def figures(rows: pd.DataFrame) -> list[Lines]:
-    """CKA with the last state along depth, loss without the last blocks, CKA of the ends over the scale of the branches."""
-    short, long = sorted(rows.steps[rows.branch_scale == 1.0].unique())[:: max(1, rows.steps.nunique() - 1)][
-        :2
+    """CKA with the last state along depth, CKA of the ends over the number of blocks, loss without each quarter."""
+    counts = depths(rows)
+    deepest = trained(rows, counts[-1])
+    of = "mean and range over seeds"
+    share = np.linspace(0.0, 1.0, counts[-1] + 1)
+    along = [_band(share, _curves(each.to_last), family) for family, each in deepest.items()]
+    over = [
+        line
+        for family in DESIGNS
+        for line in _trained_and_fresh(family, [trained(rows, depth)[family] for depth in counts], counts)
     ]
-    networks = trained(rows, long)
-    along = [_band(title, _curves(each.to_last), first=0) for title, each in networks.items()]
-    ends = along[0].x[[0, -1]]
-    scales = np.array(sorted(rows.branch_scale.unique()))
-    over_scale = [
-        _band_at(scales, [trained(rows, short, scale)[title].alike.to_numpy() for scale in scales], title)
-        for title in DESIGNS.values()
+    names = [f"skip_{quarter + 1}" for quarter in range(QUARTERS)]
+    skipped = [
+        _band(np.arange(1.0, QUARTERS + 1), each[names].to_numpy(), family)
+        for family, each in deepest.items()
     ]
-    skipped = [_band(title, _curves(each.skip_last), first=1) for title, each in networks.items()]
-    of = f"mean and range over seeds, {long} training steps"
     return [
         _lines(
-            "answer_depth", "blocks passed", "CKA with the last state", [*along, _limit(ends)],
-            f"Debiased CKA of the state after each block with the last state, the least of four views; {of}. States above "
-            "the dotted line are called the same.",
+            "answer_depth", "relative depth", "CKA with the last state", [*along, _limit(share[[0, -1]])],
+            f"Networks of {counts[-1]} blocks: debiased CKA of the state after each block with the last state; {of}. States "
+            "above the dotted line are called the same.",
         ),
         _lines(
-            "answer_skipped", "last blocks left out", "loss gained, nats per byte", skipped,
-            f"What the held-out loss gains when the last blocks are left out; {of}.",
+            "answer_blocks", "blocks", "CKA, first and last state", [*over, _limit(np.array([counts[0], counts[-1]], float))],
+            f"Debiased CKA of the first and the last state against the number of blocks: trained (solid; {of}) and fresh "
+            "(dashed).", log_x=True,
         ),
         _lines(
-            "answer_scale", "scale of the branches", "CKA, first and last state", [*over_scale, _limit(scales[[0, -1]])],
-            "Debiased CKA of the first and the last state against the constant that every branch is multiplied with; mean "
-            f"and range over seeds, {short} training steps.", log_x=True,
+            "answer_skipped", "quarter of the blocks that is left out", "loss gained, nats per byte", skipped,
+            f"Networks of {counts[-1]} blocks: what the held-out loss gains when a quarter of the blocks is left out; {of}.",
         ),
     ]  # fmt: skip
 
@@ -72,13 +85,21 @@ def _curves(cells: pd.Series) -> np.ndarray:
     return np.array([[float(part) for part in cell.split()] for cell in cells])
 
 
-def _band(title: str, curves: np.ndarray, *, first: int) -> Line:
-    return _band_at(np.arange(curves.shape[1]) + float(first), list(curves.T), title)
+def _band(x: np.ndarray, curves: np.ndarray, family: str) -> Line:
+    title = DESIGNS[family]
+    return Line(x, curves.mean(0), title, lower=curves.min(0), upper=curves.max(0), group=title)
 
 
-def _band_at(x: np.ndarray, values: Sequence[np.ndarray], title: str) -> Line:
-    mean, low, high = (np.array([reduce(each) for each in values]) for reduce in (np.mean, np.min, np.max))
-    return Line(x, mean, title, lower=low, upper=high, group=title)
+def _trained_and_fresh(family: str, networks: Sequence[pd.DataFrame], counts: Sequence[int]) -> list[Line]:
+    x, title = np.array(counts, float), DESIGNS[family]
+    mean, low, high = (
+        np.array([reduce(each.alike_joined) for each in networks]) for reduce in (np.mean, np.min, np.max)
+    )
+    fresh = np.array([each.start_alike.mean() for each in networks])
+    return [
+        Line(x, mean, title, lower=low, upper=high, group=title),
+        Line(x, fresh, f"{title}, fresh", role="null", group=title),
+    ]
 
 
 def _limit(ends: np.ndarray) -> Line:
@@ -97,108 +118,167 @@ def _lines(
 
 def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str) -> str:
     """The page as Markdown."""
-    counts = sorted(int(steps) for steps in rows.steps[rows.branch_scale == 1.0].unique())
-    first = rows.iloc[0]
+    first, counts = rows.iloc[0], depths(rows)
+    ours = rows[rows.family.isin(list(DESIGNS))]
+    seeds = ", ".join(f"{_fewest(trained(rows, depth))} of {depth}" for depth in counts)
     pictures = [f"![{figure.alt}](images/{figure.name}.png)\n\n*{figure.caption}*" for figure in drawn]
     parts = [
         "<!-- written by python -m benchmarks.answer --page docs --no-training -->",
         f"# {QUESTION}",
-        *(f"**After {steps} steps.** {_sentences(rows, steps)}" for steps in counts),
-        f"**What makes it degenerate** is a small scale of the branches. {_scale_sentence(rows, counts[0])}",
-        "## The designs",
-        f"Five byte decoders that differ in how their layers are joined: {', '.join(DESIGNS.values())}. Each has "
-        f"{first.depth} blocks of an attention and an MLP, width {first.width}, {first.heads} heads and, where it has "
-        f"streams, {first.streams} of them, and is trained on Python's own documentation, {first.batch} × {first.length} "
-        "bytes a step. States are those between blocks; of AttnRes, what the first sublayer of a block reads. Two states are "
-        f"called the same where their debiased CKA is at least {ALIKE:g} in each of four views: the mean over streams, "
-        "all streams joined, the least similar stream, and without large features. Intervals are 95 % over seeds "
-        "(Student's t); p is from exchanging the labels of seeds, corrected for the number of designs (Holm).",
-        _table(rows, counts),
+        _answer(rows, counts),
+        _cost(rows, counts),
+        _scale_sentence(rows),
         *pictures,
+        _table(rows, counts),
+        "CKA is debiased and of the joined state (streams × features), between blocks; of AttnRes, of what the first "
+        "sublayer of a block reads. Fresh: before training. Other seed: the last states of two networks of one design. "
+        f"Intervals are 95 % over seeds (Student's t). Δ loss is against {DESIGNS[BASE]} (Welch's interval); = marks those "
+        f"within ±{EQUIVALENT:g} nats. Losses are nats per byte, of the networks of others per token of their own.",
+        "## The designs",
+        f"Six byte decoders that differ in how their layers are joined: {', '.join(DESIGNS.values())}. Each block is an "
+        f"attention and an MLP of width {first.width} with {first.heads} heads and, where it has streams, {first.streams}. "
+        f"They are trained for {first.steps} steps of {first.batch} × {first.length} bytes of Python's own documentation, "
+        "at the best of four learning rates for each design and depth (chosen on a seed of its own, 300 steps). Seeds of "
+        f"every design: {seeds} blocks. HC and mHC are the hyper-connections package's; the others follow their equations.",
+        f"**Other views** of the same states (mean over streams, least similar stream, without large features) change a "
+        f"design's mean CKA by at most {_largest_change(rows, counts):.2g}.",
         "## What this does not show",
-        f"One size of {first.depth} blocks, one text, one learning rate that was not tuned for each design, and no null of "
-        "two seeds of one design: what larger and deeper networks do is not known from it. The least of four views is "
-        "an easier escape for four streams than for one. HC and mHC are the hyper-connections package's; mHC-lite and "
-        "attention residuals are written after their equations.",
+        f"Networks of width {first.width} on one text: width, data and longer training may change it. The loss was still "
+        f"falling: by {(ours.course_a - ours.course_b).mean():.2f} nats on average from the last but one to the last fifth of "
+        "the steps, while the rate fell to zero. AttnRes carries no state, so its similarity is of what its sublayers read. "
+        "Whitened similarity was not measured.",
         "## How it was made",
-        f"{len(rows)} networks, {rows.seconds.sum():.0f} processor seconds of one core for training and measuring. "
-        "`python -m benchmarks.answer --table answer.csv --page .` trains what the table lacks and writes this page; with "
-        f"`--no-training` it is written from [the table of measurements]({table}) alone.",
+        f"{len(ours)} networks, {ours.seconds.sum() / 3600:.1f} processor hours of one core for training and measuring, "
+        "without those for the rates. `python -m benchmarks.answer --compile --table answer.csv --page .` trains what the "
+        f"table lacks and writes this page; `--no-training` writes it from [the table of measurements]({table}) alone.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _sentences(rows: pd.DataFrame, steps: int) -> str:
-    networks = trained(rows, steps)
-    ends = ", ".join(f"{title} {_interval(each.alike)}" for title, each in networks.items())
-    blocks = int(rows.depth.iloc[0])
-    same = sum(int((each.same_from < blocks).sum()) for each in networks.values())
-    count = sum(map(len, networks.values()))
-    later = ", ".join(f"{_interval(each.skip_later, 2)} of {title}" for title, each in networks.items())
-    losses = ", ".join(
-        f"{title} {value:+.2g} (p {p:.2g})"
-        for title, (value, p) in _against_residual(networks, "loss").items()
+def _fewest(networks: dict[str, pd.DataFrame]) -> int:
+    return min(map(len, networks.values()))
+
+
+def _answer(rows: pd.DataFrame, counts: Sequence[int]) -> str:
+    """In how many networks the ends, and the later half, are the same representation; the range of the means by depth."""
+    ours = [(depth, each) for depth in counts for each in trained(rows, depth).values()]
+    total = sum(len(each) for _, each in ours)
+    whole = sum(int((each.alike_joined >= ALIKE).sum()) for _, each in ours)
+    half = sum(int((each.same_from <= depth // 2).sum()) for depth, each in ours)
+    means = "; ".join(
+        f"{depth} blocks {_range([each.alike_joined.mean() for each in trained(rows, depth).values()])} "
+        f"(fresh {_range([each.start_alike.mean() for each in trained(rows, depth).values()])})"
+        for depth in counts
     )
-    memory = ", ".join(
-        f"{title} {each.kept_bytes.mean() / networks['residual'].kept_bytes.mean():.1f} ×"
-        for title, each in networks.items()
-        if title != "residual"
+    verdict = sum(int((each.severity >= 2).sum()) for _, each in ours)
+    begin = (
+        f"Yes, in {whole} of {total} trained networks"
+        if whole
+        else f"No, in none of {total} trained networks"
     )
-    none = "no network has two states that are the same" if not same else (
-        f"in {same} of {count} networks the last states are the same"
-    )  # fmt: skip
     return (
-        f"No design holds one representation in all layers: the CKA of the first and the last state is {ends}, where "
-        f"{ALIKE:g} would be the same, and {none}. Leaving out the later half of the blocks raises the held-out loss, in nats "
-        f"per byte, by {later}. Against the residual network the loss differs by {losses}, and a forward keeps {memory} "
-        "the bytes for its backward (of these implementations)."
+        f"**{begin}** are the first and the last state one representation (CKA ≥ {ALIKE:g}). Means of the designs, by depth: "
+        f"{means}. In {half} of {total} the states of the later half are all the same, and the verdict "
+        f"`same_representation` warns in {verdict}."
     )
 
 
-def _scale_sentence(rows: pd.DataFrame, steps: int) -> str:
-    parts = []
-    for scale in sorted((each for each in rows.branch_scale.unique() if each < 1.0), reverse=True):
-        networks = trained(rows, steps, scale)
-        same = [title for title, each in networks.items() if len(each) and each.alike.mean() > ALIKE]
-        parts.append(
-            f"at {scale:g} {', '.join(same) + ' hold' if len(same) > 1 else (same[0] + ' holds') if same else 'none holds'}"
-        )
-    return f"With every branch multiplied with a constant, {'; '.join(parts)} one representation ({steps} steps)."
+def _cost(rows: pd.DataFrame, counts: Sequence[int]) -> str:
+    """What the quarters are worth, and what the designs cost, at the largest depth."""
+    deepest = trained(rows, counts[-1])
+    least = {family: _least_quarter(each) for family, each in deepest.items()}
+    worth = ", ".join(
+        f"{DESIGNS[family]} {value:.2g} (quarter {at})" for family, (at, value) in least.items()
+    )
+    kept = ", ".join(
+        f"{DESIGNS[family]} {each.kept_bytes.mean() / deepest[BASE].kept_bytes.mean():.1f} ×"
+        for family, each in deepest.items()
+        if family != BASE
+    )
+    return (
+        f"**At {counts[-1]} blocks** the quarter of the blocks that matters least costs, left out, in nats per byte: "
+        f"{worth}. Against {DESIGNS[BASE]}, a forward keeps for its backward {kept} the bytes (of these implementations)."
+    )
+
+
+def _least_quarter(networks: pd.DataFrame) -> tuple[int, float]:
+    means = [float(networks[f"skip_{quarter + 1}"].mean()) for quarter in range(QUARTERS)]
+    return int(np.argmin(means)) + 1, min(means)
+
+
+def _scale_sentence(rows: pd.DataFrame) -> str:
+    """Which designs hold one representation where every branch is multiplied with a small constant."""
+    small = rows[rows.branch_scale < 1.0]
+    if not len(small):
+        return "Small scales of the branches were not trained yet."
+    depth, parts = int(small.depth.iloc[0]), []
+    for scale in sorted(small.branch_scale.unique(), reverse=True):
+        networks = trained(rows, depth, scale)
+        same = [DESIGNS[family] for family, each in networks.items() if each.alike_joined.mean() >= ALIKE]
+        parts.append(f"at {scale:g} {', '.join(same) or 'none'}")
+    return (
+        f"**What makes it degenerate** is a small scale of the branches: with every branch of {depth} blocks multiplied with "
+        f"a constant, these hold one representation from the first state to the last: {'; '.join(parts)}."
+    )
 
 
 def _table(rows: pd.DataFrame, counts: Sequence[int]) -> str:
-    head = ("steps", "design", "seeds", "held-out loss", "CKA, first and last state", "loss without the later half",
-            "kept, KiB per token")  # fmt: skip
     lines = [
-        (str(steps), title, str(len(each)), _interval(each.loss), _interval(each.alike), _interval(each.skip_later, 2),
-         f"{each.kept_bytes.mean() / 1024:.1f}")
-        for steps in counts
-        for title, each in trained(rows, steps).items()
-    ]  # fmt: skip
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *lines))
+        "| blocks | design | rate | loss | Δ loss | CKA, first and last | fresh | other seed | KiB kept per token |",
+        "| --- " * 9 + "|",
+    ]
+    for depth in counts:
+        networks = trained(rows, depth)
+        differences = _losses_against_base(networks)
+        for family, each in networks.items():
+            lines.append(
+                f"| {depth} | {DESIGNS[family]} | {each.rate.iloc[0]:g} | {each.loss.mean():.3f} "
+                f"| {differences.get(family, '')} | {_interval(each.alike_joined)} | {each.start_alike.mean():.2f} "
+                f"| {each.other_seed.mean():.2f} | {each.kept_bytes.mean() / 1024:.0f} |"
+            )
+    for row in rows[~rows.family.isin(list(DESIGNS))].itertuples():
+        lines.append(f"| {row.depth} | {row.family} | | {row.loss:.2f} | | {row.alike_joined:.2f} | | | |")
+    return "\n".join(lines).replace("nan", "–")
 
 
-def _interval(values: pd.Series, digits: int = 3) -> str:
+def _interval(values: pd.Series) -> str:
     found = estimate(values.to_numpy())
-    mean, low, high = (f"{value:#.{digits}g}".rstrip(".") for value in (found.mean, found.low, found.high))
-    return f"{mean} ({low} to {high})"
+    if np.isnan(found.low):
+        return f"{found.mean:.2f}"
+    return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
-def _against_residual(networks: dict[str, pd.DataFrame], name: str) -> dict[str, tuple[float, float]]:
-    """Each design less the residual one: the difference of the means, and its corrected probability."""
-    found = {
-        title: of_seeds(
-            name, {"residual": _positions(networks["residual"][name]), title: _positions(each[name])}
-        )
-        for title, each in networks.items()
-        if title != "residual"
+def _range(values: Sequence[float]) -> str:
+    return f"{min(values):.2f} to {max(values):.2f}"
+
+
+def _losses_against_base(networks: dict[str, pd.DataFrame]) -> dict[str, str]:
+    """Each design's loss less that of the first one, with its corrected probability and whether it is none."""
+    if _fewest(networks) < 2:
+        return {}
+    found: dict[str, Difference] = {
+        family: of_seeds("loss", {BASE: _positions(networks[BASE].loss), family: _positions(each.loss)})
+        for family, each in networks.items()
+        if family != BASE
     }
     corrected = holm(np.array([float(each.p.item()) for each in found.values()]))
-    return {
-        title: (float(each.value.item()), float(p))
-        for (title, each), p in zip(found.items(), corrected, strict=True)
-    }
+    texts = {}
+    for (family, each), p in zip(found.items(), corrected, strict=True):
+        value, reach = float(each.value.item()), float(each.half_width.item())
+        none = " =" if abs(value) + reach <= EQUIVALENT else ""
+        texts[family] = f"{value:+.3f} ± {reach:.3f}, p {p:.2g}{none}"
+    return texts
 
 
 def _positions(values: pd.Series) -> list[xr.DataArray]:
     return [xr.DataArray([value], dims="depth", coords={"depth": [0]}) for value in values]
+
+
+def _largest_change(rows: pd.DataFrame, counts: Sequence[int]) -> float:
+    """Of any design at any depth, by how much another view of the same states changes the mean CKA of the ends."""
+    return max(
+        abs(float(each[f"alike_{view}"].mean() - each.alike_joined.mean()))
+        for depth in counts
+        for each in trained(rows, depth).values()
+        for view in VIEWS
+    )

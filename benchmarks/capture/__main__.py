@@ -24,8 +24,6 @@ from benchmarks.capture.cases import CASES, Sizes
 from benchmarks.capture.tools import PEERS, TOOLS, groups
 from benchmarks.shared import process, tables
 
-BATCHES = {"forward": (1, 2, 8, 24), "forward + backward": (1, 2, 8)}
-
 
 def main() -> None:
     """Measure, print the tables, and write what was asked for."""
@@ -34,14 +32,14 @@ def main() -> None:
         print(json.dumps(work(json.loads(arguments.worker))))
         return
     results = {"times": timings(arguments), "memory": memories(arguments) if arguments.memory else {}}
-    results |= page.circumstances(arguments.rounds, list(PEERS))
-    if arguments.json:
-        print(json.dumps(results, indent=1))
-    else:
-        print(page.text(results))
+    results |= tables.circumstances("benchmarks.capture", (*page.PACKAGES, *PEERS)) | {
+        "rounds": arguments.rounds
+    }
+    text = page.markdown(results, small=arguments.small)
+    print(text)
     if arguments.markdown:
         part = "benchmarks.capture.small" if arguments.small else "benchmarks.capture"
-        tables.put_section(arguments.markdown, part, page.markdown(results, small=arguments.small))
+        tables.put_section(arguments.markdown, part, text)
 
 
 def parsed() -> argparse.Namespace:
@@ -58,7 +56,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument(
         "--memory", action="store_true", help="peak memory too: a process per tool, some minutes"
     )
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--markdown", type=Path, help="write the page, docs/benchmarks.md")
     parser.add_argument("--small", action="store_true", help="write the page's part of small sizes instead")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -99,18 +96,16 @@ def wanted(only: list[str] | None) -> Iterator[list[str]]:
 
 
 def memories(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Case to mode to tool to MiB by number of batches."""
+    """Case to mode to tool to MiB."""
     found: dict[str, Any] = {}
     chosen = TOOLS if arguments.only is None else ("plain", *arguments.only)
     names = [name for name in TOOLS if name in chosen and name != "plain again"]
     # The tiny blocks are there for the time of a hook only.
     for case in (case for case in arguments.cases if case != "tiny"):
-        for mode, counts in BATCHES.items():
+        for mode in measure.MODES:
             for name in names:
                 task = {"cases": [case], "sizes": sizes_of(arguments), "mode": mode, "names": [name]}
-                # A capture is one shot: it retains nothing from batch to batch.
-                row = ask(task | {"counts": (1,) if name == "probes.capture" else counts})
-                found.setdefault(case, {}).setdefault(mode, {})[name] = row
+                found.setdefault(case, {}).setdefault(mode, {})[name] = ask(task)
     return found
 
 
@@ -133,9 +128,8 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
     warnings.simplefilter("error", probes.ProbeWarning)  # a step that was not measured must not look cheap
     torch.set_num_threads(1)
     sizes, names = Sizes(**task["sizes"]), task["names"]
-    if "counts" in task:
-        backward, counts = measure.MODES[task["mode"]], tuple(task["counts"])
-        return measure.peaks(task["cases"][0], sizes, name=names[0], backward=backward, counts=counts)
+    if "mode" in task:
+        return measure.peaks(task["cases"][0], sizes, name=names[0], backward=measure.MODES[task["mode"]])
     return {case: measure.times(case, sizes, names=names, rounds=task["rounds"]) for case in task["cases"]}
 
 

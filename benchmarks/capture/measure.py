@@ -8,11 +8,13 @@ from typing import Any
 import torch
 
 from benchmarks.capture.cases import Case, Sizes, build
-from benchmarks.capture.tools import TOOLS, CannotTakeError, Captured, Tool
+from benchmarks.capture.tools import TOOLS, Captured, Tool
 from benchmarks.shared.memory import forget_peak, status, trimmed
+from benchmarks.shared.process import CannotTakeError, reason
 from benchmarks.shared.rounds import ratio
 
 MODES = {"forward": False, "forward + backward": True}
+STEPS = (1, 2)  # whose memory is measured
 WARM_UPS = 2  # rounds that do not count: allocators and lazy imports
 MINIATURE = Sizes(layers=2, width=32, batch=1, tokens=8)
 PATIENCE = (
@@ -109,49 +111,32 @@ def difference(case: Case, found: list[torch.Tensor], truth: list[torch.Tensor])
     return worst
 
 
-def reason(error: Exception) -> str:
-    """Why a tool is left out, in a line."""
-    first = (str(error).strip() or repr(error)).splitlines()[0]
-    return first if isinstance(error, CannotTakeError) else f"failed: {type(error).__name__}: {first[:150]}"
-
-
 # --- memory ---
 
 
-def peaks(
-    case_name: str, sizes: Sizes, *, name: str, backward: bool, counts: tuple[int, ...]
-) -> dict[str, Any]:
-    """Highest resident memory above the loaded model: in the first batch, and from the second to some others, in MiB.
+def peaks(case_name: str, sizes: Sizes, *, name: str, backward: bool) -> dict[str, Any]:
+    """Highest resident memory above the loaded model in the first step and in the second one, in MiB.
 
-    Results of all batches stay in memory, as they must where something is computed over all of them.
+    What the first step gives stays in memory, as it must where something is computed over all steps.
 
-    ``case_name``: which model.
-    ``sizes``: of it.
     ``name``: the tool.
     ``backward``: whether a step has a backward.
-    ``counts``: numbers of batches, ascending.
-    Returns: MiB by number of batches; or ``reason``.
+    Returns: MiB by number of the step; or ``reason``.
     """
     case = build(case_name, sizes)
+    found, results = {}, []
     try:
         warm_up(name, case_name, backward)
         tool = TOOLS[name](case, backward)
-    except Exception as error:
-        return {"reason": reason(error)}
-    found, results = {}, []
-    floor, started = trimmed(), time.perf_counter()
-    try:
+        floor = trimmed()
         with tool.around():
-            for number in range(1, max(counts) + 1):
-                # Then the row has fewer cells; the page says so.
-                if time.perf_counter() - started > PATIENCE:
-                    break
+            for number in STEPS[
+                : 1 if name == "probes.capture" else 2
+            ]:  # a capture finds its chains each time
                 results.append(tool.step(case.batch(number)))
                 case.model.zero_grad(set_to_none=True)
-                if number in counts:
-                    found[str(number)] = status("VmHWM") - floor
-                if number == 1:
-                    forget_peak()  # discovery of chains, in the first batch, would hide the peaks of the others
+                found[str(number)] = status("VmHWM") - floor
+                forget_peak()  # discovery of chains, in the first step, would hide the peak of the second
     except Exception as error:
         return {"reason": reason(error)}
     return found

@@ -1,4 +1,4 @@
-"""How are the results of benchmarks.capture written? As tables for a terminal, and as the page docs/benchmarks.md."""
+"""How are the results of benchmarks.capture written? As a part of docs/benchmarks.md."""
 
 from __future__ import annotations
 
@@ -9,21 +9,6 @@ from benchmarks.shared.tables import Table
 
 TITLES = {"residual": "Residual (GPT-2)", "mhc": "mHC, n = 4", "tiny": "48 tiny blocks"}
 PACKAGES = ("torch", "transformers", "hyper-connections", "depthscope")
-
-
-def circumstances(rounds: int, peers: list[str]) -> dict[str, Any]:
-    """What a reader needs to judge the numbers.
-
-    ``rounds``: steps of each tool that count.
-    ``peers``: packages whose versions are listed.
-    """
-    return layout.circumstances("benchmarks.capture", (*PACKAGES, *peers)) | {"rounds": rounds}
-
-
-def text(results: dict[str, Any]) -> str:
-    """Tables for a terminal."""
-    head = f"{results['machine']}; medians of {results['rounds']} interleaved rounds, ratios to plain"
-    return f"{head}\n\n{layout.as_text(tables(results))}"
 
 
 def markdown(results: dict[str, Any], *, small: bool = False) -> str:
@@ -93,16 +78,11 @@ def site(cell: dict[str, Any], sites: int) -> str:
 
 
 def memory(title: str, rows: dict[str, dict[str, Any]]) -> Table:
-    # JSON has strings for keys: as such "24" would come before "8".
-    counts = sorted({int(count) for row in rows.values() for count in row if count != "reason"})
-    header = ["", *("first batch" if count == 1 else f"up to batch {count}" for count in counts)]
-    body = []
-    for name, row in rows.items():
-        if "reason" in row:
-            body.append([name, row["reason"], *[""] * (len(counts) - 1)])
-        else:
-            body.append([name, *(f"{row[str(c)]:.0f}" if str(c) in row else "" for c in counts)])
-    return title, header, body
+    cells = [
+        [name, row.get("reason") or f"{row['1']:.0f}", f"{row['2']:.0f}" if "2" in row else ""]
+        for name, row in rows.items()
+    ]
+    return title, ["", "first step", "second step"], cells
 
 
 HEAD = """# What capturing costs
@@ -124,11 +104,11 @@ distance from 1.00 is noise.
 * transformer-lens runs the model through its own modules with its own attention; the ratio includes that.
 
 **Memory** is the kernel's high-water mark of resident memory, reset when the model was loaded and freed memory was given back,
-in one process per tool, and again after the first batch, in which this package finds the chain. What a step gives is kept for
-all batches, as it must be where something is to be computed over them; this package keeps its sums and its sample.
+in one process per tool, and again after the first step, in which this package finds the chain. What the first step gives is
+kept; a capture finds the chain each time, and has no second step.
 
-**Patience.** A tool that takes more than half a minute, and more than three times plain, is stopped: its last cells of the
-memory are empty, and its times come from fewer rounds.
+**Patience.** A tool that takes more than half a minute, and more than three times plain, is stopped: its times come from fewer
+rounds.
 
 **Not tried:** GPUs, several threads, compiled models, other models than these.
 

@@ -12,13 +12,10 @@ import torch
 from torch import nn
 
 from benchmarks.capture.cases import Case, build, run
+from benchmarks.shared.process import CannotTakeError
 from depthscope import probes
 
 Batch = dict[str, torch.Tensor]
-
-
-class CannotTakeError(Exception):
-    """Why a tool is not measured on a model."""
 
 
 @dataclass

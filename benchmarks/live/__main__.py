@@ -2,8 +2,8 @@
 
 Steps of all ways to record are taken in turn with plain ones, on one model in one process with one thread, and the medians of
 their CPU times are given as ratios to that of the plain step. Attaching the hooks of the next step is counted; building the
-run at the end of the training is not. ``--memory`` adds the peak memory, one process for each way; ``--once`` what a model
-costs that is met for the first time; ``--growth`` the memory over so many measured steps.
+run at the end of the training is not. ``--once`` adds what a model costs that is met for the first time, ``--growth`` the
+memory over so many measured steps.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import torch
 from benchmarks.live import page
 from benchmarks.live.cases import CASES, QUICK, Training
 from benchmarks.live.once import first_costs, growth
-from benchmarks.shared import memory, process, tables
+from benchmarks.shared import process, tables
 from benchmarks.shared.rounds import ratio
 
 # By what is recorded; "between": a recorder is open, and none of the steps is measured.
@@ -48,24 +48,20 @@ def main() -> None:
         print(json.dumps(work(json.loads(arguments.worker))))
         return
     cases = QUICK if arguments.quick else CASES
-    results: dict[str, Any] = {"times": {}, "memory": {}}
+    results: dict[str, Any] = {"times": {}}
     for name in arguments.cases or cases:
         print(cases[name][0], file=sys.stderr)
         task = {"case": name, "quick": arguments.quick, "rounds": arguments.rounds, "ways": arguments.ways}
         results["times"][name] = process.ask("benchmarks.live", task)
-        for way in [way for way in arguments.ways if way != "plain again"] if arguments.memory else ():
-            results["memory"].setdefault(name, {})[way] = process.ask(
-                "benchmarks.live", {**task, "memory": way}
-            )
         for what in ("once", "growth"):
             if getattr(arguments, what):
                 answer = process.ask("benchmarks.live", {**task, what: getattr(arguments, what)})
                 results.setdefault(what, {})[name] = answer
     results |= tables.circumstances("benchmarks.live", ("torch", "transformers", "hyper-connections"))
-    print(json.dumps(results, indent=1) if arguments.json else text(results, cases))
+    text = page.markdown(results, {name: title for name, (title, _) in cases.items()})
+    print(text)
     if arguments.markdown:
-        names = {name: title for name, (title, _) in cases.items()}
-        tables.put_section(arguments.markdown, "benchmarks.live", page.markdown(results, names))
+        tables.put_section(arguments.markdown, "benchmarks.live", text)
 
 
 def parsed() -> argparse.Namespace:
@@ -76,13 +72,11 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--quick", action="store_true", help="tiny models: only to see it run")
-    parser.add_argument("--memory", action="store_true", help="peak memory too")
     parser.add_argument(
         "--once", action="store_true", help="descriptions, captures, first measured steps too"
     )
     parser.add_argument("--growth", type=int, metavar="STEPS", help="memory over so many measured steps too")
     parser.add_argument("--markdown", type=Path, help="write its part of the page, docs/benchmarks.md")
-    parser.add_argument("--json", action="store_true", help="print the results as JSON")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.ways = ["plain", *(way for way in arguments.ways if way != "plain")]
@@ -90,7 +84,7 @@ def parsed() -> argparse.Namespace:
 
 
 def work(task: dict[str, Any]) -> dict[str, Any]:
-    """What a process computes: times of all ways, or the peak memory of one."""
+    """What a process computes: times of all ways"""
     from depthscope import probes
 
     logging.disable(logging.WARNING)
@@ -103,8 +97,6 @@ def work(task: dict[str, Any]) -> dict[str, Any]:
             return first_costs(training, min(task["rounds"], 5))
         if "growth" in task:
             return growth(training, task["growth"])
-        if "memory" in task:
-            return peak(training, task["memory"])
         return times(training, task["ways"], task["rounds"])
 
 
@@ -140,39 +132,6 @@ def times(training: Training, ways: list[str], rounds: int) -> dict[str, Any]:
             if number >= WARM_UPS:
                 seconds[way].append(own if WAYS[way] is not None else whole)
     return {way: ratio(values, seconds["plain"]) for way, values in seconds.items()}
-
-
-def peak(training: Training, way: str, steps: int = 4) -> dict[str, Any]:
-    """Peak of resident memory above the loaded model, in steps after the first two, in MiB."""
-    step = step_of(training, way)
-    floor = memory.trimmed()
-    for number in range(2 + steps):
-        if number == 2:
-            memory.forget_peak()  # the first measured step looks for the structure
-        step()
-    return {"mib": memory.status("VmHWM") - floor}
-
-
-def text(results: dict[str, Any], cases: dict[str, Any]) -> str:
-    lines = [f"{results['date']}, {results['machine']}, {results['versions']}", results["command"], ""]
-    for name, rows in results["times"].items():
-        lines.append(cases[name][0])
-        if "reason" in rows:
-            lines.append(f"  {rows['reason']}")
-            continue
-        for way, row in rows.items():
-            low, high = row["quartiles"]
-            peaks = results["memory"].get(name, {})
-            mib = peaks.get(way, {}).get("mib")
-            share = "" if mib is None else f"  peak {mib:.0f} MiB, {mib / peaks['plain']['mib']:.2f} ×"
-            lines.append(
-                f"  {way:28s} {row['ratio']:.3f}  ({low:.3f} … {high:.3f})  {row['seconds']:.3f} s{share}"
-            )
-        lines += page.lines_once(results.get("once", {}).get(name, {}))
-        if name in results.get("growth", {}):
-            lines.append(f"  {page.growth_sentence(results['growth'][name])}")
-        lines.append("")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 
 from benchmarks.published import results
-from benchmarks.published.row import Row
+from benchmarks.published.results import Row
 
 
 def main() -> int:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
 from benchmarks.published.figure_8 import matrices, order_errors
-from benchmarks.published.row import Row
 from depthscope.diagnostics.kernels import mixing, rank, similarity
 
 LAYERS = 8
@@ -15,6 +15,29 @@ LAYERS = 8
 LARGEST_GAINS = {"HC": 3000.0, "mHC": 1.6}
 DIRECTIONS = {"forward": mixing.forward_gain, "backward": mixing.backward_gain}
 TINY = 1e-30  # below this, exp(s) − 1 is s to the last bit
+
+
+@dataclass(frozen=True)
+class Row:
+    """A published number, and the same number as computed here.
+
+    ``name``: what the number is.
+    ``printed``: in the paper, or in closed form; None where neither gives it.
+    ``found``: as computed here.
+    ``tolerance``: largest difference allowed; a number printed with two decimals has an error of 0.005.
+    ``elsewhere``: the number that a paper prints for a model that is not public: of the same curve, of another model.
+    """
+
+    name: str
+    printed: float | None
+    found: float
+    tolerance: float = 0.0
+    elsewhere: float | None = None
+
+    @property
+    def agrees(self) -> bool:
+        # A number of another model, `elsewhere`, is shown and never compared.
+        return self.printed is None or bool(abs(self.printed - self.found) <= self.tolerance)
 
 
 def order_of_products() -> Iterator[Row]:

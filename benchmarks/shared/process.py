@@ -17,6 +17,18 @@ ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_
 ROOT = Path(__file__).resolve().parents[2]
 
 
+class CannotTakeError(Exception):
+    """Why a tool is not measured."""
+
+
+def reason(failure: Exception) -> str:
+    """Why a tool failed, in a line."""
+    if isinstance(failure, ModuleNotFoundError):
+        return "not installed"
+    first = (str(failure).strip() or repr(failure)).splitlines()[0]
+    return first if isinstance(failure, CannotTakeError) else f"{type(failure).__name__}: {first[:100]}"
+
+
 def ask(module: str, task: dict[str, Any]) -> dict[str, Any]:
     """Run one task of a benchmark in a new process.
 

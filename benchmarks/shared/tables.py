@@ -1,4 +1,4 @@
-"""How are results written? As tables for a terminal and for a page, with date, machine, versions and command."""
+"""How are results written? As tables of a page, with date, machine, versions and command."""
 
 from __future__ import annotations
 
@@ -61,22 +61,6 @@ def pinned(found: Mapping[str, str]) -> str:
 def named(found: Mapping[str, str]) -> str:
     """A sentence with every version."""
     return "Versions: " + ", ".join(f"{name} {version}" for name, version in found.items()) + "."
-
-
-def as_text(tables: Iterable[Table]) -> str:
-    """Tables for a terminal.
-
-    ``tables``: title, header and rows of each.
-    """
-    lines = []
-    for title, header, rows in tables:
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines.append(title)
-        for row in (header, *rows):
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            lines.append("  ".join(cells).rstrip())
-        lines.append("")
-    return "\n".join(lines)
 
 
 def as_markdown(table: Table, *, level: int = 3) -> str:
