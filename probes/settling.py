@@ -30,7 +30,7 @@ from depthscope.probes.repairs import FEWEST, Patient, first_size, repaired, row
 from depthscope.probes.run.attributes import memory_facts
 from depthscope.probes.run.build_run import prove
 from depthscope.probes.run.connection_remarks import all_remarks
-from depthscope.probes.session.coefficient_origins import find_origins, follow
+from depthscope.probes.session.coefficient_origins import find_origins
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.kept_bytes import FOREIGN_NORMS, kept_bytes
 from depthscope.probes.session.model_call import batches, call_model, copied, graph_of_frozen, with_gradients
@@ -126,11 +126,9 @@ def _examined(run: xr.DataTree, model: nn.Module, batch: Any, options: Mapping[s
     scope = Scope(only_own=True, sums=False, origins=find_origins)
     try:
         give_memory_back()  # of what was measured and analysed before
-        session = measure(model, batch, Options(**options), scope=scope).session
+        with graph_of_frozen(model, wanted=has_streams, each=True):
+            session = measure(model, batch, Options(**options), scope=scope).session
         give_memory_back()
-        origins = session.observer.origins
-        if origins is not None and origins.doubts:
-            follow(session, origins, batch)
         with graph_of_frozen(model, wanted=has_gradients):
             kept = kept_bytes(session, with_gradients(batch)) if has_gradients else {}
         give_memory_back()

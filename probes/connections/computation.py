@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
 
 import torch
 
 from depthscope.probes.connections.coefficient_values import CoefficientValues
 from depthscope.probes.connections.proof import SAME, per_token
-from depthscope.probes.reading.graph import INPUT, TracedValue, ValuePlace
+from depthscope.probes.reading.graph import INPUT, TracedValue
 
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
@@ -24,9 +23,9 @@ CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which i
 class Origin:
     """From what the coefficients of one connection were computed; all empty where they were not found in the forward.
 
-    ``gradients``: the largest gradient of the matrix's logits, and of the write weights, for a random combination of
-    the model's outputs; None where autograd has no path to the logits. Known where the matrix is uniform, or some
-    copy of it has no graph.
+    ``gradients``: the largest gradients of the matrix's logits and of the write weights, for a random combination of the
+    next state, where every entry of the matrix is 1/n.
+    ``is_cut``: whether autograd knows the write weights, and not the matrix, though parameters lie behind it.
     ``other_states``: by weights (H_res, H_pre, H_post): at which connections the states are that they were computed
     from though they are not this connection's own; −1 for the model's input.
     ``other_tokens``: the share of the gradient of one token's coefficients that falls on the states of other tokens.
@@ -40,7 +39,8 @@ class Origin:
     both are applied along the same axis; None where no matrix has both.
     """
 
-    gradients: tuple[float | None, float] | None = None
+    gradients: tuple[float, float] | None = None
+    is_cut: bool = False
     other_states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     other_tokens: float = 0.0
     later: bool = False
@@ -59,31 +59,14 @@ class Origin:
         return replace(self, **tensors)
 
 
-class Doubt(NamedTuple):
-    """Where to look for the gradients of a connection whose matrix may not learn; of a parameter the name.
-
-    ``is_uniform``: whether every entry is 1/n.
-    ``applied``: the matrix.
-    ``squares``: what it was computed from and has its size, in order: the first that has a graph is the logits.
-    ``parameters``: those that it was computed from.
-    ``write``: the write weights.
-    """
-
-    is_uniform: bool
-    applied: ValuePlace | str
-    squares: tuple[ValuePlace | str, ...]
-    parameters: tuple[str, ...]
-    write: ValuePlace | str
-
-
 class Search(CoefficientValues):
-    """What is known of the coefficients of each connection."""
+    """What is known of the coefficients of each connection, by a forward with a graph."""
 
     def origin(self, number: int) -> Origin:
-        """What is known of one connection without its gradients."""
+        """What is known of one connection."""
         found, mix = self.found[number], self.found[number].get("H_res", [])
         share, later = self._other_tokens(number)
-        return Origin(
+        origin = Origin(
             other_states={
                 name: at for name, values in found.items() if (at := self._other_states(number, values))
             },
@@ -93,7 +76,28 @@ class Search(CoefficientValues):
             sigmoids=self._sigmoids(number),
             turned=self._is_transposed(number, mix),
             reads_along=self._reads_along(number, mix),
+            gradients=self._gradients_of_uniform(number, mix),
+            is_cut=self._is_cut(number, mix),
         )
+        self.rerun.forget(self.numbers[number])
+        return origin
+
+    def _is_cut(self, number: int, mix: Sequence[TracedValue]) -> bool:
+        write = self.found[number].get("H_post", [])
+        is_known = bool(mix and write) and write[-1].has_graph and not mix[-1].has_graph
+        return is_known and bool(self.parameters_in(self.behind(mix[:1])))
+
+    def _gradients_of_uniform(self, number: int, mix: Sequence[TracedValue]) -> tuple[float, float] | None:
+        matrix, write = self.weights[number]["H_res"], self.found[number].get("H_post", [])
+        behind = self.behind(mix)
+        squares = [value for value in self.squares(number) if value.number in behind]
+        # The first that parameters made: the logits, or what a normalisation makes of them, which is uniform as well.
+        logits = [value for value in squares if self.parameters_in(self.behind([value]))][:1]
+        if not logits or not write or float((matrix - 1 / matrix.shape[-1]).abs().max()) > UNIFORM:
+            return None
+        state = self.first_of(self.connections[number].depth_out)
+        found = self.gradients(state, [*logits, write[-1]], lambda _, tensor: tensor)
+        return (float(found[0].abs().max()), float(found[1].abs().max())) if found else None
 
     def _is_transposed(self, number: int, mix: Sequence[TracedValue]) -> bool | None:
         wanted = self.weights[number]["H_res"]
@@ -220,24 +224,3 @@ class Search(CoefficientValues):
                 if float(ratio.max() - ratio.min()) <= precision * float(ratio.mean()):
                     return float(ratio.mean())
         return None
-
-    def doubt(self, number: int) -> Doubt | None:
-        """Where to look for the gradients of a connection whose matrix may not learn; None where it does."""
-        found, matrix = self.found[number], self.weights[number]["H_res"]
-        mix, write, n = found.get("H_res", []), found.get("H_post", []), matrix.shape[-1]
-        parameters = self.parameters_in(self.behind(mix[:1]))
-        if not mix or not write or not parameters:
-            return None
-        # A copy that a log keeps is not used, and may carry none.
-        same = [v for v in mix if v.numel == mix[0].numel and self.graph.reaches_output(v)]
-        is_uniform = float((matrix - 1 / n).abs().max()) <= UNIFORM
-        if all(v.has_graph for v in same) and not is_uniform:
-            return None
-        behind, known = self.behind(mix), self.graph.parameter_names
-
-        def place(value: TracedValue) -> ValuePlace | str:
-            return known[value.number] if value.number in known else self.graph.place(value)
-
-        squares = tuple(place(value) for value in self.squares(number) if value.number in behind)
-        learned = tuple(known[value.number] for value in parameters)
-        return Doubt(is_uniform, place(mix[-1]), squares, learned, place(write[-1]))

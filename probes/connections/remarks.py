@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.connections.computation import SAME, UNIFORM, Origin
+from depthscope.probes.connections.computation import SAME, Origin
 
 # Heuristics: a sum of float32 numbers of n streams that was made 1 by a division is so within a few roundings.
 EXACT_SUM = 1e-5
@@ -296,36 +296,30 @@ def passing_inside(streams: int, steps: int) -> tuple[Remark, ...]:
 
 def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
     """No gradient reaches the logits: the graph is cut, or the streams are alike and H_res is uniform."""
-    measured = {
-        i: each.origin.gradients for i, each in enumerate(facts) if each.origin and each.origin.gradients
-    }
-    # Where there is a path, a gradient of zero is algebra: rows that sum to 1 leave copies as they are, and a mean over the
-    # streams takes away what columns that sum to 1 did. Only where all are uniform does it stay so.
-    at = [i for i, (logits, _) in measured.items() if logits is None]
-    uniform = [
-        i
-        for i, (logits, write) in measured.items()
-        if logits is not None and logits < NO_GRADIENT * write and _from_uniform(facts[i]) <= UNIFORM
-    ]
-    # The mean over streams takes away what the last mixing does, in every design: one connection is no finding.
-    uniform = uniform if 2 * len(uniform) > len(measured) else []
-    apart = max((_from_uniform(facts[i]) for i in uniform), default=0.0)
-    alike = (
-        f"every entry is 1/{facts[0].num_streams} within {short(apart)}, and streams that are read, mixed "
-        "and written alike stay alike"
-    )
-    severed = "the graph is cut before it is applied (detach, no_grad or .data)"
-    for chosen, what, why in ((at, "computed from parameters", severed), (uniform, "uniform", alike)):
-        if chosen:
-            logits, write = (max(measured[i][side] or 0.0 for i in chosen) for side in (0, 1))
-            yield Remark(
-                "unlearnable_mixing",
-                f"H_res is {what} and its logits get no gradient {places(facts, chosen)}: for a random combination of the "
-                f"outputs the largest gradient of a logit is {short(logits)} where that of a write weight is "
-                f"{short(write)}; {why}",
-                logits / write,
-                tuple(chosen),
-            )
+    known = {i: each.origin for i, each in enumerate(facts) if each.origin is not None}
+    if cut := [i for i, origin in known.items() if origin.is_cut]:
+        yield Remark(
+            "unlearnable_mixing",
+            f"H_res is computed from parameters and its logits get no gradient {places(facts, cut)}: the graph is cut before "
+            "it is applied (detach, no_grad or .data)",
+            0.0,
+            tuple(cut),
+        )
+    measured = {i: of for i, origin in known.items() if (of := origin.gradients) is not None}
+    uniform = [i for i, (logits, write) in measured.items() if logits < NO_GRADIENT * write]
+    # Copies, with which streams often begin, take the gradient away in every design: one connection is no finding.
+    if 2 * len(uniform) > len(measured):
+        apart = max(_from_uniform(facts[i]) for i in uniform)
+        logits, write = (max(measured[i][side] for i in uniform) for side in (0, 1))
+        yield Remark(
+            "unlearnable_mixing",
+            f"H_res is uniform and its logits get no gradient {places(facts, uniform)}: for a random combination of the next "
+            f"state the largest gradient of a logit is {short(logits)} where that of a write weight is {short(write)}; every "
+            f"entry is 1/{facts[0].num_streams} within {short(apart)}, and streams that are read, mixed and written alike "
+            "stay alike",
+            logits / write,
+            tuple(uniform),
+        )
 
 
 def _from_uniform(facts: Facts) -> float:

@@ -320,20 +320,6 @@ def without_forks(graph: Graph, start: Start) -> Memory:
     return memory
 
 
-def without_inner(memory: Memory, inner: Collection[int]) -> Memory:
-    """The memory without some sums, as those inside of its blocks, which are then branches with a residual of their own."""
-    everything = set(inner)
-    for number in sorted(memory.trunk):  # as where a block subtracts what it took from what it gives
-        taken = memory.inside(memory.graph.values[number])
-        sums = [value for value in taken if value.number in everything]
-        inside = walk(sums, lambda value: (p for p in memory.inside(value) if p.number in everything))
-        begins = {before.number for value in inside for before in memory.inside(value)} - everything
-        if sums and {value.number for value in taken} - everything <= begins:
-            everything.add(number)
-    start = replace(memory.start, banned=memory.start.banned | frozenset(everything))
-    return without_forks(memory.graph, start)
-
-
 def _is_fork(memory: Memory, value: TracedValue) -> bool:
     if value is memory.root or value.number in memory.born or not memory.passes_function(value):
         return False

@@ -82,21 +82,13 @@ class AttentionWatch:
     ``found``: in the order of the forward: the attention weights, or what a fused operation gave, by ``number``; and its
     `row_numbers`.
     ``rows``: sampled sequences of the batch; without any, only where attention lies is found.
-    ``heads_follow``: whether the running module joins sequences and heads, those of a sequence next to each other.
     """
 
-    def __init__(
-        self,
-        rows: torch.Tensor,
-        batch_size: int,
-        *,
-        number: Callable[[torch.Tensor], int] = id,
-        heads_follow: Callable[[], bool],
-    ):
+    def __init__(self, rows: torch.Tensor, batch_size: int, *, number: Callable[[torch.Tensor], int] = id):
         self.found: list[tuple[int, torch.Tensor]] = []
         self.reasons: Counter[str] = Counter()
         self._chosen, self._batch_size = rows, batch_size
-        self._number, self._heads_follow = number, heads_follow
+        self._number = number
         # By the identity of the tensor: what was made of the last softmax, its logits and its weights.
         self._waiting: dict[int, tuple[weakref.ref[torch.Tensor], torch.Tensor, torch.Tensor]] = {}
         self._failed = False
@@ -144,8 +136,8 @@ class AttentionWatch:
 
     def _note_weights(self, logits: torch.Tensor, weights: torch.Tensor) -> None:
         batch, shape = self._batch_size, tuple(weights.shape)
-        joined = len(shape) == 3 and (batch == 1 or (self._heads_follow() and shape[0] % batch == 0))
-        if not joined and (len(shape) not in (3, 4) or shape[0] != batch):
+        is_single = len(shape) == 3 and batch == 1
+        if not is_single and (len(shape) not in (3, 4) or shape[0] != batch):
             reason = f"weights of shape {shape} do not tell the {batch} sequences from heads or windows"
             self.reasons[reason] += 1
             return
@@ -174,21 +166,9 @@ class AttentionWatch:
         self.found.append((self._number(result), fused_row_numbers(q, k, mask, is_causal=causal)))
 
 
-def watch_attention(
-    recorder: GraphRecorder, model: nn.Module, forward: Forward, rows: torch.Tensor
-) -> AttentionWatch:
+def watch_attention(recorder: GraphRecorder, forward: Forward, rows: torch.Tensor) -> AttentionWatch:
     """Look at what the tokens ``rows`` of a recorded forward attend to."""
-
-    def heads_follow() -> bool:
-        # torch's own module documents how it joins the axes; of another one it would be a guess.
-        return isinstance(model.get_submodule(recorder.path), nn.MultiheadAttention)
-
-    watch = AttentionWatch(
-        rows,
-        forward.batch_size,
-        number=lambda tensor: recorder.known(tensor).number,
-        heads_follow=heads_follow,
-    )
+    watch = AttentionWatch(rows, forward.batch_size, number=lambda tensor: recorder.known(tensor).number)
     recorder.listeners.append(watch)
     return watch
 
@@ -244,14 +224,13 @@ def _add_rows(forward: Forward, key: Key, rows: torch.Tensor) -> None:
 
 
 def later_attention(
-    places: AttentionPlaces, forward: Forward, path: str, module: nn.Module
+    places: AttentionPlaces, forward: Forward, path: str
 ) -> tuple[OperationsShown, Callable[[Any], None]] | None:
     """What looks at one call of a module that attends, and what is to be done at its end; None where it is not looked at."""
     expected = places.calls.get((path, forward.next_index("attention", path)))
     if expected is None or not any(expected) or not len(forward.rows):
         return None
-    follow = isinstance(module, nn.MultiheadAttention)
-    watch = AttentionWatch(forward.rows, forward.batch_size, heads_follow=lambda: follow)
+    watch = AttentionWatch(forward.rows, forward.batch_size)
 
     def done(result: Any) -> None:
         if len(watch.found) != len(expected):

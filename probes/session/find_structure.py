@@ -298,7 +298,7 @@ class StructureFinder:
         found: list[ReadChain] = []
         for memory in self.memories:
             depths = states_around(self.graph, memory, calls)
-            if depths is None:
+            if depths is None or not (memory.is_plain or memory.is_proven):
                 continue
             if not memory.is_plain:
                 return [self._chain_with_connections(memory)]

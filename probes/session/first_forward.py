@@ -131,7 +131,7 @@ class RecordedForward:
         recorder, tape.is_on = tape.recorder, True
         if self._attention is not None and isinstance(recorder, GraphRecorder):
             rows = forward.rows[: self._attention]
-            tape.attention = watch_attention(recorder, self._model, forward, rows)
+            tape.attention = watch_attention(recorder, forward, rows)
         return MethodWatch(recorder, recorder.end)
 
     def _meet(self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor) -> None:
@@ -400,7 +400,7 @@ class LaterForwards:
         forward = self._current.recorded
         if forward is None:
             return None
-        found = later_attention(self._attention, forward, path, module)
+        found = later_attention(self._attention, forward, path)
         return None if found is None else MethodWatch(*found)
 
     # --- branches ---

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass
 from typing import Any
@@ -75,7 +75,9 @@ def call_observed(session: Session, batch: Any) -> Any:
     The model is called once more where the first forward found the structure, but lost the value of a state that was
     rewritten in place: the second forward copies states as they pass.
     """
-    with torch.set_grad_enabled(session.options.gradients), own_call(session.owner):
+    # Where it is asked from what coefficients were computed, the graph shows whether they learn.
+    has_graph = session.options.gradients or session.scope.origins is not None
+    with torch.set_grad_enabled(has_graph), own_call(session.owner):
         output = call_model(session.model, batch)
         # Other errors would come again.
         if any(isinstance(error, RewrittenError) for error in session.errors):
@@ -101,16 +103,15 @@ def with_gradients(batch: Any) -> Any:
 
 
 @contextmanager
-def graph_of_frozen(model: nn.Module, wanted: bool) -> Iterator[None]:
-    """Let a model whose parameters are all frozen carry gradients during the capture; else its states have no graph."""
+def graph_of_frozen(model: nn.Module, wanted: bool, *, each: bool = False) -> Iterator[None]:
+    """Let a model whose parameters are all frozen carry gradients during the capture; else its states have no graph.
+
+    ``each``: whether frozen parameters next to others carry gradients too.
+    """
     parameters = [p for p in all_parameters(model) if p.is_floating_point()] if wanted else []
-    with requiring_gradients([] if any(p.requires_grad for p in parameters) else parameters):
-        yield
-
-
-@contextmanager
-def requiring_gradients(frozen: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let frozen parameters take part in the graph of a forward made inside."""
+    frozen = [p for p in parameters if not p.requires_grad and p.is_leaf]
+    if len(frozen) < len(parameters) and not each:
+        frozen = []
     try:
         for parameter in frozen:
             parameter.requires_grad_(True)

@@ -200,7 +200,6 @@ class PartsLeftOut:
     def _parts(self, path: str, module: nn.Module) -> Iterator[LeftOut | None]:
         """What is to be named of a module of which a part lies in a chain."""
         alone: list[str] = []
-        next_to: dict[type, list[str]] = {}  # stages next to those that are read, however small
         read = {
             type(child)
             for name, child in module.named_children()
@@ -213,35 +212,21 @@ class PartsLeftOut:
             shows_state = any(f"{path}.".startswith(f"{inner}.") for path in self._show_states)
             if used & self._on_chains or (shows_state and used & self._deep and not used <= self._deep):
                 yield from self._parts(inner, child)
-            elif shows_state and not used <= self._deep:
-                continue  # what joins two stages gives a state
-            elif name.isdigit() and type(child) in read:
-                next_to.setdefault(type(child), []).append(inner)
-            else:
+            elif not shows_state or used <= self._deep:  # what joins two stages gives a state
                 alone.append(inner)
-        for of in next_to.values():
-            if len(of) > 1 and all(map(self._is_block, of)):
-                yield self._left_out(f"{of[0]} … {of[-1]}", of, of)
-            else:
-                yield from (
-                    self._left_out(inner, [inner], self._blocks_within(inner), least=0.0) for inner in of
-                )
-        yield from self._named_parts(path, alone)
-
-    def _named_parts(self, container: str, paths: Sequence[str]) -> Iterator[LeftOut | None]:
-        """Modules of one container of which nothing lies in a chain; those that are blocks of one class together."""
         by_class: dict[type, list[str]] = {}
-        for path in paths:
-            if self._is_block(path):
-                by_class.setdefault(type(self._modules[path]), []).append(path)
+        for inner in filter(self._is_block, alone):
+            by_class.setdefault(type(self._modules[inner]), []).append(inner)
         together = [group for group in by_class.values() if len(group) > 1]
         for group in together:
             # Named after all of them: the container has other blocks, which lie in a chain.
-            yield self._left_out(f"{group[0]} … {group[-1]}" if container else group[0], group, group)
-        taken = {path for group in together for path in group}
-        for path in paths:
-            if path not in taken:
-                yield self._left_out(path, [path], self._blocks_within(path))
+            yield self._left_out(f"{group[0]} … {group[-1]}" if path else group[0], group, group)
+        taken = {inner for group in together for inner in group}
+        for inner in (inner for inner in alone if inner not in taken):
+            # Stages next to those that are read are named, however small.
+            is_stage = inner.rpartition(".")[2].isdigit() and type(self._modules[inner]) in read
+            least = 0.0 if is_stage else NAMED_SHARE
+            yield self._left_out(inner, [inner], self._blocks_within(inner), least)
 
     def _blocks_within(self, path: str) -> list[str]:
         """The modules of the class of blocks that has most of a module's parameters, where they are repeated."""

@@ -187,7 +187,7 @@ def read_layout(memory: MemoryReading, numbers: Numbers, sequences: SequenceAxis
     parts = _parts_of_first(memory, sequences)
     named = None if numbers.array is not None else _named_axes(numbers.axes, parts)
     if named is None:
-        return _shuffled_layout(numbers.dense(), parts)
+        return ""
     flat = [letter for axis in named for letter in axis]
     merged = any(
         len(set(axis) - set("BNF")) > 1 for axis in named
@@ -195,22 +195,6 @@ def read_layout(memory: MemoryReading, numbers: Numbers, sequences: SequenceAxis
     if len(set(flat)) < len(flat) or "D" not in flat or merged:
         return ""
     return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in named)
-
-
-def _shuffled_layout(array: np.ndarray, parts: Sequence[Part]) -> str:
-    """The layout of a value whose tokens are in some other order in each sequence; empty where more than that is moved."""
-    letters = ["T"] * array.ndim
-    for letter, size, stride in parts:
-        if letter == "T":
-            continue
-        place = array // max(stride, 1) % size
-        for axis in range(array.ndim):
-            along = np.arange(size).reshape(-1, *(1,) * (array.ndim - 1 - axis))
-            if array.shape[axis] == size and letters[axis] == "T" and (place == along).all():
-                letters[axis] = letter
-                break
-    is_known = (array >= 0).all() and sorted(letters) == ["B", "D", "T"]
-    return " ".join(letters) if is_known and len(np.unique(array)) == array.size else ""
 
 
 def _named_axes(axes: Sequence[np.ndarray], parts: Sequence[Part]) -> list[list[str]] | None:

@@ -6,12 +6,13 @@ what the queries attend to before a state (also ``blocks.{i}.attn.hook_pattern``
 ``blocks.{i}.hook_resid_pre|mid|post``, ``blocks.{i}.hook_attn_out|hook_mlp_out``,
 ``blocks.{i}.attn_hc.hook_in|hook_post|hook_comb|hook_out`` and ``ln_final.hook_normalized``; transformers' ``hidden_states``
 and ``hidden_states[i]`` (the state before block i; the last one is before the final norm). A number, ``{i}`` or ``*`` stands
-for the block, ``{0,4,8-11}`` or ``(0|4|8)`` for some of them; without ``blocks.`` a hook name means every block. ``*`` in the
-name of a hook stands for any letters, ``(attn|mlp)`` for one of several words. Points may be escaped.
+for the block, ``{0,4,8-11}`` for some of them; without ``blocks.`` a hook name means every block. ``*`` in the name of a hook
+stands for any letters.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -58,11 +59,10 @@ HOOKS: dict[str, tuple[str, str | None]] = {
         )
     },
 }
-BLOCK = re.compile(r"blocks\.([^.]+|\.\*)\.(.+)")
-EVERY_BLOCK = re.compile(r"\*|\.\*|\\d\+|\(\\d\+\)|\{[a-z_]\w*\}", re.IGNORECASE)
+BLOCK = re.compile(r"blocks\.([^.]+)\.(.+)")
+EVERY_BLOCK = re.compile(r"\*|\{[a-z_]\w*\}", re.IGNORECASE)
 SOME_BLOCKS = re.compile(r"(\d+)(?:-(\d+))?")
 MOST_BLOCKS = 100_000
-HOOK_PATTERN = re.compile(r"[\w.*()|]+")
 STATE_INDEX = re.compile(r"hidden_states(?:\[(\d+)\]|\.(\d+))")
 
 
@@ -255,7 +255,7 @@ def select(names: str | Sequence[str] | None) -> SiteSelection:
     --------
     >>> select("blocks.3.hook_resid_mid").requests[0]
     Request(name='blocks.3.hook_resid_mid', kinds=('mid',), blocks=frozenset({3}), branch=None, state=None)
-    >>> [sorted(request.blocks) for request in select("blocks.(0|4-6).hook_(attn|mlp)_out").requests]
+    >>> [sorted(request.blocks) for request in select("blocks.{0,4-6}.hook_*_out").requests]
     [[0, 4, 5, 6], [0, 4, 5, 6]]
     """
     if names is None:
@@ -275,9 +275,9 @@ def _parse_name(name: str) -> list[Request]:
     index = STATE_INDEX.fullmatch(name)
     if index:
         return [Request(name, ("state",), state=int(index[1] or index[2]))]
-    block = BLOCK.fullmatch(name.replace(r"\.", "."))
-    hook = block[2] if block else name.replace(r"\.", ".")  # a bare hook name means that hook of every block
-    hooks = _hooks_named(hook)
+    block = BLOCK.fullmatch(name)
+    hook = block[2] if block else name  # a bare hook name means that hook of every block
+    hooks = fnmatch.filter(HOOKS, hook)
     if hooks:
         blocks = _blocks_named(name, block[1]) if block else None
         return [Request(name, (kind,), blocks, branch) for kind, branch in map(HOOKS.__getitem__, hooks)]
@@ -285,31 +285,17 @@ def _parse_name(name: str) -> list[Request]:
     raise SiteError(f"no site is called {name!r}; {advice}")
 
 
-def _hooks_named(pattern: str) -> list[str]:
-    if pattern in HOOKS:
-        return [pattern]
-    if not HOOK_PATTERN.fullmatch(pattern) or not set("*(|") & set(pattern):
-        return []
-    # In a regular expression a point before a star is any letter; elsewhere it is a point.
-    code = pattern.replace(".*", "*").replace(".", r"\.").replace("*", ".*")
-    try:
-        return [hook for hook in HOOKS if re.fullmatch(code, hook)]
-    except re.error:
-        return []
-
-
 def _blocks_named(name: str, text: str) -> frozenset[int] | None:
     """The numbers that some text stands for; None for every block."""
     if EVERY_BLOCK.fullmatch(text):
         return None
-    inner = text[1:-1] if text[:1] + text[-1:] in ("{}", "()") or re.fullmatch(r"\[\d-\d\]", text) else text
     found: set[int] = set()
-    for part in re.split(r"[,|]", inner):
+    for part in (text[1:-1] if text[:1] + text[-1:] == "{}" else text).split(","):
         numbers = SOME_BLOCKS.fullmatch(part.strip())
         first, last = (int(numbers[1]), int(numbers[2] or numbers[1])) if numbers else (0, -1)
         if not first <= last < MOST_BLOCKS:
             raise SiteError(
-                f"{text!r} in the site {name!r} is not a number of a block; expected such as 3, *, {{0,4,8-11}} or (0|4|8)"
+                f"{text!r} in the site {name!r} is not a number of a block; expected such as 3, * or {{0,4,8-11}}"
             )
         found |= set(range(first, last + 1))
     return frozenset(found)

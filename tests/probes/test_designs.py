@@ -37,19 +37,15 @@ OTHERWISE = {
     ("unproven, states off", "-", "unproven, states off"): (
         "tokens turned between blocks",
     ),
-    ("unproven", "-", "unproven, states off"): (
-        "momentum",
-    ),
     ("states", "right", "states"): (
-        "LayerScale", "one gate a token, by addcmul", "constant factor of the branches",
+        "LayerScale", "one gate a token, by addcmul",
         "constant factors of state and branch", "stochastic depth in training",
-        "one gate on state and branch",
     ),
     ("states", "states", "states"): (
         "highway", "state halved between blocks", "the state times a function of itself", "reads of normalised streams",
     ),
     ("states", "refused", "states"): (
-        "a share of a block with a residual of its own", "such a share by a gate a token",
+        "a share of a block with a residual of its own",
     ),
     ("states", "states", "unproven"): (
         "a block halves the state",
@@ -89,7 +85,6 @@ def test_a_design_is_right_or_what_is_said_of_it_and_of_the_advice_and_the_autho
         "DenseFormer",
         "mixture of depths",
         "streams as list",
-        "such a share by a gate a token",
         "a block halves the state",
     ],
 )

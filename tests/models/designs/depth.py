@@ -6,8 +6,6 @@ holds; the models compute them beside their states by the same formulas, and onl
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import nn
 from torch.nn import functional
@@ -179,9 +177,9 @@ class HistoryStacked(HistoryOfLists):
 class BlockwiseBlock(nn.Module):
     """Takes (finished sums, running sum): reads attend to both; a boundary finishes the running sum."""
 
-    def __init__(self, layer: int, resets: bool):
+    def __init__(self, layer: int):
         super().__init__()
-        self.layer, self.resets = layer, resets
+        self.layer = layer
         self.attn, self.mlp = Attention(norm=True), Mlp(norm=True)
         self.self_attention_res, self.mlp_res = DepthQuery(), DepthQuery()
 
@@ -193,11 +191,9 @@ class BlockwiseBlock(nn.Module):
             if truth.on():
                 LEDGER.read(h, number, query.last)
             if offset == 0 and self.layer % 2 == 1:
-                # With resets what was read becomes the only thing that later sublayers can attend to.
-                finished = [h] if self.resets else [*finished, running]
-                running = None
+                finished, running = [*finished, running], None
                 if truth.on():
-                    LEDGER.finish(self.resets)
+                    LEDGER.finish()
             added = branch(h)
             running = added if running is None else running + added
             if truth.on():
@@ -220,8 +216,8 @@ class Ledger:
             write_down(h, (number - 1) // 2, site, self.reads, after, number, self.out)
         self.reads = after
 
-    def finish(self, resets: bool) -> None:
-        self.finished = [self.reads] if resets else [*self.finished, self.running]
+    def finish(self) -> None:
+        self.finished = [*self.finished, self.running]
         self.running = torch.zeros(SOURCES)
 
     def add(self, number: int, out) -> None:
@@ -233,17 +229,10 @@ LEDGER = Ledger()
 
 
 class BlockwiseAttentionResidual(DepthModel):
-    """Attention over sums of a few blocks (Kimi-K3); with ``resets`` as in inkling2."""
-
-    def __init__(self, resets: bool = False):
-        self.resets = resets
-        super().__init__()
-
-    def __setattr__(self, name, value):
-        object.__setattr__(self, name, value) if name == "resets" else super().__setattr__(name, value)
+    """Attention over sums of a few blocks (Kimi-K3)."""
 
     def build(self):
-        self.layers = nn.ModuleList(BlockwiseBlock(layer, self.resets) for layer in range(BLOCKS))
+        self.layers = nn.ModuleList(BlockwiseBlock(layer) for layer in range(BLOCKS))
         self.output_attn_res = DepthQuery()
 
     def trunk(self, x):
@@ -454,25 +443,6 @@ class FirstStateSkips(DepthModel):
         return x
 
 
-class Momentum(DepthModel):
-    """v = γ v + (1 − γ) F(x); x = x + v (arXiv 2102.07870)."""
-
-    def build(self):
-        self.layers = nn.ModuleList(branches())
-
-    def trunk(self, x):
-        velocity, c, moving = torch.zeros_like(x), source(0), torch.zeros(SOURCES)
-        for number, layer in enumerate(self.layers):
-            out = layer(x)
-            velocity = 0.7 * velocity + 0.3 * out
-            x = x + velocity
-            if truth.on():
-                moving = 0.7 * moving + 0.3 * source(number + 1)
-                write_down(x, number, "post", c, c + moving, number + 1, out)
-                c = c + moving
-        return x
-
-
 class Ladder(DepthModel):
     """Each branch reads the state before the last branch was added (ladder residual, arXiv 2501.06589)."""
 
@@ -561,19 +531,12 @@ DEPTH_DESIGNS = (
         layers="layers.{i}",
         family=OVER_DEPTH,
     ),
-    Design(
-        "attention residuals, block-wise with resets",
-        partial(BlockwiseAttentionResidual, True),
-        layers="layers.{i}",
-        family=OVER_DEPTH,
-    ),
     Design("DenseFormer", DenseFormer, family=OVER_DEPTH),
     Design("DenseFormer in one buffer", DenseFormerMatrix, family=OVER_DEPTH),
     Design("MUDD, four ways", Mudd, family=OVER_DEPTH),
     Design("LIMe", Lime, layers="mlps.{i}", branches_named=True, family=f"residual|{OVER_DEPTH}"),
     Design("history that grows in the loop", GrowingHistory, layers="steps.{i}", family=OVER_DEPTH),
     Design("skips to the first state", FirstStateSkips, family=OVER_DEPTH),
-    Design("momentum", Momentum, layers="layers.{i}", branches_named=True, family=OVER_DEPTH),
     Design(
         "ladder residual", Ladder, layers="layers.{i}", branches_named=True, family=f"residual|{OVER_DEPTH}"
     ),

@@ -80,17 +80,6 @@ class Pair(PreNorm):
         return self.run(x), None, torch.zeros(x.shape[0], 3, x.shape[1], x.shape[1])
 
 
-class TupleDecoder(Decoder):
-    """Blocks give (state, nothing, attention weights), as those of older transformers."""
-
-    block = Pair
-
-    def walk(self, x):
-        for block in self.blocks:
-            x = block(x)[0]
-        return x
-
-
 class WeightsFirst(PreNorm):
     def forward(self, x):
         y = self.run(x)
@@ -131,11 +120,6 @@ class Result:
 
     loss: Any
     hidden: torch.Tensor
-
-
-class Packed(PreNorm):
-    def forward(self, x):
-        return Result(None, self.run(x))
 
 
 # --- how blocks take it ---
@@ -442,17 +426,14 @@ def vectors(seed: int) -> torch.Tensor:
 
 BLOCK_DESIGNS = (
     Design("pre-norm, one sequence", Decoder, sized(1, TOKENS)),
-    Design("pre-norm, one token", Decoder, sized(3, 1)),
     Design("pre-norm, as many sequences as tokens", Decoder, sized(TOKENS, TOKENS)),
     Design("pre-norm, tensor in and out", Decoder),
     Design("pre-norm, on vectors", Continuous, vectors),
     Design("one block only", single),
-    Design("blocks give a tuple", TupleDecoder),
     Design("blocks give weights of the state's shape, then the state", SecondDecoder),
     Design("blocks give a dict", DictDecoder),
     Design("blocks take the state second", SecondArgumentDecoder),
     Design("a dict is carried and written into", CarriedDict),
-    Design("blocks in a sequential", Sequence),
     Design("universal transformer", Universal),
     Design("two blocks looped", Looped),
     Design("blocks of another class appended", Appended, layers=("blocks.{i}", "extra.{i}")),

@@ -142,12 +142,6 @@ class Deferred(nn.Module):
         return self.lm_head(hidden)
 
 
-class DeferredFused(Deferred):
-    """The same by a function that adds and norms at once."""
-
-    fused = True
-
-
 # --- two towers, two streams ---
 
 
@@ -270,13 +264,6 @@ class DoubleStreams(nn.Module):
         return self.out(image)
 
 
-class TextFirstStreams(DoubleStreams):
-    """Blocks take (image, text) and give (text, image), as diffusers' do."""
-
-    def __init__(self):
-        super().__init__(text_first=True)
-
-
 class SingleBlock(nn.Module):
     """One joint state, modulated by the time (Flux's second half, DiT)."""
 
@@ -327,7 +314,6 @@ LOOP_DESIGNS = (
     Design("adds in the loop, branches in two lists", TwoLists, layers="attentions.{i}", branches_named=True),
     Design("branches by functions and parameters alone", FunctionsOnly, layers=""),
     Design("hidden and residual, deferred add", Deferred, layers="layers.{i}"),
-    Design("hidden and residual, fused add and norm", DeferredFused, layers="layers.{i}"),
     Design(
         "two towers, one before the other",
         TwoTowers,
@@ -338,6 +324,5 @@ LOOP_DESIGNS = (
         "features added to some tokens between blocks", DeepInjection, words_and_pixels, layers="layers.{i}"
     ),
     Design("double streams", DoubleStreams, noise_and_text, layers="double_blocks.{i}"),
-    Design("double streams, text first", TextFirstStreams, noise_and_text, layers="double_blocks.{i}"),
     Design("single stream, modulated", Dit, noise),
 )

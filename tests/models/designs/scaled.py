@@ -220,36 +220,6 @@ class Interpolated(Decoder):
     block = InterpolatedBlock
 
 
-class GatedInnerBlock(InterpolatedBlock):
-    def __init__(self, layer: int):
-        super().__init__(layer)
-        self.router = nn.Linear(WIDTH, 1)
-
-    def forward(self, x):
-        gate, added = torch.sigmoid(self.router(x)), self.inner(x) - x
-        truth.connection(residual_scale=1, branch_scale=gate[..., 0], branch_out=added)
-        x = x + gate * added
-        truth.state(x, self.layer)
-        return x
-
-
-class GatedInner(Decoder):
-    """The same with a gate that a router gives each token, as in mixtures of depths."""
-
-    block = GatedInnerBlock
-
-
-class NormedBetween(Decoder):
-    """A norm without module between blocks."""
-
-    def walk(self, x):
-        for number, block in enumerate(self.blocks):
-            x = block(x)
-            x = functional.rms_norm(x, (WIDTH,))
-            truth.state(x, number, "pre|post", need=f"layer {number}")
-        return x
-
-
 class PositionsBetween(Decoder):
     """A learned vector is added to the state between the blocks."""
 
@@ -342,43 +312,18 @@ class Dropout(Decoder):
     block = DropoutBlock
 
 
-class ScaledEmbedding(Decoder):
-    """The embedding is multiplied by √D outside of its module (Gemma)."""
-
-    def forward(self, ids):
-        x = self.embed(ids) * WIDTH**0.5
-        truth.state(x, -1, "embed")
-        return self.head(self.norm(self.walk(x)))
-
-
-class CappedHead(Decoder):
-    """The last state is halved and normed before the head, by functions."""
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        truth.state(x, -1, "embed")
-        x = self.walk(x)
-        return 15 * torch.tanh(self.head(functional.rms_norm(0.5 * x, (WIDTH,))) / 15)
-
-
 SCALED_DESIGNS = (
     Design("LayerScale", LayerScale),
     Design("highway", Highway, family="highway"),
     Design("one gate a token, by addcmul", ScalarGate, family="highway"),
     Design("DeepNorm", DeepNorm),
     Design("nGPT", Sphere, family="residual|unproven"),
-    Design("constant factor of the branches", Granite),
     Design("constant factors of state and branch", WeightedSum),
     Design("state halved between blocks", HalvedBetween),
     Design("a block halves the state", HalvingBlock),
     Design("a share of a block with a residual of its own", Interpolated),
-    Design("such a share by a gate a token", GatedInner),
-    Design("norm by a function between blocks", NormedBetween),
     Design("vector added between blocks", PositionsBetween),
     Design("scale and shift of state and branch", Zaya),
     Design("LAuReL", Laurel),
     Design("stochastic depth in training", DropPath, training=True),
-    Design("dropout in training", Dropout, training=True),
-    Design("embedding scaled outside of its module", ScaledEmbedding),
-    Design("head behind functions", CappedHead),
 )

@@ -156,71 +156,6 @@ class ReadAverages(Base):
         return x
 
 
-class ThrownAway(TwiceRegistered):
-    """A third branch is added to a copy that only a loss would read."""
-
-    def build(self):
-        super().build()
-        self.others = nn.ModuleList(Mlp(norm=True) for _ in self.layers)
-
-    def trunk(self, x):
-        for layer, other in zip(self.layers, self.others, strict=True):
-            x = layer(x)
-            self.aside = x + other(x)
-        return x
-
-
-class Detached(TwiceRegistered):
-    """The lower part is trained by something else: the state is cut from the graph and goes on."""
-
-    def trunk(self, x):
-        for number, layer in enumerate(self.layers):
-            x = layer(x.detach() if number == 1 else x)
-        return x
-
-
-class Scan(Base):
-    """Minimal Mamba and RWKV: a recurrence over tokens in Python, after a shift by one token."""
-
-    def layer(self, number):
-        rates, out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        return nn.ModuleDict({"norm": Rms(), "rates": rates, "out": out})
-
-    def trunk(self, x):
-        for number, layer in enumerate(self.layers):
-            u = layer["norm"](x)
-            u = torch.lerp(functional.pad(u, (0, 0, 1, -1)), u, 0.3)
-            memory, outputs = torch.zeros_like(u[:, 0]), []
-            for decay, value, gate in (step.chunk(3, -1) for step in layer["rates"](u).unbind(1)):
-                memory = torch.sigmoid(decay) * memory + value
-                outputs.append(memory * functional.silu(gate))
-            x = plain(x, layer["out"](torch.stack(outputs, 1)), number)
-        return x
-
-
-class KeysOutside(Base):
-    """Attention residuals whose keys are normed outside; queries are of the last output."""
-
-    def build(self):
-        super().build()
-        self.queries = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(BLOCKS + 1))
-
-    def layer(self, number):
-        return Mlp(norm=True)
-
-    def trunk(self, x):
-        values = [x]
-        for number, query in enumerate(self.queries):
-            keys = [functional.normalize(value, dim=-1) for value in values]
-            scores = torch.stack([4 * (query(values[-1]) * key).sum(-1) for key in keys]).softmax(0)
-            x = sum(score[..., None] * value for score, value in zip(scores, values, strict=True))
-            if number:
-                truth.state(x, number - 1)
-            if number < BLOCKS:
-                values.append(self.layers[number](x))
-        return x
-
-
 # --- streams ---
 
 
@@ -393,16 +328,6 @@ STYLE_DESIGNS = (
     Design(
         "reads of the mean of two states", ReadAverages, layers="layers.{i}", family=f"residual|{OVER_DEPTH}"
     ),
-    Design("a branch that is thrown away", ThrownAway, layers="layers.{i}"),
-    Design("the state is detached halfway", Detached, layers="layers.{i}"),
-    Design("a scan over tokens", Scan, layers=""),
-    Design(
-        "attention residuals, keys normed outside",
-        KeysOutside,
-        layers="layers.{i}",
-        family=OVER_DEPTH,
-        labelled=False,
-    ),
     *(
         Design(
             name,
@@ -417,7 +342,6 @@ STYLE_DESIGNS = (
             ("streams in a list, numbers one by one", list_of_numbers, {}),
             ("streams in a dict, stacked last", dict_stacked_last, {}),
             ("reads of normalised streams", normalised_reads, {}),
-            ("streams are rolled", rolled, {}),
             ("identity and rank one", identity_and_rank_one, {"weights": to_streams}),
             ("weights of the write from what is written", written_by_the_output, {"weights": to_streams}),
             ("a matrix that is never applied", never_applied, {"weights": Mixer}),

@@ -105,24 +105,6 @@ class Doubled(Decoder):
     block = DoubledBlock
 
 
-class SharedGateBlock(OneSublayer):
-    def __init__(self, layer: int):
-        super().__init__(layer)
-        self.gate = nn.Linear(WIDTH, 1)
-
-    def step(self, x):
-        gate = torch.sigmoid(self.gate(x))
-        if truth.on():
-            truth.connection(residual_scale=gate[..., 0], branch_scale=gate[..., 0])
-        return gate * (x + self.branch(x))
-
-
-class SharedGate(Decoder):
-    """One gate a token on the sum of state and branch."""
-
-    block = SharedGateBlock
-
-
 class EmbeddingReadBlock(OneSublayer):
     def forward(self, first, x):
         x = x + self.branch(first)
@@ -140,36 +122,6 @@ class EmbeddingRead(Decoder):
         for block in self.blocks:
             x = block(first, x)
         return x
-
-
-class RoutedMlp(nn.Module):
-    """Two of four experts a token, written by index_add."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.router = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4)
-        self.experts = nn.ModuleList(Mlp() for _ in range(4))
-
-    def forward(self, x):
-        flat = self.norm(x).flatten(0, 1)
-        weights, chosen = self.router(flat).softmax(-1).topk(2, -1)
-        out = torch.zeros_like(flat)
-        for number, expert in enumerate(self.experts):
-            token, place = (chosen == number).nonzero(as_tuple=True)
-            out.index_add_(0, token, weights[token, place, None] * expert(flat[token]))
-        return out.view_as(x)
-
-
-class RoutedBlock(OneSublayer):
-    def __init__(self, layer: int):
-        super().__init__(layer)
-        self.branch = RoutedMlp()
-
-
-class Routed(Decoder):
-    """A mixture of experts in every block."""
-
-    block = RoutedBlock
 
 
 class SomeTokensBlock(OneSublayer):
@@ -259,14 +211,6 @@ class StackedWeights(Decoder):
             weights = {name.replace("/", "."): p[number] for name, p in self.stacked.items()}
             x = torch.func.functional_call(self.blocks[0], weights, (x,))
         return x
-
-
-class InferenceOnly(Decoder):
-    """Forward is decorated with inference_mode, as in DeepSeek's inference code."""
-
-    @torch.inference_mode()
-    def forward(self, ids):
-        return super().forward(ids)
 
 
 class Halves(Decoder):
@@ -366,16 +310,13 @@ TRAP_DESIGNS = (
     Design("the state is rolled over tokens", Rolled, family=""),
     Design("half of the features are carried", HalfCarried, family=""),
     Design("the state times a function of itself", SelfProduct, family="highway"),
-    Design("one gate on state and branch", SharedGate, family="highway"),
     Design("branches read the embedding", EmbeddingRead, family="residual|depth_attention|depth_history"),
-    Design("mixture of experts", Routed),
     Design("mixture of depths", SomeTokens),
     Design("tokens replaced between blocks", DeepPrompts),
     Design("tokens merged between blocks", MergedTokens),
     Design("blocks called by another method", ByMethod),
     Design("blocks by names", NamedBlocks, layers=("blocks.early", "blocks.middle", "blocks.late")),
     Design("weights of all blocks stacked", StackedWeights, layers="blocks.0"),
-    Design("inference mode inside", InferenceOnly),
     Design("bfloat16", Halves, rounding=1e-2),
     Design("autocast inside", Autocast),
     Design(

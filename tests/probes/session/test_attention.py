@@ -62,23 +62,6 @@ def x():
     return torch.randn(B, T, D, generator=torch.Generator().manual_seed(1))
 
 
-def test_torchs_own_attention_with_its_heads_in_the_axis_of_sequences(x):
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(D, H, batch_first=True)
-
-        def forward(self, x):
-            return self.attention(x, x, x, average_attn_weights=False)[0]
-
-    torch.manual_seed(0)
-    model = Net([Own() for _ in range(3)]).eval()
-    run = ds.capture(model, x, gradients=True, loss=lambda output, batch: output.square().mean())
-    weights = model.blocks[0].attention(x, x, x, average_attn_weights=False)[1].detach()
-    entropy = torch.special.entr(weights).sum(-1)
-    np.testing.assert_allclose(run.trace["query_entropy"].isel(depth=1), entropy, rtol=1e-5)
-
-
 def test_a_softmax_over_streams_or_experts_is_no_attention(x):
     class Router(nn.Module):
         def __init__(self):
