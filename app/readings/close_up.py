@@ -149,10 +149,7 @@ class CloseUp:
         found = self._trace["token_text"].values[sequence]
         return [
             # A blank or a line break is a token too.
-            visible(
-                text if str(text).strip() else _blank_signs(str(text)),
-                longest=LONGEST_TOKEN,
-            )
+            visible(text if str(text).strip() else _blank_signs(str(text)), longest=LONGEST_TOKEN)
             for text in found
         ]
 

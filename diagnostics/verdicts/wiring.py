@@ -103,8 +103,7 @@ unlearnable_mixing = remark(
     "bias on the diagonal of the logits, and reads or writes that differ from stream to stream.",
     metric="mixing_gain",
     judges=Number(
-        "largest gradient of a logit of the mixing over that of a write weight",
-        "‖∂L/∂H̃‖ / ‖∂L/∂H_post‖",
+        "largest gradient of a logit of the mixing over that of a write weight", "‖∂L/∂H̃‖ / ‖∂L/∂H_post‖"
     ),
     limits=Limits(warn=1e-6, above=False),
 )

@@ -16,11 +16,7 @@ from depthscope.app.dashboard.components.finding_card import BADGES, escaped
 from depthscope.app.dashboard.components.microscope import pinned_by_page
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import growing_runs
-from depthscope.app.dashboard.state.chosen_runs import (
-    ChosenRuns,
-    a_click_leads_on,
-    open_microscope,
-)
+from depthscope.app.dashboard.state.chosen_runs import ChosenRuns, a_click_leads_on, open_microscope
 from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.drawing.plotly.panels import Bar, Panel, draw_panels, panels_height
