@@ -21,7 +21,7 @@ from depthscope.diagnostics.verdicts.age import (
     Task,
     number_or_none,
 )
-from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
 from depthscope.diagnostics.verdicts.wiring import is_text
 
@@ -33,9 +33,8 @@ from depthscope.diagnostics.verdicts.wiring import is_text
 @verdict(
     Kind.FACT,
     metric="loss",
-    judges=Number(
-        "rise of the loss above its lowest value, relative to the start", "(loss now − lowest) / first"
-    ),
+    judges="rise of the loss above its lowest value, relative to the start",
+    formula="(loss now − lowest) / first",
     limits=Limits(warn=0.25, fail=0.75),
 )
 def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profile]:
@@ -59,9 +58,8 @@ NO_START = 2.0
 @verdict(
     Kind.LOSS,
     metric="loss",
-    judges=Number(
-        "loss, less the noise of the sample, over that of a constant answer", "(loss − 1.645 se) / H(classes)"
-    ),
+    judges="loss, less the noise of the sample, over that of a constant answer",
+    formula="(loss − 1.645 se) / H(classes)",
     limits=Limits(warn=NOTHING_LEARNED, fail=1.05),
     follows_from=("diverged_loss",),
 )
@@ -108,11 +106,9 @@ def _is_old(step: xr.DataArray | None, first_weight_distance: xr.DataArray | Non
 @verdict(
     Kind.LOSS,
     metric="loss",
-    judges=Number(
-        "part of what the predictions claim to know that is wrong",
-        "(loss − 1.645 se − expected) / max(constant − expected, constant / 5)",
-        "0 and below where they are right",
-    ),
+    judges="part of what the predictions claim to know that is wrong",
+    formula="(loss − 1.645 se − expected) / max(constant − expected, constant / 5)",
+    range="0 and below where they are right",
     limits=Limits(warn=0.15, fail=0.5),
     follows_from=("worse_than_constant",),
 )
@@ -187,11 +183,9 @@ def wrong_part(attrs: Mapping[str, Any]) -> float:
 @verdict(
     Kind.LOSS,
     metric="loss",
-    judges=Number(
-        "share of what the loss can be below that of a constant answer that a repair regains",
-        "gained / (constant − loss + gained)",
-        "0 to 1",
-    ),
+    judges="share of what the loss can be below that of a constant answer that a repair regains",
+    formula="gained / (constant − loss + gained)",
+    range="0 to 1",
     limits=Limits(warn=0.08, fail=0.5),
 )
 def off_minimum(
@@ -237,7 +231,7 @@ def off_minimum(
 @verdict(
     Kind.FACT,
     metric="loss",
-    judges=Number("number of blocks, or of checkpoints, that look untrained"),
+    judges="number of blocks, or of checkpoints, that look untrained",
     limits=Limits(warn=0.0),
 )
 def untrained_weights(
@@ -294,7 +288,8 @@ CHANGE = "the change of the weights in one step, relative to the weights, is"
 @verdict(
     Kind.FRESH,
     metric="update_ratio",
-    judges=Number("change of a module's weights in one step over the weights", "‖ΔW‖ / ‖W‖"),
+    judges="change of a module's weights in one step over the weights",
+    formula="‖ΔW‖ / ‖W‖",
     limits=Limits(warn=0.1, fail=0.5),
     drawn_on=("update_ratio",),
 )
@@ -319,7 +314,8 @@ LOST = 1e-7
 @verdict(
     Kind.FACT,
     metric="update_ratio",
-    judges=Number("change of a module's weights in one step over the weights", "‖ΔW‖ / ‖W‖"),
+    judges="change of a module's weights in one step over the weights",
+    formula="‖ΔW‖ / ‖W‖",
     limits=Limits(warn=LOST, above=False),
     drawn_on=("update_ratio",),
 )
@@ -358,7 +354,7 @@ SMALL_SHARE = 1e-3
 @verdict(
     Kind.FACT,
     metric="weight_gradient_norm",
-    judges=Number("number of modules that are frozen, or get no gradient, while others are trained"),
+    judges="number of modules that are frozen, or get no gradient, while others are trained",
     limits=Limits(warn=0.0),
     follows_from=("cut_gradient",),
 )
