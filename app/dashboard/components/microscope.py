@@ -184,9 +184,7 @@ class _Drawn:
         for name in view.strips:
             panel = _strip(name, reading, close_up)
             # The last row of a training may lack what the run has elsewhere.
-            if isinstance(panel.figure, Lines) and not any(
-                of.role == "measured" and np.isfinite(of.y).any() for of in panel.figure.lines
-            ):
+            if isinstance(panel.figure, Lines) and not panel.figure.numbers("measured").size:
                 continue
             level = level_of(panel.figure)
             if level is None:
@@ -236,11 +234,8 @@ def _strip(name: str, reading: Reading, close_up: CloseUp | None) -> Panel:
         # Without massive activations too: they dominate ranks and similarities.
         ordinary = kind.build(analyses, tokens="ordinary")
         if isinstance(ordinary, Lines):
-            added = [
-                replace(line, label=f"{line.label} · without massive tokens")
-                for line in ordinary.lines
-                if line.role == "measured"
-            ]
+            words = " · without massive tokens"
+            added = [replace(line, label=f"{line.label}{words}") for line in ordinary.of("measured")]
             figure = replace(figure, lines=(*figure.lines, *added))
     depths = None
     if _axis_of(kind.metric, reading) == "connection":

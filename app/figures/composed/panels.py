@@ -112,7 +112,7 @@ class Curves:
         analyses = subjects.analyses
         figure = self.kind.build(analyses, **asdict(replace(view, **self.fixed)))
         assert isinstance(figure, Lines)
-        measured = [line for line in figure.lines if line.role == "measured"]
+        measured = figure.of("measured")
         if not any(np.isfinite(line.y).any() for line in measured):
             return subjects.why_not(self.kind.metric)
         # The title names what is fixed, such as the direction: the plain line of a run is that one.
