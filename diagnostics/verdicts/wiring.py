@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from functools import partial
 from typing import Any, TypeGuard
 
 import xarray as xr
@@ -60,11 +59,21 @@ def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator
 
 
 def remark(
-    name: str, title: str, advice: str, *, metric: str, judges: str, limits: Limits, **more: str
+    name: str, title: str, advice: str, *, metric: str, judges: str, limits: Limits, **more: Any
 ) -> Verdict:
     """The verdict on one kind of remark."""
-    found = partial(told, kind=name)
-    return Verdict(name, title, advice, Kind.FACT, metric, judges, limits, ("attrs",), found, **more)
+    return Verdict(
+        name,
+        title,
+        advice,
+        Kind.FACT,
+        metric,
+        judges,
+        limits,
+        ("attrs",),
+        lambda attrs: told(attrs, name),
+        **more,
+    )
 
 
 discarded_mixing = remark(

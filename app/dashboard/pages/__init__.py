@@ -8,6 +8,12 @@ from depthscope.app.dashboard.components.page import Page
 
 PAGES: tuple[Page, ...] = tuple(
     import_module(f"depthscope.app.dashboard.pages.{name}").PAGE
-    for name in ("home", "microscope", "streams", "training", "compare")
+    for name in (
+        "home",
+        "microscope",
+        "streams",
+        "training",
+        "compare",
+    )
 )
 """Every page, in the order of the navigation; the first one opens at the root of the address."""
