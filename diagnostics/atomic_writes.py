@@ -100,7 +100,7 @@ def replaced_folder(target: str | os.PathLike[str], *, check: Check | None = Non
         fresh.mkdir()
         yield fresh
         _flush(fresh)
-        with one_at_a_time(place, "replacing", seconds=PLACING_SECONDS):
+        with _alone_in_replacing(place):
             if os.path.lexists(_checked(place, stat.S_ISDIR, "a folder", allowed)):
                 shutil.copymode(place, fresh)
                 move(place.name, f"{scratch.name}/old")
@@ -334,17 +334,14 @@ def _home(variable: str, default: str) -> Path:
 
 
 @contextmanager
-def one_at_a_time(target: Path, work: str, *, seconds: float) -> Iterator[None]:
-    """Hold what only one process of this user may hold for a target; the others wait. Nothing waits where it cannot be known.
-
-    ``work``: what is done, such as ``"converting"``: one process at a time does it, while others may do other work.
-    """
-    name = hashlib.sha256(os.fsencode(f"{work} {os.path.realpath(target)}")).hexdigest()
+def _alone_in_replacing(target: Path) -> Iterator[None]:
+    """Hold what only one process of this user may hold for a target; the others wait, where that can be known."""
+    name = hashlib.sha256(os.fsencode(os.path.realpath(target))).hexdigest()
     with ExitStack() as stack:
         lock = None
         with suppress(OSError):
             lock = stack.enter_context((own_folder(state_folder() / "locks") / name).open("ab"))
-        end = time.monotonic() + seconds
+        end = time.monotonic() + PLACING_SECONDS
         while fcntl is not None and lock is not None:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -352,7 +349,7 @@ def one_at_a_time(target: Path, work: str, *, seconds: float) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() >= end:
                     raise SlowError(
-                        f"another process has been {work} {target} for {seconds:g} s; end it, or try again later"
+                        f"another process has been replacing {target} for {PLACING_SECONDS:g} s; end it, or try again later"
                     ) from None
                 time.sleep(0.05)
         yield

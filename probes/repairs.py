@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from depthscope.diagnostics.experiments import estimate
 from depthscope.probes.interventions.changes import remixed
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
+from depthscope.probes.interventions.predictions import mapped
 from depthscope.probes.model.loss_graph import Loss, loss_value
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import eager, preserved_state
@@ -355,10 +356,4 @@ def rows_of(batch: Any) -> list[Any]:
 
 def row_of(value: Any, number: int, count: int) -> Any:
     """One sequence of a batch of ``count``, in every tensor that has so many."""
-    if isinstance(value, torch.Tensor):
-        return value[number : number + 1] if value.ndim and len(value) == count else value
-    if isinstance(value, Mapping):
-        return {name: row_of(item, number, count) for name, item in value.items()}
-    return (
-        type(value)(row_of(item, number, count) for item in value) if type(value) in (tuple, list) else value
-    )
+    return mapped(value, lambda one: one[number : number + 1] if one.ndim and len(one) == count else one)

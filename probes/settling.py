@@ -16,7 +16,7 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.memory import give_memory_back
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity, suspected
-from depthscope.diagnostics.verdicts.age import KNOWS, REPAIR, TASK, age_of, share_of_constant
+from depthscope.diagnostics.verdicts.age import KNOWS, REPAIR, TASK, Task, age_of
 from depthscope.diagnostics.verdicts.rule import CONSEQUENCES, SUSPECTED
 from depthscope.diagnostics.verdicts.training import SUSPECT, is_unsure, to_lose, wrong_part
 from depthscope.probes.interventions.changes import plan
@@ -190,7 +190,7 @@ def _repaired(run: xr.DataTree, patient: Patient, *, is_suspected: bool) -> dict
     if reach is None or _batch_axis(patient.options) or sum(map(first_size, patient.parts)) < FEWEST:
         return {}
     is_suspected |= (
-        is_unsure(attrs) or wrong_part(attrs) > SUSPECT or (share_of_constant(attrs) or 0.0) > KNOWS
+        is_unsure(attrs) or wrong_part(attrs) > SUSPECT or (Task.of(attrs).share_of_constant or 0.0) > KNOWS
     )
     traces = (
         [node.attrs for node in run["trace"].subtree if node.data_vars] if "trace" in run.children else []

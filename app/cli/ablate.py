@@ -7,8 +7,6 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from depthscope.app.cli.main import FINE
 from depthscope.app.cli.options import (
     Force,
@@ -16,6 +14,7 @@ from depthscope.app.cli.options import (
     ModelAndText,
     capture_errors_for_users,
     names,
+    option,
     spans,
     text_digest,
     with_model,
@@ -31,9 +30,12 @@ if TYPE_CHECKING:
 MOST_ROWS = 15
 """Cells of patching that a terminal shows; all are in the file and in ``--json``."""
 
+FACTS = ("model", "measure", "measured", "difference", "no_effect", "no_loss", "other_paths", "left_out")
+"""Attributes of a result that ``--json`` prints."""
+
 
 def _places(about: str) -> Any:
-    return typer.Option(metavar="N,N-N", help=f"Only these {about} (default: each one).")
+    return option("N,N-N", f"Only these {about} (default: each one).")
 
 
 @with_model(length=128)
@@ -41,10 +43,7 @@ def ablate(
     model: ModelAndText,
     do: Annotated[
         str,
-        typer.Option(
-            metavar="A,B",
-            help="skip (blocks); identity, uniform (in place of H_res); drop-stream, bypass (states).",
-        ),
+        option("A,B", "skip (blocks); identity, uniform (in place of H_res); drop-stream, bypass (states)."),
     ] = "skip",
     blocks: Annotated[str | None, _places("blocks")] = None,
     connections: Annotated[str | None, _places("connections")] = None,
@@ -53,21 +52,16 @@ def ablate(
     tokens: Annotated[str | None, _places("positions, of patching")] = None,
     patch: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Activation patching instead: a file of lines with a clean text, a corrupted one and perhaps the right and a "
+        option(
+            "FILE",
+            "Activation patching instead: a file of lines with a clean text, a corrupted one and perhaps the right and a "
             "wrong next token, tabs between; states of the clean text are put into the forward of the corrupted one.",
         ),
     ] = None,
     run: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN", help="A run of this checkpoint and text: the result is saved next to it."
-        ),
+        Path | None, option("RUN", "A run of this checkpoint and text: the result is saved next to it.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to save the result (.zarr).")
-    ] = None,
+    out: Annotated[Path | None, option("FILE", "Where to save the result (.zarr).")] = None,
     force: Force = False,
     json: Json = False,
 ) -> int:
@@ -81,16 +75,14 @@ def ablate(
     place = out or (None if run is None else result_path(run, "ablate"))
     if place is not None and place.exists() and not force:
         raise InputError(f"{place} exists; name another file with --out, or add --force to replace it")
-    where = {
-        name: None if text is None else spans(text)
-        for name, text in (
-            ("blocks", blocks),
-            ("connections", connections),
-            ("depths", depths),
-            ("streams", stream),
-            ("tokens", tokens),
-        )
+    given = {
+        "blocks": blocks,
+        "connections": connections,
+        "depths": depths,
+        "streams": stream,
+        "tokens": tokens,
     }
+    where = {name: None if text is None else spans(text) for name, text in given.items()}
     text = model.read_text()
     loaded = model.load()
     if run is not None:
@@ -124,11 +116,7 @@ def _require_same(run: Path, loaded: LoadedModel, text: str) -> None:
 
 
 def _ablated(
-    model: ModelAndText,
-    loaded: LoadedModel,
-    text: str,
-    kinds: list[str],
-    where: dict[str, Any],
+    model: ModelAndText, loaded: LoadedModel, text: str, kinds: list[str], where: dict[str, Any]
 ) -> xr.Dataset:
     from depthscope.probes.checkpoints.text_batch import token_texts
     from depthscope.probes.interventions import ablate as run_experiments
@@ -138,9 +126,8 @@ def _ablated(
     plans = [plan(kind, **places) for kind in kinds]
     batch = model.batch(loaded, text)
     with working(f"changing {loaded.name}"), capture_errors_for_users():
-        return run_experiments(
-            loaded.model, batch, plans, token_text=token_texts(loaded, batch), **model.read_as
-        )
+        texts = token_texts(loaded, batch)
+        return run_experiments(loaded.model, batch, plans, token_text=texts, **model.read_as)
 
 
 def _patched(model: ModelAndText, loaded: LoadedModel, file: Path, where: dict[str, Any]) -> xr.Dataset:
@@ -199,20 +186,7 @@ def _print(result: xr.Dataset, place: Path | None, *, is_patch: bool, json: bool
 
     attrs = result.attrs
     if json:
-        facts = {
-            name: attrs[name]
-            for name in (
-                "model",
-                "measure",
-                "measured",
-                "difference",
-                "no_effect",
-                "no_loss",
-                "other_paths",
-                "left_out",
-            )
-            if name in attrs
-        }
+        facts = {name: attrs[name] for name in FACTS if name in attrs}
         found = (
             {"cells": patch_rows(result)}
             if is_patch

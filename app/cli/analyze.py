@@ -21,6 +21,7 @@ from depthscope.app.cli.options import (
     Select,
     byte_count,
     names,
+    option,
     say_table,
     selection_of,
 )
@@ -44,24 +45,20 @@ def analyze(
         ),
     ] = False,
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="RUN", help="Save the metrics alone here, and leave the run as it is (.zarr)."),
+        Path | None, option("RUN", "Save the metrics alone here, and leave the run as it is (.zarr).")
     ] = None,
     select: Select = None,
     memory: Annotated[
         int | None,
-        typer.Option(
+        option(
+            "BYTES",
+            "Measure part by part in threads that take no more than this, such as 8GiB: for runs larger than memory.",
             parser=byte_count,
-            metavar="BYTES",
-            help="Measure part by part in threads that take no more than this, such as 8GiB: for runs larger than memory.",
         ),
     ] = None,
     scheduler: Annotated[
         str | None,
-        typer.Option(
-            metavar="ADDRESS",
-            help="Measure on a dask cluster, such as tcp://10.0.0.1:8786, which reads RUN itself.",
-        ),
+        option("ADDRESS", "Measure on a dask cluster, such as tcp://10.0.0.1:8786, which reads RUN itself."),
     ] = None,
     force: Force = False,
     json: Json = False,

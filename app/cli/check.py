@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from depthscope.app.cli.main import FINE, FOUND
-from depthscope.app.cli.options import Json, MaxBytes, Runs, names, read_several, say_cards
+from depthscope.app.cli.options import Json, MaxBytes, Runs, names, option, read_several, say_cards
 from depthscope.app.text.terminal import emit, printable, say
 from depthscope.diagnostics.errors import InputError
 
@@ -21,10 +19,7 @@ def check(
     runs: Runs,
     fail_on: Annotated[
         str,
-        typer.Option(
-            metavar="warn|fail|NAMES",
-            help="Exit 1 at this severity or above, or on these verdicts, comma separated.",
-        ),
+        option("warn|fail|NAMES", "Exit 1 at this severity or above, or on these verdicts, comma separated."),
     ] = "fail",
     json: Json = False,
     max_bytes: MaxBytes = None,

@@ -5,8 +5,6 @@ from __future__ import annotations
 import textwrap
 from typing import Annotated
 
-import typer
-
 from depthscope.app.cli.main import FINE, FOUND
 from depthscope.app.cli.options import (
     WIDTH,
@@ -16,6 +14,7 @@ from depthscope.app.cli.options import (
     Runs,
     Select,
     names,
+    option,
     read_several,
     say_table,
     selection_of,
@@ -29,9 +28,9 @@ def compare(
     metrics: Metrics = None,
     by: Annotated[
         str,
-        typer.Option(
-            metavar="ATTRIBUTE",
-            help="Test groups of runs, such as the seeds of each family, and not every run against the first.",
+        option(
+            "ATTRIBUTE",
+            "Test groups of runs, such as the seeds of each family, and not every run against the first.",
         ),
     ] = "",
     select: Select = None,

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-import typer
-
 from depthscope.app.cli.main import FINE
-from depthscope.app.cli.options import Browser, MaxBytes, Runs
+from depthscope.app.cli.options import Browser, MaxBytes, Runs, option
 
 
 def dashboard(
     runs: Runs,
-    port: Annotated[int, typer.Option(min=0, max=65535, metavar="PORT", help="0 takes a free one.")] = 0,
+    port: Annotated[int, option("PORT", "0 takes a free one.", min=0, max=65535)] = 0,
     browser: Browser = True,
     max_bytes: MaxBytes = None,
 ) -> int:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from depthscope.app.cli.main import FINE
-from depthscope.app.cli.options import Browser
+from depthscope.app.cli.options import Browser, option
 
 
 def demo(
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the runs.")] = Path("depthscope-demo"),
+    out: Annotated[Path, option("DIR", "Folder for the runs.")] = Path("depthscope-demo"),
     browser: Browser = True,
 ) -> int:
     """Look at three small trained models: residual, HC and mHC."""

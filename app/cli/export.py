@@ -6,10 +6,8 @@ import shlex
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from depthscope.app.cli.main import FINE, FOUND
-from depthscope.app.cli.options import Force, Json, MaxBytes, Runs, Select, read_several, selection_of
+from depthscope.app.cli.options import Force, Json, MaxBytes, Runs, Select, option, read_several, selection_of
 from depthscope.app.text.terminal import emit, say, working
 from depthscope.diagnostics.errors import InputError
 
@@ -17,19 +15,11 @@ from depthscope.diagnostics.errors import InputError
 def export(
     runs: Runs,
     out: Annotated[
-        Path,
-        typer.Option(
-            metavar="DIR|FILE.html", help="A new folder for a paper, or one HTML file to send around."
-        ),
+        Path, option("DIR|FILE.html", "A new folder for a paper, or one HTML file to send around.")
     ],
-    venue: Annotated[
-        str, typer.Option(metavar="icml|neurips|iclr|acl|cvpr|ieee|plain", help="Whose page layout.")
-    ] = "icml",
+    venue: Annotated[str, option("icml|neurips|iclr|acl|cvpr|ieee|plain", "Whose page layout.")] = "icml",
     by: Annotated[
-        str,
-        typer.Option(
-            metavar="ATTRIBUTE", help="Group runs by it, such as family: means with bands over seeds."
-        ),
+        str, option("ATTRIBUTE", "Group runs by it, such as family: means with bands over seeds.")
     ] = "",
     select: Select = None,
     force: Force = False,

@@ -75,6 +75,11 @@ def names(text: str | None) -> list[str] | None:
     return None if text is None else [name.strip() for name in _OUTSIDE_OF_BRACKETS.split(text)]
 
 
+def option(metavar: str, about: str, **settings: Any) -> Any:
+    """An option that takes a value."""
+    return typer.Option(metavar=metavar, help=about, **settings)
+
+
 Runs = Annotated[
     list[Path], typer.Argument(metavar="RUN...", help="A run, or a folder of runs.", show_default=False)
 ]
@@ -82,21 +87,18 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
 MaxBytes = Annotated[
     int | None,
-    typer.Option(
+    option(
+        "BYTES",
+        "Refuse a run whose arrays take more, such as 500MB or 2GiB (default: a limit by the size of its files).",
         parser=byte_count,
-        metavar="BYTES",
-        help="Refuse a run whose arrays take more, such as 500MB or 2GiB (default: a limit by the size of its files).",
     ),
 ]
-Metrics = Annotated[
-    str | None,
-    typer.Option(metavar="A,B", help="Only these metrics (default: all that the run has data for)."),
-]
+Metrics = Annotated[str | None, option("A,B", "Only these metrics (default: all that the run has data for).")]
 Select = Annotated[
     str | None,
-    typer.Option(
-        metavar="KEY=VALUE,…",
-        help="Which version of the numbers: scope=sequence|data, tokens=all|ordinary, centering=raw|centred, "
+    option(
+        "KEY=VALUE,…",
+        "Which version of the numbers: scope=sequence|data, tokens=all|ordinary, centering=raw|centred, "
         "reduction=mean|median|p1|p99|max, step=N.",
     ),
 ]
@@ -177,48 +179,34 @@ class ModelAndText:
             show_default=False,
         ),
     ]
-    weights: Annotated[Path | None, typer.Option(metavar="FILE", help="State dict for module:factory.")] = (
-        None
-    )
+    weights: Annotated[Path | None, option("FILE", "State dict for module:factory.")] = None
     layers: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PATH", help="Module path of the blocks, such as model.layers (default: found)."
-        ),
+        str | None, option("PATH", "Module path of the blocks, such as model.layers (default: found).")
     ] = None
     layout: Annotated[
-        str | None,
-        typer.Option(metavar="AXES", help="Axes of the state, such as 'B T N D' (default: found)."),
+        str | None, option("AXES", "Axes of the state, such as 'B T N D' (default: found).")
     ] = None
     streams: Annotated[
-        int | None,
-        typer.Option(
-            min=1, metavar="N", help="Number of streams, where the layout merges them with another axis."
-        ),
+        int | None, option("N", "Number of streams, where the layout merges them with another axis.", min=1)
     ] = None
     sites: Annotated[
         str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Sites to record, such as mid,final or 'blocks.{0,4,8}.hook_resid_post' (default: all states).",
+        option(
+            "NAMES",
+            "Sites to record, such as mid,final or 'blocks.{0,4,8}.hook_resid_post' (default: all states).",
         ),
     ] = None
-    device: Annotated[str, typer.Option(metavar="cpu|cuda|…", help="Torch device.")] = "cpu"
+    device: Annotated[str, option("cpu|cuda|…", "Torch device.")] = "cpu"
     dtype: Annotated[
-        str | None,
-        typer.Option(
-            metavar="float32|bfloat16|float16|float64", help="Precision of the model (default its own)."
-        ),
+        str | None, option("float32|bfloat16|float16|float64", "Precision of the model (default its own).")
     ] = None
     text: Annotated[
         str | None,
-        typer.Option(
-            metavar="FILE", help="UTF-8 text to run; - for stdin (default: English that comes with Python)."
-        ),
+        option("FILE", "UTF-8 text to run; - for stdin (default: English that comes with Python)."),
     ] = None
-    sequences: Annotated[int, typer.Option(min=1, metavar="N", help="Sequences to run.")] = 8
-    length: Annotated[int, typer.Option(min=2, metavar="T", help="Tokens per sequence.")] = 256
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of the sampled sequences.")] = 0
+    sequences: Annotated[int, option("N", "Sequences to run.", min=1)] = 8
+    length: Annotated[int, option("T", "Tokens per sequence.", min=2)] = 256
+    seed: Annotated[int, option("N", "Seed of the sampled sequences.", min=0)] = 0
     others: tuple[str, ...] = ()
     """Further checkpoints, of a command that takes several; no option."""
 

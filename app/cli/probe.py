@@ -16,6 +16,7 @@ from depthscope.app.cli.options import (
     ModelAndText,
     capture_errors_for_users,
     names,
+    option,
     say_cards,
     say_next,
     text_digest,
@@ -44,10 +45,7 @@ SIZES = {
 def probe(
     model: ModelAndText,
     out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="RUN", help="Where to save (.zarr; default the checkpoint's name, in this folder)."
-        ),
+        Path | None, option("RUN", "Where to save (.zarr; default the checkpoint's name, in this folder).")
     ] = None,
     gradients: Annotated[
         bool | None,
@@ -56,31 +54,17 @@ def probe(
             help="Record the gradient of the loss (default: where labels are taken).",
         ),
     ] = None,
-    batch: Annotated[
-        int, typer.Option(min=1, metavar="B", help="Sequences per forward, which has their memory.")
-    ] = 2,
+    batch: Annotated[int, option("B", "Sequences per forward, which has their memory.", min=1)] = 2,
     keep: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            metavar="K",
-            help="Sequences whose states are stored (default all); sums are over every token.",
-        ),
+        option("K", "Sequences whose states are stored (default all); sums are over every token.", min=1),
     ] = None,
     settle: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            help="Most forwards to try repairs of a suspected problem; 0 tries nothing.",
-        ),
+        int, option("N", "Most forwards to try repairs of a suspected problem; 0 tries nothing.", min=0)
     ] = 60,
     factory: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODULE:FUNCTION",
-            help="Builds the model of several checkpoints that are files of weights.",
-        ),
+        option("MODULE:FUNCTION", "Builds the model of several checkpoints that are files of weights."),
     ] = None,
     force: Force = False,
     json: Json = False,

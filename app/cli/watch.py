@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from depthscope.app.cli.main import FINE, FOUND, INTERRUPTED
-from depthscope.app.cli.options import names
+from depthscope.app.cli.options import names, option
 from depthscope.app.text.terminal import command_line, printable
 from depthscope.diagnostics.errors import AbsentError, InputError
 
@@ -29,25 +29,16 @@ def watch(
             metavar="ARGS", help="What follows SCRIPT is passed on to it; our options come before it."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the live store.")] = Path(
-        "runs/watched"
-    ),
-    every: Annotated[int, typer.Option(min=1, metavar="N", help="Measure every N-th step.")] = 50,
+    out: Annotated[Path, option("DIR", "Folder of the live store.")] = Path("runs/watched"),
+    every: Annotated[int, option("N", "Measure every N-th step.", min=1)] = 50,
     module: Annotated[
         bool, typer.Option("--module", "-m", help="SCRIPT is a module, run as python -m does.")
     ] = False,
-    layers: Annotated[
-        str | None, typer.Option(metavar="PATH", help="Module path of the blocks (default: found).")
-    ] = None,
-    sites: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Sites to record (default: all states).")
-    ] = None,
+    layers: Annotated[str | None, option("PATH", "Module path of the blocks (default: found).")] = None,
+    sites: Annotated[str | None, option("NAMES", "Sites to record (default: all states).")] = None,
     stop_on: Annotated[
         str | None,
-        typer.Option(
-            metavar="warn|fail",
-            help="End the training with exit code 1 at the first finding of this severity.",
-        ),
+        option("warn|fail", "End the training with exit code 1 at the first finding of this severity."),
     ] = None,
     gradients: Annotated[
         bool, typer.Option("--gradients/--no-gradients", help="Measure backwards too.")

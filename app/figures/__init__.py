@@ -40,9 +40,7 @@ DEFINED: dict[str, FigureKind] = {
 DRAWN = frozenset(name for kind in DEFINED.values() for name in (*kind.needs, *kind.also))
 """Metrics that a figure of the catalogue draws."""
 
-NOT_DRAWN = {
-    "num_tokens": "every caption counts the tokens",
-}
+NOT_DRAWN = {"num_tokens": "every caption counts the tokens"}
 """Metrics that have no figure of their own, with the reason."""
 
 FIGURES: dict[str, FigureKind] = DEFINED | {

@@ -61,6 +61,11 @@ class Line:
     group: str = ""
     text: Sequence[str] | None = None
 
+    @property
+    def variant(self) -> str:
+        """What distinguishes it from other lines of its run; empty for the plain one."""
+        return self.label.removeprefix(self.group).removeprefix(" · ")
+
 
 @dataclass(frozen=True, eq=False)
 class Lines:
@@ -83,6 +88,18 @@ class Lines:
     metric: str = ""
     sources: tuple[str, ...] = ()
     runs: Mapping[str, int] = field(default_factory=dict)
+
+    def of(self, *roles: str) -> list[Line]:
+        """The lines that have one of some roles."""
+        return [line for line in self.lines if line.role in roles]
+
+    def numbers(self, *roles: str) -> np.ndarray:
+        """Every finite number of the lines of some roles and of their bands."""
+        parts = [
+            part for line in self.of(*roles) for part in (line.y, line.lower, line.upper) if part is not None
+        ]
+        values = np.concatenate([np.asarray(part, dtype=np.float64) for part in parts] or [np.zeros(0)])
+        return values[np.isfinite(values)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,7 +144,7 @@ Figure = Lines | Heatmap
 
 def looks_of(figure: Lines) -> dict[int, Look]:
     """How every measured line of a figure is drawn."""
-    measured = [line for line in figure.lines if line.role == "measured"]
+    measured = figure.of("measured")
     # With runs that this figure lacks: the others keep their colours. A mean over seeds has a name of its own.
     numbers = dict(figure.runs)
     for line in measured:

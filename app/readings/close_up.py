@@ -85,49 +85,22 @@ class CloseUp:
     """The trace of one chain in memory.
 
     ``trace``: loaded; sequences may have been left out.
-    ``sequences``: how many sequences the run has.
+    ``sequences``: how many sequences the run has; ``num_sequences`` are in memory, the first ones.
+    ``num_connections``: those whose H_res is known; 0 for a plain network.
+    ``depth_in, depth_out``: for each connection the depth that it reads, and that it writes.
     """
 
     def __init__(self, trace: xr.Dataset, sequences: int):
         self._trace = trace
-        self.sequences = sequences
+        self.sequences, self.nbytes = sequences, int(trace.nbytes)
         self.mask = np.asarray(trace["mask"].values, dtype=bool)
         self._states = trace["residual"].values
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in memory."""
-        return int(self._trace.nbytes)
-
-    @property
-    def num_depths(self) -> int:
-        """Number of states."""
-        return int(self._states.shape[0])
-
-    @property
-    def num_sequences(self) -> int:
-        """Number of sequences in memory: the first ones of the run."""
-        return int(self._states.shape[1])
-
-    @property
-    def num_streams(self) -> int:
-        """Number of streams."""
-        return int(self._states.shape[3])
-
-    @property
-    def num_connections(self) -> int:
-        """Number of connections whose H_res is known; 0 for a plain network."""
-        return int(self._trace.sizes["connection"]) if "h_res" in self._trace else 0
-
-    @property
-    def depth_out(self) -> np.ndarray:
-        """For each connection the depth that it writes."""
-        return self._of_connections("depth_out", 1)
-
-    @property
-    def depth_in(self) -> np.ndarray:
-        """For each connection the depth that it reads."""
-        return self._of_connections("depth_in", 0)
+        self.num_depths, self.num_sequences, _, self.num_streams, _ = self._states.shape
+        self.num_connections = trace.sizes["connection"] if "h_res" in trace else 0
+        self.depth_in, self.depth_out = (
+            self._of_connections("depth_in", 0),
+            self._of_connections("depth_out", 1),
+        )
 
     def _of_connections(self, name: str, offset: int) -> np.ndarray:
         if name in self._trace:
@@ -149,10 +122,7 @@ class CloseUp:
         found = self._trace["token_text"].values[sequence]
         return [
             # A blank or a line break is a token too.
-            visible(
-                text if str(text).strip() else _blank_signs(str(text)),
-                longest=LONGEST_TOKEN,
-            )
+            visible(text if str(text).strip() else _blank_signs(str(text)), longest=LONGEST_TOKEN)
             for text in found
         ]
 

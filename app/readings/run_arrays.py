@@ -32,9 +32,7 @@ class MixingMatrices:
 
 @contextmanager
 def group_of(
-    reading: Reading,
-    group: str,
-    runs: Mapping[str, xr.DataTree] = MappingProxyType({}),
+    reading: Reading, group: str, runs: Mapping[str, xr.DataTree] = MappingProxyType({})
 ) -> Iterator[xr.Dataset | None]:
     """A group of the run of a reading, ``"trace"`` or ``"statistics"``; None where it has none.
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,6 +58,24 @@ class Measure:
         return found
 
 
+SPREAD = 32
+"""Steps of a history that are judged first. A heuristic of ours: each takes some hundredths of a second."""
+
+Key = tuple[str, str | None, str]
+Moment = tuple[int, float]
+"""A step, and when it was measured: a training that was resumed has other numbers for the same step."""
+
+
+@dataclass(frozen=True)
+class Begun:
+    """A finding and the first judged step that has it."""
+
+    finding: Finding  # as it is at that step
+    step: int  # of the training
+    before: int | None  # the judged step before it, which does not have it; None where there is none
+    lasts: bool  # whether the last judged step has it too
+
+
 class TrainingHistory:
     """The numbers of one chain of a run, by step, whether its store grows or it is finished.
 
@@ -74,6 +91,7 @@ class TrainingHistory:
         self.name = reading.name
         self._reading, self._rows = reading, rows
         self._metrics, self._sums = metrics, sums
+        self._judged: dict[Moment, dict[Key, Finding]] = {}
 
     def refresh(self) -> bool:
         """Read new rows."""
@@ -160,6 +178,80 @@ class TrainingHistory:
             position = 0
         return found.isel(step=[position]).assign_attrs(self._reading.analysis.attrs)
 
+    # --- warnings and failures, by the step at which they begin
+
+    # Verdicts judge one step at a time, by what was measured in it. A finding that comes and goes between two judged steps is
+    # not seen: `num_judged` is shown with the result.
+
+    @property
+    def num_judged(self) -> int:
+        """Steps that were judged."""
+        return len(self._known())
+
+    def judge_more(self, seconds: float) -> bool:
+        """Judge further steps for a while; whether some are left."""
+        end = time.monotonic() + seconds
+        while (position := self._next()) is not None:
+            self._judged[self._moment(position)] = {
+                (finding.verdict, finding.stream, finding.quantity): finding
+                for finding in reversed(
+                    judge(self.analysis_at(position))
+                )  # the worst of a verdict last, which stays
+                if finding.severity >= Severity.WARN
+            }
+            if time.monotonic() > end:
+                return self._next() is not None
+        return False
+
+    def begun(self) -> list[Begun]:
+        """Findings by the step at which they begin."""
+        moments = list(map(self._moment, self._known()))
+        found = [
+            Begun(
+                self._judged[moments[place]][key],
+                moments[place][0],
+                moments[place - 1][0] if place else None,
+                key in self._judged[moments[-1]],
+            )
+            for key, place in self._firsts(moments).items()
+        ]
+        return sorted(found, key=lambda each: (each.step, -each.finding.severity))
+
+    def _moment(self, position: int) -> Moment:
+        times = self.times
+        return int(self.steps[position]), 0.0 if times is None else float(times[position])
+
+    def _known(self) -> list[int]:
+        """Positions of the judged steps that the history still has."""
+        steps = self.steps
+        found = [(int(np.searchsorted(steps, step)), step) for step, _ in self._judged]
+        valid = {position for position, step in found if position < len(steps) and steps[position] == step}
+        return sorted(position for position in valid if self._moment(position) in self._judged)
+
+    def _firsts(self, moments: list[Moment]) -> dict[Key, int]:
+        """The number of the moment that has each finding first."""
+        firsts: dict[Key, int] = {}
+        for place, moment in enumerate(moments):
+            for key in self._judged[moment]:
+                firsts.setdefault(key, place)
+        return firsts
+
+    def _next(self) -> int | None:
+        """The best position to judge: the last one, some over all, then between the last without a finding and the first."""
+        total = len(self.steps)
+        known = self._known()
+        # Strides are powers of two: of a history that grows, those that were judged stay in the grid.
+        stride = 1
+        while total > SPREAD * stride:
+            stride *= 2
+        missing = {0, total - 1, *range(0, total, stride)}.difference(known)
+        if total and missing:
+            return max(missing) if total - 1 in missing else min(missing)
+        for place in self._firsts(list(map(self._moment, known))).values():
+            if place and known[place] - known[place - 1] > 1:
+                return (known[place] + known[place - 1]) // 2
+        return None
+
 
 def history_of(reading: Reading, runs: Mapping[str, xr.DataTree] = MappingProxyType({})) -> TrainingHistory:
     """The history of a reading, from its file, which was checked before; of a live store one that can be refreshed."""
@@ -176,7 +268,7 @@ def history_of(reading: Reading, runs: Mapping[str, xr.DataTree] = MappingProxyT
     if reading.num_steps > 1:  # the statistics of one step are no history
         with group_of(reading, "statistics", runs) as statistics:
             sums = sums if statistics is None else statistics.load()
-    curves = curves_of(sums) if sums else sums
+    curves = training_curves(xr.DataTree.from_dict({"statistics": sums})).load() if sums else sums
     curves = curves[[name for name in curves.data_vars if curves[name].dims[:1] == ("step",)]]
     if analysis.sizes.get("step", 1) < curves.sizes.get("step", 1):
         analysis = curves  # sums of every step, and an analysis of the last one
@@ -220,13 +312,14 @@ def measures_of(samples: Mapping[str, xr.DataArray]) -> dict[str, Measure]:
         for dim in sample.dims:
             if dim != rows:
                 others = tuple(i for i, other in enumerate(sample.dims) if other != dim)
-                labels = sample[dim].values if dim in sample.coords else np.arange(sample.sizes[dim])
-                known = defined.any(axis=others)
-                choices[str(dim)] = tuple(
-                    str(label) for label, is_known in zip(labels, known, strict=True) if is_known
-                )
+                known = zip(_labels(sample, dim), defined.any(axis=others), strict=True)
+                choices[str(dim)] = tuple(label for label, is_known in known if is_known)
         found[name] = Measure(name, rows, choices, sample)
     return found
+
+
+def _labels(array: xr.DataArray, dim: Hashable) -> list[str]:
+    return [str(label) for label in (array[dim].values if dim in array.coords else range(array.sizes[dim]))]
 
 
 def positions_of(measure: Measure, choice: Mapping[str, str]) -> tuple[int | None, ...]:
@@ -237,117 +330,5 @@ def positions_of(measure: Measure, choice: Mapping[str, str]) -> tuple[int | Non
         if dim == measure.rows:
             found.append(None)
         else:
-            known = (
-                measure.sample[dim].values
-                if dim in measure.sample.coords
-                else np.arange(measure.sample.sizes[dim])
-            )
-            found.append([str(label) for label in known].index(labels[dim]))
+            found.append(_labels(measure.sample, dim).index(labels[dim]))
     return tuple(found)
-
-
-def curves_of(statistics: xr.Dataset) -> xr.Dataset:
-    """What sums of every step give, see `diagnostics.training_curves`."""
-    return training_curves(xr.DataTree.from_dict({"statistics": statistics})).load()
-
-
-SPREAD = 32
-"""Steps of a history that are judged first. A heuristic of ours: each takes some hundredths of a second."""
-
-Key = tuple[str, str | None, str]
-Moment = tuple[int, float]
-"""A step, and when it was measured: a training that was resumed has other numbers for the same step."""
-
-
-@dataclass(frozen=True)
-class Begun:
-    """A finding and the first judged step that has it."""
-
-    finding: Finding  # as it is at that step
-    step: int  # of the training
-    before: int | None  # the judged step before it, which does not have it; None where there is none
-    lasts: bool  # whether the last judged step has it too
-
-
-class FirstFindings:
-    """Warnings and failures of a history, by the step at which they begin.
-
-    Verdicts judge one step at a time, by what was measured in it. A finding that comes and goes between two judged steps is
-    not seen: `num_judged` is shown with the result.
-
-    ``history``: may grow.
-    """
-
-    def __init__(self, history: TrainingHistory) -> None:
-        # Weak: it lives as long as the history.
-        self._history: TrainingHistory = weakref.proxy(history)
-        self._judged: dict[Moment, dict[Key, Finding]] = {}
-
-    @property
-    def num_judged(self) -> int:
-        """Steps that were judged."""
-        return len(self._known())
-
-    def look(self, seconds: float) -> bool:
-        """Judge further steps for a while."""
-        end = time.monotonic() + seconds
-        while (position := self._next()) is not None:
-            analysis = self._history.analysis_at(position)
-            self._judged[self._moment(position)] = {
-                (finding.verdict, finding.stream, finding.quantity): finding
-                for finding in reversed(judge(analysis))  # the worst of a verdict last, which stays
-                if finding.severity >= Severity.WARN
-            }
-            if time.monotonic() > end:
-                return self._next() is not None
-        return False
-
-    def begun(self) -> list[Begun]:
-        """Findings by the step at which they begin."""
-        known = self._known()
-        found = []
-        for key, place in self._firsts(known).items():
-            position = known[place]
-            found.append(
-                Begun(
-                    self._judged[self._moment(position)][key],
-                    self._moment(position)[0],
-                    self._moment(known[place - 1])[0] if place else None,
-                    key in self._judged[self._moment(known[-1])],
-                )
-            )
-        return sorted(found, key=lambda each: (each.step, -each.finding.severity))
-
-    def _moment(self, position: int) -> Moment:
-        times = self._history.times
-        return int(self._history.steps[position]), 0.0 if times is None else float(times[position])
-
-    def _known(self) -> list[int]:
-        """Positions of the judged steps that the history still has."""
-        steps = self._history.steps
-        found = [(int(np.searchsorted(steps, step)), step) for step, _ in self._judged]
-        valid = {position for position, step in found if position < len(steps) and steps[position] == step}
-        return sorted(position for position in valid if self._moment(position) in self._judged)
-
-    def _firsts(self, known: list[int]) -> dict[Key, int]:
-        firsts: dict[Key, int] = {}
-        for place, position in enumerate(known):
-            for key in self._judged[self._moment(position)]:
-                firsts.setdefault(key, place)
-        return firsts
-
-    def _next(self) -> int | None:
-        """The best position to judge: the last one, some over all, then between the last without a finding and the first."""
-        total = len(self._history.steps)
-        known = self._known()
-        # Strides are powers of two: of a history that grows, those that were judged stay in the grid.
-        stride = 1
-        while total > SPREAD * stride:
-            stride *= 2
-        missing = {0, total - 1, *range(0, total, stride)}.difference(known)
-        if total and missing:
-            return max(missing) if total - 1 in missing else min(missing)
-        for place in self._firsts(known).values():
-            if place and known[place] - known[place - 1] > 1:
-                return (known[place] + known[place - 1]) // 2
-        return None

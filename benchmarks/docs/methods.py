@@ -75,9 +75,9 @@ def _metric(metric: Metric) -> str:
 
 def _verdict(verdict: Verdict) -> str:
     facts = {
-        "Judges": f"{verdict.judges.name}; {verdict.kind.value}",
-        "Formula": verdict.judges.formula,
-        "Range": verdict.judges.range,
+        "Judges": f"{verdict.judges}; {verdict.kind.value}",
+        "Formula": verdict.formula,
+        "Range": verdict.range,
         "Limits": verdict.limits.words,
         "From": f"`{verdict.metric}`",
         "Source": _cited([verdict.limits.source]),

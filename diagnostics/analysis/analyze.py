@@ -81,9 +81,12 @@ def analyze(
     _require_run(run)
     assert isinstance(run, xr.DataTree)
     chosen = {name: find_metric(name) for name in _metric_names(metrics)}
-    num_rounds = sum(len(chosen) + jackknife * _num_replicas(run, chain) for chain in chains(run))
-    report = _progress_counter(progress, num_rounds)
-    analyses = {chain: _analyze_chain(run, chain, chosen, report, jackknife) for chain in chains(run)}
+    traces = {chain: chain_dataset(run, "trace", chain) for chain in chains(run)}
+    replicas = [num_replicas(trace) for trace in traces.values() if jackknife and trace is not None]
+    report = _progress_counter(progress, len(traces) * len(chosen) + sum(replicas))
+    analyses = {
+        chain: _analyze_chain(run, chain, trace, chosen, report, jackknife) for chain, trace in traces.items()
+    }
     report("")
     return _of_chains(run, analyses, metrics)
 
@@ -118,7 +121,7 @@ def _analyze_scheduled(
     progress: Progress | None,
 ) -> xr.Dataset | xr.DataTree:
     """Measure a run part by part; of one in memory or opened already only by threads."""
-    from depthscope.diagnostics.analysis.scheduled import Source, measure, trace_of
+    from depthscope.diagnostics.analysis.scheduled import measure, trace_of
 
     if jackknife:
         raise InputError(
@@ -141,8 +144,9 @@ def _analyze_scheduled(
                 analyses[chain] = _curves_alone(opened, chain, chosen)
                 continue
             trace = trace_of(opened, chain)
-            source = Source(path, chain, None if is_saved else trace)
-            values, reasons = measure(source, list(chosen), scheduler, memory=memory, progress=progress)
+            values, reasons = measure(
+                trace, (path, chain), list(chosen), scheduler, memory=memory, progress=progress
+            )
             of_all = Quantities(trace)
             found = {name: of_all.unlabelled(value) for name, value in values.items()}
             analyses[chain] = _finished(opened, trace, of_all, found, reasons, jackknife=False)
@@ -187,9 +191,13 @@ def _progress_counter(progress: Progress | None, total: int) -> Callable[[str], 
 
 
 def _analyze_chain(
-    run: xr.DataTree, chain: str, chosen: Mapping[str, Metric], report: Callable[[str], None], jackknife: bool
+    run: xr.DataTree,
+    chain: str,
+    trace: xr.Dataset | None,
+    chosen: Mapping[str, Metric],
+    report: Callable[[str], None],
+    jackknife: bool,
 ) -> xr.Dataset:
-    trace = chain_dataset(run, "trace", chain)
     if trace is None:
         # Counted in the total: the progress must arrive there.
         for name in chosen:
@@ -224,27 +232,18 @@ def _finished(
     jackknife: bool,
 ) -> xr.Dataset:
     """One dataset of what was measured of a chain, with what else is to be known about it."""
-    dataset = assemble(found, source, _training_step(run, trace))
-    notes = _notes(dataset, source, jackknife)
+    step = trace.coords.get("step", trace.attrs.get("step", run.attrs.get("step", 0)))
+    dataset = assemble(found, source, int(np.asarray(step)))
+    mask = source["mask"].transpose("sample", "token")
+    notes = sample_notes(
+        dataset,
+        num_tokens=int(mask.sum()),
+        num_sequences=int(mask.any("token").sum()),
+        errors=jackknife,
+    )
     # Of several chains one may be proven and another not: each analysis has its own chain's.
     facts = {name: trace.attrs[name] for name in FACTS if name in trace.attrs}
     return dataset.assign_attrs({**run.attrs, **facts, "not_computed": dict(reasons), "notes": notes})
-
-
-def _notes(analysis: xr.Dataset, source: Quantities, jackknife: bool) -> dict[str, str]:
-    mask = source["mask"].transpose("sample", "token")
-    return sample_notes(
-        analysis,
-        num_tokens=int(mask.sum()),
-        num_sequences=int(mask.any("token").sum()),
-        num_features=source.trace.sizes.get("feature", 1),
-        errors=jackknife,
-    )
-
-
-def _num_replicas(run: xr.DataTree, chain: str) -> int:
-    trace = chain_dataset(run, "trace", chain)
-    return 0 if trace is None else num_replicas(trace)
 
 
 def _has_error(found: Mapping[str, xr.Variable], name: str) -> bool:
@@ -291,12 +290,6 @@ def assemble(variables: Mapping[str, xr.Variable], source: Quantities, step: int
 _ORDER = ("step", *DIMS)
 
 
-def _training_step(run: xr.DataTree, trace: xr.Dataset) -> int:
-    """The training step of a trace, 0 where unknown."""
-    known = trace.coords.get("step", trace.attrs.get("step", run.attrs.get("step")))
-    return 0 if known is None else int(np.asarray(known))
-
-
 def _curves_alone(run: xr.DataTree, chain: str, chosen: Mapping[str, Metric]) -> xr.Dataset:
     """The chosen metrics as far as the statistics of a run without a trace give them."""
     curves = training_curves(run, chain=chain)
@@ -319,7 +312,7 @@ ERROR_OF_CKA = 0.1
 
 
 def sample_notes(
-    analysis: xr.Dataset, *, num_tokens: int, num_sequences: int, num_features: int, errors: bool = False
+    analysis: xr.Dataset, *, num_tokens: int, num_sequences: int, errors: bool = False
 ) -> dict[str, str]:
     """Sentences about metrics for which the sample is too small.
 

@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from itertools import chain as chained
 from itertools import combinations_with_replacement
 from typing import Any
@@ -40,22 +39,17 @@ Found = dict[str, dict[str, xr.DataArray] | str]
 """By metric its variables, or the reason why there are none."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a task reads a chain: a path that it opens, on whichever machine it runs, or a trace that is open already."""
+Source = xr.Dataset | tuple[str, str]
+"""Where a task reads a chain: a trace that is open already, or path and chain, which it opens wherever it runs."""
 
-    path: str
-    chain: str
-    trace: xr.Dataset | None = None
 
-    @contextmanager
-    def opened(self) -> Iterator[xr.Dataset]:
-        """The trace, with what its metrics need of the statistics and the run; arrays are read when they are used."""
-        if self.trace is not None:
-            yield self.trace
-            return
-        with open_run(self.path, checksums=False) as run:
-            yield trace_of(run, self.chain)
+@contextmanager
+def _opened(source: Source) -> Iterator[xr.Dataset]:
+    if isinstance(source, xr.Dataset):
+        yield source
+        return
+    with open_run(source[0], checksums=False) as run:
+        yield trace_of(run, source[1])
 
 
 def trace_of(run: xr.DataTree, chain: str) -> xr.Dataset:
@@ -69,7 +63,8 @@ def trace_of(run: xr.DataTree, chain: str) -> xr.Dataset:
 
 
 def measure(
-    source: Source,
+    trace: xr.Dataset,
+    place: tuple[str, str],
     metrics: Collection[str],
     scheduler: Any,
     *,
@@ -78,43 +73,43 @@ def measure(
 ) -> tuple[dict[str, xr.DataArray], dict[str, str]]:
     """The metrics of one chain, part by part.
 
+    ``place``: path and chain, under which the workers of a client open the trace.
     ``scheduler``: ``"threads"``, or a ``distributed.Client``, whose workers find the run at its path.
     ``memory``: bytes that threads may take together; by default what the machine has free.
     ``progress``: called after each task with (what, number done, number in all).
     Returns: The variables, and the reasons of metrics that were not computed.
     """
-    with source.opened() as trace:
-        count = trace.sizes.get("depth", 0)
-        names: dict[str, list[str]] = {"depth": [], "step": [], "pair": [], "whole": []}
-        for name in metrics:
-            names[part_of(CATALOGUE[name])].append(name)
-        needs_massive = any("massive" in needed_quantities(CATALOGUE[name].function) for name in metrics)
-        shared = replace(source, trace=trace) if scheduler == "threads" else source
-        with _executor(scheduler, trace, memory) as pool:
-            facts = [(shared, depth) for depth in range(count)] if needs_massive else []
-            parts = _run(pool, _massive_of, facts, progress)
-            # Without a real token there are none: each metric gives the reason.
-            massive = Massive.joined(parts) if parts and None not in parts else None
-            sides = [range(first, min(first + SIDE, count)) for first in range(0, count, SIDE)]
-            pairs = [sorted({*a, *b}) for a, b in combinations_with_replacement(sides, 2)]
-            single = [*names["depth"], *names["step"]]
-            blocks: list[tuple[list[str], list[int] | None]] = [
-                *([(names["whole"], None)] if names["whole"] else []),
-                *((names["pair"], pair) for pair in pairs if names["pair"]),
-                *((single, [depth]) for depth in range(count) if single),
-            ]
-            tasks = [(shared, *block, massive) for block in blocks]
-            results = _run(pool, _measured, tasks, progress)
-        values: dict[str, xr.DataArray] = {}
-        reasons: dict[str, str] = {}
-        for name in metrics:
-            found = [result[name] for result in results if name in result]
-            refused = [of for of in found if isinstance(of, str)]
-            if refused:
-                reasons[name] = refused[0]
-                continue
-            for variable in found[0]:
-                values[variable] = _joined([of[variable] for of in found], Quantities(trace))
+    count = trace.sizes.get("depth", 0)
+    names: dict[str, list[str]] = {"depth": [], "step": [], "pair": [], "whole": []}
+    for name in metrics:
+        names[part_of(CATALOGUE[name])].append(name)
+    needs_massive = any("massive" in needed_quantities(CATALOGUE[name].function) for name in metrics)
+    source: Source = trace if scheduler == "threads" else place
+    with _executor(scheduler, trace, memory) as pool:
+        facts = [(source, depth) for depth in range(count)] if needs_massive else []
+        parts = _run(pool, _massive_of, facts, progress)
+        # Without a real token there are none: each metric gives the reason.
+        massive = Massive.joined(parts) if parts and None not in parts else None
+        sides = [range(first, min(first + SIDE, count)) for first in range(0, count, SIDE)]
+        pairs = [sorted({*a, *b}) for a, b in combinations_with_replacement(sides, 2)]
+        single = [*names["depth"], *names["step"]]
+        blocks: list[tuple[list[str], list[int] | None]] = [
+            *([(names["whole"], None)] if names["whole"] else []),
+            *((names["pair"], pair) for pair in pairs if names["pair"]),
+            *((single, [depth]) for depth in range(count) if single),
+        ]
+        tasks = [(source, *block, massive) for block in blocks]
+        results = _run(pool, _measured, tasks, progress)
+    values: dict[str, xr.DataArray] = {}
+    reasons: dict[str, str] = {}
+    for name in metrics:
+        found = [result[name] for result in results if name in result]
+        refused = [of for of in found if isinstance(of, str)]
+        if refused:
+            reasons[name] = refused[0]
+            continue
+        for variable in found[0]:
+            values[variable] = _joined([of[variable] for of in found], Quantities(trace))
     return values, reasons
 
 
@@ -135,7 +130,7 @@ def needed_quantities(function: Callable[..., Any]) -> set[str]:
 
 def _massive_of(source: Source, depth: int) -> Massive | None:
     """Massive activations of one depth; None of a run without a real token."""
-    with source.opened() as trace:
+    with _opened(source) as trace:
         try:
             found: Massive = Quantities(trace.isel(depth=[depth]))["massive"]
         except Unavailable:
@@ -148,7 +143,7 @@ def _measured(
 ) -> Found:
     """Metrics of some depths; without depths, of all."""
     found: Found = {}
-    with source.opened() as trace:
+    with _opened(source) as trace:
         for kind in ("step", "other"):
             # A step begins at the depth before, whose own value is none of this part.
             before = [depths[0] - 1] if kind == "step" and depths and depths[0] else []

@@ -101,16 +101,14 @@ def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
         for column in ("kind", "block", "depth", "connection", "stream"):
             value = result[column].values[position]
             row[column] = str(value) if column == "kind" else None if value < 0 else int(value)
-        for column in COLUMNS:
-            for ending in ESTIMATES:
-                row[column + ending] = _finite(result, column + ending, position)
-        rows.append(row)
+        rows.append(row | _estimates(result, COLUMNS, position))
     return rows
 
 
-def _finite(result: xr.Dataset, name: str, position: int) -> float | None:
-    value = float(result[name].values[position]) if name in result else math.nan
-    return value if math.isfinite(value) else None
+def _estimates(result: xr.Dataset, names: tuple[str, ...], at: Any) -> dict[str, float | None]:
+    """Some means over sequences at one place, with their errors and intervals."""
+    found = {name + end: float(result[name + end].values[at]) for name in names for end in ESTIMATES}
+    return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
 def _size(row: dict[str, Any]) -> float:
@@ -195,10 +193,7 @@ def patch_rows(result: xr.Dataset) -> list[dict[str, Any]]:
         row: dict[str, Any] = {dim: result[dim].values[cell[dim]].item() for dim in CELLS}
         row["block"] = int(result["layer"].values[cell["depth"]])
         row |= {name: None for name in ("token", "stream", "block") if row[name] < 0}
-        for name in ("effect", "change"):
-            for ending in ESTIMATES:
-                found = float(result[name + ending].values[at])
-                row[name + ending] = found if math.isfinite(found) else None
+        row |= _estimates(result, ("effect", "change"), at)
         if "token_text" in result and row["token"] is not None:
             texts = result["token_text"].values[:, cell["token"]]
             row["token_text"] = " / ".join(dict.fromkeys(str(text) for text in texts if str(text)))

@@ -117,24 +117,15 @@ def _require_plain(depth_in: xr.DataArray, attrs: Mapping[str, Any], *, after_su
         raise Unavailable(
             "that the connections are plain sums is not stated to be proven; capture it anew with this version"
         )
-    each = (
-        depth_in.coords["proof"].values.astype(object).astype(str)
-        if "proof" in depth_in.coords
-        else np.array([PROVEN])
-    )
-    if (each != PROVEN).any():
-        number = int(np.argmax(each != PROVEN))
-        raise Unavailable(f"connection {number} is {each[number]}")
-    after = (
-        depth_in.coords["after_sum"].values.astype(object).astype(str)
-        if "after_sum" in depth_in.coords
-        else np.array([""])
-    )
-    if (after != "").any() and not after_sum_is_known:
-        number = int(np.argmax(after != ""))
-        raise Unavailable(
-            f"the state after connection {number} is a {after[number]} of the sum, whose factor the run does not have"
-        )
+    known = {str(name): of.values.tolist() for name, of in depth_in.coords.items()}
+    for number, each in enumerate(known.get("proof", ())):
+        if each != PROVEN:
+            raise Unavailable(f"connection {number} is {each}")
+    for number, after in enumerate(known.get("after_sum", ())):
+        if after and not after_sum_is_known:
+            raise Unavailable(
+                f"the state after connection {number} is a {after} of the sum, whose factor the run does not have"
+            )
 
 
 def _require_joined(depth_in: xr.DataArray) -> None:

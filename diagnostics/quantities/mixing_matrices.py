@@ -92,11 +92,6 @@ class Mixing:
         """How many tokens of each connection that is not finite are not, by its label."""
         return {str(self._labels[c]): int(self._read[1][c]) for c in np.flatnonzero(~self.finite).tolist()}
 
-    @property
-    def finite_from_first(self) -> np.ndarray:
-        """Whether all connections from the first to each are finite, (C,)."""
-        return np.logical_and.accumulate(self.finite)
-
     @cached_property
     def prefix(self) -> tuple[np.ndarray, np.ndarray]:
         """Products from the embedding through each connection (C, N, n, n) and their log scales (C, N)."""
@@ -137,8 +132,8 @@ class Mixing:
         is not finite.
         """
         found = over_tokens(values)
-        known = {"itself": self.finite, "earlier": self.finite_from_first}
-        found[~known[depends_on]] = np.nan
+        known = self.finite if depends_on == "itself" else np.logical_and.accumulate(self.finite)
+        found[~known] = np.nan
         return xr.Variable(("connection", *dims, "reduction"), found)
 
     def filled(self, value: float) -> xr.Variable:

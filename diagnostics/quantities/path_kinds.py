@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -28,11 +27,6 @@ class Order:
     applied_to: tuple[int, ...]  # (C,)
 
     @property
-    def sequential(self) -> bool:
-        """Whether the sublayers follow one another."""
-        return self.applied_to == tuple(range(len(self.applied_to)))
-
-    @property
     def cuts(self) -> tuple[int, ...]:
         """The connection before which each one's state is cut: between parallel branches there is no state."""
         return tuple(self.applied_to.index(state) for state in self.applied_to)
@@ -43,18 +37,14 @@ class DepthPaths(ABC):
 
     ``count``: C.
     ``num_tokens``: N.
+    ``numbers_a_token``: that the kernel of one token takes.
     """
 
-    def __init__(self, count: int, num_tokens: int) -> None:
-        self._count, self.num_tokens = count, num_tokens
+    def __init__(self, count: int, num_tokens: int, numbers_a_token: int) -> None:
+        self._count, self.num_tokens, self.numbers_a_token = count, num_tokens, numbers_a_token
 
     def __len__(self) -> int:
         return self._count
-
-    @property
-    @abstractmethod
-    def numbers_a_token(self) -> int:
-        """Numbers that the kernel of one token takes."""
 
     @abstractmethod
     def kernels(self, part: slice | np.ndarray) -> np.ndarray:
@@ -77,25 +67,14 @@ class StreamPaths(DepthPaths):
     ``order``: of the connections.
     """
 
-    def __init__(
-        self,
-        mixing: Mixing,
-        reads: np.ndarray,
-        writes: np.ndarray,
-        order: Order,
-    ) -> None:
-        super().__init__(len(mixing), mixing.num_tokens)
-        self.mixing, self.reads, self.writes, self.order = mixing, reads, writes, order
+    def __init__(self, mixing: Mixing, reads: np.ndarray, writes: np.ndarray, order: Order) -> None:
         self.num_views = max(reads.shape[-2], writes.shape[-1])
-
-    @property
-    def numbers_a_token(self) -> int:
-        """Numbers that the kernel of one token takes."""
-        return (len(self) * self.num_views) ** 2
+        super().__init__(len(mixing), mixing.num_tokens, (len(mixing) * self.num_views) ** 2)
+        self.mixing, self.reads, self.writes, self.order = mixing, reads, writes, order
 
     def _plain(self) -> bool:
         """Whether there is one view of each branch, and each connection follows the one before."""
-        return self.num_views == 1 and self.order.sequential
+        return self.num_views == 1 and self.order.applied_to == tuple(range(len(self)))
 
     def _by_view(self, part: slice | np.ndarray) -> np.ndarray:
         """M of some tokens, (N, C·V, C·V): each view as a branch of its own, parallel to the others."""
@@ -155,13 +134,8 @@ class PlainPaths(DepthPaths):
     """
 
     def __init__(self, keeps: np.ndarray, writes: np.ndarray, order: Order) -> None:
-        super().__init__(*keeps.shape[:2])
+        super().__init__(keeps.shape[0], keeps.shape[1], len(keeps) ** 2 * int(np.prod(keeps.shape[2:])))
         self.keeps, self.writes, self.order = keeps, writes, order
-
-    @property
-    def numbers_a_token(self) -> int:
-        """Numbers that the kernel of one token takes."""
-        return len(self) ** 2 * int(np.prod(self.keeps.shape[2:]))
 
     def kernels(self, part: slice | np.ndarray) -> np.ndarray:
         """|M| of some tokens, (N, C, C)."""
@@ -190,17 +164,8 @@ class SourcePaths(DepthPaths):
     """
 
     def __init__(self, weights: np.ndarray) -> None:
-        super().__init__(*weights.shape[:2])
-        self.weights = weights
-
-    @property
-    def numbers_a_token(self) -> int:
-        """Numbers that the kernel of one token takes."""
-        return len(self) ** 2
-
-    @cached_property
-    def _kernels(self) -> np.ndarray:
-        return np.moveaxis(self.weights[..., 1:], 0, 1)
+        super().__init__(weights.shape[0], weights.shape[1], len(weights) ** 2)
+        self._kernels = np.moveaxis(weights[..., 1:], 0, 1)
 
     def kernels(self, part: slice | np.ndarray) -> np.ndarray:
         """|M| of some tokens, (N, C, C)."""

@@ -169,7 +169,11 @@ class Quantities:
     @property
     def scopes(self) -> np.ndarray:
         """Of each group of tokens, whether it is one sequence or all data."""
-        return np.array(group_scopes(self._values["scope"], self["mask"].sizes["sample"]))
+        counts = {
+            "sequence": self["mask"].sizes["sample"],
+            "data": 1,
+        }  # every sequence is one, and all pooled
+        return np.array([label for label in self._values["scope"] for _ in range(counts[label])])
 
     def coordinates(self, sizes: Mapping[Any, int]) -> xr.Coordinates:
         """The labels of the chain on some dims."""
@@ -254,11 +258,6 @@ def ratio(numerator: Values, denominator: Values) -> Values:
     if numerator.dims == denominator.dims:
         return numerator.copy(data=numerator.values / positive)
     return numerator / denominator.copy(data=positive)
-
-
-def group_scopes(scope: tuple[str, ...], num_sequences: int) -> list[str]:
-    """The scope of each group of tokens: every sequence is one, and all tokens pooled."""
-    return [label for label in scope for _ in range(num_sequences if label == "sequence" else 1)]
 
 
 def missing(name: str) -> Unavailable:

@@ -7,7 +7,7 @@ Shapes: ``V`` views of the streams (their mean, of gradients their sum; then eac
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import xarray as xr
@@ -60,11 +60,6 @@ class States:
     def streams(self) -> list[str]:
         """Labels of the views: ``mean`` and, for several streams, their numbers."""
         return stream_labels(self.num_streams + (self.num_streams > 1), self.num_streams)
-
-    @property
-    def coords(self) -> dict[str, Any]:
-        """Coordinates of the depth."""
-        return {str(name): c for name, c in self._states.coords.items() if c.dims == ("depth",)}
 
     @property
     def finite_streams(self) -> np.ndarray:

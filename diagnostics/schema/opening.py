@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import xarray as xr
 
+from depthscope.diagnostics.atomic_writes import kind_of
 from depthscope.diagnostics.errors import AbsentError, InputError
 from depthscope.diagnostics.schema.attributes import decode_dataset
 from depthscope.diagnostics.schema.groups import chain_dataset, group_path
@@ -25,7 +27,7 @@ from depthscope.diagnostics.schema.live_store import (
     newest_state,
 )
 from depthscope.diagnostics.schema.saving import LIVE, ORDER, SUFFIXES, suffix_of, without_suffix
-from depthscope.diagnostics.schema.validation import SchemaError, require_ordinary, validate
+from depthscope.diagnostics.schema.validation import SchemaError, validate
 from depthscope.diagnostics.schema.zarr_stores import check_zarr
 
 # Values as stored: a run has no dates, and no packed numbers. A unit such as "s" must not become a time span. Version 3 by
@@ -76,29 +78,27 @@ def open_run(
     SchemaError
         For a damaged, foreign or newer run, for one with anything in it that a run does not have, and above `max_bytes`.
     """
-    source = Path(path)
+    source, open_part = Path(path), partial(open_run, max_bytes=max_bytes, checksums=checksums)
     if is_live_store(source):
-        try:
-            return _open_live(source, partial(open_run, max_bytes=max_bytes, checksums=checksums))
-        except SchemaError as error:
-            raise SchemaError(f"{source}: {error}") from None
+        with _path_named(source):
+            return _open_live(source, open_part)
     if parts := parts_of(source):
-        return _open_parts(source, parts, partial(open_run, max_bytes=max_bytes, checksums=checksums))
+        with _path_named(source):
+            return _open_parts(parts, open_part)
     if not source.suffix and not source.exists():
         raise AbsentError(f"no run at {source}; a live store is there from its first measured step on")
     _require_present(source)
     run = open_tree(source, max_bytes=max_bytes, checksums=checksums)
     try:
-        validate(run)
-    except BaseException as error:
+        with _path_named(source):
+            validate(run)
+    except BaseException:
         run.close()  # the caller gets no tree that could be closed
-        if isinstance(error, SchemaError):
-            raise SchemaError(f"{source}: {error}") from None
         raise
     return run
 
 
-def _open_parts(source: Path, parts: Iterable[Path], open_part: Callable[[Path], xr.DataTree]) -> xr.DataTree:
+def _open_parts(parts: Iterable[Path], open_part: Callable[[Path], xr.DataTree]) -> xr.DataTree:
     """The run whose parts are in a folder; a part that cannot be opened is named, and the others are shown."""
     runs: dict[str, xr.DataTree] = {}
     unreadable: dict[str, str] = {}
@@ -108,7 +108,7 @@ def _open_parts(source: Path, parts: Iterable[Path], open_part: Callable[[Path],
         except (SchemaError, AbsentError) as error:
             unreadable[part.name] = str(error)
     if not runs:
-        raise SchemaError(f"{source}: no part of it can be opened: {next(iter(unreadable.values()))}")
+        raise SchemaError(f"no part of it can be opened: {next(iter(unreadable.values()))}")
     try:
         joined = join_parts(runs).load()
         if unreadable:
@@ -116,8 +116,6 @@ def _open_parts(source: Path, parts: Iterable[Path], open_part: Callable[[Path],
             sentence = f"{facts['sentence']}; {', '.join(unreadable)} cannot be opened"
             joined.attrs[PARTS] = {**facts, "unreadable": unreadable, "sentence": sentence}
         validate(joined)
-    except SchemaError as error:
-        raise SchemaError(f"{source}: {error}") from None
     finally:
         for run in runs.values():
             run.close()
@@ -227,7 +225,10 @@ def open_tree(
     Raises AbsentError: Where there is no such group.
     """
     with _damage_named(path):
-        require_ordinary(path, folder=path.name.endswith(".zarr"))
+        mode, is_folder = os.stat(path).st_mode, path.name.endswith(".zarr")
+        # Opening a pipe waits for ever, and a device has no end; links are followed.
+        if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
+            raise SchemaError(f"it is {kind_of(mode)}; expected {'a folder' if is_folder else 'a file'}")
         check_zarr(path, max_bytes, chunks=checksums)
         store = _store(path)
         datasets: dict[str, xr.Dataset] = {}
@@ -265,12 +266,19 @@ def _store(path: Path) -> Any:
 
 
 @contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
+def _path_named(path: Path) -> Iterator[None]:
     try:
         yield
     except SchemaError as error:
         raise SchemaError(f"{path}: {error}") from None
-    except AbsentError:
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    try:
+        with _path_named(path):
+            yield
+    except (SchemaError, AbsentError):
         raise
     # Each library has its own errors for a damaged store; RecursionError and MemoryError are among them.
     except Exception as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +10,6 @@ from typing import Any
 
 import xarray as xr
 
-from depthscope.diagnostics.atomic_writes import kind_of
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.schema.groups import GROUPS, chain_dataset, chains, group_path
 from depthscope.diagnostics.schema.variables import (
@@ -125,21 +123,10 @@ def _is_allowed(text: str, allowed: Sequence[str]) -> bool:
     )
 
 
-def is_proof(text: Any) -> bool:
-    """Whether a text states that something is proven, or that it is not and why.
-
-    Examples
-    --------
-    >>> is_proof("proven"), is_proof("unproven: a branch was not seen"), is_proof("unproven: "), is_proof(True)
-    (True, True, False, False)
-    """
-    return isinstance(text, str) and _is_allowed(text, (PROVEN, UNPROVEN))
-
-
 def _validate_statements(attrs: Mapping[Any, Any], path: str) -> None:
     """Check the statements of a run or a chain about its reading: whether it is proven, and what its matrices satisfy."""
     proof, constraint = attrs.get("proof", PROVEN), attrs.get("constraint", "unknown")
-    if not is_proof(proof):
+    if not (isinstance(proof, str) and _is_allowed(proof, (PROVEN, UNPROVEN))):
         raise SchemaError(
             f"{path} has the proof {proof!r}; expected {PROVEN!r}, or {UNPROVEN!r} and the reason"
         )
@@ -262,12 +249,3 @@ def require_dense(path: Path, entry: os.stat_result) -> None:
     held = 512 * getattr(entry, "st_blocks", entry.st_size)
     if entry.st_size > (16 << 20) + RATIO * held:
         raise SchemaError(f"{path} has {entry.st_size} bytes, of which the disk holds {held}; copy it again")
-
-
-def require_ordinary(path: Path, *, folder: bool) -> None:
-    """Refuse what is no ordinary file (or folder): opening a pipe waits for ever, a device has no end; links are followed."""
-    mode = os.stat(path).st_mode
-    expected = "a folder" if folder else "a file"
-    if (folder and stat.S_ISDIR(mode)) or (not folder and stat.S_ISREG(mode)):
-        return
-    raise SchemaError(f"it is {kind_of(mode)}; expected {expected}")

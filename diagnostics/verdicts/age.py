@@ -35,80 +35,83 @@ class Age(NamedTuple):
 
 def age_of(analysis: xr.Dataset) -> Age:
     """What the facts say, the surest first."""
-    share, repaired = share_of_constant(analysis.attrs), _repaired_share(analysis.attrs)
+    task, repaired = Task.of(analysis.attrs), _repaired_share(analysis.attrs)
     step = (number_or_none(analysis["step"].values) if "step" in analysis.coords else None) or 0.0
     # No `get`: for a name that it lacks xarray looks for similar ones, which took half of the time of all verdicts.
     name = "first_weight_distance"
     distance = float(analysis[name].max()) if name in analysis else 0.0
+    share = 1.0 if task.share_of_constant is None else task.share_of_constant
+    has_trained = f"it has trained for {step:.0f} steps"
+    knew = "its predictions claim to know much and are better than guessing"
     facts = (
-        (
-            share is not None and share < KNOWS,
-            True,
-            f"its loss is {100 * (share or 0):.0f} % of a constant answer's",
-        ),
-        (
-            repaired < KNOWS,
-            True,
-            f"after a repair its loss is {100 * repaired:.0f} % of a constant answer's",
-        ),
-        (step >= MANY_STEPS, True, f"it has trained for {step:.0f} steps"),
+        (share < KNOWS, True, f"its loss is {100 * share:.0f} % of a constant answer's"),
+        (repaired < KNOWS, True, f"after a repair its loss is {100 * repaired:.0f} % of a constant answer's"),
+        (step >= MANY_STEPS, True, has_trained),
         (distance > MOVED, True, f"its weights have moved by up to {100 * distance:.0f} %"),
         (analysis.attrs.get("untouched"), False, "its weights are as they were drawn"),
-        (0 < step <= FIRST_STEPS, False, f"it has trained for {step:.0f} steps"),
-        (
-            _has_learned_and_forgot(analysis.attrs),
-            True,
-            "its predictions claim to know much and are better than guessing",
-        ),
+        (0 < step <= FIRST_STEPS, False, has_trained),
+        (_has_learned_and_forgot(task), True, knew),
     )
     known = (Age(trained, words) for is_so, trained, words in facts if is_so)
     return next(known, Age(None, "whether it is trained is not known"))
 
 
-def _has_learned_and_forgot(attrs: Mapping[str, Any]) -> bool:
+class Task(NamedTuple):
+    """The loss of a run, and those that it is compared with, in its units; None for what is not known."""
+
+    loss: float | None
+    uncertainty: float | None  # standard error of the loss
+    guessing: float | None  # among all classes
+    constant: float | None  # of an answer that never changes
+    expected: float | None  # by the predictions themselves
+    expected_error: float | None  # standard error of loss − expected
+
+    @classmethod
+    def of(cls, attrs: Mapping[str, Any]) -> Task:
+        """What the attributes of a run tell."""
+        return cls(*(number_or_none(task_of(attrs).get(name)) for name in cls._fields))
+
+    @property
+    def share_of_guessing(self) -> float | None:
+        """The loss over that of guessing among all classes."""
+        return self.loss / self.guessing if self.loss is not None and self.guessing else None
+
+    @property
+    def share_of_constant(self) -> float | None:
+        """The loss over that of an answer that never changes."""
+        return self.loss / self.constant if self.loss is not None and self.constant else None
+
+    @property
+    def most(self) -> float | None:
+        """The loss of a constant answer, or of guessing where that is not known."""
+        return self.guessing if self.constant is None else self.constant
+
+
+def _has_learned_and_forgot(task: Task) -> bool:
     """Whether predictions claim to know much, and lose less than guessing all the same.
 
     Those of a network that was just drawn lose about as much more than guessing as they claim to know.
     """
-    names = ("loss", "uncertainty", "guessing", "constant", "expected")
-    known = [number_or_none(task_of(attrs).get(name)) for name in names]
-    if None in known:
+    if task.loss is None or task.guessing is None or task.constant is None or task.expected is None:
         return False
-    loss, error, guessing, constant, expected = (float(value or 0.0) for value in known)
-    return constant - expected > LEAST_CLAIM * constant and loss + ONE_SIDED * error < guessing
+    if task.uncertainty is None:
+        return False
+    claims = task.constant - task.expected > LEAST_CLAIM * task.constant
+    return claims and task.loss + ONE_SIDED * task.uncertainty < task.guessing
 
 
 def _repaired_share(attrs: Mapping[str, Any]) -> float:
     """The loss that the best repair surely leaves, over that of a constant answer; 1 where none was found."""
-    result = attrs.get(REPAIR)
+    result, constant = attrs.get(REPAIR), Task.of(attrs).constant
     found = result if isinstance(result, Mapping) else {}
-    loss, half_width = (
-        number_or_none(found.get("repaired")),
-        number_or_none(found.get("repaired_half_width")) or 0.0,
-    )
-    constant = number_or_none(task_of(attrs).get("constant"))
-    return (loss + half_width) / constant if loss is not None and constant else 1.0
+    loss, half_width = (number_or_none(found.get(name)) for name in ("repaired", "repaired_half_width"))
+    return (loss + (half_width or 0.0)) / constant if loss is not None and constant else 1.0
 
 
 def task_of(attrs: Mapping[str, Any]) -> Mapping[str, Any]:
     """What is known of the task; a file may have anything in its place."""
     task = attrs.get(TASK)
     return task if isinstance(task, Mapping) else {}
-
-
-def share_of_guessing(attrs: Mapping[str, Any]) -> float | None:
-    """The loss over that of guessing among all classes; None where either is not known."""
-    return _share(attrs, "guessing")
-
-
-def share_of_constant(attrs: Mapping[str, Any]) -> float | None:
-    """The loss over that of an answer that never changes; None where either is not known."""
-    return _share(attrs, "constant")
-
-
-def _share(attrs: Mapping[str, Any], of: str) -> float | None:
-    loss, other = (number_or_none(task_of(attrs).get(name)) for name in ("loss", of))
-    return loss / other if loss is not None and other else None
 
 
 def number_or_none(value: Any) -> float | None:

@@ -68,15 +68,6 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Number:
-    """The number that a verdict compares with its limits: its name, formula in plain signs, and the values it can have."""
-
-    name: str
-    formula: str = ""
-    range: str = "0 or more"
-
-
-@dataclass(frozen=True)
 class Profile:
     """What a verdict judges: numbers along depth, along the connections or modules, or one for the run.
 
@@ -117,7 +108,8 @@ class Verdict:
 
     ``name, title, advice``: the function's name, the first line of its docstring, and the rest of it.
     ``kind``: what it rests on, which decides when it is loud, see `rule`.
-    ``metric``: the metric that the number comes from; ``judges`` the number itself.
+    ``metric``: the metric that the number comes from; ``judges`` the number itself, ``formula`` in plain signs, ``range`` the
+    values that it can have.
     ``needs, wants``: variables of the analysis, and ``attrs``, that the function takes; those where the analysis has them.
     ``function``: variables in, profiles out; None where the question does not apply.
     ``follows_from``: other verdicts that explain this one, which is then a note.
@@ -130,11 +122,13 @@ class Verdict:
     advice: str
     kind: Kind
     metric: str
-    judges: Number
+    judges: str
     limits: Limits
     needs: tuple[str, ...]
     function: Callable[..., Iterable[Profile] | None]
     wants: tuple[str, ...] = ()
+    formula: str = ""
+    range: str = "0 or more"
     follows_from: tuple[str, ...] = ()
     drawn_on: tuple[str, ...] = ()
     tried: bool = False
@@ -147,8 +141,8 @@ class Verdict:
     @property
     def judged(self) -> str:
         """What is compared with which limits: name, formula and range of the number, then each severity with its side."""
-        formula = f", {self.judges.formula}" if self.judges.formula else ""
-        return f"{self.judges.name}{formula} ({self.judges.range}): {self.limits.words}"
+        formula = f", {self.formula}" if self.formula else ""
+        return f"{self.judges}{formula} ({self.range}): {self.limits.words}"
 
     def findings(self, analysis: xr.Dataset) -> list[Finding]:
         """Judge one chain: an analysis of `diagnostics.analyze` without ``step``.
@@ -256,16 +250,9 @@ class Verdict:
 
 
 def verdict(
-    kind: Kind,
-    *,
-    metric: str,
-    judges: Number,
-    limits: Limits,
-    follows_from: tuple[str, ...] = (),
-    drawn_on: tuple[str, ...] = (),
-    tried: bool = False,
+    kind: Kind, *, metric: str, judges: str, limits: Limits, follows_from: tuple[str, ...] = (), **others: Any
 ) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
-    """Declare the function below as a verdict; its parameters name variables of an analysis, the others see `Verdict`."""
+    """Declare the function below as a verdict; its parameters name variables of an analysis. ``others``: see `Verdict`."""
 
     def declare(function: Callable[..., Iterable[Profile] | None]) -> Verdict:
         title, _, advice = (inspect.getdoc(function) or "").partition("\n")
@@ -282,8 +269,7 @@ def verdict(
             function=function,
             wants=tuple(each.name for each in parameters if each.default is None),
             follows_from=follows_from if kind in (Kind.FACT, Kind.READING) else (*SPOILING, *follows_from),
-            drawn_on=drawn_on,
-            tried=tried,
+            **others,
         )
 
     return declare

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.verdicts.age import task_of
-from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
 
 DISTINCT = "distinct_tokens"
@@ -67,11 +67,9 @@ WORDS = "the share of the states' variance between sequences is"
 @verdict(
     Kind.FRESH,
     metric="sequence_share",
-    judges=Number(
-        "share of the variance of the states that is between sequences at the same position",
-        "mean_t Var_s(u) / Var(u), u = x / ‖x‖",
-        "0 to 1",
-    ),
+    judges="share of the variance of the states that is between sequences at the same position",
+    formula="mean_t Var_s(u) / Var(u), u = x / ‖x‖",
+    range="0 to 1",
     limits=Limits(warn=1e-4, fail=1e-8, above=False),
     follows_from=("rank_collapse", "common_vector"),
 )

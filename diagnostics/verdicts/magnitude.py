@@ -16,7 +16,7 @@ import xarray as xr
 from depthscope.diagnostics.metrics.gradients import NUM_FEATURES
 from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
 from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRADIENT
-from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.declaration import number as _in_words
 from depthscope.diagnostics.verdicts.locations import place, span
 from depthscope.diagnostics.verdicts.rule import Kind
@@ -46,7 +46,7 @@ def _not_finite(values: xr.DataArray, axis: str) -> xr.DataArray:
 @verdict(
     Kind.FACT,
     metric="residual_norm",
-    judges=Number("number of tokens whose state, mixing matrix or gradient is not finite, or of losses"),
+    judges="number of tokens whose state, mixing matrix or gradient is not finite, or of losses",
     limits=Limits(fail=0.0),
 )
 def not_finite(
@@ -95,7 +95,7 @@ def _unknown_mixing(mixing_gain: xr.DataArray, states: xr.DataArray | None) -> x
 @verdict(
     Kind.FACT,
     metric="residual_norm",
-    judges=Number("number of depths at which the state is zero"),
+    judges="number of depths at which the state is zero",
     limits=Limits(fail=0.0),
 )
 def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
@@ -121,7 +121,8 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
 @verdict(
     Kind.FRESH,
     metric="residual_norm",
-    judges=Number("size of the state over that at the embedding", "rms ‖x_l‖ / rms ‖x_0‖"),
+    judges="size of the state over that at the embedding",
+    formula="rms ‖x_l‖ / rms ‖x_0‖",
     limits=Limits(warn=1e4, fail=1e8),
 )
 def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
@@ -136,7 +137,8 @@ def exploding_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> It
 @verdict(
     Kind.FRESH,
     metric="residual_norm",
-    judges=Number("size of the state over that at the embedding", "rms ‖x_l‖ / rms ‖x_0‖"),
+    judges="size of the state over that at the embedding",
+    formula="rms ‖x_l‖ / rms ‖x_0‖",
     limits=Limits(warn=1e-4, fail=1e-8, above=False),
 )
 def vanishing_state(residual_norm: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
@@ -164,7 +166,7 @@ def _relative_size(norm: xr.DataArray, before: float) -> Iterator[Profile]:
 @verdict(
     Kind.FACT,
     metric="gradient_norm",
-    judges=Number("number of states that no gradient reaches below a cut"),
+    judges="number of states that no gradient reaches below a cut",
     limits=Limits(fail=0.0),
 )
 def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
@@ -200,10 +202,8 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
 @verdict(
     Kind.FRESH,
     metric="composite_gain",
-    judges=Number(
-        "gain of the product of all mixing matrices, forward or backward, or its norm",
-        "max_i |Σ_j P_ij|, max_j |Σ_i P_ij|, ‖P‖₂; p99 over tokens",
-    ),
+    judges="gain of the product of all mixing matrices, forward or backward, or its norm",
+    formula="max_i |Σ_j P_ij|, max_j |Σ_i P_ij|, ‖P‖₂; p99 over tokens",
     limits=Limits(warn=10.0, fail=100.0),
     follows_from=("constant_mixing",),
     drawn_on=("composite_gain", "composite_operator_gain"),
@@ -262,10 +262,8 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
 @verdict(
     Kind.FRESH,
     metric="composite_attenuation",
-    judges=Number(
-        "weakest row or column sum of the product of all mixing matrices; of free matrices over what these may leave",
-        "min_i |Σ_j P_ij|, min_j |Σ_i P_ij|; p1 over tokens",
-    ),
+    judges="weakest row or column sum of the product of all mixing matrices; of free matrices over what these may leave",
+    formula="min_i |Σ_j P_ij|, min_j |Σ_i P_ij|; p1 over tokens",
     limits=Limits(warn=FADED, fail=0.05, above=False),
     follows_from=("sinkhorn_not_converged",),
     drawn_on=("composite_attenuation",),
@@ -313,10 +311,8 @@ def _fade_of_free(connections: int) -> float:
 @verdict(
     Kind.FRESH,
     metric="relative_gradient",
-    judges=Number(
-        "gradient times size of the state, over that at the last block",
-        "√Σ ‖∂L/∂x_l‖² ‖x_l‖², over that of the last l",
-    ),
+    judges="gradient times size of the state, over that at the last block",
+    formula="√Σ ‖∂L/∂x_l‖² ‖x_l‖², over that of the last l",
     limits=Limits(warn=30.0, fail=1000.0),
     follows_from=("gain_explosion",),
 )
@@ -338,10 +334,8 @@ def exploding_gradient(
 @verdict(
     Kind.FRESH,
     metric="gradient_norm",
-    judges=Number(
-        "gradient over that at the last block, alone or times the size of the state, the larger",
-        "max(‖∂L/∂x_l‖, ‖∂L/∂x_l‖ ‖x_l‖), each over that of the last l",
-    ),
+    judges="gradient over that at the last block, alone or times the size of the state, the larger",
+    formula="max(‖∂L/∂x_l‖, ‖∂L/∂x_l‖ ‖x_l‖), each over that of the last l",
     limits=Limits(warn=0.1, fail=1e-3, above=False),
 )
 def vanishing_gradient(

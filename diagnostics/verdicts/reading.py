@@ -10,7 +10,7 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.schema import PROVEN, UNPROVEN
-from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Finding
 from depthscope.diagnostics.verdicts.inputs import EQUAL, FEWEST, distinct
 from depthscope.diagnostics.verdicts.rule import Kind
@@ -19,7 +19,7 @@ from depthscope.diagnostics.verdicts.rule import Kind
 @verdict(
     Kind.READING,
     metric="num_tokens",
-    judges=Number("number of questions that the sample is small for"),
+    judges="number of questions that the sample is small for",
     limits=Limits(info=0.0),
 )
 def small_sample(
@@ -70,7 +70,7 @@ def _without_differences(
 @verdict(
     Kind.READING,
     metric="residual_norm",
-    judges=Number("number of readings that are not proven"),
+    judges="number of readings that are not proven",
     limits=Limits(info=0.0),
 )
 def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
@@ -101,7 +101,7 @@ JUDGED = "verdicts_judged"
 @verdict(
     Kind.FACT,
     metric="num_tokens",
-    judges=Number("number of verdicts that could be judged"),
+    judges="number of verdicts that could be judged",
     limits=Limits(fail=1.0, above=False),
 )
 def nothing_measured(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:

@@ -12,7 +12,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
-from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.inputs import (
     FEW_TOKENS,
     below_input,
@@ -47,11 +47,9 @@ OF_ONE_ANSWER = 5.0
 @verdict(
     Kind.FRESH,
     metric="effective_rank",
-    judges=Number(
-        "share left of the differences between the tokens of a sequence; times 5 where a sequence has one answer",
-        "max(Dong residual, 3 (erank − 1) / (erank of noise − 1)), raw, within a sequence",
-        "0 to about 3",
-    ),
+    judges="share left of the differences between the tokens of a sequence; times 5 where a sequence has one answer",
+    formula="max(Dong residual, 3 (erank − 1) / (erank of noise − 1)), raw, within a sequence",
+    range="0 to about 3",
     limits=Limits(warn=0.15, fail=0.03, above=False),
 )
 def rank_collapse(
@@ -122,10 +120,8 @@ FEW_DIRECTIONS = 3.0
 @verdict(
     Kind.FRESH,
     metric="numerical_rank",
-    judges=Number(
-        "number of directions in use over the most that an earlier state uses",
-        "numerical rank at l / max over earlier",
-    ),
+    judges="number of directions in use over the most that an earlier state uses",
+    formula="numerical rank at l / max over earlier",
     limits=Limits(warn=0.6, above=False),
     follows_from=("rank_collapse", "common_vector"),
 )
@@ -152,9 +148,9 @@ MOST_ALIKE = 0.98
 @verdict(
     Kind.FRESH,
     metric="token_cosine",
-    judges=Number(
-        "mean cosine between any two tokens of the data", "mean over pairs of cos(x_i, x_j), raw", "−1 to 1"
-    ),
+    judges="mean cosine between any two tokens of the data",
+    formula="mean over pairs of cos(x_i, x_j), raw",
+    range="−1 to 1",
     limits=Limits(warn=MOST_ALIKE, fail=0.995, scale="cosine"),
     follows_from=("rank_collapse",),
     drawn_on=("token_cosine",),
@@ -192,11 +188,9 @@ def common_vector(
 @verdict(
     Kind.LOSS,
     metric="angular_distance",
-    judges=Number(
-        "angle by which a layer turns the states, as a share of a half turn",
-        "arccos cos(x_{l−1}, x_l) / π, mean over tokens",
-        "0 to 1",
-    ),
+    judges="angle by which a layer turns the states, as a share of a half turn",
+    formula="arccos cos(x_{l−1}, x_l) / π, mean over tokens",
+    range="0 to 1",
     limits=Limits(info=IDLE, warn=DEAD, above=False),
     follows_from=("gain_explosion", "same_representation", "common_vector"),
 )
@@ -240,9 +234,9 @@ SINKS = 2
 @verdict(
     Kind.FRESH,
     metric="massive_token_fraction",
-    judges=Number(
-        "share of the tokens with a massive activation", "|a| > 100 and |a| > 1000 median |a|", "0 to 1"
-    ),
+    judges="share of the tokens with a massive activation",
+    formula="|a| > 100 and |a| > 1000 median |a|",
+    range="0 to 1",
     limits=Limits(info=0.0, warn=0.05),
 )
 def massive_activations(
@@ -282,11 +276,9 @@ def _massive_locations(attrs: Mapping[str, Any], largest: float) -> str:
 @verdict(
     Kind.FRESH,
     metric="attention_entropy",
-    judges=Number(
-        "largest entropy of attention over the heads of a layer, as a share of uniform attention",
-        "max over heads of H / ln(number of keys)",
-        "0 to 1",
-    ),
+    judges="largest entropy of attention over the heads of a layer, as a share of uniform attention",
+    formula="max over heads of H / ln(number of keys)",
+    range="0 to 1",
     limits=Limits(warn=0.1, above=False),
 )
 def attention_entropy_collapse(attention_entropy: xr.DataArray) -> Iterator[Profile]:

@@ -17,7 +17,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from depthscope.diagnostics.experiments import consequence_words
-from depthscope.diagnostics.verdicts.age import KNOWS, Age, number_or_none, share_of_constant, task_of
+from depthscope.diagnostics.verdicts.age import KNOWS, Age, Task, number_or_none
 from depthscope.diagnostics.verdicts.finding import Severity
 
 CONSEQUENCES = "consequences"
@@ -69,7 +69,7 @@ def grade(
     """
     if beyond <= Severity.INFO or kind in (Kind.FACT, Kind.READING):
         return Grade(beyond)
-    has_loss, is_fresh = share_of_constant(attrs) is not None, age.trained is False
+    has_loss, is_fresh = Task.of(attrs).share_of_constant is not None, age.trained is False
     if is_fresh:
         normal = f" Normal before training: {age.words}."
         return Grade(Severity.INFO, normal) if kind is Kind.LOSS else Grade(beyond)
@@ -104,8 +104,7 @@ def _with_doubts(found: Grade, kind: Kind, age: Age, *, is_sure: bool, has_loss:
 def _is_of_no_use(result: Mapping[str, Any], attrs: Mapping[str, Any]) -> bool:
     """Whether a change that takes away what a finding is about costs nothing."""
     cost, loss = number_or_none(result.get("loss_change")), number_or_none(result.get("loss"))
-    task = task_of(attrs)
-    most = number_or_none(task.get("constant", task.get("guessing")))
+    most = Task.of(attrs).most
     if cost is not None and loss is not None and (most is None or loss < KNOWS * most):
         return cost <= max(LEAST_COST, COSTS * (abs(loss) if most is None else most - loss))
     return (number_or_none(result.get("output_change")) or 0.0) <= SAME_OUTPUT

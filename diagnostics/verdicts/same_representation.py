@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.inputs import has_few_tokens
 from depthscope.diagnostics.verdicts.rule import Kind
 
@@ -60,11 +60,9 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
 @verdict(
     Kind.LOSS,
     metric="cka",
-    judges=Number(
-        "debiased CKA of the two least similar states of the longest range of blocks that hold one representation",
-        "min CKA(x_i, x_j), first ≤ i < j ≤ last",
-        "−1 to 1",
-    ),
+    judges="debiased CKA of the two least similar states of the longest range of blocks that hold one representation",
+    formula="min CKA(x_i, x_j), first ≤ i < j ≤ last",
+    range="−1 to 1",
     limits=Limits(warn=ALIKE, fail=SAME, scale="cosine"),
     follows_from=("gain_explosion", "exploding_state"),
     tried=True,

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
 from depthscope.diagnostics.verdicts.wiring import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies, told
 
@@ -40,11 +40,9 @@ ADDED_UP, FAILING = 1.25, 4.0
 @verdict(
     Kind.FRESH,
     metric="doubly_stochastic_violation",
-    judges=Number(
-        "factor by which a row or column sum of the product of all mixing matrices is off 1",
-        "max(max Σ P, 1 / min Σ P); p99 and p1 over tokens",
-        "1 or more",
-    ),
+    judges="factor by which a row or column sum of the product of all mixing matrices is off 1",
+    formula="max(max Σ P, 1 / min Σ P); p99 and p1 over tokens",
+    range="1 or more",
     limits=Limits(info=1.05, warn=ADDED_UP, fail=FAILING),
 )
 def sinkhorn_not_converged(
@@ -85,7 +83,8 @@ def sinkhorn_not_converged(
 @verdict(
     Kind.FRESH,
     metric="doubly_stochastic_violation",
-    judges=Number("size of the most negative entry of a mixing matrix", "max(0, −min_ij H_ij)"),
+    judges="size of the most negative entry of a mixing matrix",
+    formula="max(0, −min_ij H_ij)",
     limits=Limits(warn=1e-6, fail=0.1),
 )
 def negative_mixing(
@@ -107,10 +106,8 @@ def negative_mixing(
 @verdict(
     Kind.FRESH,
     metric="relative_deflated_gain",
-    judges=Number(
-        "share of the first differences between streams that is left, relative to what they have in common",
-        "σ₁(P on 1⊥) / p; median over tokens",
-    ),
+    judges="share of the first differences between streams that is left, relative to what they have in common",
+    formula="σ₁(P on 1⊥) / p; median over tokens",
     limits=Limits(warn=COLLAPSED, above=False),
     follows_from=("constant_mixing",),
     drawn_on=("relative_deflated_gain",),
@@ -161,11 +158,9 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
 @verdict(
     Kind.LOSS,
     metric="stream_cosine",
-    judges=Number(
-        "mean cosine between streams in the later half, or of the two most alike",
-        "mean or max over pairs of cos(x_i, x_j)",
-        "−1 to 1",
-    ),
+    judges="mean cosine between streams in the later half, or of the two most alike",
+    formula="mean or max over pairs of cos(x_i, x_j)",
+    range="−1 to 1",
     limits=Limits(info=COPIED, warn=EXACT, scale="cosine"),
     follows_from=("stream_collapse", "passing_streams"),
     drawn_on=("stream_cosine", "closest_stream_cosine"),
@@ -209,11 +204,9 @@ def _copies(what: str, apart: float) -> str:
 @verdict(
     Kind.FACT,
     metric="stream_cosine",
-    judges=Number(
-        "largest 1 − cosine of the streams between blocks, where they differ inside",
-        "max (1 − cos(x_i, x_j)) at the ends of blocks",
-        "0 to 2",
-    ),
+    judges="largest 1 − cosine of the streams between blocks, where they differ inside",
+    formula="max (1 − cos(x_i, x_j)) at the ends of blocks",
+    range="0 to 2",
     limits=Limits(warn=0.001, above=False),
 )
 def passing_streams(
@@ -243,11 +236,9 @@ def passing_streams(
 @verdict(
     Kind.FRESH,
     metric="signal_share",
-    judges=Number(
-        "mean share of a stream in the signal that is read, or in what is written, over an equal share",
-        "n · mean_c ‖H_pre,s x_s‖ / Σ_s ‖H_pre,s x_s‖, n · mean_c |H_post,s| / Σ_s |H_post,s|",
-        "0 to n",
-    ),
+    judges="mean share of a stream in the signal that is read, or in what is written, over an equal share",
+    formula="n · mean_c ‖H_pre,s x_s‖ / Σ_s ‖H_pre,s x_s‖, n · mean_c |H_post,s| / Σ_s |H_post,s|",
+    range="0 to n",
     limits=Limits(warn=0.1, above=False),
     follows_from=("constant_mixing",),
 )

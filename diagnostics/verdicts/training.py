@@ -18,12 +18,10 @@ from depthscope.diagnostics.verdicts.age import (
     NOTHING_LEARNED,
     ONE_SIDED,
     REPAIR,
+    Task,
     number_or_none,
-    share_of_constant,
-    share_of_guessing,
-    task_of,
 )
-from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
 from depthscope.diagnostics.verdicts.wiring import is_text
 
@@ -35,9 +33,8 @@ from depthscope.diagnostics.verdicts.wiring import is_text
 @verdict(
     Kind.FACT,
     metric="loss",
-    judges=Number(
-        "rise of the loss above its lowest value, relative to the start", "(loss now − lowest) / first"
-    ),
+    judges="rise of the loss above its lowest value, relative to the start",
+    formula="(loss now − lowest) / first",
     limits=Limits(warn=0.25, fail=0.75),
 )
 def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profile]:
@@ -61,9 +58,8 @@ NO_START = 2.0
 @verdict(
     Kind.LOSS,
     metric="loss",
-    judges=Number(
-        "loss, less the noise of the sample, over that of a constant answer", "(loss − 1.645 se) / H(classes)"
-    ),
+    judges="loss, less the noise of the sample, over that of a constant answer",
+    formula="(loss − 1.645 se) / H(classes)",
     limits=Limits(warn=NOTHING_LEARNED, fail=1.05),
     follows_from=("diverged_loss",),
 )
@@ -77,24 +73,26 @@ def worse_than_constant(
     See whether every weight is in its place, the labels belong to the inputs, and the learning rate is right, and read the
     other findings. On data of another kind than it was trained on this says only that they are new to it.
     """
-    share, task = share_of_constant(attrs), task_of(attrs)
-    if share is None or attrs.get("untouched"):  # of which `untrained_weights` says so
+    task = Task.of(attrs)
+    share = task.share_of_constant
+    if share is None or task.constant is None or attrs.get("untouched"):  # `untrained_weights` says so
         return
-    error = (number_or_none(task.get("uncertainty")) or 0.0) / float(task["constant"])
+    error = (task.uncertainty or 0.0) / task.constant
     words = "the loss, relative to that of always answering with how often each class comes (less the noise of the sample), is"
-    is_sure = min(share, share_of_guessing(attrs) or share) > NO_START
-    may_be_new = not is_sure and _may_be_new(attrs) and not _is_old(step, first_weight_distance)
+    is_sure = min(share, task.share_of_guessing or share) > NO_START
+    may_be_new = not is_sure and _may_be_new(task) and not _is_old(step, first_weight_distance)
     yield Profile(xr.DataArray(share - ONE_SIDED * error), words, is_sure=is_sure, note_only=may_be_new)
 
 
-def _may_be_new(attrs: Mapping[str, Any]) -> bool:
+def _may_be_new(task: Task) -> bool:
     """Whether a network knows nothing and claims to know hardly anything, as it does where it was just drawn.
 
     One that lost what it knew mostly claims to know it still.
     """
-    expected, constant = (number_or_none(task_of(attrs).get(name)) for name in ("expected", "constant"))
-    claims = expected is None or constant is None or constant - expected > LEAST_CLAIM * constant
-    return not claims and (share_of_constant(attrs) or 0.0) > NOTHING_LEARNED
+    if task.expected is None or task.constant is None:
+        return False
+    claims = task.constant - task.expected > LEAST_CLAIM * task.constant
+    return not claims and (task.share_of_constant or 0.0) > NOTHING_LEARNED
 
 
 def _is_old(step: xr.DataArray | None, first_weight_distance: xr.DataArray | None) -> bool:
@@ -108,11 +106,9 @@ def _is_old(step: xr.DataArray | None, first_weight_distance: xr.DataArray | Non
 @verdict(
     Kind.LOSS,
     metric="loss",
-    judges=Number(
-        "part of what the predictions claim to know that is wrong",
-        "(loss − 1.645 se − expected) / max(constant − expected, constant / 5)",
-        "0 and below where they are right",
-    ),
+    judges="part of what the predictions claim to know that is wrong",
+    formula="(loss − 1.645 se − expected) / max(constant − expected, constant / 5)",
+    range="0 and below where they are right",
     limits=Limits(warn=0.15, fail=0.5),
     follows_from=("worse_than_constant",),
 )
@@ -126,18 +122,18 @@ def surer_than_right(
     Training makes them as sure as they are right. See whether inputs come as in training (scale, order, padding, ids), labels
     belong to them, and every weight is in its place; on new data it may be that the network has learned the old by heart.
     """
-    task = task_of(attrs)
-    known = [number_or_none(task.get(name)) for name in ("loss", "expected", "constant", "expected_error")]
-    if None in known or attrs.get("untouched"):
+    task = Task.of(attrs)
+    if task.loss is None or task.expected is None or task.constant is None or task.expected_error is None:
         return
-    loss, expected, constant, _ = (float(value or 0.0) for value in known)
+    if attrs.get("untouched"):
+        return
     sentence = (
-        f"The loss, {number(loss)}, is above what the predictions themselves expect, {number(expected)}: they claim to know "
-        f"{number(constant - expected)} more than a constant answer ({DEFAULT})."
+        f"The loss, {number(task.loss)}, is above what the predictions themselves expect, {number(task.expected)}: they claim "
+        f"to know {number(task.constant - task.expected)} more than a constant answer ({DEFAULT})."
     )
     wrong = wrong_part(attrs)
     words = "of what the predictions claim to know, the part that is wrong is"
-    may_be_new = _may_be_new(attrs) and not _is_old(step, first_weight_distance)
+    may_be_new = _may_be_new(task) and not _is_old(step, first_weight_distance)
     yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", note_only=may_be_new)
 
 
@@ -153,46 +149,43 @@ SUSPECT = 0.1
 
 def to_lose(attrs: Mapping[str, Any]) -> float | None:
     """What the loss is below that of a constant answer, in nats; None where either is not known."""
-    task = task_of(attrs)
-    loss, most = number_or_none(task.get("loss")), number_or_none(task.get("constant", task.get("guessing")))
-    return None if loss is None or not most else max(most - loss, LEAST_REACH * most)
+    task = Task.of(attrs)
+    if task.loss is None or not task.most:
+        return None
+    return max(task.most - task.loss, LEAST_REACH * task.most)
 
 
-def beyond_expected(attrs: Mapping[str, Any]) -> float:
+def _beyond_expected(task: Task) -> float:
     """What a network loses above what its predictions expect, or (negative) below, beyond the noise of the sample."""
-    names = ("loss", "expected", "expected_error")
-    known = [number_or_none(task_of(attrs).get(name)) for name in names]
-    if None in known:
+    if task.loss is None or task.expected is None or task.expected_error is None:
         return 0.0
-    loss, expected, error = (float(value or 0.0) for value in known)
-    return math.copysign(max(abs(loss - expected) - ONE_SIDED * error, 0.0), loss - expected)
+    apart = task.loss - task.expected
+    return math.copysign(max(abs(apart) - ONE_SIDED * task.expected_error, 0.0), apart)
 
 
 def is_unsure(attrs: Mapping[str, Any]) -> bool:
     """Whether predictions do not claim what the network knows."""
-    constant, loss = (number_or_none(task_of(attrs).get(name)) for name in ("constant", "loss"))
-    if constant is None or loss is None or task_of(attrs).get("expected") is None:
+    task = Task.of(attrs)
+    if task.constant is None or task.loss is None or task.expected is None:
         return False
-    return beyond_expected(attrs) < -UNSURE * (constant - loss)
+    return _beyond_expected(task) < -UNSURE * (task.constant - task.loss)
 
 
 def wrong_part(attrs: Mapping[str, Any]) -> float:
     """What part of what the predictions claim to know is wrong, beyond the noise of the sample; 0 where that is not known."""
-    expected, constant = (number_or_none(task_of(attrs).get(name)) for name in ("expected", "constant"))
-    if expected is None or not constant:
+    task = Task.of(attrs)
+    if task.expected is None or not task.constant:
         return 0.0
-    return beyond_expected(attrs) / max(constant - expected, LEAST_CLAIM * constant)
+    return _beyond_expected(task) / max(task.constant - task.expected, LEAST_CLAIM * task.constant)
 
 
 # Beyond the interval, trained networks of more than 100 kinds regain 0.05 at most.
 @verdict(
     Kind.LOSS,
     metric="loss",
-    judges=Number(
-        "share of what the loss can be below that of a constant answer that a repair regains",
-        "gained / (constant − loss + gained)",
-        "0 to 1",
-    ),
+    judges="share of what the loss can be below that of a constant answer that a repair regains",
+    formula="gained / (constant − loss + gained)",
+    range="0 to 1",
     limits=Limits(warn=0.08, fail=0.5),
 )
 def off_minimum(
@@ -208,18 +201,14 @@ def off_minimum(
     """
     result = attrs.get(REPAIR)
     result = result if isinstance(result, Mapping) else {}
-    reach, loss, best = (
-        to_lose(attrs),
-        number_or_none(result.get("loss")),
-        number_or_none(result.get("repaired")),
-    )
-    constant = number_or_none(task_of(attrs).get("constant")) or float("inf")
+    names = ("loss", "repaired", "half_width", "repaired_half_width")
+    loss, best, half_width, of_best = (number_or_none(result.get(name)) for name in names)
+    half_width, of_best, reach = half_width or 0.0, of_best or 0.0, to_lose(attrs)
     repair, cause = result.get("repair"), result.get("cause")
-    half_width = number_or_none(result.get("half_width")) or 0.0
     if reach is None or loss is None or best is None or not (is_text(repair) and is_text(cause)):
         return
     # What still has to learn can do so by its scales too: either use must surely know something.
-    if min(loss, best + (number_or_none(result.get("repaired_half_width")) or 0.0)) > KNOWS * constant:
+    if min(loss, best + of_best) > KNOWS * (Task.of(attrs).constant or math.inf):
         return
     gained = max(loss - best - half_width, 0.0)
     share = gained / (reach + gained)
@@ -242,7 +231,7 @@ def off_minimum(
 @verdict(
     Kind.FACT,
     metric="loss",
-    judges=Number("number of blocks, or of checkpoints, that look untrained"),
+    judges="number of blocks, or of checkpoints, that look untrained",
     limits=Limits(warn=0.0),
 )
 def untrained_weights(
@@ -253,9 +242,10 @@ def untrained_weights(
     Of a checkpoint: see which names of the file were not found in the model, or mapped to the wrong blocks, and load it with
     strict=True. Blocks that were just added or copied begin so.
     """
-    share, task = share_of_guessing(attrs), task_of(attrs)
-    if share is not None:  # of a few sequences a loss is low by chance
-        share += ONE_SIDED * (number_or_none(task.get("uncertainty")) or 0.0) / float(task["guessing"])
+    task = Task.of(attrs)
+    share = task.share_of_guessing
+    if share is not None and task.guessing:  # of a few sequences a loss is low by chance
+        share += ONE_SIDED * (task.uncertainty or 0.0) / task.guessing
     untouched, equal = attrs.get("untouched_blocks") or [], attrs.get("equal_blocks") or []
     kinds = []
     if residual_norm is not None and "layer" in residual_norm.coords:
@@ -298,7 +288,8 @@ CHANGE = "the change of the weights in one step, relative to the weights, is"
 @verdict(
     Kind.FRESH,
     metric="update_ratio",
-    judges=Number("change of a module's weights in one step over the weights", "‖ΔW‖ / ‖W‖"),
+    judges="change of a module's weights in one step over the weights",
+    formula="‖ΔW‖ / ‖W‖",
     limits=Limits(warn=0.1, fail=0.5),
     drawn_on=("update_ratio",),
 )
@@ -323,7 +314,8 @@ LOST = 1e-7
 @verdict(
     Kind.FACT,
     metric="update_ratio",
-    judges=Number("change of a module's weights in one step over the weights", "‖ΔW‖ / ‖W‖"),
+    judges="change of a module's weights in one step over the weights",
+    formula="‖ΔW‖ / ‖W‖",
     limits=Limits(warn=LOST, above=False),
     drawn_on=("update_ratio",),
 )
@@ -337,7 +329,7 @@ def lost_update(
     """
     if update_ratio.notnull().any():
         yield Profile(update_ratio, CHANGE, metric="update_ratio")
-        share, step = share_of_constant(attrs), float(update_ratio.coords.get("step", 0.0))
+        share, step = Task.of(attrs).share_of_constant, float(update_ratio.coords.get("step", 0.0))
         middle = float(update_ratio.median())
         if share is not None and share >= NOTHING_LEARNED and step >= PAST_WARM_UP and middle < SLOW:
             sentence = (
@@ -362,7 +354,7 @@ SMALL_SHARE = 1e-3
 @verdict(
     Kind.FACT,
     metric="weight_gradient_norm",
-    judges=Number("number of modules that are frozen, or get no gradient, while others are trained"),
+    judges="number of modules that are frozen, or get no gradient, while others are trained",
     limits=Limits(warn=0.0),
     follows_from=("cut_gradient",),
 )

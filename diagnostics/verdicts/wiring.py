@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Number, Profile, Verdict
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, Verdict
 from depthscope.diagnostics.verdicts.rule import Kind
 
 # --- what the matrices claim to be: the constraints that they satisfy, or are meant to ---
@@ -58,10 +58,21 @@ def told(attrs: Mapping[str, Any], kind: str, source: str = DEFAULT) -> Iterator
             )
 
 
-def remark(name: str, title: str, advice: str, *, metric: str, judges: Number, limits: Limits) -> Verdict:
+def remark(
+    name: str, title: str, advice: str, *, metric: str, judges: str, limits: Limits, **more: Any
+) -> Verdict:
     """The verdict on one kind of remark."""
     return Verdict(
-        name, title, advice, Kind.FACT, metric, judges, limits, ("attrs",), lambda attrs: told(attrs, name)
+        name,
+        title,
+        advice,
+        Kind.FACT,
+        metric,
+        judges,
+        limits,
+        ("attrs",),
+        lambda attrs: told(attrs, name),
+        **more,
     )
 
 
@@ -71,7 +82,8 @@ discarded_mixing = remark(
     "Nothing that the network returns depends on it, and its parameters get no gradient: multiply the "
     "streams by it, or take it out.",
     metric="identity_distance",
-    judges=Number("distance of the computed matrix from the one that is applied", "‖H − H applied‖"),
+    judges="distance of the computed matrix from the one that is applied",
+    formula="‖H − H applied‖",
     limits=Limits(warn=ROUNDING),
 )
 transposed_mixing = remark(
@@ -81,7 +93,8 @@ transposed_mixing = remark(
     "Between two doubly stochastic designs that are trained from scratch it makes little difference; with "
     "weights of the other one it does.",
     metric="doubly_stochastic_violation",
-    judges=Number("error of the sums over the sources, which should be exact", "max_i |Σ_j H_ij − 1|"),
+    judges="error of the sums over the sources, which should be exact",
+    formula="max_i |Σ_j H_ij − 1|",
     limits=Limits(warn=ROUNDING),
 )
 # Every connection multiplies the sum of the streams by n, which is at least 2: no other value comes here.
@@ -91,7 +104,9 @@ constant_mixing = remark(
     "Look at the axes of Sinkhorn's sums: along an axis of size one every number is divided by itself. "
     "The streams are equal from the first connection on, and grow by their number at each.",
     metric="mixing_gain",
-    judges=Number("factor by which each connection multiplies the sum of the streams", "n", "1 or more"),
+    judges="factor by which each connection multiplies the sum of the streams",
+    formula="n",
+    range="1 or more",
     limits=Limits(fail=1.0),
 )
 # The largest gradient of a logit against that of a write weight, for a random combination of the outputs: a few
@@ -102,10 +117,8 @@ unlearnable_mixing = remark(
     "Where the graph is cut, take the detach away. Where all streams are alike, break the symmetry: a "
     "bias on the diagonal of the logits, and reads or writes that differ from stream to stream.",
     metric="mixing_gain",
-    judges=Number(
-        "largest gradient of a logit of the mixing over that of a write weight",
-        "‖∂L/∂H̃‖ / ‖∂L/∂H_post‖",
-    ),
+    judges="largest gradient of a logit of the mixing over that of a write weight",
+    formula="‖∂L/∂H̃‖ / ‖∂L/∂H_post‖",
     limits=Limits(warn=1e-6, above=False),
 )
 swapped_weights = remark(
@@ -114,7 +127,7 @@ swapped_weights = remark(
     "The branch reads with what the documented design writes with: check their order where they are "
     "split, returned and applied.",
     metric="read_share",
-    judges=Number("weight with which the branch reads where the design writes with it"),
+    judges="weight with which the branch reads where the design writes with it",
     limits=Limits(info=1.0),
 )
 foreign_coefficients = remark(
@@ -123,10 +136,7 @@ foreign_coefficients = remark(
     "In hyper-connections they are a function of the token's own streams at this connection: look for a "
     "stale variable, a shift or a norm over other tokens.",
     metric="mixing_gain",
-    judges=Number(
-        "change of the coefficients with what they should not depend on, relative to themselves",
-        range="0 or more",
-    ),
+    judges="change of the coefficients with what they should not depend on, relative to themselves",
     limits=Limits(warn=1e-3),
 )
 stale_statistics = remark(
@@ -136,9 +146,7 @@ stale_statistics = remark(
     "training mode, whether its buffers are saved and loaded, whether momentum is 0, and whether inputs "
     "are scaled as in training.",
     metric="channel_variance",
-    judges=Number(
-        "number of batch norms whose running statistics are not those of the data", range="0 or more"
-    ),
+    judges="number of batch norms whose running statistics are not those of the data",
     limits=Limits(fail=0.0),
 )
 looks_ahead = remark(
@@ -147,8 +155,7 @@ looks_ahead = remark(
     "Check the causal mask on the path that runs: a fast path may mask where a slow one (dropout, a bias, "
     "a cache) does not.",
     metric="gradient_norm",
-    judges=Number(
-        "share of an output's gradient, or of its change, that comes from later tokens", range="0 to 1"
-    ),
+    judges="share of an output's gradient, or of its change, that comes from later tokens",
+    range="0 to 1",
     limits=Limits(fail=1e-3),
 )

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from functools import partial
+from typing import TypeAlias
 
 import torch
 
-from depthscope.diagnostics.experiments import ExperimentKind, kind_named
-from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
+from depthscope.diagnostics.experiments import kind_named
+from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest, Seen
 from depthscope.probes.model.errors import InterventionError
 from depthscope.probes.structure.chain import Connection
 
@@ -67,10 +68,11 @@ def plan(
     InputError
         For an unknown kind.
     """
-    return Plan(kind_named(kind).name, *map(_numbers, (blocks, connections, depths, streams)))
+    return Plan(kind_named(kind).name, *map(numbers_of, (blocks, connections, depths, streams)))
 
 
-def _numbers(given: Numbers) -> tuple[int, ...] | None:
+def numbers_of(given: Numbers) -> tuple[int, ...] | None:
+    """Numbers of places, as a tuple; None for all of them."""
     if given is None:
         return None
     return (given,) if isinstance(given, int) else tuple(int(number) for number in given)
@@ -82,54 +84,17 @@ class Change:
 
     ``name``: such as ``"skip block 3"``.
     ``kind``: its kind.
-    ``edits``: ``edits(model)`` returns the edits by depth; it may run the model to learn them.
+    ``edits``: by depth.
     ``block, depth, connection, stream``: where; −1 where it is none alone.
     """
 
     name: str
     kind: str
-    edits: Callable[[ModelUnderTest], Edits]
+    edits: Edits
     block: int = -1
     depth: int = -1
     connection: int = -1
     stream: int = -1
-
-
-def selected(depth: int, connections: Iterable[int], block: int, wanted: Plan) -> bool:
-    """Whether a place is among those that a plan asks for."""
-    given = [
-        (wanted.depths, {depth}),
-        (wanted.connections, set(connections)),
-        (wanted.blocks, {block}),
-    ]
-    asked = [set(numbers) & here for numbers, here in given if numbers is not None]
-    return not asked or all(asked)
-
-
-# --- what edits have in common
-
-
-def bypassing(kind: str, start: int, stop: int, model: ModelUnderTest) -> Callable[[ModelUnderTest], Edits]:
-    """The edits that put the state at one depth in the place of that at a later one.
-
-    Raises InterventionError: For a model whose blocks read more than the state before them.
-    """
-    if model.chain.over_depth or model.chain.history:
-        raise InterventionError(
-            f"{kind}: blocks of this model read sums over all earlier depths ({model.structure.family}), so that the "
-            "state before a block is not what the later ones would read without it; patch or drop states at a depth instead"
-        )
-    return lambda model: {stop: lambda state, seen: fitting(seen[start], state, start, stop).clone()}
-
-
-def fitting(value: torch.Tensor, state: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """The value, where it has the shape of the state whose place it takes."""
-    if value.shape != state.shape:
-        raise InterventionError(
-            f"the block from depth {start} to {stop} turns a state of shape {tuple(value.shape)} into one of "
-            f"{tuple(state.shape)} (sequence, token, stream, feature); a block that changes the shape cannot be skipped"
-        )
-    return value
 
 
 def changes(wanted: Plan, model: ModelUnderTest) -> list[Change]:
@@ -143,70 +108,108 @@ def changes(wanted: Plan, model: ModelUnderTest) -> list[Change]:
             f"{kind.name} needs several residual streams with connections; this chain has {model.num_streams}"
             + (" and is not the first one" if model.number else "")
         )
-    made = {"block": _of_blocks, "connection": _of_connections, "depth": _of_depths}[kind.unit](
-        kind, wanted, model
-    )
-    found = list(made)
+    made = {
+        "skip": _skipped,
+        "identity": _remixed,
+        "uniform": _remixed,
+        "drop_stream": _dropped,
+        "bypass": _bypassed,
+    }
+    found = list(made[kind.name](kind.name, wanted, model))
     if not found:
         raise InterventionError(
-            f"{kind.name}: none of the {kind.unit}s that were asked for exists; {_places(kind, model)}"
+            f"{kind.name}: none of the {kind.unit}s that were asked for exists; the model has blocks {min(model.layers)} … "
+            f"{max(model.layers)}, depths 0 (embedding) … {len(model.chain.points) - 1}, {len(model.chain.connections)} "
+            f"connections and {model.num_streams} stream{'s' * (model.num_streams != 1)}"
         )
     return found
 
 
-def _places(kind: ExperimentKind, model: ModelUnderTest) -> str:
-    last = len(model.chain.points) - 1
-    return (
-        f"the model has blocks {min(model.layers)} … {max(model.layers)}, depths 0 (embedding) … {last}, "
-        f"{len(model.chain.connections)} connections and {model.num_streams} stream{'s' * (model.num_streams != 1)}"
-    )
+def _is_selected(wanted: Plan, depth: int, connections: Iterable[int], block: int) -> bool:
+    """Whether a place is among those that a plan asks for."""
+    given = ((wanted.depths, {depth}), (wanted.connections, {*connections}), (wanted.blocks, {block}))
+    return all(here & {*numbers} for numbers, here in given if numbers is not None)
 
 
-# --- blocks
+def _depths(wanted: Plan, model: ModelUnderTest) -> list[int]:
+    """The depths that a plan asks for."""
+    links = list(enumerate(model.chain.connections))
+    return [
+        depth
+        for depth, point in enumerate(model.chain.points)
+        if _is_selected(wanted, depth, [n for n, link in links if link.depth_out == depth], point.layer)
+    ]
 
 
-def _of_blocks(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+# --- blocks, and steps from depth to depth
+
+
+def _skipped(kind: str, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
     for block, (start, stop) in model.layers.items():
         # A depth inside of a block means the block too.
         depths = [depth for depth in (wanted.depths or ()) if start < depth <= stop]
         at = replace(wanted, depths=None) if depths else wanted
         inside = [n for n, link in enumerate(model.chain.connections) if start <= link.depth_in < stop]
-        if selected(stop, inside, block, at):
-            edits = bypassing(kind.name, start, stop, model)
-            yield Change(f"skip block {block}", "skip", edits, block=block, depth=stop)
+        if _is_selected(at, stop, inside, block):
+            edits = _state_before(kind, start, stop, model)
+            yield Change(f"skip block {block}", kind, edits, block=block, depth=stop)
+
+
+def _bypassed(kind: str, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+    """The steps to the named depths at once, or one at a time where none is named."""
+    depths = [depth for depth in _depths(wanted, model) if depth]
+    spans = [(depths[0], depths[-1])] if wanted.depths and depths else [(depth, depth) for depth in depths]
+    for first, last in spans:
+        steps = f"steps to depths {first} … {last}" if last > first else f"step to depth {last}"
+        edits = _state_before(kind, first - 1, last, model)
+        yield Change(f"without the {steps}", kind, edits, depth=last)
+
+
+def _state_before(kind: str, start: int, stop: int, model: ModelUnderTest) -> Edits:
+    """The edit that puts the state at one depth in the place of that at a later one.
+
+    Raises InterventionError: For a model whose blocks read more than the state before them.
+    """
+    if model.chain.over_depth or model.chain.history:
+        raise InterventionError(
+            f"{kind}: blocks of this model read sums over all earlier depths ({model.structure.family}), so that the "
+            "state before a block is not what the later ones would read without it; patch or drop states at a depth instead"
+        )
+
+    def edit(state: torch.Tensor, seen: Seen) -> torch.Tensor:
+        before = seen[start]
+        if before.shape != state.shape:
+            raise InterventionError(
+                f"the block from depth {start} to {stop} turns a state of shape {tuple(before.shape)} into one of "
+                f"{tuple(state.shape)} (sequence, token, stream, feature); a block that changes the shape cannot be skipped"
+            )
+        return before.clone()
+
+    return {stop: edit}
 
 
 # --- connections
 
 
-def _of_connections(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+def _remixed(kind: str, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
     mixing = model.base.mixing
     if not mixing:
         raise InterventionError(
-            f"{kind.name}: no connection of this model ({model.structure.family}) has a mixing matrix H_res to replace; "
+            f"{kind}: no connection of this model ({model.structure.family}) has a mixing matrix H_res to replace; "
             "each stream keeps its own state"
         )
-    for number in mixing:
+    for number, known in mixing.items():
         link = model.chain.connections[number]
-        if selected(link.depth_out, [number], link.layer, wanted):
-            yield _remixed(kind.name, number, model)
-
-
-def _remixed(rule: str, number: int, model: ModelUnderTest) -> Change:
-    link = model.chain.connections[number]
-
-    def edits(model: ModelUnderTest) -> Edits:
-        known = model.base.mixing[number]
-        return remixed(MATRICES[rule](known) - known, link)
-
-    name = f"H_res of connection {number} ({link.branch}, block {link.layer}): {rule}"
-    return Change(name, rule, edits, block=link.layer, depth=link.depth_out, connection=number)
+        if _is_selected(wanted, link.depth_out, [number], link.layer):
+            name = f"H_res of connection {number} ({link.branch}, block {link.layer}): {kind}"
+            edits = remixed(MATRICES[kind](known) - known, link)
+            yield Change(name, kind, edits, block=link.layer, depth=link.depth_out, connection=number)
 
 
 def remixed(difference: torch.Tensor, link: Connection) -> Edits:
     """The edit that adds a difference to the matrix of a connection, whose branch writes what it wrote."""
 
-    def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
+    def edit(state: torch.Tensor, seen: Seen) -> torch.Tensor:
         before = seen[link.depth_in]
         # In float64: the difference may be small against the state.
         moved = difference.to(before.device) @ before.double()
@@ -215,57 +218,24 @@ def remixed(difference: torch.Tensor, link: Connection) -> Edits:
     return {link.depth_out: edit}
 
 
-# --- states
+# --- streams
 
 
-def _of_depths(kind: ExperimentKind, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
-    """The experiments of a plan on states."""
-    depths = [depth for depth in range(len(model.chain.points)) if _depth_selected(depth, wanted, model)]
-    if kind.name == "drop_stream":
-        return (_dropped(depth, stream, model) for depth in depths for stream in _streams(wanted, model))
-    return _bypassed([depth for depth in depths if depth], wanted, model)
+def _dropped(kind: str, wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
+    streams = range(model.num_streams) if wanted.streams is None else wanted.streams
+    if outside := [stream for stream in streams if not 0 <= stream < model.num_streams]:
+        raise InterventionError(f"no stream {outside[0]}; the model has streams 0 … {model.num_streams - 1}")
+    for depth in _depths(wanted, model):
+        for stream in streams:
+            edits: Edits = {depth: partial(_without_stream, stream)}
+            name, block = f"drop stream {stream} at depth {depth}", model.chain.points[depth].layer
+            yield Change(name, kind, edits, block=block, depth=depth, stream=stream)
 
 
-def _bypassed(depths: list[int], wanted: Plan, model: ModelUnderTest) -> Iterator[Change]:
-    """The steps to the named depths at once, or one at a time where none is named."""
-    spans = [(depths[0], depths[-1])] if wanted.depths and depths else [(depth, depth) for depth in depths]
-    for first, last in spans:
-        steps = f"steps to depths {first} … {last}" if last > first else f"step to depth {last}"
-        yield Change(
-            f"without the {steps}", "bypass", bypassing("bypass", first - 1, last, model), depth=last
-        )
-
-
-def _depth_selected(depth: int, wanted: Plan, model: ModelUnderTest) -> bool:
-    point = model.chain.points[depth]
-    ends = [number for number, link in enumerate(model.chain.connections) if link.depth_out == depth]
-    return selected(depth, ends, point.layer, wanted)
-
-
-def _streams(wanted: Plan, model: ModelUnderTest) -> Iterator[int]:
-    for stream in range(model.num_streams) if wanted.streams is None else wanted.streams:
-        if not 0 <= stream < model.num_streams:
-            raise InterventionError(f"no stream {stream}; the model has streams 0 … {model.num_streams - 1}")
-        yield stream
-
-
-def _dropped(depth: int, stream: int, model: ModelUnderTest) -> Change:
-    def edits(model: ModelUnderTest) -> Edits:
-        def edit(state: torch.Tensor, seen: Any) -> torch.Tensor:
-            changed = state.clone()
-            changed[:, :, stream] = 0
-            return changed
-
-        return {depth: edit}
-
-    return Change(
-        f"drop stream {stream} at depth {depth}",
-        "drop_stream",
-        edits,
-        block=model.chain.points[depth].layer,
-        depth=depth,
-        stream=stream,
-    )
+def _without_stream(stream: int, state: torch.Tensor, seen: Seen) -> torch.Tensor:
+    changed = state.clone()
+    changed[:, :, stream] = 0
+    return changed
 
 
 MATRICES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

@@ -138,7 +138,7 @@ def _run_batch(model: nn.Module, batch: Any, plans: Iterable[Plan], settings: _S
             continue
         for change in wanted:
             try:
-                passed = under_test.forward(change.edits(under_test))
+                passed = under_test.forward(change.edits)
             except InterventionError as error:
                 left_out[change.name] = str(error)
                 continue
@@ -200,18 +200,17 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
     names = [effect.change.name for effect in rows[0].effects]
     shared = [each for each in names if all(each in {e.change.name for e in row.effects} for row in rows)]
     by_name = [{effect.change.name: effect for effect in row.effects} for row in rows]
-    base_loss = _padded([row.base_loss for row in rows])
-    token = {
-        "token_loss": np.stack([_padded([found[each].loss for found in by_name]) for each in shared]),
-        "token_kl": np.stack([_padded([found[each].kl for found in by_name]) for each in shared]),
-        "token_output_change": np.stack(
-            [_padded([found[each].output_change for found in by_name]) for each in shared]
-        ),
+    parts = {
+        "base_loss": [[row.base_loss for row in rows]],
+        "token_loss": [[found[each].loss for found in by_name] for each in shared],
+        "token_kl": [[found[each].kl for found in by_name] for each in shared],
+        "token_output_change": [[found[each].output_change for found in by_name] for each in shared],
     }
-    tokens = max(base_loss.shape[1], *(values.shape[2] for values in token.values()))
-    samples = max(base_loss.shape[0], *(values.shape[1] for values in token.values()))
-    base_loss = _widened(base_loss, (samples, tokens))
-    token = {key: _widened(values, (len(shared), samples, tokens)) for key, values in token.items()}
+    batches_of = [each for of in parts.values() for each in of]
+    samples = max(sum(map(len, of)) for of in batches_of)
+    tokens = max(part.shape[1] for of in batches_of for part in of)
+    token = {name: np.stack([_joined(each, (samples, tokens)) for each in of]) for name, of in parts.items()}
+    base_loss = token.pop("base_loss")[0]
     variables: dict[str, Any] = {"base_loss": (("sample", "token"), base_loss)}
     variables |= {key: (("experiment", "sample", "token"), values) for key, values in token.items()}
     differences = {
@@ -242,14 +241,14 @@ def _dataset(rows: list[_BatchRows], name: str, token_text: Any) -> xr.Dataset:
     return declared(xr.Dataset(variables, coords, attrs), EFFECTS)
 
 
-def _padded(batches_of: list[torch.Tensor]) -> np.ndarray:
-    tokens = max(values.shape[1] for values in batches_of)
-    return np.concatenate([_widened(v.double().numpy(), (v.shape[0], tokens)) for v in batches_of])
-
-
-def _widened(values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    missing = [(0, size - now) for size, now in zip(shape, values.shape, strict=True)]
-    return np.pad(values, missing, constant_values=np.nan)
+def _joined(parts: list[torch.Tensor], shape: tuple[int, int]) -> np.ndarray:
+    """The sequences of several batches; NaN where there is no token."""
+    found = np.full(shape, np.nan)
+    first = 0
+    for part in parts:
+        found[first : first + len(part), : part.shape[1]] = part.double().numpy()
+        first += len(part)
+    return found
 
 
 def texts_of(given: Any, shape: tuple[int, int]) -> np.ndarray:

@@ -206,12 +206,7 @@ class ModelUnderTest:
 
     # --- running it
 
-    def forward(
-        self,
-        edits: Mapping[int, Edit],
-        *,
-        checked: bool = True,
-    ) -> Passed:
+    def forward(self, edits: Mapping[int, Edit], *, checked: bool = True) -> Passed:
         """Run the model with the states at some depths changed; everything after a state follows from the changed one.
 
         ``edits``: by depth. An edit that returns the very tensor it was given changes nothing.

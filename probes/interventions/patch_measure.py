@@ -40,13 +40,7 @@ class Measure:
     """
 
     def __init__(
-        self,
-        clean: ModelUnderTest,
-        *,
-        answer: Answers,
-        against: Answers,
-        pick: Pick | None,
-        first: int,
+        self, clean: ModelUnderTest, *, answer: Answers, against: Answers, pick: Pick | None, first: int
     ) -> None:
         if against is not None and answer is None:
             raise InputError("got against= without answer=; expected the right token too")

@@ -15,6 +15,7 @@ import xarray as xr
 from torch import nn
 
 from depthscope.diagnostics.errors import InputError, did_you_mean
+from depthscope.probes.interventions.changes import numbers_of
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 from depthscope.probes.interventions.patch_measure import Answers, Cell, Measure, Outcome, patch_result
 from depthscope.probes.interventions.predictions import Pick
@@ -125,15 +126,13 @@ class _Wanted:
 
 
 def _numbers(given: Which) -> tuple[int, ...] | None:
-    if given is None:
-        return None
     if isinstance(given, str):
         if given != "all":
             raise InputError(
                 f"got {given!r}, expected numbers, or 'all' for all at once; {did_you_mean(given, ['all'])}"
             )
         return ()
-    return (given,) if isinstance(given, int) else tuple(int(number) for number in given)
+    return numbers_of(given)
 
 
 def _paired(clean: Any, corrupted: Any) -> Iterator[tuple[Any, Any]]:
@@ -224,9 +223,7 @@ def _run_pair(
     outcome: Outcome,
     progress: Callable[[str, int, int], None],
 ) -> None:
-    base = {
-        name: measure.of(each.base) for name, each in (("clean", pair.clean), ("corrupted", pair.corrupted))
-    }
+    clean, corrupted = (measure.of(each.base) for each in (pair.clean, pair.corrupted))
     values: dict[Cell, torch.Tensor] = {}
     depths = pair.depths(wanted.depths)
     for number, depth in enumerate(depths):
@@ -234,12 +231,12 @@ def _run_pair(
         outcome.layers[depth] = pair.corrupted.chain.points[depth].layer
         try:
             # One by one: what was measured before an error stays.
-            values.update(_patched_at(depth, wanted, pair, measure, base["corrupted"]))
+            values.update(_patched_at(depth, wanted, pair, measure, corrupted))
         except InterventionError as error:
             outcome.left_out[f"depth {depth}"] = str(error)
     if not values:
         raise InterventionError(next(iter(outcome.left_out.values()), "no depth was asked for"))
-    outcome.add(base["clean"], base["corrupted"], values, measure, pair.corrupted)
+    outcome.add(clean, corrupted, values, measure, pair.corrupted)
 
 
 def _patched_at(

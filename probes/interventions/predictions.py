@@ -189,17 +189,23 @@ def _looks_ahead(
     return ""
 
 
-def _with(value: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
-    """A batch with the ids exchanged, wherever the same ids are in it."""
+def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A batch with every tensor of it changed."""
     if isinstance(value, torch.Tensor):
-        return (
-            new
-            if value.shape == old.shape and value.dtype == old.dtype and torch.equal(value, old)
-            else value
-        )
+        return change(value)
     if isinstance(value, Mapping):
-        return {name: _with(item, old, new) for name, item in value.items()}
-    return type(value)(_with(item, old, new) for item in value) if type(value) in (tuple, list) else value
+        return {name: mapped(item, change) for name, item in value.items()}
+    return type(value)(mapped(item, change) for item in value) if type(value) in (tuple, list) else value
+
+
+def _with(batch: Any, old: torch.Tensor, new: torch.Tensor) -> Any:
+    """A batch with the ids exchanged, wherever the same ids are in it."""
+
+    def exchanged(one: torch.Tensor) -> torch.Tensor:
+        same = one.shape == old.shape and one.dtype == old.dtype and torch.equal(one, old)
+        return new if same else one
+
+    return mapped(batch, exchanged)
 
 
 def divergence(base: torch.Tensor, changed: torch.Tensor) -> torch.Tensor:

@@ -92,10 +92,7 @@ class StateOperations:
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        places: Mapping[Any, StatePlace] | None = None,
-        change: Change | None = None,
+        self, model: nn.Module, places: Mapping[Any, StatePlace] | None = None, change: Change | None = None
     ) -> None:
         self.met: Counter[Depth] = Counter()
         self._change = change

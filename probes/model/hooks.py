@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -328,10 +329,13 @@ class WatchedMethod:
             outer, entry = entry, entry._instance_entry
         if entry is not self:
             return
-        if outer is None:
-            restore_entry(self._module, self._name, self._instance_entry)
-        else:
+        if outer is not None:
             outer._instance_entry, outer._method = self._instance_entry, self._method
+        # Not by setattr and delattr, which nn.Module and its subclasses override.
+        elif self._instance_entry is None:  # the class's method shows again
+            del vars(self._module)[self._name]
+        else:
+            vars(self._module)[self._name] = self._instance_entry
 
     def unwatched_entry(self) -> Any:
         """What the instance had before any probe; None where the method is the class's."""
@@ -347,13 +351,12 @@ class WatchedMethod:
         return getattr, (self._module, self._name)
 
 
-def restore_entry(module: nn.Module, name: str, value: Any) -> None:
-    """Put an entry into the instance's dict; None removes it, so that the class's method shows again."""
-    # Not by setattr, which nn.Module and its subclasses override.
-    if value is None:
-        del vars(module)[name]
-    else:
-        vars(module)[name] = value
+def _running_frames() -> Iterator[FrameType]:
+    """The frames of the running code, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def in_recomputation() -> bool:
@@ -364,12 +367,7 @@ def in_recomputation() -> bool:
 
 def in_reentrant_checkpoint() -> bool:
     """Whether a reentrant checkpoint is running its forward, whose graph is made later, in the backward."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code is REENTRANT_FORWARD:
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+    return any(frame.f_code is REENTRANT_FORWARD for frame in _running_frames())
 
 
 def in_pipeline_inference() -> bool:
@@ -379,20 +377,13 @@ def in_pipeline_inference() -> bool:
     through it: a forward like any other, and no part of the training.
     """
     stage = sys.modules.get("torch.distributed.pipelining.stage")
-    frame = None if stage is None else sys._getframe()
-    while frame is not None:
-        code = frame.f_code
-        if code.co_name in PIPELINE_INFERENCE and code.co_filename == getattr(stage, "__file__", None):
-            return True
-        frame = frame.f_back
-    return False
+    codes = (frame.f_code for frame in _running_frames() if stage is not None)
+    file = getattr(stage, "__file__", None)
+    return any(code.co_name in PIPELINE_INFERENCE and code.co_filename == file for code in codes)
 
 
 def num_running_calls(model: nn.Module) -> int:
     """How many calls of the model, one inside of another, the running code was called by."""
-    frame, calls = sys._getframe(), 0
-    while frame is not None:
-        # By name: what torch's method is wrapped in differs between versions.
-        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is model
-        frame = frame.f_back  # type: ignore[assignment]
-    return calls
+    # By name: what torch's method is wrapped in differs between versions.
+    calls = (frame for frame in _running_frames() if frame.f_code.co_name == "_call_impl")
+    return sum(frame.f_locals.get("self") is model for frame in calls)

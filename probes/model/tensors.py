@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -12,19 +12,24 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from depthscope.probes.model.errors import CaptureError
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
     """Tensors in nested tuples, lists, dicts, dataclasses, graphs and model outputs, in order."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):  # transformers' ModelOutput too: it is an OrderedDict
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif _is_record(value):
-        for item in vars(value).values():
-            yield from tensors_in(item)
+    found: list[torch.Tensor] = []
+    _add_tensors((value,), found)
+    return found
+
+
+def _add_tensors(values: Iterable[Any], found: list[torch.Tensor]) -> None:
+    # A list and no generator, since hooks on every module call it.
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif isinstance(value, dict):  # transformers' ModelOutput too: it is an OrderedDict
+            _add_tensors(value.values(), found)
+        elif isinstance(value, (tuple, list)):
+            _add_tensors(value, found)
+        elif _is_record(value):
+            _add_tensors(vars(value).values(), found)
 
 
 def _is_record(value: Any) -> bool:
@@ -46,27 +51,8 @@ def floats_in(*values: Any) -> list[torch.Tensor]:
             if only.is_floating_point() and only.ndim >= 2:
                 found.append(only)
         elif type(value) is not dict or value:  # keywords are mostly empty
-            _add_floats((value,), found)
+            found += [each for each in tensors_in(value) if each.is_floating_point() and each.ndim >= 2]
     return found
-
-
-def _add_floats(values: Iterable[Any], found: list[torch.Tensor]) -> None:
-    # A list and no generator, since hooks on every module call it.
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            if value.is_floating_point() and value.ndim >= 2:
-                found.append(value)
-        elif isinstance(value, dict):
-            _add_floats(value.values(), found)
-        elif isinstance(value, (tuple, list)):
-            _add_floats(value, found)
-        elif _is_record(value):
-            _add_floats(vars(value).values(), found)
-
-
-def first_float(*values: Any) -> torch.Tensor | None:
-    """First floating tensor with at least two axes, or None."""
-    return next(iter(floats_in(values)), None)
 
 
 def version(tensor: torch.Tensor | None) -> int | None:

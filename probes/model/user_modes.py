@@ -100,32 +100,23 @@ class outside_function_modes:
 
 
 @contextmanager
-def user_autocast() -> Iterator[None]:
-    """Compute under the autocast of the user's code around the running hook, to run a module of the model again."""
-    active = dict(_user.autocast)
-    try:
-        for device in active:
-            torch.set_autocast_enabled(device, True)
-        yield
-    finally:
-        for device in active:
-            torch.set_autocast_enabled(device, False)
-
-
-@contextmanager
 def user_modes() -> Iterator[None]:
     """Compute as the user's code around the running hook does: its autocast, its graph, its default device.
 
     Its other modes, such as a counter of operations, do not see what is computed.
     """
-    device = _user.device
+    device, autocast = _user.device, dict(_user.autocast)
     # Pushed and not entered, since torch has one global note of the device, which is there still.
     if device is not None:
         torch._C._push_on_torch_function_stack(device)
     try:
-        with user_autocast(), torch.set_grad_enabled(user_wants_graph()):
+        for name in autocast:
+            torch.set_autocast_enabled(name, True)
+        with torch.set_grad_enabled(user_wants_graph()):
             yield
     finally:
+        for name in autocast:
+            torch.set_autocast_enabled(name, False)
         if device is not None:
             torch._C._pop_torch_function_stack()
 

@@ -223,7 +223,9 @@ class Graph:
         self.weights: dict[int, list[TracedValue]] | None = None  # of `operations.weights`
         self._made: dict[int, torch.Tensor] = {}  # what was made again last
         self.read: set[int] = set()  # of which values the held tensor was read since the last forward
-        self._later: dict[int, bytearray] = {}
+        self._later: dict[
+            int, tuple[bytearray, int]
+        ] = {}  # by number: marks, and as far as which number they go
         self._parents: list[tuple[int, ...]] = []
         self._from_input: bytearray | None = None
         self._to_output: bytearray | None = None
@@ -236,13 +238,22 @@ class Graph:
         """Whether a value was computed from another one, by whatever operations."""
         if value.number <= on.number:
             return value is on
-        return bool(self.later(on)[value.number])
+        return bool(self._marks_until(value.number, on)[value.number])
 
     def later(self, on: TracedValue) -> bytearray:
         """Marks, by number, of all values that were computed from one, and of itself."""
-        if on.number not in self._later:
-            self._later[on.number] = self._marked([on])
-        return self._later[on.number]
+        return self._marks_until(len(self.values) - 1, on)
+
+    def _marks_until(self, last: int, on: TracedValue) -> bytearray:
+        """The marks of `later` as far as a number: two states that follow each other do not ask for the rest of the graph."""
+        marks, known = self._later.get(on.number, (None, on.number))
+        if marks is None:
+            marks = bytearray(len(self.values))
+            marks[on.number] = 1
+        if last > known:
+            self._mark(marks, known + 1, last)
+        self._later[on.number] = (marks, max(last, known))
+        return marks
 
     def earlier(self, ends: Iterable[TracedValue], stop: Container[int] = ()) -> bytearray:
         """Marks of all values that some were computed from, and of these, as far as the numbers in ``stop``."""
@@ -303,13 +314,17 @@ class Graph:
         marks = bytearray(len(self.values))
         for origin in origins:
             marks[origin.number] = 1
+        self._mark(marks, min(origin.number for origin in origins) + 1, len(marks) - 1)
+        return marks
+
+    def _mark(self, marks: bytearray, first: int, last: int) -> None:
+        """Mark what was computed from what is marked already, of the values of these numbers."""
         parents = self._parent_numbers()
-        for number in range(min(origin.number for origin in origins) + 1, len(marks)):
+        for number in range(first, last + 1):
             for parent in parents[number]:
                 if marks[parent]:
                     marks[number] = 1
                     break
-        return marks
 
     def call(self, value: TracedValue) -> ModuleCall:
         """The call in which a value was made; what is made before the model is called has one of its own."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from depthscope.probes.run.trace_dataset import trace_dataset
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
+
+Variables: TypeAlias = dict[str, Any]
 
 
 def prove(session: Session) -> tuple[list[Sequence], Evidence]:
@@ -61,22 +63,14 @@ def build_run(
     chains = session.structure.chains
     trace: dict[str, xr.Dataset] = {}
     statistics: dict[str, xr.Dataset] = {}
-    for number, chain in enumerate(chains):
-        groups = chain_groups(session, number)
-        starts = [group.depths[0] for group in groups]
-        for stage, (name, depths) in enumerate(groups):
-            trace[name] = trace_dataset(
-                session, number, depths, sequences, evidence, token_text, described=described
-            )
-            if row is None:
-                continue
-            cells, joined = session.observer.parameter_cells, len(evidence.proofs)
-            measured = statistics_dataset(chain, number, depths, row, pooled, joined, cells)
-            weights, facts, coords = weight_variables(row.weights, chains, number, starts, stage)
-            by_step = {
-                label: (("step", *dims), of[None], *attrs) for label, (dims, of, *attrs) in weights.items()
-            }
-            statistics[name] = measured.assign(by_step | facts).assign_coords(coords)
+    for number, name, depths, numbers, facts, coords in _groups(session, row):
+        trace[name] = trace_dataset(
+            session, number, depths, sequences, evidence, token_text, described=described
+        )
+        if row is not None:
+            of_group = (chains[number], depths, row.step, pooled[number], numbers, coords)
+            measured = statistics_dataset(*of_group, has_connections=bool(evidence.proofs))
+            statistics[name] = measured.assign(facts)
     memory = memory_facts(next(iter(trace.values())), session.observer.dtype)
     # The only group of a model with one chain and one stage has no name: its variables are the group's own.
     return schema.create_run(
@@ -101,17 +95,28 @@ def step_numbers(session: Session, row: StepStatistics) -> tuple[dict[str, Any],
     """
     numbers: dict[str, Any] = {}
     coords: dict[str, Any] = {}
+    for _, name, _, of_group, _, labels in _groups(session, row):
+        path = group_path("statistics", name)
+        numbers |= {f"{path}/{label}": value for label, value in of_group.items()}
+        coords |= {f"{path}/{label}": value for label, value in labels.items()}
+    return numbers, coords
+
+
+def _groups(
+    session: Session, row: StepStatistics | None
+) -> Iterator[tuple[int, str, list[int], Variables, Variables, Variables]]:
+    """Number of the chain, name and depths of each group; its numbers in a step, what has no step, and coordinates."""
     chains, joined = session.structure.chains, len(session.structure.connections)
     for number in range(len(chains)):
         groups = chain_groups(session, number)
         starts = [group.depths[0] for group in groups]
         for stage, (name, depths) in enumerate(groups):
+            if row is None:
+                yield number, name, depths, {}, {}, {}
+                continue
             found, cells = step_variables(number, depths, row, joined, session.observer.parameter_cells)
-            weights, _, modules = weight_variables(row.weights, chains, number, starts, stage)
-            path = group_path("statistics", name)
-            numbers |= {f"{path}/{label}": value for label, value in (found | weights).items()}
-            coords |= {f"{path}/{label}": value for label, value in (cells | modules).items()}
-    return numbers, coords
+            weights, facts, modules = weight_variables(row.weights, chains, number, starts, stage)
+            yield number, name, depths, found | weights, facts, cells | modules
 
 
 def sampled_joints(session: Session, sequences: list[Sequence]) -> list[Joint]:

@@ -13,7 +13,7 @@ import xarray as xr
 from depthscope.diagnostics import schema
 from depthscope.probes.run.connection_variables import connection_coords
 from depthscope.probes.run.coverage import depth_coords, without_gradient
-from depthscope.probes.statistics.token_sums import Sums, TokenSums, stacked
+from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightNorms
 from depthscope.probes.structure.chain import Chain
 
@@ -26,10 +26,10 @@ PROFILES = ("norm_sum", "square_norm_sum", "norm_max", "abs_max", "adjacent_cosi
 
 @dataclass(frozen=True)
 class StepStatistics:
-    """The statistics of one measured step, one entry per chain; `RowSums` stay small."""
+    """The statistics of one measured step, one entry per chain; see `TokenSums.compact`."""
 
     step: int
-    sums: Sequence[Sums]
+    sums: Sequence[TokenSums]
     sequences: int
     loss: float | None
     weights: WeightNorms | None = None
@@ -41,33 +41,24 @@ class StepStatistics:
 
 def statistics_dataset(
     chain: Chain,
-    number: int,
     depths: list[int],
-    row: StepStatistics,
-    pooled: list[TokenSums],
-    num_connections: int,
-    cells: Mapping[int, Sequence[str]],
+    step: int,
+    pooled: TokenSums,
+    numbers: Mapping[str, Any],
+    coords: Mapping[str, Any],
+    *,
+    has_connections: bool,
 ) -> xr.Dataset:
-    """The statistics of one group in one step, without those of the weights.
-
-    ``pooled``: the sums of all steps since the weights last changed, one per chain.
-    ``num_connections``: those with streams.
-    ``cells``: for each connection the parameter that each of its stored values belongs to, see `ConnectionParameters`.
-    """
-    variables, coords = step_variables(number, depths, row, num_connections, cells)
+    """The statistics of one group in one step, with those of all steps since the weights last changed, ``pooled``."""
     by_step = {
-        name: (("step", *dims), values[None], *attrs) for name, (dims, values, *attrs) in variables.items()
+        name: (("step", *dims), values[None], *attrs) for name, (dims, values, *attrs) in numbers.items()
     }
     for name in ("feature_sum", "unit_sum"):  # too wide for one row per step
-        by_step[name] = (
-            ("depth", "stream", "feature"),
-            stacked(pooled[number : number + 1], name, depths)[0],
-        )
-    coords |= depth_coords(chain, depths) | {"step": [row.step]}
-    coords["stream"] = np.arange(by_step["unit_pair_sum"][1].shape[2])
-    if num_connections:
-        coords |= {**connection_coords(chain.connections), "direction": DIRECTIONS}
-    return xr.Dataset(by_step, coords)
+        by_step[name] = (("depth", "stream", "feature"), _array(pooled, name, depths))
+    axes = {"step": [step], "stream": np.arange(by_step["unit_pair_sum"][1].shape[2])}
+    if has_connections:
+        axes |= {**connection_coords(chain.connections), "direction": DIRECTIONS}
+    return xr.Dataset(by_step, {**coords, **depth_coords(chain, depths), **axes})
 
 
 def step_variables(
@@ -127,7 +118,7 @@ def step_variables(
     return variables, {"cell_parameter": ("cell", owner)}
 
 
-def _array(sums: Sums, name: str, keys: Sequence[int]) -> np.ndarray:
+def _array(sums: TokenSums, name: str, keys: Sequence[int]) -> np.ndarray:
     found = sums.array(name, keys)
     assert found is not None
     return found

@@ -20,7 +20,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch, Report, in_recomputation
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.modules import module_paths, module_types
-from depthscope.probes.model.tensors import first_float, floats_in, tensors_in
+from depthscope.probes.model.tensors import floats_in, tensors_in
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue, ValuePlace
 from depthscope.probes.reading.places import KnownPlaces, PlacedRecorder
@@ -405,7 +405,7 @@ class LaterForwards:
     # --- branches ---
 
     def _after_branch(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        forward, tensor = self._current.recorded, first_float(output)
+        forward, tensor = self._current.recorded, next(iter(floats_in(output)), None)
         if forward is None or tensor is None:
             return
         call = path, forward.next_index("branch", path)

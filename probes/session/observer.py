@@ -18,8 +18,7 @@ from depthscope.probes.reading.tensor_memory import detached, stacked
 from depthscope.probes.session.forward import Forward, GradientListener, Key, TensorKey
 from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.statistics.live_sums import LiveSums
-from depthscope.probes.statistics.row_sums import coefficient_sums
-from depthscope.probes.statistics.token_sums import TokenSums
+from depthscope.probes.statistics.token_sums import TokenSums, coefficient_sums
 from depthscope.probes.statistics.weight_updates import unreadable
 from depthscope.probes.structure.model_structure import FINAL, ShownTensor, Structure
 

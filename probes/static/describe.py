@@ -107,7 +107,12 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     inventory = take_inventory(path)
     config = inventory.settings
     if config is None:
-        config = _configuration(path if path.is_dir() else path.parent)
+        # A lone .safetensors file may have no configuration next to it: the families' defaults then stand for all settings.
+        folder = path if path.is_dir() else path.parent
+        has_config = exists(folder / "config.json")
+        config = (
+            read_json(own_file(folder, "config.json"), "transformers configuration") if has_config else {}
+        )
     found = recognise(inventory.tensors, rows, config, own=dialects)
     everything = (*found.connections, *found.heads)
     absent = _absent_connections(path, inventory, everything)
@@ -130,6 +135,10 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
         composites(connections, lacking | {place_of(one.name).chain for one in found.unrecognised})
     )
     streams = _first_number(config, *STREAM_SETTINGS)
+    absence = (
+        f"{len(absent)} tensors of connections are in shards that are not there ({_listed(absent)}): their connections are "
+        "left out, and nothing is said of products over their chain; complete the download"
+    )
     return StaticDescription(
         checkpoint=str(path),
         model_type=printable(str(config.get("model_type", ""))),
@@ -142,7 +151,7 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
         connections=tuple(connections),
         heads=(*described[len(found.connections) :], *collapse),
         composites=products,
-        warnings=(*_absence(absent), *remarks(connections, streams)),
+        warnings=(*([absence] if absent else []), *remarks(connections, streams)),
         unrecognised=found.unrecognised,
     )
 
@@ -156,33 +165,17 @@ def _absent_connections(path: Path, inventory: Inventory, found: Sequence[Found]
     Where no connection was found at all, every missing shard may contain one, which is refused.
     """
     if inventory.absent and not found:
-        files = sorted(set(inventory.absent.values()))
-        listed = ", ".join(files[:5]) + (", …" if len(files) > 5 else "")
         raise CheckpointError(
-            f"'{path}': shards that may hold connections (none is in the others) and are not there: {listed}; complete the "
-            "download"
+            f"'{path}': shards that may hold connections (none is in the others) and are not there: "
+            f"{_listed(inventory.absent)}; complete the download"
         )
     kinds = {NUMBERS.sub("#", name) for one in found for name in one.tensors}
     return {name: file for name, file in inventory.absent.items() if NUMBERS.sub("#", name) in kinds}
 
 
-def _absence(absent: Mapping[str, str]) -> list[str]:
-    if not absent:
-        return []
+def _listed(absent: Mapping[str, str]) -> str:
     files = sorted(set(absent.values()))
-    listed = ", ".join(files[:5]) + (", …" if len(files) > 5 else "")
-    return [
-        f"{len(absent)} tensors of connections are in shards that are not there ({listed}): their connections are left out, "
-        "and nothing is said of products over their chain; complete the download"
-    ]
-
-
-def _configuration(folder: Path) -> dict[str, Any]:
-    # A lone .safetensors file may have no configuration next to it: the families' defaults then stand for all settings.
-    file = folder / "config.json"
-    if not exists(file):
-        return {}
-    return read_json(own_file(folder, "config.json"), "transformers configuration")
+    return ", ".join(files[:5]) + (", …" if len(files) > 5 else "")
 
 
 def _first_number(config: Mapping[str, Any], *names: str) -> float | None:
@@ -195,7 +188,9 @@ def _first_number(config: Mapping[str, Any], *names: str) -> float | None:
 
 def _read_tensors(found: Found) -> dict[str, StoredTensor]:
     """The tensors whose values the row's functions use."""
-    return {role: found.roles[role] for role in found.dialect.read_roles & found.roles.keys()}
+    row = found.dialect
+    known = (*row.tensors, *(role for role in row.optional if role not in row.unread))
+    return {role: found.roles[role] for role in known if role in found.roles}
 
 
 def _place_in_network(found: Found, inventory: Inventory) -> Place:

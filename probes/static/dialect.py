@@ -48,8 +48,8 @@ class Dialect:
 
     Parameters
     ----------
-    name, family, title : str
-        What a description calls the row, its family, and both in words.
+    name, family : str
+        What a description calls the row, and its family.
     names : tuple of str
         Full names of tensors: ``{path}.`` is any path or none, ``{branch}`` a word, ``*`` the tensor's own name; the ending
         ``.weight`` may be left out.
@@ -85,7 +85,6 @@ class Dialect:
 
     name: str
     family: str
-    title: str
     names: tuple[str, ...]
     tensors: Mapping[str, str]
     projections: Mapping[str, str] = field(default_factory=dict)
@@ -131,11 +130,6 @@ class Dialect:
     def required(self) -> frozenset[str]:
         """Roles without which nothing is a connection of the row."""
         return frozenset((*self.tensors, *self.projections))
-
-    @property
-    def read_roles(self) -> frozenset[str]:
-        """Roles whose values are read."""
-        return frozenset((*self.tensors, *self.optional)) - set(self.unread)
 
     def own_name(self, role: str) -> str:
         """The first name of a tensor in files."""

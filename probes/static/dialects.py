@@ -78,9 +78,9 @@ _PANGU = ("openpangu_v2", "openpangu-v2")
 _EPSILON = ("hyper_connection.epsilon", "hyper_connection.eps")
 _ITERATIONS = "hyper_connection.sinkhorn_iterations"
 
+# Raw names and GGUF; GLM-5.3-Flash; openPangu-2.0 in GGUF.
 DEEPSEEK_V4 = Dialect(
     name="deepseek-v4",
-    title="DeepSeek-V4, raw names and GGUF; GLM-5.3-Flash; openPangu-2.0 in GGUF",
     family="mhc",
     model_types=frozenset((*_V4, *_PANGU)),
     names=("{path}.hc_{branch}_*",),
@@ -101,17 +101,16 @@ DEEPSEEK_V4 = Dialect(
 DEEPSEEK_V41 = replace(
     DEEPSEEK_V4,
     name="deepseek-v4.1",
-    title="DeepSeek-V4.1: names of DeepSeek-V4 without a head; what a sub-block computes as read, the next one applies",
     model_types=frozenset(
         ("deepseek_v41", "deepseek_v41_text", "deepseek_v4_1", "deepseek_v4_1_text", "deepseek41", "deepseek4.1")
     ),
     note="a sub-block applies the H_pre that the one before computed: H_pre here is what is applied, the first one stream 0",
     read_lag=1,
 )  # fmt: skip
+# Names of the modules of transformers and of torchtitan.
 DEEPSEEK_V4_MODULES = replace(
     DEEPSEEK_V4,
     name="deepseek-v4-transformers",
-    title="DeepSeek-V4, names of the modules of transformers and of torchtitan",
     model_types=frozenset(_V4),
     names=("{path}.{branch}_hc.*", "{path}.hc_{branch}.*", "{path}.*"),
     branches=(),
@@ -120,7 +119,6 @@ DEEPSEEK_V4_MODULES = replace(
 OPENPANGU_V2 = replace(
     DEEPSEEK_V4,
     name="openpangu-v2",
-    title="openPangu-2.0",
     model_types=frozenset(),
     names=("{path}.{branch}_mhc_module.*",),
     branches=(),
@@ -132,15 +130,15 @@ OPENPANGU_V2 = replace(
         "eps": Constant(("hc_eps", "hyper_connection.epsilon"), 1e-6),
     },
 )
+# Megatron-Core and Bridge; PaddleFleet, whose projections are stored input by output.
 MEGATRON = replace(
     DEEPSEEK_V4,
     name="megatron",
-    title="Megatron-Core and Bridge",
     model_types=frozenset(),
     names=("{path}.{branch}_hyper_connection.*",),
     branches=(),
-    note="as Megatron-Core applies it since it matches DeepSeek-V4; its first releases multiplied by the transposed H_res",
-    projections={"mapping_proj": "n*(n+2), n*D"},
+    note="as it is applied since it matches DeepSeek-V4; first releases of its code multiplied by the transposed H_res",
+    projections={"mapping_proj": "n*(n+2), n*D | n*D, n*(n+2)"},
     tensors={"bias": "n*(n+2)", "alpha_pre": "1", "alpha_post": "1", "alpha_res": "1"},
     parts=lambda t: split(t.bias, t.n),
     gates=lambda t: _three((t.alpha_pre, t.alpha_post, t.alpha_res)),
@@ -149,16 +147,8 @@ MEGATRON = replace(
         "eps": Constant(("mhc_epsilon", "hc_eps", "hyper_connection.epsilon"), 1e-6),
     },
 )  # fmt: skip
-PADDLEFLEET = replace(
-    MEGATRON,
-    name="paddlefleet",
-    title="PaddleFleet, whose projections are stored input by output",
-    note="as PaddleFleet applies it since it matches DeepSeek-V4; its first releases multiplied by the transposed H_res",
-    projections={"mapping_proj": "n*D, n*(n+2)"},
-)
 HY_V4 = Dialect(
     name="hy-v4",
-    title="HY4: independent streams",
     family="independent_hc",
     model_types=frozenset(("hy_v4", "hy_v4_vl", "hy_v4_text", "hyv4", "hy-v4")),
     names=(
@@ -182,9 +172,9 @@ HY_V4 = Dialect(
 )
 # --- the package hyper-connections and those that took its names
 
+# Static (SHC) and dynamic (DHC).
 HYPER_CONNECTIONS = Dialect(
     name="hyper-connections",
-    title="hyper-connections, static (SHC) and dynamic (DHC): static_alpha (n, n + 1) with static_beta (n)",
     family="hc",
     names=("{path}.*",),
     absent=("residual_scale", "H_res_logits", "norm"),
@@ -212,14 +202,14 @@ HYPER_CONNECTIONS = Dialect(
 )
 MHC_LUCIDRAINS = Dialect(
     name="mhc-lucidrains",
-    title="mHC of the package hyper-connections, first and second version: static_alpha (n, n + 1) with residual_scale",
     family="mhc",
     names=("{path}.*",),
     absent=("H_res_logits",),
     tensors={"static_alpha": "n, n + 1", "residual_scale": "1"},
     optional={
-        **{"static_beta": "n | n, 1, 1", "dynamic_alpha_fn": "D, n + 1 | p, D, n + 1"},
-        **{"dynamic_beta_fn": "D | D, 1", "pre_branch_scale": "1", "h_post_scale": "1", "norm_gamma": "D"},
+        **{"static_beta": "n | n, 1, 1", "dynamic_alpha_fn": "D, n + 1 | p, D, n + 1 | n*D, n*(n + 1)"},
+        **{"dynamic_beta_fn": "D | D, 1 | n*D, n", "pre_branch_scale": "1", "h_post_scale": "1"},
+        "norm_gamma": "D | n*D",
     },
     unread=("dynamic_alpha_fn", "dynamic_beta_fn", "norm_gamma"),
     stored={"norm_gamma": "norm.gamma"},
@@ -239,20 +229,9 @@ MHC_LUCIDRAINS = Dialect(
     sinkhorn=lambda t: {"rounds": t.rounds, "last": "rows"},
     constants={"rounds": Constant(("sinkhorn_iters", "mhc_sinkhorn_iters", "num_sinkhorn_iters"), 20)},
 )
-MHC_FLATTENED = replace(
-    MHC_LUCIDRAINS,
-    name="mhc-flattened",
-    title="mHC whose weights depend on all streams together: static_alpha (n, n + 1), dynamic_alpha_fn (n·D, n + n²)",
-    projections={"dynamic_alpha_fn": "n*D, n*(n + 1)"},
-    optional={
-        **{"static_beta": "n", "dynamic_beta_fn": "n*D, n", "pre_branch_scale": "1", "h_post_scale": "1"},
-        "norm_gamma": "n*D | D",
-    },
-    unread=("dynamic_beta_fn", "norm_gamma"),
-)
+# H_res is a mixture of the n! permutations.
 MHC_LITE = Dialect(
     name="mhc-lite",
-    title="mHC-lite: H_res is a mixture of the n! permutations",
     family="mhc_lite",
     names=("{path}.*",),
     tensors={"static_alpha": "n + factorial(n)"},
@@ -280,41 +259,29 @@ MHC_LITE = Dialect(
 
 # --- heads: the read of the streams before the final norm
 
+# Of DeepSeek-V4 and its relatives, and of openPangu-2.0.
 HEAD = Dialect(
     name="head",
-    title="the head of DeepSeek-V4 and its relatives",
     family="head",
     head=True,
-    names=("{path}.hc_head.*", "{path}.hc_head_*", "{path}.output_hc_*"),
+    names=("{path}.hc_head.*", "{path}.hc_head_*", "{path}.output_hc_*", "{path}.merge_mhc_module.*"),
     projections={"fn": "n, n*D | n*D, n"},
-    tensors={"base": "n", "scale": "1"},
+    tensors={"base": "n | 1", "scale": "1"},
+    optional={"norm_gamma": "n*D"},
+    unread=("norm_gamma",),
     stored={
-        "fn": "fn|hc_fn|hc_head_fn",
-        "base": "base|hc_base|hc_head_base",
-        "scale": "scale|hc_scale|hc_head_scale",
+        "fn": "fn|hc_fn|hc_head_fn|phi",
+        "base": "base|hc_base|hc_head_base|branch_beta_pre",
+        "scale": "scale|hc_scale|hc_head_scale|branch_alpha_pre",
     },
-    parts=lambda t: {"pre": t.base},
+    parts=lambda t: {"pre": np.ones(t.n) * t.base},
     gates=lambda t: {"pre": t.scale},
     read=_sigmoid_with_floor,
     learns_mixing=False,
     constants={"eps": Constant(("hc_eps", *_EPSILON), 1e-6)},
 )
-OPENPANGU_V2_MERGE = replace(
-    HEAD,
-    name="openpangu-v2-merge",
-    title="the head of openPangu-2.0",
-    names=("{path}.merge_mhc_module.*",),
-    projections={"phi": "n, n*D"},
-    tensors={"branch_alpha_pre": "1", "branch_beta_pre": "n | 1"},
-    stored={},
-    optional={"norm_gamma": "n*D"},
-    unread=("norm_gamma",),
-    parts=lambda t: {"pre": np.ones(t.n) * t.branch_beta_pre},
-    gates=lambda t: {"pre": t.branch_alpha_pre},
-    constants={"eps": Constant(("hc_eps", "hyper_connection.epsilon"), 1e-6)},
-)
 TABLE = (
-    *(DEEPSEEK_V4, DEEPSEEK_V41, DEEPSEEK_V4_MODULES, OPENPANGU_V2, MEGATRON, PADDLEFLEET, HY_V4),
-    *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, MHC_FLATTENED, MHC_LITE, HEAD, OPENPANGU_V2_MERGE),
+    *(DEEPSEEK_V4, DEEPSEEK_V41, DEEPSEEK_V4_MODULES, OPENPANGU_V2, MEGATRON, HY_V4),
+    *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, MHC_LITE, HEAD),
 )
 """The rows of public dialects."""

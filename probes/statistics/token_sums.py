@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Protocol
 
 import numpy as np
 import torch
 
+from depthscope.probes.connections.proof import Parts
 from depthscope.probes.statistics.block_statistics import (
     BlockStatistics,
     Profile,
@@ -260,7 +260,16 @@ class TokenSums:
 
         Returns: First axis as long as ``keys``; None where nothing was added at any of them.
         """
-        return array_of(self.sums.get(name) or self.maxima.get(name) or self.latest.get(name) or {}, keys)
+        parts = self.sums.get(name) or self.maxima.get(name) or self.latest.get(name) or {}
+        known = {key: parts[key] for key in keys if key in parts}
+        if not known:
+            return None
+        if len({value.device for value in known.values()}) == 1:  # read back at once
+            read = dict(zip(known, torch.stack(list(known.values())).cpu().numpy(), strict=True))
+        else:
+            read = {key: value.cpu().numpy() for key, value in known.items()}
+        missing = np.full(next(iter(read.values())).shape, np.nan)
+        return np.stack([read.get(key, missing) for key in keys])
 
     def keys(self, name: str) -> Sequence[int]:
         """The depths or connections at which something was added to a sum."""
@@ -284,31 +293,31 @@ def merge_sums(parts: list[TokenSums], more: list[TokenSums]) -> list[TokenSums]
     return parts
 
 
-def array_of(parts: Mapping[int, torch.Tensor], keys: Sequence[int]) -> np.ndarray | None:
-    """Numbers at some depths or connections as one array, NaN where there are none; None where there are none at all."""
-    known = [parts[key] for key in keys if key in parts]
-    if not known:
-        return None
-    missing = np.full(known[0].shape, np.nan)
-    return np.stack([parts[key].cpu().numpy() if key in parts else missing for key in keys])
+def coefficient_sums(parts: Parts, mask_BT: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Sums of H_res, H_pre and H_post of one call of a connection over its real tokens, in float64.
 
-
-class Sums(Protocol):
-    """The statistics of one chain in one step."""
-
-    def array(self, name: str, keys: Sequence[int]) -> np.ndarray | None:
-        """As `TokenSums.array`."""
-
-    def keys(self, name: str) -> Sequence[int]:
-        """As `TokenSums.keys`."""
-
-
-def stacked(sums: Sequence[Sums], name: str, keys: Sequence[int]) -> np.ndarray:
-    """One statistic of several steps.
-
-    ``sums``: one for each step, of which one at least has the statistic.
-    Returns: (step, key, ...); NaN in steps where it was not measured.
+    ``mask_BT``: true on real tokens; None where all are real.
+    Returns: ``h_res_sum`` (N, N) as the module computes it, ``h_pre_sum`` and ``h_post_sum`` (N), and
+    ``h_pre_token_count``, the number of tokens in ``h_pre_sum``. Weights that do not exist, or have several views, are
+    left out.
     """
-    arrays = [of.array(name, keys) for of in sums]
-    known = [array for array in arrays if array is not None]
-    return np.stack([np.full_like(known[0], np.nan) if array is None else array for array in arrays])
+    found: dict[str, torch.Tensor] = {}
+    if parts.mix is not None:
+        found["h_res_sum"] = _over_tokens(parts.mix, mask_BT)
+    if parts.write.shape[-1] == 1:
+        found["h_post_sum"] = _over_tokens(parts.write.squeeze(-1), mask_BT)
+    read = parts.read
+    if read is not None and read.shape[-2] == 1:
+        found["h_pre_sum"] = _over_tokens(read.squeeze(-2), mask_BT)
+        count = torch.tensor(float(read.shape[0] * read.shape[1])) if mask_BT is None else mask_BT.sum()
+        found["h_pre_token_count"] = count.double()
+    return found
+
+
+def _over_tokens(weights: torch.Tensor, mask_BT: torch.Tensor | None) -> torch.Tensor:
+    flat = weights.detach().flatten(0, 1)
+    if mask_BT is not None:
+        # Not times the mask: NaN on padding times 0 is NaN. Nor by a selection, which would wait for the device.
+        real = mask_BT.flatten().to(flat.device).view(-1, *[1] * (flat.ndim - 1))
+        flat = torch.where(real, flat, 0.0)
+    return flat.sum(0, dtype=torch.float64)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from depthscope.probes.training.record import record
-from depthscope.probes.training.recorder import Recorder
+from depthscope.probes.training.record import RecordingCallback, record
 from depthscope.probes.training.sinks import num_updated, with_optimizer
 
 try:
@@ -14,7 +13,7 @@ except ImportError:  # the class below raises an error when it is used
     Callback = None
 
 
-class LightningCallback(Callback or object):  # type: ignore[misc]
+class LightningCallback(RecordingCallback, Callback or object):  # type: ignore[misc]
     """Record a model while a Lightning trainer trains it: ``Trainer(callbacks=[LightningCallback("model", ...)])``.
 
     A step is one of the optimizer, with all of its batches; validations count to none. A training that is resumed from a
@@ -43,10 +42,8 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
     def __init__(self, module: str = "", **options: Any) -> None:
         if Callback is None:
             raise ImportError("LightningCallback needs Lightning; install it with: pip install lightning")
-        self._module = module
-        self._options = {"gradients": True, "metrics": "live", **options}
-        self._global_step = 0
-        self.recorder: Recorder | None = None
+        super().__init__(**options)
+        self._module, self._global_step = module, 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Begin to record."""
@@ -66,13 +63,3 @@ class LightningCallback(Callback or object):  # type: ignore[misc]
         if self.recorder is not None and trainer.global_step != self._global_step:
             self._global_step = trainer.global_step
             self.recorder.step()
-
-    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Finish the store."""
-        if self.recorder is not None:
-            self.recorder.close()
-
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Finish the store with the steps that were measured; the step that raised is not."""
-        if self.recorder is not None:
-            self.recorder.__exit__(type(exception), exception, exception.__traceback__)

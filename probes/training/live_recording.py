@@ -43,7 +43,7 @@ class LiveRecording:
         self._is_open, self._is_taken = False, False
         self._num_written = 0  # of the recorder's rows
         self._has_state = False  # of this recorder
-        self._state_began = self._state_ended = 0.0
+        self._state_cost = self._state_ended = 0.0  # seconds that saving it took, and when it was saved
         self._said = self._error = self._state_error = ""
         if self._file is not None:
             is_finished = resume and self._file.exists() and not is_live_store(self._folder)
@@ -128,8 +128,9 @@ class LiveRecording:
             self.open()
         store = self._store
         assert store is not None
-        if not self._has_state or not store.has_state or self._is_due():
-            began = time.monotonic()
+        began = time.monotonic()
+        is_due = STATE_SHARE * (began - self._state_ended) >= self._state_cost
+        if not self._has_state or not store.has_state or is_due:
             try:
                 store.save_state(state())
                 self._state_error = ""
@@ -138,14 +139,11 @@ class LiveRecording:
                 if not store.has_state:
                     raise
                 self._state_error = str(error)
-            self._has_state, self._state_began, self._state_ended = True, began, time.monotonic()
+            self._has_state, self._state_ended = True, time.monotonic()
+            self._state_cost = self._state_ended - began
         for number in range(self._num_written, len(history.rows)):
             store.append(*history.row(number))
             self._num_written += 1
-
-    def _is_due(self) -> bool:
-        cost = self._state_ended - self._state_began
-        return STATE_SHARE * (time.monotonic() - self._state_ended) >= cost
 
     def finish(self, history: MemoryRows, build: Run, run: Run) -> None:
         """End writing: the final arrays, or the file in place of the live store.

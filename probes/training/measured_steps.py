@@ -20,9 +20,8 @@ from depthscope.probes.run.build_run import build_run, step_numbers
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.forward import Measured
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.row_sums import LossScale, RowSums
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
-from depthscope.probes.statistics.weight_updates import WeightNorms, WeightUpdates
+from depthscope.probes.statistics.weight_updates import LossScale, WeightNorms, WeightUpdates
 from depthscope.probes.training.notices import Notices
 
 if TYPE_CHECKING:
@@ -129,7 +128,9 @@ class MeasuredSteps:
             self._say(
                 f"step {step} was measured without gradients, and so is every further one like it: {FROZEN}"
             )
-        complete = added_up(parts)
+        complete: list[TokenSums] = []  # the sums of all forwards, by chain
+        for part in parts:
+            complete = merge_sums(complete, part.sums)
         sums = self._pool(parts, complete)
         # Overflow is common while a scaler looks for its scale: it skips such a step, whose gradients mean nothing.
         overflowed = scale is not None and (
@@ -145,9 +146,8 @@ class MeasuredSteps:
             weights = None if weights is None else weights.without_gradient()
         sequences = sum(part.batch_size for part in parts)
         # The numbers of the forward are right even where the gradients overflowed, so the row stays.
-        rows = [RowSums(chain) for chain in sums]
         row = StepStatistics(
-            *(step, rows, sequences, value, weights, scale, self._course.add(value), loss_terms),
+            *(step, sums, sequences, value, weights, scale, self._course.add(value), loss_terms),
             digest=None if digest is None else float(digest),
         )
         self.last = row
@@ -260,14 +260,6 @@ class PooledSums:
                 pooled, stamp = [], part.stamp
             pooled = merge_sums(pooled, part.sums)
         self.sums, self._stamp = pooled, stamp
-
-
-def added_up(parts: list[Measured]) -> list[TokenSums]:
-    """The sums of all forwards of a step, by chain."""
-    sums: list[TokenSums] = []
-    for part in parts:
-        sums = merge_sums(sums, part.sums)
-    return sums
 
 
 def finite_gradients(sums: list[TokenSums]) -> bool:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from depthscope.diagnostics.errors import DepthscopeError
 from depthscope.probes.model.errors import as_capture_error
@@ -121,17 +121,8 @@ def _user_frame() -> int:
     return level
 
 
-class Closable(Protocol):
-    """A recorder."""
-
-    def close(self) -> None:
-        """End the block."""
-
-    def abandon(self) -> None:
-        """Stop for good, silently: what is open belongs to another process."""
-
-
-OPEN: weakref.WeakSet[Closable] = weakref.WeakSet()
+OPEN: weakref.WeakSet[Any] = weakref.WeakSet()
+"""The recorders whose block has begun and not ended."""
 
 
 def _leave_child_alone() -> None:

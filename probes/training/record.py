@@ -18,8 +18,7 @@ from depthscope.probes.run.attributes import stage_attribute
 from depthscope.probes.session.compiled_model import inner_model
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
-from depthscope.probes.statistics.row_sums import LossScale
-from depthscope.probes.statistics.weight_updates import WeightUpdates
+from depthscope.probes.statistics.weight_updates import LossScale, WeightUpdates
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.measured_steps import MeasuredSteps
 from depthscope.probes.training.processes import (
@@ -34,6 +33,28 @@ from depthscope.probes.training.sinks import Sink
 if TYPE_CHECKING:
     from depthscope.probes.training.live.findings import OnFinding
     from depthscope.probes.training.live.live import Live
+
+
+class RecordingCallback:
+    """What the callbacks of frameworks have in common.
+
+    ``**options``: as of `record`.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._options = {"gradients": True, "metrics": "live", **options}
+        self.recorder: Recorder | None = None
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Finish the store."""
+        if self.recorder is not None:
+            self.recorder.close()
+
+    def on_exception(self, *given: Any) -> None:
+        """Finish the store with the steps that were measured; the step that raised, with the last of the arguments, is not."""
+        if self.recorder is not None:
+            self.recorder.__exit__(type(given[-1]), given[-1], given[-1].__traceback__)
+
 
 TOKENS = 128  # sampled of a step for live metrics
 REDUCTIONS = ("mean", "sum", "global_mean")

@@ -8,12 +8,11 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from depthscope.probes.training.record import record
-from depthscope.probes.training.recorder import Recorder
+from depthscope.probes.training.record import RecordingCallback, record
 from depthscope.probes.training.sinks import with_optimizer
 
 
-class TransformersCallback(TrainerCallback):
+class TransformersCallback(RecordingCallback, TrainerCallback):
     """Record the model of a `transformers.Trainer` while it trains: ``Trainer(..., callbacks=[TransformersCallback(...)])``.
 
     A step is one of the optimizer, with all of its micro-batches; evaluations count to none. A training that the trainer
@@ -33,8 +32,7 @@ class TransformersCallback(TrainerCallback):
     """
 
     def __init__(self, **options: Any) -> None:
-        self._options = {"gradients": True, "metrics": "live", **options}
-        self.recorder: Recorder | None = None
+        super().__init__(**options)
         _tell_when_training_raises()
 
     def on_train_begin(
@@ -60,18 +58,6 @@ class TransformersCallback(TrainerCallback):
         """End one step."""
         if self.recorder is not None:
             self.recorder.step()
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Finish the store."""
-        if self.recorder is not None:
-            self.recorder.close()
-
-    def on_exception(self, error: BaseException) -> None:
-        """Finish the store with the steps that were measured; the step that raised is not."""
-        if self.recorder is not None:
-            self.recorder.__exit__(type(error), error, error.__traceback__)
 
 
 @cache

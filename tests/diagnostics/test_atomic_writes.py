@@ -269,16 +269,6 @@ def test_what_appears_at_the_last_instant_puts_the_folder_back(tmp_path, monkeyp
 # --- targets that cannot be written
 
 
-def test_what_a_link_points_to_is_replaced_and_the_link_stays(tmp_path):
-    (tmp_path / "disk").mkdir()
-    write_file(tmp_path / "disk" / "real", "former")
-    (tmp_path / "name").symlink_to("disk/real")
-    write_file(tmp_path / "name", "new")
-    assert (tmp_path / "name").is_symlink()
-    assert (tmp_path / "disk" / "real").read_text() == "new"
-    assert sorted(os.listdir(tmp_path / "disk")) == ["real"]
-
-
 @posix
 @pytest.mark.parametrize("kind", ["folder", "pipe", "device", "circle"])
 def test_what_is_no_file_is_refused_in_a_sentence(tmp_path, kind):

@@ -48,40 +48,34 @@ def choose(
     used = {name for kind in kinds for name in kind.uses} - set(without)
     selection: dict[str, Any] = {}
     with st.container(horizontal=True, gap="medium", vertical_alignment="bottom"):
-        for name, control in CONTROLS.items():
-            if name in used:
-                selection[name] = _choose_option(name, control)
+        for name in (name for name in CONTROLS if name in used):
+            control = CONTROLS[name]
+            selection[name] = st.segmented_control(
+                control.label,
+                CHOICES[name],
+                default=getattr(Selection(), name),
+                format_func=lambda option, words=control.words: words.get(option, option),
+                key=name,
+                bind="query-params",
+                help=GLOSSARY[control.term].meaning,
+                required=True,  # a second click on the chosen option would choose none
+                width="content",
+            )
         streams = streams_of(analyses)
         if "stream" in used and len(streams) > 1:
-            selection["stream"] = _choose_stream(streams)
+            # `streams_of` has "mean" first, which is offered here with "each".
+            options, words = (
+                ["mean", "each", *streams[1:]],
+                {"mean": "mean of streams", "each": "each stream"},
+            )
+            selection["stream"] = choose_one(
+                "Stream",
+                options,
+                "stream",
+                words=lambda option: words.get(option, f"stream {option}"),
+                width=170,
+            )
     return selection
-
-
-def _choose_option(name: str, control: Control) -> str:
-    return st.segmented_control(
-        control.label,
-        CHOICES[name],
-        default=getattr(Selection(), name),
-        format_func=lambda option: control.words.get(option, option),
-        key=name,
-        bind="query-params",
-        help=GLOSSARY[control.term].meaning,
-        required=True,  # a second click on the chosen option would choose none
-        width="content",
-    )
-
-
-def _choose_stream(streams: Sequence[str]) -> str:
-    words = {"mean": "mean of streams", "each": "each stream"}
-    return st.selectbox(
-        "Stream",
-        # `streams_of` has "mean" first, which is offered here with "each".
-        ["mean", "each", *streams[1:]],
-        format_func=lambda option: words.get(option, f"stream {option}"),
-        key="stream",
-        bind="query-params",
-        width=170,
-    )
 
 
 SEED = "seed"

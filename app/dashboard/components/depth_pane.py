@@ -13,7 +13,7 @@ import streamlit as st
 
 from depthscope.app.dashboard.components.chart import card, component
 from depthscope.app.dashboard.components.finding_card import BADGES
-from depthscope.app.dashboard.components.microscope import View, depth_names, range_of
+from depthscope.app.dashboard.components.microscope import View, depth_names, range_of, remembered
 from depthscope.app.figures import FIGURES, Selection
 from depthscope.app.figures.build.values import pick
 from depthscope.app.readings.close_up import CloseUp, Matrix
@@ -34,20 +34,18 @@ NUMBERS = (
 MOST_CARDS = 3
 """Findings of a depth."""
 
-_FACTS = "microscope_facts"
-
 _pane = component("pane", "numbers", "matrices", styles=("matrices",))
 _bench = component("bench", "numbers", "matrices", styles=("matrices",))
 
 
 def show_depth(reading: Reading, close_up: CloseUp | None, view: View, *, on_token: Any) -> None:
     """All about the depth under the cursor or that is pinned, and below it what only the server can tell of the pinned one."""
-    facts = st.session_state.get(_FACTS)
-    key = (view.stream, view.whose, view.token)
-    if facts is None or facts[0] is not reading or facts[1] is not close_up or facts[2] != key:
-        facts = st.session_state[_FACTS] = (reading, close_up, key, _facts(reading, close_up, view))
+    choice = (view.stream, view.whose, view.token)
+    facts = remembered(
+        "microscope_facts", (reading, close_up), choice, lambda: _facts(reading, close_up, view)
+    )
     _pane(
-        data={"name": "microscope", "what": "pane", **facts[3], "token": view.token, "pin": view.pin},
+        data={"name": "microscope", "what": "pane", **facts, "token": view.token, "pin": view.pin},
         key="microscope_pane",
         on_token_change=on_token,
     )

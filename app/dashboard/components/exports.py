@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,14 +63,12 @@ def _offer_table(table: Table) -> None:
             ("parquet", "Parquet", "application/vnd.apache.parquet", lambda: to_parquet(table)),
             ("tex", "LaTeX", "application/x-tex", lambda: to_latex(table, cites).encode()),
         ):
-            st.download_button(
-                label,
-                write,  # only when it is asked for
-                file_name=f"{table.name}.{ending}",
-                mime=mime,
-                key=f"table_{ending}",
-                on_click="ignore",
-            )
+            _offer(label, write, f"{table.name}.{ending}", mime, f"table_{ending}")
+
+
+def _offer(label: str, write: Callable[[], bytes], name: str, mime: str, key: str) -> None:
+    """A button that saves a file, which is written when it is asked for."""
+    st.download_button(label, write, file_name=name, mime=mime, key=key, on_click="ignore")
 
 
 def measure_table(figure: Figure) -> Table:
@@ -101,14 +100,8 @@ def _show_paper_figure(figure: Figure, call: str) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
         venue = choose_one("Figure for", list(VENUES), "venue", width=160)
         for ending, mime in MIMES.items():
-            st.download_button(
-                ending.upper(),
-                lambda ending=ending: _written(figure, ending, venue),  # only when it is asked for
-                file_name=f"{figure.name}.{ending}",
-                mime=mime,
-                key=f"paper_{ending}",
-                on_click="ignore",
-            )
+            write = partial(_written, figure, ending, venue)
+            _offer(ending.upper(), write, f"{figure.name}.{ending}", mime, f"paper_{ending}")
     own = [CATALOGUE[figure.metric].cite] if figure.metric in CATALOGUE else []
     keys = keys_of([*own, *figure.sources])
     st.caption("In LaTeX, with the sources that the caption cites as BibTeX:")

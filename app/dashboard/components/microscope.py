@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,8 +49,6 @@ PICTURE_ROW = 11
 
 MOST_BARS = 8
 """Findings above the panels; the others are on the page Home."""
-
-_DRAWN = "microscope_drawn"
 
 MASSIVE = 10
 """Times the median token of the map: such tokens have rows of their own, above the map. A heuristic of ours."""
@@ -114,20 +113,29 @@ def show_panels(reading: Reading, close_up: CloseUp | None, view: View, *, on_pi
     ``close_up``: its states, where the run has them.
     Returns: The curves that are the same at every depth, with their number: they are not drawn.
     """
-    drawn = st.session_state.get(_DRAWN)
-    if drawn is None or not drawn.is_of(reading, close_up, view):
-        drawn = st.session_state[_DRAWN] = _Drawn.of(reading, close_up, view)
+    # The panels are the same at every pin.
+    data, flat = remembered(
+        "microscope_drawn", (reading, close_up), replace(view, pin=0), lambda: _drawn(reading, close_up, view)
+    )
     _component(
         data={
             "name": "microscope",
-            **drawn.data,
+            **data,
             "pin": pinned_by_page("microscope", view.pin),
             "plotly": PLOTLY_SOURCE,
         },
         key="microscope",
         on_pin_change=on_pin,
     )
-    return drawn.flat
+    return flat
+
+
+def remembered(key: str, of: tuple[Any, ...], choice: Any, make: Callable[[], Any]) -> Any:
+    """What was made last of some objects and a choice; made anew where either is another one."""
+    kept = st.session_state.get(key)
+    if kept is None or kept[1] != choice or any(map(operator.is_not, kept[0], of)):
+        kept = st.session_state[key] = (of, choice, make())
+    return kept[2]
 
 
 def show_text(close_up: CloseUp, names: Sequence[str], view: View) -> None:
@@ -166,60 +174,44 @@ def pinned_by_page(key: str, pin: float | None) -> float | None:
     return found
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """The panels as they were drawn last: they are the same at every pin."""
-
-    reading: Reading
-    close_up: CloseUp | None
-    view: View
-    data: dict[str, Any]
-    flat: list[str]
-
-    @classmethod
-    def of(cls, reading: Reading, close_up: CloseUp | None, view: View) -> _Drawn:
-        names = depth_names(reading)
-        bars = _bars(reading, len(names))
-        panels, flat = [], []
-        for name in view.strips:
-            panel = _strip(name, reading, close_up)
-            # The last row of a training may lack what the run has elsewhere.
-            if isinstance(panel.figure, Lines) and not any(
-                of.role == "measured" and np.isfinite(of.y).any() for of in panel.figure.lines
-            ):
-                continue
-            level = level_of(panel.figure)
-            if level is None:
-                panels.append(panel)
-            else:
-                flat.append(f"{FIGURES[name].title.removesuffix(' across depth')} ({number(level)})")
-        rows = 0
-        if close_up is not None:
-            if close_up.num_connections:
-                panels += _picture_panels(reading, close_up, view, len(names))
-            panels += _token_panels(close_up, view)
-            rows = 1 + len(panels)
-            if close_up.num_streams > 1:
-                panels.append(_stream_panel(close_up))
-        data = {
-            "figure": draw_panels(panels, bars, names).to_json(),
-            "height": panels_height(panels, bars),
-            "places": list(range(len(names))),
-            "names": names,
-            "rows": f"yaxis{rows}" if rows else "",
-            "token": _marked_row(view),
-            "tokens": [] if close_up is None else np.flatnonzero(close_up.mask[view.sequence]).tolist(),
-            "alt": visible(
-                f"Panels over the {len(names)} depths of {reading.name}: "
-                f"{', '.join(panel.figure.title for panel in panels)}. Left and right arrow pin a depth, up and down "
-                " mark a token, enter goes to the numbers of the depth."
-            ),
-        }
-        return cls(reading, close_up, view, data, flat)
-
-    def is_of(self, reading: Reading, close_up: CloseUp | None, view: View) -> bool:
-        same = replace(view, pin=self.view.pin)
-        return self.reading is reading and self.close_up is close_up and same == self.view
+def _drawn(reading: Reading, close_up: CloseUp | None, view: View) -> tuple[dict[str, Any], list[str]]:
+    """The panels for the browser, and the curves that are the same at every depth."""
+    names = depth_names(reading)
+    bars = _bars(reading, len(names))
+    panels, flat = [], []
+    for name in view.strips:
+        panel = _strip(name, reading, close_up)
+        # The last row of a training may lack what the run has elsewhere.
+        if isinstance(panel.figure, Lines) and not panel.figure.numbers("measured").size:
+            continue
+        level = level_of(panel.figure)
+        if level is None:
+            panels.append(panel)
+        else:
+            flat.append(f"{FIGURES[name].title.removesuffix(' across depth')} ({number(level)})")
+    rows = 0
+    if close_up is not None:
+        if close_up.num_connections:
+            panels += _picture_panels(reading, close_up, view, len(names))
+        panels += _token_panels(close_up, view)
+        rows = 1 + len(panels)
+        if close_up.num_streams > 1:
+            panels.append(_stream_panel(close_up))
+    data = {
+        "figure": draw_panels(panels, bars, names).to_json(),
+        "height": panels_height(panels, bars),
+        "places": list(range(len(names))),
+        "names": names,
+        "rows": f"yaxis{rows}" if rows else "",
+        "token": _marked_row(view),
+        "tokens": [] if close_up is None else np.flatnonzero(close_up.mask[view.sequence]).tolist(),
+        "alt": visible(
+            f"Panels over the {len(names)} depths of {reading.name}: "
+            f"{', '.join(panel.figure.title for panel in panels)}. Left and right arrow pin a depth, up and down "
+            " mark a token, enter goes to the numbers of the depth."
+        ),
+    }
+    return data, flat
 
 
 def depth_names(reading: Reading) -> list[str]:
@@ -236,11 +228,8 @@ def _strip(name: str, reading: Reading, close_up: CloseUp | None) -> Panel:
         # Without massive activations too: they dominate ranks and similarities.
         ordinary = kind.build(analyses, tokens="ordinary")
         if isinstance(ordinary, Lines):
-            added = [
-                replace(line, label=f"{line.label} · without massive tokens")
-                for line in ordinary.lines
-                if line.role == "measured"
-            ]
+            words = " · without massive tokens"
+            added = [replace(line, label=f"{line.label}{words}") for line in ordinary.of("measured")]
             figure = replace(figure, lines=(*figure.lines, *added))
     depths = None
     if _axis_of(kind.metric, reading) == "connection":

@@ -16,11 +16,7 @@ from depthscope.app.dashboard.components.finding_card import BADGES, escaped
 from depthscope.app.dashboard.components.microscope import pinned_by_page
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import growing_runs
-from depthscope.app.dashboard.state.chosen_runs import (
-    ChosenRuns,
-    a_click_leads_on,
-    open_microscope,
-)
+from depthscope.app.dashboard.state.chosen_runs import ChosenRuns, a_click_leads_on, open_microscope
 from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.drawing.plotly.panels import Bar, Panel, draw_panels, panels_height
@@ -132,7 +128,7 @@ def _show(chosen: ChosenRuns) -> None:
 
 def _goes_on(history: TrainingHistory, seconds: float) -> bool:
     """Whether steps are added or are left to judge, after so many seconds of judging."""
-    return growing_runs.first_findings_of(history).look(seconds) or (
+    return history.judge_more(seconds) or (
         history.status is not None and live_state(history.status).is_growing
     )
 
@@ -168,14 +164,13 @@ def _follow(
             return
         histories[reading.name] = history
     left = [_goes_on(history, JUDGING_SECONDS / len(histories)) for history in histories.values()]
-    findings = {run: growing_runs.first_findings_of(history) for run, history in histories.items()}
-    begun = {run: each.begun() for run, each in findings.items()}
+    begun = {run: history.begun() for run, history in histories.items()}
     _say(histories)
     shown = _choose(histories, colours, group_of)
     left_column, right = st.columns([3, 2], gap="medium")
     with left_column:
         _show_history(histories, shown, begun)
-        judged = sum(each.num_judged for each in findings.values())
+        judged = sum(history.num_judged for history in histories.values())
         steps = sum(len(history.steps) for history in histories.values())
         st.caption(
             "Click or ←/→ pins a step, escape returns to the last one, dragging zooms in, a double click shows all. "

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from threading import RLock
 from typing import TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -25,7 +24,7 @@ from depthscope.app.dashboard.state.run_reading import (
 )
 from depthscope.app.readings.provenance import FileVersion
 from depthscope.app.readings.readings import Reading
-from depthscope.app.readings.training_history import FirstFindings, TrainingHistory
+from depthscope.app.readings.training_history import TrainingHistory
 from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema import LiveRows, Status
@@ -54,8 +53,6 @@ _followed: OrderedDict[tuple[Path, str], TrainingHistory] = OrderedDict()
 
 _histories = ReadingCache(CACHE_BYTES // 4, lambda history: history.num_bytes)
 """Of runs that have ended."""
-
-_first_findings: WeakKeyDictionary[TrainingHistory, FirstFindings] = WeakKeyDictionary()
 
 
 def is_growing(path: Path) -> bool:
@@ -145,12 +142,6 @@ def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
         except (schema.SchemaError, OSError) as error:
             _followed.pop(key, None)
             return UnreadableRun(reading.name, path, sentence(error))
-
-
-def first_findings_of(history: TrainingHistory) -> FirstFindings:
-    """Where findings began: one for a history, which remembers the steps that were judged."""
-    with _lock:
-        return _first_findings.setdefault(history, FirstFindings(history))
 
 
 GROWS_WITHIN = 600.0

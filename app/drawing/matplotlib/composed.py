@@ -22,7 +22,6 @@ from depthscope.app.drawing.matplotlib.curves import (
     measured_of,
     plot_heatmap,
     plot_lines,
-    variant_of,
 )
 from depthscope.app.drawing.matplotlib.style import (
     PaperFigure,
@@ -156,9 +155,8 @@ def _is_printed(panel: LetteredPanel) -> bool:
 
 def _variants(figure: Composed) -> list[str]:
     """Distinct variants of all panels, in the order of their dashes; the plain line first."""
-    return list(
-        dict.fromkeys(["", *map(variant_of, measured_of([panel.content for panel in figure.panels]))])
-    )
+    lines = measured_of([panel.content for panel in figure.panels])
+    return list(dict.fromkeys(["", *(line.variant for line in lines)]))
 
 
 def _looks(figure: Composed, content: Lines) -> dict[int, Look]:
@@ -166,7 +164,7 @@ def _looks(figure: Composed, content: Lines) -> dict[int, Look]:
         return looks_of(content)
     variants = _variants(figure)
     return {
-        id(line): look_of(figure.runs[line.group], variants.index(variant_of(line)))
+        id(line): look_of(figure.runs[line.group], variants.index(line.variant))
         for line in measured_of([content])
     }
 

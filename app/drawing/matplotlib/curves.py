@@ -44,9 +44,8 @@ def plot_lines(axes: Axes, figure: Lines, looks: Mapping[int, Look]) -> None:
 
     ``looks``: by the ``id`` of each measured line.
     """
-    measured = [line for line in figure.lines if line.role == "measured"]
     # On a log axis without a positive value matplotlib warns and draws nothing.
-    if figure.log_y and any(bool(np.any(line.y > 0)) for line in measured):
+    if figure.log_y and any(bool(np.any(line.y > 0)) for line in figure.of("measured")):
         axes.set_yscale("log", nonpositive="mask")
     if figure.log_x:
         axes.set_xscale("log", nonpositive="mask")
@@ -88,10 +87,7 @@ def _limit(axes: Axes, figure: Lines) -> None:
         axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))
     axes.margins(x=0.02)
     axes.autoscale_view()
-    lines = [line for line in figure.lines if line.role in ("measured", "null")]
-    parts = [part for line in lines for part in (line.y, line.lower, line.upper) if part is not None]
-    values = np.concatenate(parts) if parts else np.zeros(0)
-    values = values[np.isfinite(values)]
+    values = figure.numbers("measured", "null")
     if values.size:
         low, high = float(values.min()), float(values.max())
         if visible_limits(low, high) != (low, high):  # they differ by rounding alone
@@ -163,23 +159,9 @@ def _name_threshold(axes: Axes, line: Line, *, is_above: bool, letters: int) -> 
     )
 
 
-def variant_of(line: Line) -> str:
-    """What distinguishes a line from others of its run.
-
-    Returns: Empty for the plain line of a run.
-    """
-    return line.label.removeprefix(line.group).removeprefix(" · ")
-
-
 def measured_of(contents: Sequence[Any]) -> list[Line]:
     """The measured lines of some panels."""
-    return [
-        line
-        for content in contents
-        if isinstance(content, Lines)
-        for line in content.lines
-        if line.role == "measured"
-    ]
+    return [line for content in contents if isinstance(content, Lines) for line in content.of("measured")]
 
 
 # Cells from which a mesh is rasterised inside the vector file: as vectors, each is a path that viewers draw one by one.

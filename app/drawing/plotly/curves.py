@@ -143,10 +143,9 @@ def _key(lines: Sequence[Line], drawn: Sequence[_Drawn]) -> list[go.Scatter]:
             style = {"color": each.colour, "width": 4}
             runs[line.group] = _legend_entry(line.group, style, _mark(each.look))
         # Labels are "run · variant"; in this legend the run has an entry of its own.
-        variant = line.label.removeprefix(f"{line.group} · ")
-        variants.setdefault(variant, _legend_entry(variant, {"color": GREY, "width": 1.8, "dash": each.dash}))
-    # The plain line of a run is named like the run.
-    return list((runs | {name: entry for name, entry in variants.items() if name not in runs}).values())
+        style = {"color": GREY, "width": 1.8, "dash": each.dash}
+        variants.setdefault(line.variant, _legend_entry(line.variant, style))
+    return [*runs.values(), *(entry for name, entry in variants.items() if name)]
 
 
 def _legend_entry(name: str, style: dict[str, Any], mark: dict[str, Any] | None = None) -> go.Scatter:
@@ -196,11 +195,11 @@ def _shade(drawn: go.Figure, healthy: tuple[float, float], span: tuple[float, fl
 
 def _y_range(figure: Lines) -> tuple[float, float] | None:
     """Ends of the vertical axis: the curves, their bands, and the next thresholds."""
-    known = _drawable(figure, ("measured", "null"))
+    known = _drawable(figure, "measured", "null")
     if known.size == 0:
         return None
     low, high = visible_limits(float(known.min()), float(known.max()))
-    limits = _drawable(figure, ("threshold",))
+    limits = _drawable(figure, "threshold")
     # The next threshold on either side shows how far away it is; those beyond it would flatten the curves.
     above, below = limits[limits > high], limits[limits < low]
     high = float(above.min()) if above.size else high
@@ -213,12 +212,10 @@ def _y_range(figure: Lines) -> tuple[float, float] | None:
     return low - margin, high + margin
 
 
-def _drawable(figure: Lines, roles: tuple[str, ...]) -> np.ndarray:
+def _drawable(figure: Lines, *roles: str) -> np.ndarray:
     """All values of the lines of some roles that the axis can show."""
-    lines = [line for line in figure.lines if line.role in roles]
-    parts = [part for line in lines for part in (line.y, line.lower, line.upper) if part is not None]
-    values = np.concatenate([np.asarray(part, dtype=np.float64) for part in parts] or [np.zeros(0)])
-    return values[np.isfinite(values) & ((values > 0) | (not figure.log_y))]
+    values = figure.numbers(*roles)
+    return values[values > 0] if figure.log_y else values
 
 
 def _scale(span: tuple[float, float] | None, log_y: bool) -> dict[str, Any]:

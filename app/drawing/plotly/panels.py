@@ -150,26 +150,19 @@ def _steps(panels: Sequence[Panel]) -> tuple[float, float]:
 
 
 def _bar(bar: Bar, lane: int, names: Sequence[str] | None) -> go.Scatter:
-    line = {"color": SEVERITY_COLOURS[bar.severity], "width": 7 if names else 5}
     if names is None:
-        marker = {"symbol": "triangle-right", "size": [11, 0.1]}
-        hover = f"{words(bar.label)}: from step {bar.first:g}<extra></extra>"
-        return go.Scatter(
-            x=[bar.first, bar.last],
-            y=[lane, lane],
-            mode="lines+markers",
-            line=line,
-            marker=marker,
-            hovertemplate=hover,
-        )
-    first, last = names[int(bar.first)], names[int(bar.last)]
-    place = first if bar.first == bar.last else f"{first} to {last}"
-    # Half a depth on both sides: a finding at one depth has a width too.
+        place, reach, width = f"from step {bar.first:g}", 0.0, 5
+    else:
+        first, last = names[int(bar.first)], names[int(bar.last)]
+        place = first if bar.first == bar.last else f"{first} to {last}"
+        # Half a depth on both sides: a finding at one depth has a width too.
+        reach, width = 0.4, 7
     return go.Scatter(
-        x=[bar.first - 0.4, bar.last + 0.4],
+        x=[bar.first - reach, bar.last + reach],
         y=[lane, lane],
-        mode="lines",
-        line=line,
+        mode="lines+markers" if names is None else "lines",
+        line={"color": SEVERITY_COLOURS[bar.severity], "width": width},
+        marker={"symbol": "triangle-right", "size": [11, 0.1]} if names is None else None,
         hovertemplate=f"{words(bar.label)}: {words(place)}<extra></extra>",
     )
 
@@ -237,7 +230,7 @@ def _key(panel: Panel) -> str:
         return ""
     looks = looks_of(panel.figure)
     lines = [line for line in panel.figure.lines if id(line) in looks]
-    names = [line.label.removeprefix(line.group).removeprefix(" · ") or "raw" for line in lines]
+    names = [line.variant or "raw" for line in lines]
     parts = [
         f'<span style="color: {looks[id(line)].colour}">{"━" if i == 0 else "┅"}</span> {words(name)}'
         for i, (line, name) in enumerate(zip(lines, names, strict=True))
@@ -257,11 +250,8 @@ def _add_panel(
     """
     # A tick takes some sixteen pixels.
     ticks = max(3, panel.height // 16)
-    own = (
-        draw_lines(panel.figure)
-        if isinstance(panel.figure, Lines)
-        else draw_heatmap(panel.figure, most_ticks=ticks)
-    )
+    figure = panel.figure
+    own = draw_lines(figure) if isinstance(figure, Lines) else draw_heatmap(figure, most_ticks=ticks)
     axis: dict[str, Any] = {
         "domain": list(domain),
         "gridcolor": FAINT,

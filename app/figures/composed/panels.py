@@ -17,7 +17,7 @@ from depthscope.app.figures.palette import colour_numbers
 from depthscope.app.figures.specification import Figure, FigureKind, Heatmap, Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
 from depthscope.app.readings.run_arrays import MixingMatrices, matrices_of
-from depthscope.app.readings.training_history import FirstFindings, TrainingHistory, history_of
+from depthscope.app.readings.training_history import TrainingHistory, history_of
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics.errors import InputError
 
@@ -112,7 +112,7 @@ class Curves:
         analyses = subjects.analyses
         figure = self.kind.build(analyses, **asdict(replace(view, **self.fixed)))
         assert isinstance(figure, Lines)
-        measured = [line for line in figure.lines if line.role == "measured"]
+        measured = figure.of("measured")
         if not any(np.isfinite(line.y).any() for line in measured):
             return subjects.why_not(self.kind.metric)
         # The title names what is fixed, such as the direction: the plain line of a run is that one.
@@ -366,11 +366,10 @@ class Loss:
 
 def first_steps(history: TrainingHistory) -> dict[int, list[str]]:
     """The steps at which a verdict warns or fails for the first time: step → names of verdicts."""
-    findings = FirstFindings(history)
-    findings.look(float("inf"))
+    history.judge_more(float("inf"))
     known: set[str] = set()
     found: dict[int, list[str]] = {}
-    for begun in findings.begun():
+    for begun in history.begun():
         name = begun.finding.verdict
         if name not in known:
             found.setdefault(begun.step, []).append(name.replace("_", " "))

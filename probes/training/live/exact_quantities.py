@@ -39,7 +39,6 @@ class LiveGroup:
     depth_coords: Mapping[str, Any]  # coordinates, as in the trace
     connection_coords: Mapping[str, Any]  # coordinates, as in the trace
     attrs: Mapping[str, Any]  # of the run, and of the chain's own trace
-    dtype: torch.dtype  # in which states are multiplied
     cut: list[int]  # depths that had a graph in the first measured step, and got no gradient
 
     @cached_property
@@ -90,7 +89,6 @@ def live_groups(session: Session, run: xr.DataTree) -> list[LiveGroup]:
                     depth_coords=depth_coords(chain, depths),
                     connection_coords=connection_coords(chain.connections) if has_streams else {},
                     attrs={str(name): value for name, value in (run.attrs | trace.attrs).items()},
-                    dtype=session.observer.precision,
                     cut=list(trace["gradient"].attrs.get(CUT_GRADIENT, [])) if "gradient" in trace else [],
                 )
             )

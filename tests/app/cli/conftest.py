@@ -9,16 +9,8 @@ from depthscope.diagnostics.schema import COMPLETE
 
 # Three hundred variables take a second to write, and to open: commands read what there is.
 METRICS = (
-    *(
-        "effective_rank",
-        "residual_norm",
-        "token_cosine",
-        "cka",
-        "adjacent_cka",
-        "num_tokens",
-        "dong_residual",
-    ),
-    *("gradient_norm", "composite_gain", "mixing_gain", "stream_cosine"),
+    *("effective_rank", "residual_norm", "token_cosine", "cka", "adjacent_cka", "num_tokens"),
+    *("dong_residual", "gradient_norm", "composite_gain", "mixing_gain", "stream_cosine"),
 )
 
 

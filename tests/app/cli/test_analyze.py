@@ -30,14 +30,8 @@ def test_analyze_writes_metrics_into_the_run(unmeasured, tmp_path, capsys):
 def test_analyze_out_leaves_the_run_alone(unmeasured, tmp_path, capsys):
     before = (unmeasured / "residual.zarr.zip").read_bytes()
     out = tmp_path / "metrics.zarr.zip"
-    words = [
-        "analyze",
-        str(unmeasured / "residual.zarr.zip"),
-        "--metrics",
-        "effective_rank,token_cosine",
-        "--out",
-        str(out),
-    ]
+    names = "effective_rank,token_cosine"
+    words = ["analyze", str(unmeasured / "residual.zarr.zip"), "--metrics", names, "--out", str(out)]
     assert main(words) == FINE
     assert (unmeasured / "residual.zarr.zip").read_bytes() == before
     with schema.open_run(out) as run:
@@ -68,16 +62,7 @@ def test_a_wrong_option_of_analyze_writes_nothing(unmeasured, tmp_path, capsys, 
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_part_leaves_is_not_complete(unmeasured, tmp_path):
-    path = schema.save_run(schema.open_run(unmeasured / "residual.zarr.zip"), tmp_path / "r.zarr.zip")
-    for name in ("token_cosine", "effective_rank"):
-        assert main(["analyze", str(path), "--metrics", name]) == FINE
-    stored = schema.open_run(path)["metrics"]
-    assert {"token_cosine", "effective_rank"} <= set(stored.data_vars)
-    assert stored.attrs["complete"] is False
-
-
-def test_every_chain_keeps_its_metrics(make_run, tmp_path):
+def test_what_parts_add_stays_in_every_chain_and_is_not_complete(make_run, tmp_path):
     part = make_run("residual", layers=2)["trace"].to_dataset()
     run = schema.create_run({"encoder": part, "decoder": part}, attrs={"family": "residual", "n_streams": 1})
     path = schema.save_run(run, tmp_path / "r.zarr.zip")
@@ -86,6 +71,7 @@ def test_every_chain_keeps_its_metrics(make_run, tmp_path):
     stored = schema.open_run(path)
     for chain in ("encoder", "decoder"):
         assert {"residual_norm", "token_cosine"} <= set(stored[f"metrics/{chain}"].data_vars)
+        assert stored[f"metrics/{chain}"].attrs["complete"] is False
         assert "residual" in stored[f"trace/{chain}"]
 
 

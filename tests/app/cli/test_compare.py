@@ -7,7 +7,7 @@ import json
 import pytest
 
 from depthscope.app.cli.main import FINE, main
-from depthscope.diagnostics import schema
+from depthscope.diagnostics import analyze, schema
 
 
 def test_compare_aligns_by_relative_depth(saved, capsys):
@@ -16,20 +16,20 @@ def test_compare_aligns_by_relative_depth(saved, capsys):
     assert [row["relative depth"] for row in printed["aligned"]] == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert {row["run"] for row in printed["summary"]} == {"residual", "hc", "mhc"}
     with schema.open_run(saved / "hc.zarr.zip") as run:
-        from depthscope.diagnostics import analyze
-
-        last = (
-            analyze(run, metrics=["residual_norm"])["residual_norm"]
-            .sel(stream="mean")
-            .isel(step=-1, depth=-1)
-        )
-    assert printed["aligned"][-1]["hc"] == pytest.approx(float(last))
+        norm = analyze(run, metrics=["residual_norm"])["residual_norm"].sel(stream="mean")
+        assert printed["aligned"][-1]["hc"] == pytest.approx(float(norm.isel(step=-1, depth=-1)))
 
 
-def test_compare_warns_of_other_token_counts(saved, tmp_path, make_run, capsys):
-    other = schema.save_run(make_run("residual", layers=2, tokens=24), tmp_path / "long.zarr.zip")
+def test_compare_warns_of_what_else_differs(saved, tmp_path, make_run, capsys):
+    run = make_run("residual", layers=2, tokens=24)
+    run.attrs["dtype"] = "bfloat16"
+    other = schema.save_run(run, tmp_path / "long.zarr.zip")
     assert main(["compare", str(saved / "residual.zarr.zip"), str(other)]) == FINE
-    assert "different numbers of tokens" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "different numbers of tokens" in said
+    assert "the runs have different precision (residual: float32, long: bfloat16)" in said
+    assert main(["compare", str(saved)]) == FINE
+    assert capsys.readouterr().err == ""
 
 
 def test_same_names_in_two_folders_stay_distinct(saved, tmp_path, make_run, capsys):

@@ -45,19 +45,13 @@ def test_probe_passes_everything_on_and_records_the_data(monkeypatch, tmp_path, 
     seen = _stand_in(monkeypatch, make_run("residual", layers=2))
     (tmp_path / "t.txt").write_text("some words")
     out = tmp_path / "r.zarr.zip"
-    words = [
-        "probe",
-        "tiny",
-        "--text",
-        str(tmp_path / "t.txt"),
-        "--out",
-        str(out),
-        "--seed",
-        "3",
-        "--dtype",
-        "float32",
-    ]
-    assert main([*words, "--no-gradients", "--layers", "blocks", "--length", "64", "--json"]) == FINE
+    words = ["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(out), "--seed", "3"]
+    assert (
+        main(
+            [*words, "--dtype", "float32", "--no-gradients", "--layers", "blocks", "--length", "64", "--json"]
+        )
+        == FINE
+    )
     assert json.loads(capsys.readouterr().out)["sizes"]["run"]["depths"] == 3
     assert (seen["text"], seen["length"], seen["seed"], seen["dtype"]) == ("some words", 64, 3, "float32")
     assert (seen["gradients"], seen["layers"]) == (False, "blocks")
@@ -76,9 +70,9 @@ def test_a_checkpoint_alone_is_probed_on_a_built_in_text_and_judged(monkeypatch,
     # What `check` says of the same run, without its summary.
     assert main(["check", "tiny.zarr"]) in (FINE, FOUND)
     checked = capsys.readouterr().out
-    assert [
-        line for line in said.splitlines() if line.startswith(("INFO", "WARN", "FAIL", "Nothing found"))
-    ] == [line for line in checked.splitlines() if line.startswith(("INFO", "WARN", "FAIL", "Nothing found"))]
+    told = ("INFO", "WARN", "FAIL", "Nothing found")
+    lines = [[line for line in of.splitlines() if line.startswith(told)] for of in (said, checked)]
+    assert lines[0] == lines[1]
     with schema.open_run("tiny.zarr") as run:
         assert run.attrs["data"] == "pydoc_data.topics"
     assert main(["probe", "models/tiny.gguf"]) == USAGE
@@ -120,10 +114,8 @@ def test_probe_says_what_the_run_leaves_out_and_what_is_not_proven(monkeypatch, 
     run.attrs["not_covered"] = [{"module": "vision", "sentence": sentence}]
     _stand_in(monkeypatch, run)
     (tmp_path / "t.txt").write_text("some words")
-    assert (
-        main(["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.zarr.zip")])
-        == FINE
-    )
+    words = ["probe", "tiny", "--text", str(tmp_path / "t.txt"), "--out", str(tmp_path / "r.zarr.zip")]
+    assert main(words) == FINE
     printed = capsys.readouterr().out
     assert f"not covered: {sentence}" in printed
     assert run.attrs["proof"] in printed

@@ -61,15 +61,7 @@ def numbers(values) -> np.ndarray:
 
 def words(test: AppTest) -> str:
     """All text of a page, without the backslashes that switch Markdown off."""
-    parts = [
-        *test.markdown,
-        *test.caption,
-        *test.info,
-        *test.code,
-        *test.expander,
-        *test.error,
-        *test.warning,
-    ]
-    return "\n".join(str(getattr(part, "value", getattr(part, "label", ""))) for part in parts).replace(
-        "\\", ""
-    )
+    kinds = ("markdown", "caption", "info", "code", "expander", "error", "warning")
+    parts = [part for kind in kinds for part in getattr(test, kind)]
+    shown = "\n".join(str(getattr(part, "value", getattr(part, "label", ""))) for part in parts)
+    return shown.replace("\\", "")

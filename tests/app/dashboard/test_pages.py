@@ -19,6 +19,7 @@ from depthscope.app.readings.readings import read_paths
 from depthscope.app.tables.differences import difference_map, profiles_of
 from depthscope.app.tables.formats import to_csv, to_latex, to_parquet
 from depthscope.app.text.bibliography import entries
+from depthscope.app.text.numbers import number
 from depthscope.diagnostics import analyze
 from depthscope.diagnostics.errors import InputError
 from tests.app.dashboard.conftest import RLO
@@ -123,12 +124,23 @@ def test_the_browser_has_the_numbers_tokens_and_matrices_of_every_depth(opened, 
         np.testing.assert_allclose(shown["h"], product, rtol=1e-4, atol=1e-9)
         found = np.sort_complex([complex(*each) for each in shown["eigenvalues"]])
         np.testing.assert_allclose(found, np.sort_complex(np.linalg.eigvals(product)), atol=1e-5)
-    norms = np.linalg.norm(trace["residual"].values.mean(axis=3), axis=-1)
-    norms[:, ~trace["mask"].values] = -1
-    for depth, shown in enumerate(pane["tokens"]):
-        _, sequence, position, *_ = shown["tokens"][0]
-        assert norms[depth, sequence, position] == pytest.approx(norms[depth].max())
+    mask, states = trace["mask"].values, trace["residual"].values.astype(np.float64).mean(axis=3)
+    states[:, ~mask] = 0.0
+    for x, shown in zip(states, pane["tokens"], strict=True):
+        _, sequence, position, size, ratio = shown["tokens"][0]
+        norms = np.linalg.norm(x, axis=-1)
+        assert norms[sequence, position] == norms.max()
+        assert (size, ratio) == (number(norms.max()), number(norms.max() / np.median(norms[mask])))
+        assert [tuple(each[1:4]) for each in shown["entries"]] == [
+            np.unravel_index(at, x.shape) for at in np.argsort(-np.abs(x), axis=None)[:5]
+        ]
     assert pane["token"] == [0, 2]
+    (pane,) = parts(test.selectbox(key="whose").set_value("worst").run(), "pane")
+    for tokens, shown in zip(
+        trace["h_res"].values.astype(np.float64)[:, mask], pane["matrices"], strict=True
+    ):
+        sums = np.abs([tokens.sum(axis=1), tokens.sum(axis=2)]).max(axis=(0, 2))
+        np.testing.assert_allclose(shown["h"], tokens[sums.argmax()], rtol=1e-5)
 
 
 @pytest.mark.parametrize("wrong", ["99", "99.0", "-1.0", "٣.٣", "9" * 30])

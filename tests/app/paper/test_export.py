@@ -100,27 +100,23 @@ def test_bibliography_holds_exactly_what_is_cited(bundle):
     assert set(keys_of(shown)) <= written
 
 
-def test_a_folder_with_files_is_refused_and_untouched(runs, tmp_path):
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
+def test_a_folder_of_somebody_else_is_refused_and_untouched(runs, tmp_path):
+    refused = "is not a folder that depthscope export wrote"
     (tmp_path / "thesis.tex").write_text("mine")
-    for force, said in ((False, "has files in it"), (True, "is not a folder that depthscope export wrote")):
+    for force, said in ((False, "has files in it"), (True, refused)):
         with pytest.raises(ValueError, match=said):
             write_bundle(runs, tmp_path, force=force)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-def test_a_manifest_of_another_program_makes_no_folder_ours(runs, tmp_path):
-    manifest = '{"made_by": "another export", "files": {}}'
-    (tmp_path / "manifest.json").write_text(manifest)
-    with pytest.raises(ValueError, match="is not a folder that depthscope export wrote"):
-        write_bundle({"plain": runs["plain"]}, tmp_path, force=True)
-    assert (tmp_path / "manifest.json").read_text() == manifest
-
-
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")
-def test_a_pipe_in_place_of_the_manifest_is_no_hang(runs, tmp_path):
-    os.mkfifo(tmp_path / "manifest.json")
-    with pytest.raises(ValueError, match="is not a folder"):
-        write_bundle({"plain": runs["plain"]}, tmp_path, force=True)
+    foreign, piped = tmp_path / "foreign", tmp_path / "piped"
+    foreign.mkdir()
+    piped.mkdir()
+    (foreign / "manifest.json").write_text('{"made_by": "another export", "files": {}}')
+    os.mkfifo(piped / "manifest.json")  # which would be waited for
+    for folder in (foreign, piped):
+        with pytest.raises(ValueError, match=refused):
+            write_bundle({"plain": runs["plain"]}, folder, force=True)
+    assert "another export" in (foreign / "manifest.json").read_text()
 
 
 def test_a_failed_export_leaves_nothing(runs, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from depthscope.app.readings import close_up as reading
-from depthscope.app.readings.close_up import QUANTILES, read_close_up
+from depthscope.app.readings.close_up import read_close_up
 from depthscope.diagnostics import save_run, schema
 from depthscope.diagnostics.errors import AbsentError
 from tests.app.dashboard.growing_run import add, begin
@@ -49,22 +49,6 @@ def test_a_map_has_the_number_of_every_token(close_up, trace):
                     assert np.isnan(found) if not mask[sequence, token] else found == pytest.approx(value)
 
 
-def test_the_largest_tokens_and_entries_of_a_depth(close_up, trace):
-    x = trace["residual"].values.astype(np.float64).mean(axis=3)[2]
-    real = real_tokens(trace)
-    norms = {place: float(np.linalg.norm(x[place])) for place in real}
-    best = sorted(real, key=lambda place: -norms[place])[:3]
-    found = close_up.largest_tokens(2, most=3)
-    assert [(each.sequence, each.position) for each in found] == best
-    median = float(np.median(list(norms.values())))
-    assert found[0].ratio == pytest.approx(norms[best[0]] / median)
-    entries = {(*place, feature): abs(x[place][feature]) for place in real for feature in range(x.shape[-1])}
-    top = sorted(entries, key=lambda place: -entries[place])[:4]
-    shown = close_up.largest_entries(2, most=4)
-    assert [(each.sequence, each.position, each.feature) for each in shown] == top
-    assert shown[0].value == pytest.approx(x[top[0]])
-
-
 def test_a_state_that_is_not_finite_is_the_largest(make_run, tmp_path):
     run = make_run("residual")
     data = run["trace"].to_dataset().load().copy(deep=True)
@@ -75,24 +59,6 @@ def test_a_state_that_is_not_finite_is_the_largest(make_run, tmp_path):
     largest = found.largest_tokens(2)[0]
     assert (largest.sequence, largest.position) == (sequence, position)
     assert found.largest_entries(2)[0].feature == 4
-
-
-def test_the_matrices_of_a_connection_and_of_the_worst_token(close_up, trace):
-    h = trace["h_res"].values.astype(np.float64)
-    real = real_tokens(trace)
-    mean, *tokens = close_up.matrices(3)
-    np.testing.assert_allclose(mean.h_res, sum(h[3][place] for place in real) / len(real))
-    np.testing.assert_allclose(
-        mean.h_pre, sum(trace["h_pre"].values[3][place].astype(np.float64) for place in real) / len(real)
-    )
-    assert len(tokens) == len(QUANTILES)
-
-    def gain(matrix):
-        return max(np.abs(matrix.sum(axis=0)).max(), np.abs(matrix.sum(axis=1)).max())
-
-    assert gain(tokens[-1].h_res) == pytest.approx(max(gain(h[3][place]) for place in real))
-    for value in tokens[-1].eigenvalues:
-        assert abs(np.linalg.det(tokens[-1].h_res - value * np.eye(4))) < 1e-9
 
 
 def test_of_a_run_that_is_too_large_the_first_sequences_are_read(mhc_run, tmp_path, monkeypatch):

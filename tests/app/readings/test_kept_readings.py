@@ -70,17 +70,14 @@ def test_another_version_of_the_run_is_not_served_and_its_former_analysis_leaves
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_copied_folder_is_analysed_anew(saved, tmp_path):
+def test_of_a_copied_folder_or_by_another_version_of_the_code_it_is_analysed_anew(
+    saved, tmp_path, monkeypatch
+):
     path, readings = saved
     keep(path, FileVersion.of(path), readings)
     copy = tmp_path / "copied"
     shutil.copytree(path.parent, copy)
     assert kept_readings(copy / path.name, FileVersion.of(copy / path.name)) is None
-
-
-def test_another_version_of_the_code_analyses_anew(saved, monkeypatch):
-    path, readings = saved
-    keep(path, FileVersion.of(path), readings)
     monkeypatch.setattr(keeping, "_code_version", lambda: "another")
     assert kept_readings(path, FileVersion.of(path)) is None
 

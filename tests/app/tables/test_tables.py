@@ -13,7 +13,7 @@ from depthscope.app.figures.build.curve_figure import limit_labels
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables import tables
-from depthscope.app.tables.comparison import comparison_table, differences, summary_table
+from depthscope.app.tables.comparison import comparison_table, summary_table
 from depthscope.app.tables.findings import findings_table
 from depthscope.app.tables.formats import to_latex
 from depthscope.app.tables.tables import depth_table, mixing_table, slug
@@ -124,14 +124,6 @@ def test_comparison_takes_the_nearest_measured_depth(readings):
     np.testing.assert_allclose(table.data["plain"], norm[nearest])
     with pytest.raises(ValueError, match="no run has mixing_gain"):
         comparison_table(readings[:1], ["mixing_gain"])
-
-
-def test_differences_are_told(readings):
-    assert differences(readings) == []
-    other = replace(readings[1], attrs={**readings[1].attrs, "dtype": "bfloat16"})
-    assert differences([readings[0], other]) == [
-        "the runs have different precision (plain: float32, m_1 & <2>: bfloat16)"
-    ]
 
 
 def test_latex_is_escaped_cited_and_ruled(readings):

@@ -29,12 +29,15 @@ def require_refused(run, path, match, *, force=False):
     assert os.listdir(path.parent) == [path.name]
 
 
-def test_a_folder_with_a_file_of_the_user_is_refused_even_with_force(make_run, tmp_path):
-    path = tmp_path / "folder.zarr"
+@pytest.mark.parametrize(
+    ("name", "words"), [("folder.zarr", "contains notes.txt"), ("run.zarr.zip", "is a folder")]
+)
+def test_a_folder_with_a_file_of_the_user_is_refused_even_with_force(make_run, tmp_path, name, words):
+    path = tmp_path / name
     path.mkdir()
     (path / "notes.txt").write_text("mine")
     for force in (False, True):
-        require_refused(make_run("residual"), path, "contains notes.txt", force=force)
+        require_refused(make_run("residual"), path, words, force=force)
 
 
 @pytest.mark.parametrize(
@@ -84,12 +87,6 @@ def test_a_folder_that_is_no_run_stays_even_with_force(make_run, tmp_path):
     for path in (foreign, torn):
         for force in (False, True):
             require_refused(make_run("residual", layers=1), path, "is not a run", force=force)
-
-
-def test_a_folder_in_place_of_a_file_is_refused(make_run, tmp_path):
-    (tmp_path / "run.zarr.zip").mkdir()
-    for force in (False, True):
-        require_refused(make_run("residual"), tmp_path / "run.zarr.zip", "is a folder", force=force)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes")

@@ -48,11 +48,7 @@ def test_no_gradient_below_frozen_weights_is_no_failure(tmp_path):
 
 @pytest.mark.parametrize(
     "build",
-    [
-        lambda: pre_norm(24),
-        lambda: streams(NEAR),
-        lambda: streams(random_logits(0.3), make=Constrained),
-    ],
+    [lambda: pre_norm(24), lambda: streams(NEAR), lambda: streams(random_logits(0.3), make=Constrained)],
     ids=["stack", "HC near the identity", "mHC near the identity"],
 )
 def test_no_verdict_warns_of_a_fresh_network(build):

@@ -11,7 +11,6 @@ from depthscope.app.text.cards import ABOUT_THE_READING, card_of, cards_text, pl
 from depthscope.diagnostics import Finding, Severity, schema
 from depthscope.diagnostics.verdicts import Findings, Kind, Limits, Profile, Verdict
 from depthscope.diagnostics.verdicts.causes import worst_depth
-from depthscope.diagnostics.verdicts.declaration import Number
 from tests.diagnostics.state_runs import run_of, walk
 
 
@@ -24,7 +23,7 @@ def judged(values, *, begins=False, **limits) -> Finding:
         "",
         Kind.FACT,
         "residual_norm",
-        Number("size"),
+        "size",
         Limits(**limits),
         (),
         lambda: [Profile(given, "the number is", begins=begins)],

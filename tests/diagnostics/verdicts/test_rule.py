@@ -255,11 +255,7 @@ WRONG = {"guessing": 4.2, "constant": 2.7, "loss": 4.0, "uncertainty": 0.05, "ex
         ({"task": {"constant": 4.0, "loss": 2.3}}, 0, True),
         ({"task": {"constant": 4.0, "loss": 2.3}}, 40, True),  # what is tuned further was trained before
         ({"untouched": 1, "task": {"constant": 4.0, "loss": 1.0}}, 0, True),
-        (
-            {"task": {"constant": 4.0, "loss": 6.0}, "repair": {"repaired": 2.0}},
-            0,
-            True,
-        ),  # a repair shows it
+        ({"task": {"constant": 4.0, "loss": 6.0}, "repair": {"repaired": 2.0}}, 0, True),  # a repair shows it
         # What it learned is used wrongly, or it claims no more than one that was just drawn.
         ({"task": WRONG}, 0, True),
         ({"task": WRONG | {"loss": 4.5}}, 0, None),

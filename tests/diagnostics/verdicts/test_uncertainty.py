@@ -6,12 +6,12 @@ import xarray as xr
 
 from depthscope.diagnostics.metrics.intervals import DEGREES
 from depthscope.diagnostics.verdicts import uncertainty
-from depthscope.diagnostics.verdicts.declaration import Limits, Number, Profile, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.rule import Kind
 
 
-@verdict(Kind.FACT, metric="norm", judges=Number("size", "‖x‖"), limits=Limits(warn=10.0, fail=100.0))
+@verdict(Kind.FACT, metric="norm", judges="size", limits=Limits(warn=10.0, fail=100.0))
 def large(norm):
     """Large.
 
@@ -20,7 +20,7 @@ def large(norm):
     yield Profile(norm, "the norm is")
 
 
-@verdict(Kind.FACT, metric="norm", judges=Number("size", "‖x‖"), limits=Limits(warn=2.0))
+@verdict(Kind.FACT, metric="norm", judges="size", limits=Limits(warn=2.0))
 def larger_than_other(norm, other):
     """Larger than another.
 

@@ -242,8 +242,8 @@ def test_every_verdict_is_declared_whole():
         assert each.limits.source in keys | {"depthscope's default"}
         known = {*diagnostics.CATALOGUE, *OF_LOSSES}
         assert each.metric.removesuffix("_null") in known
-        assert each.judges.name
-        assert each.judges.range
+        assert each.judges
+        assert each.range
         assert each.judged.endswith(each.limits.words)
         assert set(each.follows_from) <= set(VERDICTS) - {name}
         for need in (*each.needs, *each.wants):

@@ -35,7 +35,7 @@ FAMILIES = [
 def only(model: ModelUnderTest, kind: str, **places):
     """The output with one change."""
     (change,) = changes(plan(kind, **places), model)
-    return model.forward(change.edits(model)).output
+    return model.forward(change.edits).output
 
 
 def test_a_step_of_a_network_that_reads_sums_over_depth_cannot_be_left_out():
@@ -146,7 +146,7 @@ def test_mixing_replaced_by_itself_is_nothing_and_by_the_identity_is_the_equatio
     under_test = ModelUnderTest(model, batch)
     link = under_test.chain.connections[0]
     (change,) = changes(plan("identity", connections=0), under_test)
-    passed = under_test.forward(change.edits(under_test))
+    passed = under_test.forward(change.edits)
     x, after = (under_test.base.states[d].double() for d in (link.depth_in, link.depth_out))
     expected = x + after - under_test.base.mixing[0] @ x
     torch.testing.assert_close(passed.states[link.depth_out].double(), expected, rtol=0, atol=1e-5)
@@ -164,7 +164,7 @@ def test_plain_models_have_no_mixing():
 def test_a_dropped_stream_is_zero_from_its_operation_on():
     under_test = ModelUnderTest(LocalStreams().eval(), ids())
     (change,) = changes(plan("drop_stream", depths=1, streams=2), under_test)
-    passed = under_test.forward(change.edits(under_test))
+    passed = under_test.forward(change.edits)
     assert float(passed.states[1][:, :, 2].abs().max()) == 0
     assert torch.equal(passed.states[1][:, :, :2], under_test.base.states[1][:, :, :2])
 

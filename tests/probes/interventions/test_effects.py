@@ -46,11 +46,11 @@ def test_the_state_before_a_step_takes_the_place_of_that_after_it():
     model_under_test = ds.interventions.ModelUnderTest(model, batch)
     depth, last = 2, max(model_under_test.base.states)
     (change,) = changes(ds.interventions.plan("bypass", depths=depth), model_under_test)
-    passed = model_under_test.forward(change.edits(model_under_test))
+    passed = model_under_test.forward(change.edits)
     before = model_under_test.base.states[depth - 1]
     torch.testing.assert_close(passed.states[depth], before, atol=1e-5, rtol=1e-4)
     (change,) = changes(ds.interventions.plan("bypass", depths=range(1, last + 1)), model_under_test)
-    passed = model_under_test.forward(change.edits(model_under_test))
+    passed = model_under_test.forward(change.edits)
     assert torch.equal(passed.states[last], model_under_test.base.states[0])
     assert len(changes(ds.interventions.plan("bypass"), model_under_test)) == last
 

@@ -54,7 +54,7 @@ class Random:
         self.generator = torch.Generator().manual_seed(seed)
 
     def __call__(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        return scale * torch.randn(*shape, generator=self.generator)
+        return scale * torch.randn(shape, generator=self.generator)
 
 
 # --- operators
@@ -134,9 +134,14 @@ def deepseek_v4() -> Case:
         1, raw_names, ("fn", "base", "scale"), bias="base", dialect="deepseek-v4", rounds=7, eps=1e-4,
         config={"model_type": "deepseek_v4", "hc_mult": N, "hc_sinkhorn_iters": 7, "hc_eps": 1e-4},
     )  # fmt: skip
+    return with_head(case, 1e-4, "hc_head_fn", "hc_head_base", "hc_head_scale")
+
+
+def with_head(case: Case, eps: float, weight: str, bias: str, scale: str) -> Case:
+    """The case with the tensors of a head of these names."""
     make = Random(11)
-    case.tensors |= {"hc_head_fn": make(N, N * D), "hc_head_base": make(N), "hc_head_scale": make(1)}
-    case.head = torch.sigmoid(case.tensors["hc_head_base"].double()) + 1e-4
+    case.tensors |= {weight: make(N, N * D), bias: make(N), scale: make(1)}
+    case.head = torch.sigmoid(case.tensors[bias].double()) + eps
     return case
 
 
@@ -181,7 +186,7 @@ def megatron() -> Case:
 
 def paddlefleet() -> Case:
     return like_v4(
-        8, megatron_names, MEGATRON, bias="bias", dialect="paddlefleet", rounds=20,
+        8, megatron_names, MEGATRON, bias="bias", dialect="megatron", rounds=20,
         shapes=((N * D, M), (M,), (1,), (1,), (1,)), config={"hidden_size": D},
     )  # fmt: skip
 
@@ -195,16 +200,11 @@ def openpangu() -> Case:
         dialect="openpangu-v2", rounds=11, shapes=((M, N * D), (M,), (3,), (N * D,)),
         config={"model_type": "openpangu_v2", "mhc_num_stream": N, "mhc_recur_norm": 11},
     )  # fmt: skip
-    make = Random(12)
-    module = "model.merge_mhc_module."
-    case.tensors |= {
-        f"{module}phi.weight": make(N, N * D),
-        f"{module}branch_alpha_pre": make(1),
-        f"{module}branch_beta_pre": make(N),
-        f"{module}norm_gamma": make(N * D),
-    }
-    case.head = torch.sigmoid(case.tensors[f"{module}branch_beta_pre"].double()) + 1e-6
-    return case
+    case.tensors["model.merge_mhc_module.norm_gamma"] = Random(12)(N * D)
+    of_head = (
+        f"model.merge_mhc_module.{name}" for name in ("phi.weight", "branch_beta_pre", "branch_alpha_pre")
+    )
+    return with_head(case, 1e-6, *of_head)
 
 
 def gguf_of_deepseek() -> Case:
@@ -213,43 +213,40 @@ def gguf_of_deepseek() -> Case:
         bias="base.weight", dialect="deepseek-v4", rounds=6, eps=1e-4, config={"model_type": "deepseek4"},
         settings={"hyper_connection.sinkhorn_iterations": 6, "hyper_connection.epsilon": 1e-4, "hyper_connection.count": N},
     )  # fmt: skip
-    make = Random(14)
-    case.tensors |= {
-        "output_hc_fn.weight": make(N, N * D),
-        "output_hc_base.weight": make(N),
-        "output_hc_scale.weight": make(1),
-    }
-    case.head = torch.sigmoid(case.tensors["output_hc_base.weight"].double()) + 1e-4
-    return case
+    return with_head(case, 1e-4, *(f"output_hc_{name}.weight" for name in ("fn", "base", "scale")))
 
 
 # --- static_alpha and its descendants
 
 
-def layered(make_one: Callable[[str], tuple[Tensors, Weights]]) -> tuple[Tensors, list[Weights]]:
-    tensors: Tensors = {}
-    expected = []
+def of_alphas(
+    seed: int,
+    alpha: tuple[int, ...],
+    others: dict[str, tuple[int, ...]],
+    weights: Callable[[torch.Tensor, torch.Tensor], Weights],
+    *kind: str,
+    scale: float = 1.0,
+) -> Case:
+    """A case with other tensors of some shapes, whose weights follow from static_alpha and static_beta."""
+    make, case = Random(seed), Case({}, {}, *kind)
     for layer, branch in SUBLAYERS:
-        found, weights = make_one(f"layers.{layer}.{branch}.")
-        tensors |= found
-        expected.append(weights)
-    return tensors, expected
+        found = {"static_alpha": make(*alpha, scale=scale), "static_beta": make(N)}
+        case.expected.append(weights(*found.values()))
+        found |= {name: make(*shape) for name, shape in others.items()}
+        case.tensors |= {f"layers.{layer}.{branch}.{name}": tensor for name, tensor in found.items()}
+    return case
 
 
 def dynamic_hyper_connections() -> Case:
-    make = Random(18)
-
-    def one(prefix: str) -> tuple[Tensors, Weights]:
-        alpha, beta = make(N, N + 1), make(N)
-        tensors = {
-            "static_alpha": alpha, "static_beta": beta, "dynamic_alpha_fn": make(D, N + 1), "dynamic_alpha_scale": make(1)[0],
-            "dynamic_beta_fn": make(D), "dynamic_beta_scale": make(1)[0], "norm.gamma": make(D),
-        }  # fmt: skip
+    others = {
+        "dynamic_alpha_fn": (D, N + 1), "dynamic_alpha_scale": (), "dynamic_beta_fn": (D,), "dynamic_beta_scale": (),
+        "norm.gamma": (D,),
+    }  # fmt: skip
+    return of_alphas(
+        18, (N, N + 1), others,
         # mix_h = alphaᵀ X: column 0 is the branch's input
-        return {prefix + name: t for name, t in tensors.items()}, Weights(alpha[:, 1:].T, alpha[:, 0], beta)
-
-    tensors, expected = layered(one)
-    return Case(tensors, {}, "hc", "hyper-connections", expected)
+        lambda alpha, beta: Weights(alpha[:, 1:].T, alpha[:, 0], beta), "hc", "hyper-connections",
+    )  # fmt: skip
 
 
 def static_hyper_connections() -> Case:
@@ -258,23 +255,20 @@ def static_hyper_connections() -> Case:
     return case
 
 
+OF_ALL_STREAMS: dict[str, tuple[int, ...]] = {
+    "dynamic_beta_fn": (N * D, N), "pre_branch_scale": (1,), "residual_scale": (1,), "h_post_scale": (),
+    "norm.gamma": (N * D,),
+}  # fmt: skip
+
+
 def flattened_mhc() -> Case:
-    make = Random(19)
-
-    def one(prefix: str) -> tuple[Tensors, Weights]:
-        alpha, beta = make(N, N + 1, scale=2.0), make(N)
-        tensors = {
-            "static_alpha": alpha, "static_beta": beta, "dynamic_alpha_fn": make(N * D, N + N * N),
-            "dynamic_beta_fn": make(N * D, N), "pre_branch_scale": make(1), "residual_scale": make(1),
-            "h_post_scale": make(1)[0], "norm.gamma": make(N * D),
-        }  # fmt: skip
-        res = sinkhorn_lucidrains(alpha[:, 1:]).T
-        return {prefix + name: t for name, t in tensors.items()}, Weights(
-            res, torch.sigmoid(alpha[:, 0]), 2 * torch.sigmoid(beta)
-        )
-
-    tensors, expected = layered(one)
-    return Case(tensors, {}, "mhc", "mhc-flattened", expected)
+    return of_alphas(
+        19, (N, N + 1), {"dynamic_alpha_fn": (N * D, N + N * N), **OF_ALL_STREAMS},
+        lambda alpha, beta: Weights(
+            sinkhorn_lucidrains(alpha[:, 1:]).T, torch.sigmoid(alpha[:, 0]), 2 * torch.sigmoid(beta)
+        ),
+        "mhc", "mhc-lucidrains", scale=2.0,
+    )  # fmt: skip
 
 
 def of_permutations(weights: torch.Tensor) -> torch.Tensor:
@@ -283,22 +277,14 @@ def of_permutations(weights: torch.Tensor) -> torch.Tensor:
 
 
 def mhc_lite() -> Case:
-    make = Random(21)
     count = N + math.factorial(N)
-
-    def one(prefix: str) -> tuple[Tensors, Weights]:
-        alpha, beta = make(count), make(N)
-        tensors = {
-            "static_alpha": alpha, "static_beta": beta, "dynamic_alpha_fn": make(N * D, count),
-            "dynamic_beta_fn": make(N * D, N), "pre_branch_scale": make(1), "residual_scale": make(1),
-            "h_post_scale": make(1)[0], "norm.gamma": make(N * D),
-        }  # fmt: skip
-        res = of_permutations(torch.softmax(alpha[N:], -1)).T
-        weights = Weights(res, torch.sigmoid(alpha[:N]), 2 * torch.sigmoid(beta))
-        return {prefix + name: t for name, t in tensors.items()}, weights
-
-    tensors, expected = layered(one)
-    return Case(tensors, {}, "mhc_lite", "mhc-lite", expected)
+    return of_alphas(
+        21, (count,), {"dynamic_alpha_fn": (N * D, count), **OF_ALL_STREAMS},
+        lambda alpha, beta: Weights(
+            of_permutations(torch.softmax(alpha[N:], -1)).T, torch.sigmoid(alpha[:N]), 2 * torch.sigmoid(beta)
+        ),
+        "mhc_lite", "mhc-lite",
+    )  # fmt: skip
 
 
 CASES: dict[str, Callable[[], Case]] = {

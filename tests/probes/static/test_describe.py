@@ -309,6 +309,34 @@ def test_checkpoint_without_connections_says_so(tmp_path):
     assert "Looked for the dialects deepseek-v4, " in str(found)
 
 
+def projected(base: torch.Tensor, scale: float = 0.1, num_scales: int = 3) -> dict[str, torch.Tensor]:
+    return {"fn": torch.zeros(len(base), 64), "base": base, "scale": torch.full((num_scales,), scale)}
+
+
+def checkpoint(folder: Path, *bases: torch.Tensor, scale: float = 0.1, config: str = "{}") -> Path:
+    tensors = {
+        f"layers.{layer}.hc.{name}": tensor
+        for layer, base in enumerate(bases)
+        for name, tensor in projected(base, scale).items()
+    }
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(config)
+    return folder
+
+
+BROKEN = torch.tensor([math.nan] + [0.0] * 23)
+
+
+def configured(folder: Path, **settings: object) -> Path:
+    return checkpoint(folder, torch.zeros(24), config=json.dumps(settings))
+
+
+def without_values(folder: Path) -> Path:
+    tensors = {f"layers.0.hc.{name}": tensor for name, tensor in projected(torch.zeros(24)).items()}
+    save_file(tensors | {"layers.0.hc.scale": torch.zeros(0)}, folder / "model.safetensors")
+    return folder
+
+
 def torn(folder: Path) -> Path:
     save_file({"x": torch.zeros(8)}, folder / "model.safetensors")
     raw = (folder / "model.safetensors").read_bytes()
@@ -348,40 +376,21 @@ def written(name: str, text: str):
         (written("model.safetensors.index.json", "{"), "not a safetensors index"),
         (written("model.safetensors.index.json", '{"weight_map": []}'), "not a safetensors index"),
         (lambda folder: written("x.gguf", "GGUF")(folder) / "x.gguf", "cannot be read as GGUF"),
+        (
+            lambda folder: checkpoint(folder, torch.zeros(24), BROKEN),
+            r"1 of the 24 values of 'layers.1.hc.base'",
+        ),
+        (lambda folder: checkpoint(folder, torch.zeros(24), config="{"), r"config\.json' is not JSON"),
+        *(
+            (partial(configured, hc_sinkhorn_iters=rounds), "expected at most 10000")
+            for rounds in (10**400, -(10**30))
+        ),
+        (without_values, r"'layers\.0\.hc\.scale' has no values"),
     ],
 )
 def test_what_cannot_be_read_is_refused_in_words(make, words, tmp_path):
     with pytest.raises(CheckpointError, match=words):
         probes.describe_weights(make(tmp_path))
-
-
-def projected(base: torch.Tensor, scale: float = 0.1, num_scales: int = 3) -> dict[str, torch.Tensor]:
-    return {"fn": torch.zeros(len(base), 64), "base": base, "scale": torch.full((num_scales,), scale)}
-
-
-def checkpoint(folder: Path, *bases: torch.Tensor, scale: float = 0.1) -> Path:
-    tensors = {
-        f"layers.{layer}.hc.{name}": tensor
-        for layer, base in enumerate(bases)
-        for name, tensor in projected(base, scale).items()
-    }
-    save_file(tensors, folder / "model.safetensors")
-    return folder
-
-
-def base(logits: torch.Tensor) -> torch.Tensor:
-    return torch.cat([torch.zeros(2 * N), logits.flatten()])
-
-
-def test_values_that_are_not_finite_name_the_tensor(tmp_path):
-    with pytest.raises(CheckpointError, match=r"1 of the 24 values of 'layers.1.hc.base'"):
-        probes.describe_weights(checkpoint(tmp_path, torch.zeros(24), torch.tensor([math.nan] + [0.0] * 23)))
-
-
-def test_broken_configuration_is_an_error(tmp_path):
-    (checkpoint(tmp_path, torch.zeros(24)) / "config.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"config\.json' is not JSON"):
-        probes.describe_weights(tmp_path)
 
 
 def test_no_tensor_is_read_from_outside_the_folder(tmp_path):
@@ -404,14 +413,6 @@ def test_pipes_and_devices_are_not_waited_for(tmp_path, make, name):
     make(tmp_path / name)
     with pytest.raises(CheckpointError, match=r"is a named pipe|is a device|leads out"):
         probes.describe_weights(tmp_path / name if name[0] == "x" else tmp_path)
-
-
-@pytest.mark.parametrize("rounds", [10**400, -(10**30)])
-def test_settings_of_no_model_are_refused(tmp_path, rounds):
-    checkpoint(tmp_path, torch.zeros(24))
-    (tmp_path / "config.json").write_text(json.dumps({"hc_sinkhorn_iters": rounds}))
-    with pytest.raises(CheckpointError, match="expected at most 10000"):
-        probes.describe_weights(tmp_path)
 
 
 # --- numbers, from values known by hand
@@ -442,17 +443,7 @@ def test_amplifying_products_are_told_even_beyond_floats(tmp_path):
 
 
 def test_configuration_of_another_model_is_told(tmp_path):
-    checkpoint(tmp_path, torch.zeros(24))
-    (tmp_path / "config.json").write_text(json.dumps({"text_config": {"hc_mult": 8, "hc_sinkhorn_iters": 5}}))
-    found = probes.describe_weights(tmp_path)
+    found = probes.describe_weights(configured(tmp_path, text_config={"hc_mult": 8, "hc_sinkhorn_iters": 5}))
     assert any("config.json gives 8 streams" in words for words in found.warnings)
     assert found.settings["hc_sinkhorn_iters"] == 5
     assert found.assumed == ("hc_eps",)
-
-
-def test_a_connection_without_values_is_refused(models, tmp_path):
-    tensors = {name: value.clone() for name, value in models["lucidrains"]("mhc").state_dict().items()}
-    tensors["layers.0.0.residual_scale"] = torch.zeros(0)
-    save_file(tensors, tmp_path / "m.safetensors")
-    with pytest.raises(CheckpointError, match=r"'layers\.0\.0\.residual_scale' has no values"):
-        probes.describe_weights(tmp_path / "m.safetensors")

@@ -144,15 +144,6 @@ def test_cosines_are_of_neighbours_in_one_forward_only():
     assert np.isfinite(sums.array("adjacent_cosine_sum", range(6))[5]).all()
 
 
-def test_parts_of_the_data_add_up_to_the_whole():
-    mask = some_padding()
-    states = [draw(seed) for seed in range(3)]
-    full, part = seen(states, mask), seen([state[:1] for state in states], mask[:1])
-    part.merge(seen([state[1:] for state in states], mask[1:]))
-    for name in expected(states, mask):
-        np.testing.assert_allclose(part.array(name, [1]), full.array(name, [1]), rtol=1e-6, atol=1e-6)
-
-
 def test_nothing_waits_for_the_device():
     """A meta tensor has no numbers, so that reading one back raises."""
     mask = torch.ones(B, T, dtype=torch.bool, device="meta")

@@ -81,7 +81,6 @@ def test_the_store_has_what_the_recorder_has(tmp_path):
 
 def test_a_resumed_training_gives_the_run_of_one_that_was_not_interrupted(tmp_path):
     store, whole = tmp_path / "a.zarr.zip", Training()
-    whole = Training()
     with whole.record() as expected:
         whole.steps(expected, 8)
     first = Training()
@@ -225,6 +224,12 @@ def test_what_is_no_store_is_refused_before_the_loop(tmp_path):
             ):
                 Training().record(store=tmp_path / name, **options)
         assert (tmp_path / name / "thesis.tex").read_text() == "mine"
+    for name in ("file", "c.zarr.zip"):
+        (tmp_path / name).write_text("somebody's notes")
+    with pytest.raises(FileExistsError, match=r"c\.zarr\.zip exists; replace it with force=True"):
+        Training().record(store=tmp_path / "c.zarr.zip")
+    with pytest.raises(NotADirectoryError, match="is a file, but"):
+        Training().record(store=tmp_path / "file" / "a")
 
 
 def test_a_block_that_measures_nothing_leaves_nothing(tmp_path):

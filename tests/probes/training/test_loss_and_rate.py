@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from depthscope import judge, probes
 from depthscope.diagnostics import schema, training_curves
@@ -137,12 +136,3 @@ def test_a_loss_that_is_not_finite_is_told_between_measured_steps(bad, capsys):
     with pytest.raises(probes.TrainingStopped) as stopped:
         steps_with([1.0, bad], told, every=10, stop_on="fail")
     assert stopped.value.step == 1
-
-
-def test_cross_entropy_outside_of_the_model_is_found():
-    model, ids = Small(), torch.randint(0, 8, (4, 40))
-    with probes.record(model, gradients=True, metrics="live", live_tokens=8) as recorder:
-        loss = functional.cross_entropy(model(batch(0)).flatten(0, 1), ids.flatten())
-        loss.backward()
-        recorder.step()
-    assert numbers(recorder, "loss") == [pytest.approx(float(loss.detach()))]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from depthscope import probes
+from tests.models.plain_stack import Block
 
 WAITING = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__", "__index__")
 # Each forward proves that the tensor at the place of the step before still explains what a branch reads, or the mixed streams,
@@ -67,15 +68,6 @@ def test_the_hooks_of_a_measured_step_wait_for_no_device(models, ids, name, argu
     assert not recorder.errors
 
 
-class Block(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.inner = torch.nn.Linear(16, 16)
-
-    def forward(self, x):
-        return x + self.inner(x).relu()
-
-
 def test_compiled_code_is_neither_compiled_again_nor_broken_by_a_recorder():
     torch.compiler.reset()
     graphs = []
@@ -86,7 +78,7 @@ def test_compiled_code_is_neither_compiled_again_nor_broken_by_a_recorder():
 
     torch.manual_seed(0)
     plain = torch.nn.Sequential(
-        torch.nn.Embedding(8, 16), *(Block() for _ in range(3)), torch.nn.Linear(16, 8)
+        torch.nn.Embedding(8, 16), *(Block(16) for _ in range(3)), torch.nn.Linear(16, 8)
     )
     model, ids = torch.compile(plain, backend=counting), torch.arange(12).reshape(2, 6) % 8
     torch._dynamo.utils.counters.clear()  # of other tests in this process
