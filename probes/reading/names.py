@@ -158,8 +158,15 @@ class BranchNames:
         call = 0 if unit is None else self.graph.calls[unit].number
         if digits:
             return Key(digits, call, ".".join(parts[: places[-1]]))
+        alone = path if unit is not None and self.graph.modules.get(path) in self._numbered_classes else ""
         is_repeated = unit is not None and self.graph.calls[unit].path in self._repeated
-        return Key((), call if is_repeated else unit or 0, "")
+        return Key((), call if is_repeated else unit or 0, alone)
+
+    @cached_property
+    def _numbered_classes(self) -> set[str | None]:
+        """The classes of the modules with a number in which branches run: one that has none may be a block like them."""
+        paths = {self.graph.calls[unit].path for unit in self._units if unit is not None}
+        return {self.graph.modules.get(path) for path in paths if path.rpartition(".")[2].isdigit()}
 
     def _holds_branches(self, container: list[str]) -> bool:
         """Whether the numbered members of a container are the branches of a block, and no blocks: they are made of others.
@@ -228,12 +235,12 @@ class Key(NamedTuple):
 
     digits: tuple[int, ...]
     call: int
-    container: str
+    container: str  # of a block without a number, which is of the class of those that have one, its own path
 
     @property
     def is_block(self) -> bool:
         """Whether it is that of a block, next to which other branches have none."""
-        return bool(self.digits)
+        return bool(self.digits or self.container)
 
     def block(self) -> tuple[object, ...]:
         """What is the same for all branches of a block, whose modules may lie in a list each."""
