@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from copy import copy
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -86,14 +85,6 @@ class StructureFinder:
         self._read: ReadStructure | None = None
         self._layouts: dict[tuple[int, int], tuple[Numbers, str]] = {}  # by memory and numbers
         self._unread: list[LeftOut] = []  # further states that cannot be read
-
-    def along(self, axis: int, batch_size: int) -> StructureFinder:
-        """The same, with the sequences along another axis."""
-        other = copy(self)
-        other.batch_axis, other.batch_size = axis, batch_size
-        other.__dict__.pop("sequences", None)
-        other._layouts = {}
-        return other
 
     @cached_property
     def sequences(self) -> SequenceAxis:

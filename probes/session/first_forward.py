@@ -38,7 +38,6 @@ from depthscope.probes.session.forward import (
     GradientListener,
     Tape,
     own_call,
-    own_calls,
 )
 from depthscope.probes.session.observer import ConnectionParameters, Observer
 from depthscope.probes.session.options import Options, Scope
@@ -439,7 +438,6 @@ class FirstReading:
         self.attention = AttentionPlaces()
         # Forwards of ours are changed on purpose, as in interventions: each is recorded in full.
         self.places = None if scope.only_own else KnownPlaces()
-        self._attention_is_known = True  # or the second one, where the first was counted along the wrong axis
         self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
         self._modules: frozenset[tuple[str, type]] = frozenset()  # of the model, when the observer was made
 
@@ -448,7 +446,6 @@ class FirstReading:
         """Whether the next forward is a first one."""
         return (
             self.observer is None
-            or not self._attention_is_known
             or self._modules != module_types(self.model)  # the structure must be as it was
         )
 
@@ -496,37 +493,19 @@ class FirstReading:
             raise ChainError(f"{reason}; {error}") if reason else error from None
         except AxisError:
             self._first_batch_axis = 1
-            self._step.draw_anew()  # tokens were drawn
+            self._step.draw_anew()  # tokens were drawn, and the next forward is the first one
             raise
 
     def _structure(self, tape: Tape, forward: Forward) -> Structure:
         if tape.recorder is None:
             raise CaptureError("the model's own forward did not run")
-        finder = StructureFinder(tape.graph, self.model, self.options, forward.batch_size, forward.batch_axis)
-        try:
-            return finder.structure()
-        except AxisError:
-            # A forward of ours runs once more. The user's does not: its step would be lost.
-            if own_calls.owner is not None:
-                raise
-            self._count_along_other_axis(tape, forward)
-            return finder.along(1, forward.batch_size).structure()
-
-    def _count_along_other_axis(self, tape: Tape, forward: Forward) -> None:
-        """Draw the sequences of the first forward again: they are along the second axis of what the model was called with."""
-        assert forward.lead is not None
-        self._step.draw_anew()
-        for name, value in self._step.reservoir.drawn(forward.lead, 1, forward.stamp).items():
-            setattr(forward, name, value)
-        # What its tokens attend to was looked at for the wrong sequences: the next forward shows it.
-        tape.attention, forward.attention = None, {}
-        self._attention_is_known = self.first_attention is None
+        options, axis = self.options, forward.batch_axis
+        return StructureFinder(tape.graph, self.model, options, forward.batch_size, axis).structure()
 
     def _place_attention(self, tape: Tape, forward: Forward, structure: Structure) -> None:
         """Find out where the model attends, and how much of it is looked at from now on."""
-        if (self.observer is None) != self._attention_is_known:
-            return  # known already, or not to be seen in this forward
-        self._attention_is_known = True
+        if self.observer is not None:
+            return  # known already
         self.attention = placed_attention(tape, forward, structure)
         selection = self.options.selection
         if selection.requests:

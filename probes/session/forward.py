@@ -109,7 +109,6 @@ class Forward:
     decoding: bool
     rows: torch.Tensor  # the sampled sequences
     row_data: torch.Tensor | None  # the sampled sequences of that tensor
-    lead: torch.Tensor | None = None  # that tensor, while it is not known which axis has its sequences
     masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
     states: dict[Key, torch.Tensor] = field(default_factory=dict)
     gradients: dict[Key, torch.Tensor] = field(default_factory=dict)
@@ -151,7 +150,7 @@ class Forward:
             if not listener.receivers:  # it is no state
                 listener.release()
         self.listeners.clear()
-        self.arguments, self.lead = {}, None
+        self.arguments = {}
         self.streams.clear()
 
     def release(self) -> None:

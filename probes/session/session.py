@@ -263,14 +263,12 @@ class Session:
         stamp, batch_axis = self.step.stamp(model), self.first.batch_axis
         if self.options.is_packed:
             lead, batch_axis = lead.unsqueeze(0), 0
-        forward = Forward(
+        return Forward(
             **self.step.reservoir.drawn(lead, batch_axis, stamp),
             stamp=stamp,
             arguments=named,
             decoding=is_decoding(named),
         )
-        forward.lead = lead if self.first.observer is None else None
-        return forward
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         current = self._current

@@ -31,7 +31,7 @@ OTHERWISE = {
         "packed sequences",
     ),
     ("unproven", "-", "unproven"): (
-        "feed-forward chain", "skip through a linear map", "the state is rolled over tokens",
+        "feed-forward chain", "the state is rolled over tokens",
         "half of the features are carried", "tokens replaced between blocks",
     ),
     ("unproven, states off", "-", "unproven, states off"): (
@@ -39,7 +39,7 @@ OTHERWISE = {
     ),
     ("states", "right", "states"): (
         "LayerScale", "one gate a token, by addcmul",
-        "constant factors of state and branch", "stochastic depth in training",
+        "constant factors of state and branch",
     ),
     ("states", "states", "states"): (
         "highway", "state halved between blocks", "the state times a function of itself", "reads of normalised streams",

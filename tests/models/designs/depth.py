@@ -152,28 +152,6 @@ class HistoryOfLists(DepthModel):
         return h
 
 
-class StackedBlock(HistoryBlock):
-    """The history is one tensor, (sources, B, T, D), which grows."""
-
-    def forward(self, history):
-        return torch.stack(super().forward(list(history.unbind(0))))
-
-
-class HistoryStacked(HistoryOfLists):
-    def build(self):
-        super().build()
-        self.blocks = nn.ModuleList(StackedBlock(layer) for layer in range(BLOCKS))
-
-    def trunk(self, x):
-        history = x[None]
-        for block in self.blocks:
-            history = block(history)
-        h = self.last(list(history))
-        if truth.on():
-            write_down(h, BLOCKS - 1, "post", HistoryBlock.reads, self.last.last, SOURCES - 1, history[-1])
-        return h
-
-
 class BlockwiseBlock(nn.Module):
     """Takes (finished sums, running sum): reads attend to both; a boundary finishes the running sum."""
 
@@ -524,7 +502,6 @@ DEPTH_DESIGNS = (
         family=OVER_DEPTH,
     ),
     Design("attention residuals, full, lists handed on", HistoryOfLists, family=OVER_DEPTH),
-    Design("attention residuals, full, one growing tensor", HistoryStacked, family=OVER_DEPTH),
     Design(
         "attention residuals, block-wise",
         BlockwiseAttentionResidual,

@@ -166,6 +166,5 @@ IMAGE_DESIGNS = (
         "codec, as many channels as steps", Codec, wave_as_long_as_wide, layers="units.{i}", layout="B D T"
     ),
     Design("ResNet with stages", ResNet, image, layers="stages.*.{i}", layout="B D H W"),
-    Design("MLP-Mixer", Mixer, image),
     Design("channels last", ChannelsLast, image, layout="B H W D"),
 )

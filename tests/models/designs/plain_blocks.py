@@ -97,23 +97,6 @@ class SecondDecoder(Decoder):
         return x
 
 
-class Named(PreNorm):
-    def forward(self, x):
-        y = self.run(x)
-        return {"router": y.mean(-1), "hidden": y}
-
-
-class DictDecoder(Decoder):
-    """Blocks give a dict."""
-
-    block = Named
-
-    def walk(self, x):
-        for block in self.blocks:
-            x = block(x)["hidden"]
-        return x
-
-
 @dataclass
 class Result:
     """No tree that torch knows."""
@@ -331,25 +314,6 @@ class WithoutResidual(Decoder):
     block = FeedForward
 
 
-class MixedInside(PreNorm):
-    """A block that adds its branches to a linear map of the state: the state is carried, but not as it is."""
-
-    def __init__(self, layer: int):
-        super().__init__(layer)
-        self.skip = nn.Linear(WIDTH, WIDTH, bias=False)
-
-    def forward(self, x):
-        x = self.skip(x) + self.mlp(self.norm1(x))
-        truth.state(x, self.layer)
-        return x
-
-
-class LinearSkip(Decoder):
-    """X' = W X + F(X), as in Inception-like skips: the skip is a matrix over features."""
-
-    block = MixedInside
-
-
 class TokensFirstBlock(PreNorm):
     def forward(self, x):
         for branch, norm, site in ((self.attn, self.norm1, "mid"), (self.mlp, self.norm2, "post")):
@@ -431,18 +395,15 @@ BLOCK_DESIGNS = (
     Design("pre-norm, on vectors", Continuous, vectors),
     Design("one block only", single),
     Design("blocks give weights of the state's shape, then the state", SecondDecoder),
-    Design("blocks give a dict", DictDecoder),
     Design("blocks take the state second", SecondArgumentDecoder),
     Design("a dict is carried and written into", CarriedDict),
     Design("universal transformer", Universal),
-    Design("two blocks looped", Looped),
     Design("blocks of another class appended", Appended, layers=("blocks.{i}", "extra.{i}")),
     Design("LayerDrop in training", LayerDrop, training=True),
     Design("parallel attention and MLP", Parallel),
     Design("post-norm", PostNorm),
     Design("sandwich norm", Sandwich),
     Design("feed-forward chain", WithoutResidual, family=""),
-    Design("skip through a linear map", LinearSkip, family=""),
     Design("tokens first inside", TokensFirst, layers="layers.{i}", layout="T B D"),
     Design("packed sequences", PackedSequences, packed_batch, layers="layers.{i}", layout="T D"),
 )

@@ -62,22 +62,6 @@ class Trunk(nn.Module):
         return self.norm(x)
 
 
-class TwoLists(Embedded):
-    """Attentions and feed-forwards in two lists."""
-
-    def build(self) -> None:
-        self.attentions = nn.ModuleList(Attention(norm=True) for _ in range(BLOCKS))
-        self.feeds = nn.ModuleList(Mlp(norm=True) for _ in range(BLOCKS))
-
-    def trunk(self, x):
-        for number in range(BLOCKS):
-            x = x + self.attentions[number](x)
-            truth.state(x, number, "mid")
-            x = x + self.feeds[number](x)
-            truth.state(x, number)
-        return x
-
-
 class FunctionsOnly(Embedded):
     """No modules for the branches: linear maps in dicts, used by functions (minGPT-like exercises)."""
 
@@ -264,43 +248,6 @@ class DoubleStreams(nn.Module):
         return self.out(image)
 
 
-class SingleBlock(nn.Module):
-    """One joint state, modulated by the time (Flux's second half, DiT)."""
-
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.modulation = nn.Linear(WIDTH, 3 * WIDTH)
-        self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
-        self.attn, self.mlp = Attention(causal=False), Mlp()
-
-    def forward(self, x, vec):
-        shift, scale, gate = self.modulation(vec)[:, None].chunk(3, -1)
-        read = self.norm(x) * (1 + scale) + shift
-        added = self.attn(read) + self.mlp(read)
-        truth.connection(residual_scale=1)
-        x = x + gate * added
-        truth.state(x, self.layer)
-        return x
-
-
-class Dit(nn.Module):
-    """A diffusion transformer with one state and a vector that modulates every block."""
-
-    def __init__(self):
-        super().__init__()
-        self.img_in, self.time_in = nn.Linear(8, WIDTH), nn.Linear(6, WIDTH)
-        self.blocks = nn.ModuleList(SingleBlock(number) for number in range(BLOCKS))
-        self.out = nn.Linear(WIDTH, 8)
-
-    def forward(self, img, timesteps):
-        x, vec = self.img_in(img), self.time_in(timesteps)
-        truth.state(x, -1, "embed")
-        for block in self.blocks:
-            x = block(x, vec=vec)
-        return self.out(x)
-
-
 def noise(seed: int):
     return {"img": normal(seed, 3, 13, 8), "timesteps": normal(seed + 1, 3, 6)}
 
@@ -311,7 +258,6 @@ def noise_and_text(seed: int):
 
 LOOP_DESIGNS = (
     Design("adds in the loop", LoopOfPairs, layers="layers.{i}.1", branches_named=True),
-    Design("adds in the loop, branches in two lists", TwoLists, layers="attentions.{i}", branches_named=True),
     Design("branches by functions and parameters alone", FunctionsOnly, layers=""),
     Design("hidden and residual, deferred add", Deferred, layers="layers.{i}"),
     Design(
@@ -324,5 +270,4 @@ LOOP_DESIGNS = (
         "features added to some tokens between blocks", DeepInjection, words_and_pixels, layers="layers.{i}"
     ),
     Design("double streams", DoubleStreams, noise_and_text, layers="double_blocks.{i}"),
-    Design("single stream, modulated", Dit, noise),
 )

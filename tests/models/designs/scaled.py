@@ -325,5 +325,4 @@ SCALED_DESIGNS = (
     Design("vector added between blocks", PositionsBetween),
     Design("scale and shift of state and branch", Zaya),
     Design("LAuReL", Laurel),
-    Design("stochastic depth in training", DropPath, training=True),
 )

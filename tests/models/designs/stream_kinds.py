@@ -253,14 +253,6 @@ STREAM_KIND_DESIGNS = (
     ),
     Design("two of four streams", KOfN, family="mhc|hc", constraint="doubly stochastic", **STREAMS_APART),
     Design(
-        "HC in the model's loop",
-        ConnectionsInLoop,
-        family="hc",
-        layers="layers.{i}.1",
-        layout="(B N) T D",
-        streams=STREAMS,
-    ),
-    Design(
         "mHC in the model's loop",
         ConstrainedInLoop,
         family="mhc",
@@ -268,13 +260,6 @@ STREAM_KIND_DESIGNS = (
         layers="layers.{i}.1",
         layout="(B N) T D",
         streams=STREAMS,
-    ),
-    Design(
-        "independent streams, two weights returned",
-        Independent,
-        family="independent_hc|streams",
-        constraint="identity",
-        **STREAMS_APART,
     ),
     Design(
         "independent streams, embedding between",
