@@ -19,18 +19,24 @@ from depthscope.diagnostics.verdicts.same_representation import ALIKE
 
 QUESTION = "Does the signal degenerate into one representation that is the same in all layers?"
 BASE = next(iter(DESIGNS))
-EQUIVALENT = 0.05
-"""Nats per byte: a smaller difference of losses is called none."""
+EQUIVALENT = 0.05  # nats per byte: a smaller difference of losses is called none
 
 
 def write_page(table: Path, folder: Path) -> None:
     """Write answer.md and images/answer_*.png from the table of measurements."""
-    rows = pd.read_csv(table)
+    rows = complete(pd.read_csv(table))
     (folder / "images").mkdir(parents=True, exist_ok=True)
     drawn = figures(rows)
     for figure in drawn:
         write_figure(figure, folder / "images" / f"{figure.name}.png")
     (folder / "answer.md").write_text(page_text(rows, drawn, table.name), encoding="utf-8", newline="\n")
+
+
+def complete(rows: pd.DataFrame) -> pd.DataFrame:
+    """The networks of the seeds that every design was trained with, and those of others."""
+    ours = rows[rows.family.isin(list(DESIGNS))]
+    designs = ours.groupby(["depth", "branch_scale", "seed"]).family.transform("nunique")
+    return pd.concat([ours[designs == len(DESIGNS)], rows.drop(ours.index)])
 
 
 def trained(rows: pd.DataFrame, depth: int, scale: float = 1.0) -> dict[str, pd.DataFrame]:
@@ -52,7 +58,10 @@ def figures(rows: pd.DataFrame) -> list[Lines]:
     deepest = trained(rows, counts[-1])
     of = "mean and range over seeds"
     share = np.linspace(0.0, 1.0, counts[-1] + 1)
-    along = [_band(share, _curves(each.to_last), family) for family, each in deepest.items()]
+    along = [
+        _band(share, np.array([cell.split() for cell in each.to_last], float), family)
+        for family, each in deepest.items()
+    ]
     over = [
         line
         for family in DESIGNS
@@ -79,10 +88,6 @@ def figures(rows: pd.DataFrame) -> list[Lines]:
             f"Networks of {counts[-1]} blocks: what the held-out loss gains when a quarter of the blocks is left out; {of}.",
         ),
     ]  # fmt: skip
-
-
-def _curves(cells: pd.Series) -> np.ndarray:
-    return np.array([[float(part) for part in cell.split()] for cell in cells])
 
 
 def _band(x: np.ndarray, curves: np.ndarray, family: str) -> Line:
@@ -112,7 +117,15 @@ def _lines(
     # A design has one colour in all figures.
     colours = {title: number for number, title in enumerate(DESIGNS.values())}
     return Lines(
-        name, caption, x_label, y_label, tuple(lines), log_x=log_x, caption=caption, alt=caption, runs=colours
+        name,
+        caption,
+        x_label,
+        y_label,
+        tuple(lines),
+        log_x=log_x,
+        caption=caption,
+        alt=f"{y_label} by {x_label}",
+        runs=colours,
     )
 
 
@@ -120,7 +133,7 @@ def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str) -> str:
     """The page as Markdown."""
     first, counts = rows.iloc[0], depths(rows)
     ours = rows[rows.family.isin(list(DESIGNS))]
-    seeds = ", ".join(f"{_fewest(trained(rows, depth))} of {depth}" for depth in counts)
+    seeds = ", ".join(f"{len(trained(rows, depth)[BASE])} of {depth}" for depth in counts)
     pictures = [f"![{figure.alt}](images/{figure.name}.png)\n\n*{figure.caption}*" for figure in drawn]
     parts = [
         "<!-- written by python -m benchmarks.answer --page docs --no-training -->",
@@ -133,20 +146,20 @@ def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str) -> str:
         "CKA is debiased and of the joined state (streams × features), between blocks; of AttnRes, of what the first "
         "sublayer of a block reads. Fresh: before training. Other seed: the last states of two networks of one design. "
         f"Intervals are 95 % over seeds (Student's t). Δ loss is against {DESIGNS[BASE]} (Welch's interval); = marks those "
-        f"within ±{EQUIVALENT:g} nats. Losses are nats per byte, of the networks of others per token of their own.",
+        f"within ±{EQUIVALENT:g} nats. Losses are nats per byte, those of others per token.",
         "## The designs",
         f"Six byte decoders that differ in how their layers are joined: {', '.join(DESIGNS.values())}. Each block is an "
         f"attention and an MLP of width {first.width} with {first.heads} heads and, where it has streams, {first.streams}. "
         f"They are trained for {first.steps} steps of {first.batch} × {first.length} bytes of Python's own documentation, "
-        "at the best of four learning rates for each design and depth (chosen on a seed of its own, 300 steps). Seeds of "
-        f"every design: {seeds} blocks. HC and mHC are the hyper-connections package's; the others follow their equations.",
+        "at the best of four learning rates for each design and depth (chosen on a seed of its own, 300 steps). Seeds: "
+        f"{seeds} blocks. HC and mHC are the hyper-connections package's; the others follow their equations.",
         f"**Other views** of the same states (mean over streams, least similar stream, without large features) change a "
         f"design's mean CKA by at most {_largest_change(rows, counts):.2g}.",
         "## What this does not show",
         f"Networks of width {first.width} on one text: width, data and longer training may change it. The loss was still "
         f"falling: by {(ours.course_a - ours.course_b).mean():.2f} nats on average from the last but one to the last fifth of "
         "the steps, while the rate fell to zero. AttnRes carries no state, so its similarity is of what its sublayers read. "
-        "Whitened similarity was not measured.",
+        "Not measured: whitened similarity.",
         "## How it was made",
         f"{len(ours)} networks, {ours.seconds.sum() / 3600:.1f} processor hours of one core for training and measuring, "
         "without those for the rates. `python -m benchmarks.answer --compile --table answer.csv --page .` trains what the "
@@ -155,21 +168,19 @@ def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _fewest(networks: dict[str, pd.DataFrame]) -> int:
-    return min(map(len, networks.values()))
-
-
 def _answer(rows: pd.DataFrame, counts: Sequence[int]) -> str:
     """In how many networks the ends, and the later half, are the same representation; the range of the means by depth."""
     ours = [(depth, each) for depth in counts for each in trained(rows, depth).values()]
     total = sum(len(each) for _, each in ours)
     whole = sum(int((each.alike_joined >= ALIKE).sum()) for _, each in ours)
     half = sum(int((each.same_from <= depth // 2).sum()) for depth, each in ours)
-    means = "; ".join(
-        f"{depth} blocks {_range([each.alike_joined.mean() for each in trained(rows, depth).values()])} "
-        f"(fresh {_range([each.start_alike.mean() for each in trained(rows, depth).values()])})"
-        for depth in counts
-    )
+    parts = []
+    for depth in counts:
+        means = [
+            (each.alike_joined.mean(), each.start_alike.mean()) for each in trained(rows, depth).values()
+        ]
+        (low, fresh_low), (high, fresh_high) = np.min(means, 0), np.max(means, 0)
+        parts.append(f"{depth} blocks {low:.2f} to {high:.2f} (fresh {fresh_low:.2f} to {fresh_high:.2f})")
     verdict = sum(int((each.severity >= 2).sum()) for _, each in ours)
     begin = (
         f"Yes, in {whole} of {total} trained networks"
@@ -178,17 +189,18 @@ def _answer(rows: pd.DataFrame, counts: Sequence[int]) -> str:
     )
     return (
         f"**{begin}** are the first and the last state one representation (CKA ≥ {ALIKE:g}). Means of the designs, by depth: "
-        f"{means}. In {half} of {total} the states of the later half are all the same, and the verdict "
-        f"`same_representation` warns in {verdict}."
+        f"{'; '.join(parts)}. In {half or 'none'} of them the states of the later half are all the same, and the verdict "
+        f"`same_representation` warns in {verdict or 'none'}."
     )
 
 
 def _cost(rows: pd.DataFrame, counts: Sequence[int]) -> str:
     """What the quarters are worth, and what the designs cost, at the largest depth."""
     deepest = trained(rows, counts[-1])
-    least = {family: _least_quarter(each) for family, each in deepest.items()}
+    names = [f"skip_{quarter + 1}" for quarter in range(QUARTERS)]
+    skips = {family: each[names].mean() for family, each in deepest.items()}
     worth = ", ".join(
-        f"{DESIGNS[family]} {value:.2g} (quarter {at})" for family, (at, value) in least.items()
+        f"{DESIGNS[family]} {each.min():.2g} (quarter {each.argmin() + 1})" for family, each in skips.items()
     )
     kept = ", ".join(
         f"{DESIGNS[family]} {each.kept_bytes.mean() / deepest[BASE].kept_bytes.mean():.1f} ×"
@@ -199,11 +211,6 @@ def _cost(rows: pd.DataFrame, counts: Sequence[int]) -> str:
         f"**At {counts[-1]} blocks** the quarter of the blocks that matters least costs, left out, in nats per byte: "
         f"{worth}. Against {DESIGNS[BASE]}, a forward keeps for its backward {kept} the bytes (of these implementations)."
     )
-
-
-def _least_quarter(networks: pd.DataFrame) -> tuple[int, float]:
-    means = [float(networks[f"skip_{quarter + 1}"].mean()) for quarter in range(QUARTERS)]
-    return int(np.argmin(means)) + 1, min(means)
 
 
 def _scale_sentence(rows: pd.DataFrame) -> str:
@@ -248,13 +255,9 @@ def _interval(values: pd.Series) -> str:
     return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
-def _range(values: Sequence[float]) -> str:
-    return f"{min(values):.2f} to {max(values):.2f}"
-
-
 def _losses_against_base(networks: dict[str, pd.DataFrame]) -> dict[str, str]:
     """Each design's loss less that of the first one, with its corrected probability and whether it is none."""
-    if _fewest(networks) < 2:
+    if len(networks[BASE]) < 2:
         return {}
     found: dict[str, Difference] = {
         family: of_seeds("loss", {BASE: _positions(networks[BASE].loss), family: _positions(each.loss)})
