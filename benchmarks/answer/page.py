@@ -63,9 +63,7 @@ def figures(rows: pd.DataFrame) -> list[Lines]:
         for family, each in deepest.items()
     ]
     over = [
-        line
-        for family in DESIGNS
-        for line in _trained_and_fresh(family, [trained(rows, depth)[family] for depth in counts], counts)
+        _over_depths(family, [trained(rows, depth)[family] for depth in counts], counts) for family in DESIGNS
     ]
     names = [f"skip_{quarter + 1}" for quarter in range(QUARTERS)]
     skipped = [
@@ -80,11 +78,10 @@ def figures(rows: pd.DataFrame) -> list[Lines]:
         ),
         _lines(
             "answer_blocks", "blocks", "CKA, first and last state", [*over, _limit(np.array([counts[0], counts[-1]], float))],
-            f"Debiased CKA of the first and the last state against the number of blocks: trained (solid; {of}) and fresh "
-            "(dashed).", log_x=True,
+            f"Debiased CKA of the first and the last state of trained networks against the number of blocks; {of}.",
         ),
         _lines(
-            "answer_skipped", "quarter of the blocks that is left out", "loss gained, nats per byte", skipped,
+            "answer_skipped", "quarter of the blocks that is left out", "loss gained, nats", skipped,
             f"Networks of {counts[-1]} blocks: what the held-out loss gains when a quarter of the blocks is left out; {of}.",
         ),
     ]  # fmt: skip
@@ -95,38 +92,23 @@ def _band(x: np.ndarray, curves: np.ndarray, family: str) -> Line:
     return Line(x, curves.mean(0), title, lower=curves.min(0), upper=curves.max(0), group=title)
 
 
-def _trained_and_fresh(family: str, networks: Sequence[pd.DataFrame], counts: Sequence[int]) -> list[Line]:
-    x, title = np.array(counts, float), DESIGNS[family]
+def _over_depths(family: str, networks: Sequence[pd.DataFrame], counts: Sequence[int]) -> Line:
     mean, low, high = (
         np.array([reduce(each.alike_joined) for each in networks]) for reduce in (np.mean, np.min, np.max)
     )
-    fresh = np.array([each.start_alike.mean() for each in networks])
-    return [
-        Line(x, mean, title, lower=low, upper=high, group=title),
-        Line(x, fresh, f"{title}, fresh", role="null", group=title),
-    ]
+    title = DESIGNS[family]
+    return Line(np.array(counts, float), mean, title, lower=low, upper=high, group=title)
 
 
 def _limit(ends: np.ndarray) -> Line:
     return Line(ends, np.full(2, ALIKE), f"the same: {ALIKE:g}", role="threshold")
 
 
-def _lines(
-    name: str, x_label: str, y_label: str, lines: list[Line], caption: str, *, log_x: bool = False
-) -> Lines:
-    # A design has one colour in all figures.
+def _lines(name: str, x_label: str, y_label: str, lines: list[Line], caption: str) -> Lines:
+    # One colour a design in all figures.
     colours = {title: number for number, title in enumerate(DESIGNS.values())}
-    return Lines(
-        name,
-        caption,
-        x_label,
-        y_label,
-        tuple(lines),
-        log_x=log_x,
-        caption=caption,
-        alt=f"{y_label} by {x_label}",
-        runs=colours,
-    )
+    alt = f"{y_label} by {x_label}"
+    return Lines(name, caption, x_label, y_label, tuple(lines), caption=caption, alt=alt, runs=colours)
 
 
 def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str) -> str:
