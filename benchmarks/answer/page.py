@@ -251,7 +251,8 @@ def _losses_against_base(networks: dict[str, pd.DataFrame]) -> dict[str, str]:
     for (family, each), p in zip(found.items(), corrected, strict=True):
         value, reach = float(each.value.item()), float(each.half_width.item())
         none = " =" if abs(value) + reach <= EQUIVALENT else ""
-        texts[family] = f"{value:+.3f} ± {reach:.3f}, p {p:.2g}{none}"
+        tested = "" if each.undecided else f", p {p:.2g}"  # with too few seeds no difference is significant
+        texts[family] = f"{value:+.3f} ± {reach:.3f}{tested}{none}"
     return texts
 
 
