@@ -123,7 +123,7 @@ def _examined(run: xr.DataTree, model: nn.Module, batch: Any, options: Mapping[s
     has_streams, has_gradients = run.attrs.get("n_streams", 1) > 1, _has_gradients(run)
     if not has_streams and not has_gradients:
         return {}
-    scope = Scope(only_own=True, sums=False, origins=find_origins)
+    scope = Scope(only_own=True, sums=False, origins=find_origins if has_streams else None)
     try:
         give_memory_back()  # of what was measured and analysed before
         with graph_of_frozen(model, wanted=has_streams, each=True):
