@@ -25,11 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from depthscope.diagnostics.experiments import estimate
 from depthscope.probes.interventions.changes import remixed
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
-from depthscope.probes.interventions.predictions import mapped
 from depthscope.probes.model.loss_graph import Loss, loss_value
 from depthscope.probes.model.modules import module_paths
 from depthscope.probes.model.preserved_state import eager, preserved_state
-from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.tensors import mapped, tensors_in
 from depthscope.probes.reading.operations import operation_of
 from depthscope.probes.session.attention import FUSED, SOFTMAX
 from depthscope.probes.session.forward import own_call

@@ -13,7 +13,7 @@ import torch
 
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import Loss
-from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.tensors import mapped, tensors_in
 
 Pick: TypeAlias = Callable[[Any], torch.Tensor]
 
@@ -187,15 +187,6 @@ def _looks_ahead(
     if float(moved[:, -1].max()) == 0:
         return "the output at a token does not depend on that token's id: pass loss="
     return ""
-
-
-def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A batch with every tensor of it changed."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        return {name: mapped(item, change) for name, item in value.items()}
-    return type(value)(mapped(item, change) for item in value) if type(value) in (tuple, list) else value
 
 
 def _with(batch: Any, old: torch.Tensor, new: torch.Tensor) -> Any:

@@ -5,7 +5,7 @@ Shapes: B sequence, T token, N stream, D feature, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeAlias, Unpack
@@ -20,7 +20,7 @@ from depthscope.probes.connections.proof import relative_error
 from depthscope.probes.interventions.model_under_test import ModelUnderTest
 from depthscope.probes.interventions.predictions import Pick, by_token, divergence, named_logits
 from depthscope.probes.model.errors import InterventionError
-from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.tensors import mapped, tensors_in
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.model_call import batches
@@ -134,13 +134,11 @@ def _compare(head: Head, state: torch.Tensor, logits: torch.Tensor, which: str) 
 
 def _moved_on(batch: Any, size: int, axis: int) -> Any:
     """The batch with its sequences moved on by one."""
-    if isinstance(batch, torch.Tensor):
-        return batch.roll(1, axis) if batch.ndim > axis and batch.shape[axis] == size else batch
-    if isinstance(batch, Mapping):
-        return {name: _moved_on(value, size, axis) for name, value in batch.items()}
-    if type(batch) in (tuple, list):
-        return type(batch)(_moved_on(value, size, axis) for value in batch)
-    return batch
+
+    def moved(one: torch.Tensor) -> torch.Tensor:
+        return one.roll(1, axis) if one.ndim > axis and one.shape[axis] == size else one
+
+    return mapped(batch, moved)
 
 
 ALL = "all"  # the state with every stream as it is

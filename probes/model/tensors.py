@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -30,6 +30,15 @@ def _add_tensors(values: Iterable[Any], found: list[torch.Tensor]) -> None:
             _add_tensors(value, found)
         elif _is_record(value):
             _add_tensors(vars(value).values(), found)
+
+
+def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A batch with every tensor of it changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {name: mapped(item, change) for name, item in value.items()}
+    return type(value)(mapped(item, change) for item in value) if type(value) in (tuple, list) else value
 
 
 def _is_record(value: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.modules import all_parameters
+from depthscope.probes.model.tensors import mapped
 from depthscope.probes.session.find_structure import RewrittenError
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.session import Session
@@ -37,11 +38,7 @@ def batches(batch: Any) -> Iterator[Any]:
 
 def copied(batch: Any) -> Any:
     """The batch with tensors of its own: one of them may be the first state, or be written by the model."""
-    if isinstance(batch, torch.Tensor):
-        return batch.detach().clone()
-    if isinstance(batch, Mapping):
-        return {name: copied(value) for name, value in batch.items()}
-    return type(batch)(copied(value) for value in batch) if type(batch) in (tuple, list) else batch
+    return mapped(batch, lambda tensor: tensor.detach().clone())
 
 
 def call_model(model: nn.Module, batch: Any) -> Any:
