@@ -232,8 +232,8 @@ def _finished(
     jackknife: bool,
 ) -> xr.Dataset:
     """One dataset of what was measured of a chain, with what else is to be known about it."""
-    step = trace.coords.get("step", trace.attrs.get("step", run.attrs.get("step", 0)))
-    dataset = assemble(found, source, int(np.asarray(step)))
+    step = trace.coords.get("step", trace.attrs.get("step", run.attrs.get("step")))
+    dataset = assemble(found, source, 0 if step is None else int(np.asarray(step)))
     mask = source["mask"].transpose("sample", "token")
     notes = sample_notes(
         dataset,

@@ -107,8 +107,9 @@ def table_rows(result: xr.Dataset) -> list[dict[str, Any]]:
 
 def _estimates(result: xr.Dataset, names: tuple[str, ...], at: Any) -> dict[str, float | None]:
     """Some means over sequences at one place, with their errors and intervals."""
-    found = {name + end: float(result[name + end].values[at]) for name in names for end in ESTIMATES}
-    return {name: value if math.isfinite(value) else None for name, value in found.items()}
+    found = {name + end: result.get(name + end) for name in names for end in ESTIMATES}
+    values = {name: math.nan if of is None else float(of.values[at]) for name, of in found.items()}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def _size(row: dict[str, Any]) -> float:

@@ -16,7 +16,7 @@ import zarr
 from google_crc32c import value as crc32c
 
 from depthscope.diagnostics import CATALOGUE, analyze, schema
-from depthscope.diagnostics.schema import zarr_stores
+from depthscope.diagnostics.schema import validation, zarr_stores
 
 SMALL = {"layers": 2, "samples": 2, "tokens": 4, "features": 8}
 
@@ -266,3 +266,9 @@ def test_a_run_above_the_limit_is_refused(run, tmp_path, suffix):
         schema.open_run(path, max_bytes=1000)
     with schema.open_run(path, max_bytes=10**9):
         pass
+
+
+def test_the_default_limit_follows_the_bytes_on_disk():
+    validation.require_room((256 << 20) + 32 * 10**9, 10**9)
+    with pytest.raises(schema.SchemaError, match="1000000000 stored bytes can account for"):
+        validation.require_room((256 << 20) + 32 * 10**9 + 1, 10**9)
