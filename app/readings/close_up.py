@@ -97,10 +97,8 @@ class CloseUp:
         self._states = trace["residual"].values
         self.num_depths, self.num_sequences, _, self.num_streams, _ = self._states.shape
         self.num_connections = trace.sizes["connection"] if "h_res" in trace else 0
-        self.depth_in, self.depth_out = (
-            self._of_connections("depth_in", 0),
-            self._of_connections("depth_out", 1),
-        )
+        self.depth_in = self._of_connections("depth_in", 0)
+        self.depth_out = self._of_connections("depth_out", 1)
 
     def _of_connections(self, name: str, offset: int) -> np.ndarray:
         if name in self._trace:

@@ -40,16 +40,15 @@ def complete(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def trained(rows: pd.DataFrame, depth: int, scale: float = 1.0) -> dict[str, pd.DataFrame]:
-    """The networks of a depth and a scale of the branches, by design; designs of which none was trained are left out."""
+    """The networks of a depth and a scale of the branches, by design."""
     chosen = rows[(rows.depth == depth) & (rows.branch_scale == scale)]
-    found = {family: chosen[chosen.family == family] for family in DESIGNS}
-    return {family: each for family, each in found.items() if len(each)}
+    return {family: chosen[chosen.family == family] for family in DESIGNS}
 
 
 def depths(rows: pd.DataFrame) -> list[int]:
-    """The numbers of blocks that every design was trained with."""
-    ours = rows[rows.family.isin(list(DESIGNS))]
-    return [depth for depth in sorted(ours.depth.unique()) if len(trained(rows, depth)) == len(DESIGNS)]
+    """The numbers of blocks that the designs were trained with."""
+    ours = rows.family.isin(list(DESIGNS)) & (rows.branch_scale == 1.0)
+    return sorted(int(depth) for depth in rows.depth[ours].unique())
 
 
 def figures(rows: pd.DataFrame) -> list[Lines]:

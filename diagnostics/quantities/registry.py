@@ -169,10 +169,7 @@ class Quantities:
     @property
     def scopes(self) -> np.ndarray:
         """Of each group of tokens, whether it is one sequence or all data."""
-        counts = {
-            "sequence": self["mask"].sizes["sample"],
-            "data": 1,
-        }  # every sequence is one, and all pooled
+        counts = {"sequence": self["mask"].sizes["sample"], "data": 1}
         return np.array([label for label in self._values["scope"] for _ in range(counts[label])])
 
     def coordinates(self, sizes: Mapping[Any, int]) -> xr.Coordinates:

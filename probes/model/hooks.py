@@ -377,9 +377,10 @@ def in_pipeline_inference() -> bool:
     through it: a forward like any other, and no part of the training.
     """
     stage = sys.modules.get("torch.distributed.pipelining.stage")
-    codes = (frame.f_code for frame in _running_frames() if stage is not None)
-    file = getattr(stage, "__file__", None)
-    return any(code.co_name in PIPELINE_INFERENCE and code.co_filename == file for code in codes)
+    if stage is None:
+        return False
+    codes = (frame.f_code for frame in _running_frames())
+    return any(code.co_name in PIPELINE_INFERENCE and code.co_filename == stage.__file__ for code in codes)
 
 
 def num_running_calls(model: nn.Module) -> int:

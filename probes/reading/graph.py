@@ -223,9 +223,8 @@ class Graph:
         self.weights: dict[int, list[TracedValue]] | None = None  # of `operations.weights`
         self._made: dict[int, torch.Tensor] = {}  # what was made again last
         self.read: set[int] = set()  # of which values the held tensor was read since the last forward
-        self._later: dict[
-            int, tuple[bytearray, int]
-        ] = {}  # by number: marks, and as far as which number they go
+        # By number: the marks of `later`, and as far as which number they go.
+        self._later: dict[int, tuple[bytearray, int]] = {}
         self._parents: list[tuple[int, ...]] = []
         self._from_input: bytearray | None = None
         self._to_output: bytearray | None = None

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from depthscope.probes.training.live.live import Live
 
 
+TOKENS = 128  # sampled of a step for live metrics
+REDUCTIONS = ("mean", "sum", "global_mean")
+
+
 class RecordingCallback:
     """What the callbacks of frameworks have in common.
 
@@ -54,10 +58,6 @@ class RecordingCallback:
         """Finish the store with the steps that were measured; the step that raised, with the last of the arguments, is not."""
         if self.recorder is not None:
             self.recorder.__exit__(type(given[-1]), given[-1], given[-1].__traceback__)
-
-
-TOKENS = 128  # sampled of a step for live metrics
-REDUCTIONS = ("mean", "sum", "global_mean")
 
 
 @takes_options(CaptureOptions)

@@ -64,13 +64,10 @@ def choose(
         streams = streams_of(analyses)
         if "stream" in used and len(streams) > 1:
             # `streams_of` has "mean" first, which is offered here with "each".
-            options, words = (
-                ["mean", "each", *streams[1:]],
-                {"mean": "mean of streams", "each": "each stream"},
-            )
+            words = {"mean": "mean of streams", "each": "each stream"}
             selection["stream"] = choose_one(
                 "Stream",
-                options,
+                ["mean", "each", *streams[1:]],
                 "stream",
                 words=lambda option: words.get(option, f"stream {option}"),
                 width=170,
