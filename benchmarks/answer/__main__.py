@@ -21,9 +21,9 @@ QUICK = {"width": 16, "heads": 2, "streams": 4, "batch": 2, "length": 16}
 # (blocks, constant that every branch is multiplied with, seeds), in the order in which they are trained: what is there
 # already is skipped, so that all depths have some seeds before any has all.
 NETWORKS = (
-    *((depth, 1.0, 3) for depth in (4, 16)),
+    *((depth, 1.0, seeds) for depth, seeds in ((4, 3), (16, 3), (48, 1), (4, 5))),
     *((16, scale, 1) for scale in (0.1, 0.01, 0.001)),
-    *((depth, 1.0, seeds) for depth, seeds in ((48, 1), (4, 5), (16, 5), (48, 3))),
+    *((depth, 1.0, seeds) for depth, seeds in ((16, 5), (48, 3))),
 )
 QUICK_NETWORKS = ((2, 1.0, 2), (4, 1.0, 2), (4, 0.01, 1))
 STEPS, RATE_STEPS, QUICK_STEPS = 1000, 300, 5
