@@ -18,13 +18,14 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope.diagnostics import schema
+from depthscope.diagnostics import judge, schema
 from depthscope.diagnostics.analysis.analyze import analyze
 from depthscope.diagnostics.analysis.training_curves import curves_of_sums
 from depthscope.diagnostics.errors import InputError, TakenError
 from depthscope.diagnostics.schema import storable_attributes
 from depthscope.diagnostics.schema.groups import group_path
 from depthscope.diagnostics.schema.live_rows import MemoryRows
+from depthscope.diagnostics.verdicts.finding import News
 from depthscope.probes.checkpoints.errors import is_model_error, own_error
 from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import batches_of, encode_text, token_texts
@@ -140,6 +141,7 @@ def probe_checkpoints(
     first: dict[str, torch.Tensor] = {}
     parts: list[xr.DataTree] = []
     left_out: dict[str, str] = {}
+    findings, news = list[dict[str, Any]](), News()
     for number, (step, path) in enumerate(ordered):
         if progress is not None:
             progress(Path(path).name, number, len(ordered))
@@ -161,15 +163,17 @@ def probe_checkpoints(
             if number == len(ordered) - 1:  # whose trace is the history's
                 taken = ModelOptions.__optional_keys__ & options.keys()
                 run = settle(run, loaded.model, tokens, **{name: options[name] for name in taken})  # type: ignore[literal-required]
-            part = _measured(run, step, loaded.model, first, metrics)
+            analysis = analyze(run, metrics=metrics)
+            part = _measured(run, analysis, step, loaded.model, first)
             _require_same_model(parts[0] if parts else part, part)
             for earlier in parts[-1:]:  # only the last one's states are part of the history
                 del earlier["trace"]
             parts.append(part)
+            findings += [{"step": step, **found.as_dict()} for found in news.among(judge(analysis))]
     if not parts:
         reasons = "; ".join(f"{path}: {why}" for path, why in left_out.items())
         raise InputError(f"no checkpoint could be probed ({reasons})")
-    run = _joined(parts, dict(ordered), left_out)
+    run = _joined(parts, findings, dict(ordered), left_out)
     schema.save_run(run, place, force=True)
     if progress is not None:
         progress("", len(ordered), len(ordered))
@@ -203,14 +207,13 @@ def _is_history(place: Path) -> bool:
 
 def _measured(
     run: xr.DataTree,
+    analysis: xr.Dataset | xr.DataTree,
     step: int,
     model: nn.Module,
     first: Mapping[str, torch.Tensor],
-    metrics: Sequence[str] | None,
 ) -> xr.DataTree:
     """The run with its step, its metrics, and how far its weights are from the first ones."""
     nodes = dict(run.to_dict())
-    analysis = analyze(run, metrics=metrics)
     for number, chain in enumerate(schema.chains(run)):
         place = f"/{group_path('statistics', chain)}"
         nodes[place] = nodes[place].assign_coords(step=[step])
@@ -277,10 +280,14 @@ def _require_same_model(first: xr.DataTree, run: xr.DataTree) -> None:
 
 
 def _joined(
-    parts: Sequence[xr.DataTree], paths: Mapping[int, str], left_out: Mapping[str, str]
+    parts: Sequence[xr.DataTree],
+    findings: list[dict[str, Any]],
+    paths: Mapping[int, str],
+    left_out: Mapping[str, str],
 ) -> xr.DataTree:
     """``/metrics`` and ``/statistics`` by step, as of a recording; ``/trace`` and ``/coverage`` of the last checkpoint."""
     history, last = MemoryRows(), parts[-1]
+    history.findings = findings
     for part in parts:
         history.append(*_row_of(part))
     attrs: dict[str, Any] = {

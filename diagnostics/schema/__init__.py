@@ -2,7 +2,7 @@
 
 from depthscope.diagnostics.schema.attributes import storable_attributes
 from depthscope.diagnostics.schema.groups import COMPLETE, GROUPS, by_chain, chain_dataset, chains
-from depthscope.diagnostics.schema.live_rows import LOG, LiveRows, Status
+from depthscope.diagnostics.schema.live_rows import FINDINGS, LOG, LiveRows, Status
 from depthscope.diagnostics.schema.live_store import is_being_written, is_live_store, newest_state
 from depthscope.diagnostics.schema.opening import (
     POOLED_STEP,

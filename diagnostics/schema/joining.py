@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.schema.groups import chain_dataset, chains, group_path
+from depthscope.diagnostics.schema.live_rows import FINDINGS
 from depthscope.diagnostics.schema.loss_course import LossCourse
 from depthscope.diagnostics.schema.validation import SchemaError
 from depthscope.diagnostics.schema.variables import (
@@ -125,8 +126,12 @@ def _joined_data(runs: Mapping[str, xr.DataTree]) -> xr.DataTree:
 
 
 def _joined_attributes(runs: Mapping[str, xr.DataTree]) -> dict[str, Any]:
-    """Those of the first part; of proofs the worst, of remarks each once: a part may have too few tokens to show one."""
+    """Those of the first part; of proofs the worst, of remarks each once: a part may have too few tokens to show one.
+
+    Each process judged its own rows: the findings of all, with the name of the part.
+    """
     of_all = [run.attrs for run in runs.values()]
+    found = [{**each, PART: name} for name, run in runs.items() for each in run.attrs.get(FINDINGS, ())]
     attrs = {str(name): value for name, value in of_all[0].items() if name not in OF_ONE_PART}
     errors = [of["reconstruction_error"] for of in of_all if "reconstruction_error" in of]
     unproven = [of["proof"] for of in of_all if of.get("proof") not in (None, "proven")]
@@ -138,6 +143,7 @@ def _joined_attributes(runs: Mapping[str, xr.DataTree]) -> dict[str, Any]:
         **({"reconstruction_error": max(errors)} if errors else {}),
         **({"proof": unproven[0]} if unproven else {}),
         **({"remarks": list(remarks.values())} if remarks else {}),
+        **({FINDINGS: sorted(found, key=lambda of: of["step"])} if found else {}),
     }
 
 

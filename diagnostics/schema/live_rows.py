@@ -2,16 +2,17 @@
 
 The log is frames that are only appended, each by one call of the system: ``DSr4``, the bytes of its head and of its data, the
 CRC-32 of these lengths, head and data, then the head, which is JSON, and the data. A head has what is new: the run that was
-``begun``, the attempt that was ``opened``, ``variables`` with one value per step, ``coords``, and of a row its ``step`` and
-``time``: its data are the numbers of the variables that were declared until then. A row supersedes earlier rows of its step
-and of later ones. A writer that is killed leaves complete frames and perhaps the beginning of one, which is ignored and
-overwritten.
+``begun``, the attempt that was ``opened``, ``variables`` with one value per step, ``coords``, ``findings`` by step, and of a
+row its ``step`` and ``time``: its data are the numbers of the variables that were declared until then. A row supersedes
+earlier rows of its step and of later ones, and their findings. A writer that is killed leaves complete frames and perhaps
+the beginning of one, which is ignored and overwritten.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import re
 import socket
@@ -45,10 +46,13 @@ except ImportError:  # Windows: a second writer is not noticed there
 LOG = "rows.log"
 FORMAT, VERSION, MAGIC = "depthscope live run", 4, b"DSr4"
 # ``attrs``: of earlier versions, which noted there what the saved arrays have too.
-HEADS = {"begun", "opened", "attrs", "variables", "coords", "step", "time", "resumed", "finished"}
+HEADS = {"begun", "opened", "attrs", "variables", "coords", "step", "time", "resumed", "findings", "finished"}
 HEAD, LENGTHS = struct.Struct("<4sIII"), struct.Struct("<II")
 MAX_DATA, MAX_JSON, PIECE = 256 << 20, 4 << 20, 1 << 20
 """Bytes of a row, of all JSON of a log (parsed, it takes up to 54 times as much), and of what is searched at once."""
+
+FINDINGS = "findings"
+"""Attribute of a run by step: its findings where they were new or more severe, each with the step that showed it."""
 
 KEPT_BYTES = 256 << 20
 """Of the columns that stay in memory. A heuristic of ours: one metric of 100 000 steps has 24 to 48 MB."""
@@ -97,6 +101,7 @@ class StepRows:
         self.variables: dict[str, Declared] = {}
         self.coords: dict[str, xr.Variable] = {}
         self.rows: list[Row] = []
+        self.findings: list[dict[str, Any]] = []
         self._row_bytes = 0
         self._columns: dict[str, np.ndarray] = {}
 
@@ -152,6 +157,8 @@ class StepRows:
         groups = {node.path.strip("/"): node.to_dataset(inherit=False) for node in state.subtree}
         for path in dict.fromkeys(name.rpartition("/")[0] for name in (*self.variables, *self.coords)):
             groups[path] = self.dataset(path, groups.get(path, xr.Dataset()))
+        if self.findings:
+            groups[""].attrs[FINDINGS] = list(self.findings)
         return groups
 
     def _read(self, start: int, size: int) -> bytes:
@@ -184,6 +191,8 @@ class StepRows:
         variables, coords, self._row_bytes = self.checked(head)
         self.variables |= variables
         self.coords |= coords
+        for found in head.get(FINDINGS, ()):
+            self.findings.append({**found, "step": operator.index(found["step"])})
         if "step" not in head:
             if size:
                 raise InputError(f"{size} bytes of no row")
@@ -196,6 +205,7 @@ class StepRows:
             self.rows.pop()
         if len(self.rows) < before:
             self._columns = {name: of[: len(self.rows)] for name, of in self._columns.items()}
+            self.findings[:] = [found for found in self.findings if found["step"] < row.step]
         self.rows.append(row)
 
     def checked(self, head: Mapping[str, Any]) -> tuple[dict[str, Declared], dict[str, xr.Variable], int]:

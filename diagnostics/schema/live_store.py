@@ -12,7 +12,7 @@ import socket
 import time
 import uuid
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,6 +30,7 @@ from depthscope.diagnostics.atomic_writes import (
 )
 from depthscope.diagnostics.errors import AbsentError, BusyError, InputError, StorageError, TakenError
 from depthscope.diagnostics.schema.live_rows import (
+    FINDINGS,
     FORMAT,
     HEAD,
     LOG,
@@ -198,6 +199,11 @@ class LiveStore:
         head, data = self._rows.encoded(step, numbers, coords or {})
         self._write(head | ({"resumed": True} if self._is_resumed else {}), data)
         self._is_resumed = False
+
+    def note(self, findings: Sequence[Mapping[str, Any]]) -> None:
+        """Add findings, each with the ``step`` of its row; OSError where they were not written."""
+        if findings:
+            self._write({FINDINGS: findings})
 
     def _write(self, head: dict[str, Any], data: bytes = b"") -> None:
         """Append a frame, all or nothing of it; OSError where it was not written, as on a full disk."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -102,6 +103,24 @@ class Finding:
 def _angle(cosine: float) -> float:
     """The angle, not below what the rounding of 1 − cosine leaves of it."""
     return math.acos(min(max(cosine, -1.0), 1.0 - COSINE_ROUNDING))
+
+
+class News:
+    """The findings of one step after the other that are new, or more severe than at any step before."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], Severity] = {}
+
+    def among(self, findings: Iterable[Finding]) -> list[Finding]:
+        """Those of the next step that are."""
+        new = []
+        for finding in findings:
+            # Not by its place or number, which move from step to step.
+            key = finding.verdict, finding.chain, finding.stream, finding.quantity
+            before = self._known.get(key, Severity.PASS)
+            self._known[key] = max(before, finding.severity)
+            new += [finding] if finding.severity > before else []
+        return new
 
 
 class Findings(list[Finding]):

@@ -41,7 +41,7 @@ class LiveRecording:
         self._force, self._keep_states = force, keep_states
         self._store: LiveStore | None = None
         self._is_open, self._is_taken = False, False
-        self._num_written = 0  # of the recorder's rows
+        self._num_written = self._num_noted = 0  # of the recorder's rows and findings
         self._has_state = False  # of this recorder
         self._state_cost = self._state_ended = 0.0  # seconds that saving it took, and when it was saved
         self._said = self._error = self._state_error = ""
@@ -101,7 +101,7 @@ class LiveRecording:
                 # The folder has gone: all steps again, into a new one. What somebody else put there meanwhile stays.
                 if self._store is not None:
                     self._store.close()
-                self._store, self._num_written, self._options = None, 0, {}
+                self._store, self._num_written, self._num_noted, self._options = None, 0, 0, {}
                 self._write(history, state)
         except Exception as error:  # the training goes on, and the next measured step tries again
             self._error = str(error)
@@ -144,6 +144,11 @@ class LiveRecording:
         for number in range(self._num_written, len(history.rows)):
             store.append(*history.row(number))
             self._num_written += 1
+        self._note(store, history)
+
+    def _note(self, store: LiveStore, history: MemoryRows) -> None:
+        store.note(history.findings[self._num_noted :])
+        self._num_noted = len(history.findings)
 
     def finish(self, history: MemoryRows, build: Run, run: Run) -> None:
         """End writing: the final arrays, or the file in place of the live store.
@@ -154,36 +159,40 @@ class LiveRecording:
         """
         store, self._store = self._store, None
         missing = len(history.rows) - self._num_written
-        is_complete = store is not None and not missing
+        complete = None if missing else store
         try:
+            if complete is not None and history.rows:
+                self._note(complete, history)  # of the last row, which may be judged when the block ends
+                complete.save_state(build())
             if not history.rows:
                 if store is not None and store.last_step is not None:
                     store.finish()
             elif self._file is not None:
-                self._save_file(store, is_complete, build, run)
-            elif store is None or missing:
+                self._save_file(self._file, complete, run)
+            elif complete is None:
                 raise StorageError(f"{missing} steps are not in {self._folder} ({self._error})")
             else:
-                store.save_state(build())
-                store.finish()
+                complete.finish()
         finally:
-            if store is not None and store.last_step is None:
-                with suppress(OSError):  # it has gone, or another one is in its place
-                    store.remove()  # nothing came of it, and another recorder may begin here
-            if store is not None:
-                store.close()
-            # Where the block of the same recorder is entered once more.
-            self._options = {"resume": self._file is None}
-            self._num_written = self._num_written if self._file is None else 0
+            self._end(store)
 
-    def _save_file(self, store: LiveStore | None, is_complete: bool, build: Run, run: Run) -> None:
-        assert self._file is not None
-        if store is None or not is_complete:
-            schema.save_run(run(), self._file, force=self._force)
+    def _save_file(self, file: Path, complete: LiveStore | None, run: Run) -> None:
+        if complete is None:
+            schema.save_run(run(), file, force=self._force)
         else:  # with the rows of earlier attempts, which this recorder never had
-            store.save_state(build())
             with schema.open_run(self._folder) as whole:
-                schema.save_run(whole, self._file, force=self._force)
+                schema.save_run(whole, file, force=self._force)
         self._force = True  # where the block is entered once more, the file is this recorder's
-        if store is not None and is_complete:
-            store.remove()
+        if complete is not None:
+            complete.remove()
+
+    def _end(self, store: LiveStore | None) -> None:
+        if store is not None and store.last_step is None:
+            with suppress(OSError):  # it has gone, or another one is in its place
+                store.remove()  # nothing came of it, and another recorder may begin here
+        if store is not None:
+            store.close()
+        # Where the block of the same recorder is entered once more.
+        self._options = {"resume": self._file is None}
+        if self._file is not None:
+            self._num_written = self._num_noted = 0

@@ -54,6 +54,8 @@ class MeasuredSteps:
         self.session, self._say, self._attrs, self._token_text = session, self.notices.say, attrs, token_text
         self.weights, self._scale, self.live = weights, scale or LossScale(None), live
         self.history = MemoryRows()
+        if live is not None:
+            self.history.findings = live.watched.found  # one list: what is found is part of the history
         self.last: StepStatistics | None = None
         self._known_weights: WeightNorms | None = None  # of the last step that has some
         self.overflowed: list[int] = []

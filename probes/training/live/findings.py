@@ -13,6 +13,7 @@ import xarray as xr
 
 from depthscope.diagnostics import Finding, Severity, judge
 from depthscope.diagnostics.errors import InputError
+from depthscope.diagnostics.verdicts.finding import News
 from depthscope.probes.training.live.row import LiveRow
 from depthscope.probes.training.notices import TrainingStopped
 
@@ -54,7 +55,8 @@ class Watched:
         self._on_finding = on_finding
         self._of = f"{name}, " if name else ""
         self._stop_on = None if stop_on is None else levels[stop_on]
-        self._told: dict[tuple[Any, ...], Severity] = {}
+        self.found: list[dict[str, Any]] = []  # what was new, with the step that showed it
+        self._news = News()
         self._last: tuple[float, float] | None = None  # when rows were last judged, and how long that took
         self._unjudged: LiveRow | None = None
         self._severe: tuple[int, tuple[Finding, ...]] | None = None  # what is to stop the training
@@ -87,7 +89,8 @@ class Watched:
 
     def report(self, step: int, findings: Iterable[Finding], say: Say) -> None:
         """Print what is new in a step and a warning or worse, and tell the user's function all that is new."""
-        new = [finding for finding in findings if self._is_new(finding)]
+        new = self._news.among(findings)
+        self.found += [{"step": step, **finding.as_dict()} for finding in new]
         if self._stop_on is not None and (severe := [of for of in new if of.severity >= self._stop_on]):
             self._severe = step, tuple(severe)
         failed = None
@@ -102,14 +105,6 @@ class Watched:
                 failed = failed or error
         if failed is not None:
             say(f"on_finding failed at step {step}: {type(failed).__name__}: {failed}", failed)
-
-    def _is_new(self, finding: Finding) -> bool:
-        """Whether it is new, or more severe than before."""
-        # Not by its place or number, which move from step to step.
-        key = finding.verdict, finding.chain, finding.stream, finding.quantity
-        before = self._told.get(key, Severity.PASS)
-        self._told[key] = max(before, finding.severity)
-        return finding.severity > before
 
     def stop_if_severe(self) -> None:
         """Raise `TrainingStopped` where a row has a new finding as severe as was asked for."""
