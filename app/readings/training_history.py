@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -58,22 +57,16 @@ class Measure:
         return found
 
 
-SPREAD = 32
-"""Steps of a history that are judged first. A heuristic of ours: each takes some hundredths of a second."""
-
 Key = tuple[str, str | None, str]
-Moment = tuple[int, float]
-"""A step, and when it was measured: a training that was resumed has other numbers for the same step."""
 
 
 @dataclass(frozen=True)
 class Begun:
-    """A finding and the first judged step that has it."""
+    """A finding and the first step that had it."""
 
-    finding: Finding  # as it is at that step
+    finding: Finding  # as it was at the step at which it was most severe
     step: int  # of the training
-    before: int | None  # the judged step before it, which does not have it; None where there is none
-    lasts: bool  # whether the last judged step has it too
+    lasts: bool  # whether the last step has it too
 
 
 class TrainingHistory:
@@ -91,7 +84,6 @@ class TrainingHistory:
         self.name = reading.name
         self._reading, self._rows = reading, rows
         self._metrics, self._sums = metrics, sums
-        self._judged: dict[Moment, dict[Key, Finding]] = {}
 
     def refresh(self) -> bool:
         """Read new rows."""
@@ -178,79 +170,26 @@ class TrainingHistory:
             position = 0
         return found.isel(step=[position]).assign_attrs(self._reading.analysis.attrs)
 
-    # --- warnings and failures, by the step at which they begin
-
-    # Verdicts judge one step at a time, by what was measured in it. A finding that comes and goes between two judged steps is
-    # not seen: `num_judged` is shown with the result.
-
-    @property
-    def num_judged(self) -> int:
-        """Steps that were judged."""
-        return len(self._known())
-
-    def judge_more(self, seconds: float) -> bool:
-        """Judge further steps for a while; whether some are left."""
-        end = time.monotonic() + seconds
-        while (position := self._next()) is not None:
-            self._judged[self._moment(position)] = {
-                (finding.verdict, finding.stream, finding.quantity): finding
-                for finding in reversed(
-                    judge(self.analysis_at(position))
-                )  # the worst of a verdict last, which stays
-                if finding.severity >= Severity.WARN
-            }
-            if time.monotonic() > end:
-                return self._next() is not None
-        return False
-
     def begun(self) -> list[Begun]:
-        """Findings by the step at which they begin."""
-        moments = list(map(self._moment, self._known()))
-        found = [
-            Begun(
-                self._judged[moments[place]][key],
-                moments[place][0],
-                moments[place - 1][0] if place else None,
-                key in self._judged[moments[-1]],
-            )
-            for key, place in self._firsts(moments).items()
-        ]
-        return sorted(found, key=lambda each: (each.step, -each.finding.severity))
+        """Warnings and failures by the step at which they began, as they were stored with its row."""
+        stored = self._reading.attrs.get(schema.FINDINGS, ()) if self._rows is None else self._rows.findings
+        by_step: dict[Key, Begun] = {}
+        if not stored:
+            return []
+        # What a store has added since it was read is judged here: one step, some hundredths of a second.
+        now = self._reading.findings if self._rows is None else judge(self.analysis_at(-1))
+        last = {_key(finding) for finding in now if finding.severity >= Severity.WARN}
+        for entry in sorted(stored, key=lambda entry: int(entry["step"])):
+            finding = Finding.from_dict(entry)
+            if finding.severity >= Severity.WARN and finding.chain in ("", self._reading.chain):
+                key = _key(finding)
+                since = by_step[key].step if key in by_step else int(entry["step"])
+                by_step[key] = Begun(finding, since, key in last)
+        return sorted(by_step.values(), key=lambda each: (each.step, -each.finding.severity))
 
-    def _moment(self, position: int) -> Moment:
-        times = self.times
-        return int(self.steps[position]), 0.0 if times is None else float(times[position])
 
-    def _known(self) -> list[int]:
-        """Positions of the judged steps that the history still has."""
-        steps = self.steps
-        found = [(int(np.searchsorted(steps, step)), step) for step, _ in self._judged]
-        valid = {position for position, step in found if position < len(steps) and steps[position] == step}
-        return sorted(position for position in valid if self._moment(position) in self._judged)
-
-    def _firsts(self, moments: list[Moment]) -> dict[Key, int]:
-        """The number of the moment that has each finding first."""
-        firsts: dict[Key, int] = {}
-        for place, moment in enumerate(moments):
-            for key in self._judged[moment]:
-                firsts.setdefault(key, place)
-        return firsts
-
-    def _next(self) -> int | None:
-        """The best position to judge: the last one, some over all, then between the last without a finding and the first."""
-        total = len(self.steps)
-        known = self._known()
-        # Strides are powers of two: of a history that grows, those that were judged stay in the grid.
-        stride = 1
-        while total > SPREAD * stride:
-            stride *= 2
-        missing = {0, total - 1, *range(0, total, stride)}.difference(known)
-        if total and missing:
-            return max(missing) if total - 1 in missing else min(missing)
-        for place in self._firsts(list(map(self._moment, known))).values():
-            if place and known[place] - known[place - 1] > 1:
-                return (known[place] + known[place - 1]) // 2
-        return None
+def _key(finding: Finding) -> Key:
+    return finding.verdict, finding.stream, finding.quantity
 
 
 def history_of(reading: Reading, runs: Mapping[str, xr.DataTree] = MappingProxyType({})) -> TrainingHistory:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import IntEnum
 from typing import Any
@@ -98,6 +98,13 @@ class Finding:
             if not math.isfinite(plain[name]):
                 plain[name] = None
         return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Finding:
+        """The inverse of `as_dict`; other entries are passed over."""
+        known = {name: plain[name] for name in cls.__dataclass_fields__ if name in plain}
+        numbers = {name: math.nan if known[name] is None else known[name] for name in ("value", "threshold")}
+        return cls(**{**known, **numbers, "severity": Severity[known["severity"]]})
 
 
 def _angle(cosine: float) -> float:

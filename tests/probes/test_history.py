@@ -92,3 +92,16 @@ def test_steps_are_numbers_and_of_one_checkpoint_each(tmp_path):
         in_order(["step-100", "final"])
     with pytest.raises(ValueError, match="both of step 20"):
         in_order(["step-20", "checkpoint-0020"])
+
+
+def test_findings_are_stored_with_the_checkpoint_that_has_them_first(checkpoints, tmp_path):
+    paths, start, _ = checkpoints
+    broken = {
+        name: value * (np.nan if name == "layers.1.norm.weight" else 1.0) for name, value in start.items()
+    }
+    save_file(broken, paths[-1])
+    options = SIZES | {"metrics": None}
+    run = probe_checkpoints(paths, TEXT, tmp_path / "h.zarr", factory=FACTORY, **options).run
+    found = {(each["step"], each["verdict"]) for each in run.attrs["findings"]}
+    assert (100, "not_finite") in found
+    assert not {(0, "not_finite"), (20, "not_finite")} & found

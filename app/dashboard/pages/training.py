@@ -40,8 +40,6 @@ from depthscope.diagnostics.verdicts.causes import worst_depth
 MOST_MEASURES = 10
 """Panels below each other. A heuristic of ours."""
 
-JUDGING_SECONDS = 0.25
-"""Of each second, while steps are left to judge."""
 
 LARGEST_STEP = 10**15
 
@@ -120,17 +118,13 @@ def _show(chosen: ChosenRuns) -> None:
     if name == TOGETHER:
         shown = {run: colours[run] for run in histories}
         show_legend(folded_colours(shown, group_of))
-    # A short history is judged here: a page that follows nothing is drawn once.
-    seconds = JUDGING_SECONDS / len(readings)
-    follows = any([_goes_on(histories[reading.name], seconds) for reading in readings])
+    follows = any(_goes_on(histories[reading.name]) for reading in readings)
     st.fragment(_follow, run_every=1.0 if follows else None)(readings, colours, group_of, follows)
 
 
-def _goes_on(history: TrainingHistory, seconds: float) -> bool:
-    """Whether steps are added or are left to judge, after so many seconds of judging."""
-    return history.judge_more(seconds) or (
-        history.status is not None and live_state(history.status).is_growing
-    )
+def _goes_on(history: TrainingHistory) -> bool:
+    """Whether steps are added."""
+    return history.status is not None and live_state(history.status).is_growing
 
 
 def _explain_none(history: TrainingHistory | UnreadableRun) -> None:
@@ -163,18 +157,15 @@ def _follow(
             st.warning(f"{escaped(history.name)} cannot be read any more: {escaped(history.reason)}")
             return
         histories[reading.name] = history
-    left = [_goes_on(history, JUDGING_SECONDS / len(histories)) for history in histories.values()]
     begun = {run: history.begun() for run, history in histories.items()}
     _say(histories)
     shown = _choose(histories, colours, group_of)
     left_column, right = st.columns([3, 2], gap="medium")
     with left_column:
         _show_history(histories, shown, begun)
-        judged = sum(history.num_judged for history in histories.values())
-        steps = sum(len(history.steps) for history in histories.values())
         st.caption(
             "Click or ←/→ pins a step, escape returns to the last one, dragging zooms in, a double click shows all. "
-            f"Verdicts: {judged} of {steps} steps judged{' so far' if judged < steps else ''}."
+            'Findings by step are those that a recording with `metrics="live"` or a history of checkpoints stored.'
         )
     with right, st.container(key="training_detail"):
         at = f"Step {_spaced(shown.steps[-1] if shown.step is None else shown.step)}"
@@ -182,7 +173,7 @@ def _follow(
         for reading in readings:
             _list_findings(reading, begun[reading.name], several=len(readings) > 1)
         _show_step(histories, shown)
-    if followed and not any(left):
+    if followed and not any(map(_goes_on, histories.values())):
         st.rerun()  # of the whole page: this stops the fragment's clock
 
 
@@ -410,11 +401,9 @@ def _list_findings(reading: Reading, begun: Sequence[Begun], *, several: bool) -
         for number, each in enumerate(begun):
             finding = each.finding
             sign = BADGES[finding.severity.name][2]
-            since = f"from step {each.step}"
-            if each.before is not None:
-                since = f"between step {each.before} and {each.step}"
             st.markdown(
-                f"{sign} **{escaped(spoken(finding.verdict))}** {since}{'' if each.lasts else ', not at the last step'}"
+                f"{sign} **{escaped(spoken(finding.verdict))}** from step {each.step}"
+                f"{'' if each.lasts else ', not at the last step'}"
             )
             with st.container(horizontal=True, gap="small"):
                 st.button(

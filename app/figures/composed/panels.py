@@ -366,7 +366,6 @@ class Loss:
 
 def first_steps(history: TrainingHistory) -> dict[int, list[str]]:
     """The steps at which a verdict warns or fails for the first time: step → names of verdicts."""
-    history.judge_more(float("inf"))
     known: set[str] = set()
     found: dict[int, list[str]] = {}
     for begun in history.begun():

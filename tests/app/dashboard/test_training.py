@@ -12,7 +12,7 @@ import pytest
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.growing_runs import live_state
 from depthscope.app.figures.build.history_figure import MOST_COLUMNS
-from depthscope.diagnostics import save_run, schema
+from depthscope.diagnostics import Severity, analyze, judge, save_run, schema
 from depthscope.diagnostics.schema import LiveRows
 from depthscope.diagnostics.schema.live_store import LiveStore
 from tests.app.dashboard.growing_run import SPIKE, add, begin, with_state
@@ -125,6 +125,15 @@ def test_a_page_that_is_opened_before_the_first_step_waits_and_shows_it(tmp_path
         assert "cannot be" not in words(test)
     assert "one measured step" in words(pages["training"])
     store.close()
+
+
+def test_findings_are_listed_at_the_step_that_was_stored_with_them(store, make_run):
+    finding = replace(judge(analyze(make_run("residual", layers=5)), passed=True)[0], severity=Severity.WARN)
+    worse = replace(finding, severity=Severity.FAIL)
+    store.note([{"step": step, **found.as_dict()} for step, found in ((4, finding), (9, worse))])
+    listed = words(opened(store))
+    assert "one finding, from step 4 on" in listed
+    assert re.search(r"from step 4\b.*not at the last step", listed)
 
 
 def test_a_run_without_a_history_says_how_to_record_one(tmp_path, make_run, monkeypatch):

@@ -151,6 +151,7 @@ def test_training_has_steps_and_marks(make_run):
         [analysis, later], "step", data_vars="different", coords="different", compat="equals", join="exact"
     ).assign_attrs(analysis.attrs)
     history["loss"] = ("step", [2.0, 1.0])
+    history.attrs["findings"] = [{"step": 10, **found.as_dict()} for found in depthscope.judge(later)]
     canvas = figures.training(history)
     keys = [axes.get_label() for axes in canvas.axes]
     assert {"loss", "residual_norm", "gradient_norm"} <= set(keys)

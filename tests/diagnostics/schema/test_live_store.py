@@ -133,7 +133,9 @@ def test_a_variable_may_come_later_and_be_missing_later(one_step, tmp_path):
 
 
 def test_a_resumed_training_has_no_step_twice(one_step, tmp_path):
-    written(tmp_path / "a", one_step, range(11)).close()
+    store = written(tmp_path / "a", one_step, range(11))
+    store.note([{"step": 5, "verdict": "rank_collapse"}, {"step": 6, "verdict": "exploding_state"}])
+    store.close()
     # An attempt that measures nothing supersedes nothing.
     written(tmp_path / "a", one_step, [], resume=True).close()
     with schema.open_run(tmp_path / "a") as run:
@@ -142,10 +144,12 @@ def test_a_resumed_training_has_no_step_twice(one_step, tmp_path):
     written(tmp_path / "a", one_step, [6, 7, 8, 9], resume=True).close()
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(10))
+        assert run.attrs[schema.FINDINGS] == [{"step": 5, "verdict": "rank_collapse"}]
     written(tmp_path / "a", one_step, [0, 1, 2, 3, 4, 5], resume=True).finish()
     with schema.open_run(tmp_path / "a") as run:
         require_rows(run, range(6))
         assert run.attrs[schema.RESUMED_AT] == [6, 0]
+        assert schema.FINDINGS not in run.attrs
 
 
 def test_a_growing_store_is_followed_from_its_last_byte(one_step, tmp_path, monkeypatch):

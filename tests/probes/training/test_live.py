@@ -206,6 +206,9 @@ def test_a_finding_is_told_once_and_stops_the_training_after_the_step(models, id
     assert stopped.value.findings
     stored = diagnostics.open_run(tmp_path / "a.zarr.zip")
     assert schema.chain_dataset(stored, "metrics")["step"].values.tolist() == [0]
+    kept = [(each["step"], diagnostics.Finding.from_dict(each)) for each in stored.attrs[schema.FINDINGS]]
+    assert {step for step, _ in kept} == {0}
+    assert set(stopped.value.findings) <= {finding for _, finding in kept}
     # A step that only the end of the block ends has nothing left to stop.
     with (
         pytest.warns(probes.ProbeWarning, match="stop_on ends a training for, and the training had ended"),
