@@ -221,7 +221,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         memory = without_forks(graph, start_with_streams(*begin))
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
-    found = [of for of in found if of.memory.num_writes]
+    found = [of for of in found if of.memory.num_writes and not _is_shift(of.memory)]
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     for of in found:
         root = of.memory.root
@@ -233,6 +233,11 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     read = set[int]().union(*(of.memory.writes for of in found if id(of) in with_axis))
     found = [of for of in found if id(of) in with_axis or read.isdisjoint(of.memory.writes)]
     return sorted(found, key=lambda of: of.rank, reverse=True)
+
+
+def _is_shift(memory: Memory) -> bool:
+    """Whether one sum spreads it over all else, as a mean that a network's output is shifted by: it has no second state."""
+    return memory.num_writes == 1 and memory.carried[memory.end.number].count > memory.count
 
 
 def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:
