@@ -42,55 +42,11 @@ __all__ = [
     "verdict",
 ]
 
+ROOMS = (same_representation, reading, training, wiring, magnitude, streams, representation, inputs)
 # In the order in which passed verdicts are listed; findings are ordered by `judge`.
 VERDICTS: dict[str, Verdict] = {
-    each.name: each
-    for each in (
-        same_representation.same_representation,
-        reading.nothing_measured,
-        magnitude.not_finite,
-        training.diverged_loss,
-        training.worse_than_constant,
-        training.surer_than_right,
-        training.off_minimum,
-        training.untrained_weights,
-        wiring.looks_ahead,
-        magnitude.dead_state,
-        magnitude.exploding_state,
-        magnitude.vanishing_state,
-        magnitude.cut_gradient,
-        magnitude.gain_explosion,
-        magnitude.attenuation,
-        magnitude.exploding_gradient,
-        magnitude.vanishing_gradient,
-        wiring.discarded_mixing,
-        wiring.transposed_mixing,
-        wiring.constant_mixing,
-        wiring.unlearnable_mixing,
-        wiring.swapped_weights,
-        wiring.foreign_coefficients,
-        streams.sinkhorn_not_converged,
-        streams.negative_mixing,
-        streams.stream_collapse,
-        streams.unused_stream,
-        streams.copied_streams,
-        streams.passing_streams,
-        representation.rank_collapse,
-        representation.lost_directions,
-        representation.common_vector,
-        representation.idle_layer,
-        inputs.equal_sequences,
-        wiring.stale_statistics,
-        representation.attention_entropy_collapse,
-        representation.massive_activations,
-        training.large_update,
-        training.lost_update,
-        training.silent_module,
-        reading.small_sample,
-        reading.unproven_reading,
-    )
+    each.name: each for room in ROOMS for each in vars(room).values() if isinstance(each, Verdict)
 }
-
 ABOUT_THE_RUN = {reading.nothing_measured.name} | {
     each.name for each in VERDICTS.values() if each.about == "reading"
 }

@@ -13,10 +13,7 @@ import xarray as xr
 
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
-from depthscope.diagnostics.verdicts.wiring import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies, told
-
-# Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`.
-PARTED = 0.99
+from depthscope.diagnostics.verdicts.wiring import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies
 
 COLLAPSED = 0.01
 DIFFERENT = 0.95  # mean cosine of streams that have parted: 18 degrees
@@ -199,37 +196,6 @@ def _copies(what: str, apart: float) -> str:
     if not apart < DIFFER:
         return ""
     return f"{what} is {number(max(apart, 0.0))} in the later half of the depth, below {number(DIFFER)} ({DEFAULT})."
-
-
-@verdict(
-    Kind.FACT,
-    metric="stream_cosine",
-    judges="largest 1 − cosine of the streams between blocks, where they differ inside",
-    formula="max (1 − cos(x_i, x_j)) at the ends of blocks",
-    range="0 to 2",
-    limits=Limits(warn=0.001, above=False),
-)
-def passing_streams(
-    attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
-) -> Iterable[Profile] | None:
-    """The streams do not persist: they differ inside a block and are merged at its end.
-
-    What is passed from block to block is then one stream, as in a plain residual network. Expand once at the
-    embedding and merge once before the head; look for a mean over streams at the end of the block.
-    """
-    if stream_cosine is None:
-        return told(attrs, "passing_streams")  # where no state has streams, the code alone shows them
-    if "site" not in stream_cosine.coords:
-        return None
-    site = stream_cosine["site"].values.astype(object).astype(str)
-    # What leaves a block's call ("post"), and what the next one gets ("pre"): either may be merged, where the others differ.
-    apart = [
-        float((1.0 - stream_cosine.values[site == kind]).max())
-        for kind in ("pre", "post")
-        if (site == kind).any() and (stream_cosine.values[(site != kind) & (site != "embed")] < PARTED).any()
-    ]
-    words = "streams that differ inside the blocks are equal between them: the largest 1 − cosine there is"
-    return [Profile(xr.DataArray(min(apart)), words)] if apart else None
 
 
 # Of four streams one with 3 % of the signal. The effective number of streams, which cannot be large for two, is no limit.
