@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import xarray as xr
@@ -90,6 +91,14 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
     ]
     reported = [finding for finding in found if passed or finding.severity > Severity.PASS]
     return Findings(sorted(reported, key=_severity_order))
+
+
+@cache
+def judged_metrics() -> tuple[str, ...]:
+    """The metrics that verdicts, and the age of a network, are read off."""
+    taken = {name for verdict in VERDICTS.values() for name in (*verdict.needs, *verdict.wants)}
+    taken.add("first_weight_distance")
+    return tuple(name for name in CATALOGUE if taken & {name, f"{name}_null"})
 
 
 def last_step(analysis: xr.Dataset) -> xr.Dataset:

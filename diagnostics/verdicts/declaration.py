@@ -14,7 +14,7 @@ import xarray as xr
 
 from depthscope.diagnostics import numbers
 from depthscope.diagnostics.numbers import percent
-from depthscope.diagnostics.verdicts.age import Age, age_of
+from depthscope.diagnostics.verdicts.age import Age, Task, age_of
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
 from depthscope.diagnostics.verdicts.rule import Kind, grade, result_of
@@ -24,6 +24,13 @@ DEFAULT = "depthscope's default"
 
 # What is smaller is what the rounding of float64, 1e-16, leaves of a share after some connections.
 NOTHING = 1e-20
+
+FACTS: dict[str, Callable[[xr.Dataset], Any]] = {
+    "attrs": lambda analysis: analysis.attrs,
+    "task": lambda analysis: Task.of(analysis.attrs),
+    "age": age_of,
+}
+"""What else a verdict can take than variables of an analysis."""
 
 SPOILING = ("not_finite", "dead_state")
 """What is not a number, or zero, explains every statistic of what comes after it."""
@@ -110,7 +117,7 @@ class Verdict:
     ``kind``: what it rests on, which decides when it is loud, see `rule`.
     ``metric``: the metric that the number comes from; ``judges`` the number itself, ``formula`` in plain signs, ``range`` the
     values that it can have.
-    ``needs, wants``: variables of the analysis, and ``attrs``, that the function takes; those where the analysis has them.
+    ``needs, wants``: variables of the analysis, and `FACTS`, that the function takes; those where the analysis has them.
     ``function``: variables in, profiles out; None where the question does not apply.
     ``follows_from``: other verdicts that explain this one, which is then a note.
     ``drawn_on``: metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
@@ -157,12 +164,11 @@ class Verdict:
         """What is judged of one chain; empty where the question does not apply, or its variables are missing."""
         if self.missing(analysis):
             return []
-        arguments: dict[str, Any] = {}
-        for name in (*self.needs, *self.wants):
-            if name == "attrs":
-                arguments[name] = analysis.attrs
-            elif name in analysis:
-                arguments[name] = analysis[name]
+        arguments = {
+            name: FACTS[name](analysis) if name in FACTS else analysis[name]
+            for name in (*self.needs, *self.wants)
+            if name in FACTS or name in analysis
+        }
         return list(self.function(**arguments) or ())
 
     def limits_on(self, metric: str, analysis: xr.Dataset) -> list[Limits]:
@@ -172,7 +178,7 @@ class Verdict:
 
     def missing(self, analysis: xr.Dataset) -> list[str]:
         """Variables without which it cannot judge, and that an analysis does not have."""
-        return [name for name in self.needs if name != "attrs" and name not in analysis]
+        return [name for name in self.needs if name not in FACTS and name not in analysis]
 
     def _judge(self, profile: Profile, age: Callable[[], Age], analysis: xr.Dataset) -> Finding | None:
         values = np.atleast_1d(profile.values.values.astype(float))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.age import task_of
+from depthscope.diagnostics.verdicts.age import TASK, mapping_in, number_or_none
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
 
@@ -27,9 +27,7 @@ def distinct(attrs: Mapping[str, Any], scope: str) -> float | None:
 
     ``scope``: ``"per_sequence"`` or ``"in_all"``.
     """
-    known = attrs.get(DISTINCT)
-    found = known.get(scope) if isinstance(known, Mapping) else None
-    return float(found) if isinstance(found, (int, float)) else None
+    return number_or_none(mapping_in(attrs, DISTINCT).get(scope))
 
 
 def has_few_tokens(attrs: Mapping[str, Any]) -> bool:
@@ -40,7 +38,7 @@ def has_few_tokens(attrs: Mapping[str, Any]) -> bool:
 
 def one_answer(attrs: Mapping[str, Any]) -> bool:
     """Whether the labels are one a sequence."""
-    return task_of(attrs).get("targets_per_sequence") == 1
+    return mapping_in(attrs, TASK).get("targets_per_sequence") == 1
 
 
 def below_input(values: xr.DataArray, attrs: Mapping[str, Any], scope: str) -> xr.DataArray | None:

@@ -12,14 +12,13 @@ from depthscope.diagnostics.numbers import number, percent
 from depthscope.diagnostics.schema import FROZEN_MODULES
 from depthscope.diagnostics.verdicts.age import (
     KNOWS,
-    LEAST_CLAIM,
-    MANY_STEPS,
-    MOVED,
     NOTHING_LEARNED,
     ONE_SIDED,
     REPAIR,
+    Age,
+    Repair,
     Task,
-    number_or_none,
+    mapping_in,
 )
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
@@ -63,42 +62,20 @@ NO_START = 2.0
     limits=Limits(warn=NOTHING_LEARNED, fail=1.05),
     follows_from=("diverged_loss",),
 )
-def worse_than_constant(
-    attrs: Mapping[str, Any],
-    step: xr.DataArray | None = None,
-    first_weight_distance: xr.DataArray | None = None,
-) -> Iterator[Profile]:
+def worse_than_constant(attrs: Mapping[str, Any], task: Task, age: Age) -> Iterator[Profile]:
     """The network is no better than an answer that never changes.
 
     See whether every weight is in its place, the labels belong to the inputs, and the learning rate is right, and read the
     other findings. On data of another kind than it was trained on this says only that they are new to it.
     """
-    task = Task.of(attrs)
     share = task.share_of_constant
     if share is None or task.constant is None or attrs.get("untouched"):  # `untrained_weights` says so
         return
     error = (task.uncertainty or 0.0) / task.constant
     words = "the loss, relative to that of always answering with how often each class comes (less the noise of the sample), is"
     is_sure = min(share, task.share_of_guessing or share) > NO_START
-    may_be_new = not is_sure and _may_be_new(task) and not _is_old(step, first_weight_distance)
+    may_be_new = not is_sure and task.may_be_new and not age.is_old
     yield Profile(xr.DataArray(share - ONE_SIDED * error), words, is_sure=is_sure, note_only=may_be_new)
-
-
-def _may_be_new(task: Task) -> bool:
-    """Whether a network knows nothing and claims to know hardly anything, as it does where it was just drawn.
-
-    One that lost what it knew mostly claims to know it still.
-    """
-    if task.expected is None or task.constant is None:
-        return False
-    claims = task.constant - task.expected > LEAST_CLAIM * task.constant
-    return not claims and (task.share_of_constant or 0.0) > NOTHING_LEARNED
-
-
-def _is_old(step: xr.DataArray | None, first_weight_distance: xr.DataArray | None) -> bool:
-    """Whether steps or the way of the weights show that a network is past the start of its training."""
-    went_far = first_weight_distance is not None and float(first_weight_distance.max()) > MOVED
-    return went_far or (step is not None and float(step) >= MANY_STEPS)
 
 
 # Healthy trained networks lose what their predictions expect, or less: the entropy of classes; of numbers, the variance of the
@@ -112,17 +89,12 @@ def _is_old(step: xr.DataArray | None, first_weight_distance: xr.DataArray | Non
     limits=Limits(warn=0.15, fail=0.5),
     follows_from=("worse_than_constant",),
 )
-def surer_than_right(
-    attrs: Mapping[str, Any],
-    step: xr.DataArray | None = None,
-    first_weight_distance: xr.DataArray | None = None,
-) -> Iterator[Profile]:
+def surer_than_right(attrs: Mapping[str, Any], task: Task, age: Age) -> Iterator[Profile]:
     """The predictions are overconfident: they are surer than they are right.
 
     Training makes them as sure as they are right. See whether inputs come as in training (scale, order, padding, ids), labels
     belong to them, and every weight is in its place; on new data it may be that the network has learned the old by heart.
     """
-    task = Task.of(attrs)
     if task.loss is None or task.expected is None or task.constant is None or task.expected_error is None:
         return
     if attrs.get("untouched"):
@@ -131,52 +103,9 @@ def surer_than_right(
         f"The loss, {number(task.loss)}, is above what the predictions themselves expect, {number(task.expected)}: they claim "
         f"to know {number(task.constant - task.expected)} more than a constant answer ({DEFAULT})."
     )
-    wrong = wrong_part(attrs)
+    wrong, may_be_new = task.wrong_part, task.may_be_new and not age.is_old
     words = "of what the predictions claim to know, the part that is wrong is"
-    may_be_new = _may_be_new(task) and not _is_old(step, first_weight_distance)
     yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", note_only=may_be_new)
-
-
-# What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
-# anything a small change of the loss would be much of it.
-LEAST_REACH = 0.2
-# A network that does not claim this share of what it knows, beyond the noise of the sample, is in the middle of its training,
-# where scales still grow, or has lost its scales: the loss alone does not tell which.
-UNSURE = 0.3
-# Part of what predictions claim to know that is wrong, from which on a repair is tried.
-SUSPECT = 0.1
-
-
-def to_lose(attrs: Mapping[str, Any]) -> float | None:
-    """What the loss is below that of a constant answer, in nats; None where either is not known."""
-    task = Task.of(attrs)
-    if task.loss is None or not task.most:
-        return None
-    return max(task.most - task.loss, LEAST_REACH * task.most)
-
-
-def _beyond_expected(task: Task) -> float:
-    """What a network loses above what its predictions expect, or (negative) below, beyond the noise of the sample."""
-    if task.loss is None or task.expected is None or task.expected_error is None:
-        return 0.0
-    apart = task.loss - task.expected
-    return math.copysign(max(abs(apart) - ONE_SIDED * task.expected_error, 0.0), apart)
-
-
-def is_unsure(attrs: Mapping[str, Any]) -> bool:
-    """Whether predictions do not claim what the network knows."""
-    task = Task.of(attrs)
-    if task.constant is None or task.loss is None or task.expected is None:
-        return False
-    return _beyond_expected(task) < -UNSURE * (task.constant - task.loss)
-
-
-def wrong_part(attrs: Mapping[str, Any]) -> float:
-    """What part of what the predictions claim to know is wrong, beyond the noise of the sample; 0 where that is not known."""
-    task = Task.of(attrs)
-    if task.expected is None or not task.constant:
-        return 0.0
-    return _beyond_expected(task) / max(task.constant - task.expected, LEAST_CLAIM * task.constant)
 
 
 # Beyond the interval, trained networks of more than 100 kinds regain 0.05 at most.
@@ -188,40 +117,38 @@ def wrong_part(attrs: Mapping[str, Any]) -> float:
     range="0 to 1",
     limits=Limits(warn=0.08, fail=0.5),
 )
-def off_minimum(
-    attrs: Mapping[str, Any],
-    step: xr.DataArray | None = None,
-    first_weight_distance: xr.DataArray | None = None,
-) -> Iterator[Profile]:
+def off_minimum(attrs: Mapping[str, Any], task: Task, age: Age) -> Iterator[Profile]:
     """The weights are not used as they were trained: a repair lowers the loss.
 
     Training leaves the network at a minimum of the loss, which the repair that is named regains in part. Look for what it
     names: a factor of attention logits, an axis, an eps, gains or weights that were not restored; or the data are foreign to
     the network.
     """
-    result = attrs.get(REPAIR)
-    result = result if isinstance(result, Mapping) else {}
-    names = ("loss", "repaired", "half_width", "repaired_half_width")
-    loss, best, half_width, of_best = (number_or_none(result.get(name)) for name in names)
-    half_width, of_best, reach = half_width or 0.0, of_best or 0.0, to_lose(attrs)
-    repair, cause = result.get("repair"), result.get("cause")
-    if reach is None or loss is None or best is None or not (is_text(repair) and is_text(cause)):
+    found, reach = Repair.of(attrs), task.to_lose
+    words, cause = (mapping_in(attrs, REPAIR).get(name) for name in ("repair", "cause"))
+    if (
+        reach is None
+        or found.loss is None
+        or found.repaired is None
+        or not (is_text(words) and is_text(cause))
+    ):
         return
     # What still has to learn can do so by its scales too: either use must surely know something.
-    if min(loss, best + of_best) > KNOWS * (Task.of(attrs).constant or math.inf):
+    if min(found.loss, found.surely_left) > KNOWS * (task.constant or math.inf):
         return
-    gained = max(loss - best - half_width, 0.0)
+    regained = found.loss - found.repaired
+    gained = max(regained - found.half_width, 0.0)
     share = gained / (reach + gained)
     sentence = (
-        f"{repair[:1].upper()}{repair[1:]} lowers the loss by {number(loss - best)} ± {number(half_width, digits=2)} (from "
-        f"{number(loss)}), of which the surer part is {percent(share)} of what it then is below that of a constant answer "
-        f"({DEFAULT}). {cause[:1].upper()}{cause[1:]} would look like this."
+        f"{words[:1].upper()}{words[1:]} lowers the loss by {number(regained)} ± {number(found.half_width, digits=2)} (from "
+        f"{number(found.loss)}), of which the surer part is {percent(share)} of what it then is below that of a constant "
+        f"answer ({DEFAULT}). {cause[:1].upper()}{cause[1:]} would look like this."
     )
-    may_still_learn = is_unsure(attrs) and not _is_old(step, first_weight_distance)
+    may_still_learn = task.is_unsure and not age.is_old
     if may_still_learn:
         sentence += " A network in the middle of its training is as unsure of its predictions, and this is then no fault."
-    words = "of what the loss can be below that of a constant answer, a repair regains"
-    yield Profile(xr.DataArray(share), words, sentence=sentence, note_only=may_still_learn)
+    quantity = "of what the loss can be below that of a constant answer, a repair regains"
+    yield Profile(xr.DataArray(share), quantity, sentence=sentence, note_only=may_still_learn)
 
 
 # --- weights that are not those of a training ---
@@ -235,14 +162,13 @@ def off_minimum(
     limits=Limits(warn=0.0),
 )
 def untrained_weights(
-    attrs: Mapping[str, Any], residual_norm: xr.DataArray | None = None
+    attrs: Mapping[str, Any], task: Task, residual_norm: xr.DataArray | None = None
 ) -> Iterator[Profile]:
     """These weights look untrained, or copied.
 
     Of a checkpoint: see which names of the file were not found in the model, or mapped to the wrong blocks, and load it with
     strict=True. Blocks that were just added or copied begin so.
     """
-    task = Task.of(attrs)
     share = task.share_of_guessing
     if share is not None and task.guessing:  # of a few sequences a loss is low by chance
         share += ONE_SIDED * (task.uncertainty or 0.0) / task.guessing
@@ -320,7 +246,7 @@ LOST = 1e-7
     drawn_on=("update_ratio",),
 )
 def lost_update(
-    attrs: Mapping[str, Any], update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None
+    task: Task, update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None
 ) -> Iterator[Profile]:
     """An optimizer step leaves a module unchanged, or hardly moves any.
 
@@ -329,7 +255,7 @@ def lost_update(
     """
     if update_ratio.notnull().any():
         yield Profile(update_ratio, CHANGE, metric="update_ratio")
-        share, step = Task.of(attrs).share_of_constant, float(update_ratio.coords.get("step", 0.0))
+        share, step = task.share_of_constant, float(update_ratio.coords.get("step", 0.0))
         middle = float(update_ratio.median())
         if share is not None and share >= NOTHING_LEARNED and step >= PAST_WARM_UP and middle < SLOW:
             sentence = (

@@ -12,7 +12,7 @@ from depthscope.app.text.cards import explanation
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.verdicts import VERDICTS
-from depthscope.diagnostics.verdicts.declaration import number
+from depthscope.diagnostics.verdicts.declaration import FACTS, number
 from tests.diagnostics.state_runs import FEATURES, SAMPLES, TOKENS, run_of, walk
 
 UNIFORM = np.full((4, 4), 0.25)
@@ -247,7 +247,7 @@ def test_every_verdict_is_declared_whole():
         assert each.judged.endswith(each.limits.words)
         assert set(each.follows_from) <= set(VERDICTS) - {name}
         for need in (*each.needs, *each.wants):
-            assert need in ("attrs", "step") or need.removesuffix("_null") in known
+            assert need in FACTS or need.removesuffix("_null") in known
 
 
 def test_a_finding_names_its_chain(make_run):
