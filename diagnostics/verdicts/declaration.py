@@ -120,7 +120,6 @@ class Verdict:
     ``needs, wants``: variables of the analysis, and `FACTS`, that the function takes; those where the analysis has them.
     ``function``: variables in, profiles out; None where the question does not apply.
     ``follows_from``: other verdicts that explain this one, which is then a note.
-    ``drawn_on``: metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
     ``tried``: whether `depthscope.settle` leaves out what it says is of no use.
     """
 
@@ -137,7 +136,6 @@ class Verdict:
     formula: str = ""
     range: str = "0 or more"
     follows_from: tuple[str, ...] = ()
-    drawn_on: tuple[str, ...] = ()
     tried: bool = False
 
     @property
@@ -173,7 +171,8 @@ class Verdict:
 
     def limits_on(self, metric: str, analysis: xr.Dataset) -> list[Limits]:
         """The limits that one chain's values of a metric are compared with, for its figures."""
-        is_judged = metric in self.drawn_on and any(each.metric == metric for each in self.profiles(analysis))
+        is_taken = metric in (*self.needs, *self.wants)
+        is_judged = is_taken and any(each.metric == metric for each in self.profiles(analysis))
         return [self.limits] if is_judged else []
 
     def missing(self, analysis: xr.Dataset) -> list[str]:

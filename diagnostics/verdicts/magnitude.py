@@ -18,7 +18,7 @@ from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
 from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRADIENT
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.declaration import number as _in_words
-from depthscope.diagnostics.verdicts.locations import place, span
+from depthscope.diagnostics.verdicts.locations import place
 from depthscope.diagnostics.verdicts.rule import Kind
 from depthscope.diagnostics.verdicts.wiring import ONE_EXACT_SUM, satisfies
 
@@ -105,14 +105,10 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     token passes, or values that half precision rounds to zero.
     """
     norm = one_view(residual_norm)
-    zero = np.flatnonzero(norm.values == 0)
-    where = "" if not len(zero) else span(norm, zero) if len(zero) > 1 else place(norm, int(zero[0]))
     yield Profile(
         (norm == 0).astype(float).where(norm.notnull()),
         "the number of depths at which the state is zero is",
-        sentence=f"The state is zero {where}, where any size above 0 is expected ({DEFAULT})."
-        if where
-        else "",
+        template="the state is zero {where}",
     )
 
 
@@ -185,14 +181,9 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
     while top + 1 < len(depths) and depths[top + 1] in without:
         top += 1
     lost[depths.index(min(cut)) : top + 1] = 1.0
-    where = place(lost, top)
-    how = "is detached where it leaves its block or where the next one reads it"
-    if depths[top] in cut:
-        how = "is read by a block that passes no gradient on"
-    nearest = f" The nearest state that gets one is {place(lost, top + 1)}." if top + 1 < len(depths) else ""
     sentence = (
-        f"No gradient reaches the {int(lost.sum())} states up to the one {where}, where every state should get one "
-        f"({DEFAULT}): it {how}.{nearest}"
+        f"No gradient reaches the {int(lost.sum())} states up to the one {place(lost, top)}, where every state should get "
+        f"one ({DEFAULT})."
     )
     return [Profile(lost, "the number of states whose gradient is cut is", sentence=sentence)]
 
@@ -206,7 +197,6 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
     formula="max_i |Σ_j P_ij|, max_j |Σ_i P_ij|, ‖P‖₂; p99 over tokens",
     limits=Limits(warn=10.0, fail=100.0),
     follows_from=("constant_mixing",),
-    drawn_on=("composite_gain", "composite_operator_gain"),
 )
 def gain_explosion(
     composite_gain: xr.DataArray, composite_operator_gain: xr.DataArray | None = None
@@ -266,7 +256,6 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
     formula="min_i |Σ_j P_ij|, min_j |Σ_i P_ij|; p1 over tokens",
     limits=Limits(warn=FADED, fail=0.05, above=False),
     follows_from=("sinkhorn_not_converged",),
-    drawn_on=("composite_attenuation",),
 )
 def attenuation(
     composite_attenuation: xr.DataArray, composite_singular_value: xr.DataArray, attrs: Mapping[str, Any]
@@ -316,17 +305,14 @@ def _fade_of_free(connections: int) -> float:
     limits=Limits(warn=30.0, fail=1000.0),
     follows_from=("gain_explosion",),
 )
-def exploding_gradient(
-    gradient_norm: xr.DataArray, residual_norm: xr.DataArray, relative_gradient: xr.DataArray | None = None
-) -> Iterator[Profile]:
+def exploding_gradient(relative_gradient: xr.DataArray) -> Iterator[Profile]:
     """The gradient grows on its way back through the depth, more than the states shrink.
 
     Scale branches by 1/√depth, normalise before the branches, clip; check the first blocks' learning rate.
     """
-    relative = _relative_gradient(gradient_norm, residual_norm, relative_gradient)
-    if relative.sizes["depth"] > 1:
+    if relative_gradient.sizes["depth"] > 1:
         yield Profile(
-            _over_the_last(relative),
+            _over_the_last(relative_gradient),
             "the gradient times the size of the state, relative to that at the last block, is",
         )
 
@@ -339,21 +325,16 @@ def exploding_gradient(
     limits=Limits(warn=0.1, fail=1e-3, above=False),
 )
 def vanishing_gradient(
-    gradient_norm: xr.DataArray,
-    residual_norm: xr.DataArray,
-    attrs: Mapping[str, Any],
-    relative_gradient: xr.DataArray | None = None,
+    gradient_norm: xr.DataArray, relative_gradient: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterator[Profile]:
     """The gradient vanishes on its way back through the depth.
 
     Check that the skip path is unbroken and not scaled down, and that no norm sits on it; raise the branches'
     initial scale in the early blocks.
     """
-    gradient = one_view(_before_final_norm(gradient_norm))
-    if gradient.sizes["depth"] < 2:
+    alone, relative = _over_the_last(gradient_norm), _over_the_last(relative_gradient)
+    if alone.sizes["depth"] < 2:
         return
-    alone = _over_the_last(gradient)
-    relative = _over_the_last(_relative_gradient(gradient_norm, residual_norm, relative_gradient))
     # A state that only a weighted mean over all depths reads gets its share of the gradient.
     share = alone.sizes["depth"] if str(attrs.get("family", "")).startswith("depth_") else 1
     beside = " (times the number of depths, whose mean is read)" if share > 1 else ""
@@ -369,15 +350,9 @@ def vanishing_gradient(
     )
 
 
-def _relative_gradient(
-    gradient: xr.DataArray, norm: xr.DataArray, relative: xr.DataArray | None
-) -> xr.DataArray:
-    """Gradient times state, per token where that is known: constant where every branch normalises its input and is added."""
-    return one_view(_before_final_norm(gradient * norm if relative is None else relative))
-
-
 def _over_the_last(profile: xr.DataArray) -> xr.DataArray:
-    return profile / profile.isel(depth=-1, drop=True).where(lambda last: last > 0)
+    values = one_view(_before_final_norm(profile))
+    return values / values.isel(depth=-1, drop=True).where(lambda last: last > 0)
 
 
 def _before_final_norm(profile: xr.DataArray) -> xr.DataArray:

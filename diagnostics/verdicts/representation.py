@@ -153,7 +153,6 @@ MOST_ALIKE = 0.98
     range="−1 to 1",
     limits=Limits(warn=MOST_ALIKE, fail=0.995, scale="cosine"),
     follows_from=("rank_collapse",),
-    drawn_on=("token_cosine",),
 )
 def common_vector(
     token_cosine: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None

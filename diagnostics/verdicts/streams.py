@@ -107,7 +107,6 @@ def negative_mixing(
     formula="σ₁(P on 1⊥) / p; median over tokens",
     limits=Limits(warn=COLLAPSED, above=False),
     follows_from=("constant_mixing",),
-    drawn_on=("relative_deflated_gain",),
 )
 def stream_collapse(
     relative_deflated_gain: xr.DataArray, stream_cosine: xr.DataArray | None = None
@@ -160,7 +159,6 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
     range="−1 to 1",
     limits=Limits(info=COPIED, warn=EXACT, scale="cosine"),
     follows_from=("stream_collapse", "passing_streams"),
-    drawn_on=("stream_cosine", "closest_stream_cosine"),
 )
 def copied_streams(
     stream_cosine: xr.DataArray, closest_stream_cosine: xr.DataArray | None = None

@@ -217,7 +217,6 @@ CHANGE = "the change of the weights in one step, relative to the weights, is"
     judges="change of a module's weights in one step over the weights",
     formula="‖ΔW‖ / ‖W‖",
     limits=Limits(warn=0.1, fail=0.5),
-    drawn_on=("update_ratio",),
 )
 def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """One optimizer step rewrites much of a module.
@@ -243,7 +242,6 @@ LOST = 1e-7
     judges="change of a module's weights in one step over the weights",
     formula="‖ΔW‖ / ‖W‖",
     limits=Limits(warn=LOST, above=False),
-    drawn_on=("update_ratio",),
 )
 def lost_update(
     task: Task, update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None
