@@ -235,22 +235,56 @@ SLOW = 1e-5
 LOST = 1e-7
 
 
+# Of the squares of all weights: what a module without a gradient loses the network where it has less is nothing, as of the
+# first query of attention over depth, which chooses among one.
+SMALL_SHARE = 1e-3
+
+
 # About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
 @verdict(
     Kind.FACT,
     metric="update_ratio",
-    judges="change of a module's weights in one step over the weights",
+    judges="change of a module's weights in one step over the weights; 0 where it is frozen, or its gradient exactly zero",
     formula="‖ΔW‖ / ‖W‖",
     limits=Limits(warn=LOST, above=False),
+    follows_from=("cut_gradient",),
 )
-def lost_update(
-    task: Task, update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None
+def untrained_module(
+    task: Task,
+    update_ratio: xr.DataArray | None = None,
+    unmoved_steps: xr.DataArray | None = None,
+    weight_gradient_norm: xr.DataArray | None = None,
+    weight_norm: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
-    """An optimizer step leaves a module unchanged, or hardly moves any.
+    """A module is not trained: no step moves it, it is frozen, or its gradient is exactly zero.
 
-    Normal where the learning rate is zero. Else see whether the module gets a gradient, the optimizer has it, and half
-    precision rounds the update away; where all hardly move, see what divides the learning rate, and raise it.
+    Normal in fine-tuning, and where the learning rate is zero. Else see whether the module gets a gradient (a no_grad, an
+    output that is not used or multiplied by zero, an expert that no token chooses), the optimizer has it, and half precision
+    rounds the update away; where all hardly move, see what divides the learning rate, and raise it.
     """
+    if update_ratio is not None:
+        yield from _unmoved(update_ratio, task, unmoved_steps)
+        frozen, trained = _frozen(update_ratio), update_ratio.notnull()
+        sentence = f"No parameter of {_names(frozen)} is trained, while {int(trained.sum())} other modules are ({DEFAULT})."
+        moved = (~frozen).astype(float).assign_coords(update_ratio.coords).where(trained | frozen)
+        yield _silent(moved, sentence, is_meant=_is_meant(frozen, trained))
+    if weight_gradient_norm is not None and bool((weight_gradient_norm > 0).any()):
+        zero = (weight_gradient_norm == 0) & ~_frozen(weight_gradient_norm)
+        if weight_norm is not None:
+            zero = zero & (float((weight_norm**2).where(zero).sum() / (weight_norm**2).sum()) >= SMALL_SHARE)
+        sentence = f"The gradient of {_names(zero)} is exactly zero, where others get one ({DEFAULT})."
+        yield _silent((~zero).astype(float).where(weight_gradient_norm.notnull()), sentence)
+
+
+def _silent(values: xr.DataArray, sentence: str, *, is_meant: bool = False) -> Profile:
+    """Modules of which some, with 0, are not trained, and the others are, with 1."""
+    said = sentence if bool((values == 0).any()) else ""
+    return Profile(
+        values, "the least of 1 for trained modules and 0 for others is", sentence=said, note_only=is_meant
+    )
+
+
+def _unmoved(update_ratio: xr.DataArray, task: Task, unmoved_steps: xr.DataArray | None) -> Iterator[Profile]:
     if update_ratio.notnull().any():
         yield Profile(update_ratio, CHANGE, metric="update_ratio")
         share, step = task.share_of_constant, float(update_ratio.coords.get("step", 0.0))
@@ -270,48 +304,8 @@ def lost_update(
         yield Profile(xr.DataArray(0.0), CHANGE, sentence=sentence)
 
 
-# Of the squares of all weights: what a silent module loses the network where it has less is nothing, as of the first query of
-# attention over depth, which chooses among one.
-SMALL_SHARE = 1e-3
-
-
-@verdict(
-    Kind.FACT,
-    metric="weight_gradient_norm",
-    judges="number of modules that are frozen, or get no gradient, while others are trained",
-    limits=Limits(warn=0.0),
-    follows_from=("cut_gradient",),
-)
-def silent_module(
-    update_ratio: xr.DataArray | None = None,
-    weight_gradient_norm: xr.DataArray | None = None,
-    weight_norm: xr.DataArray | None = None,
-) -> Iterator[Profile]:
-    """A module is not trained while others are: it is frozen, or its gradient is exactly zero.
-
-    Where it is meant, as in fine-tuning, nothing is to do. Else set requires_grad before the optimizer is made, and look for a
-    no_grad, an output that is not used or multiplied by zero, or an expert that no token chooses.
-    """
-    words = "the number of modules that are not trained is"
-    if update_ratio is not None:
-        frozen = update_ratio["weight"].isin(update_ratio.attrs.get(FROZEN_MODULES, []))
-        trained = update_ratio.notnull()
-        sentence = f"No parameter of {_names(frozen)} is trained, while {int(trained.sum())} other modules are ({DEFAULT})."
-        yield Profile(
-            frozen.astype(float).assign_coords(update_ratio.coords).where(trained | frozen),
-            words,
-            sentence=sentence if bool(frozen.any()) else "",
-            note_only=_is_meant(frozen, trained),
-        )
-    if weight_gradient_norm is None or not bool((weight_gradient_norm > 0).any()):
-        return
-    frozen = weight_gradient_norm["weight"].isin(weight_gradient_norm.attrs.get(FROZEN_MODULES, []))
-    zero = (weight_gradient_norm == 0) & ~frozen
-    if weight_norm is not None:
-        zero = zero & (float((weight_norm**2).where(zero).sum() / (weight_norm**2).sum()) >= SMALL_SHARE)
-    values = zero.astype(float).where(weight_gradient_norm.notnull())
-    sentence = f"The gradient of {_names(zero)} is exactly zero, where others get one ({DEFAULT})."
-    yield Profile(values, words, sentence=sentence if bool(zero.any()) else "")
+def _frozen(values: xr.DataArray) -> xr.DataArray:
+    return values["weight"].isin(values.attrs.get(FROZEN_MODULES, []))
 
 
 def _is_meant(frozen: xr.DataArray, trained: xr.DataArray) -> bool:

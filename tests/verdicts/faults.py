@@ -360,13 +360,13 @@ def _of_one_block(net: Network) -> Place:
     return Place(module=f"blocks.{net.block()}")
 
 
-fault("the optimizer does not have a module", WARN, "lost_update", "silent_module", hosts=WITH_SKIP, age="fresh",
+fault("the optimizer does not have a module", WARN, "untrained_module", hosts=WITH_SKIP, age="fresh",
       measure=_updated(None))(_of_one_block)  # fmt: skip
 fault("a learning rate of 1 for a module", WARN, "large_update", hosts=WITH_SKIP, age="fresh",
       measure=_updated(1.0))(_of_one_block)  # fmt: skip
 
 
-@fault("a module frozen in training", WARN, "lost_update", "silent_module", hosts=WITH_SKIP, age="fresh",
+@fault("a module frozen in training", WARN, "untrained_module", hosts=WITH_SKIP, age="fresh",
        measure=_updated(None))  # fmt: skip
 def _(net):
     place = Place(module=f"blocks.{net.block(1)}")
@@ -374,7 +374,7 @@ def _(net):
     return place
 
 
-@fault("the optimizer does not have a connection", WARN, "lost_update", "silent_module", hosts=("mHC", "HC"), age="fresh",
+@fault("the optimizer does not have a connection", WARN, "untrained_module", hosts=("mHC", "HC"), age="fresh",
        measure=_updated(None))  # fmt: skip
 def _(net):
     return Place(module=f"blocks.{net.block()}.connections.{net.rng.randrange(2)}")

@@ -367,8 +367,8 @@ CASES: dict[str, Case] = {
     ),
     "small_sample": case(pre_norm, INFO, batch=tokens(1, 8), says="small for cka: 8 tokens"),
     "large_update": Case(lambda: one_step("blocks.3.mlp.branch.2", 1.0), FAIL, says="in blocks.3.mlp.branch.2"),
-    "lost_update": Case(lambda: one_step("blocks.2.mlp.norm", 0.0), WARN, says="in blocks.2.mlp.norm"),
-    "silent_module": Case(without_use, WARN, says="exactly zero", beside=("lost_update", "idle_layer", "untrained_weights")),
+    "untrained_module: moved by nothing": Case(lambda: one_step("blocks.2.mlp.norm", 0.0), WARN, says="in blocks.2.mlp.norm"),
+    "untrained_module: without use": Case(without_use, WARN, says="exactly zero", beside=("idle_layer", "untrained_weights")),
     "unproven_reading": case(
         lambda: plain(partial(without_skip, gain=1.0, activation=torch.tanh), 4), INFO,
         says="This reading is unproven: ",
@@ -403,7 +403,9 @@ def test_an_optimizer_that_has_copies_of_the_weights_moves_none():
     copies = [nn.Parameter(p.detach().clone()) for p in model.parameters()]
     for weights, expected in ((copies, [WARN]), (model.parameters(), [])):
         run = recorded_step(model, torch.optim.Adam(weights, lr=1e-3), steps=5)
-        lost = [each for each in diagnostics.judge(diagnostics.analyze(run)) if each.verdict == "lost_update"]
+        lost = [
+            each for each in diagnostics.judge(diagnostics.analyze(run)) if each.verdict == "untrained_module"
+        ]
         assert [each.severity for each in lost] == expected
         assert all("No weight has changed in 5 measured steps" in each.sentence for each in lost)
 
