@@ -52,10 +52,6 @@ ABOUT_THE_RUN = {reading.nothing_measured.name} | {
     each.name for each in VERDICTS.values() if each.about == "reading"
 }
 """Verdicts that say how far a run can be trusted, and nothing about its network."""
-CAUSES = {each.name: each.follows_from for each in VERDICTS.values()}
-ON_THE_LOSS = tuple(
-    each.name for each in VERDICTS.values() if each.kind is Kind.LOSS and each.metric == "loss"
-)
 
 
 def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findings:
@@ -83,14 +79,14 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
     for chain, part in magnitude.with_joined_stages(_analysis_by_chain(analysis)).items():
         for finding in _judge_chain(part, chain):
             of_run = finding if finding.axis == "run" else replace(finding, chain=chain)
-            of = chains.setdefault(of_run, [])
-            of += [chain] if chain not in of else []
-    found = [
-        replace(finding, chain=of[0], sentence=_of_chains(finding.sentence, of))
-        for finding, of in chains.items()
-    ]
-    reported = [finding for finding in found if passed or finding.severity > Severity.PASS]
-    return Findings(sorted(reported, key=_severity_order))
+            chains.setdefault(of_run, []).append(chain)
+    found = []
+    for finding, of in chains.items():
+        names = ", ".join(dict.fromkeys(of))
+        told = f" {'These are chains' if ', ' in names else 'This is chain'} {names}." if names else ""
+        if passed or finding.severity > Severity.PASS:
+            found.append(replace(finding, chain=of[0], sentence=f"{finding.sentence}{told}"))
+    return Findings(sorted(found, key=_severity_order))
 
 
 @cache
@@ -111,7 +107,7 @@ def suspected(analysis: xr.Dataset) -> list[Finding]:
     last = with_row_facts(last_step(analysis))
     found = [each for verdict in VERDICTS.values() for each in verdict.findings(last) if each.explains]
     return sorted(
-        explain(found, last, CAUSES, ON_THE_LOSS),
+        explain(found, last, VERDICTS),
         key=lambda each: (bool(each.because), *_severity_order(each)),
     )
 
@@ -125,7 +121,7 @@ def _judge_chain(analysis: xr.Dataset, chain: str) -> list[Finding]:
     found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
     judged = {finding.verdict for finding in found} - ABOUT_THE_RUN
     found += reading.nothing_measured.findings(last.assign_attrs({reading.JUDGED: len(judged)}))
-    explained = explain(found, last, CAUSES, ON_THE_LOSS)
+    explained = explain(found, last, VERDICTS)
     return [with_proof(each, analysis.attrs) for each in explained]
 
 
@@ -140,17 +136,6 @@ def _without_overflow(analysis: xr.Dataset) -> xr.Dataset:
         if name in CATALOGUE and any("gradient" in root for root in CATALOGUE[name].roots)
     ]
     return analysis.drop_vars(of_gradients)
-
-
-def _of_chains(sentence: str, chains: list[str]) -> str:
-    """A sentence about one chain of several, or about some of them, which it names."""
-    if not chains[0]:
-        return sentence
-    return (
-        f"{sentence} This is chain {chains[0]}."
-        if len(chains) == 1
-        else f"{sentence} These are chains {', '.join(chains)}."
-    )
 
 
 def _severity_order(finding: Finding) -> tuple[bool, float, bool, float]:

@@ -59,7 +59,6 @@ def below_input(values: xr.DataArray, attrs: Mapping[str, Any], scope: str) -> x
 
 # Sequences of random tokens have a share near 1; those of one language, whose positions say little, above 0.5.
 SHARED_INPUT = 0.01
-WORDS = "the share of the states' variance between sequences is"
 
 
 @verdict(
@@ -79,8 +78,8 @@ def equal_sequences(sequence_share: xr.DataArray, attrs: Mapping[str, Any]) -> I
     share = sequence_share.sel(stream="mean", drop=True)
     each, of_all = distinct(attrs, "per_sequence"), distinct(attrs, "in_all")
     if each is not None and of_all is not None and of_all > each:  # the sequences have different tokens
-        yield Profile(share, WORDS, begins=True)
+        yield Profile(share, begins=True)
     # Of equal sequences nothing else can be expected.
     elif float(share.isel(depth=0)) > SHARED_INPUT:
         later = xr.DataArray(np.arange(share.sizes["depth"]) > 0, dims="depth")
-        yield Profile(share.where(later), WORDS, begins=True)
+        yield Profile(share.where(later), begins=True)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -71,9 +70,9 @@ def not_finite(
         kinds.append(("gradient", _not_finite(gradient_norm, "depth").where(~absent)))
     for kind, values in kinds:
         if values is not None:
-            yield Profile(values, f"the number of tokens whose {kind} is not finite is", begins=True)
+            yield Profile(values, f"number of tokens whose {kind} is not finite", begins=True)
     if loss_not_finite is not None:
-        yield Profile(loss_not_finite, "the number of losses that are not finite is")
+        yield Profile(loss_not_finite, "number of losses that are not finite")
 
 
 def _first(values: xr.DataArray) -> float:
@@ -105,11 +104,7 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     token passes, or values that half precision rounds to zero.
     """
     norm = one_view(residual_norm)
-    yield Profile(
-        (norm == 0).astype(float).where(norm.notnull()),
-        "the number of depths at which the state is zero is",
-        template="the state is zero {where}",
-    )
+    yield Profile((norm == 0).astype(float).where(norm.notnull()), template="the state is zero {where}")
 
 
 # Heuristic: a hundred independent unit branches grow by 10 and agreeing ones by 100, so that 1e4 leaves room for a small
@@ -153,10 +148,7 @@ def _relative_size(norm: xr.DataArray, before: float) -> Iterator[Profile]:
     """Size of the state over that of the embedding, where neither is zero (see `dead_state`)."""
     norm = one_view(_before_final_norm(norm))
     first = norm.isel(depth=0, drop=True)
-    yield Profile(
-        (before * norm / first.where(first > 0)).where(norm > 0),
-        "the size of the states, relative to that at the embedding, is",
-    )
+    yield Profile((before * norm / first.where(first > 0)).where(norm > 0))
 
 
 @verdict(
@@ -175,7 +167,7 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
     depths = gradient_norm["depth"].values.tolist() if "depth" in gradient_norm.coords else []
     lost = gradient_norm.isel(stream=0, drop=True).copy(data=np.zeros(gradient_norm.sizes["depth"]))
     if not cut:
-        return [Profile(lost, "the number of states whose gradient is cut is")]
+        return [Profile(lost)]
     # A state that is detached has no graph itself: the cut is above the last state in a row that no gradient reached.
     top = depths.index(max(cut))
     while top + 1 < len(depths) and depths[top + 1] in without:
@@ -185,7 +177,7 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
         f"No gradient reaches the {int(lost.sum())} states up to the one {place(lost, top)}, where every state should get "
         f"one ({DEFAULT})."
     )
-    return [Profile(lost, "the number of states whose gradient is cut is", sentence=sentence)]
+    return [Profile(lost, sentence=sentence)]
 
 
 # Between the 1.6 of mHC and the 3000 of an unstable HC that the mHC paper reports, of gains averaged over tokens; so for one
@@ -206,47 +198,40 @@ def gain_explosion(
     Constrain H_res (mHC), start it at the identity, lower its learning rate or decay its dynamic part. The
     mHC paper reports about 3000 for an unstable 27B HC and 1.6 for mHC.
     """
-    words = "the {} of the mixing from the embedding on"
-    yield from _gain_profiles(composite_gain, composite_operator_gain, words)
+    amplifies = False
+    for number, direction in enumerate(DIRECTIONS):
+        values, told, note = _of_tokens(composite_gain.sel(direction=direction, drop=True), number)
+        amplifies |= bool((values > GAIN_LIMIT).any())
+        words = f"{direction} gain of the mixing from the embedding on ({told})"
+        yield Profile(values, words, note=note, metric="composite_gain")
+    # Differences between streams may grow while all signed sums stay 1: the norm sees both.
+    if composite_operator_gain is not None:
+        two = composite_operator_gain["norm"].values.tolist().index("two")
+        values, told, note = _of_tokens(composite_operator_gain.isel(norm=two, drop=True), two)
+        words = f"spectral norm of the mixing from the embedding on, which also sees what signed sums cancel ({told})"
+        yield Profile(values.where(not amplifies), words, note=note, metric="composite_operator_gain")
 
 
 GAIN_LIMIT = 10.0
 TOKEN_LIMIT = 100.0  # of a single token, since the largest of many is larger than that of few
 
 
-def _gain_profiles(signed: xr.DataArray, norms: xr.DataArray | None, words: str) -> Iterator[Profile]:
-    """The signed gain in both directions, and the spectral norm where no signed sum shows an explosion."""
-    amplifies = False
-    for number, direction in enumerate(DIRECTIONS):
-        profile = _gain_profile(
-            signed.sel(direction=direction, drop=True), words.format(f"{direction} gain"), number
-        )
-        amplifies |= bool((profile.values > GAIN_LIMIT).any())
-        yield replace(profile, metric=str(signed.name))
-    # Differences between streams may grow while all signed sums stay 1: the norm sees both.
-    if norms is not None:
-        name = "spectral norm, which also sees what signed sums cancel,"
-        two = norms["norm"].values.tolist().index("two")
-        profile = _gain_profile(norms.isel(norm=two, drop=True), words.format(name), two)
-        yield replace(profile, values=profile.values.where(not amplifies), metric=str(norms.name))
-
-
-def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
-    """The 99th percentile over tokens, or the largest token where it alone is beyond the limit, with its place."""
+def _of_tokens(gain: xr.DataArray, number: int) -> tuple[xr.DataArray, str, str]:
+    """The 99th percentile over tokens, or the largest token where it alone is beyond the limit; in words, with its place."""
     largest = gain.sel(reduction="max", drop=True)
     # Training curves have no quantiles, which sums cannot give.
     if "p99" not in gain["reduction"].values:
-        return Profile(largest, f"{words} (max over tokens) is")
+        return largest, "max over tokens", ""
     most = gain.sel(reduction="p99", drop=True)
     if bool((most > GAIN_LIMIT).any()) or not bool((largest > TOKEN_LIMIT).any()):
-        return Profile(most, f"{words} (p99 over tokens) is")
-    tokens = gain.attrs.get(LARGEST_TOKEN)
+        return most, "p99 over tokens", ""
+    tokens, at = gain.attrs.get(LARGEST_TOKEN), int(np.nanargmax(largest.values))
     note = ""
     if tokens:
-        sequence, position = tokens[number][int(np.nanargmax(largest.values))]
-        typical = float(gain.sel(reduction="median").isel(connection=int(np.nanargmax(largest.values))))
-        note = f"It is that of sequence {sequence}, position {position}; the median over tokens is {_in_words(typical)}."
-    return Profile(largest, f"{words} is, for the token with the largest one,", note=note)
+        sequence, position = tokens[number][at]
+        typical = _in_words(float(gain.sel(reduction="median").isel(connection=at)))
+        note = f"It is that of sequence {sequence}, position {position}; the median over tokens is {typical}."
+    return largest, "of the token with the largest one", note
 
 
 @verdict(
@@ -271,7 +256,7 @@ def attenuation(
     beside = (
         ""
         if expected == 1.0
-        else f", relative to the {_in_words(expected)} that free matrices may well leave,"
+        else f", relative to the {_in_words(expected)} that free matrices may well leave"
     )
     least = composite_singular_value.isel(component=-1, drop=True).sel(reduction="p1", drop=True)
     for direction in DIRECTIONS:
@@ -281,7 +266,7 @@ def attenuation(
         # means nothing. Where no entry is negative it is below every sum.
         yield Profile(
             weakest.where(weakest.values >= (1.0 - ROUNDED) * least.values) / expected,
-            f"the weakest {side} sum of the mixing from the embedding on ({direction}){beside} is",
+            f"weakest {side} sum of the mixing from the embedding on ({direction}){beside}",
             metric="composite_attenuation" if expected == 1.0 else "",
         )
 
@@ -311,10 +296,7 @@ def exploding_gradient(relative_gradient: xr.DataArray) -> Iterator[Profile]:
     Scale branches by 1/√depth, normalise before the branches, clip; check the first blocks' learning rate.
     """
     if relative_gradient.sizes["depth"] > 1:
-        yield Profile(
-            _over_the_last(relative_gradient),
-            "the gradient times the size of the state, relative to that at the last block, is",
-        )
+        yield Profile(_over_the_last(relative_gradient))
 
 
 @verdict(
@@ -345,8 +327,8 @@ def vanishing_gradient(
     kept[1:] = np.fmax.accumulate(kept.values[1:])
     yield Profile(
         share * kept,
-        "the gradient, relative to that at the last block (alone, or times the size of the state where that is more)"
-        f"{beside}, is",
+        "gradient, relative to that at the last block (alone, or times the size of the state where that is more)"
+        f"{beside}",
     )
 
 

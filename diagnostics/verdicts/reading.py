@@ -41,8 +41,7 @@ def small_sample(
         num_tokens is None or float(num_tokens.sel(scope="sequence", tokens="all").max()) > 1.0
     ):
         sentences += _without_differences(dong_residual, attrs, sequence_share)
-    words = "the number of questions that the sample is small for is"
-    yield Profile(xr.DataArray(float(len(sentences))), words, sentence=" ".join(sentences))
+    yield Profile(float(len(sentences)), sentence=" ".join(sentences))
 
 
 def _small(name: str, note: str) -> str:
@@ -82,16 +81,8 @@ def unproven_reading(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
     proof = str(attrs.get("proof", ""))
     if not proof.startswith((PROVEN, UNPROVEN)):  # a run of an earlier version has no such attribute
         return None
-    sentence = (
-        "" if proof == PROVEN else f"{unproven_sentence(proof)} Every reading should be proven ({DEFAULT})."
-    )
-    return [
-        Profile(
-            xr.DataArray(float(proof != PROVEN)),
-            "the number of readings that are not proven is",
-            sentence=sentence,
-        )
-    ]
+    sentence = f"{unproven_sentence(proof)} Every reading should be proven ({DEFAULT})."
+    return [Profile(float(proof != PROVEN), sentence=sentence)]
 
 
 JUDGED = "verdicts_judged"
@@ -115,7 +106,7 @@ def nothing_measured(attrs: Mapping[str, Any]) -> Iterable[Profile] | None:
         return None
     why = reasons.most_common(1)[0][0]
     sentence = f"No verdict about the network could be judged; one is the least ({DEFAULT}): {why}."
-    return [Profile(xr.DataArray(0.0), "the number of verdicts is", sentence=sentence)]
+    return [Profile(0.0, sentence=sentence)]
 
 
 def unproven_sentence(proof: str) -> str:

@@ -77,8 +77,8 @@ def rank_collapse(
     one = one_answer(attrs)
     yield Profile(
         OF_ONE_ANSWER * judged if one else judged,
-        words="the remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and "
-        f"three times the effective rank over its noise baseline{', times 5 for one answer a sequence' if one else ''}) is",
+        words="remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and "
+        f"three times the effective rank over its noise baseline{', times 5 for one answer a sequence' if one else ''})",
         template=""
         if one
         else "{percent} of the differences between the tokens of a sequence are left {where}",
@@ -135,7 +135,6 @@ def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
     most = np.fmax.accumulate(rank.values)
     yield Profile(
         rank / np.where(most > 2.0 * FEW_DIRECTIONS, most, np.nan),
-        "the number of directions in use, relative to the most that an earlier state uses, is",
         note=f"The most are {number(float(np.nanmax(most)))}." if np.isfinite(most).any() else "",
     )
 
@@ -177,7 +176,6 @@ def common_vector(
     tokens = None if num_tokens is None else float(num_tokens.sel(scope="data", tokens="ordinary").max())
     yield Profile(
         raw,
-        "the mean cosine between any two tokens of the data is",
         metric="token_cosine",
         note=f"Without their common mean it is {number(float(centred[at]))}.",
         note_only=tokens is not None and tokens < FEW_TOKENS,
@@ -219,7 +217,6 @@ def idle_layer(
     most_are_dead = int((turned < DEAD).sum()) > int(turned.notnull().sum()) // 2
     yield Profile(
         turned,
-        "the angle by which a layer turns the states, as a share of π, is",
         template="the step {where} barely changes the residual stream: it turns it by {percent} of a half turn",
         note_only=most_are_dead,
     )
@@ -255,7 +252,6 @@ def massive_activations(
     expected = f" It is {number(per_sequence)} a sequence." if per_sequence == per_sequence else ""
     yield Profile(
         share,
-        "the share of tokens with a massive activation is",
         note=_massive_locations(attrs, largest) + expected,
         note_only=per_sequence <= SINKS,
     )
@@ -288,8 +284,4 @@ def attention_entropy_collapse(attention_entropy: xr.DataArray) -> Iterator[Prof
     """
     # The head that spreads most: heads that copy the token before, or rest on a sink, are common in trained models.
     most = attention_entropy.max("head")
-    yield Profile(
-        most,
-        "the largest entropy of attention over the heads, as a share of uniform attention, is",
-        begins=True,
-    )
+    yield Profile(most, begins=True)

@@ -42,9 +42,7 @@ def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profi
     Go back to a checkpoint from before the rise, with a lower learning rate, a longer warm-up or a tighter clip of the
     gradient; see what grew first. Without meaning for a loss that no training lowers, as an adversary's.
     """
-    words = (
-        f"the rise of the loss (now {number(float(loss))}) above its lowest value, relative to the start, is"
-    )
+    words = f"rise of the loss (now {number(float(loss))}) above its lowest value, relative to the start"
     yield Profile(loss_rise, words)
 
 
@@ -72,10 +70,10 @@ def worse_than_constant(attrs: Mapping[str, Any], task: Task, age: Age) -> Itera
     if share is None or task.constant is None or attrs.get("untouched"):  # `untrained_weights` says so
         return
     error = (task.uncertainty or 0.0) / task.constant
-    words = "the loss, relative to that of always answering with how often each class comes (less the noise of the sample), is"
+    words = "loss, relative to that of always answering with how often each class comes (less the noise of the sample)"
     is_sure = min(share, task.share_of_guessing or share) > NO_START
     may_be_new = not is_sure and task.may_be_new and not age.is_old
-    yield Profile(xr.DataArray(share - ONE_SIDED * error), words, is_sure=is_sure, note_only=may_be_new)
+    yield Profile(share - ONE_SIDED * error, words, is_sure=is_sure, note_only=may_be_new)
 
 
 # Healthy trained networks lose what their predictions expect, or less: the entropy of classes; of numbers, the variance of the
@@ -103,9 +101,7 @@ def surer_than_right(attrs: Mapping[str, Any], task: Task, age: Age) -> Iterator
         f"The loss, {number(task.loss)}, is above what the predictions themselves expect, {number(task.expected)}: they claim "
         f"to know {number(task.constant - task.expected)} more than a constant answer ({DEFAULT})."
     )
-    wrong, may_be_new = task.wrong_part, task.may_be_new and not age.is_old
-    words = "of what the predictions claim to know, the part that is wrong is"
-    yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", note_only=may_be_new)
+    yield Profile(task.wrong_part, sentence=sentence, note_only=task.may_be_new and not age.is_old)
 
 
 # Beyond the interval, trained networks of more than 100 kinds regain 0.05 at most.
@@ -147,8 +143,7 @@ def off_minimum(attrs: Mapping[str, Any], task: Task, age: Age) -> Iterator[Prof
     may_still_learn = task.is_unsure and not age.is_old
     if may_still_learn:
         sentence += " A network in the middle of its training is as unsure of its predictions, and this is then no fault."
-    quantity = "of what the loss can be below that of a constant answer, a repair regains"
-    yield Profile(xr.DataArray(share), quantity, sentence=sentence, note_only=may_still_learn)
+    yield Profile(share, sentence=sentence, note_only=may_still_learn)
 
 
 # --- weights that are not those of a training ---
@@ -194,19 +189,16 @@ def untrained_weights(
             found = (
                 residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords)
             )
-            words = "the number of blocks that look untrained is"
-            yield Profile(found, words, sentence=sentence, note_only=may_be_meant)
+            yield Profile(found, sentence=sentence, note_only=may_be_meant)
     if attrs.get("checkpoint"):
-        is_untouched = bool(attrs.get("untouched"))
         sentence = f"Every bias and gain of this checkpoint has its initial value; expected trained ones ({DEFAULT})."
-        words = "the number of checkpoints that look untrained is"
-        yield Profile(xr.DataArray(float(is_untouched)), words, sentence=sentence if is_untouched else "")
+        yield Profile(float(bool(attrs.get("untouched"))), sentence=sentence)
 
 
 # --- updates of the weights ---
 
 NUM_NAMED = 3  # modules in a sentence
-CHANGE = "the change of the weights in one step, relative to the weights, is"
+SILENT = "least of 1 for modules that are trained and 0 for others"
 
 
 # The rule of thumb is 1e-3 a step, see the metric. The ratio is to the weights after the step: a step that replaces a module
@@ -224,7 +216,7 @@ def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     Lower its learning rate or warm up longer. In the first steps of Adam it is the learning rate over the size
     of a weight: start such weights larger, or leave those that start near zero to themselves.
     """
-    yield Profile(update_ratio, CHANGE, metric="update_ratio")
+    yield Profile(update_ratio, metric="update_ratio")
 
 
 # Of a loop that accumulates gradients, the optimizer steps only now and then.
@@ -244,7 +236,7 @@ SMALL_SHARE = 1e-3
 @verdict(
     Kind.FACT,
     metric="update_ratio",
-    judges="change of a module's weights in one step over the weights; 0 where it is frozen, or its gradient exactly zero",
+    judges="change of a module's weights in one step over the weights",
     formula="‖ΔW‖ / ‖W‖",
     limits=Limits(warn=LOST, above=False),
     follows_from=("cut_gradient",),
@@ -258,35 +250,26 @@ def untrained_module(
 ) -> Iterator[Profile]:
     """A module is not trained: no step moves it, it is frozen, or its gradient is exactly zero.
 
-    Normal in fine-tuning, and where the learning rate is zero. Else see whether the module gets a gradient (a no_grad, an
-    output that is not used or multiplied by zero, an expert that no token chooses), the optimizer has it, and half precision
-    rounds the update away; where all hardly move, see what divides the learning rate, and raise it.
+    Normal in fine-tuning. Else see whether it gets a gradient (a no_grad, an output that is not used, an expert that no token
+    chooses), the optimizer has it, and half precision rounds the update away; where all hardly move, raise the learning rate.
     """
     if update_ratio is not None:
         yield from _unmoved(update_ratio, task, unmoved_steps)
         frozen, trained = _frozen(update_ratio), update_ratio.notnull()
         sentence = f"No parameter of {_names(frozen)} is trained, while {int(trained.sum())} other modules are ({DEFAULT})."
         moved = (~frozen).astype(float).assign_coords(update_ratio.coords).where(trained | frozen)
-        yield _silent(moved, sentence, is_meant=_is_meant(frozen, trained))
+        yield Profile(moved, SILENT, sentence=sentence, note_only=_is_meant(frozen, trained))
     if weight_gradient_norm is not None and bool((weight_gradient_norm > 0).any()):
         zero = (weight_gradient_norm == 0) & ~_frozen(weight_gradient_norm)
         if weight_norm is not None:
             zero = zero & (float((weight_norm**2).where(zero).sum() / (weight_norm**2).sum()) >= SMALL_SHARE)
         sentence = f"The gradient of {_names(zero)} is exactly zero, where others get one ({DEFAULT})."
-        yield _silent((~zero).astype(float).where(weight_gradient_norm.notnull()), sentence)
-
-
-def _silent(values: xr.DataArray, sentence: str, *, is_meant: bool = False) -> Profile:
-    """Modules of which some, with 0, are not trained, and the others are, with 1."""
-    said = sentence if bool((values == 0).any()) else ""
-    return Profile(
-        values, "the least of 1 for trained modules and 0 for others is", sentence=said, note_only=is_meant
-    )
+        yield Profile((~zero).astype(float).where(weight_gradient_norm.notnull()), SILENT, sentence=sentence)
 
 
 def _unmoved(update_ratio: xr.DataArray, task: Task, unmoved_steps: xr.DataArray | None) -> Iterator[Profile]:
     if update_ratio.notnull().any():
-        yield Profile(update_ratio, CHANGE, metric="update_ratio")
+        yield Profile(update_ratio, metric="update_ratio")
         share, step = task.share_of_constant, float(update_ratio.coords.get("step", 0.0))
         middle = float(update_ratio.median())
         if share is not None and share >= NOTHING_LEARNED and step >= PAST_WARM_UP and middle < SLOW:
@@ -294,14 +277,14 @@ def _unmoved(update_ratio: xr.DataArray, task: Task, unmoved_steps: xr.DataArray
                 f"The loss is {100 * share:.0f} % of that of a constant answer after {step:.0f} steps, each of which changes "
                 f"half of the modules by {number(middle)} of their weights or less, limit {number(SLOW)} ({DEFAULT})."
             )
-            yield Profile(xr.DataArray(0.0), CHANGE, sentence=sentence)
+            yield Profile(0.0, sentence=sentence)
     # Where no optimizer was seen to touch a weight no single update is known, and the norms show it.
     elif unmoved_steps is not None and float(unmoved_steps) >= FEWEST_STEPS:
         sentence = (
             f"No weight has changed in {float(unmoved_steps):.0f} measured steps, although gradients reach them; a step of "
             f"an optimizer is expected in each of {FEWEST_STEPS} ({DEFAULT})."
         )
-        yield Profile(xr.DataArray(0.0), CHANGE, sentence=sentence)
+        yield Profile(0.0, sentence=sentence)
 
 
 def _frozen(values: xr.DataArray) -> xr.DataArray:

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
 
-import xarray as xr
-
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
 
@@ -48,8 +46,7 @@ def noticed(attrs: Mapping[str, Any], *kinds: str) -> Iterator[Profile]:
         if is_text(sentence):
             count = len(places) if isinstance(places, (list, tuple)) and places else 1
             yield Profile(
-                xr.DataArray(float(count)),
-                "",
+                float(count),
                 sentence=f"{sentence} ({DEFAULT}).",
                 note_only=remark.get("sure") is not True,
             )
@@ -64,9 +61,8 @@ def noticed(attrs: Mapping[str, Any], *kinds: str) -> Iterator[Profile]:
 def miswired_connection(attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """A connection is wired otherwise than it is computed.
 
-    Follow that matrix or weight from where it is computed to where it is applied: one that is discarded gets no gradient, a
-    transposed one exchanges forward and backward, reads and writes can be exchanged where they are split or returned, and
-    coefficients of something else come by a stale variable, a shift, or a norm over other tokens.
+    Follow it from where it is computed to where it is applied: look for a result that is not used, a transpose, reads and
+    writes exchanged where they are split or returned, a stale variable, a shift, or a norm over other tokens.
     """
     kinds = ("discarded_mixing", "transposed_mixing", "swapped_weights", "foreign_coefficients")
     return noticed(attrs, *kinds)
