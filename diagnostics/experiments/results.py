@@ -112,12 +112,6 @@ def _estimates(result: xr.Dataset, names: tuple[str, ...], at: Any) -> dict[str,
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _size(row: dict[str, Any]) -> float:
-    """How large a change is: that of the loss, or of the output where there is no loss."""
-    value = row["loss_change"] if row["loss_change"] is not None else row["output_change"]
-    return abs(value) if value is not None else 0.0
-
-
 def result_for(finding: Any, result: xr.Dataset) -> str:
     """What the experiment that settles a finding gave, where it was run at the finding's place.
 
@@ -129,7 +123,11 @@ def result_for(finding: Any, result: xr.Dataset) -> str:
     # A block that is skipped is a step, or two, that is left out.
     kinds = {kind, "skip"} if kind == "bypass" else {kind}
     rows = [row for row in table_rows(result) if row["kind"] in kinds and _at_the_place(row, finding)]
-    return sentence(max(rows, key=_size)) if rows else ""
+
+    def size(row: dict[str, Any]) -> float:
+        return abs(row["output_change"] or 0.0 if row["loss_change"] is None else row["loss_change"])
+
+    return sentence(max(rows, key=size)) if rows else ""
 
 
 def _at_the_place(row: dict[str, Any], finding: Any) -> bool:

@@ -111,7 +111,7 @@ class Verdict:
     ``metric``: the metric that the number comes from; ``judges`` the number itself, ``formula`` in plain signs, ``range`` the
     values that it can have.
     ``needs, wants``: variables of the analysis, and `FACTS`, that the function takes; those where the analysis has them.
-    ``function``: variables in, profiles out; None where the question does not apply.
+    ``function``: variables in, profiles out; none where the question does not apply.
     ``follows_from``: other verdicts that explain this one, which is then a note.
     ``tried``: whether `depthscope.settle` leaves out what it says is of no use.
     """
@@ -124,7 +124,7 @@ class Verdict:
     judges: str
     limits: Limits
     needs: tuple[str, ...]
-    function: Callable[..., Iterable[Profile] | None]
+    function: Callable[..., Iterable[Profile]]
     wants: tuple[str, ...] = ()
     formula: str = ""
     range: str = "0 or more"
@@ -163,7 +163,7 @@ class Verdict:
             for name in (*self.needs, *self.wants)
             if name in FACTS or name in analysis
         }
-        return list(self.function(**arguments) or ())
+        return list(self.function(**arguments))
 
     def limits_on(self, metric: str, analysis: xr.Dataset) -> list[Limits]:
         """The limits that one chain's values of a metric are compared with, for its figures."""
@@ -251,10 +251,10 @@ class Verdict:
 
 def verdict(
     kind: Kind, *, metric: str, judges: str, limits: Limits, follows_from: tuple[str, ...] = (), **others: Any
-) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
+) -> Callable[[Callable[..., Iterable[Profile]]], Verdict]:
     """Declare the function below as a verdict; its parameters name variables of an analysis. ``others``: see `Verdict`."""
 
-    def declare(function: Callable[..., Iterable[Profile] | None]) -> Verdict:
+    def declare(function: Callable[..., Iterable[Profile]]) -> Verdict:
         title, _, advice = (inspect.getdoc(function) or "").partition("\n")
         parameters = inspect.signature(function).parameters.values()
         return Verdict(

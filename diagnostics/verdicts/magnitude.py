@@ -6,7 +6,7 @@ Limits without a comment or a source are heuristics of ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -157,27 +157,29 @@ def _relative_size(norm: xr.DataArray, before: float) -> Iterator[Profile]:
     judges="number of states that no gradient reaches below a cut",
     limits=Limits(fail=0.0),
 )
-def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
+def cut_gradient(gradient_norm: xr.DataArray) -> Iterator[Profile]:
     """A block stops the gradient: nothing below it is trained.
 
     Look in that block for a detach, a no_grad, an argmax or a rounding on the way from its input to its output, the skip
     included. Where it is meant, as a frozen lower part is, freeze those weights: then no gradient is expected there.
     """
     cut, without = (gradient_norm.attrs.get(name, []) for name in (CUT_GRADIENT, WITHOUT_GRADIENT))
-    depths = gradient_norm["depth"].values.tolist() if "depth" in gradient_norm.coords else []
-    lost = gradient_norm.isel(stream=0, drop=True).copy(data=np.zeros(gradient_norm.sizes["depth"]))
-    if not cut:
-        return [Profile(lost)]
-    # A state that is detached has no graph itself: the cut is above the last state in a row that no gradient reached.
-    top = depths.index(max(cut))
-    while top + 1 < len(depths) and depths[top + 1] in without:
-        top += 1
-    lost[depths.index(min(cut)) : top + 1] = 1.0
-    sentence = (
-        f"No gradient reaches the {int(lost.sum())} states up to the one {place(lost, top)}, where every state should get "
-        f"one ({DEFAULT})."
+    lost, sentence = (
+        gradient_norm.isel(stream=0, drop=True).copy(data=np.zeros(gradient_norm.sizes["depth"])),
+        "",
     )
-    return [Profile(lost, sentence=sentence)]
+    if cut:
+        depths = gradient_norm["depth"].values.tolist()
+        # A state that is detached has no graph: the cut is above the last state in a row that no gradient reached.
+        top = depths.index(max(cut))
+        while top + 1 < len(depths) and depths[top + 1] in without:
+            top += 1
+        lost[depths.index(min(cut)) : top + 1] = 1.0
+        sentence = (
+            f"No gradient reaches the {int(lost.sum())} states up to the one {place(lost, top)}, where every state should get "
+            f"one ({DEFAULT})."
+        )
+    yield Profile(lost, sentence=sentence)
 
 
 # Between the 1.6 of mHC and the 3000 of an unstable HC that the mHC paper reports, of gains averaged over tokens; so for one

@@ -29,11 +29,6 @@ IDLE = 0.01
 DEAD = 1e-6
 
 
-def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
-    """A rank as a share of its null, both counted from the smallest possible rank of 1."""
-    return (value - 1.0) / (null - 1.0).where(null > 1.0)
-
-
 # A Dong residual of 0.15 and a share of 0.05: for 64 tokens of 64 features, whose noise has an effective rank of 52, one of
 # 3.5. Attention without skips loses its rank before its Dong residual. Heuristic.
 RESIDUAL_OF_SHARE = 3.0
@@ -47,7 +42,7 @@ OF_ONE_ANSWER = 5.0
 @verdict(
     Kind.FRESH,
     metric="effective_rank",
-    judges="share left of the differences between the tokens of a sequence; times 5 where a sequence has one answer",
+    judges="share left of the differences between the tokens of a sequence (times 5 where it has one answer)",
     formula="max(Dong residual, 3 (erank − 1) / (erank of noise − 1)), raw, within a sequence",
     range="0 to about 3",
     limits=Limits(warn=0.15, fail=0.03, above=False),
@@ -63,39 +58,31 @@ def rank_collapse(
     Keep the skip path at full strength, lower attention's share against the MLP's, or warm up longer:
     attention alone loses rank doubly exponentially with depth (Dong et al. 2021).
     """
-    pick = {"scope": "sequence", "tokens": "ordinary", "centering": "raw", "stream": "mean"}
-    value = effective_rank.sel(pick, drop=True)
-    null = effective_rank_null.sel(scope="sequence", tokens="ordinary", centering="raw", drop=True)
-    share = _share_of_null(value, null)
+    pick = {"scope": "sequence", "tokens": "ordinary", "centering": "raw"}
+    rank, null = (
+        effective_rank.sel(pick | {"stream": "mean"}, drop=True),
+        effective_rank_null.sel(pick, drop=True),
+    )
+    # As a share of what noise has, both counted from the smallest possible rank of 1.
+    share = RESIDUAL_OF_SHARE * (rank - 1.0) / (null - 1.0).where(null > 1.0)
     residual = dong_residual.sel(tokens="ordinary", stream="mean", drop=True)
     # Both must be low: a common mean alone lowers the effective rank, a single large feature the Dong residual.
-    scaled = RESIDUAL_OF_SHARE * share
-    both = xr.where(residual > scaled, residual, scaled, keep_attrs=False).assign_coords(value.coords)
+    both = xr.where(residual > share, residual, share, keep_attrs=False).assign_coords(rank.coords)
     judged = below_input(both.where(share.notnull()), attrs, "per_sequence")
-    if judged is None:
+    if judged is None or judged.isnull().all():
         return
-    one = one_answer(attrs)
+    at, one = int(np.nanargmin(judged.values)), one_answer(attrs)
+    left = float(residual[at])
+    note = (
+        f"Tokens of a sequence are {percent(1 - left)} equal there (Dong residual {number(left)}; effective rank "
+        f"{number(float(rank[at]))} where noise has {number(float(null))})."
+    )
     yield Profile(
         OF_ONE_ANSWER * judged if one else judged,
-        words="remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and "
-        f"three times the effective rank over its noise baseline{', times 5 for one answer a sequence' if one else ''})",
         template=""
         if one
         else "{percent} of the differences between the tokens of a sequence are left {where}",
-        note=_equal_tokens(judged, residual, value, float(null))
-        + _directions(effective_rank, effective_rank_null),
-    )
-
-
-def _equal_tokens(judged: xr.DataArray, residual: xr.DataArray, rank: xr.DataArray, null: float) -> str:
-    """How equal the tokens of a sequence are where they are most."""
-    if judged.isnull().all():
-        return ""
-    at = int(np.nanargmin(judged.values))
-    left = float(residual[at])
-    return (
-        f"Tokens of a sequence are {percent(1 - left)} equal there (Dong residual {number(left)}; effective rank "
-        f"{number(float(rank[at]))} where noise has {number(null)})."
+        note=note + _directions(effective_rank, effective_rank_null),
     )
 
 
@@ -173,13 +160,9 @@ def common_vector(
     if distinct(attrs, "in_all") is None:  # then what the first states share may have come in
         raw = raw.where(raw["depth"] != raw["depth"][0]) if float(raw[0]) > MOST_ALIKE else raw
     at = int(np.nanargmax(raw.values)) if raw.notnull().any() else 0
-    tokens = None if num_tokens is None else float(num_tokens.sel(scope="data", tokens="ordinary").max())
-    yield Profile(
-        raw,
-        metric="token_cosine",
-        note=f"Without their common mean it is {number(float(centred[at]))}.",
-        note_only=tokens is not None and tokens < FEW_TOKENS,
-    )
+    note = f"Without their common mean it is {number(float(centred[at]))}."
+    tokens = np.inf if num_tokens is None else float(num_tokens.sel(scope="data", tokens="ordinary").max())
+    yield Profile(raw, metric="token_cosine", note=note, note_only=tokens < FEW_TOKENS)
 
 
 @verdict(
@@ -243,27 +226,19 @@ def massive_activations(
     Normal in trained transformers, on one or two tokens a sequence: read ranks and similarities without
     these tokens (tokens = ordinary). Elsewhere look for a feature that the norm does not see.
     """
-    share = massive_token_fraction.max("stream")
-    attrs = massive_token_fraction.attrs
+    share, attrs = massive_token_fraction.max("stream"), massive_token_fraction.attrs
+    if share.isnull().all():
+        return
     # The ratio of the depth that the sentence tells, which is where most tokens have one.
-    at = int(np.nanargmax(share.values)) if share.notnull().any() else 0
-    largest = float(massive_activation.isel(depth=at).max())
-    per_sequence = float(share.max()) * float(attrs.get("tokens_per_sequence", np.nan))
-    expected = f" It is {number(per_sequence)} a sequence." if per_sequence == per_sequence else ""
-    yield Profile(
-        share,
-        note=_massive_locations(attrs, largest) + expected,
-        note_only=per_sequence <= SINKS,
-    )
-
-
-def _massive_locations(attrs: Mapping[str, Any], largest: float) -> str:
+    largest = float(massive_activation.isel(depth=int(np.nanargmax(share.values))).max())
     features = ", ".join(map(str, attrs.get("massive_features", [])))
-    tokens = sorted({int(token) for _, token in attrs.get("massive_tokens", [])})
-    where = [f"features {features}"] if features else []
-    where += [f"positions {', '.join(map(str, tokens))}"] if tokens else []
-    locations = f" ({'; '.join(where)})" if where else ""
-    return f"The largest there is {number(largest)} times the median{locations}."
+    positions = ", ".join(map(str, sorted({int(token) for _, token in attrs.get("massive_tokens", [])})))
+    named = {"features": features, "positions": positions}
+    where = "; ".join(f"{name} {numbers}" for name, numbers in named.items() if numbers)
+    per_sequence = float(share.max()) * float(attrs.get("tokens_per_sequence", np.nan))
+    note = f"The largest there is {number(largest)} times the median{f' ({where})' if where else ''}."
+    note += f" It is {number(per_sequence)} a sequence." if per_sequence == per_sequence else ""
+    yield Profile(share, note=note, note_only=per_sequence <= SINKS)
 
 
 # The 30 layers of SmolLM2-135M have at least 0.41, where single heads are near 0. A layer whose
@@ -283,5 +258,4 @@ def attention_entropy_collapse(attention_entropy: xr.DataArray) -> Iterator[Prof
     key weights: a softmax that is saturated passes no gradient to them.
     """
     # The head that spreads most: heads that copy the token before, or rest on a sink, are common in trained models.
-    most = attention_entropy.max("head")
-    yield Profile(most, begins=True)
+    yield Profile(attention_entropy.max("head"), begins=True)

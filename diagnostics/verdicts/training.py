@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import xarray as xr
@@ -36,7 +36,7 @@ from depthscope.diagnostics.verdicts.wiring import is_text
     formula="(loss now − lowest) / first",
     limits=Limits(warn=0.25, fail=0.75),
 )
-def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profile]:
+def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterator[Profile]:
     """The loss diverged: it has risen far above its lowest value.
 
     Go back to a checkpoint from before the rise, with a lower learning rate, a longer warm-up or a tighter clip of the
@@ -164,32 +164,27 @@ def untrained_weights(
     Of a checkpoint: see which names of the file were not found in the model, or mapped to the wrong blocks, and load it with
     strict=True. Blocks that were just added or copied begin so.
     """
-    share = task.share_of_guessing
-    if share is not None and task.guessing:  # of a few sequences a loss is low by chance
+    share = math.inf if task.share_of_guessing is None else task.share_of_guessing
+    if task.guessing:  # of a few sequences a loss is low by chance
         share += ONE_SIDED * (task.uncertainty or 0.0) / task.guessing
-    untouched, equal = attrs.get("untouched_blocks") or [], attrs.get("equal_blocks") or []
-    kinds = []
     if residual_norm is not None and "layer" in residual_norm.coords:
-        every = {*residual_norm["layer"].values.tolist()} - {-1}
+        layers, depth = residual_norm["layer"], residual_norm["depth"].coords
+        untouched, equal = (attrs.get(name) or [] for name in ("untouched_blocks", "equal_blocks"))
         # No design: they are few, or the network has learned something.
-        is_few = 2 * len(untouched) < len(every)
-        if untouched and (is_few or (share is not None and share < NOTHING_LEARNED)):
+        is_few = 2 * len(untouched) < len({*layers.values.tolist()} - {-1})
+        if untouched and (is_few or share < NOTHING_LEARNED):
             sentence = (
                 f"Every bias and gain of block {', '.join(map(str, untouched))} has its initial value, and others of the "
                 f"network do not; expected all or none ({DEFAULT})."
             )
-            kinds.append((untouched, sentence, False))
+            yield Profile(layers.isin(untouched).astype(float).assign_coords(depth), sentence=sentence)
         if equal:
             named = ", ".join(map(str, equal))
             sentence = (
                 f"Blocks {named} have the same weights in memory of their own; expected none ({DEFAULT})."
             )
-            kinds.append((equal, sentence, not (share is not None and share < KNOWS)))
-        for blocks, sentence, may_be_meant in kinds:
-            found = (
-                residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords)
-            )
-            yield Profile(found, sentence=sentence, note_only=may_be_meant)
+            values = layers.isin(equal).astype(float).assign_coords(depth)
+            yield Profile(values, sentence=sentence, note_only=share >= KNOWS)
     if attrs.get("checkpoint"):
         sentence = f"Every bias and gain of this checkpoint has its initial value; expected trained ones ({DEFAULT})."
         yield Profile(float(bool(attrs.get("untouched"))), sentence=sentence)
