@@ -35,13 +35,7 @@ KINDS: dict[str, ExperimentKind] = {kind.name: kind for kind in _KINDS}
 
 
 def kind_named(name: str) -> ExperimentKind:
-    """The kind of a name; hyphens and underscores are the same.
-
-    Examples
-    --------
-    >>> kind_named("drop-stream").unit
-    'depth'
-    """
+    """The kind of a name; hyphens and underscores are the same."""
     found = KINDS.get(str(name).replace("-", "_"))
     if found is None:
         raise InputError(f"no experiment {name!r}; {did_you_mean(str(name), KINDS)}")

@@ -26,17 +26,12 @@ EXPERIMENTS = "depthscope experiments"
 RESULTS = ("ablate", "lens")
 """The commands whose results are saved next to a run."""
 
+MADE_BY = "`depthscope ablate`, or of `ds.lens`"
 COLUMNS = ("loss_change", "kl", "output_change")
 
 
 def result_path(run: str | os.PathLike[str], what: str) -> Path:
-    """Where the result of an experiment on a run is saved: ``a.zarr`` and ``ablate`` give ``a.ablate.zip``.
-
-    Examples
-    --------
-    >>> result_path("runs/a.zarr", "ablate").name
-    'a.ablate.zip'
-    """
+    """Where the result of an experiment on a run is saved: ``a.zarr`` and ``ablate`` give ``a.ablate.zip``."""
     path = Path(run)
     return path.with_name(f"{without_suffix(path.name)}.{what}{SUFFIX}")
 
@@ -81,15 +76,11 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
     """
     file = Path(path)
     if not file.exists():
-        raise AbsentError(
-            f"no result of experiments at {file}; make one with `depthscope ablate`, `patch` or `lens`"
-        )
+        raise AbsentError(f"no result of experiments at {file}; make one with {MADE_BY}")
     with open_tree(file) as opened:
         found = opened.to_dataset().load()
     if found.attrs.get("kind_of_file") != EXPERIMENTS:
-        raise InputError(
-            f"{file} is not a result of experiments; expected one of `depthscope ablate`, `patch` or `lens`"
-        )
+        raise InputError(f"{file} is not a result of experiments; expected one of {MADE_BY}")
     return found
 
 
@@ -142,14 +133,7 @@ def _at_the_place(row: dict[str, Any], finding: Any) -> bool:
 
 
 def sentence(row: dict[str, Any]) -> str:
-    """One experiment as a phrase.
-
-    Examples
-    --------
-    >>> row = dict(experiment="skip block 3", loss_change=0.5, loss_change_low=0.25, loss_change_high=0.75, kl=None)
-    >>> sentence(row)
-    'skip block 3: loss +0.5 nats (95 %: +0.25 to +0.75)'
-    """
+    """One experiment as a phrase, such as ``skip block 3: loss +0.5 nats (95 %: +0.25 to +0.75)``."""
     name, change = row["experiment"], row["loss_change"]
     if change is None:
         return f"{name}: the output changes by {percent(row['output_change'] or 0.0)}"

@@ -193,15 +193,8 @@ class Verdict:
         found = Grade(min(by_limits, Severity.INFO))
         if explains:
             result = result_of(analysis.attrs, self.name, first, last)
-            found = grade(
-                self.kind,
-                by_limits,
-                age(),
-                analysis.attrs,
-                result,
-                is_tried=self.tried,
-                is_sure=profile.is_sure,
-            )
+            doubts = {"is_tried": self.tried, "is_sure": profile.is_sure}
+            found = grade(self.kind, by_limits, age(), analysis.attrs, result, **doubts)
         return Finding(
             verdict=self.name,
             severity=found.severity,
@@ -299,13 +292,5 @@ def exact(value: float) -> str:
 
 
 def number(value: float) -> str:
-    """A number in a sentence, three significant digits.
-
-    Examples
-    --------
-    >>> number(3012.7), number(0.05), number(1e-7)
-    ('3013', '0.05', '1e-7')
-    """
-    if 0 < abs(value) < NOTHING:
-        return "nothing (below rounding)"
-    return numbers.number(value)
+    """A number in a sentence, three significant digits."""
+    return "nothing (below rounding)" if 0 < abs(value) < NOTHING else numbers.number(value)

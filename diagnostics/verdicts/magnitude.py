@@ -15,15 +15,12 @@ import xarray as xr
 from depthscope.diagnostics.metrics.gradients import NUM_FEATURES
 from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
 from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRADIENT
-from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, verdict
-from depthscope.diagnostics.verdicts.declaration import number as _in_words
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.locations import place
 from depthscope.diagnostics.verdicts.rule import Kind
 from depthscope.diagnostics.verdicts.wiring import ONE_EXACT_SUM, satisfies
 
 ROUNDED = 1e-6  # of a sum and a singular value that are the same
-DIRECTIONS = ("forward", "backward")
-
 # A stream with less than half of its sum left counts as faded. Heuristic.
 FADED = 0.5
 
@@ -201,8 +198,8 @@ def gain_explosion(
     mHC paper reports about 3000 for an unstable 27B HC and 1.6 for mHC.
     """
     amplifies = False
-    for number, direction in enumerate(DIRECTIONS):
-        values, told, note = _of_tokens(composite_gain.sel(direction=direction, drop=True), number)
+    for at, direction in enumerate(("forward", "backward")):
+        values, told, note = _of_tokens(composite_gain.sel(direction=direction, drop=True), at)
         amplifies |= bool((values > GAIN_LIMIT).any())
         words = f"{direction} gain of the mixing from the embedding on ({told})"
         yield Profile(values, words, note=note, metric="composite_gain")
@@ -218,7 +215,7 @@ GAIN_LIMIT = 10.0
 TOKEN_LIMIT = 100.0  # of a single token, since the largest of many is larger than that of few
 
 
-def _of_tokens(gain: xr.DataArray, number: int) -> tuple[xr.DataArray, str, str]:
+def _of_tokens(gain: xr.DataArray, kind: int) -> tuple[xr.DataArray, str, str]:
     """The 99th percentile over tokens, or the largest token where it alone is beyond the limit; in words, with its place."""
     largest = gain.sel(reduction="max", drop=True)
     # Training curves have no quantiles, which sums cannot give.
@@ -230,8 +227,8 @@ def _of_tokens(gain: xr.DataArray, number: int) -> tuple[xr.DataArray, str, str]
     tokens, at = gain.attrs.get(LARGEST_TOKEN), int(np.nanargmax(largest.values))
     note = ""
     if tokens:
-        sequence, position = tokens[number][at]
-        typical = _in_words(float(gain.sel(reduction="median").isel(connection=at)))
+        sequence, position = tokens[kind][at]
+        typical = number(float(gain.sel(reduction="median").isel(connection=at)))
         note = f"It is that of sequence {sequence}, position {position}; the median over tokens is {typical}."
     return largest, "of the token with the largest one", note
 
@@ -252,34 +249,21 @@ def attenuation(
     Backward: more Sinkhorn iterations, or end them on columns; all error of stopping early sits in one of the
     two sums. Forward: some stream is no longer fed; look at its row of H_res.
     """
-    expected = (
-        1.0 if satisfies(attrs, ONE_EXACT_SUM) else _fade_of_free(composite_attenuation.sizes["connection"])
-    )
-    beside = (
-        ""
-        if expected == 1.0
-        else f", relative to the {_in_words(expected)} that free matrices may well leave"
-    )
+    # A sum of matrices without a constraint is around 1 by nothing but training: 0.3 over 12 connections is what free matrices
+    # do, and a state fades by the root of the depth beside what is added to it, as in any Pre-LN stack.
+    is_free = not satisfies(attrs, ONE_EXACT_SUM)
+    expected = min(0.1, composite_attenuation.sizes["connection"] ** -0.5) / FADED if is_free else 1.0
+    beside = f", relative to the {number(expected)} that free matrices may well leave" if is_free else ""
     least = composite_singular_value.isel(component=-1, drop=True).sel(reduction="p1", drop=True)
-    for direction in DIRECTIONS:
+    for direction, side in (("forward", "row"), ("backward", "column")):
         weakest = composite_attenuation.sel(direction=direction, reduction="p1", drop=True)
-        side = "row" if direction == "forward" else "column"
         # Signed entries can cancel in a sum although no stream fades: then the smallest singular value is larger, and the sum
         # means nothing. Where no entry is negative it is below every sum.
         yield Profile(
             weakest.where(weakest.values >= (1.0 - ROUNDED) * least.values) / expected,
             f"weakest {side} sum of the mixing from the embedding on ({direction}){beside}",
-            metric="composite_attenuation" if expected == 1.0 else "",
+            metric="" if is_free else "composite_attenuation",
         )
-
-
-def _fade_of_free(connections: int) -> float:
-    """What a sum of matrices without a constraint may well be, which is around 1 by nothing but training.
-
-    A composite row sum of 0.3 over 12 connections is what free matrices do, and a state fades by the root of the depth beside
-    what is added to it, as in any Pre-LN stack.
-    """
-    return min(0.1, float(connections) ** -0.5) / FADED
 
 
 # Deep networks without norms begin with 10 to 20 at the embedding, and train. The gradient alone is 10 to 120 times as large
@@ -304,8 +288,8 @@ def exploding_gradient(relative_gradient: xr.DataArray) -> Iterator[Profile]:
 @verdict(
     Kind.FRESH,
     metric="gradient_norm",
-    judges="gradient over that at the last block, alone or times the size of the state, the larger",
-    formula="max(‖∂L/∂x_l‖, ‖∂L/∂x_l‖ ‖x_l‖), each over that of the last l",
+    judges="gradient, alone or times the size of the state where that is more, over that at the last block",
+    formula="max(‖∂L/∂x_l‖, ‖∂L/∂x_l‖ ‖x_l‖), each over that of the last l; times the depths where their mean is read",
     limits=Limits(warn=0.1, fail=1e-3, above=False),
 )
 def vanishing_gradient(
@@ -321,17 +305,12 @@ def vanishing_gradient(
         return
     # A state that only a weighted mean over all depths reads gets its share of the gradient.
     share = alone.sizes["depth"] if str(attrs.get("family", "")).startswith("depth_") else 1
-    beside = " (times the number of depths, whose mean is read)" if share > 1 else ""
     # Both must be small: of states that shrink with depth the gradient is smaller where they are larger, and loses nothing.
     kept = xr.where(relative > alone, relative, alone, keep_attrs=False).assign_coords(alone.coords)
     # Where a block before gets more, the gradient has passed this state by: it is lost on no way back. An embedding that later
     # blocks read too gets its own.
     kept[1:] = np.fmax.accumulate(kept.values[1:])
-    yield Profile(
-        share * kept,
-        "gradient, relative to that at the last block (alone, or times the size of the state where that is more)"
-        f"{beside}",
-    )
+    yield Profile(share * kept)
 
 
 def _over_the_last(profile: xr.DataArray) -> xr.DataArray:
