@@ -14,7 +14,6 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.registry import with_row_facts
 from depthscope.diagnostics.schema import GROUPS, by_chain
 from depthscope.diagnostics.verdicts import (
-    inputs,
     magnitude,
     reading,
     representation,
@@ -43,7 +42,7 @@ __all__ = [
     "verdict",
 ]
 
-ROOMS = (same_representation, reading, training, wiring, magnitude, streams, representation, inputs)
+ROOMS = (same_representation, reading, training, wiring, magnitude, streams, representation)
 # In the order in which passed verdicts are listed; findings are ordered by `judge`.
 VERDICTS: dict[str, Verdict] = {
     each.name: each for room in ROOMS for each in vars(room).values() if isinstance(each, Verdict)

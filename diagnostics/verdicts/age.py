@@ -1,4 +1,4 @@
-"""How old is a network, and what does it know? Facts of its training and of its loss alone."""
+"""How old is a network, what does it know, and what came in? Facts of its training, its loss and its data."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ UNSURE = 0.3
 ONE_SIDED = 1.645  # standard errors of a one-sided 95 % interval
 # Steps of a recording in which a network may still be as it was drawn, and after which it is not. Heuristics.
 FIRST_STEPS, MANY_STEPS = 50, 300
+FEWEST = 3  # different tokens of a sequence, of which a rank can fall
+FEW_TOKENS = 8  # different tokens, of fewer of which what is alike may be chance
 # ‖W − W₀‖ / ‖W₀‖ of the weight that moved most.
 MOVED = 0.1
 
@@ -42,6 +44,7 @@ class Task(NamedTuple):
     constant: float | None  # of an answer that never changes
     expected: float | None  # by the predictions themselves
     expected_error: float | None  # standard error of loss − expected
+    targets_per_sequence: float | None
 
     @classmethod
     def of(cls, attrs: Mapping[str, Any]) -> Task:
@@ -113,6 +116,24 @@ class Task(NamedTuple):
             return 0.0
         apart = self.loss - self.expected
         return math.copysign(max(abs(apart) - ONE_SIDED * self.expected_error, 0.0), apart)
+
+
+class Inputs(NamedTuple):
+    """How many different tokens came in; None where the input has no numbers that name tokens."""
+
+    per_sequence: float | None  # on average
+    in_all: float | None
+
+    @classmethod
+    def of(cls, attrs: Mapping[str, Any]) -> Inputs:
+        """What the attributes of a run tell."""
+        return cls(*numbers_in(attrs, "distinct_tokens", cls._fields))
+
+    @property
+    def are_few(self) -> bool:
+        """Whether what is alike may be chance, or the sequences are so short that all tokens are where sinks are."""
+        each, of_all = self
+        return (each is not None and each < FEWEST) or (of_all is not None and of_all < FEW_TOKENS)
 
 
 class Repair(NamedTuple):

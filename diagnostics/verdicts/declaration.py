@@ -13,7 +13,7 @@ import xarray as xr
 
 from depthscope.diagnostics import numbers
 from depthscope.diagnostics.numbers import percent
-from depthscope.diagnostics.verdicts.age import Age, Task, age_of
+from depthscope.diagnostics.verdicts.age import Age, Inputs, Task, age_of
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
 from depthscope.diagnostics.verdicts.rule import Grade, Kind, grade, result_of
@@ -28,6 +28,7 @@ FACTS: dict[str, Callable[[xr.Dataset], Any]] = {
     "attrs": lambda analysis: analysis.attrs,
     "task": lambda analysis: Task.of(analysis.attrs),
     "age": age_of,
+    "inputs": lambda analysis: Inputs.of(analysis.attrs),
 }
 """What else a verdict can take than variables of an analysis."""
 

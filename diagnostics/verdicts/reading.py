@@ -10,9 +10,10 @@ from typing import Any
 import xarray as xr
 
 from depthscope.diagnostics.schema import PROVEN, UNPROVEN
+from depthscope.diagnostics.verdicts.age import FEWEST, Inputs
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.finding import Finding
-from depthscope.diagnostics.verdicts.inputs import EQUAL, FEWEST, distinct
+from depthscope.diagnostics.verdicts.representation import EQUAL
 from depthscope.diagnostics.verdicts.rule import Kind
 
 
@@ -24,6 +25,7 @@ from depthscope.diagnostics.verdicts.rule import Kind
 )
 def small_sample(
     attrs: Mapping[str, Any],
+    inputs: Inputs,
     dong_residual: xr.DataArray | None = None,
     sequence_share: xr.DataArray | None = None,
     num_tokens: xr.DataArray | None = None,
@@ -44,21 +46,21 @@ def small_sample(
     if dong_residual is not None and (
         num_tokens is None or float(num_tokens.sel(scope="sequence", tokens="all").max()) > 1.0
     ):
-        sentences += _without_differences(dong_residual, attrs, sequence_share)
+        sentences += _without_differences(dong_residual, inputs, sequence_share)
     yield Profile(float(len(sentences)), sentence=" ".join(sentences))
 
 
 def _without_differences(
-    dong_residual: xr.DataArray, attrs: Mapping[str, Any], share: xr.DataArray | None
+    dong_residual: xr.DataArray, inputs: Inputs, share: xr.DataArray | None
 ) -> Iterable[str]:
     """What a batch whose tokens or sequences are all the same cannot show."""
-    tokens = distinct(attrs, "per_sequence")
+    tokens = inputs.per_sequence
     first = dong_residual.sel(tokens="ordinary", stream="mean").isel(depth=0)
     if (tokens is None and float(first) < EQUAL) or tokens == 1:
         yield "All tokens of each sequence are identical at the embedding: this batch cannot show rank collapse."
     elif tokens is not None and tokens < FEWEST:
         yield f"The sequences have {tokens:.2g} different tokens each: this batch cannot show rank collapse."
-    elif share is None or tokens is None or distinct(attrs, "in_all") != tokens:
+    elif share is None or tokens is None or inputs.in_all != tokens:
         return
     elif float(share.sel(stream="mean").isel(depth=0)) < EQUAL:
         yield "All sequences of this batch are the same: it cannot show whether the network tells them apart."

@@ -5,21 +5,15 @@ Limits without a comment or a source are heuristics of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Iterator
 
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
+from depthscope.diagnostics.verdicts.age import FEW_TOKENS, FEWEST, Inputs, Task
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.inputs import (
-    FEW_TOKENS,
-    below_input,
-    distinct,
-    has_few_tokens,
-    one_answer,
-)
 from depthscope.diagnostics.verdicts.rule import Kind
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
@@ -27,6 +21,26 @@ from depthscope.diagnostics.verdicts.rule import Kind
 IDLE = 0.01
 # What a step turns the states by where it adds nothing: the rounding of a cosine in float64, and no trained block.
 DEAD = 1e-6
+
+
+# A Dong residual that rounding leaves of equal tokens.
+EQUAL = 1e-5
+
+
+def _below_input(values: xr.DataArray, tokens: float | None) -> xr.DataArray | None:
+    """Differences between tokens, 1 where they are as large as can be, relative to what came in; None where nothing did.
+
+    Where the tokens are known to differ, a first state without differences is the network's own, and is judged as it is.
+    """
+    first = float(values.isel(depth=0))
+    if tokens is not None:
+        return values if tokens >= FEWEST else None
+    if math.isnan(first):
+        return values
+    if first < EQUAL:
+        return None
+    after = values / min(first, 1.0)
+    return after.where(after["depth"] != after["depth"][0]) if "depth" in after.coords else after
 
 
 # A Dong residual of 0.15 and a share of 0.05: for 64 tokens of 64 features, whose noise has an effective rank of 52, one of
@@ -51,7 +65,8 @@ def rank_collapse(
     effective_rank: xr.DataArray,
     effective_rank_null: xr.DataArray,
     dong_residual: xr.DataArray,
-    attrs: Mapping[str, Any],
+    inputs: Inputs,
+    task: Task,
 ) -> Iterator[Profile]:
     """The tokens of a sequence become equal.
 
@@ -68,10 +83,10 @@ def rank_collapse(
     residual = dong_residual.sel(tokens="ordinary", stream="mean", drop=True)
     # Both must be low: a common mean alone lowers the effective rank, a single large feature the Dong residual.
     both = xr.where(residual > share, residual, share, keep_attrs=False).assign_coords(rank.coords)
-    judged = below_input(both.where(share.notnull()), attrs, "per_sequence")
+    judged = _below_input(both.where(share.notnull()), inputs.per_sequence)
     if judged is None or judged.isnull().all():
         return
-    at, one = int(np.nanargmin(judged.values)), one_answer(attrs)
+    at, one = int(np.nanargmin(judged.values)), task.targets_per_sequence == 1
     left = float(residual[at])
     note = (
         f"Tokens of a sequence are {percent(1 - left)} equal there (Dong residual {number(left)}; effective rank "
@@ -141,7 +156,7 @@ MOST_ALIKE = 0.98
     follows_from=("rank_collapse",),
 )
 def common_vector(
-    token_cosine: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None
+    token_cosine: xr.DataArray, inputs: Inputs, num_tokens: xr.DataArray | None = None
 ) -> Iterator[Profile]:
     """All tokens share one large vector, and hardly differ otherwise.
 
@@ -155,9 +170,9 @@ def common_vector(
         token_cosine.sel(scope="data", tokens="ordinary", centering=centering, stream="mean", drop=True)
         for centering in ("raw", "centred")
     )
-    if has_few_tokens(attrs) or below_input(1.0 - raw, attrs, "in_all") is None:
+    if inputs.are_few or _below_input(1.0 - raw, inputs.in_all) is None:
         return
-    if distinct(attrs, "in_all") is None:  # then what the first states share may have come in
+    if inputs.in_all is None:  # then what the first states share may have come in
         raw = raw.where(raw["depth"] != raw["depth"][0]) if float(raw[0]) > MOST_ALIKE else raw
     at = int(np.nanargmax(raw.values)) if raw.notnull().any() else 0
     note = f"Without their common mean it is {number(float(centred[at]))}."
@@ -259,3 +274,30 @@ def attention_entropy_collapse(attention_entropy: xr.DataArray) -> Iterator[Prof
     """
     # The head that spreads most: heads that copy the token before, or rest on a sink, are common in trained models.
     yield Profile(attention_entropy.max("head"), begins=True)
+
+
+# Sequences of random tokens have a share near 1; those of one language, whose positions say little, above 0.5.
+SHARED_INPUT = 0.01
+
+
+@verdict(
+    Kind.FRESH,
+    metric="sequence_share",
+    judges="share of the variance of the states that is between sequences at the same position",
+    formula="mean_t Var_s(u) / Var(u), u = x / ‖x‖",
+    range="0 to 1",
+    limits=Limits(warn=1e-4, fail=1e-8, above=False),
+    follows_from=("rank_collapse", "common_vector"),
+)
+def equal_sequences(sequence_share: xr.DataArray, inputs: Inputs) -> Iterator[Profile]:
+    """All sequences have the same states: the network no longer sees its input.
+
+    Look in that block for a mean over the batch, a row that is taken for all, or a mask that leaves only the position.
+    """
+    share = sequence_share.sel(stream="mean", drop=True)
+    if (inputs.in_all or 0.0) > (inputs.per_sequence or math.inf):  # the sequences have different tokens
+        yield Profile(share, begins=True)
+    # Of equal sequences nothing else can be expected.
+    elif float(share.isel(depth=0)) > SHARED_INPUT:
+        later = xr.DataArray(np.arange(share.sizes["depth"]) > 0, dims="depth")
+        yield Profile(share.where(later), begins=True)

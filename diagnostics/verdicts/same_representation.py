@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.verdicts.age import Inputs
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.inputs import has_few_tokens
 from depthscope.diagnostics.verdicts.rule import Kind
 
 # Every two states of 16 collapsed blocks have a debiased CKA of 1.000, and the ends an angle of 0.003 π; of a fresh Pre-LN
@@ -64,7 +63,7 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
 def same_representation(
     cka: xr.DataArray,
     angular_distance: xr.DataArray,
-    attrs: Mapping[str, Any],
+    inputs: Inputs,
     num_tokens: xr.DataArray | None = None,
     joined_cka: xr.DataArray | None = None,
     least_stream_cka: xr.DataArray | None = None,
@@ -75,7 +74,7 @@ def same_representation(
     Raise the scale of the branches or their learning rate, look for a skip that is scaled up or a branch that is scaled down,
     and take fewer layers. Then see whether the loss without these blocks is the same: they can be left out.
     """
-    if "unbiased" not in cka["estimator"] or has_few_tokens(attrs):
+    if "unbiased" not in cka["estimator"] or inputs.are_few:
         return
     keep = _handed_on(cka)
 
