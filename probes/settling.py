@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -14,11 +14,9 @@ from torch import nn
 from depthscope.diagnostics import analyze, schema
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.memory import give_memory_back
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity, suspected
+from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity, judged_metrics, suspected
 from depthscope.diagnostics.verdicts.age import KNOWS, REPAIR, TASK, Task, age_of
 from depthscope.diagnostics.verdicts.rule import CONSEQUENCES, SUSPECTED
-from depthscope.diagnostics.verdicts.training import SUSPECT, is_unsure, to_lose, wrong_part
 from depthscope.probes.interventions.changes import plan
 from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
@@ -37,6 +35,8 @@ from depthscope.probes.session.model_call import batches, call_model, copied, gr
 from depthscope.probes.session.options import ModelOptions, Options, Scope, takes_options
 
 MOST_FORWARDS = 60
+# Part of what predictions claim to know that is wrong, from which on a repair is tried.
+SUSPECT = 0.1
 # Of the sample, to see what is suspected: four sequences and the first tokens of each show it.
 SEQUENCES, TOKENS = 4, 128
 
@@ -186,12 +186,11 @@ def _repaired(run: xr.DataTree, patient: Patient, *, is_suspected: bool) -> dict
     Something is suspected too where the loss is near that of a constant answer, or not what the predictions expect.
     """
     attrs = {str(name): value for name, value in run.attrs.items()}
-    reach = to_lose(attrs)
+    task = Task.of(attrs)
+    reach = task.to_lose
     if reach is None or _batch_axis(patient.options) or sum(map(first_size, patient.parts)) < FEWEST:
         return {}
-    is_suspected |= (
-        is_unsure(attrs) or wrong_part(attrs) > SUSPECT or (Task.of(attrs).share_of_constant or 0.0) > KNOWS
-    )
+    is_suspected |= task.is_unsure or task.wrong_part > SUSPECT or (task.share_of_constant or 0.0) > KNOWS
     traces = (
         [node.attrs for node in run["trace"].subtree if node.data_vars] if "trace" in run.children else []
     )
@@ -220,13 +219,6 @@ def _output_again(model: nn.Module, batch: Any, batch_axis: int) -> torch.Tensor
         return output_values(call_model(model, copied(batch)), batch_axis=batch_axis)
 
 
-@cache
-def _judged_metrics() -> tuple[str, ...]:
-    """The metrics that suspicions are read off."""
-    taken = {name for verdict in VERDICTS.values() for name in (*verdict.needs, *verdict.wants)}
-    return tuple(name for name, metric in CATALOGUE.items() if taken & {name, f"{name}_null"})
-
-
 def _suspicions(run: xr.DataTree) -> list[tuple[str, Finding]]:
     """What is suspected of each chain."""
     stored = {chain: schema.chain_dataset(run, "metrics", chain) for chain in schema.chains(run)}
@@ -238,7 +230,7 @@ def _suspicions(run: xr.DataTree) -> list[tuple[str, Finding]]:
         for node in part["trace"].subtree:
             sizes = {"sample": slice(SEQUENCES), "token": slice(TOKENS)}
             node.dataset = node.to_dataset(inherit=False).isel(sizes, missing_dims="ignore")
-        known = schema.by_chain(analyze(part, metrics=_judged_metrics()))
+        known = schema.by_chain(analyze(part, metrics=judged_metrics()))
     return [(chain, finding) for chain, each in known.items() for finding in suspected(each)]
 
 

@@ -13,7 +13,7 @@ import xarray as xr
 from depthscope.app.readings.readings import Reading
 from depthscope.app.text.visible import LONGEST_NAME, visible
 from depthscope.diagnostics import Finding
-from depthscope.diagnostics.verdicts.age import task_of
+from depthscope.diagnostics.verdicts.age import Task
 from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
 from depthscope.diagnostics.verdicts.locations import state_name
 
@@ -167,7 +167,7 @@ def loss_of(reading: Reading) -> float | None:
     losses = reading.analysis["loss"].values.ravel() if "loss" in reading.analysis else np.zeros(0)
     training = reading.attrs.get("training")
     noted = training.get("held_out_loss") if isinstance(training, Mapping) else None
-    for value in (*losses[-1:], task_of(reading.attrs).get("loss"), noted):
+    for value in (*losses[-1:], Task.of(reading.attrs).loss, noted):
         if isinstance(value, (int, float, np.floating)) and math.isfinite(value):
             return float(value)
     return None

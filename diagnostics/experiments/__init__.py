@@ -1,17 +1,14 @@
 """Which experiments are there, what do their results mean, and which one settles a finding? Without torch."""
 
-from depthscope.diagnostics.experiments.intervals import Estimate, estimate, estimated, share_of
+from depthscope.diagnostics.experiments.intervals import estimate, estimated, share_of
 from depthscope.diagnostics.experiments.kinds import (
     KINDS,
-    SETTLED_BY,
-    ExperimentKind,
     consequence_words,
     experiment_for,
     kind_named,
 )
 from depthscope.diagnostics.experiments.results import (
     RESULTS,
-    SUFFIX,
     base_loss,
     open_result,
     patch_rows,
@@ -31,10 +28,6 @@ __all__ = [
     "LENS",
     "PATCHES",
     "RESULTS",
-    "SETTLED_BY",
-    "SUFFIX",
-    "Estimate",
-    "ExperimentKind",
     "base_loss",
     "consequence_words",
     "declared",

@@ -22,22 +22,9 @@ class Estimate(NamedTuple):
 
 
 def estimate(values: np.ndarray) -> Estimate:
-    """Mean of independent sequences, x̄ ± t₀.₉₇₅(S − 1) · s/√S.
+    """Mean of independent sequences, x̄ ± t₀.₉₇₅(S − 1) · s/√S, of which those without a number (NaN) do not count.
 
-    With S sequences the t distribution has S − 1 degrees of freedom: at S = 4 the interval is 3.18 standard errors to each
-    side, where the normal law's 1.96 would cover too little.
-
-    ``values``: one number a sequence, any unit; sequences without a number (NaN) do not count.
-
-    References
-    ----------
-    Student, "The probable error of a mean", Biometrika 6 (1908).
-
-    Examples
-    --------
-    >>> found = estimate(np.array([1.0, 2.0, 3.0]))
-    >>> found.mean, round(found.error, 4), round(found.low, 3)
-    (2.0, 0.5774, -0.484)
+    At S = 4 the interval is 3.18 standard errors to each side, where the normal law's 1.96 would cover too little.
     """
     values = np.asarray(values, dtype=np.float64)
     mean, error, degrees = mean_and_error(values)
@@ -71,15 +58,12 @@ UNCLEAR = 1e-4
 def share_of(part: np.ndarray, whole: np.ndarray, scale: np.ndarray) -> tuple[dict[str, np.ndarray], str]:
     r"""Share of a difference: Σ partₛ / Σ wholeₛ over sequences s, with its interval, where the denominator is clear.
 
-    The error is that of a ratio of means, :math:`\mathrm{sd}(part_s - r\, whole_s) / (\sqrt{S}\, |\overline{whole}|)`.
+    The error is that of a ratio of means, :math:`\mathrm{sd}(part_s - r\, whole_s) / (\sqrt{S}\, |\overline{whole}|)`
+    (Cochran, "Sampling Techniques", 1977, chapter 6).
 
     ``part``: (…, S); NaN where a sequence does not count. ``whole``: (S,).
     ``scale``: (S,), sizes of what ``whole`` is a difference of.
     Returns: By an ending of `ESTIMATES`, and why all of them are NaN; empty where they are not.
-
-    References
-    ----------
-    Cochran, "Sampling Techniques", 3rd ed. (1977), chapter 6.
 
     Examples
     --------
@@ -111,11 +95,9 @@ def _unclear(whole: np.ndarray, scale: np.ndarray) -> str:
     found = estimate(whole)
     if not found.sequences:
         return "the difference between the two inputs is known of no sequence"
+    interval = f"{found.mean:.3g} (95 %: {found.low:.3g} to {found.high:.3g})"
     if not abs(found.mean) > UNCLEAR * float(np.nanmean(scale)):
-        return f"the two inputs differ by {found.mean:.3g}, which may be rounding"
+        return f"the two inputs differ by {interval}, which may be rounding"
     if found.low <= 0 <= found.high:
-        return (
-            f"the two inputs differ by {found.mean:.3g} (95 %: {found.low:.3g} to {found.high:.3g}), so that no difference "
-            "is possible; more sequences would tell"
-        )
+        return f"the two inputs differ by {interval}, so that no difference is possible; more sequences would tell"
     return ""

@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from depthscope.diagnostics.errors import InputError, did_you_mean
 from depthscope.diagnostics.numbers import number, percent
 
 
-@dataclass(frozen=True)
-class ExperimentKind:
-    """One kind of experiment.
+class ExperimentKind(NamedTuple):
+    """One kind of experiment, in Python and on the command line.
 
-    Parameters
-    ----------
-    name : str
-        The word in Python and on the command line.
-    unit : str
-        What one experiment changes: a ``"block"``, a ``"connection"`` or the state at a ``"depth"``.
-    sentence : str
-        What is changed, as an equation or a description.
-    streams : bool
-        Whether the model must have several residual streams.
+    ``unit``: what one experiment changes: a ``"block"``, a ``"connection"`` or the state at a ``"depth"``.
+    ``sentence``: what is changed, as an equation or a description.
+    ``streams``: whether the model must have several residual streams.
     """
 
     name: str
@@ -32,29 +23,19 @@ class ExperimentKind:
     streams: bool = False
 
 
-KINDS: dict[str, ExperimentKind] = {
-    kind.name: kind
-    for kind in (
-        ExperimentKind("skip", "block", "the state after the block is the one before it"),
-        ExperimentKind("identity", "connection", "H_res is the identity: no stream is mixed", streams=True),
-        ExperimentKind(
-            "uniform", "connection", "H_res is J/n: every stream gets the mean of all", streams=True
-        ),
-        ExperimentKind("drop_stream", "depth", "one stream is set to zero at one depth", streams=True),
-        ExperimentKind("bypass", "depth", "the steps to the named depths are left out, all at once"),
-    )
-}
+_KINDS = (
+    ExperimentKind("skip", "block", "the state after the block is the one before it"),
+    ExperimentKind("identity", "connection", "H_res is the identity: no stream is mixed", streams=True),
+    ExperimentKind("uniform", "connection", "H_res is J/n: every stream gets the mean of all", streams=True),
+    ExperimentKind("drop_stream", "depth", "one stream is set to zero at one depth", streams=True),
+    ExperimentKind("bypass", "depth", "the steps to the named depths are left out, all at once"),
+)
+KINDS: dict[str, ExperimentKind] = {kind.name: kind for kind in _KINDS}
 """Every kind of experiment, by name."""
 
 
 def kind_named(name: str) -> ExperimentKind:
-    """The kind of a name; hyphens and underscores are the same.
-
-    Examples
-    --------
-    >>> kind_named("drop-stream").unit
-    'depth'
-    """
+    """The kind of a name; hyphens and underscores are the same."""
     found = KINDS.get(str(name).replace("-", "_"))
     if found is None:
         raise InputError(f"no experiment {name!r}; {did_you_mean(str(name), KINDS)}")
@@ -109,11 +90,11 @@ def consequence_words(result: Mapping[str, Any]) -> str:
     first, last = result["depths"]
     steps = f"the steps from depth {first} to {last}" if first < last else f"the step to depth {last}"
     parts = []
-    if result.get("loss_change") is not None:
+    if (change := result.get("loss_change")) is not None:
         reach = result.get("half_width")
         interval = "" if reach is None else f" ± {number(reach, digits=2)}"
         parts.append(
-            f"the loss changes by {number(result['loss_change'], sign=True)}{interval} (from {number(result['loss'])})"
+            f"the loss changes by {number(change, sign=True)}{interval} (from {number(result['loss'])})"
         )
     if result.get("output_change") is not None:
         parts.append(f"the output changes by {percent(result['output_change'])}")

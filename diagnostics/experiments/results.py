@@ -26,17 +26,12 @@ EXPERIMENTS = "depthscope experiments"
 RESULTS = ("ablate", "lens")
 """The commands whose results are saved next to a run."""
 
+MADE_BY = "`depthscope ablate`, or of `ds.lens`"
 COLUMNS = ("loss_change", "kl", "output_change")
 
 
 def result_path(run: str | os.PathLike[str], what: str) -> Path:
-    """Where the result of an experiment on a run is saved: ``a.zarr`` and ``ablate`` give ``a.ablate.zip``.
-
-    Examples
-    --------
-    >>> result_path("runs/a.zarr", "ablate").name
-    'a.ablate.zip'
-    """
+    """Where the result of an experiment on a run is saved: ``a.zarr`` and ``ablate`` give ``a.ablate.zip``."""
     path = Path(run)
     return path.with_name(f"{without_suffix(path.name)}.{what}{SUFFIX}")
 
@@ -81,15 +76,11 @@ def open_result(path: str | os.PathLike[str]) -> xr.Dataset:
     """
     file = Path(path)
     if not file.exists():
-        raise AbsentError(
-            f"no result of experiments at {file}; make one with `depthscope ablate`, `patch` or `lens`"
-        )
+        raise AbsentError(f"no result of experiments at {file}; make one with {MADE_BY}")
     with open_tree(file) as opened:
         found = opened.to_dataset().load()
     if found.attrs.get("kind_of_file") != EXPERIMENTS:
-        raise InputError(
-            f"{file} is not a result of experiments; expected one of `depthscope ablate`, `patch` or `lens`"
-        )
+        raise InputError(f"{file} is not a result of experiments; expected one of {MADE_BY}")
     return found
 
 
@@ -112,12 +103,6 @@ def _estimates(result: xr.Dataset, names: tuple[str, ...], at: Any) -> dict[str,
     return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
-def _size(row: dict[str, Any]) -> float:
-    """How large a change is: that of the loss, or of the output where there is no loss."""
-    value = row["loss_change"] if row["loss_change"] is not None else row["output_change"]
-    return abs(value) if value is not None else 0.0
-
-
 def result_for(finding: Any, result: xr.Dataset) -> str:
     """What the experiment that settles a finding gave, where it was run at the finding's place.
 
@@ -129,7 +114,11 @@ def result_for(finding: Any, result: xr.Dataset) -> str:
     # A block that is skipped is a step, or two, that is left out.
     kinds = {kind, "skip"} if kind == "bypass" else {kind}
     rows = [row for row in table_rows(result) if row["kind"] in kinds and _at_the_place(row, finding)]
-    return sentence(max(rows, key=_size)) if rows else ""
+
+    def size(row: dict[str, Any]) -> float:
+        return abs(row["output_change"] or 0.0 if row["loss_change"] is None else row["loss_change"])
+
+    return sentence(max(rows, key=size)) if rows else ""
 
 
 def _at_the_place(row: dict[str, Any], finding: Any) -> bool:
@@ -144,14 +133,7 @@ def _at_the_place(row: dict[str, Any], finding: Any) -> bool:
 
 
 def sentence(row: dict[str, Any]) -> str:
-    """One experiment as a phrase.
-
-    Examples
-    --------
-    >>> row = dict(experiment="skip block 3", loss_change=0.5, loss_change_low=0.25, loss_change_high=0.75, kl=None)
-    >>> sentence(row)
-    'skip block 3: loss +0.5 nats (95 %: +0.25 to +0.75)'
-    """
+    """One experiment as a phrase, such as ``skip block 3: loss +0.5 nats (95 %: +0.25 to +0.75)``."""
     name, change = row["experiment"], row["loss_change"]
     if change is None:
         return f"{name}: the output changes by {percent(row['output_change'] or 0.0)}"

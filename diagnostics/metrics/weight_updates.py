@@ -55,7 +55,7 @@ def weight_gradient_norm(weight_gradient_square_norm: xr.DataArray) -> xr.DataAr
     symbol=r"\|\Delta W_m\|_F / \|W_m\|_F",
     dims="weight",
     scale="log",
-    # As in the verdicts `lost_update` and `large_update`.
+    # As in the verdicts `untrained_module` and `large_update`.
     healthy=Range(low=1e-7, high=0.1, source=OURS),
     cite="bernstein2020distance",
     basis="invariant",

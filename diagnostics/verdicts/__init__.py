@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import xarray as xr
@@ -13,7 +14,6 @@ from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.registry import with_row_facts
 from depthscope.diagnostics.schema import GROUPS, by_chain
 from depthscope.diagnostics.verdicts import (
-    inputs,
     magnitude,
     reading,
     representation,
@@ -42,63 +42,15 @@ __all__ = [
     "verdict",
 ]
 
+ROOMS = (same_representation, reading, training, wiring, magnitude, streams, representation)
 # In the order in which passed verdicts are listed; findings are ordered by `judge`.
 VERDICTS: dict[str, Verdict] = {
-    each.name: each
-    for each in (
-        same_representation.same_representation,
-        reading.nothing_measured,
-        magnitude.not_finite,
-        training.diverged_loss,
-        training.worse_than_constant,
-        training.surer_than_right,
-        training.off_minimum,
-        training.untrained_weights,
-        wiring.looks_ahead,
-        magnitude.dead_state,
-        magnitude.exploding_state,
-        magnitude.vanishing_state,
-        magnitude.cut_gradient,
-        magnitude.gain_explosion,
-        magnitude.attenuation,
-        magnitude.exploding_gradient,
-        magnitude.vanishing_gradient,
-        wiring.discarded_mixing,
-        wiring.transposed_mixing,
-        wiring.constant_mixing,
-        wiring.unlearnable_mixing,
-        wiring.swapped_weights,
-        wiring.foreign_coefficients,
-        streams.sinkhorn_not_converged,
-        streams.negative_mixing,
-        streams.stream_collapse,
-        streams.unused_stream,
-        streams.copied_streams,
-        streams.passing_streams,
-        representation.rank_collapse,
-        representation.lost_directions,
-        representation.common_vector,
-        representation.idle_layer,
-        inputs.equal_sequences,
-        wiring.stale_statistics,
-        representation.attention_entropy_collapse,
-        representation.massive_activations,
-        training.large_update,
-        training.lost_update,
-        training.silent_module,
-        reading.small_sample,
-        reading.unproven_reading,
-    )
+    each.name: each for room in ROOMS for each in vars(room).values() if isinstance(each, Verdict)
 }
-
 ABOUT_THE_RUN = {reading.nothing_measured.name} | {
     each.name for each in VERDICTS.values() if each.about == "reading"
 }
 """Verdicts that say how far a run can be trusted, and nothing about its network."""
-CAUSES = {each.name: each.follows_from for each in VERDICTS.values()}
-ON_THE_LOSS = tuple(
-    each.name for each in VERDICTS.values() if each.kind is Kind.LOSS and each.metric == "loss"
-)
 
 
 def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findings:
@@ -126,14 +78,22 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
     for chain, part in magnitude.with_joined_stages(_analysis_by_chain(analysis)).items():
         for finding in _judge_chain(part, chain):
             of_run = finding if finding.axis == "run" else replace(finding, chain=chain)
-            of = chains.setdefault(of_run, [])
-            of += [chain] if chain not in of else []
-    found = [
-        replace(finding, chain=of[0], sentence=_of_chains(finding.sentence, of))
-        for finding, of in chains.items()
-    ]
-    reported = [finding for finding in found if passed or finding.severity > Severity.PASS]
-    return Findings(sorted(reported, key=_severity_order))
+            chains.setdefault(of_run, []).append(chain)
+    found = []
+    for finding, of in chains.items():
+        names = ", ".join(dict.fromkeys(of))
+        told = f" {'These are chains' if ', ' in names else 'This is chain'} {names}." if names else ""
+        if passed or finding.severity > Severity.PASS:
+            found.append(replace(finding, chain=of[0], sentence=f"{finding.sentence}{told}"))
+    return Findings(sorted(found, key=_severity_order))
+
+
+@cache
+def judged_metrics() -> tuple[str, ...]:
+    """The metrics that verdicts, and the age of a network, are read off."""
+    taken = {name for verdict in VERDICTS.values() for name in (*verdict.needs, *verdict.wants)}
+    taken.add("first_weight_distance")
+    return tuple(name for name in CATALOGUE if taken & {name, f"{name}_null"})
 
 
 def last_step(analysis: xr.Dataset) -> xr.Dataset:
@@ -146,7 +106,7 @@ def suspected(analysis: xr.Dataset) -> list[Finding]:
     last = with_row_facts(last_step(analysis))
     found = [each for verdict in VERDICTS.values() for each in verdict.findings(last) if each.explains]
     return sorted(
-        explain(found, last, CAUSES, ON_THE_LOSS),
+        explain(found, last, VERDICTS),
         key=lambda each: (bool(each.because), *_severity_order(each)),
     )
 
@@ -160,7 +120,7 @@ def _judge_chain(analysis: xr.Dataset, chain: str) -> list[Finding]:
     found = [finding for each in VERDICTS.values() for finding in uncertainty.findings(each, last)]
     judged = {finding.verdict for finding in found} - ABOUT_THE_RUN
     found += reading.nothing_measured.findings(last.assign_attrs({reading.JUDGED: len(judged)}))
-    explained = explain(found, last, CAUSES, ON_THE_LOSS)
+    explained = explain(found, last, VERDICTS)
     return [with_proof(each, analysis.attrs) for each in explained]
 
 
@@ -175,17 +135,6 @@ def _without_overflow(analysis: xr.Dataset) -> xr.Dataset:
         if name in CATALOGUE and any("gradient" in root for root in CATALOGUE[name].roots)
     ]
     return analysis.drop_vars(of_gradients)
-
-
-def _of_chains(sentence: str, chains: list[str]) -> str:
-    """A sentence about one chain of several, or about some of them, which it names."""
-    if not chains[0]:
-        return sentence
-    return (
-        f"{sentence} This is chain {chains[0]}."
-        if len(chains) == 1
-        else f"{sentence} These are chains {', '.join(chains)}."
-    )
 
 
 def _severity_order(finding: Finding) -> tuple[bool, float, bool, float]:

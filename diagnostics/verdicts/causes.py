@@ -7,35 +7,33 @@ from dataclasses import replace
 
 import xarray as xr
 
+from depthscope.diagnostics.verdicts.declaration import Verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
+from depthscope.diagnostics.verdicts.rule import Kind
 
 Span = tuple[int, int]
 """First and last depth of a finding."""
 
 
 def explain(
-    findings: Sequence[Finding],
-    analysis: xr.Dataset,
-    causes: Mapping[str, Sequence[str]],
-    explained: Sequence[str],
+    findings: Sequence[Finding], analysis: xr.Dataset, verdicts: Mapping[str, Verdict]
 ) -> list[Finding]:
     """Findings of one chain, of which those that another one explains name it.
 
     An effect is a note where a loud finding that is at least as bad as it explains it: what a depth does, all later ones
     inherit. What the loss shows stays loud, and names where to look: at the repair that lowers it, or else at the statistic
     that is farthest beyond its limit.
-
-    ``causes``: by verdict, the verdicts that it may follow from.
-    ``explained``: the verdicts on the loss, which any statistic explains; the others are facts or statistics.
     """
+    causes = {name: of.follows_from for name, of in verdicts.items()}
     found = [_effect(each, findings, analysis, causes.get(each.verdict, ())) for each in findings]
-    notes = [each for each in findings if each.explains and each.verdict not in explained]
+    on_the_loss = {name for name, of in verdicts.items() if of.kind is Kind.LOSS and of.metric == "loss"}
+    notes = [each for each in findings if each.explains and each.verdict not in on_the_loss]
     places = sorted(notes, key=lambda each: (each.axis != "run", each.excess))
     places += [each for each in found if each.verdict == "off_minimum" and each.severity > Severity.INFO]
 
     def with_place(each: Finding) -> Finding:
         others = [place for place in places if place.verdict != each.verdict]
-        if each.verdict not in explained or each.severity <= Severity.INFO or each.because or not others:
+        if each.verdict not in on_the_loss or each.severity <= Severity.INFO or each.because or not others:
             return each
         sentence = f"{each.sentence} Look first at {_named(others[-1])}."
         return replace(each, because=others[-1].verdict, sentence=sentence)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -14,16 +13,24 @@ import xarray as xr
 
 from depthscope.diagnostics import numbers
 from depthscope.diagnostics.numbers import percent
-from depthscope.diagnostics.verdicts.age import Age, age_of
+from depthscope.diagnostics.verdicts.age import Age, Inputs, Task, age_of
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.locations import place, span
-from depthscope.diagnostics.verdicts.rule import Kind, grade, result_of
+from depthscope.diagnostics.verdicts.rule import Grade, Kind, grade, result_of
 
 DEFAULT = "depthscope's default"
 """The source of a limit that no publication states: set by hand."""
 
 # What is smaller is what the rounding of float64, 1e-16, leaves of a share after some connections.
 NOTHING = 1e-20
+
+FACTS: dict[str, Callable[[xr.Dataset], Any]] = {
+    "attrs": lambda analysis: analysis.attrs,
+    "task": lambda analysis: Task.of(analysis.attrs),
+    "age": age_of,
+    "inputs": lambda analysis: Inputs.of(analysis.attrs),
+}
+"""What else a verdict can take than variables of an analysis."""
 
 SPOILING = ("not_finite", "dead_state")
 """What is not a number, or zero, explains every statistic of what comes after it."""
@@ -55,7 +62,7 @@ class Limits:
     def words(self) -> str:
         """From which values on each severity is reported, such as ``WARN above 0.95, FAIL above 0.99``."""
         side = "above" if self.above else "below"
-        return ", ".join(f"{severity.name} {side} {limit_words(limit)}" for severity, limit in self.levels)
+        return ", ".join(f"{severity.name} {side} {exact(limit)}" for severity, limit in self.levels)
 
     def beyond(self, values: np.ndarray, limit: float) -> np.ndarray:
         """Which values are beyond a limit; NaN is beyond none."""
@@ -72,20 +79,20 @@ class Profile:
     """What a verdict judges: numbers along depth, along the connections or modules, or one for the run.
 
     ``values``: one dim, ``depth``, ``connection`` or ``weight``, or none.
-    ``words``: what the number is, to be followed by it: ``"the forward gain is"``.
+    ``words``: what the number is, without an article; empty where it is what the verdict judges.
     ``stream``: the stream that it belongs to.
     ``begins``: whether the sentence has the number with which it begins beside the worst: of what spreads from there on.
     ``note_only``: whether it is a note however far beyond: what is known to be harmless, or may well be meant.
     ``is_sure``: whether no network that begins to train is so far beyond: where its age is not known, nothing is taken off.
     ``note``: a further sentence.
-    ``template``: the sentence up to the limit, in place of words, number and place: ``{value}``, ``{percent}``, ``{where}``.
-    ``sentence``: the complete sentence, in place of the one made of `words`, number and position.
+    ``template``: the sentence up to the limit, in place of words, number and place: ``{percent}``, ``{where}``.
+    ``sentence``: the complete sentence beyond the limit, in place of the one made of `words`, number and position.
     ``metric``: the metric of which `values` are a slice as it is: its figures show the limits. Empty for numbers that are made
     of several, or compared with another position.
     """
 
-    values: xr.DataArray
-    words: str
+    values: xr.DataArray | float
+    words: str = ""
     stream: str | None = None
     begins: bool = False
     note_only: bool = False
@@ -94,12 +101,6 @@ class Profile:
     template: str = ""
     sentence: str = ""
     metric: str = ""
-
-    @property
-    def quantity(self) -> str:
-        """What the number is, without the verb that leads to it in a sentence."""
-        words = re.split(r",? (?:is|has the size)\b", self.words)[0]
-        return words.removeprefix("the ").rstrip(" ,")
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,9 @@ class Verdict:
     ``kind``: what it rests on, which decides when it is loud, see `rule`.
     ``metric``: the metric that the number comes from; ``judges`` the number itself, ``formula`` in plain signs, ``range`` the
     values that it can have.
-    ``needs, wants``: variables of the analysis, and ``attrs``, that the function takes; those where the analysis has them.
-    ``function``: variables in, profiles out; None where the question does not apply.
+    ``needs, wants``: variables of the analysis, and `FACTS`, that the function takes; those where the analysis has them.
+    ``function``: variables in, profiles out; none where the question does not apply.
     ``follows_from``: other verdicts that explain this one, which is then a note.
-    ``drawn_on``: metrics that are judged as they are, see `Profile.metric`: their figures show the limits.
     ``tried``: whether `depthscope.settle` leaves out what it says is of no use.
     """
 
@@ -125,12 +125,11 @@ class Verdict:
     judges: str
     limits: Limits
     needs: tuple[str, ...]
-    function: Callable[..., Iterable[Profile] | None]
+    function: Callable[..., Iterable[Profile]]
     wants: tuple[str, ...] = ()
     formula: str = ""
     range: str = "0 or more"
     follows_from: tuple[str, ...] = ()
-    drawn_on: tuple[str, ...] = ()
     tried: bool = False
 
     @property
@@ -150,32 +149,37 @@ class Verdict:
         Returns: PASS among them; one for each stream of which numbers are beyond; empty where the question does not apply.
         """
         age = cache(partial(age_of, analysis))  # most verdicts pass, and ask for none
-        found = [self._judge(profile, age, analysis) for profile in self.profiles(analysis)]
+        found = [
+            self._judge(profile, xr.DataArray(profile.values), age, analysis)
+            for profile in self.profiles(analysis)
+        ]
         return _merged_by_stream([finding for finding in found if finding is not None])
 
     def profiles(self, analysis: xr.Dataset) -> list[Profile]:
         """What is judged of one chain; empty where the question does not apply, or its variables are missing."""
         if self.missing(analysis):
             return []
-        arguments: dict[str, Any] = {}
-        for name in (*self.needs, *self.wants):
-            if name == "attrs":
-                arguments[name] = analysis.attrs
-            elif name in analysis:
-                arguments[name] = analysis[name]
-        return list(self.function(**arguments) or ())
+        arguments = {
+            name: FACTS[name](analysis) if name in FACTS else analysis[name]
+            for name in (*self.needs, *self.wants)
+            if name in FACTS or name in analysis
+        }
+        return list(self.function(**arguments))
 
     def limits_on(self, metric: str, analysis: xr.Dataset) -> list[Limits]:
         """The limits that one chain's values of a metric are compared with, for its figures."""
-        is_judged = metric in self.drawn_on and any(each.metric == metric for each in self.profiles(analysis))
+        is_taken = metric in (*self.needs, *self.wants)
+        is_judged = is_taken and any(each.metric == metric for each in self.profiles(analysis))
         return [self.limits] if is_judged else []
 
     def missing(self, analysis: xr.Dataset) -> list[str]:
         """Variables without which it cannot judge, and that an analysis does not have."""
-        return [name for name in self.needs if name != "attrs" and name not in analysis]
+        return [name for name in self.needs if name not in FACTS and name not in analysis]
 
-    def _judge(self, profile: Profile, age: Callable[[], Age], analysis: xr.Dataset) -> Finding | None:
-        values = np.atleast_1d(profile.values.values.astype(float))
+    def _judge(
+        self, profile: Profile, judged: xr.DataArray, age: Callable[[], Age], analysis: xr.Dataset
+    ) -> Finding | None:
+        values = np.atleast_1d(judged.values.astype(float))
         if np.isnan(values).all():  # undefined is neither passed nor failed
             return None
         limits = self.limits
@@ -184,26 +188,19 @@ class Verdict:
         by_limits, limit = limits.severity(values[at])
         if not by_limits:  # a passed verdict is at its worst value, for no position is beyond the limits
             beyond = np.array([at])
-        axis = str(profile.values.dims[0]) if profile.values.dims else "run"
+        axis = str(judged.dims[0]) if judged.dims else "run"
         first, last = (-1, -1) if axis == "run" else (int(beyond[0]), int(beyond[-1]))
-        # The sentence names the limit that was crossed, whatever the severity becomes.
-        sentence = self._sentence(profile, values[at], limit, by_limits, at, beyond)
-        severity, words, settled = min(by_limits, Severity.INFO), "", ""
-        if by_limits > Severity.INFO and not profile.note_only:
+        explains = by_limits > Severity.INFO and not profile.note_only
+        found = Grade(min(by_limits, Severity.INFO))
+        if explains:
             result = result_of(analysis.attrs, self.name, first, last)
-            severity, words, settled = grade(
-                self.kind,
-                by_limits,
-                age(),
-                analysis.attrs,
-                result,
-                is_tried=self.tried,
-                is_sure=profile.is_sure,
-            )
+            doubts = {"is_tried": self.tried, "is_sure": profile.is_sure}
+            found = grade(self.kind, by_limits, age(), analysis.attrs, result, **doubts)
         return Finding(
             verdict=self.name,
-            severity=severity,
-            sentence=f"{sentence}{words}",
+            severity=found.severity,
+            # It names the limit that was crossed, whatever the severity becomes.
+            sentence=self._sentence(profile, judged, by_limits, at, beyond) + found.words,
             metric=profile.metric or self.metric,
             value=float(values[at]),
             threshold=float(limit),
@@ -213,48 +210,45 @@ class Verdict:
             last=last,
             advice=self.advice,
             stream=profile.stream,
-            quantity=profile.quantity,
+            quantity=profile.words or self.judges,
             above=limits.above,
             worst=-1 if axis == "run" else at,
             scale=limits.scale,
             about=self.about,
-            settled=settled,
-            explains=by_limits > Severity.INFO and not profile.note_only,
-            profile=tuple(values.tolist()) if profile.values.dims else (),
+            settled=found.settled,
+            explains=explains,
+            profile=tuple(values.tolist()) if judged.dims else (),
         )
 
     def _sentence(
-        self, profile: Profile, value: float, limit: float, severity: Severity, at: int, beyond: np.ndarray
+        self, profile: Profile, values: xr.DataArray, severity: Severity, at: int, beyond: np.ndarray
     ) -> str:
-        if profile.sentence:
+        if severity and profile.sentence:
             return profile.sentence
-        side = "above" if self.limits.above else "below"
-        where = place(profile.values, at) if profile.values.dims else ""
-        written = number
-        said = f"{profile.words} {number(value)} {where}"
+        value, where = float(values[at] if values.dims else values), place(values, at) if values.dims else ""
+        words, written = profile.words or self.judges, exact if self.limits.scale == "cosine" else number
+        said = f"the {words}{',' if ', ' in words else ''} is {written(value)} {where}"
         if severity and profile.template:
             written = percent if "{percent}" in profile.template else number
-            said = profile.template.format(value=number(value), percent=percent(value), where=where)
-        sentence = f"{said.rstrip()}, limit {written(limit)} ({self.limits.source})"
+            said = profile.template.format(percent=percent(value), where=where)
+        limit, source = self.limits.severity(value)[1], self.limits.source
+        sentence = f"{said.rstrip()}, limit {written(limit)} ({source})"
         if severity and len(beyond) > 1:
-            begins = ""
-            if profile.begins and beyond[0] != at:
-                first = int(beyond[0])
-                begins = (
-                    f"begins with {written(float(profile.values[first]))} {place(profile.values, first)} and "
-                )
-            mildest = written(self.limits.levels[0][1])
-            sentence += f"; it {begins}is {side} {mildest} {span(profile.values, beyond)}"
+            begins, first = "", int(beyond[0])
+            if profile.begins and first != at:
+                begins = f"begins with {written(float(values[first]))} {place(values, first)} and "
+            side, mildest = "above" if self.limits.above else "below", written(self.limits.levels[0][1])
+            sentence += f"; it {begins}is {side} {mildest} {span(values, beyond)}"
         note = f" {profile.note}" if profile.note and severity else ""
         return f"{sentence[0].upper()}{sentence[1:]}.{note}"
 
 
 def verdict(
     kind: Kind, *, metric: str, judges: str, limits: Limits, follows_from: tuple[str, ...] = (), **others: Any
-) -> Callable[[Callable[..., Iterable[Profile] | None]], Verdict]:
+) -> Callable[[Callable[..., Iterable[Profile]]], Verdict]:
     """Declare the function below as a verdict; its parameters name variables of an analysis. ``others``: see `Verdict`."""
 
-    def declare(function: Callable[..., Iterable[Profile] | None]) -> Verdict:
+    def declare(function: Callable[..., Iterable[Profile]]) -> Verdict:
         title, _, advice = (inspect.getdoc(function) or "").partition("\n")
         parameters = inspect.signature(function).parameters.values()
         return Verdict(
@@ -291,21 +285,13 @@ def _merged_by_stream(found: list[Finding]) -> list[Finding]:
     return merged
 
 
-def limit_words(value: float) -> str:
-    """A limit in three digits; where these are 1 and it is not, its distance from 1."""
+def exact(value: float) -> str:
+    """A number in three digits; where these are 1 and it is not, its distance from 1."""
     if value != 1 and number(value) == number(1.0):
         return f"1 {'−' if value < 1 else '+'} {number(abs(1 - value))}"
     return number(value)
 
 
 def number(value: float) -> str:
-    """A number in a sentence, three significant digits.
-
-    Examples
-    --------
-    >>> number(3012.7), number(0.05), number(1e-7)
-    ('3013', '0.05', '1e-7')
-    """
-    if 0 < abs(value) < NOTHING:
-        return "nothing (below rounding)"
-    return numbers.number(value)
+    """A number in a sentence, three significant digits."""
+    return "nothing (below rounding)" if 0 < abs(value) < NOTHING else numbers.number(value)

@@ -6,8 +6,7 @@ Limits without a comment or a source are heuristics of ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,15 +15,12 @@ import xarray as xr
 from depthscope.diagnostics.metrics.gradients import NUM_FEATURES
 from depthscope.diagnostics.metrics.mixing import LARGEST_TOKEN
 from depthscope.diagnostics.schema import CUT_GRADIENT, NOT_FINITE, WITHOUT_GRADIENT
-from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, verdict
-from depthscope.diagnostics.verdicts.declaration import number as _in_words
-from depthscope.diagnostics.verdicts.locations import place, span
+from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.locations import place
 from depthscope.diagnostics.verdicts.rule import Kind
 from depthscope.diagnostics.verdicts.wiring import ONE_EXACT_SUM, satisfies
 
 ROUNDED = 1e-6  # of a sum and a singular value that are the same
-DIRECTIONS = ("forward", "backward")
-
 # A stream with less than half of its sum left counts as faded. Heuristic.
 FADED = 0.5
 
@@ -71,9 +67,9 @@ def not_finite(
         kinds.append(("gradient", _not_finite(gradient_norm, "depth").where(~absent)))
     for kind, values in kinds:
         if values is not None:
-            yield Profile(values, f"the number of tokens whose {kind} is not finite is", begins=True)
+            yield Profile(values, f"number of tokens whose {kind} is not finite", begins=True)
     if loss_not_finite is not None:
-        yield Profile(loss_not_finite, "the number of losses that are not finite is")
+        yield Profile(loss_not_finite, "number of losses that are not finite")
 
 
 def _first(values: xr.DataArray) -> float:
@@ -105,15 +101,7 @@ def dead_state(residual_norm: xr.DataArray) -> Iterator[Profile]:
     token passes, or values that half precision rounds to zero.
     """
     norm = one_view(residual_norm)
-    zero = np.flatnonzero(norm.values == 0)
-    where = "" if not len(zero) else span(norm, zero) if len(zero) > 1 else place(norm, int(zero[0]))
-    yield Profile(
-        (norm == 0).astype(float).where(norm.notnull()),
-        "the number of depths at which the state is zero is",
-        sentence=f"The state is zero {where}, where any size above 0 is expected ({DEFAULT})."
-        if where
-        else "",
-    )
+    yield Profile((norm == 0).astype(float).where(norm.notnull()), template="the state is zero {where}")
 
 
 # Heuristic: a hundred independent unit branches grow by 10 and agreeing ones by 100, so that 1e4 leaves room for a small
@@ -157,10 +145,7 @@ def _relative_size(norm: xr.DataArray, before: float) -> Iterator[Profile]:
     """Size of the state over that of the embedding, where neither is zero (see `dead_state`)."""
     norm = one_view(_before_final_norm(norm))
     first = norm.isel(depth=0, drop=True)
-    yield Profile(
-        (before * norm / first.where(first > 0)).where(norm > 0),
-        "the size of the states, relative to that at the embedding, is",
-    )
+    yield Profile((before * norm / first.where(first > 0)).where(norm > 0))
 
 
 @verdict(
@@ -169,32 +154,29 @@ def _relative_size(norm: xr.DataArray, before: float) -> Iterator[Profile]:
     judges="number of states that no gradient reaches below a cut",
     limits=Limits(fail=0.0),
 )
-def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
+def cut_gradient(gradient_norm: xr.DataArray) -> Iterator[Profile]:
     """A block stops the gradient: nothing below it is trained.
 
     Look in that block for a detach, a no_grad, an argmax or a rounding on the way from its input to its output, the skip
     included. Where it is meant, as a frozen lower part is, freeze those weights: then no gradient is expected there.
     """
     cut, without = (gradient_norm.attrs.get(name, []) for name in (CUT_GRADIENT, WITHOUT_GRADIENT))
-    depths = gradient_norm["depth"].values.tolist() if "depth" in gradient_norm.coords else []
-    lost = gradient_norm.isel(stream=0, drop=True).copy(data=np.zeros(gradient_norm.sizes["depth"]))
-    if not cut:
-        return [Profile(lost, "the number of states whose gradient is cut is")]
-    # A state that is detached has no graph itself: the cut is above the last state in a row that no gradient reached.
-    top = depths.index(max(cut))
-    while top + 1 < len(depths) and depths[top + 1] in without:
-        top += 1
-    lost[depths.index(min(cut)) : top + 1] = 1.0
-    where = place(lost, top)
-    how = "is detached where it leaves its block or where the next one reads it"
-    if depths[top] in cut:
-        how = "is read by a block that passes no gradient on"
-    nearest = f" The nearest state that gets one is {place(lost, top + 1)}." if top + 1 < len(depths) else ""
-    sentence = (
-        f"No gradient reaches the {int(lost.sum())} states up to the one {where}, where every state should get one "
-        f"({DEFAULT}): it {how}.{nearest}"
+    lost, sentence = (
+        gradient_norm.isel(stream=0, drop=True).copy(data=np.zeros(gradient_norm.sizes["depth"])),
+        "",
     )
-    return [Profile(lost, "the number of states whose gradient is cut is", sentence=sentence)]
+    if cut:
+        depths = gradient_norm["depth"].values.tolist()
+        # A state that is detached has no graph: the cut is above the last state in a row that no gradient reached.
+        top = depths.index(max(cut))
+        while top + 1 < len(depths) and depths[top + 1] in without:
+            top += 1
+        lost[depths.index(min(cut)) : top + 1] = 1.0
+        sentence = (
+            f"No gradient reaches the {int(lost.sum())} states up to the one {place(lost, top)}, where every state should get "
+            f"one ({DEFAULT})."
+        )
+    yield Profile(lost, sentence=sentence)
 
 
 # Between the 1.6 of mHC and the 3000 of an unstable HC that the mHC paper reports, of gains averaged over tokens; so for one
@@ -206,7 +188,6 @@ def cut_gradient(gradient_norm: xr.DataArray) -> Iterable[Profile] | None:
     formula="max_i |Σ_j P_ij|, max_j |Σ_i P_ij|, ‖P‖₂; p99 over tokens",
     limits=Limits(warn=10.0, fail=100.0),
     follows_from=("constant_mixing",),
-    drawn_on=("composite_gain", "composite_operator_gain"),
 )
 def gain_explosion(
     composite_gain: xr.DataArray, composite_operator_gain: xr.DataArray | None = None
@@ -216,47 +197,40 @@ def gain_explosion(
     Constrain H_res (mHC), start it at the identity, lower its learning rate or decay its dynamic part. The
     mHC paper reports about 3000 for an unstable 27B HC and 1.6 for mHC.
     """
-    words = "the {} of the mixing from the embedding on"
-    yield from _gain_profiles(composite_gain, composite_operator_gain, words)
+    amplifies = False
+    for at, direction in enumerate(("forward", "backward")):
+        values, told, note = _of_tokens(composite_gain.sel(direction=direction, drop=True), at)
+        amplifies |= bool((values > GAIN_LIMIT).any())
+        words = f"{direction} gain of the mixing from the embedding on ({told})"
+        yield Profile(values, words, note=note, metric="composite_gain")
+    # Differences between streams may grow while all signed sums stay 1: the norm sees both.
+    if composite_operator_gain is not None:
+        two = composite_operator_gain["norm"].values.tolist().index("two")
+        values, told, note = _of_tokens(composite_operator_gain.isel(norm=two, drop=True), two)
+        words = f"spectral norm of the mixing from the embedding on, which also sees what signed sums cancel ({told})"
+        yield Profile(values.where(not amplifies), words, note=note, metric="composite_operator_gain")
 
 
 GAIN_LIMIT = 10.0
 TOKEN_LIMIT = 100.0  # of a single token, since the largest of many is larger than that of few
 
 
-def _gain_profiles(signed: xr.DataArray, norms: xr.DataArray | None, words: str) -> Iterator[Profile]:
-    """The signed gain in both directions, and the spectral norm where no signed sum shows an explosion."""
-    amplifies = False
-    for number, direction in enumerate(DIRECTIONS):
-        profile = _gain_profile(
-            signed.sel(direction=direction, drop=True), words.format(f"{direction} gain"), number
-        )
-        amplifies |= bool((profile.values > GAIN_LIMIT).any())
-        yield replace(profile, metric=str(signed.name))
-    # Differences between streams may grow while all signed sums stay 1: the norm sees both.
-    if norms is not None:
-        name = "spectral norm, which also sees what signed sums cancel,"
-        two = norms["norm"].values.tolist().index("two")
-        profile = _gain_profile(norms.isel(norm=two, drop=True), words.format(name), two)
-        yield replace(profile, values=profile.values.where(not amplifies), metric=str(norms.name))
-
-
-def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
-    """The 99th percentile over tokens, or the largest token where it alone is beyond the limit, with its place."""
+def _of_tokens(gain: xr.DataArray, kind: int) -> tuple[xr.DataArray, str, str]:
+    """The 99th percentile over tokens, or the largest token where it alone is beyond the limit; in words, with its place."""
     largest = gain.sel(reduction="max", drop=True)
     # Training curves have no quantiles, which sums cannot give.
     if "p99" not in gain["reduction"].values:
-        return Profile(largest, f"{words} (max over tokens) is")
+        return largest, "max over tokens", ""
     most = gain.sel(reduction="p99", drop=True)
     if bool((most > GAIN_LIMIT).any()) or not bool((largest > TOKEN_LIMIT).any()):
-        return Profile(most, f"{words} (p99 over tokens) is")
-    tokens = gain.attrs.get(LARGEST_TOKEN)
+        return most, "p99 over tokens", ""
+    tokens, at = gain.attrs.get(LARGEST_TOKEN), int(np.nanargmax(largest.values))
     note = ""
     if tokens:
-        sequence, position = tokens[number][int(np.nanargmax(largest.values))]
-        typical = float(gain.sel(reduction="median").isel(connection=int(np.nanargmax(largest.values))))
-        note = f"It is that of sequence {sequence}, position {position}; the median over tokens is {_in_words(typical)}."
-    return Profile(largest, f"{words} is, for the token with the largest one,", note=note)
+        sequence, position = tokens[kind][at]
+        typical = number(float(gain.sel(reduction="median").isel(connection=at)))
+        note = f"It is that of sequence {sequence}, position {position}; the median over tokens is {typical}."
+    return largest, "of the token with the largest one", note
 
 
 @verdict(
@@ -266,7 +240,6 @@ def _gain_profile(gain: xr.DataArray, words: str, number: int) -> Profile:
     formula="min_i |Σ_j P_ij|, min_j |Σ_i P_ij|; p1 over tokens",
     limits=Limits(warn=FADED, fail=0.05, above=False),
     follows_from=("sinkhorn_not_converged",),
-    drawn_on=("composite_attenuation",),
 )
 def attenuation(
     composite_attenuation: xr.DataArray, composite_singular_value: xr.DataArray, attrs: Mapping[str, Any]
@@ -276,34 +249,21 @@ def attenuation(
     Backward: more Sinkhorn iterations, or end them on columns; all error of stopping early sits in one of the
     two sums. Forward: some stream is no longer fed; look at its row of H_res.
     """
-    expected = (
-        1.0 if satisfies(attrs, ONE_EXACT_SUM) else _fade_of_free(composite_attenuation.sizes["connection"])
-    )
-    beside = (
-        ""
-        if expected == 1.0
-        else f", relative to the {_in_words(expected)} that free matrices may well leave,"
-    )
+    # A sum of matrices without a constraint is around 1 by nothing but training: 0.3 over 12 connections is what free matrices
+    # do, and a state fades by the root of the depth beside what is added to it, as in any Pre-LN stack.
+    is_free = not satisfies(attrs, ONE_EXACT_SUM)
+    expected = min(0.1, composite_attenuation.sizes["connection"] ** -0.5) / FADED if is_free else 1.0
+    beside = f", relative to the {number(expected)} that free matrices may well leave" if is_free else ""
     least = composite_singular_value.isel(component=-1, drop=True).sel(reduction="p1", drop=True)
-    for direction in DIRECTIONS:
+    for direction, side in (("forward", "row"), ("backward", "column")):
         weakest = composite_attenuation.sel(direction=direction, reduction="p1", drop=True)
-        side = "row" if direction == "forward" else "column"
         # Signed entries can cancel in a sum although no stream fades: then the smallest singular value is larger, and the sum
         # means nothing. Where no entry is negative it is below every sum.
         yield Profile(
             weakest.where(weakest.values >= (1.0 - ROUNDED) * least.values) / expected,
-            f"the weakest {side} sum of the mixing from the embedding on ({direction}){beside} is",
-            metric="composite_attenuation" if expected == 1.0 else "",
+            f"weakest {side} sum of the mixing from the embedding on ({direction}){beside}",
+            metric="" if is_free else "composite_attenuation",
         )
-
-
-def _fade_of_free(connections: int) -> float:
-    """What a sum of matrices without a constraint may well be, which is around 1 by nothing but training.
-
-    A composite row sum of 0.3 over 12 connections is what free matrices do, and a state fades by the root of the depth beside
-    what is added to it, as in any Pre-LN stack.
-    """
-    return min(0.1, float(connections) ** -0.5) / FADED
 
 
 # Deep networks without norms begin with 10 to 20 at the embedding, and train. The gradient alone is 10 to 120 times as large
@@ -316,68 +276,46 @@ def _fade_of_free(connections: int) -> float:
     limits=Limits(warn=30.0, fail=1000.0),
     follows_from=("gain_explosion",),
 )
-def exploding_gradient(
-    gradient_norm: xr.DataArray, residual_norm: xr.DataArray, relative_gradient: xr.DataArray | None = None
-) -> Iterator[Profile]:
+def exploding_gradient(relative_gradient: xr.DataArray) -> Iterator[Profile]:
     """The gradient grows on its way back through the depth, more than the states shrink.
 
     Scale branches by 1/√depth, normalise before the branches, clip; check the first blocks' learning rate.
     """
-    relative = _relative_gradient(gradient_norm, residual_norm, relative_gradient)
-    if relative.sizes["depth"] > 1:
-        yield Profile(
-            _over_the_last(relative),
-            "the gradient times the size of the state, relative to that at the last block, is",
-        )
+    if relative_gradient.sizes["depth"] > 1:
+        yield Profile(_over_the_last(relative_gradient))
 
 
 @verdict(
     Kind.FRESH,
     metric="gradient_norm",
-    judges="gradient over that at the last block, alone or times the size of the state, the larger",
-    formula="max(‖∂L/∂x_l‖, ‖∂L/∂x_l‖ ‖x_l‖), each over that of the last l",
+    judges="gradient, alone or times the size of the state where that is more, over that at the last block",
+    formula="max(‖∂L/∂x_l‖, ‖∂L/∂x_l‖ ‖x_l‖), each over that of the last l; times the depths where their mean is read",
     limits=Limits(warn=0.1, fail=1e-3, above=False),
 )
 def vanishing_gradient(
-    gradient_norm: xr.DataArray,
-    residual_norm: xr.DataArray,
-    attrs: Mapping[str, Any],
-    relative_gradient: xr.DataArray | None = None,
+    gradient_norm: xr.DataArray, relative_gradient: xr.DataArray, attrs: Mapping[str, Any]
 ) -> Iterator[Profile]:
     """The gradient vanishes on its way back through the depth.
 
     Check that the skip path is unbroken and not scaled down, and that no norm sits on it; raise the branches'
     initial scale in the early blocks.
     """
-    gradient = one_view(_before_final_norm(gradient_norm))
-    if gradient.sizes["depth"] < 2:
+    alone, relative = _over_the_last(gradient_norm), _over_the_last(relative_gradient)
+    if alone.sizes["depth"] < 2:
         return
-    alone = _over_the_last(gradient)
-    relative = _over_the_last(_relative_gradient(gradient_norm, residual_norm, relative_gradient))
     # A state that only a weighted mean over all depths reads gets its share of the gradient.
     share = alone.sizes["depth"] if str(attrs.get("family", "")).startswith("depth_") else 1
-    beside = " (times the number of depths, whose mean is read)" if share > 1 else ""
     # Both must be small: of states that shrink with depth the gradient is smaller where they are larger, and loses nothing.
     kept = xr.where(relative > alone, relative, alone, keep_attrs=False).assign_coords(alone.coords)
     # Where a block before gets more, the gradient has passed this state by: it is lost on no way back. An embedding that later
     # blocks read too gets its own.
     kept[1:] = np.fmax.accumulate(kept.values[1:])
-    yield Profile(
-        share * kept,
-        "the gradient, relative to that at the last block (alone, or times the size of the state where that is more)"
-        f"{beside}, is",
-    )
-
-
-def _relative_gradient(
-    gradient: xr.DataArray, norm: xr.DataArray, relative: xr.DataArray | None
-) -> xr.DataArray:
-    """Gradient times state, per token where that is known: constant where every branch normalises its input and is added."""
-    return one_view(_before_final_norm(gradient * norm if relative is None else relative))
+    yield Profile(share * kept)
 
 
 def _over_the_last(profile: xr.DataArray) -> xr.DataArray:
-    return profile / profile.isel(depth=-1, drop=True).where(lambda last: last > 0)
+    values = one_view(_before_final_norm(profile))
+    return values / values.isel(depth=-1, drop=True).where(lambda last: last > 0)
 
 
 def _before_final_norm(profile: xr.DataArray) -> xr.DataArray:

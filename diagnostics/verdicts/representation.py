@@ -5,21 +5,15 @@ Limits without a comment or a source are heuristics of ours.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+import math
+from collections.abc import Iterator
 
 import numpy as np
 import xarray as xr
 
 from depthscope.diagnostics.numbers import percent
+from depthscope.diagnostics.verdicts.age import FEW_TOKENS, FEWEST, Inputs, Task
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.inputs import (
-    FEW_TOKENS,
-    below_input,
-    distinct,
-    has_few_tokens,
-    one_answer,
-)
 from depthscope.diagnostics.verdicts.rule import Kind
 
 # Angle, as a share of π, below which a layer counts as doing nothing: 1.8°. Gromov et al. and Men et al. remove the
@@ -29,9 +23,24 @@ IDLE = 0.01
 DEAD = 1e-6
 
 
-def _share_of_null(value: xr.DataArray, null: xr.DataArray) -> xr.DataArray:
-    """A rank as a share of its null, both counted from the smallest possible rank of 1."""
-    return (value - 1.0) / (null - 1.0).where(null > 1.0)
+# A Dong residual that rounding leaves of equal tokens.
+EQUAL = 1e-5
+
+
+def _below_input(values: xr.DataArray, tokens: float | None) -> xr.DataArray | None:
+    """Differences between tokens, 1 where they are as large as can be, relative to what came in; None where nothing did.
+
+    Where the tokens are known to differ, a first state without differences is the network's own, and is judged as it is.
+    """
+    first = float(values.isel(depth=0))
+    if tokens is not None:
+        return values if tokens >= FEWEST else None
+    if math.isnan(first):
+        return values
+    if first < EQUAL:
+        return None
+    after = values / min(first, 1.0)
+    return after.where(after["depth"] != after["depth"][0]) if "depth" in after.coords else after
 
 
 # A Dong residual of 0.15 and a share of 0.05: for 64 tokens of 64 features, whose noise has an effective rank of 52, one of
@@ -47,7 +56,7 @@ OF_ONE_ANSWER = 5.0
 @verdict(
     Kind.FRESH,
     metric="effective_rank",
-    judges="share left of the differences between the tokens of a sequence; times 5 where a sequence has one answer",
+    judges="share left of the differences between the tokens of a sequence (times 5 where it has one answer)",
     formula="max(Dong residual, 3 (erank − 1) / (erank of noise − 1)), raw, within a sequence",
     range="0 to about 3",
     limits=Limits(warn=0.15, fail=0.03, above=False),
@@ -56,46 +65,39 @@ def rank_collapse(
     effective_rank: xr.DataArray,
     effective_rank_null: xr.DataArray,
     dong_residual: xr.DataArray,
-    attrs: Mapping[str, Any],
+    inputs: Inputs,
+    task: Task,
 ) -> Iterator[Profile]:
     """The tokens of a sequence become equal.
 
     Keep the skip path at full strength, lower attention's share against the MLP's, or warm up longer:
     attention alone loses rank doubly exponentially with depth (Dong et al. 2021).
     """
-    pick = {"scope": "sequence", "tokens": "ordinary", "centering": "raw", "stream": "mean"}
-    value = effective_rank.sel(pick, drop=True)
-    null = effective_rank_null.sel(scope="sequence", tokens="ordinary", centering="raw", drop=True)
-    share = _share_of_null(value, null)
+    pick = {"scope": "sequence", "tokens": "ordinary", "centering": "raw"}
+    rank, null = (
+        effective_rank.sel(pick | {"stream": "mean"}, drop=True),
+        effective_rank_null.sel(pick, drop=True),
+    )
+    # As a share of what noise has, both counted from the smallest possible rank of 1.
+    share = RESIDUAL_OF_SHARE * (rank - 1.0) / (null - 1.0).where(null > 1.0)
     residual = dong_residual.sel(tokens="ordinary", stream="mean", drop=True)
     # Both must be low: a common mean alone lowers the effective rank, a single large feature the Dong residual.
-    scaled = RESIDUAL_OF_SHARE * share
-    both = xr.where(residual > scaled, residual, scaled, keep_attrs=False).assign_coords(value.coords)
-    judged = below_input(both.where(share.notnull()), attrs, "per_sequence")
-    if judged is None:
+    both = xr.where(residual > share, residual, share, keep_attrs=False).assign_coords(rank.coords)
+    judged = _below_input(both.where(share.notnull()), inputs.per_sequence)
+    if judged is None or judged.isnull().all():
         return
-    one = one_answer(attrs)
+    at, one = int(np.nanargmin(judged.values)), task.targets_per_sequence == 1
+    left = float(residual[at])
+    note = (
+        f"Tokens of a sequence are {percent(1 - left)} equal there (Dong residual {number(left)}; effective rank "
+        f"{number(float(rank[at]))} where noise has {number(float(null))})."
+    )
     yield Profile(
         OF_ONE_ANSWER * judged if one else judged,
-        words="the remaining fraction of the differences between the tokens of a sequence (the larger of Dong residual and "
-        f"three times the effective rank over its noise baseline{', times 5 for one answer a sequence' if one else ''}) is",
         template=""
         if one
         else "{percent} of the differences between the tokens of a sequence are left {where}",
-        note=_equal_tokens(judged, residual, value, float(null))
-        + _directions(effective_rank, effective_rank_null),
-    )
-
-
-def _equal_tokens(judged: xr.DataArray, residual: xr.DataArray, rank: xr.DataArray, null: float) -> str:
-    """How equal the tokens of a sequence are where they are most."""
-    if judged.isnull().all():
-        return ""
-    at = int(np.nanargmin(judged.values))
-    left = float(residual[at])
-    return (
-        f"Tokens of a sequence are {percent(1 - left)} equal there (Dong residual {number(left)}; effective rank "
-        f"{number(float(rank[at]))} where noise has {number(null)})."
+        note=note + _directions(effective_rank, effective_rank_null),
     )
 
 
@@ -135,7 +137,6 @@ def lost_directions(numerical_rank: xr.DataArray) -> Iterator[Profile]:
     most = np.fmax.accumulate(rank.values)
     yield Profile(
         rank / np.where(most > 2.0 * FEW_DIRECTIONS, most, np.nan),
-        "the number of directions in use, relative to the most that an earlier state uses, is",
         note=f"The most are {number(float(np.nanmax(most)))}." if np.isfinite(most).any() else "",
     )
 
@@ -153,10 +154,9 @@ MOST_ALIKE = 0.98
     range="−1 to 1",
     limits=Limits(warn=MOST_ALIKE, fail=0.995, scale="cosine"),
     follows_from=("rank_collapse",),
-    drawn_on=("token_cosine",),
 )
 def common_vector(
-    token_cosine: xr.DataArray, attrs: Mapping[str, Any], num_tokens: xr.DataArray | None = None
+    token_cosine: xr.DataArray, inputs: Inputs, num_tokens: xr.DataArray | None = None
 ) -> Iterator[Profile]:
     """All tokens share one large vector, and hardly differ otherwise.
 
@@ -170,19 +170,14 @@ def common_vector(
         token_cosine.sel(scope="data", tokens="ordinary", centering=centering, stream="mean", drop=True)
         for centering in ("raw", "centred")
     )
-    if has_few_tokens(attrs) or below_input(1.0 - raw, attrs, "in_all") is None:
+    if inputs.are_few or _below_input(1.0 - raw, inputs.in_all) is None:
         return
-    if distinct(attrs, "in_all") is None:  # then what the first states share may have come in
+    if inputs.in_all is None:  # then what the first states share may have come in
         raw = raw.where(raw["depth"] != raw["depth"][0]) if float(raw[0]) > MOST_ALIKE else raw
     at = int(np.nanargmax(raw.values)) if raw.notnull().any() else 0
-    tokens = None if num_tokens is None else float(num_tokens.sel(scope="data", tokens="ordinary").max())
-    yield Profile(
-        raw,
-        "the mean cosine between any two tokens of the data is",
-        metric="token_cosine",
-        note=f"Without their common mean it is {number(float(centred[at]))}.",
-        note_only=tokens is not None and tokens < FEW_TOKENS,
-    )
+    note = f"Without their common mean it is {number(float(centred[at]))}."
+    tokens = np.inf if num_tokens is None else float(num_tokens.sel(scope="data", tokens="ordinary").max())
+    yield Profile(raw, metric="token_cosine", note=note, note_only=tokens < FEW_TOKENS)
 
 
 @verdict(
@@ -220,7 +215,6 @@ def idle_layer(
     most_are_dead = int((turned < DEAD).sum()) > int(turned.notnull().sum()) // 2
     yield Profile(
         turned,
-        "the angle by which a layer turns the states, as a share of π, is",
         template="the step {where} barely changes the residual stream: it turns it by {percent} of a half turn",
         note_only=most_are_dead,
     )
@@ -247,28 +241,19 @@ def massive_activations(
     Normal in trained transformers, on one or two tokens a sequence: read ranks and similarities without
     these tokens (tokens = ordinary). Elsewhere look for a feature that the norm does not see.
     """
-    share = massive_token_fraction.max("stream")
-    attrs = massive_token_fraction.attrs
+    share, attrs = massive_token_fraction.max("stream"), massive_token_fraction.attrs
+    if share.isnull().all():
+        return
     # The ratio of the depth that the sentence tells, which is where most tokens have one.
-    at = int(np.nanargmax(share.values)) if share.notnull().any() else 0
-    largest = float(massive_activation.isel(depth=at).max())
-    per_sequence = float(share.max()) * float(attrs.get("tokens_per_sequence", np.nan))
-    expected = f" It is {number(per_sequence)} a sequence." if per_sequence == per_sequence else ""
-    yield Profile(
-        share,
-        "the share of tokens with a massive activation is",
-        note=_massive_locations(attrs, largest) + expected,
-        note_only=per_sequence <= SINKS,
-    )
-
-
-def _massive_locations(attrs: Mapping[str, Any], largest: float) -> str:
+    largest = float(massive_activation.isel(depth=int(np.nanargmax(share.values))).max())
     features = ", ".join(map(str, attrs.get("massive_features", [])))
-    tokens = sorted({int(token) for _, token in attrs.get("massive_tokens", [])})
-    where = [f"features {features}"] if features else []
-    where += [f"positions {', '.join(map(str, tokens))}"] if tokens else []
-    locations = f" ({'; '.join(where)})" if where else ""
-    return f"The largest there is {number(largest)} times the median{locations}."
+    positions = ", ".join(map(str, sorted({int(token) for _, token in attrs.get("massive_tokens", [])})))
+    named = {"features": features, "positions": positions}
+    where = "; ".join(f"{name} {numbers}" for name, numbers in named.items() if numbers)
+    per_sequence = float(share.max()) * float(attrs.get("tokens_per_sequence", np.nan))
+    note = f"The largest there is {number(largest)} times the median{f' ({where})' if where else ''}."
+    note += f" It is {number(per_sequence)} a sequence." if per_sequence == per_sequence else ""
+    yield Profile(share, note=note, note_only=per_sequence <= SINKS)
 
 
 # The 30 layers of SmolLM2-135M have at least 0.41, where single heads are near 0. A layer whose
@@ -288,9 +273,31 @@ def attention_entropy_collapse(attention_entropy: xr.DataArray) -> Iterator[Prof
     key weights: a softmax that is saturated passes no gradient to them.
     """
     # The head that spreads most: heads that copy the token before, or rest on a sink, are common in trained models.
-    most = attention_entropy.max("head")
-    yield Profile(
-        most,
-        "the largest entropy of attention over the heads, as a share of uniform attention, is",
-        begins=True,
-    )
+    yield Profile(attention_entropy.max("head"), begins=True)
+
+
+# Sequences of random tokens have a share near 1; those of one language, whose positions say little, above 0.5.
+SHARED_INPUT = 0.01
+
+
+@verdict(
+    Kind.FRESH,
+    metric="sequence_share",
+    judges="share of the variance of the states that is between sequences at the same position",
+    formula="mean_t Var_s(u) / Var(u), u = x / ‖x‖",
+    range="0 to 1",
+    limits=Limits(warn=1e-4, fail=1e-8, above=False),
+    follows_from=("rank_collapse", "common_vector"),
+)
+def equal_sequences(sequence_share: xr.DataArray, inputs: Inputs) -> Iterator[Profile]:
+    """All sequences have the same states: the network no longer sees its input.
+
+    Look in that block for a mean over the batch, a row that is taken for all, or a mask that leaves only the position.
+    """
+    share = sequence_share.sel(stream="mean", drop=True)
+    if (inputs.in_all or 0.0) > (inputs.per_sequence or math.inf):  # the sequences have different tokens
+        yield Profile(share, begins=True)
+    # Of equal sequences nothing else can be expected.
+    elif float(share.isel(depth=0)) > SHARED_INPUT:
+        later = xr.DataArray(np.arange(share.sizes["depth"]) > 0, dims="depth")
+        yield Profile(share.where(later), begins=True)

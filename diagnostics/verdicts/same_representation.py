@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from collections.abc import Iterator
 
 import numpy as np
 import xarray as xr
 
+from depthscope.diagnostics.verdicts.age import Inputs
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, number, verdict
-from depthscope.diagnostics.verdicts.inputs import has_few_tokens
 from depthscope.diagnostics.verdicts.rule import Kind
 
 # Every two states of 16 collapsed blocks have a debiased CKA of 1.000, and the ends an angle of 0.003 π; of a fresh Pre-LN
@@ -22,14 +20,9 @@ TURNED = 0.05
 FIXED = 0.02
 # One degree: blocks that all turn the states by less do nothing, wherever the sum of them leads.
 STEP = 1.0 / 180.0
-WORDS = "the debiased CKA"
-# What else of the states has to be alike, by metric: their mean over streams hides what differs between streams, and of
-# large features alone CKA may be 1.
-VIEWS = {
-    "joined_cka": "of all streams joined",
-    "least_stream_cka": "of the least similar stream",
-    "trimmed_cka": "without large features",
-}
+# What else of the states has to be alike: their mean over streams hides what differs between streams, and of large features
+# alone CKA may be 1.
+VIEWS = ("of all streams joined", "of the least similar stream", "without large features")
 # A step between two depths is a block, or half of one. Fewer cannot turn the states by much in a healthy network either.
 FEWEST_STEPS = 4
 # Share of the steps that a range must span.
@@ -70,7 +63,7 @@ def longest_range(together: np.ndarray) -> tuple[int, int]:
 def same_representation(
     cka: xr.DataArray,
     angular_distance: xr.DataArray,
-    attrs: Mapping[str, Any],
+    inputs: Inputs,
     num_tokens: xr.DataArray | None = None,
     joined_cka: xr.DataArray | None = None,
     least_stream_cka: xr.DataArray | None = None,
@@ -81,7 +74,7 @@ def same_representation(
     Raise the scale of the branches or their learning rate, look for a skip that is scaled up or a branch that is scaled down,
     and take fewer layers. Then see whether the loss without these blocks is the same: they can be left out.
     """
-    if "unbiased" not in cka["estimator"] or has_few_tokens(attrs):
+    if "unbiased" not in cka["estimator"] or inputs.are_few:
         return
     keep = _handed_on(cka)
 
@@ -90,7 +83,7 @@ def same_representation(
 
     table, turned = pairs(cka.sel(estimator="unbiased")), pairs(angular_distance)
     given = zip(VIEWS, (joined_cka, least_stream_cka, trimmed_cka), strict=True)
-    views = {name: pairs(of) for name, of in given if of is not None}
+    views = {words: pairs(of) for words, of in given if of is not None}
     steps = len(table) - 1
     if steps < FEWEST_STEPS or not np.isfinite(table[~np.eye(len(table), dtype=bool)]).all():
         return
@@ -99,26 +92,37 @@ def same_representation(
     small = turned < np.where(still, STEP, np.inf)
     # Of a silent stream there is no CKA, and the other views decide.
     lowest = np.fmin.reduce([table, *views.values()])
-    states = cka.isel(depth=keep, other_depth=0, estimator=0, tokens=0, drop=True).assign_coords(depth=keep)
     kinds = (
-        (True, (table >= SAME) & (turned < TURNED), NEARLY_ALL),
-        (True, (table >= SAME) & (turned < FIXED), HALF),
-        (True, (table >= SAME) & small, NEARLY_ALL),
-        (False, table >= ALIKE, ALL),
+        (SAME, (table >= SAME) & (turned < TURNED), NEARLY_ALL),
+        (SAME, (table >= SAME) & (turned < FIXED), HALF),
+        (SAME, (table >= SAME) & small, NEARLY_ALL),
+        (ALIKE, table >= ALIKE, ALL),
     )
-    for failing, together, share in kinds:
+    states = cka.isel(other_depth=0, estimator=0, tokens=0, drop=True)
+    values = np.full(states.sizes["depth"], np.nan)
+    for limit, together, share in kinds:
         first, last = longest_range(together & (lowest >= ALIKE))
-        if last - first >= max(FEWEST_STEPS, share * steps):
-            part = slice(first, last + 1)
-            told = _views(table, views, part) + _null(num_tokens)
-            found = _one_representation(
-                states, table[part, part], turned[part, part], first, told, failing=failing
-            )
-            # On the axis of all depths: undefined inside a block.
-            yield replace(found, values=found.values.reindex(depth=np.arange(cka.sizes["depth"])))
-            return
+        if last - first < max(FEWEST_STEPS, share * steps):
+            continue
+        part = slice(first, last + 1)
+        least, angles = float(table[part, part].min()), 180.0 * turned[part, part]
+        others = {words: float(of[part, part].min()) for words, of in views.items()}
+        more = "".join(f"; {words} {of:.3f}" for words, of in others.items() if abs(of - least) >= 5e-4)
+        layers = "All layers" if last - first == steps else f"{last - first} of {steps} layers in a row"
+        sentence = (
+            f"{layers} hold one representation: every two states from depth {keep[first]} to depth {keep[last]} are the same "
+            f"up to rotation (debiased CKA {least:.3f} or more{more}{_null(num_tokens)}), limit {number(limit)} ({DEFAULT}), "
+            f"and from end to end they turn by {number(float(angles[0, -1]))}°, where independent branches of the size of the "
+            f"first state turn them by {_law(last - first):.0f}°. No step turns them by more than "
+            f"{number(float(np.diagonal(angles, offset=1).max()))}°."
+        )
+        # On the axis of all depths, undefined inside a block. Of states that turn against each other it is a warning.
+        values[keep[part]] = least if limit == SAME else min(least, SAME)
+        yield Profile(states.copy(data=values), sentence=sentence)
+        return
     # Nothing found: the two ends are what a reader asks for.
-    yield Profile(states.copy(data=lowest[:, -1])[:1], f"{WORDS} with the last state is")
+    values[keep[0]] = lowest[0, -1]
+    yield Profile(states.copy(data=values), "debiased CKA with the last state")
 
 
 def _handed_on(table: xr.DataArray) -> np.ndarray:
@@ -126,42 +130,6 @@ def _handed_on(table: xr.DataArray) -> np.ndarray:
     if "site" not in table.coords:
         return np.arange(table.sizes["depth"])
     return np.flatnonzero(~np.isin(table["site"].values.astype(object).astype(str), ["final", "mid"]))
-
-
-def _one_representation(
-    states: xr.DataArray, table: np.ndarray, turned: np.ndarray, first: int, more: str, *, failing: bool
-) -> Profile:
-    """What is found about one range of depths.
-
-    ``states``: all of them; ``table, turned``: CKA and angles within the range, which begins with the state ``first``.
-    ``more``: of other views and of unrelated states.
-    """
-    count, steps = len(table), len(states) - 1
-    least = float(table.min())
-    step = 180.0 * float(np.diagonal(turned, offset=1).max())
-    limit = SAME if failing else ALIKE
-    begins, ends = states["depth"].values[[first, first + count - 1]].tolist()
-    layers = "All layers" if count - 1 == steps else f"{count - 1} of {steps} layers in a row"
-    sentence = (
-        f"{layers} hold one representation: every two states from depth {begins} to depth "
-        f"{ends} are the same up to rotation (debiased CKA {least:.3f} or more{more}), "
-        f"limit {number(limit)} ({DEFAULT}), and from end to end they turn by {number(180.0 * float(turned[0, -1]))}°, "
-        f"where independent branches of the size of the first state turn them by {_law(count - 1):.0f}°. No step turns "
-        f"them by more than {number(step)}°."
-    )
-    values = np.full(len(states), np.nan)
-    # Of states that turn against each other it is no more than a warning.
-    values[first : first + count] = least if failing else min(least, SAME)
-    words = f"{WORDS} of the two least similar states is"
-    return Profile(states.copy(data=values), words, sentence=sentence)
-
-
-def _views(table: np.ndarray, views: Mapping[str, np.ndarray], part: slice) -> str:
-    """The least CKA within a range by each view in which it is another one than in the mean over streams."""
-    mean = float(table[part, part].min())
-    least = {VIEWS[name]: float(of[part, part].min()) for name, of in views.items()}
-    told = [f"{words} {value:.3f}" for words, value in least.items() if abs(value - mean) >= 5e-4]
-    return f"; {', '.join(told)}" if told else ""
 
 
 def _law(steps: int) -> float:

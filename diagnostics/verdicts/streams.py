@@ -5,20 +5,20 @@ Limits are set by hand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import xarray as xr
 
-from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, number, verdict
+from depthscope.diagnostics.verdicts.declaration import Limits, Profile, number, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
-from depthscope.diagnostics.verdicts.wiring import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies, told
-
-# Streams inside a block with a mean cosine below this are no longer copies: the limit of `copied_streams`.
-PARTED = 0.99
+from depthscope.diagnostics.verdicts.wiring import BOTH_SUMS, DOUBLY, ONE_EXACT_SUM, ONE_SUM, satisfies
 
 COLLAPSED = 0.01
+SUM_ERROR = 1e-2
+# Of the differences between streams: what is smaller is what rounding leaves of 1.
+ROUNDING = 1e-14
 DIFFERENT = 0.95  # mean cosine of streams that have parted: 18 degrees
 # Mean cosine over all pairs of streams: what is not common to them is 3 % of them. Healthy trained mHC-lite has 0.994.
 COPIED = 0.999
@@ -26,13 +26,6 @@ COPIED = 0.999
 # not drift further apart, and training parts them by more at once.
 DIFFER = 1e-12
 EXACT = 1.0 - DIFFER
-
-# Of the differences between streams: what is smaller is what rounding leaves of 1.
-ROUNDING = 1e-14
-
-SUM_ERROR = 1e-2
-# Factors by which sums of the composite differ from 1 where errors have added up to something, and to a failure.
-ADDED_UP, FAILING = 1.25, 4.0
 
 
 # An error of single sums alone does no harm: twenty rounds leave some tokens of trained networks with 0.07, whose logits are
@@ -43,14 +36,14 @@ ADDED_UP, FAILING = 1.25, 4.0
     judges="factor by which a row or column sum of the product of all mixing matrices is off 1",
     formula="max(max Σ P, 1 / min Σ P); p99 and p1 over tokens",
     range="1 or more",
-    limits=Limits(info=1.05, warn=ADDED_UP, fail=FAILING),
+    limits=Limits(info=1.05, warn=1.25, fail=4.0),
 )
 def sinkhorn_not_converged(
     doubly_stochastic_violation: xr.DataArray,
     composite_gain: xr.DataArray,
     composite_attenuation: xr.DataArray,
     attrs: Mapping[str, Any],
-) -> Iterable[Profile] | None:
+) -> Iterator[Profile]:
     """The mixing matrices are not doubly stochastic: one sum is exact and the other is not.
 
     More Sinkhorn iterations (mHC takes 20), in float32. A spread of the logits above 30 cannot converge:
@@ -58,24 +51,18 @@ def sinkhorn_not_converged(
     matrix is applied.
     """
     if not satisfies(attrs, ONE_EXACT_SUM) or "p99" not in doubly_stochastic_violation["reduction"]:
-        return None
+        return
     worst = doubly_stochastic_violation.sel(reduction="p99", kind=["row", "column"], drop=True).max("kind")
     # Iterations and axes are the same at every connection: of free matrices one may have exact rows by chance.
     if not satisfies(attrs, DOUBLY) and worst.median("connection") < SUM_ERROR:
-        return None
+        return
     most = composite_gain.sel(reduction="p99", drop=True).max("direction")
     least = composite_attenuation.sel(reduction="p1", drop=True).min("direction")
     with np.errstate(divide="ignore"):
         factor = xr.apply_ufunc(np.fmax, most, 1.0 / least)
     # Sums that are exact add up to rounding.
-    factor = factor.where(worst.max() > SUM_ERROR, 1.0)
-    return [
-        Profile(
-            factor,
-            "the factor by which a row or column sum of the mixing from the embedding on is off 1 is",
-            note=f"The worst error of a sum of one connection is {number(float(worst.max()))}.",
-        )
-    ]
+    note = f"The worst error of a sum of one connection is {number(float(worst.max()))}."
+    yield Profile(factor.where(worst.max() > SUM_ERROR, 1.0), note=note)
 
 
 # exp and a division cannot give a negative number: 1e-6 allows for float32 sums of a matrix that was recovered from states.
@@ -87,9 +74,7 @@ def sinkhorn_not_converged(
     formula="max(0, −min_ij H_ij)",
     limits=Limits(warn=1e-6, fail=0.1),
 )
-def negative_mixing(
-    doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]
-) -> Iterable[Profile] | None:
+def negative_mixing(doubly_stochastic_violation: xr.DataArray, attrs: Mapping[str, Any]) -> Iterator[Profile]:
     """The rows and columns of the mixing matrices sum to 1, but entries are negative.
 
     exp and normalisation cannot give them: what is applied is not what Sinkhorn returned, unless signed weights are meant.
@@ -97,10 +82,8 @@ def negative_mixing(
     # A Sinkhorn that ends on one side leaves the other sum nearly 1.
     sums = doubly_stochastic_violation.sel(kind=["row", "column"], reduction="max").max("kind")
     nearly = satisfies(attrs, ONE_SUM) and bool(sums.median("connection") < SUM_ERROR)
-    if not satisfies(attrs, BOTH_SUMS) and not nearly:
-        return None
-    size = doubly_stochastic_violation.sel(kind="negativity", reduction="max", drop=True)
-    return [Profile(size, "the most negative entry of a mixing matrix has the size")]
+    if satisfies(attrs, BOTH_SUMS) or nearly:
+        yield Profile(doubly_stochastic_violation.sel(kind="negativity", reduction="max", drop=True))
 
 
 @verdict(
@@ -110,7 +93,6 @@ def negative_mixing(
     formula="σ₁(P on 1⊥) / p; median over tokens",
     limits=Limits(warn=COLLAPSED, above=False),
     follows_from=("constant_mixing",),
-    drawn_on=("relative_deflated_gain",),
 )
 def stream_collapse(
     relative_deflated_gain: xr.DataArray, stream_cosine: xr.DataArray | None = None
@@ -127,7 +109,6 @@ def stream_collapse(
     parted = _parted_by_writes(stream_cosine)
     yield Profile(
         left,
-        "the surviving fraction of the initial differences between streams, against what all have in common, is",
         template="{percent} of the initial differences between streams survive {where}",
         metric="relative_deflated_gain",
         begins=True,
@@ -139,13 +120,11 @@ def stream_collapse(
 
 def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
     """What explains that streams differ although the mixing forgets how they began; empty where they do not differ."""
-    if stream_cosine is None or not stream_cosine.notnull().any():
+    if stream_cosine is None:
         return ""
-    late = stream_cosine.isel(depth=slice(stream_cosine.sizes["depth"] // 2, None))
+    largest = float(stream_cosine.isel(depth=slice(stream_cosine.sizes["depth"] // 2, None)).max())
     # Streams that begin as copies have no differences to lose.
-    copies = bool(1.0 - stream_cosine.isel(depth=0) < DIFFER)
-    largest = float(late.max())
-    if not copies or not largest < DIFFERENT:
+    if not (1.0 - float(stream_cosine.isel(depth=0)) < DIFFER and largest < DIFFERENT):
         return ""
     return (
         "The streams begin as copies, which have no differences to lose, and what is written to them tells them apart: their "
@@ -163,7 +142,6 @@ def _parted_by_writes(stream_cosine: xr.DataArray | None) -> str:
     range="−1 to 1",
     limits=Limits(info=COPIED, warn=EXACT, scale="cosine"),
     follows_from=("stream_collapse", "passing_streams"),
-    drawn_on=("stream_cosine", "closest_stream_cosine"),
 )
 def copied_streams(
     stream_cosine: xr.DataArray, closest_stream_cosine: xr.DataArray | None = None
@@ -176,60 +154,14 @@ def copied_streams(
     # They are copies at the embedding by construction: only the later half is judged.
     late = np.arange(stream_cosine.sizes["depth"]) >= max(2, stream_cosine.sizes["depth"] // 2)
     judged = stream_cosine.where(xr.DataArray(late, dims="depth"))
-    apart = 1.0 - float(judged.max())
-    yield Profile(
-        judged,
-        "the mean cosine between streams is",
-        metric="stream_cosine",
-        sentence=_copies("The streams are copies: 1 − cosine of any two of them", apart),
-    )
+    yield Profile(judged, "mean cosine between streams", metric="stream_cosine")
     # Two of several streams: copies that the mean over all pairs hides. The others have parted, so that nothing excuses a pair
     # that has not.
-    if closest_stream_cosine is None or not judged.notnull().any():
-        return
-    two = closest_stream_cosine.where(judged.notnull())
-    if apart > DIFFER and bool(two.max() > EXACT):
-        said = _copies("Two of the streams are copies: their 1 − cosine", 1.0 - float(two.max()))
-        words = "the cosine of the two streams that are most alike is"
-        yield Profile(two, words, sentence=said, metric="closest_stream_cosine")
-
-
-def _copies(what: str, apart: float) -> str:
-    """The sentence of exact copies; empty of others."""
-    if not apart < DIFFER:
-        return ""
-    return f"{what} is {number(max(apart, 0.0))} in the later half of the depth, below {number(DIFFER)} ({DEFAULT})."
-
-
-@verdict(
-    Kind.FACT,
-    metric="stream_cosine",
-    judges="largest 1 − cosine of the streams between blocks, where they differ inside",
-    formula="max (1 − cos(x_i, x_j)) at the ends of blocks",
-    range="0 to 2",
-    limits=Limits(warn=0.001, above=False),
-)
-def passing_streams(
-    attrs: Mapping[str, Any], stream_cosine: xr.DataArray | None = None
-) -> Iterable[Profile] | None:
-    """The streams do not persist: they differ inside a block and are merged at its end.
-
-    What is passed from block to block is then one stream, as in a plain residual network. Expand once at the
-    embedding and merge once before the head; look for a mean over streams at the end of the block.
-    """
-    if stream_cosine is None:
-        return told(attrs, "passing_streams")  # where no state has streams, the code alone shows them
-    if "site" not in stream_cosine.coords:
-        return None
-    site = stream_cosine["site"].values.astype(object).astype(str)
-    # What leaves a block's call ("post"), and what the next one gets ("pre"): either may be merged, where the others differ.
-    apart = [
-        float((1.0 - stream_cosine.values[site == kind]).max())
-        for kind in ("pre", "post")
-        if (site == kind).any() and (stream_cosine.values[(site != kind) & (site != "embed")] < PARTED).any()
-    ]
-    words = "streams that differ inside the blocks are equal between them: the largest 1 − cosine there is"
-    return [Profile(xr.DataArray(min(apart)), words)] if apart else None
+    if closest_stream_cosine is not None and 1.0 - float(judged.max()) > DIFFER:
+        two = closest_stream_cosine.where(judged.notnull())
+        if bool(two.max() > EXACT):
+            words = "cosine of the two streams that are most alike"
+            yield Profile(two, words, metric="closest_stream_cosine")
 
 
 # Of four streams one with 3 % of the signal. The effective number of streams, which cannot be large for two, is no limit.
@@ -253,16 +185,16 @@ def unused_stream(
     H_post and the norm of each stream before it is read, or use fewer streams.
     """
     # What is read of a stream is its weight times its size; without states, as of weight files, the weight alone.
-    kinds = (
-        ("read weight", read_share),
-        ("share in the signal that is read", signal_share),
-        ("write weight", write_share),
-    )
-    for what, share in kinds:
+    kinds = {
+        "read weight": read_share,
+        "share in the signal that is read": signal_share,
+        "write weight": write_share,
+    }
+    for what, share in kinds.items():
         if share is None:
             continue
-        names = [stream for stream in share["stream"].values.tolist() if stream != "mean"]
+        names = [name for name in share["stream"].values.tolist() if name != "mean"]
         for stream in names:
             relative = len(names) * share.sel(stream=stream, drop=True).mean("connection")
-            words = f"the {what} of stream {stream}, relative to an equal share, is"
+            words = f"{what} of stream {stream}, relative to an equal share"
             yield Profile(relative, words, stream=str(stream))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import xarray as xr
@@ -12,14 +12,13 @@ from depthscope.diagnostics.numbers import number, percent
 from depthscope.diagnostics.schema import FROZEN_MODULES
 from depthscope.diagnostics.verdicts.age import (
     KNOWS,
-    LEAST_CLAIM,
-    MANY_STEPS,
-    MOVED,
     NOTHING_LEARNED,
     ONE_SIDED,
     REPAIR,
+    Age,
+    Repair,
     Task,
-    number_or_none,
+    mapping_in,
 )
 from depthscope.diagnostics.verdicts.declaration import DEFAULT, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.rule import Kind
@@ -37,15 +36,13 @@ from depthscope.diagnostics.verdicts.wiring import is_text
     formula="(loss now − lowest) / first",
     limits=Limits(warn=0.25, fail=0.75),
 )
-def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterable[Profile]:
+def diverged_loss(loss_rise: xr.DataArray, loss: xr.DataArray) -> Iterator[Profile]:
     """The loss diverged: it has risen far above its lowest value.
 
     Go back to a checkpoint from before the rise, with a lower learning rate, a longer warm-up or a tighter clip of the
     gradient; see what grew first. Without meaning for a loss that no training lowers, as an adversary's.
     """
-    words = (
-        f"the rise of the loss (now {number(float(loss))}) above its lowest value, relative to the start, is"
-    )
+    words = f"rise of the loss (now {number(float(loss))}) above its lowest value, relative to the start"
     yield Profile(loss_rise, words)
 
 
@@ -63,42 +60,20 @@ NO_START = 2.0
     limits=Limits(warn=NOTHING_LEARNED, fail=1.05),
     follows_from=("diverged_loss",),
 )
-def worse_than_constant(
-    attrs: Mapping[str, Any],
-    step: xr.DataArray | None = None,
-    first_weight_distance: xr.DataArray | None = None,
-) -> Iterator[Profile]:
+def worse_than_constant(attrs: Mapping[str, Any], task: Task, age: Age) -> Iterator[Profile]:
     """The network is no better than an answer that never changes.
 
     See whether every weight is in its place, the labels belong to the inputs, and the learning rate is right, and read the
     other findings. On data of another kind than it was trained on this says only that they are new to it.
     """
-    task = Task.of(attrs)
     share = task.share_of_constant
     if share is None or task.constant is None or attrs.get("untouched"):  # `untrained_weights` says so
         return
     error = (task.uncertainty or 0.0) / task.constant
-    words = "the loss, relative to that of always answering with how often each class comes (less the noise of the sample), is"
+    words = "loss, relative to that of always answering with how often each class comes (less the noise of the sample)"
     is_sure = min(share, task.share_of_guessing or share) > NO_START
-    may_be_new = not is_sure and _may_be_new(task) and not _is_old(step, first_weight_distance)
-    yield Profile(xr.DataArray(share - ONE_SIDED * error), words, is_sure=is_sure, note_only=may_be_new)
-
-
-def _may_be_new(task: Task) -> bool:
-    """Whether a network knows nothing and claims to know hardly anything, as it does where it was just drawn.
-
-    One that lost what it knew mostly claims to know it still.
-    """
-    if task.expected is None or task.constant is None:
-        return False
-    claims = task.constant - task.expected > LEAST_CLAIM * task.constant
-    return not claims and (task.share_of_constant or 0.0) > NOTHING_LEARNED
-
-
-def _is_old(step: xr.DataArray | None, first_weight_distance: xr.DataArray | None) -> bool:
-    """Whether steps or the way of the weights show that a network is past the start of its training."""
-    went_far = first_weight_distance is not None and float(first_weight_distance.max()) > MOVED
-    return went_far or (step is not None and float(step) >= MANY_STEPS)
+    may_be_new = not is_sure and task.may_be_new and not age.is_old
+    yield Profile(share - ONE_SIDED * error, words, is_sure=is_sure, note_only=may_be_new)
 
 
 # Healthy trained networks lose what their predictions expect, or less: the entropy of classes; of numbers, the variance of the
@@ -112,17 +87,12 @@ def _is_old(step: xr.DataArray | None, first_weight_distance: xr.DataArray | Non
     limits=Limits(warn=0.15, fail=0.5),
     follows_from=("worse_than_constant",),
 )
-def surer_than_right(
-    attrs: Mapping[str, Any],
-    step: xr.DataArray | None = None,
-    first_weight_distance: xr.DataArray | None = None,
-) -> Iterator[Profile]:
+def surer_than_right(attrs: Mapping[str, Any], task: Task, age: Age) -> Iterator[Profile]:
     """The predictions are overconfident: they are surer than they are right.
 
     Training makes them as sure as they are right. See whether inputs come as in training (scale, order, padding, ids), labels
     belong to them, and every weight is in its place; on new data it may be that the network has learned the old by heart.
     """
-    task = Task.of(attrs)
     if task.loss is None or task.expected is None or task.constant is None or task.expected_error is None:
         return
     if attrs.get("untouched"):
@@ -131,52 +101,7 @@ def surer_than_right(
         f"The loss, {number(task.loss)}, is above what the predictions themselves expect, {number(task.expected)}: they claim "
         f"to know {number(task.constant - task.expected)} more than a constant answer ({DEFAULT})."
     )
-    wrong = wrong_part(attrs)
-    words = "of what the predictions claim to know, the part that is wrong is"
-    may_be_new = _may_be_new(task) and not _is_old(step, first_weight_distance)
-    yield Profile(xr.DataArray(wrong), words, sentence=sentence if wrong > 0.0 else "", note_only=may_be_new)
-
-
-# What a network has to lose is no less than this share of the loss of a constant answer: of one that has learned hardly
-# anything a small change of the loss would be much of it.
-LEAST_REACH = 0.2
-# A network that does not claim this share of what it knows, beyond the noise of the sample, is in the middle of its training,
-# where scales still grow, or has lost its scales: the loss alone does not tell which.
-UNSURE = 0.3
-# Part of what predictions claim to know that is wrong, from which on a repair is tried.
-SUSPECT = 0.1
-
-
-def to_lose(attrs: Mapping[str, Any]) -> float | None:
-    """What the loss is below that of a constant answer, in nats; None where either is not known."""
-    task = Task.of(attrs)
-    if task.loss is None or not task.most:
-        return None
-    return max(task.most - task.loss, LEAST_REACH * task.most)
-
-
-def _beyond_expected(task: Task) -> float:
-    """What a network loses above what its predictions expect, or (negative) below, beyond the noise of the sample."""
-    if task.loss is None or task.expected is None or task.expected_error is None:
-        return 0.0
-    apart = task.loss - task.expected
-    return math.copysign(max(abs(apart) - ONE_SIDED * task.expected_error, 0.0), apart)
-
-
-def is_unsure(attrs: Mapping[str, Any]) -> bool:
-    """Whether predictions do not claim what the network knows."""
-    task = Task.of(attrs)
-    if task.constant is None or task.loss is None or task.expected is None:
-        return False
-    return _beyond_expected(task) < -UNSURE * (task.constant - task.loss)
-
-
-def wrong_part(attrs: Mapping[str, Any]) -> float:
-    """What part of what the predictions claim to know is wrong, beyond the noise of the sample; 0 where that is not known."""
-    task = Task.of(attrs)
-    if task.expected is None or not task.constant:
-        return 0.0
-    return _beyond_expected(task) / max(task.constant - task.expected, LEAST_CLAIM * task.constant)
+    yield Profile(task.wrong_part, sentence=sentence, note_only=task.may_be_new and not age.is_old)
 
 
 # Beyond the interval, trained networks of more than 100 kinds regain 0.05 at most.
@@ -188,40 +113,37 @@ def wrong_part(attrs: Mapping[str, Any]) -> float:
     range="0 to 1",
     limits=Limits(warn=0.08, fail=0.5),
 )
-def off_minimum(
-    attrs: Mapping[str, Any],
-    step: xr.DataArray | None = None,
-    first_weight_distance: xr.DataArray | None = None,
-) -> Iterator[Profile]:
+def off_minimum(attrs: Mapping[str, Any], task: Task, age: Age) -> Iterator[Profile]:
     """The weights are not used as they were trained: a repair lowers the loss.
 
     Training leaves the network at a minimum of the loss, which the repair that is named regains in part. Look for what it
     names: a factor of attention logits, an axis, an eps, gains or weights that were not restored; or the data are foreign to
     the network.
     """
-    result = attrs.get(REPAIR)
-    result = result if isinstance(result, Mapping) else {}
-    names = ("loss", "repaired", "half_width", "repaired_half_width")
-    loss, best, half_width, of_best = (number_or_none(result.get(name)) for name in names)
-    half_width, of_best, reach = half_width or 0.0, of_best or 0.0, to_lose(attrs)
-    repair, cause = result.get("repair"), result.get("cause")
-    if reach is None or loss is None or best is None or not (is_text(repair) and is_text(cause)):
+    found, reach = Repair.of(attrs), task.to_lose
+    words, cause = (mapping_in(attrs, REPAIR).get(name) for name in ("repair", "cause"))
+    if (
+        reach is None
+        or found.loss is None
+        or found.repaired is None
+        or not (is_text(words) and is_text(cause))
+    ):
         return
     # What still has to learn can do so by its scales too: either use must surely know something.
-    if min(loss, best + of_best) > KNOWS * (Task.of(attrs).constant or math.inf):
+    if min(found.loss, found.surely_left) > KNOWS * (task.constant or math.inf):
         return
-    gained = max(loss - best - half_width, 0.0)
+    regained = found.loss - found.repaired
+    gained = max(regained - found.half_width, 0.0)
     share = gained / (reach + gained)
     sentence = (
-        f"{repair[:1].upper()}{repair[1:]} lowers the loss by {number(loss - best)} ± {number(half_width, digits=2)} (from "
-        f"{number(loss)}), of which the surer part is {percent(share)} of what it then is below that of a constant answer "
-        f"({DEFAULT}). {cause[:1].upper()}{cause[1:]} would look like this."
+        f"{words[:1].upper()}{words[1:]} lowers the loss by {number(regained)} ± {number(found.half_width, digits=2)} (from "
+        f"{number(found.loss)}), of which the surer part is {percent(share)} of what it then is below that of a constant "
+        f"answer ({DEFAULT}). {cause[:1].upper()}{cause[1:]} would look like this."
     )
-    may_still_learn = is_unsure(attrs) and not _is_old(step, first_weight_distance)
+    may_still_learn = task.is_unsure and not age.is_old
     if may_still_learn:
         sentence += " A network in the middle of its training is as unsure of its predictions, and this is then no fault."
-    words = "of what the loss can be below that of a constant answer, a repair regains"
-    yield Profile(xr.DataArray(share), words, sentence=sentence, note_only=may_still_learn)
+    yield Profile(share, sentence=sentence, note_only=may_still_learn)
 
 
 # --- weights that are not those of a training ---
@@ -235,52 +157,43 @@ def off_minimum(
     limits=Limits(warn=0.0),
 )
 def untrained_weights(
-    attrs: Mapping[str, Any], residual_norm: xr.DataArray | None = None
+    attrs: Mapping[str, Any], task: Task, residual_norm: xr.DataArray | None = None
 ) -> Iterator[Profile]:
     """These weights look untrained, or copied.
 
     Of a checkpoint: see which names of the file were not found in the model, or mapped to the wrong blocks, and load it with
     strict=True. Blocks that were just added or copied begin so.
     """
-    task = Task.of(attrs)
-    share = task.share_of_guessing
-    if share is not None and task.guessing:  # of a few sequences a loss is low by chance
+    share = math.inf if task.share_of_guessing is None else task.share_of_guessing
+    if task.guessing:  # of a few sequences a loss is low by chance
         share += ONE_SIDED * (task.uncertainty or 0.0) / task.guessing
-    untouched, equal = attrs.get("untouched_blocks") or [], attrs.get("equal_blocks") or []
-    kinds = []
     if residual_norm is not None and "layer" in residual_norm.coords:
-        every = {*residual_norm["layer"].values.tolist()} - {-1}
+        layers, depth = residual_norm["layer"], residual_norm["depth"].coords
+        untouched, equal = (attrs.get(name) or [] for name in ("untouched_blocks", "equal_blocks"))
         # No design: they are few, or the network has learned something.
-        is_few = 2 * len(untouched) < len(every)
-        if untouched and (is_few or (share is not None and share < NOTHING_LEARNED)):
+        is_few = 2 * len(untouched) < len({*layers.values.tolist()} - {-1})
+        if untouched and (is_few or share < NOTHING_LEARNED):
             sentence = (
                 f"Every bias and gain of block {', '.join(map(str, untouched))} has its initial value, and others of the "
                 f"network do not; expected all or none ({DEFAULT})."
             )
-            kinds.append((untouched, sentence, False))
+            yield Profile(layers.isin(untouched).astype(float).assign_coords(depth), sentence=sentence)
         if equal:
             named = ", ".join(map(str, equal))
             sentence = (
                 f"Blocks {named} have the same weights in memory of their own; expected none ({DEFAULT})."
             )
-            kinds.append((equal, sentence, not (share is not None and share < KNOWS)))
-        for blocks, sentence, may_be_meant in kinds:
-            found = (
-                residual_norm["layer"].isin(blocks).astype(float).assign_coords(residual_norm["depth"].coords)
-            )
-            words = "the number of blocks that look untrained is"
-            yield Profile(found, words, sentence=sentence, note_only=may_be_meant)
+            values = layers.isin(equal).astype(float).assign_coords(depth)
+            yield Profile(values, sentence=sentence, note_only=share >= KNOWS)
     if attrs.get("checkpoint"):
-        is_untouched = bool(attrs.get("untouched"))
         sentence = f"Every bias and gain of this checkpoint has its initial value; expected trained ones ({DEFAULT})."
-        words = "the number of checkpoints that look untrained is"
-        yield Profile(xr.DataArray(float(is_untouched)), words, sentence=sentence if is_untouched else "")
+        yield Profile(float(bool(attrs.get("untouched"))), sentence=sentence)
 
 
 # --- updates of the weights ---
 
 NUM_NAMED = 3  # modules in a sentence
-CHANGE = "the change of the weights in one step, relative to the weights, is"
+SILENT = "least of 1 for modules that are trained and 0 for others"
 
 
 # The rule of thumb is 1e-3 a step, see the metric. The ratio is to the weights after the step: a step that replaces a module
@@ -291,7 +204,6 @@ CHANGE = "the change of the weights in one step, relative to the weights, is"
     judges="change of a module's weights in one step over the weights",
     formula="‖ΔW‖ / ‖W‖",
     limits=Limits(warn=0.1, fail=0.5),
-    drawn_on=("update_ratio",),
 )
 def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     """One optimizer step rewrites much of a module.
@@ -299,7 +211,7 @@ def large_update(update_ratio: xr.DataArray) -> Iterator[Profile]:
     Lower its learning rate or warm up longer. In the first steps of Adam it is the learning rate over the size
     of a weight: start such weights larger, or leave those that start near zero to themselves.
     """
-    yield Profile(update_ratio, CHANGE, metric="update_ratio")
+    yield Profile(update_ratio, metric="update_ratio")
 
 
 # Of a loop that accumulates gradients, the optimizer steps only now and then.
@@ -310,6 +222,11 @@ SLOW = 1e-5
 LOST = 1e-7
 
 
+# Of the squares of all weights: what a module without a gradient loses the network where it has less is nothing, as of the
+# first query of attention over depth, which chooses among one.
+SMALL_SHARE = 1e-3
+
+
 # About the spacing of float32, 1.2e-7: a smaller relative change is rounded away.
 @verdict(
     Kind.FACT,
@@ -317,77 +234,56 @@ LOST = 1e-7
     judges="change of a module's weights in one step over the weights",
     formula="‖ΔW‖ / ‖W‖",
     limits=Limits(warn=LOST, above=False),
-    drawn_on=("update_ratio",),
+    follows_from=("cut_gradient",),
 )
-def lost_update(
-    attrs: Mapping[str, Any], update_ratio: xr.DataArray, unmoved_steps: xr.DataArray | None = None
+def untrained_module(
+    task: Task,
+    update_ratio: xr.DataArray | None = None,
+    unmoved_steps: xr.DataArray | None = None,
+    weight_gradient_norm: xr.DataArray | None = None,
+    weight_norm: xr.DataArray | None = None,
 ) -> Iterator[Profile]:
-    """An optimizer step leaves a module unchanged, or hardly moves any.
+    """A module is not trained: no step moves it, it is frozen, or its gradient is exactly zero.
 
-    Normal where the learning rate is zero. Else see whether the module gets a gradient, the optimizer has it, and half
-    precision rounds the update away; where all hardly move, see what divides the learning rate, and raise it.
+    Normal in fine-tuning. Else see whether it gets a gradient (a no_grad, an output that is not used, an expert that no token
+    chooses), the optimizer has it, and half precision rounds the update away; where all hardly move, raise the learning rate.
     """
+    if update_ratio is not None:
+        yield from _unmoved(update_ratio, task, unmoved_steps)
+        frozen, trained = _frozen(update_ratio), update_ratio.notnull()
+        sentence = f"No parameter of {_names(frozen)} is trained, while {int(trained.sum())} other modules are ({DEFAULT})."
+        moved = (~frozen).astype(float).assign_coords(update_ratio.coords).where(trained | frozen)
+        yield Profile(moved, SILENT, sentence=sentence, note_only=_is_meant(frozen, trained))
+    if weight_gradient_norm is not None and bool((weight_gradient_norm > 0).any()):
+        zero = (weight_gradient_norm == 0) & ~_frozen(weight_gradient_norm)
+        if weight_norm is not None:
+            zero = zero & (float((weight_norm**2).where(zero).sum() / (weight_norm**2).sum()) >= SMALL_SHARE)
+        sentence = f"The gradient of {_names(zero)} is exactly zero, where others get one ({DEFAULT})."
+        yield Profile((~zero).astype(float).where(weight_gradient_norm.notnull()), SILENT, sentence=sentence)
+
+
+def _unmoved(update_ratio: xr.DataArray, task: Task, unmoved_steps: xr.DataArray | None) -> Iterator[Profile]:
     if update_ratio.notnull().any():
-        yield Profile(update_ratio, CHANGE, metric="update_ratio")
-        share, step = Task.of(attrs).share_of_constant, float(update_ratio.coords.get("step", 0.0))
+        yield Profile(update_ratio, metric="update_ratio")
+        share, step = task.share_of_constant, float(update_ratio.coords.get("step", 0.0))
         middle = float(update_ratio.median())
         if share is not None and share >= NOTHING_LEARNED and step >= PAST_WARM_UP and middle < SLOW:
             sentence = (
                 f"The loss is {100 * share:.0f} % of that of a constant answer after {step:.0f} steps, each of which changes "
                 f"half of the modules by {number(middle)} of their weights or less, limit {number(SLOW)} ({DEFAULT})."
             )
-            yield Profile(xr.DataArray(0.0), CHANGE, sentence=sentence)
+            yield Profile(0.0, sentence=sentence)
     # Where no optimizer was seen to touch a weight no single update is known, and the norms show it.
     elif unmoved_steps is not None and float(unmoved_steps) >= FEWEST_STEPS:
         sentence = (
             f"No weight has changed in {float(unmoved_steps):.0f} measured steps, although gradients reach them; a step of "
             f"an optimizer is expected in each of {FEWEST_STEPS} ({DEFAULT})."
         )
-        yield Profile(xr.DataArray(0.0), CHANGE, sentence=sentence)
+        yield Profile(0.0, sentence=sentence)
 
 
-# Of the squares of all weights: what a silent module loses the network where it has less is nothing, as of the first query of
-# attention over depth, which chooses among one.
-SMALL_SHARE = 1e-3
-
-
-@verdict(
-    Kind.FACT,
-    metric="weight_gradient_norm",
-    judges="number of modules that are frozen, or get no gradient, while others are trained",
-    limits=Limits(warn=0.0),
-    follows_from=("cut_gradient",),
-)
-def silent_module(
-    update_ratio: xr.DataArray | None = None,
-    weight_gradient_norm: xr.DataArray | None = None,
-    weight_norm: xr.DataArray | None = None,
-) -> Iterator[Profile]:
-    """A module is not trained while others are: it is frozen, or its gradient is exactly zero.
-
-    Where it is meant, as in fine-tuning, nothing is to do. Else set requires_grad before the optimizer is made, and look for a
-    no_grad, an output that is not used or multiplied by zero, or an expert that no token chooses.
-    """
-    words = "the number of modules that are not trained is"
-    if update_ratio is not None:
-        frozen = update_ratio["weight"].isin(update_ratio.attrs.get(FROZEN_MODULES, []))
-        trained = update_ratio.notnull()
-        sentence = f"No parameter of {_names(frozen)} is trained, while {int(trained.sum())} other modules are ({DEFAULT})."
-        yield Profile(
-            frozen.astype(float).assign_coords(update_ratio.coords).where(trained | frozen),
-            words,
-            sentence=sentence if bool(frozen.any()) else "",
-            note_only=_is_meant(frozen, trained),
-        )
-    if weight_gradient_norm is None or not bool((weight_gradient_norm > 0).any()):
-        return
-    frozen = weight_gradient_norm["weight"].isin(weight_gradient_norm.attrs.get(FROZEN_MODULES, []))
-    zero = (weight_gradient_norm == 0) & ~frozen
-    if weight_norm is not None:
-        zero = zero & (float((weight_norm**2).where(zero).sum() / (weight_norm**2).sum()) >= SMALL_SHARE)
-    values = zero.astype(float).where(weight_gradient_norm.notnull())
-    sentence = f"The gradient of {_names(zero)} is exactly zero, where others get one ({DEFAULT})."
-    yield Profile(values, words, sentence=sentence if bool(zero.any()) else "")
+def _frozen(values: xr.DataArray) -> xr.DataArray:
+    return values["weight"].isin(values.attrs.get(FROZEN_MODULES, []))
 
 
 def _is_meant(frozen: xr.DataArray, trained: xr.DataArray) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import xarray as xr
@@ -20,40 +19,33 @@ def findings(verdict: Verdict, analysis: xr.Dataset) -> list[Finding]:
     same network may pass with other sequences. It becomes a note.
     """
     found = verdict.findings(analysis)
-    names = [name for name in (*verdict.needs, *verdict.wants) if _has_interval(analysis, name)]
-    if not names or not any(finding.severity > Severity.INFO for finding in found):
+    errors = {
+        name: analysis[f"{name}_stderr"]
+        for name in (*verdict.needs, *verdict.wants)
+        if f"{name}_stderr" in analysis
+    }
+    errors = {name: error for name, error in errors.items() if DEGREES in error.attrs}
+    if not errors or not any(finding.severity > Severity.INFO for finding in found):
         return found
-    ends = [verdict.findings(_moved(analysis, moves)) for moves in _ends(names)]
+    together = [list(errors)] if len(errors) == 1 else [list(errors), *([name] for name in errors)]
+    ends = [
+        verdict.findings(analysis.assign({name: _end(analysis[name], errors[name], sign) for name in moved}))
+        for sign in (-1.0, 1.0)
+        for moved in together
+    ]
+    sequences = min(int(error.attrs[DEGREES]) for error in errors.values()) + 1
     return [
-        _undecided(finding, min(int(analysis[f"{name}_stderr"].attrs[DEGREES]) for name in names))
+        _undecided(finding, sequences)
         if finding.severity > Severity.INFO and any(_passes(end, finding) for end in ends)
         else finding
         for finding in found
     ]
 
 
-def _has_interval(analysis: xr.Dataset, name: str) -> bool:
-    return f"{name}_stderr" in analysis and DEGREES in analysis[f"{name}_stderr"].attrs
-
-
-def _ends(names: list[str]) -> Iterator[dict[str, float]]:
-    """By how many half widths each number is moved: all of them together, and one by one."""
-    for sign in (-1.0, 1.0):
-        yield dict.fromkeys(names, sign)
-        yield from ({name: sign} for name in names if len(names) > 1)
-
-
-def _moved(analysis: xr.Dataset, moves: dict[str, float]) -> xr.Dataset:
-    moved = {}
-    for name, share in moves.items():
-        # Where there is no error, as for pooled tokens, the number stays.
-        reach = half_width(analysis[f"{name}_stderr"]).fillna(0.0)
-        moved[name] = (
-            (analysis[name] + share * reach)
-            .transpose(*analysis[name].dims)
-            .assign_attrs(analysis[name].attrs)
-        )
-    return analysis.assign(moved)
+def _end(values: xr.DataArray, error: xr.DataArray, sign: float) -> xr.DataArray:
+    # Where there is no error, as for pooled tokens, the number stays.
+    moved = values + sign * half_width(error).fillna(0.0)
+    return moved.transpose(*values.dims).assign_attrs(values.attrs)
 
 
 def _passes(end: list[Finding], finding: Finding) -> bool:
@@ -61,15 +53,15 @@ def _passes(end: list[Finding], finding: Finding) -> bool:
     return all(not other.severity for other in end if other.stream == finding.stream)
 
 
-def _undecided(finding: Finding, degrees: int) -> Finding:
+def _undecided(finding: Finding, sequences: int) -> Finding:
     advice = "capture more sequences to decide it"
     return replace(
         finding,
-        severity=min(finding.severity, Severity.INFO),
+        severity=Severity.INFO,
         undecided=f"not decided: {advice}",
         explains=False,
         sentence=(
-            f"{finding.sentence} Not decided: within the {100 * LEVEL:g} % interval over {degrees + 1} sequences it may be "
+            f"{finding.sentence} Not decided: within the {100 * LEVEL:g} % interval over {sequences} sequences it may be "
             f"on the other side of its limit; {advice}."
         ),
     )

@@ -25,9 +25,9 @@ CLEAR_ERROR = 1e-3
 class Remark:
     """One thing that is odd about the connections.
 
-    ``kind``: what it is, which is the name of the verdict that reports it.
+    ``kind``: what it is; `diagnostics.verdicts.wiring` says which verdict reports it.
     ``sentence``: in plain words, with the numbers.
-    ``value``: the number that it rests on; that verdict states what it is compared with.
+    ``value``: the number that it rests on.
     ``connections``: where.
     ``sure``: whether it is an error in any design; otherwise it may be meant, and is only worth knowing.
     """

@@ -103,8 +103,8 @@ def test_each_example_is_one_definition_and_one_line(tmp_path):
     for kind, blocks in sections().items():
         definitions[kind], *registered = [(order, code) for order, code in blocks if order != "check"]
         assert definitions[kind][0].partition(":")[0] in ("new file", "append to")
-        # A figure is in the register by its definition alone.
-        assert len(registered) == (kind != "figure")
+        # A figure and a verdict are in the register by their definition alone.
+        assert len(registered) == (kind not in ("figure", "verdict"))
         for order, code in registered:
             lines[kind] = (order, code)
             assert order.partition(":")[0] == "line"

@@ -58,7 +58,7 @@ def test_a_finding_of_every_verdict_says_that_the_reading_is_unproven(monkeypatc
         VERDICTS[name],
         needs=("attrs",),
         wants=(),
-        function=lambda attrs: [Profile(xr.DataArray(value), "the number is")],
+        function=lambda attrs: [Profile(value)],
     )
     monkeypatch.setattr(verdicts, "VERDICTS", {name: always})
     analysis = xr.Dataset(attrs={"proof": UNPROVEN, "not_computed": {}})

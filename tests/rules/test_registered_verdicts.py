@@ -11,8 +11,8 @@ from tests.rules.registers import declared, order_in_a_fresh_process, unregister
 def test_every_declared_verdict_is_registered():
     missing = unregistered(verdicts, Verdict, VERDICTS)
     assert not missing, (
-        f"{', '.join(missing)} of diagnostics/verdicts is declared but not registered: add the line "
-        f"`{missing[0]},` to VERDICTS in diagnostics/verdicts/__init__.py"
+        f"{', '.join(missing)} of diagnostics/verdicts is declared but not registered: add its "
+        "file to ROOMS in diagnostics/verdicts/__init__.py"
     )
 
 

@@ -360,13 +360,13 @@ def _of_one_block(net: Network) -> Place:
     return Place(module=f"blocks.{net.block()}")
 
 
-fault("the optimizer does not have a module", WARN, "lost_update", "silent_module", hosts=WITH_SKIP, age="fresh",
+fault("the optimizer does not have a module", WARN, "untrained_module", hosts=WITH_SKIP, age="fresh",
       measure=_updated(None))(_of_one_block)  # fmt: skip
 fault("a learning rate of 1 for a module", WARN, "large_update", hosts=WITH_SKIP, age="fresh",
       measure=_updated(1.0))(_of_one_block)  # fmt: skip
 
 
-@fault("a module frozen in training", WARN, "lost_update", "silent_module", hosts=WITH_SKIP, age="fresh",
+@fault("a module frozen in training", WARN, "untrained_module", hosts=WITH_SKIP, age="fresh",
        measure=_updated(None))  # fmt: skip
 def _(net):
     place = Place(module=f"blocks.{net.block(1)}")
@@ -374,7 +374,7 @@ def _(net):
     return place
 
 
-@fault("the optimizer does not have a connection", WARN, "lost_update", "silent_module", hosts=("mHC", "HC"), age="fresh",
+@fault("the optimizer does not have a connection", WARN, "untrained_module", hosts=("mHC", "HC"), age="fresh",
        measure=_updated(None))  # fmt: skip
 def _(net):
     return Place(module=f"blocks.{net.block()}.connections.{net.rng.randrange(2)}")
@@ -586,14 +586,14 @@ def _(net):
 # --- wiring: the networks of `stream_bugs`, whose right twins differ in the bug alone ---
 
 WIRED = {
-    "discarded": ("the mixing is computed and discarded", WARN, "discarded_mixing"),
-    "transposed_once": ("one mixing matrix is applied transposed", WARN, "transposed_mixing"),
+    "discarded": ("the mixing is computed and discarded", WARN, "miswired_connection"),
+    "transposed_once": ("one mixing matrix is applied transposed", WARN, "miswired_connection"),
     "ones": ("Sinkhorn over axes of size one", FAIL, "constant_mixing"),
     "detached": ("the logits are detached in the code", WARN, "unlearnable_mixing"),
-    "swapped": ("reads and writes exchanged", INFO, "swapped_weights"),
-    "first_state": ("coefficients of the embedding", WARN, "foreign_coefficients"),
-    "stale": ("coefficients of an earlier state", WARN, "foreign_coefficients"),
-    "other_token": ("coefficients of another token", WARN, "foreign_coefficients"),
+    "swapped": ("reads and writes exchanged", INFO, "miswired_connection"),
+    "first_state": ("coefficients of the embedding", WARN, "miswired_connection"),
+    "stale": ("coefficients of an earlier state", WARN, "miswired_connection"),
+    "other_token": ("coefficients of another token", WARN, "miswired_connection"),
     "passing": ("streams do not persist between blocks", WARN, "passing_streams"),
 }
 

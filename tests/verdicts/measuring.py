@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import cache
 from typing import Any
 
 import torch
@@ -12,13 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from depthscope import diagnostics, probes
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
-from depthscope.diagnostics.verdicts import VERDICTS
+from depthscope.diagnostics.verdicts import judged_metrics
 from tests.verdicts.networks import IMAGES, functional_loss
 from tests.verdicts.plans import Plan
-
-# What `judge` itself takes, to see the stages of one network on one scale.
-JOINING = {"channel_variance"}
 
 
 def generator(plan: Plan, purpose: int) -> torch.Generator:
@@ -123,15 +118,6 @@ def recorded(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer, ste
             optimizer.step()
             recorder.step(loss)
     return recorder.run
-
-
-@cache
-def judged_metrics() -> tuple[str, ...]:
-    """Metrics that a verdict takes; the others would only cost time."""
-    taken = {name for verdict in VERDICTS.values() for name in (*verdict.needs, *verdict.wants)} | JOINING
-    return tuple(
-        name for name in CATALOGUE if taken & {name, f"{name}_null", f"{name}_stderr", f"{name}_error"}
-    )
 
 
 def analysed(run: xr.DataTree) -> xr.Dataset | xr.DataTree:

@@ -24,7 +24,7 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import Metric
 from depthscope.diagnostics.verdicts import VERDICTS, Limits, Severity, last_step
-from depthscope.diagnostics.verdicts.declaration import limit_words
+from depthscope.diagnostics.verdicts.declaration import exact
 
 _AXES = {
     ("depth", "depth"): "depth (0 = embedding)",
@@ -191,7 +191,7 @@ def judged_limits(metric: str, analyses: Analyses) -> dict[str, frozenset[Limits
 def limit_labels(judged: dict[str, frozenset[Limits]]) -> list[tuple[float, str]]:
     """Every limit with its label, such as ``warn: 10``, once."""
     levels = {
-        (value, f"{_WORDS[severity]}: {limit_words(value)}")
+        (value, f"{_WORDS[severity]}: {exact(value)}")
         for limits in judged.values()
         for each in limits
         for severity, value in each.levels

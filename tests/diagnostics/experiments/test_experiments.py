@@ -13,7 +13,6 @@ import xarray as xr
 from depthscope.app.cli.main import application
 from depthscope.diagnostics.experiments import (
     KINDS,
-    SETTLED_BY,
     estimate,
     experiment_for,
     kind_named,
@@ -21,6 +20,7 @@ from depthscope.diagnostics.experiments import (
     result_for,
     save_result,
 )
+from depthscope.diagnostics.experiments.kinds import SETTLED_BY
 from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity
 
 FINDING = Finding(

@@ -26,7 +26,7 @@ def judged(values, *, begins=False, **limits) -> Finding:
         "size",
         Limits(**limits),
         (),
-        lambda: [Profile(given, "the number is", begins=begins)],
+        lambda: [Profile(given, begins=begins)],
     )
     (found,) = verdict.findings(xr.Dataset())
     return found

@@ -17,7 +17,7 @@ def large(norm):
 
     Make it smaller.
     """
-    yield Profile(norm, "the norm is")
+    yield Profile(norm)
 
 
 @verdict(Kind.FACT, metric="norm", judges="size", limits=Limits(warn=2.0))
@@ -26,7 +26,7 @@ def larger_than_other(norm, other):
 
     Make it smaller.
     """
-    yield Profile(norm / other, "the ratio is")
+    yield Profile(norm / other)
 
 
 def analysis(norm: list[float], error: float, *, sequences: int = 5, **more) -> xr.Dataset:
@@ -45,7 +45,7 @@ def test_what_may_be_on_the_other_side_is_not_decided():
     # Half of the interval is 2.776 × 4 = 11.1: it reaches from 8.9 to 31.
     (found,) = uncertainty.findings(large, analysis([1.0, 20.0], 4.0))
     assert found.severity == Severity.INFO
-    assert found.sentence.startswith("The norm is 20 at depth 1, limit 10")
+    assert found.sentence.startswith("The size is 20 at depth 1, limit 10")
     assert "within the 95 % interval over 5 sequences" in found.sentence
     assert found.first == found.last == 1
 

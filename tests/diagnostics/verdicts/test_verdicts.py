@@ -12,7 +12,7 @@ from depthscope.app.text.cards import explanation
 from depthscope.diagnostics import Severity, schema
 from depthscope.diagnostics.analysis.training_curves import OF_LOSSES
 from depthscope.diagnostics.verdicts import VERDICTS
-from depthscope.diagnostics.verdicts.declaration import number
+from depthscope.diagnostics.verdicts.declaration import FACTS, number
 from tests.diagnostics.state_runs import FEATURES, SAMPLES, TOKENS, run_of, walk
 
 UNIFORM = np.full((4, 4), 0.25)
@@ -150,7 +150,7 @@ def test_differences_that_grow_while_all_sums_are_one(mixed):
     assert found.severity == Severity.FAIL
     assert found.value == pytest.approx(1.5**12, rel=1e-4)
     assert (found.first, found.last) == (5, 11)
-    assert "The spectral norm, which also sees what signed sums cancel, of the mixing" in found.sentence
+    assert "The spectral norm of the mixing from the embedding on, which also sees" in found.sentence
 
 
 def test_one_token_that_a_connection_amplifies(make_run):
@@ -247,7 +247,7 @@ def test_every_verdict_is_declared_whole():
         assert each.judged.endswith(each.limits.words)
         assert set(each.follows_from) <= set(VERDICTS) - {name}
         for need in (*each.needs, *each.wants):
-            assert need in ("attrs", "step") or need.removesuffix("_null") in known
+            assert need in FACTS or need.removesuffix("_null") in known
 
 
 def test_a_finding_names_its_chain(make_run):
@@ -316,7 +316,7 @@ def test_streams_that_change_while_their_mean_stays_are_no_single_representation
     (found,) = findings(run_of(np.concatenate([mean + apart, mean - apart], axis=3)), trained=True)[
         "same_representation"
     ]
-    assert ", of the least similar stream 0.96" in found.sentence
+    assert "; of the least similar stream 0.96" in found.sentence
 
 
 def test_a_large_feature_does_not_make_layers_the_same():

@@ -387,5 +387,5 @@ def test_a_frozen_trunk_is_measured_without_gradients_and_says_so(models, ids):
     analysis = analyze(run)
     assert "trunk is frozen" in analysis.attrs["not_computed"]["gradient_norm"]
     found = {finding.verdict for finding in judge(analysis)}
-    assert "silent_module" in found  # the rest is judged
+    assert "untrained_module" in found  # the rest is judged
     assert not {name for name in found if "gradient" in name}
