@@ -92,6 +92,7 @@ class TracedValue:
     given_at: int | None = None  # its position among the tensors that the model is called with
     is_rewritten = False  # whether its memory is written before the forward ends
     has_graph = False  # whether autograd knew of it when an operation took it
+    carries: Sequence[TracedValue] | None = None  # of `tensor_memory`, once it was asked for
 
     def __init__(
         self,

@@ -50,7 +50,6 @@ from depthscope.probes.reading.operations import (
     SAVING,
     KnownOperation,
     decomposed,
-    factors_of_sum,
     is_layer,
     is_saved,
     is_unwritten,
@@ -412,10 +411,6 @@ class GraphRecorder(TorchDispatchMode):
         operations = self.graph.operations.setdefault(self._stack[-1], [])
         operations.append(func)
         first = len(self.graph.values)
-        if taken[0].is_foreign and not taken[0].mutates:
-            factors = factors_of_sum(func, args, kwargs, result)
-            if factors is not None:
-                taken = self._sum([args[n] for n in factors], list(factors.values()), [])
         if taken[0].mutates:
             self.note(*taken, (result, *taken[-1]))
         else:
@@ -493,19 +488,10 @@ class GraphRecorder(TorchDispatchMode):
         with torch.no_grad(), unseen_by_modes(*args[1:3]):
             product = FUSED[name](*args[1:3])
         self.note(operation_of(FUSED[name]), found[1:3], {}, found[1:3], [], product)
-        scales = kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1))
-        return self._sum([args[0], product], scales, targets)
-
-    def _sum(
-        self, tensors: Sequence[torch.Tensor], scales: Sequence[float], targets: list[torch.Tensor]
-    ) -> _Taken:
-        """One or two tensors that are scaled and added, each step for itself."""
-        terms = []
-        for tensor, scale in zip(tensors, scales, strict=True):
+        scales, terms = (kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1))), []
+        for tensor, scale in zip([args[0], product], scales, strict=True):
             term = self.value_of(tensor)
             self._hold(tensor, term)
-            if len(tensors) == 1:
-                return MUL, [term, scale], {}, [term], targets
             if scale != 1:
                 tensor = tensor * scale
                 self.note(MUL, [term, scale], {}, [term], [], tensor)

@@ -8,7 +8,7 @@ alike where an operation alone shows what is to be measured.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -71,13 +71,9 @@ class RecordedForward:
     ):
         self._observer, self._known, self._attention = observer, known, attention
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
-        # What has the gradient of other tensors
-        self._with_gradient: dict[ValuePlace, list[ShownTensor]] = {}
         for state in observer.structure.shown if observer is not None else ():
             if state.point.at == "operation":
                 self._operations.setdefault(state.point.place, []).append(state)
-            if state.point.gradient_at is not None:
-                self._with_gradient.setdefault(state.point.gradient_at.place, []).append(state)
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity
         self._current = current
@@ -141,7 +137,7 @@ class RecordedForward:
             tape.met.add(value.number)
             states = self._record_operation(forward, tape, value, tensor)
             if self._observer is not None:
-                for state in (*states, *self._of_gradient(tape, value)):
+                for state in states:
                     self._observer.hook_gradient(forward, state, tensor)
         if self._observer is None:  # otherwise it knows which values are states
             self._listen(forward, tape, value, tensor)
@@ -155,12 +151,6 @@ class RecordedForward:
         if listens and value.number not in forward.listeners and value.kind != PARAMETER:
             forward.listeners[value.number] = GradientListener(tensor, self._report)
             tape.graph.has_graph_from[value.number] = len(tape.graph.values)
-
-    def _of_gradient(self, tape: Tape, value: TracedValue) -> Iterator[ShownTensor]:
-        """The states whose gradient a value has in the place of their own tensors."""
-        if self._with_gradient:
-            for state in self._with_gradient.get(tape.graph.place(value), ()):
-                yield state._replace(is_shared=False)
 
     def _record_operation(
         self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor
@@ -187,10 +177,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     structure, graph = observer.structure, tape.graph
     for state in structure.shown:
         kept = _held_tensor(graph, graph.values[state.point.number], state.point.path)
-        instead = state.point.gradient_at
-        given = graph.values[(state.point if instead is None else instead).number]
-        of = state if instead is None else state._replace(is_shared=False)
-        _expect_gradient(tape, forward, observer, of, given)
+        _expect_gradient(tape, forward, observer, state, graph.values[state.point.number])
         observer.record_shown(forward, state, kept)
     if structure.read is not None:
         assert structure.read.first is not None
@@ -259,12 +246,9 @@ def record_operations(
 
 def _values_read(graph: Graph, observer: Observer) -> set[int]:
     """The numbers of the values by which a forward was recorded."""
-    structure, found = observer.structure, set(graph.read)
-    points = [
-        point for of in structure.shown for point in (of.point, of.point.gradient_at) if point is not None
-    ]
-    states = [graph.at(point.place) for point in points if point.at == "operation"]
-    return found | {value.number for value in states if value is not None}
+    points = (of.point for of in observer.structure.shown)
+    states = (graph.at(point.place) for point in points if point.at == "operation")
+    return graph.read | {value.number for value in states if value is not None}
 
 
 def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: MemoryReading) -> None:

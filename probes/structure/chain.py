@@ -45,7 +45,6 @@ class HookPoint:
     is_read_before: bool = False
     # Whether a function of autograd makes the tensor and reads it itself: it has a part of the gradient alone.
     is_read_inside: bool = False
-    gradient_at: HookPoint | None = None  # what has the gradient of the state in the place of such a tensor
 
     @property
     def place(self) -> ValuePlace:

@@ -119,8 +119,7 @@ class Structure:
     @property
     def is_recorded(self) -> bool:
         """Whether only the operations of a forward show its states, or the weights of its connections."""
-        points = (of.point for of in self.shown)
-        return self.read is not None or any(p.at == "operation" or p.gradient_at is not None for p in points)
+        return self.read is not None or any(of.point.at == "operation" for of in self.shown)
 
     @property
     def connections(self) -> tuple[Connection, ...]:

@@ -143,7 +143,6 @@ class PartsLeftOut:
         self._calls: dict[str, list[ModuleCall]] = {}
         for call in graph.calls:
             self._calls.setdefault(call.path, []).append(call)
-        self._order = {path: number for number, path in enumerate(self._calls)}
         ends = ((call, graph.ends_of(number)) for number, call in enumerate(graph.calls))
         self._same_shape = {call for call, of in ends if of is not None and of[0].shape == of[1].shape}
         blocks = {path for chain in chains for path in chain.blocks}
@@ -167,17 +166,9 @@ class PartsLeftOut:
         return found & self._used.sizes.keys()
 
     def found(self) -> list[LeftOut]:
-        """Every part that is to be named, in the order in which they ran."""
-        parts = [part for part in self._parts("", self._model) if part is not None]
-        parts += self._without_modules()
-
-        def first_call(part: LeftOut) -> int:
-            path = part.module.partition(" ")[0]
-            return min(
-                (n for other, n in self._order.items() if f"{other}.".startswith(f"{path}.")), default=0
-            )
-
-        return sorted(parts, key=first_call)
+        """Every part that is to be named."""
+        parts = (part for part in self._parts("", self._model) if part is not None)
+        return [*parts, *self._without_modules()]
 
     def _without_modules(self) -> Iterator[LeftOut]:
         """What is said of residuals whose parameters belong to no part of the model."""
@@ -423,7 +414,7 @@ def states_without_gradients(chain: Chain) -> Iterator[LeftOut]:
     shown = [(depth, of) for depth, point in enumerate(chain.points) for of in (point.streams or (point,))]
     reasons = {
         READ_BEFORE: (depth for depth, of in shown if of.is_read_before and chain.points[depth].streams),
-        READ_INSIDE: (depth for depth, of in shown if of.is_read_inside and of.gradient_at is None),
+        READ_INSIDE: (depth for depth, of in shown if of.is_read_inside),
     }
     for why, found in reasons.items():
         if depths := list(dict.fromkeys(found)):

@@ -367,31 +367,12 @@ class ChainReader:
         return replace(point, streams=tuple(streams), shape=(len(streams), *point.shape))
 
     def _with_gradient(self, point: HookPoint) -> HookPoint:
-        """What shows a state; with what has its gradient, where a function of autograd makes it and reads it itself."""
+        """What shows a state, and whether a function of autograd makes it and reads it itself."""
         graph, value = self.graph, self._value(point)
         begin = graph.has_graph_from.get(value.number)
-        early = [of for of in graph.takers(value) if begin is None or of.number < begin]
-        if not graph.has_graph_from or not any(has_gradient(of) and graph.reaches_output(of) for of in early):
-            return point
-        is_plain = value.name == "add" and len(value.args) == 2 and value.kwargs.get("alpha", 1) == 1
-        added = (self._only_added(addend, value) for addend in (addends(value) if is_plain else ()))
-        found = next((of for of in added if of is not None), None)
-        if found is None:  # where it has no graph at all, none may be wanted
-            return replace(point, is_read_inside=begin is not None)
-        return replace(point, is_read_inside=True, gradient_at=self._operation(found, point))
-
-    def _only_added(self, value: TracedValue, to: TracedValue) -> TracedValue | None:
-        """A value, or what it is a cast of, that nothing reads but one sum and autograd has a graph of; None for others."""
-        graph, taker = self.graph, to
-        while value.shape == to.shape and value not in graph.outputs:
-            if [of for of in graph.takers(value) if has_gradient(of)] != [taker]:
-                return None
-            if value.number in graph.has_graph_from:
-                return value
-            if value.name not in SAME or not value.parents:
-                return None
-            taker, value = value, value.parents[0]
-        return None
+        early = (of for of in graph.takers(value) if begin is not None and of.number < begin)
+        is_read = any(has_gradient(of) and graph.reaches_output(of) for of in early)
+        return replace(point, is_read_inside=True) if is_read else point
 
     def _operation(self, value: TracedValue, of: HookPoint) -> HookPoint:
         """The operation that shows a value, named as another point is."""
