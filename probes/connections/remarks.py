@@ -309,7 +309,9 @@ def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
     uniform = [i for i, (logits, write) in measured.items() if logits < NO_GRADIENT * write]
     # Copies, with which streams often begin, take the gradient away in every design: one connection is no finding.
     if 2 * len(uniform) > len(measured):
-        apart = max(_from_uniform(facts[i]) for i in uniform)
+        apart = max(
+            float((facts[i].tokens(facts[i].mix) - 1 / facts[i].num_streams).abs().max()) for i in uniform
+        )
         logits, write = (max(measured[i][side] for i in uniform) for side in (0, 1))
         yield Remark(
             "unlearnable_mixing",
@@ -320,10 +322,6 @@ def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
             logits / write,
             tuple(uniform),
         )
-
-
-def _from_uniform(facts: Facts) -> float:
-    return float((facts.tokens(facts.mix) - 1 / facts.num_streams).abs().max())
 
 
 def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:

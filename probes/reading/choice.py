@@ -62,9 +62,8 @@ class Ranked:
     memory: Memory
     used: set[TracedValue]  # the weights that work between its first and last value
     share: float = 0.0  # of all that any memory has
-    size: int = (
-        0  # of its first value, without what an earlier memory only has there several times, as streams
-    )
+    # Of its first value, without what an earlier memory only has there several times, as streams.
+    size: int = 0
 
     @property
     def rank(self) -> tuple[object, ...]:

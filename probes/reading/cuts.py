@@ -164,7 +164,9 @@ class _Life:
             if last:
                 live, size = self._at_end(time, until, sizes, len(found[-1]) if found else 1)
             else:
-                live, size = self._fewest(time, until)
+                counted = self._moments(time, until)
+                moment, size = min(counted, key=lambda of: (of[1], self._counts[of[0]]))
+                live = self._live(moment)
             sizes.append(size)
             moved = [self.advanced(value, last, patterns) for value in live]
             if time == max(self.memory.begins):
@@ -209,11 +211,6 @@ class _Life:
         trunk = self._trunk
         between = trunk[bisect_right(trunk, time) : bisect_left(trunk, until)]
         return [(moment, int(self._sizes[moment])) for moment in (time, *between)]
-
-    def _fewest(self, time: int, until: float) -> tuple[Cut, int]:
-        """The values alive where they are fewest, and how many elements they have."""
-        moment, size = min(self._moments(time, until), key=lambda of: (of[1], self._counts[of[0]]))
-        return self._live(moment), size
 
     def _at_end(self, time: int, until: float, known: list[int], count: int) -> tuple[Cut, int]:
         """The values of the last state: as many elements as usual, in as many values as before, if there is such a moment.

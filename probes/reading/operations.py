@@ -55,11 +55,8 @@ MIXED_ALONG = {
     **dict.fromkeys(ATTENTIONS, 2),
     **dict.fromkeys((*REDUCES, *TURNS, "cumsum", "convolution"), 0),
 }
-MIXES = names("convolution cumsum") | {
-    *MATRICES,
-    *REDUCES,
-    *ATTENTIONS,
-}  # of what a memory carries: its streams
+# Of what a memory carries: its streams.
+MIXES = names("convolution cumsum") | {*MATRICES, *REDUCES, *ATTENTIONS}
 JOINS = names("cat stack")
 ZEROS = names("zeros zeros_like new_zeros empty empty_like new_empty")
 # Norms and activations: they may lie on the way of the memory itself, as in post-norm blocks.

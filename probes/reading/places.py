@@ -227,9 +227,8 @@ class PlacedRecorder(TorchDispatchMode):
         if not is_known and operation_of(func).is_composite:
             return decomposed(self, func, args, kwargs or {})
         if not is_known and func is torch.ops.aten.detach.default and id(args[0]) == self._made:
-            return func(
-                *args
-            )  # torch's Python detaches what `empty_like`, … made where somebody keeps it, as `_take` does
+            # Torch's Python detaches what `empty_like`, … made where somebody keeps it, as `_take` does.
+            return func(*args)
         frame.count += 1
         result = func(*args, **kwargs) if kwargs else func(*args)
         self._made = id(result)

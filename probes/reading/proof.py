@@ -251,9 +251,21 @@ class WeightCoverage:
             value = self.graph.values[number]
             if not marks[number] or number in self.of_others:
                 continue
-            if value.numel == self.memory.count and residual_branch(self.graph, value, after):
+            branch = residual_branch(self.graph, value, after)
+            if branch and (value.numel == self.memory.count or self._is_next_to_blocks(branch)):
                 return value
         return None
+
+    def _is_next_to_blocks(self, numbers: Iterable[int]) -> bool:
+        """Whether some values were made in a module that is held by what holds a block of the memory, by numbers."""
+
+        def containers(values: Iterable[TracedValue]) -> set[str]:
+            stacks = (map(self.graph.calls.__getitem__, self.graph.stack(value)) for value in values)
+            around = ([call.container for call in stack if call.container is not None] for stack in stacks)
+            return {found[-1] for found in around if found}
+
+        made = (self.graph.values[number] for number in numbers)
+        return not containers(made).isdisjoint(containers(branch.source for branch in self.branches))
 
     def _unknown_sum(self) -> str:
         """What takes a state and gives one as large may hide a sum, where weights lie before it or a memory comes after."""

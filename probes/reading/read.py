@@ -360,17 +360,15 @@ class _Reader:
 
     def _over_depth(self, cuts: Sequence[Cut]) -> MemoryReading:
         last = before_norms(self.memory, last_read(self.memory, self.branches))
-        single = all(
-            len(cut) == 1 for cut in cuts
-        )  # one state at a time, of which branches read earlier ones
+        # One state at a time, of which branches read earlier ones.
+        single = all(len(cut) == 1 for cut in cuts)
         values = [cut[0] for cut in cuts] if single else self._bases(last)
         by_read = not values
         values = values or [*map(self._read_state, self.branches), last]
         values[0] = self._first_state(values)
         values = self._with_given(values)
-        for (
-            branch
-        ) in self.branches:  # what is added to the first value, as positions are, is no norm of the branch
+        # What is added to the first value, as positions are, is no norm of the branch.
+        for branch in self.branches:
             earlier = {
                 read: values[0] for read in branch.reads_before_norms if read.number < values[0].number
             }

@@ -510,10 +510,8 @@ class GraphRecorder(TorchDispatchMode):
         result: Any,
     ) -> None:
         """Note the values that an operation made of others."""
-        if operation.name in (
-            "set",
-            "lift_fresh",
-        ):  # the same value in another tensor, or another one in the same
+        # The same value in another tensor, or another one in the same.
+        if operation.name in ("set", "lift_fresh"):
             if values:
                 self.enter_value(result, values[-1])
             return

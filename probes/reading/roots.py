@@ -198,9 +198,8 @@ def _takes_apart(value: TracedValue, axis: int, width: int) -> int:
         parts = width // shape[axis]
     else:
         return 0
-    return (
-        parts if 1 < parts <= min(MOST_STREAMS, width - 1) else 0
-    )  # of one feature each they are coefficients
+    # Of one feature each they are coefficients.
+    return parts if 1 < parts <= min(MOST_STREAMS, width - 1) else 0
 
 
 def with_further_beginnings(memory: Memory) -> Memory:

@@ -101,9 +101,8 @@ class StepLoss:
         scale = None if self._loss_scale is None else self._loss_scale()
         for root in frame.f_locals["t_outputs"]:
             if not isinstance(root, torch.Tensor) or root.numel() != 1:
-                self._is_scalar = (
-                    False  # such as a stage of a pipeline, which gets its gradient from the next one
-                )
+                # Such as a stage of a pipeline, which gets its gradient from the next one.
+                self._is_scalar = False
                 return
             self._is_product |= root.grad_fn is not None and root.grad_fn.name() == "MulBackward0"
             self.task = self.task or read_task(root, None)

@@ -233,7 +233,9 @@ def record_operations(
             _record_read(tape, forward, observer, read.rereading.again(graph))
             graph = read.rereading.graph
         if known is not None and not isinstance(tape.recorder, PlacedRecorder):
-            known.learn(model, graph, _values_read(graph, observer))
+            points = (of.point for of in observer.structure.shown)
+            states = (graph.at(point.place) for point in points if point.at == "operation")
+            known.learn(model, graph, graph.read | {of.number for of in states if of is not None})
     except NOT_READ:
         if known is not None:
             known.forget(
@@ -242,13 +244,6 @@ def record_operations(
         raise
     finally:
         graph.let_go()
-
-
-def _values_read(graph: Graph, observer: Observer) -> set[int]:
-    """The numbers of the values by which a forward was recorded."""
-    points = (of.point for of in observer.structure.shown)
-    states = (graph.at(point.place) for point in points if point.at == "operation")
-    return graph.read | {value.number for value in states if value is not None}
 
 
 def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: MemoryReading) -> None:
@@ -457,7 +452,10 @@ class FirstReading:
     def end(self, tape: Tape, forward: Forward) -> None:
         """Find the structure in a forward that has ended, and record what that forward showed of it."""
         try:
-            structure = self._structure(tape, forward)
+            if tape.recorder is None:
+                raise CaptureError("the model's own forward did not run")
+            size, axis = forward.batch_size, forward.batch_axis
+            structure = StructureFinder(tape.graph, self.model, self.options, size, axis).structure()
             if self.observer is not None:
                 require_same(structure, self.observer.structure)
             # Before the states: where these have to be copied in one more forward, it is not traced again.
@@ -479,12 +477,6 @@ class FirstReading:
             self._first_batch_axis = 1
             self._step.draw_anew()  # tokens were drawn, and the next forward is the first one
             raise
-
-    def _structure(self, tape: Tape, forward: Forward) -> Structure:
-        if tape.recorder is None:
-            raise CaptureError("the model's own forward did not run")
-        options, axis = self.options, forward.batch_axis
-        return StructureFinder(tape.graph, self.model, options, forward.batch_size, axis).structure()
 
     def _place_attention(self, tape: Tape, forward: Forward, structure: Structure) -> None:
         """Find out where the model attends, and how much of it is looked at from now on."""

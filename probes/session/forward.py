@@ -243,9 +243,8 @@ class Tape:
     """What is recorded of a forward of which every operation is looked at: its graph, and who listens to its operations."""
 
     def __init__(self) -> None:
-        self.recorder: GraphRecorder | PlacedRecorder | None = (
-            None  # from the beginning of the model's own call on
-        )
+        # From the beginning of the model's own call on.
+        self.recorder: GraphRecorder | PlacedRecorder | None = None
         self.attention: Any = None  # what watches it
         self.is_on = False  # whether the model's own forward has begun
         self.met: set[int] = set()  # numbers of the values that something took

@@ -175,7 +175,9 @@ class Observer:
         # A backward inside of the forward is of something that is not the loss.
         if gradient is None or not forward.ended:
             return
-        gradient = self._without_loss_scale(gradient.detach())
+        gradient, scale = gradient.detach(), None if self._loss_scale is None else self._loss_scale()
+        if scale is not None:  # in float32: one that fits float16 only because it is scaled would underflow
+            gradient = gradient.float() / scale.to(gradient.device)
         if of.num_tensors > 1:
             if of.stream in forward.stream_gradients.get(of.key[:2], ()):  # of another backward
                 self._complete_gradient(forward, *of.key[:2])
@@ -203,14 +205,6 @@ class Observer:
         self._record_gradient(
             forward, number, depth, torch.stack([streams.get(key[2], zero) for key in keys])
         )
-
-    def _without_loss_scale(self, gradient: torch.Tensor) -> torch.Tensor:
-        """A gradient without the loss scale."""
-        scale = self._loss_scale() if self._loss_scale is not None else None
-        if scale is None:
-            return gradient
-        # In float32, since a gradient that fits float16 only because it is scaled would underflow.
-        return gradient.float() / scale.to(gradient.device)
 
     def _record_gradient(self, forward: Forward, number: int, depth: int, gradient: torch.Tensor) -> None:
         """Store a gradient; the gradients of several backwards through one forward add up.

@@ -34,9 +34,8 @@ class HookPoint:
     module: str  # the module that computed the state
     number: int  # of the value that it shows, in the graph of the forward that was read
     shape: tuple[int, ...]  # of the state
-    item: int = (
-        0  # which of the call's floating tensors; the k-th operation of its name that the call runs itself
-    )
+    # Which of the call's floating tensors; the k-th operation of its name that the call runs itself.
+    item: int = 0
     operation: str = ""  # its name
     result: int = 0  # which of its results
     layout: str = ""  # where it is another one than the chain's

@@ -267,9 +267,8 @@ class ReadStructure:
     def __init__(self, rereading: Rereading, memory: MemoryReading, first_layout: str):
         self.rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
         self.first: MemoryReading | None = memory
-        self._order: tuple[Any, int, torch.Tensor] | None = (
-            None  # of tokens, for a memory's numbers and a batch size
-        )
+        # Of tokens, for a memory's numbers and a batch size.
+        self._order: tuple[Any, int, torch.Tensor] | None = None
         self.casts = memory.casts
         self.mixes = any(connection.weighs for connection in self.first.connections)
         first = memory.connections[0]
