@@ -192,10 +192,9 @@ def _way(memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int
     way: list[tuple[TracedValue, TracedValue | None, Numbers]] = [(addend, None, numbers)]
     while True:
         value, _, numbers = way[-1]
+        back, coefficient = _scaled(memory, value, gates)
         if only_moves(value) and value.args and isinstance(value.args[0], TracedValue):
-            back, coefficient = value.args[0], None
-        else:
-            back, coefficient = _scaled(memory, value, gates)
+            back = value.args[0]
         if back is None:
             back = _before_written(memory, value, numbers)
         if back is not None:

@@ -263,9 +263,8 @@ class _Life:
         elif last:
             way = way[: 1 + usual]
         else:  # without what only puts it into another order, as the next block does
-            least = 1 + (_end_of_spread(way) if widen else 0)
             while (
-                len(way) > least
+                len(way) > 1
                 and (way[-1].numel, way[-1].dtype) == (way[-2].numel, way[-2].dtype)
                 and only_moves(way[-1])
             ):
@@ -280,13 +279,6 @@ class _Life:
             return False
         wider = step.numel > value.numel and not widen
         return not wider and (not memory.mixes(step) or step.name in JOINS)
-
-
-def _end_of_spread(way: Sequence[TracedValue]) -> int:
-    """The step that drops the axis of one along which streams were repeated, as `repeat_interleave` does; 0 for none."""
-    wider = max((n for n in range(1, len(way)) if way[n].numel > way[n - 1].numel), default=len(way) - 1)
-    ones = way[wider].shape.count(1)
-    return next((n for n in range(wider, len(way)) if way[n].shape.count(1) < ones), 0)
 
 
 def _common_length(names: Sequence[str], usual: Sequence[str]) -> int:

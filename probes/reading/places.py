@@ -26,11 +26,10 @@ OTHER = "other operations ran in {} than in the forward that was read; later for
 class OperationPlaces:
     """Where later forwards make the values that are needed of them.
 
-    ``graph``: of the forward that was read.
     ``wanted``: by call, and by the number of an operation in it, the values that it makes; by `OUTPUT`, what the call returns.
     """
 
-    graph: Graph
+    graph: Graph  # of the forward that was read
     circumstances: tuple[Any, ...]
     wanted: dict[int, dict[int, list[TracedValue]]] = field(default_factory=dict)
     # By position among what the model is called with

@@ -7,6 +7,7 @@ alike where an operation alone shows what is to be measured.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -36,6 +37,7 @@ from depthscope.probes.session.forward import (
     CurrentForward,
     Forward,
     GradientListener,
+    Key,
     Tape,
     own_call,
 )
@@ -488,8 +490,12 @@ class FirstReading:
             selection.require_attention(structure.chains, self.attention.heads, self.attention.reasons)
 
     def _new_observer(self, structure: Structure, tape: Tape) -> Observer:
-        parameters = None
-        if self.scope.is_loop and structure.connections:  # of a capture's one set of weights no value moves
+        parameters, times = None, dict[Key, float]()
+        for of in structure.shown:  # a state of several streams is there with the last of them
+            times[of.key[:2]] = max(of.point.moment_in(tape.graph), times.get(of.key[:2], -math.inf))
+        if (
+            self.scope.sums and not self.scope.only_own and structure.connections
+        ):  # of a capture's one set of weights no value moves
             parameters = ConnectionParameters(self.model, structure)
         return Observer(
             structure,
@@ -498,7 +504,7 @@ class FirstReading:
             self._loss_scale,
             self.scope,
             calls=Counter(call.path for call in tape.graph.calls),
-            times={(chain, depth): point.moment_in(tape.graph) for chain, depth, point in structure.captured},
+            times=times,
             parameters=parameters,
         )
 

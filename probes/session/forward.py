@@ -301,14 +301,7 @@ class CurrentForward(threading.local):
     @property
     def taped(self) -> Tape | None:
         """The tape that hooks write to; None under the same conditions as `recorded`."""
-        # These in one: every module's two hooks ask it.
-        forward, tape = self.forward, self.tape
-        if forward is None or tape is None or forward.cancelled:
-            return None
-        mine = own_calls.owner
-        if (mine is not None and mine is not self.owner) or in_recomputation() or in_transformation():
-            return None
-        return tape
+        return self.tape if self.tape is not None and self.recorded is not None else None
 
     def note_transformation(self) -> None:
         """Note where a module of the running forward is called inside of a transformation of torch.func."""

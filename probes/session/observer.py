@@ -233,8 +233,8 @@ class Observer:
         missing = [
             f"{self.structure.chains[number].name or 'depth'} {'final' if depth == FINAL else depth}: "
             f"{point.at} of {point.path or 'the model'}"
-            for number, depth, point in self.structure.captured
-            if ("state", number, depth) not in forward.fired
+            for number, depth, stream, point, *_ in self.structure.shown
+            if not stream and ("state", number, depth) not in forward.fired
         ]
         missing += [
             f"connection {number}: {connection.path}"

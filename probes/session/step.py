@@ -199,7 +199,7 @@ class Step:
         if not self.options.gradients:
             return
         if not forward.arrivals:
-            if not self._only_own and not forward.expected_gradients and self.loss.was_run_backward:
+            if not self._only_own and not forward.expected_gradients and self.loss.backwards:
                 self.without_gradients = True
                 return
             if self._only_own:

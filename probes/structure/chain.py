@@ -52,8 +52,6 @@ class HookPoint:
 
     def moment_in(self, graph: Graph) -> float:
         """When it shows its state in the forward that was read: with an operation, or as a call begins or ends."""
-        if self.streams:
-            return max(of.moment_in(graph) for of in self.streams)
         if self.at == "operation":
             return self.number
         made = graph.made_in.get(graph.call_of(self.path, self.index))

@@ -33,14 +33,6 @@ from depthscope.probes.structure.sites import SiteSelection
 FINAL = -1  # used as a depth: the state after the last norm
 
 
-class CapturedState(NamedTuple):
-    """One state that is captured in every forward: the number of its chain, its depth, and what shows it."""
-
-    chain: int
-    depth: int  # or `FINAL`
-    point: HookPoint
-
-
 class ShownTensor(NamedTuple):
     """One tensor that a forward shows: a captured state, or one stream of it where each is a tensor of its own."""
 
@@ -61,59 +53,31 @@ class ShownTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Structure:
-    """The residual chains of a model and how to read them; found once, in the first forward.
+    """The residual chains of a model and how to read them; found once, in the first forward."""
 
-    Parameters
-    ----------
-    chains : tuple of Chain
-        In the order in which they run.
-    num_streams : int
-        Number of residual streams n, counting each fraction of a stream; 1 for a plain residual model.
-    batch_axis : int
-        Axis of the sequences in the first tensor that the model is called with.
-    selection : SiteSelection
-        Which of the states and connections are captured.
-    fractions : int
-        Into how many parts the features of each stream are split for the connections; mostly 1.
-    inner_streams : int
-        How many streams are expanded and merged inside each step of the first chain; 0 for none.
-    not_covered : tuple of LeftOut
-        What ran and lies in no chain, with the reasons.
-    read : ReadStructure or None
-        How the coefficients of its connections are read, where the operations of each forward show them.
-    """
-
-    chains: tuple[Chain, ...]
-    num_streams: int
-    batch_axis: int
-    selection: SiteSelection
-    fractions: int = 1
-    inner_streams: int = 0
-    not_covered: tuple[LeftOut, ...] = ()
-    read: ReadStructure | None = None
-
-    @cached_property
-    def captured(self) -> tuple[CapturedState, ...]:
-        """Every state that is captured."""
-        found: list[CapturedState] = []
-        for number, chain in enumerate(self.chains):
-            wanted = self.selection.captured(chain)
-            found += [
-                CapturedState(number, depth, p) for depth, p in enumerate(chain.points) if depth in wanted
-            ]
-            if chain.final is not None and self.selection.includes("final"):
-                found.append(CapturedState(number, FINAL, chain.final))
-        return tuple(found)
+    chains: tuple[Chain, ...]  # in the order in which they run
+    num_streams: int  # residual streams n, counting each fraction of a stream; 1 for a plain residual model
+    batch_axis: int  # of the sequences in the first tensor that the model is called with
+    selection: SiteSelection  # which of the states and connections are captured
+    fractions: int = 1  # into how many parts the features of each stream are split for the connections
+    inner_streams: int = 0  # how many are expanded and merged inside each step of the first chain
+    not_covered: tuple[LeftOut, ...] = ()  # what ran and lies in no chain, with the reasons
+    read: ReadStructure | None = None  # how coefficients are read that only the operations of a forward show
 
     @cached_property
     def shown(self) -> tuple[ShownTensor, ...]:
         """What shows the captured states; a tensor that is every stream of a state comes once for each."""
         found = []
-        for chain, depth, point in self.captured:
-            of = point.streams or (point,)
-            is_shared = len(set(of)) < len(of)
-            is_shared |= any(p.is_read_before or p.is_read_inside for p in (point, *of))
-            found += [ShownTensor(chain, depth, n, p, len(of), is_shared) for n, p in enumerate(of)]
+        for number, chain in enumerate(self.chains):
+            wanted = self.selection.captured(chain)
+            points = [(depth, of) for depth, of in enumerate(chain.points) if depth in wanted]
+            if chain.final is not None and self.selection.includes("final"):
+                points.append((FINAL, chain.final))
+            for depth, point in points:
+                of = point.streams or (point,)
+                is_shared = len(set(of)) < len(of)
+                is_shared |= any(p.is_read_before or p.is_read_inside for p in (point, *of))
+                found += [ShownTensor(number, depth, n, p, len(of), is_shared) for n, p in enumerate(of)]
         return tuple(found)
 
     @property
@@ -254,14 +218,7 @@ ConnectionWeights = tuple[Parts | DepthWeights, torch.Tensor | None]
 class ReadStructure:
     """How the memory of a model with streams, or with sums over depth, is read in every forward.
 
-    Parameters
-    ----------
-    rereading : Rereading
-        Of the first forward.
-    memory : MemoryReading
-        That is read.
-    first_layout : str
-        Of its first state.
+    ``rereading, memory``: of the first forward, and what is read in it. ``first_layout``: of its first state.
     """
 
     def __init__(self, rereading: Rereading, memory: MemoryReading, first_layout: str):

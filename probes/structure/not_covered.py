@@ -42,30 +42,14 @@ READ_INSIDE = (
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A part of the model that ran and lies in no chain.
+    """A part of the model that ran and lies in no chain."""
 
-    Parameters
-    ----------
-    module : str
-        Its path.
-    blocks : int
-        How many blocks of one class ran in it; 0 where none are repeated.
-    block : str
-        Their class.
-    share : float
-        Of the parameters that ran, those of embeddings and heads for a vocabulary left out.
-    why : str
-        Why no chain has it.
-    layers : str
-        The pattern that names its blocks; empty where one pattern does not.
-    """
-
-    module: str
-    blocks: int = 0
-    block: str = ""
-    share: float = 0.0
-    why: str = ""
-    layers: str = ""
+    module: str  # its path
+    blocks: int = 0  # how many blocks of one class ran in it; 0 where none are repeated
+    block: str = ""  # their class
+    share: float = 0.0  # of the parameters that ran, those of embeddings and heads for a vocabulary left out
+    why: str = ""  # no chain has it
+    layers: str = ""  # the pattern that names its blocks; empty where one pattern does not
 
     @property
     def sentence(self) -> str:
