@@ -25,7 +25,7 @@ from depthscope.probes.reading.description import (
     StateReading,
 )  # fmt: skip
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
-from depthscope.probes.reading.memory import Memory, without_forks
+from depthscope.probes.reading.memory import Memory, follow
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MIXES, only_moves
 from depthscope.probes.reading.proof import (
@@ -146,7 +146,7 @@ class _Reader:
             depth = memory.depth
             made = [of for of in memory.inside(joined) if depth[of.number] > depth[before.number]]
             inner |= {number for number in memory.back(made) if depth[number] > depth[before.number]}
-        outer = without_forks(self.graph, replace(memory.start, banned=memory.start.banned | inner))
+        outer = follow(self.graph, replace(memory.start, banned=memory.start.banned | inner))
         if not branches_of(outer):
             return memory
         found = _numbered([outer])[0]._first_cuts

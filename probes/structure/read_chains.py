@@ -120,6 +120,9 @@ class ChainReader:
     def _as_read(self, point: HookPoint) -> HookPoint:
         """A state over depth, named after the block that reads it where the block before gives another value."""
         following = next((b for b in self.branches if b.layer > point.layer and self._call_of(b) >= 0), None)
+        made = self.graph.path(self._value(point))
+        if point.site == "pre" and made and not f"{point.module}.".startswith(f"{made}."):
+            return replace(point, module=made)
         same = {other.number for other in same_elements(self.graph, self._value(point))}
         calls = (number for number, call in enumerate(self.graph.calls) if call.path == point.module)
         given = [of.number for call in calls for of in self.graph.sides.get((call, "output"), ())]
@@ -127,7 +130,7 @@ class ChainReader:
             return point
         if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
             return point
-        block, made = self.graph.calls[self._call_of(following)].path, self.graph.path(self._value(point))
+        block = self.graph.calls[self._call_of(following)].path
         module = made if made.startswith(f"{block}.") else block
         return replace(point, layer=following.layer, site="pre", module=module)
 
