@@ -71,23 +71,20 @@ def _distinguishable(states: Sequence[frozenset[int]]) -> list[frozenset[int]]:
 class CoefficientValues:
     """The coefficients of all connections among the values of one forward, whose tensors are held.
 
-    ``graph``: of its operations.
     ``memory, connections``: what was read in it, of all connections in order.
-    ``parts``: their coefficients in the sampled sequences (K, T, …), on the CPU.
     ``batch_size, tokens``: B and T.
-    ``rows``: the sequences of this batch that were sampled.
     ``precision``: in which the model multiplies its states: weights that were read by running operations once more
     are rounded to it.
     ``norms``: ``norms(tensors, values)`` are the norms (B, T) of what has the elements of some values of the memory.
     """
 
-    graph: Graph
+    graph: Graph  # of its operations
     memory: MemoryReading
     connections: Sequence[ConnectionReading]
-    parts: Sequence[Parts]
+    parts: Sequence[Parts]  # their coefficients in the sampled sequences (K, T, …), on the CPU
     batch_size: int
     tokens: int
-    rows: list[int]
+    rows: list[int]  # the sequences of this batch that were sampled
     precision: torch.dtype
     norms: Callable[[Sequence[torch.Tensor], Sequence[TracedValue]], torch.Tensor]
 

@@ -29,12 +29,9 @@ class Origin:
     ``other_states``: by weights (H_res, H_pre, H_post): at which connections the states are that they were computed
     from though they are not this connection's own; −1 for the model's input.
     ``other_tokens``: the share of the gradient of one token's coefficients that falls on the states of other tokens.
-    ``later``: whether some of these tokens come later in the sequence.
     ``unused``: a matrix (K, T, n, n) that was computed from parameters for this connection, and that no output
     depends on.
     ``sigmoids``: by weights (H_pre, H_post): the factor c where they are c · σ(·).
-    ``turned``: whether the matrix is applied as the transpose of what was computed first; None where that is
-    symmetric.
     ``reads_along``: where one matrix has the read weights in its first columns and the mixing in its others: whether
     both are applied along the same axis; None where no matrix has both.
     """
@@ -43,9 +40,10 @@ class Origin:
     is_cut: bool = False
     other_states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     other_tokens: float = 0.0
-    later: bool = False
+    later: bool = False  # whether some of these tokens come later in the sequence
     unused: torch.Tensor | None = None
     sigmoids: Mapping[str, float] = field(default_factory=dict)
+    # Whether the matrix is applied as the transpose of what was computed first; None where that is symmetric.
     turned: bool | None = None
     reads_along: bool | None = None
 

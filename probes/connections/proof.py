@@ -59,33 +59,27 @@ class DepthWeights(Weights):
     """The weights of one connection over depth: h_v = Σ_j read_vj v_j, X_{k+1} = Σ_j carry_j v_j + scale · F_k.
 
     ``read``: (B, T, V, K + 1): of the embedding and of every branch's output in each input of the branch.
-    ``carry``: (B, T, K + 1): of the embedding and of every branch's output in the next state, its own output left
-    out.
-    ``scale``: (B, T): of its own output in the next state.
     """
 
     read: torch.Tensor
+    # (B, T, K + 1): of the embedding and of every branch's output in the next state, its own output left out.
     carry: torch.Tensor
-    scale: torch.Tensor
+    scale: torch.Tensor  # (B, T): of its own output in the next state
 
 
 @dataclass
 class Parts(Weights):
     """The weights of one connection call, and what its branch took and returned.
 
-    ``mix``: (B, T, N, N), destination by source; None where nothing mixes.
     ``read``: H_pre, (B, T, V, N); None where no scalar read weights exist, or where they are unknown.
-    ``write``: H_post, (B, T, N, V).
-    ``branch_in``: (B, T, V, D).
-    ``branch_out``: (B, T, V, D).
     ``constant``: (B, T, N, D): what else is added to the next state, which was not computed from the streams.
     """
 
-    mix: torch.Tensor | None
+    mix: torch.Tensor | None  # (B, T, N, N), destination by source; None where nothing mixes
     read: torch.Tensor | None
-    write: torch.Tensor
-    branch_in: torch.Tensor
-    branch_out: torch.Tensor
+    write: torch.Tensor  # H_post, (B, T, N, V)
+    branch_in: torch.Tensor  # (B, T, V, D)
+    branch_out: torch.Tensor  # (B, T, V, D)
     constant: torch.Tensor | None = None
 
 
@@ -126,16 +120,11 @@ PROOF_TOKENS = 512
 
 @dataclass(frozen=True)
 class Proof:
-    """How well one connection's parts give its next state.
+    """How well one connection's parts give its next state."""
 
-    ``error``: relative Frobenius error ‖X' − (H X + post ⊗ F)‖ / ‖X'‖ over real tokens.
-    ``other``: the same with the transposed matrix.
-    ``known``: false where no state around the connection is finite; the errors are NaN then.
-    """
-
-    error: float
-    other: float
-    known: bool = True
+    error: float  # relative Frobenius error ‖X' − (H X + post ⊗ F)‖ / ‖X'‖ over real tokens
+    other: float  # the same with the transposed matrix
+    known: bool = True  # false where no state around the connection is finite; the errors are NaN then
 
 
 @dataclass

@@ -25,17 +25,13 @@ CLEAR_ERROR = 1e-3
 class Remark:
     """One thing that is odd about the connections.
 
-    ``kind``: what it is; `diagnostics.verdicts.wiring` says which verdict reports it.
-    ``sentence``: in plain words, with the numbers.
-    ``value``: the number that it rests on.
-    ``connections``: where.
     ``sure``: whether it is an error in any design; otherwise it may be meant, and is only worth knowing.
     """
 
-    kind: str
-    sentence: str
-    value: float
-    connections: tuple[int, ...]
+    kind: str  # what it is; `diagnostics.verdicts.wiring` says which verdict reports it
+    sentence: str  # in plain words, with the numbers
+    value: float  # the number that it rests on; that verdict states what it is compared with
+    connections: tuple[int, ...]  # where
     sure: bool = True
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,22 +43,17 @@ class Remark:
 class Facts:
     """What is known of one connection, of the sampled sequences.
 
-    ``name``: the module that it belongs to.
-    ``mix``: H_res as applied (K, T, n, n), and the identity where nothing mixes.
-    ``mixes``: whether the model computes a matrix.
     ``read, write``: H_pre and H_post (K, T, n); None where there are several views, or gates per feature.
-    ``mask``: (K, T), True on tokens that are no padding.
-    ``origin``: from what the weights were computed; None where no forward was followed.
     ``spread_in, spread_out``: ‖X − mean over streams‖ / ‖X‖ of the streams before and after the connection.
     """
 
-    name: str
-    mix: torch.Tensor
-    mixes: bool
+    name: str  # the module that it belongs to
+    mix: torch.Tensor  # H_res as applied (K, T, n, n), and the identity where nothing mixes
+    mixes: bool  # whether the model computes a matrix
     read: torch.Tensor | None = None
     write: torch.Tensor | None = None
-    mask: torch.Tensor | None = None
-    origin: Origin | None = None
+    mask: torch.Tensor | None = None  # (K, T), True on tokens that are no padding
+    origin: Origin | None = None  # from what the weights were computed; None where no forward was followed
     spread_in: float = 1.0
     spread_out: float = 1.0
 
@@ -309,7 +300,9 @@ def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
     uniform = [i for i, (logits, write) in measured.items() if logits < NO_GRADIENT * write]
     # Copies, with which streams often begin, take the gradient away in every design: one connection is no finding.
     if 2 * len(uniform) > len(measured):
-        apart = max(_from_uniform(facts[i]) for i in uniform)
+        apart = max(
+            float((facts[i].tokens(facts[i].mix) - 1 / facts[i].num_streams).abs().max()) for i in uniform
+        )
         logits, write = (max(measured[i][side] for i in uniform) for side in (0, 1))
         yield Remark(
             "unlearnable_mixing",
@@ -320,10 +313,6 @@ def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
             logits / write,
             tuple(uniform),
         )
-
-
-def _from_uniform(facts: Facts) -> float:
-    return float((facts.tokens(facts.mix) - 1 / facts.num_streams).abs().max())
 
 
 def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:

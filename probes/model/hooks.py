@@ -147,9 +147,8 @@ class Hook:
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # By their type: to ask a value for its class may run code of the user's. Those that contain this hook come before it.
         copies = [each for each in memo.values() if issubclass(type(each), nn.Module)]
-        memo.setdefault(id(memo), []).append(
-            _AtEndOfCopy(copies)
-        )  # what `copy` keeps until the copy is complete
+        # What `copy` keeps until the copy is complete.
+        memo.setdefault(id(memo), []).append(_AtEndOfCopy(copies))
         function, args = self.__reduce__()
         return function(*args)
 

@@ -44,9 +44,8 @@ class Branch:
     path: str = ""  # of its module
     kind: str = ""  # attn, mlp, or the name of its module
     layer: int = 0
-    unit: int = (
-        -1
-    )  # the outermost call, inside of that around all branches, in which it runs; -1 where it runs in none
+    # The outermost call, inside of that around all branches, in which it runs; -1 where it runs in none.
+    unit: int = -1
 
     @property
     def inputs(self) -> list[TracedValue]:
@@ -193,7 +192,9 @@ def _way(memory: Memory, write: TracedValue, addend: TracedValue, gates: set[int
     way: list[tuple[TracedValue, TracedValue | None, Numbers]] = [(addend, None, numbers)]
     while True:
         value, _, numbers = way[-1]
-        back, coefficient = _before(memory, value, gates)
+        back, coefficient = _scaled(memory, value, gates)
+        if only_moves(value) and value.args and isinstance(value.args[0], TracedValue):
+            back = value.args[0]
         if back is None:
             back = _before_written(memory, value, numbers)
         if back is not None:
@@ -239,7 +240,13 @@ def _before_step(memory: Memory, after: TracedValue, before: TracedValue, number
     if after.name in ("transpose", "t"):
         return transposed(numbers, after)
     moved = places_in(memory.graph, after, before)
-    return None if moved is None else _inverted(moved.dense(), numbers.dense(), before)
+    if moved is None:
+        return None
+    mine, target = moved.dense(), numbers.dense()
+    found = np.full(before.numel, NOTHING, dtype=np.int64)
+    found[mine[mine >= 0]] = target[mine >= 0]
+    is_spread = (found[mine[mine >= 0]] != target[mine >= 0]).any()  # over several tokens or features
+    return None if is_spread else Numbers.of(found.reshape(before.shape))
 
 
 def _before_written(memory: Memory, value: TracedValue, numbers: Numbers) -> TracedValue | None:
@@ -260,22 +267,6 @@ def _without_new_axes(numbers: Numbers, shape: tuple[int, ...]) -> Numbers | Non
     ]
     found = numbers.collapsed([*range(new), *spread])
     return None if found is None else found.reshape(shape)
-
-
-def _inverted(mine: np.ndarray, target: np.ndarray, source: TracedValue) -> Numbers | None:
-    found = np.full(source.numel, NOTHING, dtype=np.int64)
-    found[mine[mine >= 0]] = target[mine >= 0]
-    is_spread = (found[mine[mine >= 0]] != target[mine >= 0]).any()  # over several tokens or features
-    return None if is_spread else Numbers.of(found.reshape(source.shape))
-
-
-def _before(
-    memory: Memory, value: TracedValue, gates: set[int]
-) -> tuple[TracedValue | None, TracedValue | None]:
-    """The value that a step moves or scales, and its coefficient."""
-    if only_moves(value) and value.args and isinstance(value.args[0], TracedValue):
-        return value.args[0], None
-    return _scaled(memory, value, gates) if value.name in PRODUCTS else (None, None)
 
 
 def _before_mixing(
@@ -299,6 +290,9 @@ def _before_mixing(
 def _scaled(
     memory: Memory, value: TracedValue, gates: set[int]
 ) -> tuple[TracedValue | None, TracedValue | None]:
+    """The value that a product scales, and its coefficient."""
+    if value.name not in PRODUCTS:
+        return None, None
     both = [v for v in value.args[:2] if isinstance(v, TracedValue)]
     if len(both) == 1:
         return both[0], None

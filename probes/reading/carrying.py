@@ -99,7 +99,11 @@ class Rules:
         means = centred(value, carriers)
         if means and not (self._functions and all(map(is_along_features, means))):
             return None  # the first half of a norm, or a mixing of tokens
-        return self._agreed([self._carried[v.number] for v in carriers], value.shape)
+        numbers = [self._carried[v.number].expand(value.shape) for v in carriers]
+        found: Numbers | None = numbers[0]
+        for other in numbers[1:]:
+            found = None if found is None else found.agreed(other)
+        return found
 
     def _is_filled(self, value: TracedValue, carrier: TracedValue) -> bool:
         """Whether something as large is added to what has places that hold nothing."""
@@ -108,13 +112,6 @@ class Rules:
         return holds < carrier.numel == value.numel and any(
             other.numel == value.numel and self._graph.has_origin(other) for other in others
         )
-
-    @staticmethod
-    def _agreed(numbers: list[Numbers], shape: tuple[int, ...]) -> Numbers | None:
-        found: Numbers | None = numbers[0].expand(shape)
-        for other in numbers[1:]:
-            found = found.agreed(other.expand(shape)) if found is not None else None
-        return found
 
     def _product(self, value: TracedValue) -> Numbers | None:
         carriers = [f for f in factors(value) if self._of(f) is not None]

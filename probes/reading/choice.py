@@ -19,9 +19,9 @@ from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, wa
 from depthscope.probes.reading.memory import (
     Memory,
     Start,
+    follow,
     start_of,
     start_with_streams,
-    without_forks,
 )
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
@@ -62,9 +62,8 @@ class Ranked:
     memory: Memory
     used: set[TracedValue]  # the weights that work between its first and last value
     share: float = 0.0  # of all that any memory has
-    size: int = (
-        0  # of its first value, without what an earlier memory only has there several times, as streams
-    )
+    # Of its first value, without what an earlier memory only has there several times, as streams.
+    size: int = 0
 
     @property
     def rank(self) -> tuple[object, ...]:
@@ -157,7 +156,7 @@ def _after_first_norm(memory: Memory) -> Memory:
     first = values[begin[-1]]
     if first.numel != memory.root.numel or memory.root.number in memory.back([memory.end], {first.number}):
         return memory
-    return without_forks(memory.graph, start_of(first))
+    return follow(memory.graph, start_of(first))
 
 
 def _with_hidden_sums(memory: Memory) -> Memory:
@@ -166,7 +165,7 @@ def _with_hidden_sums(memory: Memory) -> Memory:
         seeds, found = memory.start.seeds, hidden_sums(memory, branches_of(memory))
         if found.keys() <= seeds.keys():
             break
-        memory = without_forks(memory.graph, replace(memory.start, seeds={**seeds, **found}))
+        memory = follow(memory.graph, replace(memory.start, seeds={**seeds, **found}))
     return memory
 
 
@@ -190,7 +189,7 @@ def _with_empty_streams(memory: Memory) -> Memory:
         later = (graph.values[n] for n in sorted(memory.trunk) if n >= min(writes, default=0))
         if any(memory.carried[of.number].count < of.numel for of in later if of.shape == value.shape):
             return memory  # a history, of which each block fills one more place
-        return without_forks(graph, start_with_streams(value, axes[0]))
+        return follow(graph, start_with_streams(value, axes[0]))
     return memory
 
 
@@ -218,7 +217,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
             )
             roots += [of for of in normed if of not in roots][:2]
     for begin in folded_beginnings(graph):
-        memory = without_forks(graph, start_with_streams(*begin))
+        memory = follow(graph, start_with_streams(*begin))
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
     found = [of for of in found if of.memory.num_writes and not _is_shift(of.memory)]
@@ -242,10 +241,10 @@ def _is_shift(memory: Memory) -> bool:
 
 def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:
     """The memory that begins with a value, and that on which norms and activations lie, where such a one leads on."""
-    plain = without_forks(graph, start_of(root))
+    plain = follow(graph, start_of(root))
     found = [Ranked(plain, _used(plain))]
     if _leads_on(plain):
-        passing = without_forks(graph, replace(start_of(root), functions=True))
+        passing = follow(graph, replace(start_of(root), functions=True))
         found.append(Ranked(passing, _used(passing)))
     return found
 
@@ -320,7 +319,7 @@ def after_spread(memory: Memory) -> Memory:
     joins = [of for of in after if not all(later[p.number] for p in memory.inside(of))]
     if all(of.name in SUMS and memory.carried[of.number].count > memory.count for of in joins):
         start = replace(memory.start, root=values[number], numbers=memory.carried[number])
-        return without_forks(memory.graph, start)
+        return follow(memory.graph, start)
     return memory
 
 
@@ -365,7 +364,7 @@ def with_streams_apart(memory: Memory) -> list[Memory]:
             start, root=first, numbers=start.numbers if numbers.count == memory.count else numbers
         )
         starts.append(replace(start, banned=start.banned | {after.number}) if after is not None else start)
-    parts = [part for part in (without_forks(memory.graph, of) for of in starts) if part.num_writes]
+    parts = [part for part in (follow(memory.graph, of) for of in starts) if part.num_writes]
     parts.sort(key=lambda part: part.start.numbers.count == memory.count)
     return [part for part in parts if branches_of(part)] or [memory]
 

@@ -13,7 +13,6 @@ from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.cuts import Cut
 from depthscope.probes.reading.description import BranchReading, ConnectionReading
 from depthscope.probes.reading.graph import ReadingError, TracedValue, filled
-from depthscope.probes.reading.memory import Memory
 from depthscope.probes.reading.operations import JOINS, MIXES, MOVES, PRODUCTS
 from depthscope.probes.reading.states import FeaturesDiffer, Replays, States, Table
 
@@ -203,7 +202,7 @@ class Linear:
                 for of in link.reads
             ],
             self._constants([target], sources).get(0),
-            self._weighs(sources[0], target) or _reorders(h_res),
+            self._weighs(sources[0], target, h_res),
         )
 
     def _steps(self, link: _Link) -> Hashable | None:
@@ -229,11 +228,17 @@ class Linear:
         except KeyError:
             return None
 
-    def _weighs(self, before: Cut, target: Sequence[TracedValue]) -> bool:
-        """Whether a step of the memory between two states scales or mixes streams, or takes some of them apart."""
+    def _weighs(self, before: Cut, target: Sequence[TracedValue], h_res: torch.Tensor) -> bool:
+        """Whether a step of the memory between two states scales, mixes, moves or leaves out streams."""
         memory = self.states.memory
-        steps = memory.back(target, {value.number for value in before})
-        return any(_scales_or_mixes(memory, memory.graph.values[number]) for number in steps)
+        for number in memory.back(target, {value.number for value in before}):
+            value = memory.graph.values[number]
+            if value.name in MOVES and value.numel < max((v.numel for v in memory.inside(value)), default=0):
+                return True
+            if value.name not in MOVES and any(value.name in group for group in (PRODUCTS, MIXES, JOINS)):
+                return True
+        identity = torch.eye(*h_res.shape[1:3], dtype=h_res.dtype, device=h_res.device)
+        return h_res.shape[1] > 1 and bool((h_res != identity[..., None]).any())
 
     def _written(self, branches: Sequence[Branch], begin: int, end: int) -> list[Branch]:
         """The branches that write between two moments, in their order."""
@@ -303,18 +308,6 @@ class Linear:
         trunk = self.states.memory.trunk
         several = [read for read in branch.reads_before_norms if read.number not in trunk]
         return list(dict.fromkeys([*(several if len(several) > 1 else ()), branch.read]))
-
-
-def _reorders(h_res: torch.Tensor) -> bool:
-    """Whether streams are others afterwards, as when they are rolled."""
-    identity = torch.eye(*h_res.shape[1:3], dtype=h_res.dtype, device=h_res.device)
-    return h_res.shape[1] > 1 and bool((h_res != identity[..., None]).any())
-
-
-def _scales_or_mixes(memory: Memory, value: TracedValue) -> bool:
-    if value.name in MOVES:
-        return value.numel < max((v.numel for v in memory.inside(value)), default=0)
-    return any(value.name in group for group in (PRODUCTS, MIXES, JOINS))
 
 
 def _numbers(*cuts: Cut) -> tuple[tuple[int, ...], ...]:

@@ -164,7 +164,9 @@ class _Life:
             if last:
                 live, size = self._at_end(time, until, sizes, len(found[-1]) if found else 1)
             else:
-                live, size = self._fewest(time, until)
+                counted = self._moments(time, until)
+                moment, size = min(counted, key=lambda of: (of[1], self._counts[of[0]]))
+                live = self._live(moment)
             sizes.append(size)
             moved = [self.advanced(value, last, patterns) for value in live]
             if time == max(self.memory.begins):
@@ -209,11 +211,6 @@ class _Life:
         trunk = self._trunk
         between = trunk[bisect_right(trunk, time) : bisect_left(trunk, until)]
         return [(moment, int(self._sizes[moment])) for moment in (time, *between)]
-
-    def _fewest(self, time: int, until: float) -> tuple[Cut, int]:
-        """The values alive where they are fewest, and how many elements they have."""
-        moment, size = min(self._moments(time, until), key=lambda of: (of[1], self._counts[of[0]]))
-        return self._live(moment), size
 
     def _at_end(self, time: int, until: float, known: list[int], count: int) -> tuple[Cut, int]:
         """The values of the last state: as many elements as usual, in as many values as before, if there is such a moment.
@@ -266,9 +263,8 @@ class _Life:
         elif last:
             way = way[: 1 + usual]
         else:  # without what only puts it into another order, as the next block does
-            least = 1 + (_end_of_spread(way) if widen else 0)
             while (
-                len(way) > least
+                len(way) > 1
                 and (way[-1].numel, way[-1].dtype) == (way[-2].numel, way[-2].dtype)
                 and only_moves(way[-1])
             ):
@@ -283,13 +279,6 @@ class _Life:
             return False
         wider = step.numel > value.numel and not widen
         return not wider and (not memory.mixes(step) or step.name in JOINS)
-
-
-def _end_of_spread(way: Sequence[TracedValue]) -> int:
-    """The step that drops the axis of one along which streams were repeated, as `repeat_interleave` does; 0 for none."""
-    wider = max((n for n in range(1, len(way)) if way[n].numel > way[n - 1].numel), default=len(way) - 1)
-    ones = way[wider].shape.count(1)
-    return next((n for n in range(wider, len(way)) if way[n].shape.count(1) < ones), 0)
 
 
 def _common_length(names: Sequence[str], usual: Sequence[str]) -> int:

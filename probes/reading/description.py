@@ -85,9 +85,8 @@ class MemoryReading:
     connections: tuple[ConnectionReading | DepthReading, ...]
     num_streams: int
     over_depth: bool
-    inner_streams: (
-        int  # how many streams every step makes of its state and merges again; 0 where some step makes none
-    )
+    # How many streams every step makes of its state and merges again; 0 where some step makes none.
+    inner_streams: int
     token_shape: tuple[int, ...]
     root: int  # the number of its first value
     shape: tuple[int, ...]  # of one stream of that

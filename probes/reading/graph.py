@@ -63,8 +63,6 @@ class ModuleCall(NamedTuple):
     number: int  # among the calls of the module
     parent: int  # the number of the call around it; -1 for the model's own
     kind: str  # the module's class
-    # In which one, by position or keyword, it takes each floating tensor
-    arguments: tuple[int | str, ...] = ()
 
     @property
     def container(self) -> str | None:
@@ -92,6 +90,7 @@ class TracedValue:
     given_at: int | None = None  # its position among the tensors that the model is called with
     is_rewritten = False  # whether its memory is written before the forward ends
     has_graph = False  # whether autograd knew of it when an operation took it
+    carries: Sequence[TracedValue] | None = None  # of `tensor_memory`, once it was asked for
 
     def __init__(
         self,
@@ -115,14 +114,10 @@ class TracedValue:
         """Whether it was computed from no parameter, and from no numbers of the batch but whole ones."""
         return self._of_fixed and self.kind != PARAMETER and not (self.kind == INPUT and self.is_floating)
 
-    def is_like(self, other: TracedValue) -> bool:
-        """Whether the same operation made another value, of operands with the same numbers."""
-        return (
-            (self.name, self.shape, self.dtype, self.item, self.kind)
-            == (other.name, other.shape, other.dtype, other.item, other.kind)
-            and _like(self.args, other.args)
-            and _like(self.kwargs, other.kwargs)
-        )
+    def signature(self) -> tuple[Any, ...]:
+        """What the same operation on operands with the same numbers has, in another forward."""
+        taken = repr(filled((self.args, self.kwargs), lambda of: of.number))
+        return self.name, self.shape, self.dtype, self.item, self.kind, taken
 
     def __repr__(self) -> str:
         return f"%{self.number} {self.name}{[p.number for p in self.parents]} {self.shape}"
@@ -152,20 +147,6 @@ def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
             yield from tensors_of(item)
     elif hasattr(batch, "__dict__") and not isinstance(batch, nn.Module):
         yield from tensors_of(vars(batch))
-
-
-def _like(one: Any, other: Any) -> bool:
-    if isinstance(one, TracedValue):
-        return isinstance(other, TracedValue) and one.number == other.number
-    if isinstance(one, (list, tuple)):
-        return isinstance(other, (list, tuple)) and len(one) == len(other) and all(map(_like, one, other))
-    if isinstance(one, dict):
-        return (
-            isinstance(other, dict)
-            and one.keys() == other.keys()
-            and all(_like(v, other[k]) for k, v in one.items())
-        )
-    return type(one) is type(other) and (one == other or one != one)
 
 
 def filled(args: Any, fill: Callable[[TracedValue], Any]) -> Any:
@@ -226,7 +207,8 @@ class Graph:
         # By number: the marks of `later`, and as far as which number they go.
         self._later: dict[int, tuple[bytearray, int]] = {}
         self._parents: list[tuple[int, ...]] = []
-        self._from_input: bytearray | None = None
+        # What everything is computed from that depends on the batch.
+        self._given: list[TracedValue] | None = None
         self._to_output: bytearray | None = None
         self._takers: list[list[TracedValue]] | None = None
         self._by_place: dict[ValuePlace, TracedValue] = {}
@@ -249,8 +231,12 @@ class Graph:
         if marks is None:
             marks = bytearray(len(self.values))
             marks[on.number] = 1
-        if last > known:
-            self._mark(marks, known + 1, last)
+        parents = self._parent_numbers() if last > known else []
+        for number in range(known + 1, last + 1):
+            for parent in parents[number]:
+                if marks[parent]:
+                    marks[number] = 1
+                    break
         self._later[on.number] = (marks, max(last, known))
         return marks
 
@@ -291,13 +277,12 @@ class Graph:
 
     def depends_on_input(self, value: TracedValue) -> bool:
         """Whether a value was computed from the batch; True for all where the batch has no tensor."""
-        if self._from_input is None:
-            given = [v for v in self.values if v.kind == INPUT]
-            self._from_input = self._marked(given) if given else bytearray(b"\1" * len(self.values))
-            if not any(self._from_input[output.number] for output in self.outputs):
+        if self._given is None:
+            self._given = [of for of in self.values if of.kind == INPUT]
+            if self._given and not any(self.depends(end, of) for end in self.outputs for of in self._given):
                 # What came went through another library, as numpy, and comes back as tensors that nothing made.
-                self._from_input = self._marked([v for v in self.values if v.kind in (INPUT, CONSTANT)])
-        return bool(self._from_input[value.number])
+                self._given = [of for of in self.values if of.kind in (INPUT, CONSTANT)]
+        return not self._given or any(self.depends(value, of) for of in self._given)
 
     def reaches_output(self, value: TracedValue) -> bool:
         """Whether the output was computed from a value; True for all where the model returned no tensor."""
@@ -308,22 +293,6 @@ class Graph:
     def has_origin(self, value: TracedValue) -> bool:
         """Whether a value was computed from the batch or from a parameter, and is not made of numbers alone."""
         return any(of.kind for of in walk([value], lambda of: of.parents))
-
-    def _marked(self, origins: list[TracedValue]) -> bytearray:
-        marks = bytearray(len(self.values))
-        for origin in origins:
-            marks[origin.number] = 1
-        self._mark(marks, min(origin.number for origin in origins) + 1, len(marks) - 1)
-        return marks
-
-    def _mark(self, marks: bytearray, first: int, last: int) -> None:
-        """Mark what was computed from what is marked already, of the values of these numbers."""
-        parents = self._parent_numbers()
-        for number in range(first, last + 1):
-            for parent in parents[number]:
-                if marks[parent]:
-                    marks[number] = 1
-                    break
 
     def call(self, value: TracedValue) -> ModuleCall:
         """The call in which a value was made; what is made before the model is called has one of its own."""
@@ -403,7 +372,7 @@ class Graph:
         if not is_same or later.error is not None:
             return False
         pairs = list(zip(self.values, later.values, strict=True))
-        if not all(a.is_like(b) for a, b in pairs):
+        if not all(a.signature() == b.signature() for a, b in pairs):
             return False
         self.let_go()
         for a, b in pairs:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -306,23 +306,3 @@ def _note_pieces(memory: Memory, value: TracedValue, inside: list[TracedValue]) 
             continue
         _be_born(memory, piece, numbers, depth)
         memory.depth[value.number] = max(memory.depth[value.number], depth + 1)
-
-
-def without_forks(graph: Graph, start: Start) -> Memory:
-    """The memory that begins so, in which a norm lies on the way only where the memory goes on nowhere else."""
-    memory = follow(graph, start)
-    for _ in range(7):
-        forks = {number for number in memory.trunk if _is_fork(memory, graph.values[number])}
-        if not forks:
-            break
-        start = replace(start, banned=start.banned | forks)
-        memory = follow(graph, start)
-    return memory
-
-
-def _is_fork(memory: Memory, value: TracedValue) -> bool:
-    if value is memory.root or value.number in memory.born or not memory.passes_function(value):
-        return False
-    carrier = memory.inside(value)[0]
-    takers = [taker for taker in memory.graph.takers(carrier) if taker.number in memory.trunk]
-    return sum(carrier in memory.inside(taker) for taker in takers) > 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -55,11 +55,8 @@ MIXED_ALONG = {
     **dict.fromkeys(ATTENTIONS, 2),
     **dict.fromkeys((*REDUCES, *TURNS, "cumsum", "convolution"), 0),
 }
-MIXES = names("convolution cumsum") | {
-    *MATRICES,
-    *REDUCES,
-    *ATTENTIONS,
-}  # of what a memory carries: its streams
+# Of what a memory carries: its streams.
+MIXES = names("convolution cumsum") | {*MATRICES, *REDUCES, *ATTENTIONS}
 JOINS = names("cat stack")
 ZEROS = names("zeros zeros_like new_zeros empty empty_like new_empty")
 # Norms and activations: they may lie on the way of the memory itself, as in post-norm blocks.
@@ -308,56 +305,6 @@ def is_statistic(graph: Graph, value: TracedValue, of: TracedValue) -> bool:
     return False
 
 
-MOST_OPERANDS = 2
-ROUNDING = 64  # in units of the least difference that the result's numbers have
-
-
-def factors_of_sum(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
-) -> dict[int, float] | None:
-    """With which factors an operation adds its operands up, by their positions; None where it does something else.
-
-    Never tried where processes work together: the operation may wait for the others.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return None
-    at = [n for n, argument in enumerate(args) if isinstance(argument, torch.Tensor)]
-    alike = isinstance(result, torch.Tensor) and all(
-        args[n].shape == result.shape and args[n].dtype == result.dtype for n in at
-    )
-    if not alike or not 0 < len(at) <= MOST_OPERANDS or not result.is_floating_point() or not result.numel():
-        return None
-    devices = [result.device] if result.is_cuda else []
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices):  # it may draw random numbers
-            return _factors(func, args, kwargs, result, at)
-    except Exception:  # it takes no such numbers: nothing is known of it
-        return None
-
-
-def _factors(
-    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], result: torch.Tensor, at: Sequence[int]
-) -> dict[int, float] | None:
-    def run(operands: Sequence[torch.Tensor]) -> torch.Tensor:
-        given = dict(zip(at, operands, strict=True))
-        return func(*(given.get(n, argument) for n, argument in enumerate(args)), **kwargs).double()
-
-    generator = torch.Generator(result.device).manual_seed(0)
-    tried = [torch.empty_like(result).normal_(generator=generator) for _ in at]
-    zeros = [torch.zeros_like(result) for _ in at]
-    factors = []
-    for n, numbers in enumerate(tried):
-        made = run([*zeros[:n], numbers, *zeros[n + 1 :]])
-        factors.append(float((made * numbers).sum() / numbers.double().square().sum()))
-    bound = ROUNDING * torch.finfo(result.dtype).eps
-    for operands in (zeros, tried, [2 * numbers.flip(0) for numbers in tried], [args[n] for n in at]):
-        total = sum(factor * of.double() for factor, of in zip(factors, operands, strict=True))
-        size = max(float(of.abs().max()) for of in operands)
-        if not float((run(operands) - total).abs().max()) <= bound * max(size, bound):
-            return None
-    return {n: factor for n, factor in zip(at, factors, strict=True) if factor} or None
-
-
 # What holds nothing before it is written; if it is read all the same, a kernel wrote it of which no operation is seen.
 EMPTY = names("empty empty_like empty_strided new_empty new_empty_strided empty_permuted")
 # Sums with a product in one operation, and the product alone.
@@ -381,7 +328,6 @@ class KnownOperation(NamedTuple):
     writes: bool  # into its first operand
     views: bool  # what it gives lies in the memory of what it takes
     carries: bool
-    is_foreign: bool = False  # of a library, so that nothing is known of it
     # The positions and names of what it writes into, where it is one of a library.
     mutates: tuple[tuple[int, str], ...] = ()
     is_composite: bool = False  # made of other operations, which are seen without inference mode
@@ -418,7 +364,7 @@ def operation_of(func: Any) -> KnownOperation:
             (n, of.name) for n, of in enumerate(schema.arguments) if of.alias_info and of.alias_info.is_write
         ]
         name = f"{func.namespace}::{name}"
-        return KnownOperation(func, name, False, is_view, False, is_foreign=True, mutates=tuple(into))
+        return KnownOperation(func, name, False, is_view, False, mutates=tuple(into))
     writes = name.endswith("_") and schema.is_mutable
     name = name[:-1] if writes else name
     is_composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")

@@ -26,11 +26,10 @@ OTHER = "other operations ran in {} than in the forward that was read; later for
 class OperationPlaces:
     """Where later forwards make the values that are needed of them.
 
-    ``graph``: of the forward that was read.
     ``wanted``: by call, and by the number of an operation in it, the values that it makes; by `OUTPUT`, what the call returns.
     """
 
-    graph: Graph
+    graph: Graph  # of the forward that was read
     circumstances: tuple[Any, ...]
     wanted: dict[int, dict[int, list[TracedValue]]] = field(default_factory=dict)
     # By position among what the model is called with
@@ -227,9 +226,8 @@ class PlacedRecorder(TorchDispatchMode):
         if not is_known and operation_of(func).is_composite:
             return decomposed(self, func, args, kwargs or {})
         if not is_known and func is torch.ops.aten.detach.default and id(args[0]) == self._made:
-            return func(
-                *args
-            )  # torch's Python detaches what `empty_like`, … made where somebody keeps it, as `_take` does
+            # Torch's Python detaches what `empty_like`, … made where somebody keeps it, as `_take` does.
+            return func(*args)
         frame.count += 1
         result = func(*args, **kwargs) if kwargs else func(*args)
         self._made = id(result)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence, Set
-from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -39,16 +38,15 @@ def tolerance(values: Iterable[TracedValue]) -> float:
 
 def _error(again: torch.Tensor, true: torch.Tensor) -> float:
     """How far a value is from what it is made of; what is not finite must come out so again."""
-    known = true.isfinite()
-    if not bool(known.all()):
-        if bool((again.isfinite() & ~known).any()):
-            return math.inf
-        again, true = again[known], true[known]
     if not true.numel():
         return 0.0
     error, largest = (float(torch.linalg.vector_norm(of, math.inf)) for of in (again - true, true))
-    error /= max(largest, 1e-9)
-    return error if math.isfinite(error) else math.inf
+    if math.isfinite(error) and math.isfinite(largest):
+        return error / max(largest, 1e-9)
+    known = true.isfinite()
+    if bool(known.all()) or bool((again.isfinite() & ~known).any()):
+        return math.inf
+    return _error(again[known], true[known])
 
 
 def _applied(matrix: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
@@ -259,22 +257,15 @@ class WeightCoverage:
         return None
 
     def _is_next_to_blocks(self, numbers: Iterable[int]) -> bool:
-        """Whether some values were made in a module that is held by what holds a block of the memory."""
-        around = {self._block_around(self.graph.values[number]) for number in numbers} - {None}
-        return any(
-            self.graph.calls[call].container in self._containers for call in around if call is not None
-        )
+        """Whether some values were made in a module that is held by what holds a block of the memory, by numbers."""
 
-    @cached_property
-    def _containers(self) -> set[str | None]:
-        """What holds the modules with a number in which branches are computed."""
-        around = [self._block_around(branch.source) for branch in self.branches]
-        return {self.graph.calls[call].container for call in around if call is not None}
+        def containers(values: Iterable[TracedValue]) -> set[str]:
+            stacks = (map(self.graph.calls.__getitem__, self.graph.stack(value)) for value in values)
+            around = ([call.container for call in stack if call.container is not None] for stack in stacks)
+            return {found[-1] for found in around if found}
 
-    def _block_around(self, value: TracedValue) -> int | None:
-        """The innermost call of a module with a number around a value."""
-        stack = [c for c in self.graph.stack(value) if self.graph.calls[c].container is not None]
-        return stack[-1] if stack else None
+        made = (self.graph.values[number] for number in numbers)
+        return not containers(made).isdisjoint(containers(branch.source for branch in self.branches))
 
     def _unknown_sum(self) -> str:
         """What takes a state and gives one as large may hide a sum, where weights lie before it or a memory comes after."""

@@ -25,7 +25,7 @@ from depthscope.probes.reading.description import (
     StateReading,
 )  # fmt: skip
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
-from depthscope.probes.reading.memory import Memory, without_forks
+from depthscope.probes.reading.memory import Memory, follow
 from depthscope.probes.reading.names import BranchNames, labels, name_of, number_blocks
 from depthscope.probes.reading.operations import MIXES, only_moves
 from depthscope.probes.reading.proof import (
@@ -146,7 +146,7 @@ class _Reader:
             depth = memory.depth
             made = [of for of in memory.inside(joined) if depth[of.number] > depth[before.number]]
             inner |= {number for number in memory.back(made) if depth[number] > depth[before.number]}
-        outer = without_forks(self.graph, replace(memory.start, banned=memory.start.banned | inner))
+        outer = follow(self.graph, replace(memory.start, banned=memory.start.banned | inner))
         if not branches_of(outer):
             return memory
         found = _numbered([outer])[0]._first_cuts
@@ -360,17 +360,15 @@ class _Reader:
 
     def _over_depth(self, cuts: Sequence[Cut]) -> MemoryReading:
         last = before_norms(self.memory, last_read(self.memory, self.branches))
-        single = all(
-            len(cut) == 1 for cut in cuts
-        )  # one state at a time, of which branches read earlier ones
+        # One state at a time, of which branches read earlier ones.
+        single = all(len(cut) == 1 for cut in cuts)
         values = [cut[0] for cut in cuts] if single else self._bases(last)
         by_read = not values
         values = values or [*map(self._read_state, self.branches), last]
         values[0] = self._first_state(values)
         values = self._with_given(values)
-        for (
-            branch
-        ) in self.branches:  # what is added to the first value, as positions are, is no norm of the branch
+        # What is added to the first value, as positions are, is no norm of the branch.
+        for branch in self.branches:
             earlier = {
                 read: values[0] for read in branch.reads_before_norms if read.number < values[0].number
             }

@@ -50,7 +50,6 @@ from depthscope.probes.reading.operations import (
     SAVING,
     KnownOperation,
     decomposed,
-    factors_of_sum,
     is_layer,
     is_saved,
     is_unwritten,
@@ -132,14 +131,10 @@ class GraphRecorder(TorchDispatchMode):
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note that a module is called with some arguments. Some layers are one operation."""
-        tensors, arguments, kind = list[torch.Tensor](), list[int | str](), type(module).__name__
-        for of, value in (*enumerate(args), *kwargs.items()):
-            floats = floats_in(value)
-            tensors += floats
-            arguments += [of] * len(floats)
+        tensors = floats_in(*args, *kwargs.values())
         self._find_unseen(tensors)
         index = self._calls[path] = self._calls.get(path, -1) + 1
-        self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind, tuple(arguments)))
+        self.graph.calls.append(ModuleCall(path, index, self._stack[-1], type(module).__name__))
         self._stack.append(len(self.graph.calls) - 1)
         self._running.append(module)
         only = only_operation(module, tensors, self._hooks)
@@ -412,10 +407,6 @@ class GraphRecorder(TorchDispatchMode):
         operations = self.graph.operations.setdefault(self._stack[-1], [])
         operations.append(func)
         first = len(self.graph.values)
-        if taken[0].is_foreign and not taken[0].mutates:
-            factors = factors_of_sum(func, args, kwargs, result)
-            if factors is not None:
-                taken = self._sum([args[n] for n in factors], list(factors.values()), [])
         if taken[0].mutates:
             self.note(*taken, (result, *taken[-1]))
         else:
@@ -495,19 +486,10 @@ class GraphRecorder(TorchDispatchMode):
         with torch.no_grad(), unseen_by_modes(*args[1:3]):
             product = FUSED[name](*args[1:3])
         self.note(operation_of(FUSED[name]), found[1:3], {}, found[1:3], [], product)
-        scales = kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1))
-        return self._sum([args[0], product], scales, targets)
-
-    def _sum(
-        self, tensors: Sequence[torch.Tensor], scales: Sequence[float], targets: list[torch.Tensor]
-    ) -> _Taken:
-        """One or two tensors that are scaled and added, each step for itself."""
-        terms = []
-        for tensor, scale in zip(tensors, scales, strict=True):
+        scales, terms = (kwargs.get("beta", 1), kwargs.get("alpha", kwargs.get("value", 1))), []
+        for tensor, scale in zip([args[0], product], scales, strict=True):
             term = self.value_of(tensor)
             self._hold(tensor, term)
-            if len(tensors) == 1:
-                return MUL, [term, scale], {}, [term], targets
             if scale != 1:
                 tensor = tensor * scale
                 self.note(MUL, [term, scale], {}, [term], [], tensor)
@@ -526,10 +508,8 @@ class GraphRecorder(TorchDispatchMode):
         result: Any,
     ) -> None:
         """Note the values that an operation made of others."""
-        if operation.name in (
-            "set",
-            "lift_fresh",
-        ):  # the same value in another tensor, or another one in the same
+        # The same value in another tensor, or another one in the same.
+        if operation.name in ("set", "lift_fresh"):
             if values:
                 self.enter_value(result, values[-1])
             return

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from depthscope.probes.reading.branches import branches_of
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue, walk
-from depthscope.probes.reading.memory import Memory, without_forks
+from depthscope.probes.reading.memory import Memory, follow
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
     FUNCTIONS,
@@ -106,17 +106,7 @@ class _Sums:
             depending or added,
             key=lambda a: (self._merges[a.number], -self._root[a.number].number if both else 0),
         )
-        if not depending and self._is_put_together(value, added, carrier):
-            return None, False
         return carrier, bool(depending)
-
-    def _is_put_together(self, value: TracedValue, parts: list[TracedValue], carrier: TracedValue) -> bool:
-        """Whether a value is made of several parts, none of which was computed from another, and begins anew."""
-        root = self._root[carrier.number]
-        if value.name == "cat":
-            return len({self._root[part.number] for part in parts}) > 1
-        # As of a block with a shortcut of its own, whose output was put together of parts.
-        return root.numel < value.numel and all(map(self._graph.depends_on_input, parts))
 
     def _is_of_layer(self, value: TracedValue) -> bool:
         if value.name == "convolution":
@@ -198,9 +188,8 @@ def _takes_apart(value: TracedValue, axis: int, width: int) -> int:
         parts = width // shape[axis]
     else:
         return 0
-    return (
-        parts if 1 < parts <= min(MOST_STREAMS, width - 1) else 0
-    )  # of one feature each they are coefficients
+    # Of one feature each they are coefficients.
+    return parts if 1 < parts <= min(MOST_STREAMS, width - 1) else 0
 
 
 def with_further_beginnings(memory: Memory) -> Memory:
@@ -224,7 +213,7 @@ def with_further_beginnings(memory: Memory) -> Memory:
             found[number] = memory.carried[same[0]]
     if not found:
         return memory
-    return without_forks(memory.graph, replace(memory.start, others=found))
+    return follow(memory.graph, replace(memory.start, others=found))
 
 
 def _sums_with_others(memory: Memory, until: int) -> dict[int, set[int]]:

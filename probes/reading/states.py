@@ -119,7 +119,8 @@ class States:
         """Some arrays of elements that have numbers of the memory, as (arrays, tokens, streams, features)."""
         kind = torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
         order, n = self.order(numbers)
-        flat = torch.cat([tensor.reshape(len(tensor), -1).to(kind) for tensor in tensors], 1)
+        parts = [tensor.reshape(len(tensor), -1).to(kind) for tensor in tensors]
+        flat = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
         shape = self._shape(num_features)
         flat = flat if order is None else flat[:, order.to(flat.device)]
         if flat.shape[1] != math.prod(shape) * n:

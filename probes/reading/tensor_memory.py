@@ -117,23 +117,21 @@ def ended(
     has a tensor of one.
     """
     first = made[0].number
-    carried = [_carried(of) for of in made]
-    groups = _joined(carried, first)
-    # What carries on a value from before the call may be a state.
-    alive = {
-        group
-        for of, group, parents in zip(made, groups, carried, strict=True)
-        if is_alive(of) or any(p.number < first and p.func is not None and p.is_floating for p in parents)
-    }
+    groups = _joined(made)
     held = [of for of in held if not of.is_fixed]
-    candidates = {groups[of.number - first] for of in held} - alive
+    candidates = {groups[of.number - first] for of in held}
+    for of, group in zip(made, groups, strict=True):
+        # What carries on a value from before the call may be a state.
+        before = (p for p in _carried(of) if p.number < first and p.func is not None and p.is_floating)
+        if group in candidates and (is_alive(of) or any(before)):
+            candidates.remove(group)
     candidates -= _memories(made, groups, candidates)
     return [of for of in held if groups[of.number - first] in candidates]
 
 
-def _joined(carried: Sequence[Sequence[TracedValue]], first: int) -> list[int]:
-    """For each of some values, numbered from ``first``, the first one of those that are connected by what they carry."""
-    groups = list(range(len(carried)))
+def _joined(made: Sequence[TracedValue]) -> list[int]:
+    """For each of some values the place of the first one of those that are connected by what they carry."""
+    first, groups = made[0].number, list(range(len(made)))
 
     def group(index: int) -> int:
         while groups[index] != index:
@@ -141,22 +139,22 @@ def _joined(carried: Sequence[Sequence[TracedValue]], first: int) -> list[int]:
             index = groups[index]
         return index
 
-    for index, parents in enumerate(carried):
-        for parent in parents:
+    for index, of in enumerate(made):
+        for parent in _carried(of):
             if parent.number >= first:
                 one, other = group(parent.number - first), group(index)
                 groups[max(one, other)] = min(one, other)
-    return [group(index) for index in range(len(carried))]
+    return [group(index) for index in range(len(made))]
 
 
 def _carried(value: TracedValue) -> Sequence[TracedValue]:
     """What a value may carry on, or can be made again from; positions, masks and the like are nobody's state."""
-    if value.func is None or _is_layer(value):
-        return ()
-    operation = _operation(value)
-    if operation is None or operation.views or operation.name in PASSED_ON:
-        return [parent for parent in value.parents if not parent.is_fixed]
-    return ()
+    if value.carries is None:  # it is asked for again at the end of each call around
+        operation = _operation(value)
+        passes = operation is None or operation.views or operation.name in PASSED_ON
+        passes = passes and value.func is not None and not _is_layer(value)
+        value.carries = [parent for parent in value.parents if passes and not parent.is_fixed]
+    return value.carries
 
 
 def _operation(value: TracedValue) -> KnownOperation | None:
@@ -175,27 +173,16 @@ def _is_layer(value: TracedValue) -> bool:
 def _memories(made: Sequence[TracedValue], groups: Sequence[int], candidates: set[int]) -> set[int]:
     """Of some groups of values those one of which was computed by a layer from another one: as a branch computes its part."""
     first, found = made[0].number, set[int]()
-    origins: list[
-        dict[int, bool]
-    ] = []  # by value: the groups that it was computed from, and whether by a layer
-    for of, group in zip(made, groups, strict=True):
+    # By value: the groups that it was computed from, and whether by a layer.
+    origins: list[dict[int, bool]] = []
+    for of, group in zip(made if candidates else (), groups, strict=False):
         own: dict[int, bool] = {}
-        for parent in of.parents if candidates else ():
+        for parent in of.parents:
             for origin, by_layer in origins[parent.number - first].items() if parent.number >= first else ():
-                own[origin] = own.get(origin, False) or by_layer or _works(of)
+                own[origin] = own.get(origin, False) or by_layer or _is_layer(of)
         if own.get(group):
             found.add(group)
         if group in candidates:
             own.setdefault(group, False)
         origins.append(own)
     return found
-
-
-def _works(value: TracedValue) -> bool:
-    """Whether an operation is more than arithmetic on single elements: a layer, attention, or one that is not known."""
-    operation = _operation(value)
-    if operation is None:
-        return value.func is None
-    if operation.views or operation.carries or operation.name in FUNCTIONS:
-        return _is_layer(value)
-    return torch.Tag.pointwise not in operation.func.tags

@@ -75,7 +75,7 @@ class StepLoss:
         self._loss_scale, self._report = loss_scale, report
         self._handles: list[RemovableHandle] = []
         self._roots: list[torch.Tensor] = []
-        self._backwards: set[int] = set()
+        self.backwards: set[int] = set()  # that have reached what the model returned
         self._is_scalar = True  # whether every backward began at one number
         self._is_product = False  # whether one began at a product, as of a loss and its scale
         self._is_scaled: bool | None = None  # by a scaler that nobody named
@@ -91,19 +91,14 @@ class StepLoss:
     def _note(self, given: torch.Tensor, gradient: torch.Tensor | None) -> None:
         """Note the roots of the backward that runs: once, however many outputs it reaches."""
         frame, backward = _running_frame(), torch._C._current_graph_task_id()
-        if (
-            frame is None
-            or backward in self._backwards
-            or not frame.f_locals["kwargs"].get("accumulate_grad")
-        ):
+        if frame is None or backward in self.backwards or not frame.f_locals["kwargs"].get("accumulate_grad"):
             return  # `torch.autograd.grad` computes a part of a loss, such as a penalty
-        self._backwards.add(backward)
+        self.backwards.add(backward)
         scale = None if self._loss_scale is None else self._loss_scale()
         for root in frame.f_locals["t_outputs"]:
             if not isinstance(root, torch.Tensor) or root.numel() != 1:
-                self._is_scalar = (
-                    False  # such as a stage of a pipeline, which gets its gradient from the next one
-                )
+                # Such as a stage of a pipeline, which gets its gradient from the next one.
+                self._is_scalar = False
                 return
             self._is_product |= root.grad_fn is not None and root.grad_fn.name() == "MulBackward0"
             self.task = self.task or read_task(root, None)
@@ -118,11 +113,6 @@ class StepLoss:
             if "classes" in self.task
             else squares_by_gradient(root, given, unscaled)
         )
-
-    @property
-    def was_run_backward(self) -> bool:
-        """Whether a backward has reached what the model returned."""
-        return bool(self._backwards)
 
     def value(self) -> float | None:
         """Of the present step; None where no backward reached the model, or by what its loss was scaled is not known."""
@@ -143,4 +133,4 @@ class StepLoss:
         self._handles, self._roots = [], []
         self._is_scalar, self._is_product = True, False
         self.task = {}
-        self._backwards.clear()
+        self.backwards.clear()

@@ -22,14 +22,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CoefficientOrigins:
-    """What is known of the coefficients of all connections in the sampled sequences of one batch.
+    """What is known of the coefficients of all connections in the sampled sequences of one batch."""
 
-    ``indices``: of these sequences, over all forwards.
-    ``origins``: by connection.
-    """
-
-    indices: list[int]
-    origins: list[Origin]
+    indices: list[int]  # of these sequences, over all forwards
+    origins: list[Origin]  # by connection
 
 
 def find_origins(

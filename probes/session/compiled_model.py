@@ -92,16 +92,13 @@ def compiled_callers(model: nn.Module, called: nn.Module) -> list[nn.Module]:
 
 @dataclass(eq=False)
 class SecondForward:
-    """A forward of ours on the arguments of one of the user's, and the gradients at the outputs of both.
-
-    ``steps_in_backward``: whether hooks of the user's may change weights before the backward has ended.
-    """
+    """A forward of ours on the arguments of one of the user's, and the gradients at the outputs of both."""
 
     forward: Forward
     outputs: list[torch.Tensor]
     backward: Callable[[Forward, list[torch.Tensor], list[torch.Tensor]], None]
     report: Report
-    steps_in_backward: bool
+    steps_in_backward: bool  # whether hooks of the user's may change weights before the backward has ended
     arrived: dict[int, torch.Tensor] = field(default_factory=dict)  # ∂loss/∂output of the user's, by number
     edges: dict[Edge, int] = field(default_factory=dict)  # of the user's outputs, with their numbers
     inner: set[int] = field(default_factory=set)  # outputs from which the user's graph computes other outputs

@@ -55,7 +55,6 @@ from depthscope.probes.structure.read_layout import (
 )
 from depthscope.probes.structure.stages import (
     trunks_of,
-    with_ending,
     with_final,
     with_next_stage,
     with_opening,
@@ -325,7 +324,6 @@ class StructureFinder:
             for part in chains[1:]:
                 chain = with_next_stage(chain, part.chain)
             memories = tuple(memory for part in chains for memory in part.memories)
-            chain = with_ending(self.graph, chain, self.sequences) if depths is None else chain
             chain = replace(
                 with_final(self.graph, chain, memories[-1]),
                 family="highway" if any(map(_gates_the_state, memories)) else "",
@@ -426,10 +424,11 @@ class StructureFinder:
             for number in read.left_out
             if number or not read.is_first_shared
         }
+        # What is added before the connections of a block.
         points = tuple(
             replace(p, site="pre") if n in outside and p.layer != chain.points[n - 1].layer else p
             for n, p in enumerate(chain.points)
-        )  # what is added before the connections of a block
+        )
         chain = replace(
             chain, points=points, connections=tuple(chain.connections[number] for number in weights)
         )
@@ -474,7 +473,7 @@ class StructureFinder:
 
     def _with_names(self, found: Sequence[ReadChain]) -> list[ReadChain]:
         """The chains with distinct names."""
-        names = chain_names(self.graph, self.model, [(of.memories[0].name, of.chain) for of in found])
+        names = chain_names([of.memories[0].name for of in found])
         return [replace(of, chain=replace(of.chain, name=n)) for of, n in zip(found, names, strict=True)]
 
 

@@ -7,8 +7,9 @@ alike where an operation alone shows what is to be measured.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -36,6 +37,7 @@ from depthscope.probes.session.forward import (
     CurrentForward,
     Forward,
     GradientListener,
+    Key,
     Tape,
     own_call,
 )
@@ -71,13 +73,9 @@ class RecordedForward:
     ):
         self._observer, self._known, self._attention = observer, known, attention
         self._operations: dict[ValuePlace, list[ShownTensor]] = {}
-        # What has the gradient of other tensors
-        self._with_gradient: dict[ValuePlace, list[ShownTensor]] = {}
         for state in observer.structure.shown if observer is not None else ():
             if state.point.at == "operation":
                 self._operations.setdefault(state.point.place, []).append(state)
-            if state.point.gradient_at is not None:
-                self._with_gradient.setdefault(state.point.gradient_at.place, []).append(state)
         self._model = model
         self._paths: dict[int, str] = {}  # of all modules, by identity
         self._current = current
@@ -141,7 +139,7 @@ class RecordedForward:
             tape.met.add(value.number)
             states = self._record_operation(forward, tape, value, tensor)
             if self._observer is not None:
-                for state in (*states, *self._of_gradient(tape, value)):
+                for state in states:
                     self._observer.hook_gradient(forward, state, tensor)
         if self._observer is None:  # otherwise it knows which values are states
             self._listen(forward, tape, value, tensor)
@@ -155,12 +153,6 @@ class RecordedForward:
         if listens and value.number not in forward.listeners and value.kind != PARAMETER:
             forward.listeners[value.number] = GradientListener(tensor, self._report)
             tape.graph.has_graph_from[value.number] = len(tape.graph.values)
-
-    def _of_gradient(self, tape: Tape, value: TracedValue) -> Iterator[ShownTensor]:
-        """The states whose gradient a value has in the place of their own tensors."""
-        if self._with_gradient:
-            for state in self._with_gradient.get(tape.graph.place(value), ()):
-                yield state._replace(is_shared=False)
 
     def _record_operation(
         self, forward: Forward, tape: Tape, value: TracedValue, tensor: torch.Tensor
@@ -187,10 +179,7 @@ def replay(tape: Tape, forward: Forward, observer: Observer) -> None:
     structure, graph = observer.structure, tape.graph
     for state in structure.shown:
         kept = _held_tensor(graph, graph.values[state.point.number], state.point.path)
-        instead = state.point.gradient_at
-        given = graph.values[(state.point if instead is None else instead).number]
-        of = state if instead is None else state._replace(is_shared=False)
-        _expect_gradient(tape, forward, observer, of, given)
+        _expect_gradient(tape, forward, observer, state, graph.values[state.point.number])
         observer.record_shown(forward, state, kept)
     if structure.read is not None:
         assert structure.read.first is not None
@@ -246,7 +235,9 @@ def record_operations(
             _record_read(tape, forward, observer, read.rereading.again(graph))
             graph = read.rereading.graph
         if known is not None and not isinstance(tape.recorder, PlacedRecorder):
-            known.learn(model, graph, _values_read(graph, observer))
+            points = (of.point for of in observer.structure.shown)
+            states = (graph.at(point.place) for point in points if point.at == "operation")
+            known.learn(model, graph, graph.read | {of.number for of in states if of is not None})
     except NOT_READ:
         if known is not None:
             known.forget(
@@ -255,16 +246,6 @@ def record_operations(
         raise
     finally:
         graph.let_go()
-
-
-def _values_read(graph: Graph, observer: Observer) -> set[int]:
-    """The numbers of the values by which a forward was recorded."""
-    structure, found = observer.structure, set(graph.read)
-    points = [
-        point for of in structure.shown for point in (of.point, of.point.gradient_at) if point is not None
-    ]
-    states = [graph.at(point.place) for point in points if point.at == "operation"]
-    return found | {value.number for value in states if value is not None}
 
 
 def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: MemoryReading) -> None:
@@ -473,7 +454,10 @@ class FirstReading:
     def end(self, tape: Tape, forward: Forward) -> None:
         """Find the structure in a forward that has ended, and record what that forward showed of it."""
         try:
-            structure = self._structure(tape, forward)
+            if tape.recorder is None:
+                raise CaptureError("the model's own forward did not run")
+            size, axis = forward.batch_size, forward.batch_axis
+            structure = StructureFinder(tape.graph, self.model, self.options, size, axis).structure()
             if self.observer is not None:
                 require_same(structure, self.observer.structure)
             # Before the states: where these have to be copied in one more forward, it is not traced again.
@@ -496,12 +480,6 @@ class FirstReading:
             self._step.draw_anew()  # tokens were drawn, and the next forward is the first one
             raise
 
-    def _structure(self, tape: Tape, forward: Forward) -> Structure:
-        if tape.recorder is None:
-            raise CaptureError("the model's own forward did not run")
-        options, axis = self.options, forward.batch_axis
-        return StructureFinder(tape.graph, self.model, options, forward.batch_size, axis).structure()
-
     def _place_attention(self, tape: Tape, forward: Forward, structure: Structure) -> None:
         """Find out where the model attends, and how much of it is looked at from now on."""
         if self.observer is not None:
@@ -512,8 +490,12 @@ class FirstReading:
             selection.require_attention(structure.chains, self.attention.heads, self.attention.reasons)
 
     def _new_observer(self, structure: Structure, tape: Tape) -> Observer:
-        parameters = None
-        if self.scope.is_loop and structure.connections:  # of a capture's one set of weights no value moves
+        parameters, times = None, dict[Key, float]()
+        for of in structure.shown:  # a state of several streams is there with the last of them
+            times[of.key[:2]] = max(of.point.moment_in(tape.graph), times.get(of.key[:2], -math.inf))
+        if (
+            self.scope.sums and not self.scope.only_own and structure.connections
+        ):  # of a capture's one set of weights no value moves
             parameters = ConnectionParameters(self.model, structure)
         return Observer(
             structure,
@@ -522,7 +504,7 @@ class FirstReading:
             self._loss_scale,
             self.scope,
             calls=Counter(call.path for call in tape.graph.calls),
-            times={(chain, depth): point.moment_in(tape.graph) for chain, depth, point in structure.captured},
+            times=times,
             parameters=parameters,
         )
 

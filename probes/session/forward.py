@@ -243,9 +243,8 @@ class Tape:
     """What is recorded of a forward of which every operation is looked at: its graph, and who listens to its operations."""
 
     def __init__(self) -> None:
-        self.recorder: GraphRecorder | PlacedRecorder | None = (
-            None  # from the beginning of the model's own call on
-        )
+        # From the beginning of the model's own call on.
+        self.recorder: GraphRecorder | PlacedRecorder | None = None
         self.attention: Any = None  # what watches it
         self.is_on = False  # whether the model's own forward has begun
         self.met: set[int] = set()  # numbers of the values that something took
@@ -302,14 +301,7 @@ class CurrentForward(threading.local):
     @property
     def taped(self) -> Tape | None:
         """The tape that hooks write to; None under the same conditions as `recorded`."""
-        # These in one: every module's two hooks ask it.
-        forward, tape = self.forward, self.tape
-        if forward is None or tape is None or forward.cancelled:
-            return None
-        mine = own_calls.owner
-        if (mine is not None and mine is not self.owner) or in_recomputation() or in_transformation():
-            return None
-        return tape
+        return self.tape if self.tape is not None and self.recorded is not None else None
 
     def note_transformation(self) -> None:
         """Note where a module of the running forward is called inside of a transformation of torch.func."""

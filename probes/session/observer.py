@@ -175,7 +175,9 @@ class Observer:
         # A backward inside of the forward is of something that is not the loss.
         if gradient is None or not forward.ended:
             return
-        gradient = self._without_loss_scale(gradient.detach())
+        gradient, scale = gradient.detach(), None if self._loss_scale is None else self._loss_scale()
+        if scale is not None:  # in float32: one that fits float16 only because it is scaled would underflow
+            gradient = gradient.float() / scale.to(gradient.device)
         if of.num_tensors > 1:
             if of.stream in forward.stream_gradients.get(of.key[:2], ()):  # of another backward
                 self._complete_gradient(forward, *of.key[:2])
@@ -204,14 +206,6 @@ class Observer:
             forward, number, depth, torch.stack([streams.get(key[2], zero) for key in keys])
         )
 
-    def _without_loss_scale(self, gradient: torch.Tensor) -> torch.Tensor:
-        """A gradient without the loss scale."""
-        scale = self._loss_scale() if self._loss_scale is not None else None
-        if scale is None:
-            return gradient
-        # In float32, since a gradient that fits float16 only because it is scaled would underflow.
-        return gradient.float() / scale.to(gradient.device)
-
     def _record_gradient(self, forward: Forward, number: int, depth: int, gradient: torch.Tensor) -> None:
         """Store a gradient; the gradients of several backwards through one forward add up.
 
@@ -239,8 +233,8 @@ class Observer:
         missing = [
             f"{self.structure.chains[number].name or 'depth'} {'final' if depth == FINAL else depth}: "
             f"{point.at} of {point.path or 'the model'}"
-            for number, depth, point in self.structure.captured
-            if ("state", number, depth) not in forward.fired
+            for number, depth, stream, point, *_ in self.structure.shown
+            if not stream and ("state", number, depth) not in forward.fired
         ]
         missing += [
             f"connection {number}: {connection.path}"

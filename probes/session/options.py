@@ -139,11 +139,6 @@ class Scope:
     exact_sums: bool = False
     digests: bool = False
 
-    @property
-    def is_loop(self) -> bool:
-        """Whether a loop of the user's is measured."""
-        return self.sums and not self.only_own
-
 
 def _block_names(layers: str | Iterable[str] | None) -> tuple[str, ...] | None:
     if layers is None:

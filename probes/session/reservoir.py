@@ -42,15 +42,11 @@ class Reservoir:
 
     Choosing and storing are two steps: rows are chosen when a forward begins, and its sequences replace stored ones only when
     it has ended well. Hence two stamps of the weights: those of the sequences chosen from, and those of the stored ones.
-
-    ``size``: number of stored sequences at most.
-    ``seed``: seed of the ranks; torch's and Python's global random states are not touched.
-    ``first``: number of the first sequence.
     """
 
-    size: int
-    seed: int
-    first: int = 0
+    size: int  # number of stored sequences at most
+    seed: int  # seed of the ranks; torch's and Python's global random states are not touched
+    first: int = 0  # number of the first sequence
     seen: int = 0
     total: int = 0
     stamp: int | None = None

@@ -111,15 +111,12 @@ class Session:
                 self._compiled_calls = CompiledCalls(
                     callers,
                     self.owner,
-                    wanted=self._wants_compiled_call,
+                    wanted=lambda: not self.errors and self.step.may_have_gradients(),
                     run_hooked=self._run_hooked,
                     gradients=self.options.gradients,
                     listen=self.step.loss.listen,
                     report=self.report,
                 )
-
-    def _wants_compiled_call(self) -> bool:
-        return not self.errors and self.step.may_have_gradients()
 
     def _run_hooked(self, function: Callable[[], Any]) -> tuple[Any, Forward | None]:
         """Call a function with the hooks on the model, as for a forward of ours of a compiled model."""

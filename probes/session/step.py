@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import nn
 
@@ -16,7 +14,6 @@ from depthscope.probes.session.compiled_model import compiler_is_loaded
 from depthscope.probes.session.forward import Forward, Measured
 from depthscope.probes.session.options import Options
 from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
-from depthscope.probes.statistics.token_sums import TokenSums
 
 DIGESTED = 2**20  # numbers of a batch that its digest is of
 TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
@@ -35,9 +32,8 @@ class Step:
         self.num_forwards = 0  # of all steps
         self.num_left_out = 0  # evaluations within steps of training
         self.gradients_undefined = False  # of forwards since the last fold but one
-        self.without_gradients = (
-            False  # whether a backward ran in the last fold's forwards, and no state had a graph
-        )
+        # Whether a backward ran in the last fold's forwards, and no state had a graph.
+        self.without_gradients = False
         # Whether a forward whose connections cannot be read counts without them, and why some of the last fold's did.
         self.keeps_rest, self.without_connections = not only_own, ""
         self._measured: list[Measured] = []
@@ -139,8 +135,11 @@ class Step:
         self._absorb()
         done, self._measured, self._num_measured = self._measured, [], 0
         self.without_connections = next(filter(None, (each.without_connections for each in done)), "")
-        for each in done if self.without_connections else ():
-            _forget_connections(each.sums)
+        for chain in (of for each in done for of in each.sums) if self.without_connections else ():
+            # Other forwards of it show connections: no mean over the step's tokens is known.
+            chain.forget("gain_sum", "gain_max", *SUMS_OF_COEFFICIENTS)
+            if chain.live is not None:
+                chain.live.forget_connections()
         if self.without_connections and not self.reservoir.stored:
             raise CaptureError(self.without_connections)
         self.loss.clear()
@@ -200,7 +199,7 @@ class Step:
         if not self.options.gradients:
             return
         if not forward.arrivals:
-            if not self._only_own and not forward.expected_gradients and self.loss.was_run_backward:
+            if not self._only_own and not forward.expected_gradients and self.loss.backwards:
                 self.without_gradients = True
                 return
             if self._only_own:
@@ -212,11 +211,3 @@ class Step:
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"
             )
-
-
-def _forget_connections(sums: Iterable[TokenSums]) -> None:
-    """Drop what forwards of a step show of connections, where others of it do not: no mean over the step's tokens is known."""
-    for chain in sums:
-        chain.forget("gain_sum", "gain_max", *SUMS_OF_COEFFICIENTS)
-        if chain.live is not None:
-            chain.live.forget_connections()

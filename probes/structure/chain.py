@@ -34,9 +34,8 @@ class HookPoint:
     module: str  # the module that computed the state
     number: int  # of the value that it shows, in the graph of the forward that was read
     shape: tuple[int, ...]  # of the state
-    item: int = (
-        0  # which of the call's floating tensors; the k-th operation of its name that the call runs itself
-    )
+    # Which of the call's floating tensors; the k-th operation of its name that the call runs itself.
+    item: int = 0
     operation: str = ""  # its name
     result: int = 0  # which of its results
     layout: str = ""  # where it is another one than the chain's
@@ -45,7 +44,6 @@ class HookPoint:
     is_read_before: bool = False
     # Whether a function of autograd makes the tensor and reads it itself: it has a part of the gradient alone.
     is_read_inside: bool = False
-    gradient_at: HookPoint | None = None  # what has the gradient of the state in the place of such a tensor
 
     @property
     def place(self) -> ValuePlace:
@@ -54,8 +52,6 @@ class HookPoint:
 
     def moment_in(self, graph: Graph) -> float:
         """When it shows its state in the forward that was read: with an operation, or as a call begins or ends."""
-        if self.streams:
-            return max(of.moment_in(graph) for of in self.streams)
         if self.at == "operation":
             return self.number
         made = graph.made_in.get(graph.call_of(self.path, self.index))

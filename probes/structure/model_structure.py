@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from depthscope.probes.connections.proof import DepthWeights, Parts, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
@@ -23,7 +21,7 @@ from depthscope.probes.reading.description import (
     DepthReading,
     MemoryReading,
 )
-from depthscope.probes.reading.graph import Graph, TracedValue
+from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.not_covered import LeftOut
@@ -31,14 +29,6 @@ from depthscope.probes.structure.read_layout import token_order, tokens_of
 from depthscope.probes.structure.sites import SiteSelection
 
 FINAL = -1  # used as a depth: the state after the last norm
-
-
-class CapturedState(NamedTuple):
-    """One state that is captured in every forward: the number of its chain, its depth, and what shows it."""
-
-    chain: int
-    depth: int  # or `FINAL`
-    point: HookPoint
 
 
 class ShownTensor(NamedTuple):
@@ -61,66 +51,37 @@ class ShownTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class Structure:
-    """The residual chains of a model and how to read them; found once, in the first forward.
+    """The residual chains of a model and how to read them; found once, in the first forward."""
 
-    Parameters
-    ----------
-    chains : tuple of Chain
-        In the order in which they run.
-    num_streams : int
-        Number of residual streams n, counting each fraction of a stream; 1 for a plain residual model.
-    batch_axis : int
-        Axis of the sequences in the first tensor that the model is called with.
-    selection : SiteSelection
-        Which of the states and connections are captured.
-    fractions : int
-        Into how many parts the features of each stream are split for the connections; mostly 1.
-    inner_streams : int
-        How many streams are expanded and merged inside each step of the first chain; 0 for none.
-    not_covered : tuple of LeftOut
-        What ran and lies in no chain, with the reasons.
-    read : ReadStructure or None
-        How the coefficients of its connections are read, where the operations of each forward show them.
-    """
-
-    chains: tuple[Chain, ...]
-    num_streams: int
-    batch_axis: int
-    selection: SiteSelection
-    fractions: int = 1
-    inner_streams: int = 0
-    not_covered: tuple[LeftOut, ...] = ()
-    read: ReadStructure | None = None
-
-    @cached_property
-    def captured(self) -> tuple[CapturedState, ...]:
-        """Every state that is captured."""
-        found: list[CapturedState] = []
-        for number, chain in enumerate(self.chains):
-            wanted = self.selection.captured(chain)
-            found += [
-                CapturedState(number, depth, p) for depth, p in enumerate(chain.points) if depth in wanted
-            ]
-            if chain.final is not None and self.selection.includes("final"):
-                found.append(CapturedState(number, FINAL, chain.final))
-        return tuple(found)
+    chains: tuple[Chain, ...]  # in the order in which they run
+    num_streams: int  # residual streams n, counting each fraction of a stream; 1 for a plain residual model
+    batch_axis: int  # of the sequences in the first tensor that the model is called with
+    selection: SiteSelection  # which of the states and connections are captured
+    fractions: int = 1  # into how many parts the features of each stream are split for the connections
+    inner_streams: int = 0  # how many are expanded and merged inside each step of the first chain
+    not_covered: tuple[LeftOut, ...] = ()  # what ran and lies in no chain, with the reasons
+    read: ReadStructure | None = None  # how coefficients are read that only the operations of a forward show
 
     @cached_property
     def shown(self) -> tuple[ShownTensor, ...]:
         """What shows the captured states; a tensor that is every stream of a state comes once for each."""
         found = []
-        for chain, depth, point in self.captured:
-            of = point.streams or (point,)
-            is_shared = len(set(of)) < len(of)
-            is_shared |= any(p.is_read_before or p.is_read_inside for p in (point, *of))
-            found += [ShownTensor(chain, depth, n, p, len(of), is_shared) for n, p in enumerate(of)]
+        for number, chain in enumerate(self.chains):
+            wanted = self.selection.captured(chain)
+            points = [(depth, of) for depth, of in enumerate(chain.points) if depth in wanted]
+            if chain.final is not None and self.selection.includes("final"):
+                points.append((FINAL, chain.final))
+            for depth, point in points:
+                of = point.streams or (point,)
+                is_shared = len(set(of)) < len(of)
+                is_shared |= any(p.is_read_before or p.is_read_inside for p in (point, *of))
+                found += [ShownTensor(number, depth, n, p, len(of), is_shared) for n, p in enumerate(of)]
         return tuple(found)
 
     @property
     def is_recorded(self) -> bool:
         """Whether only the operations of a forward show its states, or the weights of its connections."""
-        points = (of.point for of in self.shown)
-        return self.read is not None or any(p.at == "operation" or p.gradient_at is not None for p in points)
+        return self.read is not None or any(of.point.at == "operation" for of in self.shown)
 
     @property
     def connections(self) -> tuple[Connection, ...]:
@@ -207,30 +168,8 @@ def require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int, 
         )
 
 
-def chain_names(graph: Graph, model: nn.Module, chains: Sequence[tuple[str, Chain]]) -> list[str]:
-    """Distinct names: of their memories (which are given), shortened, or what blocks call the tracks that they take."""
-    paths = [path for path, _ in chains]
-    short = dict(zip(unique := list(dict.fromkeys(paths)), _distinct(unique), strict=True))
-    names = [
-        short[path] if paths.count(path) == 1 else _argument(graph, model, chain) for path, chain in chains
-    ]
-    is_clear = len(set(names)) == len(names) and (len(names) == 1 or "" not in names)
-    return names if is_clear else _distinct(paths)
-
-
-def _argument(graph: Graph, model: nn.Module, chain: Chain) -> str:
-    """What the blocks of a chain call its state; empty where they take none."""
-    point = next((point for point in chain.points if point.at == "input"), None)
-    if point is None:
-        return ""
-    call = graph.calls[graph.call_of(point.path, point.index)]
-    of = call.arguments[point.item] if point.item < len(call.arguments) else len(call.arguments)
-    names = list(inspect.signature(model.get_submodule(point.path).forward).parameters)
-    return of if isinstance(of, str) else names[of] if of < len(names) else ""
-
-
-def _distinct(paths: Sequence[str]) -> list[str]:
-    """Short distinct names: the first component in which all paths differ."""
+def chain_names(paths: Sequence[str]) -> list[str]:
+    """Short distinct names of chains: of the paths of their memories the first component in which all differ."""
     if len(paths) == 1:
         return [""]
     parts = [path.split(".") for path in paths]
@@ -255,22 +194,14 @@ ConnectionWeights = tuple[Parts | DepthWeights, torch.Tensor | None]
 class ReadStructure:
     """How the memory of a model with streams, or with sums over depth, is read in every forward.
 
-    Parameters
-    ----------
-    rereading : Rereading
-        Of the first forward.
-    memory : MemoryReading
-        That is read.
-    first_layout : str
-        Of its first state.
+    ``rereading, memory``: of the first forward, and what is read in it. ``first_layout``: of its first state.
     """
 
     def __init__(self, rereading: Rereading, memory: MemoryReading, first_layout: str):
         self.rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
         self.first: MemoryReading | None = memory
-        self._order: tuple[Any, int, torch.Tensor] | None = (
-            None  # of tokens, for a memory's numbers and a batch size
-        )
+        # Of tokens, for a memory's numbers and a batch size.
+        self._order: tuple[Any, int, torch.Tensor] | None = None
         self.casts = memory.casts
         self.mixes = any(connection.weighs for connection in self.first.connections)
         first = memory.connections[0]

@@ -42,30 +42,14 @@ READ_INSIDE = (
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A part of the model that ran and lies in no chain.
+    """A part of the model that ran and lies in no chain."""
 
-    Parameters
-    ----------
-    module : str
-        Its path.
-    blocks : int
-        How many blocks of one class ran in it; 0 where none are repeated.
-    block : str
-        Their class.
-    share : float
-        Of the parameters that ran, those of embeddings and heads for a vocabulary left out.
-    why : str
-        Why no chain has it.
-    layers : str
-        The pattern that names its blocks; empty where one pattern does not.
-    """
-
-    module: str
-    blocks: int = 0
-    block: str = ""
-    share: float = 0.0
-    why: str = ""
-    layers: str = ""
+    module: str  # its path
+    blocks: int = 0  # how many blocks of one class ran in it; 0 where none are repeated
+    block: str = ""  # their class
+    share: float = 0.0  # of the parameters that ran, those of embeddings and heads for a vocabulary left out
+    why: str = ""  # no chain has it
+    layers: str = ""  # the pattern that names its blocks; empty where one pattern does not
 
     @property
     def sentence(self) -> str:
@@ -143,7 +127,6 @@ class PartsLeftOut:
         self._calls: dict[str, list[ModuleCall]] = {}
         for call in graph.calls:
             self._calls.setdefault(call.path, []).append(call)
-        self._order = {path: number for number, path in enumerate(self._calls)}
         ends = ((call, graph.ends_of(number)) for number, call in enumerate(graph.calls))
         self._same_shape = {call for call, of in ends if of is not None and of[0].shape == of[1].shape}
         blocks = {path for chain in chains for path in chain.blocks}
@@ -167,17 +150,9 @@ class PartsLeftOut:
         return found & self._used.sizes.keys()
 
     def found(self) -> list[LeftOut]:
-        """Every part that is to be named, in the order in which they ran."""
-        parts = [part for part in self._parts("", self._model) if part is not None]
-        parts += self._without_modules()
-
-        def first_call(part: LeftOut) -> int:
-            path = part.module.partition(" ")[0]
-            return min(
-                (n for other, n in self._order.items() if f"{other}.".startswith(f"{path}.")), default=0
-            )
-
-        return sorted(parts, key=first_call)
+        """Every part that is to be named."""
+        parts = (part for part in self._parts("", self._model) if part is not None)
+        return [*parts, *self._without_modules()]
 
     def _without_modules(self) -> Iterator[LeftOut]:
         """What is said of residuals whose parameters belong to no part of the model."""
@@ -423,7 +398,7 @@ def states_without_gradients(chain: Chain) -> Iterator[LeftOut]:
     shown = [(depth, of) for depth, point in enumerate(chain.points) for of in (point.streams or (point,))]
     reasons = {
         READ_BEFORE: (depth for depth, of in shown if of.is_read_before and chain.points[depth].streams),
-        READ_INSIDE: (depth for depth, of in shown if of.is_read_inside and of.gradient_at is None),
+        READ_INSIDE: (depth for depth, of in shown if of.is_read_inside),
     }
     for why, found in reasons.items():
         if depths := list(dict.fromkeys(found)):

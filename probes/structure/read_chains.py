@@ -93,8 +93,6 @@ class ChainReader:
             ]
             layout = f"N {layout}"
         self._require_one_order(points)
-        if self.memory.is_plain:  # what no call hands on that made it lies inside of that
-            points = [p if self._is_named_rightly(p) else replace(p, site="mid") for p in points]
         if self.memory.over_depth:
             points = list(map(self._as_read, points))
         # The shapes of the states in the chain's layout: of one memory they are all the same.
@@ -121,48 +119,20 @@ class ChainReader:
 
     def _as_read(self, point: HookPoint) -> HookPoint:
         """A state over depth, named after the block that reads it where the block before gives another value."""
-        if (made := self._made_elsewhere(point)) is not None:
-            return replace(point, module=made)
         following = next((b for b in self.branches if b.layer > point.layer and self._call_of(b) >= 0), None)
-        if point.site != "post" or self._shows(point, "output") is not False or following is None:
+        made = self.graph.path(self._value(point))
+        if point.site == "pre" and made and not f"{point.module}.".startswith(f"{made}."):
+            return replace(point, module=made)
+        same = {other.number for other in same_elements(self.graph, self._value(point))}
+        calls = (number for number, call in enumerate(self.graph.calls) if call.path == point.module)
+        given = [of.number for call in calls for of in self.graph.sides.get((call, "output"), ())]
+        if point.site != "post" or following is None or not given or not same.isdisjoint(given):
             return point
         if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
             return point
-        block, made = self.graph.calls[self._call_of(following)].path, self.graph.path(self._value(point))
+        block = self.graph.calls[self._call_of(following)].path
         module = made if made.startswith(f"{block}.") else block
         return replace(point, layer=following.layer, site="pre", module=module)
-
-    def _made_elsewhere(self, point: HookPoint) -> str | None:
-        """The module that makes a mixture, where the block after which it is named gives another state, and takes another."""
-        made = self.graph.path(self._value(point))
-        labels = [(state.layer, state.site) for state in self.memory.states]
-        is_mixture = point.site == "pre" or labels.count((point.layer, "post")) > 1
-        # What a block normalises before it hands it on is the state of its last layer.
-        is_inside = point.site == "post" and made.startswith(f"{point.module}.")
-        if not made or not (is_mixture or is_inside) or f"{point.module}.".startswith(f"{made}."):
-            return None
-        return None if self._shows(point, "input", "output") else made
-
-    def _shows(self, point: HookPoint, *ats: str) -> bool | None:
-        """Whether the module after which a state is named takes or gives it; None where it takes and gives nothing."""
-        same = {other.number for other in same_elements(self.graph, self._value(point))}
-        calls = [number for number, call in enumerate(self.graph.calls) if call.path == point.module]
-        shown = [of.number for call in calls for at in ats for of in self.graph.sides.get((call, at), ())]
-        return not same.isdisjoint(shown) if shown else None
-
-    def _is_named_rightly(self, point: HookPoint) -> bool:
-        """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
-        if point.site not in ("post", "pre"):
-            return True
-        value, shown = self._value(point), self.graph.shown
-        given = [of for other in same_elements(self.graph, value) for of in shown.get(other.number, ())]
-        paths = {self.graph.calls[of.call].path for of in given if of.at == "output"}
-        if any(f"{point.module}.".startswith(f"{path}.") for path in paths if path):
-            return True
-        inside = [call for call in self.graph.stack(value) if self.graph.calls[call].path == point.module]
-        return not inside or not any(
-            of.call in inside and of.at == "output" for places in shown.values() for of in places
-        )
 
     def _require_one_order(self, points: Sequence[HookPoint]) -> None:
         """Refuse states of which some have their tokens in another order: those of one shape and layout have one order."""
@@ -367,31 +337,12 @@ class ChainReader:
         return replace(point, streams=tuple(streams), shape=(len(streams), *point.shape))
 
     def _with_gradient(self, point: HookPoint) -> HookPoint:
-        """What shows a state; with what has its gradient, where a function of autograd makes it and reads it itself."""
+        """What shows a state, and whether a function of autograd makes it and reads it itself."""
         graph, value = self.graph, self._value(point)
         begin = graph.has_graph_from.get(value.number)
-        early = [of for of in graph.takers(value) if begin is None or of.number < begin]
-        if not graph.has_graph_from or not any(has_gradient(of) and graph.reaches_output(of) for of in early):
-            return point
-        is_plain = value.name == "add" and len(value.args) == 2 and value.kwargs.get("alpha", 1) == 1
-        added = (self._only_added(addend, value) for addend in (addends(value) if is_plain else ()))
-        found = next((of for of in added if of is not None), None)
-        if found is None:  # where it has no graph at all, none may be wanted
-            return replace(point, is_read_inside=begin is not None)
-        return replace(point, is_read_inside=True, gradient_at=self._operation(found, point))
-
-    def _only_added(self, value: TracedValue, to: TracedValue) -> TracedValue | None:
-        """A value, or what it is a cast of, that nothing reads but one sum and autograd has a graph of; None for others."""
-        graph, taker = self.graph, to
-        while value.shape == to.shape and value not in graph.outputs:
-            if [of for of in graph.takers(value) if has_gradient(of)] != [taker]:
-                return None
-            if value.number in graph.has_graph_from:
-                return value
-            if value.name not in SAME or not value.parents:
-                return None
-            taker, value = value, value.parents[0]
-        return None
+        early = (of for of in graph.takers(value) if begin is not None and of.number < begin)
+        is_read = any(has_gradient(of) and graph.reaches_output(of) for of in early)
+        return replace(point, is_read_inside=True) if is_read else point
 
     def _operation(self, value: TracedValue, of: HookPoint) -> HookPoint:
         """The operation that shows a value, named as another point is."""

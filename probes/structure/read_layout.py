@@ -189,9 +189,8 @@ def read_layout(memory: MemoryReading, numbers: Numbers, sequences: SequenceAxis
     if named is None:
         return ""
     flat = [letter for axis in named for letter in axis]
-    merged = any(
-        len(set(axis) - set("BNF")) > 1 for axis in named
-    )  # tokens with features: no size tells them apart
+    # Tokens with features: no size tells them apart.
+    merged = any(len(set(axis) - set("BNF")) > 1 for axis in named)
     if len(set(flat)) < len(flat) or "D" not in flat or merged:
         return ""
     return " ".join(axis[0] if len(axis) == 1 else f"({' '.join(axis)})" for axis in named)

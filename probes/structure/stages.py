@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -104,33 +103,6 @@ def _has_layout(taken: TracedValue, layout: str, sequences: SequenceAxis) -> boo
         return sequences.graph.depends_on_input(taken) and shape_layout(taken, sequences) == layout
     except LayoutError:
         return False
-
-
-def with_ending(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
-    """The chain with what blocks of its classes, in places like theirs, give after its last state, in another shape."""
-    kinds = set(chain.block_class.split("/"))
-    places = {_without_numbers(path) for path in chain.blocks}
-    last = graph.values[chain.points[-1].number]
-    for number, call in enumerate(graph.calls):
-        ends = graph.ends_of(number)
-        if call.kind not in kinds or _without_numbers(call.path) not in places:
-            continue
-        if ends is None or ends[0] is not last:
-            continue
-        value = ends[1]
-        if value.shape == last.shape or not _has_layout(value, chain.layout, sequences):
-            continue
-        layer = chain.points[-1].layer + 1
-        point = HookPoint(
-            call.path, call.number, "output", layer, "post", call.path, value.number, value.shape
-        )
-        chain = replace(chain, points=(*chain.points, point), blocks=(*chain.blocks, call.path))
-        last = value
-    return chain
-
-
-def _without_numbers(path: str) -> str:
-    return re.sub(r"\d+", "{i}", path)
 
 
 def with_next_stage(chain: Chain, stage: Chain) -> Chain:

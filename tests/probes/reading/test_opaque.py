@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from depthscope.probes.reading.operations import factors_of_sum
 from depthscope.probes.reading.read import Rereading
 from tests.models.opaque import (
     BATCH,
@@ -112,26 +111,6 @@ def test_the_name_of_a_library_operation_says_nothing(step):
     found = read_model(Blocks(Mlp, step), ids())
 
     assert not any(memory.is_proven for memory in found.memories)
-
-
-@pytest.mark.parametrize(
-    ("func", "expected"),
-    [
-        (lambda x, y: x + 0.5 * y, {0: 1.0, 1: 0.5}),
-        (lambda x, y: -2 * y, {1: -2.0}),
-        (lambda x, y: x * y, None),
-        (lambda x, y: x + y.relu(), None),
-        (lambda x, y: x + y.flip(-1), None),
-        (lambda x, y: x + y + 1, None),
-        (lambda x, y: x + y.mean(-1, keepdim=True), None),
-    ],
-)
-def test_a_trial_finds_sums_and_nothing_else(func, expected):
-    args = torch.randn(3, 4), torch.randn(3, 4)
-
-    found = factors_of_sum(func, args, {}, func(*args))
-
-    assert found == (None if expected is None else pytest.approx(expected, abs=1e-6))
 
 
 def test_every_row_of_the_documentation_is_tried():
