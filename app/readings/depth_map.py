@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,9 @@ MOST_CELLS = 240
 
 VERSION = {"tokens": "all", "centering": "raw", "stream": "mean", "reduction": "mean"}
 """Which of several versions of a metric is shown."""
+
+MOST_POSITIONS = 1024
+"""Of a finding's curve in a summary: with more, 500 runs would take megabytes. A heuristic of ours."""
 
 MOST_VALUES = 24
 """An attribute with more values than this, such as a digest, groups nothing."""
@@ -134,7 +137,11 @@ def summary_of(reading: Reading) -> Summary:
     analysis = reading.analysis
     names = _names(analysis)
     marks = [
-        PlacedFinding(finding, _first_depth(finding, analysis), worst_depth(finding, analysis))
+        PlacedFinding(
+            finding if len(finding.profile) <= MOST_POSITIONS else replace(finding, profile=()),
+            (range_of(finding, analysis) or (None,))[0],
+            worst_depth(finding, analysis),
+        )
         for finding in reading.findings
     ]
     return Summary(
@@ -157,9 +164,10 @@ def _names(analysis: xr.Dataset) -> list[str]:
     return [visible(state_name(str(site), int(layer)), longest=LONGEST_NAME) for site, layer in places]
 
 
-def _first_depth(finding: Finding, analysis: xr.Dataset) -> int | None:
+def range_of(finding: Finding, analysis: xr.Dataset) -> tuple[int, int] | None:
+    """The first and last depth of a finding; None where it is about the whole run or a module."""
     is_placed = finding.axis in ("depth", "connection") and finding.first >= 0
-    return int(depths_of(finding, analysis)[0]) if is_placed else None
+    return depths_of(finding, analysis) if is_placed else None
 
 
 def loss_of(reading: Reading) -> float | None:

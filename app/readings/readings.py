@@ -274,11 +274,6 @@ def read_paths(
     return readings, left_out
 
 
-def open_runs(paths: Sequence[str], *, max_bytes: int | None = None) -> dict[str, xr.DataTree]:
-    """Open runs, and folders of runs, under names that are short and differ."""
-    return {name: schema.open_run(path, max_bytes=max_bytes) for name, path in find_runs(paths).items()}
-
-
 def find_runs(paths: Sequence[str]) -> dict[str, Path]:
     """The runs of a command line, and those in its folders, under names that are short and differ."""
     return _short_names([run for path in map(Path, paths) for run in _runs_at(path)])

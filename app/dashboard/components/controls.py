@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,19 +103,6 @@ def choose_one(
     return st.selectbox(
         label, options, index=index, format_func=words, key=key, bind="query-params", width=width
     )
-
-
-def choose_index(label: str, last: int, key: str, *, default: int, width: int = 130) -> int:
-    """An integer from 0 to the last one, in the URL under its key."""
-    # Streamlit fails on an address with ?a=inf: the field then does not read the address, and its value leaves it.
-    bound = re.fullmatch(r"\d{1,9}", st.query_params.get(key, "0")) is not None
-    if not bound:
-        del st.query_params[key]
-    # A depth of a deeper run, or of a link to one: Streamlit raises for a value above the maximum.
-    if st.session_state.get(key, default) > last:
-        st.session_state[key] = last
-    bind = "query-params" if bound else None
-    return int(st.number_input(label, 0, last, min(default, last), key=key, bind=bind, width=width))
 
 
 # Streamlit binds a list to the address by the words that are shown; names are shorter, and stay when a title changes.

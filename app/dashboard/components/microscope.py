@@ -18,12 +18,12 @@ from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, available
 from depthscope.app.figures.build.matrix_figure import picture_figure
 from depthscope.app.figures.build.values import level_of, names_of
 from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp, Matrix
+from depthscope.app.readings.depth_map import range_of
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
-from depthscope.diagnostics import Finding
-from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
+from depthscope.diagnostics.verdicts.causes import worst_depth
 
 DEFAULT_STRIPS = (
     "effective_rank",
@@ -254,7 +254,7 @@ def depths_of_connections(reading: Reading, close_up: CloseUp | None) -> np.ndar
 
 def _bars(reading: Reading, depths: int) -> list[Bar]:
     placed = [
-        (finding, range_of(finding, reading))
+        (finding, range_of(finding, reading.analysis))
         for finding in reading.findings
         if finding.severity.name in SEVERITY_COLOURS
     ]
@@ -264,12 +264,6 @@ def _bars(reading: Reading, depths: int) -> list[Bar]:
         if where is not None
     ]
     return bars[:MOST_BARS]
-
-
-def range_of(finding: Finding, reading: Reading) -> tuple[int, int] | None:
-    """The depths of a finding; None where it is about the whole run or a module."""
-    is_placed = finding.first >= 0 and finding.axis in ("depth", "connection")
-    return depths_of(finding, reading.analysis) if is_placed else None
 
 
 def _length(close_up: CloseUp, sequence: int) -> int:

@@ -46,20 +46,14 @@ class _Runs:
     listed_as: dict[str, str] = field(
         default_factory=dict
     )  # of each summary: a run of several chains has several
-    waiting: list[str] = field(default_factory=list)
     unreadable: list[UnreadableRun] = field(default_factory=list)
 
     @classmethod
     def of(cls, listed: Mapping[str, Path]) -> _Runs:
         runs = cls(listed, growing_runs.live_states(listed))
-        known = {name: run_library.summaries_of(name, path) for name, path in listed.items()}
-        wanted = {name: listed[name] for name, found in known.items() if found is None}
-        if run_library.ask_for(wanted):
-            known |= {name: run_library.summaries_of(name, path) for name, path in wanted.items()}
-        for name, found in known.items():
-            if found is None:
-                runs.waiting.append(name)
-            elif isinstance(found, UnreadableRun):
+        for name, path in listed.items():
+            found = run_library.summaries_of(name, path, ask=True)
+            if isinstance(found, UnreadableRun):
                 runs.unreadable.append(found)
             else:
                 runs.summaries |= {each.name: each for each in found}
@@ -69,7 +63,9 @@ class _Runs:
     @property
     def changes(self) -> bool:
         """Whether there will be more to show without a click."""
-        return bool(self.waiting) or any(state.is_growing for state in self.live.values())
+        return any(each.waits for each in self.unreadable) or any(
+            state.is_growing for state in self.live.values()
+        )
 
     def status(self, name: str) -> str:
         """What a run is that is or was written step by step."""
@@ -103,11 +99,8 @@ def _draw(first: list[_Runs]) -> None:
     ]
     shown.sort(key=lambda each: (_group(each, group_by), each.badness))
     others = [
-        *(
-            (each.name, each.reason if each.waits else f"⚠ cannot be read: {each.reason}")
-            for each in runs.unreadable
-        ),
-        *((name, run_library.waiting_words(runs.listed[name])) for name in runs.waiting),
+        (each.name, each.reason if each.waits else f"⚠ cannot be read: {each.reason}")
+        for each in sorted(runs.unreadable, key=lambda each: each.waits)
     ]
     others = [(name, words) for name, words in others if _is_found(wanted, f"{name} {words}")]
     if shown or others:
@@ -180,7 +173,8 @@ def _show_map(
         on_together_change=lambda: _open_together(runs),
     )
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-        judged = f"{len(runs.summaries)} of {len(runs.listed)} runs analysed. " if runs.waiting else ""
+        waits = any(each.waits for each in runs.unreadable)
+        judged = f"{len(runs.summaries)} of {len(runs.listed)} runs analysed. " if waits else ""
         st.caption(
             f"{judged}▼ a finding begins there (red: failure, orange: warning, blue: note). Click a row's map to open the "
             "microscope at that depth, its name to read its findings below.",

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import numpy as np
 import streamlit as st
 
 from depthscope.app.dashboard.components.chart import build, card, cards_in_rows, show_legend
-from depthscope.app.dashboard.components.controls import choose, choose_index, choose_one
+from depthscope.app.dashboard.components.controls import choose, choose_one
 from depthscope.app.dashboard.components.depth_pane import show_matrices
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.figures import Heatmap
 from depthscope.app.figures.build.answers import streams_answer
 from depthscope.app.figures.build.matrix_figure import picture_figure
 from depthscope.app.figures.palette import colour_numbers
@@ -44,9 +42,9 @@ def _show(chosen: ChosenRuns) -> None:
     if mixing:
         with st.container(horizontal=True, vertical_alignment="bottom"):
             run = choose_one("Run", list(mixing), "mixing_run")
-            last = mixing[run].num_connections - 1
-            a = choose_index("From connection a", last, "from_connection", default=0, width=160)
-            b = choose_index("to connection b", last, "to_connection", default=last, width=160)
+            numbers = list(map(str, range(mixing[run].num_connections)))
+            a = int(choose_one("From connection a", numbers, "from_connection", width=160))
+            b = int(choose_one("to connection b", numbers, "to_connection", default=numbers[-1], width=160))
             st.caption(
                 "The product H_res(b) ⋯ H_res(a) of every token; for a = b one matrix.", width="content"
             )
@@ -65,40 +63,29 @@ def _show(chosen: ChosenRuns) -> None:
 
 def _show_matrices(reading: Reading, close_up: CloseUp, a: int, b: int) -> None:
     """The matrices of every connection, and the product of some."""
-    pictures = depth_pictures(close_up.mean_matrices, close_up, reading.name)
-    card(pictures, key="mixing_pictures", height=PICTURE_HEIGHT)
     first, last = min(a, b), max(a, b)
-    matrices = close_up.matrices(first) if first == last else close_up.composite(first, last)
+    matrices = close_up.matrices(first, last)
     if not matrices:
         st.info("The run has no real token: all of it is padding.", icon="ℹ️")
         return
-    with st.container(border=True):
-        st.markdown(f"**{escaped(_words_of(close_up, first, last))}**")
-        show_matrices(matrices, "bench")
-
-
-def _words_of(close_up: CloseUp, first: int, last: int) -> str:
-    if first == last:
-        return f"H_res of {close_up.connection_name(first)}"
-    return (
-        f"Product of {last - first + 1} H_res, from {close_up.connection_name(first)} "
-        f"to {close_up.connection_name(last)}"
-    )
-
-
-def depth_pictures(means: np.ndarray, close_up: CloseUp, run: str) -> Heatmap:
-    """H_res of every connection, the mean over tokens."""
-    return picture_figure(
-        list(means),
-        [close_up.connection_name(i) for i in range(len(means))],
-        range(len(means)),
-        len(means),
+    pictures = [each.h_res for each in close_up.pictures("mean")[0]]
+    names = [close_up.connection_name(i) for i in range(len(pictures))]
+    figure = picture_figure(
+        pictures,
+        names,
+        range(len(pictures)),
+        len(pictures),
         name="h_res_pictures",
         title="H_res of every connection",
-        run=run,
+        run=reading.name,
         x_label="connection (0 = first sublayer)",
         of="mean over tokens",
     )
+    card(figure, key="mixing_pictures", height=PICTURE_HEIGHT)
+    words = f"Product of {last - first + 1} H_res, from {names[first]} to {names[last]}"
+    with st.container(border=True):
+        st.markdown(f"**{escaped(words if last > first else f'H_res of {names[first]}')}**")
+        show_matrices(matrices)
 
 
 PAGE = Page(
