@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +19,7 @@ from depthscope.app.tables.tables import (
     Column,
     Table,
     column_of,
-    data_and_text,
-    joined,
-    notes_of,
+    table_of,
 )
 from depthscope.app.text.numbers import UNDEFINED, proof_sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
@@ -71,12 +69,12 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     """One row per run: what it is, its decisive numbers, how much was found."""
     view = view or Selection()
     rows = [_facts(reading, view) for reading in readings]
-    facts = {name: [row[name] for row in rows] for name in rows[0]}
-    columns: dict[str, Sequence[Any]] = dict(facts)
-    # The model is the widest cell; it stays in the data. Tokens a sequence are a mean over sequences of different length.
-    headings = {name: _HEADINGS.get(name, name) for name in facts if name != "model"}
-    columns |= {name: [round(count, 1) for count in facts[name]] for name in TOKEN_COUNTS}
-    found: dict[str, list[Column]] = {reading.name: [] for reading in readings}
+    # The model is the widest cell; it stays in the data.
+    columns: list[tuple[str, str, Sequence[Any]]] = [
+        (name, "" if name == "model" else _HEADINGS.get(name, name), [row[name] for row in rows])
+        for name in rows[0]
+    ]
+    measured: dict[str, list[Column]] = {reading.name: [] for reading in readings}
     for extreme in SUMMARY:
         of_runs = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
         # The heading is the same for all runs: that of the first one that has the metric.
@@ -84,27 +82,15 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         if known is None:
             continue
         for reading, column in zip(readings, of_runs, strict=True):
-            found[reading.name] += [] if column is None else [column]
-        key = f"{known.key}_{extreme.place}"
-        columns[key] = [_at_extreme(column, extreme.place) for column in of_runs]
-        headings[key] = f"{known.label}, {_SHORT[extreme.place]}"
+            measured[reading.name] += [] if column is None else [column]
+        cells = [_at_extreme(column, extreme.place) for column in of_runs]
+        columns.append((f"{known.key}_{extreme.place}", f"{known.label}, {_SHORT[extreme.place]}", cells))
     for severity in ("fail", "warn"):
-        columns[f"num_{severity}"] = [
-            sum(each.severity.name.lower() == severity for each in reading.findings) for reading in readings
-        ]
-        headings[f"num_{severity}"] = severity
-    data, printed = data_and_text(columns, headings)
+        found = [[each.severity.name.lower() for each in reading.findings] for reading in readings]
+        columns.append((f"num_{severity}", severity, [each.count(severity) for each in found]))
     places = "@: the depth or connection of the extreme. Fail and warn count findings."
-    return Table(
-        name="summary",
-        title="Summary of runs",
-        caption=joined("Summary of runs: n streams, L layers, N tokens in all.", _unproven(readings)),
-        # The last place needs no index in print; for machines it is a number like any other.
-        data=data.assign(**{name: facts[name] for name in TOKEN_COUNTS}),
-        printed=printed,
-        metrics=tuple(dict.fromkeys(column.metric for of_run in found.values() for column in of_run)),
-        notes=notes_of(readings, found, view, places),
-    )
+    caption = ("Summary of runs: n streams, L layers, N tokens in all.", _unproven(readings))
+    return table_of("summary", "Summary of runs", caption, columns, readings, measured, view, places)
 
 
 def _facts(reading: Reading, view: Selection) -> dict[str, Any]:
@@ -170,51 +156,27 @@ def comparison_table(
             f"no run has {', '.join(metrics)} along its depth; see: depthscope analyze RUN --json"
         )
     rows = [(metric, float(where)) for metric in shown for where in RELATIVE_DEPTHS]
-    data, printed = data_and_text(
-        {
-            "metric": [metric for metric, _ in rows],
-            "label": [
-                next(column.label for column in shown[metric].values() if column) for metric, _ in rows
-            ],
-            "relative depth": [where for _, where in rows],
-            **{
-                reading.name: [_nearest(shown[metric][reading.name], where) for metric, where in rows]
-                for reading in readings
-            },
-        },
-        {
-            "label": "metric",
-            "relative depth": "relative depth",
-            **{reading.name: reading.name for reading in readings},
-        },
-    )
-    found = {
+    labels = {metric: next(column.label for column in of.values() if column) for metric, of in shown.items()}
+    columns: list[tuple[str, str, Sequence[Any]]] = [
+        ("metric", "", [metric for metric, _ in rows]),
+        ("", "metric", [labels[metric] for metric, _ in rows]),
+        ("relative depth", "relative depth", [where for _, where in rows]),
+    ]
+    columns += [
+        (run, run, [_nearest(shown[metric][run], where) for metric, where in rows])
+        for run in (reading.name for reading in readings)
+    ]
+    measured = {
         reading.name: [column for of in shown.values() if (column := of[reading.name]) is not None]
         for reading in readings
     }
-    return Table(
-        name="comparison",
-        title="Runs side by side",
-        caption=joined(
-            "Runs side by side at the measured depth nearest to the relative depth.", _unproven(readings)
-        ),
-        data=data.drop(columns="label"),
-        printed=printed,
-        # Only metrics that have a row are cited.
-        metrics=tuple(shown),
-        notes=notes_of(readings, found, view),
-    )
-
-
-def one_direction(dims: Collection[Any], view: Selection) -> dict[str, str]:
-    """The label that leaves one direction of a metric that has both, where the view shows both."""
-    return {"direction": "forward"} if "direction" in dims and view.direction == "both" else {}
+    words = "Runs side by side at the measured depth nearest to the relative depth."
+    caption = (words, _unproven(readings))
+    return table_of("comparison", "Runs side by side", caption, columns, readings, measured, view)
 
 
 def _profile(reading: Reading, metric: str, view: Selection) -> Column | None:
-    dims = reading.analysis[metric].dims if metric in reading.analysis else ()
-    fixed = one_direction(dims, view)
-    column = column_of(reading.analysis, metric, view, **fixed)
+    column = column_of(reading.analysis, metric, view)
     # Singular values and modules have no relative depth.
     return column if column is None or column.value.dims[0] in ("depth", "connection") else None
 

@@ -14,7 +14,6 @@ from depthscope.app.figures.build.values import names_of, pick, positions
 from depthscope.app.figures.composed.panels import groups_of
 from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.comparison import one_direction
 from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import consecutive, number, quantity
 from depthscope.diagnostics import CATALOGUE, schema
@@ -77,7 +76,7 @@ def _profiles(trace: xr.Dataset, metric: str, view: Selection) -> xr.DataArray |
     values = by_sequence(trace, CATALOGUE[metric], scope=view.scope)
     if values is None:
         return None
-    value = pick(values.to_dataset(name=metric), metric, view, **one_direction(values.dims, view))
+    value = pick(values.to_dataset(name=metric), metric, view)
     others = set() if value is None else set(value.dims) - {"sequence"}
     # A matrix of every two depths has too many cells for one sentence.
     return value if len(others) == 1 and others <= set(ALONG) else None
@@ -137,8 +136,7 @@ def profiles_of(readings: Sequence[Reading], metric: str, view: Selection) -> li
     """The metric of every run of a group; empty where one of them lacks it."""
     found = []
     for reading in readings:
-        dims = reading.analysis[metric].dims if metric in reading.analysis else ()
-        value = pick(reading.analysis, metric, view, **one_direction(dims, view))
+        value = pick(reading.analysis, metric, view)
         # A matrix is no profile, and one of NaN alone has nothing to compare.
         if value is None or value.ndim != 1 or not value.notnull().any():
             return []

@@ -7,7 +7,6 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,83 +77,88 @@ class Cell(NamedTuple):
 _WRITTEN = {"": "value", "_stderr": "stderr", "_null": "null", "_at": "at"}
 
 
-def data_and_text(
-    columns: Mapping[str, Sequence[Any]], headings: Mapping[str, str]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A table as numbers and as text.
-
-    ``columns``: key → plain values, or cells.
-    ``headings``: key → what is printed above the column; others are in the numbers alone.
-    """
-    data: dict[str, Sequence[Any]] = {}
-    for key, values in columns.items():
-        if any(isinstance(value, Cell) for value in values):
-            data |= {key + end: [getattr(cell, part) for cell in values] for end, part in _WRITTEN.items()}
-        else:
-            data[key] = values
-    printed = {heading: list(map(_text, columns[key])) for key, heading in headings.items()}
-    # Errors, nulls and places that nothing has would be empty columns of the CSV.
-    return pd.DataFrame(data).dropna(axis="columns", how="all"), pd.DataFrame(printed)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (int, np.integer)):
-        return UNDEFINED if value < 0 else str(value)  # the embedding has no layer
-    if isinstance(value, float):
-        return UNDEFINED if math.isnan(value) else f"{value:g}"
-    return str(value)
-
-
-@dataclass(frozen=True, eq=False)
-class Column:
-    """One measured column: values along one dimension with their errors, their nulls and the names that people read."""
+class Column(NamedTuple):
+    """One measured column: values along one dimension, as cells too, and the names that people read."""
 
     key: str
     label: str
     metric: str
     value: xr.DataArray
-    stderr: xr.DataArray | None = None
-    null: xr.DataArray | None = None
+    cells: list[Cell]
+    stderr: xr.DataArray | None
 
-    @cached_property
-    def cells(self) -> list[Cell]:
-        """Every number with its error and its null, which is one for all or one for each."""
-        parts = (self.value, None if self.stderr is None else margin(self.stderr)[0], self.stderr, self.null)
-        missing = np.full(self.value.size, math.nan)
-        known = (
-            missing if part is None else np.broadcast_to(part.values, self.value.shape).astype(np.float64)
-            for part in parts
-        )
-        return [Cell(*map(float, numbers)) for numbers in zip(*known, strict=True)]
+
+def table_of(
+    name: str,
+    title: str,
+    caption: Sequence[str],
+    columns: Iterable[tuple[str, str, Sequence[Any]]],
+    readings: Sequence[Reading],
+    measured: Mapping[str, Sequence[Column]],
+    view: Selection,
+    *more: str,
+) -> Table:
+    """A table of measured numbers, and what the signs in it mean.
+
+    ``columns``: the name of each in the data, what is printed above it, and plain values or cells; with an empty name
+    it is only printed, with an empty heading only in the data.
+    ``measured``: run → its columns, which the notes are about.
+    ``more``: further notes.
+    """
+    data: dict[str, Sequence[Any]] = {}
+    printed: dict[str, list[str]] = {}
+    for key, heading, values in columns:
+        if heading:
+            printed[heading] = list(map(_text, values))
+        if key and any(isinstance(value, Cell) for value in values):
+            data |= {key + end: [getattr(cell, part) for cell in values] for end, part in _WRITTEN.items()}
+        elif key:
+            data[key] = values
+    return Table(
+        name,
+        title,
+        " ".join(filter(None, caption)),
+        # Errors, nulls and places that nothing has would be empty columns of the CSV.
+        pd.DataFrame(data).dropna(axis="columns", how="all"),
+        pd.DataFrame(printed),
+        metrics=tuple(dict.fromkeys(column.metric for of_run in measured.values() for column in of_run)),
+        notes=_notes(readings, measured, view, *more),
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (int, np.integer)):
+        return UNDEFINED if value < 0 else str(value)  # the embedding has no layer
+    if isinstance(value, float):  # tokens of a sequence are a mean over sequences of different length
+        return UNDEFINED if math.isnan(value) else f"{round(value, 1):g}"
+    return str(value)
 
 
 def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: Any) -> Column | None:
     """The slice of a metric that a selection names, with its error and null; None where the run has no defined value."""
-    value = _picked(analysis, metric, view, fixed)
+    value, stderr, null = (
+        pick(analysis, f"{metric}{end}", view, **fixed) for end in ("", "_stderr", "_null")
+    )
     # A slice with another dimension left, such as a matrix, is no column; one of NaN alone would be dashes.
     if value is None or value.ndim != 1 or not bool(value.notnull().any()):
         return None
     # A label that is a number, such as a quantile, needs the name of its dimension.
     words = [label if isinstance(label, str) else f"{dim} {label:g}" for dim, label in fixed.items()]
-    return Column(
-        key="_".join((metric, *words)).replace(" ", "_"),
-        label=" ".join((spoken(metric), *words)),
-        metric=metric,
-        value=value,
-        stderr=_picked(analysis, f"{metric}_stderr", view, fixed),
-        null=_picked(analysis, f"{metric}_null", view, fixed),
+    parts = (value, None if stderr is None else margin(stderr)[0], stderr, null)
+    missing = np.full(value.size, math.nan)
+    known = (
+        # A null is one for all or one for each.
+        missing if part is None else np.broadcast_to(part.values, value.shape).astype(np.float64)
+        for part in parts
     )
-
-
-def _picked(
-    analysis: xr.Dataset, name: str, view: Selection, fixed: Mapping[str, Any]
-) -> xr.DataArray | None:
-    """As `pick`, and along dimensions that a selection has no field for, such as ``kind``, too."""
-    value = pick(analysis, name, view, **fixed)
-    if value is None:
-        return None
-    # Labels that `pick` has selected are no dimension of the slice any more.
-    return value.sel({dim: label for dim, label in fixed.items() if dim in value.dims})
+    return Column(
+        "_".join((metric, *words)).replace(" ", "_"),
+        " ".join((spoken(metric), *words)),
+        metric,
+        value,
+        [Cell(*map(float, numbers)) for numbers in zip(*known, strict=True)],
+        stderr,
+    )
 
 
 def table_metrics(axis: str) -> list[str]:
@@ -232,43 +236,20 @@ def _measured_table(
     reading: Reading, kind: str, title: str, place: Mapping[str, np.ndarray], view: Selection
 ) -> Table:
     title = f"{title}: {reading.name}"
-    columns = columns_along(next(iter(place)), reading.analysis, view)
+    measured = columns_along(next(iter(place)), reading.analysis, view)
     # Paths of modules are wider than all numbers, and the notes have the numbers of tokens; both are in the data.
-    headings = {name: name for name in place if name not in ("module", *TOKEN_COUNTS)}
-    data, printed = data_and_text(
-        {
-            **{name: values.tolist() for name, values in place.items()},
-            **{each.key: each.cells for each in columns},
-        },
-        headings | {column.key: column.label for column in columns},
-    )
-    shown = evenly_spaced(len(printed), MOST_ROWS)
-    left_out = "" if len(shown) == len(printed) else f"{len(shown)} of {len(printed)} rows; the CSV has all."
-    return Table(
-        name=f"{kind}_{slug(reading.name)}",
-        title=title,
-        caption=joined(f"{title}.", proof_sentence({reading.name: reading.attrs}), left_out),
-        notes=notes_of([reading], {reading.name: columns}, view),
-        data=data,
-        printed=printed.iloc[shown].reset_index(drop=True),
-        metrics=tuple(dict.fromkeys(column.metric for column in columns)),
-    )
-
-
-def joined(*sentences: str) -> str:
-    """Sentences in a row, without those that are empty."""
-    return " ".join(filter(None, sentences))
-
-
-def measured_note(readings: Sequence[Reading], metrics: Iterable[str], view: Selection) -> str:
-    """How each metric of a table was measured, from how many tokens, and its unit; those that are alike in one sentence."""
-    alike: dict[str, list[str]] = {}
-    for metric in dict.fromkeys(metrics):
-        analyses = {each.name: each.analysis for each in readings if metric in each.analysis}
-        words = _measured_words(analyses, metric, view)
-        if words:
-            alike.setdefault(words, []).append(spoken(metric))
-    return " ".join(sentence([f"{', '.join(names)}: {words}"]) for words, names in alike.items())
+    hidden = ("module", *TOKEN_COUNTS)
+    columns = [
+        *((name, "" if name in hidden else name, values.tolist()) for name, values in place.items()),
+        *((column.key, column.label, column.cells) for column in measured),
+    ]
+    size = len(next(iter(place.values())))
+    shown = evenly_spaced(size, MOST_ROWS)
+    left_out = "" if len(shown) == size else f"{len(shown)} of {size} rows; the CSV has all."
+    caption = (f"{title}.", proof_sentence({reading.name: reading.attrs}), left_out)
+    name = f"{kind}_{slug(reading.name)}"
+    table = table_of(name, title, caption, columns, [reading], {reading.name: measured}, view)
+    return replace(table, printed=table.printed.iloc[shown].reset_index(drop=True))
 
 
 def _measured_words(analyses: Mapping[str, xr.Dataset], metric: str, view: Selection) -> str:
@@ -285,23 +266,27 @@ def _measured_words(analyses: Mapping[str, xr.Dataset], metric: str, view: Selec
     return ", ".join(filter(None, (how.replace("; ", ", "), counts, unit)))
 
 
-def notes_of(
-    readings: Sequence[Reading], columns: Mapping[str, Sequence[Column]], view: Selection, *more: str
+def _notes(
+    readings: Sequence[Reading], measured: Mapping[str, Sequence[Column]], view: Selection, *more: str
 ) -> tuple[str, ...]:
     """What the signs of a table mean, how its numbers were measured, and their units."""
-    known = [column for of_run in columns.values() for column in of_run]
-    metrics = [column.metric for column in known]
-    words = interval_words(
-        NamedError(run, column.label, column.stderr) for run, of_run in columns.items() for column in of_run
-    )
-    has_null = any(column.null is not None for column in known)
-    has_gaps = any(bool(column.value.isnull().any()) for column in known)
+    known = [column for of_run in measured.values() for column in of_run]
+    # How each metric was measured, from how many tokens, and its unit; those that are alike in one sentence.
+    alike: dict[str, list[str]] = {}
+    for metric in dict.fromkeys(column.metric for column in known):
+        analyses = {each.name: each.analysis for each in readings if metric in each.analysis}
+        if how := _measured_words(analyses, metric, view):
+            alike.setdefault(how, []).append(spoken(metric))
+    interval = interval_words((run, each.label, each.stderr) for run, of in measured.items() for each in of)
+    cells = [cell for column in known for cell in column.cells]
+    has_gaps = len(readings) > 1 or any(math.isnan(cell.value) for cell in cells)
+    has_null = any(not math.isnan(cell.null) for cell in cells)
     notes = (
-        measured_note(readings, metrics, view),
-        f"± is {words}; of a number without ± no error is estimated." if words else "",
+        " ".join(sentence([f"{', '.join(names)}: {how}"]) for how, names in alike.items()),
+        f"± is {interval}; of a number without ± no error is estimated." if interval else "",
         "Baseline: the value expected without structure, such as of independent entries." if has_null else "",
         *more,
-        f"{UNDEFINED}: undefined or not measured." if has_gaps or len(readings) > 1 else "",
+        f"{UNDEFINED}: undefined or not measured." if has_gaps else "",
     )
     return tuple(filter(None, notes))
 
@@ -320,16 +305,11 @@ def slug(name: str) -> str:
     return f"{safe}-{mark}" if safe else f"run-{mark}"
 
 
-class NamedError(NamedTuple):
-    """A standard error with the run and the metric that it is of."""
+def interval_words(errors: Iterable[tuple[str, str, xr.DataArray | None]]) -> str:
+    """What intervals some numbers have; where they are not all of one kind, with the runs or the metrics of each.
 
-    run: str
-    metric: str
-    error: xr.DataArray | None
-
-
-def interval_words(errors: Iterable[NamedError]) -> str:
-    """What intervals some numbers have; where they are not all of one kind, with the runs or the metrics of each."""
+    ``errors``: a run, its metric, and the standard error.
+    """
     kinds: dict[str, dict[str, dict[str, None]]] = {}
     for run, metric, error in errors:
         if error is not None and bool(error.notnull().any()):
