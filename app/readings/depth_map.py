@@ -236,13 +236,9 @@ def _along_depth(
     known = "depth_out" in analysis.coords
     places = analysis["depth_out"].values.astype(int) if known else np.arange(1, len(numbers) + 1)
     # A state that no connection writes, such as one behind the last norm, has what the one before it has.
-    found = np.full(depths, np.nan)
-    found[places[places < depths]] = numbers[places < depths]
-    written = set(places.tolist())
-    for depth in range(depths):
-        if depth not in written:
-            found[depth] = found[depth - 1] if depth else 1.0
-    return found
+    order = np.argsort(places, kind="stable")
+    last = np.searchsorted(places[order], np.arange(depths), side="right") - 1
+    return np.where(last < 0, 1.0, numbers[order][last])
 
 
 def groupable(summaries: Sequence[Summary]) -> list[str]:

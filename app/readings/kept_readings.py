@@ -97,7 +97,9 @@ def _plain(value: Any) -> Any:
 
 def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
     with np.load(place, allow_pickle=False) as arrays:
-        _require_stored(arrays.zip)
+        # What is written here is not compressed: such an array may be larger than the memory.
+        if any(info.compress_type != zipfile.ZIP_STORED for info in arrays.zip.infolist()):
+            raise InputError("compressed")
         documents = json.loads(arrays["readings"].tobytes())
         for number, document in enumerate(documents):
             described = document["analysis"]
@@ -117,12 +119,6 @@ def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
                 ),
                 num_steps=int(document["num_steps"]),
             )
-
-
-def _require_stored(archive: zipfile.ZipFile | None) -> None:
-    """Refuse what is not written here: a compressed array may be larger than the memory."""
-    if archive is None or any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-        raise InputError("compressed")
 
 
 def _summary(document: Mapping[str, Any]) -> Summary:

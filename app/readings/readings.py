@@ -96,7 +96,8 @@ def read_runs(
             chain=chain,
             path=str((paths or {}).get(name, "")),
             results=results.get(name, {}),
-            num_steps=_num_steps(run, chain),
+            # A run of metrics alone has no statistics, and counts as one step.
+            num_steps=(schema.chain_dataset(run, "statistics", chain) or xr.Dataset()).sizes.get("step", 1),
         )
         for name, run in runs.items()
         for chain, analysis in analyses[name]
@@ -126,11 +127,6 @@ def judged(
         results=results,
         num_steps=num_steps,
     )
-
-
-def _num_steps(run: xr.DataTree, chain: str) -> int:
-    statistics = schema.chain_dataset(run, "statistics", chain)
-    return 1 if statistics is None else statistics.sizes.get("step", 1)
 
 
 def shown_attributes(value: Any) -> Any:

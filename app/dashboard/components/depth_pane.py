@@ -126,14 +126,16 @@ def _numbers(reading: Reading, view: View, depths: int) -> list[dict[str, Any]]:
 
 def _tokens(close_up: CloseUp, depth: int, stream: str) -> dict[str, list[list[Any]]]:
     return {
-        "tokens": [
-            [each.text, each.sequence, each.position, number(each.value), number(each.ratio)]
-            for each in close_up.largest(depth, stream=stream)
-        ],
-        "entries": [
-            [each.text, each.sequence, each.position, each.feature, number(each.value), number(each.ratio)]
-            for each in close_up.largest(depth, entries=True, stream=stream)
-        ],
+        name: [
+            [
+                *each[:3],
+                *([each.feature] if name == "entries" else []),
+                number(each.value),
+                number(each.ratio),
+            ]
+            for each in close_up.largest(depth, entries=name == "entries", stream=stream)
+        ]
+        for name in ("tokens", "entries")
     }
 
 

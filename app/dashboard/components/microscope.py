@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-import xarray as xr
 
 from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, component
 from depthscope.app.drawing.plotly import reduction_words, shrink
@@ -17,7 +16,7 @@ from depthscope.app.drawing.plotly.panels import SEVERITY_COLOURS, Bar, Panel, d
 from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, available
 from depthscope.app.figures.build.matrix_figure import picture_figure
 from depthscope.app.figures.build.values import level_of, names_of
-from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp, Matrix
+from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp
 from depthscope.app.readings.depth_map import range_of
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import spoken
@@ -83,13 +82,9 @@ class View:
 
 def strips_of(reading: Reading) -> tuple[list[str], list[str]]:
     """Curves that a reading feeds and that have a depth: all of them, and those shown at first."""
-    analyses = _analyses(reading)
-    names = [name for name, kind in available(analyses).items() if _axis_of(kind.metric, reading)]
+    kinds = available({reading.name: reading.analysis})
+    names = [name for name, kind in kinds.items() if _axis_of(kind.metric, reading)]
     return names, [name for name in DEFAULT_STRIPS if name in names]
-
-
-def _analyses(reading: Reading) -> dict[str, xr.Dataset]:
-    return {reading.name: reading.analysis}
 
 
 def _axis_of(metric: str, reading: Reading) -> str:
@@ -222,7 +217,7 @@ def depth_names(reading: Reading) -> list[str]:
 
 def _strip(name: str, reading: Reading, close_up: CloseUp | None) -> Panel:
     kind = FIGURES[name]
-    analyses = _analyses(reading)
+    analyses = {reading.name: reading.analysis}
     figure: Figure = kind.build(analyses)
     if isinstance(figure, Lines) and "tokens" in kind.uses:
         # Without massive activations too: they dominate ranks and similarities.
@@ -336,34 +331,25 @@ def _marked_row(view: View) -> int | None:
 
 def _picture_panels(reading: Reading, close_up: CloseUp, view: View, depths: int) -> list[Panel]:
     """H_res at the depth that each connection writes, and below it the product of all up to there."""
-    found = close_up.pictures(view.whose, view.token)
-    return [
-        _picture_panel(title, matrices, reading, close_up, depths)
-        for title, matrices in zip(
-            ("H_res of each connection", "Product of H_res from the embedding"), found, strict=True
-        )
-        if matrices
-    ]
-
-
-def _picture_panel(
-    title: str, matrices: Sequence[Matrix], reading: Reading, close_up: CloseUp, depths: int
-) -> Panel:
-    figure = picture_figure(
-        [each.h_res for each in matrices],
-        [close_up.connection_name(number) for number in range(len(matrices))],
-        [int(place) for place in depths_of_connections(reading, close_up)],
-        depths,
-        name="h_res",
-        title=f"{title}, and its sums − 1",
-        run=reading.name,
-        x_label="depth",
-        of=matrices[0].of,
-    )
+    panels = []
     n = close_up.num_streams
-    return Panel(
-        figure, height=PICTURE_ROW * (n + 2), ticks={0: "to 0", n - 1: f"to {n - 1}", n + 1: "sum − 1"}
-    )
+    titles = ("H_res of each connection", "Product of H_res from the embedding")
+    for title, matrices in zip(titles, close_up.pictures(view.whose, view.token), strict=True):
+        if matrices:
+            figure = picture_figure(
+                [each.h_res for each in matrices],
+                [close_up.connection_name(number) for number in range(len(matrices))],
+                [int(place) for place in depths_of_connections(reading, close_up)],
+                depths,
+                name="h_res",
+                title=f"{title}, and its sums − 1",
+                run=reading.name,
+                x_label="depth",
+                of=matrices[0].of,
+            )
+            ticks = {0: "to 0", n - 1: f"to {n - 1}", n + 1: "sum − 1"}
+            panels.append(Panel(figure, height=PICTURE_ROW * (n + 2), ticks=ticks))
+    return panels
 
 
 def _stream_panel(close_up: CloseUp) -> Panel:

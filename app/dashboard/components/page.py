@@ -90,7 +90,9 @@ def choose_runs() -> None:
     listed = run_library.list_runs()
     names = list(listed)
     chosen: list[str] = []
-    asked = _asked_for()
+    # The runs that an address names when it is opened; later the address follows the choice.
+    named = st.query_params.get_all("runs") if "runs" not in st.session_state else []
+    asked = list(dict.fromkeys(named)) or None
     if names:
         with st.sidebar:
             chosen = st.multiselect(
@@ -114,13 +116,6 @@ def choose_runs() -> None:
     st.session_state[_KEY] = chosen[:MOST_RUNS]
     if asked is not None or unknown:
         st.session_state[_UNKNOWN] = (chosen, unknown)
-
-
-def _asked_for() -> list[str] | None:
-    """The runs that an address names when it is opened; None later, when the address follows the choice."""
-    if "runs" in st.session_state or "runs" not in st.query_params:
-        return None
-    return list(dict.fromkeys(st.query_params.get_all("runs")))
 
 
 def say_unknown_runs() -> None:
@@ -197,10 +192,8 @@ def _looked_at(*, of_training: bool) -> list[str]:
     if name not in listed or of_training:
         found = {name: run_library.summaries_of(name, path) for name, path in listed.items()}
         known = {name: of for name, of in found.items() if isinstance(of, list) and of}
-        if of_training:
-            known = {
-                name: of for name, of in known.items() if any(each.num_steps > 1 for each in of)
-            } or known
+        trained = {name: of for name, of in known.items() if any(each.num_steps > 1 for each in of)}
+        known = (trained or known) if of_training else known
         worst = {name: min(each.badness for each in of) for name, of in known.items()}
         name = name if name in worst else min(worst, key=worst.__getitem__, default=next(iter(listed), None))
     if name is None:

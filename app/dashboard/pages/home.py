@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import component, offer_csv, show_frame
+from depthscope.app.dashboard.components.chart import component, offer_numbers
 from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import BADGES, escaped, show_card
 from depthscope.app.dashboard.components.page import LOOKED_AT, Page, explain_none
@@ -180,7 +180,7 @@ def _show_map(
             "microscope at that depth, its name to read its findings below.",
             width="content",
         )
-        _offer_numbers(shown, measure)
+        offer_numbers("Numbers", lambda: _numbers(shown, measure), f"depth_map_{measure}", key="map")
     if at in runs.summaries:
         _show_findings(runs, runs.summaries[at])
 
@@ -231,25 +231,19 @@ def _profile_words(summary: Summary, measure: str) -> str:
     )
 
 
-def _offer_numbers(shown: Sequence[Summary], measure: str) -> None:
-    """The numbers of the map as a table, computed when it is opened."""
-    opened = st.popover("Numbers", type="tertiary", key="map_numbers", on_change="rerun")
-    if not opened.open:
-        return
-    with opened:
-        table = pd.DataFrame(
-            {
-                "run": each.name,
-                "loss": each.loss,
-                "depth": depth,
-                "module": each.depths[depth] if depth < len(each.depths) else UNDEFINED,
-                MEASURES[measure].title: value,
-            }
-            for each in shown
-            for depth, value in enumerate(each.profiles.get(measure, ()))
-        )
-        show_frame(table, height=320, width=620)
-        offer_csv(table, f"depth_map_{measure}", key="map_csv")
+def _numbers(shown: Sequence[Summary], measure: str) -> pd.DataFrame:
+    """The numbers of the map."""
+    return pd.DataFrame(
+        {
+            "run": each.name,
+            "loss": each.loss,
+            "depth": depth,
+            "module": each.depths[depth] if depth < len(each.depths) else UNDEFINED,
+            MEASURES[measure].title: value,
+        }
+        for each in shown
+        for depth, value in enumerate(each.profiles.get(measure, ()))
+    )
 
 
 def _show_findings(runs: _Runs, summary: Summary) -> None:

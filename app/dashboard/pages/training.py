@@ -196,17 +196,12 @@ def _say(histories: Mapping[str, TrainingHistory]) -> None:
                 st.badge(words, color=state.colour)
         if len(histories) == 1:
             (history,) = histories.values()
-            st.caption(escaped(", ".join(_facts(history))), width="content")
-
-
-def _facts(history: TrainingHistory) -> list[str]:
-    words = [f"{len(history.steps)} measured steps"]
-    status = history.status
-    if status is not None:
-        words.append(f"written by process {status.pid} on {status.host}")
-    if history.resumed_at:
-        words.append(f"resumed at step {', '.join(map(str, history.resumed_at[-3:]))}")
-    return words
+            facts = [f"{len(history.steps)} measured steps"]
+            if status := history.status:
+                facts.append(f"written by process {status.pid} on {status.host}")
+            if history.resumed_at:
+                facts.append(f"resumed at step {', '.join(map(str, history.resumed_at[-3:]))}")
+            st.caption(escaped(", ".join(facts)), width="content")
 
 
 def _choose(
@@ -420,27 +415,19 @@ def _list_findings(reading: Reading, begun: Sequence[Begun], *, several: bool) -
                 st.button(
                     "Pin the step",
                     key=f"begun_{reading.name}_{number}",
-                    on_click=_pin,
-                    args=(each.step,),
+                    on_click=st.query_params.update,
+                    args=({"step": str(each.step)},),
                     type="tertiary",
                 )
-                depth = worst_depth(finding, reading.analysis)
                 st.button(
                     "Open the microscope",
                     key=f"microscope_{reading.name}_{number}",
-                    on_click=_open,
-                    args=(reading, depth),
+                    on_click=open_microscope,
+                    args=(st.session_state.get("runs", ()),),
+                    kwargs={"look_at": reading.name, "depth": worst_depth(finding, reading.analysis)},
                     type="tertiary",
                     help="At the last state of the run.",
                 )
-
-
-def _pin(step: int) -> None:
-    st.query_params["step"] = str(step)
-
-
-def _open(reading: Reading, depth: int | None) -> None:
-    open_microscope(st.session_state.get("runs", ()), look_at=reading.name, depth=depth)
 
 
 PAGE = Page(
