@@ -187,23 +187,20 @@ def profiles_of(analysis: xr.Dataset, depths: int) -> dict[str, tuple[float, ...
     if norms is not None:
         known = norms[np.isfinite(norms) & (norms > 0)]
         norms = norms / np.median(known) if known.size else None
+    shares = None
+    for scope in ("data", "sequence"):
+        ranks = _along_depth(analysis, "effective_rank", depths, scope)
+        null = _slice(analysis, "effective_rank_null", scope)
+        # The rank of one token is 1 whatever the network does: then all sequences are taken together.
+        if ranks is not None and null is not None and float(null.max()) > 1:
+            shares = np.asarray(ranks / np.broadcast_to(null.values, ranks.shape), dtype=float)
     found = {
-        "rank": _rank_share(analysis, depths),
+        "rank": shares,
         "tokens": _along_depth(analysis, "dong_residual", depths),
         "streams": _along_depth(analysis, "deflated_gain", depths),
         "gradient": norms,
     }
     return {name: tuple(values.tolist()) for name, values in found.items() if values is not None}
-
-
-def _rank_share(analysis: xr.Dataset, depths: int) -> np.ndarray | None:
-    for scope in ("sequence", "data"):
-        ranks = _along_depth(analysis, "effective_rank", depths, scope)
-        null = _slice(analysis, "effective_rank_null", scope)
-        # The rank of one token is 1 whatever the network does: then all sequences are taken together.
-        if ranks is not None and null is not None and float(null.max()) > 1:
-            return np.asarray(ranks / np.broadcast_to(null.values, ranks.shape), dtype=float)
-    return None
 
 
 def _slice(analysis: xr.Dataset, metric: str, scope: str) -> xr.DataArray | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
@@ -49,7 +49,15 @@ def between_runs(
             for run, trace in traces.items()
             for metric in metrics
         }
-        for first, other in _pairs([reading for reading in readings if reading.name in traces], readings):
+        # A chain with the same chain of the other run: an encoder is no decoder.
+        able = [reading for reading in readings if reading.name in traces]
+        for first, other in [
+            (first, each)
+            for first in able
+            if first.run == readings[0].run
+            for each in able
+            if each.chain == first.chain and each.run != first.run
+        ]:
             digests = first.attrs.get("data_digest"), other.attrs.get("data_digest")
             paired = same_sequences(traces[first.name], traces[other.name], digests)
             for metric in metrics:
@@ -62,13 +70,6 @@ def between_runs(
                         difference = replace(difference, how=f"at the same relative depth, {difference.how}")
                     found.append(difference)
     return found
-
-
-def _pairs(able: Sequence[Reading], readings: Sequence[Reading]) -> Iterator[tuple[Reading, Reading]]:
-    """The first run with every other; a chain with the same chain of the other run: an encoder is no decoder."""
-    for first in able:
-        if first.run == readings[0].run:
-            yield from ((first, each) for each in able if each.chain == first.chain and each.run != first.run)
 
 
 def _profiles(trace: xr.Dataset, metric: str, view: Selection) -> xr.DataArray | None:
@@ -88,23 +89,15 @@ def at_shared_depths(values: Mapping[str, xr.DataArray]) -> dict[str, xr.DataArr
     if len(values) < 2 or len(axes) != 1:
         return {}
     (axis,) = axes
-    nearest = shared_positions(values)
-    labels = min(values.values(), key=lambda value: value.sizes[axis])[axis].values
+    where = {name: positions(value, axis, "relative") for name, value in values.items()}
+    shallow = min(where, key=lambda name: len(where[name]))
+    labels = values[shallow][axis].values
+    # No interpolation: between two measured depths there is no state.
+    nearest = {name: np.abs(at[None] - where[shallow][:, None]).argmin(axis=1) for name, at in where.items()}
     return {
         name: value.isel({axis: nearest[name]}).reset_coords(drop=True).assign_coords({axis: labels})
         for name, value in values.items()
     }
-
-
-def shared_positions(values: Mapping[str, xr.DataArray]) -> dict[str, np.ndarray]:
-    """The positions of runs, along the same axis, that are at the same relative depth: as many as the shallowest has."""
-    where = {
-        name: positions(value, next(str(dim) for dim in value.dims if dim in ALONG), "relative")
-        for name, value in values.items()
-    }
-    shallow = min(where.values(), key=len)
-    # No interpolation: between two measured depths there is no state.
-    return {name: np.abs(along[None, :] - shallow[:, None]).argmin(axis=1) for name, along in where.items()}
 
 
 def between_groups(
@@ -165,7 +158,9 @@ def in_words(difference: Difference) -> str:
     )
     value, reach = float(difference.value.values[at]), float(difference.half_width.values[at])
     place = f"{axis} {_labels(difference)[at]}"
-    tested = f"{difference.how}; p {_probability(float(difference.p.values[at]))}, corrected for {len(known)} {axis}s"
+    p = float(difference.p.values[at])
+    chance = "< 0.0001" if p < 1e-4 else f"= {number(p, digits=2)}"
+    tested = f"{difference.how}; p {chance}, corrected for {len(known)} {axis}s"
     if not differs.any():
         return (
             f"{name}: no difference between {difference.first} and {difference.second} is found; the clearest is "
@@ -193,10 +188,6 @@ def _equivalence(difference: Difference, axis: str) -> str:
         return ""
     largest = float(np.nanmax(bounds))
     return f"; a difference is no larger than {number(largest)} at any {axis} (95 % for each)"
-
-
-def _probability(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"= {number(p, digits=2)}"
 
 
 def _labels(difference: Difference) -> np.ndarray:
@@ -279,11 +270,8 @@ def difference_map(
     for metric in dict.fromkeys(name for name in metrics if CATALOGUE[name].axis == axis):
         pair = {name: profiles_of(readings, metric, view) for name, readings in groups.items()}
         if all(len({one.shape for one in each}) == 1 for each in pair.values()):
-            shared = shared_positions({name: each[0] for name, each in pair.items()})
-            # Arrays, since their depths are the same now: labels take xarray longer than all of the arithmetic.
-            a, b = (
-                np.mean([one.values for one in pair[name]], axis=0)[places] for name, places in shared.items()
-            )
+            means = {name: each[0].copy(data=np.mean(each, axis=0)) for name, each in pair.items()}
+            a, b = (each.values for each in at_shared_depths(means).values())
             size = (np.abs(a) + np.abs(b)) / 2
             # Where both are 0 there is no difference; 0/0 would be undefined.
             rows[metric] = (b - a) / np.where(size > 0, size, 1.0)

@@ -94,16 +94,6 @@ def card(figure: Figure, *, key: str, height: int = 300, clickable: bool = False
             st.caption(escaped(_short(shown.caption)))
 
 
-def cards_in_rows(figures: Mapping[str, Figure]) -> None:
-    """Figures in rows of two."""
-    cards = list(figures.items())
-    for first in range(0, len(cards), 2):
-        # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
-        for column, (key, figure) in zip(st.columns(2), cards[first : first + 2], strict=False):
-            with column:
-                card(figure, key=key, height=430 if isinstance(figure, Heatmap) else 300)
-
-
 def _short(caption: str) -> str:
     """The first sentence, and those that say what is missing or is not as it was measured."""
     first, *others = re.split(r"(?<=[.!?]) (?=[A-Z0-9])", caption)

@@ -74,8 +74,6 @@ def choose(
     return selection
 
 
-SEED = "seed"
-
 SINGLE_RUNS = "single runs"
 
 
@@ -132,26 +130,19 @@ def choose_names(
 
 
 def choose_group(readings: Sequence[Reading], label: str, key: str) -> tuple[str | None, dict[str, str]]:
-    """The attribute whose groups are shown, and the group of each run; None and no groups for single runs."""
-    names = groups_of(readings)
-    if not names:
-        return None, {}
-    by = choose_one(
-        label, [SINGLE_RUNS, *names], key, words=lambda n: n if n == SINGLE_RUNS else f"by {n}", width=200
-    )
+    """The attribute whose groups are shown, and the group of each run; None and no groups for single runs.
+
+    An attribute makes groups where at least one of them has several runs, such as the seeds of a family.
+    """
+    shared = set.intersection(*(set(reading.attrs) for reading in readings)) if readings else set()
+    names = []
+    for name in sorted(shared - {"seed", "created", "data_digest", "weights_digest"}):
+        values = [reading.attrs[name] for reading in readings]
+        is_plain = all(isinstance(value, (str, int, float)) for value in values)
+        if is_plain and 1 < len(set(map(str, values))) < len(values):
+            names.append(name)
+    words = {SINGLE_RUNS: SINGLE_RUNS} | {name: f"by {name}" for name in names}
+    by = choose_one(label, list(words), key, words=words.__getitem__, width=200) if names else SINGLE_RUNS
     if by == SINGLE_RUNS:
         return None, {}
     return by, {reading.name: str(reading.attrs[by]) for reading in readings}
-
-
-def groups_of(readings: Sequence[Reading]) -> list[str]:
-    """Attributes that make groups of the runs, of which at least one has several runs, such as the seeds of a family."""
-    shared = set.intersection(*(set(reading.attrs) for reading in readings)) if readings else set()
-    found = []
-    for name in sorted(shared - {SEED, "created", "data_digest", "weights_digest"}):
-        values = [reading.attrs[name] for reading in readings]
-        if all(isinstance(value, (str, int, float)) for value in values):
-            different = set(map(str, values))
-            if 1 < len(different) < len(values):
-                found.append(name)
-    return found

@@ -133,20 +133,6 @@ def say_unknown_runs() -> None:
     )
 
 
-def _read(names: Sequence[str]) -> ChosenRuns:
-    readings: dict[str, Reading] = {}
-    unreadable: list[UnreadableRun] = []
-    listed = run_library.list_runs()
-    for name in names:
-        found = run_library.read_run(name, listed)
-        if isinstance(found, UnreadableRun):
-            unreadable.append(found)
-        else:
-            # A run of several chains has one reading for each.
-            readings.update({reading.name: reading for reading in found})
-    return ChosenRuns(readings, tuple(unreadable))
-
-
 def require_chosen_runs(*, of_training: bool = False) -> ChosenRuns:
     """The chosen runs, after an explanation of those that cannot be read; ends the page where none is left.
 
@@ -154,11 +140,15 @@ def require_chosen_runs(*, of_training: bool = False) -> ChosenRuns:
     """
     # Not left in the session, where a page that is open but idle would keep them in memory.
     names = st.session_state[_KEY] or _looked_at(of_training=of_training)
-    chosen = _read(names)
-    waiting = [run.name for run in chosen.unreadable if run.waits]
+    listed = run_library.list_runs()
+    found = [run_library.read_run(name, listed) for name in names]
+    unreadable = [run for run in found if isinstance(run, UnreadableRun)]
+    # A run of several chains has one reading for each.
+    readings = [reading for run in found if not isinstance(run, UnreadableRun) for reading in run]
+    waiting = [run.name for run in unreadable if run.waits]
     if waiting:
         st.fragment(_wait, run_every=1.0)(waiting)
-    for run in chosen.unreadable:
+    for run in unreadable:
         if run.waits:
             continue
         with st.container(border=True):
@@ -167,11 +157,11 @@ def require_chosen_runs(*, of_training: bool = False) -> ChosenRuns:
             st.caption("Measure the model again, then reload this page:")
             # Another name: of a run that a newer version wrote, this one must not destroy what it cannot read.
             st.code("depthscope probe CHECKPOINT --text FILE --out NEW.zarr", "bash", wrap_lines=True)
-    if not chosen.readings:
-        if not chosen.unreadable:
+    if not readings:
+        if not unreadable:
             explain_none()
         st.stop()  # ends this run of the script: the rest of the page is not drawn
-    return chosen
+    return ChosenRuns({reading.name: reading for reading in readings})
 
 
 def _wait(names: Sequence[str]) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import build, card, cards_in_rows, show_legend
+from depthscope.app.dashboard.components.chart import build, card, show_legend
 from depthscope.app.dashboard.components.controls import choose, choose_one
 from depthscope.app.dashboard.components.depth_pane import show_matrices
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
+from depthscope.app.figures import Heatmap, available
 from depthscope.app.figures.build.answers import streams_answer
 from depthscope.app.figures.build.matrix_figure import picture_figure
 from depthscope.app.figures.palette import colour_numbers
@@ -25,7 +26,8 @@ PICTURE_HEIGHT = 210
 
 
 def _show(chosen: ChosenRuns) -> None:
-    figures = chosen.figures("mixing")
+    kinds = available(chosen.analyses).items()
+    figures = {name: kind for name, kind in kinds if kind.question == "mixing"}
     if not figures:
         st.info(
             "None of the chosen runs has streams to mix: plain residual networks add each branch to one stream. Choose a run "
@@ -58,7 +60,12 @@ def _show(chosen: ChosenRuns) -> None:
     names = [name for name in SHOWN if name in figures]
     selection = choose([figures[name] for name in names], chosen.analyses)
     show_legend(colour_numbers(chosen.analyses))
-    cards_in_rows({f"chart_{name}": build(figures[name], chosen.analyses, selection) for name in names})
+    for first in range(0, len(names), 2):
+        # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
+        for column, name in zip(st.columns(2), names[first : first + 2], strict=False):
+            with column:
+                figure = build(figures[name], chosen.analyses, selection)
+                card(figure, key=f"chart_{name}", height=430 if isinstance(figure, Heatmap) else 300)
 
 
 def _show_matrices(reading: Reading, close_up: CloseUp, a: int, b: int) -> None:
