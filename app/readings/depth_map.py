@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -30,20 +30,16 @@ MOST_VALUES = 24
 """An attribute with more values than this, such as a digest, groups nothing."""
 
 
-@dataclass(frozen=True)
-class DepthMeasure:
-    """What colours the map.
-
-    ``limits``: the numbers at the ends of the colours, which are logarithmic.
-    ``ends``: what these two numbers mean.
-    ``is_two_sided``: whether 1, in the middle, is healthy and both ends are not; else the lower end is not.
-    """
+class DepthMeasure(NamedTuple):
+    """What colours the map."""
 
     title: str
-    limits: tuple[float, float]
-    ends: tuple[str, str]
+    limits: tuple[float, float]  # the numbers at the ends of the colours, which are logarithmic
+    ends: tuple[str, str]  # what these two numbers mean
     missing: str  # why a run has no such number
-    is_two_sided: bool = False
+    is_two_sided: bool = (
+        False  # whether 1, in the middle, is healthy and both ends are not; else the lower end is not
+    )
 
 
 MEASURES = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,32 +29,19 @@ from depthscope.diagnostics.errors import InputError
 COMPARED_METRICS = ("effective_rank", "token_cosine", "residual_norm", "gradient_norm", "composite_gain")
 
 
-@dataclass(frozen=True)
-class Extreme:
-    """One summary number of a run: a metric at the place that matters.
-
-    ``metric``: variable of the analysis.
-    ``place``: the last position, an extreme, or largest over smallest magnitude along the depth.
-    ``fixed``: labels that override the selection.
-    """
-
-    metric: str
-    place: str
-    fixed: Mapping[str, str] = field(default_factory=dict)
-
-
 # Chosen by hand: which place along the depth matters is not a property of a metric but of the question about it.
-SUMMARY = (
-    Extreme("effective_rank", "last"),
-    Extreme("effective_rank", "lowest"),
-    Extreme("token_cosine", "last"),
-    Extreme("adjacent_cka", "lowest"),
-    Extreme("gradient_norm", "span"),
-    Extreme("composite_gain", "highest", {"direction": "forward"}),
-    Extreme("composite_gain", "highest", {"direction": "backward"}),
-    Extreme("deflated_gain", "last"),
-    Extreme("effective_streams", "lowest"),
+SUMMARY: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+    ("effective_rank", "last", {}),
+    ("effective_rank", "lowest", {}),
+    ("token_cosine", "last", {}),
+    ("adjacent_cka", "lowest", {}),
+    ("gradient_norm", "span", {}),
+    ("composite_gain", "highest", {"direction": "forward"}),
+    ("composite_gain", "highest", {"direction": "backward"}),
+    ("deflated_gain", "last", {}),
+    ("effective_streams", "lowest", {}),
 )
+"""A metric, its place (last, an extreme, or largest over smallest magnitude), and labels that override the selection."""
 
 _HEADINGS = {"streams": "n", "layers": "L", "num_tokens": "N", "tokens_per_sequence": "N per sequence"}
 
@@ -75,16 +61,16 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         for name in rows[0]
     ]
     measured: dict[str, list[Column]] = {reading.name: [] for reading in readings}
-    for extreme in SUMMARY:
-        of_runs = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
+    for metric, place, labels in SUMMARY:
+        of_runs = [column_of(reading.analysis, metric, view, **labels) for reading in readings]
         # The heading is the same for all runs: that of the first one that has the metric.
         known = next((column for column in of_runs if column is not None), None)
         if known is None:
             continue
         for reading, column in zip(readings, of_runs, strict=True):
             measured[reading.name] += [] if column is None else [column]
-        cells = [_at_extreme(column, extreme.place) for column in of_runs]
-        columns.append((f"{known.key}_{extreme.place}", f"{known.label}, {_SHORT[extreme.place]}", cells))
+        cells = [_at_extreme(column, place) for column in of_runs]
+        columns.append((f"{known.key}_{place}", f"{known.label}, {_SHORT[place]}", cells))
     for severity in ("fail", "warn"):
         found = [[each.severity.name.lower() for each in reading.findings] for reading in readings]
         columns.append((f"num_{severity}", severity, [each.count(severity) for each in found]))

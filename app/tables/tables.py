@@ -317,13 +317,13 @@ def interval_words(errors: Iterable[tuple[str, str, xr.DataArray | None]]) -> st
     if len(kinds) < 2:
         return next(iter(kinds), "")
     runs = [run for of_kind in kinds.values() for run in of_kind]
-    return ", ".join(f"{words} for {_whose(of_kind, runs)}" for words, of_kind in kinds.items())
 
+    def whose(metrics: Mapping[str, Collection[str]]) -> str:
+        """The runs of one kind of interval; of a run that has several kinds, with the metrics."""
+        if len(set(runs)) == 1:
+            return ", ".join(*metrics.values())
+        return ", ".join(
+            run if runs.count(run) == 1 else f"{run} ({', '.join(names)})" for run, names in metrics.items()
+        )
 
-def _whose(metrics: Mapping[str, Collection[str]], runs: Sequence[str]) -> str:
-    """The runs of one kind of interval; of a run that has several kinds, with the metrics."""
-    if len(set(runs)) == 1:
-        return ", ".join(*metrics.values())
-    return ", ".join(
-        run if runs.count(run) == 1 else f"{run} ({', '.join(names)})" for run, names in metrics.items()
-    )
+    return ", ".join(f"{words} for {whose(of_kind)}" for words, of_kind in kinds.items())

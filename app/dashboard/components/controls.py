@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import streamlit as st
 
@@ -14,18 +13,12 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.text.glossary import GLOSSARY
 
 
-@dataclass(frozen=True)
-class Control:
-    """How one field of a selection is offered; its options are those of `CHOICES`.
+class Control(NamedTuple):
+    """How one field of a selection is offered; its options are those of `CHOICES`."""
 
-    ``label``: above the control.
-    ``term``: of the glossary, for its tooltip.
-    ``words``: option → what is written on its button, where that differs.
-    """
-
-    label: str
-    term: str
-    words: Mapping[str, str] = field(default_factory=dict)
+    label: str  # above the control
+    term: str  # of the glossary, for its tooltip
+    words: Mapping[str, str] = {}  # option → what is written on its button, where that differs
 
 
 CONTROLS = {

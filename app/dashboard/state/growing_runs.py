@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -108,18 +108,12 @@ SILENT = 60.0
 """Seconds without a step after which a badge is no longer green."""
 
 
-@dataclass(frozen=True)
-class LiveState:
-    """What a page shows of a run that is or was written step by step.
+class LiveState(NamedTuple):
+    """What a page shows of a run that is or was written step by step."""
 
-    ``words``: such as ``step 4 200, 3 s ago``.
-    ``colour``: of Streamlit's badges.
-    ``is_growing``: whether further steps may come.
-    """
-
-    words: str
-    colour: str
-    is_growing: bool
+    words: str  # such as ``step 4 200, 3 s ago``
+    colour: str  # of Streamlit's badges
+    is_growing: bool  # whether further steps may come
 
 
 def live_state(status: Status) -> LiveState:
