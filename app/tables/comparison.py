@@ -75,7 +75,7 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
         found = [[each.severity.name.lower() for each in reading.findings] for reading in readings]
         columns.append((f"num_{severity}", severity, [each.count(severity) for each in found]))
     places = "@: the depth or connection of the extreme. Fail and warn count findings."
-    caption = ("Summary of runs: n streams, L layers, N tokens in all.", _unproven(readings))
+    caption = "Summary of runs: n streams, L layers, N tokens in all."
     return table_of("summary", "Summary of runs", caption, columns, readings, measured, view, places)
 
 
@@ -116,11 +116,6 @@ def _at_extreme(column: Column | None, place: str) -> Cell:
     return column.cells[at]._replace(at=float(at))
 
 
-def _unproven(readings: Sequence[Reading]) -> str:
-    """Which of the runs are unproven, and why; empty for none."""
-    return proof_sentence({reading.name: reading.attrs for reading in readings})
-
-
 # --- the same relative depth
 
 
@@ -156,8 +151,7 @@ def comparison_table(
         reading.name: [column for of in shown.values() if (column := of[reading.name]) is not None]
         for reading in readings
     }
-    words = "Runs side by side at the measured depth nearest to the relative depth."
-    caption = (words, _unproven(readings))
+    caption = "Runs side by side at the measured depth nearest to the relative depth."
     return table_of("comparison", "Runs side by side", caption, columns, readings, measured, view)
 
 
@@ -192,7 +186,7 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
         if len(set(map(str, known.values()))) > 1:
             listed = ", ".join(f"{run}: {_in_short(key, value)}" for run, value in known.items())
             sentences.append(f"the runs have {words} ({listed})")
-    return [*sentences, *filter(None, [_unproven(readings)])]
+    return [*sentences, *filter(None, [proof_sentence({each.name: each.attrs for each in readings})])]
 
 
 def _in_short(key: str, value: object) -> str:

@@ -141,23 +141,16 @@ def in_words(difference: Difference) -> str:
     """The result of a test in one sentence."""
     name = spoken(difference.metric)
     axis = str(difference.value.dims[0])
-    if difference.undecided:
-        return (
-            f"{name}: not decided between {difference.first} and {difference.second}: {difference.undecided}"
-        )
     known = np.flatnonzero(~np.isnan(difference.p.values))
-    if not len(known):
-        return f"{name}: not decided between {difference.first} and {difference.second}: no error is known"
-    differs = difference.differs
-    size = np.abs(difference.value.values)
+    if reason := difference.undecided or ("" if len(known) else "no error is known"):
+        return f"{name}: not decided between {difference.first} and {difference.second}: {reason}"
+    differs, size = difference.differs, np.abs(difference.value.values)
     # Of those that differ the largest; where none does, the one that chance explains worst.
-    at = int(
-        np.argmax(np.where(differs, size, -1))
-        if differs.any()
-        else known[np.argmin(difference.p.values[known])]
-    )
+    clearest = known[np.argmin(difference.p.values[known])]
+    at = int(np.argmax(np.where(differs, size, -1)) if differs.any() else clearest)
     value, reach = float(difference.value.values[at]), float(difference.half_width.values[at])
-    place = f"{axis} {_labels(difference)[at]}"
+    labels = difference.value[axis].values  # positions, where they have no names
+    place = f"{axis} {labels[at]}"
     p = float(difference.p.values[at])
     chance = "< 0.0001" if p < 1e-4 else f"= {number(p, digits=2)}"
     tested = f"{difference.how}; p {chance}, corrected for {len(known)} {axis}s"
@@ -167,7 +160,6 @@ def in_words(difference: Difference) -> str:
             f"{quantity(value, reach)} at {place} ({tested}){_equivalence(difference, axis)}"
         )
     side = "above" if value > 0 else "below"
-    labels = _labels(difference)
     ranges = [
         f"{labels[run[0]]}" if len(run) == 1 else f"{labels[run[0]]}–{labels[run[-1]]}"
         for run in consecutive(np.flatnonzero(differs))
@@ -190,22 +182,12 @@ def _equivalence(difference: Difference, axis: str) -> str:
     return f"; a difference is no larger than {number(largest)} at any {axis} (95 % for each)"
 
 
-def _labels(difference: Difference) -> np.ndarray:
-    """What the positions of a difference are called."""
-    value, axis = difference.value, str(difference.value.dims[0])
-    return np.asarray(value[axis].values if axis in value.coords else np.arange(value.sizes[axis]))
-
-
 def as_dict(difference: Difference) -> dict[str, Any]:
     """Plain values for JSON."""
     axis = str(difference.value.dims[0])
     return {
-        "metric": difference.metric,
-        "first": difference.first,
-        "second": difference.second,
-        "how": difference.how,
-        "undecided": difference.undecided,
-        axis: _labels(difference),
+        **{name: getattr(difference, name) for name in ("metric", "first", "second", "how", "undecided")},
+        axis: difference.value[axis].values,
         "difference": difference.value.values,
         "half_width": difference.half_width.values,
         "p": difference.p.values,
@@ -225,16 +207,8 @@ def difference_figure(found: Sequence[Difference], title: str, colours: Mapping[
         value = np.asarray(each.value.values, dtype=np.float64)
         reach = np.asarray(each.half_width.values, dtype=np.float64)
         x = positions(each.value, str(each.value.dims[0]), "relative")
-        lines.append(
-            Line(
-                x,
-                value,
-                f"{each.second} − {each.first}",
-                lower=value - reach,
-                upper=value + reach,
-                group=each.second,
-            )
-        )
+        label = f"{each.second} − {each.first}"
+        lines.append(Line(x, value, label, lower=value - reach, upper=value + reach, group=each.second))
     lines.append(Line(np.array([0.0, 1.0]), np.zeros(2), "no difference", role="threshold"))
     words = " ".join(f"{in_words(each)}." for each in found)
     return Lines(

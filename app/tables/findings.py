@@ -15,6 +15,7 @@ from depthscope.app.tables.tables import Table, spoken
 from depthscope.app.text.cards import Card, card_of, place_of
 from depthscope.app.text.numbers import number
 from depthscope.diagnostics import Finding, Severity
+from depthscope.diagnostics.experiments import experiment_for, prediction_words, result_for
 
 NOTHING = "Nothing found: no metric crossed its threshold."
 
@@ -26,29 +27,17 @@ def cards_of(reading: Reading, *, sent: bool = False) -> list[Card]:
 
 
 def cards_for(findings: Iterable[Finding], path: str, results: Mapping[str, xr.Dataset]) -> list[Card]:
-    """Findings as cards, with the experiment that would settle each, and its result once it was run."""
-    from depthscope.diagnostics.experiments import experiment_for
-
+    """Findings as cards, with the experiment that would settle each, and what it and the lens gave once they were run."""
     target = f"CHECKPOINT --run {shlex.quote(path) if path else 'RUN'}"
-    return [
-        card_of(
-            finding,
-            # What only notes something asks for nothing.
-            experiment=(finding.severity > Severity.INFO and experiment_for(finding, target)) or "",
-            result=_result(finding, results),
-        )
-        for finding in findings
-    ]
-
-
-def _result(finding: Finding, results: Mapping[str, xr.Dataset]) -> str:
-    """What the experiments and the lens that were run on a run say about a finding."""
-    from depthscope.diagnostics.experiments import prediction_words, result_for
-
-    parts = [result_for(finding, results["ablate"])] if "ablate" in results else []
-    if "lens" in results and finding.verdict == "same_representation":
-        parts.append(prediction_words(results["lens"]))
-    return "; ".join(filter(None, parts))
+    cards = []
+    for finding in findings:
+        parts = [result_for(finding, results["ablate"])] if "ablate" in results else []
+        if "lens" in results and finding.verdict == "same_representation":
+            parts.append(prediction_words(results["lens"]))
+        # What only notes something asks for nothing.
+        experiment = (finding.severity > Severity.INFO and experiment_for(finding, target)) or ""
+        cards.append(card_of(finding, experiment=experiment, result="; ".join(filter(None, parts))))
+    return cards
 
 
 def count_words(findings: Sequence[Finding]) -> str:

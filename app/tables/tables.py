@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ class Column(NamedTuple):
 def table_of(
     name: str,
     title: str,
-    caption: Sequence[str],
+    caption: str,
     columns: Iterable[tuple[str, str, Sequence[Any]]],
     readings: Sequence[Reading],
     measured: Mapping[str, Sequence[Column]],
@@ -117,7 +118,7 @@ def table_of(
     return Table(
         name,
         title,
-        " ".join(filter(None, caption)),
+        " ".join(filter(None, (caption, proof_sentence({each.name: each.attrs for each in readings})))),
         # Errors, nulls and places that nothing has would be empty columns of the CSV.
         pd.DataFrame(data).dropna(axis="columns", how="all"),
         pd.DataFrame(printed),
@@ -206,49 +207,50 @@ def spoken(name: str) -> str:
 def depth_table(reading: Reading, view: Selection | None = None) -> Table:
     """Rank, cosine, similarity and norms by depth."""
     view = view or Selection()
-    place = _places(reading.analysis, "depth", (("layer", "layer"), ("site", "site"), ("module", "module")))
-    for name, scope in TOKEN_COUNTS.items():
-        counts = pick(reading.analysis, "num_tokens", view, scope=scope)
-        if counts is not None:
-            place[name] = np.broadcast_to(counts.values, len(place["depth"]))
-    return _measured_table(reading, "depth", "Signal by depth", place, view)
+    size = reading.analysis.sizes.get("depth", 0)
+    found = {
+        name: pick(reading.analysis, "num_tokens", view, scope=scope) for name, scope in TOKEN_COUNTS.items()
+    }
+    counts = {name: np.broadcast_to(of.values, size) for name, of in found.items() if of is not None}
+    names = {"layer": "layer", "site": "site", "module": "module"}
+    return _measured_table(reading, "depth", "Signal by depth", "depth", names, counts, view)
 
 
 def mixing_table(reading: Reading, view: Selection | None = None) -> Table | None:
     """Gains, violations and collapse of the stream mixing by connection; None for a run without stream mixing."""
-    names = (("connection_layer", "layer"), ("branch", "branch"), ("connection_branch", "branch"))
-    place = _places(reading.analysis, "connection", names)
-    table = _measured_table(reading, "mixing", "Stream mixing by connection", place, view or Selection())
+    # Runs of different families carry different names of a connection.
+    names = {"connection_layer": "layer", "branch": "branch", "connection_branch": "branch"}
+    title = "Stream mixing by connection"
+    table = _measured_table(reading, "mixing", title, "connection", names, {}, view or Selection())
     return table if table.metrics else None
 
 
-def _places(analysis: xr.Dataset, along: str, names: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+def _measured_table(
+    reading: Reading,
+    kind: str,
+    title: str,
+    along: str,
+    names: Mapping[str, str],
+    counts: Mapping[str, np.ndarray],
+    view: Selection,
+) -> Table:
+    """A row for each position: its names, those that the run has, its numbers of tokens, and every measured column."""
+    analysis, title = reading.analysis, f"{title}: {reading.name}"
     size = analysis.sizes.get(along, 0)
     place = {along: np.asarray(analysis[along].values) if along in analysis.coords else np.arange(size)}
-    for coord, printed in names:
-        # Runs of different families carry different names of a connection; those that a run lacks are no column.
-        if coord in analysis.coords and analysis[coord].dims == (along,):
-            place[printed] = np.asarray(analysis[coord].values)
-    return place
-
-
-def _measured_table(
-    reading: Reading, kind: str, title: str, place: Mapping[str, np.ndarray], view: Selection
-) -> Table:
-    title = f"{title}: {reading.name}"
-    measured = columns_along(next(iter(place)), reading.analysis, view)
+    known = {name for name in names if name in analysis.coords and analysis[name].dims == (along,)}
+    place |= {printed: analysis[name].values for name, printed in names.items() if name in known}
+    measured = columns_along(along, analysis, view)
     # Paths of modules are wider than all numbers, and the notes have the numbers of tokens; both are in the data.
-    hidden = ("module", *TOKEN_COUNTS)
     columns = [
-        *((name, "" if name in hidden else name, values.tolist()) for name, values in place.items()),
+        *((name, "" if name == "module" else name, values.tolist()) for name, values in place.items()),
+        *((name, "", values.tolist()) for name, values in counts.items()),
         *((column.key, column.label, column.cells) for column in measured),
     ]
-    size = len(next(iter(place.values())))
     shown = evenly_spaced(size, MOST_ROWS)
-    left_out = "" if len(shown) == size else f"{len(shown)} of {size} rows; the CSV has all."
-    caption = (f"{title}.", proof_sentence({reading.name: reading.attrs}), left_out)
+    left_out = "" if len(shown) == size else f" {len(shown)} of {size} rows; the CSV has all."
     name = f"{kind}_{slug(reading.name)}"
-    table = table_of(name, title, caption, columns, [reading], {reading.name: measured}, view)
+    table = table_of(name, title, f"{title}.{left_out}", columns, [reading], {reading.name: measured}, view)
     return replace(table, printed=table.printed.iloc[shown].reset_index(drop=True))
 
 
@@ -293,11 +295,8 @@ def _notes(
 
 def slug(name: str) -> str:
     """A file name and LaTeX label from a run's name: letters, digits, dots and dashes."""
-    safe = "".join(
-        letter if letter.isascii() and (letter.isalnum() or letter in ".-") else "-" for letter in name
-    )
     # A name that begins with a dot is hidden, one with a dash is an option; file systems allow 255 bytes with an ending.
-    safe = safe.strip("-.")[:60]
+    safe = re.sub(r"[^A-Za-z0-9.-]", "-", name).strip("-.")[:60]
     # A name that was safe already stays readable; only a changed one could collide with another.
     if safe and safe == name:
         return name
