@@ -20,7 +20,6 @@ from depthscope.app.cli.options import (
     selection_of,
 )
 from depthscope.app.text.terminal import emit, remark, say
-from depthscope.diagnostics.errors import InputError
 
 
 def compare(
@@ -54,9 +53,7 @@ def compare(
 
     chosen = names(metrics) or COMPARED_METRICS
     selection = selection_of(select)
-    readings, left_out = read_several(runs, max_bytes, "analysing")
-    if len(readings) < 2:
-        raise InputError(f"got {len(readings)} run to compare; expected two or more, or a folder of them")
+    readings, left_out = read_several(runs, max_bytes, "analysing", least=2)
     summary = summary_table(readings, selection)
     aligned = comparison_table(readings, chosen, selection)
     warnings = differences(readings, selection)

@@ -121,22 +121,29 @@ def selection_of(select: str | None) -> Selection:
 
 
 def read_several(
-    runs: list[Path], max_bytes: int | None, what: str
+    runs: list[Path], max_bytes: int | None, what: str, *, least: int = 1
 ) -> tuple[list[Reading], list[dict[str, str]]]:
     """Open, analyse and judge runs; those that are left out are printed on stderr.
 
     ``what``: what is going on, for a person who waits.
+    ``least``: how many readings are needed; fewer runs are refused before one is analysed.
     Returns: The readings; and ``{"run": name, "why": reason}`` for each run that was left out, the form of ``--json``.
     """
-    from depthscope.app.readings.readings import read_paths
+    from depthscope.app.readings.readings import find_runs, read_paths
 
     for run in runs:  # a typing error is answered before any run is judged
         if not os.path.lexists(run):
             raise AbsentError(f"no run at {printable(run, longest=200)}; name a run, or a folder of runs")
+    paths = [str(run) for run in runs]
+    too_few = InputError("got 1 run to compare; expected two or more, or a folder of them")
+    if len(find_runs(paths)) < least:
+        raise too_few
     with working(what) as progress:
-        readings, reasons = read_paths([str(run) for run in runs], max_bytes=max_bytes, progress=progress)
+        readings, reasons = read_paths(paths, max_bytes=max_bytes, progress=progress)
     for name, why in reasons.items():
         remark(f"left out {name}: {why}")
+    if len(readings) < least:
+        raise too_few
     return readings, [{"run": name, "why": why} for name, why in reasons.items()]
 
 

@@ -141,7 +141,7 @@ def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> Non
 
     share_heaps()  # Streamlit runs every page in a thread of its own
     run_library.allow(paths, max_bytes=max_bytes)
-    run_library.analyse_beside()
+    run_library.elsewhere.is_on = True
     # plotly.js of the installed package: its version is the one that made the figure, and no network is needed.
     plotly = StaticFiles(directory=str(files("plotly") / "package_data"))
     # Resolved: in a checkout the package is a link, and Streamlit compares real paths.
@@ -152,7 +152,7 @@ def serve(paths: Sequence[Path], port: int, max_bytes: int | None = None) -> Non
     try:
         application.run(config=CONFIG | {"server.port": port})
     finally:
-        run_library.stop()
+        run_library.elsewhere.stop()
 
 
 def _answers(address: str) -> bool:

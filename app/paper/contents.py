@@ -104,9 +104,7 @@ def _drawn(kind: FigureKind, analyses: Mapping[str, xr.Dataset], view: Selection
         if isinstance(figure, Lines) and any(line.role == "measured" for line in figure.lines):
             yield figure
         return
-    one = {"direction": "forward"} if view.direction == "both" else {}
-    able = [run for run, _, _ in fed(analyses, kind.metric, view, **one)]
-    for run in able:
+    for run, _, _ in fed(analyses, kind.metric, view):
         # Cells have the index of their own run: matrices are not overlaid, so they need no shared axis.
         single = kind.build(analyses, **asdict(replace(view, run=run, axis="depth")))
         yield single if len(analyses) == 1 else replace(single, name=f"{single.name}_{slug(run)}")

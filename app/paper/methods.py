@@ -10,7 +10,7 @@ from depthscope.app.figures.build.measurement import versions_words
 from depthscope.app.figures.specification import Selection
 from depthscope.app.readings.provenance import depthscope_version
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.tables import NamedError, interval_words, spoken
+from depthscope.app.tables.tables import interval_words, spoken
 from depthscope.app.text.bibliography import cited, keys_of
 from depthscope.app.text.latex import Latex, with_citations
 from depthscope.app.text.numbers import number, proof_sentence
@@ -179,15 +179,13 @@ def _slices(readings: Sequence[Reading], view: Selection, metrics: Sequence[str]
     if words:
         yield f"Unless a caption says otherwise, the text shows {words}"
     errors = [
-        NamedError(reading.name, spoken(name), reading.analysis[f"{name}_stderr"])
+        (reading.name, spoken(name), reading.analysis[f"{name}_stderr"])
         for reading in readings
         for name in metrics
         if f"{name}_stderr" in reading.analysis
     ]
     if intervals := interval_words(errors):
-        jackknife = any(
-            "jackknife" in str(of.attrs.get("estimator", "")) for _, _, of in errors if of is not None
-        )
+        jackknife = any("jackknife" in str(of.attrs.get("estimator", "")) for _, _, of in errors)
         how = "; from the jackknife where a metric is no mean over sequences" * jackknife
         yield f"An error, where a number has one, is {intervals}{how}"
     if any(any(f"{name}_null" in reading.analysis for reading in readings) for name in metrics):

@@ -7,7 +7,6 @@ as many sequences in memory as fit, and closes the file.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -97,13 +96,11 @@ class CloseUp:
         self._states = trace["residual"].values
         self.num_depths, self.num_sequences, _, self.num_streams, _ = self._states.shape
         self.num_connections = trace.sizes["connection"] if "h_res" in trace else 0
-        self.depth_in = self._of_connections("depth_in", 0)
-        self.depth_out = self._of_connections("depth_out", 1)
-
-    def _of_connections(self, name: str, offset: int) -> np.ndarray:
-        if name in self._trace:
-            return np.asarray(self._trace[name].values, dtype=int)
-        return np.arange(self._trace.sizes.get("connection", 0)) + offset
+        numbers = np.arange(trace.sizes.get("connection", 0))
+        self.depth_in, self.depth_out = (
+            np.asarray(trace[name].values, dtype=int) if name in trace else numbers + offset
+            for offset, name in enumerate(("depth_in", "depth_out"))
+        )
 
     def connection_name(self, connection: int) -> str:
         """Such as ``connection 5: attn of block 2``."""
@@ -120,7 +117,12 @@ class CloseUp:
         found = self._trace["token_text"].values[sequence]
         return [
             # A blank or a line break is a token too.
-            visible(text if str(text).strip() else _blank_signs(str(text)), longest=LONGEST_TOKEN)
+            visible(
+                text
+                if str(text).strip()
+                else "".join(_BLANKS.get(sign, repr(sign)[1:-1]) for sign in text) or "(empty)",
+                longest=LONGEST_TOKEN,
+            )
             for text in found
         ]
 
@@ -132,14 +134,6 @@ class CloseUp:
     def has_texts(self) -> bool:
         """Whether the run has the text of its tokens."""
         return "token_text" in self._trace
-
-    @cached_property
-    def mean_matrices(self) -> np.ndarray:
-        """The mean over real tokens of every connection's H_res; shape (connection, n, n), NaN without a real token."""
-        stack = self._trace["h_res"].values
-        if not self.mask.any():
-            return np.full((len(stack), *stack.shape[-2:]), np.nan)
-        return np.stack([each[self.mask].mean(axis=0, dtype=np.float64) for each in stack])
 
     def _view(self, stream: str, sequence: int | None = None, depth: int | None = None) -> np.ndarray:
         """States of a stream, or the mean over streams, in float64 where they are reduced further."""
@@ -177,24 +171,26 @@ class CloseUp:
             found[:, depth] = np.sqrt((x**2).sum(axis=-1).mean(axis=0))
         return found
 
-    def largest_tokens(self, depth: int, *, stream: str = "mean", most: int = 5) -> list[Large]:
-        """The tokens with the largest states of a depth."""
-        norms = np.linalg.norm(self._view(stream, depth=depth), axis=-1)
-        median = float(np.median(norms[self.mask])) if self.mask.any() else np.nan
-        return [
-            Large(self.texts(s)[t], s, t, None, float(norms[s, t]), _ratio(norms[s, t], median))
-            for s, t in self._places(norms, most)
-        ]
-
-    def largest_entries(self, depth: int, *, stream: str = "mean", most: int = 5) -> list[Large]:
-        """The entries with the largest |x| of a depth: which feature of which token."""
+    def largest(
+        self, depth: int, *, entries: bool = False, stream: str = "mean", most: int = 5
+    ) -> list[Large]:
+        """The tokens with the largest states of a depth, or the entries with the largest |x|: which feature of which token."""
         x = self._view(stream, depth=depth)
-        size = np.abs(x)
-        nonzero = size[self.mask][size[self.mask] > 0]  # half of the entries behind a ReLU are zero
-        median = float(np.median(nonzero)) if nonzero.size else np.nan
+        values = x if entries else np.linalg.norm(x, axis=-1)
+        sizes = np.abs(values)
+        known = sizes[self.mask]
+        known = known[known > 0] if entries else known  # half of the entries behind a ReLU are zero
+        median = float(np.median(known)) if known.size else 0.0
         return [
-            Large(self.texts(s)[t], s, t, f, float(x[s, t, f]), _ratio(size[s, t, f], median))
-            for s, t, f in self._places(size, most)
+            Large(
+                self.texts(place[0])[place[1]],
+                place[0],
+                place[1],
+                place[2] if entries else None,
+                float(values[place]),
+                float(sizes[place]) / median if median > 0 else float("nan"),
+            )
+            for place in self._places(sizes, most)
         ]
 
     def _places(self, sizes: np.ndarray, most: int) -> list[tuple[int, ...]]:
@@ -213,74 +209,50 @@ class CloseUp:
         into = np.flatnonzero(self.depth_out == depth)
         return [int(i) for i in (into if len(into) else np.flatnonzero(self.depth_in == depth))]
 
-    def matrices(self, connection: int) -> list[Matrix]:
-        """H_res, H_pre and H_post of a connection: the mean over tokens first, then those of the tokens of `QUANTILES`."""
-        return self._of_tokens(
-            self._trace["h_res"].values[connection],
-            self._weights("h_pre", connection),
-            self._weights("h_post", connection),
-        )
+    def matrices(self, first: int, last: int) -> list[Matrix]:
+        """The product of H_res from one connection to another, the later one on the left; of one also its H_pre and H_post.
+
+        The mean over tokens first, then those of the tokens of `QUANTILES`.
+        """
+        if not self.mask.any():
+            return []
+        product = composite(self._trace["h_res"].values[first : last + 1].astype(np.float64))
+        weights = self._weights(first) if first == last else ()
+        return [self._matrix(whose, product, *weights) for whose in ("mean", *QUANTILES)]
 
     def pictures(self, whose: str, token: tuple[int, int] | None = None) -> tuple[list[Matrix], list[Matrix]]:
         """H_res of every connection, and their products from the first one on, of a token or of their mean."""
         singles: list[Matrix] = []
         products: list[Matrix] = []
         product: np.ndarray | None = None
-        at = token if whose == MARKED else None
-        which = 0 if whose == MARKED else list(WHOSE).index(whose)
         for connection, h in enumerate(self._trace["h_res"].values if self.mask.any() else ()):
             product = h.astype(np.float64) if product is None else h @ product
-            weights = [self._weights(name, connection) for name in ("h_pre", "h_post")]
-            for found, matrix, more in ((singles, h, weights), (products, product, [None, None])):
-                found.append(
-                    self._of_tokens(matrix, *more)[which]
-                    if at is None
-                    else self._of_token("", at, matrix, *more)
-                )
+            singles.append(self._matrix(whose, h, *self._weights(connection), token=token))
+            products.append(self._matrix(whose, product, token=token))
         return singles, products
 
-    def composite(self, first: int, last: int) -> list[Matrix]:
-        """The product of H_res from one connection to another, the later one on the left; as in `matrices`."""
-        stack = self._trace["h_res"].values[first : last + 1].astype(np.float64)
-        return self._of_tokens(composite(stack), None, None)
+    def _weights(self, connection: int) -> list[np.ndarray | None]:
+        names = ("h_pre", "h_post")
+        return [self._trace[name].values[connection] if name in self._trace else None for name in names]
 
-    def _weights(self, name: str, connection: int) -> np.ndarray | None:
-        return np.asarray(self._trace[name].values[connection]) if name in self._trace else None
-
-    def _of_tokens(self, h: np.ndarray, pre: np.ndarray | None, post: np.ndarray | None) -> list[Matrix]:
-        real = np.argwhere(self.mask)
-        if not len(real):
-            return []
-        tokens = np.asarray(h[self.mask], dtype=np.float64)  # (tokens, n, n)
-        sizes = np.maximum(np.abs(tokens.sum(axis=2)).max(axis=1), np.abs(tokens.sum(axis=1)).max(axis=1))
-        order = np.argsort(np.where(np.isfinite(sizes), sizes, np.inf), kind="stable")
-        means = (
-            None if part is None else part[self.mask].mean(axis=0, dtype=np.float64) for part in (pre, post)
-        )
-        places = {name: real[order[round(share * (len(order) - 1))]] for name, share in QUANTILES.items()}
-        return [
-            Matrix("mean over tokens", tokens.mean(axis=0), *means),
-            *(
-                self._of_token(f"{name} token: ", tuple(map(int, at)), h, pre, post)
-                for name, at in places.items()
-            ),
-        ]
-
-    def _of_token(
-        self, what: str, at: tuple[int, ...], h: np.ndarray, pre: np.ndarray | None, post: np.ndarray | None
-    ) -> Matrix:
-        sequence, position = at
-        words = f"{what}{self.quoted(sequence)[position]}, position {position} of sequence {sequence}"
-        weights = (None if part is None else part[at] for part in (pre, post))
-        return Matrix(words, h[at].astype(np.float64), *weights)
-
-
-def _blank_signs(text: str) -> str:
-    return "".join(_BLANKS.get(letter, repr(letter)[1:-1]) for letter in text) or "(empty)"
-
-
-def _ratio(value: float, median: float) -> float:
-    return float(value) / median if median > 0 else float("nan")
+    def _matrix(self, whose: str, *parts: np.ndarray | None, token: tuple[int, int] | None = None) -> Matrix:
+        """The matrix and the weights of ``parts``, which have one for each token, of a key of `WHOSE`."""
+        if whose == "mean" or (whose == MARKED and token is None):
+            means = (
+                each if each is None else each[self.mask].mean(axis=0, dtype=np.float64) for each in parts
+            )
+            return Matrix(WHOSE["mean"], *means)  # type: ignore[arg-type]
+        prefix = ""
+        if whose != MARKED:
+            real, h = np.argwhere(self.mask), np.asarray(parts[0], dtype=np.float64)[self.mask]
+            sizes = np.maximum(np.abs(h.sum(axis=2)).max(axis=1), np.abs(h.sum(axis=1)).max(axis=1))
+            order = np.argsort(np.where(np.isfinite(sizes), sizes, np.inf), kind="stable")
+            sequence, position = map(int, real[order[round(QUANTILES[whose] * (len(order) - 1))]])
+            token, prefix = (sequence, position), f"{whose} token: "
+        assert token is not None
+        words = f"{prefix}{self.quoted(token[0])[token[1]]}, position {token[1]} of sequence {token[0]}"
+        h_res, *weights = (each if each is None else each[token].astype(np.float64) for each in parts)
+        return Matrix(words, h_res, *weights)  # type: ignore[arg-type]
 
 
 def read_close_up(path: Path, chain: str = "", *, max_bytes: int | None = None) -> CloseUp | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -23,24 +23,23 @@ MOST_CELLS = 240
 VERSION = {"tokens": "all", "centering": "raw", "stream": "mean", "reduction": "mean"}
 """Which of several versions of a metric is shown."""
 
+MOST_POSITIONS = 1024
+"""Of a finding's curve in a summary: with more, 500 runs would take megabytes. A heuristic of ours."""
+
 MOST_VALUES = 24
 """An attribute with more values than this, such as a digest, groups nothing."""
 
 
-@dataclass(frozen=True)
-class DepthMeasure:
-    """What colours the map.
-
-    ``limits``: the numbers at the ends of the colours, which are logarithmic.
-    ``ends``: what these two numbers mean.
-    ``is_two_sided``: whether 1, in the middle, is healthy and both ends are not; else the lower end is not.
-    """
+class DepthMeasure(NamedTuple):
+    """What colours the map."""
 
     title: str
-    limits: tuple[float, float]
-    ends: tuple[str, str]
+    limits: tuple[float, float]  # the numbers at the ends of the colours, which are logarithmic
+    ends: tuple[str, str]  # what these two numbers mean
     missing: str  # why a run has no such number
-    is_two_sided: bool = False
+    is_two_sided: bool = (
+        False  # whether 1, in the middle, is healthy and both ends are not; else the lower end is not
+    )
 
 
 MEASURES = {
@@ -134,7 +133,11 @@ def summary_of(reading: Reading) -> Summary:
     analysis = reading.analysis
     names = _names(analysis)
     marks = [
-        PlacedFinding(finding, _first_depth(finding, analysis), worst_depth(finding, analysis))
+        PlacedFinding(
+            finding if len(finding.profile) <= MOST_POSITIONS else replace(finding, profile=()),
+            (range_of(finding, analysis) or (None,))[0],
+            worst_depth(finding, analysis),
+        )
         for finding in reading.findings
     ]
     return Summary(
@@ -157,9 +160,10 @@ def _names(analysis: xr.Dataset) -> list[str]:
     return [visible(state_name(str(site), int(layer)), longest=LONGEST_NAME) for site, layer in places]
 
 
-def _first_depth(finding: Finding, analysis: xr.Dataset) -> int | None:
+def range_of(finding: Finding, analysis: xr.Dataset) -> tuple[int, int] | None:
+    """The first and last depth of a finding; None where it is about the whole run or a module."""
     is_placed = finding.axis in ("depth", "connection") and finding.first >= 0
-    return int(depths_of(finding, analysis)[0]) if is_placed else None
+    return depths_of(finding, analysis) if is_placed else None
 
 
 def loss_of(reading: Reading) -> float | None:
@@ -179,23 +183,20 @@ def profiles_of(analysis: xr.Dataset, depths: int) -> dict[str, tuple[float, ...
     if norms is not None:
         known = norms[np.isfinite(norms) & (norms > 0)]
         norms = norms / np.median(known) if known.size else None
+    shares = None
+    for scope in ("data", "sequence"):
+        ranks = _along_depth(analysis, "effective_rank", depths, scope)
+        null = _slice(analysis, "effective_rank_null", scope)
+        # The rank of one token is 1 whatever the network does: then all sequences are taken together.
+        if ranks is not None and null is not None and float(null.max()) > 1:
+            shares = np.asarray(ranks / np.broadcast_to(null.values, ranks.shape), dtype=float)
     found = {
-        "rank": _rank_share(analysis, depths),
+        "rank": shares,
         "tokens": _along_depth(analysis, "dong_residual", depths),
         "streams": _along_depth(analysis, "deflated_gain", depths),
         "gradient": norms,
     }
     return {name: tuple(values.tolist()) for name, values in found.items() if values is not None}
-
-
-def _rank_share(analysis: xr.Dataset, depths: int) -> np.ndarray | None:
-    for scope in ("sequence", "data"):
-        ranks = _along_depth(analysis, "effective_rank", depths, scope)
-        null = _slice(analysis, "effective_rank_null", scope)
-        # The rank of one token is 1 whatever the network does: then all sequences are taken together.
-        if ranks is not None and null is not None and float(null.max()) > 1:
-            return np.asarray(ranks / np.broadcast_to(null.values, ranks.shape), dtype=float)
-    return None
 
 
 def _slice(analysis: xr.Dataset, metric: str, scope: str) -> xr.DataArray | None:
@@ -228,13 +229,9 @@ def _along_depth(
     known = "depth_out" in analysis.coords
     places = analysis["depth_out"].values.astype(int) if known else np.arange(1, len(numbers) + 1)
     # A state that no connection writes, such as one behind the last norm, has what the one before it has.
-    found = np.full(depths, np.nan)
-    found[places[places < depths]] = numbers[places < depths]
-    written = set(places.tolist())
-    for depth in range(depths):
-        if depth not in written:
-            found[depth] = found[depth - 1] if depth else 1.0
-    return found
+    order = np.argsort(places, kind="stable")
+    last = np.searchsorted(places[order], np.arange(depths), side="right") - 1
+    return np.where(last < 0, 1.0, numbers[order][last])
 
 
 def groupable(summaries: Sequence[Summary]) -> list[str]:

@@ -11,7 +11,7 @@ import os
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,13 @@ from depthscope.diagnostics.experiments import results_beside
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile)
 """What reading something raises that is damaged, or of somebody else."""
 
-MOST_POSITIONS = 1024
-"""Of a curve in a summary: with more, 500 runs would take megabytes. A heuristic of ours."""
-
 NAME_LENGTH = 80
 """Letters of a run's name in the name of the cached file: file systems allow 255 bytes."""
 
 
 def keep(path: Path, version: FileVersion, readings: Sequence[Reading]) -> None:
     """Save the readings of a run; nothing where the cache cannot be written to."""
-    text = json.dumps([_summary_document(summary_of(reading)) for reading in readings], default=str)
+    text = json.dumps([asdict(summary_of(reading)) for reading in readings], default=str)
     with suppress(OSError, ValueError):
         folder, stem = own_folder(readings_folder()), stem_of(path, version)
         with replaced_file(folder / f"{stem}.npz") as fresh:
@@ -100,7 +97,9 @@ def _plain(value: Any) -> Any:
 
 def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
     with np.load(place, allow_pickle=False) as arrays:
-        _require_stored(arrays.zip)
+        # What is written here is not compressed: such an array may be larger than the memory.
+        if any(info.compress_type != zipfile.ZIP_STORED for info in arrays.zip.infolist()):
+            raise InputError("compressed")
         documents = json.loads(arrays["readings"].tobytes())
         for number, document in enumerate(documents):
             described = document["analysis"]
@@ -120,28 +119,6 @@ def _read_readings(place: Path, path: Path) -> Iterator[Reading]:
                 ),
                 num_steps=int(document["num_steps"]),
             )
-
-
-def _require_stored(archive: zipfile.ZipFile | None) -> None:
-    """Refuse what is not written here: a compressed array may be larger than the memory."""
-    if archive is None or any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
-        raise InputError("compressed")
-
-
-def _summary_document(summary: Summary) -> dict[str, Any]:
-    # Six digits, since it is drawn and not measured again.
-    profiles = {name: [float(f"{each:.6g}") for each in values] for name, values in summary.profiles.items()}
-    return asdict(replace(summary, marks=(), others=())) | {
-        "profiles": profiles,
-        "marks": list(map(_mark_document, summary.marks)),
-        "others": list(map(_mark_document, summary.others)),
-    }
-
-
-def _mark_document(mark: PlacedFinding) -> dict[str, Any]:
-    finding = mark.finding
-    shown = finding.profile if len(finding.profile) <= MOST_POSITIONS else ()
-    return {**vars(mark), "finding": vars(finding) | {"profile": shown}}
 
 
 def _summary(document: Mapping[str, Any]) -> Summary:

@@ -6,7 +6,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,26 +66,26 @@ class FileVersion:
         Raises StorageError: Where nothing is there, or something else than files and folders: a pipe would wait for
         ever to be read.
         """
-        found = _files_of(path, others)
+
+        def files() -> list[tuple[str, os.stat_result]]:
+            found = list(_files(path))
+            for other in others:
+                # Not there, or something that is no file: then it is not read either.
+                with suppress(OSError):
+                    found += _files(other)
+            return found
+
+        found = files()
         newest = max((entry.st_mtime_ns for _, entry in found), default=0)
         if 0 <= time.time_ns() - newest < _TICK_NS:
             time.sleep(_TICK_NS / 1e9)
-            found = _files_of(path, others)
+            found = files()
         facts = [
             (name, entry.st_dev, entry.st_ino, entry.st_size, entry.st_mtime_ns, entry.st_ctime_ns)
             for name, entry in found
         ]
         digest = hashlib.sha256(repr(sorted(facts)).encode("utf-8", "surrogatepass")).hexdigest()
         return cls(digest, sum(entry.st_size for _, entry in found))
-
-
-def _files_of(path: Path, others: Sequence[Path]) -> list[tuple[str, os.stat_result]]:
-    found = list(_files(path))
-    for other in others:
-        # Not there, or something that is no file: then it is not read either.
-        with suppress(OSError):
-            found += _files(other)
-    return found
 
 
 def _files(path: Path) -> Iterator[tuple[str, os.stat_result]]:

@@ -96,7 +96,8 @@ def read_runs(
             chain=chain,
             path=str((paths or {}).get(name, "")),
             results=results.get(name, {}),
-            num_steps=_num_steps(run, chain),
+            # A run of metrics alone has no statistics, and counts as one step.
+            num_steps=(schema.chain_dataset(run, "statistics", chain) or xr.Dataset()).sizes.get("step", 1),
         )
         for name, run in runs.items()
         for chain, analysis in analyses[name]
@@ -126,11 +127,6 @@ def judged(
         results=results,
         num_steps=num_steps,
     )
-
-
-def _num_steps(run: xr.DataTree, chain: str) -> int:
-    statistics = schema.chain_dataset(run, "statistics", chain)
-    return 1 if statistics is None else statistics.sizes.get("step", 1)
 
 
 def shown_attributes(value: Any) -> Any:
@@ -272,11 +268,6 @@ def read_paths(
         first = next(iter(left_out.values()))
         raise InputError(f"none of the {len(left_out)} runs can be read; the first of them: {first}")
     return readings, left_out
-
-
-def open_runs(paths: Sequence[str], *, max_bytes: int | None = None) -> dict[str, xr.DataTree]:
-    """Open runs, and folders of runs, under names that are short and differ."""
-    return {name: schema.open_run(path, max_bytes=max_bytes) for name, path in find_runs(paths).items()}
 
 
 def find_runs(paths: Sequence[str]) -> dict[str, Path]:

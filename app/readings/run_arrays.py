@@ -104,7 +104,13 @@ def renewed(fresh: xr.Dataset, stored: xr.Dataset | None, *, complete: bool) -> 
     if LIVE in stored.attrs:
         merged = with_live(fresh, stored)
         return merged.assign_attrs({**_attributes(fresh, stored, merged), schema.COMPLETE: complete})
-    _require_same_trace(fresh, stored)
+    # Streams may differ: an analysis of shares has no mean, see `_with_same_streams`.
+    for dim in sorted(map(str, set(fresh.sizes) & set(stored.sizes) - {"stream"})):
+        if not fresh[dim].variable.equals(stored[dim].variable):
+            raise InputError(
+                f"the stored metrics are of another trace: their {dim} differs from that of the run's trace; "
+                "expected the same; save the new metrics to another file with --out RUN"
+            )
     # A stored value of a metric that this trace cannot feed would contradict the reason in `not_computed`.
     not_computed = set(fresh.attrs.get("not_computed", {}))
     fresh, stored = _with_same_streams(fresh, stored)
@@ -117,19 +123,8 @@ def renewed(fresh: xr.Dataset, stored: xr.Dataset | None, *, complete: bool) -> 
     return merged.assign_attrs({**_attributes(fresh, stored, merged), schema.COMPLETE: complete})
 
 
-def _require_same_trace(fresh: xr.Dataset, stored: xr.Dataset) -> None:
-    # Streams may differ: an analysis of the mean stream has one label, see `_with_same_streams`.
-    shared = set(fresh.sizes) & set(stored.sizes) - {"stream"}
-    for dim in sorted(map(str, shared)):
-        if not fresh[dim].variable.equals(stored[dim].variable):
-            raise InputError(
-                f"the stored metrics are of another trace: their {dim} differs from that of the run's trace; "
-                "expected the same; save the new metrics to another file with --out RUN"
-            )
-
-
 def _with_same_streams(fresh: xr.Dataset, stored: xr.Dataset) -> list[xr.Dataset]:
-    """Both with every stream label: an analysis of the mean stream only has no other label."""
+    """Both with every stream label: an analysis of shares alone has no mean over streams."""
     parts = (stored, fresh)
     found = [label for part in parts if "stream" in part.dims for label in part["stream"].values.tolist()]
     streams = list(dict.fromkeys(found))

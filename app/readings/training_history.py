@@ -21,8 +21,6 @@ from depthscope.diagnostics.quantities.registry import ROW_FACTS
 from depthscope.diagnostics.schema import LiveRows, Status
 from depthscope.diagnostics.schema.groups import group_path
 
-DRIFT = "connection_parameter_drift"
-
 ROWS = ("depth", "connection", "weight", "parameter")
 """Dims that are the rows of a map over steps, the first one that a measure has; of the others a label is chosen."""
 
@@ -153,13 +151,17 @@ class TrainingHistory:
 
     def values(self, name: str, choice: Mapping[str, str]) -> np.ndarray:
         """The numbers of a measure: (step, row), or (step,) for one number a step."""
-        chosen = positions_of(self.measures[name], choice)
+        measure = self.measures[name]
+        labels = measure.labels(choice)
         if name in self._found[1]:
             needed = {*self._found[1][name], *_without_steps(self._sums).variables}
             found = curves_of_sums(self._sums.drop_vars(set(self._sums.data_vars) - needed))[name].values
         else:
             found = self._metrics[name].values
-        index = tuple(slice(None) if each is None else each for each in chosen)
+        index = [
+            slice(None) if dim == measure.rows else _labels(measure.sample, dim).index(labels[str(dim)])
+            for dim in measure.sample.dims
+        ]
         return np.asarray(found[(slice(None), *index)], dtype=np.float32)
 
     def analysis_at(self, position: int) -> xr.Dataset:
@@ -259,15 +261,3 @@ def measures_of(samples: Mapping[str, xr.DataArray]) -> dict[str, Measure]:
 
 def _labels(array: xr.DataArray, dim: Hashable) -> list[str]:
     return [str(label) for label in (array[dim].values if dim in array.coords else range(array.sizes[dim]))]
-
-
-def positions_of(measure: Measure, choice: Mapping[str, str]) -> tuple[int | None, ...]:
-    """Of each dim the number of the chosen label, None for the rows."""
-    labels = measure.labels(choice)
-    found: list[int | None] = []
-    for dim in map(str, measure.sample.dims):
-        if dim == measure.rows:
-            found.append(None)
-        else:
-            found.append(_labels(measure.sample, dim).index(labels[dim]))
-    return tuple(found)

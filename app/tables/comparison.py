@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,7 @@ from depthscope.app.tables.tables import (
     Column,
     Table,
     column_of,
-    data_and_text,
-    joined,
-    notes_of,
+    table_of,
 )
 from depthscope.app.text.numbers import UNDEFINED, proof_sentence
 from depthscope.app.text.visible import LONGEST_NAME, shortened
@@ -32,32 +29,19 @@ from depthscope.diagnostics.errors import InputError
 COMPARED_METRICS = ("effective_rank", "token_cosine", "residual_norm", "gradient_norm", "composite_gain")
 
 
-@dataclass(frozen=True)
-class Extreme:
-    """One summary number of a run: a metric at the place that matters.
-
-    ``metric``: variable of the analysis.
-    ``place``: the last position, an extreme, or largest over smallest magnitude along the depth.
-    ``fixed``: labels that override the selection.
-    """
-
-    metric: str
-    place: str
-    fixed: Mapping[str, str] = field(default_factory=dict)
-
-
 # Chosen by hand: which place along the depth matters is not a property of a metric but of the question about it.
-SUMMARY = (
-    Extreme("effective_rank", "last"),
-    Extreme("effective_rank", "lowest"),
-    Extreme("token_cosine", "last"),
-    Extreme("adjacent_cka", "lowest"),
-    Extreme("gradient_norm", "span"),
-    Extreme("composite_gain", "highest", {"direction": "forward"}),
-    Extreme("composite_gain", "highest", {"direction": "backward"}),
-    Extreme("deflated_gain", "last"),
-    Extreme("effective_streams", "lowest"),
+SUMMARY: tuple[tuple[str, str, Mapping[str, str]], ...] = (
+    ("effective_rank", "last", {}),
+    ("effective_rank", "lowest", {}),
+    ("token_cosine", "last", {}),
+    ("adjacent_cka", "lowest", {}),
+    ("gradient_norm", "span", {}),
+    ("composite_gain", "highest", {"direction": "forward"}),
+    ("composite_gain", "highest", {"direction": "backward"}),
+    ("deflated_gain", "last", {}),
+    ("effective_streams", "lowest", {}),
 )
+"""A metric, its place (last, an extreme, or largest over smallest magnitude), and labels that override the selection."""
 
 _HEADINGS = {"streams": "n", "layers": "L", "num_tokens": "N", "tokens_per_sequence": "N per sequence"}
 
@@ -71,40 +55,28 @@ def summary_table(readings: Sequence[Reading], view: Selection | None = None) ->
     """One row per run: what it is, its decisive numbers, how much was found."""
     view = view or Selection()
     rows = [_facts(reading, view) for reading in readings]
-    facts = {name: [row[name] for row in rows] for name in rows[0]}
-    columns: dict[str, Sequence[Any]] = dict(facts)
-    # The model is the widest cell; it stays in the data. Tokens a sequence are a mean over sequences of different length.
-    headings = {name: _HEADINGS.get(name, name) for name in facts if name != "model"}
-    columns |= {name: [round(count, 1) for count in facts[name]] for name in TOKEN_COUNTS}
-    found: dict[str, list[Column]] = {reading.name: [] for reading in readings}
-    for extreme in SUMMARY:
-        of_runs = [column_of(reading.analysis, extreme.metric, view, **extreme.fixed) for reading in readings]
+    # The model is the widest cell; it stays in the data.
+    columns: list[tuple[str, str, Sequence[Any]]] = [
+        (name, "" if name == "model" else _HEADINGS.get(name, name), [row[name] for row in rows])
+        for name in rows[0]
+    ]
+    measured: dict[str, list[Column]] = {reading.name: [] for reading in readings}
+    for metric, place, labels in SUMMARY:
+        of_runs = [column_of(reading.analysis, metric, view, **labels) for reading in readings]
         # The heading is the same for all runs: that of the first one that has the metric.
         known = next((column for column in of_runs if column is not None), None)
         if known is None:
             continue
         for reading, column in zip(readings, of_runs, strict=True):
-            found[reading.name] += [] if column is None else [column]
-        key = f"{known.key}_{extreme.place}"
-        columns[key] = [_at_extreme(column, extreme.place) for column in of_runs]
-        headings[key] = f"{known.label}, {_SHORT[extreme.place]}"
+            measured[reading.name] += [] if column is None else [column]
+        cells = [_at_extreme(column, place) for column in of_runs]
+        columns.append((f"{known.key}_{place}", f"{known.label}, {_SHORT[place]}", cells))
     for severity in ("fail", "warn"):
-        columns[f"num_{severity}"] = [
-            sum(each.severity.name.lower() == severity for each in reading.findings) for reading in readings
-        ]
-        headings[f"num_{severity}"] = severity
-    data, printed = data_and_text(columns, headings)
+        found = [[each.severity.name.lower() for each in reading.findings] for reading in readings]
+        columns.append((f"num_{severity}", severity, [each.count(severity) for each in found]))
     places = "@: the depth or connection of the extreme. Fail and warn count findings."
-    return Table(
-        name="summary",
-        title="Summary of runs",
-        caption=joined("Summary of runs: n streams, L layers, N tokens in all.", _unproven(readings)),
-        # The last place needs no index in print; for machines it is a number like any other.
-        data=data.assign(**{name: facts[name] for name in TOKEN_COUNTS}),
-        printed=printed,
-        metrics=tuple(dict.fromkeys(column.metric for of_run in found.values() for column in of_run)),
-        notes=notes_of(readings, found, view, places),
-    )
+    caption = "Summary of runs: n streams, L layers, N tokens in all."
+    return table_of("summary", "Summary of runs", caption, columns, readings, measured, view, places)
 
 
 def _facts(reading: Reading, view: Selection) -> dict[str, Any]:
@@ -144,11 +116,6 @@ def _at_extreme(column: Column | None, place: str) -> Cell:
     return column.cells[at]._replace(at=float(at))
 
 
-def _unproven(readings: Sequence[Reading]) -> str:
-    """Which of the runs are unproven, and why; empty for none."""
-    return proof_sentence({reading.name: reading.attrs for reading in readings})
-
-
 # --- the same relative depth
 
 
@@ -170,51 +137,26 @@ def comparison_table(
             f"no run has {', '.join(metrics)} along its depth; see: depthscope analyze RUN --json"
         )
     rows = [(metric, float(where)) for metric in shown for where in RELATIVE_DEPTHS]
-    data, printed = data_and_text(
-        {
-            "metric": [metric for metric, _ in rows],
-            "label": [
-                next(column.label for column in shown[metric].values() if column) for metric, _ in rows
-            ],
-            "relative depth": [where for _, where in rows],
-            **{
-                reading.name: [_nearest(shown[metric][reading.name], where) for metric, where in rows]
-                for reading in readings
-            },
-        },
-        {
-            "label": "metric",
-            "relative depth": "relative depth",
-            **{reading.name: reading.name for reading in readings},
-        },
-    )
-    found = {
+    labels = {metric: next(column.label for column in of.values() if column) for metric, of in shown.items()}
+    columns: list[tuple[str, str, Sequence[Any]]] = [
+        ("metric", "", [metric for metric, _ in rows]),
+        ("", "metric", [labels[metric] for metric, _ in rows]),
+        ("relative depth", "relative depth", [where for _, where in rows]),
+    ]
+    columns += [
+        (run, run, [_nearest(shown[metric][run], where) for metric, where in rows])
+        for run in (reading.name for reading in readings)
+    ]
+    measured = {
         reading.name: [column for of in shown.values() if (column := of[reading.name]) is not None]
         for reading in readings
     }
-    return Table(
-        name="comparison",
-        title="Runs side by side",
-        caption=joined(
-            "Runs side by side at the measured depth nearest to the relative depth.", _unproven(readings)
-        ),
-        data=data.drop(columns="label"),
-        printed=printed,
-        # Only metrics that have a row are cited.
-        metrics=tuple(shown),
-        notes=notes_of(readings, found, view),
-    )
-
-
-def one_direction(dims: Collection[Any], view: Selection) -> dict[str, str]:
-    """The label that leaves one direction of a metric that has both, where the view shows both."""
-    return {"direction": "forward"} if "direction" in dims and view.direction == "both" else {}
+    caption = "Runs side by side at the measured depth nearest to the relative depth."
+    return table_of("comparison", "Runs side by side", caption, columns, readings, measured, view)
 
 
 def _profile(reading: Reading, metric: str, view: Selection) -> Column | None:
-    dims = reading.analysis[metric].dims if metric in reading.analysis else ()
-    fixed = one_direction(dims, view)
-    column = column_of(reading.analysis, metric, view, **fixed)
+    column = column_of(reading.analysis, metric, view)
     # Singular values and modules have no relative depth.
     return column if column is None or column.value.dims[0] in ("depth", "connection") else None
 
@@ -244,7 +186,7 @@ def differences(readings: Sequence[Reading], view: Selection | None = None) -> l
         if len(set(map(str, known.values()))) > 1:
             listed = ", ".join(f"{run}: {_in_short(key, value)}" for run, value in known.items())
             sentences.append(f"the runs have {words} ({listed})")
-    return [*sentences, *filter(None, [_unproven(readings)])]
+    return [*sentences, *filter(None, [proof_sentence({each.name: each.attrs for each in readings})])]
 
 
 def _in_short(key: str, value: object) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,6 @@ from depthscope.app.figures.build.values import names_of, pick, positions
 from depthscope.app.figures.composed.panels import groups_of
 from depthscope.app.figures.specification import Heatmap, Line, Lines, Selection
 from depthscope.app.readings.readings import Reading
-from depthscope.app.tables.comparison import one_direction
 from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import consecutive, number, quantity
 from depthscope.diagnostics import CATALOGUE, schema
@@ -50,7 +49,15 @@ def between_runs(
             for run, trace in traces.items()
             for metric in metrics
         }
-        for first, other in _pairs([reading for reading in readings if reading.name in traces], readings):
+        # A chain with the same chain of the other run: an encoder is no decoder.
+        able = [reading for reading in readings if reading.name in traces]
+        for first, other in [
+            (first, each)
+            for first in able
+            if first.run == readings[0].run
+            for each in able
+            if each.chain == first.chain and each.run != first.run
+        ]:
             digests = first.attrs.get("data_digest"), other.attrs.get("data_digest")
             paired = same_sequences(traces[first.name], traces[other.name], digests)
             for metric in metrics:
@@ -65,19 +72,12 @@ def between_runs(
     return found
 
 
-def _pairs(able: Sequence[Reading], readings: Sequence[Reading]) -> Iterator[tuple[Reading, Reading]]:
-    """The first run with every other; a chain with the same chain of the other run: an encoder is no decoder."""
-    for first in able:
-        if first.run == readings[0].run:
-            yield from ((first, each) for each in able if each.chain == first.chain and each.run != first.run)
-
-
 def _profiles(trace: xr.Dataset, metric: str, view: Selection) -> xr.DataArray | None:
     """A metric along depth or connections for each sequence."""
     values = by_sequence(trace, CATALOGUE[metric], scope=view.scope)
     if values is None:
         return None
-    value = pick(values.to_dataset(name=metric), metric, view, **one_direction(values.dims, view))
+    value = pick(values.to_dataset(name=metric), metric, view)
     others = set() if value is None else set(value.dims) - {"sequence"}
     # A matrix of every two depths has too many cells for one sentence.
     return value if len(others) == 1 and others <= set(ALONG) else None
@@ -89,23 +89,15 @@ def at_shared_depths(values: Mapping[str, xr.DataArray]) -> dict[str, xr.DataArr
     if len(values) < 2 or len(axes) != 1:
         return {}
     (axis,) = axes
-    nearest = shared_positions(values)
-    labels = min(values.values(), key=lambda value: value.sizes[axis])[axis].values
+    where = {name: positions(value, axis, "relative") for name, value in values.items()}
+    shallow = min(where, key=lambda name: len(where[name]))
+    labels = values[shallow][axis].values
+    # No interpolation: between two measured depths there is no state.
+    nearest = {name: np.abs(at[None] - where[shallow][:, None]).argmin(axis=1) for name, at in where.items()}
     return {
         name: value.isel({axis: nearest[name]}).reset_coords(drop=True).assign_coords({axis: labels})
         for name, value in values.items()
     }
-
-
-def shared_positions(values: Mapping[str, xr.DataArray]) -> dict[str, np.ndarray]:
-    """The positions of runs, along the same axis, that are at the same relative depth: as many as the shallowest has."""
-    where = {
-        name: positions(value, next(str(dim) for dim in value.dims if dim in ALONG), "relative")
-        for name, value in values.items()
-    }
-    shallow = min(where.values(), key=len)
-    # No interpolation: between two measured depths there is no state.
-    return {name: np.abs(along[None, :] - shallow[:, None]).argmin(axis=1) for name, along in where.items()}
 
 
 def between_groups(
@@ -137,8 +129,7 @@ def profiles_of(readings: Sequence[Reading], metric: str, view: Selection) -> li
     """The metric of every run of a group; empty where one of them lacks it."""
     found = []
     for reading in readings:
-        dims = reading.analysis[metric].dims if metric in reading.analysis else ()
-        value = pick(reading.analysis, metric, view, **one_direction(dims, view))
+        value = pick(reading.analysis, metric, view)
         # A matrix is no profile, and one of NaN alone has nothing to compare.
         if value is None or value.ndim != 1 or not value.notnull().any():
             return []
@@ -150,31 +141,25 @@ def in_words(difference: Difference) -> str:
     """The result of a test in one sentence."""
     name = spoken(difference.metric)
     axis = str(difference.value.dims[0])
-    if difference.undecided:
-        return (
-            f"{name}: not decided between {difference.first} and {difference.second}: {difference.undecided}"
-        )
     known = np.flatnonzero(~np.isnan(difference.p.values))
-    if not len(known):
-        return f"{name}: not decided between {difference.first} and {difference.second}: no error is known"
-    differs = difference.differs
-    size = np.abs(difference.value.values)
+    if reason := difference.undecided or ("" if len(known) else "no error is known"):
+        return f"{name}: not decided between {difference.first} and {difference.second}: {reason}"
+    differs, size = difference.differs, np.abs(difference.value.values)
     # Of those that differ the largest; where none does, the one that chance explains worst.
-    at = int(
-        np.argmax(np.where(differs, size, -1))
-        if differs.any()
-        else known[np.argmin(difference.p.values[known])]
-    )
+    clearest = known[np.argmin(difference.p.values[known])]
+    at = int(np.argmax(np.where(differs, size, -1)) if differs.any() else clearest)
     value, reach = float(difference.value.values[at]), float(difference.half_width.values[at])
-    place = f"{axis} {_labels(difference)[at]}"
-    tested = f"{difference.how}; p {_probability(float(difference.p.values[at]))}, corrected for {len(known)} {axis}s"
+    labels = difference.value[axis].values  # positions, where they have no names
+    place = f"{axis} {labels[at]}"
+    p = float(difference.p.values[at])
+    chance = "< 0.0001" if p < 1e-4 else f"= {number(p, digits=2)}"
+    tested = f"{difference.how}; p {chance}, corrected for {len(known)} {axis}s"
     if not differs.any():
         return (
             f"{name}: no difference between {difference.first} and {difference.second} is found; the clearest is "
             f"{quantity(value, reach)} at {place} ({tested}){_equivalence(difference, axis)}"
         )
     side = "above" if value > 0 else "below"
-    labels = _labels(difference)
     ranges = [
         f"{labels[run[0]]}" if len(run) == 1 else f"{labels[run[0]]}–{labels[run[-1]]}"
         for run in consecutive(np.flatnonzero(differs))
@@ -197,26 +182,12 @@ def _equivalence(difference: Difference, axis: str) -> str:
     return f"; a difference is no larger than {number(largest)} at any {axis} (95 % for each)"
 
 
-def _probability(p: float) -> str:
-    return "< 0.0001" if p < 1e-4 else f"= {number(p, digits=2)}"
-
-
-def _labels(difference: Difference) -> np.ndarray:
-    """What the positions of a difference are called."""
-    value, axis = difference.value, str(difference.value.dims[0])
-    return np.asarray(value[axis].values if axis in value.coords else np.arange(value.sizes[axis]))
-
-
 def as_dict(difference: Difference) -> dict[str, Any]:
     """Plain values for JSON."""
     axis = str(difference.value.dims[0])
     return {
-        "metric": difference.metric,
-        "first": difference.first,
-        "second": difference.second,
-        "how": difference.how,
-        "undecided": difference.undecided,
-        axis: _labels(difference),
+        **{name: getattr(difference, name) for name in ("metric", "first", "second", "how", "undecided")},
+        axis: difference.value[axis].values,
         "difference": difference.value.values,
         "half_width": difference.half_width.values,
         "p": difference.p.values,
@@ -236,16 +207,8 @@ def difference_figure(found: Sequence[Difference], title: str, colours: Mapping[
         value = np.asarray(each.value.values, dtype=np.float64)
         reach = np.asarray(each.half_width.values, dtype=np.float64)
         x = positions(each.value, str(each.value.dims[0]), "relative")
-        lines.append(
-            Line(
-                x,
-                value,
-                f"{each.second} − {each.first}",
-                lower=value - reach,
-                upper=value + reach,
-                group=each.second,
-            )
-        )
+        label = f"{each.second} − {each.first}"
+        lines.append(Line(x, value, label, lower=value - reach, upper=value + reach, group=each.second))
     lines.append(Line(np.array([0.0, 1.0]), np.zeros(2), "no difference", role="threshold"))
     words = " ".join(f"{in_words(each)}." for each in found)
     return Lines(
@@ -281,11 +244,8 @@ def difference_map(
     for metric in dict.fromkeys(name for name in metrics if CATALOGUE[name].axis == axis):
         pair = {name: profiles_of(readings, metric, view) for name, readings in groups.items()}
         if all(len({one.shape for one in each}) == 1 for each in pair.values()):
-            shared = shared_positions({name: each[0] for name, each in pair.items()})
-            # Arrays, since their depths are the same now: labels take xarray longer than all of the arithmetic.
-            a, b = (
-                np.mean([one.values for one in pair[name]], axis=0)[places] for name, places in shared.items()
-            )
+            means = {name: each[0].copy(data=np.mean(each, axis=0)) for name, each in pair.items()}
+            a, b = (each.values for each in at_shared_depths(means).values())
             size = (np.abs(a) + np.abs(b)) / 2
             # Where both are 0 there is no difference; 0/0 would be undefined.
             rows[metric] = (b - a) / np.where(size > 0, size, 1.0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -78,83 +78,88 @@ class Cell(NamedTuple):
 _WRITTEN = {"": "value", "_stderr": "stderr", "_null": "null", "_at": "at"}
 
 
-def data_and_text(
-    columns: Mapping[str, Sequence[Any]], headings: Mapping[str, str]
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """A table as numbers and as text.
-
-    ``columns``: key → plain values, or cells.
-    ``headings``: key → what is printed above the column; others are in the numbers alone.
-    """
-    data: dict[str, Sequence[Any]] = {}
-    for key, values in columns.items():
-        if any(isinstance(value, Cell) for value in values):
-            data |= {key + end: [getattr(cell, part) for cell in values] for end, part in _WRITTEN.items()}
-        else:
-            data[key] = values
-    printed = {heading: list(map(_text, columns[key])) for key, heading in headings.items()}
-    # Errors, nulls and places that nothing has would be empty columns of the CSV.
-    return pd.DataFrame(data).dropna(axis="columns", how="all"), pd.DataFrame(printed)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, (int, np.integer)):
-        return UNDEFINED if value < 0 else str(value)  # the embedding has no layer
-    if isinstance(value, float):
-        return UNDEFINED if math.isnan(value) else f"{value:g}"
-    return str(value)
-
-
-@dataclass(frozen=True, eq=False)
-class Column:
-    """One measured column: values along one dimension with their errors, their nulls and the names that people read."""
+class Column(NamedTuple):
+    """One measured column: values along one dimension, as cells too, and the names that people read."""
 
     key: str
     label: str
     metric: str
     value: xr.DataArray
-    stderr: xr.DataArray | None = None
-    null: xr.DataArray | None = None
+    cells: list[Cell]
+    stderr: xr.DataArray | None
 
-    @cached_property
-    def cells(self) -> list[Cell]:
-        """Every number with its error and its null, which is one for all or one for each."""
-        parts = (self.value, None if self.stderr is None else margin(self.stderr)[0], self.stderr, self.null)
-        missing = np.full(self.value.size, math.nan)
-        known = (
-            missing if part is None else np.broadcast_to(part.values, self.value.shape).astype(np.float64)
-            for part in parts
-        )
-        return [Cell(*map(float, numbers)) for numbers in zip(*known, strict=True)]
+
+def table_of(
+    name: str,
+    title: str,
+    caption: str,
+    columns: Iterable[tuple[str, str, Sequence[Any]]],
+    readings: Sequence[Reading],
+    measured: Mapping[str, Sequence[Column]],
+    view: Selection,
+    *more: str,
+) -> Table:
+    """A table of measured numbers, and what the signs in it mean.
+
+    ``columns``: the name of each in the data, what is printed above it, and plain values or cells; with an empty name
+    it is only printed, with an empty heading only in the data.
+    ``measured``: run → its columns, which the notes are about.
+    ``more``: further notes.
+    """
+    data: dict[str, Sequence[Any]] = {}
+    printed: dict[str, list[str]] = {}
+    for key, heading, values in columns:
+        if heading:
+            printed[heading] = list(map(_text, values))
+        if key and any(isinstance(value, Cell) for value in values):
+            data |= {key + end: [getattr(cell, part) for cell in values] for end, part in _WRITTEN.items()}
+        elif key:
+            data[key] = values
+    return Table(
+        name,
+        title,
+        " ".join(filter(None, (caption, proof_sentence({each.name: each.attrs for each in readings})))),
+        # Errors, nulls and places that nothing has would be empty columns of the CSV.
+        pd.DataFrame(data).dropna(axis="columns", how="all"),
+        pd.DataFrame(printed),
+        metrics=tuple(dict.fromkeys(column.metric for of_run in measured.values() for column in of_run)),
+        notes=_notes(readings, measured, view, *more),
+    )
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, (int, np.integer)):
+        return UNDEFINED if value < 0 else str(value)  # the embedding has no layer
+    if isinstance(value, float):  # tokens of a sequence are a mean over sequences of different length
+        return UNDEFINED if math.isnan(value) else f"{round(value, 1):g}"
+    return str(value)
 
 
 def column_of(analysis: xr.Dataset, metric: str, view: Selection, **fixed: Any) -> Column | None:
     """The slice of a metric that a selection names, with its error and null; None where the run has no defined value."""
-    value = _picked(analysis, metric, view, fixed)
+    value, stderr, null = (
+        pick(analysis, f"{metric}{end}", view, **fixed) for end in ("", "_stderr", "_null")
+    )
     # A slice with another dimension left, such as a matrix, is no column; one of NaN alone would be dashes.
     if value is None or value.ndim != 1 or not bool(value.notnull().any()):
         return None
     # A label that is a number, such as a quantile, needs the name of its dimension.
     words = [label if isinstance(label, str) else f"{dim} {label:g}" for dim, label in fixed.items()]
-    return Column(
-        key="_".join((metric, *words)).replace(" ", "_"),
-        label=" ".join((spoken(metric), *words)),
-        metric=metric,
-        value=value,
-        stderr=_picked(analysis, f"{metric}_stderr", view, fixed),
-        null=_picked(analysis, f"{metric}_null", view, fixed),
+    parts = (value, None if stderr is None else margin(stderr)[0], stderr, null)
+    missing = np.full(value.size, math.nan)
+    known = (
+        # A null is one for all or one for each.
+        missing if part is None else np.broadcast_to(part.values, value.shape).astype(np.float64)
+        for part in parts
     )
-
-
-def _picked(
-    analysis: xr.Dataset, name: str, view: Selection, fixed: Mapping[str, Any]
-) -> xr.DataArray | None:
-    """As `pick`, and along dimensions that a selection has no field for, such as ``kind``, too."""
-    value = pick(analysis, name, view, **fixed)
-    if value is None:
-        return None
-    # Labels that `pick` has selected are no dimension of the slice any more.
-    return value.sel({dim: label for dim, label in fixed.items() if dim in value.dims})
+    return Column(
+        "_".join((metric, *words)).replace(" ", "_"),
+        " ".join((spoken(metric), *words)),
+        metric,
+        value,
+        [Cell(*map(float, numbers)) for numbers in zip(*known, strict=True)],
+        stderr,
+    )
 
 
 def table_metrics(axis: str) -> list[str]:
@@ -202,73 +207,51 @@ def spoken(name: str) -> str:
 def depth_table(reading: Reading, view: Selection | None = None) -> Table:
     """Rank, cosine, similarity and norms by depth."""
     view = view or Selection()
-    place = _places(reading.analysis, "depth", (("layer", "layer"), ("site", "site"), ("module", "module")))
-    for name, scope in TOKEN_COUNTS.items():
-        counts = pick(reading.analysis, "num_tokens", view, scope=scope)
-        if counts is not None:
-            place[name] = np.broadcast_to(counts.values, len(place["depth"]))
-    return _measured_table(reading, "depth", "Signal by depth", place, view)
+    size = reading.analysis.sizes.get("depth", 0)
+    found = {
+        name: pick(reading.analysis, "num_tokens", view, scope=scope) for name, scope in TOKEN_COUNTS.items()
+    }
+    counts = {name: np.broadcast_to(of.values, size) for name, of in found.items() if of is not None}
+    names = {"layer": "layer", "site": "site", "module": "module"}
+    return _measured_table(reading, "depth", "Signal by depth", "depth", names, counts, view)
 
 
 def mixing_table(reading: Reading, view: Selection | None = None) -> Table | None:
     """Gains, violations and collapse of the stream mixing by connection; None for a run without stream mixing."""
-    names = (("connection_layer", "layer"), ("branch", "branch"), ("connection_branch", "branch"))
-    place = _places(reading.analysis, "connection", names)
-    table = _measured_table(reading, "mixing", "Stream mixing by connection", place, view or Selection())
+    # Runs of different families carry different names of a connection.
+    names = {"connection_layer": "layer", "branch": "branch", "connection_branch": "branch"}
+    title = "Stream mixing by connection"
+    table = _measured_table(reading, "mixing", title, "connection", names, {}, view or Selection())
     return table if table.metrics else None
 
 
-def _places(analysis: xr.Dataset, along: str, names: Sequence[tuple[str, str]]) -> dict[str, np.ndarray]:
+def _measured_table(
+    reading: Reading,
+    kind: str,
+    title: str,
+    along: str,
+    names: Mapping[str, str],
+    counts: Mapping[str, np.ndarray],
+    view: Selection,
+) -> Table:
+    """A row for each position: its names, those that the run has, its numbers of tokens, and every measured column."""
+    analysis, title = reading.analysis, f"{title}: {reading.name}"
     size = analysis.sizes.get(along, 0)
     place = {along: np.asarray(analysis[along].values) if along in analysis.coords else np.arange(size)}
-    for coord, printed in names:
-        # Runs of different families carry different names of a connection; those that a run lacks are no column.
-        if coord in analysis.coords and analysis[coord].dims == (along,):
-            place[printed] = np.asarray(analysis[coord].values)
-    return place
-
-
-def _measured_table(
-    reading: Reading, kind: str, title: str, place: Mapping[str, np.ndarray], view: Selection
-) -> Table:
-    title = f"{title}: {reading.name}"
-    columns = columns_along(next(iter(place)), reading.analysis, view)
+    known = {name for name in names if name in analysis.coords and analysis[name].dims == (along,)}
+    place |= {printed: analysis[name].values for name, printed in names.items() if name in known}
+    measured = columns_along(along, analysis, view)
     # Paths of modules are wider than all numbers, and the notes have the numbers of tokens; both are in the data.
-    headings = {name: name for name in place if name not in ("module", *TOKEN_COUNTS)}
-    data, printed = data_and_text(
-        {
-            **{name: values.tolist() for name, values in place.items()},
-            **{each.key: each.cells for each in columns},
-        },
-        headings | {column.key: column.label for column in columns},
-    )
-    shown = evenly_spaced(len(printed), MOST_ROWS)
-    left_out = "" if len(shown) == len(printed) else f"{len(shown)} of {len(printed)} rows; the CSV has all."
-    return Table(
-        name=f"{kind}_{slug(reading.name)}",
-        title=title,
-        caption=joined(f"{title}.", proof_sentence({reading.name: reading.attrs}), left_out),
-        notes=notes_of([reading], {reading.name: columns}, view),
-        data=data,
-        printed=printed.iloc[shown].reset_index(drop=True),
-        metrics=tuple(dict.fromkeys(column.metric for column in columns)),
-    )
-
-
-def joined(*sentences: str) -> str:
-    """Sentences in a row, without those that are empty."""
-    return " ".join(filter(None, sentences))
-
-
-def measured_note(readings: Sequence[Reading], metrics: Iterable[str], view: Selection) -> str:
-    """How each metric of a table was measured, from how many tokens, and its unit; those that are alike in one sentence."""
-    alike: dict[str, list[str]] = {}
-    for metric in dict.fromkeys(metrics):
-        analyses = {each.name: each.analysis for each in readings if metric in each.analysis}
-        words = _measured_words(analyses, metric, view)
-        if words:
-            alike.setdefault(words, []).append(spoken(metric))
-    return " ".join(sentence([f"{', '.join(names)}: {words}"]) for words, names in alike.items())
+    columns = [
+        *((name, "" if name == "module" else name, values.tolist()) for name, values in place.items()),
+        *((name, "", values.tolist()) for name, values in counts.items()),
+        *((column.key, column.label, column.cells) for column in measured),
+    ]
+    shown = evenly_spaced(size, MOST_ROWS)
+    left_out = "" if len(shown) == size else f" {len(shown)} of {size} rows; the CSV has all."
+    name = f"{kind}_{slug(reading.name)}"
+    table = table_of(name, title, f"{title}.{left_out}", columns, [reading], {reading.name: measured}, view)
+    return replace(table, printed=table.printed.iloc[shown].reset_index(drop=True))
 
 
 def _measured_words(analyses: Mapping[str, xr.Dataset], metric: str, view: Selection) -> str:
@@ -285,34 +268,35 @@ def _measured_words(analyses: Mapping[str, xr.Dataset], metric: str, view: Selec
     return ", ".join(filter(None, (how.replace("; ", ", "), counts, unit)))
 
 
-def notes_of(
-    readings: Sequence[Reading], columns: Mapping[str, Sequence[Column]], view: Selection, *more: str
+def _notes(
+    readings: Sequence[Reading], measured: Mapping[str, Sequence[Column]], view: Selection, *more: str
 ) -> tuple[str, ...]:
     """What the signs of a table mean, how its numbers were measured, and their units."""
-    known = [column for of_run in columns.values() for column in of_run]
-    metrics = [column.metric for column in known]
-    words = interval_words(
-        NamedError(run, column.label, column.stderr) for run, of_run in columns.items() for column in of_run
-    )
-    has_null = any(column.null is not None for column in known)
-    has_gaps = any(bool(column.value.isnull().any()) for column in known)
+    known = [column for of_run in measured.values() for column in of_run]
+    # How each metric was measured, from how many tokens, and its unit; those that are alike in one sentence.
+    alike: dict[str, list[str]] = {}
+    for metric in dict.fromkeys(column.metric for column in known):
+        analyses = {each.name: each.analysis for each in readings if metric in each.analysis}
+        if how := _measured_words(analyses, metric, view):
+            alike.setdefault(how, []).append(spoken(metric))
+    interval = interval_words((run, each.label, each.stderr) for run, of in measured.items() for each in of)
+    cells = [cell for column in known for cell in column.cells]
+    has_gaps = len(readings) > 1 or any(math.isnan(cell.value) for cell in cells)
+    has_null = any(not math.isnan(cell.null) for cell in cells)
     notes = (
-        measured_note(readings, metrics, view),
-        f"± is {words}; of a number without ± no error is estimated." if words else "",
+        " ".join(sentence([f"{', '.join(names)}: {how}"]) for how, names in alike.items()),
+        f"± is {interval}; of a number without ± no error is estimated." if interval else "",
         "Baseline: the value expected without structure, such as of independent entries." if has_null else "",
         *more,
-        f"{UNDEFINED}: undefined or not measured." if has_gaps or len(readings) > 1 else "",
+        f"{UNDEFINED}: undefined or not measured." if has_gaps else "",
     )
     return tuple(filter(None, notes))
 
 
 def slug(name: str) -> str:
     """A file name and LaTeX label from a run's name: letters, digits, dots and dashes."""
-    safe = "".join(
-        letter if letter.isascii() and (letter.isalnum() or letter in ".-") else "-" for letter in name
-    )
     # A name that begins with a dot is hidden, one with a dash is an option; file systems allow 255 bytes with an ending.
-    safe = safe.strip("-.")[:60]
+    safe = re.sub(r"[^A-Za-z0-9.-]", "-", name).strip("-.")[:60]
     # A name that was safe already stays readable; only a changed one could collide with another.
     if safe and safe == name:
         return name
@@ -320,16 +304,11 @@ def slug(name: str) -> str:
     return f"{safe}-{mark}" if safe else f"run-{mark}"
 
 
-class NamedError(NamedTuple):
-    """A standard error with the run and the metric that it is of."""
+def interval_words(errors: Iterable[tuple[str, str, xr.DataArray | None]]) -> str:
+    """What intervals some numbers have; where they are not all of one kind, with the runs or the metrics of each.
 
-    run: str
-    metric: str
-    error: xr.DataArray | None
-
-
-def interval_words(errors: Iterable[NamedError]) -> str:
-    """What intervals some numbers have; where they are not all of one kind, with the runs or the metrics of each."""
+    ``errors``: a run, its metric, and the standard error.
+    """
     kinds: dict[str, dict[str, dict[str, None]]] = {}
     for run, metric, error in errors:
         if error is not None and bool(error.notnull().any()):
@@ -337,13 +316,13 @@ def interval_words(errors: Iterable[NamedError]) -> str:
     if len(kinds) < 2:
         return next(iter(kinds), "")
     runs = [run for of_kind in kinds.values() for run in of_kind]
-    return ", ".join(f"{words} for {_whose(of_kind, runs)}" for words, of_kind in kinds.items())
 
+    def whose(metrics: Mapping[str, Collection[str]]) -> str:
+        """The runs of one kind of interval; of a run that has several kinds, with the metrics."""
+        if len(set(runs)) == 1:
+            return ", ".join(*metrics.values())
+        return ", ".join(
+            run if runs.count(run) == 1 else f"{run} ({', '.join(names)})" for run, names in metrics.items()
+        )
 
-def _whose(metrics: Mapping[str, Collection[str]], runs: Sequence[str]) -> str:
-    """The runs of one kind of interval; of a run that has several kinds, with the metrics."""
-    if len(set(runs)) == 1:
-        return ", ".join(*metrics.values())
-    return ", ".join(
-        run if runs.count(run) == 1 else f"{run} ({', '.join(names)})" for run, names in metrics.items()
-    )
+    return ", ".join(f"{words} for {whose(of_kind)}" for words, of_kind in kinds.items())

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 # What is found of a model alone, without a run that has something to lose.
 from depthscope.probes.repairs import Patient, repaired
-from tests.models.verdict_models import CONNECTIONS, NEAR, streams, tokens
+from tests.models.verdict_models import NEAR, streams, tokens
 
 torch.set_num_threads(1)
 
@@ -124,12 +124,12 @@ def test_a_network_that_is_used_as_it_was_meant_is_left():
 
 def test_mixing_matrices_that_are_applied_transposed_or_amplify():
     drawn = torch.Generator().manual_seed(3)
-    mixes = [torch.linalg.qr(torch.randn(4, 4, generator=drawn))[0] for _ in range(CONNECTIONS)]
+    mixes = [torch.linalg.qr(torch.randn(4, 4, generator=drawn))[0] for _ in range(4)]
     for meant, applied, words in (
         (mixes, [mix.mT for mix in mixes], "transposing every mixing matrix"),
         (
-            [NEAR] * CONNECTIONS,
-            [NEAR, 30.0 * NEAR] * (CONNECTIONS // 2),
+            [NEAR] * 4,
+            [NEAR, 30.0 * NEAR] * 2,
             "dividing every mixing matrix by the sums of its rows",
         ),
     ):

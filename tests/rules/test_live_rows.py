@@ -81,7 +81,7 @@ def test_a_healthy_start_is_no_warning_and_stops_nothing(tmp_path):
 @pytest.fixture(scope="module")
 def healthy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows") / "run"
-    return recorded(deepseek(), folder), folder
+    return recorded(deepseek(layers=2), folder), folder
 
 
 def with_nan(row, path, step):
@@ -147,7 +147,7 @@ def test_whatever_is_measured_as_nan_stays_in_the_row(monkeypatch):
         return row
 
     monkeypatch.setattr(Live, "measure", spoilt)
-    model = deepseek()
+    model = deepseek(layers=2)
     with probes.record(model, gradients=True, metrics="live") as recorder:
         while None not in names.values():
             loss_of(model).backward()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,9 @@ def card(figure: Figure, *, key: str, height: int = 300, clickable: bool = False
         with st.container(horizontal=True, horizontal_alignment="distribute", vertical_alignment="center"):
             title = f"**{escaped(shown.title)}**"
             st.markdown(title, width="content", help=help_on(shown.title, _short(shown.caption)))
-            _numbers(figure, key)
+            offer_numbers(
+                "Notes, numbers", lambda: numbers_of(figure), figure.name, key=key, caption=figure.caption
+            )
         drawing = to_plotly(shown)
         for trace in drawing.data:
             if isinstance(shown, Lines) and len(shown.runs) > 1 and trace.name in map(words, shown.runs):
@@ -90,16 +92,6 @@ def card(figure: Figure, *, key: str, height: int = 300, clickable: bool = False
         )
         if shown.caption:
             st.caption(escaped(_short(shown.caption)))
-
-
-def cards_in_rows(figures: Mapping[str, Figure]) -> None:
-    """Figures in rows of two."""
-    cards = list(figures.items())
-    for first in range(0, len(cards), 2):
-        # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
-        for column, (key, figure) in zip(st.columns(2), cards[first : first + 2], strict=False):
-            with column:
-                card(figure, key=key, height=430 if isinstance(figure, Heatmap) else 300)
 
 
 def _short(caption: str) -> str:
@@ -129,20 +121,29 @@ def show_drawing(
     )
 
 
-def _numbers(figure: Figure, key: str) -> None:
-    """The table of a figure's numbers, with its download."""
+def offer_numbers(
+    label: str, table: Callable[[], pd.DataFrame], name: str, *, key: str, caption: str = ""
+) -> None:
+    """A button that opens a table, with its caption and its download."""
     # It reruns the page when it is opened, so that a page with ten closed tables computes and sends none of them.
-    opened = st.popover(
-        "Notes, numbers", type="tertiary", width="content", key=f"{key}_numbers", on_change="rerun"
-    )
+    opened = st.popover(label, type="tertiary", width="content", key=f"{key}_numbers", on_change="rerun")
     if not opened.open:
         return
     with opened:
-        st.caption(escaped(figure.caption))
-        table = numbers_of(figure)
+        if caption:
+            st.caption(escaped(caption))
+        numbers = table()
         # All of a large matrix would be hundreds of megabytes in the browser; the file has it all.
-        show_frame(table, height=320, width=620)
-        offer_csv(table, figure.name, key=f"{key}_csv")
+        show_frame(numbers, height=320, width=620)
+        st.download_button(
+            "Download CSV",
+            # Computed when it is asked for: a file that is ready for every table of every visitor fills the memory.
+            lambda: csv_text(numbers).encode(),
+            file_name=f"{name}.csv",
+            mime="text/csv",
+            key=f"{key}_csv",
+            on_click="ignore",  # a rerun would close the popover around it
+        )
 
 
 def clicked_cell(key: str) -> tuple[float, float] | None:
@@ -179,19 +180,6 @@ def show_frame(table: pd.DataFrame, **options: Any) -> None:
         st.caption(
             f"The first {shown.shape[0]} rows and {shown.shape[1]} columns are shown, the file has every number."
         )
-
-
-def offer_csv(table: pd.DataFrame, name: str, *, key: str, label: str = "Download CSV") -> None:
-    """A button that saves a table."""
-    st.download_button(
-        label,
-        # Computed when it is asked for: a file that is ready for every table of every visitor fills the memory.
-        lambda: csv_text(table).encode(),
-        file_name=f"{name}.csv",
-        mime="text/csv",
-        key=key,
-        on_click="ignore",  # a rerun would close the popover around it
-    )
 
 
 MARKS = dict(zip(SHAPES, ("●○", "■□", "▲△", "◆◇", "▼▽", "✚✚", "✖✖", "◀◁", "⬟⬠", "▶▷"), strict=True))

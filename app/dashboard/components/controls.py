@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import streamlit as st
 
@@ -15,18 +13,12 @@ from depthscope.app.readings.readings import Reading
 from depthscope.app.text.glossary import GLOSSARY
 
 
-@dataclass(frozen=True)
-class Control:
-    """How one field of a selection is offered; its options are those of `CHOICES`.
+class Control(NamedTuple):
+    """How one field of a selection is offered; its options are those of `CHOICES`."""
 
-    ``label``: above the control.
-    ``term``: of the glossary, for its tooltip.
-    ``words``: option → what is written on its button, where that differs.
-    """
-
-    label: str
-    term: str
-    words: Mapping[str, str] = field(default_factory=dict)
+    label: str  # above the control
+    term: str  # of the glossary, for its tooltip
+    words: Mapping[str, str] = {}  # option → what is written on its button, where that differs
 
 
 CONTROLS = {
@@ -75,8 +67,6 @@ def choose(
     return selection
 
 
-SEED = "seed"
-
 SINGLE_RUNS = "single runs"
 
 
@@ -106,19 +96,6 @@ def choose_one(
     )
 
 
-def choose_index(label: str, last: int, key: str, *, default: int, width: int = 130) -> int:
-    """An integer from 0 to the last one, in the URL under its key."""
-    # Streamlit fails on an address with ?a=inf: the field then does not read the address, and its value leaves it.
-    bound = re.fullmatch(r"\d{1,9}", st.query_params.get(key, "0")) is not None
-    if not bound:
-        del st.query_params[key]
-    # A depth of a deeper run, or of a link to one: Streamlit raises for a value above the maximum.
-    if st.session_state.get(key, default) > last:
-        st.session_state[key] = last
-    bind = "query-params" if bound else None
-    return int(st.number_input(label, 0, last, min(default, last), key=key, bind=bind, width=width))
-
-
 # Streamlit binds a list to the address by the words that are shown; names are shorter, and stay when a title changes.
 def choose_names(
     label: str, options: Sequence[str], default: Sequence[str], *, key: str, words: dict[str, str], most: int
@@ -146,26 +123,19 @@ def choose_names(
 
 
 def choose_group(readings: Sequence[Reading], label: str, key: str) -> tuple[str | None, dict[str, str]]:
-    """The attribute whose groups are shown, and the group of each run; None and no groups for single runs."""
-    names = groups_of(readings)
-    if not names:
-        return None, {}
-    by = choose_one(
-        label, [SINGLE_RUNS, *names], key, words=lambda n: n if n == SINGLE_RUNS else f"by {n}", width=200
-    )
+    """The attribute whose groups are shown, and the group of each run; None and no groups for single runs.
+
+    An attribute makes groups where at least one of them has several runs, such as the seeds of a family.
+    """
+    shared = set.intersection(*(set(reading.attrs) for reading in readings)) if readings else set()
+    names = []
+    for name in sorted(shared - {"seed", "created", "data_digest", "weights_digest"}):
+        values = [reading.attrs[name] for reading in readings]
+        is_plain = all(isinstance(value, (str, int, float)) for value in values)
+        if is_plain and 1 < len(set(map(str, values))) < len(values):
+            names.append(name)
+    words = {SINGLE_RUNS: SINGLE_RUNS} | {name: f"by {name}" for name in names}
+    by = choose_one(label, list(words), key, words=words.__getitem__, width=200) if names else SINGLE_RUNS
     if by == SINGLE_RUNS:
         return None, {}
     return by, {reading.name: str(reading.attrs[by]) for reading in readings}
-
-
-def groups_of(readings: Sequence[Reading]) -> list[str]:
-    """Attributes that make groups of the runs, of which at least one has several runs, such as the seeds of a family."""
-    shared = set.intersection(*(set(reading.attrs) for reading in readings)) if readings else set()
-    found = []
-    for name in sorted(shared - {SEED, "created", "data_digest", "weights_digest"}):
-        values = [reading.attrs[name] for reading in readings]
-        if all(isinstance(value, (str, int, float)) for value in values):
-            different = set(map(str, values))
-            if 1 < len(different) < len(values):
-                found.append(name)
-    return found

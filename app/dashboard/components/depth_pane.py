@@ -13,10 +13,11 @@ import streamlit as st
 
 from depthscope.app.dashboard.components.chart import card, component
 from depthscope.app.dashboard.components.finding_card import BADGES
-from depthscope.app.dashboard.components.microscope import View, depth_names, range_of, remembered
+from depthscope.app.dashboard.components.microscope import View, depth_names, remembered
 from depthscope.app.figures import FIGURES, Selection
 from depthscope.app.figures.build.values import pick
 from depthscope.app.readings.close_up import CloseUp, Matrix
+from depthscope.app.readings.depth_map import range_of
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.findings import cards_of
 from depthscope.app.tables.tables import spoken
@@ -82,7 +83,7 @@ def _facts(reading: Reading, close_up: CloseUp | None, view: View) -> dict[str, 
 
 def _findings(reading: Reading) -> list[dict[str, Any]]:
     """Findings that have a place on the axis, the worst first."""
-    placed = [(each, range_of(each.finding, reading)) for each in cards_of(reading)]
+    placed = [(each, range_of(each.finding, reading.analysis)) for each in cards_of(reading)]
     return [
         {
             "severity": each.severity,
@@ -125,14 +126,16 @@ def _numbers(reading: Reading, view: View, depths: int) -> list[dict[str, Any]]:
 
 def _tokens(close_up: CloseUp, depth: int, stream: str) -> dict[str, list[list[Any]]]:
     return {
-        "tokens": [
-            [each.text, each.sequence, each.position, number(each.value), number(each.ratio)]
-            for each in close_up.largest_tokens(depth, stream=stream)
-        ],
-        "entries": [
-            [each.text, each.sequence, each.position, each.feature, number(each.value), number(each.ratio)]
-            for each in close_up.largest_entries(depth, stream=stream)
-        ],
+        name: [
+            [
+                *each[:3],
+                *([each.feature] if name == "entries" else []),
+                number(each.value),
+                number(each.ratio),
+            ]
+            for each in close_up.largest(depth, entries=name == "entries", stream=stream)
+        ]
+        for name in ("tokens", "entries")
     }
 
 
@@ -155,9 +158,6 @@ def _rounded(values: np.ndarray) -> Any:
     return np.array(plain, dtype=object).reshape(values.shape).tolist()
 
 
-def show_matrices(matrices: Sequence[Matrix], key: str) -> None:
+def show_matrices(matrices: Sequence[Matrix]) -> None:
     """One of some matrices with its sums and its eigenvalues, and the choice of it."""
-    if not matrices:
-        st.caption("No token of the run is real.")
-        return
-    _bench(data={"name": key, "what": "bench", "matrices": _documents(matrices)}, key=f"matrices_{key}")
+    _bench(data={"name": "bench", "what": "bench", "matrices": _documents(matrices)}, key="matrices_bench")

@@ -8,10 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import show_frame
 from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.figures import Figure, FigureKind, Selection
@@ -22,7 +20,6 @@ from depthscope.app.tables.tables import Table
 from depthscope.app.text.bibliography import cut, keys_of
 from depthscope.app.text.latex import VENUES, cite, tex
 from depthscope.app.text.numbers import number
-from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE
 
 MIMES = {"pdf": "application/pdf", "svg": "image/svg+xml"}
@@ -49,14 +46,11 @@ def show_exports(
 
 
 def _offer_table(table: Table) -> None:
-    """A table with its caption, and as a file of each format."""
-    data = plain_frame(table.data)
+    """The file of a table in each format; its card shows the numbers."""
     cites = {name: CATALOGUE[name].cite for name in table.metrics if name in CATALOGUE}
-    show_frame(data, height=min(38 + 35 * len(data), 250))
-    undefined = int(data.isna().to_numpy().sum())
-    gaps = f"{undefined} cells have no value" if undefined else ""
-    size = "; ".join(filter(None, [f"{data.shape[0]} rows", gaps]))
-    st.caption(f"{size}. {escaped(table.caption)}")
+    undefined = int(table.data.isna().to_numpy().sum())
+    gaps = f", {undefined} cells have no value" if undefined else ""
+    st.caption(f"The numbers: {len(table.data)} rows{gaps}. {escaped(table.caption)}")
     with st.container(horizontal=True):
         for ending, label, mime, write in (
             ("csv", "CSV", "text/csv", lambda: to_csv(table).encode()),
@@ -76,23 +70,6 @@ def measure_table(figure: Figure) -> Table:
     data = figure_table(figure).rename(columns=str)
     printed = data.map(lambda value: number(float(value)) if isinstance(value, float) else str(value))
     return Table(figure.name, figure.title, figure.caption, data, printed, metrics=(figure.metric,))
-
-
-def plain_frame(data: pd.DataFrame) -> pd.DataFrame:
-    """A table that can be sent: names of columns differ, and text is text in which everything can be seen."""
-    plain = pd.DataFrame(index=data.index)
-    for position, name in enumerate(data.columns):
-        shown = visible(name)
-        column = data.iloc[:, position]
-        # Two columns of one name, such as positions that round to the same one, are refused by every format.
-        unique = shown if shown not in plain else f"{shown} ({position})"
-        numeric = pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)
-        plain[unique] = (
-            column
-            if numeric
-            else [None if pd.isna(v) else visible(v, lines=True) for v in column.astype(object)]
-        )
-    return plain
 
 
 def _show_paper_figure(figure: Figure, call: str) -> None:

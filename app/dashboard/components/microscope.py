@@ -9,21 +9,20 @@ from typing import Any
 
 import numpy as np
 import streamlit as st
-import xarray as xr
 
 from depthscope.app.dashboard.components.chart import PLOTLY_SOURCE, component
 from depthscope.app.drawing.plotly import reduction_words, shrink
-from depthscope.app.drawing.plotly.panels import SEVERITY_COLOURS, Bar, Panel, draw_panels, panels_height
+from depthscope.app.drawing.plotly.panels import Bar, Panel, draw_panels, panels_height
 from depthscope.app.figures import FIGURES, Figure, Heatmap, Lines, available
 from depthscope.app.figures.build.matrix_figure import picture_figure
 from depthscope.app.figures.build.values import level_of, names_of
-from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp, Matrix
+from depthscope.app.readings.close_up import TOKEN_MEASURES, CloseUp
+from depthscope.app.readings.depth_map import range_of
 from depthscope.app.readings.readings import Reading
 from depthscope.app.tables.tables import spoken
 from depthscope.app.text.numbers import number
 from depthscope.app.text.visible import visible
-from depthscope.diagnostics import Finding
-from depthscope.diagnostics.verdicts.causes import depths_of, worst_depth
+from depthscope.diagnostics.verdicts.causes import worst_depth
 
 DEFAULT_STRIPS = (
     "effective_rank",
@@ -83,13 +82,9 @@ class View:
 
 def strips_of(reading: Reading) -> tuple[list[str], list[str]]:
     """Curves that a reading feeds and that have a depth: all of them, and those shown at first."""
-    analyses = _analyses(reading)
-    names = [name for name, kind in available(analyses).items() if _axis_of(kind.metric, reading)]
+    kinds = available({reading.name: reading.analysis})
+    names = [name for name, kind in kinds.items() if _axis_of(kind.metric, reading)]
     return names, [name for name in DEFAULT_STRIPS if name in names]
-
-
-def _analyses(reading: Reading) -> dict[str, xr.Dataset]:
-    return {reading.name: reading.analysis}
 
 
 def _axis_of(metric: str, reading: Reading) -> str:
@@ -180,7 +175,7 @@ def _drawn(reading: Reading, close_up: CloseUp | None, view: View) -> tuple[dict
     bars = _bars(reading, len(names))
     panels, flat = [], []
     for name in view.strips:
-        panel = _strip(name, reading, close_up)
+        panel = _strip(name, reading)
         # The last row of a training may lack what the run has elsewhere.
         if isinstance(panel.figure, Lines) and not panel.figure.numbers("measured").size:
             continue
@@ -196,7 +191,17 @@ def _drawn(reading: Reading, close_up: CloseUp | None, view: View) -> tuple[dict
         panels += _token_panels(close_up, view)
         rows = 1 + len(panels)
         if close_up.num_streams > 1:
-            panels.append(_stream_panel(close_up))
+            figure = Heatmap(
+                "streams",
+                "Root mean square norm of each stream",
+                np.arange(close_up.num_depths),
+                np.arange(close_up.num_streams),
+                close_up.stream_map(),
+                "depth",
+                "stream",
+                "",
+            )
+            panels.append(Panel(figure, height=18 * close_up.num_streams + 12))
     data = {
         "figure": draw_panels(panels, bars, names).to_json(),
         "height": panels_height(panels, bars),
@@ -220,9 +225,9 @@ def depth_names(reading: Reading) -> list[str]:
     return [] if along is None else names_of(along, "depth")
 
 
-def _strip(name: str, reading: Reading, close_up: CloseUp | None) -> Panel:
+def _strip(name: str, reading: Reading) -> Panel:
     kind = FIGURES[name]
-    analyses = _analyses(reading)
+    analyses = {reading.name: reading.analysis}
     figure: Figure = kind.build(analyses)
     if isinstance(figure, Lines) and "tokens" in kind.uses:
         # Without massive activations too: they dominate ranks and similarities.
@@ -233,43 +238,29 @@ def _strip(name: str, reading: Reading, close_up: CloseUp | None) -> Panel:
             figure = replace(figure, lines=(*figure.lines, *added))
     depths = None
     if _axis_of(kind.metric, reading) == "connection":
-        depths = {float(i): float(depth) for i, depth in enumerate(depths_of_connections(reading, close_up))}
-    return Panel(replace(figure, title=_panel_title(figure)), depths=depths)
-
-
-def _panel_title(figure: Figure) -> str:
-    """Title and unit in one line: a panel is too low for the words of an axis at its side."""
+        depths = {float(i): float(depth) for i, depth in enumerate(_depths_of_connections(reading))}
+    # Title and unit in one line: a panel is too low for the words of an axis at its side.
     title = figure.title.removesuffix(" across depth")
-    return title if figure.y_label.casefold() == title.casefold() else f"{title}: {figure.y_label}"
+    if figure.y_label.casefold() != title.casefold():
+        title = f"{title}: {figure.y_label}"
+    return Panel(replace(figure, title=title), depths=depths)
 
 
-def depths_of_connections(reading: Reading, close_up: CloseUp | None) -> np.ndarray:
+def _depths_of_connections(reading: Reading) -> list[int]:
     """The depth that each connection writes."""
-    if "depth_out" in reading.analysis.coords:
-        return np.asarray(reading.analysis["depth_out"].values, dtype=int)
-    if close_up is not None and close_up.num_connections:
-        return close_up.depth_out
-    return np.arange(reading.analysis.sizes.get("connection", 0)) + 1
+    analysis = reading.analysis
+    known = "depth_out" in analysis.coords
+    places = analysis["depth_out"].values if known else np.arange(analysis.sizes.get("connection", 0)) + 1
+    return list(map(int, places))
 
 
 def _bars(reading: Reading, depths: int) -> list[Bar]:
-    placed = [
-        (finding, range_of(finding, reading))
-        for finding in reading.findings
-        if finding.severity.name in SEVERITY_COLOURS
-    ]
     bars = [
         Bar(spoken(finding.verdict), finding.severity.name, max(where[0], 0), min(where[1], depths - 1))
-        for finding, where in placed
-        if where is not None
+        for finding in reading.findings
+        if (where := range_of(finding, reading.analysis)) is not None
     ]
     return bars[:MOST_BARS]
-
-
-def range_of(finding: Finding, reading: Reading) -> tuple[int, int] | None:
-    """The depths of a finding; None where it is about the whole run or a module."""
-    is_placed = finding.first >= 0 and finding.axis in ("depth", "connection")
-    return depths_of(finding, reading.analysis) if is_placed else None
 
 
 def _length(close_up: CloseUp, sequence: int) -> int:
@@ -342,45 +333,22 @@ def _marked_row(view: View) -> int | None:
 
 def _picture_panels(reading: Reading, close_up: CloseUp, view: View, depths: int) -> list[Panel]:
     """H_res at the depth that each connection writes, and below it the product of all up to there."""
-    found = close_up.pictures(view.whose, view.token)
-    return [
-        _picture_panel(title, matrices, reading, close_up, depths)
-        for title, matrices in zip(
-            ("H_res of each connection", "Product of H_res from the embedding"), found, strict=True
-        )
-        if matrices
-    ]
-
-
-def _picture_panel(
-    title: str, matrices: Sequence[Matrix], reading: Reading, close_up: CloseUp, depths: int
-) -> Panel:
-    figure = picture_figure(
-        [each.h_res for each in matrices],
-        [close_up.connection_name(number) for number in range(len(matrices))],
-        [int(place) for place in depths_of_connections(reading, close_up)],
-        depths,
-        name="h_res",
-        title=f"{title}, and its sums − 1",
-        run=reading.name,
-        x_label="depth",
-        of=matrices[0].of,
-    )
+    panels = []
     n = close_up.num_streams
-    return Panel(
-        figure, height=PICTURE_ROW * (n + 2), ticks={0: "to 0", n - 1: f"to {n - 1}", n + 1: "sum − 1"}
-    )
-
-
-def _stream_panel(close_up: CloseUp) -> Panel:
-    figure = Heatmap(
-        "streams",
-        "Root mean square norm of each stream",
-        np.arange(close_up.num_depths),
-        np.arange(close_up.num_streams),
-        close_up.stream_map(),
-        "depth",
-        "stream",
-        "",
-    )
-    return Panel(figure, height=18 * close_up.num_streams + 12)
+    titles = ("H_res of each connection", "Product of H_res from the embedding")
+    for title, matrices in zip(titles, close_up.pictures(view.whose, view.token), strict=True):
+        if matrices:
+            figure = picture_figure(
+                [each.h_res for each in matrices],
+                [close_up.connection_name(number) for number in range(len(matrices))],
+                _depths_of_connections(reading),
+                depths,
+                name="h_res",
+                title=f"{title}, and its sums − 1",
+                run=reading.name,
+                x_label="depth",
+                of=matrices[0].of,
+            )
+            ticks = {0: "to 0", n - 1: f"to {n - 1}", n + 1: "sum − 1"}
+            panels.append(Panel(figure, height=PICTURE_ROW * (n + 2), ticks=ticks))
+    return panels

@@ -90,7 +90,9 @@ def choose_runs() -> None:
     listed = run_library.list_runs()
     names = list(listed)
     chosen: list[str] = []
-    asked = _asked_for()
+    # The runs that an address names when it is opened; later the address follows the choice.
+    named = st.query_params.get_all("runs") if "runs" not in st.session_state else []
+    asked = list(dict.fromkeys(named)) or None
     if names:
         with st.sidebar:
             chosen = st.multiselect(
@@ -116,13 +118,6 @@ def choose_runs() -> None:
         st.session_state[_UNKNOWN] = (chosen, unknown)
 
 
-def _asked_for() -> list[str] | None:
-    """The runs that an address names when it is opened; None later, when the address follows the choice."""
-    if "runs" in st.session_state or "runs" not in st.query_params:
-        return None
-    return list(dict.fromkeys(st.query_params.get_all("runs")))
-
-
 def say_unknown_runs() -> None:
     """Runs that the address names, or that were chosen, and are not here, until others are chosen."""
     chosen, unknown = st.session_state.get(_UNKNOWN, ([], []))
@@ -138,20 +133,6 @@ def say_unknown_runs() -> None:
     )
 
 
-def _read(names: Sequence[str]) -> ChosenRuns:
-    readings: dict[str, Reading] = {}
-    unreadable: list[UnreadableRun] = []
-    listed = run_library.list_runs()
-    for name in names:
-        found = run_library.read_run(name, listed)
-        if isinstance(found, UnreadableRun):
-            unreadable.append(found)
-        else:
-            # A run of several chains has one reading for each.
-            readings.update({reading.name: reading for reading in found})
-    return ChosenRuns(readings, tuple(unreadable))
-
-
 def require_chosen_runs(*, of_training: bool = False) -> ChosenRuns:
     """The chosen runs, after an explanation of those that cannot be read; ends the page where none is left.
 
@@ -159,11 +140,15 @@ def require_chosen_runs(*, of_training: bool = False) -> ChosenRuns:
     """
     # Not left in the session, where a page that is open but idle would keep them in memory.
     names = st.session_state[_KEY] or _looked_at(of_training=of_training)
-    chosen = _read(names)
-    waiting = [run.name for run in chosen.unreadable if run.waits]
+    listed = run_library.list_runs()
+    found = [run_library.read_run(name, listed) for name in names]
+    unreadable = [run for run in found if isinstance(run, UnreadableRun)]
+    # A run of several chains has one reading for each.
+    readings = [reading for run in found if not isinstance(run, UnreadableRun) for reading in run]
+    waiting = [run.name for run in unreadable if run.waits]
     if waiting:
         st.fragment(_wait, run_every=1.0)(waiting)
-    for run in chosen.unreadable:
+    for run in unreadable:
         if run.waits:
             continue
         with st.container(border=True):
@@ -172,11 +157,11 @@ def require_chosen_runs(*, of_training: bool = False) -> ChosenRuns:
             st.caption("Measure the model again, then reload this page:")
             # Another name: of a run that a newer version wrote, this one must not destroy what it cannot read.
             st.code("depthscope probe CHECKPOINT --text FILE --out NEW.zarr", "bash", wrap_lines=True)
-    if not chosen.readings:
-        if not chosen.unreadable:
+    if not readings:
+        if not unreadable:
             explain_none()
         st.stop()  # ends this run of the script: the rest of the page is not drawn
-    return chosen
+    return ChosenRuns({reading.name: reading for reading in readings})
 
 
 def _wait(names: Sequence[str]) -> None:
@@ -197,10 +182,8 @@ def _looked_at(*, of_training: bool) -> list[str]:
     if name not in listed or of_training:
         found = {name: run_library.summaries_of(name, path) for name, path in listed.items()}
         known = {name: of for name, of in found.items() if isinstance(of, list) and of}
-        if of_training:
-            known = {
-                name: of for name, of in known.items() if any(each.num_steps > 1 for each in of)
-            } or known
+        trained = {name: of for name, of in known.items() if any(each.num_steps > 1 for each in of)}
+        known = (trained or known) if of_training else known
         worst = {name: min(each.badness for each in of) for name, of in known.items()}
         name = name if name in worst else min(worst, key=worst.__getitem__, default=next(iter(listed), None))
     if name is None:

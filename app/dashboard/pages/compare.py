@@ -33,7 +33,6 @@ from depthscope.app.tables.differences import (
 from depthscope.app.text.terminal import command_line
 from depthscope.app.text.visible import visible
 from depthscope.diagnostics import CATALOGUE
-from depthscope.diagnostics.analysis.differences import Difference
 from depthscope.diagnostics.errors import InputError
 
 FIRST = "effective_rank"
@@ -184,25 +183,17 @@ def _open_clicked() -> None:
         st.session_state["measure_of"] = rows[int(np.clip(round(cell[1]), 0, len(rows) - 1))]
 
 
-def _differences(
-    readings: Sequence[Reading], kind: FigureKind, view: Selection, by: str | None
-) -> list[Difference] | None:
-    """The tested differences; None where they cannot be tested."""
-    try:
-        with st.spinner(f"Testing {CATALOGUE[kind.metric].label}, sequence by sequence …"):
-            if by is not None:
-                return between_groups(readings, [kind.metric], view, by=by)
-            return run_library.differences_between(readings, kind.metric, view)
-    except (ValueError, OSError) as error:
-        st.info(f"The differences cannot be tested: {escaped(error)}", icon="ℹ️")
-        return None
-
-
 def _show_differences(
     readings: Sequence[Reading], kind: FigureKind, view: Selection, by: str | None, colours: Mapping[str, int]
 ) -> None:
-    found = _differences(readings, kind, view, by)
-    if found is None:
+    try:
+        with st.spinner(f"Testing {CATALOGUE[kind.metric].label}, sequence by sequence …"):
+            if by is not None:
+                found = between_groups(readings, [kind.metric], view, by=by)
+            else:
+                found = run_library.differences_between(readings, kind.metric, view)
+    except (ValueError, OSError) as error:
+        st.info(f"The differences cannot be tested: {escaped(error)}", icon="ℹ️")
         return
     if not found:
         st.info(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import component, offer_csv, show_frame
+from depthscope.app.dashboard.components.chart import component, offer_numbers
 from depthscope.app.dashboard.components.controls import choose_one
 from depthscope.app.dashboard.components.finding_card import BADGES, escaped, show_card
 from depthscope.app.dashboard.components.page import LOOKED_AT, Page, explain_none
@@ -46,20 +46,14 @@ class _Runs:
     listed_as: dict[str, str] = field(
         default_factory=dict
     )  # of each summary: a run of several chains has several
-    waiting: list[str] = field(default_factory=list)
     unreadable: list[UnreadableRun] = field(default_factory=list)
 
     @classmethod
     def of(cls, listed: Mapping[str, Path]) -> _Runs:
         runs = cls(listed, growing_runs.live_states(listed))
-        known = {name: run_library.summaries_of(name, path) for name, path in listed.items()}
-        wanted = {name: listed[name] for name, found in known.items() if found is None}
-        if run_library.ask_for(wanted):
-            known |= {name: run_library.summaries_of(name, path) for name, path in wanted.items()}
-        for name, found in known.items():
-            if found is None:
-                runs.waiting.append(name)
-            elif isinstance(found, UnreadableRun):
+        for name, path in listed.items():
+            found = run_library.summaries_of(name, path, ask=True)
+            if isinstance(found, UnreadableRun):
                 runs.unreadable.append(found)
             else:
                 runs.summaries |= {each.name: each for each in found}
@@ -69,7 +63,9 @@ class _Runs:
     @property
     def changes(self) -> bool:
         """Whether there will be more to show without a click."""
-        return bool(self.waiting) or any(state.is_growing for state in self.live.values())
+        return any(each.waits for each in self.unreadable) or any(
+            state.is_growing for state in self.live.values()
+        )
 
     def status(self, name: str) -> str:
         """What a run is that is or was written step by step."""
@@ -103,11 +99,8 @@ def _draw(first: list[_Runs]) -> None:
     ]
     shown.sort(key=lambda each: (_group(each, group_by), each.badness))
     others = [
-        *(
-            (each.name, each.reason if each.waits else f"⚠ cannot be read: {each.reason}")
-            for each in runs.unreadable
-        ),
-        *((name, run_library.waiting_words(runs.listed[name])) for name in runs.waiting),
+        (each.name, each.reason if each.waits else f"⚠ cannot be read: {each.reason}")
+        for each in sorted(runs.unreadable, key=lambda each: each.waits)
     ]
     others = [(name, words) for name, words in others if _is_found(wanted, f"{name} {words}")]
     if shown or others:
@@ -180,13 +173,14 @@ def _show_map(
         on_together_change=lambda: _open_together(runs),
     )
     with st.container(horizontal=True, vertical_alignment="center", horizontal_alignment="distribute"):
-        judged = f"{len(runs.summaries)} of {len(runs.listed)} runs analysed. " if runs.waiting else ""
+        waits = any(each.waits for each in runs.unreadable)
+        judged = f"{len(runs.summaries)} of {len(runs.listed)} runs analysed. " if waits else ""
         st.caption(
             f"{judged}▼ a finding begins there (red: failure, orange: warning, blue: note). Click a row's map to open the "
             "microscope at that depth, its name to read its findings below.",
             width="content",
         )
-        _offer_numbers(shown, measure)
+        offer_numbers("Numbers", lambda: _numbers(shown, measure), f"depth_map_{measure}", key="map")
     if at in runs.summaries:
         _show_findings(runs, runs.summaries[at])
 
@@ -237,25 +231,19 @@ def _profile_words(summary: Summary, measure: str) -> str:
     )
 
 
-def _offer_numbers(shown: Sequence[Summary], measure: str) -> None:
-    """The numbers of the map as a table, computed when it is opened."""
-    opened = st.popover("Numbers", type="tertiary", key="map_numbers", on_change="rerun")
-    if not opened.open:
-        return
-    with opened:
-        table = pd.DataFrame(
-            {
-                "run": each.name,
-                "loss": each.loss,
-                "depth": depth,
-                "module": each.depths[depth] if depth < len(each.depths) else UNDEFINED,
-                MEASURES[measure].title: value,
-            }
-            for each in shown
-            for depth, value in enumerate(each.profiles.get(measure, ()))
-        )
-        show_frame(table, height=320, width=620)
-        offer_csv(table, f"depth_map_{measure}", key="map_csv")
+def _numbers(shown: Sequence[Summary], measure: str) -> pd.DataFrame:
+    """The numbers of the map."""
+    return pd.DataFrame(
+        {
+            "run": each.name,
+            "loss": each.loss,
+            "depth": depth,
+            "module": each.depths[depth] if depth < len(each.depths) else UNDEFINED,
+            MEASURES[measure].title: value,
+        }
+        for each in shown
+        for depth, value in enumerate(each.profiles.get(measure, ()))
+    )
 
 
 def _show_findings(runs: _Runs, summary: Summary) -> None:

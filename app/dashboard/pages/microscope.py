@@ -21,6 +21,7 @@ from depthscope.app.dashboard.components.microscope import (
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import growing_runs, run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
+from depthscope.app.dashboard.state.run_reading import UnreadableRun
 from depthscope.app.figures import FIGURES
 from depthscope.app.figures.build.answers import least_needed
 from depthscope.app.readings.close_up import MARKED, TOKEN_MEASURES, WHOSE, CloseUp
@@ -74,7 +75,9 @@ def _say_state(reading: Reading) -> Reading:
     state = growing_runs.live_states({name: path}).get(name)
     if state is not None:
         st.badge(state.words, color=state.colour)
-    found = growing_runs.read_again(reading)
+    known = growing_runs.read_growing(reading.run, path)
+    chains = {} if isinstance(known, UnreadableRun) else {each.chain: each for each in known}
+    found = chains.get(reading.chain)
     if found is None or (state is not None and not state.is_growing):
         st.rerun()  # of the whole page: this stops the fragment's clock, and shows what has become of the run
     assert found is not None  # `rerun` does not return

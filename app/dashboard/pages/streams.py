@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import numpy as np
 import streamlit as st
 
-from depthscope.app.dashboard.components.chart import build, card, cards_in_rows, show_legend
-from depthscope.app.dashboard.components.controls import choose, choose_index, choose_one
+from depthscope.app.dashboard.components.chart import build, card, show_legend
+from depthscope.app.dashboard.components.controls import choose, choose_one
 from depthscope.app.dashboard.components.depth_pane import show_matrices
 from depthscope.app.dashboard.components.finding_card import escaped
 from depthscope.app.dashboard.components.page import Page
 from depthscope.app.dashboard.state import run_library
 from depthscope.app.dashboard.state.chosen_runs import ChosenRuns
-from depthscope.app.figures import Heatmap
+from depthscope.app.figures import Heatmap, available
 from depthscope.app.figures.build.answers import streams_answer
 from depthscope.app.figures.build.matrix_figure import picture_figure
 from depthscope.app.figures.palette import colour_numbers
@@ -27,7 +26,8 @@ PICTURE_HEIGHT = 210
 
 
 def _show(chosen: ChosenRuns) -> None:
-    figures = chosen.figures("mixing")
+    kinds = available(chosen.analyses).items()
+    figures = {name: kind for name, kind in kinds if kind.question == "mixing"}
     if not figures:
         st.info(
             "None of the chosen runs has streams to mix: plain residual networks add each branch to one stream. Choose a run "
@@ -44,9 +44,9 @@ def _show(chosen: ChosenRuns) -> None:
     if mixing:
         with st.container(horizontal=True, vertical_alignment="bottom"):
             run = choose_one("Run", list(mixing), "mixing_run")
-            last = mixing[run].num_connections - 1
-            a = choose_index("From connection a", last, "from_connection", default=0, width=160)
-            b = choose_index("to connection b", last, "to_connection", default=last, width=160)
+            numbers = list(map(str, range(mixing[run].num_connections)))
+            a = int(choose_one("From connection a", numbers, "from_connection", width=160))
+            b = int(choose_one("to connection b", numbers, "to_connection", default=numbers[-1], width=160))
             st.caption(
                 "The product H_res(b) ⋯ H_res(a) of every token; for a = b one matrix.", width="content"
             )
@@ -60,45 +60,39 @@ def _show(chosen: ChosenRuns) -> None:
     names = [name for name in SHOWN if name in figures]
     selection = choose([figures[name] for name in names], chosen.analyses)
     show_legend(colour_numbers(chosen.analyses))
-    cards_in_rows({f"chart_{name}": build(figures[name], chosen.analyses, selection) for name in names})
+    for first in range(0, len(names), 2):
+        # A row of columns for each pair: in two long columns a tall card would move all that follow out of line.
+        for column, name in zip(st.columns(2), names[first : first + 2], strict=False):
+            with column:
+                figure = build(figures[name], chosen.analyses, selection)
+                card(figure, key=f"chart_{name}", height=430 if isinstance(figure, Heatmap) else 300)
 
 
 def _show_matrices(reading: Reading, close_up: CloseUp, a: int, b: int) -> None:
     """The matrices of every connection, and the product of some."""
-    pictures = depth_pictures(close_up.mean_matrices, close_up, reading.name)
-    card(pictures, key="mixing_pictures", height=PICTURE_HEIGHT)
     first, last = min(a, b), max(a, b)
-    matrices = close_up.matrices(first) if first == last else close_up.composite(first, last)
+    matrices = close_up.matrices(first, last)
     if not matrices:
         st.info("The run has no real token: all of it is padding.", icon="ℹ️")
         return
-    with st.container(border=True):
-        st.markdown(f"**{escaped(_words_of(close_up, first, last))}**")
-        show_matrices(matrices, "bench")
-
-
-def _words_of(close_up: CloseUp, first: int, last: int) -> str:
-    if first == last:
-        return f"H_res of {close_up.connection_name(first)}"
-    return (
-        f"Product of {last - first + 1} H_res, from {close_up.connection_name(first)} "
-        f"to {close_up.connection_name(last)}"
-    )
-
-
-def depth_pictures(means: np.ndarray, close_up: CloseUp, run: str) -> Heatmap:
-    """H_res of every connection, the mean over tokens."""
-    return picture_figure(
-        list(means),
-        [close_up.connection_name(i) for i in range(len(means))],
-        range(len(means)),
-        len(means),
+    pictures = [each.h_res for each in close_up.pictures("mean")[0]]
+    names = [close_up.connection_name(i) for i in range(len(pictures))]
+    figure = picture_figure(
+        pictures,
+        names,
+        range(len(pictures)),
+        len(pictures),
         name="h_res_pictures",
         title="H_res of every connection",
-        run=run,
+        run=reading.name,
         x_label="connection (0 = first sublayer)",
         of="mean over tokens",
     )
+    card(figure, key="mixing_pictures", height=PICTURE_HEIGHT)
+    words = f"Product of {last - first + 1} H_res, from {names[first]} to {names[last]}"
+    with st.container(border=True):
+        st.markdown(f"**{escaped(words if last > first else f'H_res of {names[first]}')}**")
+        show_matrices(matrices)
 
 
 PAGE = Page(

@@ -187,17 +187,12 @@ def _say(histories: Mapping[str, TrainingHistory]) -> None:
                 st.badge(words, color=state.colour)
         if len(histories) == 1:
             (history,) = histories.values()
-            st.caption(escaped(", ".join(_facts(history))), width="content")
-
-
-def _facts(history: TrainingHistory) -> list[str]:
-    words = [f"{len(history.steps)} measured steps"]
-    status = history.status
-    if status is not None:
-        words.append(f"written by process {status.pid} on {status.host}")
-    if history.resumed_at:
-        words.append(f"resumed at step {', '.join(map(str, history.resumed_at[-3:]))}")
-    return words
+            facts = [f"{len(history.steps)} measured steps"]
+            if status := history.status:
+                facts.append(f"written by process {status.pid} on {status.host}")
+            if history.resumed_at:
+                facts.append(f"resumed at step {', '.join(map(str, history.resumed_at[-3:]))}")
+            st.caption(escaped(", ".join(facts)), width="content")
 
 
 def _choose(
@@ -236,18 +231,12 @@ def _choose(
         }
     steps = np.unique(np.concatenate([history.steps for history in histories.values()]))
     zoom = _zoom(float(steps[0]), float(steps[-1]))
-    step = _step_of_address()
-    pinned = None if step is None else int(steps[_position_of(steps, step)])
-    return Shown(known, tuple(measures), choice, steps, zoom, pinned, colours, group_of)
-
-
-def _step_of_address() -> int | None:
-    """The pinned step; none where it is no number."""
-    text = st.query_params.get("step", "")
-    if not re.fullmatch(r"[0-9]{1,15}", text, re.ASCII):
+    pinned = None
+    if re.fullmatch(r"[0-9]{1,15}", text := st.query_params.get("step", ""), re.ASCII):
+        pinned = int(steps[_position_of(steps, int(text))])
+    else:
         st.query_params.pop("step", None)
-        return None
-    return int(text)
+    return Shown(known, tuple(measures), choice, steps, zoom, pinned, colours, group_of)
 
 
 def _zoom(first: float, last: float) -> tuple[float, float] | None:
@@ -288,14 +277,16 @@ def _show_history(
     panels = [_panel(histories, name, shown) for name in shown.measures]
     marks = _marks(histories, begun)
     # Of the panels' own columns, and no others: an arrow key moves to where something else can be seen.
-    places = _places(shown.steps, panels)
+    places = next((panel.figure.x for panel in panels if isinstance(panel.figure, Heatmap)), None)
+    if places is None:
+        places = shown.steps[np.linspace(0, len(shown.steps) - 1, min(len(shown.steps), 400)).astype(int)]
     resumed = next(iter(histories.values())).resumed_at if len(histories) == 1 else ()
     _panels(
         data={
             "name": "training",
             "figure": draw_panels(panels, marks, marks=resumed).to_json(),
             "height": panels_height(panels, marks),
-            "places": places,
+            "places": [float(step) for step in places],
             "names": None,
             "follows": True,
             "pin": pinned_by_page("training", None if shown.step is None else float(shown.step)),
@@ -343,13 +334,6 @@ def _panel(histories: Mapping[str, TrainingHistory], name: str, shown: Shown) ->
     names = row_names(history.measures[name])
     every = max(1, int(np.ceil(rows * LINE / height)))
     return Panel(figure, height=height, ticks={row: names[row] for row in range(0, rows, every)})
-
-
-def _places(steps: np.ndarray, panels: Sequence[Panel]) -> list[float]:
-    columns = next((panel.figure.x for panel in panels if isinstance(panel.figure, Heatmap)), None)
-    if columns is None:
-        columns = steps[np.linspace(0, len(steps) - 1, min(len(steps), 400)).astype(int)]
-    return [float(step) for step in columns]
 
 
 def _show_step(histories: Mapping[str, TrainingHistory], shown: Shown) -> None:
@@ -409,27 +393,19 @@ def _list_findings(reading: Reading, begun: Sequence[Begun], *, several: bool) -
                 st.button(
                     "Pin the step",
                     key=f"begun_{reading.name}_{number}",
-                    on_click=_pin,
-                    args=(each.step,),
+                    on_click=st.query_params.update,
+                    args=({"step": str(each.step)},),
                     type="tertiary",
                 )
-                depth = worst_depth(finding, reading.analysis)
                 st.button(
                     "Open the microscope",
                     key=f"microscope_{reading.name}_{number}",
-                    on_click=_open,
-                    args=(reading, depth),
+                    on_click=open_microscope,
+                    args=(st.session_state.get("runs", ()),),
+                    kwargs={"look_at": reading.name, "depth": worst_depth(finding, reading.analysis)},
                     type="tertiary",
                     help="At the last state of the run.",
                 )
-
-
-def _pin(step: int) -> None:
-    st.query_params["step"] = str(step)
-
-
-def _open(reading: Reading, depth: int | None) -> None:
-    open_microscope(st.session_state.get("runs", ()), look_at=reading.name, depth=depth)
 
 
 PAGE = Page(

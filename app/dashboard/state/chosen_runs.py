@@ -1,4 +1,4 @@
-"""What is known about the chosen runs? Those that were analysed, and those that could not be read."""
+"""What is known about the chosen runs, and where does a click lead? Their readings, and the page that it opens."""
 
 from __future__ import annotations
 
@@ -10,31 +10,23 @@ from typing import Any
 import streamlit as st
 import xarray as xr
 
-from depthscope.app.dashboard.state.run_reading import UnreadableRun
-from depthscope.app.figures import FigureKind, available
 from depthscope.app.figures.build.values import feeds
 from depthscope.app.readings.readings import Reading
 
 
 @dataclass(frozen=True)
 class ChosenRuns:
-    """The runs that a visitor has chosen.
+    """The runs that a visitor has chosen and that can be read.
 
     ``readings``: run (or run/chain) name → reading.
-    ``unreadable``: runs that could not be read, with the reason.
     """
 
     readings: Mapping[str, Reading]
-    unreadable: tuple[UnreadableRun, ...]
 
     @cached_property
     def analyses(self) -> dict[str, xr.Dataset]:
         """Run name → analysis, in the order of the runs' colours."""
         return {name: reading.analysis for name, reading in self.readings.items()}
-
-    def figures(self, question: str) -> dict[str, FigureKind]:
-        """Figures of one question that the chosen runs can feed."""
-        return {name: kind for name, kind in available(self.analyses).items() if kind.question == question}
 
     def feeding(self, *needs: Iterable[str]) -> list[str]:
         """Names of the runs that can feed one of several figures, by the variables that each needs."""

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from threading import RLock
-from typing import TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from depthscope.app.dashboard.state.run_reading import (
     CACHE_BYTES,
-    ReadingCache,
+    READINGS,
+    Cache,
     UnreadableRun,
     read,
     sentence,
@@ -29,9 +27,6 @@ from depthscope.app.readings.training_history import history_of as read_history
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema import LiveRows, Status
 
-Key = TypeVar("Key")
-Rows = TypeVar("Rows", LiveRows, TrainingHistory)
-
 _rest = {"until": 0.0}
 """The time until which no growing run is analysed again."""
 
@@ -41,18 +36,13 @@ SHARE_OF_TIME = 0.2
 MOST_FOLLOWED = 16
 """Live stores whose rows stay in memory. A heuristic of ours."""
 
-_lock = RLock()
-"""Of what follows: all visitors share it."""
+_stores = Cache(MOST_FOLLOWED)
 
-_growing: dict[Path, tuple[FileVersion, tuple[Reading, ...] | UnreadableRun]] = {}
-"""What was read last of a run that is being written."""
+_followed = Cache(MOST_FOLLOWED)
+"""Histories of live stores."""
 
-_stores: OrderedDict[Path, LiveRows] = OrderedDict()
-
-_followed: OrderedDict[tuple[Path, str], TrainingHistory] = OrderedDict()
-
-_histories = ReadingCache(CACHE_BYTES // 4, lambda history: history.num_bytes)
-"""Of runs that have ended."""
+_ended = Cache(CACHE_BYTES // 4, lambda history: history.num_bytes)
+"""Histories of runs that have ended."""
 
 
 def is_growing(path: Path) -> bool:
@@ -69,36 +59,20 @@ def is_waiting(path: Path) -> bool:
     return status.num_rows == 0 and live_state(status).is_growing
 
 
-def is_known(path: Path) -> bool:
-    """Whether a run that is being written was analysed before."""
-    return path in _growing
-
-
 def read_growing(name: str, path: Path) -> tuple[Reading, ...] | UnreadableRun:
     """A run that is being written, as of its last steps: analysed again when there are new ones, but not all the time."""
-    with _lock:
-        version, found = _growing.get(path, (None, None))
-        begun = time.monotonic()
-        if found is not None and begun < _rest["until"]:
-            return found
-        try:
-            now = version_of(path)
-        except OSError as error:
-            return UnreadableRun(name, path, sentence(error))
-        if found is None or version != now:
-            found = read(name, path)
-            _growing[path] = now, found
-            ended = time.monotonic()
-            _rest["until"] = ended + (ended - begun) * (1 - SHARE_OF_TIME) / SHARE_OF_TIME
-        return found
-
-
-def read_again(reading: Reading) -> Reading | None:
-    """A reading of a run that is being written, as of its last steps; None where it cannot be read any more."""
-    found = read_growing(reading.run, Path(reading.path))
-    if isinstance(found, UnreadableRun):
-        return None
-    return next((each for each in found if each.chain == reading.chain), None)
+    known = READINGS.peek(path)
+    begun = time.monotonic()
+    if known is not None and begun < _rest["until"]:
+        return known
+    try:
+        found = READINGS.get(path, partial(read, name, path), (name, version_of(path)))
+    except OSError as error:
+        return UnreadableRun(name, path, sentence(error))
+    if found is not known:
+        ended = time.monotonic()
+        _rest["until"] = ended + (ended - begun) * (1 - SHARE_OF_TIME) / SHARE_OF_TIME
+    return found
 
 
 def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
@@ -109,39 +83,22 @@ def live_states(listed: Mapping[str, Path]) -> dict[str, LiveState]:
 
 def _current_store(path: Path) -> LiveRows | None:
     """The live store of a path as it is now; None where there is none, or none that can be read."""
-    with _lock, suppress(schema.SchemaError, OSError):
+    with suppress(schema.SchemaError, OSError):
         if schema.is_live_store(path):
-            return _followed_to_now(_stores, path, partial(LiveRows, path))
+            return _stores.refreshed(path, partial(LiveRows, path))
     return None
-
-
-def _followed_to_now(kept: OrderedDict[Key, Rows], key: Key, opened: Callable[[], Rows]) -> Rows:
-    """What follows a live store, with the rows that were added; those that were not asked for lately are let go."""
-    if key in kept:
-        kept[key].refresh()
-    else:
-        kept[key] = opened()
-    kept.move_to_end(key)
-    while len(kept) > MOST_FOLLOWED:
-        kept.popitem(last=False)
-    return kept[key]
 
 
 def history_of(reading: Reading) -> TrainingHistory | UnreadableRun:
     """What a reading measured step by step; of a live store with the rows that were added since the last call."""
-    path = Path(reading.path)
-    key = (path, reading.chain)
-    with _lock:
-        try:
-            if not schema.is_live_store(path):
-                history: TrainingHistory = _histories.get(
-                    (*key, FileVersion.of(path)), partial(read_history, reading)
-                )
-                return history
-            return _followed_to_now(_followed, key, partial(read_history, reading))
-        except (schema.SchemaError, OSError) as error:
-            _followed.pop(key, None)
-            return UnreadableRun(reading.name, path, sentence(error))
+    path, key = Path(reading.path), (reading.path, reading.chain)
+    make = partial(read_history, reading)
+    try:
+        if schema.is_live_store(path):
+            return _followed.refreshed(key, make)
+        return _ended.get(key, make, FileVersion.of(path))
+    except (schema.SchemaError, OSError) as error:
+        return UnreadableRun(reading.name, path, sentence(error))
 
 
 GROWS_WITHIN = 600.0
@@ -151,18 +108,12 @@ SILENT = 60.0
 """Seconds without a step after which a badge is no longer green."""
 
 
-@dataclass(frozen=True)
-class LiveState:
-    """What a page shows of a run that is or was written step by step.
+class LiveState(NamedTuple):
+    """What a page shows of a run that is or was written step by step."""
 
-    ``words``: such as ``step 4 200, 3 s ago``.
-    ``colour``: of Streamlit's badges.
-    ``is_growing``: whether further steps may come.
-    """
-
-    words: str
-    colour: str
-    is_growing: bool
+    words: str  # such as ``step 4 200, 3 s ago``
+    colour: str  # of Streamlit's badges
+    is_growing: bool  # whether further steps may come
 
 
 def live_state(status: Status) -> LiveState:

@@ -16,8 +16,9 @@ from depthscope.app.dashboard.state import growing_runs
 from depthscope.app.dashboard.state.run_reading import (
     CACHE_BYTES,
     LIMIT,
+    READINGS,
     Analyses,
-    ReadingCache,
+    Cache,
     UnreadableRun,
     read,
     sentence,
@@ -39,52 +40,28 @@ BEFORE_THE_FIRST_STEP = "It is being recorded, and no step of it was measured ye
 
 IS_ANALYSED = "It is being analysed."
 
+elsewhere = Analyses(is_on=False)
+"""By other processes, once the server is started."""
+
 _roots: list[Path] = []
 """The paths named at launch, resolved; one list for the process, since Streamlit serves every session from it."""
 
 
-_summaries: dict[Path, tuple[tuple[Any, ...], list[Summary]]] = {}
-"""Read once: a table of 500 runs is drawn anew at every click. Each has some ten kilobytes."""
+_summaries = Cache(10_000)
+"""Made once: a table of 500 runs is drawn anew at every click. Each has some ten kilobytes."""
 
+_differences = Cache(32 * 2**20, lambda found: sum(each.value.nbytes * 4 for each in found) + 1000)
 
-_beside: list[Analyses] = []
-"""Where other processes analyse; empty where this one does, as in a test."""
-
-
-def analyse_beside() -> None:
-    """Leave analyses to other processes from now on, so that pages stay quick and analyses go on without a page."""
-    _beside[:] = [Analyses()]
-
-
-def stop() -> None:
-    """End the analyses of other processes: the server ends."""
-    for analyses in _beside:
-        analyses.stop()
-
-
-def ask_for(runs: Mapping[str, Path]) -> bool:
-    """Have runs analysed, now or soon; whether some of their `summaries_of` are known now."""
-    later = {name: path for name, path in runs.items() if _beside and not growing_runs.is_growing(path)}
-    if later:
-        _beside[0].ask(later)
-    now = {name: path for name, path in runs.items() if name not in later}
-    for name, path in now.items():
-        read_run(name, {name: path})
-    return bool(now)
+_close_ups = Cache(CACHE_BYTES, lambda close_up: close_up.nbytes if close_up else 0)
 
 
 def differences_between(readings: Sequence[Reading], metric: str, view: Selection) -> list[Difference]:
     """Every run against the first, sequence by sequence; remembered until a file changes."""
     versions = tuple((reading.name, FileVersion.of(Path(reading.path))) for reading in readings)
-    return _differences.get(
+    found: list[Difference] = _differences.get(
         (versions, metric, view), lambda: between_runs(readings, [metric], view, max_bytes=LIMIT["max_bytes"])
     )
-
-
-def waiting_words(path: Path) -> str:
-    """How far a run is that has to be analysed."""
-    waits = bool(_beside) and _beside[0].is_waiting(path)
-    return "waiting for its analysis" if waits else "being analysed"
+    return found
 
 
 def allow(paths: Sequence[Path], *, max_bytes: int | None = None) -> None:
@@ -142,11 +119,11 @@ def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Readi
     for _ in range(2):
         try:
             version = version_of(path)
-            is_known = _cache.peek((name, path, version)) is not None or kept_summaries(path, version)
-            if _beside and not is_known and _beside[0].result_of(path, version) is None:
-                _beside[0].ask({name: path}, first=True)
+            is_known = READINGS.peek(path, (name, version)) is not None or kept_summaries(path, version)
+            if elsewhere.is_on and not is_known and elsewhere.result_of(path, version) is None:
+                elsewhere.ask({name: path}, first=True)
                 return UnreadableRun(name, path, IS_ANALYSED, waits=True)
-            found = _cache.get((name, path, version), partial(_kept_or_read, name, path, version))
+            found = READINGS.get(path, partial(_kept_or_read, name, path, version), (name, version))
             if version_of(path) == version:
                 return found
         except OSError as error:  # it has gone, or is a pipe
@@ -155,32 +132,34 @@ def read_run(name: str, listed: Mapping[str, Path] | None = None) -> tuple[Readi
     return UnreadableRun(name, path, reason)
 
 
-def summaries_of(name: str, path: Path) -> list[Summary] | UnreadableRun | None:
-    """What the verdicts of a run say; None where the run has to be analysed first."""
+def summaries_of(name: str, path: Path, *, ask: bool = False) -> list[Summary] | UnreadableRun:
+    """What the verdicts of a run say, or that it has to be analysed first, which begins where one may `ask` for it."""
+    words = "waiting for its analysis" if elsewhere.is_waiting(path) else "being analysed"
+    waits = UnreadableRun(name, path, words, waits=True)
     if growing_runs.is_waiting(path):
         return UnreadableRun(name, path, BEFORE_THE_FIRST_STEP, waits=True)
     if growing_runs.is_growing(path):
         # Analysed again now and then; what its rows say at the moment is in `live_states`.
-        known = growing_runs.read_growing(name, path) if growing_runs.is_known(path) else None
-        return known if known is None else _summarised(known)
+        is_read = ask or READINGS.peek(path) is not None
+        return _summarised(growing_runs.read_growing(name, path)) if is_read else waits
     # Its files are looked at when its analysis has ended: hundreds of runs have a hundred thousand files.
-    if _beside and _beside[0].is_pending(path):
-        return None
+    if elsewhere.is_pending(path):
+        return waits
     try:
         place = _place_of(path)
-        if path in _summaries and _summaries[path][0] == place:
-            return _summaries[path][1]
+        if (made := _summaries.peek(path, place)) is not None:
+            return made
         version = version_of(path)
     except OSError as error:
         return UnreadableRun(name, path, sentence(error))
-    known = _cache.peek((name, path, version))
+    known = READINGS.peek(path, (name, version))
     found = kept_summaries(path, version) if known is None else _summarised(known)
-    if found is None and _beside and _beside[0].result_of(path, version) is not None:
-        # It cannot be read, or what was found could not be saved: then it is analysed here.
+    # It cannot be read elsewhere, or what was found could not be saved: then it is analysed here.
+    if found is None and (elsewhere.result_of(path, version) is not None or (ask and not elsewhere.is_on)):
         found = _summarised(read_run(name, {name: path}))
-    if isinstance(found, list):
-        _summaries[path] = place, found
-    return found
+    if found is None and ask:
+        elsewhere.ask({name: path})
+    return _summaries.get(path, lambda: found, place) if isinstance(found, list) else found or waits
 
 
 def _place_of(path: Path) -> tuple[Any, ...]:
@@ -201,8 +180,9 @@ def close_up_of(reading: Reading) -> CloseUp | None:
         # A live store has a new row every moment, and new states now and then.
         version = FileVersion.of((schema.is_live_store(path) and schema.newest_state(path)) or path)
         return _close_ups.get(
-            (path, version, reading.chain),
+            (path, reading.chain),
             partial(read_close_up, path, reading.chain, max_bytes=LIMIT["max_bytes"]),
+            version,
         )
     except (schema.SchemaError, OSError):
         logging.getLogger(__name__).debug("no states of %s", ascii(str(path)), exc_info=True)
@@ -213,31 +193,9 @@ def _kept_or_read(name: str, path: Path, version: FileVersion) -> tuple[Reading,
     kept = kept_readings(path, version)
     if kept is not None:
         return kept
-    reason = _beside[0].result_of(path, version) if _beside else None
-    if reason:
+    if reason := elsewhere.result_of(path, version):
         return UnreadableRun(name, path, reason)
     found = read(name, path)
     if not isinstance(found, UnreadableRun):
         keep(path, version, found)
     return found
-
-
-def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
-    """Bytes that a result keeps in memory: its numbers, and its attributes about as they would be printed."""
-    if isinstance(found, UnreadableRun):
-        return len(found.reason)
-    return sum(
-        reading.analysis.nbytes
-        + len(repr(reading.attrs))
-        + len(repr(reading.analysis.attrs))
-        + sum(result.nbytes for result in reading.results.values())
-        for reading in found
-    )
-
-
-_differences = ReadingCache(32 * 2**20, lambda found: sum(each.value.nbytes * 4 for each in found) + 1000)
-
-_close_ups = ReadingCache(CACHE_BYTES, lambda close_up: close_up.nbytes if close_up else 0)
-
-_cache = ReadingCache(CACHE_BYTES, _size_of)
-"""One for the process: all visitors share the analyses. Not Streamlit's own, which counts entries instead of bytes."""

@@ -71,40 +71,75 @@ def sentence(error: Exception) -> str:
     return visible(error, lines=True, longest=LONGEST_TEXT)
 
 
-CACHE_BYTES = 128 * 2**20
-"""Memory for analysed runs: 500 runs of 12 layers. A heuristic of ours: the others are read from the user's cache folder."""
-
-
-class ReadingCache:
-    """Values by key, bounded by their bytes and not by their number: one run may be as large as a thousand others.
+class Cache:
+    """One value for each key, made anew for another version; bounded by size, and not by number: one run may be as large as
+    a thousand others.
 
     Values are shared by all visitors and never changed. One value is made at a time, whoever asks: visitors who open the
     same run wait for one analysis, and the memory that analyses need is that of one.
 
-    ``most_bytes``: bytes of all values together. The value used last stays also where it is larger alone, since the
-    next click of a visitor needs it again.
-    ``size_of``: bytes of a value.
+    ``most``: size of all values together. The value used last stays also where it is larger alone, since the next click
+    of a visitor needs it again.
+    ``size_of``: size of a value, such as its bytes; each counts as one by default.
     """
 
-    def __init__(self, most_bytes: int, size_of: Callable[[Any], int]):
-        self._most_bytes, self._size_of = most_bytes, size_of
-        self._kept: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+    def __init__(self, most: int, size_of: Callable[[Any], int] = lambda _: 1):
+        self._most, self._size_of, self._size = most, size_of, 0
+        self._kept: OrderedDict[Hashable, tuple[Any, Any, int]] = OrderedDict()
         self._making = RLock()  # reentrant, so that making a value may ask for another one
 
-    def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
+    def get(self, key: Hashable, make: Callable[[], Any], version: Any = None) -> Any:
         """The value of a key, made where it is not cached; what making it raises is raised, and nothing is cached."""
         with self._making:
-            if key not in self._kept:
+            if key not in self._kept or self._kept[key][0] != version:
                 made = make()
-                self._kept[key] = made, self._size_of(made)
+                self.forget(key)
+                self._kept[key] = version, made, self._size_of(made)
+                self._size += self._kept[key][2]
             self._kept.move_to_end(key)
-            while sum(size for _, size in self._kept.values()) > self._most_bytes and len(self._kept) > 1:
-                self._kept.popitem(last=False)
-            return self._kept[key][0]
+            while self._size > self._most and len(self._kept) > 1:
+                self.forget(next(iter(self._kept)))
+            return self._kept[key][1]
 
-    def peek(self, key: Hashable) -> Any:
-        """The value of a key, None where it is not cached; nothing is made, and nobody waited for."""
-        return self._kept.get(key, (None,))[0]
+    def refreshed(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """The value of a key that follows a file, with what was added to the file; let go where that cannot be read."""
+        with self._making:
+            try:
+                value = self.get(key, make)
+                value.refresh()
+            except BaseException:
+                self.forget(key)
+                raise
+            return value
+
+    def peek(self, key: Hashable, *version: Any) -> Any:
+        """The value of a key, of any version where none is named; None where it is not cached: nobody is waited for."""
+        kept = self._kept.get(key)
+        return None if kept is None or (version and version[0] != kept[0]) else kept[1]
+
+    def forget(self, *keys: Hashable) -> None:
+        """Let some values go, all where none is named."""
+        with self._making:
+            for key in keys or list(self._kept):
+                self._size -= self._kept.pop(key, (None, None, 0))[2]
+
+
+def _size_of(found: tuple[Reading, ...] | UnreadableRun) -> int:
+    """Bytes that a result keeps in memory: its numbers, and its attributes about as they would be printed."""
+    if isinstance(found, UnreadableRun):
+        return len(found.reason)
+    return sum(
+        len(repr((reading.attrs, reading.analysis.attrs)))
+        + sum(each.nbytes for each in (reading.analysis, *reading.results.values()))
+        for reading in found
+    )
+
+
+CACHE_BYTES = 128 * 2**20
+"""Memory for analysed runs: 500 runs of 12 layers. A heuristic of ours: the others are read from the user's cache folder."""
+
+READINGS = Cache(CACHE_BYTES, _size_of)
+"""Of each path the readings or why there are none. Not Streamlit's own cache, which counts entries instead of bytes."""
 
 
 # --- analyses by other processes, while a visitor looks at something else
@@ -133,9 +168,11 @@ class Analyses:
     What they find is saved in the user's cache (`kept_readings`), from which the server reads it.
 
     ``most``: processes at a time; as many as there are cores by default.
+    ``is_on``: whether analyses are left to other processes, so that pages stay quick; as in a test they are not.
     """
 
-    def __init__(self, most: int | None = None):
+    def __init__(self, most: int | None = None, *, is_on: bool = True):
+        self.is_on = is_on
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         self._threads = ThreadPoolExecutor(most or cores or 1)
         self._jobs: dict[Path, _Job] = {}

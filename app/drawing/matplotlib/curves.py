@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -92,29 +93,19 @@ def _limit(axes: Axes, figure: Lines) -> None:
         low, high = float(values.min()), float(values.max())
         if visible_limits(low, high) != (low, high):  # they differ by rounding alone
             axes.set_ylim(*visible_limits(low, high))
-    # Measured before the loop: otherwise one threshold could bring the next one near.
-    low, high = axes.get_ylim()
     is_log = axes.get_yscale() == "log"
-    for line in figure.lines:
-        if line.role == "threshold" and _is_near(line.y[0], low, high, is_log):
-            axes.set_ylim(*_including(line.y[0], *axes.get_ylim(), is_log))
+    scale, back = (np.log10, partial(np.power, 10.0)) if is_log else (np.asarray, np.asarray)
+    low, high = scale(axes.get_ylim())
+    # A threshold that is at most a decade, or half the span, away is shown, a little inside. Heuristics of ours.
+    reach, room = (1.0, 0.06) if is_log else ((high - low) / 2, 0.03 * (high - low))
+    levels = [
+        line.y[0] for line in figure.lines if line.role == "threshold" and (line.y[0] > 0 or not is_log)
+    ]
+    near = [level for level in scale(levels) if low - reach <= level <= high + reach]
+    if near:
+        axes.set_ylim(*back([min(low, min(near) - room), max(high, max(near) + room)]))
     if is_log:
         plain_ticks(axes.yaxis, *axes.get_ylim())
-
-
-def _is_near(value: float, low: float, high: float, is_log: bool) -> bool:
-    """Whether a threshold is at most a decade, or half the span, away: near enough to be shown. A heuristic of ours."""
-    if is_log:
-        return value > 0 and low / 10 <= value <= high * 10
-    return low - (high - low) / 2 <= value <= high + (high - low) / 2
-
-
-def _including(value: float, low: float, high: float, is_log: bool) -> tuple[float, float]:
-    """The limits of the axis, widened so that a value is a little inside."""
-    if is_log:
-        return min(low, value / 1.15), max(high, value * 1.15)
-    room = 0.03 * (high - low)
-    return min(low, value - room), max(high, value + room)
 
 
 def _draw_limits(axes: Axes, figure: Lines) -> None:

@@ -13,7 +13,7 @@ from depthscope.app.drawing.plotly.cells import (
     LARGEST_SIDE,
     PALETTE,
     draw_heatmap,
-    log_ticks,
+    log_axis,
     reduction_words,
     set_layout,
     shrink,
@@ -63,9 +63,6 @@ def _say_empty(drawn: go.Figure, words: str) -> None:
     drawn.update_traces(showscale=False, selector={"type": "heatmap"})
 
 
-_LOG = {"type": "log", "exponentformat": "power", "tickfont": {"size": 11}}
-
-
 def _layout(figure: Figure) -> dict[str, Any]:
     """Quiet axes on a transparent page; `uirevision` keeps zoom and hidden lines when the data change."""
     axis = {"gridcolor": FAINT, "zeroline": False, "linecolor": FAINT, "ticks": "", "automargin": True}
@@ -73,11 +70,7 @@ def _layout(figure: Figure) -> dict[str, Any]:
     y_axis = {**axis, "title": {"text": words(figure.y_label), "standoff": 6, "font": {"size": 12.5}}}
     if isinstance(figure, Lines):
         return _frame(figure) | {
-            "xaxis": {
-                **x_axis,
-                "showgrid": False,
-                **(_log_axis(figure) if figure.log_x else _whole_ticks(figure)),
-            },
+            "xaxis": {**x_axis, "showgrid": False, **_ticks(figure)},
             "yaxis": y_axis,
             "hovermode": "x unified",
         }
@@ -104,17 +97,13 @@ def _row_names(figure: Heatmap) -> dict[str, Any]:
     return {"tickvals": list(figure.y), "ticktext": names, "tickfont": {"size": 10.5}, "title": None}
 
 
-def _log_axis(figure: Lines) -> dict[str, Any]:
-    x = np.concatenate([line.x for line in figure.lines] or [np.zeros(0)])
-    ends = np.log10(x[x > 0]).min(initial=np.inf), np.log10(x[x > 0]).max(initial=-np.inf)
-    few = 0 < ends[1] - ends[0] <= 2
-    return _LOG | (log_ticks(float(ends[0]), float(ends[1]), most=7) if few else {"dtick": 1})
-
-
-def _whole_ticks(figure: Lines) -> dict[str, Any]:
-    """A tick for every index where there are few, so that no half depth is named."""
+def _ticks(figure: Lines) -> dict[str, Any]:
+    """Of the horizontal axis: one for every index where there are few, so that no half depth is named."""
     x = np.concatenate([line.x for line in figure.lines] or [np.zeros(1)])
-    return {"dtick": 1} if bool(np.all(x == np.round(x))) and 1 < x.max() <= 12 else {}
+    if not figure.log_x:
+        return {"dtick": 1} if bool(np.all(x == np.round(x))) and 1 < x.max() <= 12 else {}
+    exponents = np.log10(x[x > 0])
+    return log_axis(float(exponents.min()), float(exponents.max()), 7) if exponents.size else {"type": "log"}
 
 
 def _frame(figure: Figure) -> dict[str, Any]:

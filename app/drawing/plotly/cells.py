@@ -77,47 +77,39 @@ def draw_heatmap(figure: Heatmap, *, most_ticks: int = 9) -> go.Figure:
     # plotly has no logarithmic colour scale: logarithms are drawn, and the numbers go to the hover.
     # `where` leaves what has no logarithm undefined, without numpy's warning.
     shown = np.log10(z, out=np.full_like(z, np.nan), where=z > 0) if figure.log_z else z
-    limits = _log_limits(figure.limits) if figure.log_z else figure.limits
+    limits, ticks = figure.limits, {}
+    if figure.log_z:
+        limits = (np.log10(limits[0]), np.log10(limits[1])) if limits is not None and limits[0] > 0 else None
+        known = shown[np.isfinite(shown)]
+        ticks = log_ticks(float(known.min()), float(known.max()), most_ticks) if known.size else {}
+        ticks |= {"tickvals": np.log10(ticks["tickvals"]).tolist()} if ticks else {}
+    names = _cell_names(figure)
+    value = f"<b>%{{{'customdata' if figure.log_z else 'z'}:.4~g}}</b><extra></extra>"
+    place = f"{words(figure.x_label)} %{{x:.4~g}}, {words(figure.y_label)} %{{y:.4~g}}<br>"
     bar = {
         "title": {"text": words(figure.z_label), "side": "right", "font": {"size": 12.5}},
         "thickness": 12,
         "outlinewidth": 0,
         "len": 0.9,
     }
-    drawn = go.Figure(
+    return go.Figure(
         go.Heatmap(
             x=figure.x,
             y=figure.y,
             z=shown,
             customdata=z if figure.log_z else None,
-            text=_cell_names(figure),
+            text=names,
             zmin=None if limits is None else limits[0],
             zmax=None if limits is None else limits[1],
             # plotly takes the middle only where it sets the ends itself.
             zmid=0.0 if figure.diverging and limits is None else None,
             colorscale=DIVERGING if figure.diverging else "Viridis",
             meta="diverging" if figure.diverging else None,  # a dark page has other colours around zero
-            colorbar=bar | (_log_ticks(shown, most_ticks) if figure.log_z else {}),
+            colorbar=bar | ticks,
             hoverongaps=False,
-            hovertemplate=_hover(figure),
+            hovertemplate=("%{text}<br>" if names else "") + ("" if figure.named_only else place) + value,
         )
     )
-    return drawn
-
-
-def _log_limits(limits: tuple[float, float] | None) -> tuple[float, float] | None:
-    if limits is None or limits[0] <= 0:
-        return None
-    return float(np.log10(limits[0])), float(np.log10(limits[1]))
-
-
-def _log_ticks(shown: np.ndarray, most: int) -> dict[str, Any]:
-    """Round numbers on a colour bar of logarithms."""
-    known = shown[np.isfinite(shown)]
-    if known.size == 0:
-        return {}
-    ticks = log_ticks(float(known.min()), float(known.max()), most)
-    return {**ticks, "tickvals": np.log10(ticks["tickvals"]).tolist()} if ticks else {}
 
 
 def _cell_names(figure: Heatmap) -> list[list[str]] | None:
@@ -129,15 +121,6 @@ def _cell_names(figure: Heatmap) -> list[list[str]] | None:
     ):
         return None
     return [[f"{words(column)}<br>{words(row)}" for column in figure.x_text] for row in figure.y_text]
-
-
-def _hover(figure: Heatmap) -> str:
-    value = "%{customdata:.4~g}" if figure.log_z else "%{z:.4~g}"
-    names = "%{text}<br>" if _cell_names(figure) is not None else ""
-    if figure.named_only:
-        return f"{names}<b>{value}</b><extra></extra>"
-    across, up = words(figure.x_label), words(figure.y_label)
-    return f"{names}{across} %{{x:.4~g}}, {up} %{{y:.4~g}}<br><b>{value}</b><extra></extra>"
 
 
 def set_layout(drawn: go.Figure, **options: Any) -> None:
@@ -228,3 +211,10 @@ def log_ticks(low: float, high: float, most: int = 6) -> dict[str, Any]:
     values = round_numbers(low, high, most)
     names = [f"{value:g}".replace("e-0", "e-").replace("e+0", "e") for value in values]
     return {"tickvals": values, "ticktext": names} if values else {}
+
+
+def log_axis(low: float, high: float, most: int = 6) -> dict[str, Any]:
+    """A logarithmic axis between two exponents of ten: decades on a long one, round numbers on a short one."""
+    is_long = high - low > 2
+    ticks = {"dtick": max(1, round((high - low) / most))} if is_long else log_ticks(low, high, most)
+    return {"type": "log", "exponentformat": "power", "tickfont": {"size": 11}, **ticks}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.cells import DASHES, GREY, HEALTHY, PALETTE, log_ticks, words
+from depthscope.app.drawing.plotly.cells import DASHES, GREY, HEALTHY, PALETTE, log_axis, words
 from depthscope.app.figures import Line, Lines
 from depthscope.app.figures.build.bins import visible_limits
 from depthscope.app.figures.palette import MARK_EDGE, Look
@@ -108,7 +108,8 @@ def _curve(line: Line, drawn: _Drawn, *, most_marks: int, named: bool) -> go.Sca
         mode="lines+markers" if look else "lines",
         line={"color": drawn.colour, "dash": drawn.dash, "width": 2.2 if look else 1.3},
         marker=_mark(look) | {"maxdisplayed": most_marks} if look else None,
-        error_y=_whiskers(line, drawn.colour),
+        # The interval over sequences at every point, where the band is something else.
+        error_y=None if line.error is None else {"array": line.error, "color": drawn.colour} | _WHISKER,
         opacity=1.0 if look else 0.7,
         # Lines of one legend group are hidden together: a line with its null and band.
         legendgroup=line.label if named else line.group,
@@ -125,11 +126,7 @@ def _mark(look: Look) -> dict[str, Any]:
     return {"symbol": look.shape, "size": 5.5, "color": inside, "line": {"color": MARK_EDGE, "width": 0.9}}
 
 
-def _whiskers(line: Line, colour: str) -> dict[str, Any] | None:
-    """The interval over sequences at every point, where the band is something else."""
-    if line.error is None:
-        return None
-    return {"type": "data", "array": line.error, "color": colour, "thickness": 1.2, "width": 2}
+_WHISKER = {"type": "data", "thickness": 1.2, "width": 2}
 
 
 def _key(lines: Sequence[Line], drawn: Sequence[_Drawn]) -> list[go.Scatter]:
@@ -225,7 +222,4 @@ def _scale(span: tuple[float, float] | None, log_y: bool) -> dict[str, Any]:
     if not log_y:
         return {"range": list(span)}
     ends = [float(np.log10(end)) for end in span]
-    decades = ends[1] - ends[0]
-    # About six ticks on a long axis.
-    ticks = {"dtick": max(1, round(decades / 6))} if decades > 2 else log_ticks(ends[0], ends[1])
-    return {"type": "log", "range": ends, "exponentformat": "power", "tickfont": {"size": 11}, **ticks}
+    return {"range": ends, **log_axis(ends[0], ends[1])}

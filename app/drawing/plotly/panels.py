@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from depthscope.app.drawing.plotly.cells import FAINT, FONT, GREY, draw_heatmap, log_ticks, set_layout, words
+from depthscope.app.drawing.plotly.cells import FAINT, FONT, GREY, draw_heatmap, log_axis, set_layout, words
 from depthscope.app.drawing.plotly.curves import draw_lines
 from depthscope.app.figures import Figure, Heatmap, Lines
 from depthscope.app.figures.specification import NOISE_BASELINE, looks_of
@@ -104,9 +104,34 @@ def draw_panels(
         caption = panel.figure.caption
         note = f"  <span style='font-size:10.5px'>{words(caption)}</span>" if caption else ""
         more = note if names is None else _key(panel)
-        drawn.add_annotation(text=f"<b>{words(panel.figure.title, 90)}</b>{more}", **_title(high))
+        drawn.add_annotation(
+            text=f"<b>{words(panel.figure.title, 90)}</b>{more}",
+            xref="paper",
+            x=0,
+            xanchor="left",
+            # From the left edge of the drawing on: on a phone a title needs the room above the names of the axis too.
+            xshift=4 - LEFT,
+            yref="paper",
+            y=high,
+            yanchor="bottom",
+            yshift=3,  # above the names of the first row of a map, or of the topmost tick
+            showarrow=False,
+            font={"size": 12},
+        )
         for bar in bars if names is not None and isinstance(panel.figure, Lines) else ():
-            drawn.add_shape(_shade(bar, low, high))
+            drawn.add_shape(
+                type="rect",
+                xref="x",
+                x0=bar.first - 0.4,
+                x1=bar.last + 0.4,
+                yref="paper",
+                y0=low,
+                y1=high,
+                fillcolor=SEVERITY_COLOURS[bar.severity],
+                opacity=0.09,
+                line_width=0,
+                layer="below",
+            )
         if panel.marked is not None:
             drawn.add_hline(y=panel.marked, yref=f"y{number}", line={"color": MARKED, "width": 1.5})
         top -= panel.height
@@ -188,42 +213,6 @@ def _bar_label(bar: Bar, lane: int, ends: tuple[float, float]) -> dict[str, Any]
     }
 
 
-def _shade(bar: Bar, low: float, high: float) -> dict[str, Any]:
-    return {
-        "type": "rect",
-        "xref": "x",
-        "x0": bar.first - 0.4,
-        "x1": bar.last + 0.4,
-        "yref": "paper",
-        "y0": low,
-        "y1": high,
-        "fillcolor": SEVERITY_COLOURS[bar.severity],
-        "opacity": 0.09,
-        "line": {"width": 0},
-        "layer": "below",
-    }
-
-
-def _title(high: float) -> dict[str, Any]:
-    """Where the title of a panel is placed.
-
-    ``high``: share of the drawing where the panel ends.
-    """
-    return {
-        "xref": "paper",
-        "x": 0,
-        "xanchor": "left",
-        # From the left edge of the drawing on: on a phone a title needs the room above the names of the axis too.
-        "xshift": 4 - LEFT,
-        "yref": "paper",
-        "y": high,
-        "yanchor": "bottom",
-        "yshift": 3,  # above the names of the first row of a map, or of the topmost tick
-        "showarrow": False,
-        "font": {"size": 12},
-    }
-
-
 def _key(panel: Panel) -> str:
     """The legend of a panel, in its title: which line is which, where there are several."""
     if not isinstance(panel.figure, Lines):
@@ -266,10 +255,7 @@ def _add_panel(
         axis |= {key: scale[key] for key in ("type", "range") if key in scale}
         if axis.get("type") == "log":
             low, high = axis.get("range", (0, 2))
-            few = high - low <= 2
-            axis |= {"exponentformat": "power"} | (
-                log_ticks(low, high, most=3) if few else {"dtick": max(1, round((high - low) / 3))}
-            )
+            axis = log_axis(low, high, most=3) | axis
     else:
         axis |= {"autorange": "reversed", "showgrid": False}
         if panel.ticks:

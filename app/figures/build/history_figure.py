@@ -10,8 +10,9 @@ import numpy as np
 from depthscope.app.figures.build.bins import Bins
 from depthscope.app.figures.build.values import folded, names_of
 from depthscope.app.figures.specification import NOISE_BASELINE, Figure, Heatmap, Line, Lines
-from depthscope.app.readings.training_history import DRIFT, Measure, TrainingHistory
+from depthscope.app.readings.training_history import Measure, TrainingHistory
 from depthscope.app.text.visible import LONGEST_NAME, visible
+from depthscope.diagnostics.analysis.training_curves import DRIFT
 from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 TITLES = {

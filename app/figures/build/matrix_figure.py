@@ -50,10 +50,8 @@ class MatrixFigure(FigureKind):
     def figure(self, analyses: Analyses, choice: Selection) -> Heatmap:
         """The matrix of one run, the selected one or the first that can feed it."""
         measurement = Measurement(self.metric, analyses, choice)
-        # One matrix shows one direction: forward where both are selected.
-        fixed = {"direction": "forward"} if choice.direction == "both" else {}
         # Slices, not variables: a run that has the metric under other labels cannot feed this selection.
-        able = {run: array for run, _, array in measurement.slices(**fixed)}
+        able = {run: array for run, _, array in measurement.slices()}
         run = choice.run if choice.run is not None else next(iter(able), None)
         if run is None or run not in able:
             has = ", ".join(able) or "none of the runs"
@@ -80,7 +78,7 @@ class MatrixFigure(FigureKind):
             z_label=measurement.axis_label(self.z_label),
             limits=self._colour_limits(z),
             log_z=CATALOGUE[self.metric].scale == "log",
-            caption=self._caption(measurement, run, set(able), fixed),
+            caption=self._caption(measurement, run, set(able)),
             # Without the diagonal, whose extremes (1 or 0 with itself) would be the only ones named.
             alt=describe_matrix(
                 _off_diagonal(z), rows, columns, title=f"{self.title} (off the diagonal)", run=run
@@ -106,16 +104,16 @@ class MatrixFigure(FigureKind):
         low, high = self.limits
         return lowest if low is None else min(low, lowest), highest if high is None else max(high, highest)
 
-    def _caption(self, measurement: Measurement, run: str, able: set[str], fixed: dict[str, str]) -> str:
+    def _caption(self, measurement: Measurement, run: str, able: set[str]) -> str:
         """Selection and count, error of a cell and null, and which runs cannot feed it."""
         one = measurement.of([run])
-        direction = fixed.get("direction", one.choice.direction) if "direction" in one.dims else ""
+        direction = one.choice.direction.replace("both", "forward") if "direction" in one.dims else ""
         parts = [
             sentence(
                 [f"Run {run}", selection_words(one.dims, one.choice), direction, one.token_words("data")]
             ),
             self.note,
-            self._error_words(one, fixed),
+            self._error_words(one),
             _null_words(one),
             one.basis_words(),
             one.sample_words(),
@@ -123,9 +121,9 @@ class MatrixFigure(FigureKind):
         ]
         return " ".join(part for part in parts if part)
 
-    def _error_words(self, one: Measurement, fixed: dict[str, str]) -> str:
+    def _error_words(self, one: Measurement) -> str:
         """Sentence with the standard error of the cells, where the analysis has one."""
-        for _, _, error in fed(one.analyses, f"{self.metric}_stderr", one.choice, **fixed):
+        for _, _, error in fed(one.analyses, f"{self.metric}_stderr", one.choice):
             known = _off_diagonal(np.asarray(error.values, dtype=np.float64))
             known = known[np.isfinite(known)]
             if known.size:

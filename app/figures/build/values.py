@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import xarray as xr
@@ -36,8 +36,11 @@ def feeds(data: xr.Dataset, needs: tuple[str, ...]) -> bool:
     return all(name in data and bool(data[name].notnull().any()) for name in needs)
 
 
-def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.DataArray | None:
-    """The slice of one variable that a selection names; None where the run has no such variable or label."""
+def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: Any) -> xr.DataArray | None:
+    """The slice of one variable that a selection names; None where the run has no such variable or label.
+
+    ``fixed``: labels that win over those of the selection, of any dimension.
+    """
     if name not in data:
         return None
     array = data[name]
@@ -48,11 +51,11 @@ def pick(data: xr.Dataset, name: str, choice: Selection, **fixed: str) -> xr.Dat
         at["step"] = -1
         if choice.step is not None:
             at["step"] = int(array.indexes["step"].get_indexer([choice.step], method="nearest")[0])
-    for dim in LABELLED:
+    for dim in dict.fromkeys((*LABELLED, *fixed)):
         if dim not in array.dims:
             continue
-        # `fixed` wins: a curve of one direction asks for it where the selection has both.
-        label, labels = fixed.get(dim, getattr(choice, dim)), array[dim].values.tolist()
+        label, labels = fixed[dim] if dim in fixed else getattr(choice, dim), array[dim].values.tolist()
+        label = "forward" if dim == "direction" and label == "both" else label  # a slice has one direction
         if label not in labels:
             return None
         at[dim] = labels.index(label)

@@ -148,9 +148,8 @@ class Maps:
         """The panels, or the reason why there is none."""
         # Matrices are not overlaid, so that they need no shared axis.
         view = replace(view, axis="depth", **self.fixed)
-        direction = {"direction": "forward"} if view.direction == "both" else {}
         analyses = subjects.analyses
-        able = [run for run, _, _ in fed(analyses, self.kind.metric, view, **direction)]
+        able = [run for run, _, _ in fed(analyses, self.kind.metric, view)]
         if not able:
             return subjects.why_not(self.kind.metric)
         panels = []

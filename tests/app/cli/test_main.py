@@ -96,6 +96,7 @@ def test_bad_input_is_one_clear_line_and_two(words, said, saved, tmp_path, capsy
     error = capsys.readouterr().err
     assert said in error.splitlines()[-1]
     assert "Traceback" not in error
+    assert "analysing" not in error
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_five_hundred_runs_are_sent_in_little(monkeypatch, tmp_path, saved_runs)
     monkeypatch.setattr(run_library, "_roots", [])
     (reading,) = read_runs({"plain": run_library.schema.open_run(saved_runs / "plain.zarr.zip")})
     summary = summary_of(reading)
-    monkeypatch.setattr(run_library, "summaries_of", lambda name, path: [replace(summary, name=name)])
+    monkeypatch.setattr(run_library, "summaries_of", lambda name, path, ask: [replace(summary, name=name)])
     for number in range(500):
         (tmp_path / f"run{number:03}.zarr.zip").touch()
     test = open_page("", [tmp_path])

@@ -16,7 +16,7 @@ import xarray as xr
 from depthscope.app.dashboard.components.page import MOST_RUNS
 from depthscope.app.dashboard.state import run_library, run_reading
 from depthscope.app.dashboard.state.run_library import read_run
-from depthscope.app.dashboard.state.run_reading import Analyses, ReadingCache, UnreadableRun, version_of
+from depthscope.app.dashboard.state.run_reading import READINGS, Analyses, Cache, UnreadableRun, version_of
 from depthscope.app.readings.kept_readings import kept_summaries
 from depthscope.diagnostics import analyze, save_run, schema
 from depthscope.diagnostics.experiments import result_path, save_result
@@ -44,7 +44,7 @@ def root(tmp_path, monkeypatch) -> Path:
     root = tmp_path / "root"
     root.mkdir()
     monkeypatch.setattr(run_library, "_roots", [root.resolve()])
-    run_library._cache._kept.clear()
+    READINGS.forget()
     return root.resolve()
 
 
@@ -144,7 +144,7 @@ def test_a_choice_of_too_many_runs_is_bounded_and_the_limit_is_said(root, saved)
 
 
 def test_the_cache_is_bounded_by_bytes_and_keeps_what_was_used_last():
-    cache = ReadingCache(100, len)
+    cache = Cache(100, len)
     for key in "abc":
         cache.get(key, lambda: b"x" * 40)
     made: list[str] = []
@@ -179,11 +179,11 @@ def test_a_run_is_analysed_elsewhere_and_found_here(root, saved, monkeypatch):
     put(saved[".zarr.zip"][0], root / "a.zarr.zip")
     (root / "torn.zarr.zip").write_bytes(b"nonsense")
     analyses = Analyses(most=1)
-    monkeypatch.setattr(run_library, "_beside", [analyses])
+    monkeypatch.setattr(run_library, "elsewhere", analyses)
     monkeypatch.setattr(run_library, "read", None)  # not by this process
     listed = run_library.list_runs()
-    assert run_library.summaries_of("a", listed["a"]) is None
-    run_library.ask_for(listed)
+    for name, path in listed.items():
+        assert run_library.summaries_of(name, path, ask=True).waits
     until(lambda: all(analyses.result_of(path, version_of(path)) is not None for path in listed.values()))
     (summary,) = run_library.summaries_of("a", listed["a"])
     assert summary.name == "a"
@@ -192,7 +192,7 @@ def test_a_run_is_analysed_elsewhere_and_found_here(root, saved, monkeypatch):
     assert isinstance(torn, UnreadableRun)
     assert "cannot be read" in torn.reason
     # Who wants to see a run hears that it is analysed, before all others, until it is there.
-    run_library._cache._kept.clear()
+    READINGS.forget()
     os.utime(listed["a"], ns=(0, 10**18))
     waiting = run_library.read_run("a")
     assert isinstance(waiting, UnreadableRun)

@@ -48,7 +48,7 @@ def test_what_ships_is_small():
     assert 0 < total < 3e6
 
 
-def test_without_a_package_that_it_needs_the_reason_is_said(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(demo, "SHIPPED", tmp_path / "nothing")
+def test_a_process_that_could_not_measure_is_an_error(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo.subprocess, "run", lambda words, **_: SimpleNamespace(returncode=1))
     assert main(["demo", "--out", str(tmp_path), "--no-browser"]) == 2
-    assert "could not measure its models" in capfd.readouterr().err
+    assert "could not measure its models" in capsys.readouterr().err

@@ -56,9 +56,9 @@ def test_a_state_that_is_not_finite_is_the_largest(make_run, tmp_path):
     data["residual"].values[2, sequence, position, 0, 4] = np.inf
     save_run(schema.create_run(data, attrs=run.attrs), tmp_path / "a.zarr.zip")
     found = read_close_up(tmp_path / "a.zarr.zip")
-    largest = found.largest_tokens(2)[0]
+    largest = found.largest(2)[0]
     assert (largest.sequence, largest.position) == (sequence, position)
-    assert found.largest_entries(2)[0].feature == 4
+    assert found.largest(2, entries=True)[0].feature == 4
 
 
 def test_of_a_run_that_is_too_large_the_first_sequences_are_read(mhc_run, tmp_path, monkeypatch):

@@ -1,12 +1,12 @@
-"""One of several processes under torchrun: tries many things in one start, and writes what failed.
+"""Two processes that train together: they try many things in one start, and write what failed.
 
-``torchrun --nproc-per-node 2 tests/probes/training/several_processes.py FOLDER`` writes ``RANK.json``: scenario to "" or the
-error.
+``python tests/probes/training/several_processes.py FOLDER [SCENARIO …]`` writes ``RANK.json``: scenario to "" or the error.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import random
 import sys
 import time
@@ -415,9 +415,11 @@ SCENARIOS = (
 )
 
 
-def main(folder: Path) -> None:
-    dist.init_process_group("gloo", timeout=timedelta(seconds=240))
-    world, rank = dist.get_world_size(), dist.get_rank()
+def main(folder: Path, world: int = 2) -> None:
+    rank = int(os.fork() == 0)  # after the imports, which take longest
+    meeting = f"file://{folder}/meeting"
+    timeout = timedelta(seconds=240)
+    dist.init_process_group("gloo", meeting, rank=rank, world_size=world, timeout=timeout)
     wanted = sys.argv[2:]
     results = {}
     for scenario in SCENARIOS:
@@ -432,6 +434,8 @@ def main(folder: Path) -> None:
         dist.barrier()
     (folder / f"{rank}.json").write_text(json.dumps(results))
     time.sleep(0.5)  # gloo closes connections that others may still read from
+    if rank == 0:
+        assert os.wait()[1] == 0
 
 
 if __name__ == "__main__":

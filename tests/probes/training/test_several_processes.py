@@ -22,10 +22,9 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 def test_processes(tmp_path):
     """Every scenario in one start of two processes, which takes most of the time."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     root = str(Path(__file__).parents[3])
     done = subprocess.run(
-        [*command, str(WORKER), str(tmp_path)],
+        [sys.executable, str(WORKER), str(tmp_path)],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
         capture_output=True,
         text=True,
