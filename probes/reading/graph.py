@@ -63,6 +63,8 @@ class ModuleCall(NamedTuple):
     number: int  # among the calls of the module
     parent: int  # the number of the call around it; -1 for the model's own
     kind: str  # the module's class
+    # In which one, by position or keyword, it takes each floating tensor
+    arguments: tuple[int | str, ...] = ()
 
     @property
     def container(self) -> str | None:

@@ -131,10 +131,14 @@ class GraphRecorder(TorchDispatchMode):
 
     def enter(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note that a module is called with some arguments. Some layers are one operation."""
-        tensors = floats_in(*args, *kwargs.values())
+        tensors, arguments, kind = list[torch.Tensor](), list[int | str](), type(module).__name__
+        for of, value in (*enumerate(args), *kwargs.items()):
+            floats = floats_in(value)
+            tensors += floats
+            arguments += [of] * len(floats)
         self._find_unseen(tensors)
         index = self._calls[path] = self._calls.get(path, -1) + 1
-        self.graph.calls.append(ModuleCall(path, index, self._stack[-1], type(module).__name__))
+        self.graph.calls.append(ModuleCall(path, index, self._stack[-1], kind, tuple(arguments)))
         self._stack.append(len(self.graph.calls) - 1)
         self._running.append(module)
         only = only_operation(module, tensors, self._hooks)

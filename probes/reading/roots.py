@@ -106,7 +106,17 @@ class _Sums:
             depending or added,
             key=lambda a: (self._merges[a.number], -self._root[a.number].number if both else 0),
         )
+        if not depending and self._is_put_together(value, added, carrier):
+            return None, False
         return carrier, bool(depending)
+
+    def _is_put_together(self, value: TracedValue, parts: list[TracedValue], carrier: TracedValue) -> bool:
+        """Whether a value is made of several parts, none of which was computed from another, and begins anew."""
+        root = self._root[carrier.number]
+        if value.name == "cat":  # as a class token and patches
+            return len({self._root[part.number] for part in parts}) > 1
+        # As of a block with a shortcut of its own, whose output was put together of parts.
+        return root.numel < value.numel and all(map(self._graph.depends_on_input, parts))
 
     def _is_of_layer(self, value: TracedValue) -> bool:
         if value.name == "convolution":

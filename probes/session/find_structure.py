@@ -473,7 +473,7 @@ class StructureFinder:
 
     def _with_names(self, found: Sequence[ReadChain]) -> list[ReadChain]:
         """The chains with distinct names."""
-        names = chain_names([of.memories[0].name for of in found])
+        names = chain_names(self.graph, self.model, [(of.memories[0].name, of.chain) for of in found])
         return [replace(of, chain=replace(of.chain, name=n)) for of, n in zip(found, names, strict=True)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from depthscope.probes.connections.proof import DepthWeights, Parts, StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
@@ -21,7 +23,7 @@ from depthscope.probes.reading.description import (
     DepthReading,
     MemoryReading,
 )
-from depthscope.probes.reading.graph import TracedValue
+from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
 from depthscope.probes.structure.not_covered import LeftOut
@@ -168,8 +170,30 @@ def require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int, 
         )
 
 
-def chain_names(paths: Sequence[str]) -> list[str]:
-    """Short distinct names of chains: of the paths of their memories the first component in which all differ."""
+def chain_names(graph: Graph, model: nn.Module, chains: Sequence[tuple[str, Chain]]) -> list[str]:
+    """Distinct names: of their memories (which are given), shortened, or what blocks call the tracks that they take."""
+    paths = [path for path, _ in chains]
+    short = dict(zip(unique := list(dict.fromkeys(paths)), _distinct(unique), strict=True))
+    names = [
+        short[path] if paths.count(path) == 1 else _argument(graph, model, chain) for path, chain in chains
+    ]
+    is_clear = len(set(names)) == len(names) and (len(names) == 1 or "" not in names)
+    return names if is_clear else _distinct(paths)
+
+
+def _argument(graph: Graph, model: nn.Module, chain: Chain) -> str:
+    """What the blocks of a chain call its state; empty where they take none."""
+    point = next((point for point in chain.points if point.at == "input"), None)
+    if point is None:
+        return ""
+    call = graph.calls[graph.call_of(point.path, point.index)]
+    of = call.arguments[point.item] if point.item < len(call.arguments) else len(call.arguments)
+    names = list(inspect.signature(model.get_submodule(point.path).forward).parameters)
+    return of if isinstance(of, str) else names[of] if of < len(names) else ""
+
+
+def _distinct(paths: Sequence[str]) -> list[str]:
+    """Short distinct names: the first component in which all paths differ."""
     if len(paths) == 1:
         return [""]
     parts = [path.split(".") for path in paths]

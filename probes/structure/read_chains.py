@@ -93,6 +93,8 @@ class ChainReader:
             ]
             layout = f"N {layout}"
         self._require_one_order(points)
+        if self.memory.is_plain:  # what no call hands on that made it lies inside of that
+            points = [p if self._is_named_rightly(p) else replace(p, site="mid") for p in points]
         if self.memory.over_depth:
             points = list(map(self._as_read, points))
         # The shapes of the states in the chain's layout: of one memory they are all the same.
@@ -133,6 +135,20 @@ class ChainReader:
         block = self.graph.calls[self._call_of(following)].path
         module = made if made.startswith(f"{block}.") else block
         return replace(point, layer=following.layer, site="pre", module=module)
+
+    def _is_named_rightly(self, point: HookPoint) -> bool:
+        """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
+        if point.site not in ("post", "pre"):
+            return True
+        value, shown = self._value(point), self.graph.shown
+        given = [of for other in same_elements(self.graph, value) for of in shown.get(other.number, ())]
+        paths = {self.graph.calls[of.call].path for of in given if of.at == "output"}
+        if any(f"{point.module}.".startswith(f"{path}.") for path in paths if path):
+            return True
+        inside = [call for call in self.graph.stack(value) if self.graph.calls[call].path == point.module]
+        return not inside or not any(
+            of.call in inside and of.at == "output" for places in shown.values() for of in places
+        )
 
     def _require_one_order(self, points: Sequence[HookPoint]) -> None:
         """Refuse states of which some have their tokens in another order: those of one shape and layout have one order."""
