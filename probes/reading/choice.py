@@ -220,7 +220,7 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         memory = follow(graph, start_with_streams(*begin))
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
-    found = [of for of in found if of.memory.num_writes and not _is_shift(of.memory)]
+    found = [of for of in found if of.memory.num_writes and not _has_no_features(of.memory)]
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     for of in found:
         root = of.memory.root
@@ -234,9 +234,9 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     return sorted(found, key=lambda of: of.rank, reverse=True)
 
 
-def _is_shift(memory: Memory) -> bool:
-    """Whether one sum spreads it over all else, as a mean that a network's output is shifted by: it has no second state."""
-    return memory.num_writes == 1 and memory.carried[memory.end.number].count > memory.count
+def _has_no_features(memory: Memory) -> bool:
+    """Whether its first value is one number a sequence, as a mean that is taken off the input and added to the output."""
+    return len(memory.shape) > 1 and max(memory.shape[1:]) == 1
 
 
 def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import T5Config, T5Model
 
 from depthscope import probes
 from depthscope.diagnostics import schema
@@ -117,3 +118,53 @@ def test_a_head_of_the_same_blocks_leaves_the_trunk_unproven_until_its_blocks_ar
     assert "lie in lanes side by side" in probes.capture(model, x).attrs["proof"]
     trace = probes.capture(model, x, layers="trunk").trace
     assert [str(m) for m in trace.module.values] == ["(input)", "trunk.0", "trunk.1", "trunk.2", "trunk.3"]
+
+
+class PictureAndText(nn.Module):
+    """Two towers that are compared, one of which begins with a class token next to patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch, self.token = nn.Conv2d(3, WIDTH, 4, 4), nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.visual, self.text = Tower(4, WIDTH), Tower(3, WIDTH)
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+
+    def forward(self, picture, text):
+        patches = self.patch(picture).flatten(2).transpose(1, 2)
+        seen = self.visual(torch.cat([self.token.expand(len(picture), -1, -1), patches], 1))[:, 0]
+        said = self.text(self.embedding(text))[:, -1]
+        return seen @ said.T
+
+
+def test_a_tower_that_begins_with_a_class_token_is_read():
+    torch.manual_seed(0)
+    batch = {"picture": torch.randn(2, 3, 8, 8), "text": tokens(2, 6) % VOCABULARY}
+    found = probes.describe(PictureAndText(), batch)
+    assert found.chains == {"visual": 5, "text": 4}
+    assert (found.proof, found.not_covered) == ("proven", ())
+
+
+class Forecast(nn.Module):
+    """An encoder and a decoder of a series that is scaled at first and back at last; one operation writes into a view."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_heads": 4, "num_layers": 3, "vocab_size": 2}
+        self.t5 = T5Model(T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0))
+        self.patch, self.head = nn.Linear(4, 32), nn.Linear(32, 24)
+
+    def forward(self, series):
+        mean = series.nanmean(1, keepdim=True).nan_to_num(0.0)
+        scale = (series - mean).square().nanmean(1, keepdim=True).sqrt().nan_to_num(1.0)
+        steps = torch.zeros(len(series), series.shape[1] + 1)
+        torch.cumsum(torch.ones_like(series), 1, out=steps.narrow(1, 1, series.shape[1]))
+        patches = self.patch(((series - mean) / scale + steps[:, 1:] / 100).unflatten(1, (-1, 4)))
+        start = torch.zeros(len(series), 1, dtype=torch.long)
+        said = self.t5(inputs_embeds=patches, decoder_input_ids=start).last_hidden_state
+        return (self.head(said).view(len(series), -1) * scale + mean).view(len(series), 3, 8)
+
+
+def test_a_mean_that_the_whole_output_is_shifted_by_is_no_stream():
+    torch.manual_seed(0)
+    found = probes.describe(Forecast().eval(), torch.randn(2, 24))
+    assert (found.chains, found.proof) == ({"encoder": 7, "decoder": 10}, "proven")
