@@ -53,19 +53,15 @@ def functions() -> Iterator[tuple[ModuleType | type, str, FunctionType]]:
             own = [of for of in vars(module).values() if inspect.isclass(of) and of.__module__ == name]
             for holder in (module, *own):
                 for attribute, of in list(vars(holder).items()):
-                    if (
-                        isinstance(of, FunctionType)
-                        and of.__code__.co_name == attribute
-                        and of.__module__ == name
-                    ):
+                    is_own = isinstance(of, FunctionType) and of.__module__ == name
+                    if is_own and of.__name__ == attribute:
                         yield holder, attribute, of
 
 
 def switchable(asking: set[str]) -> Iterator[Rule]:
     """Every rule, which can be switched off from now on. ``asking``: the design that asks at present."""
     for holder, attribute, function in functions():
-        answer = neutral_answer(function)
-        if answer is None:
+        if (answer := neutral_answer(function)) is None:
             continue
         rule = Rule(f"{function.__module__.rpartition('.')[2]}.{function.__qualname__}", answer)
 

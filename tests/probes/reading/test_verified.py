@@ -219,7 +219,6 @@ def test_what_a_pass_found_is_printed(capsys):
     stack = plain_stack.Stack([plain_stack.Block(8) for _ in range(2)], nn.Linear(4, 8))
     for name, line in {
         "record": r"%17 add\[6, 16\] \(2, 5, 8\) blocks.0",
-        "memories": r"%5 .* → %28 .*: 4 values, 2 writes",
         "branches": r"1 .* blocks.1: reads %17 .*, gives %27 .*, added in \[%28 .*\]",
         "cuts": r"0 post: \[%17 .*\]",
         "connections": r"1 → 2: \['blocks.1'\], off by .*",
