@@ -12,6 +12,7 @@ from torch import nn
 
 from depthscope.diagnostics import schema
 from depthscope.probes.one_shot import measure
+from depthscope.probes.reading.read import printed_after
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.session.model_call import batches
 from depthscope.probes.session.options import Options, Scope, SiteOptions, takes_options
@@ -170,7 +171,9 @@ class Description:
 
 
 @takes_options(SiteOptions)
-def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> Description:
+def describe(
+    model: nn.Module, batch: Any, *, print_after: str | None = None, **options: Unpack[SiteOptions]
+) -> Description:
     """Describe what is found in a model: family, blocks, streams, layout, sites, orientation and its proof.
 
     Parameters
@@ -179,6 +182,10 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
         The model.
     batch : object
         One batch, as in `probes.capture`.
+    print_after : str, optional
+        Also print what one pass of the reading found: ``"record"``, ``"memories"``, ``"branches"``, ``"cuts"`` (the
+        states), ``"connections"`` or ``"proof"``. `%7 add[3, 6] (2, 5, 16)` is value 7 of the forward, a sum of the
+        values 3 and 6, and its shape.
     **options
         Some options of `Options`.
 
@@ -188,15 +195,17 @@ def describe(model: nn.Module, batch: Any, **options: Unpack[SiteOptions]) -> De
 
     Raises
     ------
+    InputError
+        Where there is no such pass.
     ChainError, LayoutError, ReconstructionError
         As in `probes.capture`.
     """
     # One batch is enough: which chains and connections a model has does not depend on the data.
     first = next(iter(batches(batch)))
     # A proof needs tokens, not sequences.
-    measured = measure(
-        model, first, Options(**options, max_sequences=2), scope=Scope(only_own=True, sums=False)
-    )
+    scope = Scope(only_own=True, sums=False)
+    with printed_after(print_after):
+        measured = measure(model, first, Options(**options, max_sequences=2), scope=scope)
     run = build_run(measured.session, None, [], described=True)
     names = schema.chains(run)
     traces = {name: schema.chain_dataset(run, "trace", name) for name in names}

@@ -218,7 +218,8 @@ class _Life:
         ``known``: the sizes of the states before.
         ``count``: how many values the one before has.
         """
-        usual = _repeated(known) or (known[-1] if known else 0)
+        # The smallest size that occurred twice.
+        usual = min((of for of in known if known.count(of) > 1), default=known[-1] if known else 0)
         moments = self._moments(time, until)
         same = [of for of in moments if of[1] == usual] or moments[:1]
         first = min(same, key=lambda of: (self._counts[of[0]] != count, self._counts[of[0]]))
@@ -289,8 +290,3 @@ def _common_length(names: Sequence[str], usual: Sequence[str]) -> int:
             return length
         left.remove(name)
     return len(names)
-
-
-def _repeated(sizes: list[int]) -> int | None:
-    """The smallest size that occurred twice."""
-    return min((size for size in sizes if sizes.count(size) > 1), default=None)

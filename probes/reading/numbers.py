@@ -172,8 +172,8 @@ class Numbers:
             return Numbers.of(again) or Numbers(array=again)  # zeros hold nothing, and stay next to what does
         axes: list[np.ndarray] = []
         for group, sizes in _common_axes(self.shape, shape):
-            vectors = [self.axes[dim] for dim in group]
-            merged = _merged_axes(vectors)
+            vectors = [self.axes[dim] for dim in group] or [np.zeros(1, dtype=np.int64)]
+            merged = reduce(lambda a, b: (a[:, None] + b).reshape(-1).clip(_HOLE), vectors)
             parts = _split_axis(merged, sizes)
             if parts is None:
                 return Numbers.of(self.dense().reshape(tuple(shape)))
@@ -263,12 +263,6 @@ def _common_axes(old: Sequence[int], new: Sequence[int]) -> list[tuple[list[int]
         found.append((list(range(i, to)), list(new[j:end])))
         i, j = to, end
     return found
-
-
-def _merged_axes(vectors: Sequence[np.ndarray]) -> np.ndarray:
-    if not vectors:
-        return np.zeros(1, dtype=np.int64)
-    return reduce(lambda a, b: (a[:, None] + b).reshape(-1).clip(_HOLE), vectors)
 
 
 def _split_axis(vector: np.ndarray, sizes: Sequence[int]) -> list[np.ndarray] | None:

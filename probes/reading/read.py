@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise, takewhile
 
 import torch
 
+from depthscope.diagnostics.errors import InputError, did_you_mean
 from depthscope.probes.reading.branches import Branch, before_norms, branches_of, with_own_gates
 from depthscope.probes.reading.choice import NO_MEMORY, memories
 from depthscope.probes.reading.connections import DepthParts, Linear, weights
@@ -39,6 +43,21 @@ from depthscope.probes.reading.proof import (
 )
 from depthscope.probes.reading.states import States
 
+PASSES = ("record", "memories", "branches", "cuts", "connections", "proof")
+_printed: ContextVar[str | None] = ContextVar("printed", default=None)  # the pass whose result is printed
+
+
+@contextmanager
+def printed_after(name: str | None) -> Iterator[None]:
+    """Print what one pass of each reading found that is made inside; nothing for None."""
+    if name is not None and name not in PASSES:
+        raise InputError(f"print_after is {name!r}; {did_you_mean(name, PASSES)}")
+    token = _printed.set(name)
+    try:
+        yield
+    finally:
+        _printed.reset(token)
+
 
 class Rereading:
     """The reading of a forward, and that of later ones: where these run the same operations, nothing is looked for again."""
@@ -48,6 +67,37 @@ class Rereading:
         self._readers: list[_Reader] = []
         with torch.no_grad():
             self.reading = self._read()
+        if (name := _printed.get()) is not None:
+            refused = [f"refused: {self.reading.refused}"] if self.reading.refused else []
+            sys.stdout.writelines(f"{line}\n" for line in (*self._found_by(name), *refused))
+
+    def _found_by(self, name: str) -> Iterable[str]:
+        """What a pass found, a line each."""
+        values, readers, found = self.graph.values, self._readers, self.reading.memories
+        return {
+            "record": (f"{value!r} {self.graph.path(value)}" for value in values),
+            "memories": (
+                f"{of.memory.root!r} → {of.memory.end!r}: {len(of.memory.carried)} values, {of.memory.num_writes} writes"
+                for of in readers
+            ),
+            "branches": (
+                f"{branch.layer} {branch.kind} {branch.path}: reads {branch.read!r}, gives {branch.source!r}, "
+                f"added in {branch.writes}"
+                for of in readers for branch in of.branches
+            ),
+            "cuts": (
+                f"{state.layer} {state.site}: {[values[number] for number in state.values]}"
+                for memory in found for state in memory.states
+            ),
+            "connections": (
+                f"{joint.depth_in} → {joint.depth_out}: {[of.branch.path for of in joint.branches]}, off by {joint.error:.1e}"
+                for memory in found for joint in memory.connections
+            ),
+            "proof": (
+                f"{memory.name}: {memory.proof}, off by {memory.error:.1e}, weights {dict(memory.weights)}"
+                for memory in found
+            ),
+        }[name]  # fmt: skip
 
     def _read(self) -> NetworkReading:
         if self.graph.error is not None:

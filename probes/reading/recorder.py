@@ -206,11 +206,6 @@ class GraphRecorder(TorchDispatchMode):
         self.graph.outputs = [self.value_of(tensor) for tensor in tensors_of(output)]
         return self.graph
 
-    @property
-    def path(self) -> str:
-        """The module whose call is running; that of the model is empty."""
-        return self.graph.calls[self._stack[-1]].path
-
     def value_of(self, tensor: torch.Tensor) -> TracedValue:
         """The value that a tensor has now, as it is taken."""
         value = self.known(tensor)

@@ -142,7 +142,10 @@ def further_residuals(
     ``blocks``: paths of modules that are described as they are, with all that is in them.
     """
     held = set[int]().union(*(memory.held for memory in read))
-    ends, carried = _ends_of_branches(graph, read, held)
+    sources = {branch.source.number for memory in read for branch in memory.branches}
+    taken = {of.number for n in held - {memory.root for memory in read} for of in graph.values[n].parents}
+    # What is added to memories or weighs them, in order; and the values that these carry, but for it.
+    ends, carried = [graph.values[n] for n in sorted(sources | taken - held)], held - sources
     later = [graph.later(graph.values[memory.root]) for memory in read]
     behind = graph.earlier(ends, carried)
     for group in _linked_sums(graph, held, blocks):
@@ -173,16 +176,6 @@ def _linked_sums(graph: Graph, held: set[int], blocks: AbstractSet[str]) -> list
                 {number: of for group in linked for number, of in group.items()} | {value.number: branch}
             )
     return groups
-
-
-def _ends_of_branches(
-    graph: Graph, read: Iterable[MemoryReading], held: set[int]
-) -> tuple[list[TracedValue], set[int]]:
-    """What is added to memories or weighs them, in order; and the values that these carry, but for it."""
-    sources = {branch.source.number for memory in read for branch in memory.branches}
-    begins = {memory.root for memory in read}
-    taken = {parent.number for n in held - begins for parent in graph.values[n].parents}
-    return [graph.values[n] for n in sorted(sources | taken - held)], held - sources
 
 
 def _parameters(graph: Graph, numbers: set[int]) -> frozenset[str]:

@@ -79,7 +79,7 @@ def _state_rows(session: Session, number: int, chain: Chain) -> Iterator[Coverag
     # A forward counts only if every captured state and connection fired in it, so that a site that is hooked at all fired in
     # all of them.
     count, selection = session.step.num_forwards, session.options.selection
-    captured = {of.key[:2] for of in session.structure.shown}
+    captured = {(of.chain, of.depth) for of in session.structure.shown}
     wanted = selection.stored(chain)
     for depth, point in enumerate(chain.points):
         fired, stored = (number, depth) in captured, depth in wanted

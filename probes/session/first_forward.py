@@ -492,10 +492,10 @@ class FirstReading:
     def _new_observer(self, structure: Structure, tape: Tape) -> Observer:
         parameters, times = None, dict[Key, float]()
         for of in structure.shown:  # a state of several streams is there with the last of them
-            times[of.key[:2]] = max(of.point.moment_in(tape.graph), times.get(of.key[:2], -math.inf))
-        if (
-            self.scope.sums and not self.scope.only_own and structure.connections
-        ):  # of a capture's one set of weights no value moves
+            key, moment = (of.chain, of.depth), of.point.moment_in(tape.graph)
+            times[key] = max(moment, times.get(key, -math.inf))
+        # Of a capture's one set of weights no value moves.
+        if self.scope.sums and not self.scope.only_own and structure.connections:
             parameters = ConnectionParameters(self.model, structure)
         return Observer(
             structure,

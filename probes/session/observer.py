@@ -50,6 +50,8 @@ class Observer:
         self.structure = structure
         self.options = options
         self.parameters = parameters
+        # For each connection the bias or gate that each stored value belongs to.
+        self.parameter_cells = {} if parameters is None else parameters.cells
         self.origins: Any = None  # of the coefficients, where they were asked for and are known
         self.dtype = torch.float32  # of the states recorded last
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
@@ -60,11 +62,6 @@ class Observer:
         self._calls, self._times = calls, times
         self.scope = scope
         self.unread: set[TensorKey] = set()  # streams of which nothing is made
-
-    @property
-    def parameter_cells(self) -> Mapping[int, tuple[str, ...]]:
-        """For each connection the bias or gate that each stored value belongs to; empty where none are stored."""
-        return {} if self.parameters is None else self.parameters.cells
 
     def record_shown(self, forward: Forward, of: ShownTensor, tensor: torch.Tensor) -> None:
         """Record a state, or one stream of it: with the last of these the state is there, its streams along the first axis."""
@@ -180,20 +177,15 @@ class Observer:
             gradient = gradient.float() / scale.to(gradient.device)
         if of.num_tensors > 1:
             if of.stream in forward.stream_gradients.get(of.key[:2], ()):  # of another backward
-                self._complete_gradient(forward, *of.key[:2])
+                self.complete_gradient(forward, *of.key[:2])
             gradients = _with_other_streams(forward.stream_gradients, of, gradient)
             if gradients is None:
                 return
             gradient = torch.stack(gradients)
         self._record_gradient(forward, of.chain, of.depth, gradient)
 
-    def complete_gradients(self, forward: Forward) -> None:
-        """After the backward: the loss does not depend on the streams of a state of which no gradient came with the others."""
-        for number, depth in list(forward.stream_gradients):
-            self._complete_gradient(forward, number, depth)
-
-    def _complete_gradient(self, forward: Forward, number: int, depth: int) -> None:
-        """Store the gradient of a state with zeros for the streams that the backward did not reach."""
+    def complete_gradient(self, forward: Forward, number: int, depth: int) -> None:
+        """After the backward: the gradient of a state, with zeros for streams that it did not reach."""
         streams = forward.stream_gradients.pop((number, depth))
         keys = [of.key for of in self.structure.shown if of.key[:2] == (number, depth)]
         expected = forward.expected_gradients.keys() & set(keys)

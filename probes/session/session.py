@@ -349,7 +349,8 @@ class Session:
         """
         with self._lock:
             for forward in self.step.forwards:
-                self.observer.complete_gradients(forward)
+                for state in list(forward.stream_gradients):
+                    self.observer.complete_gradient(forward, *state)
             return self.step.fold()
 
     @property

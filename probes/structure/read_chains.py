@@ -322,11 +322,6 @@ class ChainReader:
         after = (of.branches[0].branch for of in self.connections[depth:] if of.branches)
         return next(before, None), next(after, None)
 
-    def _require_whole(self, value: TracedValue) -> None:
-        """Refuse a state that is split over processes."""
-        if (split := self.graph.split.get(value.number)) is not None:
-            raise split_error(split)
-
     def _point(self, depth: int, layout: str = "") -> HookPoint:
         """What shows a state in a later forward; a value of some layout, where that is asked for.
 
@@ -389,7 +384,8 @@ class ChainReader:
             same = [other for other in moved if self.layout_of(other) == layout]
             value = same[0] if same else value
         for other in same:
-            self._require_whole(other)
+            if (split := self.graph.split.get(other.number)) is not None:
+                raise split_error(split)
         places = [(other, shown) for other in same for shown in self.graph.shown.get(other.number, ())]
         best = max(places, key=lambda of: self._rank(depth, value, *of), default=None)
         until = None if best is None or best[1].at == "output" else best[1].order

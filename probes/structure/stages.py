@@ -55,7 +55,10 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
     kinds = set(chain.block_class.split("/"))
     state, limit = graph.values[chain.points[0].number], len(graph.calls)
     while True:
-        call = _block_of(graph, state, containers, limit)
+        given = [shown.call for shown in graph.shown.get(state.number, ()) if shown.at == "output"]
+        # The call of a block, before the last one, in which the state was made, or which gives it.
+        around = (call for call in (*graph.stack(state), *given) if call < limit)
+        call = next((n for n in around if _stage_of(graph.calls[n].path) in containers), None)
         if call is None:
             break
         limit = call
@@ -66,9 +69,8 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
             break
         if taken.shape == state.shape or not _has_layout(taken, chain.layout, sequences):
             break
-        given = any(of.at == "output" and of.call == call for of in graph.shown.get(state.number, ()))
         begin, layer = chain.points[0], chain.points[1].layer - 1
-        if not given or begin.site != "embed" or layer < 0:
+        if call not in given or begin.site != "embed" or layer < 0:
             break
         begin = replace(begin, layer=layer, site="post", module=block.path)
         opening = HookPoint(
@@ -89,13 +91,6 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
 def _moved(connection: Connection, depths: int, layers: int) -> Connection:
     depth_in, depth_out = connection.depth_in + depths, connection.depth_out + depths
     return replace(connection, depth_in=depth_in, depth_out=depth_out, layer=connection.layer + layers)
-
-
-def _block_of(graph: Graph, state: TracedValue, containers: set[str | None], limit: int) -> int | None:
-    """The call of a block, before some other call, in which a state was made, or which gives it."""
-    given = [shown.call for shown in graph.shown.get(state.number, ()) if shown.at == "output"]
-    calls = [call for call in (*graph.stack(state), *given) if call < limit]
-    return next((call for call in calls if _stage_of(graph.calls[call].path) in containers), None)
 
 
 def _has_layout(taken: TracedValue, layout: str, sequences: SequenceAxis) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import depthscope as ds
+from tests.models import plain_stack
 
 WIDTH = 16
 
@@ -212,3 +213,18 @@ def test_an_error_proposes_only_what_works_on_this_model(unused, batch):
     assert (advice is None) == unused
     if advice:
         assert ds.capture(model, batch, layers=advice[1])["trace"].sizes["depth"] == 7
+
+
+def test_what_a_pass_found_is_printed(capsys):
+    stack = plain_stack.Stack([plain_stack.Block(8) for _ in range(2)], nn.Linear(4, 8))
+    for name, line in {
+        "record": r"%17 add\[6, 16\] \(2, 5, 8\) blocks.0",
+        "branches": r"1 .* blocks.1: reads %17 .*, gives %27 .*, added in \[%28 .*\]",
+        "cuts": r"0 post: \[%17 .*\]",
+        "connections": r"1 → 2: \['blocks.1'\], off by .*",
+        "proof": r"blocks: proven, off by .*",
+    }.items():
+        ds.describe(stack, torch.randn(2, 5, 4), print_after=name)
+        assert re.search(f"^{line}$", capsys.readouterr().out, re.MULTILINE), name
+    with pytest.raises(ValueError, match="print_after is 'cut'; closest: 'cuts'"):
+        ds.describe(stack, torch.randn(2, 5, 4), print_after="cut")
