@@ -62,32 +62,19 @@ class Grouped(nn.Module):
         return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def with_attributes(**changed: float) -> Callable[[nn.Module], None]:
-    def spoil(model: nn.Module) -> None:
-        for branch in list(model)[:-1]:
-            vars(branch).update(changed)
-
-    return spoil
+def with_attributes(**changed: float) -> Callable[[nn.Module], object]:
+    return lambda model: [vars(branch).update(changed) for branch in list(model)[:-1]]
 
 
-def with_gains(by: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[nn.Module], None]:
-    def spoil(model: nn.Module) -> None:
-        for branch in list(model)[:-1]:
-            branch.norm.weight.data = by(branch.norm.weight.data)
-
-    return spoil
+def with_gains(by: float) -> Callable[[nn.Module], object]:
+    return lambda model: [branch.norm.weight.data.add_(by) for branch in list(model)[:-1]]
 
 
-def scaled(*names: str, by: float) -> Callable[[nn.Module], None]:
-    def spoil(model: nn.Module) -> None:
-        for name in names:
-            for parameter in model.get_submodule(name).parameters():
-                parameter.data *= by
-
-    return spoil
+def scaled(name: str, by: float) -> Callable[[nn.Module], object]:
+    return lambda model: [each.data.mul_(by) for each in model.get_submodule(name).parameters()]
 
 
-def spoilt(spoil: Callable[[nn.Module], None], *, grouped: bool = False) -> Patient:
+def spoilt(spoil: Callable[[nn.Module], object], *, grouped: bool = False) -> Patient:
     """A network of which a loss knows the outputs as it was meant, in two parts of eight sequences."""
     right, x = network(grouped), torch.randn(16, 6, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -112,8 +99,8 @@ LOGITS, PART = "another scale of attention", "another scale of these modules"
         (with_attributes(axis=1), *AXIS),
         (with_attributes(scale=4.0), "the softmax in * by 0.25", LOGITS),
         (with_attributes(scale=0.25), "the softmax in * by 4", LOGITS),
-        (with_gains(lambda gain: gain - 1), "adding 1 to every gain of a norm", "distance from 1"),
-        (with_gains(lambda gain: gain + 1), "taking 1 from every gain of a norm", "1 is added twice"),
+        (with_gains(-1.0), "adding 1 to every gain of a norm", "distance from 1"),
+        (with_gains(1.0), "taking 1 from every gain of a norm", "1 is added twice"),
         (scaled("4", by=8.0), "multiplying what * gives by 0.125", PART),
         (scaled("2.out", by=40.0), "multiplying what 2.out gives by 0.0", PART),
     ],
@@ -143,11 +130,8 @@ def test_a_repair_names_what_was_changed(spoil, words, cause):
     ],
 )
 def test_positions_rotary_angles_and_groups(changed, words):
-    def spoil(model):
-        for name, value in changed.items():
-            setattr(model, name, value)
-
-    found = repaired(spoilt(spoil, grouped=True), 0.01, streams=False, is_suspected=True)
+    patient = spoilt(lambda model: [setattr(model, *each) for each in changed.items()], grouped=True)
+    found = repaired(patient, 0.01, streams=False, is_suspected=True)
     assert words in found["repair"]
     assert found["repaired"] < 0.1 * found["loss"]
 
