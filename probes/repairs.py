@@ -1,8 +1,9 @@
 """Would the same weights lose less if they were used otherwise? Repairs: changes of the forward, each of which names a cause.
 
 A network that is used as it was trained gains nothing by any of them. One whose softmax has another temperature or runs along
-another axis, whose gains are read otherwise than they were stored, whose mixing is transposed, or of which one part is far too
-large regains what that costs, and the repair that does it says what is wrong. None needs a gradient.
+another axis, whose gains, positions, rotary angles or groups of queries are read otherwise than they were trained, whose
+mixing is transposed, or of which one part is far too large regains what that costs, and the repair that does it says what is
+wrong. None needs a gradient.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.diagnostics.experiments import estimate
-from depthscope.probes.interventions.changes import remixed
+from depthscope.probes.interventions.changes import MATRICES, remixed
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 from depthscope.probes.model.loss_graph import Loss, loss_value
 from depthscope.probes.model.modules import module_paths
@@ -51,6 +52,8 @@ class Use:
 
     ``outputs, logits``: factors on what modules give, and on the logits of the softmaxes that run inside of them, by path.
     ``last_axis``: whether every softmax runs along the last axis.
+    ``shift``: what is added to the numbers of positions, where an embedding is asked for them.
+    ``regrouped``: whether queries that share keys and values are those of every n-th head, and not of n in a row.
     ``parameters``: what takes the place of some, by name.
     ``mixing``: what takes the place of every mixing matrix.
     """
@@ -58,6 +61,8 @@ class Use:
     outputs: Mapping[str, float] = field(default_factory=dict)
     logits: Mapping[str, float] = field(default_factory=dict)
     last_axis: bool = False
+    shift: int = 0
+    regrouped: bool = False
     parameters: Mapping[str, torch.Tensor] = field(default_factory=dict)
     mixing: Change | None = None
 
@@ -78,7 +83,7 @@ class UsedForward(TorchDispatchMode):
     def __init__(self, model: nn.Module, use: Use) -> None:
         super().__init__()
         self.sizes: dict[str, dict[str, float]] = {kind: {} for kind in SCALED}
-        self.other_axis = False
+        self.other_axis = self.has_positions = self.has_groups = False
         self._model, self._use, self._path = model, use, [""]
 
     @contextmanager
@@ -107,6 +112,15 @@ class UsedForward(TorchDispatchMode):
             self._note("logits", *args[:2])
             scale = kwargs.get("scale")
             kwargs = kwargs | {"scale": factor * (args[0].shape[-1] ** -0.5 if scale is None else scale)}
+            if self._use is AS_IT_IS or self._use.regrouped:
+                order = _other_groups(*args[:2])
+                self.has_groups |= order is not None
+                if self._use.regrouped and order is not None:
+                    output, *others = func(args[0][:, order], *args[1:], **kwargs)
+                    return output[:, order.argsort()], *others
+        elif name == "embedding" and _are_positions(args[1]):
+            self.has_positions = True
+            args = (args[0], (args[1] + self._use.shift).clamp(0, len(args[0]) - 1), *args[2:])
         return func(*args, **kwargs)
 
     def _note(self, kind: str, *factors: torch.Tensor) -> None:
@@ -137,6 +151,31 @@ def _has_weights(module: nn.Module) -> bool:
     return any(p is not None and p.is_floating_point() for p in module._parameters.values())
 
 
+def _are_positions(ids: torch.Tensor) -> bool:
+    """Whether ids count up by one, but for padding."""
+    return ids.ndim > 0 and ids.shape[-1] > 2 and bool((ids.diff(dim=-1) == 1).float().mean() > 0.5)
+
+
+def _other_groups(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor | None:
+    """The order in which queries (B, H, T, d) share keys with others than they do; None where no two share any.
+
+    Of n queries to each of G keys those that share one are n in a row, or every G-th; the order makes of one the other.
+    """
+    heads, count = queries.shape[1], keys.shape[1]
+    every = torch.arange(heads, device=queries.device)
+    for groups in (number for number in range(2, heads) if heads % number == 0):
+        if count == groups:
+            return every.view(-1, groups).T.flatten()
+        if count < heads:
+            continue
+        in_a_row, tiled = keys.unflatten(1, (groups, -1)), keys.unflatten(1, (-1, groups))
+        if bool((in_a_row == in_a_row[:, :, :1]).all()):
+            return every.view(-1, groups).T.flatten()
+        if bool((tiled == tiled[:, :1]).all()):
+            return every.view(groups, -1).T.flatten()
+    return None
+
+
 class _Called(nn.Module):
     """A model that is called with a batch, for `torch.func.functional_call`."""
 
@@ -153,7 +192,7 @@ class Patient:
     """A model and the parts of a batch, which is run again and again.
 
     ``forwards``: how often at most. ``options``: how the model is read, of which the mixing matrices are changed.
-    ``sizes, other_axis``: what the forward as it is has shown, see `UsedForward`.
+    ``sizes, shown``: what the forward as it is has shown.
     """
 
     model: nn.Module
@@ -162,7 +201,7 @@ class Patient:
     forwards: int
     options: Mapping[str, Any] = field(default_factory=dict)
     sizes: dict[str, dict[str, float]] = field(default_factory=dict)
-    other_axis: bool = False
+    shown: UsedForward | None = None
 
     def lost(self, use: Use, parts: Sequence[Any] | None = None) -> float:
         """The mean loss over some parts; NaN where there is none."""
@@ -182,7 +221,7 @@ class Patient:
         with forward.on():
             output = torch.func.functional_call(_Called(self.model), named, (batch,))
         if use is AS_IT_IS:
-            self.sizes, self.other_axis = forward.sizes, forward.other_axis
+            self.sizes, self.shown = forward.sizes, forward
         return output
 
     def _remixed(self, change: Change, batch: Any) -> Any:
@@ -229,14 +268,21 @@ MIXINGS: tuple[tuple[str, str, Change], ...] = (
     (
         "dividing every mixing matrix by the sums of its rows",
         "mixing matrices that amplify or starve streams",
-        lambda mix: mix / mix.sum(-1, keepdim=True),
+        # A stream that is fed by none keeps itself.
+        lambda mix: torch.where(
+            (mix == 0).all(-1, keepdim=True), MATRICES["identity"](mix), mix / mix.sum(-1, keepdim=True)
+        ),
     ),
+    ("leaving every stream unmixed", "mixing that makes the streams the same", MATRICES["identity"]),
 )
+SHIFTS = (-2, -1, 1, 2)  # of positions: such as the offset of OPT, or a padding that counts
+ANGLES = (0.125, 0.25, 0.5, 2.0, 4.0, 8.0)  # times the rotary angles, as of a context that was extended
+BASES = (1e4, 5e5, 1e6)  # of rotary angles
 
 
 def _odd(patient: Patient) -> Iterator[Repair]:
     """What one forward shows to be odd: softmaxes along another axis, and parts far from the size of their kind."""
-    if patient.other_axis:
+    if patient.shown is not None and patient.shown.other_axis:
         words, cause = "running every softmax along the last axis", "a softmax along another axis"
         yield Repair(words, cause, Use(last_axis=True))
     apart: list[tuple[str, str, float]] = []
@@ -265,9 +311,38 @@ def _of_all(patient: Patient, *, streams: bool) -> Iterator[Repair]:
         yield Repair(words, cause, Use(parameters=changed))
     for words, cause, change in MIXINGS if streams else ():
         yield Repair(words, cause, Use(mixing=change))
+    yield from _places(patient)
     for kind, (words, cause) in SCALED.items():
         for name, paths in _kinds(patient.sizes[kind]).items():
             yield Repair(words.format(name, "{factor:g}"), cause, _multiplied(kind, paths), (0.5, 2.0))
+
+
+def _places(patient: Patient) -> Iterator[Repair]:
+    """Positions counted from another number, rotary angles of another scale or base, queries that share other keys."""
+    if patient.shown is not None and patient.shown.has_groups:
+        cause = "queries that are grouped otherwise than in training"
+        yield Repair("letting each query attend by the keys of another group", cause, Use(regrouped=True))
+    for shift in SHIFTS if patient.shown is not None and patient.shown.has_positions else ():
+        yield Repair(f"shifting all positions by {shift:+d}", "positions that are shifted", Use(shift=shift))
+    rotary = {
+        name: buffer
+        for name, buffer in patient.model.named_buffers()
+        if name.endswith("inv_freq") and buffer.ndim == 1 and len(buffer) > 1 and buffer[0] > buffer[-1] > 0
+    }
+    if not rotary:
+        return
+    frequencies = next(iter(rotary.values()))
+    base = float(frequencies[-1] / frequencies[0]) ** (-len(frequencies) / (len(frequencies) - 1))
+    for factor in ANGLES:
+        use = Use(parameters={name: factor * of for name, of in rotary.items()})
+        yield Repair(f"multiplying every rotary angle by {factor:g}", "rotary angles of another scale", use)
+    for other in BASES:
+        if abs(other / base - 1) > 0.1:
+            power = math.log(other) / math.log(base)
+            use = Use(parameters={name: of**power for name, of in rotary.items()})
+            yield Repair(
+                f"taking {other:g} as the base of rotary angles", "rotary angles of another base", use
+            )
 
 
 def _kinds(paths: Mapping[str, float]) -> dict[str, list[str]]:

@@ -54,10 +54,10 @@ def settle(
     """Try what a run leaves open, and keep the results in the run, where `judge` finds them.
 
     Of a network that is trained and in which something is suspected, repairs are tried: other scales of its parts and of its
-    softmaxes, another axis of these, its gains read otherwise, its mixing matrices transposed or normalised. What the best of
-    them regains of the loss is the severity, and it names the cause. Layers that hold one representation are left out: where
-    that changes nothing, they are of no use. `capture` measures and tries nothing; the command ``probe`` does both. The model
-    is not changed.
+    softmaxes, another axis of these, its gains, positions, rotary angles and groups of queries read otherwise, its mixing
+    matrices transposed, normalised or left out. What the best of them regains of the loss is the severity, and it names the
+    cause. Layers that hold one representation are left out: where that changes nothing, they are of no use. `capture` measures
+    and tries nothing; the command ``probe`` does both. The model is not changed.
 
     Parameters
     ----------

@@ -38,8 +38,7 @@ def estimated(
 ) -> dict[str, tuple[tuple[str, ...], np.ndarray]]:
     """Each sequence's mean over its tokens, and of these the mean over sequences, with its error and interval.
 
-    ``dims``: dims of the values before sequences and tokens.
-    ``values``: naN where a token does not count.
+    ``dims``: of the values before sequences and tokens, which are NaN where a token does not count.
     Returns: Four variables of a Dataset, see `ESTIMATES`.
     """
     counts = (~np.isnan(values)).sum(-1)
@@ -51,8 +50,9 @@ def estimated(
     return {f"{name}{ending}": (dims, columns[..., at]) for at, ending in enumerate(ESTIMATES)}
 
 
-UNCLEAR = 1e-4
-"""Of two measures, relative to the larger one: what differs by less may be rounding. A heuristic of ours."""
+UNCLEAR = (
+    1e-4  # of two measures, relative to the larger one: what differs by less may be rounding. A heuristic
+)
 
 
 def share_of(part: np.ndarray, whole: np.ndarray, scale: np.ndarray) -> tuple[dict[str, np.ndarray], str]:

@@ -58,13 +58,8 @@ def experiment_for(finding: Any, target: str = "CHECKPOINT") -> str | None:
     """The command of the experiment that would settle a finding.
 
     ``target``: the checkpoint to name in the command; a word that a reader replaces by default.
-    Returns: None where no experiment on the forward would tell, as for gradients and for readings that are not proven.
-
-    Examples
-    --------
-    >>> from types import SimpleNamespace
-    >>> experiment_for(SimpleNamespace(verdict="idle_layer", axis="depth", first=3, last=5, stream=None))
-    'depthscope ablate CHECKPOINT --do bypass --depths 3-5'
+    Returns: Such as ``depthscope ablate CHECKPOINT --do bypass --depths 3-5``; None where no experiment on the forward would
+    tell, as for gradients and for readings that are not proven.
     """
     kind = KINDS.get(SETTLED_BY.get(finding.verdict, ""))
     if kind is None:
@@ -81,11 +76,7 @@ def experiment_for(finding: Any, target: str = "CHECKPOINT") -> str | None:
 def consequence_words(result: Mapping[str, Any]) -> str:
     """What leaving out the steps that a suspicion named has shown, in one sentence.
 
-    Examples
-    --------
-    >>> result = {"depths": [5, 15], "loss": 2.1, "loss_change": 0.01, "half_width": 0.02}
-    >>> consequence_words(result)
-    'Without the steps from depth 5 to 15 the loss changes by +0.01 ± 0.02 (from 2.1).'
+    Such as ``Without the steps from depth 5 to 15 the loss changes by +0.01 ± 0.02 (from 2.1).``
     """
     first, last = result["depths"]
     steps = f"the steps from depth {first} to {last}" if first < last else f"the step to depth {last}"

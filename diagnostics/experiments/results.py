@@ -56,11 +56,7 @@ def results_beside(
 
 
 def save_result(result: xr.Dataset, path: str | os.PathLike[str]) -> Path:
-    """Write a result to one file (a zipped Zarr), which takes an earlier one's place when it is complete.
-
-    ``result``: of `depthscope.interventions.ablate` or `patch`, or `depthscope.lens`.
-    ``path``: where to.
-    """
+    """Write a result of `ablate`, `patch` or `lens` to one file (a zipped Zarr), which takes an earlier one's place."""
     plain = result.assign_attrs({**result.attrs, "kind_of_file": EXPERIMENTS})
     with replaced_file(path) as fresh:
         write_zip(xr.DataTree(encode_dataset(plain)), fresh)
@@ -152,10 +148,7 @@ def base_loss(result: xr.Dataset) -> Estimate:
 
 
 def prediction_words(result: xr.Dataset) -> str:
-    """From which depth on the states hold the model's prediction, in one sentence; empty where that is not known.
-
-    Returns: Such as ``by the logit lens the prediction no longer changes from depth 9.8 of 12 on``.
-    """
+    """From which depth on the states hold the model's prediction, in one sentence; empty where that is not known."""
     found = estimate(result["prediction_depth"].isel(stream=0).mean("token").values)
     if not math.isfinite(found.mean):
         return ""

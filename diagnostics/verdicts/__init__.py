@@ -48,7 +48,7 @@ VERDICTS: dict[str, Verdict] = {
     each.name: each for room in ROOMS for each in vars(room).values() if isinstance(each, Verdict)
 }
 ABOUT_THE_RUN = {reading.nothing_measured.name} | {
-    each.name for each in VERDICTS.values() if each.about == "reading"
+    each.name for each in VERDICTS.values() if each.kind is Kind.READING
 }
 """Verdicts that say how far a run can be trusted, and nothing about its network."""
 

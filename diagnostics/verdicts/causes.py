@@ -11,9 +11,6 @@ from depthscope.diagnostics.verdicts.declaration import Verdict
 from depthscope.diagnostics.verdicts.finding import Finding, Severity
 from depthscope.diagnostics.verdicts.rule import Kind
 
-Span = tuple[int, int]
-"""First and last depth of a finding."""
-
 
 def explain(
     findings: Sequence[Finding], analysis: xr.Dataset, verdicts: Mapping[str, Verdict]
@@ -75,8 +72,8 @@ def worst_depth(finding: Finding, analysis: xr.Dataset) -> int | None:
     return depths_of(replace(finding, first=at, last=at), analysis)[0]
 
 
-def depths_of(finding: Finding, analysis: xr.Dataset) -> Span:
-    """Depths of a finding: a connection is at the depth that it writes, a finding about the run at all."""
+def depths_of(finding: Finding, analysis: xr.Dataset) -> tuple[int, int]:
+    """First and last depth of a finding: a connection is at the depth that it writes, a finding about the run at all."""
     if finding.axis == "depth":
         return finding.first, finding.last
     if finding.axis != "connection":

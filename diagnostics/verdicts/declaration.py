@@ -133,11 +133,6 @@ class Verdict:
     tried: bool = False
 
     @property
-    def about(self) -> str:
-        """Whether it is about the ``"network"``, or only about the ``"reading"``: how far the run can be trusted."""
-        return "reading" if self.kind is Kind.READING else "network"
-
-    @property
     def judged(self) -> str:
         """What is compared with which limits: name, formula and range of the number, then each severity with its side."""
         formula = f", {self.formula}" if self.formula else ""
@@ -214,7 +209,7 @@ class Verdict:
             above=limits.above,
             worst=-1 if axis == "run" else at,
             scale=limits.scale,
-            about=self.about,
+            about="reading" if self.kind is Kind.READING else "network",
             settled=found.settled,
             explains=explains,
             profile=tuple(values.tolist()) if judged.dims else (),

@@ -34,7 +34,10 @@ def place(values: xr.DataArray, position: int) -> str:
     if values.dims[0] == "weight":
         return f"in {here.coords['weight'].item() or 'the model'}"
     if values.dims[0] == "connection":
-        return f"at {_name_of_connection(here, position)}"
+        if "branch" not in here.coords or "connection_layer" not in here.coords:
+            return f"at connection {position}"
+        name = connection_name(here.coords["branch"].item(), here.coords["connection_layer"].item())
+        return f"at connection {position} ({name})"
     known = {name: here.coords[name].item() for name in ("layer", "site") if name in here.coords}
     site = known.get("site")
     if site == "embed":
@@ -42,13 +45,6 @@ def place(values: xr.DataArray, position: int) -> str:
     if site in _SITES and "layer" in known:
         return f"{state_name(site, known['layer'])} (depth {position})"
     return f"at depth {position}"
-
-
-def _name_of_connection(here: xr.DataArray, position: int) -> str:
-    if "branch" not in here.coords or "connection_layer" not in here.coords:
-        return f"connection {position}"
-    branch, layer = here.coords["branch"].item(), here.coords["connection_layer"].item()
-    return f"connection {position} ({connection_name(branch, layer)})"
 
 
 def span(values: xr.DataArray, positions: np.ndarray) -> str:

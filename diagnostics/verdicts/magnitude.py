@@ -32,11 +32,8 @@ def _not_finite(values: xr.DataArray, axis: str) -> xr.DataArray:
         values = values.sel(stream=[s for s in values["stream"].values.tolist() if s != "mean"] or ["mean"])
     missing = values.isnull().any([dim for dim in values.dims if dim != axis]).astype(float)
     counts = values.attrs.get(NOT_FINITE, {})
-    numbers = [
-        counts.get(str(position), found)
-        for position, found in zip(missing[axis].values, missing.values, strict=True)
-    ]
-    return missing.copy(data=np.array(numbers, dtype=float)).where(missing > 0, 0.0)
+    numbers = [float(counts.get(str(position), 1.0)) for position in missing[axis].values]
+    return missing.copy(data=np.array(numbers)).where(missing > 0, 0.0)
 
 
 @verdict(

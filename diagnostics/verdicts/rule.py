@@ -30,8 +30,6 @@ COSTS, LEAST_COST = 0.05, 0.01
 # Of a network whose loss shows nothing, the output must stay.
 SAME_OUTPUT = 0.15
 
-TRY = "try it with depthscope.settle(run, model, batch)"
-
 
 class Kind(Enum):
     """What a verdict rests on, which decides when it is loud."""
@@ -85,7 +83,7 @@ def grade(
             return Grade(Severity.INFO, words, settled)
     elif is_tried and kind is Kind.LOSS:
         beyond, settled = Severity(beyond - 1), SUSPECTED
-        words = f" Suspected, and not tried; {TRY}."
+        words = " Suspected, and not tried; try it with depthscope.settle(run, model, batch)."
     return _with_doubts(Grade(beyond, words, settled), kind, age, is_sure=is_sure, has_loss=has_loss)
 
 

@@ -108,12 +108,13 @@ def same_representation(
         least, angles = float(table[part, part].min()), 180.0 * turned[part, part]
         others = {words: float(of[part, part].min()) for words, of in views.items()}
         more = "".join(f"; {words} {of:.3f}" for words, of in others.items() if abs(of - least) >= 5e-4)
+        law = np.degrees(np.arccos((last - first + 1.0) ** -0.5))  # arccos 1/√(L + 1) of L branches
         layers = "All layers" if last - first == steps else f"{last - first} of {steps} layers in a row"
         sentence = (
             f"{layers} hold one representation: every two states from depth {keep[first]} to depth {keep[last]} are the same "
             f"up to rotation (debiased CKA {least:.3f} or more{more}{_null(num_tokens)}), limit {number(limit)} ({DEFAULT}), "
             f"and from end to end they turn by {number(float(angles[0, -1]))}°, where independent branches of the size of the "
-            f"first state turn them by {_law(last - first):.0f}°. No step turns them by more than "
+            f"first state turn them by {law:.0f}°. No step turns them by more than "
             f"{number(float(np.diagonal(angles, offset=1).max()))}°."
         )
         # On the axis of all depths, undefined inside a block. Of states that turn against each other it is a warning.
@@ -130,11 +131,6 @@ def _handed_on(table: xr.DataArray) -> np.ndarray:
     if "site" not in table.coords:
         return np.arange(table.sizes["depth"])
     return np.flatnonzero(~np.isin(table["site"].values.astype(object).astype(str), ["final", "mid"]))
-
-
-def _law(steps: int) -> float:
-    """Degrees by which independent branches of the size of the first state turn it: arccos 1/√(L + 1)."""
-    return float(np.degrees(np.arccos(1.0 / np.sqrt(steps + 1.0))))
 
 
 def _null(num_tokens: xr.DataArray | None) -> str:

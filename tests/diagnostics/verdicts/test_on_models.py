@@ -323,11 +323,9 @@ CASES: dict[str, Case] = {
         FAIL, "depth", 0, 10, beside=("rank_collapse", "common_vector", "worse_than_constant"),
     ),
     "miswired_connection: discarded": wired("discarded"),
-    "miswired_connection: transposed": wired("transposed_once", beside=("copied_streams", "sinkhorn_not_converged")),
     "constant_mixing": wired("ones", severity=FAIL, beside=("copied_streams", "sinkhorn_not_converged")),
     "unlearnable_mixing": wired("detached", beside=("copied_streams", "sinkhorn_not_converged")),
     "miswired_connection: swapped": wired("swapped", severity=INFO, beside=("copied_streams", "sinkhorn_not_converged")),
-    "miswired_connection: foreign": wired("first_state", beside=("copied_streams", "sinkhorn_not_converged")),
     "sinkhorn_not_converged": case(
         lambda: streams(random_logits(1.5), make=partial(Constrained, sinkhorn_steps=1)),
         WARN, "connection", 0, 11, says="column sum",

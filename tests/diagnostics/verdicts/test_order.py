@@ -9,7 +9,7 @@ from depthscope.app.readings.readings import read_runs
 from depthscope.app.tables.findings import cards_of
 from depthscope.app.text.cards import ABOUT_THE_READING, card_of, cards_text, place_of
 from depthscope.diagnostics import Finding, Severity, schema
-from depthscope.diagnostics.verdicts import Findings, Kind, Limits, Profile, Verdict
+from depthscope.diagnostics.verdicts import Findings, Kind, Limits, Profile, verdict
 from depthscope.diagnostics.verdicts.causes import worst_depth
 from tests.diagnostics.state_runs import run_of, walk
 
@@ -17,18 +17,8 @@ from tests.diagnostics.state_runs import run_of, walk
 def judged(values, *, begins=False, **limits) -> Finding:
     """The finding of a verdict about these numbers."""
     given = xr.DataArray(np.asarray(values, float), dims="depth")
-    verdict = Verdict(
-        "v",
-        "V.",
-        "",
-        Kind.FACT,
-        "residual_norm",
-        "size",
-        Limits(**limits),
-        (),
-        lambda: [Profile(given, begins=begins)],
-    )
-    (found,) = verdict.findings(xr.Dataset())
+    declared = verdict(Kind.FACT, metric="residual_norm", judges="number", limits=Limits(**limits))
+    (found,) = declared(lambda: [Profile(given, begins=begins)]).findings(xr.Dataset())
     return found
 
 

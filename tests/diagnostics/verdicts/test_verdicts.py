@@ -45,31 +45,21 @@ def findings(run, *, trained=False, **options):
     return by_name
 
 
-def tried(analysis, **result):
+def tried(analysis):
     """The analysis of a trained network, with a result of the experiment on all layers that are one representation."""
-    found = {
-        "verdict": "same_representation",
-        "chain": "",
-        "stream": None,
-        "first": 0,
-        "last": 10**6,
-        "kind": "bypass",
-    }
+    result = {"verdict": "same_representation", "first": 0, "last": 10**6, "depths": [1, 1]}
     task = {"loss": 1.0, "constant": 3.0, "guessing": 3.0}
-    results = [{**found, "depths": [1, 1], "loss": 1.0, "loss_change": 0.0, **result}]
-    return analysis.assign_attrs(task=task, consequences=results)
+    return analysis.assign_attrs(task=task, consequences=[{**result, "loss": 1.0, "loss_change": 0.0}])
 
 
 # --- forward and backward --------------------------------------------------------------------------------------
 
 
 def test_gain_explosion(mixed):
-    warned = findings(mixed([1.3 * np.eye(4)] * 12))["gain_explosion"]
-    assert [f.severity for f in warned] == [Severity.WARN]
-    assert warned[0].value == pytest.approx(1.3**12, rel=1e-5)
-    # 1.3⁹ is the first above 10: connection 8, counted from 0
-    assert (warned[0].axis, warned[0].first, warned[0].last) == ("connection", 8, 11)
-    assert "connection 11 (mlp of block 5)" in warned[0].sentence
+    # 1.3⁹ is the first above 10: connection 8, counted from 0.
+    (warned,) = findings(mixed([1.3 * np.eye(4)] * 12))["gain_explosion"]
+    assert (warned.severity, warned.axis, warned.first, warned.last) == (Severity.WARN, "connection", 8, 11)
+    assert warned.value == pytest.approx(1.3**12, rel=1e-5)
     failed = findings(mixed([2.0 * np.eye(4)] * 12))["gain_explosion"][0]
     assert (failed.severity, failed.threshold) == (Severity.FAIL, 100.0)
     source = VERDICTS["gain_explosion"].limits.source
@@ -79,7 +69,6 @@ def test_gain_explosion(mixed):
         "gain of the mixing from the embedding on (p99 over tokens) is 4096 at connection 11 (mlp of block 5), limit 100 "
         f"({source}); it is above 10 from connection 3 to connection 11."
     )
-    assert "mHC" in failed.advice
 
 
 @pytest.mark.parametrize(
