@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from depthscope.app.cli.main import FINE, main
+from depthscope.app.cli.main import FINE, USAGE, main
+from depthscope.app.readings import readings
 from depthscope.diagnostics import analyze, schema
 
 
@@ -38,3 +39,9 @@ def test_same_names_in_two_folders_stay_distinct(saved, tmp_path, make_run, caps
     assert main(["compare", str(saved / "hc.zarr.zip"), str(other), "--json"]) == FINE
     names = {row["run"] for row in json.loads(capsys.readouterr().out)["summary"]}
     assert names == {f"{saved.name}/hc", "b/hc"}
+
+
+def test_a_single_run_is_refused_before_it_is_analysed(saved, monkeypatch, capsys):
+    monkeypatch.setattr(readings, "read_paths", lambda *_, **__: pytest.fail("analysed first"))
+    assert main(["compare", str(saved / "hc.zarr.zip")]) == USAGE
+    assert "got 1 run to compare; expected two or more" in capsys.readouterr().err

@@ -83,7 +83,6 @@ def test_wrong_usage_is_two(words, said, capsys):
         (["analyze", "RUNS/hc.zarr.zip", "--metrics", "efective_rank"], "closest: 'effective_rank'"),
         (["compare", "RUNS", "--select", "tokens=some"], "expected one of all, ordinary"),
         (["compare", "RUNS", "--select", "data"], "expected KEY=VALUE"),
-        (["compare", "RUNS/hc.zarr.zip"], "got 1 run to compare; expected two or more"),
         (["export", "RUNS", "--out", "OUT/paper", "--venue", "a4"], "expected icml, neurips, iclr"),
         (["ablate", "x", "--blocks", "5-3"], "expected numbers such as 3 or 3,5-7"),
         (["watch", "nowhere.py"], "no script at nowhere.py"),
@@ -96,7 +95,6 @@ def test_bad_input_is_one_clear_line_and_two(words, said, saved, tmp_path, capsy
     error = capsys.readouterr().err
     assert said in error.splitlines()[-1]
     assert "Traceback" not in error
-    assert "analysing" not in error
 
 
 @pytest.mark.parametrize(

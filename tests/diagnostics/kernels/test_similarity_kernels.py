@@ -100,7 +100,10 @@ def test_layers_without_variance_are_undefined_alone(array, rng):
     assert np.isnan(got[1]).all()
     assert np.isnan(got[:, 1]).all()
     assert np.isfinite(got[np.ix_([0, 2], [0, 2])]).all()
-    assert np.asarray(similarity.cka_matrix(array(x[:1]))).tolist() == [[pytest.approx(1)]]
+    for unbiased in (False, True):
+        assert np.asarray(similarity.cka_matrix(array(x[:1]), unbiased=unbiased)).tolist() == [
+            [pytest.approx(1)]
+        ]
     assert np.isnan(np.asarray(similarity.cka_matrix(array(x[:, :3]), unbiased=True))).all()
     for odd in (x[0], x[None], x[:0]):
         with pytest.raises(ValueError, match=r"expected layers \(L, N, d\)"):
