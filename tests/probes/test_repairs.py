@@ -151,18 +151,18 @@ def test_a_network_that_is_used_as_it_was_meant_is_left():
 
 def test_mixing_matrices_that_are_applied_transposed_amplify_or_make_streams_the_same():
     drawn = torch.Generator().manual_seed(3)
-    mixes = [torch.linalg.qr(torch.randn(4, 4, generator=drawn))[0] for _ in range(CONNECTIONS)]
+    mixes = [torch.linalg.qr(torch.randn(4, 4, generator=drawn))[0] for _ in range(4)]
     identity, starved = torch.eye(4), torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0]))
     by_rows = "dividing every mixing matrix by the sums of its rows"
     for meant, applied, words in (
         (mixes, [mix.mT for mix in mixes], "transposing every mixing matrix"),
         (
-            [NEAR] * CONNECTIONS,
-            [NEAR, 30.0 * NEAR] * (CONNECTIONS // 2),
+            [NEAR] * 4,
+            [NEAR, 30.0 * NEAR] * 2,
             by_rows,
         ),
-        ([identity] * CONNECTIONS, [starved] * CONNECTIONS, by_rows),
-        ([identity] * CONNECTIONS, [0 * NEAR + 0.25] * CONNECTIONS, "leaving every stream unmixed"),
+        ([identity] * 4, [starved] * 4, by_rows),
+        ([identity] * 4, [0 * NEAR + 0.25] * 4, "leaving every stream unmixed"),
     ):
         ids = tokens(6, 8)
         with torch.no_grad():
