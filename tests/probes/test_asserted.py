@@ -11,8 +11,8 @@ import transformers
 from torch import nn
 
 import depthscope as ds
+from depthscope import probe_checkpoints
 from depthscope.app.cli.main import USAGE, main
-from depthscope.probes.history import probe_checkpoints
 from tests.models.plain_stack import Block, Stack
 from tests.models.small_models import lucidrains
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from depthscope import analyze, capture, open_run
+from depthscope import analyze, capture, open_run, probe_checkpoints
+from depthscope import load as load_checkpoint
 from depthscope.app.cli.main import FOUND, main
-from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import encode_text
-from depthscope.probes.history import checkpoint_step, in_order, probe_checkpoints
+from depthscope.probes.history import checkpoint_step, in_order
 from tests.app.cli.byte_model import build
 
 FACTORY = "tests.app.cli.byte_model:build"

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 # What is found of a model alone, without a run that has something to lose.
 from depthscope.probes.repairs import Patient, repaired
-from tests.models.verdict_models import NEAR, streams, tokens
+from tests.models.verdict_models import CONNECTIONS, NEAR, streams, tokens
 
 torch.set_num_threads(1)
 
@@ -156,13 +156,9 @@ def test_mixing_matrices_that_are_applied_transposed_amplify_or_make_streams_the
     by_rows = "dividing every mixing matrix by the sums of its rows"
     for meant, applied, words in (
         (mixes, [mix.mT for mix in mixes], "transposing every mixing matrix"),
-        (
-            [NEAR] * 4,
-            [NEAR, 30.0 * NEAR] * 2,
-            by_rows,
-        ),
-        ([identity] * 4, [starved] * 4, by_rows),
-        ([identity] * 4, [0 * NEAR + 0.25] * 4, "leaving every stream unmixed"),
+        ([NEAR] * 4, [NEAR, 30.0 * NEAR] * 2, by_rows),
+        ([identity] * CONNECTIONS, [starved] * CONNECTIONS, by_rows),
+        ([identity] * CONNECTIONS, [0 * NEAR + 0.25] * CONNECTIONS, "leaving every stream unmixed"),
     ):
         ids = tokens(6, 8)
         with torch.no_grad():

@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from depthscope import diagnostics
+from depthscope import CATALOGUE, diagnostics
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 # Metrics of statistics are left out: a change of the trace does not move them.
 OF_THE_TRACE = [name for name, metric in CATALOGUE.items() if set(metric.roots) <= set(schema.TRACE)]

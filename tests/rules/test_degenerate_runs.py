@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from depthscope import diagnostics
+from depthscope import CATALOGUE, diagnostics
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 # Without statistics of weights, which no state can spoil.
 SIZES = {"layers": 3, "samples": 2, "tokens": 16, "features": 6, "weights": False}

@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from depthscope import diagnostics
+from depthscope import CATALOGUE, diagnostics
 from depthscope.app.figures import FIGURES, Lines
 from depthscope.app.figures.build.curve_figure import judged_limits, passing_range
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.verdicts import VERDICTS, last_step
 from tests.diagnostics.state_runs import run_of, walk
 

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from depthscope import diagnostics
+from depthscope import CATALOGUE, diagnostics
 from depthscope.app.text.bibliography import bibliography, entries, reference
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 KEYS = set(entries(bibliography()))
 OF_SEVERAL_STREAMS = {

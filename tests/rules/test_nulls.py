@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from depthscope import diagnostics
+from depthscope import CATALOGUE, diagnostics
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 # A null of the states or their gradients is what independent noise gives; one of connections is another network.
 OF_NOISE = [

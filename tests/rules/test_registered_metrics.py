@@ -5,9 +5,9 @@ from __future__ import annotations
 import pkgutil
 
 import depthscope
-from depthscope import diagnostics
+from depthscope import CATALOGUE, diagnostics
 from depthscope.diagnostics import metrics
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE, DECLARED
+from depthscope.diagnostics.metrics.catalogue import DECLARED
 from depthscope.diagnostics.metrics.declaration import Metric
 from tests.rules.registers import declared, modules_of, order_in_a_fresh_process, unregistered
 

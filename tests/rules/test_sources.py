@@ -6,8 +6,8 @@ import re
 from pathlib import Path
 
 import depthscope.diagnostics
+from depthscope import CATALOGUE
 from depthscope.app.text.bibliography import bibliography, entries
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.metrics.declaration import OURS
 from depthscope.diagnostics.verdicts import VERDICTS
 from depthscope.diagnostics.verdicts.declaration import DEFAULT

@@ -11,9 +11,8 @@ import pytest
 import xarray as xr
 from array_api_compat.numpy import linalg
 
-from depthscope import diagnostics
+from depthscope import CATALOGUE, diagnostics
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 
 def count_calls(monkeypatch, module, names):

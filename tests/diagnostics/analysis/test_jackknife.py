@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from depthscope import diagnostics
+from depthscope import CATALOGUE, diagnostics
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.analysis.jackknife import jackknife, resampled
 from depthscope.diagnostics.kernels import similarity
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.diagnostics.quantities.tokens import evenly_spaced
 
 

@@ -10,6 +10,7 @@ import scipy.stats
 import typer
 import xarray as xr
 
+from depthscope import Finding, Severity
 from depthscope.app.cli.main import application
 from depthscope.diagnostics.experiments import (
     KINDS,
@@ -21,7 +22,7 @@ from depthscope.diagnostics.experiments import (
     save_result,
 )
 from depthscope.diagnostics.experiments.kinds import SETTLED_BY
-from depthscope.diagnostics.verdicts import VERDICTS, Finding, Severity
+from depthscope.diagnostics.verdicts import VERDICTS
 
 FINDING = Finding(
     verdict="idle_layer",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from depthscope import diagnostics
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
+from depthscope import CATALOGUE, diagnostics
 
 NAMES = [name for name, metric in CATALOGUE.items() if metric.question == "propagation"]
 

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from depthscope import diagnostics
+from depthscope import CATALOGUE, diagnostics
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 
 NAMES = [name for name, metric in CATALOGUE.items() if metric.question == "weight_updates"]
 SQUARES = {

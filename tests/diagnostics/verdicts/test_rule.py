@@ -7,13 +7,12 @@ import torch
 import xarray as xr
 from torch import nn
 
-from depthscope import diagnostics, probes
+from depthscope import diagnostics, probes, settle
 from depthscope.diagnostics import Severity
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.verdicts import Kind
 from depthscope.diagnostics.verdicts.age import Age, age_of
 from depthscope.diagnostics.verdicts.rule import grade
-from depthscope.probes.settling import settle
 from tests.diagnostics.state_runs import run_of, walk
 from tests.models.verdict_models import Block, Layer, captured, findings, plain, pre_norm, tokens
 

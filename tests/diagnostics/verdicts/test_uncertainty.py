@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import xarray as xr
 
+from depthscope import Severity
 from depthscope.diagnostics.metrics.intervals import DEGREES
 from depthscope.diagnostics.verdicts import uncertainty
 from depthscope.diagnostics.verdicts.declaration import Limits, Profile, verdict
-from depthscope.diagnostics.verdicts.finding import Severity
 from depthscope.diagnostics.verdicts.rule import Kind
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from depthscope.probes.checkpoints.load import load_checkpoint
+from depthscope import load as load_checkpoint
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text, token_texts
 from depthscope.probes.checkpoints.weight_files import CheckpointError
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from depthscope.probes.checkpoints.load import load_checkpoint
+from depthscope import load as load_checkpoint
 from depthscope.probes.checkpoints.weight_files import CheckpointError
 
 transformers = pytest.importorskip("transformers")

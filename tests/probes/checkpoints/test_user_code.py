@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from depthscope import load as load_checkpoint
 from depthscope.app.cli.main import USAGE, main
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of_user_code, is_model_error
-from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.own_files import own_file
 
 MODEL = """

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from depthscope.probes.model.layout import LayoutError, canonical, count_streams, parse_layout
+from depthscope import LayoutError
+from depthscope.probes.model.layout import canonical, count_streams, parse_layout
 
 
 @pytest.mark.parametrize(

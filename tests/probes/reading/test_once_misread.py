@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 import depthscope as ds
+from depthscope import LayoutError
 from depthscope.probes.connections.proof import spread
-from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.reading.graph import ReadingError
 
 WIDTH, STREAMS = 16, 4

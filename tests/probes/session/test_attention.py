@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import depthscope as ds
-from depthscope.probes.structure.sites import SiteError
+from depthscope import SiteError
 
 B, T, D, H = 3, 6, 16, 2
 

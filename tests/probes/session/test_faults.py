@@ -25,8 +25,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from depthscope import probes
-from depthscope.probes.jacobian import jacobian
+from depthscope import jacobian, probes
 from depthscope.probes.statistics.token_sums import TokenSums
 from tests.probes.session.faulty_models import MODELS, VOCABULARY, Noted
 from tests.probes.session.hooks_left import hooks_on_model

@@ -8,9 +8,7 @@ from dataclasses import FrozenInstanceError
 import numpy as np
 import pytest
 
-from depthscope import probes
-from depthscope.probes.jacobian import jacobian
-from depthscope.probes.model.layout import LayoutError
+from depthscope import LayoutError, jacobian, probes
 from depthscope.probes.session.options import CaptureOptions, ModelOptions, Options, SiteOptions
 
 TAKES = {

@@ -8,8 +8,8 @@ import torch
 import transformers
 from torch import nn
 
-from depthscope import probes
-from depthscope.probes.structure.sites import SiteError, select
+from depthscope import SiteError, probes
+from depthscope.probes.structure.sites import select
 
 
 def seen(model: nn.Module, batch, **paths: str) -> dict[str, np.ndarray]:

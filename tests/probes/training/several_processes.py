@@ -26,8 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import depthscope as ds
-from depthscope import probes
-from depthscope.probes.model.errors import CaptureError
+from depthscope import CaptureError, probes
 
 EQUAL = 1e-10
 # Of numbers that come from a spectrum or an angle of float32 states, whose order differs.

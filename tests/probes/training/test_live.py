@@ -7,9 +7,8 @@ import pytest
 import torch
 import xarray as xr
 
-from depthscope import diagnostics, probes
+from depthscope import CATALOGUE, diagnostics, probes
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.metrics.catalogue import CATALOGUE
 from depthscope.probes.statistics.live_sums import draw_places
 from depthscope.probes.training.live.live import live_names
 from depthscope.probes.training.live.row import LIVE

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import depthscope as ds
-from depthscope.probes.training.notices import ProbeWarning
+from depthscope import ProbeWarning
 from tests.models.plain_stack import Block
 from tests.models.small_models import Feedforward
 

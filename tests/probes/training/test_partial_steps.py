@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import depthscope as ds
-from depthscope.probes.training.notices import ProbeWarning
+from depthscope import ProbeWarning
 
 ODD = "H_res differs between the features"
 OF_STATES = (
