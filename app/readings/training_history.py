@@ -55,7 +55,7 @@ class Measure:
         return found
 
 
-Key = tuple[str, str | None, str]
+Key = tuple[str, str | None]
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class TrainingHistory:
 
 
 def _key(finding: Finding) -> Key:
-    return finding.verdict, finding.stream, finding.quantity
+    return finding.verdict, finding.stream
 
 
 def history_of(reading: Reading, runs: Mapping[str, xr.DataTree] = MappingProxyType({})) -> TrainingHistory:

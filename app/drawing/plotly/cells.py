@@ -178,6 +178,8 @@ def round_numbers(low: float, high: float, most: int = 6) -> list[float]:
     --------
     >>> round_numbers(0.0, 1.0, 3), round_numbers(-5.2, -4.8, 5), round_numbers(0.30, 0.32, 3)
     ([1.0, 3.0, 10.0], [8e-06, 1e-05, 1.2e-05, 1.5e-05], [2.0, 2.05])
+    >>> round_numbers(0.2, 21.0, 6)
+    [10.0, 100000.0, 1000000000.0, 10000000000000.0, 1e+17, 1e+21]
     """
     decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
     # 1e-6: an end that is a round number is not lost to the rounding of its logarithm.
@@ -195,6 +197,9 @@ def round_numbers(low: float, high: float, most: int = 6) -> list[float]:
         return [float(f"{each:.6g}") for each in few[-1]]
     if few and high - low > 1:
         return few[-1]
+    powers = [10.0**decade for decade in decades if low <= decade <= high]
+    if len(powers) > most:
+        return powers[:: -(-len(powers) // most)]
     first, last = 10.0**low, 10.0**high
     if last <= first * (1 + 1e-6):
         return [float(f"{first:.6g}")]
