@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -92,7 +93,7 @@ class Chain:
     family: str = ""  # of a chain with connections over depth, or whose state is scaled at each token
     proof: str = ""  # of a plain chain: "proven", or "unproven: why"
 
-    @property
+    @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
         """Of its states, all in its layout."""
         return [point.shape for point in self.points]
