@@ -153,15 +153,15 @@ def test_mixing_matrices_that_are_applied_transposed_amplify_or_make_streams_the
     drawn = torch.Generator().manual_seed(3)
     mixes = [torch.linalg.qr(torch.randn(4, 4, generator=drawn))[0] for _ in range(CONNECTIONS)]
     identity, starved = torch.eye(4), torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0]))
-    by_rows = "dividing every mixing matrix by the sums of its rows"
+    feeding = "feeding every stream as much as the one that is fed most"
     for meant, applied, words in (
         (mixes, [mix.mT for mix in mixes], "transposing every mixing matrix"),
         (
             [NEAR] * CONNECTIONS,
             [NEAR, 30.0 * NEAR] * (CONNECTIONS // 2),
-            by_rows,
+            "dividing every mixing matrix by the sums of its rows",
         ),
-        ([identity] * CONNECTIONS, [starved] * CONNECTIONS, by_rows),
+        ([identity] * CONNECTIONS, [starved] * CONNECTIONS, feeding),
         ([identity] * CONNECTIONS, [0 * NEAR + 0.25] * CONNECTIONS, "leaving every stream unmixed"),
     ):
         ids = tokens(6, 8)
