@@ -254,6 +254,16 @@ SCALED = {
     "logits": ("multiplying the logits of the softmax in {} by {}", "another scale of attention"),
     "outputs": ("multiplying what {} gives by {}", "another scale of these modules"),
 }
+
+
+def _fed(mix: torch.Tensor) -> torch.Tensor:
+    """Matrices in which a row of a sum below a tenth of the largest has that sum; a row of zeros becomes the identity's."""
+    sums = mix.sum(-1, keepdim=True)
+    most = sums.abs().amax(-2, keepdim=True)
+    fed = torch.where(sums == 0, most * MATRICES["identity"](mix), mix * most / sums)
+    return torch.where(sums.abs() < 0.1 * most, fed, mix)
+
+
 GAINS: tuple[tuple[str, str, Change], ...] = (
     (
         "adding 1 to every gain of a norm",
@@ -268,11 +278,9 @@ MIXINGS: tuple[tuple[str, str, Change], ...] = (
     (
         "dividing every mixing matrix by the sums of its rows",
         "mixing matrices that amplify or starve streams",
-        # A stream that is fed by none keeps itself.
-        lambda mix: torch.where(
-            (mix == 0).all(-1, keepdim=True), MATRICES["identity"](mix), mix / mix.sum(-1, keepdim=True)
-        ),
+        lambda mix: mix / mix.sum(-1, keepdim=True),
     ),
+    ("feeding every stream as much as the one that is fed most", "a stream that is no longer fed", _fed),
     ("leaving every stream unmixed", "mixing that makes the streams the same", MATRICES["identity"]),
 )
 SHIFTS = (-2, -1, 1, 2)  # of positions: such as the offset of OPT, or a padding that counts

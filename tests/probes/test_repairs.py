@@ -153,11 +153,11 @@ def test_mixing_matrices_that_are_applied_transposed_amplify_or_make_streams_the
     drawn = torch.Generator().manual_seed(3)
     mixes = [torch.linalg.qr(torch.randn(4, 4, generator=drawn))[0] for _ in range(4)]
     identity, starved = torch.eye(4), torch.diag(torch.tensor([1.0, 1.0, 0.0, 1.0]))
-    by_rows = "dividing every mixing matrix by the sums of its rows"
+    feeding = "feeding every stream as much as the one that is fed most"
     for meant, applied, words in (
         (mixes, [mix.mT for mix in mixes], "transposing every mixing matrix"),
-        ([NEAR] * 4, [NEAR, 30.0 * NEAR] * 2, by_rows),
-        ([identity] * CONNECTIONS, [starved] * CONNECTIONS, by_rows),
+        ([NEAR] * 4, [NEAR, 30.0 * NEAR] * 2, "dividing every mixing matrix by the sums of its rows"),
+        ([identity] * CONNECTIONS, [starved] * CONNECTIONS, feeding),
         ([identity] * CONNECTIONS, [0 * NEAR + 0.25] * CONNECTIONS, "leaving every stream unmixed"),
     ):
         ids = tokens(6, 8)
