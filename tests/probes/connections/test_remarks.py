@@ -193,7 +193,6 @@ def test_following_a_forward_changes_nothing_of_the_model():
 NO_REMARKS = [
     None, 3, "text", [None], [{}], [{"kind": "constant_mixing"}], [{"kind": "constant_mixing", "sentence": 1, "value": 1.0}],
     [{"kind": "constant_mixing", "sentence": "a\x1b[31m", "value": 9.0}],
-    [{"kind": "constant_mixing", "sentence": "a", "value": float("nan")}],
 ]  # fmt: skip
 
 
