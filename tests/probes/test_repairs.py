@@ -157,7 +157,7 @@ def test_mixing_matrices_that_are_applied_transposed_amplify_or_make_streams_the
     for meant, applied, words in (
         (mixes, [mix.mT for mix in mixes], "transposing every mixing matrix"),
         ([NEAR] * 4, [NEAR, 30.0 * NEAR] * 2, "dividing every mixing matrix by the sums of its rows"),
-        ([identity] * CONNECTIONS, [starved] * CONNECTIONS, feeding),
+        ([identity] * 4, [starved] * 4, feeding),
         ([identity] * CONNECTIONS, [0 * NEAR + 0.25] * CONNECTIONS, "leaving every stream unmixed"),
     ):
         ids = tokens(6, 8)

@@ -132,8 +132,8 @@ def test_an_undefined_number_is_a_gap_and_not_a_zero():
 
 def test_a_step_can_be_chosen():
     data = xr.Dataset(
-        {"gradient_norm": (("step", "depth"), [[1.0, 2.0], [3.0, 4.0]])},
-        coords={"step": [0, 100], "depth": [0, 1]},
+        {"gradient_norm": (("step", "depth", "stream"), [[[1.0], [2.0]], [[3.0], [4.0]]])},
+        coords={"step": [0, 100], "depth": [0, 1], "stream": ["mean"]},
     )
     (first,) = measured(FIGURES["gradient_norm"].build({"a": data}, step=0))
     (last,) = measured(FIGURES["gradient_norm"].build({"a": data}))
