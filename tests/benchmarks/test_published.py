@@ -47,8 +47,3 @@ def attention_residuals(*, skip, layers):
 def test_residuals_as_logarithms_are_those_of_plain_attention(skip, layers):
     expected = attention_residuals(skip=skip, layers=layers)
     np.testing.assert_allclose(results.log_residuals(skip=skip)[: layers + 1], expected, atol=1e-8)
-
-
-def test_the_residual_cubes_in_the_limit():
-    steps = np.diff(results.log_residuals(skip=False))
-    assert steps[-1] / steps[-2] == pytest.approx(3.0, abs=1e-3)

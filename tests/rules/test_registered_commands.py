@@ -25,8 +25,3 @@ def test_every_defined_command_is_registered():
         f"{', '.join(missing)} of app/cli is defined but not registered: add the line "
         f'`"{missing[0]}",` to COMMANDS in app/cli/main.py'
     )
-
-
-def test_every_registered_command_is_defined_once():
-    assert len(set(COMMANDS)) == len(COMMANDS)
-    assert set(COMMANDS) <= defined()

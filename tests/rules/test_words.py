@@ -43,8 +43,3 @@ def test_no_text_of_a_face_is_in_a_private_dialect():
         f"{where}: {match[0]!r} in {text[:100]!r}" for where, text in texts if (match := DIALECT.search(text))
     ]
     assert not found, "\n".join(found)
-
-
-def test_a_word_of_the_dialect_is_noticed():
-    assert DIALECT.search("the reason is told in the log")
-    assert not DIALECT.search("copies of one another")

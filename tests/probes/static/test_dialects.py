@@ -14,7 +14,7 @@ from depthscope.diagnostics import kernels
 from depthscope.diagnostics.errors import InputError
 from depthscope.probes.checkpoints.errors import CheckpointError
 from depthscope.probes.static.dialect import Constant, Dialect, solve  # a user's own row is made of these
-from depthscope.probes.static.dialects import DEEPSEEK_V4, DEEPSEEK_V41, TABLE, permutations, sinkhorn
+from depthscope.probes.static.dialects import DEEPSEEK_V4, DEEPSEEK_V41, permutations, sinkhorn
 from tests.probes.static.dialect_files import CASES, Case, D, N, Random, write_gguf, write_safetensors
 
 gguf = pytest.importorskip("gguf")
@@ -212,10 +212,6 @@ def test_a_row_that_does_not_fit_the_tensors_is_named_with_the_place(change, wor
 def test_names_have_one_place_for_a_tensor():
     with pytest.raises(InputError, match=r"must begin with '\{path\}\.' and have one"):
         replace(MINE, names=("h.*.mixer",))
-
-
-def test_rows_of_the_table_have_names_of_their_own():
-    assert len({row.name for row in TABLE}) == len(TABLE)
 
 
 def test_shapes_give_the_sizes_or_several_solutions():
