@@ -140,7 +140,7 @@ def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str) -> str:
         f"Networks of width {first.width} on one text: width, data and longer training may change it. The loss was still "
         f"falling: by {(ours.course_a - ours.course_b).mean():.2f} nats on average from the last but one to the last fifth of "
         "the steps, while the rate fell to zero. AttnRes carries no state, so its similarity is of what its sublayers read. "
-        "Not measured: whitened similarity.",
+        f"Not measured: whitened similarity.{_not_learned(rows, counts)}",
         "## How it was made",
         f"{len(ours)} networks, {ours.seconds.sum() / 3600:.1f} processor hours of one core for training and measuring, "
         "without those for the rates. `python -m benchmarks.answer --compile --table answer.csv --page .` trains what the "
@@ -257,6 +257,18 @@ def _losses_against_base(networks: dict[str, pd.DataFrame]) -> dict[str, str]:
 
 def _positions(values: pd.Series) -> list[xr.DataArray]:
     return [xr.DataArray([value], dims="depth", coords={"depth": [0]}) for value in values]
+
+
+def _not_learned(rows: pd.DataFrame, counts: Sequence[int]) -> str:
+    """Designs at a depth that lose far more than the best one there: their similarity is that of a failed training."""
+    losses = {depth: {f: of.loss.mean() for f, of in trained(rows, depth).items()} for depth in counts}
+    failed = [
+        f"{DESIGNS[family]} at {depth} blocks (loss {loss:.2f})"
+        for depth, of in losses.items()
+        for family, loss in of.items()
+        if loss > 2 * min(of.values())
+    ]
+    return f" Not learned at the rate that was chosen: {', '.join(failed)}." if failed else ""
 
 
 def _largest_change(rows: pd.DataFrame, counts: Sequence[int]) -> float:
