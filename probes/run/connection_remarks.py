@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.connections.coefficient_values import vector
-from depthscope.probes.connections.proof import Evidence
+from depthscope.probes.connections.proof import Evidence, relative_error
 from depthscope.probes.connections.remarks import Facts, passing_inside, remarks
 from depthscope.probes.session.session import Session
 
@@ -35,8 +35,8 @@ def all_remarks(
             read=vector(joint.parts.read),
             write=vector(joint.parts.write),
             mask=joint.mask,
-            spread_in=_spread(joint.x_in, joint.mask),
-            spread_out=_spread(joint.x_out, joint.mask),
+            spread_in=_spread(joint.tokens.x_in),
+            spread_out=_spread(joint.tokens.x_out),
         )
         for joint in evidence.joints
     ]
@@ -55,12 +55,9 @@ def all_remarks(
     return [*(remark.as_dict() for remark in (*inner, *remarks(facts))), *of_modules]
 
 
-def _spread(state: torch.Tensor, mask: torch.Tensor) -> float:
-    """‖X − mean over streams‖ / ‖X‖ of real tokens (K, T, N, D)."""
-    real = state[mask].double()
-    return float(
-        (real - real.mean(-2, keepdim=True)).norm() / real.norm().clamp_min(torch.finfo(torch.float64).tiny)
-    )
+def _spread(state: torch.Tensor) -> float:
+    """‖X − mean over streams‖ / ‖X‖ of some tokens (T, N, D); 0 of states that are 0."""
+    return relative_error(state - state.mean(-2, keepdim=True), state)
 
 
 NAMED = 3  # modules in a sentence

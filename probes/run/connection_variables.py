@@ -111,7 +111,7 @@ def _stream_variables(evidence: Evidence) -> dict[str, Any]:
 
 def _read_error(joint: Joint) -> float:
     """How well the read weights give the branch's input; NaN where they have several views, or are no scalars."""
-    tokens = joint.tokens()
+    tokens = joint.tokens
     if not len(tokens.mask) or tokens.parts.read is None or tokens.parts.read.shape[-2] != 1:
         return math.nan
     again = torch.einsum("tn,tnd->td", tokens.parts.read[:, 0].double(), tokens.x_in.double())

@@ -5,46 +5,56 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from depthscope.probes.model.modules import all_modules, module_paths
+from depthscope.probes.model.modules import all_modules, all_parameters, module_paths
 from depthscope.probes.structure.chain import Chain
 
 SAMPLED = 4096  # numbers of a matrix by which two blocks are compared first
 
 
-def untouched(model: nn.Module, chain: Chain) -> dict[str, Any]:
-    """Whether no vector of any block can have been trained.
+def weight_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
+    """What the weights say of the age of a chain's blocks, and of mistakes in loading them; what does not hold is absent.
 
-    Returns: ``untouched``, 1; empty where some can, and where the blocks have none.
+    Returns: ``untouched``, 1, where no vector of any block can have been trained; ``untouched_blocks``, the numbers of blocks
+    every vector of which is as initialisers leave it, where others of the model are not; ``equal_blocks``, the numbers of
+    blocks with all weights of another block that are not shared with it.
     """
+    facts: dict[str, Any] = {}
     with torch.no_grad():
         blocks = _weights_of_blocks(model, chain)
-        every = [weight for of in blocks.values() for weight in of]
-        return {"untouched": 1} if all(blocks.values()) and all(_untouched([every])) else {}
+        every = _weights(model)
+        touched = {id(w.parameter) for w, is_touched in _vectors_touched(every) if is_touched}
 
+        def is_fresh(vectors: Sequence[_Weight]) -> bool:
+            return bool(vectors) and not any(id(weight.parameter) in touched for weight in vectors)
 
-def untouched_blocks(model: nn.Module, chain: Chain) -> dict[str, Any]:
-    """Blocks every vector of which is as initialisers leave it, where others of the model are not.
-
-    Returns: ``untouched_blocks``, their numbers in the chain; empty where there is none, and where all are so and the vectors
-    outside of the blocks are constant too.
-    """
-    with torch.no_grad():
-        blocks = _weights_of_blocks(model, chain)
-        untouched = zip(blocks, _untouched(blocks.values()), strict=True)
-        fresh = [number for number, is_untouched in untouched if is_untouched]
-        inside = {id(weight.parameter) for of in blocks.values() for weight in of}
-        outside = [weight for weight in _weights(model) if id(weight.parameter) not in inside]
+        inside = [weight for of in blocks.values() for weight in of]
+        if all(blocks.values()) and is_fresh(_vectors(inside)):
+            facts["untouched"] = 1
+        own = {id(weight.parameter) for weight in inside}
+        outside = _vectors([weight for weight in every if id(weight.parameter) not in own])
+        fresh = [number for number, of in blocks.items() if is_fresh(_vectors(of))]
         # Without a vector outside there is nothing that training would have left.
-        if len(fresh) == len(chain.blocks) and (not _vectors(outside) or all(_untouched([outside]))):
-            return {}
-    return {"untouched_blocks": fresh} if fresh else {}
+        if fresh and (len(fresh) < len(chain.blocks) or (outside and not is_fresh(outside))):
+            facts["untouched_blocks"] = fresh
+        if equal := _equal_blocks(model, chain):
+            facts["equal_blocks"] = equal
+    return facts
+
+
+def is_untouched(model: nn.Module, chain: Chain) -> bool:
+    """Whether no vector of any block can have been trained, as `weight_facts` says; stops at the first that was."""
+    with torch.no_grad():
+        blocks = _weights_of_blocks(model, chain)
+        inside = [weight for of in blocks.values() for weight in of]
+        touched = (is_touched for _, is_touched in _vectors_touched(inside))
+        return all(blocks.values()) and bool(_vectors(inside)) and not any(touched)
 
 
 def is_readable(parameter: nn.Parameter) -> bool:
@@ -86,19 +96,15 @@ def _weights(model: nn.Module) -> list[_Weight]:
 FEWEST = 8
 
 
-def _untouched(blocks: Iterable[Sequence[_Weight]]) -> list[bool]:
-    """Whether no vector of some blocks can have been trained, and some could: each is constant, or as torch draws a bias.
+def _vectors_touched(weights: Sequence[_Weight]) -> Iterator[tuple[_Weight, bool]]:
+    """The vectors among some weights; whether each can have been trained: it is neither constant nor as torch draws a bias.
 
     Matrices alone are not asked: drawn from a normal distribution they look the same before and after.
     """
-    vectors = [_vectors(of) for of in blocks]
-    every = [weight.parameter for of in vectors for weight in of]
-    constant = iter(_of_each(every, lambda rows: rows.amin(1) == rows.amax(1)))
-    moved = [[weight for weight in of if not next(constant)] for of in vectors]
-    return [
-        bool(of) and all(_is_drawn_by_torch(weight.parameter, weight.own) for weight in trained)
-        for of, trained in zip(vectors, moved, strict=True)
-    ]
+    vectors = _vectors(weights)
+    constant = _of_each([weight.parameter for weight in vectors], lambda rows: rows.amin(1) == rows.amax(1))
+    for weight, is_constant in zip(vectors, constant, strict=True):
+        yield weight, not is_constant and not _is_drawn_by_torch(weight.parameter, weight.own)
 
 
 def _vectors(weights: Sequence[_Weight]) -> list[_Weight]:
@@ -123,34 +129,23 @@ def _is_drawn_by_torch(bias: nn.Parameter, own: list[nn.Parameter]) -> bool:
     if len(matrices) != 1:
         return False
     bound = (matrices[0].numel() / bias.numel()) ** -0.5 * (1.0 + 1e-6)
-    largest = _largest(matrices[0])
-    return 0.9 * bound < largest <= bound and _largest(bias) <= bound
+    return _largest(bias) <= bound and 0.9 * bound < _largest(matrices[0]) <= bound
 
 
 def _largest(parameter: torch.Tensor) -> float:
     return float(torch.linalg.vector_norm(parameter, math.inf))
 
 
-def equal_blocks(model: nn.Module, chain: Chain) -> dict[str, Any]:
-    """Blocks whose weights are all those of an earlier block, and not shared with it.
-
-    Returns: ``equal_blocks``, the numbers of these blocks and of those that they equal; empty where there is none.
-    """
+def _equal_blocks(model: nn.Module, chain: Chain) -> list[int]:
+    """Blocks whose weights are all those of another block, and not shared with it."""
     known = dict(module_paths(model))
-    blocks = {n: list(known[path].parameters()) for n, path in enumerate(chain.blocks) if path in known}
+    blocks = {n: all_parameters(known[path]) for n, path in enumerate(chain.blocks) if path in known}
     groups: dict[Any, list[int]] = {}
-    with torch.no_grad():
-        for number, weights in blocks.items():
-            if weights and all(is_readable(weight) for weight in weights):
-                groups.setdefault(_sample(weights), []).append(number)
-        found = {
-            number
-            for same in groups.values()
-            for first, second in pairwise(same)
-            if _are_equal(blocks[first], blocks[second])
-            for number in (first, second)
-        }
-    return {"equal_blocks": sorted(found)} if found else {}
+    for number, weights in blocks.items():
+        if weights and all(is_readable(weight) for weight in weights):
+            groups.setdefault(_sample(weights), []).append(number)
+    pairs = [pair for same in groups.values() for pair in pairwise(same)]
+    return sorted({number for pair in pairs if _are_equal(*(blocks[n] for n in pair)) for number in pair})
 
 
 def _sample(weights: Sequence[torch.Tensor]) -> tuple[Any, ...]:

@@ -13,7 +13,7 @@ from depthscope.probes.connections.proof import Evidence
 from depthscope.probes.run.attributes import chain_proof
 from depthscope.probes.run.connection_variables import connection_coords, connection_variables
 from depthscope.probes.run.coverage import connections_within, depth_coords, without_gradient
-from depthscope.probes.run.initial_weights import equal_blocks, untouched, untouched_blocks
+from depthscope.probes.run.initial_weights import weight_facts
 from depthscope.probes.run.linear_variables import linear_coords
 from depthscope.probes.session.reservoir import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
@@ -74,8 +74,7 @@ def trace_dataset(
     proof = chain_proof(chain, evidence)
     facts = {"proof": proof} if proof else {}
     if not described:  # of the age of a chain's blocks, and of mistakes in loading them
-        facts |= untouched(session.model, chain) | untouched_blocks(session.model, chain)
-        facts |= equal_blocks(session.model, chain)
+        facts |= weight_facts(session.model, chain)
     trace = xr.Dataset(variables, coords, attrs=facts)
     if "connection" not in trace.dims:
         return trace

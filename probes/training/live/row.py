@@ -20,7 +20,7 @@ from depthscope.diagnostics.quantities.exact_sums import EXACT
 from depthscope.diagnostics.quantities.registry import CHOICES, LABELS, Quantities, Unavailable
 from depthscope.diagnostics.schema.variables import OF_SUMS
 from depthscope.probes.run.connection_variables import weight_variables
-from depthscope.probes.run.initial_weights import untouched
+from depthscope.probes.run.initial_weights import is_untouched
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
@@ -170,10 +170,10 @@ class LiveMetrics:
         """Whether the weights of a group are as they were drawn; empty from the step on at which they are not."""
         if group.number in self._touched:  # weights do not come back, and to look at all of them takes time
             return {}
-        facts = untouched(self._session.model, self._session.structure.chains[group.number])
-        if not facts:
-            self._touched.add(group.number)
-        return {name: _number(float(value), "of the weights") for name, value in facts.items()}
+        if is_untouched(self._session.model, self._session.structure.chains[group.number]):
+            return {"untouched": _number(1.0, "of the weights")}
+        self._touched.add(group.number)
+        return {}
 
     def _same_tokens(self, at: int, group: LiveGroup, sums: TokenSums) -> Number:
         """1 where the sampled positions are those of the first measured step, 0 where the batch has another shape or mask."""
