@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-import numpy as np
-
 from depthscope.probes.reading.carrying import places_in, transposed
 from depthscope.probes.reading.graph import PARAMETER, SHAPE_ONLY, TracedValue, walk
 from depthscope.probes.reading.memory import Memory
@@ -240,13 +238,7 @@ def _before_step(memory: Memory, after: TracedValue, before: TracedValue, number
     if after.name in ("transpose", "t"):
         return transposed(numbers, after)
     moved = places_in(memory.graph, after, before)
-    if moved is None:
-        return None
-    mine, target = moved.dense(), numbers.dense()
-    found = np.full(before.numel, NOTHING, dtype=np.int64)
-    found[mine[mine >= 0]] = target[mine >= 0]
-    is_spread = (found[mine[mine >= 0]] != target[mine >= 0]).any()  # over several tokens or features
-    return None if is_spread else Numbers.of(found.reshape(before.shape))
+    return None if moved is None else numbers.before_move(moved.shared(), before.shape)
 
 
 def _before_written(memory: Memory, value: TracedValue, numbers: Numbers) -> TracedValue | None:

@@ -103,6 +103,17 @@ class Numbers:
             return 0
         return math.prod(len(np.unique(axis[axis > _HOLE // 2])) for axis in self.axes)
 
+    @_computed_once
+    def before_move(self, places: Numbers, shape: tuple[int, ...]) -> Numbers | None:
+        """The numbers of what lies at ``places`` in a value with these; None where one element has several of them."""
+        mine, target = places.dense(), self.dense()
+        is_taken = mine >= 0
+        found = np.full(math.prod(shape), NOTHING, dtype=np.int64)
+        found[mine[is_taken]] = target[is_taken]
+        # Over several tokens or features
+        is_spread = (found[mine[is_taken]] != target[is_taken]).any()
+        return None if is_spread else Numbers.of(found.reshape(shape))
+
     @cached_property
     def key(self) -> tuple[object, ...]:
         """What equal numbers have equal."""
