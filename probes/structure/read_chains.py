@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from depthscope.probes.connections.coefficient_values import AnyConnection, factors_of
+from depthscope.probes.connections.computation import AnyConnection, factors_of
 from depthscope.probes.connections.proof import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
