@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 from depthscope.diagnostics.errors import InputError
+from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, ValuePlace
 
 PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a norm of that sum
@@ -74,6 +75,7 @@ class Connection:
     depth_in: int
     depth_out: int
     parameters: tuple[str, ...] = ()  # names of those that its coefficients are computed from
+    is_sinkhorn: bool = False  # whether Sinkhorn's iteration makes its matrix
     layout: str = ""  # of what the branch of a plain block gives
 
 
@@ -92,6 +94,8 @@ class Chain:
     history: bool = False  # connected to earlier depths, not to streams
     family: str = ""  # of a chain with connections over depth, or whose state is scaled at each token
     proof: str = ""  # of a plain chain: "proven", or "unproven: why"
+    # Of its stages, while the structure is found; none where calls alone show the states
+    memories: tuple[MemoryReading, ...] = field(default=(), repr=False)
 
     @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
