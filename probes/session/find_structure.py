@@ -20,22 +20,23 @@ from depthscope.probes.reading.graph import INPUT, Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.options import Options
-from depthscope.probes.structure.chain import Chain, ChainError
-from depthscope.probes.structure.model_structure import (
-    ReadStructure,
-    Structure,
-    chain_names,
-    require_all_sequences,
-    with_asserted_streams,
-)
-from depthscope.probes.structure.named_blocks import (
+from depthscope.probes.structure.chain import (
     ASSERTED,
+    Chain,
+    ChainError,
     chain_of_calls,
     likely_blocks,
     linked_calls,
     named_calls,
     states_around,
     with_named_blocks,
+)
+from depthscope.probes.structure.model_structure import (
+    ReadStructure,
+    Structure,
+    chain_names,
+    require_all_sequences,
+    with_asserted_streams,
 )
 from depthscope.probes.structure.not_covered import (
     FURTHER_SHARE,
