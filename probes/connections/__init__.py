@@ -1,1 +1,1 @@
-"""What does one connection between streams do? Detected, read and proven; one file a family in `families`."""
+"""What do the connections of a network do? Their proof in every run, from what they are computed, and what is odd of them."""

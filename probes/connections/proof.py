@@ -7,8 +7,8 @@ Shapes: K sequence, T token, N stream, V view, D feature; flattened tokens are `
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Self
 
@@ -83,6 +83,21 @@ class Parts(Weights):
     branch_out: torch.Tensor  # (B, T, V, D)
     constant: torch.Tensor | None = None
 
+    @property
+    def matrix(self) -> torch.Tensor:
+        """H_res, destination by source; the identity where nothing mixes."""
+        if self.mix is not None:
+            return self.mix.float()
+        n = self.write.shape[-2]
+        return torch.eye(n).expand(*self.write.shape[:-1], n)
+
+    @property
+    def coefficients(self) -> dict[str, torch.Tensor]:
+        """H_res (…, n, n), and H_pre and H_post (…, n) where the branch has one view of scalar weights."""
+        one_view = {"H_pre": self.read, "H_post": self.write}
+        vectors = {name: w.flatten(-2) for name, w in one_view.items() if w is not None and 1 in w.shape[-2:]}
+        return {"H_res": self.matrix, **vectors}
+
 
 def per_token(tensor: torch.Tensor, tail: tuple[int, ...], batch: int, tokens: int) -> Iterator[torch.Tensor]:
     """A tensor as (B, T, *tail) in the ways that its shape allows; a constant one is expanded."""
@@ -120,19 +135,48 @@ PROOF_TOKENS = 128
 
 
 @dataclass(frozen=True)
-class Proof:
-    """How well one connection's parts give its next state."""
+class Origin:
+    """From what the coefficients of one connection were computed; all empty where that is not known.
 
-    error: float  # relative Frobenius error ‖X' − (H X + post ⊗ F)‖ / ‖X'‖ over real tokens
-    other: float  # the same with the transposed matrix
-    known: bool = True  # false where no state around the connection is finite; the errors are NaN then
+    ``gradients``: the largest gradients of the matrix's logits and of the write weights, for a random combination of the
+    next state, where every entry of the matrix is 1/n.
+    ``is_cut``: whether autograd knows the write weights, and not the matrix, though parameters lie behind it.
+    ``other_states``: by weights (H_res, H_pre, H_post): at which connections the states are that they were computed
+    from though they are not this connection's own; −1 for the model's input.
+    ``other_tokens``: the share of the gradient of one token's coefficients that falls on the states of other tokens.
+    ``unused``: a matrix (K, T, n, n) that was computed from parameters for this connection, and that no output
+    depends on.
+    ``sigmoids``: by weights (H_pre, H_post): the factor c where they are c · σ(·).
+    ``reads_along``: where one matrix has the read weights in its first columns and the mixing in its others: whether
+    both are applied along the same axis; None where no matrix has both.
+    """
+
+    gradients: tuple[float, float] | None = None
+    is_cut: bool = False
+    other_states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    other_tokens: float = 0.0
+    later: bool = False  # whether some of these tokens come later in the sequence
+    unused: torch.Tensor | None = None
+    sigmoids: Mapping[str, float] = field(default_factory=dict)
+    # Whether the matrix is applied as the transpose of what was computed first; None where that is symmetric.
+    turned: bool | None = None
+    reads_along: bool | None = None
+
+    def at(self, positions: Sequence[int]) -> Origin:
+        """That of some of the sequences."""
+        tensors = {
+            of.name: t[positions]
+            for of in fields(self)
+            if isinstance(t := getattr(self, of.name), torch.Tensor)
+        }
+        return replace(self, **tensors)
 
 
 @dataclass
 class Joint:
-    """The sampled states and parts around one connection; tensors (K, T, …), mask (K, T)."""
+    """The sampled states and parts around one connection, (K, T, …); its mask (K, T) is true on tokens that are no padding."""
 
-    path: str
+    path: str  # of the module that it belongs to
     x_in: torch.Tensor
     x_out: torch.Tensor
     parts: Parts
@@ -140,9 +184,13 @@ class Joint:
     dtype: torch.dtype
     # In which else the memory is carried, or what branches give is scaled
     casts: tuple[torch.dtype, ...] = ()
+    # Relative Frobenius error ‖X' − (H X + post ⊗ F)‖ / ‖X'‖ over real tokens; NaN where no state around it is finite
+    error: float = math.nan
+    other_error: float = math.nan  # the same with the transposed matrix
+    origin: Origin = Origin()  # from what the weights were computed, where a forward was followed
 
     @cached_property
-    def tokens(self) -> Joint:
+    def sample(self) -> Joint:
         """At most `PROOF_TOKENS` real tokens with finite states, flattened to (n, …), spread over the sample."""
         real = self.mask.flatten().nonzero().squeeze(-1)
         index = self._finite(real[spread(len(real), PROOF_TOKENS)])
@@ -166,22 +214,33 @@ class Joint:
         return index[torch.stack([state.isfinite().flatten(1).all(1) for state in states]).all(0)]
 
     @property
+    def mixes(self) -> bool:
+        """Whether the model computes a matrix."""
+        return self.parts.mix is not None
+
+    @cached_property
     def matrix(self) -> torch.Tensor:
         """H_res, destination by source; the identity where nothing mixes."""
-        if self.parts.mix is not None:
-            return self.parts.mix.float()
-        n = self.parts.write.shape[-2]
-        return torch.eye(n).expand(*self.parts.write.shape[:-1], n)
+        return self.parts.matrix
+
+    @property
+    def num_streams(self) -> int:
+        """Number of streams n."""
+        return self.matrix.shape[-1]
+
+    def tokens(self, weights: torch.Tensor) -> torch.Tensor:
+        """Weights of the tokens that are no padding, (tokens, …), in float64."""
+        return weights.flatten(0, 1).double()[self.mask.flatten()]
+
+    def sum_errors(self) -> tuple[float, float]:
+        """The largest error of a row's sum (over sources) and of a column's (over destinations), against 1."""
+        values = self.tokens(self.matrix)
+        return float((values.sum(-1) - 1).abs().max()), float((values.sum(-2) - 1).abs().max())
 
 
-def prove(joint: Joint) -> Proof:
-    """Recompute the next state, with the matrix and with its transpose."""
-    tokens = joint.tokens
-    if not len(tokens.mask):
-        return Proof(math.nan, math.nan, known=False)
-    error = reconstruction_error(tokens, tokens.matrix)
-    mixes = joint.parts.mix is not None
-    return Proof(error, reconstruction_error(tokens, tokens.matrix.mT) if mixes else math.inf)
+def stream_spread(state: torch.Tensor) -> float:
+    """‖X − mean over streams‖ / ‖X‖ of some tokens (T, N, D); 0 of states that are 0."""
+    return relative_error(state - state.mean(-2, keepdim=True), state)
 
 
 def reconstruction_error(joint: Joint, matrix: torch.Tensor) -> float:
@@ -199,16 +258,14 @@ def reconstruction_error(joint: Joint, matrix: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class Evidence:
-    """The proofs of all connections of a run."""
+    """All stream connections of a run, proven."""
 
-    proofs: tuple[Proof, ...] = ()
     joints: tuple[Joint, ...] = ()
 
     @property
     def orientation(self) -> str:
         """Of the stored matrices."""
-        mixes = any(joint.parts.mix is not None for joint in self.joints)
-        return "destination_source" if mixes else "not_applicable"
+        return "destination_source" if any(joint.mixes for joint in self.joints) else "not_applicable"
 
     @property
     def tolerance(self) -> float:
@@ -218,32 +275,31 @@ class Evidence:
     @property
     def errors(self) -> list[float]:
         """Relative reconstruction error of each connection."""
-        return [proof.error for proof in self.proofs]
+        return [joint.error for joint in self.joints]
 
 
 def gather_evidence(joints: Sequence[Joint]) -> Evidence:
-    """Prove every stream connection on the sampled sequences; there is one at least.
+    """Prove every stream connection on the sampled sequences, with its matrix and with the transpose; there is one at least.
 
     Raises ReconstructionError: Above tolerance, with the worst connection and what it means.
     """
-    evidence = Evidence(tuple(prove(joint) for joint in joints), tuple(joints))
-    _require_proof(evidence, evidence.tolerance)
-    return evidence
-
-
-def _require_proof(evidence: Evidence, limit: float) -> None:
-    errors = [proof.error if proof.known else 0.0 for proof in evidence.proofs]
-    worst = int(np.argmax(errors))
+    evidence, errors = Evidence(tuple(joints)), [0.0] * len(joints)
+    for number, joint in enumerate(joints):
+        tokens = joint.sample
+        if len(tokens.mask):
+            errors[number] = joint.error = reconstruction_error(tokens, tokens.matrix)
+            joint.other_error = reconstruction_error(tokens, tokens.matrix.mT) if joint.mixes else math.nan
+    worst, limit = int(np.argmax(errors)), evidence.tolerance
     if not errors[worst] <= limit:  # NaN is refused too
-        joint = evidence.joints[worst]
-        coarsest = max((joint.dtype, *joint.casts), key=tolerance)
-        dtype = str(coarsest).removeprefix("torch.")
+        joint = joints[worst]
+        dtype = str(max((joint.dtype, *joint.casts), key=tolerance)).removeprefix("torch.")
         raise ReconstructionError(
             f"connection {worst} ({joint.path!r}): H_res X + H_post ⊗ F(H_pre X) misses the next state by a relative error of "
             f"{errors[worst]:.1e} (tolerance {limit:.0e} for {dtype}): the stored states are not those that the operations "
             "of the forward took and gave, or something else is added to the streams between two connections; the capture "
             "is refused"
         )
+    return evidence
 
 
 # Up to which error a sum counts as 1, by the precision in which the model computes: some roundings of its last digit.
@@ -283,7 +339,7 @@ def constraint_of(evidence: Evidence) -> Constraint | None:
     Returns: None where no connection has a matrix.
     """
     joints = evidence.joints
-    if all(joint.parts.mix is None for joint in joints):
+    if not any(joint.mixes for joint in joints):
         return None
     return measured_constraint([joint.matrix[joint.mask] for joint in joints], joints[0].dtype)
 
@@ -291,7 +347,7 @@ def constraint_of(evidence: Evidence) -> Constraint | None:
 def constraint_words(evidence: Evidence, constraint: Constraint | None) -> str:
     """What a run's attribute says about its matrices; empty without stream connections."""
     if constraint is None:
-        unmixed = evidence.joints and all(joint.parts.mix is None for joint in evidence.joints)
+        unmixed = evidence.joints and not any(joint.mixes for joint in evidence.joints)
         return NOTHING_MIXES if unmixed else ""
     return constraint.words
 

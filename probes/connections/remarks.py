@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from depthscope.probes.connections.computation import SAME, Origin
+from depthscope.probes.connections.proof import SAME, Joint, stream_spread
 
 # Heuristics: a sum of float32 numbers of n streams that was made 1 by a division is so within a few roundings.
 EXACT_SUM = 1e-5
@@ -39,50 +39,16 @@ class Remark:
         return asdict(self) | {"connections": list(self.connections)}
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is known of one connection, of the sampled sequences.
-
-    ``read, write``: H_pre and H_post (K, T, n); None where there are several views, or gates per feature.
-    ``spread_in, spread_out``: ‖X − mean over streams‖ / ‖X‖ of the streams before and after the connection.
-    """
-
-    name: str  # the module that it belongs to
-    mix: torch.Tensor  # H_res as applied (K, T, n, n), and the identity where nothing mixes
-    mixes: bool  # whether the model computes a matrix
-    read: torch.Tensor | None = None
-    write: torch.Tensor | None = None
-    mask: torch.Tensor | None = None  # (K, T), True on tokens that are no padding
-    origin: Origin | None = None  # from what the weights were computed; None where no forward was followed
-    spread_in: float = 1.0
-    spread_out: float = 1.0
-
-    def tokens(self, weights: torch.Tensor) -> torch.Tensor:
-        """Weights of the tokens that are no padding, (tokens, …), in float64."""
-        flat = weights.flatten(0, 1).double()
-        return flat if self.mask is None else flat[self.mask.flatten()]
-
-    @property
-    def num_streams(self) -> int:
-        """Number of streams n."""
-        return self.mix.shape[-1]
-
-    def sum_errors(self) -> tuple[float, float]:
-        """The largest error of a row's sum (over sources) and of a column's (over destinations), against 1."""
-        values = self.tokens(self.mix)
-        return float((values.sum(-1) - 1).abs().max()), float((values.sum(-2) - 1).abs().max())
+Rule = Callable[[Sequence[Joint]], Iterator[Remark]]
 
 
-Rule = Callable[[Sequence[Facts]], Iterator[Remark]]
-
-
-def places(facts: Sequence[Facts], at: Sequence[int]) -> str:
+def places(joints: Sequence[Joint], at: Sequence[int]) -> str:
     """Some connections in words."""
-    if len(at) == len(facts):
-        return f"at all {len(facts)} connections" if len(at) > 1 else f"at {facts[0].name}"
-    names = ", ".join(f"{number} ({facts[number].name})" for number in at[:3])
+    if len(at) == len(joints):
+        return f"at all {len(joints)} connections" if len(at) > 1 else f"at {joints[0].path}"
+    names = ", ".join(f"{number} ({joints[number].path})" for number in at[:3])
     more = f" and {len(at) - 3} more" if len(at) > 3 else ""
-    return f"at connection{'s' if len(at) > 1 else ''} {names}{more} of {len(facts)}"
+    return f"at connection{'s' if len(at) > 1 else ''} {names}{more} of {len(joints)}"
 
 
 def short(value: float) -> str:
@@ -97,19 +63,19 @@ MEASURED_ROUNDS = 3  # after which the error falls by the same factor in each ro
 FAR = 0.1  # an error of a sum that no implementation of Sinkhorn leaves on logits that it can converge on; a heuristic
 
 
-def one_sided(facts: Facts) -> bool:
+def one_sided(joint: Joint) -> bool:
     """Whether the sums over the destinations alone are exact, by one normalisation and not by truncation."""
-    row, column = facts.sum_errors()
-    return column <= EXACT_SUM and row > FAR and _rounds(facts) < FEW_ROUNDS
+    row, column = joint.sum_errors()
+    return column <= EXACT_SUM and row > FAR and _rounds(joint) < FEW_ROUNDS
 
 
-def _rounds(facts: Facts) -> float:
+def _rounds(joint: Joint) -> float:
     """How many rounds of Sinkhorn that end with exact sums over the destinations the other sums show, the median over tokens.
 
     Close to its limit Sinkhorn divides the error by the same factor ρ in each round, which a few more rounds on the matrix
     itself measure; an error e is then what ln e / ln ρ rounds leave of an error of 1.
     """
-    matrix = facts.tokens(facts.mix)
+    matrix = joint.tokens(joint.matrix)
     if not (matrix >= 0).all() or not (matrix.sum(-1) > 0).all() or not (matrix.sum(-2) > 0).all():
         return 0.0
     error = (matrix.sum(-1) - 1).abs().amax(-1)
@@ -128,35 +94,31 @@ NO_GRADIENT = 1e-6  # relative to that of the write weights of the same connecti
 FOREIGN = 1e-3  # of a gradient, at other tokens; a heuristic
 
 
-def remarks(facts: Sequence[Facts]) -> tuple[Remark, ...]:
+def remarks(joints: Sequence[Joint]) -> tuple[Remark, ...]:
     """What every rule has to say.
 
-    ``facts``: one for each connection with streams, in order.
+    ``joints``: one for each connection with streams, in order.
     """
-    finite = [each for each in facts if each.mix.isfinite().all() and len(each.tokens(each.mix))]
-    if not facts or len(finite) < len(facts) or facts[0].num_streams < 2:
+    finite = [each for each in joints if each.matrix.isfinite().all() and len(each.tokens(each.matrix))]
+    if not joints or len(finite) < len(joints) or joints[0].num_streams < 2:
         return ()
-    return tuple(remark for rule in RULES for remark in rule(facts))
+    return tuple(remark for rule in RULES for remark in rule(joints))
 
 
 # --- the matrix that is applied is not the one that is computed
 
 
-def discarded(facts: Sequence[Facts]) -> Iterator[Remark]:
+def discarded(joints: Sequence[Joint]) -> Iterator[Remark]:
     """H_res is computed and nothing uses it."""
-    unused = {
-        i: each.origin.unused
-        for i, each in enumerate(facts)
-        if each.origin and each.origin.unused is not None
-    }
+    unused = {i: of for i, each in enumerate(joints) if (of := each.origin.unused) is not None}
     if not unused:
         return
-    at, n = sorted(unused), facts[0].num_streams
-    apart = max(_distance(facts[i].mix, unused[i].to(facts[i].mix)) for i in at)
-    identity = all(float((facts[i].mix - torch.eye(n)).abs().max()) <= SAME for i in at)
+    at, n = sorted(unused), joints[0].num_streams
+    apart = max(_distance(joints[i].matrix, unused[i].to(joints[i].matrix)) for i in at)
+    identity = all(float((joints[i].matrix - torch.eye(n)).abs().max()) <= SAME for i in at)
     yield Remark(
         "discarded_mixing",
-        f"H_res is computed and discarded {places(facts, at)}: a {n} × {n} matrix is computed there and no output "
+        f"H_res is computed and discarded {places(joints, at)}: a {n} × {n} matrix is computed there and no output "
         f"depends on it; what is applied is {'the identity' if identity else 'another matrix'}, from which its entries "
         f"differ by up to {short(apart)}",
         apart,
@@ -171,57 +133,51 @@ def _distance(applied: torch.Tensor, computed: torch.Tensor) -> float:
     return float((applied - computed).abs().max())
 
 
-def transposed(facts: Sequence[Facts]) -> Iterator[Remark]:
+def transposed(joints: Sequence[Joint]) -> Iterator[Remark]:
     """Some connections apply the transpose of what the others apply, or only the sums of the wrong side are exact."""
-    fewer = _turned_minority(facts)
-    crossed = [
-        i for i, each in enumerate(facts) if each.origin is not None and each.origin.reads_along is False
-    ]
+    fewer = _turned_minority(joints)
+    crossed = [i for i, each in enumerate(joints) if each.origin.reads_along is False]
     if fewer:
-        why = f"there the transpose of the computed matrix is applied, unlike at the other {len(facts) - len(fewer)}"
+        why = f"there the transpose of the computed matrix is applied, unlike at the other {len(joints) - len(fewer)}"
     elif crossed:
         why = "of one matrix the first column reads along the rows, and the others mix along the columns"
     else:
-        yield from _late_rows(facts)
+        yield from _late_rows(joints)
         return
     at = fewer or crossed
-    difference = max(float((facts[i].mix - facts[i].mix.mT).abs().max()) for i in at)
+    difference = max(float((joints[i].matrix - joints[i].matrix.mT).abs().max()) for i in at)
     yield Remark(
         "transposed_mixing",
-        f"H_res is transposed {places(facts, at)}: {why}; entries of the two differ by up to {short(difference)}",
+        f"H_res is transposed {places(joints, at)}: {why}; entries of the two differ by up to {short(difference)}",
         difference,
         tuple(at),
     )
 
 
-def _turned_minority(facts: Sequence[Facts]) -> list[int]:
+def _turned_minority(joints: Sequence[Joint]) -> list[int]:
     """The connections that apply the transpose of what they compute, where most do not; or the other way round."""
-    known = {
-        i: each.origin.turned
-        for i, each in enumerate(facts)
-        if each.origin and each.origin.turned is not None
-    }
+    known = {i: of for i, each in enumerate(joints) if (of := each.origin.turned) is not None}
     sides = [[i for i, turned in known.items() if turned is side] for side in (True, False)]
     fewer, more = sorted(sides, key=len)
     return fewer if len(fewer) < len(more) else []
 
 
-def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:
+def _late_rows(joints: Sequence[Joint]) -> Iterator[Remark]:
     """The truncation error of Sinkhorn is in the sums that carry the signal forward, where mHC has none."""
-    if any(each.origin is not None and each.origin.reads_along for each in facts):
+    if any(each.origin.reads_along for each in joints):
         return  # the package hyper-connections: its matrix has its sources first, and ends on them
-    mixing = [number for number, each in enumerate(facts) if each.mixes]
-    errors = {number: facts[number].sum_errors() for number in mixing}
+    mixing = [number for number, each in enumerate(joints) if each.mixes]
+    errors = {number: joints[number].sum_errors() for number in mixing}
     late = [
         i
         for i, (row, column) in errors.items()
-        if column <= EXACT_SUM and row > CLEAR_ERROR and not one_sided(facts[i])
+        if column <= EXACT_SUM and row > CLEAR_ERROR and not one_sided(joints[i])
     ]
     if late and all(column <= EXACT_SUM for _, column in errors.values()):
         row, column = max(errors[i][0] for i in late), max(errors[i][1] for i in late)
         yield Remark(
             "transposed_mixing",
-            f"H_res may be transposed {places(facts, late)}: its sums over the destinations are 1 within "
+            f"H_res may be transposed {places(joints, late)}: its sums over the destinations are 1 within "
             f"{short(column)} and those over the sources, which carry the signal, are off by up to {short(row)}; mHC "
             "normalises the latter last (arXiv 2512.24880, Eq. 9)",
             row,
@@ -233,16 +189,18 @@ def _late_rows(facts: Sequence[Facts]) -> Iterator[Remark]:
 # --- what the matrix is
 
 
-def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
+def all_ones(joints: Sequence[Joint]) -> Iterator[Remark]:
     """Every entry is 1 whatever the parameters, as after a normalisation along an axis of size one."""
-    far = {i: float((each.tokens(each.mix) - 1).abs().max()) for i, each in enumerate(facts) if each.mixes}
+    far = {
+        i: float((each.tokens(each.matrix) - 1).abs().max()) for i, each in enumerate(joints) if each.mixes
+    }
     at = [number for number, error in far.items() if error <= EXACT_SUM]
     if not at:
         return
-    n = facts[0].num_streams
+    n = joints[0].num_streams
     yield Remark(
         "constant_mixing",
-        f"H_res is 1 in every entry {places(facts, at)}, whatever its parameters (within {short(max(far[i] for i in at))}, "
+        f"H_res is 1 in every entry {places(joints, at)}, whatever its parameters (within {short(max(far[i] for i in at))}, "
         f"at every token): as after a normalisation along an axis of size one; all {n} "
         f"streams become their sum, {n} times as large at each connection",
         float(n),
@@ -250,20 +208,21 @@ def all_ones(facts: Sequence[Facts]) -> Iterator[Remark]:
     )
 
 
-def passing(facts: Sequence[Facts]) -> Iterator[Remark]:
+def passing(joints: Sequence[Joint]) -> Iterator[Remark]:
     """The streams differ after a connection and are one again before the next."""
+    spreads = [(stream_spread(each.sample.x_in), stream_spread(each.sample.x_out)) for each in joints]
     at = [
         number
-        for number in range(1, len(facts))
-        if facts[number].spread_in <= SAME and facts[number - 1].spread_out > CLEAR_ERROR
+        for number in range(1, len(joints))
+        if spreads[number][0] <= SAME and spreads[number - 1][1] > CLEAR_ERROR
     ]
     if at:
-        before = max(facts[number - 1].spread_out for number in at)
-        after = max(facts[number].spread_in for number in at)
+        before = max(spreads[number - 1][1] for number in at)
+        after = max(spreads[number][0] for number in at)
         yield Remark(
             "passing_streams",
-            f"Streams are expanded and merged inside each block and do not persist: before {places(facts, at)[3:]} all "
-            f"{facts[0].num_streams} are one again (their differences fall from {short(before)} of their norm to "
+            f"Streams are expanded and merged inside each block and do not persist: before {places(joints, at)[3:]} all "
+            f"{joints[0].num_streams} are one again (their differences fall from {short(before)} of their norm to "
             f"{short(after)}), so that one stream is handed on, as in a plain residual network",
             after,
             tuple(at),
@@ -285,40 +244,39 @@ def passing_inside(streams: int, steps: int) -> tuple[Remark, ...]:
 # --- what the coefficients were computed from, and whether they learn
 
 
-def unlearnable(facts: Sequence[Facts]) -> Iterator[Remark]:
+def unlearnable(joints: Sequence[Joint]) -> Iterator[Remark]:
     """No gradient reaches the logits: the graph is cut, or the streams are alike and H_res is uniform."""
-    known = {i: each.origin for i, each in enumerate(facts) if each.origin is not None}
-    if cut := [i for i, origin in known.items() if origin.is_cut]:
+    if cut := [i for i, each in enumerate(joints) if each.origin.is_cut]:
         yield Remark(
             "unlearnable_mixing",
-            f"H_res is computed from parameters and its logits get no gradient {places(facts, cut)}: the graph is cut before "
+            f"H_res is computed from parameters and its logits get no gradient {places(joints, cut)}: the graph is cut before "
             "it is applied (detach, no_grad or .data)",
             0.0,
             tuple(cut),
         )
-    measured = {i: of for i, origin in known.items() if (of := origin.gradients) is not None}
+    measured = {i: of for i, each in enumerate(joints) if (of := each.origin.gradients) is not None}
     uniform = [i for i, (logits, write) in measured.items() if logits < NO_GRADIENT * write]
     # Copies, with which streams often begin, take the gradient away in every design: one connection is no finding.
     if 2 * len(uniform) > len(measured):
         apart = max(
-            float((facts[i].tokens(facts[i].mix) - 1 / facts[i].num_streams).abs().max()) for i in uniform
+            float((joints[i].tokens(joints[i].matrix) - 1 / joints[i].num_streams).abs().max())
+            for i in uniform
         )
         logits, write = (max(measured[i][side] for i in uniform) for side in (0, 1))
         yield Remark(
             "unlearnable_mixing",
-            f"H_res is uniform and its logits get no gradient {places(facts, uniform)}: for a random combination of the next "
+            f"H_res is uniform and its logits get no gradient {places(joints, uniform)}: for a random combination of the next "
             f"state the largest gradient of a logit is {short(logits)} where that of a write weight is {short(write)}; every "
-            f"entry is 1/{facts[0].num_streams} within {short(apart)}, and streams that are read, mixed and written alike "
+            f"entry is 1/{joints[0].num_streams} within {short(apart)}, and streams that are read, mixed and written alike "
             "stay alike",
             logits / write,
             tuple(uniform),
         )
 
 
-def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:
+def other_input(joints: Sequence[Joint]) -> Iterator[Remark]:
     """The coefficients are a function of something else than the streams of this token at this connection."""
-    known = {number: each.origin for number, each in enumerate(facts) if each.origin is not None}
-    states = {number: origin.other_states for number, origin in known.items() if origin.other_states}
+    states = {number: of for number, each in enumerate(joints) if (of := each.origin.other_states)}
     # DeepSeek-V4.1's reads are made by the sublayer before: a lag of one at every connection, of H_pre alone.
     if all(set(of) == {"H_pre"} and of["H_pre"] == (number - 1,) for number, of in states.items()):
         states = {}
@@ -332,60 +290,63 @@ def other_input(facts: Sequence[Facts]) -> Iterator[Remark]:
         yield Remark(
             "foreign_coefficients",
             "Coefficients are computed from another input than the streams that they are applied to "
-            f"{places(facts, [*states])}: {named} of connection {number} from {words}, not from those at connection {number}",
+            f"{places(joints, [*states])}: {named} of connection {number} from {words}, not from those at connection {number}",
             float(len(states)),
             tuple(states),
         )
-    tokens = [number for number, origin in known.items() if origin.other_tokens > FOREIGN]
+    tokens = [number for number, each in enumerate(joints) if each.origin.other_tokens > FOREIGN]
     if tokens:
-        share = max(known[i].other_tokens for i in tokens)
-        later = any(known[i].later for i in tokens)
+        share = max(joints[i].origin.other_tokens for i in tokens)
+        later = any(joints[i].origin.later for i in tokens)
         yield Remark(
             "foreign_coefficients",
-            f"Coefficients of one token are computed from the streams of other tokens {places(facts, tokens)}: "
+            f"Coefficients of one token are computed from the streams of other tokens {places(joints, tokens)}: "
             f"{share:.0%} of their gradient is there{', also at later tokens of the sequence' if later else ''}",
             share,
             tuple(tokens),
         )
 
 
-def swapped(facts: Sequence[Facts]) -> Iterator[Remark]:
+def swapped(joints: Sequence[Joint]) -> Iterator[Remark]:
     """Reads are made with the write's weights, and the other way round."""
-    factors = [each.origin.sigmoids if each.origin else {} for each in facts]
+    factors = [each.origin.sigmoids for each in joints]
     at = [i for i, of in enumerate(factors) if of.get("H_pre", 0.0) > 1.5 and 0 < of.get("H_post", 0.0) < 1.5]
-    if at and len(at) == len(facts):
+    if at and len(at) == len(joints):
         read, write = factors[0]["H_pre"], factors[0]["H_post"]
-        reads = [facts[i].tokens(weights) for i in at if (weights := facts[i].read) is not None]
-        writes = [facts[i].tokens(weights) for i in at if (weights := facts[i].write) is not None]
+        largest = {
+            name: max(float(joints[i].tokens(joints[i].parts.coefficients[name]).max()) for i in at)
+            for name in ("H_pre", "H_post")
+        }
         yield Remark(
             "swapped_weights",
-            f"Read and write weights look exchanged {places(facts, at)}: the branch reads with {read:.2g} σ(·), up to "
-            f"{short(max(float(each.max()) for each in reads))}, and its output is written with {write:.2g} σ(·), up to "
-            f"{short(max(float(each.max()) for each in writes))}; mHC reads with σ and writes with 2 σ (arXiv 2512.24880, "
+            f"Read and write weights look exchanged {places(joints, at)}: the branch reads with {read:.2g} σ(·), up to "
+            f"{short(largest['H_pre'])}, and its output is written with {write:.2g} σ(·), up to "
+            f"{short(largest['H_post'])}; mHC reads with σ and writes with 2 σ (arXiv 2512.24880, "
             "Eq. 8)",
             read,
             tuple(at),
             sure=False,
         )
-    elif len(facts) > 1 and _one_hot_writes(facts):
-        every = tuple(range(len(facts)))
+    elif len(joints) > 1 and _one_hot_writes(joints):
+        every = tuple(range(len(joints)))
         yield Remark(
             "swapped_weights",
-            f"Read and write weights look exchanged {places(facts, every)}: the branch reads all streams with weight 1 and "
+            f"Read and write weights look exchanged {places(joints, every)}: the branch reads all streams with weight 1 and "
             "its output is written to one of them, to the next one at each connection; hyper-connections begin the other "
             "way round (arXiv 2409.19606, Eq. 14)",
-            float(facts[0].num_streams),
+            float(joints[0].num_streams),
             every,
             sure=False,
         )
 
 
-def _one_hot_writes(facts: Sequence[Facts]) -> bool:
-    for number, each in enumerate(facts):
-        if each.read is None or each.write is None:
+def _one_hot_writes(joints: Sequence[Joint]) -> bool:
+    for number, each in enumerate(joints):
+        weights = each.parts.coefficients
+        if not {"H_pre", "H_post"} <= weights.keys():
             return False
         expected = torch.eye(each.num_streams, dtype=torch.float64)[number % each.num_streams]
-        read, write = each.tokens(each.read), each.tokens(each.write)
+        read, write = each.tokens(weights["H_pre"]), each.tokens(weights["H_post"])
         if (read - 1).abs().max() > EXACT_SUM or (write - expected).abs().max() > EXACT_SUM:
             return False
     return True

@@ -17,8 +17,13 @@ import numpy as np
 from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, walk
 from depthscope.probes.reading.memory import (
+    FEW_STREAMS,
+    MOST_CANDIDATES,
+    PASSES,
     Memory,
     Start,
+    candidates,
+    folded_beginnings,
     follow,
     start_of,
     start_with_streams,
@@ -34,19 +39,13 @@ from depthscope.probes.reading.operations import (
     REDUCES,
     SUMS,
     VIEWS,
+    addends,
     centred,
     is_unknown,
     moved,
     named,
     weights,
 )  # fmt: skip
-from depthscope.probes.reading.roots import (
-    FEW_STREAMS,
-    MOST_CANDIDATES,
-    candidates,
-    folded_beginnings,
-    with_further_beginnings,
-)
 from depthscope.probes.reading.states import has_feature_axis
 
 LEAST_SHARE = 0.002  # of the weights
@@ -303,6 +302,59 @@ def _used(memory: Memory) -> set[TracedValue]:
         if after[number] and before[number] and number != memory.root.number
         for weight in of
     }
+
+
+def with_further_beginnings(memory: Memory) -> Memory:
+    """The memory with further first values: added to it as streams are, by several sums of the first connection, never later.
+
+    What is added by one sum alone, as positions are, is a part of the first value; what later blocks add again, as a
+    condition is, is no stream.
+    """
+    branches = branches_of(memory)
+    if not branches:
+        return memory
+    first, *others = sorted(branches, key=lambda branch: branch.writes[0].number)
+    until = max(write.number for write in first.writes)
+    if others:  # the streams of the first connection are made when the next branch reads them
+        until = max(until, min(branch.read.number for branch in others) - 1)
+    found: dict[int, Numbers] = {}
+    for number, sums in _sums_with_others(memory, until).items():
+        value = memory.graph.values[number]
+        same = [n for n in sorted(sums) if memory.graph.values[n].shape == value.shape]
+        if len(sums) > 1 and same and _is_beginning(memory, value, until):
+            found[number] = memory.carried[same[0]]
+    if not found:
+        return memory
+    return follow(memory.graph, replace(memory.start, others=found))
+
+
+def _sums_with_others(memory: Memory, until: int) -> dict[int, set[int]]:
+    """By value that is no part of the memory: the sums of the memory, up to a number, to which it is added."""
+    sums: dict[int, set[int]] = {}
+    for number in sorted(of for of in memory.carried if of <= until):
+        value = memory.graph.values[number]
+        for addend in addends(value):
+            if not memory.holds(addend):
+                for origin in _scaled(addend):
+                    sums.setdefault(origin.number, set()).add(number)
+    return sums
+
+
+def _scaled(value: TracedValue) -> Iterator[TracedValue]:
+    """A value and what it is a copy of, a view, or a product with weights."""
+    yield value
+    while value.name in PASSES and (of := [p for p in value.parents if p.is_floating]):
+        value = max(of, key=lambda parent: parent.numel)
+        yield value
+
+
+def _is_beginning(memory: Memory, value: TracedValue, until: int) -> bool:
+    """Whether a value is like the first one, and needed for the first connection alone."""
+    graph, root = memory.graph, memory.root
+    if value.numel != root.numel or graph.depends(value, root):
+        return False
+    ways = walk([value], lambda of: (t for t in graph.takers(of) if t.name in PASSES and not memory.holds(t)))
+    return all(taker.number <= until for way in ways for taker in graph.takers(way))
 
 
 def after_spread(memory: Memory) -> Memory:

@@ -103,7 +103,7 @@ def _of_connections(session: Session, sequences: list[Sequence], evidence: Evide
         "constraint": constraint_words(evidence, constraint) or None,
         "orientation": evidence.orientation,
         "reconstruction_error": max(errors, default=None),
-        "reconstruction_tolerance": evidence.tolerance if evidence.proofs else None,
+        "reconstruction_tolerance": evidence.tolerance if evidence.joints else None,
         "changes_outside": changes_outside(session, sequences) or None,
     }
 
@@ -180,9 +180,9 @@ def chain_proof(chain: Chain, evidence: Evidence) -> str:
     """
     stated = str(getattr(chain, "proof", ""))
     # A run whose stream connections do not give their next states is refused before this is asked.
-    if stated.startswith(UNPROVEN) or not chain.has_streams or not evidence.proofs:
+    if stated.startswith(UNPROVEN) or not chain.has_streams or not evidence.joints:
         return stated
-    unknown = [j.path for j, p in zip(evidence.joints, evidence.proofs, strict=True) if not p.known]
+    unknown = [joint.path for joint in evidence.joints if math.isnan(joint.error)]
     if unknown:
         return f"{UNPROVEN}no sampled token has finite states around {unknown[0]!r}, so that nothing was recomputed"
     return PROVEN

@@ -69,7 +69,7 @@ def build_run(
         )
         if row is not None:
             of_group = (chains[number], depths, row.step, pooled[number], numbers, coords)
-            measured = statistics_dataset(*of_group, has_connections=bool(evidence.proofs))
+            measured = statistics_dataset(*of_group, has_connections=bool(evidence.joints))
             statistics[name] = measured.assign(facts)
     memory = memory_facts(next(iter(trace.values())), session.observer.dtype)
     # The only group of a model with one chain and one stage has no name: its variables are the group's own.

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.connections.coefficient_values import vector
-from depthscope.probes.connections.proof import Evidence, relative_error
-from depthscope.probes.connections.remarks import Facts, passing_inside, remarks
+from depthscope.probes.connections.proof import Evidence
+from depthscope.probes.connections.remarks import passing_inside, remarks
 from depthscope.probes.session.session import Session
 
 
@@ -26,38 +25,19 @@ def all_remarks(
     ``indices``: of the sampled sequences, over all forwards.
     ``foreign_norms``: the batch norms whose running statistics are of other data, as a forward has shown, see `NormInputs`.
     """
-    structure, origins = session.structure, session.observer.origins
-    facts = [
-        Facts(
-            name=joint.path,
-            mix=joint.matrix,
-            mixes=joint.parts.mix is not None,
-            read=vector(joint.parts.read),
-            write=vector(joint.parts.write),
-            mask=joint.mask,
-            spread_in=_spread(joint.tokens.x_in),
-            spread_out=_spread(joint.tokens.x_out),
-        )
-        for joint in evidence.joints
-    ]
+    structure, origins, joints = session.structure, session.observer.origins, evidence.joints
     # The sampled sequences are in the order of the data, and these are of its first batch.
     kept = [] if origins is None else [n for n, index in enumerate(origins.indices) if index in indices]
     if origins is not None and kept:
-        facts = [
-            replace(of, origin=origin.at(kept)) for of, origin in zip(facts, origins.origins, strict=True)
-        ]
+        pairs = zip(joints, origins.origins, strict=True)
+        joints = tuple(replace(joint, origin=origin.at(kept)) for joint, origin in pairs)
     inner = (
         passing_inside(structure.inner_streams, len(structure.chains[0].points) - 1)
         if structure.inner_streams
         else ()
     )
     of_modules = _module_remarks(session.model, foreign_norms)
-    return [*(remark.as_dict() for remark in (*inner, *remarks(facts))), *of_modules]
-
-
-def _spread(state: torch.Tensor) -> float:
-    """‖X − mean over streams‖ / ‖X‖ of some tokens (T, N, D); 0 of states that are 0."""
-    return relative_error(state - state.mean(-2, keepdim=True), state)
+    return [*(remark.as_dict() for remark in (*inner, *remarks(joints))), *of_modules]
 
 
 NAMED = 3  # modules in a sentence

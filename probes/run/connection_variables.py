@@ -102,16 +102,15 @@ def _stream_variables(evidence: Evidence) -> dict[str, Any]:
             for name, array in arrays.items()
         }
     variables: dict[str, Any] = {name: (schema.TRACE[name].dims, array) for name, array in arrays.items()}
-    other_errors = [proof.other if math.isfinite(proof.other) else math.nan for proof in evidence.proofs]
     variables["reconstruction_error"] = ("connection", np.array(evidence.errors))
-    variables["other_orientation_error"] = ("connection", np.array(other_errors))
+    variables["other_orientation_error"] = ("connection", np.array([joint.other_error for joint in joints]))
     variables["read_error"] = ("connection", np.array([_read_error(joint) for joint in joints]))
     return variables
 
 
 def _read_error(joint: Joint) -> float:
     """How well the read weights give the branch's input; NaN where they have several views, or are no scalars."""
-    tokens = joint.tokens
+    tokens = joint.sample
     if not len(tokens.mask) or tokens.parts.read is None or tokens.parts.read.shape[-2] != 1:
         return math.nan
     again = torch.einsum("tn,tnd->td", tokens.parts.read[:, 0].double(), tokens.x_in.double())

@@ -20,22 +20,23 @@ from depthscope.probes.reading.graph import INPUT, Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.session.options import Options
-from depthscope.probes.structure.chain import Chain, ChainError
-from depthscope.probes.structure.model_structure import (
-    ReadStructure,
-    Structure,
-    chain_names,
-    require_all_sequences,
-    with_asserted_streams,
-)
-from depthscope.probes.structure.named_blocks import (
+from depthscope.probes.structure.chain import (
     ASSERTED,
+    Chain,
+    ChainError,
     chain_of_calls,
     likely_blocks,
     linked_calls,
     named_calls,
     states_around,
     with_named_blocks,
+)
+from depthscope.probes.structure.model_structure import (
+    ReadStructure,
+    Structure,
+    chain_names,
+    require_all_sequences,
+    with_asserted_streams,
 )
 from depthscope.probes.structure.not_covered import (
     FURTHER_SHARE,
@@ -45,7 +46,7 @@ from depthscope.probes.structure.not_covered import (
     require_all_blocks,
     states_without_gradients,
 )
-from depthscope.probes.structure.read_chains import ChainReader, ReadChain
+from depthscope.probes.structure.read_chains import ChainReader
 from depthscope.probes.structure.read_layout import (
     SequenceAxis,
     num_fractions,
@@ -96,16 +97,15 @@ class StructureFinder:
         Raises AxisError: Where the sequences should have been counted along the other axis.
         Raises ChainError, LayoutError, SiteError: Where the model cannot be read, or lacks a requested site.
         """
-        found = self._chains_of_model()
-        chains = tuple(of.chain for of in found)
-        read = [memory for of in found for memory in of.memories]
+        chains = tuple(self._chains_of_model())
+        read = [memory for chain in chains for memory in chain.memories]
         is_plain = all(m.is_plain and not m.inner_streams for m in read)
         named = self.options.blocks is not None or self.options.layout is not None
         if read and is_plain and not named and (why := missing_state(self.graph, chains, read)):
             chains = tuple(
                 replace(of, proof=f"unproven: {why}") if of.proof == PROVEN else of for of in chains
             )
-        num_streams = self._num_streams(chains[0], found[0].memories)
+        num_streams = self._num_streams(chains[0])
         if not chains[0].has_streams:
             for chain in chains:
                 require_all_sequences(chain.shapes[0], chain.layout, self.batch_size, num_streams)
@@ -114,11 +114,11 @@ class StructureFinder:
             self._unread += [part for chain in chains for part in states_without_gradients(chain)]
         self.options.selection.require(chains)  # only now is it known which sites the model has
         # Where calls alone show the states, what the reading says of them.
-        first = found[0].memories or self.memories
+        first = chains[0].memories or self.memories
         return Structure(
-            chains=chains,
+            chains=tuple(replace(chain, memories=()) for chain in chains),
             num_streams=num_streams,
-            fractions=self._fractions(found[0]),
+            fractions=self._fractions(chains[0]),
             batch_axis=self.batch_axis,
             selection=self.options.selection,
             inner_streams=first[0].inner_streams if first else 0,
@@ -165,7 +165,7 @@ class StructureFinder:
 
     # --- which memories
 
-    def _chains_of_model(self) -> list[ReadChain]:
+    def _chains_of_model(self) -> list[Chain]:
         """The chains of the model, or those that the user names."""
         if self.options.blocks is not None:
             return self._chains_of_named_blocks(self.options.blocks)
@@ -195,7 +195,7 @@ class StructureFinder:
             repr(pattern) if pattern else ""
         )
 
-    def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[ReadChain]:
+    def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[Chain]:
         """The chains of some plain memories, in order; further ones that cannot be read are named."""
         first = taken[0][0]
         found = self._chains_of_stages(taken[0])
@@ -209,12 +209,12 @@ class StructureFinder:
             except LayoutError as error:
                 self._unread.append(self._further_state_left_out(stages, str(error)))
                 continue
-            if any(point.site == "post" for of in further for point in of.chain.points):
+            if any(point.site == "post" for chain in further for point in chain.points):
                 found += further
             else:
                 self._unread.append(self._further_state_left_out(stages, "its states lie between no blocks"))
-        for of in found:
-            require_all_blocks(self.graph, self.model, of.chain)
+        for chain in found:
+            require_all_blocks(self.graph, self.model, chain)
         return sorted(found, key=lambda of: of.memories[0].root)
 
     def _linked_blocks(self) -> list[int]:
@@ -283,23 +283,23 @@ class StructureFinder:
 
     # --- what the user names
 
-    def _chains_of_named_blocks(self, layers: Sequence[str]) -> list[ReadChain]:
+    def _chains_of_named_blocks(self, layers: Sequence[str]) -> list[Chain]:
         calls = named_calls(self.graph, self.model, layers)
-        found: list[ReadChain] = []
+        found: list[Chain] = []
         for memory in self.memories:
             depths = states_around(self.graph, memory, calls)
             if depths is None or not (memory.is_plain or memory.is_proven):
                 continue
             if not memory.is_plain:
                 return [self._chain_with_connections(memory)]
-            for of in self._chains_of_stages([memory], depths):
-                found.append(replace(of, chain=with_named_blocks(self.graph, of.chain, calls, depths)))
+            for chain in self._chains_of_stages([memory], depths):
+                found.append(with_named_blocks(self.graph, chain, calls, depths))
         if found:
             return self._with_names(found)
         why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
         return [self._chain_of_calls(calls, f"{ASSERTED}{why}")]
 
-    def _chain_of_calls(self, calls: Sequence[int], proof: str) -> ReadChain:
+    def _chain_of_calls(self, calls: Sequence[int], proof: str) -> Chain:
         """The chain of what some modules take and give, which are the states of no memory."""
         chain = chain_of_calls(self.graph, calls, proof)
         value = self.graph.values[chain.points[0].number]
@@ -307,33 +307,29 @@ class StructureFinder:
             layout = self.options.layout or shape_layout(value, self.sequences)
         except LayoutError as error:
             raise LayoutError(f"{error}{self._or_layers}") from None
-        return ReadChain(replace(chain, layout=layout), ())
+        return replace(chain, layout=layout)
 
     # --- chains and layouts
 
     def _chains_of_stages(
         self, stages: Sequence[MemoryReading], depths: Sequence[int] | None = None
-    ) -> list[ReadChain]:
+    ) -> list[Chain]:
         """The chains of the stages of one trunk: one, or several where the order of the axes changes."""
         inside = self.options.selection.inside_blocks
         parts = [self._chain(memory, inside=inside, depths=depths) for memory in stages]
         found = []
-        for _, group in groupby(parts, key=lambda part: part.chain.layout):
+        for _, group in groupby(parts, key=lambda part: part.layout):
             chains = list(group)
-            chain = with_opening(self.graph, chains[0], self.sequences) if depths is None else chains[0].chain
+            chain = with_opening(self.graph, chains[0], self.sequences) if depths is None else chains[0]
             for part in chains[1:]:
-                chain = with_next_stage(chain, part.chain)
-            memories = tuple(memory for part in chains for memory in part.memories)
-            chain = replace(
-                with_final(self.graph, chain, memories[-1]),
-                family="highway" if any(map(_gates_the_state, memories)) else "",
-            )
-            found.append(ReadChain(chain, memories))
+                chain = with_next_stage(chain, part)
+            family = "highway" if any(map(_gates_the_state, chain.memories)) else ""
+            found.append(replace(with_final(self.graph, chain), family=family))
         return found
 
     def _chain(
         self, memory: MemoryReading, *, inside: bool = False, depths: Sequence[int] | None = None
-    ) -> ReadChain:
+    ) -> Chain:
         """The chain of one memory, with its layout."""
         root = self.graph.values[memory.root]
         named, mixed = self.options.layout or "", self.sequences.is_mixed(root, self.graph.values[memory.end])
@@ -357,16 +353,15 @@ class StructureFinder:
 
         layout_of = partial(self._layout_of, memory, named if asserted else "")
         for of in (layout_of, lambda *of: named):  # what the user says where the reading does not
-            reader = ChainReader(self.graph, memory, of)
-            part = reader.chain(inside=inside, wanted=depths)
-            if part.chain.layout or not named:
+            chain = ChainReader(self.graph, memory, of).chain(inside=inside, wanted=depths)
+            if chain.layout or not named:
                 break
-        if not part.chain.layout:
+        if not chain.layout:
             raise LayoutError(
-                f"the states of {memory.name}, of shape {part.chain.shapes[0]}, have their sequences, tokens and features in "
+                f"the states of {memory.name}, of shape {chain.shapes[0]}, have their sequences, tokens and features in "
                 f"no order that a layout can name; say how they are read with layout={self._or_layers}"
             )
-        return part
+        return chain
 
     def _layout_of(
         self, memory: MemoryReading, asserted: str, value: TracedValue, numbers: Numbers | None = None
@@ -404,18 +399,18 @@ class StructureFinder:
         packed = self._layout_of(memory, "", end).replace("B", "T")
         raise self.sequences.mixed_error(root, packed if packed.split().count("T") == 1 else "T D")
 
-    def _chain_with_connections(self, memory: MemoryReading) -> ReadChain:
+    def _chain_with_connections(self, memory: MemoryReading) -> Chain:
         """The chain of a memory that has streams or sums over depth."""
-        part = self._chain(memory)
-        chain = with_final(self.graph, part.chain, memory)
+        chain = with_final(self.graph, self._chain(memory))
         if not memory.is_proven or not chain.connections:
-            return ReadChain(replace(chain, connections=()), (memory,))
+            return replace(chain, connections=())
         first = read_layout(memory, memory.carried[memory.states[0].values[0]], self.sequences)
         read = ReadStructure(self.rereading, memory, first)
         try:
             found = read.weights(memory, self.batch_size)
         except (StreamConnectionError, LayoutError) as error:
-            return ReadChain(self._without_weights(chain, error), (memory,))
+            return self._without_weights(chain, error)
+        is_sinkhorn = all(connection.is_sinkhorn for connection in chain.connections)
         of_first = chain.connections[0].path
         numbers = [n for n in range(len(chain.connections)) if n not in read.left_out]
         weights = read.without_other_views(dict(zip(numbers, found, strict=True)))
@@ -439,8 +434,8 @@ class StructureFinder:
                 "its weights, and of their gradients"
             )
             self._unread.append(LeftOut(of_first, why=why))
-        family = read.family(memory, [of for of, _ in weights.values()], is_sinkhorn=part.is_sinkhorn)
-        return ReadChain(replace(chain, family=family), (memory,))
+        family = read.family(memory, [of for of, _ in weights.values()], is_sinkhorn=is_sinkhorn)
+        return replace(chain, family=family)
 
     def _without_weights(self, chain: Chain, error: Exception) -> Chain:
         """The chain, where a run has no place for the weights of its connections; over depth it is proven with them."""
@@ -452,29 +447,29 @@ class StructureFinder:
         self._unread.append(LeftOut("weights over depth", why=str(error)))
         return replace(chain, connections=(), family="depth_history")
 
-    def _fractions(self, found: ReadChain) -> int:
+    def _fractions(self, chain: Chain) -> int:
         """Into how many parts the features of each stream are split."""
-        memories = found.memories if found.chain.has_streams else ()
+        memories = chain.memories if chain.has_streams else ()
         numbers = [(m, m.carried[n]) for m in memories for state in m.states for n in state.values]
         layouts = [(of, self._read_layout(memory, of)) for memory, of in numbers]
         fractions = {num_fractions(of, layout) for of, layout in layouts if "F" in layout}
         return fractions.pop() if len(fractions) == 1 else 1
 
-    def _num_streams(self, chain: Chain, memories: Sequence[MemoryReading]) -> int:
+    def _num_streams(self, chain: Chain) -> int:
         asserted = self.options.streams
         if not chain.has_streams:
             return count_streams(chain.shapes[0], chain.layout, self.batch_size, asserted)
-        streams = memories[0].num_streams
+        streams = chain.memories[0].num_streams
         if asserted not in (None, streams):
             raise LayoutError(
                 f"got streams={asserted}, but the connections of this model have {streams}; leave streams= out"
             )
         return streams
 
-    def _with_names(self, found: Sequence[ReadChain]) -> list[ReadChain]:
+    def _with_names(self, found: Sequence[Chain]) -> list[Chain]:
         """The chains with distinct names."""
-        names = chain_names(self.graph, self.model, [(of.memories[0].name, of.chain) for of in found])
-        return [replace(of, chain=replace(of.chain, name=n)) for of, n in zip(found, names, strict=True)]
+        names = chain_names(self.graph, self.model, found)
+        return [replace(chain, name=name) for chain, name in zip(found, names, strict=True)]
 
 
 def _units(stages: Iterable[MemoryReading]) -> set[int]:

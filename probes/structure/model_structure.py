@@ -17,12 +17,7 @@ from depthscope.probes.connections.proof import DepthWeights, Parts, StreamConne
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.tensors import local_tensor
-from depthscope.probes.reading.description import (
-    BranchReading,
-    ConnectionReading,
-    DepthReading,
-    MemoryReading,
-)
+from depthscope.probes.reading.description import ConnectionReading, DepthReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
@@ -170,12 +165,13 @@ def require_all_sequences(shape: tuple[int, ...], layout: str, batch_size: int, 
         )
 
 
-def chain_names(graph: Graph, model: nn.Module, chains: Sequence[tuple[str, Chain]]) -> list[str]:
-    """Distinct names: of their memories (which are given), shortened, or what blocks call the tracks that they take."""
-    paths = [path for path, _ in chains]
+def chain_names(graph: Graph, model: nn.Module, chains: Sequence[Chain]) -> list[str]:
+    """Distinct names: of their memories, shortened, or what blocks call the tracks that they take."""
+    paths = [chain.memories[0].name for chain in chains]
     short = dict(zip(unique := list(dict.fromkeys(paths)), _distinct(unique), strict=True))
     names = [
-        short[path] if paths.count(path) == 1 else _argument(graph, model, chain) for path, chain in chains
+        short[path] if paths.count(path) == 1 else _argument(graph, model, chain)
+        for path, chain in zip(paths, chains, strict=True)
     ]
     is_clear = len(set(names)) == len(names) and (len(names) == 1 or "" not in names)
     return names if is_clear else _distinct(paths)
@@ -317,43 +313,24 @@ def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: b
         raise StreamConnectionError(
             f"the streams go through {names} after the sum, which a connection has no part for"
         )
-    mix, branches, constant = connection.h_res[order][..., 0], connection.branches, connection.constant
+    branches, constant, taken = connection.branches, connection.constant, list[torch.Tensor]()
+    for of in branches:
+        path = of.branch.path or "a branch"
+        if of.write.shape[-1] > 1:
+            raise StreamConnectionError(f"H_post of {path} differs between the features of a stream")
+        if of.taken is None:
+            raise StreamConnectionError(f"what {path} takes has not the tokens of the state")
+        taken.append(of.taken[order])
+    # None where a branch reads by gates of each feature
+    reads = [of.read[order] for of in branches if of.read is not None and of.read.shape[-1] == 1]
     return Parts(
-        mix=mix if mixes else None,
-        read=_reads(branches, order),
-        write=_writes(branches, order, mix),
-        branch_in=_branch_tensors(branches, [of.taken for of in branches], order, "takes"),
-        branch_out=_branch_tensors(branches, [of.out for of in branches], order, "gives"),
+        mix=connection.h_res[order][..., 0] if mixes else None,
+        read=torch.cat(reads, -3)[..., 0] if len(reads) == len(branches) else None,
+        write=torch.cat([of.write[order][..., 0] for of in branches], -1),
+        branch_in=torch.cat(taken, -2),
+        branch_out=torch.cat([of.out[order] for of in branches], -2),
         constant=None if constant is None else constant[order],
     )
-
-
-def _reads(branches: Sequence[BranchReading], order: torch.Tensor) -> torch.Tensor | None:
-    """H_pre, (B, T, V, N); None where a branch reads by gates per feature."""
-    reads = [of.read[order] for of in branches if of.read is not None and of.read.shape[-1] == 1]
-    return torch.cat(reads, -3)[..., 0] if reads and len(reads) == len(branches) else None
-
-
-def _writes(branches: Sequence[BranchReading], order: torch.Tensor, mix: torch.Tensor) -> torch.Tensor:
-    """H_post, (B, T, N, V); zero where nothing is written."""
-    for of in branches:
-        if of.write.shape[-1] > 1:
-            raise StreamConnectionError(
-                f"H_post of {of.branch.path} differs between the features of a stream"
-            )
-    columns = [of.write[order][..., 0] for of in branches]
-    return torch.cat(columns, -1) if columns else torch.zeros_like(mix[..., :1])
-
-
-def _branch_tensors(
-    branches: Sequence[BranchReading], tensors: Sequence[torch.Tensor | None], order: torch.Tensor, what: str
-) -> torch.Tensor:
-    known = [tensor[order] for tensor in tensors if tensor is not None]
-    if len(known) < len(tensors) or not known:
-        paths = (of.branch.path for of, tensor in zip(branches, tensors, strict=True) if tensor is None)
-        path = next(paths, "no branch") or "a branch"
-        raise StreamConnectionError(f"what {path} {what} has not the tokens of the state")
-    return torch.cat(known, -2)
 
 
 def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[DepthWeights, torch.Tensor]]:

@@ -19,9 +19,8 @@ from depthscope.probes.model.modules import all_modules, module_paths, named_par
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, container_of, walk
 from depthscope.probes.reading.operations import MATRICES, NORMS, reordered, weights
-from depthscope.probes.reading.residual_sums import further_residuals
-from depthscope.probes.structure.chain import Chain, ChainError, HookPoint
-from depthscope.probes.structure.named_blocks import block_paths
+from depthscope.probes.reading.proof import further_residuals
+from depthscope.probes.structure.chain import Chain, ChainError, HookPoint, block_paths
 
 # A further chain, such as a decoder, needs this much of the largest one; smaller ones are parts of heads. A heuristic of ours.
 FURTHER_SHARE = 0.1

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from depthscope.probes.connections.coefficient_values import AnyConnection, factors_of
+from depthscope.probes.connections.computation import AnyConnection, factors_of
 from depthscope.probes.connections.proof import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
@@ -29,15 +29,6 @@ from depthscope.probes.reading.operations import (
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
 
 
-@dataclass(frozen=True)
-class ReadChain:
-    """A chain, and the memories that it was read from."""
-
-    chain: Chain
-    memories: tuple[MemoryReading, ...]  # of its stages; none where calls alone show the states
-    is_sinkhorn: bool = False  # whether Sinkhorn's iteration makes every matrix of its connections
-
-
 class ChainReader:
     """The chain of one memory.
 
@@ -53,12 +44,11 @@ class ChainReader:
         self._of_layer: dict[int, list[Branch]] = {}
         for branch in self.branches:
             self._of_layer.setdefault(branch.layer, []).append(branch)
-        self.is_sinkhorn = True  # whether Sinkhorn's iteration made every matrix so far
         self.is_fine = False  # whether numbered parts of blocks are the blocks
         self._called = {call.path for call in graph.calls}  # a block whose forward is called directly is not
         self.units = self._units()  # the call of the block of each branch
 
-    def chain(self, *, inside: bool, wanted: Sequence[int] | None) -> ReadChain:
+    def chain(self, *, inside: bool, wanted: Sequence[int] | None) -> Chain:
         """The chain.
 
         ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
@@ -66,14 +56,12 @@ class ChainReader:
         """
         depths = list(range(len(self.memory.states)))
         joined: tuple[Connection, ...] = ()
-        is_sinkhorn = False
         if inside or not self.memory.is_plain:
             if self.memory.is_plain:  # where every branch is the output of a module
                 plain = [c for of in self.connections for c in self._plain_connections(of, depths)]
                 joined = () if None in plain else tuple(filter(None, plain))
             else:
                 joined = tuple(self._connection(of) for of in self.connections if of.branches)
-                is_sinkhorn = bool(joined) and self.is_sinkhorn
         if self.memory.is_plain and not inside:
             depths = [depth for depth in depths if not self._is_inside(depth)]
             depths = depths if wanted is None else list(wanted)
@@ -101,7 +89,7 @@ class ChainReader:
         usual = next((point.shape for point in points if not point.layout), points[0].shape)
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
         kinds = dict.fromkeys(self.graph.modules[path] for path in blocks if path in self.graph.modules)
-        chain = Chain(
+        return Chain(
             name="",
             points=tuple(replace(point, shape=usual) if point.layout else point for point in points),
             connections=joined,
@@ -110,8 +98,8 @@ class ChainReader:
             layout=layout,
             history=self.memory.over_depth,
             proof=self.memory.proof,
+            memories=(self.memory,),
         )
-        return ReadChain(chain, (self.memory,), is_sinkhorn)
 
     def _value(self, point: HookPoint) -> TracedValue:
         return self.graph.values[point.number]
@@ -231,7 +219,6 @@ class ChainReader:
         given = self._shown_branch(branch)
         call = None if given is None else self.graph.calls[given[0]]
         behind = self._behind_coefficients(of)
-        self.is_sinkhorn &= times_in_turn(behind, self.memory.num_streams) >= LEAST_IN_TURN
         path = self._module_of(behind, branch) or branch.path or self._producer(of.depth_out, ())
         kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
         parameters = (self.graph.parameter_names.get(value.number) for value in behind)
@@ -245,6 +232,7 @@ class ChainReader:
             depth_in=of.depth_in,
             depth_out=of.depth_out,
             parameters=tuple(dict.fromkeys(filter(None, parameters))),
+            is_sinkhorn=times_in_turn(behind, self.memory.num_streams) >= LEAST_IN_TURN,
         )
 
     def _behind_coefficients(self, of: AnyConnection) -> list[TracedValue]:

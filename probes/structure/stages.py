@@ -12,7 +12,6 @@ from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import Memory, follow, start_of
 from depthscope.probes.reading.operations import FUNCTIONS, NORMS
 from depthscope.probes.structure.chain import NO_FINAL_NORM, Chain, Connection, HookPoint
-from depthscope.probes.structure.read_chains import ReadChain
 from depthscope.probes.structure.read_layout import SequenceAxis, shape_layout
 
 
@@ -48,12 +47,11 @@ def _stage_of(path: str) -> str | None:
     return container if name[-1:].isdigit() else None
 
 
-def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chain:
+def with_opening(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
     """The chain with what its first blocks take, where these make the first state in another shape."""
-    chain = part.chain
     containers = {_stage_of(path) for path in chain.blocks} - {None}
     kinds = set(chain.block_class.split("/"))
-    state, limit = graph.values[chain.points[0].number], len(graph.calls)
+    state, limit, is_first = graph.values[chain.points[0].number], len(graph.calls), True
     while True:
         given = [shown.call for shown in graph.shown.get(state.number, ()) if shown.at == "output"]
         # The call of a block, before the last one, in which the state was made, or which gives it.
@@ -64,7 +62,6 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
         limit = call
         block = graph.calls[call]
         taken = graph.shown_at(block.path, block.number, "input", 0)
-        is_first = chain is part.chain
         if taken is None or taken is state or not (is_first or block.kind in kinds):
             break
         if taken.shape == state.shape or not _has_layout(taken, chain.layout, sequences):
@@ -85,6 +82,7 @@ def with_opening(graph: Graph, part: ReadChain, sequences: SequenceAxis) -> Chai
             ),
             taken,
         )
+        is_first = False
     return chain
 
 
@@ -124,6 +122,7 @@ def with_next_stage(chain: Chain, stage: Chain) -> Chain:
         blocks=tuple(dict.fromkeys([*chain.blocks, *first_blocks, *stage.blocks])),
         block_class="/".join(kinds),
         proof=proof,
+        memories=(*chain.memories, *stage.memories),
     )
 
 
@@ -136,9 +135,9 @@ def _point_of_stage(point: HookPoint, first: int, shift: int) -> HookPoint:
     return replace(point, layer=first + shift)
 
 
-def with_final(graph: Graph, chain: Chain, memory: MemoryReading) -> Chain:
+def with_final(graph: Graph, chain: Chain) -> Chain:
     """The chain with the hook point after its last norm: the call that gives it, whatever the module is called."""
-    found, why = _final_norm(graph, memory, chain.shapes[-1])
+    found, why = _final_norm(graph, chain.memories[-1], chain.shapes[-1])
     if found is None:
         return replace(chain, without_final=why)
     (shown, value), layer = found, chain.points[-1].layer

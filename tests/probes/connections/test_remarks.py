@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from depthscope import diagnostics, probes
-from depthscope.probes.connections.coefficient_values import _distinguishable
+from depthscope.probes.connections.computation import _distinguishable
 from tests.models import stream_bugs
 from tests.models.stream_bugs import BUGS, STYLES, Wiring, network, tokens
 
