@@ -25,7 +25,6 @@ from depthscope.probes.checkpoints.tensor_inventory import (
 from depthscope.probes.static.connections import (
     StaticComposite,
     StaticConnection,
-    applied_reads,
     composites,
     connection_of,
     constraint_of,
@@ -129,11 +128,8 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
         for one in everything
     ]
     # A head reads the streams and mixes nothing, so that it is no factor of the products.
-    lacking = {place_of(name).chain for name in absent}
-    connections, collapse = applied_reads(described[: len(found.connections)], lacking)
-    products = tuple(
-        composites(connections, lacking | {place_of(one.name).chain for one in found.unrecognised})
-    )
+    connections = described[: len(found.connections)]
+    broken = {place_of(name).chain for name in (*absent, *(one.name for one in found.unrecognised))}
     streams = _first_number(config, *STREAM_SETTINGS)
     absence = (
         f"{len(absent)} tensors of connections are in shards that are not there ({_listed(absent)}): their connections are "
@@ -149,8 +145,8 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
         settings={name: value for each in settings.values() for name, value in each.shown.items()},
         assumed=tuple(dict.fromkeys(name for each in settings.values() for name in each.assumed)),
         connections=tuple(connections),
-        heads=(*described[len(found.connections) :], *collapse),
-        composites=products,
+        heads=tuple(described[len(found.connections) :]),
+        composites=tuple(composites(connections, broken)),
         warnings=(*([absence] if absent else []), *remarks(connections, streams)),
         unrecognised=found.unrecognised,
     )
@@ -303,11 +299,11 @@ def _value_range(values: np.ndarray | None, *, digits: int = 2) -> str:
 
 def _constraints(connections: Iterable[StaticConnection]) -> list[str]:
     """What the learned mixing matrices satisfy, those of as many streams together."""
-    stacks: dict[tuple[int, float], list[np.ndarray]] = defaultdict(list)
+    stacks: dict[int, list[np.ndarray]] = defaultdict(list)
     for one in connections:
         if one.h_res is not None and one.learns_mixing:
-            stacks[len(one.h_res), one.floor].append(one.h_res)
-    return [constraint_of(matrices, floor) for (_, floor), matrices in stacks.items()]
+            stacks[len(one.h_res)].append(one.h_res)
+    return [constraint_of(matrices) for matrices in stacks.values()]
 
 
 def _named_tensors(unrecognised: Iterable[Unrecognised]) -> Iterator[str]:

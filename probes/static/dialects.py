@@ -73,6 +73,14 @@ def _twice_sigmoid(t: Values) -> np.ndarray:
 # --- DeepSeek-V4 and its relatives: one projection of all streams, one bias, one scale for each part
 
 _GLM = ("glm5_next", "glm5_next_text", "glm5next", "glm5-next")
+_V41 = (
+    "deepseek_v41",
+    "deepseek_v41_text",
+    "deepseek_v4_1",
+    "deepseek_v4_1_text",
+    "deepseek41",
+    "deepseek4.1",
+)
 _V4 = ("deepseek_v4", "deepseek_v4_text", "deepseek4", *_GLM)
 _PANGU = ("openpangu_v2", "openpangu-v2")
 _EPSILON = ("hyper_connection.epsilon", "hyper_connection.eps")
@@ -82,7 +90,8 @@ _ITERATIONS = "hyper_connection.sinkhorn_iterations"
 DEEPSEEK_V4 = Dialect(
     name="deepseek-v4",
     family="mhc",
-    model_types=frozenset((*_V4, *_PANGU)),
+    model_types=frozenset((*_V4, *_V41, *_PANGU)),
+    note="H_pre is what a sub-block computes; in DeepSeek-V4.1 the next sub-block applies it",
     names=("{path}.hc_{branch}_*",),
     branches=("attn", "ffn", "mlp"),
     projections={"fn": "n*(n+2), n*D"},
@@ -92,20 +101,11 @@ DEEPSEEK_V4 = Dialect(
     sources_in_rows=True,
     read=_sigmoid_with_floor,
     write=_twice_sigmoid,
-    sinkhorn=lambda t: {"rounds": t.rounds, "floor": t.eps},
+    mixing=lambda t: sinkhorn(t.res, t.rounds, t.eps),
     constants={
         "rounds": Constant(("hc_sinkhorn_iters", "mhc_recur_norm", _ITERATIONS, "hyper_connection.sinkhorn_iters"), 20),
         "eps": Constant(("hc_eps", *_EPSILON), 1e-6),
     },
-)  # fmt: skip
-DEEPSEEK_V41 = replace(
-    DEEPSEEK_V4,
-    name="deepseek-v4.1",
-    model_types=frozenset(
-        ("deepseek_v41", "deepseek_v41_text", "deepseek_v4_1", "deepseek_v4_1_text", "deepseek41", "deepseek4.1")
-    ),
-    note="a sub-block applies the H_pre that the one before computed: H_pre here is what is applied, the first one stream 0",
-    read_lag=1,
 )  # fmt: skip
 # Names of the modules of transformers and of torchtitan.
 DEEPSEEK_V4_MODULES = replace(
@@ -115,10 +115,12 @@ DEEPSEEK_V4_MODULES = replace(
     names=("{path}.{branch}_hc.*", "{path}.hc_{branch}.*", "{path}.*"),
     branches=(),
     stored={"fn": "hc_fn|fn", "base": "hc_base|base", "scale": "hc_scale|scale"},
+    note="",
 )
 OPENPANGU_V2 = replace(
     DEEPSEEK_V4,
     name="openpangu-v2",
+    note="",
     model_types=frozenset(),
     names=("{path}.{branch}_mhc_module.*",),
     branches=(),
@@ -226,7 +228,7 @@ MHC_LUCIDRAINS = Dialect(
     sources_in_rows=True,
     read=_sigmoid,
     write=_twice_sigmoid,
-    sinkhorn=lambda t: {"rounds": t.rounds, "last": "rows"},
+    mixing=lambda t: sinkhorn(t.res, t.rounds, last="rows"),
     constants={"rounds": Constant(("sinkhorn_iters", "mhc_sinkhorn_iters", "num_sinkhorn_iters"), 20)},
 )
 # H_res is a mixture of the n! permutations.
@@ -281,7 +283,7 @@ HEAD = Dialect(
     constants={"eps": Constant(("hc_eps", *_EPSILON), 1e-6)},
 )
 TABLE = (
-    *(DEEPSEEK_V4, DEEPSEEK_V41, DEEPSEEK_V4_MODULES, OPENPANGU_V2, MEGATRON, HY_V4),
+    *(DEEPSEEK_V4, DEEPSEEK_V4_MODULES, OPENPANGU_V2, MEGATRON, HY_V4),
     *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, MHC_LITE, HEAD),
 )
 """The rows of public dialects."""

@@ -51,7 +51,6 @@ class Found:
     ``prefix``: what the full names of its tensors begin with.
     ``roles``: its tensors, as formulas call them.
     ``sizes``: streams, widths, …
-    ``read_lag``: how many sub-blocks later the read is applied; None where the names do not tell.
     ``withheld``: why no weights are given; empty where they are.
     ``notes``: what was assumed.
     ``misfit``: why it is no connection of the row; empty where it is.
@@ -62,7 +61,6 @@ class Found:
     prefix: str
     roles: Mapping[str, StoredTensor]
     sizes: Sizes
-    read_lag: int | None = None
     withheld: str = ""
     notes: tuple[str, ...] = ()
     misfit: str = ""
@@ -123,8 +121,7 @@ def recognise(
         row for row in rows if row in own or not row.model_types or not types or row.model_types & types
     ]
     fitting = [one for row in usable for one in found[row] if not one.misfit]
-    # A head tells DeepSeek-V4 from its successor, which has none.
-    settled = _settled(fitting, own, with_head=any(one.dialect.head for one in fitting))
+    settled = _settled(fitting, own)
     claimed = {name for one in settled for name in one.tensors}
     _require_known_type(
         types, [one for row in rows for one in found[row] if not one.misfit and not one.tensors & claimed]
@@ -202,7 +199,7 @@ def _texts(name: str) -> tuple[str, ...]:
 
 def _checked(row: Dialect, prefix: str, roles: Mapping[str, StoredTensor]) -> Found:
     """The connection with its sizes, or with the reason for which it is none."""
-    one = Found(row, prefix.rstrip("._"), prefix, roles, {}, row.read_lag)
+    one = Found(row, prefix.rstrip("._"), prefix, roles, {})
     missing = sorted(row.required - roles.keys())
     if missing:
         return replace(one, misfit=f"it lacks {', '.join(map(row.own_name, missing))}")
@@ -222,41 +219,13 @@ def _checked(row: Dialect, prefix: str, roles: Mapping[str, StoredTensor]) -> Fo
 # --- which row, where several fit
 
 
-def _settled(fitting: Sequence[Found], own: Collection[Dialect], *, with_head: bool) -> list[Found]:
+def _settled(fitting: Sequence[Found], own: Collection[Dialect]) -> list[Found]:
     """One row for each group of tensors: a user's own first, then that which explains most of them."""
-    accepted: list[list[Found]] = []
-    owner: dict[str, list[Found]] = {}
+    settled: dict[str, Found] = {}  # by tensor
     for one in sorted(fitting, key=lambda one: (one.dialect not in own, -len(one.tensors))):
-        rivals = next((owner[name] for name in one.tensors if name in owner), None)
-        if rivals is None:
-            accepted.append([one])
-            owner |= dict.fromkeys(one.tensors, accepted[-1])
-        elif rivals[0].tensors == one.tensors and (rivals[0].dialect in own) == (one.dialect in own):
-            rivals.append(one)
-    return [_decided(rivals, with_head=with_head) for rivals in accepted]
-
-
-def _decided(rivals: Sequence[Found], *, with_head: bool) -> Found:
-    first = rivals[0]
-    if len({_computed(one) for one in rivals}) > 1:
-        names = " and ".join(dict.fromkeys(one.dialect.name for one in rivals))
-        why = f"the names and shapes do not decide between {names}, which compute different weights: none are given"
-        return replace(first, withheld=why)
-    if len({one.read_lag for one in rivals}) == 1:
-        return replace(first, notes=(first.dialect.note,) if first.dialect.note else ())
-    first = next(one for one in rivals if one.read_lag == 0)
-    if with_head:
-        return first
-    names = " and ".join(dict.fromkeys(one.dialect.name for one in rivals))
-    note = (
-        f"the names are those of {names}: H_pre is what each sub-block computes; whether it or the next one applies it the "
-        "file does not tell, but the model_type of config.json does"
-    )
-    return replace(first, read_lag=None, notes=(note,))
-
-
-def _computed(one: Found) -> tuple[Any, ...]:
-    return one.dialect.computation, () if one.dialect.head else tuple(sorted(one.sizes.items()))
+        if not one.tensors & settled.keys():
+            settled |= dict.fromkeys(one.tensors, one)
+    return list(dict.fromkeys(settled.values()))
 
 
 def _require_known_type(types: frozenset[str], barred: Sequence[Found]) -> None:
@@ -277,11 +246,12 @@ def _require_known_type(types: frozenset[str], barred: Sequence[Found]) -> None:
 def _explained(one: Found, extras: Sequence[StoredTensor], types: frozenset[str]) -> Found:
     """The connection; without weights where a tensor among its own may change what it computes."""
     row = one.dialect
+    notes = [row.note] if row.note else []
     if types and not row.model_types:
         shown = ", ".join(map(printable, sorted(types)))
-        note = f"read as {row.name} by the names of its tensors, under the model type {shown}"
-        one = replace(one, notes=(*one.notes, note))
-    if not extras or one.withheld:
+        notes.append(f"read as {row.name} by the names of its tensors, under the model type {shown}")
+    one = replace(one, notes=tuple(notes))
+    if not extras:
         return one
     shown = ", ".join(f"{each.name} {each.shape}" for each in extras[:3])
     return replace(one, withheld=f"{row.name} does not explain {shown}: no weights are given")

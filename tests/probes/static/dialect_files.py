@@ -87,10 +87,6 @@ def of_v4_bias(bias: torch.Tensor, rounds: int, eps: float) -> Weights:
     )
 
 
-def one_hot() -> torch.Tensor:
-    return torch.eye(N).double()[0]
-
-
 # --- dialects of one projection
 
 
@@ -146,20 +142,10 @@ def with_head(case: Case, eps: float, weight: str, bias: str, scale: str) -> Cas
 
 
 def deepseek_v41() -> Case:
-    case = like_v4(
-        3, raw_names, ("fn", "base", "scale"), bias="base", dialect="deepseek-v4.1", rounds=5, eps=1e-5,
+    return like_v4(
+        3, raw_names, ("fn", "base", "scale"), bias="base", dialect="deepseek-v4", rounds=5, eps=1e-5,
         config={"model_type": "deepseek_v41", "text_config": {"hc_mult": N, "hc_sinkhorn_iters": 5, "hc_eps": 1e-5}},
     )  # fmt: skip
-    return with_lag(case)
-
-
-def with_lag(case: Case) -> Case:
-    """Each sub-block applies the read that the one before computed; the last one's collapses the streams."""
-    computed = [weights.pre for weights in case.expected]
-    for weights, read in zip(case.expected, [one_hot(), *computed[:-1]], strict=True):
-        weights.pre = read
-    case.head = computed[-1]
-    return case
 
 
 def torchtitan() -> Case:
