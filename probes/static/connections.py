@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,29 +22,16 @@ SUM_ERROR = 1e-3  # error of a sum that counts as 1: Sinkhorn's floor is in it, 
 
 @dataclass(frozen=True, eq=False)
 class MatrixFacts:
-    """A static mixing matrix in numbers; distances are Frobenius norms over √n."""
+    """A static mixing matrix in numbers."""
 
     singular_values: np.ndarray
     row_sums: np.ndarray
     column_sums: np.ndarray
-    off_diagonal: float
-    identity_distance: float
-    uniform_distance: float
 
     @classmethod
     def of(cls, h_res: np.ndarray) -> MatrixFacts:
         """Of a matrix, destination by source."""
-        n = len(h_res)
-        # By sizes: with signed weights the sums could cancel, and the share be anything.
-        size = np.abs(h_res)
-        return cls(
-            singular_values=kernel.singular_values(h_res),
-            row_sums=h_res.sum(axis=1),
-            column_sums=h_res.sum(axis=0),
-            off_diagonal=float(1.0 - np.trace(size) / size.sum()) if size.any() else math.nan,
-            identity_distance=float(kernel.identity_distance(h_res)),
-            uniform_distance=float(np.linalg.norm(h_res - 1.0 / n) / math.sqrt(n)),
-        )
+        return cls(kernel.singular_values(h_res), h_res.sum(axis=1), h_res.sum(axis=0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -191,30 +177,6 @@ def constraint_of(matrices: Sequence[np.ndarray]) -> str:
 # --- over depth
 
 
-def _by_chain(connections: Sequence[StaticConnection]) -> dict[str, list[StaticConnection]]:
-    chains: dict[str, list[StaticConnection]] = defaultdict(list)
-    for one in connections:
-        chains[one.chain].append(one)
-    return chains
-
-
-def missing_places(members: Sequence[StaticConnection]) -> list[str]:
-    """Layers and branches of a chain, from its first to its last, without a connection where the others have one."""
-    layers = {one.layer for one in members}
-    if layers == {-1}:  # paths without numbers
-        return []
-    present = {(one.layer, one.branch) for one in members}
-    # A branch counts as usual where at least half of the layers have it.
-    often = Counter(branch for _, branch in present)
-    usual = [branch for branch, count in often.items() if 2 * count >= len(layers)]
-    return [
-        f"layer {layer} {branch}"
-        for layer in range(min(layers), max(layers) + 1)
-        for branch in usual
-        if (layer, branch) not in present
-    ]
-
-
 def composites(
     connections: Sequence[StaticConnection], broken: Collection[str] = ()
 ) -> Iterator[StaticComposite]:
@@ -245,29 +207,4 @@ def composites(
             singular_values=singular_values,
             # Of the scaled product: a rank does not depend on the scale, which may be infinite here.
             effective_rank=float(rank.effective_rank_of(kernel.singular_values(product))),
-        )
-
-
-# --- what the files contradict or lack
-
-
-def remarks(connections: Sequence[StaticConnection], configured_streams: float | None) -> Iterator[str]:
-    """Where a checkpoint contradicts its configuration, or has gaps, as sentences.
-
-    ``configured_streams``: the number of streams that the configuration gives.
-    """
-    for chain, members in _by_chain(connections).items():
-        # Where no weights are known, as of an attention over depth, whose first one is often left out, no product is made.
-        missing = missing_places(members) if any(one.h_res is not None for one in members) else []
-        if missing:
-            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-            yield (
-                f"chain {chain or '(one)'}: no connection at {shown}, where other layers have one; a product over depth "
-                "leaves it out"
-            )
-    streams = sorted({connection.streams for connection in connections if connection.streams > 1})
-    if configured_streams is not None and streams and streams != [int(configured_streams)]:
-        yield (
-            f"config.json gives {configured_streams:g} streams, the shapes of the tensors {', '.join(map(str, streams))}: "
-            "the configuration is another model's"
         )

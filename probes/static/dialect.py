@@ -6,7 +6,6 @@ The rows are in `depthscope.probes.static.dialects`; docs/how_to/checkpoints.md 
 from __future__ import annotations
 
 import itertools
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ from depthscope.diagnostics.errors import InputError
 
 PARTS = ("pre", "post", "res")
 Sizes = dict[str, int]
-FUNCTIONS = {"factorial": math.factorial}  # that shapes may use
 
 
 class Values(SimpleNamespace):
@@ -179,7 +177,7 @@ def solve(shapes: Mapping[str, tuple[int, ...]], texts: Mapping[str, str]) -> li
 
 def _holds(text: str, size: int, known: Sizes) -> bool:
     """Whether a formula has a value; a symbol in it that is not known yet gets the value with which it has."""
-    unknown = {*SYMBOL.findall(text)} - {*known, *FUNCTIONS}
+    unknown = {*SYMBOL.findall(text)} - {*known}
     if len(unknown) > 1:
         raise InputError(
             f"the size {text.strip()!r} has several unknown factors; give each a shape of its own"
@@ -190,4 +188,4 @@ def _holds(text: str, size: int, known: Sizes) -> bool:
 
 
 def _value(text: str, known: Sizes) -> int:
-    return int(eval(text.strip(), {"__builtins__": {}, **FUNCTIONS}, dict(known)))
+    return int(eval(text.strip(), {"__builtins__": {}}, dict(known)))

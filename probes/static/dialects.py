@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,8 +13,6 @@ from scipy.special import expit, softmax
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.probes.static.dialect import Constant, Dialect, Values
-
-MOST_PERMUTED = 8  # streams: 8! = 40320 matrices
 
 
 def sinkhorn(logits: np.ndarray, rounds: float, floor: float = 0.0, last: str = "columns") -> np.ndarray:
@@ -34,14 +31,6 @@ def sinkhorn(logits: np.ndarray, rounds: float, floor: float = 0.0, last: str = 
         for axis in (first, other):
             matrix = matrix / (matrix.sum(axis=axis, keepdims=True) + floor)
     return matrix
-
-
-def permutations(weights: np.ndarray, n: int) -> np.ndarray:
-    """Σ_r weights_r P_r over the n! permutation matrices, in the order of `itertools.permutations`."""
-    if n > MOST_PERMUTED:
-        raise InputError(f"permutations of {n} streams; expected at most {MOST_PERMUTED}")
-    order = np.array(list(itertools.permutations(range(n))))
-    return np.einsum("r,rij->ij", weights.ravel(), np.eye(n)[order])
 
 
 def square(values: np.ndarray) -> np.ndarray:
@@ -231,34 +220,6 @@ MHC_LUCIDRAINS = Dialect(
     mixing=lambda t: sinkhorn(t.res, t.rounds, last="rows"),
     constants={"rounds": Constant(("sinkhorn_iters", "mhc_sinkhorn_iters", "num_sinkhorn_iters"), 20)},
 )
-# H_res is a mixture of the n! permutations.
-MHC_LITE = Dialect(
-    name="mhc-lite",
-    family="mhc_lite",
-    names=("{path}.*",),
-    tensors={"static_alpha": "n + factorial(n)"},
-    optional={
-        **{"static_beta": "n", "dynamic_alpha_fn": "n*D, n + factorial(n)", "dynamic_beta_fn": "n*D, n"},
-        **{"pre_branch_scale": "1", "residual_scale": "1", "h_post_scale": "1", "norm_gamma": "n*D | D"},
-    },
-    unread=("dynamic_alpha_fn", "dynamic_beta_fn", "norm_gamma"),
-    stored={"norm_gamma": "norm.gamma"},
-    parts=lambda t: {
-        "pre": t.static_alpha[: t.n],
-        "post": t.get("static_beta"),
-        "res": t.static_alpha[t.n :],
-    },
-    gates=lambda t: {
-        "pre": t.get("pre_branch_scale"),
-        "post": t.get("h_post_scale"),
-        "res": t.get("residual_scale"),
-    },
-    sources_in_rows=True,
-    read=_sigmoid,
-    write=_twice_sigmoid,
-    mixing=lambda t: permutations(softmax(t.res), t.n),
-)
-
 # --- heads: the read of the streams before the final norm
 
 # Of DeepSeek-V4 and its relatives, and of openPangu-2.0.
@@ -284,6 +245,6 @@ HEAD = Dialect(
 )
 TABLE = (
     *(DEEPSEEK_V4, DEEPSEEK_V4_MODULES, OPENPANGU_V2, MEGATRON, HY_V4),
-    *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, MHC_LITE, HEAD),
+    *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, HEAD),
 )
 """The rows of public dialects."""

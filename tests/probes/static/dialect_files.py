@@ -7,9 +7,7 @@ Dialects of models and packages that are installed are compared with their own m
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -257,27 +255,11 @@ def flattened_mhc() -> Case:
     )  # fmt: skip
 
 
-def of_permutations(weights: torch.Tensor) -> torch.Tensor:
-    order = torch.tensor(list(itertools.permutations(range(N))))
-    return torch.einsum("r,rij->ij", weights.double(), torch.eye(N).double()[order])
-
-
-def mhc_lite() -> Case:
-    count = N + math.factorial(N)
-    return of_alphas(
-        21, (count,), {"dynamic_alpha_fn": (N * D, count), **OF_ALL_STREAMS},
-        lambda alpha, beta: Weights(
-            of_permutations(torch.softmax(alpha[N:], -1)).T, torch.sigmoid(alpha[:N]), 2 * torch.sigmoid(beta)
-        ),
-        "mhc_lite", "mhc-lite",
-    )  # fmt: skip
-
-
 CASES: dict[str, Callable[[], Case]] = {
     case.__name__: case
     for case in (
         deepseek_v4, deepseek_v41, torchtitan, megatron, paddlefleet, openpangu, gguf_of_deepseek, dynamic_hyper_connections,
-        static_hyper_connections, flattened_mhc, mhc_lite,
+        static_hyper_connections, flattened_mhc,
     )
 }  # fmt: skip
 
