@@ -21,15 +21,7 @@ from tests.probes.interventions.local_streams import STREAMS, LocalStreams, ids
 NAMES = (
     "t5", "nn.TransformerEncoder, pre-norm, token first", "mHC", "undeclared streams in the batch axis",
 )  # fmt: skip
-FAMILIES = [
-    family
-    for group in (
-        families.DECODERS, families.ENCODERS, families.PAIRS, families.TORCH, families.IMAGES, families.STREAMS,
-        families.UNDECLARED,
-    )
-    for family in group
-    if family.name in NAMES
-]  # fmt: skip
+FAMILIES = [family for family in families.FAMILIES if family.name in NAMES]
 
 
 def only(model: ModelUnderTest, kind: str, **places):
