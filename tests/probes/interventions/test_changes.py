@@ -38,10 +38,6 @@ def test_a_step_of_a_network_that_reads_sums_over_depth_cannot_be_left_out():
         ablate(design.build(3), design.batch(1), "bypass")
 
 
-def logits(output) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output.logits
-
-
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_state_set_to_itself_changes_no_bit_and_leaves_the_model_as_it_was(family):
     model = built(family)
