@@ -310,7 +310,8 @@ def _model_class(config: Any, folder: Path) -> Any:
     for name in names if isinstance(names, list) else [names]:
         # A class of a newer version is passed over; something else of that name would be called with the folder.
         found = getattr(transformers, name, None) if isinstance(name, str) else name
-        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) and found.config_class:
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model and getattr(found, "config_class", None):
             return found
         if found is not None:
             raise CheckpointError(

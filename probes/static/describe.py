@@ -116,12 +116,13 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     absent = _absent_connections(path, inventory, everything)
     # A setting that config.json lacks gets the dialect's default, and the page lists it as assumed.
     settings = {one.dialect: settings_of(one.dialect, config) for one in everything}
-    values = read_values(tensor for one in everything for tensor in _read_tensors(one).values())
+    read = {one: _read_tensors(one) for one in everything}
+    values = read_values(tensor for of in read.values() for tensor in of.values())
     described = [
         connection_of(
             one,
             _place_in_network(one, inventory),
-            {role: values[tensor.name] for role, tensor in _read_tensors(one).items()},
+            {role: values[tensor.name] for role, tensor in read[one].items()},
             settings[one.dialect].values,
         )
         for one in everything

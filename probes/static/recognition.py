@@ -107,45 +107,38 @@ def recognise(
     Raises CheckpointError: If the names are those of a dialect that is for other model types.
     """
     types = model_types(config)
-    alike: dict[str, list[str]] = defaultdict(
-        list
-    )  # names that differ in their numbers alone, as those of layers do
-    for name in tensors:
-        alike[NUMBERS.sub("#", name)].append(name)
+    alike: dict[str, list[str]] = defaultdict(list)  # by the name without numbers, as in all layers
     modules: dict[str, list[tuple[str, str]]] = defaultdict(list)  # own names with full names
     for name in tensors:
+        alike[NUMBERS.sub("#", name)].append(name)
         module, _, leaf = name.removesuffix(WEIGHT).rpartition(".")
         modules[module].append((leaf, name))
-    found = {row: list(_named(row, tensors, alike.values())) for row in rows}
-    usable = [
+    found = [one for row in rows for one in _named(row, tensors, alike.values())]
+    usable = {
         row for row in rows if row in own or not row.model_types or not types or row.model_types & types
-    ]
-    fitting = [one for row in usable for one in found[row] if not one.misfit]
-    settled = _settled(fitting, own)
-    claimed = {name for one in settled for name in one.tensors}
-    _require_known_type(
-        types, [one for row in rows for one in found[row] if not one.misfit and not one.tensors & claimed]
-    )
-    extras = {one.prefix: [tensors[name] for name in _extra_names(one, modules)] for one in settled}
-    connections = [
-        _explained(one, extras[one.prefix], types if one.dialect not in own else frozenset())
-        for one in settled
-        if not one.dialect.head
-    ]
-    sizes = {(one.streams, one.sizes.get("D")) for one in connections}
-    heads = [one for one in settled if one.dialect.head and (one.streams, one.sizes.get("D")) in sizes]
-    reasons = {
-        extra.name: f"{one.dialect.name} has no such tensor"
-        for one in (*connections, *heads)
-        for extra in extras[one.prefix]
     }
-    misfits = [one for row in usable for one in found[row] if one.misfit]
-    known_modules = {one.prefix.rstrip("._") for one in (*connections, *heads)}
-    suspects = _suspects(tensors, alike.values(), known_modules)
-    for one in sorted(misfits, key=lambda one: len(one.roles)):
-        reasons |= {name: f"as {one.dialect.name}, {one.misfit}" for name in one.tensors & suspects}
+    settled: dict[str, Found] = {}  # by tensor: a user's own rows first, then those that explain most of them
+    for one in sorted(found, key=lambda one: (one.dialect not in own, -len(one.roles))):
+        if one.dialect in usable and not one.misfit and not one.tensors & settled.keys():
+            settled |= dict.fromkeys(one.tensors, one)
+    _require_known_type(types, [one for one in found if not one.misfit and not one.tensors & settled.keys()])
+    reasons: dict[str, str] = {}
+    connections, possible_heads = [], []
+    for one in dict.fromkeys(settled.values()):
+        if one.dialect.head:
+            possible_heads.append(one)
+            continue
+        extras = [tensors[name] for name in _extra_names(one, modules)]
+        reasons |= {extra.name: f"{one.dialect.name} has no such tensor" for extra in extras}
+        connections.append(_explained(one, extras, frozenset() if one.dialect in own else types))
+    sizes = {(one.streams, one.sizes.get("D")) for one in connections}
+    heads = [one for one in possible_heads if (one.streams, one.sizes.get("D")) in sizes]
     owned = {name for one in (*connections, *heads) for name in one.tensors}
-    unrecognised = (
+    suspects = _suspects(alike.values(), {one.module for one in (*connections, *heads)})
+    for one in sorted(found, key=lambda one: len(one.roles)):
+        if one.misfit and one.dialect in usable:
+            reasons |= {name: f"as {one.dialect.name}, {one.misfit}" for name in one.tensors & suspects}
+    unrecognised = [
         Unrecognised(
             name,
             tensors[name].shape,
@@ -153,7 +146,7 @@ def recognise(
             reasons.get(name, "no row has these names and shapes"),
         )
         for name in sorted((suspects | reasons.keys()) - owned)
-    )
+    ]
     in_order = sorted(connections, key=lambda one: _depth_order(one.module))
     return Recognition(tuple(in_order), tuple(heads), tuple(unrecognised))
 
@@ -216,18 +209,6 @@ def _checked(row: Dialect, prefix: str, roles: Mapping[str, StoredTensor]) -> Fo
     return replace(one, sizes=sizes[0])
 
 
-# --- which row, where several fit
-
-
-def _settled(fitting: Sequence[Found], own: Collection[Dialect]) -> list[Found]:
-    """One row for each group of tensors: a user's own first, then that which explains most of them."""
-    settled: dict[str, Found] = {}  # by tensor
-    for one in sorted(fitting, key=lambda one: (one.dialect not in own, -len(one.tensors))):
-        if not one.tensors & settled.keys():
-            settled |= dict.fromkeys(one.tensors, one)
-    return list(dict.fromkeys(settled.values()))
-
-
 def _require_known_type(types: frozenset[str], barred: Sequence[Found]) -> None:
     """Refuse where only rows of other model types fit: another model may compute something else under the same names."""
     first = next(
@@ -270,8 +251,8 @@ def _extra_names(one: Found, modules: Mapping[str, Sequence[tuple[str, str]]]) -
 # --- what looks like a connection and fits no row
 
 
-def _suspects(tensors: Tensors, alike: Iterable[Sequence[str]], recognised: set[str]) -> set[str]:
-    """The tensors that look like a connection's by their names; ``recognised``: modules that are known ones."""
+def _suspects(alike: Iterable[Sequence[str]], recognised: set[str]) -> set[str]:
+    """The names that look like those of a connection; ``recognised``: modules that are known ones."""
     return {
         name for group in alike if WORDS.search(group[0]) for name in group if _has_words(name, recognised)
     }

@@ -173,7 +173,7 @@ def test_no_shard_is_read_from_outside(tmp_path, kind, way):
     else:
         (tmp_path / "m" / "way").symlink_to(tmp_path)
         index.write_text(index.read_text().replace(inside.name, names[way]))
-    with pytest.raises(CheckpointError, match="leads out of the checkpoint's folder"):
+    with pytest.raises(CheckpointError, match=r"leads? out of"):
         load_checkpoint(str(tmp_path / "m"))
 
 
@@ -182,7 +182,7 @@ def test_weights_that_the_configuration_names_are_the_folders(folder, name):
     (folder / "model.safetensors").rename(folder.parent / "w.safetensors")
     (folder / "w.safetensors").symlink_to("../w.safetensors")
     configure(folder, transformers_weights=name)
-    with pytest.raises(CheckpointError, match=r"leads out|names .* as a file"):
+    with pytest.raises(CheckpointError, match=r"leads out of|names .* as a file"):
         load_checkpoint(str(folder))
 
 
