@@ -177,29 +177,21 @@ def _hub_errors(spec: str) -> Iterator[None]:
     """Errors of the hub as sentences that say what to do."""
     from huggingface_hub import constants, errors
 
-    where, (name, _, revision) = f"'{spec}' at {constants.ENDPOINT}", spec.partition("@")
+    where = f"'{spec}' at {constants.ENDPOINT}"
     try:
         yield
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{where} is gated: ask for access on its page, then log in with `hf auth login`, or set HF_TOKEN"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise CheckpointError(
-            f"{where} has no revision '{revision}'; give a branch, a tag or a commit"
-        ) from error
-    except errors.RepositoryNotFoundError as error:
-        raise CheckpointError(
-            f"no folder '{name}' here, and no such repository {where.partition(' ')[2]}; correct the name, or, "
-            "if it is private, log in with `hf auth login`"
-        ) from error
     except CheckpointError:
         raise
-    except Exception as error:  # of the hub, the network, or the disk
-        code = getattr(getattr(error, "response", None), "status_code", None)
-        reason = first_line(error) if code is None else f"HTTP {code}"
+    except errors.HfHubHTTPError as error:
+        # It says whether the repository, the revision or the access to it is missing.
+        said = printable(" ".join(str(error).split()), 500)
         raise CheckpointError(
-            f"{where} could not be fetched ({reason}), and its files are not all in the cache; "
+            f"{where} could not be fetched ({said}), and no folder has this name here; correct the name, or log in with "
+            "`hf auth login`"
+        ) from error
+    except Exception as error:  # of the network or the disk
+        raise CheckpointError(
+            f"{where} could not be fetched ({first_line(error)}), and its files are not all in the cache; "
             "try again with a network, or give a folder"
         ) from error
 

@@ -307,24 +307,16 @@ def _model_class(config: Any, folder: Path) -> Any:
     import transformers
 
     names = config.architectures or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(
-            f"'{folder}/config.json' names {ascii(names)[:80]} as architectures; expected a list of class names"
-        )
-    for name in names:
-        # Unknown names are passed over; a name of something else would be called with the folder.
-        found = getattr(transformers, name, None)
-        if found is None:
-            continue
-        if (
-            isinstance(found, type)
-            and issubclass(found, transformers.PreTrainedModel)
-            and getattr(found, "config_class", None)
-        ):
+    for name in names if isinstance(names, list) else [names]:
+        # A class of a newer version is passed over; something else of that name would be called with the folder.
+        found = getattr(transformers, name, None) if isinstance(name, str) else name
+        is_model = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+        if is_model and getattr(found, "config_class", None):
             return found
-        raise CheckpointError(
-            f"'{folder}/config.json' names '{name}' as its architecture, which is not a model of transformers; correct it"
-        )
+        if found is not None:
+            raise CheckpointError(
+                f"'{folder}/config.json' names {ascii(name)[:80]} as its architecture; expected a model class of transformers"
+            )
     # A config without architectures: with a language-model head where there is one, so that it can give a loss.
     causal = transformers.AutoModelForCausalLM
     return causal if type(config) in causal._model_mapping else transformers.AutoModel
@@ -463,16 +455,10 @@ def _call_factory(spec: str, factory: Any) -> nn.Module:
             f"'{spec}' is a {type(factory).__name__}; expected a function that returns an nn.Module"
         )
     try:
-        signature = inspect.signature(factory)
-    except ValueError:
-        signature = (
-            inspect.Signature()
-        )  # a callable of C has none that can be read: its call shows what it needs
-    try:
-        signature.bind()  # before the call, whose own TypeErrors are the user's to see
-    except TypeError as error:
+        inspect.signature(factory).bind()  # before the call, whose own TypeErrors are the user's to see
+    except (TypeError, ValueError) as error:  # ValueError: a callable of C
         raise CheckpointError(
-            f"'{spec}' is called without arguments but needs some ({error}); wrap it in a function without"
+            f"'{spec}' cannot be called without arguments ({error}); wrap it in a function without"
         ) from error
     with errors_of_user_code(f"'{spec}'"):
         model = factory()

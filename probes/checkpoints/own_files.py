@@ -6,7 +6,7 @@ import json
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from depthscope.diagnostics.atomic_writes import kind_of
@@ -63,17 +63,16 @@ def exists(path: Path) -> bool:
 
 
 def own_file(folder: Path, name: object) -> Path:
-    """The path of a file that a checkpoint names; a name that leads out of its folder is refused.
+    """The path of a file that a checkpoint names.
 
-    ``name``: what an index or a configuration gives: a file of the folder or of a folder in it.
-    Returns: Below ``folder``. The file may be missing.
-    Raises CheckpointError: If it is no name, absolute, has ``..``, or is a link to what is outside.
+    ``name``: what an index or a configuration gives.
+    Returns: In ``folder``. The file may be missing.
+    Raises CheckpointError: If it is no name of a file in the folder, or a link to what is outside.
     """
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise CheckpointError(f"'{folder}' names {_shown(name)} as a file; expected the name of one in it")
-    windows = PureWindowsPath(name)  # splits at / and \, and knows drives
-    if windows.anchor or PurePosixPath(name).is_absolute() or ".." in windows.parts:
-        raise _outside(folder, name)
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+        raise CheckpointError(
+            f"'{folder}' names {_shown(name)} as a file, which may lead out of it; expected the name of one in it"
+        )
     path = folder / name
     require_inside(folder, path)
     return path
@@ -95,17 +94,14 @@ def require_inside(folder: Path, path: Path) -> None:
         raise CheckpointError(f"'{path}' cannot be followed: {_reason(error)}") from error
     roots = [own, *(root / "blobs" for root in own.parents if _is_hub_repository(root, own))]
     if not any(target.is_relative_to(root) for root in roots):
-        raise _outside(folder, path.relative_to(folder).as_posix())
+        raise CheckpointError(
+            f"{_shown(path.name)} leads out of the checkpoint's folder '{folder}'; only files of the folder are read: copy it "
+            "there"
+        )
 
 
 def _is_hub_repository(root: Path, folder: Path) -> bool:
     return root.name.startswith("models--") and folder.relative_to(root).parts[0] == "snapshots"
-
-
-def _outside(folder: Path, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{_shown(name)} leads out of the checkpoint's folder '{folder}'; only files of the folder are read: copy it there"
-    )
 
 
 def _shown(name: object) -> str:

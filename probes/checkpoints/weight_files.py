@@ -14,7 +14,7 @@ import safetensors
 import torch
 from torch import nn
 
-from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, first_line
+from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, first_line, printable
 from depthscope.probes.checkpoints.own_files import exists, own_file, read_json, require_file
 
 INDEX_ENDING = ".safetensors.index.json"
@@ -23,7 +23,7 @@ STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
 MOST_SHARDS = 10_000  # public checkpoints have some hundreds
 NUM_LISTED = 5  # names in a message at most
-OTHER_WEIGHTS = "give the weights of this very architecture"
+LONGEST = 500  # characters of what torch says of weights that do not fit
 
 
 def state_dict(path: Path) -> dict[str, torch.Tensor]:
@@ -173,29 +173,15 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, torch.Tensor], source:
     """
     # keep_vars gives the parameters themselves, so that tied ones show by their identity.
     expected = model.state_dict(keep_vars=True)
-    tied = {id(expected[name]) for name in tensors if name in expected}
-    problems = {
-        "missing": [
-            name for name, value in expected.items() if name not in tensors and id(value) not in tied
-        ],
-        "unexpected": [name for name in tensors if name not in expected],
-        "mis-shaped": [
-            f"{name} {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
-            for name, value in tensors.items()
-            if name in expected and value.shape != expected[name].shape
-        ],
-    }
-    listed = "; ".join(
-        f"{len(names)} {kind} ({', '.join(names[:NUM_LISTED])}{', …' if len(names) > NUM_LISTED else ''})"
-        for kind, names in problems.items()
-        if names
-    )
-    if listed:
+    by_parameter = {id(expected[name]): value for name, value in tensors.items() if name in expected}
+    tied = {name: by_parameter[id(value)] for name, value in expected.items() if id(value) in by_parameter}
+    try:
+        model.load_state_dict({**tied, **tensors})
+    except Exception as error:  # torch lists in lines what is missing, unexpected and of another shape
         raise CheckpointError(
-            f"the weights '{source}' do not fit {type(model).__name__}: {listed}; {OTHER_WEIGHTS}"
-        )
-    with errors_of("torch", f"the weights '{source}' do not load into {type(model).__name__}", OTHER_WEIGHTS):
-        model.load_state_dict(tensors, strict=False)  # the check above is stricter, but for tied names
+            f"the weights '{source}' do not fit {type(model).__name__}: {printable(' '.join(str(error).split()), LONGEST)}; "
+            "give the weights of this very architecture"
+        ) from error
 
 
 # --- which weights these are

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,50 +13,30 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
 from depthscope.probes.checkpoints.errors import CheckpointError
-from depthscope.probes.static.dialect import Dialect, Values
-from depthscope.probes.static.dialects import sinkhorn
+from depthscope.probes.static.dialect import PARTS, Dialect, Values
 from depthscope.probes.static.recognition import Found, Place, setting
 
 LARGEST_SETTING = 10_000  # a heuristic: public models have 20 rounds of Sinkhorn and magnitudes of a few
-ROUNDED = 1e-6  # largest error of a sum of weights that were stored in float32 at most
-
-COLLAPSE = "the read that the last sub-block computes collapses the streams before the final norm"
-OPEN_READ = "which read is applied here depends on a sub-block whose connection the files do not contain"
+SUM_ERROR = 1e-3  # error of a sum that counts as 1: Sinkhorn's floor is in it, some 1e-6 a stream and round; a heuristic
 
 
 @dataclass(frozen=True, eq=False)
 class MatrixFacts:
-    """A static mixing matrix in numbers; distances are Frobenius norms over √n."""
+    """A static mixing matrix in numbers."""
 
     singular_values: np.ndarray
     row_sums: np.ndarray
     column_sums: np.ndarray
-    off_diagonal: float
-    identity_distance: float
-    uniform_distance: float
 
     @classmethod
     def of(cls, h_res: np.ndarray) -> MatrixFacts:
         """Of a matrix, destination by source."""
-        n = len(h_res)
-        # By sizes: with signed weights the sums could cancel, and the share be anything.
-        size = np.abs(h_res)
-        return cls(
-            singular_values=kernel.singular_values(h_res),
-            row_sums=h_res.sum(axis=1),
-            column_sums=h_res.sum(axis=0),
-            off_diagonal=float(1.0 - np.trace(size) / size.sum()) if size.any() else math.nan,
-            identity_distance=float(kernel.identity_distance(h_res)),
-            uniform_distance=float(np.linalg.norm(h_res - 1.0 / n) / math.sqrt(n)),
-        )
+        return cls(kernel.singular_values(h_res), h_res.sum(axis=1), h_res.sum(axis=0))
 
 
 @dataclass(frozen=True, eq=False)
 class StaticConnection:
-    """A connection at an input that adds nothing; rows of ``h_res`` are destinations. None: the files do not determine it.
-
-    ``h_pre``: the read that is applied here; with ``read_lag`` 1 the sub-block before made it; None where unknown.
-    """
+    """A connection at an input that adds nothing; rows of ``h_res`` are destinations. None: the files do not determine it."""
 
     module: str
     chain: str
@@ -72,11 +51,9 @@ class StaticConnection:
     h_res: np.ndarray | None
     h_pre: np.ndarray | None
     h_post: np.ndarray | None
-    floor: float  # what Sinkhorn adds to every sum
     mixing: MatrixFacts | None
     note: str
     dialect: str
-    read_lag: int | None
     constraint: str = ""  # what H_res satisfies, as measured
 
 
@@ -137,7 +114,7 @@ def connection_of(
     """
     row = found.dialect
     try:
-        gates, weights, floor = _computed(
+        gates, weights = _computed(
             found, Values(**{"n": found.streams, **found.sizes, **constants, **tensors})
         )
     except AttributeError as error:
@@ -162,30 +139,24 @@ def connection_of(
         h_res=h_res,
         h_pre=weights.get("pre"),
         h_post=weights.get("post"),
-        floor=floor,
         mixing=None if h_res is None else MatrixFacts.of(h_res),
         note="; ".join(filter(None, (found.withheld, *found.notes))),
         dialect=row.name,
-        read_lag=found.read_lag,
-        constraint="" if h_res is None else constraint_of([h_res], floor),
+        constraint="" if h_res is None else constraint_of([h_res]),
     )
 
 
-def _computed(found: Found, given: Values) -> tuple[dict[str, float], dict[str, np.ndarray], float]:
-    """Gates and weights by part, and the floor of Sinkhorn."""
+def _computed(found: Found, given: Values) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Gates and weights by part."""
     row, n = found.dialect, found.streams
     gates = {} if row.gates is None else row.gates(given)
     known = {part: float(np.ravel(gate)[0]) for part, gate in gates.items() if gate is not None}
     if found.withheld:
-        return known, {}, 0.0
+        return known, {}
     parts = {} if row.parts is None else row.parts(given)
     given = Values(**vars(given), **parts)
-    functions = {"pre": row.read, "post": row.write, "res": row.mixing}
-    how = {} if row.sinkhorn is None else row.sinkhorn(given)
-    if how:
-        functions["res"] = lambda given: sinkhorn(given.res, **how)
     weights = {}
-    for part, function in functions.items():
+    for part, function in zip(PARTS, (row.read, row.write, row.mixing), strict=True):
         # Without an optional tensor there is nothing to compute from.
         if function is None or parts.get(part, ()) is None:
             continue
@@ -193,84 +164,17 @@ def _computed(found: Found, given: Values) -> tuple[dict[str, float], dict[str, 
         if values.shape != shape:
             raise InputError(f"H_{part} has the shape {values.shape}; expected {shape}")
         weights[part] = values.T if part == "res" and row.sources_in_rows else values
-    return known, weights, float(how.get("floor", 0.0))
+    return known, weights
 
 
-def constraint_of(matrices: Sequence[np.ndarray], floor: float = 0.0) -> str:
-    """What mixing matrices of as many streams satisfy, as measured.
-
-    ``floor``: what Sinkhorn adds to every sum, which keeps the sums from being exact.
-    Returns: Empty without matrices of two or more streams.
-    """
+def constraint_of(matrices: Sequence[np.ndarray]) -> str:
+    """What mixing matrices of as many streams satisfy, as measured; empty without matrices of two or more streams."""
     if not matrices or len(matrices[0]) < 2:
         return ""
-    # Each of n sums has the floor in it, in two rounds.
-    tolerance = max(ROUNDED, 4 * len(matrices[0]) * floor)
-    return kernel.named_constraint(np.stack(matrices), tolerance=tolerance).words
+    return kernel.named_constraint(np.stack(matrices), tolerance=SUM_ERROR).words
 
 
 # --- over depth
-
-
-def _by_chain(connections: Sequence[StaticConnection]) -> dict[str, list[StaticConnection]]:
-    chains: dict[str, list[StaticConnection]] = defaultdict(list)
-    for one in connections:
-        chains[one.chain].append(one)
-    return chains
-
-
-def applied_reads(
-    connections: Sequence[StaticConnection], lacking: Collection[str] = ()
-) -> tuple[list[StaticConnection], list[StaticConnection]]:
-    """Connections with the reads that are applied at them, and the read at the end, where the sub-block before computes them.
-
-    Sub-block k applies the read of k − 1; the first one reads stream 0 alone, and the read of the last one collapses the
-    streams at the end, as in DeepSeek-V4.1.
-
-    ``connections``: in the order of depth, with the reads that they compute.
-    ``lacking``: chains some of whose connections are in files that are not there.
-    Returns: None for a read that another sub-block computes whose connection is missing.
-    """
-    chains = _by_chain(connections)
-    lagged = [chain for chain, members in chains.items() if members[0].read_lag == 1]
-    if not lagged:
-        return list(connections), []
-    main = max(lagged, key=lambda chain: len(chains[chain]))
-    shifted: dict[int, StaticConnection] = {}
-    for chain in lagged:
-        members = chains[chain]
-        first = (np.eye(members[0].streams)[0] if members[0].layer <= 0 else None) if chain == main else None
-        reads = [first, *(one.h_pre for one in members[:-1])]
-        # With a gap, the sub-block before is not the one that is listed before.
-        has_all = chain not in lacking and not missing_places(members)
-        for one, read in zip(members, reads, strict=True):
-            known = read if has_all else None
-            note = one.note if known is not None else f"{one.note}; {OPEN_READ}".removeprefix("; ")
-            shifted[id(one)] = replace(one, h_pre=known, note=note)
-    last = chains[main][-1]
-    head = replace(
-        last, family="head", branch="head", h_res=None, h_post=None, mixing=None, note=COLLAPSE, dtypes=(), gates={},
-        read_lag=0, constraint="",
-    )  # fmt: skip
-    is_known = last.h_pre is not None and main not in lacking
-    return [shifted.get(id(one), one) for one in connections], [head] if is_known else []
-
-
-def missing_places(members: Sequence[StaticConnection]) -> list[str]:
-    """Layers and branches of a chain, from its first to its last, without a connection where the others have one."""
-    layers = {one.layer for one in members}
-    if layers == {-1}:  # paths without numbers
-        return []
-    present = {(one.layer, one.branch) for one in members}
-    # A branch counts as usual where at least half of the layers have it.
-    often = Counter(branch for _, branch in present)
-    usual = [branch for branch, count in often.items() if 2 * count >= len(layers)]
-    return [
-        f"layer {layer} {branch}"
-        for layer in range(min(layers), max(layers) + 1)
-        for branch in usual
-        if (layer, branch) not in present
-    ]
 
 
 def composites(
@@ -303,29 +207,4 @@ def composites(
             singular_values=singular_values,
             # Of the scaled product: a rank does not depend on the scale, which may be infinite here.
             effective_rank=float(rank.effective_rank_of(kernel.singular_values(product))),
-        )
-
-
-# --- what the files contradict or lack
-
-
-def remarks(connections: Sequence[StaticConnection], configured_streams: float | None) -> Iterator[str]:
-    """Where a checkpoint contradicts its configuration, or has gaps, as sentences.
-
-    ``configured_streams``: the number of streams that the configuration gives.
-    """
-    for chain, members in _by_chain(connections).items():
-        # Where no weights are known, as of an attention over depth, whose first one is often left out, no product is made.
-        missing = missing_places(members) if any(one.h_res is not None for one in members) else []
-        if missing:
-            shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-            yield (
-                f"chain {chain or '(one)'}: no connection at {shown}, where other layers have one; a product over depth "
-                "leaves it out"
-            )
-    streams = sorted({connection.streams for connection in connections if connection.streams > 1})
-    if configured_streams is not None and streams and streams != [int(configured_streams)]:
-        yield (
-            f"config.json gives {configured_streams:g} streams, the shapes of the tensors {', '.join(map(str, streams))}: "
-            "the configuration is another model's"
         )

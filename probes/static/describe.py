@@ -25,11 +25,9 @@ from depthscope.probes.checkpoints.tensor_inventory import (
 from depthscope.probes.static.connections import (
     StaticComposite,
     StaticConnection,
-    applied_reads,
     composites,
     connection_of,
     constraint_of,
-    remarks,
     settings_of,
 )
 from depthscope.probes.static.dialect import PARTS, Dialect
@@ -46,7 +44,7 @@ from depthscope.probes.static.recognition import (
 )
 
 COLUMNS = (
-    "connection", "gates pre/post/res", "H_pre", "H_post", "row sums", "column sums", "σ₂", "off-diag", "to I", "to J/n",
+    "connection", "gates pre/post/res", "H_pre", "H_post", "row sums", "column sums", "σ₂",
 )  # fmt: skip
 UNKNOWN = "–"  # the files do not determine it, or it is the same in every model
 MOST_NAMED = 12  # groups of tensors that fit no dialect; JSON has all of them
@@ -118,27 +116,33 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     absent = _absent_connections(path, inventory, everything)
     # A setting that config.json lacks gets the dialect's default, and the page lists it as assumed.
     settings = {one.dialect: settings_of(one.dialect, config) for one in everything}
-    values = read_values(tensor for one in everything for tensor in _read_tensors(one).values())
+    read = {one: _read_tensors(one) for one in everything}
+    values = read_values(tensor for of in read.values() for tensor in of.values())
     described = [
         connection_of(
             one,
             _place_in_network(one, inventory),
-            {role: values[tensor.name] for role, tensor in _read_tensors(one).items()},
+            {role: values[tensor.name] for role, tensor in read[one].items()},
             settings[one.dialect].values,
         )
         for one in everything
     ]
     # A head reads the streams and mixes nothing, so that it is no factor of the products.
-    lacking = {place_of(name).chain for name in absent}
-    connections, collapse = applied_reads(described[: len(found.connections)], lacking)
-    products = tuple(
-        composites(connections, lacking | {place_of(one.name).chain for one in found.unrecognised})
-    )
-    streams = _first_number(config, *STREAM_SETTINGS)
-    absence = (
-        f"{len(absent)} tensors of connections are in shards that are not there ({_listed(absent)}): their connections are "
-        "left out, and nothing is said of products over their chain; complete the download"
-    )
+    connections = described[: len(found.connections)]
+    broken = {place_of(name).chain for name in (*absent, *(one.name for one in found.unrecognised))}
+    warnings = []
+    if absent:
+        warnings.append(
+            f"{len(absent)} tensors of connections are in shards that are not there ({_listed(absent)}): their connections "
+            "are left out, and nothing is said of products over their chain; complete the download"
+        )
+    configured = next((n for key in STREAM_SETTINGS if (n := setting(config, key)) is not None), None)
+    streams = sorted({one.streams for one in connections if one.streams > 1})
+    if configured is not None and streams and streams != [configured]:
+        warnings.append(
+            f"config.json gives {printable(str(configured))} streams, the shapes of the tensors "
+            f"{', '.join(map(str, streams))}: the configuration is another model's"
+        )
     return StaticDescription(
         checkpoint=str(path),
         model_type=printable(str(config.get("model_type", ""))),
@@ -149,9 +153,9 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
         settings={name: value for each in settings.values() for name, value in each.shown.items()},
         assumed=tuple(dict.fromkeys(name for each in settings.values() for name in each.assumed)),
         connections=tuple(connections),
-        heads=(*described[len(found.connections) :], *collapse),
-        composites=products,
-        warnings=(*([absence] if absent else []), *remarks(connections, streams)),
+        heads=tuple(described[len(found.connections) :]),
+        composites=tuple(composites(connections, broken)),
+        warnings=tuple(warnings),
         unrecognised=found.unrecognised,
     )
 
@@ -176,14 +180,6 @@ def _absent_connections(path: Path, inventory: Inventory, found: Sequence[Found]
 def _listed(absent: Mapping[str, str]) -> str:
     files = sorted(set(absent.values()))
     return ", ".join(files[:5]) + (", …" if len(files) > 5 else "")
-
-
-def _first_number(config: Mapping[str, Any], *names: str) -> float | None:
-    """The first of some numbers in the configuration or in a part of it (``text_config``); None where there is none."""
-    values = (setting(config, name) for name in names)
-    return next(
-        (float(value) for value in values if isinstance(value, (int, float)) and abs(value) < 1e300), None
-    )
 
 
 def _read_tensors(found: Found) -> dict[str, StoredTensor]:
@@ -289,9 +285,7 @@ def _row(one: StaticConnection) -> list[str]:
         return cells + [UNKNOWN] * (len(COLUMNS) - len(cells))
     # Four digits: sums are near 1, and how near is what the columns show.
     cells += [_value_range(sums, digits=4) for sums in (facts.row_sums, facts.column_sums)]
-    # σ₂ and not σ₁, which is 1 for every doubly stochastic matrix.
-    numbers = facts.singular_values[1], facts.off_diagonal, facts.identity_distance, facts.uniform_distance
-    return cells + [f"{number:.2g}" for number in numbers]
+    return [*cells, f"{facts.singular_values[1]:.2g}"]  # σ₁ is 1 for every doubly stochastic matrix
 
 
 def _value_range(values: np.ndarray | None, *, digits: int = 2) -> str:
@@ -303,11 +297,11 @@ def _value_range(values: np.ndarray | None, *, digits: int = 2) -> str:
 
 def _constraints(connections: Iterable[StaticConnection]) -> list[str]:
     """What the learned mixing matrices satisfy, those of as many streams together."""
-    stacks: dict[tuple[int, float], list[np.ndarray]] = defaultdict(list)
+    stacks: dict[int, list[np.ndarray]] = defaultdict(list)
     for one in connections:
         if one.h_res is not None and one.learns_mixing:
-            stacks[len(one.h_res), one.floor].append(one.h_res)
-    return [constraint_of(matrices, floor) for (_, floor), matrices in stacks.items()]
+            stacks[len(one.h_res)].append(one.h_res)
+    return [constraint_of(matrices) for matrices in stacks.values()]
 
 
 def _named_tensors(unrecognised: Iterable[Unrecognised]) -> Iterator[str]:

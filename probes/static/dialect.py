@@ -6,9 +6,8 @@ The rows are in `depthscope.probes.static.dialects`; docs/how_to/checkpoints.md 
 from __future__ import annotations
 
 import itertools
-import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import SimpleNamespace
@@ -44,7 +43,7 @@ class Dialect:
     """One row: the names and shapes of a connection's tensors, and its weights where the input adds nothing.
 
     X' = H_res X + H_post ⊗ F(H_pre · X) has the parts ``pre``, ``post`` and ``res``. Sizes in shapes are n (streams), D
-    (width of a stream), r (rank of a gate) and p (proposals). Functions take `Values`.
+    (width of a stream), and others, each a factor. Functions take `Values`.
 
     Parameters
     ----------
@@ -65,8 +64,6 @@ class Dialect:
         checkpoint lacks the tensor.
     read, write, mixing : function, optional
         H_pre (n,), H_post (n,) and H_res (n, n) of values and parts.
-    sinkhorn : function, optional
-        In place of `mixing`: the arguments of `dialects.sinkhorn` besides the part ``res``.
     constants : mapping of str to Constant
         Numbers for the functions.
     model_types : frozenset of str
@@ -75,8 +72,6 @@ class Dialect:
         The words that ``{branch}`` may be, where not any; own names that must not be there.
     sources_in_rows : bool
         Whether the rows of ``res`` and `mixing` are sources; destinations otherwise.
-    read_lag : int
-        1 where each sub-block applies the read that the one before computed; the first one reads stream 0.
     head, learns_mixing : bool
         Whether it only reads the streams at the end; whether H_res has parameters.
     note : str
@@ -96,13 +91,11 @@ class Dialect:
     read: Computed | None = None
     write: Computed | None = None
     mixing: Computed | None = None
-    sinkhorn: Computed | None = None
     constants: Mapping[str, Constant] = field(default_factory=dict)
     model_types: frozenset[str] = frozenset()
     branches: tuple[str, ...] = ()
     absent: tuple[str, ...] = ()
     sources_in_rows: bool = False
-    read_lag: int = 0
     head: bool = False
     learns_mixing: bool = True
     note: str = ""
@@ -135,12 +128,6 @@ class Dialect:
         """The first name of a tensor in files."""
         return self.stored.get(role, role).split("|")[0]
 
-    @property
-    def computation(self) -> tuple[Any, ...]:
-        """What is computed, apart from when the read is applied: equal for rows that only name it differently."""
-        functions = (self.parts, self.gates, self.read, self.write, self.mixing, self.sinkhorn)
-        return (*functions, self.sources_in_rows, self.family)
-
     def sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Sizes]:
         """Every assignment of n, D, … with which some tensors, by role, have the shapes of the row."""
         # Layers of a model have equal shapes: they are solved once.
@@ -161,65 +148,44 @@ class Dialect:
 
 # --- the sizes that shapes give
 
-# What a symbol may be; those that are not listed (D, r, …) are sizes of features without an upper limit.
-RANGES = {"n": range(2, 65), "p": range(1, 65)}  # streams, proposals
-FUNCTIONS = {"factorial": math.factorial}
-
-
-class Size:
-    """One size of a shape, such as ``n*(n+2)``."""
-
-    def __init__(self, text: str):
-        self.text = text.strip()
-        self._code = compile(self.text, "<shape>", "eval")
-        self.names = frozenset(self._code.co_names) - FUNCTIONS.keys()
-
-    def value(self, known: Mapping[str, int]) -> int:
-        """With the symbols as they are known."""
-        return int(eval(self._code, {"__builtins__": {}, **FUNCTIONS}, dict(known)))
+STREAMS = range(2, 65)  # what n may be; the other symbols are factors of a size, without an upper limit
+SYMBOL = re.compile(r"[A-Za-z]\w*")
 
 
 def solve(shapes: Mapping[str, tuple[int, ...]], texts: Mapping[str, str]) -> list[Sizes]:
     """Every assignment of the symbols with which all tensors have the shapes of a row; both by role."""
-    found: list[Sizes] = []
     # One number may be stored as () or as (1,).
     choices = [
         [
-            list(zip(map(Size, each), shape or (1,), strict=True))
+            list(zip(each, shape or (1,), strict=True))
             for each in (alternative.split(",") for alternative in texts[role].split("|"))
             if len(each) == len(shape or (1,))
         ]
         for role, shape in shapes.items()
     ]
+    found: list[Sizes] = []
     for alternatives in itertools.product(*choices):
-        pairs = [pair for each in alternatives for pair in each]
-        ranged = sorted({name for formula, _ in pairs for name in formula.names} & RANGES.keys())
-        for values in itertools.product(*(RANGES[name] for name in ranged)):
-            sizes = _completed(pairs, dict(zip(ranged, values, strict=True)))
-            if sizes is not None and sizes not in found:
+        equations = [pair for each in alternatives for pair in each]
+        # Those with one symbol first: they give what the others multiply.
+        equations.sort(key=lambda pair: len(set(SYMBOL.findall(pair[0]))))
+        for n in STREAMS if any("n" in SYMBOL.findall(text) for text, _ in equations) else (None,):
+            sizes = {} if n is None else {"n": n}
+            if all(_holds(text, size, sizes) for text, size in equations) and sizes not in found:
                 found.append(sizes)
     return found
 
 
-def _completed(pairs: Sequence[tuple[Size, int]], known: Sizes) -> Sizes | None:
-    """All symbols, where some are known and all equations hold; None where they do not."""
-    waiting = list(pairs)
-    while waiting:
-        # The equation with the fewest unknown symbols first.
-        pair = min(waiting, key=lambda pair: len(pair[0].names - known.keys()))
-        waiting.remove(pair)
-        (formula, size), unknown = pair, [*pair[0].names - known.keys()]
-        if len(unknown) > 1:
-            raise InputError(
-                f"the size {formula.text!r} has several unknown factors; give each a shape of its own"
-            )
-        if unknown:
-            # Sizes of features are large, and their equations linear: two values give the line.
-            at_zero, at_one = (formula.value({**known, unknown[0]: value}) for value in (0, 1))
-            slope = at_one - at_zero
-            if slope <= 0 or size <= at_zero or (size - at_zero) % slope:
-                return None
-            known[unknown[0]] = (size - at_zero) // slope
-        elif formula.value(known) != size:
-            return None
-    return known
+def _holds(text: str, size: int, known: Sizes) -> bool:
+    """Whether a formula has a value; a symbol in it that is not known yet gets the value with which it has."""
+    unknown = {*SYMBOL.findall(text)} - {*known}
+    if len(unknown) > 1:
+        raise InputError(
+            f"the size {text.strip()!r} has several unknown factors; give each a shape of its own"
+        )
+    for symbol in unknown:
+        known[symbol] = size // max(1, _value(text, {**known, symbol: 1}))
+    return _value(text, known) == size
+
+
+def _value(text: str, known: Sizes) -> int:
+    return int(eval(text.strip(), {"__builtins__": {}}, dict(known)))

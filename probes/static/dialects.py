@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterable
 from dataclasses import replace
@@ -14,8 +13,6 @@ from scipy.special import expit, softmax
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.probes.static.dialect import Constant, Dialect, Values
-
-MOST_PERMUTED = 8  # streams: 8! = 40320 matrices
 
 
 def sinkhorn(logits: np.ndarray, rounds: float, floor: float = 0.0, last: str = "columns") -> np.ndarray:
@@ -34,14 +31,6 @@ def sinkhorn(logits: np.ndarray, rounds: float, floor: float = 0.0, last: str = 
         for axis in (first, other):
             matrix = matrix / (matrix.sum(axis=axis, keepdims=True) + floor)
     return matrix
-
-
-def permutations(weights: np.ndarray, n: int) -> np.ndarray:
-    """Σ_r weights_r P_r over the n! permutation matrices, in the order of `itertools.permutations`."""
-    if n > MOST_PERMUTED:
-        raise InputError(f"permutations of {n} streams; expected at most {MOST_PERMUTED}")
-    order = np.array(list(itertools.permutations(range(n))))
-    return np.einsum("r,rij->ij", weights.ravel(), np.eye(n)[order])
 
 
 def square(values: np.ndarray) -> np.ndarray:
@@ -73,6 +62,14 @@ def _twice_sigmoid(t: Values) -> np.ndarray:
 # --- DeepSeek-V4 and its relatives: one projection of all streams, one bias, one scale for each part
 
 _GLM = ("glm5_next", "glm5_next_text", "glm5next", "glm5-next")
+_V41 = (
+    "deepseek_v41",
+    "deepseek_v41_text",
+    "deepseek_v4_1",
+    "deepseek_v4_1_text",
+    "deepseek41",
+    "deepseek4.1",
+)
 _V4 = ("deepseek_v4", "deepseek_v4_text", "deepseek4", *_GLM)
 _PANGU = ("openpangu_v2", "openpangu-v2")
 _EPSILON = ("hyper_connection.epsilon", "hyper_connection.eps")
@@ -82,7 +79,8 @@ _ITERATIONS = "hyper_connection.sinkhorn_iterations"
 DEEPSEEK_V4 = Dialect(
     name="deepseek-v4",
     family="mhc",
-    model_types=frozenset((*_V4, *_PANGU)),
+    model_types=frozenset((*_V4, *_V41, *_PANGU)),
+    note="H_pre is what a sub-block computes; in DeepSeek-V4.1 the next sub-block applies it",
     names=("{path}.hc_{branch}_*",),
     branches=("attn", "ffn", "mlp"),
     projections={"fn": "n*(n+2), n*D"},
@@ -92,20 +90,11 @@ DEEPSEEK_V4 = Dialect(
     sources_in_rows=True,
     read=_sigmoid_with_floor,
     write=_twice_sigmoid,
-    sinkhorn=lambda t: {"rounds": t.rounds, "floor": t.eps},
+    mixing=lambda t: sinkhorn(t.res, t.rounds, t.eps),
     constants={
         "rounds": Constant(("hc_sinkhorn_iters", "mhc_recur_norm", _ITERATIONS, "hyper_connection.sinkhorn_iters"), 20),
         "eps": Constant(("hc_eps", *_EPSILON), 1e-6),
     },
-)  # fmt: skip
-DEEPSEEK_V41 = replace(
-    DEEPSEEK_V4,
-    name="deepseek-v4.1",
-    model_types=frozenset(
-        ("deepseek_v41", "deepseek_v41_text", "deepseek_v4_1", "deepseek_v4_1_text", "deepseek41", "deepseek4.1")
-    ),
-    note="a sub-block applies the H_pre that the one before computed: H_pre here is what is applied, the first one stream 0",
-    read_lag=1,
 )  # fmt: skip
 # Names of the modules of transformers and of torchtitan.
 DEEPSEEK_V4_MODULES = replace(
@@ -115,10 +104,12 @@ DEEPSEEK_V4_MODULES = replace(
     names=("{path}.{branch}_hc.*", "{path}.hc_{branch}.*", "{path}.*"),
     branches=(),
     stored={"fn": "hc_fn|fn", "base": "hc_base|base", "scale": "hc_scale|scale"},
+    note="",
 )
 OPENPANGU_V2 = replace(
     DEEPSEEK_V4,
     name="openpangu-v2",
+    note="",
     model_types=frozenset(),
     names=("{path}.{branch}_mhc_module.*",),
     branches=(),
@@ -226,37 +217,9 @@ MHC_LUCIDRAINS = Dialect(
     sources_in_rows=True,
     read=_sigmoid,
     write=_twice_sigmoid,
-    sinkhorn=lambda t: {"rounds": t.rounds, "last": "rows"},
+    mixing=lambda t: sinkhorn(t.res, t.rounds, last="rows"),
     constants={"rounds": Constant(("sinkhorn_iters", "mhc_sinkhorn_iters", "num_sinkhorn_iters"), 20)},
 )
-# H_res is a mixture of the n! permutations.
-MHC_LITE = Dialect(
-    name="mhc-lite",
-    family="mhc_lite",
-    names=("{path}.*",),
-    tensors={"static_alpha": "n + factorial(n)"},
-    optional={
-        **{"static_beta": "n", "dynamic_alpha_fn": "n*D, n + factorial(n)", "dynamic_beta_fn": "n*D, n"},
-        **{"pre_branch_scale": "1", "residual_scale": "1", "h_post_scale": "1", "norm_gamma": "n*D | D"},
-    },
-    unread=("dynamic_alpha_fn", "dynamic_beta_fn", "norm_gamma"),
-    stored={"norm_gamma": "norm.gamma"},
-    parts=lambda t: {
-        "pre": t.static_alpha[: t.n],
-        "post": t.get("static_beta"),
-        "res": t.static_alpha[t.n :],
-    },
-    gates=lambda t: {
-        "pre": t.get("pre_branch_scale"),
-        "post": t.get("h_post_scale"),
-        "res": t.get("residual_scale"),
-    },
-    sources_in_rows=True,
-    read=_sigmoid,
-    write=_twice_sigmoid,
-    mixing=lambda t: permutations(softmax(t.res), t.n),
-)
-
 # --- heads: the read of the streams before the final norm
 
 # Of DeepSeek-V4 and its relatives, and of openPangu-2.0.
@@ -281,7 +244,7 @@ HEAD = Dialect(
     constants={"eps": Constant(("hc_eps", *_EPSILON), 1e-6)},
 )
 TABLE = (
-    *(DEEPSEEK_V4, DEEPSEEK_V41, DEEPSEEK_V4_MODULES, OPENPANGU_V2, MEGATRON, HY_V4),
-    *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, MHC_LITE, HEAD),
+    *(DEEPSEEK_V4, DEEPSEEK_V4_MODULES, OPENPANGU_V2, MEGATRON, HY_V4),
+    *(HYPER_CONNECTIONS, MHC_LUCIDRAINS, HEAD),
 )
 """The rows of public dialects."""

@@ -51,7 +51,6 @@ class Found:
     ``prefix``: what the full names of its tensors begin with.
     ``roles``: its tensors, as formulas call them.
     ``sizes``: streams, widths, …
-    ``read_lag``: how many sub-blocks later the read is applied; None where the names do not tell.
     ``withheld``: why no weights are given; empty where they are.
     ``notes``: what was assumed.
     ``misfit``: why it is no connection of the row; empty where it is.
@@ -62,7 +61,6 @@ class Found:
     prefix: str
     roles: Mapping[str, StoredTensor]
     sizes: Sizes
-    read_lag: int | None = None
     withheld: str = ""
     notes: tuple[str, ...] = ()
     misfit: str = ""
@@ -109,46 +107,38 @@ def recognise(
     Raises CheckpointError: If the names are those of a dialect that is for other model types.
     """
     types = model_types(config)
-    alike: dict[str, list[str]] = defaultdict(
-        list
-    )  # names that differ in their numbers alone, as those of layers do
-    for name in tensors:
-        alike[NUMBERS.sub("#", name)].append(name)
+    alike: dict[str, list[str]] = defaultdict(list)  # by the name without numbers, as in all layers
     modules: dict[str, list[tuple[str, str]]] = defaultdict(list)  # own names with full names
     for name in tensors:
+        alike[NUMBERS.sub("#", name)].append(name)
         module, _, leaf = name.removesuffix(WEIGHT).rpartition(".")
         modules[module].append((leaf, name))
-    found = {row: list(_named(row, tensors, alike.values())) for row in rows}
-    usable = [
+    found = [one for row in rows for one in _named(row, tensors, alike.values())]
+    usable = {
         row for row in rows if row in own or not row.model_types or not types or row.model_types & types
-    ]
-    fitting = [one for row in usable for one in found[row] if not one.misfit]
-    # A head tells DeepSeek-V4 from its successor, which has none.
-    settled = _settled(fitting, own, with_head=any(one.dialect.head for one in fitting))
-    claimed = {name for one in settled for name in one.tensors}
-    _require_known_type(
-        types, [one for row in rows for one in found[row] if not one.misfit and not one.tensors & claimed]
-    )
-    extras = {one.prefix: [tensors[name] for name in _extra_names(one, modules)] for one in settled}
-    connections = [
-        _explained(one, extras[one.prefix], types if one.dialect not in own else frozenset())
-        for one in settled
-        if not one.dialect.head
-    ]
-    sizes = {(one.streams, one.sizes.get("D")) for one in connections}
-    heads = [one for one in settled if one.dialect.head and (one.streams, one.sizes.get("D")) in sizes]
-    reasons = {
-        extra.name: f"{one.dialect.name} has no such tensor"
-        for one in (*connections, *heads)
-        for extra in extras[one.prefix]
     }
-    misfits = [one for row in usable for one in found[row] if one.misfit]
-    known_modules = {one.prefix.rstrip("._") for one in (*connections, *heads)}
-    suspects = _suspects(tensors, alike.values(), known_modules)
-    for one in sorted(misfits, key=lambda one: len(one.roles)):
-        reasons |= {name: f"as {one.dialect.name}, {one.misfit}" for name in one.tensors & suspects}
+    settled: dict[str, Found] = {}  # by tensor: a user's own rows first, then those that explain most of them
+    for one in sorted(found, key=lambda one: (one.dialect not in own, -len(one.roles))):
+        if one.dialect in usable and not one.misfit and not one.tensors & settled.keys():
+            settled |= dict.fromkeys(one.tensors, one)
+    _require_known_type(types, [one for one in found if not one.misfit and not one.tensors & settled.keys()])
+    reasons: dict[str, str] = {}
+    connections, possible_heads = [], []
+    for one in dict.fromkeys(settled.values()):
+        if one.dialect.head:
+            possible_heads.append(one)
+            continue
+        extras = [tensors[name] for name in _extra_names(one, modules)]
+        reasons |= {extra.name: f"{one.dialect.name} has no such tensor" for extra in extras}
+        connections.append(_explained(one, extras, frozenset() if one.dialect in own else types))
+    sizes = {(one.streams, one.sizes.get("D")) for one in connections}
+    heads = [one for one in possible_heads if (one.streams, one.sizes.get("D")) in sizes]
     owned = {name for one in (*connections, *heads) for name in one.tensors}
-    unrecognised = (
+    suspects = _suspects(alike.values(), {one.module for one in (*connections, *heads)})
+    for one in sorted(found, key=lambda one: len(one.roles)):
+        if one.misfit and one.dialect in usable:
+            reasons |= {name: f"as {one.dialect.name}, {one.misfit}" for name in one.tensors & suspects}
+    unrecognised = [
         Unrecognised(
             name,
             tensors[name].shape,
@@ -156,7 +146,7 @@ def recognise(
             reasons.get(name, "no row has these names and shapes"),
         )
         for name in sorted((suspects | reasons.keys()) - owned)
-    )
+    ]
     in_order = sorted(connections, key=lambda one: _depth_order(one.module))
     return Recognition(tuple(in_order), tuple(heads), tuple(unrecognised))
 
@@ -202,7 +192,7 @@ def _texts(name: str) -> tuple[str, ...]:
 
 def _checked(row: Dialect, prefix: str, roles: Mapping[str, StoredTensor]) -> Found:
     """The connection with its sizes, or with the reason for which it is none."""
-    one = Found(row, prefix.rstrip("._"), prefix, roles, {}, row.read_lag)
+    one = Found(row, prefix.rstrip("._"), prefix, roles, {})
     missing = sorted(row.required - roles.keys())
     if missing:
         return replace(one, misfit=f"it lacks {', '.join(map(row.own_name, missing))}")
@@ -217,46 +207,6 @@ def _checked(row: Dialect, prefix: str, roles: Mapping[str, StoredTensor]) -> Fo
         )
         return replace(one, misfit=f"its shapes do not decide between {shown}")
     return replace(one, sizes=sizes[0])
-
-
-# --- which row, where several fit
-
-
-def _settled(fitting: Sequence[Found], own: Collection[Dialect], *, with_head: bool) -> list[Found]:
-    """One row for each group of tensors: a user's own first, then that which explains most of them."""
-    accepted: list[list[Found]] = []
-    owner: dict[str, list[Found]] = {}
-    for one in sorted(fitting, key=lambda one: (one.dialect not in own, -len(one.tensors))):
-        rivals = next((owner[name] for name in one.tensors if name in owner), None)
-        if rivals is None:
-            accepted.append([one])
-            owner |= dict.fromkeys(one.tensors, accepted[-1])
-        elif rivals[0].tensors == one.tensors and (rivals[0].dialect in own) == (one.dialect in own):
-            rivals.append(one)
-    return [_decided(rivals, with_head=with_head) for rivals in accepted]
-
-
-def _decided(rivals: Sequence[Found], *, with_head: bool) -> Found:
-    first = rivals[0]
-    if len({_computed(one) for one in rivals}) > 1:
-        names = " and ".join(dict.fromkeys(one.dialect.name for one in rivals))
-        why = f"the names and shapes do not decide between {names}, which compute different weights: none are given"
-        return replace(first, withheld=why)
-    if len({one.read_lag for one in rivals}) == 1:
-        return replace(first, notes=(first.dialect.note,) if first.dialect.note else ())
-    first = next(one for one in rivals if one.read_lag == 0)
-    if with_head:
-        return first
-    names = " and ".join(dict.fromkeys(one.dialect.name for one in rivals))
-    note = (
-        f"the names are those of {names}: H_pre is what each sub-block computes; whether it or the next one applies it the "
-        "file does not tell, but the model_type of config.json does"
-    )
-    return replace(first, read_lag=None, notes=(note,))
-
-
-def _computed(one: Found) -> tuple[Any, ...]:
-    return one.dialect.computation, () if one.dialect.head else tuple(sorted(one.sizes.items()))
 
 
 def _require_known_type(types: frozenset[str], barred: Sequence[Found]) -> None:
@@ -277,11 +227,12 @@ def _require_known_type(types: frozenset[str], barred: Sequence[Found]) -> None:
 def _explained(one: Found, extras: Sequence[StoredTensor], types: frozenset[str]) -> Found:
     """The connection; without weights where a tensor among its own may change what it computes."""
     row = one.dialect
+    notes = [row.note] if row.note else []
     if types and not row.model_types:
         shown = ", ".join(map(printable, sorted(types)))
-        note = f"read as {row.name} by the names of its tensors, under the model type {shown}"
-        one = replace(one, notes=(*one.notes, note))
-    if not extras or one.withheld:
+        notes.append(f"read as {row.name} by the names of its tensors, under the model type {shown}")
+    one = replace(one, notes=tuple(notes))
+    if not extras:
         return one
     shown = ", ".join(f"{each.name} {each.shape}" for each in extras[:3])
     return replace(one, withheld=f"{row.name} does not explain {shown}: no weights are given")
@@ -300,8 +251,8 @@ def _extra_names(one: Found, modules: Mapping[str, Sequence[tuple[str, str]]]) -
 # --- what looks like a connection and fits no row
 
 
-def _suspects(tensors: Tensors, alike: Iterable[Sequence[str]], recognised: set[str]) -> set[str]:
-    """The tensors that look like a connection's by their names; ``recognised``: modules that are known ones."""
+def _suspects(alike: Iterable[Sequence[str]], recognised: set[str]) -> set[str]:
+    """The names that look like those of a connection; ``recognised``: modules that are known ones."""
     return {
         name for group in alike if WORDS.search(group[0]) for name in group if _has_words(name, recognised)
     }

@@ -13,7 +13,6 @@ from typing import Any
 import hyper_connections.mHCv2 as constrained_v2
 import torch
 import transformers
-from hyper_connections import hyper_connections as free
 from hyper_connections import manifold_constrained_hyper_connections as constrained
 from torch import nn
 
@@ -250,16 +249,19 @@ def _torch_encoder(norm_first: bool, batch_first: bool) -> nn.Module:
 
 
 TORCH = (
-    *(
-        Family(
-            name=f"nn.TransformerEncoder, {'pre' if norm_first else 'post'}-norm, {'batch' if batch_first else 'token'} first",
-            package="torch",
-            build=partial(_torch_encoder, norm_first, batch_first),
-            batch=(lambda: vectors()) if batch_first else (lambda: vectors().transpose(0, 1).contiguous()),
-            blocks=(("layers.{i}", 3),),
-        )
-        for norm_first in (True, False)
-        for batch_first in (True, False)
+    Family(
+        name="nn.TransformerEncoder, pre-norm, token first",
+        package="torch",
+        build=partial(_torch_encoder, norm_first=True, batch_first=False),
+        batch=lambda: vectors().transpose(0, 1).contiguous(),
+        blocks=(("layers.{i}", 3),),
+    ),
+    Family(
+        name="nn.TransformerEncoder, post-norm, batch first",
+        package="torch",
+        build=partial(_torch_encoder, norm_first=False, batch_first=True),
+        batch=vectors,
+        blocks=(("layers.{i}", 3),),
     ),
     Family(
         name="universal transformer",
@@ -312,19 +314,13 @@ IMAGES = (
 # --- streams ---
 
 
-def _perturbed(build: Callable[[], nn.Module]) -> nn.Module:
-    return perturbed(build())
-
-
 class Lucidrains(nn.Module):
     """A language model on one of lucidrains' connections."""
 
-    def __init__(
-        self, connections: Any, streams: int = 4, fractions: int = 1, width: int = 32, layers: int = 3
-    ):
+    def __init__(self, connections: Any, width: int = 32, layers: int = 3):
         super().__init__()
         functions = connections.get_init_and_expand_reduce_stream_functions
-        init, self.expand, self.reduce = functions(streams, dim=width, num_fracs=fractions)
+        init, self.expand, self.reduce = functions(4, dim=width)
         self.embed = nn.Embedding(VOCABULARY, width)
         self.layers = nn.ModuleList(init(branch=Feedforward(width)) for _ in range(layers))
         self.head = nn.Linear(width, VOCABULARY)
@@ -336,53 +332,31 @@ class Lucidrains(nn.Module):
         return self.head(self.reduce(x))
 
 
-def _lucidrains(connections: Any, **sizes: int) -> nn.Module:
+def _lucidrains(connections: Any) -> nn.Module:
     # Fresh connections are near the identity, where a wrong reading would fit as well as the right one.
-    return perturbed(Lucidrains(connections, **sizes), "alpha", "beta", "_scale")
+    return perturbed(Lucidrains(connections), "alpha", "beta", "_scale")
 
 
-def _streams(name: str, build: Callable[[], nn.Module], blocks: str, connection: str, **more: Any) -> Family:
+def _streams(name: str, build: Callable[[], nn.Module], blocks: str, connection: str) -> Family:
     return Family(
-        name=name, package="transformers", build=build, batch=text, blocks=((blocks, 4),), connection=connection, streams=4,
-        **more,
+        name=name, package="transformers", build=lambda: perturbed(build()), batch=text, blocks=((blocks, 4),),
+        connection=connection, streams=4,
     )  # fmt: skip
 
 
-def _hyper(name: str, connection: str, connections: Any, streams: int = 4, **sizes: int) -> Family:
+def _hyper(name: str, connections: Any) -> Family:
     return Family(
-        name=name,
-        package="hyper-connections",
-        build=partial(_lucidrains, connections, **({} if streams == 4 else {"streams": streams}), **sizes),
-        batch=ids,
-        blocks=(("layers.{i}", 3),),
-        connection=connection,
-        streams=streams * sizes.get("fractions", 1),
-    )
+        name=name, package="hyper-connections", build=partial(_lucidrains, connections), batch=ids,
+        blocks=(("layers.{i}", 3),), connection="mhc", streams=4,
+    )  # fmt: skip
 
 
 STREAMS = (
-    _streams(
-        "deepseek_v4",
-        partial(_perturbed, deepseek_v4),
-        "model.layers.{i}",
-        "mhc",
-    ),
-    _streams(
-        "hy_v4",
-        partial(_perturbed, hy_v4),
-        "model.layers.{i}",
-        "independent_hc",
-    ),
-    _streams(
-        "qwen4_exp",
-        partial(_perturbed, qwen4_exp),
-        "layers.{i}",
-        "gated",
-    ),
-    _hyper("HC", "hc", free),
-    _hyper("mHC", "mhc", constrained),
-    _hyper("mHCv2", "mhc", constrained_v2),
-    _hyper("frac-connections", "hc", free, streams=1, fractions=4),
+    _streams("deepseek_v4", deepseek_v4, "model.layers.{i}", "mhc"),
+    _streams("hy_v4", hy_v4, "model.layers.{i}", "independent_hc"),
+    _streams("qwen4_exp", qwen4_exp, "layers.{i}", "gated"),
+    _hyper("mHC", constrained),
+    _hyper("mHCv2", constrained_v2),
 )
 
 

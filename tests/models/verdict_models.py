@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import xarray as xr
-from hyper_connections.hyper_connections import HyperConnections
 from torch import nn
 
 from depthscope import diagnostics, probes
@@ -213,33 +212,3 @@ def streams(
 def random_logits(spread: float, diagonal: float = 4.0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [diagonal * IDENTITY + spread * torch.randn(4, 4, generator=generator) for _ in range(CONNECTIONS)]
-
-
-class Passing(nn.Module):
-    """A known bad control: the streams are expanded and merged again inside every block."""
-
-    def __init__(self, layers: int = LAYERS):
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(
-            HyperConnections(STREAMS, dim=WIDTH, branch=PreNorm(feedforward()), layer_index=i)
-            for i in range(layers)
-        )
-        self.head = nn.Linear(WIDTH, VOCABULARY)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.blocks:
-            x = block(x.repeat_interleave(STREAMS, 0)).unflatten(0, (-1, STREAMS)).mean(1)
-        return self.head(x)
-
-
-def passing() -> Passing:
-    """With writes that part the streams inside a block, and mixing that mostly keeps them."""
-    torch.manual_seed(0)
-    model = Passing()
-    for block in model.blocks:
-        nn.init.normal_(block.static_beta, mean=1.0, std=0.5)
-        with torch.no_grad():  # its first column reads; the others mix
-            block.static_alpha[:, 1:].lerp_(UNIFORM, 0.1)
-    return model

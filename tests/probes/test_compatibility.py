@@ -18,25 +18,10 @@ from depthscope import probes
 from depthscope.diagnostics import schema
 from tests.models.families import FAMILIES, Family, built, floats, tilted
 
-# One of each way to write a chain that differs for a capture.
-CHOSEN = (
-    *(
-        "gemma4",
-        "mixtral",
-        "mamba",
-        "albert",
-        "t5",
-        "nn.Transformer",
-        "nn.TransformerEncoder, pre-norm, token first",
-    ),
-    *(
-        "nn.TransformerEncoder, post-norm, batch first",
-        "universal transformer",
-        "resnet18",
-        "swin",
-        "deepseek_v4",
-    ),
-    *("hy_v4", "qwen4_exp", "mHC", "undeclared streams in the feature axis"),
+# Chains that are written as those of other families; the zoo of verdicts and tests of experiments have them too.
+ALIKE = (
+    *("gpt2", "llama", "qwen3", "gemma3", "gpt_neox", "opt", "bert", "convnext", "mHCv2"),
+    "undeclared streams in the batch axis",
 )
 
 
@@ -143,7 +128,7 @@ def layout_of(run: xr.DataTree, number: int) -> str:
 
 @pytest.mark.parametrize(
     "family",
-    [of for of in FAMILIES if of.name in CHOSEN],
+    [of for of in FAMILIES if of.name not in ALIKE],
     ids=lambda of: f"{of.package}: {of.name}",
 )
 def test_every_family_is_captured(family):

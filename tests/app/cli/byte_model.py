@@ -35,7 +35,3 @@ class Model(nn.Module):
 
 def build() -> nn.Module:
     return Model(0)
-
-
-def build_another() -> nn.Module:
-    return Model(1)

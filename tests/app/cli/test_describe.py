@@ -64,7 +64,7 @@ def test_json_holds_the_static_matrix(checkpoint, capsys):
     ("words", "said"),
     [
         (["smollm2"], "no checkpoint at"),
-        (["FOLDER"], "has the names of deepseek-v4 and of"),
+        (["FOLDER"], "has the names of deepseek-v4, and the model type"),
         (
             ["FOLDER", "--layers", "layers", "--dtype", "float32"],
             "--layers and --weights-only do not go together",

@@ -19,18 +19,3 @@ def uniform(*shape: int, seed: int) -> np.ndarray:
 def noise(*shape: int, seed: int) -> np.ndarray:
     """Nearly Gaussian numbers of mean 0 and variance 1: sums of four uniform ones."""
     return (sum(uniform(*shape, seed=4 * seed + k) for k in range(4)) - 2.0) * 3.0**0.5
-
-
-def structured(n: int, d: int, *, seed: int) -> np.ndarray:
-    """States like a model's: a decaying spectrum, a common part, and a shared direction along the tokens."""
-    columns = np.arange(1.0, d + 1.0)
-    decaying = noise(n, d, seed=seed) / columns**0.5
-    ramp = (np.arange(n) / n)[:, None] * noise(d, seed=seed + 1)
-    return decaying + ramp + 2.0 * noise(d, seed=seed + 2)
-
-
-def walk(layers: int, n: int, d: int, *, seed: int) -> np.ndarray:
-    """Layers that each add noise to the one before, over structured states."""
-    steps = noise(layers, n, d, seed=seed)
-    steps[0] = structured(n, d, seed=seed + 50)
-    return np.cumsum(steps, axis=0)

@@ -28,7 +28,6 @@ from tests.models.verdict_models import (
     Constrained,
     Layer,
     captured,
-    passing,
     plain,
     pre_norm,
     prediction,
@@ -341,7 +340,7 @@ CASES: dict[str, Case] = {
         lambda: streams(NEAR, reads=vectors(*[0.25] * 4), writes=vectors(*[1.0] * 4), apart=0.0),
         WARN, "depth", 6, 12, step=1000,
     ),
-    "passing_streams": case(passing, WARN),
+    "passing_streams": wired("passing"),
     "rank_collapse": case(
         lambda: plain(lambda i: Attention(causal=False), 8), FAIL, "depth", 2, 8, says="where noise has",
         beside=("vanishing_gradient",),

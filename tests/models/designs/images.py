@@ -92,38 +92,6 @@ class ResNet(nn.Module):
         return self.fc(x.mean((2, 3)))
 
 
-class MixerBlock(nn.Module):
-    """Maps over tokens, then over features: both axes are contracted by linear maps."""
-
-    def __init__(self, layer: int, length: int):
-        super().__init__()
-        self.layer = layer
-        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
-        self.over_tokens = nn.Sequential(nn.Linear(length, 20), nn.GELU(), nn.Linear(20, length))
-        self.over_features = nn.Sequential(nn.Linear(WIDTH, 48), nn.GELU(), nn.Linear(48, WIDTH))
-
-    def forward(self, x):
-        x = x + self.over_tokens(self.norm1(x).mT).mT
-        truth.state(x, self.layer, "mid")
-        x = x + self.over_features(self.norm2(x))
-        truth.state(x, self.layer)
-        return x
-
-
-class Mixer(nn.Module):
-    """MLP-Mixer on patches."""
-
-    def __init__(self):
-        super().__init__()
-        self.patches = nn.Conv2d(3, WIDTH, 4, 4)
-        self.blocks = nn.Sequential(*(MixerBlock(layer, 16) for layer in range(3)))
-
-    def forward(self, image):
-        x = self.patches(image).flatten(2).mT
-        truth.state(x, -1, "embed")
-        return self.blocks(x).mean(1)
-
-
 class LastBlock(nn.Module):
     """Channels last, as ConvNeXt of torchvision is inside."""
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -75,11 +72,6 @@ def single() -> nn.Module:
 # --- what blocks give ---
 
 
-class Pair(PreNorm):
-    def forward(self, x):
-        return self.run(x), None, torch.zeros(x.shape[0], 3, x.shape[1], x.shape[1])
-
-
 class WeightsFirst(PreNorm):
     def forward(self, x):
         y = self.run(x)
@@ -95,14 +87,6 @@ class SecondDecoder(Decoder):
         for block in self.blocks:
             _, x = block(x)
         return x
-
-
-@dataclass
-class Result:
-    """No tree that torch knows."""
-
-    loss: Any
-    hidden: torch.Tensor
 
 
 # --- how blocks take it ---
@@ -146,17 +130,6 @@ class CarriedDict(Decoder):
 # --- how blocks are put together ---
 
 
-class Sequence(Decoder):
-    """Blocks in an nn.Sequential."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.Sequential(*self.blocks)
-
-    def walk(self, x):
-        return self.blocks(x)
-
-
 class Universal(Decoder):
     """One block in a loop (arXiv 1807.03819)."""
 
@@ -167,20 +140,6 @@ class Universal(Decoder):
         for turn in range(BLOCKS):
             self.blocks[0].layer = turn
             x = self.blocks[0](x)
-        return x
-
-
-class Looped(Decoder):
-    """Two blocks, three times over."""
-
-    def __init__(self):
-        super().__init__(2)
-
-    def walk(self, x):
-        for turn in range(3):
-            for number, block in enumerate(self.blocks):
-                block.layer = 2 * turn + number
-                x = block(x)
         return x
 
 
@@ -218,26 +177,6 @@ class LayerDrop(Decoder):
                 continue
             x = block(x)
         return x
-
-
-class InPlaceBlock(PreNorm):
-    def forward(self, x):
-        for branch, norm, site in ((self.attn, self.norm1, "mid"), (self.mlp, self.norm2, "post")):
-            added = branch(norm(x))
-            truth.connection(residual_scale=1, branch_scale=1, branch_out=added)
-            x += added
-            truth.state(x, self.layer, site)
-        return x
-
-
-class InPlace(Decoder):
-    """The state is one tensor, to which every branch is added in place."""
-
-    block = InPlaceBlock
-
-    def walk(self, x):
-        x = x.clone()
-        return super().walk(x)
 
 
 class ParallelBlock(PreNorm):

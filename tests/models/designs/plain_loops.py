@@ -1,4 +1,4 @@
-"""Plain residual networks whose adds are outside of the blocks: in the loop, deferred, fused, or over several tensors."""
+"""Plain residual networks whose adds are outside of the blocks: in the loop, deferred, or over several tensors."""
 
 from __future__ import annotations
 
@@ -43,25 +43,6 @@ class LoopOfPairs(Embedded):
     """``for attn, ff in layers: x = attn(x) + x; x = ff(x) + x`` (vit-pytorch)."""
 
 
-class Trunk(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.layers = nn.ModuleList(
-            nn.ModuleList([Attention(norm=True, causal=False), Mlp(norm=True)]) for _ in range(BLOCKS)
-        )
-
-    def forward(self, x):
-        for number, (attn, ff) in enumerate(self.layers):
-            truth.connection(residual_scale=1, branch_scale=1)
-            x = attn(x) + x
-            truth.state(x, number, "mid")
-            truth.connection(residual_scale=1, branch_scale=1)
-            x = ff(x) + x
-            truth.state(x, number)
-        return self.norm(x)
-
-
 class FunctionsOnly(Embedded):
     """No modules for the branches: linear maps in dicts, used by functions (minGPT-like exercises)."""
 
@@ -80,40 +61,26 @@ class FunctionsOnly(Embedded):
 class DeferredBlock(nn.Module):
     """Takes (hidden, residual), adds them, and gives the branch's output with the sum (mamba_ssm)."""
 
-    def __init__(self, layer: int, mixer: nn.Module, fused: bool):
+    def __init__(self, layer: int, mixer: nn.Module):
         super().__init__()
-        self.layer, self.mixer, self.fused = layer, mixer, fused
+        self.layer, self.mixer = layer, mixer
         self.norm = Rms()
 
     def forward(self, hidden_states, residual=None, inference_params=None):
-        if self.fused:
-            hidden_states, residual = add_norm(hidden_states, residual, self.norm)
-        else:
-            residual = hidden_states if residual is None else hidden_states + residual
-            hidden_states = self.norm(residual)
+        residual = hidden_states if residual is None else hidden_states + residual
         # The sum of what the block takes: the state before it.
         truth.state(residual, self.layer - 1, "post|embed|pre")
-        return self.mixer(hidden_states), residual
-
-
-def add_norm(x, residual, norm):
-    """What the fused kernel computes: the sum, and the norm of the sum."""
-    residual = x if residual is None else x + residual
-    return norm(residual), residual
+        return self.mixer(self.norm(residual)), residual
 
 
 class Deferred(nn.Module):
     """Blocks hand on (hidden, residual); the add of the last one is behind the loop (mamba_ssm)."""
 
-    fused = False
-
     def __init__(self):
         super().__init__()
         self.embedding = nn.Embedding(VOCABULARY, WIDTH)
         mixers = [Attention(), Mlp(), Attention(), Mlp()]
-        self.layers = nn.ModuleList(
-            DeferredBlock(number, mixer, self.fused) for number, mixer in enumerate(mixers)
-        )
+        self.layers = nn.ModuleList(DeferredBlock(number, mixer) for number, mixer in enumerate(mixers))
         self.norm_f = Rms()
         self.lm_head = nn.Linear(WIDTH, VOCABULARY, bias=False)
 
@@ -121,9 +88,9 @@ class Deferred(nn.Module):
         hidden, residual = self.embedding(input_ids), None
         for layer in self.layers:
             hidden, residual = layer(hidden, residual)
-        hidden, residual = add_norm(hidden, residual, self.norm_f)
+        residual = hidden + residual
         truth.state(residual, len(self.layers) - 1)
-        return self.lm_head(hidden)
+        return self.lm_head(self.norm_f(residual))
 
 
 # --- two towers, two streams ---
@@ -202,9 +169,9 @@ class DeepInjection(nn.Module):
 class DoubleBlock(nn.Module):
     """Image and text attend to each other and keep states of their own (SD3, Flux)."""
 
-    def __init__(self, layer: int, text_first: bool):
+    def __init__(self, layer: int):
         super().__init__()
-        self.layer, self.text_first = layer, text_first
+        self.layer = layer
         self.modulation = nn.Linear(WIDTH, 2 * WIDTH)
         self.norm = nn.LayerNorm(WIDTH, elementwise_affine=False)
         self.joint = Attention(causal=False)
@@ -222,20 +189,20 @@ class DoubleBlock(nn.Module):
         truth.state(text, self.layer, "mid", chain="text")
         text = text + self.text_mlp(text)
         truth.state(text, self.layer, chain="text")
-        return (text, image) if self.text_first else (image, text)
+        return image, text
 
 
 class DoubleStreams(nn.Module):
     """Two tracks through all blocks."""
 
-    def __init__(self, text_first: bool = False):
+    def __init__(self):
         super().__init__()
         self.img_in, self.txt_in, self.time_in = (
             nn.Linear(8, WIDTH),
             nn.Linear(10, WIDTH),
             nn.Linear(6, WIDTH),
         )
-        self.double_blocks = nn.ModuleList(DoubleBlock(number, text_first) for number in range(BLOCKS))
+        self.double_blocks = nn.ModuleList(DoubleBlock(number) for number in range(BLOCKS))
         self.out = nn.Linear(WIDTH, 8)
 
     def forward(self, img, txt, timesteps):
@@ -243,8 +210,7 @@ class DoubleStreams(nn.Module):
         truth.state(image, -1, "embed", chain="image")
         truth.state(text, -1, "embed", chain="text")
         for block in self.double_blocks:
-            given = block(image, text, time)
-            image, text = given[::-1] if block.text_first else given
+            image, text = block(image, text, time)
         return self.out(image)
 
 

@@ -12,28 +12,6 @@ from tests.models.designs.parts import BLOCKS, WIDTH, Attention, Mlp
 from tests.models.designs.plain_blocks import Decoder, PreNorm
 
 
-class ReZeroBlock(nn.Module):
-    def __init__(self, layer: int):
-        super().__init__()
-        self.layer = layer
-        self.attn, self.mlp = Attention(), Mlp()
-        self.resweight = nn.Parameter(torch.tensor([0.7, -0.4]) + 0.1 * layer)
-
-    def forward(self, src):
-        for number, (branch, site) in enumerate(((self.attn, "mid"), (self.mlp, "post"))):
-            added = branch(src)
-            truth.connection(residual_scale=1, branch_scale=self.resweight[number], branch_out=added)
-            src = src + self.resweight[number] * added
-            truth.state(src, self.layer, site)
-        return src
-
-
-class ReZero(Decoder):
-    """Each branch has one learned factor, and no norm (arXiv 2003.04887)."""
-
-    block = ReZeroBlock
-
-
 class LayerScaleBlock(PreNorm):
     def __init__(self, layer: int):
         super().__init__(layer)
@@ -130,22 +108,6 @@ class Sphere(Decoder):
     """nGPT: a step on the sphere (arXiv 2410.01131)."""
 
     block = SphereBlock
-
-
-class GraniteBlock(PreNorm):
-    def forward(self, x):
-        for branch, norm, site in ((self.attn, self.norm1, "mid"), (self.mlp, self.norm2, "post")):
-            added = branch(norm(x))
-            truth.connection(residual_scale=1, branch_scale=0.22, branch_out=added)
-            x = x + added * 0.22
-            truth.state(x, self.layer, site)
-        return x
-
-
-class Granite(Decoder):
-    """Every branch has one constant factor (Granite, MiniCPM)."""
-
-    block = GraniteBlock
 
 
 class AlphaBlock(PreNorm):
@@ -276,40 +238,6 @@ class Laurel(Decoder):
     """Learned augmented residual with a low-rank map of the state (arXiv 2411.07501)."""
 
     block = LaurelBlock
-
-
-class DropPathBlock(PreNorm):
-    def forward(self, x):
-        for branch, norm, site in ((self.attn, self.norm1, "mid"), (self.mlp, self.norm2, "post")):
-            added = branch(norm(x))
-            kept = (torch.rand(x.shape[0], 1, 1) < 0.6) / 0.6 if self.training else torch.ones(())
-            if truth.on():
-                truth.connection(
-                    residual_scale=1, branch_scale=kept.expand(x.shape[0], x.shape[1], 1)[..., 0]
-                )
-            x = x + kept * added
-            truth.state(x, self.layer, site)
-        return x
-
-
-class DropPath(Decoder):
-    """Branches are left out at random, sequence by sequence (stochastic depth)."""
-
-    block = DropPathBlock
-
-
-class DropoutBlock(PreNorm):
-    def forward(self, x):
-        for branch, norm, site in ((self.attn, self.norm1, "mid"), (self.mlp, self.norm2, "post")):
-            x = x + functional.dropout(branch(norm(x)), 0.3, self.training)
-            truth.state(x, self.layer, site)
-        return x
-
-
-class Dropout(Decoder):
-    """Dropout of the branches, in training."""
-
-    block = DropoutBlock
 
 
 SCALED_DESIGNS = (

@@ -182,17 +182,6 @@ class TwoWeights(nn.Module):
         return post, torch.einsum("btn,btnd->btd", pre, x)
 
 
-class Independent(Streamed):
-    block = IndependentBlock
-
-    def forward(self, ids):
-        x = self.begin(self.embed(ids))
-        truth.state(x, -1, "embed", axes=STREAMED)
-        for block in self.blocks:
-            (x,) = block(x)
-        return self.head(x.sum(2))
-
-
 class EmbeddingBetween(Streamed):
     """A per-layer embedding is added to all streams before each block (qwen4_exp's ple)."""
 

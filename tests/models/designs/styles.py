@@ -94,38 +94,6 @@ class TwiceRegistered(Base):
         return x
 
 
-class Experts(nn.Module):
-    """Two experts a token, added with index_add."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm, self.route = Rms(), nn.Linear(WIDTH, 4)
-        self.experts = nn.ModuleList(Mlp() for _ in range(4))
-
-    def forward(self, x):
-        flat = self.norm(x).flatten(0, 1)
-        weights, chosen = self.route(flat).softmax(-1).topk(2, -1)
-        out = torch.zeros_like(flat)
-        for number, expert in enumerate(self.experts):
-            token, slot = torch.where(chosen == number)
-            out.index_add_(0, token, expert(flat[token]) * weights[token, slot, None])
-        return out.view_as(x)
-
-
-class CrossBlock(nn.Module):
-    def __init__(self, number):
-        super().__init__()
-        self.number = number
-        self.self_attn, self.mlp = Attention(norm=True), Mlp(norm=True)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.cross = nn.MultiheadAttention(WIDTH, 3, batch_first=True)
-
-    def forward(self, x, memory):
-        x = plain(x, self.self_attn(x), self.number, "mid")
-        x = plain(x, self.cross(self.norm(x), memory, memory, need_weights=False)[0], self.number, "mid")
-        return plain(x, self.mlp(x), self.number)
-
-
 class StepEmbedding(Base):
     """One block, five times; an embedding of the step is added to what its branches read."""
 
@@ -231,12 +199,6 @@ def normalised_reads(m, row, branch, x):
     """Branches read mixtures of normalised streams, which are no mixtures of the streams."""
     out = branch(torch.einsum("btnd,n->btd", functional.layer_norm(x, (WIDTH,)), m.pre[row]))
     return m.res[row] @ x + m.written(row, out), {"h_pre": None}
-
-
-def rolled(m, row, branch, x):
-    """Nothing is learned in the mixing: streams are rolled by one."""
-    out = branch(m.pre[row] @ x)
-    return torch.roll(x, 1, dims=2) + m.written(row, out), {"h_res": torch.eye(STREAMS).roll(1, 0)}
 
 
 def identity_and_rank_one(m, row, branch, x):

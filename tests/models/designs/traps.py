@@ -93,18 +93,6 @@ class SelfProduct(Decoder):
 # --- plain in disguise ---
 
 
-class DoubledBlock(OneSublayer):
-    def step(self, x):
-        truth.connection(residual_scale=2, branch_scale=1)
-        return x + (x + self.branch(x))
-
-
-class Doubled(Decoder):
-    """The state is added twice, by a residual inside of a residual."""
-
-    block = DoubledBlock
-
-
 class EmbeddingReadBlock(OneSublayer):
     def forward(self, first, x):
         x = x + self.branch(first)
@@ -295,10 +283,6 @@ class VectorNetwork(nn.Module):
             x = x + block(x)
             truth.state(x, number, axes="b d -> b 1 1 d")
         return self.head(x)
-
-
-def square(seed: int):
-    return tokens(seed, WIDTH, WIDTH)
 
 
 def pairs(seed: int):

@@ -102,9 +102,9 @@ def test_a_run_keeps_the_commit(server, tmp_path, capsys):
         ("org/quantised/b.gguf", r"no b\.gguf in 'org/quantised'; it has a\.Q4\.gguf, a\.Q8\.gguf"),
         ("org/one", r"m\.Q4\.gguf' .*GGUF"),  # it was fetched, and is none
         ("org/empty", r"has no model\.safetensors or \.gguf; it has README\.md"),
-        ("org/gated", "is gated: ask for access on its page, then log in"),
-        ("org/nothing", "no folder 'org/nothing' here, and no such repository at http"),
-        ("org/tiny@v9", "has no revision 'v9'; give a branch, a tag or a commit"),
+        ("org/gated", "Cannot access gated repo .* log in with"),
+        ("org/nothing", "Repository Not Found .* no folder has this name here; correct the name"),
+        ("org/tiny@v9", "Revision Not Found .*v9"),
     ],
 )
 def test_what_cannot_be_had_is_said(server, spec, message):

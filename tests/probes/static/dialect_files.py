@@ -7,9 +7,7 @@ Dialects of models and packages that are installed are compared with their own m
 
 from __future__ import annotations
 
-import itertools
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,10 +85,6 @@ def of_v4_bias(bias: torch.Tensor, rounds: int, eps: float) -> Weights:
     )
 
 
-def one_hot() -> torch.Tensor:
-    return torch.eye(N).double()[0]
-
-
 # --- dialects of one projection
 
 
@@ -146,20 +140,10 @@ def with_head(case: Case, eps: float, weight: str, bias: str, scale: str) -> Cas
 
 
 def deepseek_v41() -> Case:
-    case = like_v4(
-        3, raw_names, ("fn", "base", "scale"), bias="base", dialect="deepseek-v4.1", rounds=5, eps=1e-5,
+    return like_v4(
+        3, raw_names, ("fn", "base", "scale"), bias="base", dialect="deepseek-v4", rounds=5, eps=1e-5,
         config={"model_type": "deepseek_v41", "text_config": {"hc_mult": N, "hc_sinkhorn_iters": 5, "hc_eps": 1e-5}},
     )  # fmt: skip
-    return with_lag(case)
-
-
-def with_lag(case: Case) -> Case:
-    """Each sub-block applies the read that the one before computed; the last one's collapses the streams."""
-    computed = [weights.pre for weights in case.expected]
-    for weights, read in zip(case.expected, [one_hot(), *computed[:-1]], strict=True):
-        weights.pre = read
-    case.head = computed[-1]
-    return case
 
 
 def torchtitan() -> Case:
@@ -271,27 +255,11 @@ def flattened_mhc() -> Case:
     )  # fmt: skip
 
 
-def of_permutations(weights: torch.Tensor) -> torch.Tensor:
-    order = torch.tensor(list(itertools.permutations(range(N))))
-    return torch.einsum("r,rij->ij", weights.double(), torch.eye(N).double()[order])
-
-
-def mhc_lite() -> Case:
-    count = N + math.factorial(N)
-    return of_alphas(
-        21, (count,), {"dynamic_alpha_fn": (N * D, count), **OF_ALL_STREAMS},
-        lambda alpha, beta: Weights(
-            of_permutations(torch.softmax(alpha[N:], -1)).T, torch.sigmoid(alpha[:N]), 2 * torch.sigmoid(beta)
-        ),
-        "mhc_lite", "mhc-lite",
-    )  # fmt: skip
-
-
 CASES: dict[str, Callable[[], Case]] = {
     case.__name__: case
     for case in (
         deepseek_v4, deepseek_v41, torchtitan, megatron, paddlefleet, openpangu, gguf_of_deepseek, dynamic_hyper_connections,
-        static_hyper_connections, flattened_mhc, mhc_lite,
+        static_hyper_connections, flattened_mhc,
     )
 }  # fmt: skip
 
