@@ -53,20 +53,7 @@ FAMILIES = {
     "unknown": "streams as layout= and streams= say (unknown)",
     "unproven": "states that could not be proven (unproven)",
 }
-# Descriptions of what was proven; an unproven reading gives its own reason.
 OVER_DEPTH = "each next state is recomputed from the embedding and the branches' outputs, weighted over depth"
-PROOFS = {
-    (
-        "proven",
-        "residual",
-    ): "each next state is the one before plus what was computed from it, as traced in a forward",
-    (
-        "proven",
-        "highway",
-    ): "each next state is the one before, scaled at each token, plus what was computed from it, as traced in a forward",
-    ("proven", "depth_attention"): OVER_DEPTH,
-    ("proven", "depth_history"): OVER_DEPTH,
-}
 
 
 @dataclass(frozen=True)
@@ -75,10 +62,10 @@ class Description:
 
     ``remarks`` has what is odd about its connections: dicts with ``kind`` (the verdict that reports it), ``sentence``,
     ``value``, ``connections`` (their numbers) and ``sure`` (False where it may be meant). ``proof`` is "proven", or
-    "unproven: " and why; ``constraint`` is what the matrices satisfy, as measured; ``memory`` what the streams cost, by
-    formula (`diagnostics.kernels.memory.StreamMemory`), empty for one stream. ``not_covered`` has what ran and lies in no
-    chain: dicts with ``module``, ``blocks`` (their number), ``block`` (their class), ``share`` (of the parameters), ``why``,
-    ``layers`` (the pattern that names them) and ``sentence``.
+    "unproven: " and why; ``update`` says what each next state of one stream is; ``constraint`` is what the matrices satisfy,
+    as measured; ``memory`` is what streams cost, by formula (`diagnostics.kernels.memory.StreamMemory`), empty for one.
+    ``not_covered`` has what ran and lies in no chain: dicts with ``module``, ``blocks`` (their number), ``block`` (their
+    class), ``share`` (of the parameters), ``why``, ``layers`` (the pattern that names them) and ``sentence``.
     """
 
     model: str
@@ -99,6 +86,7 @@ class Description:
     coverage: tuple[dict[str, Any], ...]
     remarks: tuple[dict[str, Any], ...] = ()
     proof: str = ""
+    update: str = ""
     constraint: str = ""
     memory: dict[str, Any] = field(default_factory=dict)
     not_covered: tuple[dict[str, Any], ...] = ()
@@ -119,7 +107,8 @@ class Description:
         if self.connections and self.reconstruction_error is not None:
             lines += self._proof()
         elif self.proof:
-            lines.append(f"  proof        {PROOFS.get((self.proof, self.family), self.proof)}")
+            proven = OVER_DEPTH if self.family in ("depth_attention", "depth_history") else self.update
+            lines.append(f"  proof        {proven if self.proof == schema.PROVEN and proven else self.proof}")
         if self.constraint:
             lines.append(f"  constraint   {self.constraint}")
         if "sentence" in self.memory:
@@ -229,6 +218,7 @@ def describe(
         coverage=tuple(_coverage_rows(run)),
         remarks=tuple(run.attrs.get("remarks", ())),
         proof=run.attrs.get("proof", ""),
+        update=run.attrs.get("update", ""),
         constraint=run.attrs.get("constraint", ""),
         memory=run.attrs.get("memory", {}),
         not_covered=tuple(run.attrs.get("not_covered", ())),

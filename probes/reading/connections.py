@@ -98,7 +98,8 @@ class _Link(NamedTuple):
     branches: list[Branch]
     reads: list[list[TracedValue]]  # by branch
     sources: list[Cut]  # of which the target and the reads are made
-    functions: list[str]
+    before_sum: list[str]
+    after_sum: list[str]
 
 
 class Linear:
@@ -142,7 +143,8 @@ class Linear:
             joined.constant,
             link.start,
             link.target,
-            link.functions,
+            link.before_sum,
+            link.after_sum,
             joined.weighs,
         )
 
@@ -173,15 +175,18 @@ class Linear:
             start = [self.states.after_functions(value) for value in before]
             if _last(start) >= _last(target):  # the step is no more than a norm
                 start = list(before)
-            pairs = [*zip(before, start, strict=True), *zip(target, after, strict=True)]
-            functions = [last.name for first, last in pairs if first is not last]
+            before_sum, after_sum = (
+                [last.name for first, last in zip(*ends, strict=True) if first is not last]
+                for ends in ((before, start), (target, after))
+            )
             between = self._written(branches, _last(before), _last(after))
             first = min(begins)
             reads = [
                 [r for r in dict.fromkeys([*b.reads_before_norms, b.read]) if r.number >= first]
                 for b in between
             ]
-            link = _Link(start, target, between, reads, [start, *([b.source] for b in between)], functions)
+            sources = [start, *([b.source] for b in between)]
+            link = _Link(start, target, between, reads, sources, before_sum, after_sum)
             self._links[key] = link, self._steps(link) if start == before else None
         return self._links[key]
 

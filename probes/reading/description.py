@@ -46,7 +46,8 @@ class ConnectionReading:
     constant: torch.Tensor | None
     start: list[TracedValue]  # the state, after the norm with which the step begins
     target: list[TracedValue]  # the next state, before its last norm
-    functions: list[str]  # norms and activations of the whole state at the begin and the end of the step
+    before_sum: list[str]  # norms and activations of the whole state with which the step begins
+    after_sum: list[str]  # and with which it ends
     weighs: bool = True  # whether an operation scales or mixes the streams; otherwise h_res is the identity by construction
     error: float = 0.0  # of the recomputed state, relative to its largest number
 
@@ -67,7 +68,7 @@ class DepthReading:
     branches: list[BranchReading]
     constant: torch.Tensor | None
     error: float
-    functions: tuple[str, ...] = ()
+    after_sum: tuple[str, ...] = ()
     weighs = True
 
     @property

@@ -59,6 +59,7 @@ def run_attributes(
         "model": type(session.model).__name__,
         "family": structure.family,
         "proof": run_proof(structure.chains, evidence) or None,
+        "update": structure.chains[0].update or None,
         "not_covered": [part.as_dict() for part in structure.not_covered] or None,
         "n_streams": structure.num_streams,
         "layout": layouts[0],

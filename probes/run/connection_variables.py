@@ -32,7 +32,7 @@ from depthscope.probes.session.reservoir import Sequence as KeptSequence
 from depthscope.probes.session.reservoir import padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.weight_updates import VARIABLES, WeightNorms
-from depthscope.probes.structure.chain import Chain, Connection
+from depthscope.probes.structure.chain import ADD, Chain, Connection
 
 # A connection with one branch input has no view axis; its variables then have the papers' names.
 ONE_VIEW_NAMES = {"read": "h_pre", "write": "h_post", "views_in": "branch_in", "views_out": "branch_out"}
@@ -242,7 +242,7 @@ def _connection_factors(
 ) -> PlainFactors:
     """The factors of one connection, (K, T) or (K, T, D), with the write factor of its own branch alone."""
     own = connections[position]
-    if own.style == "normed":  # the next state is a norm of the sum; no module shows the sum itself
+    if own.style != ADD:  # the next state is a norm of the sum; no module shows the sum itself
         return PlainFactors(None, (None,), math.nan)
     # Parallel branches, as of GPT-J, start from one state and are added together.
     parallel = [i for i, other in enumerate(connections) if other.depth_in == own.depth_in]

@@ -15,7 +15,7 @@ import torch
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import InputError
 from depthscope.probes.connections.proof import relative_error, tolerance
-from depthscope.probes.structure.chain import Connection
+from depthscope.probes.structure.chain import PLAIN, Connection
 
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
@@ -95,7 +95,7 @@ def linear_coords(connections: Sequence[Connection], *, over_depth: bool = False
     ``over_depth``: whether the chain has variables of `depth_variables`, whose sources are then numbered.
     """
     coords: dict[str, Any] = {"source": np.arange(len(connections) + 1)} if over_depth else {}
-    after = ["norm" if each.style == "normed" else "" for each in connections]
+    after = [each.style if each.style in PLAIN[1:] else "" for each in connections]
     if any(after):
         coords["after_sum"] = ("connection", np.array(after, dtype=object))
     return coords

@@ -7,15 +7,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
-from typing import Any
 
-import torch
 from torch import nn
 
 from depthscope.probes.connections.proof import StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, count_streams, parse_layout
-from depthscope.probes.reading.description import PROVEN, ConnectionReading, MemoryReading
+from depthscope.probes.reading.description import PROVEN, MemoryReading
 from depthscope.probes.reading.graph import INPUT, Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
@@ -30,6 +28,7 @@ from depthscope.probes.structure.chain import (
     named_calls,
     states_around,
     with_named_blocks,
+    with_update,
 )
 from depthscope.probes.structure.model_structure import (
     ReadStructure,
@@ -323,8 +322,7 @@ class StructureFinder:
             chain = with_opening(self.graph, chains[0], self.sequences) if depths is None else chains[0]
             for part in chains[1:]:
                 chain = with_next_stage(chain, part)
-            family = "highway" if any(map(_gates_the_state, chain.memories)) else ""
-            found.append(replace(with_final(self.graph, chain), family=family))
+            found.append(with_update(with_final(self.graph, chain)))
         return found
 
     def _chain(
@@ -475,21 +473,3 @@ class StructureFinder:
 def _units(stages: Iterable[MemoryReading]) -> set[int]:
     """The calls of the blocks of some memories."""
     return set[int]().union(*(memory.units for memory in stages))
-
-
-def _gates_the_state(memory: MemoryReading) -> bool:
-    """Whether a state is scaled otherwise at each token, and not only dropped at some, as by a mask."""
-    known: set[tuple[Any, ...]] = set()
-    for connection in memory.connections:
-        assert isinstance(connection, ConnectionReading)
-        scale = connection.h_res
-        place = scale.data_ptr(), scale.shape, scale.stride()  # equal blocks have one tensor
-        if place in known:
-            continue
-        known.add(place)
-        scale = scale.reshape(len(scale), -1)
-        largest = scale.amax(0)
-        smallest = torch.where(scale == 0, largest, scale).amin(0)
-        if bool(((largest - smallest).abs() > 1e-5 * largest.abs()).any()):
-            return True
-    return False

@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
+import torch
 from torch import nn
 
 from depthscope.diagnostics.errors import InputError, did_you_mean
-from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.description import ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, ValuePlace
+from depthscope.probes.reading.operations import FUNCTIONS, NORMS
 
-PLAIN = ("add", "normed")  # the styles of a plain block: state + branch, and a norm of that sum
+ADD = "add"
+# The styles of a plain block: state + branch, and what of that sum is the next state.
+PLAIN = (ADD, "norm", "activation")
 NO_FINAL_NORM = "no norm takes the last state"
 READ = "read"  # the style of a connection with streams whose weights the operations of each forward show
 DEPTH = "depth"  # the style of a branch that reads a sum over depth
@@ -97,6 +101,7 @@ class Chain:
     history: bool = False  # connected to earlier depths, not to streams
     family: str = ""  # of a chain with connections over depth, or whose state is scaled at each token
     proof: str = ""  # of a plain chain: "proven", or "unproven: why"
+    update: str = ""  # of a plain chain that is proven: what each next state is
     # Of its stages, while the structure is found; none where calls alone show the states
     memories: tuple[MemoryReading, ...] = field(default=(), repr=False)
 
@@ -114,6 +119,50 @@ class Chain:
     def over_depth(self) -> bool:
         """Whether its branches read sums over depth, whose weights are known."""
         return any(connection.style == DEPTH for connection in self.connections)
+
+
+def function_name(operations: Sequence[str]) -> str:
+    """What some operations on a whole state are: "norm", "activation", or nothing."""
+    if not operations:
+        return ""
+    return "activation" if all(name in FUNCTIONS - NORMS for name in operations) else "norm"
+
+
+def with_update(chain: Chain) -> Chain:
+    """A plain chain with what each next state is, and its family where that is scaled at each token."""
+    steps = [of for memory in chain.memories for of in memory.connections]
+    assert all(isinstance(of, ConnectionReading) for of in steps)
+    gated, least, most = _scales([of.h_res for of in steps])
+
+    def passed(kind: Callable[[ConnectionReading], Sequence[str]], where: str) -> str:
+        names = [name for of in steps if (name := function_name(kind(of)))]
+        which = " or ".join(f"{'an' if name[0] == 'a' else 'a'} {name}" for name in dict.fromkeys(names))
+        some = "" if len(names) == len(steps) else f" in {len(names)} of {len(steps)} steps"
+        return f"{where} {which}{some}" if names else ""
+
+    words = "each next state is the one before"
+    if gated:
+        words += ", scaled at each token,"
+    elif most - least > 1e-5 * abs(most):
+        words += ", scaled by constants,"
+    elif steps and abs(most - 1) > 1e-5:
+        words += f", times {most:.4g},"
+    words += passed(lambda of: of.before_sum, " after")
+    words += " plus what was computed from it" + passed(lambda of: of.after_sum, ", followed by")
+    return replace(chain, family="highway" if gated else "", update=f"{words}, as traced in a forward")
+
+
+def _scales(scales: Iterable[torch.Tensor]) -> tuple[bool, float, float]:
+    """Whether states are scaled otherwise at each token, and the least and the largest scale, but for 0 as of a mask."""
+    gated, least, most = False, math.inf, -math.inf
+    # Equal blocks have one tensor
+    for scale in {(of.data_ptr(), of.shape, of.stride()): of for of in scales}.values():
+        scale = scale.reshape(len(scale), -1)
+        largest = scale.amax(0)
+        smallest = torch.where(scale == 0, largest, scale).amin(0)
+        gated = gated or bool(((largest - smallest).abs() > 1e-5 * largest.abs()).any())
+        least, most = min(least, float(smallest.min())), max(most, float(largest.max()))
+    return gated, least, most
 
 
 def layer_numbers(calls: Sequence[ModuleCall]) -> list[int]:

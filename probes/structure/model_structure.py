@@ -308,11 +308,11 @@ def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: b
         raise StreamConnectionError(
             "H_res differs between the features of a stream: it is not a matrix over streams"
         )
-    if connection.functions:
-        names = ", ".join(connection.functions)
-        raise StreamConnectionError(
-            f"the streams go through {names} after the sum, which a connection has no part for"
-        )
+    for names, where in ((connection.before_sum, "before"), (connection.after_sum, "after")):
+        if names:
+            raise StreamConnectionError(
+                f"the streams go through {', '.join(names)} {where} the sum, which a connection has no part for"
+            )
     branches, constant, taken = connection.branches, connection.constant, list[torch.Tensor]()
     for of in branches:
         path = of.branch.path or "a branch"

@@ -18,6 +18,7 @@ from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of, shared_start
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import (
+    FUNCTIONS,
     MOVES,
     SAME,
     addends,
@@ -26,7 +27,7 @@ from depthscope.probes.reading.operations import (
     reordered,
     same_elements,
 )
-from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
+from depthscope.probes.structure.chain import ADD, DEPTH, READ, Chain, Connection, HookPoint, function_name
 
 
 class ChainReader:
@@ -98,8 +99,19 @@ class ChainReader:
             layout=layout,
             history=self.memory.over_depth,
             proof=self.memory.proof,
-            memories=(self.memory,),
+            memories=(self._opened(self._value(points[0])),),
         )
+
+    def _opened(self, shown: TracedValue) -> MemoryReading:
+        """The memory, whose first step begins with a norm or activation where its first state is shown before one."""
+        graph, memory = self.graph, self.memory
+        first = graph.values[memory.states[0].values[-1]]
+        if not memory.is_plain or shown in reordered(graph, [first]):
+            return memory
+        between = graph.values[shown.number + 1 : first.number + 1]
+        passed = [of.name for of in between if of.name in FUNCTIONS and graph.depends(of, shown)]
+        step, *later = memory.connections
+        return replace(memory, connections=(replace(step, before_sum=passed or ["norm"]), *later))
 
     def _value(self, point: HookPoint) -> TracedValue:
         return self.graph.values[point.number]
@@ -266,7 +278,7 @@ class ChainReader:
                     branch=own if path == branch.path else kind_of(path, self.graph.modules),
                     branch_path=path,
                     branch_index=index,
-                    style="normed" if of.functions else "add",
+                    style=function_name(of.after_sum) or ADD,
                     depth_in=depths.index(of.depth_in),
                     depth_out=depths.index(of.depth_out),
                     layout=layout,
