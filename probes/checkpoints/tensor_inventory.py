@@ -15,10 +15,7 @@ from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, pri
 from depthscope.probes.checkpoints.own_files import exists, list_folder, own_file, require_file
 from depthscope.probes.checkpoints.weight_files import (
     INDEX_ENDING,
-    find_index,
-    named_files,
     opened,
-    read_index,
     safetensors_files,
 )
 
@@ -41,10 +38,9 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every tensor of a checkpoint: those in files that exist, and the file names of those in missing ones."""
+    """Every tensor of a checkpoint, and its files."""
 
     tensors: dict[str, StoredTensor]
-    absent: dict[str, str]
     files: tuple[Path, ...]
     settings: dict[str, Any] | None = None
     """The configuration, where the files themselves contain it, as GGUF does."""
@@ -53,27 +49,18 @@ class Inventory:
 def take_inventory(path: Path) -> Inventory:
     """List every tensor of a safetensors or GGUF checkpoint, without its data.
 
-    ``path``: A folder, one ``.safetensors`` or ``.gguf`` file or an index. Shards that the index names may be missing:
-    their tensors are listed as absent.
-    Raises CheckpointError: If there is no such file, a header is torn, the index is none, or a series without an index
-    is incomplete.
+    ``path``: A folder, one ``.safetensors`` or ``.gguf`` file or an index.
+    Raises CheckpointError: If there is no such file, a header is torn, the index is none, or a shard is missing.
     """
     if not exists(path):
         raise CheckpointError(f"no checkpoint at '{path}'; {EXPECTED}")
     if not path.is_dir():
         require_file(path)
-    index = find_index(path)
-    if index is not None:
-        names = read_index(index)
-        listed = named_files(index, names)
-        present = {name: require_file(file) for name, file in listed.items() if exists(file)}
-        absent = {tensor: name for tensor, name in names.items() if name not in present}
-        return Inventory(headers(present.values()), absent, tuple(listed.values()))
     files = safetensors_files(path)
     if not files:
         return _gguf_inventory(path)
     _require_complete_series(files)
-    return Inventory(headers(files), {}, tuple(files))
+    return Inventory(headers(files), tuple(files))
 
 
 def _gguf_inventory(path: Path) -> Inventory:
@@ -91,7 +78,7 @@ def _gguf_inventory(path: Path) -> Inventory:
         settings = (
             _settings(reader) | settings
         )  # the first of a series has the model's, the others their number
-    return Inventory(tensors, {}, tuple(files), settings)
+    return Inventory(tensors, tuple(files), settings)
 
 
 def gguf_reader(file: Path) -> Any:

@@ -69,24 +69,16 @@ def shards(index: Path) -> list[Path]:
 
     Raises CheckpointError: If the index is none, a file is missing or is outside the index's folder.
     """
-    files = named_files(index, read_index(index))
+    names = sorted(set(read_index(index).values()))
+    if len(names) > MOST_SHARDS:
+        raise CheckpointError(f"'{index}' names {len(names)} files; expected at most {MOST_SHARDS} shards")
+    files = {name: own_file(index.parent, name) for name in names}
     missing = [name for name, file in files.items() if not exists(file)]
     if missing:
         raise CheckpointError(
             f"'{index}' names {len(files)} shards but {', '.join(missing[:NUM_LISTED])} is not there; complete the download"
         )
     return [require_file(file) for file in files.values()]
-
-
-def named_files(index: Path, names: Mapping[str, str]) -> dict[str, Path]:
-    """Every file that an index names, by its name; some may be missing.
-
-    Raises CheckpointError: If a file is outside the index's folder, or there are too many.
-    """
-    found = sorted(set(names.values()))
-    if len(found) > MOST_SHARDS:
-        raise CheckpointError(f"'{index}' names {len(found)} files; expected at most {MOST_SHARDS} shards")
-    return {name: own_file(index.parent, name) for name in found}
 
 
 def find_index(path: Path) -> Path | None:

@@ -6,14 +6,14 @@ No model is built and no other tensor is read. The weights are those of an input
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from depthscope.probes.checkpoints.errors import CheckpointError, printable
+from depthscope.probes.checkpoints.errors import printable
 from depthscope.probes.checkpoints.hub import hub_files, is_hub_name
 from depthscope.probes.checkpoints.own_files import exists, given_path, own_file, read_json
 from depthscope.probes.checkpoints.tensor_inventory import (
@@ -59,7 +59,6 @@ class StaticDescription:
     num_tensors: int
     num_read: int
     num_files: int
-    absent_files: tuple[str, ...]
     settings: dict[str, float]
     assumed: tuple[str, ...]
     connections: tuple[StaticConnection, ...]
@@ -83,8 +82,7 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     ----------
     path : str or Path
         A transformers folder (``config.json``, and safetensors, sharded or not), one ``.safetensors`` or ``.gguf`` file
-        or an index, or ``organisation/name`` on the Hugging Face hub. Shards may be missing: the connections in them
-        are left out, and ``warnings`` names the shards.
+        or an index, or ``organisation/name`` on the Hugging Face hub.
     dialects : sequence of Dialect
         Your own rows: how your checkpoint names its connections and what they compute (docs/how_to/checkpoints.md).
 
@@ -97,8 +95,8 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     Raises
     ------
     CheckpointError
-        If the checkpoint is missing, torn or of another format, lacks shards and has no connection in the others, has the
-        names of a dialect under a model type that is not one of its own, or if a row cannot be computed.
+        If the checkpoint is missing, torn, of another format or lacks shards, has the names of a dialect under a model type
+        that is not one of its own, or if a row cannot be computed.
     """
     path = hub_files(str(path)).path if is_hub_name(str(path)) else given_path(path)
     rows = (*dialects, *TABLE)
@@ -113,7 +111,6 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
         )
     found = recognise(inventory.tensors, rows, config, own=dialects)
     everything = (*found.connections, *found.heads)
-    absent = _absent_connections(path, inventory, everything)
     # A setting that config.json lacks gets the dialect's default, and the page lists it as assumed.
     settings = {one.dialect: settings_of(one.dialect, config) for one in everything}
     read = {one: _read_tensors(one) for one in everything}
@@ -129,13 +126,8 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     ]
     # A head reads the streams and mixes nothing, so that it is no factor of the products.
     connections = described[: len(found.connections)]
-    broken = {place_of(name).chain for name in (*absent, *(one.name for one in found.unrecognised))}
+    broken = {place_of(one.name).chain for one in found.unrecognised}
     warnings = []
-    if absent:
-        warnings.append(
-            f"{len(absent)} tensors of connections are in shards that are not there ({_listed(absent)}): their connections "
-            "are left out, and nothing is said of products over their chain; complete the download"
-        )
     configured = next((n for key in STREAM_SETTINGS if (n := setting(config, key)) is not None), None)
     streams = sorted({one.streams for one in connections if one.streams > 1})
     if configured is not None and streams and streams != [configured]:
@@ -146,10 +138,9 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     return StaticDescription(
         checkpoint=str(path),
         model_type=printable(str(config.get("model_type", ""))),
-        num_tensors=len(inventory.tensors) + len(inventory.absent),
+        num_tensors=len(inventory.tensors),
         num_read=len(values),
         num_files=len(inventory.files),
-        absent_files=tuple(sorted(set(inventory.absent.values()))),
         settings={name: value for each in settings.values() for name, value in each.shown.items()},
         assumed=tuple(dict.fromkeys(name for each in settings.values() for name in each.assumed)),
         connections=tuple(connections),
@@ -161,25 +152,6 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
 
 
 # --- the files
-
-
-def _absent_connections(path: Path, inventory: Inventory, found: Sequence[Found]) -> dict[str, str]:
-    """The files of the tensors in missing shards that are named like a recognised connection's, but for the numbers.
-
-    Where no connection was found at all, every missing shard may contain one, which is refused.
-    """
-    if inventory.absent and not found:
-        raise CheckpointError(
-            f"'{path}': shards that may hold connections (none is in the others) and are not there: "
-            f"{_listed(inventory.absent)}; complete the download"
-        )
-    kinds = {NUMBERS.sub("#", name) for one in found for name in one.tensors}
-    return {name: file for name, file in inventory.absent.items() if NUMBERS.sub("#", name) in kinds}
-
-
-def _listed(absent: Mapping[str, str]) -> str:
-    files = sorted(set(absent.values()))
-    return ", ".join(files[:5]) + (", …" if len(files) > 5 else "")
 
 
 def _read_tensors(found: Found) -> dict[str, StoredTensor]:
@@ -208,7 +180,6 @@ def _place_in_network(found: Found, inventory: Inventory) -> Place:
 def _page(found: StaticDescription) -> Iterator[str]:
     """The lines of the page: what was read, a row for each connection, products, warnings, and what is not known."""
     files = f"{found.num_files} file" + ("s" if found.num_files > 1 else "")
-    files += f", {len(found.absent_files)} of them not there" if found.absent_files else ""
     name = found.checkpoint + (f" ({found.model_type})" if found.model_type else "")
     if not found.connections:
         none = "no stream connection that a dialect knows" if found.unrecognised else "no stream connection"
