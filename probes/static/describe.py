@@ -5,20 +5,20 @@ No model is built and no other tensor is read. The weights are those of an input
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from depthscope.diagnostics.schema.attributes import json_default
 from depthscope.probes.checkpoints.errors import printable
 from depthscope.probes.checkpoints.hub import hub_files, is_hub_name
 from depthscope.probes.checkpoints.own_files import exists, given_path, own_file, read_json
 from depthscope.probes.checkpoints.tensor_inventory import (
-    Inventory,
-    StoredTensor,
     read_values,
     take_inventory,
 )
@@ -35,8 +35,6 @@ from depthscope.probes.static.dialects import TABLE
 from depthscope.probes.static.recognition import (
     NUMBERS,
     STREAM_SETTINGS,
-    Found,
-    Place,
     Unrecognised,
     place_of,
     recognise,
@@ -69,7 +67,7 @@ class StaticDescription:
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain values."""
-        return _plain_values(self)
+        return json.loads(json.dumps(asdict(self), default=json_default))
 
     def __str__(self) -> str:
         return "\n".join(_page(self))
@@ -113,12 +111,12 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     everything = (*found.connections, *found.heads)
     # A setting that config.json lacks gets the dialect's default, and the page lists it as assumed.
     settings = {one.dialect: settings_of(one.dialect, config) for one in everything}
-    read = {one: _read_tensors(one) for one in everything}
+    read = {one: one.read for one in everything}
     values = read_values(tensor for of in read.values() for tensor in of.values())
     described = [
         connection_of(
             one,
-            _place_in_network(one, inventory),
+            place_of(one.module, is_head=one.dialect.head),
             {role: values[tensor.name] for role, tensor in read[one].items()},
             settings[one.dialect].values,
         )
@@ -151,29 +149,6 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     )
 
 
-# --- the files
-
-
-def _read_tensors(found: Found) -> dict[str, StoredTensor]:
-    """The tensors whose values the row's functions use."""
-    row = found.dialect
-    known = (*row.tensors, *(role for role in row.optional if role not in row.unread))
-    return {role: found.roles[role] for role in known if role in found.roles}
-
-
-def _place_in_network(found: Found, inventory: Inventory) -> Place:
-    place = place_of(found.module)
-    if found.dialect.head:
-        return Place(place.chain, place.layer, "head")
-    if place.branch != "block":
-        return place
-    # A connection whose own path names no branch may contain it, as lucidrains' do.
-    prefix = f"{found.module}.branch."
-    return place_of(
-        found.module, [name.removeprefix(prefix) for name in inventory.tensors if name.startswith(prefix)]
-    )
-
-
 # --- the page
 
 
@@ -187,7 +162,12 @@ def _page(found: StaticDescription) -> Iterator[str]:
         yield from _why_none(found)
         return
     everything = (*found.connections, *found.heads)
-    yield f"{name}: {', '.join(_connection_kinds(found.connections))}"
+    kinds = Counter(
+        f"{one.family} connections, {one.streams} stream{'s' if one.streams > 1 else ''}"
+        f"{f' of width {one.width}' if one.width else ''}, {'/'.join(one.dtypes)}"
+        for one in found.connections
+    )
+    yield f"{name}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
     yield f"  dialect      {', '.join(dict.fromkeys(one.dialect for one in everything))}"
     yield f"  read         {found.num_read} of {found.num_tensors} tensors in {files}; no model was built"
     if any(one.h_res is not None for one in found.connections):
@@ -200,8 +180,18 @@ def _page(found: StaticDescription) -> Iterator[str]:
         known = (f"{name} {value:g}{assumed.get(name, '')}" for name, value in found.settings.items())
         yield f"  settings     {', '.join(known)}"
     yield from ("", *_table([_row(one) for one in everything]), "")
-    yield from (f"  H_res        {words}, as measured" for words in _constraints(found.connections))
-    yield from map(_composite_line, found.composites)
+    learned: dict[int, list[np.ndarray]] = defaultdict(list)  # by the number of streams
+    for one in found.connections:
+        if one.h_res is not None and one.learns_mixing:
+            learned[one.streams].append(one.h_res)
+    yield from (f"  H_res        {constraint_of(each)}, as measured" for each in learned.values())
+    for product in found.composites:
+        sigma = ", ".join(f"{value:.3g}" for value in product.singular_values[:2])
+        yield (
+            f"  composite    {product.chain or 'one chain'}: {product.connections} matrices, gain forward "
+            f"{product.forward_gain:.3g} backward {product.backward_gain:.3g}, σ₁ σ₂ {sigma}, effective rank "
+            f"{product.effective_rank:.3g} of {product.streams}"
+        )
     yield from (f"  warning      {words}" for words in found.warnings)
     yield from _named_tensors(found.unrecognised)
     # Once: the note of a family would come for each connection.
@@ -223,15 +213,6 @@ def _why_none(found: StaticDescription) -> Iterator[str]:
         "  A plain residual network has none; nor does a connection without parameters, which only a run shows "
         f"(describe without --weights-only). Looked for the dialects {', '.join(row.name for row in TABLE if not row.head)}."
     )
-
-
-def _connection_kinds(connections: Iterable[StaticConnection]) -> list[str]:
-    kinds = Counter(
-        f"{one.family} connections, {one.streams} stream{'s' if one.streams > 1 else ''}"
-        f"{f' of width {one.width}' if one.width else ''}, {'/'.join(one.dtypes)}"
-        for one in connections
-    )
-    return [f"{count} {kind}" for kind, count in kinds.items()]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -266,15 +247,6 @@ def _value_range(values: np.ndarray | None, *, digits: int = 2) -> str:
     return low if low == high else f"{low}…{high}"
 
 
-def _constraints(connections: Iterable[StaticConnection]) -> list[str]:
-    """What the learned mixing matrices satisfy, those of as many streams together."""
-    stacks: dict[int, list[np.ndarray]] = defaultdict(list)
-    for one in connections:
-        if one.h_res is not None and one.learns_mixing:
-            stacks[len(one.h_res)].append(one.h_res)
-    return [constraint_of(matrices) for matrices in stacks.values()]
-
-
 def _named_tensors(unrecognised: Iterable[Unrecognised]) -> Iterator[str]:
     """The tensors that look like a connection and fit no dialect, those of all layers in one line."""
     groups: dict[str, list[Unrecognised]] = defaultdict(list)
@@ -286,22 +258,3 @@ def _named_tensors(unrecognised: Iterable[Unrecognised]) -> Iterator[str]:
         yield f"  not read     {first.name} ({shape}) {first.dtype}{alike}: {first.reason}"
     if len(groups) > MOST_NAMED:
         yield f"  not read     … and {len(groups) - MOST_NAMED} more kinds of tensors (--json names all)"
-
-
-def _composite_line(one: StaticComposite) -> str:
-    sigma = ", ".join(f"{value:.3g}" for value in one.singular_values[:2])
-    return (
-        f"  composite    {one.chain or 'one chain'}: {one.connections} matrices, gain forward {one.forward_gain:.3g} "
-        f"backward {one.backward_gain:.3g}, σ₁ σ₂ {sigma}, effective rank {one.effective_rank:.3g} of {one.streams}"
-    )
-
-
-def _plain_values(value: Any) -> Any:
-    # Not dataclasses.asdict, which leaves arrays as they are: json does not write them.
-    if is_dataclass(value):
-        return {field.name: _plain_values(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain_values(each) for key, each in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain_values(each) for each in value]
-    return value.tolist() if isinstance(value, np.ndarray) else value

@@ -71,6 +71,13 @@ class Found:
         return frozenset(tensor.name for tensor in self.roles.values())
 
     @property
+    def read(self) -> dict[str, StoredTensor]:
+        """The tensors whose values the row's functions use."""
+        row = self.dialect
+        known = (*row.tensors, *(role for role in row.optional if role not in row.unread))
+        return {role: self.roles[role] for role in known if role in self.roles}
+
+    @property
     def streams(self) -> int:
         """n; 1 for a row without streams."""
         return self.sizes.get("n", 1)
@@ -280,18 +287,17 @@ class Place:
     branch: str
 
 
-def place_of(module: str, inside: Sequence[str] = ()) -> Place:
-    """Chain, layer and branch of a connection, from the words of its path or of the tensors in its branch.
+def place_of(module: str, *, is_head: bool = False) -> Place:
+    """Chain, layer and branch of a connection, from the words of its path.
 
     Returns: Layer -1 where the path has no number.
     """
     parts = module.split(".")
-    # The first number of a path counts the blocks; what follows it names the part of the block.
+    # The first number of a path counts the blocks; what follows it names the part of the block, the last name best.
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    own = parts if at is None else parts[at + 1 :]
-    # The innermost name is the most specific one; what is inside the module counts last.
-    texts = (*reversed(own), *inside)
-    branch = next((branch for text in texts for branch, words in BRANCHES if words.search(text)), "block")
+    own = reversed(parts if at is None else parts[at + 1 :])
+    branch = next((branch for text in own for branch, words in BRANCHES if words.search(text)), "block")
+    branch = "head" if is_head else branch
     return Place("", -1, branch) if at is None else Place(".".join(parts[:at]), int(parts[at]), branch)
 
 
