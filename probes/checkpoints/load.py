@@ -270,10 +270,9 @@ def _from_folder(folder: Path, spec: str, dtype: torch.dtype | None) -> LoadedMo
 
 def _settings(folder: Path) -> dict[str, Any]:
     entries = [path.name for path in list_folder(folder)]
-    if not entries:
-        raise CheckpointError(f"the folder '{folder}' is empty; {EXPECTED}")
     if "config.json" not in entries:
-        raise CheckpointError(f"no config.json in '{folder}' (found: {', '.join(entries[:6])}); {EXPECTED}")
+        found = ", ".join(entries[:6]) or "nothing"
+        raise CheckpointError(f"no config.json in '{folder}' (found: {found}); {EXPECTED}")
     return read_json(folder / "config.json", "transformers configuration")
 
 
