@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from os.path import exists
 from pathlib import Path
 
 from depthscope.diagnostics.package_versions import install_command
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, first_line, printable
-from depthscope.probes.checkpoints.own_files import exists, given_path
+from depthscope.probes.checkpoints.own_files import given_path
 from depthscope.probes.checkpoints.weight_files import INDEX_ENDING, read_index
 
 HUB_NAME = re.compile(

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, err
 from depthscope.probes.checkpoints.hub import bars_on_terminals_only, hub_files, is_hub_name
 from depthscope.probes.checkpoints.own_files import (
     check_folder,
-    exists,
     given_path,
     list_folder,
     offline,

@@ -53,15 +53,6 @@ def _reason(error: BaseException) -> str:
     return ((isinstance(error, OSError) and error.strerror) or first_line(error)).lower()
 
 
-def exists(path: Path) -> bool:
-    """Whether something is there, and False for a name that no file can have (too long, with a NUL)."""
-    try:
-        path.stat()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def own_file(folder: Path, name: object) -> Path:
     """The path of a file that a checkpoint names.
 

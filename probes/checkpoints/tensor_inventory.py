@@ -6,13 +6,14 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, printable
-from depthscope.probes.checkpoints.own_files import exists, list_folder, own_file, require_file
+from depthscope.probes.checkpoints.own_files import list_folder, own_file, require_file
 from depthscope.probes.checkpoints.weight_files import (
     INDEX_ENDING,
     opened,

@@ -7,6 +7,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, first_line, printable
-from depthscope.probes.checkpoints.own_files import exists, own_file, read_json, require_file
+from depthscope.probes.checkpoints.own_files import own_file, read_json, require_file
 
 INDEX_ENDING = ".safetensors.index.json"
 # Keys under which training scripts save the weights next to the optimizer: Lightning's, then two common ones.

@@ -9,6 +9,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from depthscope.diagnostics.schema.attributes import json_default
 from depthscope.probes.checkpoints.errors import printable
 from depthscope.probes.checkpoints.hub import hub_files, is_hub_name
-from depthscope.probes.checkpoints.own_files import exists, given_path, own_file, read_json
+from depthscope.probes.checkpoints.own_files import given_path, own_file, read_json
 from depthscope.probes.checkpoints.tensor_inventory import (
     read_values,
     take_inventory,
