@@ -245,11 +245,9 @@ def _parsed_once() -> Iterator[None]:
 
 def _advice_for_file(path: Path) -> str:
     if path.suffix in {".safetensors", ".pt", ".pth", ".bin"}:
-        if (path.parent / "config.json").is_file():
-            return f"'{path}' contains weights without an architecture; give its folder: '{path.parent}'"
         return (
-            f"'{path}' contains weights without an architecture; give the code that builds the model as "
-            "'package.module:function' and this file as its weights"
+            f"'{path}' contains weights without an architecture; give its folder if that has a config.json, or the code that "
+            "builds the model as 'package.module:function' and this file as its weights"
         )
     return f"'{path}' is not a checkpoint that is known here; {EXPECTED}"
 

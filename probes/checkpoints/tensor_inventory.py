@@ -20,7 +20,6 @@ from depthscope.probes.checkpoints.weight_files import (
     safetensors_files,
 )
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FLOATS = ("F64", "F32", "F16", "BF16")
 SHARD_OF_SERIES = re.compile(r"-\d+-of-(\d+)$")
 GGUF = ".gguf"
@@ -128,14 +127,12 @@ def _gguf_files(path: Path) -> list[Path]:
 
 
 def _advice_without_safetensors(path: Path) -> str:
-    names = [path.name] if not path.is_dir() else [file.name for file in list_folder(path)]
-    if any(name.endswith(PICKLES) for name in names):
-        return (
-            f"'{path}' contains pickles, whose tensors cannot be read one by one; load the model and save it again with "
-            "save_pretrained(folder, safe_serialization=True), or its state dict with safetensors.torch.save_file"
-        )
-    found = ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if path.is_dir() else "one file"
-    return f"'{path}' contains no safetensors (found: {found or 'nothing'}); {EXPECTED}"
+    names = [file.name for file in list_folder(path)] if path.is_dir() else [path.name]
+    found = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return (
+        f"'{path}' contains no safetensors or GGUF (found: {found or 'nothing'}); {EXPECTED}. Tensors of a pickle cannot be "
+        "read one by one: load the model and save it with save_pretrained(folder), or its state dict with safetensors"
+    )
 
 
 def _require_complete_series(files: list[Path]) -> None:

@@ -342,7 +342,7 @@ def written(name: str, text: str):
         (lambda folder: folder, "contains no safetensors"),
         (lambda folder: folder / "nowhere", "no checkpoint at"),
         (torn, "torn or not a safetensors file"),
-        (pickled, "contains pickles"),
+        (pickled, "of a pickle cannot be read"),
         (quantised, "stored as I8"),
         (written("notes.txt", ""), "1 of 3 shards and no index"),
         (written("model.safetensors.index.json", "{"), "not a safetensors index"),
