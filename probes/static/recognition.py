@@ -141,7 +141,7 @@ def recognise(
     sizes = {(one.streams, one.sizes.get("D")) for one in connections}
     heads = [one for one in possible_heads if (one.streams, one.sizes.get("D")) in sizes]
     owned = {name for one in (*connections, *heads) for name in one.tensors}
-    suspects = _suspects(alike.values(), {one.module for one in (*connections, *heads)})
+    suspects = set(_suspects(alike.values(), {one.module for one in (*connections, *heads)}))
     for one in sorted(found, key=lambda one: len(one.roles)):
         if one.misfit and one.dialect in usable:
             reasons |= {name: f"as {one.dialect.name}, {one.misfit}" for name in one.tensors & suspects}
@@ -258,21 +258,16 @@ def _extra_names(one: Found, modules: Mapping[str, Sequence[tuple[str, str]]]) -
 # --- what looks like a connection and fits no row
 
 
-def _suspects(alike: Iterable[Sequence[str]], recognised: set[str]) -> set[str]:
-    """The names that look like those of a connection; ``recognised``: modules that are known ones."""
-    return {
-        name for group in alike if WORDS.search(group[0]) for name in group if _has_words(name, recognised)
-    }
-
-
-def _has_words(name: str, recognised: set[str]) -> bool:
-    """Whether a name tells of a connection; words of the path of a recognised one around it do not count."""
-    own = name.removesuffix(WEIGHT)
-    if HARMLESS.search(own.rpartition(".")[2]) and "res_norm" not in own:
-        return False
-    parts = own.split(".")
-    around = (end for end in range(len(parts) - 1, 0, -1) if ".".join(parts[:end]) in recognised)
-    return WORDS.search(".".join(parts[next(around, 0) :])) is not None
+def _suspects(alike: Iterable[Sequence[str]], recognised: set[str]) -> Iterator[str]:
+    """The names that tell of a connection; words of the path of a recognised module around it do not count."""
+    for group in alike:
+        for name in group if WORDS.search(group[0]) else ():
+            own = name.removesuffix(WEIGHT)
+            parts = own.split(".")
+            around = (end for end in range(len(parts) - 1, 0, -1) if ".".join(parts[:end]) in recognised)
+            is_harmless = HARMLESS.search(parts[-1]) and "res_norm" not in own
+            if not is_harmless and WORDS.search(".".join(parts[next(around, 0) :])):
+                yield name
 
 
 # --- where in the network
