@@ -22,7 +22,6 @@ INDEX_ENDING = ".safetensors.index.json"
 # Keys under which training scripts save the weights next to the optimizer: Lightning's, then two common ones.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
-MOST_SHARDS = 10_000  # public checkpoints have some hundreds
 NUM_LISTED = 5  # names in a message at most
 LONGEST = 500  # characters of what torch says of weights that do not fit
 
@@ -71,8 +70,6 @@ def shards(index: Path) -> list[Path]:
     Raises CheckpointError: If the index is none, a file is missing or is outside the index's folder.
     """
     names = sorted(set(read_index(index).values()))
-    if len(names) > MOST_SHARDS:
-        raise CheckpointError(f"'{index}' names {len(names)} files; expected at most {MOST_SHARDS} shards")
     files = {name: own_file(index.parent, name) for name in names}
     missing = [name for name, file in files.items() if not exists(file)]
     if missing:

@@ -115,12 +115,7 @@ def connection_of(
         gates, weights = _computed(
             found, Values(**{"n": found.streams, **found.sizes, **constants, **tensors})
         )
-    except AttributeError as error:
-        raise CheckpointError(
-            f"dialect {row.name!r}, at {found.module}: {error.name!r} is not a tensor, size, constant or part of the row; "
-            "correct the row"
-        ) from error
-    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+    except (AttributeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"dialect {row.name!r}, at {found.module}: {error}; correct the row") from error
     h_res = weights.get("res")
     return StaticConnection(

@@ -98,17 +98,13 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
         that is not one of its own, or if a row cannot be computed.
     """
     path = hub_files(str(path)).path if is_hub_name(str(path)) else given_path(path)
-    rows = (*dialects, *TABLE)
     inventory = take_inventory(path)
     config = inventory.settings
     if config is None:
         # A lone .safetensors file may have no configuration next to it: the families' defaults then stand for all settings.
-        folder = path if path.is_dir() else path.parent
-        has_config = exists(folder / "config.json")
-        config = (
-            read_json(own_file(folder, "config.json"), "transformers configuration") if has_config else {}
-        )
-    found = recognise(inventory.tensors, rows, config, own=dialects)
+        file = own_file(path if path.is_dir() else path.parent, "config.json")
+        config = read_json(file, "transformers configuration") if exists(file) else {}
+    found = recognise(inventory.tensors, (*dialects, *TABLE), config, own=dialects)
     everything = (*found.connections, *found.heads)
     # A setting that config.json lacks gets the dialect's default, and the page lists it as assumed.
     settings = {one.dialect: settings_of(one.dialect, config) for one in everything}

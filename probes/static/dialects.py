@@ -63,12 +63,8 @@ def _twice_sigmoid(t: Values) -> np.ndarray:
 
 _GLM = ("glm5_next", "glm5_next_text", "glm5next", "glm5-next")
 _V41 = (
-    "deepseek_v41",
-    "deepseek_v41_text",
-    "deepseek_v4_1",
-    "deepseek_v4_1_text",
-    "deepseek41",
-    "deepseek4.1",
+    *("deepseek_v41", "deepseek_v41_text", "deepseek_v4_1", "deepseek_v4_1_text"),
+    *("deepseek41", "deepseek4.1"),
 )
 _V4 = ("deepseek_v4", "deepseek_v4_text", "deepseek4", *_GLM)
 _PANGU = ("openpangu_v2", "openpangu-v2")
