@@ -176,6 +176,9 @@ def test_shapes_give_the_sizes_or_several_solutions():
     texts = {"a": "n*k, k*(n+1)", "b": "n, n + 1"}
     assert solve({"b": (4, 5)}, texts) == [{"n": 4}]
     assert solve({"b": (5, 4)}, texts) == []
+    assert [size["n"] for size in solve({"c": (8,)}, {"c": "n*k"})] == [2, 4, 8]
+    with pytest.raises(InputError, match="several unknown factors"):
+        solve({"d": (8,)}, {"d": "k*r"})
     assert solve({"a": (8, 10)}, texts) == [{"k": 2, "n": 4}]
 
 
