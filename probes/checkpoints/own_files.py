@@ -6,7 +6,7 @@ import json
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from depthscope.diagnostics.atomic_writes import kind_of
@@ -60,7 +60,8 @@ def own_file(folder: Path, name: object) -> Path:
     Returns: In ``folder``. The file may be missing.
     Raises CheckpointError: If it is no name of a file in the folder, or a link to what is outside.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+    # Windows splits at / and \, and knows drives.
+    if not isinstance(name, str) or name in ("", "..") or "\0" in name or PureWindowsPath(name).name != name:
         raise CheckpointError(
             f"'{folder}' names {_shown(name)} as a file, which may lead out of it; expected the name of one in it"
         )

@@ -14,11 +14,7 @@ import numpy as np
 
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, printable
 from depthscope.probes.checkpoints.own_files import list_folder, own_file, require_file
-from depthscope.probes.checkpoints.weight_files import (
-    INDEX_ENDING,
-    opened,
-    safetensors_files,
-)
+from depthscope.probes.checkpoints.weight_files import INDEX_ENDING, opened, safetensors_files
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 SHARD_OF_SERIES = re.compile(r"-\d+-of-(\d+)$")
@@ -77,7 +73,7 @@ def _gguf_inventory(path: Path) -> Inventory:
             tensors[found.name] = StoredTensor(found.name, shape, found.tensor_type.name, file)
         settings = (
             _settings(reader) | settings
-        )  # the first of a series has the model's, the others their number
+        )  # the first has the model's, the others of a series their number
     return Inventory(tensors, tuple(files), settings)
 
 
