@@ -172,10 +172,8 @@ _FILE = re.compile(rf"({METADATA}|({'|'.join(GROUPS)})/(.+/)?{METADATA}|({'|'.jo
 
 def _require_run(place: Path, suffix: str, *, force: bool) -> None:
     mode = place.lstat().st_mode
-    # Special files first: opening a pipe would wait for its other end, and reading a device may never end.
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise TakenError(f"{place} is {kind_of(mode)}, which no run replaces; name another path")
-    if stat.S_ISDIR(mode) != (suffix == ".zarr"):
+    # Pipes and devices among them: opening a pipe would wait for its other end, and reading a device may never end.
+    if not (stat.S_ISDIR(mode) if suffix == ".zarr" else stat.S_ISREG(mode)):
         raise TakenError(f"{place} is {kind_of(mode)}, but a run of that ending is none; name another path")
     if stat.S_ISDIR(mode):
         if not os.listdir(place):

@@ -9,7 +9,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 from depthscope.diagnostics.errors import InputError
 
@@ -122,31 +121,24 @@ def own_error(source: str, error: BaseException) -> str:
     name = type(error).__name__
     reason = first_line(error).removeprefix(f"{name}: ")
     named = name if reason == name else f"{name}: {reason}"
-    if isinstance(error, SyntaxError) and error.filename and error.lineno:  # its place is in no frame
-        place = _shown(error.filename, error.lineno, error.text or "")
-        return f"{source} stops with an error of its own code, {named}{place}; correct it there"
     frames = [
         (frame.f_code.co_filename, line)
-        for frame, line in _frames(error)
+        for frame, line in traceback.walk_tb(error.__traceback__)
         if not frame.f_code.co_filename.startswith("<")
         and not _is_below(frame.f_code.co_filename, OUR_FOLDERS)
     ]
     own = [frame for frame in frames if _is_users(frame[0])]
-    if own:
-        # The innermost line of theirs: it may have called a library with what does not fit.
-        place = _shown(*own[-1], linecache.getline(*own[-1]))
-        return f"{source} stops with an error of its own code, {named}{place}; correct it there"
-    place = _shown(*frames[-1], linecache.getline(*frames[-1])) if frames else ""
-    return f"{source} stops with {named}{place}; its settings, its weights or the input do not fit its code"
-
-
-def _shown(file: str, line: int, text: str) -> str:
+    # The innermost line of theirs: it may have called a library with what does not fit.
+    file, line = (own or frames or [("", 0)])[-1]
+    text = linecache.getline(file, line)
+    if isinstance(error, SyntaxError) and error.filename and error.lineno:  # its place is in no frame
+        file, line, text = error.filename, error.lineno, error.text or ""
+        own = [(file, line)]
     code = " ".join(text.split())[:120]
-    return f" ({file}, line {line}{f': {code}' if code else ''})"
-
-
-def _frames(error: BaseException) -> list[tuple[FrameType, int]]:
-    return list(traceback.walk_tb(error.__traceback__))
+    place = f" ({file}, line {line}{f': {code}' if code else ''})" if file else ""
+    if own:
+        return f"{source} stops with an error of its own code, {named}{place}; correct it there"
+    return f"{source} stops with {named}{place}; its settings, its weights or the input do not fit its code"
 
 
 def _is_users(file: str) -> bool:
@@ -163,7 +155,7 @@ def is_model_error(error: BaseException) -> bool:
 
     Returns: True where, after the last frame of this library, a module was called or code outside all libraries ran.
     """
-    frames = [frame for frame, _ in _frames(error)]
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     if isinstance(error, RecursionError):
         # It is raised in whatever code comes last; who calls itself is whose frames are many.
         files = [frame.f_code.co_filename for frame in frames]

@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass
+from os.path import exists
 from pathlib import Path
 
 from depthscope.diagnostics.package_versions import install_command
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, first_line, printable
-from depthscope.probes.checkpoints.own_files import exists, given_path
+from depthscope.probes.checkpoints.own_files import given_path
 from depthscope.probes.checkpoints.weight_files import INDEX_ENDING, read_index
 
 HUB_NAME = re.compile(
@@ -28,7 +29,6 @@ TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt")
 TOKENIZER_TEXTS = ("merges.txt", "vocab.txt")
 # Tokenizers that are neither JSON nor text.
 OTHER_TOKENIZER = re.compile(r"(.*\.(model|tiktoken|bpe|spm))|tokenization_.*\.py")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5")
 
 
 @dataclass(frozen=True)
@@ -156,14 +156,9 @@ def _only_gguf(repository: str, present: Sequence[str]) -> str:
         raise CheckpointError(
             f"'{repository}' has {len(found)} GGUF files; name one, such as {repository}/{found[0]}"
         )
-    pickled = [name for name in present if name.endswith(PICKLES)]
-    if pickled:
-        raise CheckpointError(
-            f"'{repository}' has weights as {_listed(pickled)} alone, which can contain code and are not fetched; "
-            "convert them to safetensors, or download the folder yourself and give that"
-        )
     raise CheckpointError(
-        f"'{repository}' has no model.safetensors or .gguf; it has {_listed(present)}. Expected a model of transformers"
+        f"'{repository}' has no model.safetensors or .gguf; it has {_listed(present)}. Weights in other files can contain "
+        "code and are not fetched: convert them to safetensors, or download the folder yourself and give that"
     )
 
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, err
 from depthscope.probes.checkpoints.hub import bars_on_terminals_only, hub_files, is_hub_name
 from depthscope.probes.checkpoints.own_files import (
     check_folder,
-    exists,
     given_path,
     list_folder,
     offline,
@@ -204,11 +204,6 @@ def load_gguf(file: Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, 
 
     Raises CheckpointError: If accelerate or gguf are missing, or transformers cannot read the file.
     """
-    missing = [name for name in ("accelerate", "gguf") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise CheckpointError(
-            f"a GGUF file needs {' and '.join(missing)}; run: pip install {' '.join(missing)}"
-        )
     digest = file_digest([file])
     source = {"gguf_file": file.name, "local_files_only": True}
     message = f"transformers cannot read '{file}' as GGUF"
@@ -245,11 +240,9 @@ def _parsed_once() -> Iterator[None]:
 
 def _advice_for_file(path: Path) -> str:
     if path.suffix in {".safetensors", ".pt", ".pth", ".bin"}:
-        if (path.parent / "config.json").is_file():
-            return f"'{path}' contains weights without an architecture; give its folder: '{path.parent}'"
         return (
-            f"'{path}' contains weights without an architecture; give the code that builds the model as "
-            "'package.module:function' and this file as its weights"
+            f"'{path}' contains weights without an architecture; give its folder if that has a config.json, or the code that "
+            "builds the model as 'package.module:function' and this file as its weights"
         )
     return f"'{path}' is not a checkpoint that is known here; {EXPECTED}"
 
@@ -270,10 +263,9 @@ def _from_folder(folder: Path, spec: str, dtype: torch.dtype | None) -> LoadedMo
 
 def _settings(folder: Path) -> dict[str, Any]:
     entries = [path.name for path in list_folder(folder)]
-    if not entries:
-        raise CheckpointError(f"the folder '{folder}' is empty; {EXPECTED}")
     if "config.json" not in entries:
-        raise CheckpointError(f"no config.json in '{folder}' (found: {', '.join(entries[:6])}); {EXPECTED}")
+        found = ", ".join(entries[:6]) or "nothing"
+        raise CheckpointError(f"no config.json in '{folder}' (found: {found}); {EXPECTED}")
     return read_json(folder / "config.json", "transformers configuration")
 
 

@@ -6,7 +6,7 @@ import json
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from depthscope.diagnostics.atomic_writes import kind_of
@@ -53,15 +53,6 @@ def _reason(error: BaseException) -> str:
     return ((isinstance(error, OSError) and error.strerror) or first_line(error)).lower()
 
 
-def exists(path: Path) -> bool:
-    """Whether something is there, and False for a name that no file can have (too long, with a NUL)."""
-    try:
-        path.stat()
-    except (OSError, ValueError):
-        return False
-    return True
-
-
 def own_file(folder: Path, name: object) -> Path:
     """The path of a file that a checkpoint names.
 
@@ -69,7 +60,8 @@ def own_file(folder: Path, name: object) -> Path:
     Returns: In ``folder``. The file may be missing.
     Raises CheckpointError: If it is no name of a file in the folder, or a link to what is outside.
     """
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\:\0"):
+    # Windows splits at / and \, and knows drives.
+    if not isinstance(name, str) or name in ("", "..") or "\0" in name or PureWindowsPath(name).name != name:
         raise CheckpointError(
             f"'{folder}' names {_shown(name)} as a file, which may lead out of it; expected the name of one in it"
         )

@@ -6,23 +6,16 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, printable
-from depthscope.probes.checkpoints.own_files import exists, list_folder, own_file, require_file
-from depthscope.probes.checkpoints.weight_files import (
-    INDEX_ENDING,
-    find_index,
-    named_files,
-    opened,
-    read_index,
-    safetensors_files,
-)
+from depthscope.probes.checkpoints.own_files import list_folder, own_file, require_file
+from depthscope.probes.checkpoints.weight_files import INDEX_ENDING, opened, safetensors_files
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 FLOATS = ("F64", "F32", "F16", "BF16")
 SHARD_OF_SERIES = re.compile(r"-\d+-of-(\d+)$")
 GGUF = ".gguf"
@@ -41,10 +34,9 @@ class StoredTensor:
 
 @dataclass(frozen=True)
 class Inventory:
-    """Every tensor of a checkpoint: those in files that exist, and the file names of those in missing ones."""
+    """Every tensor of a checkpoint, and its files."""
 
     tensors: dict[str, StoredTensor]
-    absent: dict[str, str]
     files: tuple[Path, ...]
     settings: dict[str, Any] | None = None
     """The configuration, where the files themselves contain it, as GGUF does."""
@@ -53,27 +45,18 @@ class Inventory:
 def take_inventory(path: Path) -> Inventory:
     """List every tensor of a safetensors or GGUF checkpoint, without its data.
 
-    ``path``: A folder, one ``.safetensors`` or ``.gguf`` file or an index. Shards that the index names may be missing:
-    their tensors are listed as absent.
-    Raises CheckpointError: If there is no such file, a header is torn, the index is none, or a series without an index
-    is incomplete.
+    ``path``: A folder, one ``.safetensors`` or ``.gguf`` file or an index.
+    Raises CheckpointError: If there is no such file, a header is torn, the index is none, or a shard is missing.
     """
     if not exists(path):
         raise CheckpointError(f"no checkpoint at '{path}'; {EXPECTED}")
     if not path.is_dir():
         require_file(path)
-    index = find_index(path)
-    if index is not None:
-        names = read_index(index)
-        listed = named_files(index, names)
-        present = {name: require_file(file) for name, file in listed.items() if exists(file)}
-        absent = {tensor: name for tensor, name in names.items() if name not in present}
-        return Inventory(headers(present.values()), absent, tuple(listed.values()))
     files = safetensors_files(path)
     if not files:
         return _gguf_inventory(path)
     _require_complete_series(files)
-    return Inventory(headers(files), {}, tuple(files))
+    return Inventory(headers(files), tuple(files))
 
 
 def _gguf_inventory(path: Path) -> Inventory:
@@ -90,8 +73,8 @@ def _gguf_inventory(path: Path) -> Inventory:
             tensors[found.name] = StoredTensor(found.name, shape, found.tensor_type.name, file)
         settings = (
             _settings(reader) | settings
-        )  # the first of a series has the model's, the others their number
-    return Inventory(tensors, {}, tuple(files), settings)
+        )  # the first has the model's, the others of a series their number
+    return Inventory(tensors, tuple(files), settings)
 
 
 def gguf_reader(file: Path) -> Any:
@@ -140,14 +123,12 @@ def _gguf_files(path: Path) -> list[Path]:
 
 
 def _advice_without_safetensors(path: Path) -> str:
-    names = [path.name] if not path.is_dir() else [file.name for file in list_folder(path)]
-    if any(name.endswith(PICKLES) for name in names):
-        return (
-            f"'{path}' contains pickles, whose tensors cannot be read one by one; load the model and save it again with "
-            "save_pretrained(folder, safe_serialization=True), or its state dict with safetensors.torch.save_file"
-        )
-    found = ", ".join(names[:5]) + (", …" if len(names) > 5 else "") if path.is_dir() else "one file"
-    return f"'{path}' contains no safetensors (found: {found or 'nothing'}); {EXPECTED}"
+    names = [file.name for file in list_folder(path)] if path.is_dir() else [path.name]
+    found = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    return (
+        f"'{path}' contains no safetensors or GGUF (found: {found or 'nothing'}); {EXPECTED}. Tensors of a pickle cannot be "
+        "read one by one: load the model and save it with save_pretrained(folder), or its state dict with safetensors"
+    )
 
 
 def _require_complete_series(files: list[Path]) -> None:

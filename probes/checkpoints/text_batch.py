@@ -155,11 +155,7 @@ def single_token(loaded: LoadedModel, text: str) -> int:
     """
     ids = _token_ids(loaded, text)
     if len(ids) != 1:
-        parts = (
-            " | ".join(token_texts(loaded, {"ids": torch.from_numpy(np.array(ids))[None]})[0])
-            if len(ids)
-            else ""
-        )
+        parts = " | ".join(token_texts(loaded, {"ids": torch.from_numpy(np.array(ids))[None]})[0])
         raise InputError(
             f"the answer {text!r} is {len(ids)} tokens ({parts}), expected one; most words begin with their space, as ' Paris'"
         )

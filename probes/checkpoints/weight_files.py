@@ -7,6 +7,7 @@ import pickle
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,12 @@ import torch
 from torch import nn
 
 from depthscope.probes.checkpoints.errors import CheckpointError, errors_of, first_line, printable
-from depthscope.probes.checkpoints.own_files import exists, own_file, read_json, require_file
+from depthscope.probes.checkpoints.own_files import own_file, read_json, require_file
 
 INDEX_ENDING = ".safetensors.index.json"
 # Keys under which training scripts save the weights next to the optimizer: Lightning's, then two common ones.
 STATE_DICT_KEYS = ("state_dict", "model_state_dict", "model")
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and of torch.compile
-MOST_SHARDS = 10_000  # public checkpoints have some hundreds
 NUM_LISTED = 5  # names in a message at most
 LONGEST = 500  # characters of what torch says of weights that do not fit
 
@@ -69,24 +69,14 @@ def shards(index: Path) -> list[Path]:
 
     Raises CheckpointError: If the index is none, a file is missing or is outside the index's folder.
     """
-    files = named_files(index, read_index(index))
+    names = sorted(set(read_index(index).values()))
+    files = {name: own_file(index.parent, name) for name in names}
     missing = [name for name, file in files.items() if not exists(file)]
     if missing:
         raise CheckpointError(
             f"'{index}' names {len(files)} shards but {', '.join(missing[:NUM_LISTED])} is not there; complete the download"
         )
     return [require_file(file) for file in files.values()]
-
-
-def named_files(index: Path, names: Mapping[str, str]) -> dict[str, Path]:
-    """Every file that an index names, by its name; some may be missing.
-
-    Raises CheckpointError: If a file is outside the index's folder, or there are too many.
-    """
-    found = sorted(set(names.values()))
-    if len(found) > MOST_SHARDS:
-        raise CheckpointError(f"'{index}' names {len(found)} files; expected at most {MOST_SHARDS} shards")
-    return {name: own_file(index.parent, name) for name in found}
 
 
 def find_index(path: Path) -> Path | None:

@@ -12,7 +12,7 @@ import numpy as np
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.kernels import mixing as kernel
 from depthscope.diagnostics.kernels import rank
-from depthscope.probes.checkpoints.errors import CheckpointError
+from depthscope.probes.checkpoints.errors import CheckpointError, printable
 from depthscope.probes.static.dialect import PARTS, Dialect, Values
 from depthscope.probes.static.recognition import Found, Place, setting
 
@@ -89,19 +89,17 @@ def settings_of(dialect: Dialect, config: Mapping[str, Any]) -> Settings:
     """
     values, shown, assumed = {}, {}, []
     for name, constant in dialect.constants.items():
-        values_of = [(key, setting(config, key)) for key in constant.keys]
-        given = [
-            (key, of) for key, of in values_of if isinstance(of, (int, float)) and not isinstance(of, bool)
-        ]
-        key, value = given[0] if given else (constant.keys[0], constant.default)
+        given = {key: of for key in constant.keys if type(of := setting(config, key)) in (int, float)}
+        if not given:
+            assumed.append(constant.keys[0])
+        key, value = next(iter(given.items()), (constant.keys[0], constant.default))
         # Rounds of Sinkhorn among them, each of which takes a microsecond.
         if not abs(value) <= LARGEST_SETTING:
-            size = f"{value:g}" if abs(value) < 1e300 else "beyond all numbers"
             raise CheckpointError(
-                f"config.json gives a connection the setting {size}; expected at most {LARGEST_SETTING}: download it again"
+                f"config.json gives a connection a {key} of {printable(str(value), 20)}; expected at most {LARGEST_SETTING}: "
+                "download it again"
             )
         values[name] = shown[key] = float(value)
-        assumed += [] if given else [key]
     return Settings(values, shown, tuple(assumed))
 
 
@@ -117,12 +115,7 @@ def connection_of(
         gates, weights = _computed(
             found, Values(**{"n": found.streams, **found.sizes, **constants, **tensors})
         )
-    except AttributeError as error:
-        raise CheckpointError(
-            f"dialect {row.name!r}, at {found.module}: {error.name!r} is not a tensor, size, constant or part of the row; "
-            "correct the row"
-        ) from error
-    except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+    except (AttributeError, ValueError, TypeError, LookupError, ArithmeticError) as error:
         raise CheckpointError(f"dialect {row.name!r}, at {found.module}: {error}; correct the row") from error
     h_res = weights.get("res")
     return StaticConnection(

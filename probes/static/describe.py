@@ -5,20 +5,21 @@ No model is built and no other tensor is read. The weights are those of an input
 
 from __future__ import annotations
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from depthscope.probes.checkpoints.errors import CheckpointError, printable
+from depthscope.diagnostics.schema.attributes import json_default
+from depthscope.probes.checkpoints.errors import printable
 from depthscope.probes.checkpoints.hub import hub_files, is_hub_name
-from depthscope.probes.checkpoints.own_files import exists, given_path, own_file, read_json
+from depthscope.probes.checkpoints.own_files import given_path, own_file, read_json
 from depthscope.probes.checkpoints.tensor_inventory import (
-    Inventory,
-    StoredTensor,
     read_values,
     take_inventory,
 )
@@ -35,8 +36,6 @@ from depthscope.probes.static.dialects import TABLE
 from depthscope.probes.static.recognition import (
     NUMBERS,
     STREAM_SETTINGS,
-    Found,
-    Place,
     Unrecognised,
     place_of,
     recognise,
@@ -59,7 +58,6 @@ class StaticDescription:
     num_tensors: int
     num_read: int
     num_files: int
-    absent_files: tuple[str, ...]
     settings: dict[str, float]
     assumed: tuple[str, ...]
     connections: tuple[StaticConnection, ...]
@@ -70,7 +68,7 @@ class StaticDescription:
 
     def as_dict(self) -> dict[str, Any]:
         """The description as plain values."""
-        return _plain_values(self)
+        return json.loads(json.dumps(asdict(self), default=json_default))
 
     def __str__(self) -> str:
         return "\n".join(_page(self))
@@ -83,8 +81,7 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     ----------
     path : str or Path
         A transformers folder (``config.json``, and safetensors, sharded or not), one ``.safetensors`` or ``.gguf`` file
-        or an index, or ``organisation/name`` on the Hugging Face hub. Shards may be missing: the connections in them
-        are left out, and ``warnings`` names the shards.
+        or an index, or ``organisation/name`` on the Hugging Face hub.
     dialects : sequence of Dialect
         Your own rows: how your checkpoint names its connections and what they compute (docs/how_to/checkpoints.md).
 
@@ -97,31 +94,26 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     Raises
     ------
     CheckpointError
-        If the checkpoint is missing, torn or of another format, lacks shards and has no connection in the others, has the
-        names of a dialect under a model type that is not one of its own, or if a row cannot be computed.
+        If the checkpoint is missing, torn, of another format or lacks shards, has the names of a dialect under a model type
+        that is not one of its own, or if a row cannot be computed.
     """
     path = hub_files(str(path)).path if is_hub_name(str(path)) else given_path(path)
-    rows = (*dialects, *TABLE)
     inventory = take_inventory(path)
     config = inventory.settings
     if config is None:
         # A lone .safetensors file may have no configuration next to it: the families' defaults then stand for all settings.
-        folder = path if path.is_dir() else path.parent
-        has_config = exists(folder / "config.json")
-        config = (
-            read_json(own_file(folder, "config.json"), "transformers configuration") if has_config else {}
-        )
-    found = recognise(inventory.tensors, rows, config, own=dialects)
+        file = own_file(path if path.is_dir() else path.parent, "config.json")
+        config = read_json(file, "transformers configuration") if exists(file) else {}
+    found = recognise(inventory.tensors, (*dialects, *TABLE), config, own=dialects)
     everything = (*found.connections, *found.heads)
-    absent = _absent_connections(path, inventory, everything)
     # A setting that config.json lacks gets the dialect's default, and the page lists it as assumed.
     settings = {one.dialect: settings_of(one.dialect, config) for one in everything}
-    read = {one: _read_tensors(one) for one in everything}
+    read = {one: one.read for one in everything}
     values = read_values(tensor for of in read.values() for tensor in of.values())
     described = [
         connection_of(
             one,
-            _place_in_network(one, inventory),
+            place_of(one.module, is_head=one.dialect.head),
             {role: values[tensor.name] for role, tensor in read[one].items()},
             settings[one.dialect].values,
         )
@@ -129,13 +121,8 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     ]
     # A head reads the streams and mixes nothing, so that it is no factor of the products.
     connections = described[: len(found.connections)]
-    broken = {place_of(name).chain for name in (*absent, *(one.name for one in found.unrecognised))}
+    broken = {place_of(one.name).chain for one in found.unrecognised}
     warnings = []
-    if absent:
-        warnings.append(
-            f"{len(absent)} tensors of connections are in shards that are not there ({_listed(absent)}): their connections "
-            "are left out, and nothing is said of products over their chain; complete the download"
-        )
     configured = next((n for key in STREAM_SETTINGS if (n := setting(config, key)) is not None), None)
     streams = sorted({one.streams for one in connections if one.streams > 1})
     if configured is not None and streams and streams != [configured]:
@@ -146,10 +133,9 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     return StaticDescription(
         checkpoint=str(path),
         model_type=printable(str(config.get("model_type", ""))),
-        num_tensors=len(inventory.tensors) + len(inventory.absent),
+        num_tensors=len(inventory.tensors),
         num_read=len(values),
         num_files=len(inventory.files),
-        absent_files=tuple(sorted(set(inventory.absent.values()))),
         settings={name: value for each in settings.values() for name, value in each.shown.items()},
         assumed=tuple(dict.fromkeys(name for each in settings.values() for name in each.assumed)),
         connections=tuple(connections),
@@ -160,55 +146,12 @@ def describe_weights(path: str | Path, *, dialects: Sequence[Dialect] = ()) -> S
     )
 
 
-# --- the files
-
-
-def _absent_connections(path: Path, inventory: Inventory, found: Sequence[Found]) -> dict[str, str]:
-    """The files of the tensors in missing shards that are named like a recognised connection's, but for the numbers.
-
-    Where no connection was found at all, every missing shard may contain one, which is refused.
-    """
-    if inventory.absent and not found:
-        raise CheckpointError(
-            f"'{path}': shards that may hold connections (none is in the others) and are not there: "
-            f"{_listed(inventory.absent)}; complete the download"
-        )
-    kinds = {NUMBERS.sub("#", name) for one in found for name in one.tensors}
-    return {name: file for name, file in inventory.absent.items() if NUMBERS.sub("#", name) in kinds}
-
-
-def _listed(absent: Mapping[str, str]) -> str:
-    files = sorted(set(absent.values()))
-    return ", ".join(files[:5]) + (", …" if len(files) > 5 else "")
-
-
-def _read_tensors(found: Found) -> dict[str, StoredTensor]:
-    """The tensors whose values the row's functions use."""
-    row = found.dialect
-    known = (*row.tensors, *(role for role in row.optional if role not in row.unread))
-    return {role: found.roles[role] for role in known if role in found.roles}
-
-
-def _place_in_network(found: Found, inventory: Inventory) -> Place:
-    place = place_of(found.module)
-    if found.dialect.head:
-        return Place(place.chain, place.layer, "head")
-    if place.branch != "block":
-        return place
-    # A connection whose own path names no branch may contain it, as lucidrains' do.
-    prefix = f"{found.module}.branch."
-    return place_of(
-        found.module, [name.removeprefix(prefix) for name in inventory.tensors if name.startswith(prefix)]
-    )
-
-
 # --- the page
 
 
 def _page(found: StaticDescription) -> Iterator[str]:
     """The lines of the page: what was read, a row for each connection, products, warnings, and what is not known."""
     files = f"{found.num_files} file" + ("s" if found.num_files > 1 else "")
-    files += f", {len(found.absent_files)} of them not there" if found.absent_files else ""
     name = found.checkpoint + (f" ({found.model_type})" if found.model_type else "")
     if not found.connections:
         none = "no stream connection that a dialect knows" if found.unrecognised else "no stream connection"
@@ -216,7 +159,12 @@ def _page(found: StaticDescription) -> Iterator[str]:
         yield from _why_none(found)
         return
     everything = (*found.connections, *found.heads)
-    yield f"{name}: {', '.join(_connection_kinds(found.connections))}"
+    kinds = Counter(
+        f"{one.family} connections, {one.streams} stream{'s' if one.streams > 1 else ''}"
+        f"{f' of width {one.width}' if one.width else ''}, {'/'.join(one.dtypes)}"
+        for one in found.connections
+    )
+    yield f"{name}: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}"
     yield f"  dialect      {', '.join(dict.fromkeys(one.dialect for one in everything))}"
     yield f"  read         {found.num_read} of {found.num_tensors} tensors in {files}; no model was built"
     if any(one.h_res is not None for one in found.connections):
@@ -229,8 +177,18 @@ def _page(found: StaticDescription) -> Iterator[str]:
         known = (f"{name} {value:g}{assumed.get(name, '')}" for name, value in found.settings.items())
         yield f"  settings     {', '.join(known)}"
     yield from ("", *_table([_row(one) for one in everything]), "")
-    yield from (f"  H_res        {words}, as measured" for words in _constraints(found.connections))
-    yield from map(_composite_line, found.composites)
+    learned: dict[int, list[np.ndarray]] = defaultdict(list)  # by the number of streams
+    for one in found.connections:
+        if one.h_res is not None and one.learns_mixing:
+            learned[one.streams].append(one.h_res)
+    yield from (f"  H_res        {constraint_of(each)}, as measured" for each in learned.values())
+    for product in found.composites:
+        sigma = ", ".join(f"{value:.3g}" for value in product.singular_values[:2])
+        yield (
+            f"  composite    {product.chain or 'one chain'}: {product.connections} matrices, gain forward "
+            f"{product.forward_gain:.3g} backward {product.backward_gain:.3g}, σ₁ σ₂ {sigma}, effective rank "
+            f"{product.effective_rank:.3g} of {product.streams}"
+        )
     yield from (f"  warning      {words}" for words in found.warnings)
     yield from _named_tensors(found.unrecognised)
     # Once: the note of a family would come for each connection.
@@ -252,15 +210,6 @@ def _why_none(found: StaticDescription) -> Iterator[str]:
         "  A plain residual network has none; nor does a connection without parameters, which only a run shows "
         f"(describe without --weights-only). Looked for the dialects {', '.join(row.name for row in TABLE if not row.head)}."
     )
-
-
-def _connection_kinds(connections: Iterable[StaticConnection]) -> list[str]:
-    kinds = Counter(
-        f"{one.family} connections, {one.streams} stream{'s' if one.streams > 1 else ''}"
-        f"{f' of width {one.width}' if one.width else ''}, {'/'.join(one.dtypes)}"
-        for one in connections
-    )
-    return [f"{count} {kind}" for kind, count in kinds.items()]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
@@ -295,15 +244,6 @@ def _value_range(values: np.ndarray | None, *, digits: int = 2) -> str:
     return low if low == high else f"{low}…{high}"
 
 
-def _constraints(connections: Iterable[StaticConnection]) -> list[str]:
-    """What the learned mixing matrices satisfy, those of as many streams together."""
-    stacks: dict[int, list[np.ndarray]] = defaultdict(list)
-    for one in connections:
-        if one.h_res is not None and one.learns_mixing:
-            stacks[len(one.h_res)].append(one.h_res)
-    return [constraint_of(matrices) for matrices in stacks.values()]
-
-
 def _named_tensors(unrecognised: Iterable[Unrecognised]) -> Iterator[str]:
     """The tensors that look like a connection and fit no dialect, those of all layers in one line."""
     groups: dict[str, list[Unrecognised]] = defaultdict(list)
@@ -315,22 +255,3 @@ def _named_tensors(unrecognised: Iterable[Unrecognised]) -> Iterator[str]:
         yield f"  not read     {first.name} ({shape}) {first.dtype}{alike}: {first.reason}"
     if len(groups) > MOST_NAMED:
         yield f"  not read     … and {len(groups) - MOST_NAMED} more kinds of tensors (--json names all)"
-
-
-def _composite_line(one: StaticComposite) -> str:
-    sigma = ", ".join(f"{value:.3g}" for value in one.singular_values[:2])
-    return (
-        f"  composite    {one.chain or 'one chain'}: {one.connections} matrices, gain forward {one.forward_gain:.3g} "
-        f"backward {one.backward_gain:.3g}, σ₁ σ₂ {sigma}, effective rank {one.effective_rank:.3g} of {one.streams}"
-    )
-
-
-def _plain_values(value: Any) -> Any:
-    # Not dataclasses.asdict, which leaves arrays as they are: json does not write them.
-    if is_dataclass(value):
-        return {field.name: _plain_values(getattr(value, field.name)) for field in fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain_values(each) for key, each in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain_values(each) for each in value]
-    return value.tolist() if isinstance(value, np.ndarray) else value

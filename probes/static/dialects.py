@@ -63,17 +63,23 @@ def _twice_sigmoid(t: Values) -> np.ndarray:
 
 _GLM = ("glm5_next", "glm5_next_text", "glm5next", "glm5-next")
 _V41 = (
-    "deepseek_v41",
-    "deepseek_v41_text",
-    "deepseek_v4_1",
-    "deepseek_v4_1_text",
-    "deepseek41",
-    "deepseek4.1",
+    *("deepseek_v41", "deepseek_v41_text", "deepseek_v4_1", "deepseek_v4_1_text"),
+    *("deepseek41", "deepseek4.1"),
 )
 _V4 = ("deepseek_v4", "deepseek_v4_text", "deepseek4", *_GLM)
 _PANGU = ("openpangu_v2", "openpangu-v2")
-_EPSILON = ("hyper_connection.epsilon", "hyper_connection.eps")
-_ITERATIONS = "hyper_connection.sinkhorn_iterations"
+# What configurations, and the settings of GGUF files, call them.
+_CONSTANTS = {
+    "rounds": Constant(
+        (
+            *("hc_sinkhorn_iters", "mhc_recur_norm", "mhc_sinkhorn_iterations", "mhc_sinkhorn_iters", "sinkhorn_iterations"),
+            *("sinkhorn_iters", "num_sinkhorn_iters"),
+            *("hyper_connection.sinkhorn_iterations", "hyper_connection.sinkhorn_iters"),
+        ),
+        20,
+    ),
+    "eps": Constant(("hc_eps", "mhc_epsilon", "hyper_connection.epsilon", "hyper_connection.eps"), 1e-6),
+}  # fmt: skip
 
 # Raw names and GGUF; GLM-5.3-Flash; openPangu-2.0 in GGUF.
 DEEPSEEK_V4 = Dialect(
@@ -91,10 +97,7 @@ DEEPSEEK_V4 = Dialect(
     read=_sigmoid_with_floor,
     write=_twice_sigmoid,
     mixing=lambda t: sinkhorn(t.res, t.rounds, t.eps),
-    constants={
-        "rounds": Constant(("hc_sinkhorn_iters", "mhc_recur_norm", _ITERATIONS, "hyper_connection.sinkhorn_iters"), 20),
-        "eps": Constant(("hc_eps", *_EPSILON), 1e-6),
-    },
+    constants=_CONSTANTS,
 )  # fmt: skip
 # Names of the modules of transformers and of torchtitan.
 DEEPSEEK_V4_MODULES = replace(
@@ -116,10 +119,6 @@ OPENPANGU_V2 = replace(
     stored={"fn": "phi", "base": "branch_beta", "scale": "branch_alpha"},
     optional={"norm_gamma": "n*D"},
     unread=("norm_gamma",),
-    constants={
-        "rounds": Constant(("mhc_recur_norm", _ITERATIONS), 20),
-        "eps": Constant(("hc_eps", "hyper_connection.epsilon"), 1e-6),
-    },
 )
 # Megatron-Core and Bridge; PaddleFleet, whose projections are stored input by output.
 MEGATRON = replace(
@@ -133,11 +132,7 @@ MEGATRON = replace(
     tensors={"bias": "n*(n+2)", "alpha_pre": "1", "alpha_post": "1", "alpha_res": "1"},
     parts=lambda t: split(t.bias, t.n),
     gates=lambda t: _three((t.alpha_pre, t.alpha_post, t.alpha_res)),
-    constants={
-        "rounds": Constant(("mhc_sinkhorn_iterations", "sinkhorn_iterations", "hc_sinkhorn_iters", _ITERATIONS), 20),
-        "eps": Constant(("mhc_epsilon", "hc_eps", "hyper_connection.epsilon"), 1e-6),
-    },
-)  # fmt: skip
+)
 HY_V4 = Dialect(
     name="hy-v4",
     family="independent_hc",
@@ -158,7 +153,7 @@ HY_V4 = Dialect(
     learns_mixing=False,
     constants={
         "magnitude": Constant(("hc_magnitude", "hyper_connection.magnitude"), 2.0),
-        "eps": Constant(("hc_eps", "hyper_connection.epsilon"), 1e-6),
+        "eps": _CONSTANTS["eps"],
     },
 )
 # --- the package hyper-connections and those that took its names
@@ -178,23 +173,21 @@ HYPER_CONNECTIONS = Dialect(
     stored={"norm_gamma": "norm.gamma"},
     parts=lambda t: {
         "pre": t.static_alpha[:, 0],
-        "post": t.get("static_beta"),
+        "post": None if t.get("static_beta") is None else t.static_beta.reshape(t.n),
         "res": t.static_alpha[:, 1:],
     },
-    gates=lambda t: {
-        "pre": t.get("dynamic_alpha_scale"),
-        "post": t.get("dynamic_beta_scale"),
-        "res": t.get("dynamic_alpha_scale"),
-    },
+    gates=lambda t: _three(
+        (t.get("dynamic_alpha_scale"), t.get("dynamic_beta_scale"), t.get("dynamic_alpha_scale"))
+    ),
     sources_in_rows=True,
     read=lambda t: t.pre,
     write=lambda t: t.post,
     mixing=lambda t: t.res,
 )
-MHC_LUCIDRAINS = Dialect(
+MHC_LUCIDRAINS = replace(
+    HYPER_CONNECTIONS,
     name="mhc-lucidrains",
     family="mhc",
-    names=("{path}.*",),
     absent=("H_res_logits",),
     tensors={"static_alpha": "n, n + 1", "residual_scale": "1"},
     optional={
@@ -202,24 +195,13 @@ MHC_LUCIDRAINS = Dialect(
         **{"dynamic_beta_fn": "D | D, 1 | n*D, n", "pre_branch_scale": "1", "h_post_scale": "1"},
         "norm_gamma": "D | n*D",
     },
-    unread=("dynamic_alpha_fn", "dynamic_beta_fn", "norm_gamma"),
-    stored={"norm_gamma": "norm.gamma"},
-    parts=lambda t: {
-        "pre": t.static_alpha[:, 0],
-        "post": None if t.get("static_beta") is None else t.static_beta.reshape(t.n),
-        "res": t.static_alpha[:, 1:],
-    },
-    gates=lambda t: {
-        "pre": t.get("pre_branch_scale"),
-        "post": t.get("h_post_scale"),
-        "res": t.residual_scale,
-    },
-    sources_in_rows=True,
+    gates=lambda t: _three((t.get("pre_branch_scale"), t.get("h_post_scale"), t.residual_scale)),
     read=_sigmoid,
     write=_twice_sigmoid,
     mixing=lambda t: sinkhorn(t.res, t.rounds, last="rows"),
-    constants={"rounds": Constant(("sinkhorn_iters", "mhc_sinkhorn_iters", "num_sinkhorn_iters"), 20)},
+    constants={"rounds": _CONSTANTS["rounds"]},
 )
+
 # --- heads: the read of the streams before the final norm
 
 # Of DeepSeek-V4 and its relatives, and of openPangu-2.0.
@@ -241,7 +223,7 @@ HEAD = Dialect(
     gates=lambda t: {"pre": t.scale},
     read=_sigmoid_with_floor,
     learns_mixing=False,
-    constants={"eps": Constant(("hc_eps", *_EPSILON), 1e-6)},
+    constants={"eps": _CONSTANTS["eps"]},
 )
 TABLE = (
     *(DEEPSEEK_V4, DEEPSEEK_V4_MODULES, OPENPANGU_V2, MEGATRON, HY_V4),

@@ -71,6 +71,13 @@ class Found:
         return frozenset(tensor.name for tensor in self.roles.values())
 
     @property
+    def read(self) -> dict[str, StoredTensor]:
+        """The tensors whose values the row's functions use."""
+        row = self.dialect
+        known = (*row.tensors, *(role for role in row.optional if role not in row.unread))
+        return {role: self.roles[role] for role in known if role in self.roles}
+
+    @property
     def streams(self) -> int:
         """n; 1 for a row without streams."""
         return self.sizes.get("n", 1)
@@ -134,7 +141,7 @@ def recognise(
     sizes = {(one.streams, one.sizes.get("D")) for one in connections}
     heads = [one for one in possible_heads if (one.streams, one.sizes.get("D")) in sizes]
     owned = {name for one in (*connections, *heads) for name in one.tensors}
-    suspects = _suspects(alike.values(), {one.module for one in (*connections, *heads)})
+    suspects = set(_suspects(alike.values(), {one.module for one in (*connections, *heads)}))
     for one in sorted(found, key=lambda one: len(one.roles)):
         if one.misfit and one.dialect in usable:
             reasons |= {name: f"as {one.dialect.name}, {one.misfit}" for name in one.tensors & suspects}
@@ -251,21 +258,16 @@ def _extra_names(one: Found, modules: Mapping[str, Sequence[tuple[str, str]]]) -
 # --- what looks like a connection and fits no row
 
 
-def _suspects(alike: Iterable[Sequence[str]], recognised: set[str]) -> set[str]:
-    """The names that look like those of a connection; ``recognised``: modules that are known ones."""
-    return {
-        name for group in alike if WORDS.search(group[0]) for name in group if _has_words(name, recognised)
-    }
-
-
-def _has_words(name: str, recognised: set[str]) -> bool:
-    """Whether a name tells of a connection; words of the path of a recognised one around it do not count."""
-    own = name.removesuffix(WEIGHT)
-    if HARMLESS.search(own.rpartition(".")[2]) and "res_norm" not in own:
-        return False
-    parts = own.split(".")
-    around = (end for end in range(len(parts) - 1, 0, -1) if ".".join(parts[:end]) in recognised)
-    return WORDS.search(".".join(parts[next(around, 0) :])) is not None
+def _suspects(alike: Iterable[Sequence[str]], recognised: set[str]) -> Iterator[str]:
+    """The names that tell of a connection; words of the path of a recognised module around it do not count."""
+    for group in alike:
+        for name in group if WORDS.search(group[0]) else ():
+            own = name.removesuffix(WEIGHT)
+            parts = own.split(".")
+            around = (end for end in range(len(parts) - 1, 0, -1) if ".".join(parts[:end]) in recognised)
+            is_harmless = HARMLESS.search(parts[-1]) and "res_norm" not in own
+            if not is_harmless and WORDS.search(".".join(parts[next(around, 0) :])):
+                yield name
 
 
 # --- where in the network
@@ -280,18 +282,17 @@ class Place:
     branch: str
 
 
-def place_of(module: str, inside: Sequence[str] = ()) -> Place:
-    """Chain, layer and branch of a connection, from the words of its path or of the tensors in its branch.
+def place_of(module: str, *, is_head: bool = False) -> Place:
+    """Chain, layer and branch of a connection, from the words of its path.
 
     Returns: Layer -1 where the path has no number.
     """
     parts = module.split(".")
-    # The first number of a path counts the blocks; what follows it names the part of the block.
+    # The first number of a path counts the blocks; what follows it names the part of the block, the last name best.
     at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-    own = parts if at is None else parts[at + 1 :]
-    # The innermost name is the most specific one; what is inside the module counts last.
-    texts = (*reversed(own), *inside)
-    branch = next((branch for text in texts for branch, words in BRANCHES if words.search(text)), "block")
+    own = reversed(parts if at is None else parts[at + 1 :])
+    branch = next((branch for text in own for branch, words in BRANCHES if words.search(text)), "block")
+    branch = "head" if is_head else branch
     return Place("", -1, branch) if at is None else Place(".".join(parts[:at]), int(parts[at]), branch)
 
 

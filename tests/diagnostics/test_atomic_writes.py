@@ -147,20 +147,6 @@ def test_an_error_at_any_step_leaves_the_former_or_the_new(tmp_path, monkeypatch
     assert number > 8
 
 
-def test_a_block_that_fails_leaves_everything_as_it_was(tmp_path):
-    write_folder(tmp_path / "folder", "former")
-
-    def fail():
-        with replaced_folder(tmp_path / "folder", check=refuse_notes) as fresh:
-            (fresh / "half").write_text("half")
-            raise KeyError("a bug of the caller")
-
-    with pytest.raises(KeyError, match="bug"):
-        fail()
-    assert content(tmp_path / "folder") == {"one": "former", "data/two": "former"}
-    assert os.listdir(tmp_path) == ["folder"]
-
-
 # --- several writers
 
 

@@ -35,3 +35,7 @@ class Model(nn.Module):
 
 def build() -> nn.Module:
     return Model(0)
+
+
+def build_another() -> nn.Module:
+    return Model(1)

@@ -95,7 +95,7 @@ def test_a_run_keeps_the_commit(server, tmp_path, capsys):
     [
         (
             "org/pickled",
-            r"weights as pytorch_model\.bin alone, which can contain code and are not fetched; convert",
+            r"it has config\.json, pytorch_model\.bin\. Weights in other files can contain code and are not",
         ),
         ("org/spm", r"tokenizer of 'org/spm' is neither JSON nor text \(tokenizer\.model\)"),
         ("org/quantised", r"has 2 GGUF files; name one, such as org/quantised/a\.Q4\.gguf"),

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from tests.models.stream_bugs import sinkhorn
+
 N, D, LAYERS = 4, 8, 3
 M = N * (N + 2)
 SUBLAYERS = [(layer, branch) for layer in range(LAYERS) for branch in (0, 1)]
@@ -65,15 +67,6 @@ def sinkhorn_v4(logits: torch.Tensor, rounds: int, eps: float) -> torch.Tensor:
     for _ in range(rounds - 1):
         matrix = matrix / (matrix.sum(-1, keepdim=True) + eps)
         matrix = matrix / (matrix.sum(-2, keepdim=True) + eps)
-    return matrix
-
-
-def sinkhorn_lucidrains(logits: torch.Tensor, rounds: int = 20) -> torch.Tensor:
-    """hyper-connections': exp, then columns and rows in turn."""
-    matrix = (logits.double() - logits.double().amax(-2, keepdim=True)).exp()
-    for _ in range(rounds):
-        matrix = matrix / matrix.sum(-2, keepdim=True)
-        matrix = matrix / matrix.sum(-1, keepdim=True)
     return matrix
 
 
@@ -249,7 +242,7 @@ def flattened_mhc() -> Case:
     return of_alphas(
         19, (N, N + 1), {"dynamic_alpha_fn": (N * D, N + N * N), **OF_ALL_STREAMS},
         lambda alpha, beta: Weights(
-            sinkhorn_lucidrains(alpha[:, 1:]).T, torch.sigmoid(alpha[:, 0]), 2 * torch.sigmoid(beta)
+            sinkhorn(alpha[:, 1:].double()).T, torch.sigmoid(alpha[:, 0]), 2 * torch.sigmoid(beta)
         ),
         "mhc", "mhc-lucidrains", scale=2.0,
     )  # fmt: skip

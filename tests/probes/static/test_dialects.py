@@ -155,7 +155,7 @@ def test_a_users_row_comes_before_the_table(tmp_path):
     [
         ({"mixing": lambda t: np.diag(t.post[:2])}, r"H_res has the shape \(2, 2\); expected \(5, 5\)"),
         ({"mixing": lambda t: np.diag(t.res + t.start)}, "could not be broadcast"),
-        ({"read": lambda t: t.begin}, "'begin' is not a tensor, size, constant or part of the row"),
+        ({"read": lambda t: t.begin}, "has no attribute 'begin'"),
         ({"mixing": lambda t: sinkhorn(np.diag(t.res), 3, last="up")}, "sinkhorn ends on 'up'"),
     ],
 )
@@ -176,6 +176,9 @@ def test_shapes_give_the_sizes_or_several_solutions():
     texts = {"a": "n*k, k*(n+1)", "b": "n, n + 1"}
     assert solve({"b": (4, 5)}, texts) == [{"n": 4}]
     assert solve({"b": (5, 4)}, texts) == []
+    assert [size["n"] for size in solve({"c": (8,)}, {"c": "n*k"})] == [2, 4, 8]
+    with pytest.raises(InputError, match="several unknown factors"):
+        solve({"d": (8,)}, {"d": "k*r"})
     assert solve({"a": (8, 10)}, texts) == [{"k": 2, "n": 4}]
 
 
