@@ -14,23 +14,22 @@ from dataclasses import dataclass
 import torch
 
 from depthscope.probes.connections.proof import SAME, Origin, Parts, per_token
-from depthscope.probes.reading.description import ConnectionReading, DepthReading, MemoryReading
+from depthscope.probes.reading.description import ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import INPUT, PARAMETER, Graph, ReadingError, TracedValue, names, walk
 from depthscope.probes.reading.operations import addends, reordered
 
-AnyConnection = ConnectionReading | DepthReading
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
 CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which is not tried
 
 
-def reads_of(connection: AnyConnection) -> list[TracedValue]:
+def reads_of(connection: ConnectionReading) -> list[TracedValue]:
     """What the branches of a connection take."""
     return [value for of in connection.branches for value in of.branch.inputs if value.func is not None]
 
 
-def factors_of(graph: Graph, memory: MemoryReading, connection: AnyConnection) -> Iterator[TracedValue]:
+def factors_of(graph: Graph, memory: MemoryReading, connection: ConnectionReading) -> Iterator[TracedValue]:
     """What multiplies the streams between two states or on the way to what a branch reads, or what a branch gives."""
     values, carried = graph.values, memory.carried
     before = memory.states[connection.depth_in].values
@@ -153,10 +152,7 @@ class Search:
             yield each[self.rows].to("cpu", torch.float32)
 
     def _matching(self, number: int, wanted: torch.Tensor) -> list[TracedValue]:
-        """The values among what the factors were computed from that are some coefficients (K, T, *tail), or their transpose.
-
-        A matrix may be a part of one that reads too: its last columns, source by destination.
-        """
+        """The values behind the factors that are some coefficients, or their transpose, also as the last columns of one."""
         limit = SAME * max(1.0, float(wanted.abs().max()))
         tail = tuple(wanted.shape[2:])
         more = [tail[0] * (tail[0] + views) for views in range(1, MOST_VIEWS + 1)] if len(tail) == 2 else []
@@ -396,10 +392,7 @@ class Rerun:
 
     @torch.no_grad()
     def tensor(self, value: TracedValue) -> torch.Tensor:
-        """The tensor of a value.
-
-        Raises ReadingError: Where it comes from what was not held and cannot be run again.
-        """
+        """The tensor of a value; ReadingError where it comes from what was not held and cannot be run again."""
 
         def made_of(of: TracedValue) -> Sequence[TracedValue]:
             return () if of.number in self._made or of.held is not None else of.parents

@@ -328,10 +328,7 @@ def measured_constraint(
 
 
 def constraint_of(evidence: Evidence) -> Constraint | None:
-    """The constraint of the proven connections of a run; see `measured_constraint`.
-
-    Returns: None where no connection has a matrix.
-    """
+    """The constraint of the proven connections of a run, see `measured_constraint`; None where none has a matrix."""
     joints = evidence.joints
     if not any(joint.mixes for joint in joints):
         return None
@@ -365,10 +362,7 @@ LEAST_IN_TURN = 4  # two rounds: a softmax along each axis once is no iteration
 
 
 def times_in_turn(values: Iterable[TracedValue], num_streams: int) -> int:
-    """How often rows and columns of n × n matrices are summed over in turn, on the longest way through some operations.
-
-    ``values``: in the order in which they were made.
-    """
+    """How often some operations, in order, sum over rows and columns of n × n matrices in turn, on the longest way."""
     found: dict[int, tuple[int, int]] = {}  # by value: how often, and along which axis last
     for value in values:
         times, last = max((found.get(parent.number, (0, 0)) for parent in value.parents), default=(0, 0))

@@ -95,10 +95,7 @@ FOREIGN = 1e-3  # of a gradient, at other tokens; a heuristic
 
 
 def remarks(joints: Sequence[Joint]) -> tuple[Remark, ...]:
-    """What every rule has to say.
-
-    ``joints``: one for each connection with streams, in order.
-    """
+    """What every rule has to say of the connections with streams, in order."""
     finite = [each for each in joints if each.matrix.isfinite().all() and len(each.tokens(each.matrix))]
     if not joints or len(finite) < len(joints) or joints[0].num_streams < 2:
         return ()
@@ -230,10 +227,7 @@ def passing(joints: Sequence[Joint]) -> Iterator[Remark]:
 
 
 def passing_inside(streams: int, steps: int) -> tuple[Remark, ...]:
-    """The same where no state between the steps has streams at all.
-
-    ``streams``: that every step makes of its state and merges again.
-    """
+    """The same where every step makes streams of its state and merges them again, so that no state between has any."""
     sentence = (
         f"Streams are expanded and merged inside each block and do not persist: each of the {steps} steps makes {streams} "
         "streams of its state and merges them into 1 again, which is handed on, as in a plain residual network"

@@ -206,10 +206,7 @@ class Linear:
         )
 
     def _steps(self, link: _Link) -> Hashable | None:
-        """What the steps that join two states are; those of another block may be the same.
-
-        None where a step adds a constant, or takes anything but the memory and what branches give.
-        """
+        """What the steps that join two states are, to be compared; None where one adds a constant, or takes anything else."""
         states, replays, sources = self.states, self._replays[0], link.sources
         places = {value.number: at for at, value in enumerate(v for of in sources for v in of)}
         parts: list[Hashable] = [tuple(map(len, sources))]

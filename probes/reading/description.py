@@ -38,7 +38,10 @@ class BranchReading:
 
 @dataclass
 class ConnectionReading:
-    """What joins two states: X' = H_res X + Σ h_post y + constant; weights are (tokens, to, from, features or 1)."""
+    """What joins two states: X' = H_res X + Σ h_post y + constant; weights are (tokens, to, from, features or 1).
+
+    Over depth X are the sources: the first state and the outputs of all earlier branches.
+    """
 
     depth_in: int
     h_res: torch.Tensor
@@ -49,26 +52,9 @@ class ConnectionReading:
     functions: list[str]  # norms and activations of the whole state at the begin and the end of the step
     weighs: bool = True  # whether an operation scales or mixes the streams; otherwise h_res is the identity by construction
     error: float = 0.0  # of the recomputed state, relative to its largest number
-
-    @property
-    def depth_out(self) -> int:
-        """The depth of the next state."""
-        return self.depth_in + 1
-
-
-@dataclass
-class DepthReading:
-    """What joins two states that are sums over depth; weights are (tokens, sources, features or 1)."""
-
-    depth_in: int
-    read: torch.Tensor  # of what its last branch reads
-    carry: torch.Tensor  # of the next state, without its own branches
-    state: torch.Tensor  # of the state before
-    branches: list[BranchReading]
-    constant: torch.Tensor | None
-    error: float
-    functions: tuple[str, ...] = ()
-    weighs = True
+    state: torch.Tensor | None = (
+        None  # over depth, of the state before in the sources: (tokens, from, features or 1)
+    )
 
     @property
     def depth_out(self) -> int:
@@ -82,7 +68,7 @@ class MemoryReading:
 
     name: str
     states: tuple[StateReading, ...]
-    connections: tuple[ConnectionReading | DepthReading, ...]
+    connections: tuple[ConnectionReading, ...]
     num_streams: int
     over_depth: bool
     # How many streams every step makes of its state and merges again; 0 where some step makes none.
@@ -130,12 +116,3 @@ class MemoryReading:
     def is_proven(self) -> bool:
         """Whether every state and read was recomputed from the parts, and the choice of the states is complete."""
         return self.proof == PROVEN
-
-
-@dataclass(frozen=True)
-class NetworkReading:
-    """The memories of one forward, the model's first; none where ``refused`` has the reason."""
-
-    memories: tuple[MemoryReading, ...]
-    left_out: Mapping[str, str]  # memories that were found and are not described, with the reasons
-    refused: str = ""

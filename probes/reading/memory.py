@@ -246,10 +246,7 @@ def _followed(memory: Memory, rules: Rules, value: TracedValue) -> list[TracedVa
 
 
 def _end(memory: Memory) -> TracedValue:
-    """The value after most writes: of those that reach the output, or that a last block hands on and nobody reads.
-
-    The latest one that has every token and feature; the latest of all, where none has.
-    """
+    """The value after most writes that reaches the output, or that a last block hands on: the latest whole one, or any."""
     graph = memory.graph
     values = [graph.values[number] for number in memory.carried]
     written = [value for value in values if memory.depth[value.number]]

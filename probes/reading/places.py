@@ -53,22 +53,17 @@ class OperationPlaces:
         }
         for value in (graph.values[number] for number in sorted(needed)):
             of_model = own.get(id(value.held))
-            if not places.add(value, is_constant=of_model is not None):
+            if value.made_at is not None:
+                places.wanted.setdefault(value.call, {}).setdefault(value.made_at, []).append(value)
+                continue
+            if value.given_at is not None:
+                places.given[value.given_at] = value
+            elif value.held is not None and (of_model is not None or value.name in FILLS):
+                places.constant.append((value, value.held))
+            else:
                 return None
-            places.of_model += [of_model] if of_model is not None and value.made_at is None else []
+            places.of_model += [of_model] if of_model is not None else []
         return places
-
-    def add(self, value: TracedValue, *, is_constant: bool) -> bool:
-        """Note where a value is made, given or held; whether it has a place."""
-        if value.made_at is not None:
-            self.wanted.setdefault(value.call, {}).setdefault(value.made_at, []).append(value)
-        elif value.given_at is not None:
-            self.given[value.given_at] = value
-        elif value.held is not None and (is_constant or value.name in FILLS):
-            self.constant.append((value, value.held))
-        else:
-            return False
-        return True
 
     def fit(self, model: nn.Module, batch: Sequence[torch.Tensor]) -> bool:
         """Whether a forward that begins should run the operations that are known."""
@@ -97,10 +92,7 @@ class _Frame:
 
 
 class PlacedRecorder(TorchDispatchMode):
-    """The tensors of a later forward at known places; it hands them to the graph at the end.
-
-    ``batch``: the tensors that the model is called with.
-    """
+    """The tensors of a later forward, called with those of ``batch``, at known places; the graph gets them at the end."""
 
     def __init__(self, places: OperationPlaces, batch: Sequence[torch.Tensor]):
         super().__init__()
@@ -187,10 +179,7 @@ class PlacedRecorder(TorchDispatchMode):
         return self.graph
 
     def hold(self) -> None:
-        """Let the graph have the tensors of this forward.
-
-        Raises ReadingError: Where other operations ran.
-        """
+        """Let the graph have the tensors of this forward; ReadingError where other operations ran."""
         if self.error is not None:
             raise ReadingError(self.error)
         self.graph.take(self._found)

@@ -227,10 +227,7 @@ class WeightCoverage:
         return {name: size / max(total, 1) for name, size in sizes.items()}
 
     def names_in_branches(self) -> set[str]:
-        """The names of the parameters that work on what was computed from the first state.
-
-        A tower that branches attend to, or whose output is put into the first state, lies in no branch.
-        """
+        """The names of the parameters in branches that work on what the first state gave, and in no other tower."""
         later = self.graph.later(self.memory.root)
         working = (number for number in weights(self.graph) if later[number])
         found = {w for number in working for w in weights(self.graph)[number]} & self.by_place["branches"]
@@ -259,10 +256,7 @@ class WeightCoverage:
     def _residual_sum(
         self, numbers: Iterable[int], marks: bytearray, after: TracedValue | None = None
     ) -> TracedValue | None:
-        """A marked sum of a value and of what was computed from it, that may belong to the states.
-
-        ``after``: what the value was computed from.
-        """
+        """A marked sum of a value (computed from ``after``) and of what was computed from it, that may be a state."""
         for number in numbers:
             value = self.graph.values[number]
             if not marks[number] or number in self.of_others:

@@ -23,9 +23,7 @@ from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
     ConnectionReading,
-    DepthReading,
     MemoryReading,
-    NetworkReading,
     StateReading,
 )  # fmt: skip
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
@@ -60,20 +58,26 @@ def printed_after(name: str | None) -> Iterator[None]:
 
 
 class Rereading:
-    """The reading of a forward, and that of later ones: where these run the same operations, nothing is looked for again."""
+    """The memories of a forward, the model's first; of later ones that run the same operations nothing is looked for again."""
 
     def __init__(self, graph: Graph):
         self.graph = graph
         self._readers: list[_Reader] = []
-        with torch.no_grad():
-            self.reading = self._read()
+        self.memories: list[MemoryReading] = []  # none where `refused` has the reason
+        self.left_out: dict[str, str] = {}  # memories that were found and are not described, with the reasons
+        self.refused = ""
+        try:
+            with torch.no_grad():
+                self._read()
+        except ReadingError as error:
+            self.refused = str(error)
         if (name := _printed.get()) is not None:
-            refused = [f"refused: {self.reading.refused}"] if self.reading.refused else []
+            refused = [f"refused: {self.refused}"] if self.refused else []
             sys.stdout.writelines(f"{line}\n" for line in (*self._found_by(name), *refused))
 
     def _found_by(self, name: str) -> Iterable[str]:
         """What a pass found, a line each."""
-        values, readers, found = self.graph.values, self._readers, self.reading.memories
+        values, readers, found = self.graph.values, self._readers, self.memories
         return {
             "record": (f"{value!r} {self.graph.path(value)}" for value in values),
             "memories": (
@@ -99,47 +103,40 @@ class Rereading:
             ),
         }[name]  # fmt: skip
 
-    def _read(self) -> NetworkReading:
-        if self.graph.error is not None:
-            error = self.graph.error
+    def _read(self) -> None:
+        if (error := self.graph.error) is not None:
             why = str(error) if isinstance(error, ReadingError) else repr(error)
-            return NetworkReading((), {}, f"the forward could not be recorded: {why}")
-        try:
-            found = memories(self.graph)
-            _refuse_recurrence(self.graph, found[0])
-            self._readers = _numbered(found)
-            outer = [reader.outer() for reader in self._readers]
-            if any(new is not old for new, old in zip(outer, found, strict=True)):
-                self._readers = _numbered(outer)
-            done, left_out = [self._readers[0].reading()], {}
-        except ReadingError as error:
-            return NetworkReading((), {}, str(error))
-        for reader in self._readers[1:]:
+            raise ReadingError(f"the forward could not be recorded: {why}")
+        found = memories(self.graph)
+        _refuse_recurrence(self.graph, found[0])
+        self._readers = _numbered(found)
+        outer = [reader.outer() for reader in self._readers]
+        if any(new is not old for new, old in zip(outer, found, strict=True)):
+            self._readers = _numbered(outer)
+        for number, reader in enumerate(self._readers):
             try:
-                done.append(reader.reading())
+                self.memories.append(reader.reading())
             except ReadingError as error:
-                left_out[reader.name] = str(error)
-        return NetworkReading(tuple(done), left_out)
+                if not number:
+                    raise
+                self.left_out[reader.name] = str(error)
 
     def keep(self, memory: MemoryReading) -> None:
         """Read this memory alone from now on, and let go of the first forward's tensors."""
         self._readers = [next(of for of in self._readers if of.memory.root.number == memory.root)]
-        self.reading = NetworkReading((), {})
+        self.memories = []
         self.graph.let_go()
 
     @torch.no_grad()
     def again(self, graph: Graph) -> MemoryReading:
-        """The memory that was kept in a later forward, whose tensors are held until `let_go`.
-
-        Raises ReadingError: Where it is not found again.
-        """
+        """The memory that was kept, in a later forward with its tensors held; ReadingError where it is not found."""
         if graph.error is not None:
             raise ReadingError(f"a later forward could not be recorded: {graph.error}")
         if graph is not self.graph and not self.graph.takes_over(graph):
             other, wanted = Rereading(graph), self._readers[0].place
             found = next((of for of in other._readers if of.place == wanted), None)
             if found is None:
-                why = f": {other.reading.refused}" if other.reading.refused else ""
+                why = f": {other.refused}" if other.refused else ""
                 raise ReadingError(
                     f"{self._readers[0].name} was not found again in a later forward, whose operations are others{why}"
                 )
@@ -180,15 +177,20 @@ class _Reader:
         self.names = BranchNames(memory, self.branches)
         self.name, self.place = name_of(self.names), self.graph.place(memory.root)
 
+    @property
+    def layers(self) -> list[int]:
+        """The block numbers of its branches."""
+        return [branch.layer for branch in self.branches]
+
     @cached_property
     def _first_cuts(self) -> Cuts:
-        return cuts_of(self.memory, self.branches, self.names.layers)
+        return cuts_of(self.memory, self.branches, self.layers)
 
     def outer(self) -> Memory:
         """The memory without sums inside of blocks that add all of what they make to one state, as an interpolation does."""
         memory, cuts = self.memory, self._first_cuts.cuts
         states = [cut for cut in cuts[:-1] if size_of(memory, cut) == memory.count] + [[memory.end]]
-        if not len(set(self.names.layers)) < len(states) < len(cuts):
+        if not len(set(self.layers)) < len(states) < len(cuts):
             return memory
         inner: set[int] = set()
         for (before, *_), (after, *_) in pairwise(states):
@@ -219,16 +221,12 @@ class _Reader:
         found = self._first_cuts
         changed = [] if found.over_depth else [steps for steps, _ in self.names.steps_alone.values()]
         if changed:
-            found = cuts_of(self.memory, self.branches, self.names.layers, changed)
+            found = cuts_of(self.memory, self.branches, self.layers, changed)
         self.states = States(self.memory, self.branches)
         # Of streams, gates of each feature are parts of the branches: their weights are then one number for each stream.
         has_streams = found.over_depth or self.states.num_streams(found.cuts[-1]) > 1
         if has_streams and with_own_gates(self.memory, self.branches, self.states.feature_stride):
             self.states = States(self.memory, self.branches)
-        for number, branch in enumerate(self.branches):
-            branch.path, branch.kind = self.names.paths[number], self.names.kind(number)
-            unit, branch.layer = self.names.unit(number), self.names.layers[number]
-            branch.unit = -1 if unit is None else unit
         if found.over_depth and (plain := self._before_last_mixture()) is not None:
             read = self._instead(plain)
             path = self.graph.path(self.memory.end) or "the model"
@@ -283,7 +281,7 @@ class _Reader:
             return None
         number_blocks([reader.names])
         shorter = reader.memory
-        found = cuts_of(shorter, reader.branches, reader.names.layers)
+        found = cuts_of(shorter, reader.branches, reader.layers)
         states = {value.number for cut in found.cuts for value in cut}
         is_plain = not found.over_depth and all(
             any(of.number in states for of in shorter.line(branch.read)) for branch in reader.branches
@@ -332,7 +330,7 @@ class _Reader:
     def _described(
         self,
         cuts: Sequence[Cut],
-        connections: Sequence[ConnectionReading | DepthReading],
+        connections: Sequence[ConnectionReading],
         errors: list[float],
         *,
         over_depth: bool,
@@ -378,10 +376,7 @@ class _Reader:
         return found
 
     def _other_end(self, cuts: Sequence[Cut]) -> str:
-        """Why the last of several states over depth is not all that the head reads; empty where it is.
-
-        As of a second stream, which goes on next to it to the end.
-        """
+        """Why the last state over depth is not all that the head reads, as of a second stream; empty where it is."""
         memory, depth = self.memory, max(value.number for cut in cuts[:-1] for value in cut)
         known = {value.number for cut in cuts for value in cut}.union(
             read.number for branch in self.branches for read in (branch.read, *branch.reads)
@@ -471,24 +466,22 @@ class _Reader:
         parts: DepthParts,
         error: float,
         by_read: bool,
-    ) -> DepthReading:
+    ) -> ConnectionReading:
         read_state, before, after = pair
         new = [
             k for k, branch in enumerate(self.branches)
             if (self._read_state(branch) is read_state if by_read else before.number < branch.writes[0].number <= after.number)
         ]  # fmt: skip
-        reads = [self.branches[k] for k in new if self.linear.num_mixtures(self.branches[k]) == 1]
-        read = reads[-1].read if reads else before
-        carry = parts.of(after).clone()
+        carry, found = parts.of(after).clone(), []
         carry[:, [k + 1 for k in new]] = 0
-        found = []
-        for k in new:
-            own = weights(parts.of(after)[:, k + 1])[:, None, None]
-            rows = parts.rows(self.linear.mixtures(self.branches[k]))
-            several = torch.stack(rows, 1) if len(rows) > 1 else None
-            found.append(BranchReading(self.branches[k], own, parts.sources[k + 1].unsqueeze(1), several))
-        constant = parts.constants.get((after.number, 0))
-        return DepthReading(number, parts.of(read), carry, parts.of(before), found, constant, error)
+        for branch, k in ((self.branches[k], k + 1) for k in new):
+            write = weights(parts.of(after)[:, k])[:, None, None]
+            read = torch.stack(parts.rows(self.linear.mixtures(branch)), 1)
+            found.append(BranchReading(branch, write, parts.sources[k].unsqueeze(1), read))
+        constant, state = parts.constants.get((after.number, 0)), parts.of(before)
+        return ConnectionReading(
+            number, carry.unsqueeze(1), found, constant, [before], [after], [], error=error, state=state
+        )
 
     def _read_state(self, branch: Branch) -> TracedValue:
         """What a branch reads; where it reads several mixtures at once, what its output is added to."""

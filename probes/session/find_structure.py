@@ -15,7 +15,7 @@ from torch import nn
 from depthscope.probes.connections.proof import StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, count_streams, parse_layout
-from depthscope.probes.reading.description import PROVEN, ConnectionReading, MemoryReading
+from depthscope.probes.reading.description import PROVEN, MemoryReading
 from depthscope.probes.reading.graph import INPUT, Graph, TracedValue
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.read import Rereading
@@ -81,7 +81,7 @@ class StructureFinder:
         self.graph, self.model, self.options = graph, model, options
         self.batch_size, self.batch_axis = batch_size, batch_axis
         self.rereading = Rereading(graph)
-        self.memories = self.rereading.reading.memories
+        self.memories = self.rereading.memories
         self._read: ReadStructure | None = None
         self._layouts: dict[tuple[int, int], tuple[Numbers, str]] = {}  # by memory and numbers
         self._unread: list[LeftOut] = []  # further states that cannot be read
@@ -170,7 +170,7 @@ class StructureFinder:
         if self.options.blocks is not None:
             return self._chains_of_named_blocks(self.options.blocks)
         if calls := self._linked_blocks():
-            refused = f"unproven: {self.rereading.reading.refused}"
+            refused = f"unproven: {self.rereading.refused}"
             try:
                 return [self._chain_of_calls(calls, self.memories[0].proof if self.memories else refused)]
             except LayoutError:
@@ -178,7 +178,7 @@ class StructureFinder:
                 if self.memories or self.graph.sides[calls[0], "input"][0].kind != INPUT:
                     raise
         if not self.memories:
-            raise ChainError(f"{self.rereading.reading.refused}{self._or_layers.replace(', or', ';')}")
+            raise ChainError(f"{self.rereading.refused}{self._or_layers.replace(', or', ';')}")
         taken = self._chosen_memories()
         first = taken[0][0]
         if not first.is_plain:
@@ -199,7 +199,7 @@ class StructureFinder:
         """The chains of some plain memories, in order; further ones that cannot be read are named."""
         first = taken[0][0]
         found = self._chains_of_stages(taken[0])
-        if (why := self.rereading.reading.left_out.get(first.name)) is not None:
+        if (why := self.rereading.left_out.get(first.name)) is not None:
             self._unread.append(
                 LeftOut(first.name, why=f"a further residual stream of these blocks is not measured: {why}")
             )
@@ -296,7 +296,7 @@ class StructureFinder:
                 found.append(with_named_blocks(self.graph, chain, calls, depths))
         if found:
             return self._with_names(found)
-        why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
+        why = self.rereading.refused or "no residual memory has a branch in each of these modules"
         return [self._chain_of_calls(calls, f"{ASSERTED}{why}")]
 
     def _chain_of_calls(self, calls: Sequence[int], proof: str) -> Chain:
@@ -481,7 +481,6 @@ def _gates_the_state(memory: MemoryReading) -> bool:
     """Whether a state is scaled otherwise at each token, and not only dropped at some, as by a mask."""
     known: set[tuple[Any, ...]] = set()
     for connection in memory.connections:
-        assert isinstance(connection, ConnectionReading)
         scale = connection.h_res
         place = scale.data_ptr(), scale.shape, scale.stride()  # equal blocks have one tensor
         if place in known:

@@ -45,10 +45,7 @@ class HookPoint:
     result: int = 0  # which of its results
     layout: str = ""  # where it is another one than the chain's
     streams: tuple[HookPoint, ...] = ()  # what shows each stream, where each is a tensor of its own
-    # Whether a branch that is written into this state read the tensor already: it has the gradient of that, too.
-    is_read_before: bool = False
-    # Whether a function of autograd makes the tensor and reads it itself: it has a part of the gradient alone.
-    is_read_inside: bool = False
+    without_gradient: str = ""  # why the gradient of the tensor is not that of the state alone
 
     @property
     def place(self) -> ValuePlace:
@@ -151,10 +148,7 @@ def _closest_paths(path: str, modules: dict[str, nn.Module]) -> str:
 
 
 def named_calls(graph: Graph, model: nn.Module, layers: Sequence[str]) -> list[int]:
-    """The numbers of the calls of the modules that ``layers=`` names, in order.
-
-    Raises ChainError: Where one of them does not exist, did not run, or takes or gives no floating tensor.
-    """
+    """The calls of the modules that ``layers=`` names; ChainError where one is not there, did not run, or shows no state."""
     modules = dict(model.named_modules())
     wanted = block_paths(model, layers)
     calls = {path: [n for n, call in enumerate(graph.calls) if call.path == path] for path in wanted}
@@ -219,10 +213,7 @@ def _state_between(graph: Graph, before: int, after: int) -> tuple[int, str]:
 
 
 def block_labels(blocks: Sequence[ModuleCall], *, constant: bool) -> list[tuple[int, str]]:
-    """The block and site of the state before each of some calls, and of the one after the last.
-
-    ``constant``: whether all states have one shape; otherwise there are stages, whose blocks are numbered from 0 each.
-    """
+    """The block and site of the state before each of some calls, and after the last; ``constant``: all have one shape."""
     layers = layer_numbers(blocks) if constant else list(range(len(blocks)))
     found = [(-1, "embed")]
     for depth, layer in enumerate(layers, 1):

@@ -29,14 +29,6 @@ FURTHER_SHARE = 0.1
 NAMED_SHARE = 0.2
 # A block computes something: it has a matrix to go in and one to come out, unlike a convolution with its norm.
 LEAST_MATRICES = 2
-# Why a state has no gradient.
-READ_BEFORE = (
-    "a branch that is written into each had read a tensor of it before, so that autograd gives one sum of both "
-    "gradients"
-)
-READ_INSIDE = (
-    "a function of autograd makes each and reads it itself, so that autograd has a part of its gradient alone"
-)
 
 
 @dataclass(frozen=True)
@@ -292,10 +284,7 @@ def _around(graph: Graph, memory: MemoryReading) -> set[str]:
 
 
 def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[MemoryReading]) -> str:
-    """A block, next to those of plain chains and of their class, that takes or gives no state of them; empty where none is.
-
-    What lies inside of a branch is none, and nothing is missed of what is called for nothing.
-    """
+    """A block next to those of plain chains and of their class that takes or gives none of their states; empty for none."""
     if (twice := _named_twice(graph, chains)) is not None:
         return f"{twice.module}, which is not a module, gives a second state after block {twice.layer}"
     known = {number for memory in memories for state in memory.states for number in state.values}
@@ -394,12 +383,12 @@ def require_all_blocks(graph: Graph, model: nn.Module, chain: Chain) -> None:
 
 def states_without_gradients(chain: Chain) -> Iterator[LeftOut]:
     """What is said of states of which autograd has another gradient, or a part of it alone."""
-    shown = [(depth, of) for depth, point in enumerate(chain.points) for of in (point.streams or (point,))]
-    reasons = {
-        READ_BEFORE: (depth for depth, of in shown if of.is_read_before and chain.points[depth].streams),
-        READ_INSIDE: (depth for depth, of in shown if of.is_read_inside),
-    }
-    for why, found in reasons.items():
-        if depths := list(dict.fromkeys(found)):
-            names = ", ".join(map(str, depths))
-            yield LeftOut(chain.points[depths[0]].module, why=f"no gradients of the states {names}: {why}")
+    shown = [
+        (depth, of.without_gradient)
+        for depth, point in enumerate(chain.points)
+        for of in (point.streams or (point,))
+    ]
+    for why in dict.fromkeys(why for _, why in shown if why):
+        depths = list(dict.fromkeys(depth for depth, of in shown if of == why))
+        names = ", ".join(map(str, depths))
+        yield LeftOut(chain.points[depths[0]].module, why=f"no gradients of the states {names}: {why}")

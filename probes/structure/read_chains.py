@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from depthscope.probes.connections.computation import AnyConnection, factors_of
+from depthscope.probes.connections.computation import factors_of
 from depthscope.probes.connections.proof import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.description import ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of, shared_start
@@ -28,12 +28,17 @@ from depthscope.probes.reading.operations import (
 )
 from depthscope.probes.structure.chain import DEPTH, READ, Chain, Connection, HookPoint
 
+READ_BEFORE = (
+    "a branch that is written into each had read a tensor of it before, so that autograd gives one sum of both "
+    "gradients"
+)
+READ_INSIDE = (
+    "a function of autograd makes each and reads it itself, so that autograd has a part of its gradient alone"
+)
+
 
 class ChainReader:
-    """The chain of one memory.
-
-    ``layout_of``: the layout of a value of the memory, or of one with given numbers of its elements; empty where it has none.
-    """
+    """The chain of one memory; ``layout_of`` gives the layout of a value of it, or of one with given numbers, or nothing."""
 
     def __init__(self, graph: Graph, memory: MemoryReading, layout_of: Callable[..., str]):
         self.graph, self.memory, self.layout_of = graph, memory, layout_of
@@ -44,16 +49,10 @@ class ChainReader:
         self._of_layer: dict[int, list[Branch]] = {}
         for branch in self.branches:
             self._of_layer.setdefault(branch.layer, []).append(branch)
-        self.is_fine = False  # whether numbered parts of blocks are the blocks
         self._called = {call.path for call in graph.calls}  # a block whose forward is called directly is not
-        self.units = self._units()  # the call of the block of each branch
 
     def chain(self, *, inside: bool, wanted: Sequence[int] | None) -> Chain:
-        """The chain.
-
-        ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
-        ``wanted``: the states that are wanted, where the user names them.
-        """
+        """The chain, with the states inside of plain blocks if ``inside`` is true, or with the ``wanted`` ones alone."""
         depths = list(range(len(self.memory.states)))
         joined: tuple[Connection, ...] = ()
         if inside or not self.memory.is_plain:
@@ -83,8 +82,6 @@ class ChainReader:
         self._require_one_order(points)
         if self.memory.is_plain:  # what no call hands on that made it lies inside of that
             points = [p if self._is_named_rightly(p) else replace(p, site="mid") for p in points]
-        if self.memory.over_depth:
-            points = list(map(self._as_read, points))
         # The shapes of the states in the chain's layout: of one memory they are all the same.
         usual = next((point.shape for point in points if not point.layout), points[0].shape)
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
@@ -106,23 +103,6 @@ class ChainReader:
 
     def _layout(self, point: HookPoint) -> str:
         return self.layout_of(self._value(point))
-
-    def _as_read(self, point: HookPoint) -> HookPoint:
-        """A state over depth, named after the block that reads it where the block before gives another value."""
-        following = next((b for b in self.branches if b.layer > point.layer and self._call_of(b) >= 0), None)
-        made = self.graph.path(self._value(point))
-        if point.site == "pre" and made and not f"{point.module}.".startswith(f"{made}."):
-            return replace(point, module=made)
-        same = {other.number for other in same_elements(self.graph, self._value(point))}
-        calls = (number for number, call in enumerate(self.graph.calls) if call.path == point.module)
-        given = [of.number for call in calls for of in self.graph.sides.get((call, "output"), ())]
-        if point.site != "post" or following is None or not given or not same.isdisjoint(given):
-            return point
-        if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
-            return point
-        block = self.graph.calls[self._call_of(following)].path
-        module = made if made.startswith(f"{block}.") else block
-        return replace(point, layer=following.layer, site="pre", module=module)
 
     def _is_named_rightly(self, point: HookPoint) -> bool:
         """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
@@ -163,48 +143,11 @@ class ChainReader:
             point = self._point(depth, own)
         return replace(point, layout=own)
 
-    def _units(self) -> dict[int, int]:
-        """By the number of a branch's source the call of its block; -1 where it is in none.
-
-        Where numbered parts of the blocks hand every state on, as the sublayers of T5 do, these are the blocks.
-        """
-        coarse = {branch.source.number: branch.unit for branch in self.branches}
-        fine: dict[int, int] = {}
-        for connection in self.connections:
-            call = self._sublayer(connection)
-            if call is None:
-                return coarse
-            fine |= {of.branch.source.number: call for of in connection.branches}
-        self.is_fine = len(set(fine.values())) > len(set(coarse.values()))
-        return fine if self.is_fine else coarse
-
-    def _sublayer(self, connection: AnyConnection) -> int | None:
-        """The numbered call inside of a block that has a branch inside and hands on the state to which that was added."""
-        state = self.graph.values[self.memory.states[connection.depth_out].values[-1]]
-        around = self.graph.stack(state)
-        given = {
-            s.call
-            for v in same_elements(self.graph, state)
-            for s in self.graph.shown.get(v.number, ())
-            if s.at == "output"
-        }
-        units = {of.branch.unit for of in connection.branches}
-        inside = (
-            around[around.index(unit) + 1 :] if len(units) == 1 and (unit := units.pop()) in around else []
-        )
-        numbered = [call for call in inside if self.graph.calls[call].container is not None]
-        working = {call for of in connection.branches for call in self.graph.stack(of.branch.source)}
-        return next((call for call in numbered if call in given & working), None)
-
-    def _call_of(self, branch: Branch) -> int:
-        return self.units[branch.source.number]
-
     def _block(self, branch: Branch) -> str:
         """The path of the block that a branch is in: its call, or what the paths of its branches have in common."""
         own = self._of_layer[branch.layer]
-        calls = {self._call_of(other) for other in own}
-        if self.is_fine or (len(calls) == 1 and self._call_of(branch) >= 0):
-            return self.graph.calls[self._call_of(branch)].path
+        if branch.unit >= 0 and {other.unit for other in own} == {branch.unit}:
+            return self.graph.calls[branch.unit].path
         parts = zip(*(other.path.split(".") for other in own), strict=False)
         common = [of[0] for of in parts if len(set(of)) == 1]  # of branches in several lists the number
         while common and not common[-1].isdigit():
@@ -213,7 +156,7 @@ class ChainReader:
 
     # --- connections: the calls that mix or add, and what the coefficients are computed from
 
-    def _connection(self, of: AnyConnection) -> Connection:
+    def _connection(self, of: ConnectionReading) -> Connection:
         """A connection of a memory with streams, or over depth."""
         branch = of.branches[-1].branch
         given = self._shown_branch(branch)
@@ -235,7 +178,7 @@ class ChainReader:
             is_sinkhorn=times_in_turn(behind, self.memory.num_streams) >= LEAST_IN_TURN,
         )
 
-    def _behind_coefficients(self, of: AnyConnection) -> list[TracedValue]:
+    def _behind_coefficients(self, of: ConnectionReading) -> list[TracedValue]:
         """What the coefficients of a connection are computed from: all that scales and mixes the streams."""
         given = self.memory.carried.keys() | {number for each in of.branches for number in each.branch.way}
         factors = (factor.number for factor in factors_of(self.graph, self.memory, of))
@@ -250,7 +193,7 @@ class ChainReader:
         around = path == self._block(branch) or f"{branch.path}.".startswith(f"{path}.")
         return "" if around else path
 
-    def _plain_connections(self, of: AnyConnection, depths: Sequence[int]) -> Iterator[Connection | None]:
+    def _plain_connections(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
         """The branches that are added between two plain states; None for one that no module gives."""
         for branch in (each.branch for each in of.branches):
             for given in self._shown_parts(branch):
@@ -302,7 +245,7 @@ class ChainReader:
         before, after = self._around(depth)
         if self.memory.states[depth].site != "mid" or before is None or after is None:
             return False
-        return self._call_of(before) == self._call_of(after) >= 0
+        return before.unit == after.unit >= 0
 
     def _around(self, depth: int) -> tuple[Branch | None, Branch | None]:
         """The last branch that was added before a state, and the first one that comes after it."""
@@ -329,7 +272,9 @@ class ChainReader:
             )
         end = max(numbers)
         streams = [
-            replace(point, is_read_before=self._is_read_before(self._value(point), end, numbers))
+            replace(point, without_gradient=READ_BEFORE)
+            if self._is_read_before(self._value(point), end, numbers)
+            else point
             for point in found
         ] * (self.memory.num_streams if len(found) == 1 else 1)
         point = max(found, key=lambda of: of.number)
@@ -341,7 +286,7 @@ class ChainReader:
         begin = graph.has_graph_from.get(value.number)
         early = (of for of in graph.takers(value) if begin is not None and of.number < begin)
         is_read = any(has_gradient(of) and graph.reaches_output(of) for of in early)
-        return replace(point, is_read_inside=True) if is_read else point
+        return replace(point, without_gradient=READ_INSIDE) if is_read else point
 
     def _operation(self, value: TracedValue, of: HookPoint) -> HookPoint:
         """The operation that shows a value, named as another point is."""
@@ -402,7 +347,7 @@ class ChainReader:
         if after is None:
             return value
         reordered_of = {of.number for of in reordered(graph, [value])}
-        same, unit = {of.number for of in same_elements(graph, value)}, self._call_of(after)
+        same, unit = {of.number for of in same_elements(graph, value)}, after.unit
         for call in graph.stack(after.source)[1:]:  # what holds the block, and the block
             for given in graph.sides.get((call, "input"), ()):
                 if given.shape != value.shape or given.number in same:
@@ -416,13 +361,10 @@ class ChainReader:
         return value
 
     def _rank(self, depth: int, value: TracedValue, other: TracedValue, shown: Shown) -> tuple[object, ...]:
-        """The larger, the better a place shows a state: what its block takes, then what the block before gave.
-
-        What a block takes is what is really handed on, in autograd too.
-        """
+        """The larger, the better a place shows a state: what its block really takes, then what the block before gave."""
         before, after = self._around(depth)
-        takes = after is not None and shown.at == "input" and shown.call == self._call_of(after)
-        gives = before is not None and shown.at == "output" and shown.call == self._call_of(before)
+        takes = after is not None and shown.at == "input" and shown.call == after.unit
+        gives = before is not None and shown.at == "output" and shown.call == before.unit
         return takes, gives, other is value, shown.at == "output", -len(self.graph.calls[shown.call].path)
 
     def _producer(self, depth: int, places: Sequence[Shown]) -> str:
@@ -437,6 +379,6 @@ class ChainReader:
             return before.path  # later blocks hand it on, in a list of what came before
         if giver and self.memory.states[depth].layer > before.layer and not is_inside:
             return giver  # a block that only scales
-        if self._call_of(before) >= 0 and not is_inside and block in self._called:
+        if before.unit >= 0 and not is_inside and block in self._called:
             return block
         return giver or before.path
