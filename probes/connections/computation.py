@@ -64,23 +64,19 @@ def _distinguishable(states: Sequence[frozenset[int]]) -> list[frozenset[int]]:
 
 @dataclass
 class Search:
-    """What is known of the coefficients of all connections, by one forward with a graph, whose tensors are held.
-
-    ``memory, connections``: what was read in it, of all connections in order.
-    ``batch_size, tokens``: B and T.
-    ``precision``: in which the model multiplies its states: weights that were read by running operations once more
-    are rounded to it.
-    ``norms``: ``norms(tensors, values)`` are the norms (B, T) of what has the elements of some values of the memory.
-    """
+    """What is known of the coefficients of all connections, by one forward with a graph, whose tensors are held."""
 
     graph: Graph  # of its operations
-    memory: MemoryReading
-    connections: Sequence[ConnectionReading]
+    memory: MemoryReading  # what was read in it
+    connections: Sequence[ConnectionReading]  # all of them, in order
     parts: Sequence[Parts]  # their coefficients in the sampled sequences (K, T, …), on the CPU
     batch_size: int
     tokens: int
     rows: list[int]  # the sequences of this batch that were sampled
-    precision: torch.dtype
+    precision: (
+        torch.dtype
+    )  # in which the model multiplies its states: weights that were read are rounded to it
+    # The norms (B, T) of tensors that have the elements of some values of the memory
     norms: Callable[[Sequence[torch.Tensor], Sequence[TracedValue]], torch.Tensor]
 
     def __post_init__(self) -> None:
@@ -216,6 +212,8 @@ class Search:
     def origin(self, number: int) -> Origin:
         """What is known of one connection."""
         found, mix = self.found[number], self.found[number].get("H_res", [])
+        write = self.found[number].get("H_post", [])
+        is_known = bool(mix and write) and write[-1].has_graph and not mix[-1].has_graph
         share, later = self._other_tokens(number)
         origin = Origin(
             other_states={
@@ -224,19 +222,14 @@ class Search:
             other_tokens=share,
             later=later,
             unused=self._unused_matrix(number),
-            sigmoids=self._sigmoids(number),
+            sigmoids=dict(self._sigmoids(number)),
             turned=self._is_transposed(number, mix),
             reads_along=self._reads_along(number, mix),
             gradients=self._gradients_of_uniform(number, mix),
-            is_cut=self._is_cut(number, mix),
+            is_cut=is_known and self.has_parameter(self.behind(mix[:1])),
         )
         self.rerun.forget(self.numbers[number])
         return origin
-
-    def _is_cut(self, number: int, mix: Sequence[TracedValue]) -> bool:
-        write = self.found[number].get("H_post", [])
-        is_known = bool(mix and write) and write[-1].has_graph and not mix[-1].has_graph
-        return is_known and self.has_parameter(self.behind(mix[:1]))
 
     def _gradients_of_uniform(self, number: int, mix: Sequence[TracedValue]) -> tuple[float, float] | None:
         matrix, write = self.weights[number]["H_res"], self.found[number].get("H_post", [])
@@ -292,10 +285,7 @@ class Search:
         return (-1,) if any(self.graph.values[n].kind == INPUT for n in reached) else ()
 
     def _other_tokens(self, number: int) -> tuple[float, bool]:
-        """The share of the gradient of one token's coefficients at other tokens; whether some of these come later.
-
-        Coefficients of what the branch gives, as AltUp's writes are, have the tokens that the branch looks at.
-        """
+        """The share of the gradient of one token's coefficients at other tokens; whether some of these come later."""
         branch, found = self.branch_inputs(number), self.found[number].values()
         lead, token = self.batch_size * self.tokens, self.tokens // 2
         firsts = [of[0] for of in found if of and not self.behind(of[:1]) & branch and not of[0].numel % lead]
@@ -357,24 +347,18 @@ class Search:
         gradients = self.gradients(factors, [value], lambda _, tensor: tensor.flatten())
         return not gradients or bool(gradients[0].any())
 
-    def _sigmoids(self, number: int) -> dict[str, float]:
+    def _sigmoids(self, number: int) -> Iterator[tuple[str, float]]:
+        """The factors c of weights (K, T, n) that are c · σ(·)."""
+        precision = max(CONSTANT, 2 * torch.finfo(self.precision).eps)
         values = [value for value in self.behind_factors[number] if value.name == "sigmoid"]
-        found = {
-            name: self._sigmoid_factor(wanted, values)
-            for name, wanted in self.weights[number].items()
-            if name != "H_res"
-        }
-        return {name: factor for name, factor in found.items() if factor is not None}
-
-    def _sigmoid_factor(self, wanted: torch.Tensor, values: Sequence[TracedValue]) -> float | None:
-        """The factor c of weights (K, T, n) that are c · σ(·); None where they are not."""
-        for value in values:
-            for few in self.sampled(value, tuple(wanted.shape[2:])):
-                ratio = wanted / few
-                precision = max(CONSTANT, 2 * torch.finfo(self.precision).eps)
-                if float(ratio.max() - ratio.min()) <= precision * float(ratio.mean()):
-                    return float(ratio.mean())
-        return None
+        for name, wanted in self.weights[number].items():
+            tail = tuple(wanted.shape[2:])
+            ratios = (
+                wanted / few for value in values if name != "H_res" for few in self.sampled(value, tail)
+            )
+            known = (of for of in ratios if float(of.max() - of.min()) <= precision * float(of.mean()))
+            if (ratio := next(known, None)) is not None:
+                yield name, float(ratio.mean())
 
 
 # What gives other numbers each time.

@@ -23,16 +23,15 @@ CLEAR_ERROR = 1e-3
 
 @dataclass(frozen=True)
 class Remark:
-    """One thing that is odd about the connections.
-
-    ``sure``: whether it is an error in any design; otherwise it may be meant, and is only worth knowing.
-    """
+    """One thing that is odd about the connections."""
 
     kind: str  # what it is; `diagnostics.verdicts.wiring` says which verdict reports it
     sentence: str  # in plain words, with the numbers
     value: float  # the number that it rests on; that verdict states what it is compared with
     connections: tuple[int, ...]  # where
-    sure: bool = True
+    sure: bool = (
+        True  # whether it is an error in any design; otherwise it may be meant, and is only worth knowing
+    )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -132,7 +131,9 @@ def _distance(applied: torch.Tensor, computed: torch.Tensor) -> float:
 
 def transposed(joints: Sequence[Joint]) -> Iterator[Remark]:
     """Some connections apply the transpose of what the others apply, or only the sums of the wrong side are exact."""
-    fewer = _turned_minority(joints)
+    known = {i: of for i, each in enumerate(joints) if (of := each.origin.turned) is not None}
+    sides = [[i for i, turned in known.items() if turned is side] for side in (True, False)]
+    fewer = min(sides, key=len) if len(sides[0]) != len(sides[1]) else []  # unlike most
     crossed = [i for i, each in enumerate(joints) if each.origin.reads_along is False]
     if fewer:
         why = f"there the transpose of the computed matrix is applied, unlike at the other {len(joints) - len(fewer)}"
@@ -149,14 +150,6 @@ def transposed(joints: Sequence[Joint]) -> Iterator[Remark]:
         difference,
         tuple(at),
     )
-
-
-def _turned_minority(joints: Sequence[Joint]) -> list[int]:
-    """The connections that apply the transpose of what they compute, where most do not; or the other way round."""
-    known = {i: of for i, each in enumerate(joints) if (of := each.origin.turned) is not None}
-    sides = [[i for i, turned in known.items() if turned is side] for side in (True, False)]
-    fewer, more = sorted(sides, key=len)
-    return fewer if len(fewer) < len(more) else []
 
 
 def _late_rows(joints: Sequence[Joint]) -> Iterator[Remark]:

@@ -215,7 +215,8 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         memory = follow(graph, start_with_streams(*begin))
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
-    found = [of for of in found if of.memory.num_writes and not _has_no_features(of.memory)]
+    # No number a sequence, as a mean that is taken off the input and added to the output
+    found = [of for of in found if of.memory.num_writes and max(of.memory.shape[1:], default=2) > 1]
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     for of in found:
         root = of.memory.root
@@ -227,11 +228,6 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     read = set[int]().union(*(of.memory.writes for of in found if id(of) in with_axis))
     found = [of for of in found if id(of) in with_axis or read.isdisjoint(of.memory.writes)]
     return sorted(found, key=lambda of: of.rank, reverse=True)
-
-
-def _has_no_features(memory: Memory) -> bool:
-    """Whether its first value is one number a sequence, as a mean that is taken off the input and added to the output."""
-    return len(memory.shape) > 1 and max(memory.shape[1:]) == 1
 
 
 def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:
@@ -301,11 +297,7 @@ def _used(memory: Memory) -> set[TracedValue]:
 
 
 def with_further_beginnings(memory: Memory) -> Memory:
-    """The memory with further first values: added to it as streams are, by several sums of the first connection, never later.
-
-    What is added by one sum alone, as positions are, is a part of the first value; what later blocks add again, as a
-    condition is, is no stream.
-    """
+    """The memory with further first values: added to it by several sums of the first connection, and never later."""
     branches = branches_of(memory)
     if not branches:
         return memory

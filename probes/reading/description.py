@@ -85,8 +85,7 @@ class MemoryReading:
     parameters: frozenset[str] = field(repr=False)
     proof: str  # "proven", or "unproven: why"
     error: float
-    # Shares of the parameters that reach the output: before, branches, head, elsewhere
-    weights: Mapping[str, float]
+    share: float  # of its branches, of the parameters that reach the output
     # Where the head's sum of its last state and earlier ones ends, if the head alone reads one
     mixed_for_head: str = ""
     # In which it is carried or branches' outputs are scaled, but for that of its first value

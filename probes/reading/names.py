@@ -67,10 +67,7 @@ class BranchNames:
 
     @cached_property
     def steps_alone(self) -> dict[int, tuple[list[int], int | None]]:
-        """What changes the memory without a branch, between two blocks or as all that a block does: by their last value.
-
-        With the call of that block, as of one that scales the memory; what lies between blocks, as added positions, has none.
-        """
+        """What changes the memory without a branch, by its last value: steps, and the call of the block they are, if any."""
         graph, memory = self.graph, self.memory
         units = {branch.unit for branch in self.branches} - {-1}
         containers = {graph.calls[unit].container for unit in units} - {None}
@@ -124,15 +121,14 @@ class BranchNames:
         return names[0] if names else ""
 
     def _kind(self, number: int, paths: Sequence[str]) -> str:
-        """Attention, feed-forward, or the module's own name. ``paths``: of the modules whose work the branch is."""
-        own, *inner = (kind_of(path, self.graph.modules) for path in paths)
-        if own != "block":
-            return own
+        """attn, mlp or block. ``paths``: of the modules whose work the branch is."""
+        kinds = [kind_of(path, self.graph.modules) for path in paths]
         names = {v.name for v in self._insides[number]}
-        if any("attention" in name for name in names) or {"_softmax", "bmm"} <= names:
+        if kinds[0] == "block" and (
+            any("attention" in name for name in names) or {"_softmax", "bmm"} <= names
+        ):
             return "attn"
-        last = [part for part in paths[0].split(".") if not part.isdigit()]
-        return next((kind for kind in inner if kind != "block"), last[-1] if last else "branch")
+        return next((kind for kind in kinds if kind != "block"), "block")
 
     @cached_property
     def keys(self) -> list[Key]:
@@ -164,10 +160,7 @@ class BranchNames:
         return {self.graph.modules.get(path) for path in paths if path.rpartition(".")[2].isdigit()}
 
     def _holds_branches(self, container: list[str]) -> bool:
-        """Whether the numbered members of a container are the branches of a block, and no blocks: they are made of others.
-
-        So they are where they have several classes, and where each has other parts, in the same order in all containers.
-        """
+        """Whether the numbered members of a container are branches of a block: each has other parts, in all containers."""
         members = self._members(".".join(container))
         if len(set(members)) < max(len(members), 2) or not container[-1].isdigit():
             return False

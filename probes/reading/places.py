@@ -24,13 +24,11 @@ OTHER = "other operations ran in {} than in the forward that was read; later for
 
 @dataclass
 class OperationPlaces:
-    """Where later forwards make the values that are needed of them.
-
-    ``wanted``: by call, and by the number of an operation in it, the values that it makes; by `OUTPUT`, what the call returns.
-    """
+    """Where later forwards make the values that are needed of them."""
 
     graph: Graph  # of the forward that was read
     circumstances: tuple[Any, ...]
+    # By call and number of an operation in it: the values that it makes; by `OUTPUT`: what the call returns
     wanted: dict[int, dict[int, list[TracedValue]]] = field(default_factory=dict)
     # By position among what the model is called with
     given: dict[int, TracedValue] = field(default_factory=dict)
@@ -167,15 +165,9 @@ class PlacedRecorder(TorchDispatchMode):
     def end(self, output: Any) -> Graph:
         """The graph, which has the tensors of this forward."""
         self._hand_over()
-        missing = [
-            n
-            for of in self._places.wanted.values()
-            for values in of.values()
-            for n in values
-            if n.number not in self._found
-        ]
-        if missing:
-            self._stop(self.graph.path(missing[0]))
+        every = (value for of in self._places.wanted.values() for values in of.values() for value in values)
+        if (missing := next((value for value in every if value.number not in self._found), None)) is not None:
+            self._stop(self.graph.path(missing))
         return self.graph
 
     def hold(self) -> None:

@@ -98,7 +98,7 @@ class Rereading:
                 for memory in found for joint in memory.connections
             ),
             "proof": (
-                f"{memory.name}: {memory.proof}, off by {memory.error:.1e}, weights {dict(memory.weights)}"
+                f"{memory.name}: {memory.proof}, off by {memory.error:.1e}, {memory.share:.0%} of the weights"
                 for memory in found
             ),
         }[name]  # fmt: skip
@@ -309,10 +309,7 @@ class _Reader:
         return self._described(found.cuts, connections, [of.error for of in connections], over_depth=False)
 
     def _in_places(self, before: Cut, after: Cut, h_res: torch.Tensor) -> Cut:
-        """The values of a state, where each holds a stream: one that carries on a single stream keeps its place.
-
-        The others are in the order of the steps that mixed them, whichever of them a branch wrote to last.
-        """
+        """The values of a state that hold a stream each, which keeps its place; others in the order of what mixes them."""
         if len(after) == 1 or h_res.shape[1:3] != (len(after), len(after)):
             return after
         order: dict[int, TracedValue] = {}
@@ -369,7 +366,7 @@ class _Reader:
             parameters=frozenset(coverage.names_in_branches()),
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
-            weights=coverage.shares(),
+            share=coverage.share(),
             casts=tuple(dict.fromkeys(v.dtype for v in carried if v.dtype != self.memory.root.dtype)),
         )
         self._before = replace(found, connections=())
@@ -422,7 +419,7 @@ class _Reader:
         parts = self.linear.over_depth(self.branches, values)
         _begin_with_first_state(parts)
         first = self._read_state(self.branches[0]) if by_read else parts.states[0]
-        if parts.weights.get((first.number, 0), parts.sources[0][:, :1]).shape[-1] > 1:
+        if parts.weights.get(first.number, parts.sources[0][:, :1]).shape[-1] > 1:
             parts.states = list(dict.fromkeys([parts.states[0], first, *parts.states[1:]]))
         error = recomputed_depth(self.states, parts) if self._before is None else 0.0
         pairs = list(pairwise(parts.states))
@@ -476,9 +473,9 @@ class _Reader:
         carry[:, [k + 1 for k in new]] = 0
         for branch, k in ((self.branches[k], k + 1) for k in new):
             write = weights(parts.of(after)[:, k])[:, None, None]
-            read = torch.stack(parts.rows(self.linear.mixtures(branch)), 1)
+            read = torch.cat([parts.weights[of.number] for of in self.linear.mixtures(branch)], 1)
             found.append(BranchReading(branch, write, parts.sources[k].unsqueeze(1), read))
-        constant, state = parts.constants.get((after.number, 0)), parts.of(before)
+        constant, state = parts.constants.get(after.number), parts.of(before)
         return ConnectionReading(
             number, carry.unsqueeze(1), found, constant, [before], [after], [], error=error, state=state
         )
@@ -510,20 +507,20 @@ def _begin_with_first_state(parts: DepthParts) -> None:
 
     What is added to that, as positions are, is a part of it where every sum has both by one weight.
     """
-    first = parts.states[0].number, 0
-    scale, added = parts.weights[first][:, 0].clone(), parts.constants.get(first)
-    if bool((scale == 0).any()) or bool((parts.weights[first][:, 1:] != 0).any()):
+    first = parts.states[0]
+    scale, added = parts.of(first)[:, 0].clone(), parts.constants.get(first.number)
+    if bool((scale == 0).any()) or bool((parts.of(first)[:, 1:] != 0).any()):
         return
-    ratios = {at: of[:, 0] / scale for at, of in parts.weights.items()}
+    ratios = {number: of[:, :, 0] / scale[:, None] for number, of in parts.weights.items()}
     parts.sources[0] = parts.sources[0] * scale
     if added is not None and len(parts.constants) == sum(bool((of != 0).any()) for of in ratios.values()):
         largest = float(added.abs().max())
-        pairs = [(ratios[at], constant) for at, constant in parts.constants.items()]
+        pairs = [(ratios[number], constant) for number, constant in parts.constants.items()]
         apart = [((of - r * added).abs(), 1e-5 * largest * r.abs().clamp_min(1)) for r, of in pairs]
         if all(bool((error <= allowed).all()) for error, allowed in apart):
-            parts.sources[0] = parts.sources[0] + added
+            parts.sources[0] = parts.sources[0] + added[:, 0]
             parts.constants.clear()
-    for at, of in parts.weights.items():
-        own = ratios[at].unsqueeze(1)
-        scaled = torch.cat([own, of[:, 1:].expand(*of.shape[:1], -1, own.shape[-1])], 1)
-        parts.weights[at] = weights(scaled)  # the gain of a norm of the embedding was one of each feature
+    for number, of in parts.weights.items():
+        own = ratios[number].unsqueeze(2)
+        scaled = torch.cat([own, of[:, :, 1:].expand(*of.shape[:2], -1, own.shape[-1])], 2)
+        parts.weights[number] = weights(scaled)  # the gain of a norm of the embedding was one of each feature

@@ -101,7 +101,7 @@ class StructureFinder:
         read = [memory for chain in chains for memory in chain.memories]
         is_plain = all(m.is_plain and not m.inner_streams for m in read)
         named = self.options.blocks is not None or self.options.layout is not None
-        if read and is_plain and not named and (why := missing_state(self.graph, chains, read)):
+        if read and is_plain and not named and (why := missing_state(self.graph, chains)):
             chains = tuple(
                 replace(of, proof=f"unproven: {why}") if of.proof == PROVEN else of for of in chains
             )
@@ -138,7 +138,7 @@ class StructureFinder:
         if read and (path := read[-1].mixed_for_head):
             why = f"the head reads a weighted sum of the last state and of earlier ones, made in {path}, which is not measured"
             self._unread.append(LeftOut("weights over depth", 0, "", 0.0, why))
-        parts = PartsLeftOut(self.graph, self.model, chains, read, others, named=is_named).found()
+        parts = PartsLeftOut(self.graph, self.model, chains, others, named=is_named).found()
         unread = {part.module: part for part in self._unread}
         reasons = [unread.pop(part.module).why if part.module in unread else part.why for part in parts]
         return (*(replace(part, why=why) for part, why in zip(parts, reasons, strict=True)), *unread.values())
@@ -214,7 +214,7 @@ class StructureFinder:
             else:
                 self._unread.append(self._further_state_left_out(stages, "its states lie between no blocks"))
         for chain in found:
-            require_all_blocks(self.graph, self.model, chain)
+            require_all_blocks(self.graph, chain)
         return sorted(found, key=lambda of: of.memories[0].root)
 
     def _linked_blocks(self) -> list[int]:
@@ -249,7 +249,7 @@ class StructureFinder:
             return [[first]]
         plain = [memory for memory in self.memories if memory.is_plain]
         trunks = trunks_of(self.graph, plain)
-        least = FURTHER_SHARE * sum(memory.weights["branches"] for memory in trunks[0])
+        least = FURTHER_SHARE * sum(memory.share for memory in trunks[0])
         kept = [of for of in trunks[1:] if all(m.is_proven for m in of)]
         blocks = _units(trunks[0])
         self._unread += [
@@ -263,7 +263,7 @@ class StructureFinder:
                 of
                 for of in kept
                 # A further state of the same blocks is one of the model's, however small.
-                if sum(m.weights["branches"] for m in of) >= least or _units(of) <= blocks
+                if sum(m.share for m in of) >= least or _units(of) <= blocks
             ),
         ]
 
@@ -277,7 +277,7 @@ class StructureFinder:
         """What is said of a further state that cannot be read."""
         units = _units(stages)
         kinds, blocks = sorted({self.graph.calls[unit].kind for unit in units}), len(units)
-        share = sum(memory.weights["branches"] for memory in stages)
+        share = sum(memory.share for memory in stages)
         why = f"a further residual stream that is not measured: {why.removeprefix('unproven: ')}"
         return LeftOut(stages[0].name, blocks, "/".join(kinds), share, why)
 

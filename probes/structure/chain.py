@@ -180,14 +180,17 @@ def states_around(graph: Graph, memory: MemoryReading, calls: Sequence[int]) -> 
 
 
 def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
-    """The chain of what some modules take, and of what the last one gives, which no memory has as its states.
-
-    Where a module takes first what the one before has no part in, as a list of all before, it is what that one gave.
-    """
+    """The chain of what some modules take, and of what the last one gives, which no memory has as its states."""
     blocks = [graph.calls[call] for call in calls]
     ends = [
         (calls[0], "input"),
-        *(_state_between(graph, *pair) for pair in pairwise(calls)),
+        *(
+            # What the next one takes, or where that has no part in what this one gave, that
+            (after, "input")
+            if graph.depends(graph.sides[after, "input"][0], graph.sides[before, "output"][0])
+            else (before, "output")
+            for before, after in pairwise(calls)
+        ),
         (calls[-1], "output"),
     ]
     values = [graph.sides[end][0] for end in ends]
@@ -205,11 +208,6 @@ def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
         block_class="/".join(dict.fromkeys(call.kind for call in blocks)),
         proof=proof,
     )
-
-
-def _state_between(graph: Graph, before: int, after: int) -> tuple[int, str]:
-    taken, given = graph.sides[after, "input"][0], graph.sides[before, "output"][0]
-    return (after, "input") if graph.depends(taken, given) else (before, "output")
 
 
 def block_labels(blocks: Sequence[ModuleCall], *, constant: bool) -> list[tuple[int, str]]:

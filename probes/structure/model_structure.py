@@ -119,11 +119,7 @@ class Structure:
 
 
 def require_same(found: Structure, before: Structure) -> None:
-    """Require that a structure has the depths and connections of an earlier one, so that one run can have both.
-
-    ``found, before``: modules may have been wrapped or replaced in between.
-    Raises CaptureError: Where a depth or a connection of one is not in the other.
-    """
+    """Require that a structure has the depths and connections of an earlier one, as one run must; CaptureError if not."""
     for name, now, then in (
         ("depths", [len(chain.points) for chain in found.chains], [len(c.points) for c in before.chains]),
         ("states", _outline(found), _outline(before)),
@@ -212,10 +208,7 @@ ConnectionWeights = tuple[Parts | DepthWeights, torch.Tensor | None]
 
 
 class ReadStructure:
-    """How the memory of a model with streams, or with sums over depth, is read in every forward.
-
-    ``rereading, memory``: of the first forward, and what is read in it. ``first_layout``: of its first state.
-    """
+    """How the memory of a model with streams, or with sums over depth, is read in every forward as it was in the first."""
 
     def __init__(self, rereading: Rereading, memory: MemoryReading, first_layout: str):
         self.rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
@@ -290,12 +283,7 @@ class ReadStructure:
 
 
 def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: bool) -> Parts:
-    """The parts of a connection with streams.
-
-    ``order``: which of the reading's tokens each (sequence, token) is.
-    ``mixes``: whether some connection of the model has a matrix; otherwise it is left out.
-    Raises StreamConnectionError: Where its weights are no scalars, or what its branch reads has another order than the state.
-    """
+    """The parts of a connection, by the reading's tokens in some order; StreamConnectionError where weights are no scalars."""
     if connection.h_res.shape[-1] > 1:
         raise StreamConnectionError(
             "H_res differs between the features of a stream: it is not a matrix over streams"
@@ -326,11 +314,7 @@ def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: b
 
 
 def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[DepthWeights, torch.Tensor]]:
-    """The weights over depth of every connection, and what its branch gave, (B, T, D).
-
-    The first source is the first state.
-    Raises StreamConnectionError: Where a state is not one branch's after the one before, or a weight is no scalar.
-    """
+    """The weights over depth of every connection, from the first state on, and what its branch gave, (B, T, D)."""
     begin = memory.connections[0].state
     if begin is None or begin.shape[-1] > 1:
         raise StreamConnectionError("the weights over depth differ between the features of the first state")

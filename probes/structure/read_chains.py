@@ -53,17 +53,14 @@ class ChainReader:
 
     def chain(self, *, inside: bool, wanted: Sequence[int] | None) -> Chain:
         """The chain, with the states inside of plain blocks if ``inside`` is true, or with the ``wanted`` ones alone."""
-        depths = list(range(len(self.memory.states)))
-        joined: tuple[Connection, ...] = ()
-        if inside or not self.memory.is_plain:
-            if self.memory.is_plain:  # where every branch is the output of a module
-                plain = [c for of in self.connections for c in self._plain_connections(of, depths)]
-                joined = () if None in plain else tuple(filter(None, plain))
-            else:
-                joined = tuple(self._connection(of) for of in self.connections if of.branches)
-        if self.memory.is_plain and not inside:
-            depths = [depth for depth in depths if not self._is_inside(depth)]
-            depths = depths if wanted is None else list(wanted)
+        depths, joined = list(range(len(self.memory.states))), list[Connection | None]()
+        if not self.memory.is_plain:
+            joined += [self._connection(of) for of in self.connections if of.branches]
+        elif inside:
+            joined += [c for of in self.connections for c in self._plain_connections(of)]
+        else:
+            outside = [depth for depth in depths if not self._is_inside(depth)]
+            depths = outside if wanted is None else list(wanted)
         points = [self._point(depth) for depth in depths]
         # The layout that most of them have, the first one of equally many.
         counts = Counter(self._layout(point) for point in points if point.streams or self._num_tensors == 1)
@@ -89,7 +86,8 @@ class ChainReader:
         return Chain(
             name="",
             points=tuple(replace(point, shape=usual) if point.layout else point for point in points),
-            connections=joined,
+            # Those of plain blocks where every branch is the output of a module
+            connections=() if None in joined else tuple(filter(None, joined)),
             blocks=blocks,
             block_class="/".join(kinds),
             layout=layout,
@@ -161,14 +159,16 @@ class ChainReader:
         branch = of.branches[-1].branch
         given = self._shown_branch(branch)
         call = None if given is None else self.graph.calls[given[0]]
-        behind = self._behind_coefficients(of)
+        # What the coefficients are computed from: all that scales and mixes the streams.
+        known = self.memory.carried.keys() | {number for each in of.branches for number in each.branch.way}
+        factors = (factor.number for factor in factors_of(self.graph, self.memory, of))
+        behind = [self.graph.values[n] for n in sorted(self.graph.ancestors(factors, known) - known)]
         path = self._module_of(behind, branch) or branch.path or self._producer(of.depth_out, ())
-        kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
         parameters = (self.graph.parameter_names.get(value.number) for value in behind)
         return Connection(
             path=path,
             layer=branch.layer,
-            branch=kind,
+            branch=branch.kind,
             branch_path=None if call is None else call.path,
             branch_index=0 if call is None else call.number,
             style=DEPTH if self.memory.over_depth else READ,
@@ -177,12 +177,6 @@ class ChainReader:
             parameters=tuple(dict.fromkeys(filter(None, parameters))),
             is_sinkhorn=times_in_turn(behind, self.memory.num_streams) >= LEAST_IN_TURN,
         )
-
-    def _behind_coefficients(self, of: ConnectionReading) -> list[TracedValue]:
-        """What the coefficients of a connection are computed from: all that scales and mixes the streams."""
-        given = self.memory.carried.keys() | {number for each in of.branches for number in each.branch.way}
-        factors = (factor.number for factor in factors_of(self.graph, self.memory, of))
-        return [self.graph.values[n] for n in sorted(self.graph.ancestors(factors, given) - given)]
 
     def _module_of(self, values: Sequence[TracedValue], branch: Branch) -> str:
         """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
@@ -193,7 +187,7 @@ class ChainReader:
         around = path == self._block(branch) or f"{branch.path}.".startswith(f"{path}.")
         return "" if around else path
 
-    def _plain_connections(self, of: ConnectionReading, depths: Sequence[int]) -> Iterator[Connection | None]:
+    def _plain_connections(self, of: ConnectionReading) -> Iterator[Connection | None]:
         """The branches that are added between two plain states; None for one that no module gives."""
         for branch in (each.branch for each in of.branches):
             for given in self._shown_parts(branch):
@@ -202,16 +196,15 @@ class ChainReader:
                     continue
                 call, layout = given
                 path, index = self.graph.calls[call].path, self.graph.calls[call].number
-                own = branch.kind if branch.kind in ("attn", "mlp") else "block"
                 yield Connection(
                     path=path,
                     layer=branch.layer,
-                    branch=own if path == branch.path else kind_of(path, self.graph.modules),
+                    branch=branch.kind if path == branch.path else kind_of(path, self.graph.modules),
                     branch_path=path,
                     branch_index=index,
                     style="normed" if of.functions else "add",
-                    depth_in=depths.index(of.depth_in),
-                    depth_out=depths.index(of.depth_out),
+                    depth_in=of.depth_in,
+                    depth_out=of.depth_out,
                     layout=layout,
                 )
 
@@ -254,10 +247,7 @@ class ChainReader:
         return next(before, None), next(after, None)
 
     def _point(self, depth: int, layout: str = "") -> HookPoint:
-        """What shows a state in a later forward; a value of some layout, where that is asked for.
-
-        Where several tensors hold the state, what shows each, and the last one.
-        """
+        """What shows a state later, in some layout if that is asked for; of several tensors each, and the last one."""
         numbers = self.memory.states[depth].values
         counts = {self.memory.carried[number].count for number in numbers}
         if len(numbers) == 1 and (self._num_tensors == 1 or counts != {math.prod(self.memory.shape)}):
@@ -279,22 +269,6 @@ class ChainReader:
         ] * (self.memory.num_streams if len(found) == 1 else 1)
         point = max(found, key=lambda of: of.number)
         return replace(point, streams=tuple(streams), shape=(len(streams), *point.shape))
-
-    def _with_gradient(self, point: HookPoint) -> HookPoint:
-        """What shows a state, and whether a function of autograd makes it and reads it itself."""
-        graph, value = self.graph, self._value(point)
-        begin = graph.has_graph_from.get(value.number)
-        early = (of for of in graph.takers(value) if begin is not None and of.number < begin)
-        is_read = any(has_gradient(of) and graph.reaches_output(of) for of in early)
-        return replace(point, without_gradient=READ_INSIDE) if is_read else point
-
-    def _operation(self, value: TracedValue, of: HookPoint) -> HookPoint:
-        """The operation that shows a value, named as another point is."""
-        place = self.graph.place(value)
-        return HookPoint(
-            place.module, place.call, "operation", of.layer, of.site, of.module, value.number, value.shape,
-            item=place.order, operation=place.operation, result=place.result,
-        )  # fmt: skip
 
     def _is_read_before(self, value: TracedValue, end: int, streams: Sequence[int] = ()) -> bool:
         """Whether a branch that was written before the number ``end``, or another stream, came of one of a state's tensors."""
@@ -328,17 +302,24 @@ class ChainReader:
         if best is None:
             # Without axes of size one, and with no others merged.
             value = min(same, key=lambda of: (of.shape.count(1), of is not value, len(of.shape)))
-            named = HookPoint("", 0, "operation", state.layer, state.site, producer, 0, ())
-            return self._with_gradient(self._operation(value, named))
-        value, shown = best
-        call = self.graph.calls[shown.call]
-        if state.site == "pre" and shown.at == "input":  # changed before this block
-            producer = call.path
-        point = HookPoint(
-            call.path, call.number, shown.at, state.layer, state.site, producer, value.number, value.shape,
-            item=shown.item,
-        )  # fmt: skip
-        return self._with_gradient(point)
+            place = self.graph.place(value)
+            point = HookPoint(
+                place.module, place.call, "operation", state.layer, state.site, producer, value.number, value.shape,
+                item=place.order, operation=place.operation, result=place.result,
+            )  # fmt: skip
+        else:
+            value, shown = best
+            call = self.graph.calls[shown.call]
+            if state.site == "pre" and shown.at == "input":  # changed before this block
+                producer = call.path
+            point = HookPoint(
+                call.path, call.number, shown.at, state.layer, state.site, producer, value.number, value.shape,
+                item=shown.item,
+            )  # fmt: skip
+        begin = self.graph.has_graph_from.get(value.number)
+        early = (of for of in self.graph.takers(value) if begin is not None and of.number < begin)
+        is_read = any(has_gradient(of) and self.graph.reaches_output(of) for of in early)
+        return replace(point, without_gradient=READ_INSIDE) if is_read else point
 
     def _first(self) -> TracedValue:
         """The first state: what the first block takes of it, with its tokens in another order, or before a norm."""

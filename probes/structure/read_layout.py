@@ -167,11 +167,7 @@ Part = tuple[str, int, int]  # a letter, its size, and how far the numbers of ne
 
 
 def read_layout(memory: MemoryReading, numbers: Numbers, sequences: SequenceAxis) -> str:
-    """The layout of a value of a memory, as text; empty where its axes are in no order that has one.
-
-    ``numbers``: where the elements of the memory's first value are in it.
-    Raises LayoutError: Where the first value has no axis of sequences.
-    """
+    """The layout of a value with some numbers; empty where its axes have none, LayoutError where the first one has no B."""
     parts = _parts_of_first(memory, sequences)
     named = None if numbers.array is not None else _named_axes(numbers.axes, parts)
     if named is None:
