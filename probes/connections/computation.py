@@ -19,6 +19,10 @@ from depthscope.probes.reading.graph import INPUT, PARAMETER, Graph, ReadingErro
 from depthscope.probes.reading.operations import addends, reordered
 
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
+# What gives other numbers each time.
+RANDOM = names(
+    "rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform multinomial exponential"
+)
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
 CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which is not tried
@@ -80,7 +84,7 @@ class Search:
     norms: Callable[[Sequence[torch.Tensor], Sequence[TracedValue]], torch.Tensor]
 
     def __post_init__(self) -> None:
-        self.rerun = Rerun(self.graph)
+        self._made: dict[int, torch.Tensor] = {}  # what was not held, run again
         # Views of parameters say so without gradients, too.
         self.states = [self.state(of.depth_in) for of in self.connections]
         self.numbers = _distinguishable([frozenset(value.number for value in found) for found in self.states])
@@ -99,7 +103,7 @@ class Search:
         self.found: list[dict[str, list[TracedValue]]] = []
         for number, own in enumerate(self.weights):
             self.found.append({name: self._matching(number, wanted) for name, wanted in own.items()})
-            self.rerun.forget(self.numbers[number])
+            self.forget(self.numbers[number])
 
     def state(self, depth: int) -> list[TracedValue]:
         """The values that are a state, in this order of its elements or another one, the earliest first."""
@@ -130,9 +134,40 @@ class Search:
         lead = self.batch_size * self.tokens
         return {count for size in of_token for count in (size, lead * size)}
 
+    @torch.no_grad()
     def tensor(self, value: TracedValue) -> torch.Tensor:
-        """The tensor of a value of the forward."""
-        return self.rerun.tensor(value)
+        """The tensor of a value; ReadingError where it comes from what was not held and cannot be run again."""
+
+        def made_of(of: TracedValue) -> Sequence[TracedValue]:
+            return () if of.number in self._made or of.held is not None else of.parents
+
+        for of in sorted(walk([value], made_of), key=lambda of: of.number):
+            if of.number not in self._made:
+                self._made[of.number] = self._run(of) if of.held is None else of.held.detach()
+        return self._made[value.number]
+
+    def through(
+        self, targets: Sequence[TracedValue], begins: Mapping[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """Values that were computed from earlier ones, run again from other tensors for these, with the graph of these."""
+        made, first = dict(begins), min(begins)
+        between = walk(
+            targets, lambda of: (p for p in of.parents if p.number > first and p.number not in begins)
+        )
+        for of in sorted(between, key=lambda of: of.number):
+            if of.number not in made and any(p.number in made for p in of.parents):
+                made[of.number] = self._run(of, made)
+        return {of.number: made[of.number] for of in targets}
+
+    def forget(self, but: Collection[int] = ()) -> None:
+        """Let go of what was made, but for the values with some numbers, from which later ones are made."""
+        self._made = {number: self._made[number] for number in but if number in self._made}
+
+    def _run(self, value: TracedValue, given: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor:
+        if value.func is None or value.name in RANDOM:
+            raise ReadingError(f"the value of {value!r} was not kept")
+        known = given or {}
+        return Graph.run(value, lambda of: known[of.number] if of.number in known else self.tensor(of))
 
     def per_token(self, value: TracedValue, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """A value as (B, T, *tail) in the ways that its shape allows; none where its tensor cannot be had."""
@@ -192,7 +227,7 @@ class Search:
         try:
             with torch.enable_grad():
                 leaves = {of.number: self.tensor(of).detach().clone().requires_grad_() for of in begins}
-                made = self.rerun.through(ends, leaves) if ends else {}
+                made = self.through(ends, leaves) if ends else {}
                 parts = [part(of, made[of.number]) for of in ends]
                 terms = [
                     (of.float().cpu() * torch.randn(of.shape, generator=generator)).sum()
@@ -228,7 +263,7 @@ class Search:
             gradients=self._gradients_of_uniform(number, mix),
             is_cut=is_known and self.has_parameter(self.behind(mix[:1])),
         )
-        self.rerun.forget(self.numbers[number])
+        self.forget(self.numbers[number])
         return origin
 
     def _gradients_of_uniform(self, number: int, mix: Sequence[TracedValue]) -> tuple[float, float] | None:
@@ -359,52 +394,3 @@ class Search:
             known = (of for of in ratios if float(of.max() - of.min()) <= precision * float(of.mean()))
             if (ratio := next(known, None)) is not None:
                 yield name, float(ratio.mean())
-
-
-# What gives other numbers each time.
-RANDOM = names(
-    "rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform multinomial exponential"
-)
-
-
-class Rerun:
-    """The tensors of a forward's values, as long as its graph holds those from which they are made."""
-
-    def __init__(self, graph: Graph):
-        self._graph = graph
-        self._made: dict[int, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def tensor(self, value: TracedValue) -> torch.Tensor:
-        """The tensor of a value; ReadingError where it comes from what was not held and cannot be run again."""
-
-        def made_of(of: TracedValue) -> Sequence[TracedValue]:
-            return () if of.number in self._made or of.held is not None else of.parents
-
-        for of in sorted(walk([value], made_of), key=lambda of: of.number):
-            if of.number not in self._made:
-                self._made[of.number] = self._run(of) if of.held is None else of.held.detach()
-        return self._made[value.number]
-
-    def through(
-        self, targets: Sequence[TracedValue], begins: Mapping[int, torch.Tensor]
-    ) -> dict[int, torch.Tensor]:
-        """Values that were computed from earlier ones, run again from other tensors for these, with the graph of these."""
-        made, first = dict(begins), min(begins)
-        between = walk(
-            targets, lambda of: (p for p in of.parents if p.number > first and p.number not in begins)
-        )
-        for of in sorted(between, key=lambda of: of.number):
-            if of.number not in made and any(p.number in made for p in of.parents):
-                made[of.number] = self._run(of, made)
-        return {of.number: made[of.number] for of in targets}
-
-    def forget(self, but: Collection[int] = ()) -> None:
-        """Let go of what was made, but for the values with some numbers, from which later ones are made."""
-        self._made = {number: self._made[number] for number in but if number in self._made}
-
-    def _run(self, value: TracedValue, given: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor:
-        if value.func is None or value.name in RANDOM:
-            raise ReadingError(f"the value of {value!r} was not kept")
-        known = given or {}
-        return Graph.run(value, lambda of: known[of.number] if of.number in known else self.tensor(of))
