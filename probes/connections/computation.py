@@ -14,23 +14,26 @@ from dataclasses import dataclass
 import torch
 
 from depthscope.probes.connections.proof import SAME, Origin, Parts, per_token
-from depthscope.probes.reading.description import ConnectionReading, DepthReading, MemoryReading
+from depthscope.probes.reading.description import ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import INPUT, PARAMETER, Graph, ReadingError, TracedValue, names, walk
 from depthscope.probes.reading.operations import addends, reordered
 
-AnyConnection = ConnectionReading | DepthReading
 MOST_VIEWS = 2  # branch inputs of a matrix that reads and mixes: more are rare
+# What gives other numbers each time.
+RANDOM = names(
+    "rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform multinomial exponential"
+)
 UNIFORM = 1e-3  # of every entry from 1/n; a heuristic
 CONSTANT = 1e-3  # of a factor, relative: some models add 1e-6 to their sigmoids; a heuristic
 CASTS = (torch.bfloat16, torch.float16)  # eight-bit types need a scale, which is not tried
 
 
-def reads_of(connection: AnyConnection) -> list[TracedValue]:
+def reads_of(connection: ConnectionReading) -> list[TracedValue]:
     """What the branches of a connection take."""
     return [value for of in connection.branches for value in of.branch.inputs if value.func is not None]
 
 
-def factors_of(graph: Graph, memory: MemoryReading, connection: AnyConnection) -> Iterator[TracedValue]:
+def factors_of(graph: Graph, memory: MemoryReading, connection: ConnectionReading) -> Iterator[TracedValue]:
     """What multiplies the streams between two states or on the way to what a branch reads, or what a branch gives."""
     values, carried = graph.values, memory.carried
     before = memory.states[connection.depth_in].values
@@ -65,27 +68,23 @@ def _distinguishable(states: Sequence[frozenset[int]]) -> list[frozenset[int]]:
 
 @dataclass
 class Search:
-    """What is known of the coefficients of all connections, by one forward with a graph, whose tensors are held.
-
-    ``memory, connections``: what was read in it, of all connections in order.
-    ``batch_size, tokens``: B and T.
-    ``precision``: in which the model multiplies its states: weights that were read by running operations once more
-    are rounded to it.
-    ``norms``: ``norms(tensors, values)`` are the norms (B, T) of what has the elements of some values of the memory.
-    """
+    """What is known of the coefficients of all connections, by one forward with a graph, whose tensors are held."""
 
     graph: Graph  # of its operations
-    memory: MemoryReading
-    connections: Sequence[ConnectionReading]
+    memory: MemoryReading  # what was read in it
+    connections: Sequence[ConnectionReading]  # all of them, in order
     parts: Sequence[Parts]  # their coefficients in the sampled sequences (K, T, …), on the CPU
     batch_size: int
     tokens: int
     rows: list[int]  # the sequences of this batch that were sampled
-    precision: torch.dtype
+    precision: (
+        torch.dtype
+    )  # in which the model multiplies its states: weights that were read are rounded to it
+    # The norms (B, T) of tensors that have the elements of some values of the memory
     norms: Callable[[Sequence[torch.Tensor], Sequence[TracedValue]], torch.Tensor]
 
     def __post_init__(self) -> None:
-        self.rerun = Rerun(self.graph)
+        self._made: dict[int, torch.Tensor] = {}  # what was not held, run again
         # Views of parameters say so without gradients, too.
         self.states = [self.state(of.depth_in) for of in self.connections]
         self.numbers = _distinguishable([frozenset(value.number for value in found) for found in self.states])
@@ -104,7 +103,7 @@ class Search:
         self.found: list[dict[str, list[TracedValue]]] = []
         for number, own in enumerate(self.weights):
             self.found.append({name: self._matching(number, wanted) for name, wanted in own.items()})
-            self.rerun.forget(self.numbers[number])
+            self.forget(self.numbers[number])
 
     def state(self, depth: int) -> list[TracedValue]:
         """The values that are a state, in this order of its elements or another one, the earliest first."""
@@ -135,9 +134,40 @@ class Search:
         lead = self.batch_size * self.tokens
         return {count for size in of_token for count in (size, lead * size)}
 
+    @torch.no_grad()
     def tensor(self, value: TracedValue) -> torch.Tensor:
-        """The tensor of a value of the forward."""
-        return self.rerun.tensor(value)
+        """The tensor of a value; ReadingError where it comes from what was not held and cannot be run again."""
+
+        def made_of(of: TracedValue) -> Sequence[TracedValue]:
+            return () if of.number in self._made or of.held is not None else of.parents
+
+        for of in sorted(walk([value], made_of), key=lambda of: of.number):
+            if of.number not in self._made:
+                self._made[of.number] = self._run(of) if of.held is None else of.held.detach()
+        return self._made[value.number]
+
+    def through(
+        self, targets: Sequence[TracedValue], begins: Mapping[int, torch.Tensor]
+    ) -> dict[int, torch.Tensor]:
+        """Values that were computed from earlier ones, run again from other tensors for these, with the graph of these."""
+        made, first = dict(begins), min(begins)
+        between = walk(
+            targets, lambda of: (p for p in of.parents if p.number > first and p.number not in begins)
+        )
+        for of in sorted(between, key=lambda of: of.number):
+            if of.number not in made and any(p.number in made for p in of.parents):
+                made[of.number] = self._run(of, made)
+        return {of.number: made[of.number] for of in targets}
+
+    def forget(self, but: Collection[int] = ()) -> None:
+        """Let go of what was made, but for the values with some numbers, from which later ones are made."""
+        self._made = {number: self._made[number] for number in but if number in self._made}
+
+    def _run(self, value: TracedValue, given: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor:
+        if value.func is None or value.name in RANDOM:
+            raise ReadingError(f"the value of {value!r} was not kept")
+        known = given or {}
+        return Graph.run(value, lambda of: known[of.number] if of.number in known else self.tensor(of))
 
     def per_token(self, value: TracedValue, tail: tuple[int, ...]) -> Iterator[torch.Tensor]:
         """A value as (B, T, *tail) in the ways that its shape allows; none where its tensor cannot be had."""
@@ -153,10 +183,7 @@ class Search:
             yield each[self.rows].to("cpu", torch.float32)
 
     def _matching(self, number: int, wanted: torch.Tensor) -> list[TracedValue]:
-        """The values among what the factors were computed from that are some coefficients (K, T, *tail), or their transpose.
-
-        A matrix may be a part of one that reads too: its last columns, source by destination.
-        """
+        """The values behind the factors that are some coefficients, or their transpose, also as the last columns of one."""
         limit = SAME * max(1.0, float(wanted.abs().max()))
         tail = tuple(wanted.shape[2:])
         more = [tail[0] * (tail[0] + views) for views in range(1, MOST_VIEWS + 1)] if len(tail) == 2 else []
@@ -200,7 +227,7 @@ class Search:
         try:
             with torch.enable_grad():
                 leaves = {of.number: self.tensor(of).detach().clone().requires_grad_() for of in begins}
-                made = self.rerun.through(ends, leaves) if ends else {}
+                made = self.through(ends, leaves) if ends else {}
                 parts = [part(of, made[of.number]) for of in ends]
                 terms = [
                     (of.float().cpu() * torch.randn(of.shape, generator=generator)).sum()
@@ -220,6 +247,8 @@ class Search:
     def origin(self, number: int) -> Origin:
         """What is known of one connection."""
         found, mix = self.found[number], self.found[number].get("H_res", [])
+        write = self.found[number].get("H_post", [])
+        is_known = bool(mix and write) and write[-1].has_graph and not mix[-1].has_graph
         share, later = self._other_tokens(number)
         origin = Origin(
             other_states={
@@ -228,19 +257,14 @@ class Search:
             other_tokens=share,
             later=later,
             unused=self._unused_matrix(number),
-            sigmoids=self._sigmoids(number),
+            sigmoids=dict(self._sigmoids(number)),
             turned=self._is_transposed(number, mix),
             reads_along=self._reads_along(number, mix),
             gradients=self._gradients_of_uniform(number, mix),
-            is_cut=self._is_cut(number, mix),
+            is_cut=is_known and self.has_parameter(self.behind(mix[:1])),
         )
-        self.rerun.forget(self.numbers[number])
+        self.forget(self.numbers[number])
         return origin
-
-    def _is_cut(self, number: int, mix: Sequence[TracedValue]) -> bool:
-        write = self.found[number].get("H_post", [])
-        is_known = bool(mix and write) and write[-1].has_graph and not mix[-1].has_graph
-        return is_known and self.has_parameter(self.behind(mix[:1]))
 
     def _gradients_of_uniform(self, number: int, mix: Sequence[TracedValue]) -> tuple[float, float] | None:
         matrix, write = self.weights[number]["H_res"], self.found[number].get("H_post", [])
@@ -296,10 +320,7 @@ class Search:
         return (-1,) if any(self.graph.values[n].kind == INPUT for n in reached) else ()
 
     def _other_tokens(self, number: int) -> tuple[float, bool]:
-        """The share of the gradient of one token's coefficients at other tokens; whether some of these come later.
-
-        Coefficients of what the branch gives, as AltUp's writes are, have the tokens that the branch looks at.
-        """
+        """The share of the gradient of one token's coefficients at other tokens; whether some of these come later."""
         branch, found = self.branch_inputs(number), self.found[number].values()
         lead, token = self.batch_size * self.tokens, self.tokens // 2
         firsts = [of[0] for of in found if of and not self.behind(of[:1]) & branch and not of[0].numel % lead]
@@ -361,73 +382,15 @@ class Search:
         gradients = self.gradients(factors, [value], lambda _, tensor: tensor.flatten())
         return not gradients or bool(gradients[0].any())
 
-    def _sigmoids(self, number: int) -> dict[str, float]:
+    def _sigmoids(self, number: int) -> Iterator[tuple[str, float]]:
+        """The factors c of weights (K, T, n) that are c · σ(·)."""
+        precision = max(CONSTANT, 2 * torch.finfo(self.precision).eps)
         values = [value for value in self.behind_factors[number] if value.name == "sigmoid"]
-        found = {
-            name: self._sigmoid_factor(wanted, values)
-            for name, wanted in self.weights[number].items()
-            if name != "H_res"
-        }
-        return {name: factor for name, factor in found.items() if factor is not None}
-
-    def _sigmoid_factor(self, wanted: torch.Tensor, values: Sequence[TracedValue]) -> float | None:
-        """The factor c of weights (K, T, n) that are c · σ(·); None where they are not."""
-        for value in values:
-            for few in self.sampled(value, tuple(wanted.shape[2:])):
-                ratio = wanted / few
-                precision = max(CONSTANT, 2 * torch.finfo(self.precision).eps)
-                if float(ratio.max() - ratio.min()) <= precision * float(ratio.mean()):
-                    return float(ratio.mean())
-        return None
-
-
-# What gives other numbers each time.
-RANDOM = names(
-    "rand randn randint randperm rand_like randn_like randint_like bernoulli normal uniform multinomial exponential"
-)
-
-
-class Rerun:
-    """The tensors of a forward's values, as long as its graph holds those from which they are made."""
-
-    def __init__(self, graph: Graph):
-        self._graph = graph
-        self._made: dict[int, torch.Tensor] = {}
-
-    @torch.no_grad()
-    def tensor(self, value: TracedValue) -> torch.Tensor:
-        """The tensor of a value.
-
-        Raises ReadingError: Where it comes from what was not held and cannot be run again.
-        """
-
-        def made_of(of: TracedValue) -> Sequence[TracedValue]:
-            return () if of.number in self._made or of.held is not None else of.parents
-
-        for of in sorted(walk([value], made_of), key=lambda of: of.number):
-            if of.number not in self._made:
-                self._made[of.number] = self._run(of) if of.held is None else of.held.detach()
-        return self._made[value.number]
-
-    def through(
-        self, targets: Sequence[TracedValue], begins: Mapping[int, torch.Tensor]
-    ) -> dict[int, torch.Tensor]:
-        """Values that were computed from earlier ones, run again from other tensors for these, with the graph of these."""
-        made, first = dict(begins), min(begins)
-        between = walk(
-            targets, lambda of: (p for p in of.parents if p.number > first and p.number not in begins)
-        )
-        for of in sorted(between, key=lambda of: of.number):
-            if of.number not in made and any(p.number in made for p in of.parents):
-                made[of.number] = self._run(of, made)
-        return {of.number: made[of.number] for of in targets}
-
-    def forget(self, but: Collection[int] = ()) -> None:
-        """Let go of what was made, but for the values with some numbers, from which later ones are made."""
-        self._made = {number: self._made[number] for number in but if number in self._made}
-
-    def _run(self, value: TracedValue, given: Mapping[int, torch.Tensor] | None = None) -> torch.Tensor:
-        if value.func is None or value.name in RANDOM:
-            raise ReadingError(f"the value of {value!r} was not kept")
-        known = given or {}
-        return Graph.run(value, lambda of: known[of.number] if of.number in known else self.tensor(of))
+        for name, wanted in self.weights[number].items():
+            tail = tuple(wanted.shape[2:])
+            ratios = (
+                wanted / few for value in values if name != "H_res" for few in self.sampled(value, tail)
+            )
+            known = (of for of in ratios if float(of.max() - of.min()) <= precision * float(of.mean()))
+            if (ratio := next(known, None)) is not None:
+                yield name, float(ratio.mean())

@@ -57,11 +57,9 @@ class Weights:
 
 @dataclass
 class DepthWeights(Weights):
-    """The weights of one connection over depth: h_v = Σ_j read_vj v_j, X_{k+1} = Σ_j carry_j v_j + scale · F_k.
+    """The weights of one connection over depth: h_v = Σ_j read_vj v_j, X_{k+1} = Σ_j carry_j v_j + scale · F_k."""
 
-    ``read``: (B, T, V, K + 1): of the embedding and of every branch's output in each input of the branch.
-    """
-
+    # (B, T, V, K + 1): of the embedding and of every branch's output in each input of the branch.
     read: torch.Tensor
     # (B, T, K + 1): of the embedding and of every branch's output in the next state, its own output left out.
     carry: torch.Tensor
@@ -70,18 +68,14 @@ class DepthWeights(Weights):
 
 @dataclass
 class Parts(Weights):
-    """The weights of one connection call, and what its branch took and returned.
-
-    ``read``: H_pre, (B, T, V, N); None where no scalar read weights exist, or where they are unknown.
-    ``constant``: (B, T, N, D): what else is added to the next state, which was not computed from the streams.
-    """
+    """The weights of one connection call, and what its branch took and returned."""
 
     mix: torch.Tensor | None  # (B, T, N, N), destination by source; None where nothing mixes
-    read: torch.Tensor | None
+    read: torch.Tensor | None  # H_pre, (B, T, V, N); None where no scalar read weights exist, or are known
     write: torch.Tensor  # H_post, (B, T, N, V)
     branch_in: torch.Tensor  # (B, T, V, D)
     branch_out: torch.Tensor  # (B, T, V, D)
-    constant: torch.Tensor | None = None
+    constant: torch.Tensor | None = None  # (B, T, N, D): what else is added, not computed from the streams
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -136,30 +130,27 @@ PROOF_TOKENS = 128
 
 @dataclass(frozen=True)
 class Origin:
-    """From what the coefficients of one connection were computed; all empty where that is not known.
+    """From what the coefficients of one connection were computed; all empty where that is not known."""
 
-    ``gradients``: the largest gradients of the matrix's logits and of the write weights, for a random combination of the
-    next state, where every entry of the matrix is 1/n.
-    ``is_cut``: whether autograd knows the write weights, and not the matrix, though parameters lie behind it.
-    ``other_states``: by weights (H_res, H_pre, H_post): at which connections the states are that they were computed
-    from though they are not this connection's own; −1 for the model's input.
-    ``other_tokens``: the share of the gradient of one token's coefficients that falls on the states of other tokens.
-    ``unused``: a matrix (K, T, n, n) that was computed from parameters for this connection, and that no output
-    depends on.
-    ``sigmoids``: by weights (H_pre, H_post): the factor c where they are c · σ(·).
-    ``reads_along``: where one matrix has the read weights in its first columns and the mixing in its others: whether
-    both are applied along the same axis; None where no matrix has both.
-    """
-
+    # The largest gradients of the matrix's logits and of the write weights, where every entry of the matrix is 1/n.
     gradients: tuple[float, float] | None = None
-    is_cut: bool = False
+    is_cut: bool = (
+        False  # whether autograd knows the write weights, and not the matrix, though parameters lie behind it
+    )
+    # By weights (H_res, H_pre, H_post): other connections from whose states they were computed; −1 for the model's input.
     other_states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    other_tokens: float = 0.0
+    other_tokens: float = (
+        0.0  # the share of the gradient of one token's coefficients that falls on other tokens' states
+    )
     later: bool = False  # whether some of these tokens come later in the sequence
+    # A matrix (K, T, n, n) that was computed from parameters for this connection, and that no output depends on.
     unused: torch.Tensor | None = None
-    sigmoids: Mapping[str, float] = field(default_factory=dict)
+    sigmoids: Mapping[str, float] = field(
+        default_factory=dict
+    )  # by weights: the factor c where they are c · σ(·)
     # Whether the matrix is applied as the transpose of what was computed first; None where that is symmetric.
     turned: bool | None = None
+    # Whether reads and mixing of one matrix are applied along the same axis; None where no matrix has both.
     reads_along: bool | None = None
 
     def at(self, positions: Sequence[int]) -> Origin:
@@ -279,10 +270,7 @@ class Evidence:
 
 
 def gather_evidence(joints: Sequence[Joint]) -> Evidence:
-    """Prove every stream connection on the sampled sequences, with its matrix and with the transpose; there is one at least.
-
-    Raises ReconstructionError: Above tolerance, with the worst connection and what it means.
-    """
+    """Prove every stream connection on the sampled sequences, at least one; ReconstructionError says which fails most."""
     evidence, errors = Evidence(tuple(joints)), [0.0] * len(joints)
     for number, joint in enumerate(joints):
         tokens = joint.sample
@@ -313,12 +301,7 @@ NOTHING_MIXES = "identity: nothing mixes"
 def measured_constraint(
     matrices: Sequence[torch.Tensor], precision: torch.dtype = torch.float32
 ) -> Constraint | None:
-    """The most specific constraint that all matrices of a model satisfy.
-
-    ``matrices``: one item a connection: (…, n, n), rows are destinations, of real tokens only, as the module computed
-    them.
-    Returns: None where there are no matrices, none that is finite, or a single stream.
-    """
+    """The most specific constraint that all matrices (…, n, n) satisfy, rows being destinations; None for no finite one."""
     flat = [
         matrix.detach().flatten(0, -3) if matrix.ndim > 2 else matrix.detach()[None] for matrix in matrices
     ]
@@ -334,10 +317,7 @@ def measured_constraint(
 
 
 def constraint_of(evidence: Evidence) -> Constraint | None:
-    """The constraint of the proven connections of a run; see `measured_constraint`.
-
-    Returns: None where no connection has a matrix.
-    """
+    """The constraint of the proven connections of a run, see `measured_constraint`; None where none has a matrix."""
     joints = evidence.joints
     if not any(joint.mixes for joint in joints):
         return None
@@ -371,10 +351,7 @@ LEAST_IN_TURN = 4  # two rounds: a softmax along each axis once is no iteration
 
 
 def times_in_turn(values: Iterable[TracedValue], num_streams: int) -> int:
-    """How often rows and columns of n × n matrices are summed over in turn, on the longest way through some operations.
-
-    ``values``: in the order in which they were made.
-    """
+    """How often some operations, in order, sum over rows and columns of n × n matrices in turn, on the longest way."""
     found: dict[int, tuple[int, int]] = {}  # by value: how often, and along which axis last
     for value in values:
         times, last = max((found.get(parent.number, (0, 0)) for parent in value.parents), default=(0, 0))

@@ -23,16 +23,15 @@ CLEAR_ERROR = 1e-3
 
 @dataclass(frozen=True)
 class Remark:
-    """One thing that is odd about the connections.
-
-    ``sure``: whether it is an error in any design; otherwise it may be meant, and is only worth knowing.
-    """
+    """One thing that is odd about the connections."""
 
     kind: str  # what it is; `diagnostics.verdicts.wiring` says which verdict reports it
     sentence: str  # in plain words, with the numbers
     value: float  # the number that it rests on; that verdict states what it is compared with
     connections: tuple[int, ...]  # where
-    sure: bool = True
+    sure: bool = (
+        True  # whether it is an error in any design; otherwise it may be meant, and is only worth knowing
+    )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -95,10 +94,7 @@ FOREIGN = 1e-3  # of a gradient, at other tokens; a heuristic
 
 
 def remarks(joints: Sequence[Joint]) -> tuple[Remark, ...]:
-    """What every rule has to say.
-
-    ``joints``: one for each connection with streams, in order.
-    """
+    """What every rule has to say of the connections with streams, in order."""
     finite = [each for each in joints if each.matrix.isfinite().all() and len(each.tokens(each.matrix))]
     if not joints or len(finite) < len(joints) or joints[0].num_streams < 2:
         return ()
@@ -135,7 +131,9 @@ def _distance(applied: torch.Tensor, computed: torch.Tensor) -> float:
 
 def transposed(joints: Sequence[Joint]) -> Iterator[Remark]:
     """Some connections apply the transpose of what the others apply, or only the sums of the wrong side are exact."""
-    fewer = _turned_minority(joints)
+    known = {i: of for i, each in enumerate(joints) if (of := each.origin.turned) is not None}
+    sides = [[i for i, turned in known.items() if turned is side] for side in (True, False)]
+    fewer = min(sides, key=len) if len(sides[0]) != len(sides[1]) else []  # unlike most
     crossed = [i for i, each in enumerate(joints) if each.origin.reads_along is False]
     if fewer:
         why = f"there the transpose of the computed matrix is applied, unlike at the other {len(joints) - len(fewer)}"
@@ -152,14 +150,6 @@ def transposed(joints: Sequence[Joint]) -> Iterator[Remark]:
         difference,
         tuple(at),
     )
-
-
-def _turned_minority(joints: Sequence[Joint]) -> list[int]:
-    """The connections that apply the transpose of what they compute, where most do not; or the other way round."""
-    known = {i: of for i, each in enumerate(joints) if (of := each.origin.turned) is not None}
-    sides = [[i for i, turned in known.items() if turned is side] for side in (True, False)]
-    fewer, more = sorted(sides, key=len)
-    return fewer if len(fewer) < len(more) else []
 
 
 def _late_rows(joints: Sequence[Joint]) -> Iterator[Remark]:
@@ -230,10 +220,7 @@ def passing(joints: Sequence[Joint]) -> Iterator[Remark]:
 
 
 def passing_inside(streams: int, steps: int) -> tuple[Remark, ...]:
-    """The same where no state between the steps has streams at all.
-
-    ``streams``: that every step makes of its state and merges again.
-    """
+    """The same where every step makes streams of its state and merges them again, so that no state between has any."""
     sentence = (
         f"Streams are expanded and merged inside each block and do not persist: each of the {steps} steps makes {streams} "
         "streams of its state and merges them into 1 again, which is handed on, as in a plain residual network"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from depthscope.probes.reading.branches import Branch, branches_of, hidden_sums
+from depthscope.probes.reading.branches import branches_of, hidden_sums
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue, walk
 from depthscope.probes.reading.memory import (
     FEW_STREAMS,
@@ -50,7 +50,6 @@ from depthscope.probes.reading.states import has_feature_axis
 
 LEAST_SHARE = 0.002  # of the weights
 MOST_FURTHER = 24
-Taken = tuple[Memory, list[Branch]]
 NO_MEMORY = "no residual stream was found: no value is carried on through sums to which something computed from it is added"
 
 
@@ -89,12 +88,11 @@ def memories(graph: Graph) -> list[Memory]:
     best = with_further_beginnings(_within_long_skip(graph, ranked).memory)
     first_memory = _with_hidden_sums(_after_first_norm(after_spread(_with_empty_streams(best))))
     parts = with_streams_apart(with_unread_streams(first_memory))
-    taken: list[Taken] = [(memory, branches_of(memory)) for memory in parts]
-    _take(graph, taken, ranked[1:])
+    _take(graph, parts, ranked[1:])
     for root in rest[:MOST_FURTHER]:  # of another tower, whose first value is not among the first of all
-        if not any(memory.holds(root) for memory, _ in taken):
-            _take(graph, taken, _with_shares([_larger(_of_root(graph, root))], everything))
-    return [memory for memory, _ in taken]
+        if not any(memory.holds(root) for memory in parts):
+            _take(graph, parts, _with_shares([_larger(_of_root(graph, root))], everything))
+    return parts
 
 
 def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
@@ -102,12 +100,10 @@ def _within_long_skip(graph: Graph, ranked: Sequence[Ranked]) -> Ranked:
     best = ranked[0]
     if best.memory.num_writes > 1:
         return best
-    outer = best.memory, branches_of(best.memory)
     for other in ranked[1:]:
-        if other.memory.num_writes > 1 and other.share > best.share / 2:
-            inner = other.memory, branches_of(other.memory)
-            if inner[1] and _nested(graph, inner, outer):
-                return other
+        is_large = other.memory.num_writes > 1 and other.share > best.share / 2
+        if is_large and branches_of(other.memory) and _nested(graph, other.memory, best.memory):
+            return other
     return best
 
 
@@ -120,26 +116,26 @@ def _unknown(graph: Graph) -> str:
     return "; complex numbers are not followed, which may hide the sums" if is_complex else ""
 
 
-def _take(graph: Graph, taken: list[Taken], ranked: Sequence[Ranked]) -> None:
+def _take(graph: Graph, taken: list[Memory], ranked: Sequence[Ranked]) -> None:
     """Take the memories that are apart from those taken, at least until they are added to these, and in no branch of them."""
     for other in ranked:
-        apart = not any(other.memory.trunk & known.trunk for known, _ in taken)
+        apart = not any(other.memory.trunk & known.trunk for known in taken)
         is_state = other.memory.num_writes and graph.depends_on_input(other.memory.end)
         if other.share < LEAST_SHARE or not is_state or not apart:
             continue
         branches = branches_of(other.memory)
         if not all(other.memory.trunk.intersection(w.number for w in b.writes) for b in branches):
             continue  # no chain: as a bias of attention, to which the scores of each block are added apart
-        if branches and not any(_nested(graph, (other.memory, branches), one) for one in taken):
-            taken.append((other.memory, branches))
+        if branches and not any(_nested(graph, other.memory, known) for known in taken):
+            taken.append(other.memory)
 
 
-def _nested(graph: Graph, one: Taken, other: Taken) -> bool:
+def _nested(graph: Graph, one: Memory, other: Memory) -> bool:
     """Whether all that is added to one of two memories lies inside of a branch of the other one."""
-    for (inner, _), (outer, branches) in ((one, other), (other, one)):
+    for inner, outer in ((one, other), (other, one)):
         first = graph.values[min(inner.writes.keys() & inner.trunk, default=inner.root.number)]
         if graph.depends(first, outer.root) and any(
-            graph.depends(b.source, inner.end) and graph.depends(first, b.read) for b in branches
+            graph.depends(b.source, inner.end) and graph.depends(first, b.read) for b in branches_of(outer)
         ):
             return True
     return False
@@ -219,7 +215,8 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
         memory = follow(graph, start_with_streams(*begin))
         if memory.num_writes and has_feature_axis(memory):  # else the features were taken for streams
             found.append(Ranked(memory, _used(memory)))
-    found = [of for of in found if of.memory.num_writes and not _has_no_features(of.memory)]
+    # No number a sequence, as a mean that is taken off the input and added to the output
+    found = [of for of in found if of.memory.num_writes and max(of.memory.shape[1:], default=2) > 1]
     _with_shares(found, set[TracedValue]().union(*(of.used for of in found)))
     for of in found:
         root = of.memory.root
@@ -231,11 +228,6 @@ def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:
     read = set[int]().union(*(of.memory.writes for of in found if id(of) in with_axis))
     found = [of for of in found if id(of) in with_axis or read.isdisjoint(of.memory.writes)]
     return sorted(found, key=lambda of: of.rank, reverse=True)
-
-
-def _has_no_features(memory: Memory) -> bool:
-    """Whether its first value is one number a sequence, as a mean that is taken off the input and added to the output."""
-    return len(memory.shape) > 1 and max(memory.shape[1:]) == 1
 
 
 def _of_root(graph: Graph, root: TracedValue) -> list[Ranked]:
@@ -305,11 +297,7 @@ def _used(memory: Memory) -> set[TracedValue]:
 
 
 def with_further_beginnings(memory: Memory) -> Memory:
-    """The memory with further first values: added to it as streams are, by several sums of the first connection, never later.
-
-    What is added by one sum alone, as positions are, is a part of the first value; what later blocks add again, as a
-    condition is, is no stream.
-    """
+    """The memory with further first values: added to it by several sums of the first connection, and never later."""
     branches = branches_of(memory)
     if not branches:
         return memory

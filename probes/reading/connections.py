@@ -25,18 +25,13 @@ class DepthParts:
 
     states: list[TracedValue]
     sources: list[torch.Tensor]  # (tokens, features)
-    # By the number of a state or read, and by which of several values at once: (tokens, sources, features or 1).
-    weights: dict[tuple[int, int], torch.Tensor]
-    constants: dict[tuple[int, int], torch.Tensor]
+    # By the number of a state or read: (tokens, its values at once, sources, features or 1).
+    weights: dict[int, torch.Tensor]
+    constants: dict[int, torch.Tensor]
 
     def of(self, value: TracedValue) -> torch.Tensor:
         """The weights of a state, or of a read of one value."""
-        return self.weights[value.number, 0]
-
-    def rows(self, values: Sequence[TracedValue]) -> list[torch.Tensor]:
-        """The weights of all that some values have, one after another."""
-        numbers = [value.number for value in values]
-        return [of for number in numbers for (read, _), of in self.weights.items() if read == number]
+        return self.weights[value.number][:, 0]
 
 
 def weights(found: torch.Tensor) -> torch.Tensor:
@@ -211,10 +206,7 @@ class Linear:
         )
 
     def _steps(self, link: _Link) -> Hashable | None:
-        """What the steps that join two states are; those of another block may be the same.
-
-        None where a step adds a constant, or takes anything but the memory and what branches give.
-        """
+        """What the steps that join two states are, to be compared; None where one adds a constant, or takes anything else."""
         states, replays, sources = self.states, self._replays[0], link.sources
         places = {value.number: at for at, value in enumerate(v for of in sources for v in of)}
         parts: list[Hashable] = [tuple(map(len, sources))]
@@ -291,17 +283,12 @@ class Linear:
             raise ReadingError("branches read earlier states, and one of them gives several streams at once")
         sources = [[root], *([branch.source] for branch in branches)]
         found = self.held(held_values, sources)
-        columns = {value.number: found.columns([value], range(len(sources))) for value in held_values}
         added = self._constants([[value] for value in held_values], sources)
         return DepthParts(
             ordered,
             [self.states.array([root])[:, 0], *(output[:, 0] for output in outputs)],
-            {(number, row): of[:, row] for number, of in columns.items() for row in range(of.shape[1])},
-            {
-                (held_values[at].number, row): of[:, row]
-                for at, of in added.items()
-                for row in range(of.shape[1])
-            },
+            {value.number: found.columns([value], range(len(sources))) for value in held_values},
+            {held_values[at].number: constant for at, constant in added.items()},
         )
 
     def num_mixtures(self, branch: Branch) -> int:

@@ -38,7 +38,10 @@ class BranchReading:
 
 @dataclass
 class ConnectionReading:
-    """What joins two states: X' = H_res X + Σ h_post y + constant; weights are (tokens, to, from, features or 1)."""
+    """What joins two states: X' = H_res X + Σ h_post y + constant; weights are (tokens, to, from, features or 1).
+
+    Over depth X are the sources: the first state and the outputs of all earlier branches.
+    """
 
     depth_in: int
     h_res: torch.Tensor
@@ -46,30 +49,13 @@ class ConnectionReading:
     constant: torch.Tensor | None
     start: list[TracedValue]  # the state, after the norm with which the step begins
     target: list[TracedValue]  # the next state, before its last norm
-    before_sum: list[str]  # norms and activations of the whole state with which the step begins
-    after_sum: list[str]  # and with which it ends
+    before_sum: Sequence[str] = ()  # norms and activations of the whole state with which the step begins
+    after_sum: Sequence[str] = ()  # and with which it ends
     weighs: bool = True  # whether an operation scales or mixes the streams; otherwise h_res is the identity by construction
     error: float = 0.0  # of the recomputed state, relative to its largest number
-
-    @property
-    def depth_out(self) -> int:
-        """The depth of the next state."""
-        return self.depth_in + 1
-
-
-@dataclass
-class DepthReading:
-    """What joins two states that are sums over depth; weights are (tokens, sources, features or 1)."""
-
-    depth_in: int
-    read: torch.Tensor  # of what its last branch reads
-    carry: torch.Tensor  # of the next state, without its own branches
-    state: torch.Tensor  # of the state before
-    branches: list[BranchReading]
-    constant: torch.Tensor | None
-    error: float
-    after_sum: tuple[str, ...] = ()
-    weighs = True
+    state: torch.Tensor | None = (
+        None  # over depth, of the state before in the sources: (tokens, from, features or 1)
+    )
 
     @property
     def depth_out(self) -> int:
@@ -83,7 +69,7 @@ class MemoryReading:
 
     name: str
     states: tuple[StateReading, ...]
-    connections: tuple[ConnectionReading | DepthReading, ...]
+    connections: tuple[ConnectionReading, ...]
     num_streams: int
     over_depth: bool
     # How many streams every step makes of its state and merges again; 0 where some step makes none.
@@ -100,8 +86,7 @@ class MemoryReading:
     parameters: frozenset[str] = field(repr=False)
     proof: str  # "proven", or "unproven: why"
     error: float
-    # Shares of the parameters that reach the output: before, branches, head, elsewhere
-    weights: Mapping[str, float]
+    share: float  # of its branches, of the parameters that reach the output
     # Where the head's sum of its last state and earlier ones ends, if the head alone reads one
     mixed_for_head: str = ""
     # In which it is carried or branches' outputs are scaled, but for that of its first value
@@ -131,12 +116,3 @@ class MemoryReading:
     def is_proven(self) -> bool:
         """Whether every state and read was recomputed from the parts, and the choice of the states is complete."""
         return self.proof == PROVEN
-
-
-@dataclass(frozen=True)
-class NetworkReading:
-    """The memories of one forward, the model's first; none where ``refused`` has the reason."""
-
-    memories: tuple[MemoryReading, ...]
-    left_out: Mapping[str, str]  # memories that were found and are not described, with the reasons
-    refused: str = ""

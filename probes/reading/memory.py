@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from depthscope.probes.reading.carrying import Carried, MayJoin, Rules, places_in
+from depthscope.probes.reading.carrying import Carried, Rules, places_in
 from depthscope.probes.reading.graph import LEAF, PARAMETER, Graph, TracedValue, walk
 from depthscope.probes.reading.numbers import NOTHING, Numbers
 from depthscope.probes.reading.operations import (
@@ -186,11 +186,7 @@ def start_of(root: TracedValue) -> Start:
 
 
 def start_with_streams(root: TracedValue, axis: int, streams: int = 0, inner: int = 1) -> Start:
-    """A memory's begin with a value that has its streams along an axis of their own, or along a part of one.
-
-    ``streams``: how many there are; 0 for as many as the axis is long.
-    ``inner``: how many places of the axis each stream takes in a row.
-    """
+    """The begin with a value whose streams lie along a part of an axis, of which each takes ``inner`` places in a row."""
     length = root.shape[axis]
     outer = length // (inner * (streams or length))
     shape = (*root.shape[:axis], *[outer * inner] * (outer * inner > 1), *root.shape[axis + 1 :])
@@ -207,7 +203,13 @@ def follow(graph: Graph, start: Start, until: int | None = None) -> Memory:
     root = start.root
     memory = Memory(graph, start)
     memory.carried[root.number], memory.depth[root.number] = start.numbers, 0
-    rules = Rules(graph, memory.carried, functions=start.functions, may_join=_joining(memory))
+
+    def may_join(piece: TracedValue, model: Numbers) -> bool:
+        """Whether a piece may be a stream next to the memory: it comes from it or is a constant, and the memory is whole."""
+        own = graph.depends(piece, root) or not graph.depends_on_input(piece)
+        return own and model.distinct >= memory.count
+
+    rules = Rules(graph, memory.carried, functions=start.functions, may_join=may_join)
     memory.carried |= start.others
     memory.depth |= dict.fromkeys(start.others, 0)
     waiting = [*start.seeds]
@@ -246,10 +248,7 @@ def _followed(memory: Memory, rules: Rules, value: TracedValue) -> list[TracedVa
 
 
 def _end(memory: Memory) -> TracedValue:
-    """The value after most writes: of those that reach the output, or that a last block hands on and nobody reads.
-
-    The latest one that has every token and feature; the latest of all, where none has.
-    """
+    """The value after most writes that reaches the output, or that a last block hands on: the latest whole one, or any."""
     graph = memory.graph
     values = [graph.values[number] for number in memory.carried]
     written = [value for value in values if memory.depth[value.number]]
@@ -269,17 +268,6 @@ def _has_own_weights(graph: Graph, value: TracedValue) -> bool:
     """Whether a value that does not reach the output was made by a parameter that works in nothing that does."""
     made_by = walk([value], lambda of: (p for p in of.parents if not graph.reaches_output(p)))
     return any(of.kind == PARAMETER and not graph.reaches_output(of) for of in made_by)
-
-
-def _joining(memory: Memory) -> MayJoin:
-    """Whether a piece may lie next to the memory as a stream: it comes from it or is a constant, and the memory is whole."""
-    graph, root = memory.graph, memory.root
-
-    def may_join(piece: TracedValue, model: Numbers) -> bool:
-        own = graph.depends(piece, root) or not graph.depends_on_input(piece)
-        return own and model.distinct >= memory.count
-
-    return may_join
 
 
 def _be_born(memory: Memory, value: TracedValue, numbers: Numbers, depth: int) -> None:
@@ -328,10 +316,7 @@ def _note_pieces(memory: Memory, value: TracedValue, inside: list[TracedValue]) 
 
 
 def candidates(graph: Graph) -> tuple[list[TracedValue], list[TracedValue]]:
-    """Values to which something computed from them is added: most sums first, then the earliest, then embeddings; the rest.
-
-    Among the rest are constants, with which the state of a track begins.
-    """
+    """Values to which something computed from them is added, by the number of sums; the rest, as beginnings of tracks."""
     most = _Sums(graph).by_root()
     busiest = [number for number, _ in sorted(most.items(), key=lambda of: (-of[1], of[0]))]
     floats = [
@@ -428,10 +413,7 @@ class _Sums:
 
 
 def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int, int, int]]:
-    """Values that may hold streams from the beginning: the axis of the features, which is taken apart later; how many.
-
-    Last is how many places of the axis each stream takes in a row.
-    """
+    """Values that may hold streams: the axis of features, which is taken apart later, how many, and the places of each."""
     found: list[tuple[TracedValue, int, int, int]] = []
     # What a weight made, its axis of features, and into how many parts this is taken apart, by what is viewed of it.
     made: dict[int, tuple[TracedValue, int, int]] = {}

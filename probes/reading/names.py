@@ -30,12 +30,15 @@ class BranchNames:
         self._around = self._common_call()
         self._stacks = [set(self.graph.stack(v)) for inside in self._insides for v in inside[:1]]
         self._shared = Counter(call for stack in self._stacks for call in stack)
-        self._units = [self._unit(inside) for inside in self._insides]
-        self._calls = [self._own_calls(number) for number in range(len(branches))]
-        # The outermost module call whose work each branch is; where no module is called, the owner of its first parameter.
-        outermost = [self.graph.calls[calls[0]].path for calls in self._calls]
-        self.paths = [path or self._parameter_path(number) for number, path in enumerate(outermost)]
-        self.layers: list[int] = []
+        for branch, inside in zip(self.branches, self._insides, strict=True):
+            branch.unit = self._unit(inside)
+        for number, branch in enumerate(self.branches):
+            calls = self._own_calls(number)
+            # The outermost module call whose work it is; where no module is called, the owner of its first parameter.
+            branch.path = self.graph.calls[calls[0]].path or self._parameter_path(number)
+            branch.kind = self._kind(
+                number, [branch.path, *(self.graph.calls[call].path for call in calls[1:])]
+            )
         self.between: set[int] = set()  # the sources of branches that lie in no block, next to blocks
         self.first_layer = -1  # of the block that made the first value; -1 where none did
         self.scaled: list[tuple[int, int]] = []  # what blocks without a branch give, and their layers
@@ -64,12 +67,9 @@ class BranchNames:
 
     @cached_property
     def steps_alone(self) -> dict[int, tuple[list[int], int | None]]:
-        """What changes the memory without a branch, between two blocks or as all that a block does: by their last value.
-
-        With the call of that block, as of one that scales the memory; what lies between blocks, as added positions, has none.
-        """
+        """What changes the memory without a branch, by its last value: steps, and the call of the block they are, if any."""
         graph, memory = self.graph, self.memory
-        units = {unit for unit in self._units if unit is not None}
+        units = {branch.unit for branch in self.branches} - {-1}
         containers = {graph.calls[unit].container for unit in units} - {None}
 
         def shown(value: TracedValue, at: str) -> set[int]:
@@ -91,21 +91,17 @@ class BranchNames:
                 found[end] = steps, max(given, default=None)
         return found
 
-    def unit(self, number: int) -> int | None:
-        """The outermost call inside of the common one in which a branch runs; None where it runs in none."""
-        return self._units[number]
-
-    def _unit(self, inside: Sequence[TracedValue]) -> int | None:
+    def _unit(self, inside: Sequence[TracedValue]) -> int:
+        """The outermost call inside of the common one in which a branch runs; -1 where it runs in none."""
         depth = len(self._around)
         # The latest operations come first: before them may lie those of other branches, as of another track.
         stacks = map(self.graph.stack, inside)
         units = (stack[depth] for stack in stacks if len(stack) > depth and stack[:depth] == self._around)
-        return next(units, None)
+        return next(units, -1)
 
     def _own_calls(self, number: int) -> list[int]:
         """The module calls whose work a branch is, the outermost first."""
-        unit, depth = self.unit(number), len(self._around)
-        inside = self._insides[number]
+        unit, depth, inside = self.branches[number].unit, len(self._around), self._insides[number]
         works = [v for v in inside if v.name in LAYERS]  # its norm may lie next to it
         works = works or [v for v in inside if v.number in self._weights]
         stacks = [self.graph.stack(v) for v in works]
@@ -124,29 +120,23 @@ class BranchNames:
         names = sorted(self.graph.parameter_names.get(w.number, "") for w in used)
         return names[0] if names else ""
 
-    def kind(self, number: int) -> str:
-        """Attention, feed-forward, or the module's own name."""
-        paths = [self.paths[number], *(self.graph.calls[call].path for call in self._calls[number][1:])]
-        own, *inner = (kind_of(path, self.graph.modules) for path in paths)
-        if own != "block":
-            return own
+    def _kind(self, number: int, paths: Sequence[str]) -> str:
+        """attn, mlp or block. ``paths``: of the modules whose work the branch is."""
+        kinds = [kind_of(path, self.graph.modules) for path in paths]
         names = {v.name for v in self._insides[number]}
-        if any("attention" in name for name in names) or {"_softmax", "bmm"} <= names:
+        if kinds[0] == "block" and (
+            any("attention" in name for name in names) or {"_softmax", "bmm"} <= names
+        ):
             return "attn"
-        last = [part for part in paths[0].split(".") if not part.isdigit()]
-        return next((kind for kind in inner if kind != "block"), last[-1] if last else "branch")
+        return next((kind for kind in kinds if kind != "block"), "block")
 
     @cached_property
     def keys(self) -> list[Key]:
         """What branches of one block have in common: the numbers of its containers, or its call."""
-        found = []
-        for number in range(len(self.branches)):
-            unit = self.unit(number)
-            path = self.paths[number] if unit is None else self.graph.calls[unit].path
-            found.append(self._key(path, unit))
-        return found
+        units = ((branch.unit, branch.path) for branch in self.branches)
+        return [self._key(path if unit < 0 else self.graph.calls[unit].path, unit) for unit, path in units]
 
-    def _key(self, path: str, unit: int | None) -> Key:
+    def _key(self, path: str, unit: int) -> Key:
         around = self.graph.calls[self._around[-1]].path if self._around else ""
         parts = path.split(".")
         skipped = len(around.split(".")) if around and path.startswith(around) else 0
@@ -155,24 +145,22 @@ class BranchNames:
         if len(places) > 1 and self._holds_branches(parts[: places[-1]]):
             places = places[:-1]
         digits = tuple(int(parts[n]) for n in places)
-        call = 0 if unit is None else self.graph.calls[unit].number
+        call = 0 if unit < 0 else self.graph.calls[unit].number
         if digits:
             return Key(digits, call, ".".join(parts[: places[-1]]))
-        alone = path if unit is not None and self.graph.modules.get(path) in self._numbered_classes else ""
-        is_repeated = unit is not None and self.graph.calls[unit].path in self._repeated
-        return Key((), call if is_repeated else unit or 0, alone)
+        if unit < 0:
+            return Key((), 0, "")
+        alone = path if self.graph.modules.get(path) in self._numbered_classes else ""
+        return Key((), call if path in self._repeated else unit, alone)
 
     @cached_property
     def _numbered_classes(self) -> set[str | None]:
         """The classes of the modules with a number in which branches run: one that has none may be a block like them."""
-        paths = {self.graph.calls[unit].path for unit in self._units if unit is not None}
+        paths = {self.graph.calls[branch.unit].path for branch in self.branches if branch.unit >= 0}
         return {self.graph.modules.get(path) for path in paths if path.rpartition(".")[2].isdigit()}
 
     def _holds_branches(self, container: list[str]) -> bool:
-        """Whether the numbered members of a container are the branches of a block, and no blocks: they are made of others.
-
-        So they are where they have several classes, and where each has other parts, in the same order in all containers.
-        """
+        """Whether the numbered members of a container are branches of a block: each has other parts, in all containers."""
         members = self._members(".".join(container))
         if len(set(members)) < max(len(members), 2) or not container[-1].isdigit():
             return False
@@ -205,7 +193,9 @@ class BranchNames:
         layers = numbered(keys, modules)
         layers = layers if first is None else [first + layer - layers[0] for layer in layers]
         self.scaled = [(end, layers[at]) for end, at in places.items()]
-        self.layers = [layer for at, layer in enumerate(layers) if at not in places.values()]
+        of_branches = (layer for at, layer in enumerate(layers) if at not in places.values())
+        for branch, layer in zip(self.branches, of_branches, strict=True):
+            branch.layer = layer
 
     def key_of_root(self) -> Key | None:
         """The block that made the first value, as the first block of a stage makes it with a shortcut of its own."""
@@ -248,10 +238,7 @@ class Key(NamedTuple):
 
 
 def numbered(keys: Sequence[Key], modules: Mapping[str, str]) -> list[int]:
-    """Block numbers: the containers' own where these ascend, else the order of the blocks.
-
-    A number may be left out where a block of the same class did not run.
-    """
+    """Block numbers: the containers' own where these ascend, without those that did not run; else the order of the blocks."""
     blocks = [key for key in keys if key.is_block] or list(keys)
     own = iter(_of_blocks(blocks, modules))
     found: list[int] = []
@@ -289,18 +276,17 @@ def number_blocks(all_names: Sequence[BranchNames]) -> None:
         root = names.key_of_root()
         if root is None or not names.graph.depends(names.memory.root, before.memory.end):
             continue
-        units = {before.unit(number) for number in range(len(before.branches))}
+        units = {branch.unit for branch in before.branches}
         # The block in which that ended
         is_known = bool(units.intersection(names.graph.stack(names.memory.root)))
-        names.first_layer = max(before.layers) + (not is_known)
+        names.first_layer = max(branch.layer for branch in before.branches) + (not is_known)
         names.number({}, names.first_layer + 1)
 
 
 def labels(names: BranchNames, cuts: Sequence[Sequence[TracedValue]]) -> list[tuple[int, str]]:
     """The block and site of each state, from the branches that were written before it and those that write after it."""
     found: list[tuple[int, str]] = []
-    pairs = zip(names.branches, names.layers, strict=True)
-    written = [(b.writes[0].number, layer, b.source.number in names.between) for b, layer in pairs]
+    written = [(b.writes[0].number, b.layer, b.source.number in names.between) for b in names.branches]
     waiting = sorted([*written, *((end, layer, False) for end, layer in names.scaled)], reverse=True)
     coming = Counter(layer for _, layer, is_between in waiting if not is_between)
     layer = None  # the highest one that was written
@@ -335,8 +321,7 @@ def _label(
 
 def name_of(names: BranchNames) -> str:
     """What a memory is called: the container of its blocks, else the module around them."""
-    paths = [path for path in names.paths if path]
-    common = shared_start([path.split(".") for path in paths])
+    common = shared_start([branch.path.split(".") for branch in names.branches if branch.path])
     while common and common[-1].isdigit():
         common.pop()
     return ".".join(common) or "model"

@@ -24,13 +24,11 @@ OTHER = "other operations ran in {} than in the forward that was read; later for
 
 @dataclass
 class OperationPlaces:
-    """Where later forwards make the values that are needed of them.
-
-    ``wanted``: by call, and by the number of an operation in it, the values that it makes; by `OUTPUT`, what the call returns.
-    """
+    """Where later forwards make the values that are needed of them."""
 
     graph: Graph  # of the forward that was read
     circumstances: tuple[Any, ...]
+    # By call and number of an operation in it: the values that it makes; by `OUTPUT`: what the call returns
     wanted: dict[int, dict[int, list[TracedValue]]] = field(default_factory=dict)
     # By position among what the model is called with
     given: dict[int, TracedValue] = field(default_factory=dict)
@@ -53,22 +51,17 @@ class OperationPlaces:
         }
         for value in (graph.values[number] for number in sorted(needed)):
             of_model = own.get(id(value.held))
-            if not places.add(value, is_constant=of_model is not None):
+            if value.made_at is not None:
+                places.wanted.setdefault(value.call, {}).setdefault(value.made_at, []).append(value)
+                continue
+            if value.given_at is not None:
+                places.given[value.given_at] = value
+            elif value.held is not None and (of_model is not None or value.name in FILLS):
+                places.constant.append((value, value.held))
+            else:
                 return None
-            places.of_model += [of_model] if of_model is not None and value.made_at is None else []
+            places.of_model += [of_model] if of_model is not None else []
         return places
-
-    def add(self, value: TracedValue, *, is_constant: bool) -> bool:
-        """Note where a value is made, given or held; whether it has a place."""
-        if value.made_at is not None:
-            self.wanted.setdefault(value.call, {}).setdefault(value.made_at, []).append(value)
-        elif value.given_at is not None:
-            self.given[value.given_at] = value
-        elif value.held is not None and (is_constant or value.name in FILLS):
-            self.constant.append((value, value.held))
-        else:
-            return False
-        return True
 
     def fit(self, model: nn.Module, batch: Sequence[torch.Tensor]) -> bool:
         """Whether a forward that begins should run the operations that are known."""
@@ -97,10 +90,7 @@ class _Frame:
 
 
 class PlacedRecorder(TorchDispatchMode):
-    """The tensors of a later forward at known places; it hands them to the graph at the end.
-
-    ``batch``: the tensors that the model is called with.
-    """
+    """The tensors of a later forward, called with those of ``batch``, at known places; the graph gets them at the end."""
 
     def __init__(self, places: OperationPlaces, batch: Sequence[torch.Tensor]):
         super().__init__()
@@ -175,22 +165,13 @@ class PlacedRecorder(TorchDispatchMode):
     def end(self, output: Any) -> Graph:
         """The graph, which has the tensors of this forward."""
         self._hand_over()
-        missing = [
-            n
-            for of in self._places.wanted.values()
-            for values in of.values()
-            for n in values
-            if n.number not in self._found
-        ]
-        if missing:
-            self._stop(self.graph.path(missing[0]))
+        every = (value for of in self._places.wanted.values() for values in of.values() for value in values)
+        if (missing := next((value for value in every if value.number not in self._found), None)) is not None:
+            self._stop(self.graph.path(missing))
         return self.graph
 
     def hold(self) -> None:
-        """Let the graph have the tensors of this forward.
-
-        Raises ReadingError: Where other operations ran.
-        """
+        """Let the graph have the tensors of this forward; ReadingError where other operations ran."""
         if self.error is not None:
             raise ReadingError(self.error)
         self.graph.take(self._found)

@@ -105,9 +105,10 @@ def recomputed_depth(states: States, parts: DepthParts) -> float:
     """How far states and reads are from the weighted sums of what is reported."""
     sources = torch.stack(parts.sources, 1)
     worst = 0.0
-    for (number, row), weight in parts.weights.items():
-        total = _applied(weight[:, None], sources)[:, 0] + parts.constants.get((number, row), 0)
-        worst = max(worst, _error(total, states.array([states.graph.values[number]])[:, row]))
+    for number, weight in parts.weights.items():
+        total = _applied(weight, sources) + parts.constants.get(number, 0)
+        true = states.array([states.graph.values[number]])
+        worst = max(worst, *(_error(total[:, row], true[:, row]) for row in range(weight.shape[1])))
     return worst
 
 
@@ -196,12 +197,9 @@ class WeightCoverage:
         carried = memory.back([memory.end, *(branch.read for branch in branches)])
         end = max(value.number for value in last)
         after = graph.earlier(outputs, {number for number in memory.carried if number <= end})
-        self.by_place = {
-            "branches": self._between(carried) & self._used,
-            "before": weights_in(graph, self._before) & self._used,
-            "head": weights_in(graph, after) & self._used,
-        }
-        self.elsewhere = self._used - set().union(*self.by_place.values())
+        self._in_branches = self._between(carried) & self._used
+        outside = weights_in(graph, self._before) | weights_in(graph, after)
+        self._elsewhere = self._used - self._in_branches - outside
         self.held = frozenset(number for number in carried if number <= end)
 
     def _between(self, carried: set[int]) -> set[TracedValue]:
@@ -219,29 +217,23 @@ class WeightCoverage:
                 marks[number] = 0
         return weights_in(self.graph, marks)
 
-    def shares(self) -> dict[str, float]:
-        """The shares of the parameters that reach the output."""
-        total = sum(w.numel for w in self._used)
-        sizes = {name: sum(w.numel for w in of) for name, of in self.by_place.items()}
-        sizes["elsewhere"] = sum(w.numel for w in self.elsewhere)
-        return {name: size / max(total, 1) for name, size in sizes.items()}
+    def share(self, of: AbstractSet[TracedValue] | None = None) -> float:
+        """The share of the branches, or of some weights, of those that reach the output."""
+        own = self._in_branches if of is None else of
+        return sum(w.numel for w in own) / max(sum(w.numel for w in self._used), 1)
 
     def names_in_branches(self) -> set[str]:
-        """The names of the parameters that work on what was computed from the first state.
-
-        A tower that branches attend to, or whose output is put into the first state, lies in no branch.
-        """
+        """The names of the parameters in branches that work on what the first state gave, and in no other tower."""
         later = self.graph.later(self.memory.root)
         working = (number for number in weights(self.graph) if later[number])
-        found = {w for number in working for w in weights(self.graph)[number]} & self.by_place["branches"]
+        found = {w for number in working for w in weights(self.graph)[number]} & self._in_branches
         return {self.graph.parameter_names.get(w.number, "") for w in found}
 
     def why_incomplete(self) -> str:
         """What the states leave out; empty where they are complete."""
-        if self.elsewhere:
-            names = sorted(self.graph.parameter_names.get(w.number, "") for w in self.elsewhere)
-            share = self.shares()["elsewhere"]
-            return f"{share:.0%} of the weights lie in no branch (first: {names[0]})"
+        if self._elsewhere:
+            names = sorted(self.graph.parameter_names.get(w.number, "") for w in self._elsewhere)
+            return f"{self.share(self._elsewhere):.0%} of the weights lie in no branch (first: {names[0]})"
         if (value := self._residual_sum(range(self.memory.root.number + 1), self._before)) is not None:
             return (
                 f"{self.graph.path(value) or 'the model'} adds a branch before the first state that was found"
@@ -259,10 +251,7 @@ class WeightCoverage:
     def _residual_sum(
         self, numbers: Iterable[int], marks: bytearray, after: TracedValue | None = None
     ) -> TracedValue | None:
-        """A marked sum of a value and of what was computed from it, that may belong to the states.
-
-        ``after``: what the value was computed from.
-        """
+        """A marked sum of a value (computed from ``after``) and of what was computed from it, that may be a state."""
         for number in numbers:
             value = self.graph.values[number]
             if not marks[number] or number in self.of_others:
@@ -435,25 +424,20 @@ def _carried(value: TracedValue, width: int) -> list[TracedValue]:
 
 @dataclass(frozen=True)
 class FurtherResiduals:
-    """Residuals, each computed from others of them, that are none of the states that are read.
+    """Residuals, each computed from others of them, that are none of the states that are read."""
 
-    ``sums``: how many. ``path``: the module in which the first one is added up. ``names``: of the parameters that work in
-    what they add. ``around``: of those of the branches of states in which they lie; empty where they lie in none.
-    """
-
-    sums: int
-    path: str
-    names: frozenset[str]
-    around: frozenset[str]
+    sums: int  # how many
+    path: str  # the module in which the first one is added up
+    names: frozenset[str]  # of the parameters that work in what they add
+    around: frozenset[
+        str
+    ]  # of those of the branches of states in which they lie; empty where they lie in none
 
 
 def further_residuals(
     graph: Graph, read: Sequence[MemoryReading], blocks: AbstractSet[str]
 ) -> Iterator[FurtherResiduals]:
-    """The residuals outside of some memories and blocks: several that follow each other, or one with many of the parameters.
-
-    ``blocks``: paths of modules that are described as they are, with all that is in them.
-    """
+    """The residuals outside of memories and of blocks, which are described as they are: several in a row, or a large one."""
     held = set[int]().union(*(memory.held for memory in read))
     sources = {branch.source.number for memory in read for branch in memory.branches}
     taken = {of.number for n in held - {memory.root for memory in read} for of in graph.values[n].parents}

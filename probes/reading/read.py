@@ -23,9 +23,7 @@ from depthscope.probes.reading.description import (
     PROVEN,
     BranchReading,
     ConnectionReading,
-    DepthReading,
     MemoryReading,
-    NetworkReading,
     StateReading,
 )  # fmt: skip
 from depthscope.probes.reading.graph import Graph, ReadingError, TracedValue
@@ -60,20 +58,26 @@ def printed_after(name: str | None) -> Iterator[None]:
 
 
 class Rereading:
-    """The reading of a forward, and that of later ones: where these run the same operations, nothing is looked for again."""
+    """The memories of a forward, the model's first; of later ones that run the same operations nothing is looked for again."""
 
     def __init__(self, graph: Graph):
         self.graph = graph
         self._readers: list[_Reader] = []
-        with torch.no_grad():
-            self.reading = self._read()
+        self.memories: list[MemoryReading] = []  # none where `refused` has the reason
+        self.left_out: dict[str, str] = {}  # memories that were found and are not described, with the reasons
+        self.refused = ""
+        try:
+            with torch.no_grad():
+                self._read()
+        except ReadingError as error:
+            self.refused = str(error)
         if (name := _printed.get()) is not None:
-            refused = [f"refused: {self.reading.refused}"] if self.reading.refused else []
+            refused = [f"refused: {self.refused}"] if self.refused else []
             sys.stdout.writelines(f"{line}\n" for line in (*self._found_by(name), *refused))
 
     def _found_by(self, name: str) -> Iterable[str]:
         """What a pass found, a line each."""
-        values, readers, found = self.graph.values, self._readers, self.reading.memories
+        values, readers, found = self.graph.values, self._readers, self.memories
         return {
             "record": (f"{value!r} {self.graph.path(value)}" for value in values),
             "memories": (
@@ -94,52 +98,45 @@ class Rereading:
                 for memory in found for joint in memory.connections
             ),
             "proof": (
-                f"{memory.name}: {memory.proof}, off by {memory.error:.1e}, weights {dict(memory.weights)}"
+                f"{memory.name}: {memory.proof}, off by {memory.error:.1e}, {memory.share:.0%} of the weights"
                 for memory in found
             ),
         }[name]  # fmt: skip
 
-    def _read(self) -> NetworkReading:
-        if self.graph.error is not None:
-            error = self.graph.error
+    def _read(self) -> None:
+        if (error := self.graph.error) is not None:
             why = str(error) if isinstance(error, ReadingError) else repr(error)
-            return NetworkReading((), {}, f"the forward could not be recorded: {why}")
-        try:
-            found = memories(self.graph)
-            _refuse_recurrence(self.graph, found[0])
-            self._readers = _numbered(found)
-            outer = [reader.outer() for reader in self._readers]
-            if any(new is not old for new, old in zip(outer, found, strict=True)):
-                self._readers = _numbered(outer)
-            done, left_out = [self._readers[0].reading()], {}
-        except ReadingError as error:
-            return NetworkReading((), {}, str(error))
-        for reader in self._readers[1:]:
+            raise ReadingError(f"the forward could not be recorded: {why}")
+        found = memories(self.graph)
+        _refuse_recurrence(self.graph, found[0])
+        self._readers = _numbered(found)
+        outer = [reader.outer() for reader in self._readers]
+        if any(new is not old for new, old in zip(outer, found, strict=True)):
+            self._readers = _numbered(outer)
+        for number, reader in enumerate(self._readers):
             try:
-                done.append(reader.reading())
+                self.memories.append(reader.reading())
             except ReadingError as error:
-                left_out[reader.name] = str(error)
-        return NetworkReading(tuple(done), left_out)
+                if not number:
+                    raise
+                self.left_out[reader.name] = str(error)
 
     def keep(self, memory: MemoryReading) -> None:
         """Read this memory alone from now on, and let go of the first forward's tensors."""
         self._readers = [next(of for of in self._readers if of.memory.root.number == memory.root)]
-        self.reading = NetworkReading((), {})
+        self.memories = []
         self.graph.let_go()
 
     @torch.no_grad()
     def again(self, graph: Graph) -> MemoryReading:
-        """The memory that was kept in a later forward, whose tensors are held until `let_go`.
-
-        Raises ReadingError: Where it is not found again.
-        """
+        """The memory that was kept, in a later forward with its tensors held; ReadingError where it is not found."""
         if graph.error is not None:
             raise ReadingError(f"a later forward could not be recorded: {graph.error}")
         if graph is not self.graph and not self.graph.takes_over(graph):
             other, wanted = Rereading(graph), self._readers[0].place
             found = next((of for of in other._readers if of.place == wanted), None)
             if found is None:
-                why = f": {other.reading.refused}" if other.reading.refused else ""
+                why = f": {other.refused}" if other.refused else ""
                 raise ReadingError(
                     f"{self._readers[0].name} was not found again in a later forward, whose operations are others{why}"
                 )
@@ -180,15 +177,20 @@ class _Reader:
         self.names = BranchNames(memory, self.branches)
         self.name, self.place = name_of(self.names), self.graph.place(memory.root)
 
+    @property
+    def layers(self) -> list[int]:
+        """The block numbers of its branches."""
+        return [branch.layer for branch in self.branches]
+
     @cached_property
     def _first_cuts(self) -> Cuts:
-        return cuts_of(self.memory, self.branches, self.names.layers)
+        return cuts_of(self.memory, self.branches, self.layers)
 
     def outer(self) -> Memory:
         """The memory without sums inside of blocks that add all of what they make to one state, as an interpolation does."""
         memory, cuts = self.memory, self._first_cuts.cuts
         states = [cut for cut in cuts[:-1] if size_of(memory, cut) == memory.count] + [[memory.end]]
-        if not len(set(self.names.layers)) < len(states) < len(cuts):
+        if not len(set(self.layers)) < len(states) < len(cuts):
             return memory
         inner: set[int] = set()
         for (before, *_), (after, *_) in pairwise(states):
@@ -219,16 +221,12 @@ class _Reader:
         found = self._first_cuts
         changed = [] if found.over_depth else [steps for steps, _ in self.names.steps_alone.values()]
         if changed:
-            found = cuts_of(self.memory, self.branches, self.names.layers, changed)
+            found = cuts_of(self.memory, self.branches, self.layers, changed)
         self.states = States(self.memory, self.branches)
         # Of streams, gates of each feature are parts of the branches: their weights are then one number for each stream.
         has_streams = found.over_depth or self.states.num_streams(found.cuts[-1]) > 1
         if has_streams and with_own_gates(self.memory, self.branches, self.states.feature_stride):
             self.states = States(self.memory, self.branches)
-        for number, branch in enumerate(self.branches):
-            branch.path, branch.kind = self.names.paths[number], self.names.kind(number)
-            unit, branch.layer = self.names.unit(number), self.names.layers[number]
-            branch.unit = -1 if unit is None else unit
         if found.over_depth and (plain := self._before_last_mixture()) is not None:
             read = self._instead(plain)
             path = self.graph.path(self.memory.end) or "the model"
@@ -283,7 +281,7 @@ class _Reader:
             return None
         number_blocks([reader.names])
         shorter = reader.memory
-        found = cuts_of(shorter, reader.branches, reader.names.layers)
+        found = cuts_of(shorter, reader.branches, reader.layers)
         states = {value.number for cut in found.cuts for value in cut}
         is_plain = not found.over_depth and all(
             any(of.number in states for of in shorter.line(branch.read)) for branch in reader.branches
@@ -311,10 +309,7 @@ class _Reader:
         return self._described(found.cuts, connections, [of.error for of in connections], over_depth=False)
 
     def _in_places(self, before: Cut, after: Cut, h_res: torch.Tensor) -> Cut:
-        """The values of a state, where each holds a stream: one that carries on a single stream keeps its place.
-
-        The others are in the order of the steps that mixed them, whichever of them a branch wrote to last.
-        """
+        """The values of a state that hold a stream each, which keeps its place; others in the order of what mixes them."""
         if len(after) == 1 or h_res.shape[1:3] != (len(after), len(after)):
             return after
         order: dict[int, TracedValue] = {}
@@ -332,7 +327,7 @@ class _Reader:
     def _described(
         self,
         cuts: Sequence[Cut],
-        connections: Sequence[ConnectionReading | DepthReading],
+        connections: Sequence[ConnectionReading],
         errors: list[float],
         *,
         over_depth: bool,
@@ -371,17 +366,14 @@ class _Reader:
             parameters=frozenset(coverage.names_in_branches()),
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
-            weights=coverage.shares(),
+            share=coverage.share(),
             casts=tuple(dict.fromkeys(v.dtype for v in carried if v.dtype != self.memory.root.dtype)),
         )
         self._before = replace(found, connections=())
         return found
 
     def _other_end(self, cuts: Sequence[Cut]) -> str:
-        """Why the last of several states over depth is not all that the head reads; empty where it is.
-
-        As of a second stream, which goes on next to it to the end.
-        """
+        """Why the last state over depth is not all that the head reads, as of a second stream; empty where it is."""
         memory, depth = self.memory, max(value.number for cut in cuts[:-1] for value in cut)
         known = {value.number for cut in cuts for value in cut}.union(
             read.number for branch in self.branches for read in (branch.read, *branch.reads)
@@ -427,7 +419,7 @@ class _Reader:
         parts = self.linear.over_depth(self.branches, values)
         _begin_with_first_state(parts)
         first = self._read_state(self.branches[0]) if by_read else parts.states[0]
-        if parts.weights.get((first.number, 0), parts.sources[0][:, :1]).shape[-1] > 1:
+        if parts.weights.get(first.number, parts.sources[0][:, :1]).shape[-1] > 1:
             parts.states = list(dict.fromkeys([parts.states[0], first, *parts.states[1:]]))
         error = recomputed_depth(self.states, parts) if self._before is None else 0.0
         pairs = list(pairwise(parts.states))
@@ -471,24 +463,22 @@ class _Reader:
         parts: DepthParts,
         error: float,
         by_read: bool,
-    ) -> DepthReading:
+    ) -> ConnectionReading:
         read_state, before, after = pair
         new = [
             k for k, branch in enumerate(self.branches)
             if (self._read_state(branch) is read_state if by_read else before.number < branch.writes[0].number <= after.number)
         ]  # fmt: skip
-        reads = [self.branches[k] for k in new if self.linear.num_mixtures(self.branches[k]) == 1]
-        read = reads[-1].read if reads else before
-        carry = parts.of(after).clone()
+        carry, found = parts.of(after).clone(), []
         carry[:, [k + 1 for k in new]] = 0
-        found = []
-        for k in new:
-            own = weights(parts.of(after)[:, k + 1])[:, None, None]
-            rows = parts.rows(self.linear.mixtures(self.branches[k]))
-            several = torch.stack(rows, 1) if len(rows) > 1 else None
-            found.append(BranchReading(self.branches[k], own, parts.sources[k + 1].unsqueeze(1), several))
-        constant = parts.constants.get((after.number, 0))
-        return DepthReading(number, parts.of(read), carry, parts.of(before), found, constant, error)
+        for branch, k in ((self.branches[k], k + 1) for k in new):
+            write = weights(parts.of(after)[:, k])[:, None, None]
+            read = torch.cat([parts.weights[of.number] for of in self.linear.mixtures(branch)], 1)
+            found.append(BranchReading(branch, write, parts.sources[k].unsqueeze(1), read))
+        constant, state = parts.constants.get(after.number), parts.of(before)
+        return ConnectionReading(
+            number, carry.unsqueeze(1), found, constant, [before], [after], error=error, state=state
+        )
 
     def _read_state(self, branch: Branch) -> TracedValue:
         """What a branch reads; where it reads several mixtures at once, what its output is added to."""
@@ -517,20 +507,20 @@ def _begin_with_first_state(parts: DepthParts) -> None:
 
     What is added to that, as positions are, is a part of it where every sum has both by one weight.
     """
-    first = parts.states[0].number, 0
-    scale, added = parts.weights[first][:, 0].clone(), parts.constants.get(first)
-    if bool((scale == 0).any()) or bool((parts.weights[first][:, 1:] != 0).any()):
+    first = parts.states[0]
+    scale, added = parts.of(first)[:, 0].clone(), parts.constants.get(first.number)
+    if bool((scale == 0).any()) or bool((parts.of(first)[:, 1:] != 0).any()):
         return
-    ratios = {at: of[:, 0] / scale for at, of in parts.weights.items()}
+    ratios = {number: of[:, :, 0] / scale[:, None] for number, of in parts.weights.items()}
     parts.sources[0] = parts.sources[0] * scale
     if added is not None and len(parts.constants) == sum(bool((of != 0).any()) for of in ratios.values()):
         largest = float(added.abs().max())
-        pairs = [(ratios[at], constant) for at, constant in parts.constants.items()]
+        pairs = [(ratios[number], constant) for number, constant in parts.constants.items()]
         apart = [((of - r * added).abs(), 1e-5 * largest * r.abs().clamp_min(1)) for r, of in pairs]
         if all(bool((error <= allowed).all()) for error, allowed in apart):
-            parts.sources[0] = parts.sources[0] + added
+            parts.sources[0] = parts.sources[0] + added[:, 0]
             parts.constants.clear()
-    for at, of in parts.weights.items():
-        own = ratios[at].unsqueeze(1)
-        scaled = torch.cat([own, of[:, 1:].expand(*of.shape[:1], -1, own.shape[-1])], 1)
-        parts.weights[at] = weights(scaled)  # the gain of a norm of the embedding was one of each feature
+    for number, of in parts.weights.items():
+        own = ratios[number].unsqueeze(2)
+        scaled = torch.cat([own, of[:, :, 1:].expand(*of.shape[:2], -1, own.shape[-1])], 2)
+        parts.weights[number] = weights(scaled)  # the gain of a norm of the embedding was one of each feature

@@ -111,11 +111,7 @@ def can_end(value: TracedValue, tensor: torch.Tensor) -> bool:
 def ended(
     held: Sequence[TracedValue], made: Sequence[TracedValue], is_alive: Callable[[TracedValue], bool]
 ) -> list[TracedValue]:
-    """Of some values those that no memory can need.
-
-    ``made``: all values that were made in a call that has ended, in order; ``is_alive``: whether anything but the recorder
-    has a tensor of one.
-    """
+    """Of what is held, what no memory can need after a call that made these values; ``is_alive``: others have its tensor."""
     first = made[0].number
     groups = _joined(made)
     held = [of for of in held if not of.is_fixed]

@@ -80,7 +80,7 @@ class StructureFinder:
         self.graph, self.model, self.options = graph, model, options
         self.batch_size, self.batch_axis = batch_size, batch_axis
         self.rereading = Rereading(graph)
-        self.memories = self.rereading.reading.memories
+        self.memories = self.rereading.memories
         self._read: ReadStructure | None = None
         self._layouts: dict[tuple[int, int], tuple[Numbers, str]] = {}  # by memory and numbers
         self._unread: list[LeftOut] = []  # further states that cannot be read
@@ -100,7 +100,7 @@ class StructureFinder:
         read = [memory for chain in chains for memory in chain.memories]
         is_plain = all(m.is_plain and not m.inner_streams for m in read)
         named = self.options.blocks is not None or self.options.layout is not None
-        if read and is_plain and not named and (why := missing_state(self.graph, chains, read)):
+        if read and is_plain and not named and (why := missing_state(self.graph, chains)):
             chains = tuple(
                 replace(of, proof=f"unproven: {why}") if of.proof == PROVEN else of for of in chains
             )
@@ -137,7 +137,7 @@ class StructureFinder:
         if read and (path := read[-1].mixed_for_head):
             why = f"the head reads a weighted sum of the last state and of earlier ones, made in {path}, which is not measured"
             self._unread.append(LeftOut("weights over depth", 0, "", 0.0, why))
-        parts = PartsLeftOut(self.graph, self.model, chains, read, others, named=is_named).found()
+        parts = PartsLeftOut(self.graph, self.model, chains, others, named=is_named).found()
         unread = {part.module: part for part in self._unread}
         reasons = [unread.pop(part.module).why if part.module in unread else part.why for part in parts]
         return (*(replace(part, why=why) for part, why in zip(parts, reasons, strict=True)), *unread.values())
@@ -169,7 +169,7 @@ class StructureFinder:
         if self.options.blocks is not None:
             return self._chains_of_named_blocks(self.options.blocks)
         if calls := self._linked_blocks():
-            refused = f"unproven: {self.rereading.reading.refused}"
+            refused = f"unproven: {self.rereading.refused}"
             try:
                 return [self._chain_of_calls(calls, self.memories[0].proof if self.memories else refused)]
             except LayoutError:
@@ -177,7 +177,7 @@ class StructureFinder:
                 if self.memories or self.graph.sides[calls[0], "input"][0].kind != INPUT:
                     raise
         if not self.memories:
-            raise ChainError(f"{self.rereading.reading.refused}{self._or_layers.replace(', or', ';')}")
+            raise ChainError(f"{self.rereading.refused}{self._or_layers.replace(', or', ';')}")
         taken = self._chosen_memories()
         first = taken[0][0]
         if not first.is_plain:
@@ -198,7 +198,7 @@ class StructureFinder:
         """The chains of some plain memories, in order; further ones that cannot be read are named."""
         first = taken[0][0]
         found = self._chains_of_stages(taken[0])
-        if (why := self.rereading.reading.left_out.get(first.name)) is not None:
+        if (why := self.rereading.left_out.get(first.name)) is not None:
             self._unread.append(
                 LeftOut(first.name, why=f"a further residual stream of these blocks is not measured: {why}")
             )
@@ -213,7 +213,7 @@ class StructureFinder:
             else:
                 self._unread.append(self._further_state_left_out(stages, "its states lie between no blocks"))
         for chain in found:
-            require_all_blocks(self.graph, self.model, chain)
+            require_all_blocks(self.graph, chain)
         return sorted(found, key=lambda of: of.memories[0].root)
 
     def _linked_blocks(self) -> list[int]:
@@ -248,7 +248,7 @@ class StructureFinder:
             return [[first]]
         plain = [memory for memory in self.memories if memory.is_plain]
         trunks = trunks_of(self.graph, plain)
-        least = FURTHER_SHARE * sum(memory.weights["branches"] for memory in trunks[0])
+        least = FURTHER_SHARE * sum(memory.share for memory in trunks[0])
         kept = [of for of in trunks[1:] if all(m.is_proven for m in of)]
         blocks = _units(trunks[0])
         self._unread += [
@@ -262,7 +262,7 @@ class StructureFinder:
                 of
                 for of in kept
                 # A further state of the same blocks is one of the model's, however small.
-                if sum(m.weights["branches"] for m in of) >= least or _units(of) <= blocks
+                if sum(m.share for m in of) >= least or _units(of) <= blocks
             ),
         ]
 
@@ -276,7 +276,7 @@ class StructureFinder:
         """What is said of a further state that cannot be read."""
         units = _units(stages)
         kinds, blocks = sorted({self.graph.calls[unit].kind for unit in units}), len(units)
-        share = sum(memory.weights["branches"] for memory in stages)
+        share = sum(memory.share for memory in stages)
         why = f"a further residual stream that is not measured: {why.removeprefix('unproven: ')}"
         return LeftOut(stages[0].name, blocks, "/".join(kinds), share, why)
 
@@ -295,7 +295,7 @@ class StructureFinder:
                 found.append(with_named_blocks(self.graph, chain, calls, depths))
         if found:
             return self._with_names(found)
-        why = self.rereading.reading.refused or "no residual memory has a branch in each of these modules"
+        why = self.rereading.refused or "no residual memory has a branch in each of these modules"
         return [self._chain_of_calls(calls, f"{ASSERTED}{why}")]
 
     def _chain_of_calls(self, calls: Sequence[int], proof: str) -> Chain:

@@ -49,10 +49,7 @@ class HookPoint:
     result: int = 0  # which of its results
     layout: str = ""  # where it is another one than the chain's
     streams: tuple[HookPoint, ...] = ()  # what shows each stream, where each is a tensor of its own
-    # Whether a branch that is written into this state read the tensor already: it has the gradient of that, too.
-    is_read_before: bool = False
-    # Whether a function of autograd makes the tensor and reads it itself: it has a part of the gradient alone.
-    is_read_inside: bool = False
+    without_gradient: str = ""  # why the gradient of the tensor is not that of the state alone
 
     @property
     def place(self) -> ValuePlace:
@@ -200,10 +197,7 @@ def _closest_paths(path: str, modules: dict[str, nn.Module]) -> str:
 
 
 def named_calls(graph: Graph, model: nn.Module, layers: Sequence[str]) -> list[int]:
-    """The numbers of the calls of the modules that ``layers=`` names, in order.
-
-    Raises ChainError: Where one of them does not exist, did not run, or takes or gives no floating tensor.
-    """
+    """The calls of the modules that ``layers=`` names; ChainError where one is not there, did not run, or shows no state."""
     modules = dict(model.named_modules())
     wanted = block_paths(model, layers)
     calls = {path: [n for n, call in enumerate(graph.calls) if call.path == path] for path in wanted}
@@ -235,14 +229,17 @@ def states_around(graph: Graph, memory: MemoryReading, calls: Sequence[int]) -> 
 
 
 def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
-    """The chain of what some modules take, and of what the last one gives, which no memory has as its states.
-
-    Where a module takes first what the one before has no part in, as a list of all before, it is what that one gave.
-    """
+    """The chain of what some modules take, and of what the last one gives, which no memory has as its states."""
     blocks = [graph.calls[call] for call in calls]
     ends = [
         (calls[0], "input"),
-        *(_state_between(graph, *pair) for pair in pairwise(calls)),
+        *(
+            # What the next one takes, or where that has no part in what this one gave, that
+            (after, "input")
+            if graph.depends(graph.sides[after, "input"][0], graph.sides[before, "output"][0])
+            else (before, "output")
+            for before, after in pairwise(calls)
+        ),
         (calls[-1], "output"),
     ]
     values = [graph.sides[end][0] for end in ends]
@@ -262,16 +259,8 @@ def chain_of_calls(graph: Graph, calls: Sequence[int], proof: str) -> Chain:
     )
 
 
-def _state_between(graph: Graph, before: int, after: int) -> tuple[int, str]:
-    taken, given = graph.sides[after, "input"][0], graph.sides[before, "output"][0]
-    return (after, "input") if graph.depends(taken, given) else (before, "output")
-
-
 def block_labels(blocks: Sequence[ModuleCall], *, constant: bool) -> list[tuple[int, str]]:
-    """The block and site of the state before each of some calls, and of the one after the last.
-
-    ``constant``: whether all states have one shape; otherwise there are stages, whose blocks are numbered from 0 each.
-    """
+    """The block and site of the state before each of some calls, and after the last; ``constant``: all have one shape."""
     layers = layer_numbers(blocks) if constant else list(range(len(blocks)))
     found = [(-1, "embed")]
     for depth, layer in enumerate(layers, 1):

@@ -17,7 +17,7 @@ from depthscope.probes.connections.proof import DepthWeights, Parts, StreamConne
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.layout import LayoutError, canonical
 from depthscope.probes.model.tensors import local_tensor
-from depthscope.probes.reading.description import ConnectionReading, DepthReading, MemoryReading
+from depthscope.probes.reading.description import ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.structure.chain import Chain, Connection, HookPoint
@@ -71,7 +71,7 @@ class Structure:
             for depth, point in points:
                 of = point.streams or (point,)
                 is_shared = len(set(of)) < len(of)
-                is_shared |= any(p.is_read_before or p.is_read_inside for p in (point, *of))
+                is_shared |= any(p.without_gradient for p in (point, *of))
                 found += [ShownTensor(number, depth, n, p, len(of), is_shared) for n, p in enumerate(of)]
         return tuple(found)
 
@@ -119,11 +119,7 @@ class Structure:
 
 
 def require_same(found: Structure, before: Structure) -> None:
-    """Require that a structure has the depths and connections of an earlier one, so that one run can have both.
-
-    ``found, before``: modules may have been wrapped or replaced in between.
-    Raises CaptureError: Where a depth or a connection of one is not in the other.
-    """
+    """Require that a structure has the depths and connections of an earlier one, as one run must; CaptureError if not."""
     for name, now, then in (
         ("depths", [len(chain.points) for chain in found.chains], [len(c.points) for c in before.chains]),
         ("states", _outline(found), _outline(before)),
@@ -212,10 +208,7 @@ ConnectionWeights = tuple[Parts | DepthWeights, torch.Tensor | None]
 
 
 class ReadStructure:
-    """How the memory of a model with streams, or with sums over depth, is read in every forward.
-
-    ``rereading, memory``: of the first forward, and what is read in it. ``first_layout``: of its first state.
-    """
+    """How the memory of a model with streams, or with sums over depth, is read in every forward as it was in the first."""
 
     def __init__(self, rereading: Rereading, memory: MemoryReading, first_layout: str):
         self.rereading, self._layout, self._num_streams = rereading, first_layout, memory.num_streams
@@ -226,9 +219,7 @@ class ReadStructure:
         self.mixes = any(connection.weighs for connection in self.first.connections)
         first = memory.connections[0]
         # Whether one tensor is every stream of the first state: of the first matrix only the sums of its rows are known.
-        self.is_first_shared = (
-            isinstance(first, ConnectionReading) and first.h_res.shape[2] < first.h_res.shape[1]
-        )
+        self.is_first_shared = not memory.over_depth and first.h_res.shape[2] < first.h_res.shape[1]
         # That, and those that read or write other numbers of streams at once than most: their step is one between connections.
         self.left_out = frozenset({0} if self.is_first_shared else ())
 
@@ -250,10 +241,7 @@ class ReadStructure:
         self.first = None
 
     def weights(self, memory: MemoryReading, batch_size: int) -> list[ConnectionWeights]:
-        """The coefficients of every connection.
-
-        Raises StreamConnectionError, LayoutError: Where they have no place in these.
-        """
+        """The coefficients of every connection; StreamConnectionError or LayoutError where they have no place in these."""
         numbers = memory.carried[memory.states[0].values[0]]
         if self._order is None or self._order[0] is not numbers or self._order[1] != batch_size:
             found = token_order(memory, numbers, self._layout, batch_size, self._num_streams)
@@ -267,10 +255,7 @@ class ReadStructure:
     def family(
         self, memory: MemoryReading, weights: Sequence[Parts | DepthWeights], *, is_sinkhorn: bool
     ) -> str:
-        """What a model of these weights is called.
-
-        ``is_sinkhorn``: whether Sinkhorn's iteration makes every matrix.
-        """
+        """What a model of these weights is called; ``is_sinkhorn``: whether Sinkhorn's iteration makes every matrix."""
         if memory.over_depth:
             return depth_family([of for of in weights if isinstance(of, DepthWeights)])
         if not self.mixes and any(of.read is None for of in weights if isinstance(of, Parts)):
@@ -279,7 +264,7 @@ class ReadStructure:
 
     def connections(self, memory: MemoryReading) -> list[ConnectionReading]:
         """The connections with streams, of which `weights` are."""
-        joined = (of for of in memory.connections if of.branches and isinstance(of, ConnectionReading))
+        joined = (of for of in memory.connections if of.branches)
         return [connection for number, connection in enumerate(joined) if number not in self.left_out]
 
     def token_norms(
@@ -298,12 +283,7 @@ class ReadStructure:
 
 
 def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: bool) -> Parts:
-    """The parts of a connection with streams.
-
-    ``order``: which of the reading's tokens each (sequence, token) is.
-    ``mixes``: whether some connection of the model has a matrix; otherwise it is left out.
-    Raises StreamConnectionError: Where its weights are no scalars, or what its branch reads has another order than the state.
-    """
+    """The parts of a connection, by the reading's tokens in some order; StreamConnectionError where weights are no scalars."""
     if connection.h_res.shape[-1] > 1:
         raise StreamConnectionError(
             "H_res differs between the features of a stream: it is not a matrix over streams"
@@ -334,19 +314,14 @@ def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: b
 
 
 def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[DepthWeights, torch.Tensor]]:
-    """The weights over depth of every connection, and what its branch gave, (B, T, D).
-
-    The first source is the first state.
-    Raises StreamConnectionError: Where a state is not one branch's after the one before, or a weight is no scalar.
-    """
-    connections = [of for of in memory.connections if isinstance(of, DepthReading)]
-    begin = connections[0].state
-    if begin.shape[-1] > 1:
+    """The weights over depth of every connection, from the first state on, and what its branch gave, (B, T, D)."""
+    begin = memory.connections[0].state
+    if begin is None or begin.shape[-1] > 1:
         raise StreamConnectionError("the weights over depth differ between the features of the first state")
     if bool(begin[:, 1:].any()) or bool((begin[:, 0] != 1).any()):
         raise StreamConnectionError("the first state is not the embedding alone")
     found = []
-    for connection in connections:
+    for connection in memory.connections:
         if not connection.branches:  # a mixture is read of what a block gave and of earlier outputs
             continue
         if len(connection.branches) != 1:
@@ -354,11 +329,10 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
                 f"{len(connection.branches)} branches lie between two states of sums over depth; expected one"
             )
         (of,) = connection.branches
-        path, carry = of.branch.path or "a branch", connection.carry
-        read = connection.read.unsqueeze(1) if of.read is None else of.read
+        path, carry, read = of.branch.path or "a branch", connection.h_res[:, 0], of.read
         if connection.constant is not None or of.write.shape[-1] > 1:
             raise StreamConnectionError(f"what {path} adds has no scalar weight")
-        if max(read.shape[-1], connection.read.shape[-1], carry.shape[-1]) > 1:
+        if read is None or max(read.shape[-1], carry.shape[-1]) > 1:
             raise StreamConnectionError(f"the weights over depth differ between the features at {path}")
         rows = (read[order][..., 0], carry[order][..., 0], of.write[order].flatten(2).mean(-1))
         weights_of = DepthWeights(*(row.float() for row in rows))

@@ -29,14 +29,6 @@ FURTHER_SHARE = 0.1
 NAMED_SHARE = 0.2
 # A block computes something: it has a matrix to go in and one to come out, unlike a convolution with its norm.
 LEAST_MATRICES = 2
-# Why a state has no gradient.
-READ_BEFORE = (
-    "a branch that is written into each had read a tensor of it before, so that autograd gives one sum of both "
-    "gradients"
-)
-READ_INSIDE = (
-    "a function of autograd makes each and reads it itself, so that autograd has a part of its gradient alone"
-)
 
 
 @dataclass(frozen=True)
@@ -64,11 +56,7 @@ class LeftOut:
 
 
 class UsedParameters:
-    """The parameters that the operations of a forward took, by identity; of embeddings and their heads with the size 0.
-
-    In a small model with a large vocabulary these are most of all parameters. A tower that was not called is no part of what
-    the forward did.
-    """
+    """The parameters that a forward took, by identity; of embeddings and heads, in small models most, with the size 0."""
 
     def __init__(self, graph: Graph, own: Mapping[str, nn.Parameter]):
         used = {own[name] for name in graph.parameter_names.values() if name in own}
@@ -89,9 +77,8 @@ class UsedParameters:
     def within(self, module: nn.Module) -> set[int]:
         """Those of a module and its parts."""
         if module not in self._within:
-            found = {id(p) for p in module._parameters.values()} & self.sizes.keys()
-            parts = (self.within(part) for part in module._modules.values() if part is not None)
-            self._within[module] = found.union(*parts)
+            own = {id(p) for part in all_modules(module) for p in part._parameters.values()}
+            self._within[module] = own & self.sizes.keys()
         return self._within[module]
 
     def share(self, parameters: Iterable[int]) -> float:
@@ -100,23 +87,20 @@ class UsedParameters:
 
 
 class PartsLeftOut:
-    """A walk through the modules of a model, down to those of which nothing lies in a chain.
-
-    ``read``: the memories that the chains were read from.
-    ``others``: the blocks of proven memories that are none of the chains, by the names with which `chain=` reads them.
-    ``named``: whether the user named the blocks.
-    """
+    """A walk through the modules of a model, down to those of which nothing lies in a chain."""
 
     def __init__(
         self,
         graph: Graph,
         model: nn.Module,
         chains: Sequence[Chain],
-        read: Sequence[MemoryReading],
-        others: Mapping[str, set[str]],
+        others: Mapping[
+            str, set[str]
+        ],  # the blocks of other proven memories, by the names with which `chain=` reads them
         *,
-        named: bool,
+        named: bool,  # whether the user named the blocks
     ):
+        read = [memory for chain in chains for memory in chain.memories]
         self._model, self._chains, self._others, self._named = model, chains, others, named
         points = [point for chain in chains for point in chain.points]
         self._show_states = {p.module for p in points} | {p.path for p in points if p.at == "output"}
@@ -252,20 +236,18 @@ class PartsLeftOut:
         )
 
     def _reason(self, own: AbstractSet[int], blocks: Sequence[str]) -> str:
+        way = self._way_to(blocks)
         if self._named and blocks:
             return "layers= names other blocks"
         if not own.isdisjoint(self._inside):
-            return f"it lies inside of one branch of the chain that is read{self._way_to(blocks)}"
+            return f"it lies inside of one branch of the chain that is read{way}"
         if not blocks:
             return "no blocks follow one another in it"
         if any(chain.has_streams or chain.history for chain in self._chains):
-            return f"of a model whose states have connections, the chain that has them is read alone{self._way_to(blocks)}"
+            return f"of a model whose states have connections, the chain that has them is read alone{way}"
         if self._used.share(self._own_of(blocks)) < FURTHER_SHARE * self._used.share(self._on_chains):
-            return (
-                f"its blocks have less than {FURTHER_SHARE:.0%} of the parameters of the blocks that are "
-                f"read{self._way_to(blocks)}"
-            )
-        if way := self._way_to(blocks):
+            return f"its blocks have less than {FURTHER_SHARE:.0%} of the parameters of the blocks that are read{way}"
+        if way:
             return f"its states have connections, which are read of one chain at a time{way}"
         return "no chain of its states was found, or none that is proven"
 
@@ -291,13 +273,11 @@ def _around(graph: Graph, memory: MemoryReading) -> set[str]:
     return {graph.calls[call].path for call in first & last}
 
 
-def missing_state(graph: Graph, chains: Sequence[Chain], memories: Sequence[MemoryReading]) -> str:
-    """A block, next to those of plain chains and of their class, that takes or gives no state of them; empty where none is.
-
-    What lies inside of a branch is none, and nothing is missed of what is called for nothing.
-    """
+def missing_state(graph: Graph, chains: Sequence[Chain]) -> str:
+    """A block next to those of plain chains and of their class that takes or gives none of their states; empty for none."""
     if (twice := _named_twice(graph, chains)) is not None:
         return f"{twice.module}, which is not a module, gives a second state after block {twice.layer}"
+    memories = [memory for chain in chains for memory in chain.memories]
     known = {number for memory in memories for state in memory.states for number in state.values}
     known |= {point.number for chain in chains for point in chain.points}
     # What has the elements of a state in another order is one.
@@ -365,41 +345,30 @@ def _is_between_states(graph: Graph, read: TracedValue, states: set[int], carrie
     return any(value.number in states for value in later)
 
 
-def require_all_blocks(graph: Graph, model: nn.Module, chain: Chain) -> None:
+def require_all_blocks(graph: Graph, chain: Chain) -> None:
     """Refuse a forward that left out some of its blocks: their depths would be given to others."""
-    modules = dict(module_paths(model))
-    ran: set[str] = set()
+    ran = set[str]()
     for call in graph.calls:
         parts = call.path.split(".")
         ran.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    lists = {
-        (container, type(modules[path]))
-        for path in chain.blocks
-        if path in modules and (container := container_of(path)) is not None
-    }
-    for container, kind in lists:
-        missing = [
-            other
-            for name, child in modules[container].named_children()
-            if name.isdigit()
-            and type(child) is kind
-            and (other := f"{container}.{name}".lstrip(".")) not in ran
-        ]
-        if missing:
-            raise ChainError(
-                f"{', '.join(missing[:3])} did not run in this forward, and blocks like it did (layer drop leaves blocks out "
-                "in training mode, for one); measure in evaluation mode, or name the blocks that run with layers="
-            )
+    numbered = {path: (container_of(path), kind) for path, kind in graph.modules.items()}
+    like = {of for path in chain.blocks if (of := numbered.get(path, (None, ""))) and of[0] is not None}
+    missing = [path for path, of in numbered.items() if of in like and path not in ran]
+    if missing:
+        raise ChainError(
+            f"{', '.join(missing[:3])} did not run in this forward, and blocks like it did (layer drop leaves blocks out "
+            "in training mode, for one); measure in evaluation mode, or name the blocks that run with layers="
+        )
 
 
 def states_without_gradients(chain: Chain) -> Iterator[LeftOut]:
     """What is said of states of which autograd has another gradient, or a part of it alone."""
-    shown = [(depth, of) for depth, point in enumerate(chain.points) for of in (point.streams or (point,))]
-    reasons = {
-        READ_BEFORE: (depth for depth, of in shown if of.is_read_before and chain.points[depth].streams),
-        READ_INSIDE: (depth for depth, of in shown if of.is_read_inside),
-    }
-    for why, found in reasons.items():
-        if depths := list(dict.fromkeys(found)):
-            names = ", ".join(map(str, depths))
-            yield LeftOut(chain.points[depths[0]].module, why=f"no gradients of the states {names}: {why}")
+    shown = [
+        (depth, of.without_gradient)
+        for depth, point in enumerate(chain.points)
+        for of in (point.streams or (point,))
+    ]
+    for why in dict.fromkeys(why for _, why in shown if why):
+        depths = list(dict.fromkeys(depth for depth, of in shown if of == why))
+        names = ", ".join(map(str, depths))
+        yield LeftOut(chain.points[depths[0]].module, why=f"no gradients of the states {names}: {why}")

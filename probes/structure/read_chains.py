@@ -7,12 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
-from depthscope.probes.connections.computation import AnyConnection, factors_of
+from depthscope.probes.connections.computation import factors_of
 from depthscope.probes.connections.proof import LEAST_IN_TURN, times_in_turn
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import split_error
 from depthscope.probes.reading.branches import Branch
-from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.description import ConnectionReading, MemoryReading
 from depthscope.probes.reading.graph import Graph, Shown, TracedValue
 from depthscope.probes.reading.memory import follow, start_of
 from depthscope.probes.reading.names import kind_of, shared_start
@@ -29,12 +29,17 @@ from depthscope.probes.reading.operations import (
 )
 from depthscope.probes.structure.chain import ADD, DEPTH, READ, Chain, Connection, HookPoint, function_name
 
+READ_BEFORE = (
+    "a branch that is written into each had read a tensor of it before, so that autograd gives one sum of both "
+    "gradients"
+)
+READ_INSIDE = (
+    "a function of autograd makes each and reads it itself, so that autograd has a part of its gradient alone"
+)
+
 
 class ChainReader:
-    """The chain of one memory.
-
-    ``layout_of``: the layout of a value of the memory, or of one with given numbers of its elements; empty where it has none.
-    """
+    """The chain of one memory; ``layout_of`` gives the layout of a value of it, or of one with given numbers, or nothing."""
 
     def __init__(self, graph: Graph, memory: MemoryReading, layout_of: Callable[..., str]):
         self.graph, self.memory, self.layout_of = graph, memory, layout_of
@@ -45,27 +50,18 @@ class ChainReader:
         self._of_layer: dict[int, list[Branch]] = {}
         for branch in self.branches:
             self._of_layer.setdefault(branch.layer, []).append(branch)
-        self.is_fine = False  # whether numbered parts of blocks are the blocks
         self._called = {call.path for call in graph.calls}  # a block whose forward is called directly is not
-        self.units = self._units()  # the call of the block of each branch
 
     def chain(self, *, inside: bool, wanted: Sequence[int] | None) -> Chain:
-        """The chain.
-
-        ``inside``: whether the states inside of plain blocks are wanted, which are left out otherwise.
-        ``wanted``: the states that are wanted, where the user names them.
-        """
-        depths = list(range(len(self.memory.states)))
-        joined: tuple[Connection, ...] = ()
-        if inside or not self.memory.is_plain:
-            if self.memory.is_plain:  # where every branch is the output of a module
-                plain = [c for of in self.connections for c in self._plain_connections(of, depths)]
-                joined = () if None in plain else tuple(filter(None, plain))
-            else:
-                joined = tuple(self._connection(of) for of in self.connections if of.branches)
-        if self.memory.is_plain and not inside:
-            depths = [depth for depth in depths if not self._is_inside(depth)]
-            depths = depths if wanted is None else list(wanted)
+        """The chain, with the states inside of plain blocks if ``inside`` is true, or with the ``wanted`` ones alone."""
+        depths, joined = list(range(len(self.memory.states))), list[Connection | None]()
+        if not self.memory.is_plain:
+            joined += [self._connection(of) for of in self.connections if of.branches]
+        elif inside:
+            joined += [c for of in self.connections for c in self._plain_connections(of)]
+        else:
+            outside = [depth for depth in depths if not self._is_inside(depth)]
+            depths = outside if wanted is None else list(wanted)
         points = [self._point(depth) for depth in depths]
         # The layout that most of them have, the first one of equally many.
         counts = Counter(self._layout(point) for point in points if point.streams or self._num_tensors == 1)
@@ -84,8 +80,6 @@ class ChainReader:
         self._require_one_order(points)
         if self.memory.is_plain:  # what no call hands on that made it lies inside of that
             points = [p if self._is_named_rightly(p) else replace(p, site="mid") for p in points]
-        if self.memory.over_depth:
-            points = list(map(self._as_read, points))
         # The shapes of the states in the chain's layout: of one memory they are all the same.
         usual = next((point.shape for point in points if not point.layout), points[0].shape)
         blocks = tuple(dict.fromkeys(self._block(branch) for branch in self.branches))
@@ -93,7 +87,8 @@ class ChainReader:
         return Chain(
             name="",
             points=tuple(replace(point, shape=usual) if point.layout else point for point in points),
-            connections=joined,
+            # Those of plain blocks where every branch is the output of a module
+            connections=() if None in joined else tuple(filter(None, joined)),
             blocks=blocks,
             block_class="/".join(kinds),
             layout=layout,
@@ -118,23 +113,6 @@ class ChainReader:
 
     def _layout(self, point: HookPoint) -> str:
         return self.layout_of(self._value(point))
-
-    def _as_read(self, point: HookPoint) -> HookPoint:
-        """A state over depth, named after the block that reads it where the block before gives another value."""
-        following = next((b for b in self.branches if b.layer > point.layer and self._call_of(b) >= 0), None)
-        made = self.graph.path(self._value(point))
-        if point.site == "pre" and made and not f"{point.module}.".startswith(f"{made}."):
-            return replace(point, module=made)
-        same = {other.number for other in same_elements(self.graph, self._value(point))}
-        calls = (number for number, call in enumerate(self.graph.calls) if call.path == point.module)
-        given = [of.number for call in calls for of in self.graph.sides.get((call, "output"), ())]
-        if point.site != "post" or following is None or not given or not same.isdisjoint(given):
-            return point
-        if any((state.layer, state.site) == (following.layer, "pre") for state in self.memory.states):
-            return point
-        block = self.graph.calls[self._call_of(following)].path
-        module = made if made.startswith(f"{block}.") else block
-        return replace(point, layer=following.layer, site="pre", module=module)
 
     def _is_named_rightly(self, point: HookPoint) -> bool:
         """Whether a call in which a state was made, and after which it is named, hands it on, if it hands anything on."""
@@ -175,48 +153,11 @@ class ChainReader:
             point = self._point(depth, own)
         return replace(point, layout=own)
 
-    def _units(self) -> dict[int, int]:
-        """By the number of a branch's source the call of its block; -1 where it is in none.
-
-        Where numbered parts of the blocks hand every state on, as the sublayers of T5 do, these are the blocks.
-        """
-        coarse = {branch.source.number: branch.unit for branch in self.branches}
-        fine: dict[int, int] = {}
-        for connection in self.connections:
-            call = self._sublayer(connection)
-            if call is None:
-                return coarse
-            fine |= {of.branch.source.number: call for of in connection.branches}
-        self.is_fine = len(set(fine.values())) > len(set(coarse.values()))
-        return fine if self.is_fine else coarse
-
-    def _sublayer(self, connection: AnyConnection) -> int | None:
-        """The numbered call inside of a block that has a branch inside and hands on the state to which that was added."""
-        state = self.graph.values[self.memory.states[connection.depth_out].values[-1]]
-        around = self.graph.stack(state)
-        given = {
-            s.call
-            for v in same_elements(self.graph, state)
-            for s in self.graph.shown.get(v.number, ())
-            if s.at == "output"
-        }
-        units = {of.branch.unit for of in connection.branches}
-        inside = (
-            around[around.index(unit) + 1 :] if len(units) == 1 and (unit := units.pop()) in around else []
-        )
-        numbered = [call for call in inside if self.graph.calls[call].container is not None]
-        working = {call for of in connection.branches for call in self.graph.stack(of.branch.source)}
-        return next((call for call in numbered if call in given & working), None)
-
-    def _call_of(self, branch: Branch) -> int:
-        return self.units[branch.source.number]
-
     def _block(self, branch: Branch) -> str:
         """The path of the block that a branch is in: its call, or what the paths of its branches have in common."""
         own = self._of_layer[branch.layer]
-        calls = {self._call_of(other) for other in own}
-        if self.is_fine or (len(calls) == 1 and self._call_of(branch) >= 0):
-            return self.graph.calls[self._call_of(branch)].path
+        if branch.unit >= 0 and {other.unit for other in own} == {branch.unit}:
+            return self.graph.calls[branch.unit].path
         parts = zip(*(other.path.split(".") for other in own), strict=False)
         common = [of[0] for of in parts if len(set(of)) == 1]  # of branches in several lists the number
         while common and not common[-1].isdigit():
@@ -225,19 +166,21 @@ class ChainReader:
 
     # --- connections: the calls that mix or add, and what the coefficients are computed from
 
-    def _connection(self, of: AnyConnection) -> Connection:
+    def _connection(self, of: ConnectionReading) -> Connection:
         """A connection of a memory with streams, or over depth."""
         branch = of.branches[-1].branch
         given = self._shown_branch(branch)
         call = None if given is None else self.graph.calls[given[0]]
-        behind = self._behind_coefficients(of)
+        # What the coefficients are computed from: all that scales and mixes the streams.
+        known = self.memory.carried.keys() | {number for each in of.branches for number in each.branch.way}
+        factors = (factor.number for factor in factors_of(self.graph, self.memory, of))
+        behind = [self.graph.values[n] for n in sorted(self.graph.ancestors(factors, known) - known)]
         path = self._module_of(behind, branch) or branch.path or self._producer(of.depth_out, ())
-        kind = branch.kind if branch.kind in ("attn", "mlp") else "block"
         parameters = (self.graph.parameter_names.get(value.number) for value in behind)
         return Connection(
             path=path,
             layer=branch.layer,
-            branch=kind,
+            branch=branch.kind,
             branch_path=None if call is None else call.path,
             branch_index=0 if call is None else call.number,
             style=DEPTH if self.memory.over_depth else READ,
@@ -246,12 +189,6 @@ class ChainReader:
             parameters=tuple(dict.fromkeys(filter(None, parameters))),
             is_sinkhorn=times_in_turn(behind, self.memory.num_streams) >= LEAST_IN_TURN,
         )
-
-    def _behind_coefficients(self, of: AnyConnection) -> list[TracedValue]:
-        """What the coefficients of a connection are computed from: all that scales and mixes the streams."""
-        given = self.memory.carried.keys() | {number for each in of.branches for number in each.branch.way}
-        factors = (factor.number for factor in factors_of(self.graph, self.memory, of))
-        return [self.graph.values[n] for n in sorted(self.graph.ancestors(factors, given) - given)]
 
     def _module_of(self, values: Sequence[TracedValue], branch: Branch) -> str:
         """The innermost module in which coefficients are computed; empty where that is the block, or around the branch."""
@@ -262,7 +199,7 @@ class ChainReader:
         around = path == self._block(branch) or f"{branch.path}.".startswith(f"{path}.")
         return "" if around else path
 
-    def _plain_connections(self, of: AnyConnection, depths: Sequence[int]) -> Iterator[Connection | None]:
+    def _plain_connections(self, of: ConnectionReading) -> Iterator[Connection | None]:
         """The branches that are added between two plain states; None for one that no module gives."""
         for branch in (each.branch for each in of.branches):
             for given in self._shown_parts(branch):
@@ -271,16 +208,15 @@ class ChainReader:
                     continue
                 call, layout = given
                 path, index = self.graph.calls[call].path, self.graph.calls[call].number
-                own = branch.kind if branch.kind in ("attn", "mlp") else "block"
                 yield Connection(
                     path=path,
                     layer=branch.layer,
-                    branch=own if path == branch.path else kind_of(path, self.graph.modules),
+                    branch=branch.kind if path == branch.path else kind_of(path, self.graph.modules),
                     branch_path=path,
                     branch_index=index,
                     style=function_name(of.after_sum) or ADD,
-                    depth_in=depths.index(of.depth_in),
-                    depth_out=depths.index(of.depth_out),
+                    depth_in=of.depth_in,
+                    depth_out=of.depth_out,
                     layout=layout,
                 )
 
@@ -314,7 +250,7 @@ class ChainReader:
         before, after = self._around(depth)
         if self.memory.states[depth].site != "mid" or before is None or after is None:
             return False
-        return self._call_of(before) == self._call_of(after) >= 0
+        return before.unit == after.unit >= 0
 
     def _around(self, depth: int) -> tuple[Branch | None, Branch | None]:
         """The last branch that was added before a state, and the first one that comes after it."""
@@ -323,10 +259,7 @@ class ChainReader:
         return next(before, None), next(after, None)
 
     def _point(self, depth: int, layout: str = "") -> HookPoint:
-        """What shows a state in a later forward; a value of some layout, where that is asked for.
-
-        Where several tensors hold the state, what shows each, and the last one.
-        """
+        """What shows a state later, in some layout if that is asked for; of several tensors each, and the last one."""
         numbers = self.memory.states[depth].values
         counts = {self.memory.carried[number].count for number in numbers}
         if len(numbers) == 1 and (self._num_tensors == 1 or counts != {math.prod(self.memory.shape)}):
@@ -341,27 +274,13 @@ class ChainReader:
             )
         end = max(numbers)
         streams = [
-            replace(point, is_read_before=self._is_read_before(self._value(point), end, numbers))
+            replace(point, without_gradient=READ_BEFORE)
+            if self._is_read_before(self._value(point), end, numbers)
+            else point
             for point in found
         ] * (self.memory.num_streams if len(found) == 1 else 1)
         point = max(found, key=lambda of: of.number)
         return replace(point, streams=tuple(streams), shape=(len(streams), *point.shape))
-
-    def _with_gradient(self, point: HookPoint) -> HookPoint:
-        """What shows a state, and whether a function of autograd makes it and reads it itself."""
-        graph, value = self.graph, self._value(point)
-        begin = graph.has_graph_from.get(value.number)
-        early = (of for of in graph.takers(value) if begin is not None and of.number < begin)
-        is_read = any(has_gradient(of) and graph.reaches_output(of) for of in early)
-        return replace(point, is_read_inside=True) if is_read else point
-
-    def _operation(self, value: TracedValue, of: HookPoint) -> HookPoint:
-        """The operation that shows a value, named as another point is."""
-        place = self.graph.place(value)
-        return HookPoint(
-            place.module, place.call, "operation", of.layer, of.site, of.module, value.number, value.shape,
-            item=place.order, operation=place.operation, result=place.result,
-        )  # fmt: skip
 
     def _is_read_before(self, value: TracedValue, end: int, streams: Sequence[int] = ()) -> bool:
         """Whether a branch that was written before the number ``end``, or another stream, came of one of a state's tensors."""
@@ -395,17 +314,24 @@ class ChainReader:
         if best is None:
             # Without axes of size one, and with no others merged.
             value = min(same, key=lambda of: (of.shape.count(1), of is not value, len(of.shape)))
-            named = HookPoint("", 0, "operation", state.layer, state.site, producer, 0, ())
-            return self._with_gradient(self._operation(value, named))
-        value, shown = best
-        call = self.graph.calls[shown.call]
-        if state.site == "pre" and shown.at == "input":  # changed before this block
-            producer = call.path
-        point = HookPoint(
-            call.path, call.number, shown.at, state.layer, state.site, producer, value.number, value.shape,
-            item=shown.item,
-        )  # fmt: skip
-        return self._with_gradient(point)
+            place = self.graph.place(value)
+            point = HookPoint(
+                place.module, place.call, "operation", state.layer, state.site, producer, value.number, value.shape,
+                item=place.order, operation=place.operation, result=place.result,
+            )  # fmt: skip
+        else:
+            value, shown = best
+            call = self.graph.calls[shown.call]
+            if state.site == "pre" and shown.at == "input":  # changed before this block
+                producer = call.path
+            point = HookPoint(
+                call.path, call.number, shown.at, state.layer, state.site, producer, value.number, value.shape,
+                item=shown.item,
+            )  # fmt: skip
+        begin = self.graph.has_graph_from.get(value.number)
+        early = (of for of in self.graph.takers(value) if begin is not None and of.number < begin)
+        is_read = any(has_gradient(of) and self.graph.reaches_output(of) for of in early)
+        return replace(point, without_gradient=READ_INSIDE) if is_read else point
 
     def _first(self) -> TracedValue:
         """The first state: what the first block takes of it, with its tokens in another order, or before a norm."""
@@ -414,7 +340,7 @@ class ChainReader:
         if after is None:
             return value
         reordered_of = {of.number for of in reordered(graph, [value])}
-        same, unit = {of.number for of in same_elements(graph, value)}, self._call_of(after)
+        same, unit = {of.number for of in same_elements(graph, value)}, after.unit
         for call in graph.stack(after.source)[1:]:  # what holds the block, and the block
             for given in graph.sides.get((call, "input"), ()):
                 if given.shape != value.shape or given.number in same:
@@ -428,13 +354,10 @@ class ChainReader:
         return value
 
     def _rank(self, depth: int, value: TracedValue, other: TracedValue, shown: Shown) -> tuple[object, ...]:
-        """The larger, the better a place shows a state: what its block takes, then what the block before gave.
-
-        What a block takes is what is really handed on, in autograd too.
-        """
+        """The larger, the better a place shows a state: what its block really takes, then what the block before gave."""
         before, after = self._around(depth)
-        takes = after is not None and shown.at == "input" and shown.call == self._call_of(after)
-        gives = before is not None and shown.at == "output" and shown.call == self._call_of(before)
+        takes = after is not None and shown.at == "input" and shown.call == after.unit
+        gives = before is not None and shown.at == "output" and shown.call == before.unit
         return takes, gives, other is value, shown.at == "output", -len(self.graph.calls[shown.call].path)
 
     def _producer(self, depth: int, places: Sequence[Shown]) -> str:
@@ -449,6 +372,6 @@ class ChainReader:
             return before.path  # later blocks hand it on, in a list of what came before
         if giver and self.memory.states[depth].layer > before.layer and not is_inside:
             return giver  # a block that only scales
-        if self._call_of(before) >= 0 and not is_inside and block in self._called:
+        if before.unit >= 0 and not is_inside and block in self._called:
             return block
         return giver or before.path

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from depthscope.probes.model.layout import LayoutError, canonical, parse_layout
-from depthscope.probes.reading.description import DepthReading, MemoryReading
+from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import INPUT, SHAPE_ONLY, Graph, TracedValue, names, values_in
 from depthscope.probes.reading.numbers import Numbers
 from depthscope.probes.reading.operations import MATRICES, ROW_MAJOR, addends, only_moves
@@ -22,12 +22,7 @@ SOFTMAX = names("_softmax softmax _safe_softmax _log_softmax log_softmax cumsum"
 
 
 class SequenceAxis:
-    """Where the sequences are in every value of a forward.
-
-    ``graph``: the forward.
-    ``batch_size``: how many sequences there are.
-    ``axis``: along which axis of what the model was called with they are.
-    """
+    """Where the sequences are in every value of a forward, of which the model was called with some along one axis."""
 
     def __init__(self, graph: Graph, batch_size: int, axis: int):
         self.graph, self.size, self.axis = graph, batch_size, axis
@@ -35,9 +30,7 @@ class SequenceAxis:
         # How far the elements of neighbouring sequences are apart, and how many sequences a value has.
         self._found: list[tuple[int, int] | None] = []
         for value in graph.values if batch_size > 1 else ():
-            self._found.append(
-                self._axis_of_input(value, axis) if value.kind else self._axis_of_result(value)
-            )
+            self._found.append(self._axis_of(value))
 
     def stride(self, value: TracedValue) -> int | None:
         """How far the elements of neighbouring sequences are apart; None where that is not known, or there is one sequence."""
@@ -55,10 +48,7 @@ class SequenceAxis:
         return any(self.graph.depends(v, first) and self.graph.depends(last, v) for v in between)
 
     def mixed_error(self, state: TracedValue, packed: str) -> LayoutError:
-        """The refusal of a first state along whose sequences the branches go.
-
-        ``packed``: the layout that reads all tokens as those of one sequence.
-        """
+        """The refusal of a first state along whose sequences the branches go; ``packed``: the layout of one sequence."""
         rows = "where the rows are the nodes of a graph, say layout='B D'"
         if len(state.shape) == 3 and state.shape[self.axis] == self.size:
             own = "T B D" if self.axis else "B T D"
@@ -70,21 +60,19 @@ class SequenceAxis:
             f"tokens are to be read as those of one sequence; {rows}"
         )
 
-    def _axis_of_input(self, value: TracedValue, axis: int) -> tuple[int, int] | None:
-        if value.kind != INPUT or len(value.shape) <= axis or value.shape[axis] != self.size:
-            return None
-        return math.prod(value.shape[axis + 1 :]), self.size
-
-    def _axis_of_result(self, value: TracedValue) -> tuple[int, int] | None:
-        found: list[tuple[int, int]] = []
+    def _axis_of(self, value: TracedValue) -> tuple[int, int] | None:
+        if value.kind:
+            is_batch = value.kind == INPUT and value.shape[self.axis : self.axis + 1] == (self.size,)
+            return (math.prod(value.shape[self.axis + 1 :]), self.size) if is_batch else None
         if value.name in SHAPE_ONLY:  # a new constant, whose axes are its own
             return None
-        for position, argument in enumerate(value.args):
-            for operand in values_in(argument):
-                given = self._found[operand.number]
-                own = None if given is None else self._axis_after(value, position, operand, *given)
-                found += [] if own is None else [own]
-        return max(found, key=lambda of: of[1]) if found else None
+        found = [
+            self._axis_after(value, position, operand, *given)
+            for position, argument in enumerate(value.args)
+            for operand in values_in(argument)
+            if (given := self._found[operand.number]) is not None
+        ]
+        return max((of for of in found if of is not None), key=lambda of: of[1], default=None)
 
     def _axis_after(
         self, value: TracedValue, position: int, operand: TracedValue, stride: int, size: int
@@ -179,11 +167,7 @@ Part = tuple[str, int, int]  # a letter, its size, and how far the numbers of ne
 
 
 def read_layout(memory: MemoryReading, numbers: Numbers, sequences: SequenceAxis) -> str:
-    """The layout of a value of a memory, as text; empty where its axes are in no order that has one.
-
-    ``numbers``: where the elements of the memory's first value are in it.
-    Raises LayoutError: Where the first value has no axis of sequences.
-    """
+    """The layout of a value with some numbers; empty where its axes have none, LayoutError where the first one has no B."""
     parts = _parts_of_first(memory, sequences)
     named = None if numbers.array is not None else _named_axes(numbers.axes, parts)
     if named is None:
@@ -290,10 +274,7 @@ def _letters(vector: np.ndarray, parts: Sequence[Part]) -> list[str] | None:
 
 
 def num_fractions(numbers: Numbers, layout: str) -> int:
-    """Into how many parts the features of each stream are split, where a layout names them.
-
-    ``numbers``: of a value of that layout.
-    """
+    """Into how many parts the features of each stream are split in a value of a layout that may name such."""
     groups = parse_layout(layout)
     if not any("F" in group for group in groups):
         return 1
@@ -304,10 +285,7 @@ def num_fractions(numbers: Numbers, layout: str) -> int:
 
 
 def shape_layout(value: TracedValue, sequences: SequenceAxis) -> str:
-    """The layout of a value that lies in no memory: features along the last axis, or the channels of an image.
-
-    Raises LayoutError: Where it has no axis for the sequences.
-    """
+    """The layout of a value in no memory: features or channels, and LayoutError where it has no axis of sequences."""
     convolutions = [other for other in sequences.graph.values if other.name == "convolution"]
     convolved = any(of.args[0].shape == value.shape and len(value.shape) > 2 for of in convolutions)
     features = 1 if convolved else len(value.shape) - 1
@@ -329,10 +307,7 @@ def shape_layout(value: TracedValue, sequences: SequenceAxis) -> str:
 def token_order(
     memory: MemoryReading, numbers: Numbers, layout: str, batch_size: int, num_streams: int
 ) -> torch.Tensor:
-    """Which of a reading's tokens each (sequence, token) is, (B, T).
-
-    Raises LayoutError: Where the layout mixes tokens up.
-    """
+    """Which of a reading's tokens each (sequence, token) is, (B, T); LayoutError where the layout mixes tokens up."""
     places = canonical(
         torch.from_numpy(numbers.dense().copy()),
         layout,
@@ -386,6 +361,6 @@ def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Itera
     written = {number for of in joined.branches for number in of.branch.way}
     sums = [graph.values[n] for n in numbers if n <= max(memory.states[1].values)]
     added = {v.number for of in sums for v in addends(of)} - memory.carried.keys()
-    if isinstance(joined, DepthReading) or joined.h_res.shape[-1] > 1:
+    if memory.over_depth or joined.h_res.shape[-1] > 1:
         return False
     return added <= written and bool(torch.isclose(joined.h_res, torch.ones_like(joined.h_res)).all())

@@ -207,10 +207,7 @@ class SiteSelection:
             raise SiteError(f"the site {request.name!r} did not fire: {why}")
 
     def require(self, chains: Sequence[Chain]) -> None:
-        """Refuse a request for what no chain has.
-
-        Raises SiteError: With the name, why no state or variable has it, and what the model has.
-        """
+        """Refuse a request for what no chain has, with its name, the reason, and what the model has."""
         # A pattern stands for several requests of one name, some of which a model may lack.
         fitting = {request.name for request in self.requests if any(request.fits(chain) for chain in chains)}
         for request in self.requests:

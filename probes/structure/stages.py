@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.reading.description import MemoryReading
-from depthscope.probes.reading.graph import Graph, Shown, TracedValue
+from depthscope.probes.reading.graph import Graph, TracedValue
 from depthscope.probes.reading.memory import Memory, follow, start_of
 from depthscope.probes.reading.operations import FUNCTIONS, NORMS
 from depthscope.probes.structure.chain import NO_FINAL_NORM, Chain, Connection, HookPoint
@@ -136,56 +136,35 @@ def _point_of_stage(point: HookPoint, first: int, shift: int) -> HookPoint:
 
 
 def with_final(graph: Graph, chain: Chain) -> Chain:
-    """The chain with the hook point after its last norm: the call that gives it, whatever the module is called."""
-    found, why = _final_norm(graph, chain.memories[-1], chain.shapes[-1])
-    if found is None:
-        return replace(chain, without_final=why)
-    (shown, value), layer = found, chain.points[-1].layer
-    path, index = graph.calls[shown.call].path, graph.calls[shown.call].number
-    point = HookPoint(path, index, "output", layer, "final", path, value.number, value.shape, item=shown.item)
-    return replace(chain, final=point)
-
-
-def _final_norm(
-    graph: Graph, memory: MemoryReading, shape: tuple[int, ...]
-) -> tuple[tuple[Shown, TracedValue] | None, str]:
-    """Where a call gives the norm of the last state, or of what its streams are merged to; or None, and why none does.
-
-    ``shape``: of the last state, as it is captured.
-    """
-    why, several = NO_FINAL_NORM, memory.num_streams > 1
-    for merged in _after_merge(graph, memory):
-        after = follow(graph, replace(start_of(merged), functions=True))
+    """The chain with the call that gives the norm of its last state, or of its merged streams, or why none does."""
+    memory, why = chain.memories[-1], NO_FINAL_NORM
+    one, several = math.prod(memory.shape), memory.num_streams > 1
+    merged = [n for n, of in memory.carried.items() if n > memory.end and of.count == of.distinct == one]
+    for number in merged if several else [memory.end]:
+        after = follow(graph, replace(start_of(graph.values[number]), functions=True))
         normed = [graph.values[n] for n in _norms_of(after)]
-        places = [(shown, value) for value in normed for shown in graph.shown.get(value.number, ())]
         given = [
             (shown, value)
-            for shown, value in places
-            if shown.at == "output"
-            and shown.call
-            and after.is_whole(value)
-            and (several or value.shape == shape)
+            for value in normed
+            for shown in graph.shown.get(value.number, ())
+            if shown.at == "output" and shown.call and after.is_whole(value)
+            if several or value.shape == chain.shapes[-1]
         ]
         if given:
-            return min(given, key=lambda of: of[0].order), ""
+            shown, value = min(given, key=lambda of: of[0].order)
+            path, index = graph.calls[shown.call].path, graph.calls[shown.call].number
+            layer = chain.points[-1].layer
+            point = HookPoint(
+                path, index, "output", layer, "final", path, value.number, value.shape, item=shown.item
+            )
+            return replace(chain, final=point)
         if normed:
             path = graph.path(normed[0])
             why = (
                 f"the last state is normalised in {path or 'the model'}, and no module returns the result for every token in "
                 "the state's shape"
             )
-    return None, why
-
-
-def _after_merge(graph: Graph, memory: MemoryReading) -> Iterator[TracedValue]:
-    """The last state, or what its streams are merged to."""
-    if memory.num_streams == 1:
-        yield graph.values[memory.end]
-        return
-    one = math.prod(memory.shape)
-    for number, numbers in memory.carried.items():
-        if number > memory.end and numbers.count == numbers.distinct == one:
-            yield graph.values[number]
+    return replace(chain, without_final=why)
 
 
 def _norms_of(after: Memory) -> list[int]:

@@ -207,7 +207,7 @@ PAIRS = (
             num_decoder_layers=2, num_heads=4,
         ),
         batch=pairs_of_text,
-        blocks=(("encoder.block.{i}.layer.{i}", 6), ("decoder.block.{i}.layer.{i}", 6)),  # each sublayer is a module
+        blocks=(("encoder.block.{i}", 3), ("decoder.block.{i}", 2)),
         chains=("encoder", "decoder"),
     ),
     Family(

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.reading.description import NetworkReading
 from depthscope.probes.reading.graph import Graph, tensors_of
 from depthscope.probes.reading.read import Rereading
 from depthscope.probes.reading.recorder import GraphRecorder, recording
@@ -24,12 +23,12 @@ def recorded(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
     return recorder.end(output), output
 
 
-def read_model(model: nn.Module, batch: Any) -> NetworkReading:
+def read_model(model: nn.Module, batch: Any) -> Rereading:
     """The reading of one forward, without gradients."""
-    return Rereading(recorded(model, batch)[0]).reading
+    return Rereading(recorded(model, batch)[0])
 
 
-def reading_of(design: Design) -> NetworkReading:
+def reading_of(design: Design) -> Rereading:
     """The reading of a design's first batch."""
     with torch.random.fork_rng():
         torch.manual_seed(SEED)

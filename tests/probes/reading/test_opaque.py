@@ -39,7 +39,7 @@ def read(kernel: Kernel, *, grad: bool):
         block.register_forward_pre_hook(lambda module, args: taken.append(args[0].detach().float().clone()))
     with torch.set_grad_enabled(grad):
         graph, _ = recorded(model, ids())
-    return Rereading(graph).reading, graph, taken
+    return Rereading(graph), graph, taken
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize:UserWarning", "ignore:None of the inputs:UserWarning")
@@ -77,7 +77,7 @@ def test_forwards_of_another_length_are_read_anew():
     torch.manual_seed(0)
     model = Blocks(Mlp)
     reading = Rereading(recorded(model, ids())[0])
-    reading.keep(reading.reading.memories[0])
+    reading.keep(reading.memories[0])
 
     for tokens in (TOKENS, 9, 9):
         memory = reading.again(recorded(model, ids(tokens))[0])
