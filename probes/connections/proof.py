@@ -64,6 +64,7 @@ class DepthWeights(Weights):
     # (B, T, K + 1): of the embedding and of every branch's output in the next state, its own output left out.
     carry: torch.Tensor
     scale: torch.Tensor  # (B, T): of its own output in the next state
+    branch_out: torch.Tensor  # F_k, (B, T, D)
 
 
 @dataclass

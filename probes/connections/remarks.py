@@ -62,12 +62,6 @@ MEASURED_ROUNDS = 3  # after which the error falls by the same factor in each ro
 FAR = 0.1  # an error of a sum that no implementation of Sinkhorn leaves on logits that it can converge on; a heuristic
 
 
-def one_sided(joint: Joint) -> bool:
-    """Whether the sums over the destinations alone are exact, by one normalisation and not by truncation."""
-    row, column = joint.sum_errors()
-    return column <= EXACT_SUM and row > FAR and _rounds(joint) < FEW_ROUNDS
-
-
 def _rounds(joint: Joint) -> float:
     """How many rounds of Sinkhorn that end with exact sums over the destinations the other sums show, the median over tokens.
 
@@ -161,7 +155,10 @@ def _late_rows(joints: Sequence[Joint]) -> Iterator[Remark]:
     late = [
         i
         for i, (row, column) in errors.items()
-        if column <= EXACT_SUM and row > CLEAR_ERROR and not one_sided(joints[i])
+        if column <= EXACT_SUM
+        and row > CLEAR_ERROR
+        # By truncation, and not by one normalisation over the destinations
+        and not (row > FAR and _rounds(joints[i]) < FEW_ROUNDS)
     ]
     if late and all(column <= EXACT_SUM for _, column in errors.values()):
         row, column = max(errors[i][0] for i in late), max(errors[i][1] for i in late)

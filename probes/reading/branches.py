@@ -40,7 +40,7 @@ class Branch:
     reads_before_norms: list[TracedValue] = field(default_factory=list)  # of the whole ones
     numbers: dict[int, Numbers] = field(default_factory=dict)  # of elements, by the values of these ways
     path: str = ""  # of its module
-    kind: str = ""  # attn, mlp, or the name of its module
+    kind: str = ""  # attn, mlp or block
     layer: int = 0
     # The outermost call, inside of that around all branches, in which it runs; -1 where it runs in none.
     unit: int = -1

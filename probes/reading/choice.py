@@ -177,7 +177,12 @@ def _with_empty_streams(memory: Memory) -> Memory:
             for axis, size in enumerate(value.shape)
             if 1 < size <= MOST_STREAMS
             and (*value.shape[:axis], *value.shape[axis + 1 :]) in shapes
-            and _fills_one_place(memory.carried[number], axis)
+            # All that it has of the memory lies at one place along the axis
+            and (np.moveaxis(memory.carried[number].dense(), axis, 0) != NOTHING)
+            .reshape(size, -1)
+            .any(1)
+            .sum()
+            == 1
         ]
         if held != memory.count or not axes or memory.root.number in memory.back([memory.end], {number}):
             continue
@@ -186,12 +191,6 @@ def _with_empty_streams(memory: Memory) -> Memory:
             return memory  # a history, of which each block fills one more place
         return follow(graph, start_with_streams(value, axes[0]))
     return memory
-
-
-def _fills_one_place(numbers: Numbers, axis: int) -> bool:
-    """Whether all that a value holds of a memory lies at one place along an axis."""
-    held = np.moveaxis(numbers.dense(), axis, 0) != NOTHING
-    return int(held.reshape(len(held), -1).any(1).sum()) == 1
 
 
 def _ranked(graph: Graph, roots: list[TracedValue]) -> list[Ranked]:

@@ -163,7 +163,7 @@ class Linear:
 
     def _link(self, before: Cut, after: Cut, branches: Sequence[Branch]) -> tuple[_Link, Hashable | None]:
         """What is between two states, and its steps, where these begin with the state as it is."""
-        key = _numbers(before, after)
+        key = tuple(tuple(value.number for value in cut) for cut in (before, after))
         if key not in self._links:
             begins = {value.number for value in before}
             target = [self.states.before_functions(value, begins) for value in after]
@@ -291,19 +291,11 @@ class Linear:
             {held_values[at].number: constant for at, constant in added.items()},
         )
 
-    def num_mixtures(self, branch: Branch) -> int:
-        """How many sums over depth a branch reads: one, several, or all of some that lie next to one another."""
-        return sum(self.states.num_streams([read]) for read in self.mixtures(branch))
-
     def mixtures(self, branch: Branch) -> list[TracedValue]:
         """What a branch reads: several mixtures of earlier outputs at once, or one."""
         trunk = self.states.memory.trunk
         several = [read for read in branch.reads_before_norms if read.number not in trunk]
         return list(dict.fromkeys([*(several if len(several) > 1 else ()), branch.read]))
-
-
-def _numbers(*cuts: Cut) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(value.number for value in cut) for cut in cuts)
 
 
 def _last(cut: Cut) -> int:

@@ -437,18 +437,11 @@ def folded_beginnings(graph: Graph) -> list[tuple[TracedValue, int, int, int]]:
             made[value.number] = known
         elif more := _takes_apart(value, at, width):
             made[value.number] = origin, axis, parts * more  # of streams, and of fractions of each
-            found += _as_streams(*made[value.number], more)
+            width = origin.shape[axis] // (parts * more)
+            # The parts of the axis as its streams; or the places of each of the last ones, where they are fewer
+            as_streams = (origin, axis, parts * more, width), (origin, axis, parts * width, 1)
+            found += as_streams[: 1 + (width < more)]
     return list(dict.fromkeys(found))[:12]
-
-
-def _as_streams(
-    origin: TracedValue, axis: int, parts: int, more: int
-) -> Iterator[tuple[TracedValue, int, int, int]]:
-    """The parts of an axis as its streams; or the places of each of the ``more`` last ones, where they are fewer."""
-    width = origin.shape[axis] // parts
-    yield origin, axis, parts, width
-    if width < more:
-        yield origin, axis, parts // more * width, 1
 
 
 def _tensors(graph: Graph) -> Iterator[TracedValue]:

@@ -34,8 +34,10 @@ class BranchNames:
             branch.unit = self._unit(inside)
         for number, branch in enumerate(self.branches):
             calls = self._own_calls(number)
-            # The outermost module call whose work it is; where no module is called, the owner of its first parameter.
-            branch.path = self.graph.calls[calls[0]].path or self._parameter_path(number)
+            branch.path = self.graph.calls[calls[0]].path  # of the outermost module call whose work it is
+            if not branch.path:  # where no module is called, the owner of its first parameter
+                used = [w for v in self._insides[number] for w in self._weights.get(v.number, ())]
+                branch.path = min((self.graph.parameter_names.get(w.number, "") for w in used), default="")
             branch.kind = self._kind(
                 number, [branch.path, *(self.graph.calls[call].path for call in calls[1:])]
             )
@@ -113,12 +115,6 @@ class BranchNames:
         mine = self._stacks[number]
         own = [call for call in common if call not in self._around and self._shared[call] == (call in mine)]
         return own or common[-1:] or [0]
-
-    def _parameter_path(self, number: int) -> str:
-        """Where no module is called: the owner of the branch's first parameter."""
-        used = [w for v in self._insides[number] for w in self._weights.get(v.number, ())]
-        names = sorted(self.graph.parameter_names.get(w.number, "") for w in used)
-        return names[0] if names else ""
 
     def _kind(self, number: int, paths: Sequence[str]) -> str:
         """attn, mlp or block. ``paths``: of the modules whose work the branch is."""

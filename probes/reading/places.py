@@ -63,14 +63,6 @@ class OperationPlaces:
             places.of_model += [of_model] if of_model is not None else []
         return places
 
-    def fit(self, model: nn.Module, batch: Sequence[torch.Tensor]) -> bool:
-        """Whether a forward that begins should run the operations that are known."""
-        is_same = all(
-            module._parameters.get(name, module._buffers.get(name)) is tensor
-            for module, name, tensor in self.of_model
-        )
-        return is_same and circumstances(model, batch) == self.circumstances
-
 
 class _Frame:
     """A call that is running: its path, and, where it has places, its operations and how many of them ran."""
@@ -238,9 +230,14 @@ class KnownPlaces:
 
     def recorder(self, model: nn.Module, batch: Sequence[torch.Tensor]) -> PlacedRecorder | None:
         """A recorder for a forward that begins; None where every operation has to be recorded."""
-        if self.places is None or not self.places.fit(model, batch):
+        places = self.places
+        if places is None or circumstances(model, batch) != places.circumstances:
             return None
-        return PlacedRecorder(self.places, batch)
+        is_same = all(
+            module._parameters.get(name, module._buffers.get(name)) is tensor
+            for module, name, tensor in places.of_model
+        )
+        return PlacedRecorder(places, batch) if is_same else None
 
     def learn(self, model: nn.Module, graph: Graph, needed: Collection[int]) -> None:
         """Find the places of what was needed of a forward that was recorded in full."""

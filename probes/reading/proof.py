@@ -112,13 +112,6 @@ def recomputed_depth(states: States, parts: DepthParts) -> float:
     return worst
 
 
-def _inside_branches(memory: Memory) -> set[int]:
-    """What lies inside of the branches of a memory, where a residual of their own is none of the model's."""
-    graph, sources = memory.graph, [branch.source for branch in branches_of(memory)]
-    behind, later = graph.earlier(sources, memory.carried), graph.later(memory.root)
-    return {number for number, marked in enumerate(behind) if marked and later[number]}
-
-
 def why_not_in_order(graph: Graph, cuts: Sequence[Cut]) -> str:
     """Why some states are no depths; empty where each is computed from the one before."""
     for number, (before, after) in enumerate(pairwise(cuts), 1):
@@ -188,9 +181,15 @@ class WeightCoverage:
         others: Sequence[Memory],
     ):
         self._all = [memory, *others]
-        self.of_others = set().union(*(other.carried for other in others), *map(_inside_branches, others))
         self.memory, self.graph, self.branches, self.last = memory, memory.graph, branches, last
         graph, outputs = self.graph, self.graph.outputs or [memory.end]
+        self.of_others = set[int]()
+        for (
+            other
+        ) in others:  # with what lies inside of its branches: a residual of their own is none of the model's
+            behind = graph.earlier([branch.source for branch in branches_of(other)], other.carried)
+            self.of_others |= {n for n, later in enumerate(graph.later(other.root)) if later and behind[n]}
+            self.of_others |= other.carried.keys()
         self._used = weights_in(graph, graph.earlier(outputs))
         self._before = graph.earlier([graph.values[number] for number in memory.begins])
         self._head = graph.earlier(outputs, memory.carried)
@@ -201,6 +200,10 @@ class WeightCoverage:
         outside = weights_in(graph, self._before) | weights_in(graph, after)
         self._elsewhere = self._used - self._in_branches - outside
         self.held = frozenset(number for number in carried if number <= end)
+        # Of the parameters in branches that work on what the first state gave, and in no other tower
+        later, found = graph.later(memory.root), weights(graph).items()
+        working = {w for number, of in found if later[number] for w in of} & self._in_branches
+        self.parameters = frozenset(graph.parameter_names.get(w.number, "") for w in working)
 
     def _between(self, carried: set[int]) -> set[TracedValue]:
         """The weights of branches, and of the coefficients with which the memory is mixed, read and written."""
@@ -221,13 +224,6 @@ class WeightCoverage:
         """The share of the branches, or of some weights, of those that reach the output."""
         own = self._in_branches if of is None else of
         return sum(w.numel for w in own) / max(sum(w.numel for w in self._used), 1)
-
-    def names_in_branches(self) -> set[str]:
-        """The names of the parameters in branches that work on what the first state gave, and in no other tower."""
-        later = self.graph.later(self.memory.root)
-        working = (number for number in weights(self.graph) if later[number])
-        found = {w for number in working for w in weights(self.graph)[number]} & self._in_branches
-        return {self.graph.parameter_names.get(w.number, "") for w in found}
 
     def why_incomplete(self) -> str:
         """What the states leave out; empty where they are complete."""

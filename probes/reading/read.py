@@ -363,7 +363,7 @@ class _Reader:
             feature_axis=self.states.axis,
             carried=self.memory.carried,
             held=coverage.held,
-            parameters=frozenset(coverage.names_in_branches()),
+            parameters=coverage.parameters,
             proof=f"unproven: {why}" if why else PROVEN,
             error=worst,
             share=coverage.share(),
@@ -483,7 +483,10 @@ class _Reader:
     def _read_state(self, branch: Branch) -> TracedValue:
         """What a branch reads; where it reads several mixtures at once, what its output is added to."""
         inside = self.memory.inside(branch.writes[0])
-        if self.linear.num_mixtures(branch) > 1 and len(inside) == 1:
+        if (
+            sum(self.states.num_streams([read]) for read in self.linear.mixtures(branch)) > 1
+            and len(inside) == 1
+        ):
             return inside[0]
         # Of what it reads at once, the last that is one value, and not several next to one another.
         reads = [branch.read, *reversed(branch.reads_before_norms)]

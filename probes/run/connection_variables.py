@@ -162,17 +162,18 @@ def _depth_variables(
     number: int, chain: Chain, sequences: list[KeptSequence], tokens: int, precision: torch.dtype
 ) -> dict[str, Any]:
     """The weights of connections over depth, and the error of X_{k+1} = Σ_j carry_kj v_j + scale_k F_k."""
-    states, outputs = _states_and_outputs(number, range(len(chain.connections)), sequences, tokens)
+    states, _ = _states_and_outputs(number, (), sequences, tokens)
 
     def weights(position: int) -> list[torch.Tensor]:
         parts = [s.parts[number, position] for s in sequences]
         assert all(isinstance(part, DepthWeights) for part in parts)
         return [
             torch.stack([padded(getattr(part, name), tokens) for part in parts])
-            for name in ("read", "carry", "scale")
+            for name in ("read", "carry", "scale", "branch_out")
         ]
 
-    found = [weights(position) for position in range(len(outputs))]
+    every = [weights(position) for position in range(len(chain.connections))]
+    found, outputs = [of[:3] for of in every], [of[3] for of in every]
     sources = torch.stack([states(0), *outputs], -2).double()
     mask = torch.from_numpy(np.stack(token_masks(sequences, number)))
     errors = []

@@ -432,7 +432,7 @@ class StructureFinder:
                 "its weights, and of their gradients"
             )
             self._unread.append(LeftOut(of_first, why=why))
-        family = read.family(memory, [of for of, _ in weights.values()], is_sinkhorn=is_sinkhorn)
+        family = read.family(memory, list(weights.values()), is_sinkhorn=is_sinkhorn)
         return replace(chain, family=family)
 
     def _without_weights(self, chain: Chain, error: Exception) -> Chain:

@@ -252,12 +252,10 @@ def _record_read(tape: Tape, forward: Forward, observer: Observer, memory: Memor
     """Record the coefficients of one forward, by the reading of its memory."""
     structure = observer.structure
     assert structure.read is not None
-    for number, (weights, given) in enumerate(structure.read.weights(memory, forward.batch_size)):
+    for number, weights in enumerate(structure.read.weights(memory, forward.batch_size)):
         if isinstance(weights, DepthWeights):
             if len(forward.rows):
                 forward.parts[0, number] = weights.sampled(forward.rows.cpu())
-                assert given is not None
-                forward.branches[0, number] = forward.sampled(given)
             forward.fired.add(("branch", 0, number))
             continue
         observer.record_connection(forward, number, weights)

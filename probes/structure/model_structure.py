@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -120,16 +120,13 @@ class Structure:
 
 def require_same(found: Structure, before: Structure) -> None:
     """Require that a structure has the depths and connections of an earlier one, as one run must; CaptureError if not."""
-    for name, now, then in (
-        ("depths", [len(chain.points) for chain in found.chains], [len(c.points) for c in before.chains]),
-        ("states", _outline(found), _outline(before)),
-    ):
-        if now != then:
-            detail = f" ({then} then, {now} now)" if name == "depths" else ""
-            raise CaptureError(
-                f"the model has other {name} than in the first measured step{detail}: layers came, went or changed; a run "
-                "has one set of depths, so close this recorder and open another one for the model as it is now"
-            )
+    if _outline(found) != _outline(before):
+        then, now = ([len(chain.points) for chain in of.chains] for of in (before, found))
+        raise CaptureError(
+            f"the model has other depths or states than in the first measured step ({then} then, {now} now): layers came, "
+            "went or changed; a run has one set of depths, so close this recorder and open another one for the model as it "
+            "is now"
+        )
 
 
 def _outline(structure: Structure) -> list[Any]:
@@ -203,10 +200,6 @@ def with_asserted_streams(chain: Chain, num_streams: int) -> Chain:
     return replace(chain, proof=asserted)
 
 
-# Of a connection, and what its branch gave, where that is apart
-ConnectionWeights = tuple[Parts | DepthWeights, torch.Tensor | None]
-
-
 class ReadStructure:
     """How the memory of a model with streams, or with sums over depth, is read in every forward as it was in the first."""
 
@@ -223,11 +216,13 @@ class ReadStructure:
         # That, and those that read or write other numbers of streams at once than most: their step is one between connections.
         self.left_out = frozenset({0} if self.is_first_shared else ())
 
-    def without_other_views(self, weights: Mapping[int, ConnectionWeights]) -> dict[int, ConnectionWeights]:
+    def without_other_views(
+        self, weights: Mapping[int, Parts | DepthWeights]
+    ) -> dict[int, Parts | DepthWeights]:
         """The connections but for those whose branches read or write other numbers of streams at once than those of most."""
         views = {
             number: (of.branch_in.shape[-2], of.write.shape[-1])
-            for number, (of, _) in weights.items()
+            for number, of in weights.items()
             if isinstance(of, Parts)
         }
         usual = Counter(views.values()).most_common(1)[0][0] if views else None
@@ -240,7 +235,7 @@ class ReadStructure:
             self.rereading.keep(self.first)
         self.first = None
 
-    def weights(self, memory: MemoryReading, batch_size: int) -> list[ConnectionWeights]:
+    def weights(self, memory: MemoryReading, batch_size: int) -> list[Parts | DepthWeights]:
         """The coefficients of every connection; StreamConnectionError or LayoutError where they have no place in these."""
         numbers = memory.carried[memory.states[0].values[0]]
         if self._order is None or self._order[0] is not numbers or self._order[1] != batch_size:
@@ -249,8 +244,7 @@ class ReadStructure:
         order = self._order[2]
         if memory.over_depth:
             return list(depth_weights(memory, order))
-        parts = (stream_parts(connection, order, mixes=self.mixes) for connection in self.connections(memory))
-        return [(of, None) for of in parts]
+        return [stream_parts(connection, order, mixes=self.mixes) for connection in self.connections(memory)]
 
     def family(
         self, memory: MemoryReading, weights: Sequence[Parts | DepthWeights], *, is_sinkhorn: bool
@@ -313,14 +307,13 @@ def stream_parts(connection: ConnectionReading, order: torch.Tensor, *, mixes: b
     )
 
 
-def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[DepthWeights, torch.Tensor]]:
-    """The weights over depth of every connection, from the first state on, and what its branch gave, (B, T, D)."""
+def depth_weights(memory: MemoryReading, order: torch.Tensor) -> Iterator[DepthWeights]:
+    """The weights over depth of every connection, of which the first source is the first state."""
     begin = memory.connections[0].state
     if begin is None or begin.shape[-1] > 1:
         raise StreamConnectionError("the weights over depth differ between the features of the first state")
     if bool(begin[:, 1:].any()) or bool((begin[:, 0] != 1).any()):
         raise StreamConnectionError("the first state is not the embedding alone")
-    found = []
     for connection in memory.connections:
         if not connection.branches:  # a mixture is read of what a block gave and of earlier outputs
             continue
@@ -334,10 +327,12 @@ def depth_weights(memory: MemoryReading, order: torch.Tensor) -> list[tuple[Dept
             raise StreamConnectionError(f"what {path} adds has no scalar weight")
         if read is None or max(read.shape[-1], carry.shape[-1]) > 1:
             raise StreamConnectionError(f"the weights over depth differ between the features at {path}")
-        rows = (read[order][..., 0], carry[order][..., 0], of.write[order].flatten(2).mean(-1))
-        weights_of = DepthWeights(*(row.float() for row in rows))
-        found.append((weights_of, of.out[order].squeeze(-2)))
-    return found
+        yield DepthWeights(
+            read[order][..., 0].float(),
+            carry[order][..., 0].float(),
+            of.write[order].flatten(2).mean(-1).float(),
+            of.out[order].squeeze(-2),
+        )
 
 
 def depth_family(weights: Sequence[DepthWeights]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from depthscope.probes.model.modules import all_modules, module_paths, named_parameters
+from depthscope.probes.model.modules import all_modules, module_paths, named_parameters, own_parameters
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, container_of, walk
 from depthscope.probes.reading.operations import MATRICES, NORMS, reordered, weights
@@ -77,8 +77,7 @@ class UsedParameters:
     def within(self, module: nn.Module) -> set[int]:
         """Those of a module and its parts."""
         if module not in self._within:
-            own = {id(p) for part in all_modules(module) for p in part._parameters.values()}
-            self._within[module] = own & self.sizes.keys()
+            self._within[module] = set(map(id, own_parameters(all_modules(module)))) & self.sizes.keys()
         return self._within[module]
 
     def share(self, parameters: Iterable[int]) -> float:
@@ -209,9 +208,7 @@ class PartsLeftOut:
         if path not in self._modules or self._same_shape.isdisjoint(self._calls.get(path, ())):
             return False
         modules = all_modules(self._modules[path])
-        matrices = [
-            p for module in modules for p in module._parameters.values() if p is not None and p.ndim > 1
-        ]
+        matrices = [parameter for parameter in own_parameters(modules) if parameter.ndim > 1]
         is_deep = not self._deepest.isdisjoint(self._used.within(self._modules[path]))
         return len(modules) > 1 and (is_deep or len(matrices) >= LEAST_MATRICES)
 
@@ -226,17 +223,24 @@ class PartsLeftOut:
         if not blocks and not is_deep and (share < least or single):  # one layer has no depth
             return None
         self._known |= own
+        pattern, *others = {re.sub(r"\d+(?=\D*$)", "{i}", path) for path in blocks} or {""}
+        is_clear = "{i}" in pattern and not others and set(block_paths(self._model, [pattern])) == set(blocks)
         return LeftOut(
             module=name,
             blocks=self._num_calls(blocks),
             block=type(self._modules[blocks[0]]).__name__ if blocks else "",
             share=share,
             why=self._reason(own, blocks),
-            layers=self._pattern(blocks),
+            layers=pattern if is_clear else "",
         )
 
     def _reason(self, own: AbstractSet[int], blocks: Sequence[str]) -> str:
-        way = self._way_to(blocks)
+        ways = (  # how their chain can be read, if it was found and proven
+            f"; chain={name!r} reads it in their place"
+            for name, of in self._others.items()
+            if any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in of for b in blocks)
+        )
+        way = next(ways, "")
         if self._named and blocks:
             return "layers= names other blocks"
         if not own.isdisjoint(self._inside):
@@ -250,20 +254,6 @@ class PartsLeftOut:
         if way:
             return f"its states have connections, which are read of one chain at a time{way}"
         return "no chain of its states was found, or none that is proven"
-
-    def _way_to(self, blocks: Sequence[str]) -> str:
-        """How the chain of some blocks can be read, if it was found and proven."""
-        for name, own in self._others.items():
-            if any(f"{a}.".startswith(f"{b}.") or f"{b}.".startswith(f"{a}.") for a in own for b in blocks):
-                return f"; chain={name!r} reads it in their place"
-        return ""
-
-    def _pattern(self, blocks: Sequence[str]) -> str:
-        patterns = {re.sub(r"\d+(?=\D*$)", "{i}", path) for path in blocks}
-        pattern = patterns.pop() if len(patterns) == 1 else ""
-        if "{i}" not in pattern or set(block_paths(self._model, [pattern])) != set(blocks):
-            return ""
-        return pattern
 
 
 def _around(graph: Graph, memory: MemoryReading) -> set[str]:

@@ -202,7 +202,10 @@ class ChainReader:
     def _plain_connections(self, of: ConnectionReading) -> Iterator[Connection | None]:
         """The branches that are added between two plain states; None for one that no module gives."""
         for branch in (each.branch for each in of.branches):
-            for given in self._shown_parts(branch):
+            parts, source = [self._shown_branch(branch)], branch.source
+            if parts == [None] and source.name == "add":  # of what several calls give, as in parallel blocks
+                parts = [self._shown_by(addend, branch.numbers[source.number]) for addend in addends(source)]
+            for given in parts:
                 if given is None or not given[1]:
                     yield None
                     continue
@@ -219,13 +222,6 @@ class ChainReader:
                     depth_out=of.depth_out,
                     layout=layout,
                 )
-
-    def _shown_parts(self, branch: Branch) -> list[tuple[int, str] | None]:
-        """The calls that give what a branch adds; several where that is a sum of what these give, as in parallel blocks."""
-        given, source = self._shown_branch(branch), branch.source
-        if given is not None or source.name != "add":
-            return [given]
-        return [self._shown_by(addend, branch.numbers[source.number]) for addend in addends(source)]
 
     def _shown_branch(self, branch: Branch) -> tuple[int, str] | None:
         """The outermost call that gives what a branch adds, that itself or what is moved or scaled of it; and its layout."""
@@ -272,23 +268,19 @@ class ChainReader:
                 f"{[point.shape for point in found]}; expected one tensor, or one for each stream with the same axes. "
                 "Stack the streams into one, or name the modules whose states are wanted with layers="
             )
-        end = max(numbers)
-        streams = [
-            replace(point, without_gradient=READ_BEFORE)
-            if self._is_read_before(self._value(point), end, numbers)
-            else point
-            for point in found
-        ] * (self.memory.num_streams if len(found) == 1 else 1)
+        streams, end = list[HookPoint](), max(numbers)
+        for point in found:
+            value = self._value(point)
+            taken = {t.number for t in self.graph.takers(value) if t.number <= end and has_gradient(t)}
+            # What was made of it before the state is there: what branches give, and other streams
+            sources = [of.source for of in self.branches if value.number < of.source.number < end]
+            sources += [self.graph.values[n] for n in numbers if n != value.number]
+            behind = self.graph.earlier(sources if taken else (), {value.number})
+            is_read = any(behind[number] for number in taken)
+            streams.append(replace(point, without_gradient=READ_BEFORE) if is_read else point)
+        streams *= self.memory.num_streams if len(found) == 1 else 1
         point = max(found, key=lambda of: of.number)
         return replace(point, streams=tuple(streams), shape=(len(streams), *point.shape))
-
-    def _is_read_before(self, value: TracedValue, end: int, streams: Sequence[int] = ()) -> bool:
-        """Whether a branch that was written before the number ``end``, or another stream, came of one of a state's tensors."""
-        taken = {t.number for t in self.graph.takers(value) if t.number <= end and has_gradient(t)}
-        sources = [of.source for of in self.branches if value.number < of.source.number < end]
-        sources += [self.graph.values[n] for n in streams if n != value.number]
-        behind = self.graph.earlier(sources if taken else (), {value.number})
-        return any(behind[number] for number in taken)
 
     def _point_of(self, depth: int, value: TracedValue, layout: str) -> HookPoint:
         """What shows a value that is a state, or a stream of one."""

@@ -153,10 +153,8 @@ class SiteSelection:
     def stored(self, chain: Chain) -> frozenset[int]:
         """The depths whose states are stored in the run: all where no request names one, since every analysis needs some."""
         depths = range(len(chain.points))
-        named = [
-            depth for depth in depths if any(request.takes_state(chain, depth) for request in self.requests)
-        ]
-        return frozenset(named or depths)
+        named = (depth for request in self.requests for depth in depths if request.takes_state(chain, depth))
+        return frozenset(named) or frozenset(depths)
 
     def stores_connection(self, connection: Connection) -> bool:
         """Whether a connection is stored in the run."""
