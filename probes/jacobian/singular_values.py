@@ -21,9 +21,9 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.model.preserved_state import eager, preserved_state
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.session.forward import Forward, leads_to
-from depthscope.probes.session.model_call import call_observed, graph_of_frozen, with_gradients
+from depthscope.probes.session.model_call import graph_of_frozen, with_gradients
 from depthscope.probes.session.options import ModelOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
@@ -146,7 +146,7 @@ def jacobian(
         raise JacobianError(
             f"got a batch of type {type(batch).__name__}; expected one mapping, tensor or tuple"
         )
-    with preserved_state(model), graph_of_frozen(model, wanted=True), eager(), sdpa_kernel(SDPBackend.MATH):
+    with preserved_state(model), graph_of_frozen(model, wanted=True), sdpa_kernel(SDPBackend.MATH):
         session, forward = _first_forward(model, batch, Options(**options, gradients=True, max_sequences=1))
         try:
             return _measured(session, forward, values, chain, seed)
@@ -209,7 +209,7 @@ def _first_forward(model: nn.Module, batch: Any, options: Options) -> tuple[Sess
     try:
         # Inference tensors record no graph even where gradients are on.
         with torch.inference_mode(False), torch.enable_grad():
-            call_observed(session, with_gradients(batch))
+            session.call(with_gradients(batch))
         session.raise_first_error()
         assert session.step.last is not None
         return session, session.step.last

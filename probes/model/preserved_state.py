@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,55 +18,21 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.hooks import WatchedMethod
-from depthscope.probes.model.modules import all_modules, own_parameters
+from depthscope.probes.model.modules import all_modules, all_parameters
 
-
-class _Stance:
-    """The stance of torch's compiler, of all threads: each restoring what it found would leave another's on for ever."""
-
-    def __init__(self) -> None:
-        self._ours: Any = None
-        self._users = 0
-        self._renew_lock()
-        if hasattr(os, "register_at_fork"):  # not on Windows
-            os.register_at_fork(after_in_child=self._renew_lock)
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.Lock()  # a thread that the child does not have may hold the old one
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Need it inside of the block."""
-        with self._lock:
-            if self._users == 0:
-                self._restore()  # where the user's own stance, which was on when we left, has put ours back
-                self._ours = torch.compiler.set_stance("force_eager")
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    self._restore()
-
-    def _restore(self) -> None:
-        # Only where ours is on: the user may have taken another one meanwhile.
-        if self._ours is not None and torch._dynamo.eval_frame._stance is self._ours.stance:
-            self._ours.__exit__(None, None, None)
-            self._ours = None
-
-
-_stance = _Stance()
+# Where it is loaded, torch's compiler may be in use: its import takes a second, which `torch.compile` does and we must not.
+COMPILER = "torch._dynamo"
+# One thread at a time: the stance of torch's compiler is that of all threads.
+_stance = threading.RLock()
+if hasattr(os, "register_at_fork"):  # not on Windows
+    # A thread that the child does not have may hold it.
+    os.register_at_fork(after_in_child=lambda: globals().update(_stance=threading.RLock()))
 
 
 @contextmanager
-def eager() -> Iterator[None]:
-    """Run compiled models as they are written: code that `torch.compile` made skips hooks put on since."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to load the compiler takes a second
-        yield
-        return
-    with _stance():
+def _as_written() -> Iterator[None]:
+    """Run compiled models without compilation: code that `torch.compile` made skips hooks put on since."""
+    with _stance, torch.compiler.set_stance("force_eager"):
         yield
 
 
@@ -82,15 +48,15 @@ WRAPPERS = ("torch.distributed.", "torch.nn.parallel.", "torch._dynamo.")
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Restore the random states, the buffers, plain attributes and training flags of a model after a forward of our own."""
+    """Run a model for ourselves, as it is written: random states, buffers, plain attributes and training flags come back."""
     modules = all_modules(model)
     # Frozen TorchScript has no such flag.
     training_flags = [(module, module.training) for module in modules if hasattr(module, "training")]
     # The devices of the model only: by default fork_rng takes every device, and warns where there are several.
-    devices = sorted({p.device.index or 0 for p in own_parameters(modules) if p.is_cuda})
+    devices = sorted({p.device.index or 0 for p in all_parameters(model) if p.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)
     contents = _Contents(modules)
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _as_written() if COMPILER in sys.modules else nullcontext():
         try:
             contents.give_copies()
             yield

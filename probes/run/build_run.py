@@ -107,6 +107,8 @@ def _groups(
 ) -> Iterator[tuple[int, str, list[int], Variables, Variables, Variables]]:
     """Number of the chain, name and depths of each group; its numbers in a step, what has no step, and coordinates."""
     chains, joined = session.structure.chains, len(session.structure.connections)
+    parameters = session.observer.parameters
+    cells_of = {} if parameters is None else parameters.cells
     for number in range(len(chains)):
         groups = chain_groups(session, number)
         starts = [group.depths[0] for group in groups]
@@ -114,7 +116,7 @@ def _groups(
             if row is None:
                 yield number, name, depths, {}, {}, {}
                 continue
-            found, cells = step_variables(number, depths, row, joined, session.observer.parameter_cells)
+            found, cells = step_variables(number, depths, row, joined, cells_of)
             weights, facts, modules = weight_variables(row.weights, chains, number, starts, stage)
             yield number, name, depths, found | weights, facts, cells | modules
 

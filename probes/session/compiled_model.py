@@ -17,20 +17,26 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report, in_recomputation
+from depthscope.probes.model.hooks import (
+    Attachment,
+    Hook,
+    MethodWatch,
+    Report,
+    in_recomputation,
+)
 from depthscope.probes.model.modules import all_parameters
-from depthscope.probes.model.preserved_state import eager, preserved_state
+from depthscope.probes.model.preserved_state import COMPILER, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
-from depthscope.probes.session.backward_roots import Edge, edges_behind, running_backward
 from depthscope.probes.session.forward import Forward, backward_to, own_call, own_calls
+from depthscope.probes.session.step import Edge, Step, edges_behind, running_backward
 
 COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call
 COMPILED_FROM = "_torchdynamo_orig_callable"  # on functions that `torch.compile` made
@@ -46,12 +52,6 @@ EXCHANGED = (
     "a compiled model is measured by one more forward, in which {} would exchange something with other processes, which could "
     "wait for ever; record it uncompiled"
 )
-RunHooked: TypeAlias = Callable[[Callable[[], Any]], tuple[Any, Forward | None]]
-
-
-def compiler_is_loaded() -> bool:
-    """Whether torch's compiler is in use at all: its import takes a second, which `torch.compile` does and we must not."""
-    return "torch._dynamo" in sys.modules
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -85,7 +85,7 @@ def living_modules() -> list[nn.Module]:
 
 def compiled_callers(model: nn.Module, called: nn.Module) -> list[nn.Module]:
     """The modules that the user may call, where any part of them runs compiled; none where nothing does."""
-    if compiler_is_loaded() and any(map(is_compiled, called.modules())):
+    if COMPILER in sys.modules and any(map(is_compiled, called.modules())):
         return list(dict.fromkeys([called, model]))
     return []
 
@@ -163,25 +163,21 @@ class CompiledCalls:
 
     ``callers``: the modules that the user may call; see `compiled_callers`.
     ``wanted``: whether the call that begins is to be measured.
-    ``run_hooked``: calls a function with the session's hooks on the model; returns its result and the forward that the hooks
+    ``call_hooked``: calls a function with the session's hooks on the model; returns its result and the forward that these
     recorded.
-    ``listen``: called with what a measured call of the user's returned.
     """
 
     def __init__(
         self,
         callers: list[nn.Module],
         owner: object,
+        step: Step,
         *,
         wanted: Callable[[], bool],
-        run_hooked: RunHooked,
-        gradients: bool,
-        listen: Callable[[Any], None],
-        report: Report,
+        call_hooked: Callable[[Callable[[], Any]], tuple[Any, Forward | None]],
     ):
-        self._owner, self._wanted, self._run_hooked = owner, wanted, run_hooked
-        self._gradients, self._listen, self._report = gradients, listen, report
-        self._attachment = Attachment(report)
+        self._owner, self._step, self._wanted, self._call_hooked = owner, step, wanted, call_hooked
+        self._attachment = Attachment(step.loss.report)
         self._calls = threading.local()
         self._lock = threading.Lock()
         for caller in callers:
@@ -215,7 +211,7 @@ class CompiledCalls:
             if second is not None:
                 second.follow(output)
             if not self._stack():
-                self._listen(output)
+                self._step.loss.listen(output)
 
     def _around(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         if own_calls.owner is not None or in_recomputation():
@@ -234,7 +230,7 @@ class CompiledCalls:
             if measured is not None:
                 measured.follow(output)
             if not self._stack():
-                self._listen(output)
+                self._step.loss.listen(output)
 
         return MethodWatch(inside(), done)
 
@@ -251,14 +247,14 @@ class CompiledCalls:
                 return module(*own_args, **own_kwargs)
 
         with self._own_run(module):
-            output, forward = self._run_hooked(run)
-        if forward is None or not self._gradients:
+            output, forward = self._call_hooked(run)
+        if forward is None or not self._step.options.gradients:
             return None
         # A write through .data is counted nowhere, so that the hooks that may make it are looked for.
         hooks = [getattr(p, "_post_accumulate_grad_hooks", None) or {} for p in all_parameters(module)]
         steps = any(type(hook) is not Hook for of in hooks for hook in of.values())
         backward = partial(self._run_backward, module)
-        return SecondForward(forward, list(tensors_in(output)), backward, self._report, steps)
+        return SecondForward(forward, list(tensors_in(output)), backward, self._step.loss.report, steps)
 
     def _run_backward(
         self, module: nn.Module, forward: Forward, outputs: list[torch.Tensor], gradients: list[torch.Tensor]
@@ -284,7 +280,7 @@ class CompiledCalls:
             )
         try:
             own, alone = own_call(self._owner), _NoExchange() if _are_several() else nullcontext()
-            with preserved_state(module), eager(), own, alone:
+            with preserved_state(module), own, alone:
                 yield
         finally:
             self._lock.release()

@@ -17,7 +17,7 @@ from depthscope.probes.connections.proof import Weights
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Hook, Report, in_recomputation
 from depthscope.probes.model.user_modes import in_transformation
-from depthscope.probes.reading.graph import Graph, walk
+from depthscope.probes.reading.graph import walk
 from depthscope.probes.reading.places import PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.reservoir import Sequence
@@ -130,6 +130,11 @@ class Forward:
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)  # of other gradient hooks
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
+    # Where its operations are recorded, from the beginning of the model's own call on.
+    recorder: GraphRecorder | PlacedRecorder | None = None
+    attention_watch: Any = None  # listens to its operations
+    has_begun: bool = False  # the model's own forward, around which the recorder is on
+    met: set[int] = field(default_factory=set)  # numbers of the values that an operation took
     nested: int = 0  # calls of the model that are running inside of this one
     ended: bool = False
     transformed: bool = False  # modules ran inside of a transformation of torch.func
@@ -150,7 +155,7 @@ class Forward:
             if not listener.receivers:  # it is no state
                 listener.release()
         self.listeners.clear()
-        self.arguments = {}
+        self.arguments, self.recorder = {}, None
         self.streams.clear()
 
     def release(self) -> None:
@@ -239,36 +244,13 @@ class Measured:
         self.sums = merge_sums(self.sums, forward.sums)
 
 
-class Tape:
-    """What is recorded of a forward of which every operation is looked at: its graph, and who listens to its operations."""
-
-    def __init__(self) -> None:
-        # From the beginning of the model's own call on.
-        self.recorder: GraphRecorder | PlacedRecorder | None = None
-        self.attention: Any = None  # what watches it
-        self.is_on = False  # whether the model's own forward has begun
-        self.met: set[int] = set()  # numbers of the values that something took
-
-    @property
-    def graph(self) -> Graph:
-        """The graph of the forward."""
-        assert self.recorder is not None
-        return self.recorder.graph
-
-    def end(self) -> None:
-        """Let go of who listened: each knows the tape, and a circle of all tensors of a forward is freed late."""
-        if self.recorder is not None:
-            self.recorder.on_taken = self.recorder.on_value = None
-
-
 class CurrentForward(threading.local):
-    """The forward that this thread is running, and its tape while the chains are still to be found.
+    """The forward that this thread is running.
 
     One model may run in several threads at once; the hooks, which all threads share, find the record of their own here.
     """
 
     forward: Forward | None = None
-    tape: Tape | None = None
 
     def __init__(self, owner: object):
         self.owner = owner
@@ -298,11 +280,6 @@ class CurrentForward(threading.local):
         """Whether this thread is in a forward that is recorded."""
         return self.forward is not None and not self.forward.cancelled
 
-    @property
-    def taped(self) -> Tape | None:
-        """The tape that hooks write to; None under the same conditions as `recorded`."""
-        return self.tape if self.tape is not None and self.recorded is not None else None
-
     def note_transformation(self) -> None:
         """Note where a module of the running forward is called inside of a transformation of torch.func."""
         if self.forward is not None and in_transformation():
@@ -313,7 +290,7 @@ class CurrentForward(threading.local):
         if self.forward is not None:
             self.forward.cancelled = True
             self.forward.release()
-        self.forward = self.tape = None
+        self.forward = None
 
 
 class _OwnCalls(threading.local):

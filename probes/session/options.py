@@ -12,7 +12,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 
 from depthscope.diagnostics.errors import InputError, did_you_mean
-from depthscope.probes.model.layout import is_packed, parse_layout
+from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.modules import Mask
 from depthscope.probes.structure.sites import SiteSelection, select
 
@@ -95,18 +95,15 @@ class Options:
     first_sequence: int = 0
     blocks: tuple[str, ...] | None = field(init=False)  # `layers` as a tuple
     selection: SiteSelection = field(init=False)  # what `sites` means
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether the user says that all tokens of a batch are of one sequence."""
-        return self.layout is not None and is_packed(self.layout)
+    is_packed: bool = field(
+        init=False
+    )  # whether the user says that all tokens of a batch are of one sequence
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _block_names(self.layers))
         names = self.sites if self.sites is None or isinstance(self.sites, str) else list(self.sites)
         object.__setattr__(self, "selection", select(names))
-        if self.layout is not None:
-            parse_layout(self.layout)
+        object.__setattr__(self, "is_packed", self.layout is not None and is_packed(self.layout))
         if self.streams is not None and self.streams < 1:
             raise InputError(f"streams is {self.streams}; expected at least 1")
         if self.max_sequences < 1:

@@ -65,7 +65,8 @@ class MeasuredSteps:
         self._without_gradients = ""  # why a step has none, where they were asked for
         self._undefined_said = False  # that several backwards through one forward leave no gradients
         self._task: dict[str, Any] = {}  # what the loss of the last measured step is of
-        self._pooled = PooledSums()
+        self._pooled: list[TokenSums] = []  # sums of all steps since the weights last changed, by chain
+        self._stamp: int | None = None  # of these weights
         self._course = LossCourse(earlier_losses)
 
     def state(self) -> xr.DataTree:
@@ -76,7 +77,7 @@ class MeasuredSteps:
             self.session,
             # Which modules have weights is known of a step without their norms too; its row has none.
             None if self.last is None else replace(self.last, weights=self._known_weights),
-            self._pooled.sums,
+            self._pooled,
             attrs=attrs,
             token_text=self._token_text,
             metrics=None if self.live is None else self.live.datasets(),
@@ -197,7 +198,7 @@ class MeasuredSteps:
         """The live row of the present step; where it cannot be computed, the step has its statistics alone."""
 
         def first_run() -> xr.DataTree:
-            return build_run(self.session, measured, self._pooled.sums)
+            return build_run(self.session, measured, self._pooled)
 
         try:
             return live.measure(complete, measured, first_run, overflowed=overflowed)
@@ -226,9 +227,16 @@ class MeasuredSteps:
         for part in parts:
             for chain in part.sums:
                 chain.live = None  # of this step alone, and as large as its number of tokens
-        if self.session.step.without_connections and not self._pooled.is_of(parts[-1].stamp):
+        if self.session.step.without_connections and parts[-1].stamp != self._stamp:
             return row  # what is pooled has the weights of the raw sequences, which are of an earlier step
-        self._pooled.add(parts)
+        # An error from here on leaves half of a sum: what is pooled begins anew then.
+        (pooled, self._pooled), (stamp, self._stamp) = (self._pooled, []), (self._stamp, None)
+        for part in parts:
+            # Sums over several steps describe one model only as long as its weights are the same.
+            if part.stamp != stamp:
+                pooled, stamp = [], part.stamp
+            pooled = merge_sums(pooled, part.sums)
+        self._pooled, self._stamp = pooled, stamp
         return row
 
     def _weight_norms(self, step: int) -> WeightNorms | None:
@@ -239,29 +247,6 @@ class MeasuredSteps:
         except Exception as error:
             self._say(f"the weights of step {step} were not measured: {error}", error)
             return None
-
-
-class PooledSums:
-    """The sums of all steps since the weights last changed, by chain."""
-
-    def __init__(self) -> None:
-        self.sums: list[TokenSums] = []
-        self._stamp: int | None = None
-
-    def is_of(self, stamp: int | None) -> bool:
-        """Whether what is pooled has these weights."""
-        return stamp == self._stamp
-
-    def add(self, parts: list[Measured]) -> None:
-        """Add the parts of a step."""
-        # An error from here on leaves half of a sum: what is pooled begins anew then.
-        (pooled, self.sums), (stamp, self._stamp) = (self.sums, []), (self._stamp, None)
-        for part in parts:
-            # Sums over several steps describe one model only as long as its weights are the same.
-            if part.stamp != stamp:
-                pooled, stamp = [], part.stamp
-            pooled = merge_sums(pooled, part.sums)
-        self.sums, self._stamp = pooled, stamp
 
 
 def finite_gradients(sums: list[TokenSums]) -> bool:

@@ -16,8 +16,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from depthscope.probes.model.hooks import Attachment
-from depthscope.probes.session.backward_roots import living_scalers
 from depthscope.probes.session.compiled_model import is_compiled, living_modules
+from depthscope.probes.session.step import living_scalers
 from depthscope.probes.training.notices import warn
 from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import Recorder

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -104,8 +104,7 @@ NOT_SHOWN = "what it needs was not seen in the step"
 EXACT_QUANTITIES = (
     *("mean_square_norm", "gradient_norms", "gradient_facts", "pair_cosines", "mean_adjacent_cosine"),
     *("mean_stream_cosine", "stream_pair_cosines", "connection_gains", "product_gains"),
-    "read_sizes",
-    "write_sizes",
+    *("read_sizes", "write_sizes"),
 )
 
 
@@ -125,6 +124,12 @@ class _ExactQuantities:
         assert sums.live is not None
         self._sums, self._live = sums, sums.live
         self._depths, self._connections, self._group = group.depths, group.connections, group
+        self.connection_gains, self.product_gains = (
+            partial(self._gains, name) for name in ("gain", "product_gain")
+        )
+        self.read_sizes, self.write_sizes = (
+            partial(self._sizes, name) for name in ("read_size_sum", "write_size_sum")
+        )
 
     # --- states and gradients ---
 
@@ -192,33 +197,26 @@ class _ExactQuantities:
 
     # --- connections ---
 
-    def connection_gains(self) -> xr.Variable:
-        return self._gains("gain")
-
-    def product_gains(self) -> xr.Variable:
-        return self._gains("product_gain")
-
     def _gains(self, name: str) -> xr.Variable:
         """Gains of every connection, reduced over every token."""
-        known = self._live.values.get(name, {})
-        if not all(number in known for number in self._connections):
-            raise Unavailable(NOT_SHOWN)
+        known = self._known(self._live.values, name)
         gains = torch.stack([known[number] for number in self._connections]).cpu().numpy()  # (C, t, 2)
         gains = gains[:, gains[0, :, 0] != PADDING]
         values = over_last(np.moveaxis(gains, 1, -1))  # (C, 2, reduction)
         return xr.Variable(GAINS, np.moveaxis(values, 1, 0))
 
-    def read_sizes(self) -> xr.Variable:
-        return self._sizes("read_size_sum")
-
-    def write_sizes(self) -> xr.Variable:
-        return self._sizes("write_size_sum")
-
     def _sizes(self, name: str) -> xr.Variable:
-        known = self._live.sums.get(name, {})
+        known = self._known(self._live.sums, name)
+        return xr.Variable(("connection", "stream"), _stacked(known, self._connections))
+
+    def _known(
+        self, parts: Mapping[str, Mapping[int, torch.Tensor]], name: str
+    ) -> Mapping[int, torch.Tensor]:
+        """What is known of the connections, which is of all of them."""
+        known = parts.get(name, {})
         if not all(number in known for number in self._connections):
             raise Unavailable(NOT_SHOWN)
-        return xr.Variable(("connection", "stream"), _stacked(known, self._connections))
+        return known
 
 
 def _stacked(parts: Mapping[int, torch.Tensor], keys: Sequence[int]) -> np.ndarray:

@@ -121,7 +121,7 @@ class Live:
         """The metrics of the last row by chain; empty where there is none."""
         if self.last is None:
             return {}
-        tokens = {"live": True, SAMPLED_TOKENS: self._session.scope.live_tokens}
+        tokens = {"live": True, SAMPLED_TOKENS: self._session.step.scope.live_tokens}
         return datasets_of(self.last, {chain: {**attrs, **tokens} for chain, attrs in self.attrs.items()})
 
 

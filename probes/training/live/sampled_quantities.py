@@ -8,7 +8,7 @@ Shapes: L depth, K sampled token, V view of the streams (their mean, then each o
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,8 @@ CHOSEN = {"scope": "data", "estimator": "unbiased"}
 # The absolute and the relative size of a massive activation, as in `kernels.geometry.massive_activations`.
 ABSOLUTE, RELATIVE = 100.0, 1000.0
 
-SAMPLED_QUANTITIES = (
-    *("residual", "mask", "h_res", "h_pre", "h_post", "massive"),
-    *("token_norms", "gradient_token_norms", "signal_sizes"),
-)
+SAMPLED_QUANTITIES = ("residual", "mask", "massive", "token_norms", "gradient_token_norms", "signal_sizes")
+COEFFICIENTS = ("h_res", "h_pre", "h_post")
 
 
 def sampled(count: int, how: str = "") -> str:
@@ -57,7 +55,8 @@ class SampledTokens:
     def __init__(self, sums: TokenSums, group: LiveGroup, *, each_stream: bool) -> None:
         assert sums.live is not None
         self._sums, self._live, self._group, self._each_stream = sums, sums.live, group, each_stream
-        self.real = self._real(len(self._live.states[group.depths[0]]))
+        real, count = self._live.places[group.depths[0]].real_K, len(self._live.states[group.depths[0]])
+        self.real = np.ones(count, dtype=bool) if real is None else real.cpu().numpy()
         # (K, N, D) by depth.
         self.states = [self._of_real(self._live.states[depth]) for depth in group.depths]
         self.count, self._num_streams = self.states[0].shape[:2]
@@ -71,13 +70,10 @@ class SampledTokens:
         values = values_K.cpu().numpy()
         return values if self.real.all() else values[self.real]
 
-    def _real(self, count: int) -> np.ndarray:
-        real = self._live.places[self._group.depths[0]].real_K
-        return np.ones(count, dtype=bool) if real is None else real.cpu().numpy()
-
     def source(self, exact: Mapping[str, Callable[[], Any]]) -> Quantities:
         """The quantities of the step; ``exact``: those that are known of every token."""
         supplied = {name: getattr(self, name) for name in SAMPLED_QUANTITIES}
+        supplied |= {name: partial(self._coefficient, name) for name in COEFFICIENTS}
         return Quantities(self._group.facts, choices=CHOSEN, supplied={**supplied, **exact})
 
     # --- as a trace that has the sampled tokens as one sequence ---
@@ -92,19 +88,8 @@ class SampledTokens:
         """All of them are real."""
         return xr.DataArray(np.ones((1, self.count), dtype=bool), dims=("sample", "token"), name="mask")
 
-    def h_res(self) -> xr.DataArray:
-        """Mixing matrices as the model applies them."""
-        return self._coefficient("h_res")
-
-    def h_pre(self) -> xr.DataArray:
-        """Read weights."""
-        return self._coefficient("h_pre")
-
-    def h_post(self) -> xr.DataArray:
-        """Write weights."""
-        return self._coefficient("h_post")
-
     def _coefficient(self, name: str) -> xr.DataArray:
+        """Mixing matrices, read or write weights as the model applies them."""
         dims, values = self._known(name)
         return xr.DataArray(values, self._group.connection_coords, dims, name)
 
@@ -114,42 +99,33 @@ class SampledTokens:
         """Which tokens have a massive activation at any depth."""
         found = np.zeros(self.count, dtype=bool)
         limits = np.maximum(ABSOLUTE, RELATIVE * self._medians_LV)
-        for depth, view in np.argwhere(self._largest() > limits):  # none in most networks
+        # The largest magnitude of every token, (L, V), at least that of the sampled ones.
+        largest = torch.stack([self._live.values["largest"][depth].amax(0) for depth in self._group.depths])
+        for depth, view in np.argwhere(largest.cpu().double().numpy() > limits):  # none in most networks
             sizes = np.abs(with_mean(torch.from_numpy(self.states[depth])).numpy()[:, view])
             if np.isfinite(sizes).all():
                 found |= (sizes > limits[depth, view]).any(axis=1)
         return found
 
-    def _largest(self) -> np.ndarray:
-        """The largest magnitude of every token, (L, V), at least that of the sampled ones."""
-        values = [self._live.values["largest"][depth].amax(0) for depth in self._group.depths]
-        return torch.stack(values).cpu().double().numpy()
-
     def massive(self) -> Massive:
-        """Sizes of every token, and which of the sampled ones are massive."""
-        fraction, ratio, how = self._massive_activations()
-        return Massive(
-            # Of every stream, also where only their mean is measured.
-            token=xr.Variable(("sample", "token"), self.massive_K[None]),
-            fraction=xr.Variable(PROFILE, fraction, {"estimator": how}),
-            ratio=xr.Variable(PROFILE, ratio, {"estimator": how}),
-            features=(),
-            tokens_per_sequence=float(self.count),
-        )
-
-    def _massive_activations(self) -> tuple[np.ndarray, np.ndarray, str]:
-        """Share of massive tokens and the largest activation over the median (L, V): sizes of every token, medians of some."""
-        how = f"largest activation of every token; median {sampled(self.count)}"
-        depths = self._group.depths
-        count = np.array([float(self._sums.sums["token_count"][depth]) for depth in depths])
+        """Sizes of every token over medians of the sampled ones, and which of these are massive."""
+        estimator = {"estimator": f"largest activation of every token; median {sampled(self.count)}"}
         fractions, ratios = [], []
-        for depth, median_V, real in zip(depths, self._medians_LV, count, strict=True):
+        for depth, median_V in zip(self._group.depths, self._medians_LV, strict=True):
             values_tV = self._live.values["largest"][depth].cpu().numpy().astype(np.float64)
             massive = (values_tV > ABSOLUTE) & (values_tV > RELATIVE * median_V)
             undefined = np.where(np.isnan(values_tV).any(axis=0), np.nan, 0.0)
-            fractions.append(massive.sum(axis=0) / real + undefined)
+            count = float(self._sums.sums["token_count"][depth])
+            fractions.append(massive.sum(axis=0) / count + undefined)
             ratios.append(values_tV.max(axis=0) / median_V)
-        return np.array(fractions), np.array(ratios), how
+        return Massive(
+            # Of every stream, also where only their mean is measured.
+            token=xr.Variable(("sample", "token"), self.massive_K[None]),
+            fraction=xr.Variable(PROFILE, np.array(fractions), estimator),
+            ratio=xr.Variable(PROFILE, np.array(ratios), estimator),
+            features=(),
+            tokens_per_sequence=float(self.count),
+        )
 
     # --- gradients ---
 
