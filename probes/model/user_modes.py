@@ -31,6 +31,21 @@ class _UserModes(threading.local):
 _user = _UserModes()
 
 
+class outside_function_modes:
+    """Look at tensors, and compute nothing, without a function mode of the user's: it would see that shapes are read."""
+
+    __slots__ = ("modes",)
+
+    def __enter__(self) -> None:
+        self.modes: list[Any] = []
+        while torch._C._len_torch_function_stack():
+            self.modes.append(torch._C._pop_torch_function_stack())
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self.modes):
+            torch._C._push_on_torch_function_stack(mode)
+
+
 class outside_user_modes:
     """Compute without a graph, without the user's autocast and function and dispatch modes: a measurement inside a hook."""
 
@@ -39,21 +54,19 @@ class outside_user_modes:
 
     def __enter__(self) -> None:
         self._before = _user.autocast, _user.gradients, _user.device
-        self._functions: list[Any] = []
+        self._functions = outside_function_modes()
         self._dispatch: AbstractContextManager[Any] | None = None
         self._noted = False  # whether autocast and the graph were looked at, and may have been switched off
         try:
             # First of all, and entered again last of all: they would see even that a graph is switched off.
-            while torch._C._len_torch_function_stack():
-                mode = torch._C._pop_torch_function_stack()
-                self._functions.append(mode)
+            self._functions.__enter__()
             gradients = torch.is_grad_enabled()
             active = {
                 name: torch.get_autocast_dtype(name)
                 for name in AUTOCAST_DEVICES
                 if torch.is_autocast_enabled(name)
             }
-            devices = [mode for mode in self._functions if isinstance(mode, DeviceContext)]
+            devices = [mode for mode in self._functions.modes if isinstance(mode, DeviceContext)]
             _user.autocast, _user.gradients, _user.device = active, gradients, devices[0] if devices else None
             self._noted = True
             # No graph: non-reentrant activation checkpointing counts the tensors saved for backward and raises when the
@@ -80,23 +93,7 @@ class outside_user_modes:
                 torch.set_autocast_enabled(name, True)
             torch._C._set_grad_enabled(bool(_user.gradients))
         _user.autocast, _user.gradients, _user.device = self._before
-        for mode in reversed(self._functions):
-            torch._C._push_on_torch_function_stack(mode)
-
-
-class outside_function_modes:
-    """Look at tensors, and compute nothing, without a function mode of the user's: it would see that shapes are read."""
-
-    __slots__ = ("_functions",)
-
-    def __enter__(self) -> None:
-        self._functions: list[Any] = []
-        while torch._C._len_torch_function_stack():
-            self._functions.append(torch._C._pop_torch_function_stack())
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._functions):
-            torch._C._push_on_torch_function_stack(mode)
+        self._functions.__exit__(*error)
 
 
 @contextmanager

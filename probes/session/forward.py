@@ -261,24 +261,16 @@ class CurrentForward(threading.local):
         return own_calls.owner not in (None, self.owner)
 
     @property
-    def hidden(self) -> bool:
-        """Whether what runs is not the user's forward, or one that another probe runs for itself.
-
-        Under activation checkpointing the backward runs blocks once more: their states were recorded already.
-        """
-        return self.foreign or in_recomputation()
-
-    @property
     def recorded(self) -> Forward | None:
-        """The forward that hooks write to; None outside of one, and where what runs is `hidden`, or inside of torch.func."""
-        if not self.is_running or self.hidden or in_transformation():
-            return None
-        return self.forward
+        """The forward that hooks write to; None outside of one, and where what runs is not it.
 
-    @property
-    def is_running(self) -> bool:
-        """Whether this thread is in a forward that is recorded."""
-        return self.forward is not None and not self.forward.cancelled
+        Under activation checkpointing the backward runs blocks once more: their states were recorded already. Inside of
+        torch.func tensors stand for others.
+        """
+        forward = self.forward
+        if forward is None or forward.cancelled or self.foreign or in_recomputation() or in_transformation():
+            return None
+        return forward
 
     def note_transformation(self) -> None:
         """Note where a module of the running forward is called inside of a transformation of torch.func."""

@@ -20,6 +20,7 @@ from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.hooks import (
     Attachment,
     in_pipeline_inference,
+    in_recomputation,
     num_running_calls,
 )
 from depthscope.probes.model.layout import require_whole_sequences
@@ -208,12 +209,14 @@ class Session:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = self._current
-        if current.hidden or (self.step.scope.only_own and own_calls.owner is not self.owner):
+        is_other = self.step.scope.only_own and own_calls.owner is not self.owner
+        if is_other or current.foreign or in_recomputation():
             return
         if current.recorded is not None and num_running_calls(self.model) > 1:
             current.recorded.nested += 1  # the model calls itself: part of the forward that is running
             return
-        if (current.is_running and in_transformation()) or in_pipeline_inference():
+        is_running = current.forward is not None and not current.forward.cancelled
+        if (is_running and in_transformation()) or in_pipeline_inference():
             return  # part of it as well, whose tensors nobody can read; or no part of the training
         current.clear()
         with self._lock:
