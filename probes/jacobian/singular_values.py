@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthscope.diagnostics.errors import InputError
@@ -231,12 +230,9 @@ def _states(forward: Forward, number: int, count: int) -> dict[int, State]:
     """The states of a chain that have a graph, by depth."""
     edges: dict[int, dict[int, Any]] = {}
     for (chain, depth, stream), listener in forward.expected_gradients.items():
-        listener.receivers.clear()  # each product is a backward, whose gradients are not those of a loss
+        listener.handle.remove()  # each product is a backward, whose gradients are not those of a loss
         if chain == number and depth >= 0 and listener.end is not None:
-            end = listener.end
-            edges.setdefault(depth, {})[stream] = (
-                get_gradient_edge(end) if isinstance(end, torch.Tensor) else end
-            )
+            edges.setdefault(depth, {})[stream] = listener.end
     found = {}
     for depth, streams in sorted(edges.items()):
         of = tuple(streams[stream] for stream in sorted(streams))

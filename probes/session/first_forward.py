@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from depthscope.probes.connections.proof import StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
@@ -24,7 +25,7 @@ from depthscope.probes.reading.places import KnownPlaces, PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.attention import AttentionPlaces, placed_attention, watch_attention
 from depthscope.probes.session.find_structure import AxisError, RewrittenError, StructureFinder
-from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener, own_call
+from depthscope.probes.session.forward import CurrentForward, Forward, own_call
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.step import Step
 from depthscope.probes.structure.chain import ChainError
@@ -96,7 +97,7 @@ class FirstReading:
         placed = self._places.recorder(self.model, batch) if observer and self._places else None
         recorder = placed or GraphRecorder(self.model, batch, hooks=1)
         if observer is None and self._step.options.gradients:
-            recorder.on_taken = partial(self._listen, forward)
+            recorder.on_taken = partial(self._note_end, forward)
         elif observer is not None:
             recorder.on_taken = partial(observer.meet, forward)
             if observer.made_by:
@@ -118,16 +119,16 @@ class FirstReading:
                 watch_attention(forward, forward.recorder, num_sequences)
         return MethodWatch(forward.recorder, forward.recorder.end)
 
-    def _listen(self, forward: Forward, value: TracedValue, tensor: torch.Tensor) -> None:
-        """Listen to the gradient of a value that is taken, and may be a state: the tensor has its graph by now."""
+    def _note_end(self, forward: Forward, value: TracedValue, tensor: torch.Tensor) -> None:
+        """Note where the graph of a value that is taken, and may be a state, begins: the tensor has it by now."""
         if not value.is_floating or tensor.ndim < 2 or forward.cancelled or forward.recorder is None:
             return
         # Inside of a function of autograd, as a reentrant checkpoint is, it has no graph yet; what the function gives has one.
         # A view of its argument says that it wants a gradient, and has no graph either.
         is_leaf = tensor.is_leaf and not tensor._is_view()
-        listens = tensor.requires_grad and (is_leaf or tensor.grad_fn is not None)
-        if listens and value.number not in forward.listeners and value.kind != PARAMETER:
-            forward.listeners[value.number] = GradientListener(tensor, self._step.loss.report)
+        has_end = tensor.requires_grad and (is_leaf or tensor.grad_fn is not None)
+        if has_end and value.number not in forward.ends and value.kind != PARAMETER:
+            forward.ends[value.number] = get_gradient_edge(tensor)
             graph = forward.recorder.graph
             graph.has_graph_from[value.number] = len(graph.values)
 
@@ -216,9 +217,8 @@ def _replay(forward: Forward, recorder: GraphRecorder | PlacedRecorder, observer
     for of in structure.shown:
         value = graph.values[of.point.number]
         state = _held_tensor(graph, value, of.point.path)
-        if value.number in forward.listeners:
-            # The value has a hook since it was met; from now on the hook knows which state it belongs to.
-            observer.expect_gradient(forward, of, forward.listeners[value.number])
+        if value.number in forward.ends:
+            observer.expect_gradient(forward, of, forward.ends[value.number])
         elif not graph.takers(value):  # as a stream that the head does not take
             alive = recorder.living(value) if isinstance(recorder, GraphRecorder) else None
             observer.hook_unread(forward, of, alive)

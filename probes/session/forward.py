@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.proof import Weights
@@ -23,49 +23,38 @@ from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 
-Receive = Callable[[torch.Tensor | None], None]
-
 
 class GradientListener:
-    """Receives the gradient of what a tensor holds now, in every backward that goes on below it.
+    """Receives the gradient of what a tensor held, in every backward that goes on below it, by ``receive(gradient)``.
+
+    ``end``: where the graph of the tensor began.
 
     It listens at the node of the graph: a hook on a tensor stays at what the tensor held when its first hook came, also where
     it is written in place later, and so would every later hook of the user's.
     """
 
-    def __init__(self, tensor: torch.Tensor, report: Report):
-        # Several where one value is a state of two chains; none until it is known to be a state.
-        self.receivers: list[Receive] = []
+    def __init__(self, end: GradientEdge, receive: Callable[[torch.Tensor | None], None], report: Report):
+        self.end: GradientEdge | None = end
+        self._receive: Callable[[torch.Tensor | None], None] | None = receive
         self.num_received = 0
-        self.end: torch.Tensor | GradientEdge | None  # where the graph of the tensor begins
         self.handle: RemovableHandle
-        if tensor.grad_fn is None:
-            self.end, self._number = tensor, 0
-            self.handle = tensor.register_hook(Hook(self.receive, report))
+        leaf, number = getattr(end.node, "variable", None), end.output_nr
+        if leaf is not None:
+            self.handle = leaf.register_hook(Hook(self.receive, report))
         else:
-            self.end, self._number = get_gradient_edge(tensor), tensor.output_nr
-            self.handle = tensor.grad_fn.register_prehook(Hook(self._at_node, report))
-
-    @property
-    def node(self) -> Any:
-        """The node at which the graph of the tensor begins."""
-        assert self.end is not None, "the forward was released"
-        return (get_gradient_edge(self.end) if isinstance(self.end, torch.Tensor) else self.end).node
+            at_node = Hook(lambda gradients: self.receive(gradients[number]), report)
+            self.handle = end.node.register_prehook(at_node)
 
     def release(self) -> None:
-        """Listen no more, and let go of the graph and of the receivers, which know the forward."""
+        """Listen no more, and let go of the graph and of the receiver, which knows the forward."""
         self.handle.remove()
-        self.end = None
-        self.receivers.clear()
+        self.end = self._receive = None
 
     def receive(self, gradient: torch.Tensor | None) -> None:
-        """Hand a gradient to all receivers."""
+        """Hand a gradient on."""
         self.num_received += 1
-        for receive in self.receivers:
-            receive(gradient)
-
-    def _at_node(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
-        self.receive(gradients[self._number])
+        if self._receive is not None:
+            self._receive(gradient)
 
 
 def backward_to(forward: Forward, ends: list[TensorKey], outputs: list[torch.Tensor], **options: Any) -> None:
@@ -117,8 +106,9 @@ class Forward:
     stream_gradients: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # likewise
     expected_gradients: dict[TensorKey, GradientListener] = field(default_factory=dict)
     arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
-    # By the number of the recorded value.
-    listeners: dict[int, GradientListener] = field(default_factory=dict)
+    ends: dict[int, GradientEdge] = field(
+        default_factory=dict
+    )  # of values that may be states, by their numbers
     parts: dict[Key, Weights] = field(default_factory=dict)
     branches: dict[Key, torch.Tensor] = field(default_factory=dict)
     # What the queries of the first of the sampled sequences attend to before a state, (3, S, H, T).
@@ -151,10 +141,7 @@ class Forward:
     def end(self) -> None:
         """Drop what only the running forward needs: the user's batch must not live longer than the user keeps it."""
         self.ended = True
-        for listener in self.listeners.values():
-            if not listener.receivers:  # it is no state
-                listener.release()
-        self.listeners.clear()
+        self.ends.clear()
         self.arguments, self.recorder = {}, None
         self.streams.clear()
 
@@ -176,7 +163,8 @@ class Forward:
         earlier: dict[int, set[Any]] = {}  # of each chain, the operations that made its states
         for key, listener in sorted(self.expected_gradients.items(), key=lambda of: of[0]):
             known = earlier.setdefault(key[0], set())
-            node = listener.node
+            assert listener.end is not None, "the forward was released"
+            node = listener.end.node
             if known and key[1] >= 0 and key not in ends and not leads_to(node, known):
                 ends.append(key)
             known.add(node)

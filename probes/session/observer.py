@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from depthscope.probes.connections.proof import DepthWeights, Parts
 from depthscope.probes.model.errors import CaptureError
@@ -258,7 +259,7 @@ class Observer:
         if self._step.options.gradients and tensor.requires_grad and of.key not in forward.expected_gradients:
             # Not a module's full backward hook: that one would put a function into the user's graph, and would see the
             # gradient of a module's call, not of a state that several calls read.
-            self.expect_gradient(forward, of, GradientListener(tensor, self._step.loss.report))
+            self.expect_gradient(forward, of, get_gradient_edge(tensor))
 
     def hook_unread(self, forward: Forward, of: ShownTensor, tensor: torch.Tensor | None) -> None:
         """Hook the gradient of what no operation took, where its tensor is still there."""
@@ -267,17 +268,17 @@ class Observer:
         else:
             self.hook_gradient(forward, of, tensor)
 
-    def expect_gradient(self, forward: Forward, of: ShownTensor, listener: GradientListener) -> None:
-        """Record the gradient that a listener receives as that of a state, or of one stream of it."""
+    def expect_gradient(self, forward: Forward, of: ShownTensor, end: GradientEdge) -> None:
+        """Record the gradient at an end as that of a state, or of one stream of it."""
         if of.is_shared:
             return
-        listener.receivers.append(partial(self._record_shown_gradient, forward, of))
         if all(
             (chain, depth) == of.key[:2] or chain != of.chain
             for chain, depth, _ in forward.expected_gradients
         ):
             forward.first_states.append(of.key)
-        forward.expected_gradients[of.key] = listener
+        receive = partial(self._record_shown_gradient, forward, of)
+        forward.expected_gradients[of.key] = GradientListener(end, receive, self._step.loss.report)
 
     def _record_shown_gradient(
         self, forward: Forward, of: ShownTensor, gradient: torch.Tensor | None
