@@ -19,6 +19,7 @@ from torch import nn
 
 from depthscope.probes.model.hooks import WatchedMethod
 from depthscope.probes.model.modules import all_modules, all_parameters
+from depthscope.probes.model.tensors import version
 
 # Where it is loaded, torch's compiler may be in use: its import takes a second, which `torch.compile` does and we must not.
 COMPILER = "torch._dynamo"
@@ -80,7 +81,7 @@ class _Contents:
     def __init__(self, modules: list[nn.Module]):
         self._before: list[tuple[Any, Any]] = []
         self._exchanged: dict[int, Any] = {}
-        self._written_back: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+        self._written_back: list[tuple[torch.Tensor, int | None, torch.Tensor]] = []
         seen: set[int] = set()
         for module in modules:
             buffers = dict(module._buffers.items())
@@ -105,7 +106,7 @@ class _Contents:
             ):
                 self._exchanged[id(value)] = value
             elif type(value) is torch.Tensor and not value.is_meta:
-                self._written_back.append((value, _version(value), value.detach().clone()))
+                self._written_back.append((value, version(value), value.detach().clone()))
 
     def give_copies(self) -> None:
         """Put copies in place of what a forward may write into; what shares memory goes on sharing it."""
@@ -127,7 +128,7 @@ class _Contents:
         for container, content in self._before:
             _put_back(container, content)
         for tensor, before, values in self._written_back:
-            if before < 0 or _version(tensor) != before:
+            if before is None or version(tensor) != before:
                 tensor.data.copy_(values)
 
 
@@ -182,11 +183,6 @@ def _copy(value: Any, shared: Mapping[int, torch.UntypedStorage]) -> Any:
         return value.detach().clone()
     storage = shared[number]
     return value.detach().new_empty(0).set_(storage, value.storage_offset(), value.size(), value.stride())
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written; −1 where PyTorch does not count it."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _storage(value: Any) -> int | None:

@@ -194,11 +194,8 @@ def run_proof(chains: Many[Chain], evidence: Evidence) -> str:
     Returns: Empty where a chain states nothing and none is unproven.
     """
     proofs = [(chain.name, chain_proof(chain, evidence)) for chain in chains]
-    reasons = [
-        f"{name}: {proof.removeprefix(UNPROVEN)}" if name else proof.removeprefix(UNPROVEN)
-        for name, proof in proofs
-        if proof.startswith(UNPROVEN)
-    ]
+    unproven = [(name, proof.removeprefix(UNPROVEN)) for name, proof in proofs if proof.startswith(UNPROVEN)]
+    reasons = [f"{name}: {why}" if name else why for name, why in unproven]
     if reasons:
         return UNPROVEN + "; ".join(reasons)
     return PROVEN if all(proof == PROVEN for _, proof in proofs) else ""

@@ -107,8 +107,7 @@ class SecondForward:
     def follow(self, user_output: Any) -> None:
         """Put hooks on the outputs of the user's call; they leave with the forward."""
         if user_output is None:  # the call raised, so it is no forward of a step
-            self.forward.cancelled = True
-            self.forward.release()
+            self.forward.cancel()
             return
         theirs = list(tensors_in(user_output))
         if [t.shape for t in theirs] != [t.shape for t in self.outputs]:
@@ -162,7 +161,7 @@ class CompiledCalls:
     """What is on the outermost call of a compiled model: nothing in its compiled code, and a forward of ours before it.
 
     ``callers``: the modules that the user may call; see `compiled_callers`.
-    ``wanted``: whether the call that begins is to be measured.
+    ``wanted``: whether the call of a module that begins is to be measured.
     ``call_hooked``: calls a function with the session's hooks on the model; returns its result and the forward that these
     recorded.
     """
@@ -173,7 +172,7 @@ class CompiledCalls:
         owner: object,
         step: Step,
         *,
-        wanted: Callable[[], bool],
+        wanted: Callable[[nn.Module], bool],
         call_hooked: Callable[[Callable[[], Any]], tuple[Any, Forward | None]],
     ):
         self._owner, self._step, self._wanted, self._call_hooked = owner, step, wanted, call_hooked
@@ -213,30 +212,23 @@ class CompiledCalls:
             if not self._stack():
                 self._step.loss.listen(output)
 
-    def _around(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
-        if own_calls.owner is not None or in_recomputation():
-            return None
-        measured = None if self._stack() else self._measure(module, args, kwargs)
+    def _around(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch:
+        self._before(module, args, kwargs)
+        after = partial(self._after, module, args, kwargs)
 
         @contextmanager
-        def inside() -> Iterator[None]:
-            self._stack().append(None)
+        def ended_where_it_raises() -> Iterator[None]:
             try:
                 yield
-            finally:
-                self._stack().pop()
+            except BaseException:
+                after(None)
+                raise
 
-        def done(output: Any) -> None:
-            if measured is not None:
-                measured.follow(output)
-            if not self._stack():
-                self._step.loss.listen(output)
-
-        return MethodWatch(inside(), done)
+        return MethodWatch(ended_where_it_raises(), after)
 
     def _measure(self, module: nn.Module, args: Any, kwargs: Any) -> SecondForward | None:
         """Run the forward of a call once more, before the call itself."""
-        if not self._wanted():
+        if not self._wanted(module):
             return None
         module = inner_model(module)
         _require_repeatable(module)

@@ -17,9 +17,10 @@ from torch.autograd.graph import get_gradient_edge
 from depthscope.probes.connections.proof import StreamConnectionError
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Attachment, MethodWatch
-from depthscope.probes.model.layout import LayoutError
+from depthscope.probes.model.layout import LayoutError, require_whole_sequences
 from depthscope.probes.model.modules import module_paths, module_types
 from depthscope.probes.model.tensors import tensors_in
+from depthscope.probes.model.user_modes import in_transformation
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue
 from depthscope.probes.reading.places import KnownPlaces, PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
@@ -77,7 +78,8 @@ class FirstReading:
     def _before_call(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         forward = self._current.recorded
         if forward is None:
-            self._current.note_transformation()
+            if in_transformation() and self._current.forward is not None:
+                self._current.forward.transformed = True
             return
         if forward.recorder is None and module is self.model:
             forward.recorder = self._new_recorder(forward, args, kwargs)
@@ -93,6 +95,8 @@ class FirstReading:
         """What records the values of a forward that begins."""
         batch = list(tensors_in((args, kwargs)))
         observer = None if self.is_searching else self.observer
+        if observer is None:
+            require_whole_sequences(self.model)
         # Where it is known where a later forward shows what is measured, no other operation of it is looked at.
         placed = self._places.recorder(self.model, batch) if observer and self._places else None
         recorder = placed or GraphRecorder(self.model, batch, hooks=1)

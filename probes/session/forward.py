@@ -154,6 +154,11 @@ class Forward:
         for listener in self.expected_gradients.values():
             listener.release()
 
+    def cancel(self) -> None:
+        """Forget what was recorded: it counts to no step."""
+        self.cancelled = True
+        self.release()
+
     def backward_ends(self) -> list[TensorKey]:
         """Where a backward of ours ends: at the first states, and at those whose graph does not lead back to an earlier one.
 
@@ -260,16 +265,10 @@ class CurrentForward(threading.local):
             return None
         return forward
 
-    def note_transformation(self) -> None:
-        """Note where a module of the running forward is called inside of a transformation of torch.func."""
-        if self.forward is not None and in_transformation():
-            self.forward.transformed = True
-
     def clear(self) -> None:
         """Forget a forward that did not end."""
         if self.forward is not None:
-            self.forward.cancelled = True
-            self.forward.release()
+            self.forward.cancel()
         self.forward = None
 
 

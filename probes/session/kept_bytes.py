@@ -119,10 +119,8 @@ class NormInputs:
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note what a batch norm in evaluation took."""
-        if func is BATCH_NORM and not args[TRAINING]:
-            self._note_norm(args)
-
-    def _note_norm(self, args: Any) -> None:
+        if func is not BATCH_NORM or args[TRAINING]:
+            return
         taken, mean, variance = args[0], args[MEAN], args[VARIANCE]
         # Not before the forward, whose buffers are copies.
         self._norms = self._norms or {

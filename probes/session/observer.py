@@ -389,13 +389,11 @@ class Observer:
                 forward.parts[0, number] = weights.sampled(forward.rows.cpu())
                 assert given is not None
                 forward.branches[0, number] = forward.sampled(given)
-            forward.fired.add(("branch", 0, number))
         if self._step.scope.origins is not None and self.origins is None and self.structure.num_streams > 1:
             self.origins = self._step.scope.origins(read, memory, forward, self)
 
     def record_branch(self, forward: Forward, number: int, position: int, tensor: torch.Tensor) -> None:
         """Record the output of a branch: chain number, and position of its connection in the chain."""
-        forward.fired.add(("branch", number, position))
         if len(forward.rows):
             # With streams a branch works on one stream's width, so the chain's layout does not fit its output.
             output = tensor.detach()

@@ -23,7 +23,6 @@ from depthscope.probes.model.hooks import (
     in_recomputation,
     num_running_calls,
 )
-from depthscope.probes.model.layout import require_whole_sequences
 from depthscope.probes.model.modules import PresentModules, is_decoding, named_arguments
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, unreadable_mode
@@ -108,7 +107,7 @@ class Session:
                     callers,
                     self.owner,
                     self.step,
-                    wanted=lambda: not self.errors and self.step.may_have_gradients(),
+                    wanted=self._counts,
                     call_hooked=self._call_hooked,
                 )
 
@@ -183,8 +182,7 @@ class Session:
                 self._compiled_calls = None
             cut_short = [forward for forward in self._running if not forward.cancelled]
             for forward in cut_short:
-                forward.cancelled = True
-                forward.release()
+                forward.cancel()
             self._running.clear()
         self._current.clear()
         return len(cut_short)
@@ -207,6 +205,11 @@ class Session:
 
     # --- one forward ---
 
+    def _counts(self, module: nn.Module) -> bool:
+        """Whether a call that begins is measured; it is no part of a step that will be left out."""
+        with self._lock:
+            return not self.errors and self.step.counts(module)
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = self._current
         is_other = self.step.scope.only_own and own_calls.owner is not self.owner
@@ -219,13 +222,10 @@ class Session:
         if (is_running and in_transformation()) or in_pipeline_inference():
             return  # part of it as well, whose tensors nobody can read; or no part of the training
         current.clear()
-        with self._lock:
-            # No part of a step that will be left out, and no forward without gradients of a step that measures these.
-            counts = not self.errors and self.step.may_have_gradients() and self.step.includes(module)
-        if not counts:
+        if not self._counts(module):
             return
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim > 0]
-        if tensors and not any(tensor.numel() for tensor in tensors):
+        if tensors and not sum(tensor.numel() for tensor in tensors):
             return  # an empty batch adds nothing, and shows no structure
         lead = _readable(tensors[0] if tensors else None)
         named = named_arguments(module, args, kwargs)
@@ -237,7 +237,6 @@ class Session:
                 return
             assert self._present is not None
             self._present.require_same()
-            require_whole_sequences(module, hooks=self.first.is_searching)
             self._attachment.run_last()
             forward = current.forward = self._new_forward(module, lead, named)
             self._running.add(forward)

@@ -85,25 +85,21 @@ class Step:
         stamp = weights_stamp(model)
         return training_stamp(stamp) if self.trains else stamp
 
-    def may_have_gradients(self) -> bool:
-        """Whether a call that begins can have gradients, where these are wanted: a validation under ``no_grad`` has none.
+    def counts(self, model: nn.Module) -> bool:
+        """Whether a call that begins is one of those that the step measures.
 
-        It is no forward of the training that the step measures, so it counts nowhere.
+        Where gradients are wanted, one that has none is not, such as a validation under ``no_grad``. Evaluations do not mix
+        with training: of the calls of a step count those that come closest to training: in training mode with a graph, else
+        with a graph, else all. So a loop that only evaluates is measured, and an evaluation within a step of training is not.
         """
-        if not self.options.gradients or user_wants_graph() or in_reentrant_checkpoint():
-            return True
-        self._num_without_graph += 1
-        return False
-
-    def includes(self, model: nn.Module) -> bool:
-        """Whether a call that begins is one of those that the step measures: evaluations do not mix with training.
-
-        Of the calls of a step count those that come closest to training: in training mode with a graph, else with a graph,
-        else all. So a loop that only evaluates is measured, and an evaluation within a step of training is not.
-        """
-        if self.scope.only_own:
+        if self.scope.only_own and not self.options.gradients:
             return True
         has_graph = user_wants_graph() or in_reentrant_checkpoint()
+        if self.options.gradients and not has_graph:
+            self._num_without_graph += 1
+            return False
+        if self.scope.only_own:
+            return True
         kind = has_graph + (has_graph and model.training)
         if kind < self._kind:
             self.num_left_out += 1

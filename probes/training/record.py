@@ -187,7 +187,7 @@ def record(
         without `resume` or `force`. What happens later (a full disk, a folder that goes) is a `ProbeWarning`, once.
     """
     require_module(model, later=True)
-    require_whole_sequences(model, hooks=True)
+    require_whole_sequences(model)
     part = this_part()
     if part and stop_on is not None:
         raise InputError(

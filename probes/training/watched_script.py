@@ -27,10 +27,6 @@ Reference: TypeAlias = Callable[[], Any]  # a weak one
 NOTED = "_per_optimizer_states"  # of a GradScaler, by the id of the optimizer; there is no public name
 
 
-def _nothing() -> None:
-    """A reference to no object."""
-
-
 class ScriptWatch:
     """Record the first model that a script trains, from the third step of its optimizer on.
 
@@ -50,8 +46,8 @@ class ScriptWatch:
         # Modules with parameters that are updated, and whether each was in training mode, in the order of their calls.
         self._called: list[tuple[nn.Module, bool]] = []
         self._model = nn.Module()  # until it is found
-        self._optimizer: Reference = _nothing
-        self._other: Reference = _nothing  # that stepped since the one that counts did
+        self._optimizer: Reference = lambda: None
+        self._other: Reference = lambda: None  # that stepped since the one that counts did
         self.recorder: Recorder | None = None
         self.model = ""
         """Name of the class of the model that is recorded; empty before it is found."""
@@ -153,7 +149,7 @@ class ScriptWatch:
                 return False
             # Twice in a row: the one that counted is not used any more.
             self._optimizer = self._other
-        self._other = _nothing
+        self._other = lambda: None
         return True
 
 

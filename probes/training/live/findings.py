@@ -172,8 +172,7 @@ def scalars(row: LiveRow) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for path, (dims, values, _) in row.numbers.items():
-        group, _, name = path.rpartition("/")
-        chain = group.partition("/")[2]
+        group, (chain, name) = path.rpartition("/")[0], _chain_and_name(path)
         labels = {
             dim: row.coords[f"{group}/{dim}"][1].tolist() for dim in dims if f"{group}/{dim}" in row.coords
         }
