@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import lru_cache, partial
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -182,11 +181,8 @@ def _referred_to(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:
 
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, FunctionType):
-        found = []
-        for cell in value.__closure__ or ():
-            with suppress(ValueError):  # a cell that is not filled yet
-                found.append(cell.cell_contents)
-        return found
+        # Without cells that are not filled yet.
+        return [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, partial):

@@ -21,7 +21,7 @@ from depthscope.probes.connections.proof import Evidence, constraint_of, constra
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.run.connection_variables import changes_outside
 from depthscope.probes.run.initial_weights import weights_digest
-from depthscope.probes.session.reservoir import Sequence, training_stamp, weights_stamp
+from depthscope.probes.session.reservoir import Sequence, weights_stamp
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
 
@@ -51,8 +51,8 @@ def run_attributes(
     structure, options = session.structure, session.options
     dtype, precision = session.observer.dtype, session.observer.precision
     # Weights that were trained further since are not those that the run was measured with: no digest then.
-    stamp = weights_stamp(session.model) if digests else 0
-    unchanged = digests and session.step.reservoir.stored_stamp in (stamp, training_stamp(stamp))
+    stored = session.step.reservoir.stored_stamp
+    unchanged = digests and stored is not None and stored[0] == weights_stamp(session.model)
     parameters = all_parameters(session.model)
     layouts = [chain.layout for chain in structure.chains]
     attributes = {  # None: does not apply

@@ -10,7 +10,6 @@ backward, at whose end the backward of our own forward goes on from there: ∂lo
 from __future__ import annotations
 
 import copy
-import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -74,13 +73,6 @@ def inner_model(model: nn.Module) -> nn.Module:
         if inside is None:
             return found if is_wrapped else model
         found, is_wrapped = inside, is_wrapped or is_parallel
-
-
-def living_modules() -> list[nn.Module]:
-    """All modules of the process."""
-    # By the type and not by isinstance, which asks an object for its class and may wake a proxy of the user's. One whose
-    # __init__ has not run yet is none.
-    return [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and "_modules" in vars(m)]
 
 
 def compiled_callers(model: nn.Module, called: nn.Module) -> list[nn.Module]:

@@ -30,7 +30,7 @@ from depthscope.probes.session.forward import CurrentForward, Forward, own_call
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.step import Step
 from depthscope.probes.structure.chain import ChainError
-from depthscope.probes.structure.model_structure import Structure, require_same
+from depthscope.probes.structure.model_structure import require_same
 
 # Why the connections of a later forward are not read; its states and gradients do not depend on them.
 NOT_READ = (ReadingError, StreamConnectionError, LayoutError)
@@ -148,7 +148,9 @@ class FirstReading:
             structure = StructureFinder(graph, self.model, options, size, axis).structure()
             if self.observer is None:
                 # Before the states: where these have to be copied in one more forward, it is not looked for again.
-                self._place_attention(forward, structure)
+                places = self.attention = placed_attention(forward, structure)
+                if options.selection.requests:
+                    options.selection.require_attention(structure.chains, places.heads, places.reasons)
             else:
                 require_same(structure, self.observer.structure)
             observer = Observer(self.model, structure, self._step, self._current, self.attention, graph)
@@ -168,13 +170,6 @@ class FirstReading:
             self._first_batch_axis = 1
             self._step.draw_anew()  # tokens were drawn, and the next forward is the first one
             raise
-
-    def _place_attention(self, forward: Forward, structure: Structure) -> None:
-        """Find out where the model attends, and how much of it is looked at from now on."""
-        self.attention = placed_attention(forward, structure)
-        selection = self._step.options.selection
-        if selection.requests:
-            selection.require_attention(structure.chains, self.attention.heads, self.attention.reasons)
 
     def _adopt(self, observer: Observer) -> None:
         if self._places is not None:

@@ -20,17 +20,15 @@ from depthscope.probes.model.user_modes import in_transformation
 from depthscope.probes.reading.graph import walk
 from depthscope.probes.reading.places import PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.reservoir import Sequence
+from depthscope.probes.session.reservoir import Sequence, Stamp
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 
 
 class GradientListener:
-    """Receives the gradient of what a tensor held, in every backward that goes on below it, by ``receive(gradient)``.
+    """Hands on the gradient of what a tensor held, in every backward that goes on below it, by ``receive(gradient)``.
 
-    ``end``: where the graph of the tensor began.
-
-    It listens at the node of the graph: a hook on a tensor stays at what the tensor held when its first hook came, also where
-    it is written in place later, and so would every later hook of the user's.
+    It listens at the ``end`` where the graph of the tensor begins: a hook on a tensor stays at what the tensor held when its
+    first hook came, also where it is written in place later, and so would every later hook of the user's.
     """
 
     def __init__(self, end: GradientEdge, receive: Callable[[torch.Tensor | None], None], report: Report):
@@ -58,11 +56,7 @@ class GradientListener:
 
 
 def backward_to(forward: Forward, ends: list[TensorKey], outputs: list[torch.Tensor], **options: Any) -> None:
-    """Run a backward that ends at some states: no parameter's ``.grad`` is written, no hook of the user's on it runs.
-
-    ``forward``: one that was not released.
-    ``options``: of `torch.autograd.grad`.
-    """
+    """Run a backward that ends at some states: no parameter's ``.grad`` is written, no hook of the user's on it runs."""
     listeners = [forward.expected_gradients[key] for key in ends]
     before = [listener.num_received for listener in listeners]
     # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
@@ -91,7 +85,7 @@ class Forward:
 
     batch_size: int
     batch_axis: int  # of the model's first tensor
-    stamp: int
+    stamp: Stamp
     first_index: int  # of its sequences, over all forwards
     slots: dict[int, int]  # row of the batch to slot of the reservoir
     arguments: Mapping[str, Any]
@@ -106,9 +100,8 @@ class Forward:
     stream_gradients: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # likewise
     expected_gradients: dict[TensorKey, GradientListener] = field(default_factory=dict)
     arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
-    ends: dict[int, GradientEdge] = field(
-        default_factory=dict
-    )  # of values that may be states, by their numbers
+    # Where the graphs of values begin that may be states, by their numbers.
+    ends: dict[int, GradientEdge] = field(default_factory=dict)
     parts: dict[Key, Weights] = field(default_factory=dict)
     branches: dict[Key, torch.Tensor] = field(default_factory=dict)
     # What the queries of the first of the sampled sequences attend to before a state, (3, S, H, T).
@@ -225,7 +218,7 @@ def _cloned_row(tensors: Mapping[Key, torch.Tensor], position: int) -> dict[Key,
 class Measured:
     """What forwards with the same weights add up to."""
 
-    stamp: int
+    stamp: Stamp
     batch_size: int
     sums: list[TokenSums]
     without_connections: str = ""  # as that of a forward

@@ -210,16 +210,15 @@ class Observer:
         self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
         if not self._step.scope.sums:
             return
-        sums = forward.chain_sums(number)
-        sums.is_exact = self._step.scope.exact_sums
-        self._begin_live(sums)
-        sums.add_state(depth, state, mask)
+        self._sums(forward, number).add_state(depth, state, mask)
 
-    def _begin_live(self, sums: TokenSums) -> LiveSums | None:
-        """What a live row needs of a chain in this forward; None where none is wanted."""
-        if sums.live is None and self._step.scope.live_tokens:
-            sums.live = LiveSums(self._step.scope.live_tokens, self._step.options.seed)
-        return sums.live
+    def _sums(self, forward: Forward, number: int) -> TokenSums:
+        """The sums of one chain, with what a live row needs of it where one is wanted."""
+        sums, scope = forward.chain_sums(number), self._step.scope
+        sums.is_exact = scope.exact_sums
+        if sums.live is None and scope.live_tokens:
+            sums.live = LiveSums(scope.live_tokens, self._step.options.seed)
+        return sums
 
     def _chain_mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
         """The mask of a chain, found at its first state: an encoder and a decoder have one each."""
@@ -366,10 +365,9 @@ class Observer:
             forward.parts[0, number] = complete.sampled(rows)
         if not self._step.scope.sums:
             return
-        sums, mask = forward.chain_sums(0), forward.masks.get(0)
-        live = self._begin_live(sums)
-        if live is not None:
-            live.add_connection(number, complete.mix, complete.read, complete.write, mask)
+        sums, mask = self._sums(forward, 0), forward.masks.get(0)
+        if sums.live is not None:
+            sums.live.add_connection(number, complete.mix, complete.read, complete.write, mask)
         if complete.mix is not None:
             sums.add_mixing(number, complete.mix, mask)
         sums.add_values(number, coefficient_sums(complete, mask))

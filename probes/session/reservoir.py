@@ -6,7 +6,7 @@ import hashlib
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from torch import nn
 
 from depthscope.probes.connections.proof import Weights
 from depthscope.probes.model.modules import all_parameters
+
+Stamp: TypeAlias = tuple[int, bool]
+"""Which weights, see `weights_stamp`, and whether in training: its sums and samples do not mix with those of evaluations."""
 
 
 @dataclass
@@ -49,8 +52,8 @@ class Reservoir:
     first: int = 0  # number of the first sequence
     seen: int = 0
     total: int = 0
-    stamp: int | None = None
-    stored_stamp: int | None = None
+    stamp: Stamp | None = None
+    stored_stamp: Stamp | None = None
     stored: dict[int, Sequence] = field(default_factory=dict)  # by slot
     # A heap of (−rank, slot) of the chosen sequences: the one that is replaced next comes first.
     _chosen: list[tuple[int, int]] = field(init=False, default_factory=list)
@@ -58,10 +61,10 @@ class Reservoir:
     def __post_init__(self) -> None:
         assert self.size >= 1
 
-    def choose(self, batch_size: int, stamp: int) -> dict[int, int]:
+    def choose(self, batch_size: int, stamp: Stamp) -> dict[int, int]:
         """Choose the rows of a batch that are stored.
 
-        ``stamp``: `weights_stamp` of the model; another one than before restarts the sample, with the same seed.
+        ``stamp``: another one than before restarts the sample, with the same seed.
         """
         if stamp != self.stamp:
             self.stamp, self.seen, self._chosen = stamp, 0, []
@@ -81,7 +84,7 @@ class Reservoir:
         self.total += batch_size
         return chosen
 
-    def drawn(self, lead: torch.Tensor, batch_axis: int, stamp: int) -> dict[str, Any]:
+    def drawn(self, lead: torch.Tensor, batch_axis: int, stamp: Stamp) -> dict[str, Any]:
         """What a forward knows of its batch, and of its sequences that are sampled."""
         batch_size = lead.shape[batch_axis]
         slots = self.choose(batch_size, stamp)
@@ -95,11 +98,6 @@ class Reservoir:
             "row_data": lead.detach().movedim(batch_axis, 0)[rows].clone(),
         }
 
-    def restart_empty(self) -> None:
-        """Draw anew where nothing was stored of the present weights: the sequences chosen so far came to nothing."""
-        if self.stored_stamp != self.stamp:
-            self.stamp = None
-
     def forget(self) -> None:
         """Drop what was stored of the present weights, and draw anew: it was of forwards that do not count."""
         if self.stored_stamp == self.stamp:
@@ -110,7 +108,7 @@ class Reservoir:
         """The stored sequences in the order of the data; slots are in none."""
         return sorted(self.stored.values(), key=lambda sequence: sequence.index)
 
-    def store(self, sequences: Iterable[tuple[int, Sequence]], stamp: int) -> None:
+    def store(self, sequences: Iterable[tuple[int, Sequence]], stamp: Stamp) -> None:
         """Put complete sequences into their slots; those of earlier weights are dropped."""
         if stamp != self.stored_stamp:
             self.stored, self.stored_stamp = {}, stamp
@@ -133,11 +131,6 @@ def weights_stamp(model: nn.Module) -> int:
     """
     sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
     return hash(tuple(_weight_stamp(p, sharded) for p in all_parameters(model)))
-
-
-def training_stamp(stamp: int) -> int:
-    """The stamp of forwards that train, which differs from that of evaluations with the same weights."""
-    return hash((stamp, "training"))
 
 
 def _weight_stamp(parameter: nn.Parameter, sharded: bool) -> tuple[int, int, int]:

@@ -34,6 +34,7 @@ from depthscope.probes.session.forward import CurrentForward, Forward, Measured,
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
+from depthscope.probes.session.reservoir import weights_stamp
 from depthscope.probes.session.step import Step, StepLoss
 from depthscope.probes.structure.model_structure import Structure
 
@@ -242,15 +243,16 @@ class Session:
             self._running.add(forward)
 
     def _new_forward(self, model: nn.Module, lead: torch.Tensor, named: dict[str, Any]) -> Forward:
-        if self.step.is_empty and not self._running:
-            self.step.reservoir.restart_empty()
+        reservoir, stamp = self.step.reservoir, (weights_stamp(model), self.step.trains)
+        if self.step.is_empty and not self._running and reservoir.stored_stamp != reservoir.stamp:
+            reservoir.stamp = None  # the sequences that were chosen so far came to nothing
         if self.step.scope.digests:
             self.step.note_batch(lead)
-        stamp, batch_axis = self.step.stamp(model), self.first.batch_axis
+        batch_axis = self.first.batch_axis
         if self.options.is_packed:
             lead, batch_axis = lead.unsqueeze(0), 0
         return Forward(
-            **self.step.reservoir.drawn(lead, batch_axis, stamp),
+            **reservoir.drawn(lead, batch_axis, stamp),
             stamp=stamp,
             arguments=named,
             decoding=is_decoding(named),

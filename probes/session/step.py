@@ -28,7 +28,7 @@ from depthscope.probes.model.user_modes import user_wants_graph
 from depthscope.probes.reading.graph import walk
 from depthscope.probes.session.forward import Forward, Measured, own_calls
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
+from depthscope.probes.session.reservoir import Reservoir
 
 DIGESTED = 2**20  # numbers of a batch that its digest is of
 TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
@@ -76,14 +76,6 @@ class Step:
     def is_empty(self) -> bool:
         """Whether no forward has ended since the last fold."""
         return not (self.forwards or self._measured)
-
-    def stamp(self, model: nn.Module) -> int:
-        """The stamp of forwards with the present weights.
-
-        Sums and samples of an evaluation and of a training with the same weights do not mix, also in different steps.
-        """
-        stamp = weights_stamp(model)
-        return training_stamp(stamp) if self.trains else stamp
 
     def counts(self, model: nn.Module) -> bool:
         """Whether a call that begins is one of those that the step measures.

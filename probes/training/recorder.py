@@ -227,8 +227,6 @@ class Recorder:
         except (Exception, GeneratorExit) as error:
             self._session.drop()
             self._notices.say_not_measured(self.position, error)
-        else:
-            self._notices.say_how_many()
 
     def _attach_if_measuring(self) -> None:
         """Remove the hooks of the step before, and put on those of the present one if it is measured."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from depthscope.probes.model.hooks import Attachment
-from depthscope.probes.session.compiled_model import is_compiled, living_modules
+from depthscope.probes.session.compiled_model import is_compiled
 from depthscope.probes.session.step import living_scalers
 from depthscope.probes.training.notices import warn
 from depthscope.probes.training.record import record
@@ -97,7 +98,9 @@ class ScriptWatch:
         """Put hooks on the modules whose parameters an optimizer updates, for one step."""
         self._remove_hooks()
         self._optimizer = weakref.ref(optimizer)
-        modules = living_modules()
+        # All of the process. By the type and not by isinstance, which asks an object for its class and may wake a proxy of the
+        # user's. One whose __init__ has not run yet is none.
+        modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and "_modules" in vars(m)]
         compiled = [module for module in modules if is_compiled(module)]
         # Inside of compiled code nothing of ours runs; the call of a module that was compiled in place is such code itself.
         inside = {id(each) for outer in compiled for each in outer.modules() if each is not outer}
