@@ -159,7 +159,7 @@ def _run_backward(value: torch.Tensor, forward: Forward) -> None:
         raise CaptureError(
             "gradients were asked for where PyTorch keeps no graph; call this outside of torch.no_grad() and inference_mode()"
         )
-    if not value.requires_grad or not forward.first_states:
+    if not value.requires_grad or not forward.expected_gradients:
         raise CaptureError(
             "the loss does not depend on any residual state that carries a gradient; look for detach() or no_grad() before it"
         )

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
+from depthscope.probes.model.errors import CaptureError
+
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
@@ -128,18 +130,23 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return _user.autocast.get(tensor.device.type, tensor.dtype)
 
 
-def unreadable_mode(tensor: torch.Tensor) -> str | None:
-    """Why the states of the running forward are no numbers that can be read, or mean something else; None where they can."""
+def readable(lead: torch.Tensor | None) -> torch.Tensor:
+    """The first tensor that the running forward was called with; its numbers have to be those that the user computes with."""
+    called = ""
+    if lead is None:
+        raise CaptureError("the model was called without a tensor; expected a batch of tensors")
     if in_transformation():
-        return "inside a transformation of torch.func (grad, vmap, …), whose tensors stand for others"
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return "while it was traced or exported"
-    if isinstance(tensor, FakeTensor) or tensor.is_meta:
-        return f"with {'meta' if tensor.is_meta else 'fake'} tensors, which hold no values"
-    if tensor.is_nested or tensor.layout != torch.strided:
-        kind = "nested" if tensor.is_nested else "sparse"
-        return f"with a {kind} tensor, which has no axis of sequences; pad it, and pass a mask"
-    return None
+        called = "inside a transformation of torch.func (grad, vmap, …), whose tensors stand for others"
+    elif torch.jit.is_tracing() or torch.compiler.is_compiling():
+        called = "while it was traced or exported"
+    elif isinstance(lead, FakeTensor) or lead.is_meta:
+        called = f"with {'meta' if lead.is_meta else 'fake'} tensors, which hold no values"
+    elif lead.is_nested or lead.layout != torch.strided:
+        kind = "nested" if lead.is_nested else "sparse"
+        called = f"with a {kind} tensor, which has no axis of sequences; pad it, and pass a mask"
+    if called:
+        raise CaptureError(f"the model was called {called}; expected a plain call")
+    return lead
 
 
 def in_transformation() -> bool:

@@ -243,7 +243,7 @@ class CompiledCalls:
     def _run_backward(
         self, module: nn.Module, forward: Forward, outputs: list[torch.Tensor], gradients: list[torch.Tensor]
     ) -> None:
-        ends = forward.first_states
+        ends = forward.backward_ends()
         if not ends:  # as of a frozen trunk
             return
         try:

@@ -108,8 +108,6 @@ class Forward:
     attention: dict[Key, torch.Tensor] = field(default_factory=dict)
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
-    # A backward of ours must reach these and no further: gradients of weights are the user's.
-    first_states: list[TensorKey] = field(default_factory=list)
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)  # of other gradient hooks
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
@@ -153,19 +151,22 @@ class Forward:
         self.release()
 
     def backward_ends(self) -> list[TensorKey]:
-        """Where a backward of ours ends: at the first states, and at those whose graph does not lead back to an earlier one.
+        """Where a backward of ours ends: at the first state of each chain; gradients of weights are the user's.
 
-        A block that detaches its input cuts the graph: a backward to the first state alone would then run nowhere.
+        And at those whose graph does not lead back to an earlier one. A block that detaches its input cuts the graph: a
+        backward to the first state alone would then run nowhere.
         """
-        ends = list(self.first_states)
-        earlier: dict[int, set[Any]] = {}  # of each chain, the operations that made its states
-        for key, listener in sorted(self.expected_gradients.items(), key=lambda of: of[0]):
-            known = earlier.setdefault(key[0], set())
+        ends: list[TensorKey] = []
+        earlier: dict[
+            int, tuple[int, set[Any]]
+        ] = {}  # of each chain its first depth, and what made its states
+        listeners = self.expected_gradients.items()
+        for key, listener in sorted(listeners, key=lambda of: (of[0][0], of[0][1] < 0, of[0])):  # FINAL last
             assert listener.end is not None, "the forward was released"
-            node = listener.end.node
-            if known and key[1] >= 0 and key not in ends and not leads_to(node, known):
+            first, nodes = earlier.setdefault(key[0], (key[1], set()))
+            if key[1] == first or not leads_to(listener.end.node, nodes):
                 ends.append(key)
-            known.add(node)
+            nodes.add(listener.end.node)
         return ends
 
     def chain_sums(self, number: int) -> TokenSums:

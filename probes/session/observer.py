@@ -271,11 +271,6 @@ class Observer:
         """Record the gradient at an end as that of a state, or of one stream of it."""
         if of.is_shared:
             return
-        if all(
-            (chain, depth) == of.key[:2] or chain != of.chain
-            for chain, depth, _ in forward.expected_gradients
-        ):
-            forward.first_states.append(of.key)
         receive = partial(self._record_shown_gradient, forward, of)
         forward.expected_gradients[of.key] = GradientListener(end, receive, self._step.loss.report)
 

@@ -25,7 +25,7 @@ from depthscope.probes.model.hooks import (
 )
 from depthscope.probes.model.modules import PresentModules, is_decoding, named_arguments
 from depthscope.probes.model.tensors import tensors_in
-from depthscope.probes.model.user_modes import in_transformation, unreadable_mode
+from depthscope.probes.model.user_modes import in_transformation, readable
 from depthscope.probes.session.attention import add_attention_sums
 from depthscope.probes.session.compiled_model import CompiledCalls, compiled_callers
 from depthscope.probes.session.find_structure import RewrittenError
@@ -228,7 +228,7 @@ class Session:
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim > 0]
         if tensors and not sum(tensor.numel() for tensor in tensors):
             return  # an empty batch adds nothing, and shows no structure
-        lead = _readable(tensors[0] if tensors else None)
+        lead = readable(tensors[0] if tensors else None)
         named = named_arguments(module, args, kwargs)
         with self._lock:
             if self._attachment is None:
@@ -346,13 +346,3 @@ class Session:
         self.step.drop()
         self.errors.clear()
         self.step.loss.clear()
-
-
-def _readable(lead: torch.Tensor | None) -> torch.Tensor:
-    """The first tensor that the model was called with, where its values can be read."""
-    if lead is None:
-        raise CaptureError("the model was called without a tensor; expected a batch of tensors")
-    mode = unreadable_mode(lead)
-    if mode is not None:
-        raise CaptureError(f"the model was called {mode}; expected a plain call")
-    return lead
