@@ -26,8 +26,8 @@ from depthscope.probes.statistics.weight_updates import LossScale, WeightNorms, 
 from depthscope.probes.training.notices import Notices
 
 if TYPE_CHECKING:
+    from depthscope.probes.training.live.findings import LiveRow
     from depthscope.probes.training.live.live import Live
-    from depthscope.probes.training.live.row import LiveRow
 
 
 FROZEN = "no gradient of the loss reaches the residual states: no weight before them is trained, as where a head alone learns"
