@@ -29,8 +29,8 @@ from depthscope.probes.run.build_run import build_run, sampled_joints
 from depthscope.probes.session.forward import own_call
 from depthscope.probes.session.model_call import call_model, copied
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.reservoir import Reservoir
 from depthscope.probes.session.session import Session
+from depthscope.probes.session.step import Reservoir
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.model_structure import FINAL
 

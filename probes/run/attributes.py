@@ -21,8 +21,9 @@ from depthscope.probes.connections.proof import Evidence, constraint_of, constra
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.run.connection_variables import changes_outside
 from depthscope.probes.run.initial_weights import weights_digest
-from depthscope.probes.session.reservoir import Sequence, weights_stamp
+from depthscope.probes.session.forward import Sequence
 from depthscope.probes.session.session import Session
+from depthscope.probes.session.step import weights_stamp
 from depthscope.probes.structure.chain import Chain
 
 PACKAGES = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")

@@ -18,7 +18,7 @@ from depthscope.probes.run.connection_variables import weight_variables
 from depthscope.probes.run.coverage import chain_groups, coverage, coverage_counts, coverage_dataset
 from depthscope.probes.run.statistics_dataset import StepStatistics, statistics_dataset, step_variables
 from depthscope.probes.run.trace_dataset import trace_dataset
-from depthscope.probes.session.reservoir import Sequence, padded, token_masks
+from depthscope.probes.session.forward import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
 

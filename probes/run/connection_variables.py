@@ -27,8 +27,8 @@ from depthscope.probes.run.linear_variables import (
     factor_variables,
     plain_factors,
 )
-from depthscope.probes.session.reservoir import Sequence as KeptSequence
-from depthscope.probes.session.reservoir import padded, token_masks
+from depthscope.probes.session.forward import Sequence as KeptSequence
+from depthscope.probes.session.forward import padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.weight_updates import VARIABLES, WeightNorms
 from depthscope.probes.structure.chain import Chain, Connection

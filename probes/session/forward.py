@@ -1,4 +1,4 @@
-"""The record of one call of the model, of the call that a thread is running, and of calls with the same weights."""
+"""What is recorded of one call of the model, with its sampled sequences, and which call a thread is running."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
@@ -20,7 +21,6 @@ from depthscope.probes.model.user_modes import in_transformation
 from depthscope.probes.reading.graph import walk
 from depthscope.probes.reading.places import PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.reservoir import Sequence, Stamp
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 
 
@@ -77,6 +77,26 @@ def backward_to(forward: Forward, ends: list[TensorKey], outputs: list[torch.Ten
 
 Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINAL`) or a connection of it
 TensorKey: TypeAlias = tuple[int, int, int]  # a chain, a depth, and a stream where each is its own tensor
+
+
+Stamp: TypeAlias = tuple[int, bool]
+"""Which weights, see `weights_stamp`, and whether in training: its sums and samples do not mix with those of evaluations."""
+
+
+@dataclass
+class Sequence:
+    """One stored sequence; tensors on the CPU, first axis the token."""
+
+    index: int
+    mask: dict[int, torch.Tensor]
+    states: dict[tuple[int, int], torch.Tensor]
+    gradients: dict[tuple[int, int], torch.Tensor]
+    carried: frozenset[tuple[int, int]]  # states with a graph, whether or not their gradient arrived
+    parts: dict[tuple[int, int], Weights]
+    branches: dict[tuple[int, int], torch.Tensor]
+    row: torch.Tensor | None  # of the model's first tensor, for the digest of the data
+    decoding: bool = False
+    attention: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # (3, H, T) before a state
 
 
 @dataclass(eq=False)
@@ -201,6 +221,24 @@ class Forward:
             )
             found.append((self.slots[row], sequence))
         return found
+
+
+def padded(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A sequence's tensor (T, …) with zeros appended up to a number of tokens."""
+    missing = tokens - tensor.shape[0]
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+
+
+def token_masks(sequences: list[Sequence], number: int, depth: int = 0) -> list[np.ndarray]:
+    """One mask per sequence, all as long as the longest; false on padding."""
+    lengths = [sequence.states[number, depth].shape[0] for sequence in sequences]
+    masks = []
+    for sequence, length in zip(sequences, lengths, strict=True):
+        mask = sequence.mask.get(number)
+        full = np.zeros(max(lengths), dtype=bool)
+        full[:length] = True if mask is None else mask.numpy()
+        masks.append(full)
+    return masks
 
 
 def leads_to(node: Any, wanted: set[Any]) -> bool:

@@ -34,8 +34,7 @@ from depthscope.probes.session.forward import CurrentForward, Forward, Measured,
 from depthscope.probes.session.model_call import call_model
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.reservoir import weights_stamp
-from depthscope.probes.session.step import Step, StepLoss
+from depthscope.probes.session.step import Step, StepLoss, weights_stamp
 from depthscope.probes.structure.model_structure import Structure
 
 T = TypeVar("T")

@@ -1,10 +1,13 @@
-"""Which forwards of a step count, what they add up to, and what the loss is that a backward begins at."""
+"""Which forwards of a step count, what they add up to, which sequences are stored raw, and what the loss is."""
 
 from __future__ import annotations
 
 import gc
+import hashlib
+import heapq
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
 from typing import Any, TypeAlias
@@ -22,13 +25,13 @@ from depthscope.probes.model.hooks import (
     in_reentrant_checkpoint,
 )
 from depthscope.probes.model.loss_graph import compared_by_gradient, read_task, squares_by_gradient
+from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import COMPILER
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_wants_graph
 from depthscope.probes.reading.graph import walk
-from depthscope.probes.session.forward import Forward, Measured, own_calls
+from depthscope.probes.session.forward import Forward, Measured, Sequence, Stamp, own_calls
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.reservoir import Reservoir
 
 DIGESTED = 2**20  # numbers of a batch that its digest is of
 TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
@@ -213,6 +216,118 @@ class Step:
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"
             )
+
+
+# --- the sample ---
+
+
+@dataclass
+class Reservoir:
+    """A uniform sample of sequences, restarted when the weights change: those with the lowest `rank_in_sample`.
+
+    The rank of a sequence depends on the seed and on its number alone, so that processes that each see a part of the data draw
+    what one process would draw of all: the lowest ranks of their samples together (a bottom-k sample, Cohen and Kaplan,
+    doi:10.1145/1281100.1281133).
+
+    Choosing and storing are two steps: rows are chosen when a forward begins, and its sequences replace stored ones only when
+    it has ended well. Hence two stamps of the weights: those of the sequences chosen from, and those of the stored ones.
+    """
+
+    size: int  # number of stored sequences at most
+    seed: int  # seed of the ranks; torch's and Python's global random states are not touched
+    first: int = 0  # number of the first sequence
+    seen: int = 0
+    total: int = 0
+    stamp: Stamp | None = None
+    stored_stamp: Stamp | None = None
+    stored: dict[int, Sequence] = field(default_factory=dict)  # by slot
+    # A heap of (−rank, slot) of the chosen sequences: the one that is replaced next comes first.
+    _chosen: list[tuple[int, int]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert self.size >= 1
+
+    def choose(self, batch_size: int, stamp: Stamp) -> dict[int, int]:
+        """Choose the rows of a batch that are stored.
+
+        ``stamp``: another one than before restarts the sample, with the same seed.
+        """
+        if stamp != self.stamp:
+            self.stamp, self.seen, self._chosen = stamp, 0, []
+        chosen: dict[int, int] = {}
+        for row in range(batch_size):
+            rank = rank_in_sample(self.seed, self.first + self.seen)
+            self.seen += 1
+            if len(self._chosen) < self.size:
+                chosen[row] = len(self._chosen)
+                heapq.heappush(self._chosen, (-rank, chosen[row]))
+            elif rank < -self._chosen[0][0]:
+                slot = self._chosen[0][1]
+                heapq.heapreplace(self._chosen, (-rank, slot))
+                # A later row of the same batch may take the slot of an earlier one.
+                chosen = {other: taken for other, taken in chosen.items() if taken != slot}
+                chosen[row] = slot
+        self.total += batch_size
+        return chosen
+
+    def drawn(self, lead: torch.Tensor, batch_axis: int, stamp: Stamp) -> dict[str, Any]:
+        """What a forward knows of its batch, and of its sequences that are sampled."""
+        batch_size = lead.shape[batch_axis]
+        slots = self.choose(batch_size, stamp)
+        rows = torch.tensor(sorted(slots), dtype=torch.long, device=lead.device)
+        return {
+            "batch_size": batch_size,
+            "batch_axis": batch_axis,
+            "first_index": self.first + self.total - batch_size,
+            "slots": slots,
+            "rows": rows,
+            "row_data": lead.detach().movedim(batch_axis, 0)[rows].clone(),
+        }
+
+    def forget(self) -> None:
+        """Drop what was stored of the present weights, and draw anew: it was of forwards that do not count."""
+        if self.stored_stamp == self.stamp:
+            self.stored, self.stored_stamp = {}, None
+        self.stamp = None
+
+    def in_order(self) -> list[Sequence]:
+        """The stored sequences in the order of the data; slots are in none."""
+        return sorted(self.stored.values(), key=lambda sequence: sequence.index)
+
+    def store(self, sequences: Iterable[tuple[int, Sequence]], stamp: Stamp) -> None:
+        """Put complete sequences into their slots; those of earlier weights are dropped."""
+        if stamp != self.stored_stamp:
+            self.stored, self.stored_stamp = {}, stamp
+        self.stored.update(sequences)
+
+
+def rank_in_sample(seed: int, number: int) -> int:
+    """A 64-bit number that decides whether a sequence is in the sample: the lowest ones are.
+
+    Returns: Independent of the ranks of other numbers and seeds, as far as a hash is.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")
+
+
+def weights_stamp(model: nn.Module) -> int:
+    """A number that changes when an optimizer or a loader writes the weights, or other ones take their place.
+
+    Returns: A hash of the parameters' identities, addresses and version counters, which torch increments at every write
+    in place. Reading them costs no synchronisation with the device. A write through ``.data`` in place is not seen.
+    """
+    sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return hash(tuple(_weight_stamp(p, sharded) for p in all_parameters(model)))
+
+
+def _weight_stamp(parameter: nn.Parameter, sharded: bool) -> tuple[int, int, int]:
+    # Lazy parameters have a type of their own; those made in inference mode count no versions.
+    plain = type(parameter) is nn.Parameter
+    lazy = not plain and isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+    written = 0 if lazy or parameter.is_inference() else parameter._version
+    if not plain or "_fsdp_flattened" in vars(parameter):
+        return 0, written, 0  # FSDP makes these anew
+    # FSDP gathers a parameter at another address in every forward.
+    return id(parameter), written, 0 if sharded or parameter.is_meta else parameter.data_ptr()
 
 
 # --- the loss ---

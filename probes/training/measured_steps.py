@@ -18,8 +18,7 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import mean_task
 from depthscope.probes.run.build_run import build_run, step_numbers
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
-from depthscope.probes.session.forward import Measured
-from depthscope.probes.session.reservoir import Stamp
+from depthscope.probes.session.forward import Measured, Stamp
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import LossScale, WeightNorms, WeightUpdates
