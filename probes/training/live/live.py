@@ -28,12 +28,6 @@ from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
 from depthscope.probes.statistics.weight_updates import WeightNorms
-from depthscope.probes.training.live.exact_quantities import (
-    EXACT_QUANTITIES,
-    LiveGroup,
-    exact_quantities,
-    live_groups,
-)
 from depthscope.probes.training.live.findings import (
     SAMPLED_TOKENS,
     LiveRow,
@@ -45,7 +39,15 @@ from depthscope.probes.training.live.findings import (
     datasets_of,
     scalars,
 )
-from depthscope.probes.training.live.sampled_quantities import CHOSEN, SampledTokens, sampled
+from depthscope.probes.training.live.quantities import (
+    CHOSEN,
+    EXACT_QUANTITIES,
+    LiveGroup,
+    SampledTokens,
+    exact_quantities,
+    live_groups,
+    sampled,
+)
 from depthscope.probes.training.sinks import LearningRate, Sink
 
 LIVE = (
