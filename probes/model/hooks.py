@@ -181,10 +181,7 @@ Watcher: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Meth
 
 
 class Attachment:
-    """The hooks of one probe on one model, all removed together.
-
-    ``report``: called with every exception raised in a hook.
-    """
+    """The hooks of one probe on one model, all removed together; ``report`` is called with every exception in one."""
 
     def __init__(self, report: Report):
         self._report = report
@@ -264,13 +261,7 @@ class Attachment:
 
 
 class WatchedMethod:
-    """A method of one module that is observed while it runs; copies and pickles of the module get the plain method.
-
-    ``module``: the module that the method belongs to.
-    ``name``: the method's name.
-    ``watcher``: as in `Attachment.around`.
-    ``report``: called with every exception of the watcher.
-    """
+    """A method of one module that is observed while it runs; copies and pickles of the module get the plain method."""
 
     __slots__ = ("_instance_entry", "_method", "_module", "_name", "_report", "_watcher")
 

@@ -23,19 +23,38 @@ from depthscope.probes.model.tensors import version
 
 # Where it is loaded, torch's compiler may be in use: its import takes a second, which `torch.compile` does and we must not.
 COMPILER = "torch._dynamo"
-# One thread at a time: the stance of torch's compiler is that of all threads.
-_stance = threading.RLock()
-if hasattr(os, "register_at_fork"):  # not on Windows
-    # A thread that the child does not have may hold it.
-    os.register_at_fork(after_in_child=lambda: globals().update(_stance=threading.RLock()))
 
 
-@contextmanager
-def _as_written() -> Iterator[None]:
-    """Run compiled models without compilation: code that `torch.compile` made skips hooks put on since."""
-    with _stance, torch.compiler.set_stance("force_eager"):
-        yield
+class _AsWritten:
+    """Compiled models run uncompiled inside of it, in all threads, as the stance of torch's compiler is that of all.
 
+    Code that `torch.compile` made skips hooks that were put on since.
+    """
+
+    def __init__(self) -> None:
+        self._users = 0
+        self._renew_lock()
+        if hasattr(os, "register_at_fork"):  # not on Windows
+            os.register_at_fork(after_in_child=self._renew_lock)
+
+    def _renew_lock(self) -> None:
+        self._lock = threading.Lock()  # a thread that the child does not have may hold the old one
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._ours: Any = torch.compiler.set_stance("force_eager")
+            self._users += 1
+
+    def __exit__(self, *error: Any) -> None:
+        with self._lock:
+            self._users -= 1
+            # The user may have taken another one meanwhile.
+            if self._users == 0 and torch._dynamo.eval_frame._stance is self._ours.stance:
+                self._ours.__exit__(None, None, None)
+
+
+_as_written = _AsWritten()
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 MAPPINGS = (dict, OrderedDict, defaultdict)
@@ -57,7 +76,7 @@ def preserved_state(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index or 0 for p in all_parameters(model) if p.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)
     contents = _Contents(modules)
-    with torch.random.fork_rng(devices=devices), _as_written() if COMPILER in sys.modules else nullcontext():
+    with torch.random.fork_rng(devices=devices), _as_written if COMPILER in sys.modules else nullcontext():
         try:
             contents.give_copies()
             yield

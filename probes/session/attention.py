@@ -166,14 +166,6 @@ class AttentionWatch:
         self.found.append((self._number(result), fused_row_numbers(q, k, mask, is_causal=causal)))
 
 
-def watch_attention(forward: Forward, recorder: GraphRecorder, num_sequences: int) -> None:
-    """Look at what the first sampled sequences of a forward that is recorded attend to."""
-    rows = forward.rows[:num_sequences]
-    watch = AttentionWatch(rows, forward.batch_size, number=lambda tensor: recorder.known(tensor).number)
-    forward.attention_watch = watch
-    recorder.listeners.append(watch)
-
-
 def placed_attention(forward: Forward, structure: Structure) -> AttentionPlaces:
     """Tell between which states the attention of a recorded forward lies, and give the forward its numbers."""
     watch, recorder, places = forward.attention_watch, forward.recorder, AttentionPlaces()

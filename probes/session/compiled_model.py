@@ -163,7 +163,6 @@ class CompiledCalls:
         callers: list[nn.Module],
         owner: object,
         step: Step,
-        *,
         wanted: Callable[[nn.Module], bool],
         call_hooked: Callable[[Callable[[], Any]], tuple[Any, Forward | None]],
     ):

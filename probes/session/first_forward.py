@@ -24,7 +24,7 @@ from depthscope.probes.model.user_modes import in_transformation
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue
 from depthscope.probes.reading.places import KnownPlaces, PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.attention import AttentionPlaces, placed_attention, watch_attention
+from depthscope.probes.session.attention import AttentionPlaces, AttentionWatch, placed_attention
 from depthscope.probes.session.find_structure import AxisError, RewrittenError, StructureFinder
 from depthscope.probes.session.forward import CurrentForward, Forward, own_call
 from depthscope.probes.session.observer import Observer
@@ -119,8 +119,12 @@ class FirstReading:
             # A loop looks at attention where the site is named: it costs more than the rest of a measured step.
             if selection.includes("attention") and (scope.only_own or selection.requests):
                 # Without sums only at where it is.
-                num_sequences = self._step.options.max_sequences if scope.sums else 0
-                watch_attention(forward, forward.recorder, num_sequences)
+                rows = forward.rows[: self._step.options.max_sequences if scope.sums else 0]
+                known = forward.recorder.known
+                forward.attention_watch = AttentionWatch(
+                    rows, forward.batch_size, number=lambda tensor: known(tensor).number
+                )
+                forward.recorder.listeners.append(forward.attention_watch)
         return MethodWatch(forward.recorder, forward.recorder.end)
 
     def _note_end(self, forward: Forward, value: TracedValue, tensor: torch.Tensor) -> None:

@@ -36,10 +36,10 @@ class GradientListener:
         self._receive: Callable[[torch.Tensor | None], None] | None = receive
         self.num_received = 0
         self.handle: RemovableHandle
-        leaf, number = getattr(end.node, "variable", None), end.output_nr
-        if leaf is not None:
-            self.handle = leaf.register_hook(Hook(self.receive, report))
+        if end.node.name() == "torch::autograd::AccumulateGrad":  # of a tensor that no operation made
+            self.handle = end.node.variable.register_hook(Hook(self.receive, report))
         else:
+            number = end.output_nr
             at_node = Hook(lambda gradients: self.receive(gradients[number]), report)
             self.handle = end.node.register_prehook(at_node)
 
@@ -137,6 +137,7 @@ class Forward:
     has_begun: bool = False  # the model's own forward, around which the recorder is on
     met: set[int] = field(default_factory=set)  # numbers of the values that an operation took
     nested: int = 0  # calls of the model that are running inside of this one
+    ending: bool = False  # what only a forward that has ended shows is being recorded
     ended: bool = False
     transformed: bool = False  # modules ran inside of a transformation of torch.func
     gradients_undefined: bool = False  # several backwards went through it

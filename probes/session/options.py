@@ -104,17 +104,15 @@ class Options:
         names = self.sites if self.sites is None or isinstance(self.sites, str) else list(self.sites)
         object.__setattr__(self, "selection", select(names))
         object.__setattr__(self, "is_packed", self.layout is not None and is_packed(self.layout))
-        if self.streams is not None and self.streams < 1:
-            raise InputError(f"streams is {self.streams}; expected at least 1")
-        if self.max_sequences < 1:
-            raise InputError(f"max_sequences is {self.max_sequences}; expected at least 1")
+        for name, least in (("streams", 1), ("max_sequences", 1), ("first_sequence", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; expected at least {least}")
         if not (self.mask is None or callable(self.mask) or isinstance(self.mask, torch.Tensor)):
             raise InputError(
                 f"mask is of type {type(self.mask).__name__}; expected a tensor (B, T), or a function from the model's "
                 "arguments to one"
             )
-        if self.first_sequence < 0:
-            raise InputError(f"first_sequence is {self.first_sequence}; expected 0 or more")
 
 
 @dataclass(frozen=True)

@@ -103,13 +103,8 @@ class Session:
             if not callers:
                 self._attach()
             else:
-                self._compiled_calls = CompiledCalls(
-                    callers,
-                    self.owner,
-                    self.step,
-                    wanted=self._counts,
-                    call_hooked=self._call_hooked,
-                )
+                calls = CompiledCalls(callers, self.owner, self.step, self._counts, self._call_hooked)
+                self._compiled_calls = calls
 
     @contextmanager
     def on(self) -> Iterator[None]:
@@ -174,16 +169,16 @@ class Session:
         """
         # One that was stopped, as by a key, did not leave; those of other threads are taken to run.
         if self._current.recorded is not None and not num_running_calls(self.model):
-            self.forget_running()
+            self._current.clear()
         with self._lock:
             self._remove_hooks()
             if self._compiled_calls is not None:
                 self._compiled_calls.remove()
                 self._compiled_calls = None
-            cut_short = [forward for forward in self._running if not forward.cancelled]
+            cut_short = [of for of in self._running if not (of.cancelled or of.ending)]
             for forward in cut_short:
                 forward.cancel()
-            self._running.clear()
+                self._running.discard(forward)
         self._current.clear()
         return len(cut_short)
 
@@ -261,7 +256,7 @@ class Session:
         forward = self._current.recorded
         if forward is None or forward.nested:
             return
-        self._current.forward = None
+        self._current.forward, forward.ending = None, True
         is_complete = False
         try:
             if not self.errors:  # else something of it, or of another forward of the step, is missing
@@ -270,7 +265,7 @@ class Session:
         finally:
             with self._lock:
                 self._running.discard(forward)
-                if is_complete and not forward.cancelled:
+                if is_complete:
                     self.step.add(forward)
                 else:
                     forward.release()
@@ -335,13 +330,9 @@ class Session:
         """Whether forwards ended, or errors came, since the last fold."""
         return bool(self.errors) or not self.step.is_empty
 
-    def forget_running(self) -> None:
-        """Forget the forward that this thread was running when something stopped it."""
-        self._current.clear()
-
     def drop(self) -> None:
         """Forget the forwards since the last fold, and the one that this thread is running."""
-        self.forget_running()
+        self._current.clear()
         self.step.drop()
         self.errors.clear()
         self.step.loss.clear()

@@ -79,7 +79,6 @@ class Recorder:
         # measured then. Without gradients its forwards are complete, and count.
         if self._state == "open":
             self._measured.weights = None
-            self._session.forget_running()
             if self._session.options.gradients:
                 self._session.drop()
         # Such as a warning that the user turned into an error: theirs goes on as it is.
