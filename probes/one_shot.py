@@ -13,12 +13,12 @@ from depthscope.diagnostics.schema import storable_attributes
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import Loss, loss_value, mean_task, read_task
 from depthscope.probes.model.modules import require_module
-from depthscope.probes.model.preserved_state import eager, preserved_state
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.run.attributes import stage_attribute
 from depthscope.probes.run.build_run import build_run
 from depthscope.probes.run.statistics_dataset import StepStatistics
 from depthscope.probes.session.forward import Forward, Measured, backward_to, own_call
-from depthscope.probes.session.model_call import batches, call_observed, graph_of_frozen, with_gradients
+from depthscope.probes.session.model_call import batches, graph_of_frozen, with_gradients
 from depthscope.probes.session.options import CaptureOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
@@ -113,7 +113,7 @@ def measure(
     pooled, sequences, first = [TokenSums()], 0, None
     losses: list[float] = []
     tasks: list[dict[str, Any]] = []
-    with preserved_state(model), graph_of_frozen(model, wanted=options.gradients), eager():
+    with preserved_state(model), graph_of_frozen(model, wanted=options.gradients):
         for item in batches(batch):
             measured, value, task = _measure_batch(session, item, loss)
             first = item if first is None else first
@@ -137,9 +137,8 @@ def _measure_batch(
     """Run one batch, and its backward where gradients are wanted."""
     gradients = session.options.gradients
     batch = with_gradients(batch) if gradients else batch
-    session.attach()
-    try:
-        output = call_observed(session, batch)
+    with session.on():
+        output = session.call(batch)
         session.raise_first_error()
         value = loss_value(output, batch, loss, required=gradients)
         del output  # logits are large, and a backward needs none
@@ -152,9 +151,6 @@ def _measure_batch(
             session.raise_first_error()
         (measured,) = session.fold()  # one forward, hence one set of weights
         return measured, value, task
-    finally:
-        session.detach()
-        session.drop()  # after an error; nothing is left after a fold
 
 
 def _run_backward(value: torch.Tensor, forward: Forward) -> None:
@@ -163,7 +159,7 @@ def _run_backward(value: torch.Tensor, forward: Forward) -> None:
         raise CaptureError(
             "gradients were asked for where PyTorch keeps no graph; call this outside of torch.no_grad() and inference_mode()"
         )
-    if not value.requires_grad or not forward.first_states:
+    if not value.requires_grad or not forward.expected_gradients:
         raise CaptureError(
             "the loss does not depend on any residual state that carries a gradient; look for detach() or no_grad() before it"
         )

@@ -28,7 +28,7 @@ from depthscope.probes.interventions.changes import MATRICES, remixed
 from depthscope.probes.interventions.model_under_test import Edit, ModelUnderTest
 from depthscope.probes.model.loss_graph import Loss, loss_value
 from depthscope.probes.model.modules import module_paths
-from depthscope.probes.model.preserved_state import eager, preserved_state
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import mapped, tensors_in
 from depthscope.probes.reading.operations import operation_of
 from depthscope.probes.session.attention import FUSED, SOFTMAX
@@ -209,7 +209,7 @@ class Patient:
         total = 0.0
         for part in parts:
             given = copied(part)
-            with preserved_state(self.model), eager(), torch.no_grad(), own_call(object()):
+            with preserved_state(self.model), torch.no_grad(), own_call(object()):
                 output = self._output(use, given) if use.mixing is None else self._remixed(use.mixing, given)
                 value = loss_value(output, given, self.loss, required=False)
             total += math.nan if value is None else float(value) * first_size(part)

@@ -22,7 +22,7 @@ from depthscope.probes.interventions.effects import ablate
 from depthscope.probes.interventions.predictions import output_values, sees_later_tokens
 from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.loss_graph import Loss
-from depthscope.probes.model.preserved_state import eager, preserved_state
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.one_shot import measure
 from depthscope.probes.repairs import FEWEST, Patient, first_size, repaired, row_of
 from depthscope.probes.run.attributes import memory_facts
@@ -215,7 +215,7 @@ def _longest(batch: Any) -> int:
 
 def _output_again(model: nn.Module, batch: Any, batch_axis: int) -> torch.Tensor:
     """The main output of the unchanged model, which a recorder that is on does not count."""
-    with preserved_state(model), eager(), torch.no_grad(), own_call(object()):
+    with preserved_state(model), torch.no_grad(), own_call(object()):
         return output_values(call_model(model, copied(batch)), batch_axis=batch_axis)
 
 

@@ -23,14 +23,14 @@ from depthscope.probes.interventions.state_operations import (
 )
 from depthscope.probes.model.errors import InterventionError
 from depthscope.probes.model.modules import require_module
-from depthscope.probes.model.preserved_state import eager, preserved_state
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.reading.tensor_memory import stacked
 from depthscope.probes.run.build_run import build_run, sampled_joints
 from depthscope.probes.session.forward import own_call
-from depthscope.probes.session.model_call import call_model, call_observed, copied
+from depthscope.probes.session.model_call import call_model, copied
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.reservoir import Reservoir
 from depthscope.probes.session.session import Session
+from depthscope.probes.session.step import Reservoir
 from depthscope.probes.structure.chain import Chain
 from depthscope.probes.structure.model_structure import FINAL
 
@@ -153,15 +153,10 @@ class ModelUnderTest:
 
     def _read_model(self) -> None:
         session = self._session
-        with self.unchanged_model():  # around the hooks, which it would put back
-            session.attach()
-            try:
-                call_observed(session, copied(self.batch))
-                session.raise_first_error()
-                session.fold()
-            finally:
-                session.detach()
-                session.drop()
+        with self.unchanged_model(), session.on():  # around the hooks, which it would put back
+            session.call(copied(self.batch))
+            session.raise_first_error()
+            session.fold()
 
     def _locate(self, operations: StateOperations) -> None:
         """Note where each state was made, as it is shown."""
@@ -276,8 +271,7 @@ class ModelUnderTest:
     ) -> Passed:
         session = self._session
         session.step.reservoir = Reservoir(EVERY_SEQUENCE, 0)
-        with self.unchanged_model():
-            session.attach()
+        with self.unchanged_model(), session.on():
             try:
                 listen()
                 with mode, torch.no_grad(), own_call(session.owner):
@@ -298,13 +292,11 @@ class ModelUnderTest:
                 return passed
             finally:
                 session.observer.on_state = None
-                session.detach()
-                session.drop()
 
     @contextmanager
     def unchanged_model(self) -> Iterator[None]:
         """A forward made inside leaves nothing behind, and runs as the model is written: see `preserved_state`."""
-        with preserved_state(self.model), eager():
+        with preserved_state(self.model):
             yield
 
     def _check(self, states: dict[int, torch.Tensor], *, edited: bool) -> None:

@@ -17,13 +17,12 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import nn
-from torch.autograd.graph import get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from depthscope.diagnostics.errors import InputError
-from depthscope.probes.model.preserved_state import eager, preserved_state
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.session.forward import Forward, leads_to
-from depthscope.probes.session.model_call import call_observed, graph_of_frozen, with_gradients
+from depthscope.probes.session.model_call import graph_of_frozen, with_gradients
 from depthscope.probes.session.options import ModelOptions, Options, Scope, takes_options
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.chain import Chain
@@ -146,7 +145,7 @@ def jacobian(
         raise JacobianError(
             f"got a batch of type {type(batch).__name__}; expected one mapping, tensor or tuple"
         )
-    with preserved_state(model), graph_of_frozen(model, wanted=True), eager(), sdpa_kernel(SDPBackend.MATH):
+    with preserved_state(model), graph_of_frozen(model, wanted=True), sdpa_kernel(SDPBackend.MATH):
         session, forward = _first_forward(model, batch, Options(**options, gradients=True, max_sequences=1))
         try:
             return _measured(session, forward, values, chain, seed)
@@ -209,7 +208,7 @@ def _first_forward(model: nn.Module, batch: Any, options: Options) -> tuple[Sess
     try:
         # Inference tensors record no graph even where gradients are on.
         with torch.inference_mode(False), torch.enable_grad():
-            call_observed(session, with_gradients(batch))
+            session.call(with_gradients(batch))
         session.raise_first_error()
         assert session.step.last is not None
         return session, session.step.last
@@ -231,12 +230,9 @@ def _states(forward: Forward, number: int, count: int) -> dict[int, State]:
     """The states of a chain that have a graph, by depth."""
     edges: dict[int, dict[int, Any]] = {}
     for (chain, depth, stream), listener in forward.expected_gradients.items():
-        listener.receivers.clear()  # each product is a backward, whose gradients are not those of a loss
+        listener.handle.remove()  # each product is a backward, whose gradients are not those of a loss
         if chain == number and depth >= 0 and listener.end is not None:
-            end = listener.end
-            edges.setdefault(depth, {})[stream] = (
-                get_gradient_edge(end) if isinstance(end, torch.Tensor) else end
-            )
+            edges.setdefault(depth, {})[stream] = listener.end
     found = {}
     for depth, streams in sorted(edges.items()):
         of = tuple(streams[stream] for stream in sorted(streams))

@@ -43,35 +43,30 @@ def _note_compiler() -> int:
 _note_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def call_safely(report: Report, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Compute with a function of ours in the middle of the user's code, which none of its errors may reach.
+def call_safely(
+    report: Report, function: Callable[..., Any], *args: Any, computes: bool = True, **kwargs: Any
+) -> Any:
+    """Call a function of ours in the middle of the user's code, which none of its errors may reach.
 
     ``report``: called with what the function raised, without its frames.
-    ``function``: called outside of the user's modes; see `outside_user_modes`.
+    ``computes``: whether the function computes with tensors, so that it is to be outside of all of the user's modes.
     Returns: What it returned; None after an error.
     Raises BaseException: What stops the user's program (KeyboardInterrupt, SystemExit), and what the user's own signal
     handler raised while the function ran. The measurement is reported as interrupted then.
     """
     try:
-        with outside_user_modes():
+        with outside_user_modes() if computes else outside_function_modes():
             return function(*args, **kwargs)
     except BaseException as error:
-        if not _is_reported(report, error):
+        # GeneratorExit as well: of the other kinds that are no Exception none can come from code of ours.
+        if not isinstance(error, (Exception, GeneratorExit)):
+            report(CaptureError(f"{type(error).__name__} interrupted the measurement"))
             raise
+        if _from_signal_handler(error):
+            report(CaptureError(f"a signal handler raised {type(error).__name__} during the measurement"))
+            raise
+        report(without_frames(error))
         return None
-
-
-def _is_reported(report: Report, error: BaseException) -> bool:
-    """Report what a function of ours raised; whether that was all, and the user's code goes on."""
-    # GeneratorExit as well: of the other kinds that are no Exception none can come from code of ours.
-    if not isinstance(error, (Exception, GeneratorExit)):
-        report(CaptureError(f"{type(error).__name__} interrupted the measurement"))
-        return False
-    if _from_signal_handler(error):
-        report(CaptureError(f"a signal handler raised {type(error).__name__} during the measurement"))
-        return False
-    report(without_frames(error))
-    return True
 
 
 def without_frames(error: BaseException) -> Exception:
@@ -119,21 +114,8 @@ class Hook:
             # Nothing of ours may get into the user's compiled code: no operation, and no break of its graph.
             _note_compiler()
             return
-        function = self.function
-        if function is None:
-            return
-        if self.computes:
-            call_safely(self.report, function, *args, **kwargs)
-            return
-        try:
-            if torch._C._len_torch_function_stack():
-                with outside_function_modes():
-                    function(*args, **kwargs)
-            else:  # as nearly always: no context to enter in a hook that runs twice for every module
-                function(*args, **kwargs)
-        except BaseException as error:
-            if not _is_reported(self.report, error):
-                raise
+        if self.function is not None:
+            call_safely(self.report, self.function, *args, computes=self.computes, **kwargs)
 
     def disable(self) -> None:
         """Do nothing from now on: a hook that is removed while torch goes through the hooks of a module is still called."""
@@ -199,10 +181,7 @@ Watcher: TypeAlias = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Meth
 
 
 class Attachment:
-    """The hooks of one probe on one model, all removed together.
-
-    ``report``: called with every exception raised in a hook.
-    """
+    """The hooks of one probe on one model, all removed together; ``report`` is called with every exception in one."""
 
     def __init__(self, report: Report):
         self._report = report
@@ -282,13 +261,7 @@ class Attachment:
 
 
 class WatchedMethod:
-    """A method of one module that is observed while it runs; copies and pickles of the module get the plain method.
-
-    ``module``: the module that the method belongs to.
-    ``name``: the method's name.
-    ``watcher``: as in `Attachment.around`.
-    ``report``: called with every exception of the watcher.
-    """
+    """A method of one module that is observed while it runs; copies and pickles of the module get the plain method."""
 
     __slots__ = ("_instance_entry", "_method", "_module", "_name", "_report", "_watcher")
 

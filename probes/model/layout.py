@@ -10,9 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from functools import lru_cache, partial
-from types import FunctionType, MethodType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -143,17 +142,14 @@ REFUSED = (
 )
 
 
-def require_whole_sequences(model: nn.Module, *, hooks: bool) -> None:
-    """Require that the model's states have all tokens of their sequences.
-
-    ``hooks``: whether the hooks of its modules are looked at too, which takes some microseconds a module.
-    """
+def require_whole_sequences(model: nn.Module) -> None:
+    """Require that the model's states have all tokens of their sequences."""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
         return
     if _is_of_context_parallelism(nn.functional.scaled_dot_product_attention):
         raise CaptureError(REFUSED.format("the model runs under context parallelism"))
-    for path, module in module_paths(model) if hooks else ():
+    for path, module in module_paths(model):
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             for value in _referred_to(hook, 0, set()):
                 kind = "context" * _is_of_context_parallelism(value) or "sequence" * _is_token_shard(value)
@@ -185,11 +181,8 @@ def _referred_to(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:
 
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, FunctionType):
-        found = []
-        for cell in value.__closure__ or ():
-            with suppress(ValueError):  # a cell that is not filled yet
-                found.append(cell.cell_contents)
-        return found
+        # Without cells that are not filled yet.
+        return [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
     if isinstance(value, MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, partial):

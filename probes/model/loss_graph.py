@@ -29,7 +29,7 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
     for node in _nodes(start):
         if not node.name().startswith(("NllLoss", "NLLLoss")):
             continue
-        before, number = node.next_functions[0]
+        (before, number), target = node.next_functions[0], _saved(node, "target")
         shape = before._input_metadata[number].shape if before is not None else ()
         if not len(shape):
             return {}
@@ -38,23 +38,18 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
         return {
             "classes": classes,
             "guessing": math.log(max(classes, 1)),
-            "predicts_next": _are_tokens(_target_of(node), batch, ahead=1),
-            "repeats_input": _are_tokens(_target_of(node), batch, ahead=0),
-            **_targets_per_sequence(_target_of(node), batch),
+            "predicts_next": _are_tokens(target, batch, ahead=1),
+            "repeats_input": _are_tokens(target, batch, ahead=0),
+            **_targets_per_sequence(target, batch),
             **(_compared_at_node(node, classes) if is_mean else {}),
         }
     return {}
 
 
-def _target_of(node: Any) -> torch.Tensor | None:
-    """The targets of a cross entropy."""
-    return _saved(node, "_saved_target")
-
-
 def _saved(node: Any, name: str) -> torch.Tensor | None:
     """What a node keeps for its backward; None where that has run already, which frees it."""
     try:
-        found = getattr(node, name, None)
+        found = getattr(node, f"_saved_{name}", None)
     except RuntimeError:
         return None
     return found.detach() if isinstance(found, torch.Tensor) else None
@@ -75,7 +70,7 @@ MEASURED = ("constant", "expected", "uncertainty", "expected_error")
 
 def _compared_at_node(node: Any, classes: int) -> dict[str, float]:
     """What the node of a mean cross entropy says of a constant answer, see `_compared`."""
-    target, predicted = _target_of(node), _saved(node, "_saved_self")
+    target, predicted = _saved(node, "target"), _saved(node, "self")
     if target is None or predicted is None or predicted.ndim < 2:
         return {}
     rows, target = predicted.movedim(1, -1).reshape(-1, classes), target.flatten()
@@ -159,8 +154,8 @@ FEWEST_ROWS = 8  # of which each number has a mean and a variance of its own
 
 def _compared_at_numbers(node: Any) -> dict[str, float]:
     """What the node of a mean squared error, or one of yes or no, says of a constant answer, see `_compared_rows`."""
-    target, predicted = _target_of(node), _saved(node, "_saved_self")
-    weights = [_saved(node, f"_saved_{name}") for name in ("weight", "pos_weight")]
+    target, predicted = _saved(node, "target"), _saved(node, "self")
+    weights = [_saved(node, name) for name in ("weight", "pos_weight")]
     if target is None or predicted is None or weights != [None, None] or target.shape != predicted.shape:
         return {}
     return _compared_rows(node.name(), target, predicted)

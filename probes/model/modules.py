@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -14,25 +13,8 @@ from depthscope.diagnostics.errors import InputError
 from depthscope.probes.model.errors import CaptureError
 
 
-def all_modules(model: nn.Module) -> list[nn.Module]:
-    """Every module of a model, once, parents before children.
-
-    Torch's own walk is a generator inside of generators, as deep as the model, and joins the names on the way.
-    """
-    found: list[nn.Module] = []
-    seen: set[int] = set()
-    waiting = [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            found.append(module)
-            waiting.extend(child for child in module._modules.values() if child is not None)
-    return found
-
-
 def module_paths(model: nn.Module, *, shared: bool = False) -> list[tuple[str, nn.Module]]:
-    """Every module of a model with its path, as torch's ``named_modules`` gives them.
+    """Every module of a model with its path, as torch's ``named_modules`` gives them; that is as many generators as levels.
 
     ``shared``: whether a module that is in several places comes once for each of them.
     """
@@ -54,15 +36,15 @@ def module_paths(model: nn.Module, *, shared: bool = False) -> list[tuple[str, n
     return found
 
 
-def own_parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
-    """The parameters that some modules own themselves, each once."""
-    found = {id(p): p for module in modules for p in module._parameters.values() if p is not None}
-    return list(found.values())
+def all_modules(model: nn.Module) -> list[nn.Module]:
+    """Every module of a model, once, parents before children."""
+    return [module for _, module in module_paths(model)]
 
 
 def all_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Every parameter of a model, once: those that `Module.parameters` gives, in another order."""
-    return own_parameters(all_modules(model))
+    """Every parameter of a model, once, as `Module.parameters` gives them."""
+    found = {id(p): p for module in all_modules(model) for p in module._parameters.values() if p is not None}
+    return list(found.values())
 
 
 def named_parameters(modules: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
@@ -89,21 +71,11 @@ def require_module(model: object, *, later: bool = False) -> None:
 
 
 class PresentModules:
-    """The modules of a model as they are now.
+    """The modules of a model as they are now."""
 
-    ``above``: paths of modules; only the modules that contain these are compared. All, where it is None.
-    """
-
-    def __init__(self, model: nn.Module, above: Iterable[str] | None = None):
-        modules = dict(module_paths(model, shared=True))
-        if above is None:
-            paths = {path for path, module in modules.items() if module._modules}
-        else:
-            direct = {path.rpartition(".")[0] for path in above}
-            paths = (
-                direct | {path[: dot.start()] for path in direct for dot in re.finditer(r"\.", path)} | {""}
-            )
-        self._children = [(modules[path], [*modules[path]._modules.values()]) for path in sorted(paths)]
+    def __init__(self, model: nn.Module):
+        modules = [module for _, module in module_paths(model) if module._modules]
+        self._children = [(module, [*module._modules.values()]) for module in modules]
 
     def require_same(self) -> None:
         """Require that they are the same: a new layer has no hooks."""

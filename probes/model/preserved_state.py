@@ -10,7 +10,7 @@ import sys
 import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,20 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.hooks import WatchedMethod
-from depthscope.probes.model.modules import all_modules, own_parameters
+from depthscope.probes.model.modules import all_modules, all_parameters
+from depthscope.probes.model.tensors import version
+
+# Where it is loaded, torch's compiler may be in use: its import takes a second, which `torch.compile` does and we must not.
+COMPILER = "torch._dynamo"
 
 
-class _Stance:
-    """The stance of torch's compiler, of all threads: each restoring what it found would leave another's on for ever."""
+class _AsWritten:
+    """Compiled models run uncompiled inside of it, in all threads, as the stance of torch's compiler is that of all.
+
+    Code that `torch.compile` made skips hooks that were put on since.
+    """
 
     def __init__(self) -> None:
-        self._ours: Any = None
         self._users = 0
         self._renew_lock()
         if hasattr(os, "register_at_fork"):  # not on Windows
@@ -34,41 +40,21 @@ class _Stance:
     def _renew_lock(self) -> None:
         self._lock = threading.Lock()  # a thread that the child does not have may hold the old one
 
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        """Need it inside of the block."""
+    def __enter__(self) -> None:
         with self._lock:
             if self._users == 0:
-                self._restore()  # where the user's own stance, which was on when we left, has put ours back
-                self._ours = torch.compiler.set_stance("force_eager")
+                self._ours: Any = torch.compiler.set_stance("force_eager")
             self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                if self._users == 0:
-                    self._restore()
 
-    def _restore(self) -> None:
-        # Only where ours is on: the user may have taken another one meanwhile.
-        if self._ours is not None and torch._dynamo.eval_frame._stance is self._ours.stance:
-            self._ours.__exit__(None, None, None)
-            self._ours = None
+    def __exit__(self, *error: Any) -> None:
+        with self._lock:
+            self._users -= 1
+            # The user may have taken another one meanwhile.
+            if self._users == 0 and torch._dynamo.eval_frame._stance is self._ours.stance:
+                self._ours.__exit__(None, None, None)
 
 
-_stance = _Stance()
-
-
-@contextmanager
-def eager() -> Iterator[None]:
-    """Run compiled models as they are written: code that `torch.compile` made skips hooks put on since."""
-    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to load the compiler takes a second
-        yield
-        return
-    with _stance():
-        yield
-
+_as_written = _AsWritten()
 
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 MAPPINGS = (dict, OrderedDict, defaultdict)
@@ -82,15 +68,15 @@ WRAPPERS = ("torch.distributed.", "torch.nn.parallel.", "torch._dynamo.")
 
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
-    """Restore the random states, the buffers, plain attributes and training flags of a model after a forward of our own."""
+    """Run a model for ourselves, as it is written: random states, buffers, plain attributes and training flags come back."""
     modules = all_modules(model)
     # Frozen TorchScript has no such flag.
     training_flags = [(module, module.training) for module in modules if hasattr(module, "training")]
     # The devices of the model only: by default fork_rng takes every device, and warns where there are several.
-    devices = sorted({p.device.index or 0 for p in own_parameters(modules) if p.is_cuda})
+    devices = sorted({p.device.index or 0 for p in all_parameters(model) if p.is_cuda})
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 (a model may draw from it)
     contents = _Contents(modules)
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), _as_written if COMPILER in sys.modules else nullcontext():
         try:
             contents.give_copies()
             yield
@@ -114,7 +100,7 @@ class _Contents:
     def __init__(self, modules: list[nn.Module]):
         self._before: list[tuple[Any, Any]] = []
         self._exchanged: dict[int, Any] = {}
-        self._written_back: list[tuple[torch.Tensor, int, torch.Tensor]] = []
+        self._written_back: list[tuple[torch.Tensor, int | None, torch.Tensor]] = []
         seen: set[int] = set()
         for module in modules:
             buffers = dict(module._buffers.items())
@@ -139,7 +125,7 @@ class _Contents:
             ):
                 self._exchanged[id(value)] = value
             elif type(value) is torch.Tensor and not value.is_meta:
-                self._written_back.append((value, _version(value), value.detach().clone()))
+                self._written_back.append((value, version(value), value.detach().clone()))
 
     def give_copies(self) -> None:
         """Put copies in place of what a forward may write into; what shares memory goes on sharing it."""
@@ -161,7 +147,7 @@ class _Contents:
         for container, content in self._before:
             _put_back(container, content)
         for tensor, before, values in self._written_back:
-            if before < 0 or _version(tensor) != before:
+            if before is None or version(tensor) != before:
                 tensor.data.copy_(values)
 
 
@@ -216,11 +202,6 @@ def _copy(value: Any, shared: Mapping[int, torch.UntypedStorage]) -> Any:
         return value.detach().clone()
     storage = shared[number]
     return value.detach().new_empty(0).set_(storage, value.storage_offset(), value.size(), value.stride())
-
-
-def _version(tensor: torch.Tensor) -> int:
-    """How often a tensor was written; −1 where PyTorch does not count it."""
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _storage(value: Any) -> int | None:

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
+from depthscope.probes.model.errors import CaptureError
+
 AUTOCAST_DEVICES = ("cpu", "cuda")
 
 
@@ -31,6 +33,21 @@ class _UserModes(threading.local):
 _user = _UserModes()
 
 
+class outside_function_modes:
+    """Look at tensors, and compute nothing, without a function mode of the user's: it would see that shapes are read."""
+
+    __slots__ = ("modes",)
+
+    def __enter__(self) -> None:
+        self.modes: list[Any] = []
+        while torch._C._len_torch_function_stack():
+            self.modes.append(torch._C._pop_torch_function_stack())
+
+    def __exit__(self, *error: Any) -> None:
+        for mode in reversed(self.modes):
+            torch._C._push_on_torch_function_stack(mode)
+
+
 class outside_user_modes:
     """Compute without a graph, without the user's autocast and function and dispatch modes: a measurement inside a hook."""
 
@@ -39,21 +56,19 @@ class outside_user_modes:
 
     def __enter__(self) -> None:
         self._before = _user.autocast, _user.gradients, _user.device
-        self._functions: list[Any] = []
+        self._functions = outside_function_modes()
         self._dispatch: AbstractContextManager[Any] | None = None
         self._noted = False  # whether autocast and the graph were looked at, and may have been switched off
         try:
             # First of all, and entered again last of all: they would see even that a graph is switched off.
-            while torch._C._len_torch_function_stack():
-                mode = torch._C._pop_torch_function_stack()
-                self._functions.append(mode)
+            self._functions.__enter__()
             gradients = torch.is_grad_enabled()
             active = {
                 name: torch.get_autocast_dtype(name)
                 for name in AUTOCAST_DEVICES
                 if torch.is_autocast_enabled(name)
             }
-            devices = [mode for mode in self._functions if isinstance(mode, DeviceContext)]
+            devices = [mode for mode in self._functions.modes if isinstance(mode, DeviceContext)]
             _user.autocast, _user.gradients, _user.device = active, gradients, devices[0] if devices else None
             self._noted = True
             # No graph: non-reentrant activation checkpointing counts the tensors saved for backward and raises when the
@@ -80,23 +95,7 @@ class outside_user_modes:
                 torch.set_autocast_enabled(name, True)
             torch._C._set_grad_enabled(bool(_user.gradients))
         _user.autocast, _user.gradients, _user.device = self._before
-        for mode in reversed(self._functions):
-            torch._C._push_on_torch_function_stack(mode)
-
-
-class outside_function_modes:
-    """Look at tensors, and compute nothing, without a function mode of the user's: it would see that shapes are read."""
-
-    __slots__ = ("_functions",)
-
-    def __enter__(self) -> None:
-        self._functions: list[Any] = []
-        while torch._C._len_torch_function_stack():
-            self._functions.append(torch._C._pop_torch_function_stack())
-
-    def __exit__(self, *error: Any) -> None:
-        for mode in reversed(self._functions):
-            torch._C._push_on_torch_function_stack(mode)
+        self._functions.__exit__(*error)
 
 
 @contextmanager
@@ -131,18 +130,23 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return _user.autocast.get(tensor.device.type, tensor.dtype)
 
 
-def unreadable_mode(tensor: torch.Tensor) -> str | None:
-    """Why the states of the running forward are no numbers that can be read, or mean something else; None where they can."""
+def readable(lead: torch.Tensor | None) -> torch.Tensor:
+    """The first tensor that the running forward was called with; its numbers have to be those that the user computes with."""
+    called = ""
+    if lead is None:
+        raise CaptureError("the model was called without a tensor; expected a batch of tensors")
     if in_transformation():
-        return "inside a transformation of torch.func (grad, vmap, …), whose tensors stand for others"
-    if torch.jit.is_tracing() or torch.compiler.is_compiling():
-        return "while it was traced or exported"
-    if isinstance(tensor, FakeTensor) or tensor.is_meta:
-        return f"with {'meta' if tensor.is_meta else 'fake'} tensors, which hold no values"
-    if tensor.is_nested or tensor.layout != torch.strided:
-        kind = "nested" if tensor.is_nested else "sparse"
-        return f"with a {kind} tensor, which has no axis of sequences; pad it, and pass a mask"
-    return None
+        called = "inside a transformation of torch.func (grad, vmap, …), whose tensors stand for others"
+    elif torch.jit.is_tracing() or torch.compiler.is_compiling():
+        called = "while it was traced or exported"
+    elif isinstance(lead, FakeTensor) or lead.is_meta:
+        called = f"with {'meta' if lead.is_meta else 'fake'} tensors, which hold no values"
+    elif lead.is_nested or lead.layout != torch.strided:
+        kind = "nested" if lead.is_nested else "sparse"
+        called = f"with a {kind} tensor, which has no axis of sequences; pad it, and pass a mask"
+    if called:
+        raise CaptureError(f"the model was called {called}; expected a plain call")
+    return lead
 
 
 def in_transformation() -> bool:

@@ -21,8 +21,9 @@ from depthscope.probes.connections.proof import Evidence, constraint_of, constra
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.run.connection_variables import changes_outside
 from depthscope.probes.run.initial_weights import weights_digest
-from depthscope.probes.session.reservoir import Sequence, training_stamp, weights_stamp
+from depthscope.probes.session.forward import Sequence
 from depthscope.probes.session.session import Session
+from depthscope.probes.session.step import weights_stamp
 from depthscope.probes.structure.chain import Chain
 
 PACKAGES = ("torch", "transformers", "hyper-connections", "xarray", "numpy", "depthscope")
@@ -51,8 +52,8 @@ def run_attributes(
     structure, options = session.structure, session.options
     dtype, precision = session.observer.dtype, session.observer.precision
     # Weights that were trained further since are not those that the run was measured with: no digest then.
-    stamp = weights_stamp(session.model) if digests else 0
-    unchanged = digests and session.step.reservoir.stored_stamp in (stamp, training_stamp(stamp))
+    stored = session.step.reservoir.stored_stamp
+    unchanged = digests and stored is not None and stored[0] == weights_stamp(session.model)
     parameters = all_parameters(session.model)
     layouts = [chain.layout for chain in structure.chains]
     attributes = {  # None: does not apply
@@ -195,11 +196,8 @@ def run_proof(chains: Many[Chain], evidence: Evidence) -> str:
     Returns: Empty where a chain states nothing and none is unproven.
     """
     proofs = [(chain.name, chain_proof(chain, evidence)) for chain in chains]
-    reasons = [
-        f"{name}: {proof.removeprefix(UNPROVEN)}" if name else proof.removeprefix(UNPROVEN)
-        for name, proof in proofs
-        if proof.startswith(UNPROVEN)
-    ]
+    unproven = [(name, proof.removeprefix(UNPROVEN)) for name, proof in proofs if proof.startswith(UNPROVEN)]
+    reasons = [f"{name}: {why}" if name else why for name, why in unproven]
     if reasons:
         return UNPROVEN + "; ".join(reasons)
     return PROVEN if all(proof == PROVEN for _, proof in proofs) else ""

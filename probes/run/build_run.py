@@ -18,7 +18,7 @@ from depthscope.probes.run.connection_variables import weight_variables
 from depthscope.probes.run.coverage import chain_groups, coverage, coverage_counts, coverage_dataset
 from depthscope.probes.run.statistics_dataset import StepStatistics, statistics_dataset, step_variables
 from depthscope.probes.run.trace_dataset import trace_dataset
-from depthscope.probes.session.reservoir import Sequence, padded, token_masks
+from depthscope.probes.session.forward import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums
 
@@ -107,6 +107,8 @@ def _groups(
 ) -> Iterator[tuple[int, str, list[int], Variables, Variables, Variables]]:
     """Number of the chain, name and depths of each group; its numbers in a step, what has no step, and coordinates."""
     chains, joined = session.structure.chains, len(session.structure.connections)
+    parameters = session.observer.parameters
+    cells_of = {} if parameters is None else parameters.cells
     for number in range(len(chains)):
         groups = chain_groups(session, number)
         starts = [group.depths[0] for group in groups]
@@ -114,7 +116,7 @@ def _groups(
             if row is None:
                 yield number, name, depths, {}, {}, {}
                 continue
-            found, cells = step_variables(number, depths, row, joined, session.observer.parameter_cells)
+            found, cells = step_variables(number, depths, row, joined, cells_of)
             weights, facts, modules = weight_variables(row.weights, chains, number, starts, stage)
             yield number, name, depths, found | weights, facts, cells | modules
 

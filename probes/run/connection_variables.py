@@ -14,7 +14,6 @@ import torch
 from depthscope.diagnostics import schema
 from depthscope.diagnostics.schema import FROZEN_MODULES
 from depthscope.probes.connections.proof import (
-    DepthWeights,
     Evidence,
     Joint,
     Parts,
@@ -28,8 +27,8 @@ from depthscope.probes.run.linear_variables import (
     factor_variables,
     plain_factors,
 )
-from depthscope.probes.session.reservoir import Sequence as KeptSequence
-from depthscope.probes.session.reservoir import padded, token_masks
+from depthscope.probes.session.forward import Sequence as KeptSequence
+from depthscope.probes.session.forward import padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.weight_updates import VARIABLES, WeightNorms
 from depthscope.probes.structure.chain import ADD, Chain, Connection
@@ -164,30 +163,34 @@ def _depth_variables(
     """The weights of connections over depth, and the error of X_{k+1} = Σ_j carry_kj v_j + scale_k F_k."""
     states, _ = _states_and_outputs(number, (), sequences, tokens)
 
-    def weights(position: int) -> list[torch.Tensor]:
-        parts = [s.parts[number, position] for s in sequences]
-        assert all(isinstance(part, DepthWeights) for part in parts)
+    def weights(name: str) -> list[torch.Tensor]:
+        """One of the weights of each connection, (K, T, …)."""
         return [
-            torch.stack([padded(getattr(part, name), tokens) for part in parts])
-            for name in ("read", "carry", "scale", "branch_out")
+            torch.stack([padded(getattr(s.parts[number, position], name), tokens) for s in sequences])
+            for position in range(len(chain.connections))
         ]
 
-    every = [weights(position) for position in range(len(chain.connections))]
-    found, outputs = [of[:3] for of in every], [of[3] for of in every]
+    reads, carries, scales, outputs = map(weights, ("read", "carry", "scale", "branch_out"))
     sources = torch.stack([states(0), *outputs], -2).double()
     mask = torch.from_numpy(np.stack(token_masks(sequences, number)))
     errors = []
-    for position, (_, carry, scale) in enumerate(found):
+    for position, (carry, scale) in enumerate(zip(carries, scales, strict=True)):
         row = carry.double().clone()
         row[..., position + 1] = scale.double()
         after = states(chain.connections[position].depth_out)
         again = torch.einsum("kts,ktsd->ktd", row, sources[..., : row.shape[-1], :])
         errors.append(relative_error((after.double() - again)[mask], after[mask]))
-    _require_depth_proof(chain, errors, precision)
-    views = max(read.shape[-2] for read, _, _ in found)
+    worst = int(np.argmax(errors))
+    if not errors[worst] <= tolerance(precision):  # NaN is refused too
+        raise ReconstructionError(
+            f"connection {worst} ({chain.connections[worst].path!r}): the sum over depth of the embedding and of the "
+            f"branches' outputs misses the next state by a relative error of {errors[worst]:.1e} (tolerance "
+            f"{tolerance(precision):.0e}); the capture is refused"
+        )
+    views = max(read.shape[-2] for read in reads)
     inputs = [
         _depth_read(states(c.depth_in), read, sources, precision)
-        for c, (read, _, _) in zip(chain.connections, found, strict=True)
+        for c, read in zip(chain.connections, reads, strict=True)
     ]
     taken = torch.stack([_with_views(of, views) for of in inputs])
     name = "branch_in" if views == 1 else "views_in"
@@ -195,14 +198,9 @@ def _depth_variables(
         name: (schema.TRACE[name].dims, (taken[..., 0, :] if views == 1 else taken).numpy()),
         "branch_out": (schema.TRACE["branch_out"].dims, torch.stack(outputs).numpy()),
         "reconstruction_error": ("connection", np.array(errors)),
-        **depth_variables(
-            [_with_views(read, views) for read, _, _ in found], [carry for _, carry, _ in found]
-        ),
+        **depth_variables([_with_views(read, views) for read in reads], carries),
         # Also where it is 1: the weights of the sources leave it out.
-        "branch_scale": (
-            schema.TRACE["branch_scale"].dims,
-            torch.stack([scale for _, _, scale in found]).numpy(),
-        ),
+        "branch_scale": (schema.TRACE["branch_scale"].dims, torch.stack(scales).numpy()),
     }
 
 
@@ -221,16 +219,6 @@ def _with_views(of: torch.Tensor, views: int) -> torch.Tensor:
     """(K, T, V, …) with NaN for the inputs that a branch does not have."""
     missing = of.new_full((*of.shape[:2], views - of.shape[2], *of.shape[3:]), math.nan)
     return torch.cat([of, missing], 2)
-
-
-def _require_depth_proof(chain: Chain, errors: list[float], precision: torch.dtype) -> None:
-    worst = int(np.argmax(errors))
-    if not errors[worst] <= tolerance(precision):  # NaN is refused too
-        raise ReconstructionError(
-            f"connection {worst} ({chain.connections[worst].path!r}): the sum over depth of the embedding and of the "
-            f"branches' outputs misses the next state by a relative error of {errors[worst]:.1e} (tolerance "
-            f"{tolerance(precision):.0e}); the capture is refused"
-        )
 
 
 def _connection_factors(

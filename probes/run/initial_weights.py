@@ -129,11 +129,8 @@ def _is_drawn_by_torch(bias: nn.Parameter, own: list[nn.Parameter]) -> bool:
     if len(matrices) != 1:
         return False
     bound = (matrices[0].numel() / bias.numel()) ** -0.5 * (1.0 + 1e-6)
-    return _largest(bias) <= bound and 0.9 * bound < _largest(matrices[0]) <= bound
-
-
-def _largest(parameter: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(parameter, math.inf))
+    largest, of_bias = (float(torch.linalg.vector_norm(p, math.inf)) for p in (matrices[0], bias))
+    return 0.9 * bound < largest <= bound and of_bias <= bound
 
 
 def _equal_blocks(model: nn.Module, chain: Chain) -> list[int]:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 
 from depthscope.diagnostics import schema
-from depthscope.diagnostics.errors import InputError
 from depthscope.probes.connections.proof import relative_error, tolerance
 from depthscope.probes.structure.chain import PLAIN, Connection
 
@@ -28,60 +27,38 @@ def factor_variables(
     ``residual, branch``: one item a connection: (K, T), (K, T, D), or None for a factor of 1.
     Returns: ``residual_scale``, ``residual_gate``, ``branch_scale`` and ``branch_gate`` as (dims, array), those that
     are not 1 everywhere.
-    Raises InputError: For items of another number of axes or of different sizes.
     """
     found: Variables = {}
     for name, factors in (("residual", residual), ("branch", branch)):
         for ending, axes in (("scale", 2), ("gate", 3)):
-            array = _stacked_factors([f if f is not None and f.ndim == axes else None for f in factors])
-            if array is not None:
+            of_axes = [
+                f if f is not None and f.ndim == axes and bool((f != 1).any()) else None for f in factors
+            ]
+            known = next((factor for factor in of_axes if factor is not None), None)
+            if known is not None:
+                ones = torch.ones_like(known)
+                array = torch.stack([ones if factor is None else factor for factor in of_axes]).numpy()
                 found[f"{name}_{ending}"] = (schema.TRACE[f"{name}_{ending}"].dims, array)
-        odd = next((f.ndim for f in factors if f is not None and f.ndim not in (2, 3)), None)
-        if odd is not None:
-            raise InputError(
-                f"a factor of the {name} has {odd} axes; expected (sequence, token) or (sequence, token, feature)"
-            )
     return found
 
 
-def _stacked_factors(factors: Sequence[torch.Tensor | None]) -> np.ndarray | None:
-    """The factors of all connections, 1 where there is none; None where none has one."""
-    factors = [None if factor is None or bool((factor == 1).all()) else factor for factor in factors]
-    known = [factor for factor in factors if factor is not None]
-    if not known:
-        return None
-    if len({tuple(factor.shape) for factor in known}) > 1:
-        shapes = sorted({tuple(factor.shape) for factor in known})
-        raise InputError(f"factors of one chain have the shapes {shapes}; expected one shape")
-    ones = torch.ones_like(known[0])
-    return torch.stack([ones if factor is None else factor for factor in factors]).numpy()
-
-
-def depth_variables(
-    read: Sequence[torch.Tensor] | None = None, carry: Sequence[torch.Tensor] | None = None
-) -> Variables:
+def depth_variables(read: Sequence[torch.Tensor], carry: Sequence[torch.Tensor]) -> Variables:
     """How much each branch reads, and each next state keeps, of the sources: the embedding and every branch's output.
 
     ``read``: one item a connection, (K, T, V, S) with any S ≤ C + 1: sources that are left out at the end have the weight 0.
     ``carry``: the same without V.
     Returns: ``depth_read`` or, for several inputs V, ``depth_reads``; and ``depth_carry``, as (dims, array).
-    Raises InputError: Where a connection has a weight on its own output or a later one.
     """
     found: Variables = {}
-    several = read is not None and any(row.shape[-2] > 1 for row in read)
-    if read is not None and not several:
-        read = [row.squeeze(-2) for row in read]
-    for name, rows in (("depth_reads" if several else "depth_read", read), ("depth_carry", carry)):
-        if not rows:
-            continue
+    several = any(row.shape[-2] > 1 for row in read)
+    reads = read if several else [row.squeeze(-2) for row in read]
+    for name, rows in (("depth_reads" if several else "depth_read", reads), ("depth_carry", carry)):
         padded = np.zeros((len(rows), *rows[0].shape[:-1], len(rows) + 1), dtype=np.float32)
         for number, row in enumerate(rows):
             # Connection k comes after the embedding and k outputs.
-            if row.shape[-1] > number + 1 and bool(row[..., number + 1 :].nan_to_num().any()):
-                raise InputError(
-                    f"{name} of connection {number} has a weight on source {number + 1} or later; expected only "
-                    f"the {number + 1} sources before it"
-                )
+            assert not bool(row[..., number + 1 :].nan_to_num().any()), (
+                f"{name} {number} reads a later source"
+            )
             kept = min(row.shape[-1], number + 1)
             padded[number, ..., :kept] = row[..., :kept].numpy()
             padded[number][np.isnan(padded[number, ..., 0])] = np.nan
@@ -158,17 +135,14 @@ def plain_factors(
     if near and believed(torch.ones(len(terms), 1), ones):
         return PlainFactors(None, (None,) * len(branches), ones)
     if found is not None and believed(found, error):
-        return _factors(found[..., None].expand(-1, len(goal), 1), error)
+        keep, *write = found[..., None].expand(-1, len(goal), 1)
+        return PlainFactors(keep, tuple(write), error)
     for axis in (0, 1):  # a number a token, then a number a feature
         found, error = _solved(terms if axis == 0 else terms.mT, goal if axis == 0 else goal.mT)
         if found is not None and believed(found, error):
-            return _factors(found[..., None] if axis == 0 else found[:, None], error)
+            keep, *write = found[..., None] if axis == 0 else found[:, None]
+            return PlainFactors(keep, tuple(write), error)
     return PlainFactors(None, (None,) * len(branches), ones, known=False)
-
-
-def _factors(found: torch.Tensor, error: float) -> PlainFactors:
-    keep, *write = found
-    return PlainFactors(keep, tuple(write), error)
 
 
 def _solved(terms: torch.Tensor, goal: torch.Tensor) -> tuple[torch.Tensor | None, float]:

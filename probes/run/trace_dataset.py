@@ -15,7 +15,7 @@ from depthscope.probes.run.connection_variables import connection_coords, connec
 from depthscope.probes.run.coverage import connections_within, depth_coords, without_gradient
 from depthscope.probes.run.initial_weights import weight_facts
 from depthscope.probes.run.linear_variables import linear_coords
-from depthscope.probes.session.reservoir import Sequence, padded, token_masks
+from depthscope.probes.session.forward import Sequence, padded, token_masks
 from depthscope.probes.session.session import Session
 from depthscope.probes.structure.model_structure import FINAL
 

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthscope.probes.model.hooks import without_frames
+from depthscope.probes.model.hooks import MethodWatch, without_frames
 from depthscope.probes.model.layout import LayoutError
 from depthscope.probes.model.tensors import OperationsShown
 from depthscope.probes.reading.graph import Graph, TracedValue, names
 from depthscope.probes.reading.operations import operation_of
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.forward import Forward, Key, Tape
+from depthscope.probes.session.forward import Forward, Key
 from depthscope.probes.structure.model_structure import Structure
 
 OTHER_TOKENS = "its queries are not the tokens of the state"
@@ -166,20 +166,13 @@ class AttentionWatch:
         self.found.append((self._number(result), fused_row_numbers(q, k, mask, is_causal=causal)))
 
 
-def watch_attention(recorder: GraphRecorder, forward: Forward, rows: torch.Tensor) -> AttentionWatch:
-    """Look at what the tokens ``rows`` of a recorded forward attend to."""
-    watch = AttentionWatch(rows, forward.batch_size, number=lambda tensor: recorder.known(tensor).number)
-    recorder.listeners.append(watch)
-    return watch
-
-
-def placed_attention(tape: Tape, forward: Forward, structure: Structure) -> AttentionPlaces:
+def placed_attention(forward: Forward, structure: Structure) -> AttentionPlaces:
     """Tell between which states the attention of a recorded forward lies, and give the forward its numbers."""
-    watch, places = tape.attention, AttentionPlaces()
-    if watch is None or tape.recorder is None:
+    watch, recorder, places = forward.attention_watch, forward.recorder, AttentionPlaces()
+    if watch is None or not isinstance(recorder, GraphRecorder):
         return places
-    tape.recorder.listeners.remove(watch)  # it holds tensors of the forward
-    tape.attention, graph = None, tape.recorder.graph
+    recorder.listeners.remove(watch)  # it has tensors of the forward
+    forward.attention_watch, graph = None, recorder.graph
     places.reasons.update(watch.reasons)
     for value, rows in watch.found:
         call = graph.calls[graph.values[value].call]
@@ -223,10 +216,8 @@ def _add_rows(forward: Forward, key: Key, rows: torch.Tensor) -> None:
     forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
 
 
-def later_attention(
-    places: AttentionPlaces, forward: Forward, path: str
-) -> tuple[OperationsShown, Callable[[Any], None]] | None:
-    """What looks at one call of a module that attends, and what is to be done at its end; None where it is not looked at."""
+def later_attention(places: AttentionPlaces, forward: Forward, path: str) -> MethodWatch | None:
+    """What looks at one call of a module that attends; None where it is not looked at."""
     expected = places.calls.get((path, forward.next_index("attention", path)))
     if expected is None or not any(expected) or not len(forward.rows):
         return None
@@ -241,7 +232,7 @@ def later_attention(
                 _add_rows(forward, key, found)
                 places.seen[key] += 1
 
-    return OperationsShown(watch), done
+    return MethodWatch(OperationsShown(watch), done)
 
 
 def add_attention_sums(forward: Forward, heads: int) -> None:

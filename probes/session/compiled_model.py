@@ -10,27 +10,32 @@ backward, at whose end the backward of our own forward goes on from there: ∂lo
 from __future__ import annotations
 
 import copy
-import gc
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, Hook, MethodWatch, Report, in_recomputation
+from depthscope.probes.model.hooks import (
+    Attachment,
+    Hook,
+    MethodWatch,
+    Report,
+    in_recomputation,
+)
 from depthscope.probes.model.modules import all_parameters
-from depthscope.probes.model.preserved_state import eager, preserved_state
+from depthscope.probes.model.preserved_state import COMPILER, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
-from depthscope.probes.session.backward_roots import Edge, edges_behind, running_backward
 from depthscope.probes.session.forward import Forward, backward_to, own_call, own_calls
+from depthscope.probes.session.step import Edge, Step, edges_behind, running_backward
 
 COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call
 COMPILED_FROM = "_torchdynamo_orig_callable"  # on functions that `torch.compile` made
@@ -46,12 +51,6 @@ EXCHANGED = (
     "a compiled model is measured by one more forward, in which {} would exchange something with other processes, which could "
     "wait for ever; record it uncompiled"
 )
-RunHooked: TypeAlias = Callable[[Callable[[], Any]], tuple[Any, Forward | None]]
-
-
-def compiler_is_loaded() -> bool:
-    """Whether torch's compiler is in use at all: its import takes a second, which `torch.compile` does and we must not."""
-    return "torch._dynamo" in sys.modules
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -76,16 +75,9 @@ def inner_model(model: nn.Module) -> nn.Module:
         found, is_wrapped = inside, is_wrapped or is_parallel
 
 
-def living_modules() -> list[nn.Module]:
-    """All modules of the process."""
-    # By the type and not by isinstance, which asks an object for its class and may wake a proxy of the user's. One whose
-    # __init__ has not run yet is none.
-    return [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and "_modules" in vars(m)]
-
-
 def compiled_callers(model: nn.Module, called: nn.Module) -> list[nn.Module]:
     """The modules that the user may call, where any part of them runs compiled; none where nothing does."""
-    if compiler_is_loaded() and any(map(is_compiled, called.modules())):
+    if COMPILER in sys.modules and any(map(is_compiled, called.modules())):
         return list(dict.fromkeys([called, model]))
     return []
 
@@ -107,8 +99,7 @@ class SecondForward:
     def follow(self, user_output: Any) -> None:
         """Put hooks on the outputs of the user's call; they leave with the forward."""
         if user_output is None:  # the call raised, so it is no forward of a step
-            self.forward.cancelled = True
-            self.forward.release()
+            self.forward.cancel()
             return
         theirs = list(tensors_in(user_output))
         if [t.shape for t in theirs] != [t.shape for t in self.outputs]:
@@ -162,26 +153,21 @@ class CompiledCalls:
     """What is on the outermost call of a compiled model: nothing in its compiled code, and a forward of ours before it.
 
     ``callers``: the modules that the user may call; see `compiled_callers`.
-    ``wanted``: whether the call that begins is to be measured.
-    ``run_hooked``: calls a function with the session's hooks on the model; returns its result and the forward that the hooks
+    ``wanted``: whether the call of a module that begins is to be measured.
+    ``call_hooked``: calls a function with the session's hooks on the model; returns its result and the forward that these
     recorded.
-    ``listen``: called with what a measured call of the user's returned.
     """
 
     def __init__(
         self,
         callers: list[nn.Module],
         owner: object,
-        *,
-        wanted: Callable[[], bool],
-        run_hooked: RunHooked,
-        gradients: bool,
-        listen: Callable[[Any], None],
-        report: Report,
+        step: Step,
+        wanted: Callable[[nn.Module], bool],
+        call_hooked: Callable[[Callable[[], Any]], tuple[Any, Forward | None]],
     ):
-        self._owner, self._wanted, self._run_hooked = owner, wanted, run_hooked
-        self._gradients, self._listen, self._report = gradients, listen, report
-        self._attachment = Attachment(report)
+        self._owner, self._step, self._wanted, self._call_hooked = owner, step, wanted, call_hooked
+        self._attachment = Attachment(step.loss.report)
         self._calls = threading.local()
         self._lock = threading.Lock()
         for caller in callers:
@@ -215,32 +201,25 @@ class CompiledCalls:
             if second is not None:
                 second.follow(output)
             if not self._stack():
-                self._listen(output)
+                self._step.loss.listen(output)
 
-    def _around(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
-        if own_calls.owner is not None or in_recomputation():
-            return None
-        measured = None if self._stack() else self._measure(module, args, kwargs)
+    def _around(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch:
+        self._before(module, args, kwargs)
+        after = partial(self._after, module, args, kwargs)
 
         @contextmanager
-        def inside() -> Iterator[None]:
-            self._stack().append(None)
+        def ended_where_it_raises() -> Iterator[None]:
             try:
                 yield
-            finally:
-                self._stack().pop()
+            except BaseException:
+                after(None)
+                raise
 
-        def done(output: Any) -> None:
-            if measured is not None:
-                measured.follow(output)
-            if not self._stack():
-                self._listen(output)
-
-        return MethodWatch(inside(), done)
+        return MethodWatch(ended_where_it_raises(), after)
 
     def _measure(self, module: nn.Module, args: Any, kwargs: Any) -> SecondForward | None:
         """Run the forward of a call once more, before the call itself."""
-        if not self._wanted():
+        if not self._wanted(module):
             return None
         module = inner_model(module)
         _require_repeatable(module)
@@ -251,19 +230,19 @@ class CompiledCalls:
                 return module(*own_args, **own_kwargs)
 
         with self._own_run(module):
-            output, forward = self._run_hooked(run)
-        if forward is None or not self._gradients:
+            output, forward = self._call_hooked(run)
+        if forward is None or not self._step.options.gradients:
             return None
         # A write through .data is counted nowhere, so that the hooks that may make it are looked for.
         hooks = [getattr(p, "_post_accumulate_grad_hooks", None) or {} for p in all_parameters(module)]
         steps = any(type(hook) is not Hook for of in hooks for hook in of.values())
         backward = partial(self._run_backward, module)
-        return SecondForward(forward, list(tensors_in(output)), backward, self._report, steps)
+        return SecondForward(forward, list(tensors_in(output)), backward, self._step.loss.report, steps)
 
     def _run_backward(
         self, module: nn.Module, forward: Forward, outputs: list[torch.Tensor], gradients: list[torch.Tensor]
     ) -> None:
-        ends = forward.first_states
+        ends = forward.backward_ends()
         if not ends:  # as of a frozen trunk
             return
         try:
@@ -284,7 +263,7 @@ class CompiledCalls:
             )
         try:
             own, alone = own_call(self._owner), _NoExchange() if _are_several() else nullcontext()
-            with preserved_state(module), eager(), own, alone:
+            with preserved_state(module), own, alone:
                 yield
         finally:
             self._lock.release()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import groupby
@@ -127,17 +127,24 @@ class StructureFinder:
 
     def _not_covered(self, chains: Sequence[Chain], read: Sequence[MemoryReading]) -> tuple[LeftOut, ...]:
         """What ran and lies in no chain; of a further state that cannot be read the reason for that."""
+        is_named, blocks = self.options.blocks is not None, _units(read)
         others = {
-            name: {self.graph.calls[unit].path for unit in memory.units}
-            for name, memory in self._choices.items()
-            if memory.is_proven and memory not in read
+            name: memory for name, memory in self._choices.items() if memory.is_proven and memory not in read
         }
-        is_named = self.options.blocks is not None
-        self._unread += [] if is_named else self._further_states(read)
+        known = {part.module for part in self._unread}
+        self._unread += [
+            LeftOut(
+                memory.name,
+                why=f"also proven: a further residual stream of these blocks; chain={name!r} reads it in their place",
+            )
+            for name, memory in others.items()
+            if not is_named and memory.name not in known and memory.units & blocks
+        ]
         if read and (path := read[-1].mixed_for_head):
             why = f"the head reads a weighted sum of the last state and of earlier ones, made in {path}, which is not measured"
             self._unread.append(LeftOut("weights over depth", 0, "", 0.0, why))
-        parts = PartsLeftOut(self.graph, self.model, chains, others, named=is_named).found()
+        paths = {name: {self.graph.calls[n].path for n in memory.units} for name, memory in others.items()}
+        parts = PartsLeftOut(self.graph, self.model, chains, paths, named=is_named).found()
         unread = {part.module: part for part in self._unread}
         reasons = [unread.pop(part.module).why if part.module in unread else part.why for part in parts]
         return (*(replace(part, why=why) for part, why in zip(parts, reasons, strict=True)), *unread.values())
@@ -150,17 +157,6 @@ class StructureFinder:
             same = sum(other.name == memory.name for other in found.values())
             found[f"{memory.name}#{same + 1}" if same else memory.name] = memory
         return found
-
-    def _further_states(self, read: Sequence[MemoryReading]) -> Iterator[LeftOut]:
-        """What is said of proven memories that lie in the blocks of those that are read, and of no chain."""
-        known = {part.module for part in self._unread}
-        blocks = _units(read)
-        for name, memory in self._choices.items():
-            units = memory.units
-            if memory in read or not memory.is_proven or memory.name in known or not units & blocks:
-                continue
-            why = f"also proven: a further residual stream of these blocks; chain={name!r} reads it in their place"
-            yield LeftOut(memory.name, why=why)
 
     # --- which memories
 

@@ -1,4 +1,4 @@
-"""The record of one call of the model, of the call that a thread is running, and of calls with the same weights."""
+"""What is recorded of one call of the model, with its sampled sequences, and which call a thread is running."""
 
 from __future__ import annotations
 
@@ -9,71 +9,54 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 from depthscope.probes.connections.proof import Weights
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.hooks import Hook, Report, in_recomputation
 from depthscope.probes.model.user_modes import in_transformation
-from depthscope.probes.reading.graph import Graph, walk
+from depthscope.probes.reading.graph import walk
 from depthscope.probes.reading.places import PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.reservoir import Sequence
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
-
-Receive = Callable[[torch.Tensor | None], None]
 
 
 class GradientListener:
-    """Receives the gradient of what a tensor holds now, in every backward that goes on below it.
+    """Hands on the gradient of what a tensor held, in every backward that goes on below it, by ``receive(gradient)``.
 
-    It listens at the node of the graph: a hook on a tensor stays at what the tensor held when its first hook came, also where
-    it is written in place later, and so would every later hook of the user's.
+    It listens at the ``end`` where the graph of the tensor begins: a hook on a tensor stays at what the tensor held when its
+    first hook came, also where it is written in place later, and so would every later hook of the user's.
     """
 
-    def __init__(self, tensor: torch.Tensor, report: Report):
-        # Several where one value is a state of two chains; none until it is known to be a state.
-        self.receivers: list[Receive] = []
+    def __init__(self, end: GradientEdge, receive: Callable[[torch.Tensor | None], None], report: Report):
+        self.end: GradientEdge | None = end
+        self._receive: Callable[[torch.Tensor | None], None] | None = receive
         self.num_received = 0
-        self.end: torch.Tensor | GradientEdge | None  # where the graph of the tensor begins
         self.handle: RemovableHandle
-        if tensor.grad_fn is None:
-            self.end, self._number = tensor, 0
-            self.handle = tensor.register_hook(Hook(self.receive, report))
+        if end.node.name() == "torch::autograd::AccumulateGrad":  # of a tensor that no operation made
+            self.handle = end.node.variable.register_hook(Hook(self.receive, report))
         else:
-            self.end, self._number = get_gradient_edge(tensor), tensor.output_nr
-            self.handle = tensor.grad_fn.register_prehook(Hook(self._at_node, report))
-
-    @property
-    def node(self) -> Any:
-        """The node at which the graph of the tensor begins."""
-        assert self.end is not None, "the forward was released"
-        return (get_gradient_edge(self.end) if isinstance(self.end, torch.Tensor) else self.end).node
+            number = end.output_nr
+            at_node = Hook(lambda gradients: self.receive(gradients[number]), report)
+            self.handle = end.node.register_prehook(at_node)
 
     def release(self) -> None:
-        """Listen no more, and let go of the graph and of the receivers, which know the forward."""
+        """Listen no more, and let go of the graph and of the receiver, which knows the forward."""
         self.handle.remove()
-        self.end = None
-        self.receivers.clear()
+        self.end = self._receive = None
 
     def receive(self, gradient: torch.Tensor | None) -> None:
-        """Hand a gradient to all receivers."""
+        """Hand a gradient on."""
         self.num_received += 1
-        for receive in self.receivers:
-            receive(gradient)
-
-    def _at_node(self, gradients: tuple[torch.Tensor | None, ...]) -> None:
-        self.receive(gradients[self._number])
+        if self._receive is not None:
+            self._receive(gradient)
 
 
 def backward_to(forward: Forward, ends: list[TensorKey], outputs: list[torch.Tensor], **options: Any) -> None:
-    """Run a backward that ends at some states: no parameter's ``.grad`` is written, no hook of the user's on it runs.
-
-    ``forward``: one that was not released.
-    ``options``: of `torch.autograd.grad`.
-    """
+    """Run a backward that ends at some states: no parameter's ``.grad`` is written, no hook of the user's on it runs."""
     listeners = [forward.expected_gradients[key] for key in ends]
     before = [listener.num_received for listener in listeners]
     # allow_unused: the loss may not depend on a chain, such as that of a frozen encoder.
@@ -96,13 +79,33 @@ Key: TypeAlias = tuple[int, int]  # the number of a chain, and a depth (or `FINA
 TensorKey: TypeAlias = tuple[int, int, int]  # a chain, a depth, and a stream where each is its own tensor
 
 
+Stamp: TypeAlias = tuple[int, bool]
+"""Which weights, see `weights_stamp`, and whether in training: its sums and samples do not mix with those of evaluations."""
+
+
+@dataclass
+class Sequence:
+    """One stored sequence; tensors on the CPU, first axis the token."""
+
+    index: int
+    mask: dict[int, torch.Tensor]
+    states: dict[tuple[int, int], torch.Tensor]
+    gradients: dict[tuple[int, int], torch.Tensor]
+    carried: frozenset[tuple[int, int]]  # states with a graph, whether or not their gradient arrived
+    parts: dict[tuple[int, int], Weights]
+    branches: dict[tuple[int, int], torch.Tensor]
+    row: torch.Tensor | None  # of the model's first tensor, for the digest of the data
+    decoding: bool = False
+    attention: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # (3, H, T) before a state
+
+
 @dataclass(eq=False)
 class Forward:
     """What was recorded of one call of the model."""
 
     batch_size: int
     batch_axis: int  # of the model's first tensor
-    stamp: int
+    stamp: Stamp
     first_index: int  # of its sequences, over all forwards
     slots: dict[int, int]  # row of the batch to slot of the reservoir
     arguments: Mapping[str, Any]
@@ -117,20 +120,24 @@ class Forward:
     stream_gradients: dict[Key, dict[int, torch.Tensor]] = field(default_factory=dict)  # likewise
     expected_gradients: dict[TensorKey, GradientListener] = field(default_factory=dict)
     arrivals: Counter[Key] = field(default_factory=Counter)  # of gradients
-    # By the number of the recorded value.
-    listeners: dict[int, GradientListener] = field(default_factory=dict)
+    # Where the graphs of values begin that may be states, by their numbers.
+    ends: dict[int, GradientEdge] = field(default_factory=dict)
     parts: dict[Key, Weights] = field(default_factory=dict)
     branches: dict[Key, torch.Tensor] = field(default_factory=dict)
     # What the queries of the first of the sampled sequences attend to before a state, (3, S, H, T).
     attention: dict[Key, torch.Tensor] = field(default_factory=dict)
     fired: set[tuple[str, int, int]] = field(default_factory=set)
     sums: list[TokenSums] = field(default_factory=list)
-    # A backward of ours must reach these and no further: gradients of weights are the user's.
-    first_states: list[TensorKey] = field(default_factory=list)
     call_counts: dict[tuple[str, str], int] = field(default_factory=dict)
     handles: list[RemovableHandle] = field(default_factory=list)  # of other gradient hooks
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
+    # Where its operations are recorded, from the beginning of the model's own call on.
+    recorder: GraphRecorder | PlacedRecorder | None = None
+    attention_watch: Any = None  # listens to its operations
+    has_begun: bool = False  # the model's own forward, around which the recorder is on
+    met: set[int] = field(default_factory=set)  # numbers of the values that an operation took
     nested: int = 0  # calls of the model that are running inside of this one
+    ending: bool = False  # what only a forward that has ended shows is being recorded
     ended: bool = False
     transformed: bool = False  # modules ran inside of a transformation of torch.func
     gradients_undefined: bool = False  # several backwards went through it
@@ -146,11 +153,8 @@ class Forward:
     def end(self) -> None:
         """Drop what only the running forward needs: the user's batch must not live longer than the user keeps it."""
         self.ended = True
-        for listener in self.listeners.values():
-            if not listener.receivers:  # it is no state
-                listener.release()
-        self.listeners.clear()
-        self.arguments = {}
+        self.ends.clear()
+        self.arguments, self.recorder = {}, None
         self.streams.clear()
 
     def release(self) -> None:
@@ -162,19 +166,28 @@ class Forward:
         for listener in self.expected_gradients.values():
             listener.release()
 
-    def backward_ends(self) -> list[TensorKey]:
-        """Where a backward of ours ends: at the first states, and at those whose graph does not lead back to an earlier one.
+    def cancel(self) -> None:
+        """Forget what was recorded: it counts to no step."""
+        self.cancelled = True
+        self.release()
 
-        A block that detaches its input cuts the graph: a backward to the first state alone would then run nowhere.
+    def backward_ends(self) -> list[TensorKey]:
+        """Where a backward of ours ends: at the first state of each chain; gradients of weights are the user's.
+
+        And at those whose graph does not lead back to an earlier one. A block that detaches its input cuts the graph: a
+        backward to the first state alone would then run nowhere.
         """
-        ends = list(self.first_states)
-        earlier: dict[int, set[Any]] = {}  # of each chain, the operations that made its states
-        for key, listener in sorted(self.expected_gradients.items(), key=lambda of: of[0]):
-            known = earlier.setdefault(key[0], set())
-            node = listener.node
-            if known and key[1] >= 0 and key not in ends and not leads_to(node, known):
+        ends: list[TensorKey] = []
+        earlier: dict[
+            int, tuple[int, set[Any]]
+        ] = {}  # of each chain its first depth, and what made its states
+        listeners = self.expected_gradients.items()
+        for key, listener in sorted(listeners, key=lambda of: (of[0][0], of[0][1] < 0, of[0])):  # FINAL last
+            assert listener.end is not None, "the forward was released"
+            first, nodes = earlier.setdefault(key[0], (key[1], set()))
+            if key[1] == first or not leads_to(listener.end.node, nodes):
                 ends.append(key)
-            known.add(node)
+            nodes.add(listener.end.node)
         return ends
 
     def chain_sums(self, number: int) -> TokenSums:
@@ -211,6 +224,24 @@ class Forward:
         return found
 
 
+def padded(tensor: torch.Tensor, tokens: int) -> torch.Tensor:
+    """A sequence's tensor (T, …) with zeros appended up to a number of tokens."""
+    missing = tokens - tensor.shape[0]
+    return torch.cat([tensor, tensor.new_zeros(missing, *tensor.shape[1:])]) if missing else tensor
+
+
+def token_masks(sequences: list[Sequence], number: int, depth: int = 0) -> list[np.ndarray]:
+    """One mask per sequence, all as long as the longest; false on padding."""
+    lengths = [sequence.states[number, depth].shape[0] for sequence in sequences]
+    masks = []
+    for sequence, length in zip(sequences, lengths, strict=True):
+        mask = sequence.mask.get(number)
+        full = np.zeros(max(lengths), dtype=bool)
+        full[:length] = True if mask is None else mask.numpy()
+        masks.append(full)
+    return masks
+
+
 def leads_to(node: Any, wanted: set[Any]) -> bool:
     """Whether the graph below an operation has one of some others."""
     nodes = walk([node], lambda of: (below for below, _ in of.next_functions if below is not None))
@@ -227,7 +258,7 @@ def _cloned_row(tensors: Mapping[Key, torch.Tensor], position: int) -> dict[Key,
 class Measured:
     """What forwards with the same weights add up to."""
 
-    stamp: int
+    stamp: Stamp
     batch_size: int
     sums: list[TokenSums]
     without_connections: str = ""  # as that of a forward
@@ -239,36 +270,13 @@ class Measured:
         self.sums = merge_sums(self.sums, forward.sums)
 
 
-class Tape:
-    """What is recorded of a forward of which every operation is looked at: its graph, and who listens to its operations."""
-
-    def __init__(self) -> None:
-        # From the beginning of the model's own call on.
-        self.recorder: GraphRecorder | PlacedRecorder | None = None
-        self.attention: Any = None  # what watches it
-        self.is_on = False  # whether the model's own forward has begun
-        self.met: set[int] = set()  # numbers of the values that something took
-
-    @property
-    def graph(self) -> Graph:
-        """The graph of the forward."""
-        assert self.recorder is not None
-        return self.recorder.graph
-
-    def end(self) -> None:
-        """Let go of who listened: each knows the tape, and a circle of all tensors of a forward is freed late."""
-        if self.recorder is not None:
-            self.recorder.on_taken = self.recorder.on_value = None
-
-
 class CurrentForward(threading.local):
-    """The forward that this thread is running, and its tape while the chains are still to be found.
+    """The forward that this thread is running.
 
     One model may run in several threads at once; the hooks, which all threads share, find the record of their own here.
     """
 
     forward: Forward | None = None
-    tape: Tape | None = None
 
     def __init__(self, owner: object):
         self.owner = owner
@@ -279,41 +287,22 @@ class CurrentForward(threading.local):
         return own_calls.owner not in (None, self.owner)
 
     @property
-    def hidden(self) -> bool:
-        """Whether what runs is not the user's forward, or one that another probe runs for itself.
-
-        Under activation checkpointing the backward runs blocks once more: their states were recorded already.
-        """
-        return self.foreign or in_recomputation()
-
-    @property
     def recorded(self) -> Forward | None:
-        """The forward that hooks write to; None outside of one, and where what runs is `hidden`, or inside of torch.func."""
-        if not self.is_running or self.hidden or in_transformation():
+        """The forward that hooks write to; None outside of one, and where what runs is not it.
+
+        Under activation checkpointing the backward runs blocks once more: their states were recorded already. Inside of
+        torch.func tensors stand for others.
+        """
+        forward = self.forward
+        if forward is None or forward.cancelled or self.foreign or in_recomputation() or in_transformation():
             return None
-        return self.forward
-
-    @property
-    def is_running(self) -> bool:
-        """Whether this thread is in a forward that is recorded."""
-        return self.forward is not None and not self.forward.cancelled
-
-    @property
-    def taped(self) -> Tape | None:
-        """The tape that hooks write to; None under the same conditions as `recorded`."""
-        return self.tape if self.tape is not None and self.recorded is not None else None
-
-    def note_transformation(self) -> None:
-        """Note where a module of the running forward is called inside of a transformation of torch.func."""
-        if self.forward is not None and in_transformation():
-            self.forward.transformed = True
+        return forward
 
     def clear(self) -> None:
         """Forget a forward that did not end."""
         if self.forward is not None:
-            self.forward.cancelled = True
-            self.forward.release()
-        self.forward = self.tape = None
+            self.forward.cancel()
+        self.forward = None
 
 
 class _OwnCalls(threading.local):

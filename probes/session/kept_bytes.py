@@ -14,7 +14,7 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from depthscope.probes.model.hooks import without_frames
-from depthscope.probes.model.preserved_state import eager, preserved_state
+from depthscope.probes.model.preserved_state import preserved_state
 from depthscope.probes.model.tensors import OperationsShown, tensors_in
 from depthscope.probes.session.compiled_model import is_compiled
 from depthscope.probes.session.forward import own_call
@@ -86,7 +86,7 @@ def kept_bytes(session: Session, batch: Any) -> dict[str, Any]:
         # By name: their memory must not be given to another tensor before the end.
         held = [*model.parameters(), *model.buffers(), *tensors_in(batch)]
         storages.know(held)
-        with preserved_state(model), eager(), own_call(session.owner), torch.enable_grad():
+        with preserved_state(model), own_call(session.owner), torch.enable_grad():
             storages.know(model.buffers())  # the copies, which a forward of ours writes into
             with OperationsShown(norms.note), OperationsShown(storages.note):
                 output = call_model(model, batch)
@@ -119,10 +119,8 @@ class NormInputs:
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         """Note what a batch norm in evaluation took."""
-        if func is BATCH_NORM and not args[TRAINING]:
-            self._note_norm(args)
-
-    def _note_norm(self, args: Any) -> None:
+        if func is not BATCH_NORM or args[TRAINING]:
+            return
         taken, mean, variance = args[0], args[MEAN], args[VARIANCE]
         # Not before the forward, whose buffers are copies.
         self._norms = self._norms or {

@@ -14,9 +14,6 @@ from torch import nn
 from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.tensors import mapped
-from depthscope.probes.session.find_structure import RewrittenError
-from depthscope.probes.session.forward import own_call
-from depthscope.probes.session.session import Session
 
 
 def batches(batch: Any) -> Iterator[Any]:
@@ -64,24 +61,6 @@ def _without_nested_tensors(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was_on)
-
-
-def call_observed(session: Session, batch: Any) -> Any:
-    """The output of a session's model for one batch, with the session's hooks on.
-
-    The model is called once more where the first forward found the structure, but lost the value of a state that was
-    rewritten in place: the second forward copies states as they pass.
-    """
-    # Where it is asked from what coefficients were computed, the graph shows whether they learn.
-    has_graph = session.options.gradients or session.scope.origins is not None
-    with torch.set_grad_enabled(has_graph), own_call(session.owner):
-        output = call_model(session.model, batch)
-        # Other errors would come again.
-        if any(isinstance(error, RewrittenError) for error in session.errors):
-            session.errors.clear()
-            session.attach()
-            output = call_model(session.model, batch)
-        return output
 
 
 def with_gradients(batch: Any) -> Any:

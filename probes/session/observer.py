@@ -1,22 +1,29 @@
-"""What is recorded of the states, gradients and connections that pass through a model."""
+"""What is recorded of the states, gradients and connections that pass through a model, and by which hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from depthscope.probes.connections.proof import Parts
+from depthscope.probes.connections.proof import DepthWeights, Parts
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Report
+from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
 from depthscope.probes.model.modules import find_mask, fit_mask
+from depthscope.probes.model.tensors import floats_in
 from depthscope.probes.model.user_modes import compute_dtype
+from depthscope.probes.reading.description import MemoryReading
+from depthscope.probes.reading.graph import Graph, TracedValue, ValuePlace
 from depthscope.probes.reading.tensor_memory import detached, stacked
-from depthscope.probes.session.forward import Forward, GradientListener, Key, TensorKey
-from depthscope.probes.session.options import Options, Scope
+from depthscope.probes.session.attention import AttentionPlaces, later_attention
+from depthscope.probes.session.forward import CurrentForward, Forward, GradientListener, Key, TensorKey
+from depthscope.probes.session.step import Step
 from depthscope.probes.statistics.live_sums import LiveSums
 from depthscope.probes.statistics.token_sums import TokenSums, coefficient_sums
 from depthscope.probes.statistics.weight_updates import unreadable
@@ -28,40 +35,144 @@ T = TypeVar("T")
 class Observer:
     """Records what passes through a model of known structure; the first forward and all later ones feed it in the same way.
 
-    ``structure``: what the model was found to be.
-    ``loss_scale``: gives the factor by which the loss, and so every gradient, is multiplied at present; None for 1.
-    ``calls``: how often each module was called in the forward that showed the structure.
-    ``times``: when each state was shown in it, by chain and depth; a later state may be shown first.
-    ``parameters``: the biases and gates of the connections, whose values are stored with the statistics.
+    ``structure``: what the model was found to be in the forward that has this ``graph``.
+    ``attention``: where the model attends.
     """
 
     def __init__(
         self,
+        model: nn.Module,
         structure: Structure,
-        options: Options,
-        report: Report,
-        loss_scale: Callable[[], torch.Tensor | None] | None,
-        scope: Scope,
-        *,
-        calls: Mapping[str, int],
-        times: Mapping[tuple[int, int], float],
-        parameters: ConnectionParameters | None = None,
+        step: Step,
+        current: CurrentForward,
+        attention: AttentionPlaces,
+        graph: Graph,
     ):
-        self.structure = structure
-        self.options = options
-        self.parameters = parameters
-        # For each connection the bias or gate that each stored value belongs to.
-        self.parameter_cells = {} if parameters is None else parameters.cells
+        self.model, self.structure = model, structure
+        self._step, self._current, self._attention = step, current, attention
         self.origins: Any = None  # of the coefficients, where they were asked for and are known
         self.dtype = torch.float32  # of the states recorded last
         self.precision = torch.float32  # in which they are multiplied: autocast's, where it is on
         # Called with chain, depth, every state as it is shown, and the model's own tensors that hold it.
         self.on_state: Callable[[int, int, torch.Tensor, tuple[torch.Tensor, ...]], None] | None = None
-        self.report = report
-        self._loss_scale = loss_scale
-        self._calls, self._times = calls, times
-        self.scope = scope
         self.unread: set[TensorKey] = set()  # streams of which nothing is made
+        self._calls = Counter(call.path for call in graph.calls)
+        # When each state was shown: a later one may be shown first, and one of several streams is there with the last of them.
+        self._times: dict[Key, float] = {}
+        self.made_by: dict[ValuePlace, list[ShownTensor]] = {}  # states that operations alone show
+        for of in structure.shown:
+            moment = of.point.moment_in(graph)
+            self._times[of.key[:2]] = max(moment, self._times.get(of.key[:2], -math.inf))
+            if of.point.at == "operation":
+                self.made_by.setdefault(of.point.place, []).append(of)
+        # The biases and gates of the connections, stored with the statistics.
+        self.parameters: ConnectionParameters | None = None
+        if (
+            step.scope.sums and not step.scope.only_own and structure.connections
+        ):  # of one set of weights no value moves
+            self.parameters = ConnectionParameters(model, structure)
+
+    # --- hooks on the modules that show the structure ---
+
+    def attach(self, attachment: Attachment) -> None:
+        """Put the hooks on; those of one module run in this order, so its input is read before it may rewrite it."""
+        modules = dict(self.model.named_modules(remove_duplicate=False))  # a shared block has several paths
+        shown: dict[str, dict[str, list[ShownTensor]]] = {"input": {}, "output": {}, "operation": {}}
+        for of in self.structure.shown:
+            shown[of.point.at].setdefault(of.point.path, []).append(of)
+        for path, states in shown["input"].items():
+            attachment.before(modules[path], partial(self._record_states, "input", path, states))
+        for path in sorted(self._attention.paths):
+            attachment.around(modules[path], "forward", partial(self._watch_attention, path))
+        branches = {c.branch_path for chain in self.structure.chains for c in chain.connections}
+        for path in filter(None, branches):
+            attachment.after(modules[path], partial(self._after_branch, path))
+        for path, states in shown["output"].items():
+            attachment.after(modules[path], partial(self._record_states, "output", path, states))
+
+    def _record_states(
+        self, side: str, path: str, states: Sequence[ShownTensor], module: nn.Module, *given: Any
+    ) -> None:
+        """Record the states that one call shows: those whose turn it is, where a module is called several times.
+
+        ``given``: the arguments of the call and its keywords, then what it returned where it has ended.
+        """
+        tensors = floats_in(*(given[2:] or given))
+        if not tensors or self._current.foreign:
+            return
+        if in_recomputation():
+            self._hook_recomputed(states, tensors)
+            return
+        forward = self._current.recorded
+        if forward is None:
+            return
+        # Counted by side: a module may have a hook on one of them only.
+        index = forward.next_index(side, path)
+        for state in states:
+            if state.point.index == index and state.point.item < len(tensors):
+                self.record_shown(forward, state, tensors[state.point.item])
+                self.hook_gradient(forward, state, tensors[state.point.item])
+
+    def _hook_recomputed(self, states: Sequence[ShownTensor], tensors: list[torch.Tensor]) -> None:
+        """Hook the gradients of states that a checkpoint recomputes.
+
+        A reentrant checkpoint runs its forward without a graph: only the tensors of the recomputation have gradients. A
+        non-reentrant one has hooks from the forward already, and `hook_gradient` adds none. The index of a call is
+        unknown here, since checkpoints are recomputed from the last to the first, so a module that shows several states
+        by several calls is left out.
+        """
+        if len({state.point.item for state in states}) != len(states):
+            return
+        for state in states:
+            item = state.point.item
+            if item < len(tensors) and tensors[item].requires_grad:
+                waiting = [of for of in self._step.forwards if state.key not in of.expected_gradients]
+                if len(waiting) > 1:
+                    raise CaptureError(
+                        "a reentrant checkpoint was recomputed when several forwards waited for their gradients, which "
+                        "cannot be distinguished; run each backward before the next forward, or use use_reentrant=False"
+                    )
+                for forward in waiting:
+                    self.hook_gradient(forward, state, tensors[item])
+
+    def _watch_attention(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
+        forward = self._current.recorded
+        return None if forward is None else later_attention(self._attention, forward, path)
+
+    def _after_branch(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        forward, tensor = self._current.recorded, next(iter(floats_in(output)), None)
+        if forward is None or tensor is None:
+            return
+        call = path, forward.next_index("branch", path)
+        for number, chain in enumerate(self.structure.chains):
+            for position, connection in enumerate(chain.connections):
+                if (connection.branch_path, connection.branch_index) == call:
+                    self.record_branch(forward, number, position, tensor)
+
+    # --- states that operations alone show ---
+
+    def meet(self, forward: Forward, value: TracedValue, tensor: torch.Tensor) -> None:
+        """Hook the gradient of a value that is taken for the first time, if it is a state: the tensor has its graph by now."""
+        if not value.is_floating or tensor.ndim < 2 or forward.cancelled or value.number in forward.met:
+            return
+        forward.met.add(value.number)
+        for state in self.record_made(forward, value, tensor):
+            self.hook_gradient(forward, state, tensor)
+
+    def record_made(
+        self, forward: Forward, value: TracedValue, tensor: torch.Tensor
+    ) -> Sequence[ShownTensor]:
+        """Record what is shown of states when the operation that makes it has run, or a part of it was written."""
+        if not self.made_by or forward.recorder is None:
+            return ()
+        states = self.made_by.get(forward.recorder.graph.place(value), ())
+        for state in states:
+            known = state.stream in forward.streams.get(state.key[:2], ())
+            if not known and ("state", state.chain, state.depth) not in forward.fired:
+                self.record_shown(forward, state, tensor)
+        return states
+
+    # --- states ---
 
     def record_shown(self, forward: Forward, of: ShownTensor, tensor: torch.Tensor) -> None:
         """Record a state, or one stream of it: with the last of these the state is there, its streams along the first axis."""
@@ -97,24 +208,23 @@ class Observer:
         forward.order.setdefault(number, []).append(depth)
         mask = self._chain_mask(forward, number, state)
         self.dtype, self.precision = tensor.dtype, compute_dtype(tensor)
-        if not self.scope.sums:
+        if not self._step.scope.sums:
             return
-        sums = forward.chain_sums(number)
-        sums.is_exact = self.scope.exact_sums
-        self._begin_live(sums)
-        sums.add_state(depth, state, mask)
+        self._sums(forward, number).add_state(depth, state, mask)
 
-    def _begin_live(self, sums: TokenSums) -> LiveSums | None:
-        """What a live row needs of a chain in this forward; None where none is wanted."""
-        if sums.live is None and self.scope.live_tokens:
-            sums.live = LiveSums(self.scope.live_tokens, self.options.seed)
-        return sums.live
+    def _sums(self, forward: Forward, number: int) -> TokenSums:
+        """The sums of one chain, with what a live row needs of it where one is wanted."""
+        sums, scope = forward.chain_sums(number), self._step.scope
+        sums.is_exact = scope.exact_sums
+        if sums.live is None and scope.live_tokens:
+            sums.live = LiveSums(scope.live_tokens, self._step.options.seed)
+        return sums
 
     def _chain_mask(self, forward: Forward, number: int, state: torch.Tensor) -> torch.Tensor | None:
         """The mask of a chain, found at its first state: an encoder and a decoder have one each."""
         if number not in forward.masks:
             prefix = "decoder_" if "decoder" in self.structure.chains[number].name else ""
-            mask = find_mask(forward.arguments, self.options.mask, prefix)
+            mask = find_mask(forward.arguments, self._step.options.mask, prefix)
             forward.masks[number] = None if mask is None else fit_mask(mask, state)
         return forward.masks[number]
 
@@ -145,22 +255,24 @@ class Observer:
 
     def hook_gradient(self, forward: Forward, of: ShownTensor, tensor: torch.Tensor) -> None:
         """Put a hook on the gradient of what is shown of a state, where gradients are wanted and it will have one."""
-        if self.options.gradients and tensor.requires_grad and of.key not in forward.expected_gradients:
+        if self._step.options.gradients and tensor.requires_grad and of.key not in forward.expected_gradients:
             # Not a module's full backward hook: that one would put a function into the user's graph, and would see the
             # gradient of a module's call, not of a state that several calls read.
-            self.expect_gradient(forward, of, GradientListener(tensor, self.report))
+            self.expect_gradient(forward, of, get_gradient_edge(tensor))
 
-    def expect_gradient(self, forward: Forward, of: ShownTensor, listener: GradientListener) -> None:
-        """Record the gradient that a listener receives as that of a state, or of one stream of it."""
+    def hook_unread(self, forward: Forward, of: ShownTensor, tensor: torch.Tensor | None) -> None:
+        """Hook the gradient of what no operation took, where its tensor is still there."""
+        if tensor is None:
+            self.unread.add(of.key)
+        else:
+            self.hook_gradient(forward, of, tensor)
+
+    def expect_gradient(self, forward: Forward, of: ShownTensor, end: GradientEdge) -> None:
+        """Record the gradient at an end as that of a state, or of one stream of it."""
         if of.is_shared:
             return
-        listener.receivers.append(partial(self._record_shown_gradient, forward, of))
-        if all(
-            (chain, depth) == of.key[:2] or chain != of.chain
-            for chain, depth, _ in forward.expected_gradients
-        ):
-            forward.first_states.append(of.key)
-        forward.expected_gradients[of.key] = listener
+        receive = partial(self._record_shown_gradient, forward, of)
+        forward.expected_gradients[of.key] = GradientListener(end, receive, self._step.loss.report)
 
     def _record_shown_gradient(
         self, forward: Forward, of: ShownTensor, gradient: torch.Tensor | None
@@ -172,7 +284,7 @@ class Observer:
         # A backward inside of the forward is of something that is not the loss.
         if gradient is None or not forward.ended:
             return
-        gradient, scale = gradient.detach(), None if self._loss_scale is None else self._loss_scale()
+        gradient, scale = gradient.detach(), self._step.loss.scale()
         if scale is not None:  # in float32: one that fits float16 only because it is scaled would underflow
             gradient = gradient.float() / scale.to(gradient.device)
         if of.num_tensors > 1:
@@ -246,12 +358,11 @@ class Observer:
         if len(forward.rows):
             rows = forward.rows.to(complete.write.device)
             forward.parts[0, number] = complete.sampled(rows)
-        if not self.scope.sums:
+        if not self._step.scope.sums:
             return
-        sums, mask = forward.chain_sums(0), forward.masks.get(0)
-        live = self._begin_live(sums)
-        if live is not None:
-            live.add_connection(number, complete.mix, complete.read, complete.write, mask)
+        sums, mask = self._sums(forward, 0), forward.masks.get(0)
+        if sums.live is not None:
+            sums.live.add_connection(number, complete.mix, complete.read, complete.write, mask)
         if complete.mix is not None:
             sums.add_mixing(number, complete.mix, mask)
         sums.add_values(number, coefficient_sums(complete, mask))
@@ -259,13 +370,20 @@ class Observer:
         if values is not None:
             sums.latest.setdefault("connection_parameter", {})[number] = values
 
-    def record_branch(
-        self, forward: Forward, number: int, position: int, tensor: torch.Tensor | None
-    ) -> None:
+    def record_read(self, forward: Forward, memory: MemoryReading) -> None:
+        """Record the coefficients of one forward, by the reading of its memory."""
+        read = self.structure.read
+        assert read is not None
+        for number, weights in enumerate(read.weights(memory, forward.batch_size)):
+            if not isinstance(weights, DepthWeights):
+                self.record_connection(forward, number, weights)
+            elif len(forward.rows):
+                forward.parts[0, number] = weights.sampled(forward.rows.cpu())
+        if self._step.scope.origins is not None and self.origins is None and self.structure.num_streams > 1:
+            self.origins = self._step.scope.origins(read, memory, forward, self)
+
+    def record_branch(self, forward: Forward, number: int, position: int, tensor: torch.Tensor) -> None:
         """Record the output of a branch: chain number, and position of its connection in the chain."""
-        if tensor is None:
-            return
-        forward.fired.add(("branch", number, position))
         if len(forward.rows):
             # With streams a branch works on one stream's width, so the chain's layout does not fit its output.
             output = tensor.detach()

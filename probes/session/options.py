@@ -12,7 +12,7 @@ from typing import Any, TypedDict, TypeVar
 import torch
 
 from depthscope.diagnostics.errors import InputError, did_you_mean
-from depthscope.probes.model.layout import is_packed, parse_layout
+from depthscope.probes.model.layout import is_packed
 from depthscope.probes.model.modules import Mask
 from depthscope.probes.structure.sites import SiteSelection, select
 
@@ -95,29 +95,24 @@ class Options:
     first_sequence: int = 0
     blocks: tuple[str, ...] | None = field(init=False)  # `layers` as a tuple
     selection: SiteSelection = field(init=False)  # what `sites` means
-
-    @property
-    def is_packed(self) -> bool:
-        """Whether the user says that all tokens of a batch are of one sequence."""
-        return self.layout is not None and is_packed(self.layout)
+    is_packed: bool = field(
+        init=False
+    )  # whether the user says that all tokens of a batch are of one sequence
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _block_names(self.layers))
         names = self.sites if self.sites is None or isinstance(self.sites, str) else list(self.sites)
         object.__setattr__(self, "selection", select(names))
-        if self.layout is not None:
-            parse_layout(self.layout)
-        if self.streams is not None and self.streams < 1:
-            raise InputError(f"streams is {self.streams}; expected at least 1")
-        if self.max_sequences < 1:
-            raise InputError(f"max_sequences is {self.max_sequences}; expected at least 1")
+        object.__setattr__(self, "is_packed", self.layout is not None and is_packed(self.layout))
+        for name, least in (("streams", 1), ("max_sequences", 1), ("first_sequence", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}; expected at least {least}")
         if not (self.mask is None or callable(self.mask) or isinstance(self.mask, torch.Tensor)):
             raise InputError(
                 f"mask is of type {type(self.mask).__name__}; expected a tensor (B, T), or a function from the model's "
                 "arguments to one"
             )
-        if self.first_sequence < 0:
-            raise InputError(f"first_sequence is {self.first_sequence}; expected 0 or more")
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,28 +20,24 @@ from depthscope.probes.model.errors import CaptureError, as_capture_error
 from depthscope.probes.model.hooks import (
     Attachment,
     in_pipeline_inference,
+    in_recomputation,
     num_running_calls,
 )
-from depthscope.probes.model.layout import require_whole_sequences
 from depthscope.probes.model.modules import PresentModules, is_decoding, named_arguments
 from depthscope.probes.model.tensors import tensors_in
-from depthscope.probes.model.user_modes import in_transformation, unreadable_mode
+from depthscope.probes.model.user_modes import in_transformation, readable
 from depthscope.probes.session.attention import add_attention_sums
-from depthscope.probes.session.backward_roots import StepLoss
 from depthscope.probes.session.compiled_model import CompiledCalls, compiled_callers
 from depthscope.probes.session.find_structure import RewrittenError
-from depthscope.probes.session.first_forward import (
-    NOT_READ,
-    FirstReading,
-    LaterForwards,
-    RecordedForward,
-    record_operations,
-)
-from depthscope.probes.session.forward import CurrentForward, Forward, Measured, Tape, own_call, own_calls
+from depthscope.probes.session.first_forward import FirstReading
+from depthscope.probes.session.forward import CurrentForward, Forward, Measured, own_call, own_calls
+from depthscope.probes.session.model_call import call_model
 from depthscope.probes.session.observer import Observer
 from depthscope.probes.session.options import Options, Scope
-from depthscope.probes.session.step import Step
+from depthscope.probes.session.step import Step, StepLoss, weights_stamp
 from depthscope.probes.structure.model_structure import Structure
+
+T = TypeVar("T")
 
 MOST_ERRORS = 8  # of one step, whose first one is what is said
 
@@ -63,19 +60,17 @@ class Session:
         called: nn.Module | None = None,
     ):
         self._called = model if called is None else called
-        self.model, self.options, self.scope = model, options, scope
+        self.model, self.options = model, options
         self.owner = object()  # and not the session itself, which its own hooks would then keep alive
         # Of hooks, which must not raise in the user's forward or backward: raised at the end of a step.
         self.errors: list[Exception] = []
         self.skipped = 0  # forwards of other threads during the first forward
-        self.step = Step(options, StepLoss(loss_scale, self.report), only_own=scope.only_own)
+        self.step = Step(options, scope, StepLoss(loss_scale, self.report))
         self._current = CurrentForward(self.owner)
         self._compiled_calls: CompiledCalls | None = None  # of a step that is measured by forwards of ours
-        self.first = FirstReading(model, options, scope, self.step, loss_scale, self.report)
+        self.first = FirstReading(model, self.step, self._current)
         self._running: weakref.WeakSet[Forward] = weakref.WeakSet()  # in all threads
         self._lock = threading.RLock()  # guards all of the above against forwards of other threads
-        self._searching = True  # for the structure, by hooks on every module
-        self._first_thread: int | None = None  # that runs the first forward
         self._attachment: Attachment | None = None
         self._present: PresentModules | None = None  # since the hooks were put on
 
@@ -103,68 +98,66 @@ class Session:
         self.detach()
         self.step.begin()
         # Forwards of ours run uncompiled.
-        callers = [] if self.scope.only_own else compiled_callers(self.model, self._called)
+        callers = [] if self.step.scope.only_own else compiled_callers(self.model, self._called)
         with self._lock:
             if not callers:
                 self._attach()
             else:
-                self._compiled_calls = CompiledCalls(
-                    callers,
-                    self.owner,
-                    wanted=lambda: not self.errors and self.step.may_have_gradients(),
-                    run_hooked=self._run_hooked,
-                    gradients=self.options.gradients,
-                    listen=self.step.loss.listen,
-                    report=self.report,
-                )
+                calls = CompiledCalls(callers, self.owner, self.step, self._counts, self._call_hooked)
+                self._compiled_calls = calls
 
-    def _run_hooked(self, function: Callable[[], Any]) -> tuple[Any, Forward | None]:
-        """Call a function with the hooks on the model, as for a forward of ours of a compiled model."""
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """The hooks are on inside of the block, and what is not folded in it is forgotten."""
+        self.attach()
+        try:
+            yield
+        finally:
+            self.detach()
+            self.drop()
+
+    def call(self, batch: Any) -> Any:
+        """The output of the model for one batch, in a call of ours with the hooks on."""
+        # Where it is asked from what coefficients were computed, the graph shows whether they learn.
+        has_graph = self.options.gradients or self.step.scope.origins is not None
+        with torch.set_grad_enabled(has_graph):
+            return self._observed(lambda: call_model(self.model, batch))
+
+    def _observed(self, function: Callable[[], T]) -> T:
+        """What a function of ours returns that calls the model.
+
+        It is called once more where the first forward found the structure, but lost the value of a state that was rewritten
+        in place: the second forward copies states as they pass.
+        """
+        with own_call(self.owner):
+            result = function()
+            # Other errors would come again.
+            if any(isinstance(error, RewrittenError) for error in self.errors):
+                self.errors.clear()
+                with self._lock:
+                    self._attach()
+                result = function()
+            return result
+
+    def _call_hooked(self, function: Callable[[], T]) -> tuple[T, Forward | None]:
+        """What a function returns, and the forward in it: that of ours of a compiled model, which has no hooks otherwise."""
         before = self.step.last
         try:
             with self._lock:
                 self._attach()
-            result = function()
-            if any(isinstance(error, RewrittenError) for error in self.errors):
-                self.errors.clear()  # the second forward copies states as they pass
-                result = function()
+            result = self._observed(function)
         finally:
             with self._lock:
                 self._remove_hooks()
         return result, self.step.last if self.step.last is not before else None
 
     def _attach(self) -> None:
-        self._first_thread = None
-        if self._attachment is not None:
-            self._attachment.remove()
+        self._remove_hooks()
         attachment = self._attachment = Attachment(self.report)
         # The model's own pre-hook goes first and its hook last, since the model itself may be a module that shows a state.
         attachment.before(self.model, self._begin)
-        first, watched = self.first, None
-        self._searching = first.is_needed
-        if self._searching:
-            RecordedForward(
-                self.model,
-                self._current,
-                gradients=self.options.gradients,
-                report=self.report,
-                attention=first.first_attention,
-            ).attach(attachment)
-        else:
-            if first.is_recorded:
-                RecordedForward(
-                    self.model,
-                    self._current,
-                    gradients=False,
-                    report=self.report,
-                    observer=self.observer,
-                    known=first.places,
-                ).attach(attachment)
-            LaterForwards(
-                self.model, self.observer, self._current, lambda: self.step.forwards, first.attention
-            ).attach(attachment)
-            watched = {of.point.path for of in self.structure.shown}
-        self._present = PresentModules(self.model, watched)
+        self._present = PresentModules(self.model)
+        self.first.attach(attachment)
         attachment.after(self.model, self._end)
         # After `_end`, and also where the user's forward raised: what began has left, whether it ended well or not.
         attachment.after(self.model, self._leave, always=True)
@@ -176,18 +169,16 @@ class Session:
         """
         # One that was stopped, as by a key, did not leave; those of other threads are taken to run.
         if self._current.recorded is not None and not num_running_calls(self.model):
-            self.forget_running()
+            self._current.clear()
         with self._lock:
             self._remove_hooks()
             if self._compiled_calls is not None:
                 self._compiled_calls.remove()
                 self._compiled_calls = None
-            self._first_thread = None
-            cut_short = [forward for forward in self._running if not forward.cancelled]
+            cut_short = [of for of in self._running if not (of.cancelled or of.ending)]
             for forward in cut_short:
-                forward.cancelled = True
-                forward.release()
-            self._running.clear()
+                forward.cancel()
+                self._running.discard(forward)
         self._current.clear()
         return len(cut_short)
 
@@ -209,105 +200,98 @@ class Session:
 
     # --- one forward ---
 
+    def _counts(self, module: nn.Module) -> bool:
+        """Whether a call that begins is measured; it is no part of a step that will be left out."""
+        with self._lock:
+            return not self.errors and self.step.counts(module)
+
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         current = self._current
-        if current.hidden or (self.scope.only_own and own_calls.owner is not self.owner):
+        is_other = self.step.scope.only_own and own_calls.owner is not self.owner
+        if is_other or current.foreign or in_recomputation():
             return
         if current.recorded is not None and num_running_calls(self.model) > 1:
             current.recorded.nested += 1  # the model calls itself: part of the forward that is running
             return
-        if (current.is_running and in_transformation()) or in_pipeline_inference():
+        is_running = current.forward is not None and not current.forward.cancelled
+        if (is_running and in_transformation()) or in_pipeline_inference():
             return  # part of it as well, whose tensors nobody can read; or no part of the training
         current.clear()
-        with self._lock:
-            # No part of a step that will be left out, and no forward without gradients of a step that measures these.
-            counts = not self.errors and self.step.may_have_gradients() and self.step.includes(module)
-        if not counts:
+        if not self._counts(module):
             return
         tensors = [tensor for tensor in tensors_in((args, kwargs)) if tensor.ndim > 0]
-        if tensors and not any(tensor.numel() for tensor in tensors):
+        if tensors and not sum(tensor.numel() for tensor in tensors):
             return  # an empty batch adds nothing, and shows no structure
-        lead = _readable(tensors[0] if tensors else None)
+        lead = readable(tensors[0] if tensors else None)
         named = named_arguments(module, args, kwargs)
         with self._lock:
-            if self._attachment is None or not self._is_first_thread():
+            if self._attachment is None:
+                return
+            if self.first.is_searching and any(not forward.cancelled for forward in self._running):
+                self.skipped += 1  # the hooks are replaced at the end of that one
                 return
             assert self._present is not None
             self._present.require_same()
-            require_whole_sequences(module, hooks=self._searching)
             self._attachment.run_last()
             forward = current.forward = self._new_forward(module, lead, named)
             self._running.add(forward)
-            if self._searching or self.first.is_recorded:
-                current.tape = Tape()
-
-    def _is_first_thread(self) -> bool:
-        """Whether this thread's forward may be taped: one tape at a time, since its hooks are replaced at its end."""
-        if not self._searching:
-            return True
-        this = threading.get_ident()
-        if self._first_thread not in (None, this):
-            self.skipped += 1
-            return False
-        self._first_thread = this
-        return True
 
     def _new_forward(self, model: nn.Module, lead: torch.Tensor, named: dict[str, Any]) -> Forward:
-        if self.step.is_empty and not self._running:
-            self.step.reservoir.restart_empty()
-        if self.scope.digests:
+        reservoir, stamp = self.step.reservoir, (weights_stamp(model), self.step.trains)
+        if self.step.is_empty and not self._running and reservoir.stored_stamp != reservoir.stamp:
+            reservoir.stamp = None  # the sequences that were chosen so far came to nothing
+        if self.step.scope.digests:
             self.step.note_batch(lead)
-        stamp, batch_axis = self.step.stamp(model), self.first.batch_axis
+        batch_axis = self.first.batch_axis
         if self.options.is_packed:
             lead, batch_axis = lead.unsqueeze(0), 0
         return Forward(
-            **self.step.reservoir.drawn(lead, batch_axis, stamp),
+            **reservoir.drawn(lead, batch_axis, stamp),
             stamp=stamp,
             arguments=named,
             decoding=is_decoding(named),
         )
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        current = self._current
-        forward, tape = current.recorded, current.taped
+        forward = self._current.recorded
         if forward is None or forward.nested:
             return
-        current.forward = current.tape = None
-        self._running.discard(forward)
-        if self.errors:  # something of this forward, or of another one of the step, is missing
-            forward.release()
-            return
+        self._current.forward, forward.ending = None, True
+        is_complete = False
         try:
-            assert self._present is not None
-            self._present.require_same()
-            if tape is not None and self._searching:
-                self._end_first(tape, forward)
-            elif tape is not None:
-                self._end_traced(tape, forward)
-            if self.scope.sums:
-                add_attention_sums(forward, max(self.first.attention.heads.values(), default=0))
-            self.step.loss.listen(output)
-            for sums in forward.sums:
-                sums.end_forward()
-            forward.end()
-            self.observer.require_complete(forward)
-        except BaseException:
-            forward.release()
-            raise
-        with self._lock:
-            self.step.add(forward)
+            if not self.errors:  # else something of it, or of another forward of the step, is missing
+                self._complete(forward, output)
+                is_complete = True
+        finally:
+            with self._lock:
+                self._running.discard(forward)
+                if is_complete:
+                    self.step.add(forward)
+                else:
+                    forward.release()
 
-    def _end_traced(self, tape: Tape, forward: Forward) -> None:
-        """Record what the trace of a later forward shows."""
-        tape.end()
-        try:
-            with own_call(self.observer):
-                record_operations(tape, forward, self.observer, self.model, self.first.places)
-        except NOT_READ as error:
-            # The sample of a run has connections, which an earlier forward has to give then.
-            if not self.step.keeps_rest or (self.step.is_empty and not self.step.reservoir.stored):
-                raise
-            forward.without_connections = str(error)
+    def _complete(self, forward: Forward, output: Any) -> None:
+        """Record what only a forward that has ended shows."""
+        assert self._present is not None
+        self._present.require_same()
+        if self.first.is_searching:
+            try:
+                self.first.end_first(forward)
+            finally:
+                with self._lock:
+                    if self.step.scope.only_own:  # they are put on again before another call
+                        self._remove_hooks()
+                    elif self._attachment is not None:
+                        self._attach()  # with the hooks of the structure, or for another first forward
+        elif forward.recorder is not None:
+            self.first.end_later(forward)
+        if self.step.scope.sums:
+            add_attention_sums(forward, max(self.first.attention.heads.values(), default=0))
+        self.step.loss.listen(output)
+        for sums in forward.sums:
+            sums.end_forward()
+        forward.end()
+        self.observer.require_complete(forward)
 
     def _leave(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Note that a call of the model is over; where it did not reach `_end`, it raised."""
@@ -319,18 +303,6 @@ class Session:
             return
         self._running.discard(forward)
         self._current.clear()
-
-    def _end_first(self, tape: Tape, forward: Forward) -> None:
-        """Find the structure in a forward, and record what that forward showed of it."""
-        tape.end()
-        try:
-            self.first.end(tape, forward)
-        finally:
-            with self._lock:
-                if self.scope.only_own:  # whoever calls the model puts the hooks on again before another call
-                    self._remove_hooks()
-                elif self._attachment is not None:
-                    self._attach()  # with the hooks of the structure, or for another first forward
 
     # --- the end of a step ---
 
@@ -358,23 +330,9 @@ class Session:
         """Whether forwards ended, or errors came, since the last fold."""
         return bool(self.errors) or not self.step.is_empty
 
-    def forget_running(self) -> None:
-        """Forget the forward that this thread was running when something stopped it."""
-        self._current.clear()
-
     def drop(self) -> None:
         """Forget the forwards since the last fold, and the one that this thread is running."""
-        self.forget_running()
+        self._current.clear()
         self.step.drop()
         self.errors.clear()
         self.step.loss.clear()
-
-
-def _readable(lead: torch.Tensor | None) -> torch.Tensor:
-    """The first tensor that the model was called with, where its values can be read."""
-    if lead is None:
-        raise CaptureError("the model was called without a tensor; expected a batch of tensors")
-    mode = unreadable_mode(lead)
-    if mode is not None:
-        raise CaptureError(f"the model was called {mode}; expected a plain call")
-    return lead

@@ -1,32 +1,49 @@
-"""Which forwards of a step count, and what they add up to."""
+"""Which forwards of a step count, what they add up to, which sequences are stored raw, and what the loss is."""
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import heapq
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from types import FrameType
+from typing import Any, TypeAlias
+
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from depthscope.diagnostics.schema import SUMS_OF_COEFFICIENTS
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import CompilerLog, in_reentrant_checkpoint
+from depthscope.probes.model.hooks import (
+    CompilerLog,
+    Hook,
+    Report,
+    in_reentrant_checkpoint,
+)
+from depthscope.probes.model.loss_graph import compared_by_gradient, read_task, squares_by_gradient
+from depthscope.probes.model.modules import all_parameters
+from depthscope.probes.model.preserved_state import COMPILER
+from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_wants_graph
-from depthscope.probes.session.backward_roots import StepLoss
-from depthscope.probes.session.compiled_model import compiler_is_loaded
-from depthscope.probes.session.forward import Forward, Measured
-from depthscope.probes.session.options import Options
-from depthscope.probes.session.reservoir import Reservoir, training_stamp, weights_stamp
+from depthscope.probes.reading.graph import walk
+from depthscope.probes.session.forward import Forward, Measured, Sequence, Stamp, own_calls
+from depthscope.probes.session.options import Options, Scope
 
 DIGESTED = 2**20  # numbers of a batch that its digest is of
 TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
+RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
+Edge: TypeAlias = tuple[Any, int]  # a node of a graph of autograd, and the number of its output
 
 
 class Step:
-    """The forwards of the present step that count, and the sample of all steps.
+    """The forwards of the present step that count, and the sample of all steps."""
 
-    ``only_own``: whether only calls of ours are recorded, all of which count.
-    """
-
-    def __init__(self, options: Options, loss: StepLoss, *, only_own: bool):
-        self.options, self.loss, self._only_own = options, loss, only_own
+    def __init__(self, options: Options, scope: Scope, loss: StepLoss):
+        self.options, self.scope, self.loss = options, scope, loss
         self.forwards: list[Forward] = []  # that ended since the last fold
         self.last: Forward | None = None
         self.num_forwards = 0  # of all steps
@@ -35,7 +52,7 @@ class Step:
         # Whether a backward ran in the last fold's forwards, and no state had a graph.
         self.without_gradients = False
         # Whether a forward whose connections cannot be read counts without them, and why some of the last fold's did.
-        self.keeps_rest, self.without_connections = not only_own, ""
+        self.keeps_rest, self.without_connections = not scope.only_own, ""
         self._measured: list[Measured] = []
         self._num_measured = 0  # of the forwards that `_measured` adds up
         self.draw_anew()
@@ -63,33 +80,21 @@ class Step:
         """Whether no forward has ended since the last fold."""
         return not (self.forwards or self._measured)
 
-    def stamp(self, model: nn.Module) -> int:
-        """The stamp of forwards with the present weights.
+    def counts(self, model: nn.Module) -> bool:
+        """Whether a call that begins is one of those that the step measures.
 
-        Sums and samples of an evaluation and of a training with the same weights do not mix, also in different steps.
+        Where gradients are wanted, one that has none is not, such as a validation under ``no_grad``. Evaluations do not mix
+        with training: of the calls of a step count those that come closest to training: in training mode with a graph, else
+        with a graph, else all. So a loop that only evaluates is measured, and an evaluation within a step of training is not.
         """
-        stamp = weights_stamp(model)
-        return training_stamp(stamp) if self.trains else stamp
-
-    def may_have_gradients(self) -> bool:
-        """Whether a call that begins can have gradients, where these are wanted: a validation under ``no_grad`` has none.
-
-        It is no forward of the training that the step measures, so it counts nowhere.
-        """
-        if not self.options.gradients or user_wants_graph() or in_reentrant_checkpoint():
-            return True
-        self._num_without_graph += 1
-        return False
-
-    def includes(self, model: nn.Module) -> bool:
-        """Whether a call that begins is one of those that the step measures: evaluations do not mix with training.
-
-        Of the calls of a step count those that come closest to training: in training mode with a graph, else with a graph,
-        else all. So a loop that only evaluates is measured, and an evaluation within a step of training is not.
-        """
-        if self._only_own:
+        if self.scope.only_own and not self.options.gradients:
             return True
         has_graph = user_wants_graph() or in_reentrant_checkpoint()
+        if self.options.gradients and not has_graph:
+            self._num_without_graph += 1
+            return False
+        if self.scope.only_own:
+            return True
         kind = has_graph + (has_graph and model.training)
         if kind < self._kind:
             self.num_left_out += 1
@@ -158,12 +163,12 @@ class Step:
                 "the model was only called inside of code that was compiled, traced or exported as a whole; record the module "
                 "that torch.compile returned, or compile the model and not the function around it"
             )
-        if self._only_own:
+        if self.scope.only_own:
             return (
                 "no forward of the model was seen: the batch is empty, or the model is not called through Module.__call__, "
                 "which runs the hooks; nothing to measure"
             )
-        hint = ", or only inside of compiled code" if compiler_is_loaded() else ""
+        hint = ", or only inside of compiled code" if COMPILER in sys.modules else ""
         return f"the model was not called between two steps, or with empty batches only{hint}; nothing to measure"
 
     def _absorb(self) -> None:
@@ -186,7 +191,7 @@ class Step:
 
     def _with_gradients(self, done: list[Forward]) -> list[Forward]:
         """The forwards that a backward followed, where there is one: others of the step were looked at and not trained on."""
-        if not self.options.gradients or self._only_own:
+        if not self.options.gradients or self.scope.only_own:
             return done
         trained = [forward for forward in done if forward.arrivals]
         # The sample was drawn from all of them: where it has none of those with gradients, the step is not measured.
@@ -199,10 +204,10 @@ class Step:
         if not self.options.gradients:
             return
         if not forward.arrivals:
-            if not self._only_own and not forward.expected_gradients and self.loss.backwards:
+            if not self.scope.only_own and not forward.expected_gradients and self.loss.backwards:
                 self.without_gradients = True
                 return
-            if self._only_own:
+            if self.scope.only_own:
                 raise CaptureError(
                     "no gradient of the loss arrives at any state: the graph is cut between the last block and the loss; look "
                     "for a detach, a no_grad or an argmax there"
@@ -211,3 +216,236 @@ class Step:
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"
             )
+
+
+# --- the sample ---
+
+
+@dataclass
+class Reservoir:
+    """A uniform sample of sequences, restarted when the weights change: those with the lowest `rank_in_sample`.
+
+    The rank of a sequence depends on the seed and on its number alone, so that processes that each see a part of the data draw
+    what one process would draw of all: the lowest ranks of their samples together (a bottom-k sample, Cohen and Kaplan,
+    doi:10.1145/1281100.1281133).
+
+    Choosing and storing are two steps: rows are chosen when a forward begins, and its sequences replace stored ones only when
+    it has ended well. Hence two stamps of the weights: those of the sequences chosen from, and those of the stored ones.
+    """
+
+    size: int  # number of stored sequences at most
+    seed: int  # seed of the ranks; torch's and Python's global random states are not touched
+    first: int = 0  # number of the first sequence
+    seen: int = 0
+    total: int = 0
+    stamp: Stamp | None = None
+    stored_stamp: Stamp | None = None
+    stored: dict[int, Sequence] = field(default_factory=dict)  # by slot
+    # A heap of (−rank, slot) of the chosen sequences: the one that is replaced next comes first.
+    _chosen: list[tuple[int, int]] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert self.size >= 1
+
+    def choose(self, batch_size: int, stamp: Stamp) -> dict[int, int]:
+        """Choose the rows of a batch that are stored.
+
+        ``stamp``: another one than before restarts the sample, with the same seed.
+        """
+        if stamp != self.stamp:
+            self.stamp, self.seen, self._chosen = stamp, 0, []
+        chosen: dict[int, int] = {}
+        for row in range(batch_size):
+            rank = rank_in_sample(self.seed, self.first + self.seen)
+            self.seen += 1
+            if len(self._chosen) < self.size:
+                chosen[row] = len(self._chosen)
+                heapq.heappush(self._chosen, (-rank, chosen[row]))
+            elif rank < -self._chosen[0][0]:
+                slot = self._chosen[0][1]
+                heapq.heapreplace(self._chosen, (-rank, slot))
+                # A later row of the same batch may take the slot of an earlier one.
+                chosen = {other: taken for other, taken in chosen.items() if taken != slot}
+                chosen[row] = slot
+        self.total += batch_size
+        return chosen
+
+    def drawn(self, lead: torch.Tensor, batch_axis: int, stamp: Stamp) -> dict[str, Any]:
+        """What a forward knows of its batch, and of its sequences that are sampled."""
+        batch_size = lead.shape[batch_axis]
+        slots = self.choose(batch_size, stamp)
+        rows = torch.tensor(sorted(slots), dtype=torch.long, device=lead.device)
+        return {
+            "batch_size": batch_size,
+            "batch_axis": batch_axis,
+            "first_index": self.first + self.total - batch_size,
+            "slots": slots,
+            "rows": rows,
+            "row_data": lead.detach().movedim(batch_axis, 0)[rows].clone(),
+        }
+
+    def forget(self) -> None:
+        """Drop what was stored of the present weights, and draw anew: it was of forwards that do not count."""
+        if self.stored_stamp == self.stamp:
+            self.stored, self.stored_stamp = {}, None
+        self.stamp = None
+
+    def in_order(self) -> list[Sequence]:
+        """The stored sequences in the order of the data; slots are in none."""
+        return sorted(self.stored.values(), key=lambda sequence: sequence.index)
+
+    def store(self, sequences: Iterable[tuple[int, Sequence]], stamp: Stamp) -> None:
+        """Put complete sequences into their slots; those of earlier weights are dropped."""
+        if stamp != self.stored_stamp:
+            self.stored, self.stored_stamp = {}, stamp
+        self.stored.update(sequences)
+
+
+def rank_in_sample(seed: int, number: int) -> int:
+    """A 64-bit number that decides whether a sequence is in the sample: the lowest ones are.
+
+    Returns: Independent of the ranks of other numbers and seeds, as far as a hash is.
+    """
+    return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")
+
+
+def weights_stamp(model: nn.Module) -> int:
+    """A number that changes when an optimizer or a loader writes the weights, or other ones take their place.
+
+    Returns: A hash of the parameters' identities, addresses and version counters, which torch increments at every write
+    in place. Reading them costs no synchronisation with the device. A write through ``.data`` in place is not seen.
+    """
+    sharded = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return hash(tuple(_weight_stamp(p, sharded) for p in all_parameters(model)))
+
+
+def _weight_stamp(parameter: nn.Parameter, sharded: bool) -> tuple[int, int, int]:
+    # Lazy parameters have a type of their own; those made in inference mode count no versions.
+    plain = type(parameter) is nn.Parameter
+    lazy = not plain and isinstance(parameter, nn.parameter.UninitializedTensorMixin)
+    written = 0 if lazy or parameter.is_inference() else parameter._version
+    if not plain or "_fsdp_flattened" in vars(parameter):
+        return 0, written, 0  # FSDP makes these anew
+    # FSDP gathers a parameter at another address in every forward.
+    return id(parameter), written, 0 if sharded or parameter.is_meta else parameter.data_ptr()
+
+
+# --- the loss ---
+
+
+def edges_behind(start: Iterable[Edge], until: Collection[Edge] = ()) -> Iterator[Edge]:
+    """The edges of a graph of autograd from some on, as (node, number of its output); none behind those in ``until``."""
+
+    def behind(edges: Iterable[Edge]) -> list[Edge]:
+        return [edge for edge in edges if edge[0] is not None]
+
+    return walk(behind(start), lambda edge: [] if edge in until else behind(edge[0].next_functions))
+
+
+def running_backward() -> list[Edge] | None:
+    """The roots of the backward that runs this hook, as edges; None where they cannot be found."""
+    frame = _running_frame()
+    if frame is None:
+        return None
+    roots = frame.f_locals.get("t_outputs", ())
+    return [(r.grad_fn, r.output_nr) if isinstance(r, torch.Tensor) else tuple(r) for r in roots]
+
+
+def _running_frame() -> FrameType | None:
+    """The call that runs this hook.
+
+    torch does not tell it, but the function that runs the engine waits for it with the roots among its variables: in this
+    thread, or for tensors on another device in the one that called it.
+    """
+    for frame in (sys._getframe(), *sys._current_frames().values()):
+        place: FrameType | None = frame
+        while place is not None:
+            if place.f_code is RUN_BACKWARD:
+                return place
+            place = place.f_back
+    return None
+
+
+def living_scalers() -> list[torch.amp.GradScaler]:
+    """All scalers of the process that scale a loss."""
+    # By their type: isinstance asks the objects themselves, some of which answer with a warning.
+    found = [each for each in gc.get_objects() if issubclass(type(each), torch.amp.GradScaler)]
+    return [scaler for scaler in found if scaler.is_enabled()]
+
+
+class StepLoss:
+    """The loss of a step, where the user does not give it: the sum of the scalars whose backward reached the model.
+
+    Of micro-batches each loss is that share of the step's which the loop calls the backward on.
+
+    ``loss_scale``: gives the factor by which losses are multiplied at present; None where no scaler is known.
+    ``report``: called with every exception of ours.
+    """
+
+    def __init__(self, loss_scale: Callable[[], torch.Tensor | None] | None, report: Report) -> None:
+        self._loss_scale, self.report = loss_scale, report
+        self._handles: list[RemovableHandle] = []
+        self._roots: list[torch.Tensor] = []
+        self.backwards: set[int] = set()  # that have reached what the model returned
+        self._is_scalar = True  # whether every backward began at one number
+        self._is_product = False  # whether one began at a product, as of a loss and its scale
+        self._is_scaled: bool | None = None  # by a scaler that nobody named
+        self.task: dict[str, Any] = {}  # what the loss is of, as its graph says
+
+    def scale(self) -> torch.Tensor | None:
+        """By which factor the loss, and so every gradient, is multiplied at present; None for 1."""
+        return None if self._loss_scale is None else self._loss_scale()
+
+    def listen(self, output: Any) -> None:
+        """Put hooks on what a call of the model returned; they leave at the end of the step."""
+        for tensor in tensors_in(output):
+            if tensor.grad_fn is not None and own_calls.owner is None:
+                hook = Hook(partial(self._note, tensor.detach()), self.report)
+                self._handles.append(tensor.register_hook(hook))
+
+    def _note(self, given: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        """Note the roots of the backward that runs: once, however many outputs it reaches."""
+        frame, backward = _running_frame(), torch._C._current_graph_task_id()
+        if frame is None or backward in self.backwards or not frame.f_locals["kwargs"].get("accumulate_grad"):
+            return  # `torch.autograd.grad` computes a part of a loss, such as a penalty
+        self.backwards.add(backward)
+        scale = self.scale()
+        for root in frame.f_locals["t_outputs"]:
+            if not isinstance(root, torch.Tensor) or root.numel() != 1:
+                # Such as a stage of a pipeline, which gets its gradient from the next one.
+                self._is_scalar = False
+                return
+            self._is_product |= root.grad_fn is not None and root.grad_fn.name() == "MulBackward0"
+            self.task = self.task or read_task(root, None)
+            value = root.detach().float().reshape(())
+            self._roots.append(value.clone() if scale is None else value / scale.to(value.device))
+        # The graph of a loss that the loop computes is gone when the gradient reaches the output.
+        if len(self._roots) != 1 or "constant" in self.task or gradient is None:
+            return
+        unscaled = gradient if scale is None else gradient / scale.to(gradient.device)
+        self.task |= (
+            compared_by_gradient(unscaled, self.task["classes"], float(self._roots[0]))
+            if "classes" in self.task
+            else squares_by_gradient(root, given, unscaled)
+        )
+
+    def value(self) -> float | None:
+        """Of the present step; None where no backward reached the model, or by what its loss was scaled is not known."""
+        if not self._roots or not self._is_scalar:
+            return None
+        if self._loss_scale is None and self._is_product:
+            # Once: it takes some milliseconds for every 100 000 objects of the program.
+            if self._is_scaled is None:
+                self._is_scaled = bool(living_scalers())
+            if self._is_scaled:
+                return None
+        return float(torch.stack([root.cpu() for root in self._roots]).sum())
+
+    def clear(self) -> None:
+        """Begin the next step."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._roots = [], []
+        self._is_scalar, self._is_product = True, False
+        self.task = {}
+        self.backwards.clear()

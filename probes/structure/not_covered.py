@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from depthscope.probes.model.modules import all_modules, module_paths, named_parameters, own_parameters
+from depthscope.probes.model.modules import all_modules, all_parameters, module_paths, named_parameters
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, container_of, walk
 from depthscope.probes.reading.operations import MATRICES, NORMS, reordered, weights
@@ -77,7 +77,7 @@ class UsedParameters:
     def within(self, module: nn.Module) -> set[int]:
         """Those of a module and its parts."""
         if module not in self._within:
-            self._within[module] = set(map(id, own_parameters(all_modules(module)))) & self.sizes.keys()
+            self._within[module] = set(map(id, all_parameters(module))) & self.sizes.keys()
         return self._within[module]
 
     def share(self, parameters: Iterable[int]) -> float:
@@ -208,7 +208,9 @@ class PartsLeftOut:
         if path not in self._modules or self._same_shape.isdisjoint(self._calls.get(path, ())):
             return False
         modules = all_modules(self._modules[path])
-        matrices = [parameter for parameter in own_parameters(modules) if parameter.ndim > 1]
+        matrices = [
+            p for module in modules for p in module._parameters.values() if p is not None and p.ndim > 1
+        ]
         is_deep = not self._deepest.isdisjoint(self._used.within(self._modules[path]))
         return len(modules) > 1 and (is_deep or len(matrices) >= LEAST_MATRICES)
 

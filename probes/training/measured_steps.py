@@ -18,15 +18,15 @@ from depthscope.probes.model.errors import CaptureError
 from depthscope.probes.model.loss_graph import mean_task
 from depthscope.probes.run.build_run import build_run, step_numbers
 from depthscope.probes.run.statistics_dataset import GRADIENT, StepStatistics
-from depthscope.probes.session.forward import Measured
+from depthscope.probes.session.forward import Measured, Stamp
 from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.token_sums import TokenSums, merge_sums
 from depthscope.probes.statistics.weight_updates import LossScale, WeightNorms, WeightUpdates
 from depthscope.probes.training.notices import Notices
 
 if TYPE_CHECKING:
+    from depthscope.probes.training.live.findings import LiveRow
     from depthscope.probes.training.live.live import Live
-    from depthscope.probes.training.live.row import LiveRow
 
 
 FROZEN = "no gradient of the loss reaches the residual states: no weight before them is trained, as where a head alone learns"
@@ -63,9 +63,9 @@ class MeasuredSteps:
         self._without_connections: dict[int, str] = {}  # steps whose connections could not be read, and why
         self._sampled_step = 0  # the step of the raw sequences
         self._without_gradients = ""  # why a step has none, where they were asked for
-        self._undefined_said = False  # that several backwards through one forward leave no gradients
         self._task: dict[str, Any] = {}  # what the loss of the last measured step is of
-        self._pooled = PooledSums()
+        self._pooled: list[TokenSums] = []  # sums of all steps since the weights last changed, by chain
+        self._stamp: Stamp | None = None  # of these weights
         self._course = LossCourse(earlier_losses)
 
     def state(self) -> xr.DataTree:
@@ -76,7 +76,7 @@ class MeasuredSteps:
             self.session,
             # Which modules have weights is known of a step without their norms too; its row has none.
             None if self.last is None else replace(self.last, weights=self._known_weights),
-            self._pooled.sums,
+            self._pooled,
             attrs=attrs,
             token_text=self._token_text,
             metrics=None if self.live is None else self.live.datasets(),
@@ -123,13 +123,7 @@ class MeasuredSteps:
             raise CaptureError("no batch of it had a real token; nothing to measure")
         digest = self.session.step.digest
         self.trained = self.session.step.trains
-        self._say_undefined_gradients(step)
-        self._say_missing_connections(step)
-        if self.session.step.without_gradients and not self._without_gradients:
-            self._without_gradients = FROZEN
-            self._say(
-                f"step {step} was measured without gradients, and so is every further one like it: {FROZEN}"
-            )
+        self._note_missing(step)
         complete: list[TokenSums] = []  # the sums of all forwards, by chain
         for part in parts:
             complete = merge_sums(complete, part.sums)
@@ -163,29 +157,31 @@ class MeasuredSteps:
             self.live.note_task(mean_task([self._task], value))
             self.live.tell(of_live, self._say)
 
-    def _say_undefined_gradients(self, step: int) -> None:
-        """Say once where the gradients of the present step are undefined, which their forwards tell."""
-        if self._undefined_said or not self.session.step.gradients_undefined:
-            return
-        self._undefined_said = True
-        self._say(
-            f"gradients are NaN in the row of step {step}, and in others like it: several backwards went through "
-            "one forward, and the squares of a sum cannot be added up; call backward once on the sum of the losses, or "
-            "record with max_sequences of at least the batch"
-        )
-
-    def _say_missing_connections(self, step: int) -> None:
-        """Say where the connections of the present step were not read: the rest of it is in its row."""
-        why = self.session.step.without_connections
-        if not why:
+    def _note_missing(self, step: int) -> None:
+        """Say once what the present step lacks, which its forwards tell: the rest of it is in its row."""
+        of = self.session.step
+        if of.gradients_undefined:
+            self.notices.say_once(
+                "undefined gradients",
+                f"gradients are NaN in the row of step {step}, and in others like it: several backwards went through "
+                "one forward, and the squares of a sum cannot be added up; call backward once on the sum of the losses, or "
+                "record with max_sequences of at least the batch",
+            )
+        if of.without_gradients:
+            self._without_gradients = FROZEN
+            self.notices.say_once(
+                FROZEN,
+                f"step {step} was measured without gradients, and so is every further one like it: {FROZEN}",
+            )
+        if not (why := of.without_connections):
             self._sampled_step = step
             return
-        if why not in self._without_connections.values():
-            self._say(
-                f"step {step} was measured without its connections, and so is every further step for which this "
-                f"holds (the attribute without_connections names them): {why}"
-            )
         self._without_connections[step] = why
+        self.notices.say_once(
+            why,
+            f"step {step} was measured without its connections, and so is every further step for which this "
+            f"holds (the attribute without_connections names them): {why}",
+        )
 
     def _measure_live(
         self,
@@ -197,7 +193,7 @@ class MeasuredSteps:
         """The live row of the present step; where it cannot be computed, the step has its statistics alone."""
 
         def first_run() -> xr.DataTree:
-            return build_run(self.session, measured, self._pooled.sums)
+            return build_run(self.session, measured, self._pooled)
 
         try:
             return live.measure(complete, measured, first_run, overflowed=overflowed)
@@ -226,9 +222,16 @@ class MeasuredSteps:
         for part in parts:
             for chain in part.sums:
                 chain.live = None  # of this step alone, and as large as its number of tokens
-        if self.session.step.without_connections and not self._pooled.is_of(parts[-1].stamp):
+        if self.session.step.without_connections and parts[-1].stamp != self._stamp:
             return row  # what is pooled has the weights of the raw sequences, which are of an earlier step
-        self._pooled.add(parts)
+        # An error from here on leaves half of a sum: what is pooled begins anew then.
+        (pooled, self._pooled), (stamp, self._stamp) = (self._pooled, []), (self._stamp, None)
+        for part in parts:
+            # Sums over several steps describe one model only as long as its weights are the same.
+            if part.stamp != stamp:
+                pooled, stamp = [], part.stamp
+            pooled = merge_sums(pooled, part.sums)
+        self._pooled, self._stamp = pooled, stamp
         return row
 
     def _weight_norms(self, step: int) -> WeightNorms | None:
@@ -239,29 +242,6 @@ class MeasuredSteps:
         except Exception as error:
             self._say(f"the weights of step {step} were not measured: {error}", error)
             return None
-
-
-class PooledSums:
-    """The sums of all steps since the weights last changed, by chain."""
-
-    def __init__(self) -> None:
-        self.sums: list[TokenSums] = []
-        self._stamp: int | None = None
-
-    def is_of(self, stamp: int | None) -> bool:
-        """Whether what is pooled has these weights."""
-        return stamp == self._stamp
-
-    def add(self, parts: list[Measured]) -> None:
-        """Add the parts of a step."""
-        # An error from here on leaves half of a sum: what is pooled begins anew then.
-        (pooled, self.sums), (stamp, self._stamp) = (self.sums, []), (self._stamp, None)
-        for part in parts:
-            # Sums over several steps describe one model only as long as its weights are the same.
-            if part.stamp != stamp:
-                pooled, stamp = [], part.stamp
-            pooled = merge_sums(pooled, part.sums)
-        self.sums, self._stamp = pooled, stamp
 
 
 def finite_gradients(sums: list[TokenSums]) -> bool:

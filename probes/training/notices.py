@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 OURS = str(Path(__file__).parents[1])  # the folder of the probes
 
-MOST_ALIKE = 3  # steps in a row that were not measured for one reason, which are reported one by one
+MOST_ALIKE = 3  # steps that were not measured for one reason, which are reported one by one
 
 
 class ProbeWarning(DepthscopeError, UserWarning):
@@ -56,9 +56,8 @@ class Notices:
     def __init__(self) -> None:
         self.errors: list[Exception] = []
         self._sentences: list[str] = []
-        # Why the last measured steps in a row are missing, and which.
-        self._not_measured = ""
-        self._missing: list[int] = []
+        self._said: set[str] = set()
+        self._missing: dict[str, list[int]] = {}  # steps that were not measured, by the reason
 
     def say(self, message: str, error: BaseException | None = None) -> None:
         """Note a sentence for the end of the step."""
@@ -66,27 +65,29 @@ class Notices:
             self.errors.append(as_capture_error(without_frames(error)))
         self._sentences.append(message)
 
+    def say_once(self, reason: str, message: str) -> None:
+        """Note a sentence, unless one for the same reason was noted before."""
+        if reason not in self._said:
+            self._said.add(reason)
+            self.say(message)
+
     def say_not_measured(self, step: int, error: BaseException) -> None:
-        """Say why a step is missing; of a reason that holds at every step, at last only for which it held."""
+        """Say why a step is missing; of a reason that comes again and again, at the end only for how many."""
         reason = str(error) or type(error).__name__
-        if reason != self._not_measured:
-            self.say_how_many()
-        self._not_measured = reason
-        self._missing.append(step)
-        if len(self._missing) > MOST_ALIKE:
+        steps = self._missing.setdefault(reason, [])
+        steps.append(step)
+        if len(steps) > MOST_ALIKE:
             return
-        more = "; further steps that fail for this reason are reported together" * (
-            len(self._missing) == MOST_ALIKE
-        )
+        more = "; further steps that fail for this reason are reported together" * (len(steps) == MOST_ALIKE)
         self.say(f"step {step} was not measured: {reason}{more}", error)
 
     def say_how_many(self) -> None:
-        """Say which steps in a row were missing without a sentence of their own."""
-        missing, self._missing, self._not_measured = self._missing[MOST_ALIKE:], [], ""
-        if missing:
-            self.say(
-                f"steps {missing[0]} to {missing[-1]} were not measured for the same reason ({len(missing)} of them)"
-            )
+        """Say which steps are missing without a sentence of their own."""
+        for reason, steps in self._missing.items():
+            if more := steps[MOST_ALIKE:]:
+                of = f"steps {more[0]} to {more[-1]}"
+                self.say(f"{of} were not measured for the same reason ({len(more)} of them): {reason}")
+        self._missing = {}
 
     def warn(self) -> None:
         """Say what there is to say, now that everything is in order."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 from torch import nn
 
+from depthscope.diagnostics import schema
 from depthscope.diagnostics.errors import InputError
-from depthscope.diagnostics.schema import storable_attributes
-from depthscope.diagnostics.schema.joining import PART
+from depthscope.diagnostics.schema.joining import PART, part_name, parts_of
 from depthscope.probes.model.layout import require_whole_sequences
 from depthscope.probes.model.modules import require_module
 from depthscope.probes.run.attributes import stage_attribute
@@ -21,12 +21,6 @@ from depthscope.probes.session.session import Session
 from depthscope.probes.statistics.weight_updates import LossScale, WeightUpdates
 from depthscope.probes.training.live_recording import LiveRecording
 from depthscope.probes.training.measured_steps import MeasuredSteps
-from depthscope.probes.training.processes import (
-    WeightShares,
-    last_common_step,
-    place_of_part,
-    this_part,
-)
 from depthscope.probes.training.recorder import Recorder
 from depthscope.probes.training.sinks import Sink
 
@@ -40,10 +34,7 @@ REDUCTIONS = ("mean", "sum", "global_mean")
 
 
 class RecordingCallback:
-    """What the callbacks of frameworks have in common.
-
-    ``**options``: as of `record`.
-    """
+    """What the callbacks of frameworks have in common; the options are those of `record`."""
 
     def __init__(self, **options: Any) -> None:
         self._options = {"gradients": True, "metrics": "live", **options}
@@ -187,7 +178,7 @@ def record(
         without `resume` or `force`. What happens later (a full disk, a folder that goes) is a `ProbeWarning`, once.
     """
     require_module(model, later=True)
-    require_whole_sequences(model, hooks=True)
+    require_whole_sequences(model)
     part = this_part()
     if part and stop_on is not None:
         raise InputError(
@@ -199,7 +190,7 @@ def record(
     called, model = model, inner_model(model)
     given: dict[str, Any] = {"sinks": list(sinks), "on_finding": on_finding}
     given |= {"stop_on": stop_on, "optimizer": optimizer}
-    attrs = storable_attributes(attrs)
+    attrs = schema.storable_attributes(attrs)
     names = _live_names(metrics, live_tokens, given)
     if names:
         options = {"max_sequences": 1, **options}
@@ -263,3 +254,63 @@ def _live(session: Session, names: tuple[str, ...], name: str, given: Mapping[st
     from depthscope.probes.training.live.live import Live
 
     return Live(session, names, name=name, **given)
+
+
+# --- several processes: each measures and writes alone, and nothing is exchanged, see `diagnostics.schema.joining` ---
+
+
+def this_part() -> tuple[int, int] | None:
+    """The number of this process, and of how many; None where it is alone."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return None
+    number, of = distributed.get_rank(), distributed.get_world_size()
+    return (number, of) if of > 1 else None
+
+
+def place_of_part(store: str | Path, part: tuple[int, int]) -> Path:
+    """Where a process writes its part: in a folder of all of them."""
+    if str(store).endswith(schema.SUFFIXES):
+        raise InputError(
+            f"store is {str(store)!r} and {part[1]} processes run, each of which writes a part of the run; expected the name "
+            "of a folder, without an ending, that all of them share"
+        )
+    return Path(store) / part_name(part[0])
+
+
+def last_common_step(folder: Path) -> int | None:
+    """The last step that every part of a run has; None where there are none."""
+    histories = [schema.LiveRows(path) for path in parts_of(folder) if schema.is_live_store(path)]
+    known = [history.last_step for history in histories if history.last_step is not None]
+    return min(known, default=None)
+
+
+class WeightShares:
+    """By which factor the numbers of a parameter, or of its local shard, count: the sum over processes is then the model's."""
+
+    def __init__(self, model: nn.Module, num_processes: int):
+        if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+            raise InputError(
+                "got weights=True with FullyShardedDataParallel, which keeps the weights of many modules in one flat vector; "
+                "leave it out, or shard the model by fully_shard, whose weights are measured"
+            )
+        groups = [
+            module.process_group
+            for module in model.modules()
+            if isinstance(module, nn.parallel.DistributedDataParallel)
+        ]
+        # Such as of one stage of a pipeline, whose other processes have other weights.
+        self._copies = torch.distributed.get_world_size(groups[0]) if groups else num_processes
+
+    def __call__(self, parameter: Any) -> float | None:
+        """The factor; None for a partial sum, which no process has."""
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is None:
+            return 1.0 / self._copies
+        share = 1.0
+        for axis, placement in enumerate(parameter.placements):
+            if placement.is_partial():
+                return None
+            if placement.is_replicate():
+                share /= mesh.size(axis)
+        return share * mesh.size() / self._copies if mesh.size() < self._copies else share

@@ -79,7 +79,6 @@ class Recorder:
         # measured then. Without gradients its forwards are complete, and count.
         if self._state == "open":
             self._measured.weights = None
-            self._session.forget_running()
             if self._session.options.gradients:
                 self._session.drop()
         # Such as a warning that the user turned into an error: theirs goes on as it is.
@@ -227,8 +226,6 @@ class Recorder:
         except (Exception, GeneratorExit) as error:
             self._session.drop()
             self._notices.say_not_measured(self.position, error)
-        else:
-            self._notices.say_how_many()
 
     def _attach_if_measuring(self) -> None:
         """Remove the hooks of the step before, and put on those of the present one if it is measured."""

@@ -13,11 +13,7 @@ from depthscope.probes.model.hooks import Hook, Report
 
 
 class LearningRate:
-    """The rate of the first group of parameters.
-
-    ``optimizer``: one of torch's, perhaps wrapped by a framework.
-    ``report``: called with every exception of ours.
-    """
+    """The rate of the first group of parameters of an optimizer, which a framework may have wrapped."""
 
     def __init__(self, optimizer: torch.optim.Optimizer | None, report: Report) -> None:
         self._optimizer, self._report = optimizer, report

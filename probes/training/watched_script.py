@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import runpy
 import sys
@@ -16,8 +17,8 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from depthscope.probes.model.hooks import Attachment
-from depthscope.probes.session.backward_roots import living_scalers
-from depthscope.probes.session.compiled_model import is_compiled, living_modules
+from depthscope.probes.session.compiled_model import is_compiled
+from depthscope.probes.session.step import living_scalers
 from depthscope.probes.training.notices import warn
 from depthscope.probes.training.record import record
 from depthscope.probes.training.recorder import Recorder
@@ -25,10 +26,6 @@ from depthscope.probes.training.sinks import num_updated
 
 Reference: TypeAlias = Callable[[], Any]  # a weak one
 NOTED = "_per_optimizer_states"  # of a GradScaler, by the id of the optimizer; there is no public name
-
-
-def _nothing() -> None:
-    """A reference to no object."""
 
 
 class ScriptWatch:
@@ -50,8 +47,8 @@ class ScriptWatch:
         # Modules with parameters that are updated, and whether each was in training mode, in the order of their calls.
         self._called: list[tuple[nn.Module, bool]] = []
         self._model = nn.Module()  # until it is found
-        self._optimizer: Reference = _nothing
-        self._other: Reference = _nothing  # that stepped since the one that counts did
+        self._optimizer: Reference = lambda: None
+        self._other: Reference = lambda: None  # that stepped since the one that counts did
         self.recorder: Recorder | None = None
         self.model = ""
         """Name of the class of the model that is recorded; empty before it is found."""
@@ -101,7 +98,9 @@ class ScriptWatch:
         """Put hooks on the modules whose parameters an optimizer updates, for one step."""
         self._remove_hooks()
         self._optimizer = weakref.ref(optimizer)
-        modules = living_modules()
+        # All of the process. By the type and not by isinstance, which asks an object for its class and may wake a proxy of the
+        # user's. One whose __init__ has not run yet is none.
+        modules = [m for m in gc.get_objects() if issubclass(type(m), nn.Module) and "_modules" in vars(m)]
         compiled = [module for module in modules if is_compiled(module)]
         # Inside of compiled code nothing of ours runs; the call of a module that was compiled in place is such code itself.
         inside = {id(each) for outer in compiled for each in outer.modules() if each is not outer}
@@ -153,7 +152,7 @@ class ScriptWatch:
                 return False
             # Twice in a row: the one that counted is not used any more.
             self._optimizer = self._other
-        self._other = _nothing
+        self._other = lambda: None
         return True
 
 

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,6 @@ import xarray as xr
 from depthscope.diagnostics import Finding, Severity, judge
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.verdicts.finding import News
-from depthscope.probes.training.live.row import LiveRow
 from depthscope.probes.training.notices import TrainingStopped
 
 OnFinding = Callable[[int, Finding], Any]
@@ -24,6 +24,24 @@ Say = Callable[[str, Exception | None], None]
 """Called with a sentence for the user, and the error that is behind it."""
 
 SHARE_OF_TIME = 0.01  # that judging may take, where nobody waits for it
+
+
+Number = tuple[tuple[Any, ...], np.ndarray, Mapping[str, Any]]
+Numbers = Mapping[str, Number]
+"""Dims, values and attributes by name."""
+
+
+@dataclass(frozen=True)
+class LiveRow:
+    """The metrics of one measured step."""
+
+    step: int  # of the training
+    # by ``metrics/NAME`` or ``metrics/CHAIN/NAME``; float64, of the same shapes at every step, dims without
+    # ``step``
+    numbers: Numbers
+    coords: Numbers  # coordinates by the same kind of path, and nulls, which have no step
+    # why metrics have no value, by chain and metric
+    not_computed: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def findings_of(row: LiveRow, attrs: Attributes) -> list[Finding]:
@@ -172,8 +190,7 @@ def scalars(row: LiveRow) -> dict[str, float]:
     """
     found: dict[str, float] = {}
     for path, (dims, values, _) in row.numbers.items():
-        group, _, name = path.rpartition("/")
-        chain = group.partition("/")[2]
+        group, (chain, name) = path.rpartition("/")[0], _chain_and_name(path)
         labels = {
             dim: row.coords[f"{group}/{dim}"][1].tolist() for dim in dims if f"{group}/{dim}" in row.coords
         }

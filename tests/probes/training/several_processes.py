@@ -132,8 +132,8 @@ def recorded(model, counts, store=None, *, rank=None, rate=0.0, reduction="mean"
     options = {"metrics": "live", "weights": True, "max_sequences": 64, **options}
     recorder = ds.record(model, gradients=gradients, loss_reduction=reduction, store=store, **options)
     # One process alone adds the tokens of a block, and its gradients, in float32.
-    session = recorder._session
-    session.scope = session.first.scope = replace(session.scope, exact_sums=True)
+    step = recorder._session.step
+    step.scope = replace(step.scope, exact_sums=True)
     with recorder:
         for loss in steps_of(model, counts, rank=rank, rate=rate, reduction=reduction):
             recorder.step(loss)

@@ -10,8 +10,7 @@ import xarray as xr
 from depthscope import CATALOGUE, diagnostics, probes
 from depthscope.diagnostics import schema
 from depthscope.probes.statistics.live_sums import draw_places
-from depthscope.probes.training.live.live import live_names
-from depthscope.probes.training.live.row import LIVE
+from depthscope.probes.training.live.live import LIVE, live_names
 
 # Vectors are added in float32 over the tokens of a block; all else is float64 on the same float32 states.
 EXACT = 1e-6

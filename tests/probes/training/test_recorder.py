@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from depthscope import probes
 from depthscope.diagnostics import analyze, judge
-from depthscope.probes.session.reservoir import Reservoir
+from depthscope.probes.session.step import Reservoir
 from tests.models.plain_stack import Block as PlainBlock
 
 
