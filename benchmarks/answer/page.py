@@ -19,6 +19,7 @@ from depthscope.diagnostics.verdicts.same_representation import ALIKE
 
 QUESTION = "Does the signal degenerate into one representation that is the same in all layers?"
 BASE = next(iter(DESIGNS))
+FEWEST_SEEDS = 3  # of which an interval is given: with two it is wider than what is measured
 EQUIVALENT = 0.05  # nats per byte: a smaller difference of losses is called none
 
 
@@ -126,8 +127,8 @@ def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str) -> str:
         _table(rows, counts),
         "CKA is debiased and of the joined state (streams × features), between blocks; of AttnRes, of what the first "
         "sublayer of a block reads. Fresh: before training. Other seed: the last states of two networks of one design. "
-        f"Intervals are 95 % over seeds (Student's t). Δ loss is against {DESIGNS[BASE]} (Welch's interval); = marks those "
-        f"within ±{EQUIVALENT:g} nats. Losses are nats per byte, those of others per token.",
+        f"Intervals are 95 % over {FEWEST_SEEDS} or more seeds (Student's t). Δ loss is against {DESIGNS[BASE]} (Welch's "
+        f"interval); = marks those within ±{EQUIVALENT:g} nats. Losses are nats per byte, those of others per token.",
         "## The designs",
         f"Six byte decoders that differ in how their layers are joined: {', '.join(DESIGNS.values())}. Each block is an "
         f"attention and an MLP of width {first.width} with {first.heads} heads and, where it has streams, {first.streams}. "
@@ -195,18 +196,21 @@ def _cost(rows: pd.DataFrame, counts: Sequence[int]) -> str:
 
 
 def _scale_sentence(rows: pd.DataFrame) -> str:
-    """Which designs hold one representation where every branch is multiplied with a small constant."""
+    """How similar the first and the last state are where every branch is multiplied with a small constant."""
     small = rows[rows.branch_scale < 1.0]
     if not len(small):
         return "Small scales of the branches were not trained yet."
     depth, parts = int(small.depth.iloc[0]), []
     for scale in sorted(small.branch_scale.unique(), reverse=True):
-        networks = trained(rows, depth, scale)
-        same = [DESIGNS[family] for family, each in networks.items() if each.alike_joined.mean() >= ALIKE]
-        parts.append(f"at {scale:g} {', '.join(same) or 'none'}")
+        each = {DESIGNS[family]: of.alike_joined.mean() for family, of in trained(rows, depth, scale).items()}
+        (least, low), *_, (most, high) = sorted(each.items(), key=lambda of: of[1])
+        fresh = small[small.branch_scale == scale].start_alike
+        parts.append(
+            f"at {scale:g} {low:.2f} ({least}) to {high:.2f} ({most}), fresh {fresh.min():.2f} or more"
+        )
     return (
-        f"**What makes it degenerate** is a small scale of the branches: with every branch of {depth} blocks multiplied with "
-        f"a constant, these hold one representation from the first state to the last: {'; '.join(parts)}."
+        f"**A small scale of the branches makes fresh networks degenerate, and trained ones less so.** With every branch of "
+        f"{depth} blocks multiplied with a constant, CKA of the first and the last state is, trained, {'; '.join(parts)}."
     )
 
 
@@ -231,14 +235,14 @@ def _table(rows: pd.DataFrame, counts: Sequence[int]) -> str:
 
 def _interval(values: pd.Series) -> str:
     found = estimate(values.to_numpy())
-    if np.isnan(found.low):
+    if np.isnan(found.low) or len(values) < FEWEST_SEEDS:
         return f"{found.mean:.2f}"
     return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
 
 
 def _losses_against_base(networks: dict[str, pd.DataFrame]) -> dict[str, str]:
     """Each design's loss less that of the first one, with its corrected probability and whether it is none."""
-    if len(networks[BASE]) < 2:
+    if len(networks[BASE]) < FEWEST_SEEDS:
         return {}
     found: dict[str, Difference] = {
         family: of_seeds("loss", {BASE: _positions(networks[BASE].loss), family: _positions(each.loss)})
