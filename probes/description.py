@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any, Unpack
 
 import xarray as xr
@@ -190,7 +191,7 @@ def describe(
         As in `probes.capture`.
     """
     # One batch is enough: which chains and connections a model has does not depend on the data.
-    first = next(iter(batches(batch)))
+    first = list(islice(batches(batch), 1))
     # A proof needs tokens, not sequences.
     scope = Scope(only_own=True, sums=False)
     with printed_after(print_after):

@@ -37,7 +37,11 @@ class Block(nn.Module):
         ("plain", "the one before plus what was computed from it", ""),
         ("scaled", "the one before, times 1.7, plus what was computed from it", ""),
         ("norm", "the one before plus what was computed from it, followed by a norm", "norm"),
-        ("scaled norm", "the one before, times 1.7, plus what was computed from it, followed by a norm", "norm"),
+        (
+            "scaled norm",
+            "the one before, times 1.7, plus what was computed from it, followed by a norm",
+            "norm",
+        ),
         ("relu", "the one before plus what was computed from it, followed by an activation", "activation"),
         ("norm first", "the one before after a norm plus what was computed from it", ""),
         ("gate", "the one before, scaled at each token, plus what was computed from it", ""),
