@@ -77,9 +77,8 @@ class Search:
     batch_size: int
     tokens: int
     rows: list[int]  # the sequences of this batch that were sampled
-    precision: (
-        torch.dtype
-    )  # in which the model multiplies its states: weights that were read are rounded to it
+    # In which the model multiplies its states: weights that were read are rounded to it
+    precision: torch.dtype
     # The norms (B, T) of tensors that have the elements of some values of the memory
     norms: Callable[[Sequence[torch.Tensor], Sequence[TracedValue]], torch.Tensor]
 

@@ -53,9 +53,8 @@ class ConnectionReading:
     after_sum: Sequence[str] = ()  # and with which it ends
     weighs: bool = True  # whether an operation scales or mixes the streams; otherwise h_res is the identity by construction
     error: float = 0.0  # of the recomputed state, relative to its largest number
-    state: torch.Tensor | None = (
-        None  # over depth, of the state before in the sources: (tokens, from, features or 1)
-    )
+    # Over depth, of the state before in the sources: (tokens, from, features or 1)
+    state: torch.Tensor | None = None
 
     @property
     def depth_out(self) -> int:

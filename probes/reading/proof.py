@@ -184,9 +184,8 @@ class WeightCoverage:
         self.memory, self.graph, self.branches, self.last = memory, memory.graph, branches, last
         graph, outputs = self.graph, self.graph.outputs or [memory.end]
         self.of_others = set[int]()
-        for (
-            other
-        ) in others:  # with what lies inside of its branches: a residual of their own is none of the model's
+        # With what lies inside of their branches: a residual of their own is none of the model's.
+        for other in others:
             behind = graph.earlier([branch.source for branch in branches_of(other)], other.carried)
             self.of_others |= {n for n, later in enumerate(graph.later(other.root)) if later and behind[n]}
             self.of_others |= other.carried.keys()

@@ -437,9 +437,8 @@ class GraphRecorder(TorchDispatchMode):
                 self._hold_operands(args, found, operation.name in SAVING and is_saved(args))
         for target in targets if operation.name != "set" else ():
             self._keep_numbers(target)
-            if (
-                "out" in named
-            ):  # run again, it gives a value of its own: the overload that writes is not the one that does
+            # Run again, it gives a value of its own: the overload that writes is not the one that does.
+            if "out" in named:
                 operation = operation._replace(func=func.overloadpacket)
                 named = {key: item for key, item in named.items() if key != "out"}
         if operation.name in FUSED and found[0].is_floating and not found[0].of_parameter:

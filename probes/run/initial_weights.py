@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ def weight_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
     """
     facts: dict[str, Any] = {}
     with torch.no_grad():
-        blocks = _weights_of_blocks(model, chain)
+        modules = _modules_of_blocks(model, chain)
+        blocks = {number: _weights(block) for number, block in modules.items()}
         every = _weights(model)
         touched = {id(w.parameter) for w, is_touched in _vectors_touched(every) if is_touched}
 
@@ -43,7 +44,7 @@ def weight_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
         # Without a vector outside there is nothing that training would have left.
         if fresh and (len(fresh) < len(chain.blocks) or (outside and not is_fresh(outside))):
             facts["untouched_blocks"] = fresh
-        if equal := _equal_blocks(model, chain):
+        if equal := _equal_blocks(modules):
             facts["equal_blocks"] = equal
     return facts
 
@@ -51,10 +52,10 @@ def weight_facts(model: nn.Module, chain: Chain) -> dict[str, Any]:
 def is_untouched(model: nn.Module, chain: Chain) -> bool:
     """Whether no vector of any block can have been trained, as `weight_facts` says; stops at the first that was."""
     with torch.no_grad():
-        blocks = _weights_of_blocks(model, chain)
-        inside = [weight for of in blocks.values() for weight in of]
+        blocks = [_weights(block) for block in _modules_of_blocks(model, chain).values()]
+        inside = [weight for of in blocks for weight in of]
         touched = (is_touched for _, is_touched in _vectors_touched(inside))
-        return all(blocks.values()) and bool(_vectors(inside)) and not any(touched)
+        return all(blocks) and bool(_vectors(inside)) and not any(touched)
 
 
 def is_readable(parameter: nn.Parameter) -> bool:
@@ -76,11 +77,11 @@ class _Weight(NamedTuple):
     own: list[nn.Parameter]
 
 
-def _weights_of_blocks(model: nn.Module, chain: Chain) -> dict[int, list[_Weight]]:
-    """The parameters that can be read of each block of a chain, by its number."""
+def _modules_of_blocks(model: nn.Module, chain: Chain) -> dict[int, nn.Module]:
+    """The modules of a chain's blocks, by their numbers."""
     # A block may have been taken out since it was measured, such as by layer drop of the user's own.
     known = dict(module_paths(model))
-    return {number: _weights(known[block]) for number, block in enumerate(chain.blocks) if block in known}
+    return {number: known[block] for number, block in enumerate(chain.blocks) if block in known}
 
 
 def _weights(model: nn.Module) -> list[_Weight]:
@@ -133,10 +134,9 @@ def _is_drawn_by_torch(bias: nn.Parameter, own: list[nn.Parameter]) -> bool:
     return 0.9 * bound < largest <= bound and of_bias <= bound
 
 
-def _equal_blocks(model: nn.Module, chain: Chain) -> list[int]:
+def _equal_blocks(modules: Mapping[int, nn.Module]) -> list[int]:
     """Blocks whose weights are all those of another block, and not shared with it."""
-    known = dict(module_paths(model))
-    blocks = {n: all_parameters(known[path]) for n, path in enumerate(chain.blocks) if path in known}
+    blocks = {number: all_parameters(block) for number, block in modules.items()}
     groups: dict[Any, list[int]] = {}
     for number, weights in blocks.items():
         if weights and all(is_readable(weight) for weight in weights):

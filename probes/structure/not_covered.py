@@ -93,9 +93,8 @@ class PartsLeftOut:
         graph: Graph,
         model: nn.Module,
         chains: Sequence[Chain],
-        others: Mapping[
-            str, set[str]
-        ],  # the blocks of other proven memories, by the names with which `chain=` reads them
+        # The blocks of other proven memories, by the names with which `chain=` reads them
+        others: Mapping[str, set[str]],
         *,
         named: bool,  # whether the user named the blocks
     ):
