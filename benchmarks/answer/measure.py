@@ -27,7 +27,8 @@ VIEWS = {
     "stream": ("least_stream_cka", "least similar stream"),
     "trimmed": ("trimmed_cka", "without large features"),
 }
-METRICS = (*(metric for metric, _ in VIEWS.values()), "num_tokens")
+# What the verdict same_representation judges by, besides these.
+METRICS = (*(metric for metric, _ in VIEWS.values()), "angular_distance", "num_tokens")
 # Held-out sequences that are captured, and windows on which the loss without some blocks is compared with all of them.
 SEQUENCES, WINDOWS = 4, 16
 QUARTERS = 4

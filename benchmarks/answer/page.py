@@ -73,16 +73,15 @@ def figures(rows: pd.DataFrame) -> list[Lines]:
     return [
         _lines(
             "answer_depth", "relative depth", "CKA with the last state", [*along, _limit(share[[0, -1]])],
-            f"Networks of {counts[-1]} blocks: debiased CKA of the state after each block with the last state; {of}. States "
-            "above the dotted line are called the same.",
+            f"Networks of {counts[-1]} blocks; {of}. States above the dotted line are called the same.",
         ),
         _lines(
             "answer_blocks", "blocks", "CKA, first and last state", [*over, _limit(np.array([counts[0], counts[-1]], float))],
-            f"Debiased CKA of the first and the last state of trained networks against the number of blocks; {of}.",
+            f"Trained networks; {of}.",
         ),
         _lines(
             "answer_skipped", "quarter of the blocks that is left out", "loss gained, nats", skipped,
-            f"Networks of {counts[-1]} blocks: what the held-out loss gains when a quarter of the blocks is left out; {of}.",
+            f"Networks of {counts[-1]} blocks, held-out loss; {of}.",
         ),
     ]  # fmt: skip
 
@@ -121,41 +120,38 @@ def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str) -> str:
         "<!-- written by python -m benchmarks.answer --page docs --no-training -->",
         f"# {QUESTION}",
         _answer(rows, counts),
-        _cost(rows, counts),
+        _deepest(rows, counts),
         _scale_sentence(rows),
         *pictures,
         _table(rows, counts),
-        "CKA is debiased and of the joined state (streams × features), between blocks; of AttnRes, of what the first "
-        "sublayer of a block reads. Fresh: before training. Other seed: the last states of two networks of one design. "
-        f"Intervals are 95 % over {FEWEST_SEEDS} or more seeds (Student's t). Δ loss is against {DESIGNS[BASE]} (Welch's "
-        f"interval); = marks those within ±{EQUIVALENT:g} nats. Losses are nats per byte, those of others per token.",
+        "CKA: debiased, of the joined state (streams × features), between blocks; of AttnRes, which carries no state, of what "
+        "the first sublayer of a block reads. Fresh: before training. Other seed: the last states of two networks of one "
+        f"design. Intervals: 95 % over {FEWEST_SEEDS} or more seeds (Student's t). Δ loss: against {DESIGNS[BASE]} (Welch's "
+        f"interval); = marks those within ±{EQUIVALENT:g} nats. Losses: nats per byte; of pretrained networks, per token.",
         "## The designs",
-        f"Six byte decoders that differ in how their layers are joined: {', '.join(DESIGNS.values())}. Each block is an "
-        f"attention and an MLP of width {first.width} with {first.heads} heads and, where it has streams, {first.streams}. "
-        f"They are trained for {first.steps} steps of {first.batch} × {first.length} bytes of Python's own documentation, "
-        "at the best of four learning rates for each design and depth (chosen on a seed of its own, 300 steps). Seeds: "
+        f"Byte decoders; a block is an attention and an MLP of width {first.width} with {first.heads} heads and, where it has "
+        f"streams, {first.streams}. {first.steps} steps of {first.batch} × {first.length} bytes of Python's documentation, at "
+        "the best of four learning rates for each design and depth (chosen on another seed, 300 steps). Seeds: "
         f"{seeds} blocks. HC and mHC are the hyper-connections package's; the others follow their equations.",
-        f"**Other views** of the same states (mean over streams, least similar stream, without large features) change a "
-        f"design's mean CKA by at most {_largest_change(rows, counts):.2g}.",
+        "Other views of the states (mean over streams, least similar stream, without large features) change a design's mean "
+        f"CKA by at most {_largest_change(rows, counts):.2g}.",
         "## What this does not show",
-        f"Networks of width {first.width} on one text: width, data and longer training may change it. The loss was still "
-        f"falling: by {(ours.course_a - ours.course_b).mean():.2f} nats on average from the last but one to the last fifth of "
-        "the steps, while the rate fell to zero. AttnRes carries no state, so its similarity is of what its sublayers read. "
-        f"Not measured: whitened similarity.{_not_learned(rows, counts)}",
+        f"Width, data and longer training may change it. The loss was still falling: by "
+        f"{(ours.course_a - ours.course_b).mean():.2f} nats on average from the last but one to the last fifth of the steps, "
+        f"while the rate fell to zero. Not measured: whitened similarity.{_not_learned(rows, counts)}",
         "## How it was made",
-        f"{len(ours)} networks, {ours.seconds.sum() / 3600:.1f} processor hours of one core for training and measuring, "
-        "without those for the rates. `python -m benchmarks.answer --compile --table answer.csv --page .` trains what the "
-        f"table lacks and writes this page; `--no-training` writes it from [the table of measurements]({table}) alone.",
+        f"{len(ours)} networks took {ours.seconds.sum() / 3600:.1f} processor hours of one core, without those for the rates. "
+        "`python -m benchmarks.answer --compile --table answer.csv --page .` trains what the table lacks and writes the page; "
+        f"`--no-training` writes it from [the table]({table}) alone.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _answer(rows: pd.DataFrame, counts: Sequence[int]) -> str:
-    """In how many networks the ends, and the later half, are the same representation; the range of the means by depth."""
-    ours = [(depth, each) for depth in counts for each in trained(rows, depth).values()]
-    total = sum(len(each) for _, each in ours)
-    whole = sum(int((each.alike_joined >= ALIKE).sum()) for _, each in ours)
-    half = sum(int((each.same_from <= depth // 2).sum()) for depth, each in ours)
+    """In how many networks the ends are the same representation; the range of the means by depth; the verdict."""
+    ours = [each for depth in counts for each in trained(rows, depth).values()]
+    total = sum(len(each) for each in ours)
+    whole = sum(int((each.alike_joined >= ALIKE).sum()) for each in ours)
     parts = []
     for depth in counts:
         means = [
@@ -163,35 +159,33 @@ def _answer(rows: pd.DataFrame, counts: Sequence[int]) -> str:
         ]
         (low, fresh_low), (high, fresh_high) = np.min(means, 0), np.max(means, 0)
         parts.append(f"{depth} blocks {low:.2f} to {high:.2f} (fresh {fresh_low:.2f} to {fresh_high:.2f})")
-    verdict = sum(int((each.severity >= 2).sum()) for _, each in ours)
-    begin = (
-        f"Yes, in {whole} of {total} trained networks"
-        if whole
-        else f"No, in none of {total} trained networks"
-    )
+    begin = f"Yes, in {whole}" if whole else "No, in none"
+    severities = pd.concat([each.severity for each in ours]).dropna()
     return (
-        f"**{begin}** are the first and the last state one representation (CKA ≥ {ALIKE:g}). Means of the designs, by depth: "
-        f"{'; '.join(parts)}. In {half or 'none'} of them the states of the later half are all the same, and the verdict "
-        f"`same_representation` warns in {verdict or 'none'}."
+        f"**{begin} of {total} trained networks** are the first and the last state one representation (CKA ≥ {ALIKE:g}). "
+        f"Means of the designs, by depth: {'; '.join(parts)}. The verdict `same_representation` was asked of "
+        f"{len(severities)} of them and warns in {int((severities >= 2).sum()) or 'none'}."
     )
 
 
-def _cost(rows: pd.DataFrame, counts: Sequence[int]) -> str:
-    """What the quarters are worth, and what the designs cost, at the largest depth."""
+def _deepest(rows: pd.DataFrame, counts: Sequence[int]) -> str:
+    """At the largest depth: which quarters are worth nothing, from which state on all are the same, what the designs cost."""
     deepest = trained(rows, counts[-1])
-    names = [f"skip_{quarter + 1}" for quarter in range(QUARTERS)]
-    skips = {family: each[names].mean() for family, each in deepest.items()}
-    worth = ", ".join(
-        f"{DESIGNS[family]} {each.min():.2g} (quarter {each.argmin() + 1})" for family, each in skips.items()
-    )
+    since = ", ".join(f"{DESIGNS[family]} {each.same_from.mean():.0f}" for family, each in deepest.items())
+    needless = {
+        family: [str(q + 1) for q in range(QUARTERS) if each[f"skip_{q + 1}"].max() <= EQUIVALENT]
+        for family, each in deepest.items()
+    }
+    unused = "; ".join(f"{DESIGNS[family]} {', '.join(of)}" for family, of in needless.items() if of)
     kept = ", ".join(
         f"{DESIGNS[family]} {each.kept_bytes.mean() / deepest[BASE].kept_bytes.mean():.1f} ×"
         for family, each in deepest.items()
         if family != BASE
     )
     return (
-        f"**At {counts[-1]} blocks** the quarter of the blocks that matters least costs, left out, in nats per byte: "
-        f"{worth}. Against {DESIGNS[BASE]}, a forward keeps for its backward {kept} the bytes (of these implementations)."
+        f"**At {counts[-1]} blocks, these quarters can be left out** for no more than {EQUIVALENT:g} nats per byte in any "
+        f"seed: {unused or 'none'}. The state from which on every two are the same, mean over seeds: {since}. Against "
+        f"{DESIGNS[BASE]}, a forward keeps for its backward {kept} the bytes (of these implementations)."
     )
 
 
@@ -226,7 +220,7 @@ def _table(rows: pd.DataFrame, counts: Sequence[int]) -> str:
             lines.append(
                 f"| {depth} | {DESIGNS[family]} | {each.rate.iloc[0]:g} | {each.loss.mean():.3f} "
                 f"| {differences.get(family, '')} | {_interval(each.alike_joined)} | {each.start_alike.mean():.2f} "
-                f"| {each.other_seed.mean():.2f} | {each.kept_bytes.mean() / 1024:.0f} |"
+                f"| {each.other_seed.mean():z.2f} | {each.kept_bytes.mean() / 1024:.0f} |"
             )
     for row in rows[~rows.family.isin(list(DESIGNS))].itertuples():
         lines.append(f"| {row.depth} | {row.family} | | {row.loss:.2f} | | {row.alike_joined:.2f} | | | |")
@@ -236,8 +230,8 @@ def _table(rows: pd.DataFrame, counts: Sequence[int]) -> str:
 def _interval(values: pd.Series) -> str:
     found = estimate(values.to_numpy())
     if np.isnan(found.low) or len(values) < FEWEST_SEEDS:
-        return f"{found.mean:.2f}"
-    return f"{found.mean:.2f} ({found.low:.2f} to {found.high:.2f})"
+        return f"{found.mean:z.2f}"
+    return f"{found.mean:z.2f} ({found.low:z.2f} to {found.high:z.2f})"
 
 
 def _losses_against_base(networks: dict[str, pd.DataFrame]) -> dict[str, str]:
