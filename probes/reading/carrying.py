@@ -28,14 +28,12 @@ from depthscope.probes.reading.operations import (
     SCATTERS,
     SUMS,
     VIEWS,
-    ZEROS,
     addends,
     centred,
     factors,
     is_along_features,
     linear_in,
     mixed_axes,
-    only_moves,
     part_of,
     spreads,
 )  # fmt: skip
@@ -166,30 +164,11 @@ class Rules:
         """The numbers of a stream that was computed from others; other tokens or features are a new memory."""
         if not self._may_join(piece, model):
             return None
-        if self._holds_nothing(piece):
-            return Numbers(array=np.full(piece.shape, NOTHING))
-        if value.name == "stack" or (piece.shape == model.shape and self._is_stacked(value, axis)):
+        if value.name == "stack":
             return model
         one = model.collapsed([axis])
         # An empty cache, which torch joins to anything, has one axis.
         return None if one is None or len(piece.shape) != len(model.shape) else one.expand(piece.shape)
-
-    def _is_stacked(self, value: TracedValue, axis: int) -> bool:
-        """Whether pieces of one shape are joined along an axis that is taken apart into them at once."""
-        pieces = list(values_in(value.args[0]))
-        apart = (*value.shape[:axis], len(pieces), value.shape[axis] // len(pieces), *value.shape[axis + 1 :])
-        takers = self._graph.takers(value)
-        return bool(takers) and all(of.name in VIEWS and of.shape == apart for of in takers)
-
-    def _holds_nothing(self, piece: TracedValue) -> bool:
-        """Whether a piece is zeros, or a part of the memory into which nothing was written yet."""
-        while piece.parents and only_moves(piece):
-            before = piece.parents[0]
-            if before.number in self._carried:
-                found = self._ruled(piece)
-                return found is not None and not found.count
-            piece = before
-        return piece.name in ZEROS
 
     def _scatter(self, value: TracedValue) -> Numbers | None:
         if value.name == "copy":

@@ -1,6 +1,7 @@
-"""What does each rule of the reading change? ``python -m tests.models.price [words of rules]`` switches one off at a time.
+"""What does each rule of the reading change? ``python -m tests.models.price [words of rules | N]`` switches one off at a time.
 
-A rule is a function whose annotation has a neutral answer: nothing, no, an empty text or list, or what it was given.
+Of all rules (half an hour), of some, or of those that at most N designs ask: these serve few networks. A rule is a function
+whose annotation has a neutral answer: nothing, no, an empty text or list, or what it was given.
 """
 
 from __future__ import annotations
@@ -84,8 +85,10 @@ def main() -> None:
         asking.add(name)
         before[name] = str(outcome(design))
         asking.clear()
+    most = int(sys.argv[1]) if sys.argv[1:] and sys.argv[1].isdigit() else len(designs)
+    words = [word for word in sys.argv[1:] if not word.isdigit()] or [""]
     for rule in sorted(rules, key=lambda rule: len(rule.asked_by)):
-        if any(word in rule.name for word in sys.argv[1:] or [""]):
+        if 0 < len(rule.asked_by) <= most and any(word in rule.name for word in words):
             rule.is_off = True
             after = {name: str(outcome(designs[name])) for name in sorted(rule.asked_by)}
             rule.is_off = False
