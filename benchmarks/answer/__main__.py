@@ -9,12 +9,12 @@ from __future__ import annotations
 import argparse
 import csv
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.answer.networks import DESIGNS
-from benchmarks.answer.page import write_page
+from benchmarks.answer.page import KEYS, write_page
 
 SIZE = {"width": 32, "heads": 2, "streams": 4, "batch": 8, "length": 64}
 QUICK = {"width": 16, "heads": 2, "streams": 4, "batch": 2, "length": 16}
@@ -30,7 +30,6 @@ STEPS, RATE_STEPS, QUICK_STEPS = 1000, 300, 5
 # The learning rate of a design at a depth is the best of these after RATE_STEPS steps of a seed that is not used again.
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 RATE_SEED = 100
-KEYS = ("family", "depth", "seed", "steps", "branch_scale")
 
 
 def plan(*, quick: bool) -> Iterator[dict[str, Any]]:
@@ -93,7 +92,7 @@ def _best_rate(rates: Path, settings: Mapping[str, Any], *, compiled: bool) -> f
     return min(found, key=lambda rate: found[rate])
 
 
-def _row(table: Path, settings: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any] | None:
+def _row(table: Path, settings: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any] | None:
     """The row of a table with these settings."""
     if not table.exists():
         return None
@@ -104,7 +103,7 @@ def _row(table: Path, settings: Mapping[str, Any], names: tuple[str, ...]) -> di
     return None
 
 
-def _append(table: Path, row: Mapping[str, Any], names: tuple[str, ...]) -> None:
+def _append(table: Path, row: Mapping[str, Any], names: Sequence[str]) -> None:
     cells = {name: _cell(value) for name, value in row.items()}
     is_new = not table.exists()
     with table.open("a", newline="", encoding="utf-8") as file:

@@ -19,18 +19,22 @@ from depthscope.diagnostics.verdicts.same_representation import ALIKE
 
 QUESTION = "Does the signal degenerate into one representation that is the same in all layers?"
 BASE = next(iter(DESIGNS))
+KEYS = ["family", "depth", "seed", "steps", "branch_scale"]
 FEWEST_SEEDS = 3  # of which an interval is given: with two it is wider than what is measured
 EQUIVALENT = 0.05  # nats per byte: a smaller difference of losses is called none
 
 
 def write_page(table: Path, folder: Path) -> None:
     """Write answer.md and images/answer_*.png from the table of measurements."""
-    rows = complete(pd.read_csv(table))
+    measured = pd.read_csv(table)
+    rows = complete(measured.drop_duplicates(KEYS, keep="last"))
     (folder / "images").mkdir(parents=True, exist_ok=True)
     drawn = figures(rows)
     for figure in drawn:
         write_figure(figure, folder / "images" / f"{figure.name}.png")
-    (folder / "answer.md").write_text(page_text(rows, drawn, table.name), encoding="utf-8", newline="\n")
+    (folder / "answer.md").write_text(
+        page_text(rows, drawn, table.name, _again(measured)), encoding="utf-8", newline="\n"
+    )
 
 
 def complete(rows: pd.DataFrame) -> pd.DataFrame:
@@ -110,8 +114,8 @@ def _lines(name: str, x_label: str, y_label: str, lines: list[Line], caption: st
     return Lines(name, caption, x_label, y_label, tuple(lines), caption=caption, alt=alt, runs=colours)
 
 
-def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str) -> str:
-    """The page as Markdown."""
+def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str, again: str) -> str:
+    """The page as Markdown. ``again``: what networks that were trained twice show."""
     first, counts = rows.iloc[0], depths(rows)
     ours = rows[rows.family.isin(list(DESIGNS))]
     seeds = ", ".join(f"{len(trained(rows, depth)[BASE])} of {depth}" for depth in counts)
@@ -138,7 +142,7 @@ def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str) -> str:
         "## What this does not show",
         f"Width, data and longer training may change it. The loss was still falling: by "
         f"{(ours.course_a - ours.course_b).mean():.2f} nats on average from the last but one to the last fifth of the steps, "
-        f"while the rate fell to zero. Not measured: whitened similarity.{_not_learned(rows, counts)}",
+        f"while the rate fell to zero. Not measured: whitened similarity.{_not_learned(rows, counts)}{again}",
         "## How it was made",
         f"{len(ours)} networks took {ours.seconds.sum() / 3600:.1f} processor hours of one core, without those for the rates. "
         "`python -m benchmarks.answer --compile --table answer.csv --page .` trains what the table lacks and writes the page; "
@@ -267,6 +271,19 @@ def _not_learned(rows: pd.DataFrame, counts: Sequence[int]) -> str:
         if loss > 2 * min(of.values())
     ]
     return f" Not learned at the rate that was chosen: {', '.join(failed)}." if failed else ""
+
+
+def _again(measured: pd.DataFrame) -> str:
+    """How many networks that were trained twice, of one seed, ended at the same loss, and at which the others did."""
+    ours = measured[measured.family.isin(list(DESIGNS))]
+    twice = ours.groupby(KEYS).loss.agg([len, "min", "max"]).query("len > 1")
+    other = twice[twice["min"] < twice["max"]]
+    said = "".join(
+        f"; {DESIGNS[key[0]]} of {key[1]} blocks at {a:.3f} and {b:.3f}"
+        for key, _, a, b in other.itertuples()
+    )
+    same = f"Trained a second time with the same seed, {len(twice) - len(other)} of {len(twice)} ended at the same loss"
+    return f" {same}{said}." if len(twice) else ""
 
 
 def _largest_change(rows: pd.DataFrame, counts: Sequence[int]) -> float:

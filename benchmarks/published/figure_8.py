@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -13,15 +11,10 @@ import numpy as np
 DATA = Path(__file__).parent / "mhc_fig8.json"
 
 
-@cache
-def _printed() -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(DATA.read_text(encoding="utf-8"))
-    return found
-
-
 def matrices(family: str) -> dict[str, np.ndarray]:
     """The printed matrices of ``"HC"`` or ``"mHC"`` by name: H1, H30, H60, P1-30, P31-60, P1-60."""
-    return {name: np.asarray(values, float) for name, values in _printed()[family].items()}
+    printed = json.loads(DATA.read_text(encoding="utf-8"))[family]
+    return {name: np.asarray(values, float) for name, values in printed.items()}
 
 
 def order_errors(family: str) -> tuple[float, float]:

@@ -7,12 +7,7 @@ from typing import Any
 
 
 def ratio(values: list[float], base: list[float]) -> dict[str, Any]:
-    """Seconds of a tool relative to those of a baseline.
-
-    ``values``: seconds of each round.
-    ``base``: seconds of the baseline in each round.
-    Returns: ``ratio`` of medians, its ``quartiles``, ``rounds``, ``seconds`` and ``extra_seconds``.
-    """
+    """Seconds of a tool in each round relative to a baseline's: ratio of medians, its quartiles, and the difference."""
     # Medians: one round in which the machine was busy does not count.
     middle = statistics.median(base)
     quarters = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
