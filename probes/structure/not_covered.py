@@ -18,7 +18,7 @@ from torch import nn
 from depthscope.probes.model.modules import all_modules, all_parameters, module_paths, named_parameters
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, container_of, walk
-from depthscope.probes.reading.operations import MATRICES, NORMS, reordered, weights
+from depthscope.probes.reading.operations import MATRICES, NORMS, only_moves, weights
 from depthscope.probes.reading.proof import further_residuals
 from depthscope.probes.structure.chain import Chain, ChainError, HookPoint, block_paths
 
@@ -271,8 +271,9 @@ def missing_state(graph: Graph, chains: Sequence[Chain]) -> str:
     memories = [memory for chain in chains for memory in chain.memories]
     known = {number for memory in memories for state in memory.states for number in state.values}
     known |= {point.number for chain in chains for point in chain.points}
-    # What has the elements of a state in another order is one.
-    known = {of.number for of in reordered(graph, (graph.values[n] for n in known))}
+    # What has the elements of a state in another order is one; parts of it are shown, as of two states in one.
+    moved = walk(map(graph.values.__getitem__, known), lambda of: filter(only_moves, graph.takers(of)))
+    known = {of.number for of in moved}
     branches = [branch for memory in memories for branch in memory.branches]
     known |= {number for branch in branches for number in branch.way}
     # What a branch reads in the middle of a step, as of a solver's second evaluation, is proven next to the states.
