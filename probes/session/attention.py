@@ -27,6 +27,7 @@ from depthscope.probes.reading.graph import Graph, TracedValue, names
 from depthscope.probes.reading.operations import operation_of
 from depthscope.probes.reading.recorder import GraphRecorder
 from depthscope.probes.session.forward import Forward, Key
+from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.structure.model_structure import Structure
 
 OTHER_TOKENS = "its queries are not the tokens of the state"
@@ -166,13 +167,24 @@ class AttentionWatch:
         self.found.append((self._number(result), fused_row_numbers(q, k, mask, is_causal=causal)))
 
 
-def placed_attention(forward: Forward, structure: Structure) -> AttentionPlaces:
+def watch_attention(forward: Forward, recorder: GraphRecorder, options: Options, scope: Scope) -> None:
+    """Look at the operations of a first forward, where attention is wanted."""
+    selection = options.selection
+    # A loop looks at attention where the site is named: it costs more than the rest of a measured step.
+    if selection.includes("attention") and (scope.only_own or selection.requests):
+        # Without sums only at where it is.
+        rows = forward.rows[: options.max_sequences if scope.sums else 0]
+        watch = AttentionWatch(rows, forward.batch_size, number=lambda tensor: recorder.known(tensor).number)
+        recorder.listeners.append(watch)
+
+
+def placed_attention(forward: Forward, recorder: GraphRecorder, structure: Structure) -> AttentionPlaces:
     """Tell between which states the attention of a recorded forward lies, and give the forward its numbers."""
-    watch, recorder, places = forward.attention_watch, forward.recorder, AttentionPlaces()
-    if watch is None or not isinstance(recorder, GraphRecorder):
+    graph, places = recorder.graph, AttentionPlaces()
+    if not recorder.listeners:
         return places
-    recorder.listeners.remove(watch)  # it has tensors of the forward
-    forward.attention_watch, graph = None, recorder.graph
+    watch = recorder.listeners.pop()  # it has tensors of the forward
+    assert isinstance(watch, AttentionWatch)
     places.reasons.update(watch.reasons)
     for value, rows in watch.found:
         call = graph.calls[graph.values[value].call]

@@ -104,7 +104,6 @@ class Forward:
     """What was recorded of one call of the model."""
 
     batch_size: int
-    batch_axis: int  # of the model's first tensor
     stamp: Stamp
     first_index: int  # of its sequences, over all forwards
     slots: dict[int, int]  # row of the batch to slot of the reservoir
@@ -133,7 +132,6 @@ class Forward:
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
     # Where its operations are recorded, from the beginning of the model's own call on.
     recorder: GraphRecorder | PlacedRecorder | None = None
-    attention_watch: Any = None  # listens to its operations
     has_begun: bool = False  # the model's own forward, around which the recorder is on
     met: set[int] = field(default_factory=set)  # numbers of the values that an operation took
     nested: int = 0  # calls of the model that are running inside of this one

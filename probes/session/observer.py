@@ -65,12 +65,9 @@ class Observer:
             self._times[of.key[:2]] = max(moment, self._times.get(of.key[:2], -math.inf))
             if of.point.at == "operation":
                 self.made_by.setdefault(of.point.place, []).append(of)
-        # The biases and gates of the connections, stored with the statistics.
-        self.parameters: ConnectionParameters | None = None
-        if (
-            step.scope.sums and not step.scope.only_own and structure.connections
-        ):  # of one set of weights no value moves
-            self.parameters = ConnectionParameters(model, structure)
+        # The biases and gates of the connections, stored with the statistics; of one set of weights no value moves.
+        has_steps = step.scope.sums and not step.scope.only_own and bool(structure.connections)
+        self.parameters = connection_parameters(model, structure) if has_steps else {}
 
     # --- hooks on the modules that show the structure ---
 
@@ -366,8 +363,11 @@ class Observer:
         if complete.mix is not None:
             sums.add_mixing(number, complete.mix, mask)
         sums.add_values(number, coefficient_sums(complete, mask))
-        values = None if self.parameters is None else self.parameters.values(number)
-        if values is not None:
+        sizes = self.parameters.get(number, {})
+        # By name, since an optimizer or a loader may have put others in their place.
+        parameters = [self.model.get_parameter(name).detach() for name in sizes]
+        if sizes and sum(each.numel() for each in parameters) == sum(sizes.values()):
+            values = torch.cat([each.flatten().float() for each in parameters])
             sums.latest.setdefault("connection_parameter", {})[number] = values
 
     def record_read(self, forward: Forward, memory: MemoryReading) -> None:
@@ -403,48 +403,22 @@ def _with_other_streams(waiting: dict[Key, dict[int, T]], of: ShownTensor, strea
     return [stream for _, stream in sorted(streams.items())]
 
 
-class ConnectionParameters:
-    """The biases and gates of the connections.
+def connection_parameters(model: nn.Module, structure: Structure) -> dict[int, dict[str, int]]:
+    """The biases and gates of each connection that has some, with their numbers of elements.
 
     These are the parameters that the coefficients are computed from, with no more elements than the n² + 2n coefficients and
     no axis as wide as a state: static logits and biases, and the scalars α that scale what depends on the token.
-
-    ``model``: the user's model; its parameters are only read.
-    ``structure``: what it was found to be.
-    ``cells``: for each connection that has some, the parameter that each element of `values` belongs to.
     """
-
-    def __init__(self, model: nn.Module, structure: Structure):
-        self._model, self._structure = model, structure
-        self._names: dict[int, tuple[str, ...]] = {}
-        self.cells: dict[int, tuple[str, ...]] = {}
-        own, listed = dict(model.named_parameters(remove_duplicate=False)), set[str]()
-        for number, connection in enumerate(structure.connections):
-            names = [name for name in connection.parameters if name in own and name not in listed]
-            chosen = {name: own[name] for name in names if self._is_small(own[name])}
-            listed.update(chosen)  # what several connections share is listed once
-            if chosen:
-                self._names[number] = tuple(chosen)
-                self.cells[number] = tuple([name for name, of in chosen.items() for _ in range(of.numel())])
-
-    def _is_small(self, parameter: nn.Parameter) -> bool:
-        n = self._structure.num_streams
-        width = self._structure.chains[0].shapes[0][-1]  # streams may be a part of it
-        widths = {width, width // n, width * n}
-        return (
-            not unreadable(parameter)
-            and parameter.numel() <= n * (n + 2)
-            and not widths & set(parameter.shape)
-        )
-
-    def values(self, number: int) -> torch.Tensor | None:
-        """The present values of a connection's biases and gates, one after another; None where it has none.
-
-        Returns: A copy in float32, as long as its `cells`.
-        """
-        names = self._names.get(number, ())
-        # By name, since an optimizer or a loader may have put others in their place.
-        parameters = [self._model.get_parameter(name) for name in names]
-        if not parameters or sum(each.numel() for each in parameters) != len(self.cells[number]):
-            return None
-        return torch.cat([each.detach().flatten().float() for each in parameters])
+    n, width = structure.num_streams, structure.chains[0].shapes[0][-1]
+    widths = {width, width // n, width * n}  # streams may be a part of it
+    small = {
+        name: of.numel()
+        for name, of in model.named_parameters(remove_duplicate=False)
+        if not unreadable(of) and of.numel() <= n * (n + 2) and not widths & set(of.shape)
+    }
+    # What several connections share is listed once.
+    chosen = [
+        {name: small.pop(name) for name in dict.fromkeys(connection.parameters) if name in small}
+        for connection in structure.connections
+    ]
+    return {number: of for number, of in enumerate(chosen) if of}

@@ -242,11 +242,9 @@ class Session:
             reservoir.stamp = None  # the sequences that were chosen so far came to nothing
         if self.step.scope.digests:
             self.step.note_batch(lead)
-        batch_axis = self.first.batch_axis
-        if self.options.is_packed:
-            lead, batch_axis = lead.unsqueeze(0), 0
+        lead = lead.unsqueeze(0) if self.options.is_packed else lead
         return Forward(
-            **reservoir.drawn(lead, batch_axis, stamp),
+            **reservoir.drawn(lead, self.first.batch_axis, stamp),
             stamp=stamp,
             arguments=named,
             decoding=is_decoding(named),

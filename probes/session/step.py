@@ -277,7 +277,6 @@ class Reservoir:
         rows = torch.tensor(sorted(slots), dtype=torch.long, device=lead.device)
         return {
             "batch_size": batch_size,
-            "batch_axis": batch_axis,
             "first_index": self.first + self.total - batch_size,
             "slots": slots,
             "rows": rows,
