@@ -27,22 +27,6 @@ PIPELINE_INFERENCE = ("_forward_metadata_inference", "_shape_inference")  # as r
 Report: TypeAlias = Callable[[Exception], None]
 
 
-class CompilerLog:
-    """How often torch's compiler, or an export, met a hook of ours while it traced the code around it."""
-
-    met = 0
-
-
-def _note_compiler() -> int:
-    CompilerLog.met += 1
-    return 0
-
-
-# The compiler calls such a function while it traces and keeps its result, so that nothing of it is in the compiled code; the
-# attribute is what `torch.compiler.assume_constant_result` sets, without its import, which takes a second.
-_note_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def call_safely(
     report: Report, function: Callable[..., Any], *args: Any, computes: bool = True, **kwargs: Any
 ) -> Any:
@@ -110,11 +94,8 @@ class Hook:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Call the function and return None: any other value would replace the module's output."""
-        if torch.compiler.is_compiling():
-            # Nothing of ours may get into the user's compiled code: no operation, and no break of its graph.
-            _note_compiler()
-            return
-        if self.function is not None:
+        # Nothing of ours may get into the user's compiled code: no operation, and no break of its graph.
+        if not torch.compiler.is_compiling() and self.function is not None:
             call_safely(self.report, self.function, *args, computes=self.computes, **kwargs)
 
     def disable(self) -> None:
@@ -274,12 +255,9 @@ class WatchedMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method unchanged, in the watcher's context, and return its result."""
-        if torch.compiler.is_compiling():  # as in `Hook`
-            _note_compiler()
-            return self._method(*args, **kwargs)
-        watcher, watch = self._watcher, None
-        if watcher is not None:
-            watch = call_safely(self._report, watcher, self._module, args, kwargs)
+        watch = None
+        if not torch.compiler.is_compiling() and self._watcher is not None:  # as in `Hook`
+            watch = call_safely(self._report, self._watcher, self._module, args, kwargs)
         if watch is None:
             return self._method(*args, **kwargs)
         with watch.mode:
@@ -323,9 +301,9 @@ class WatchedMethod:
         return getattr, (self._module, self._name)
 
 
-def _running_frames() -> Iterator[FrameType]:
-    """The frames of the running code, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
+def running_frames(innermost: FrameType | None = None) -> Iterator[FrameType]:
+    """The frames of the running code, or of that of another thread by its innermost frame, from there on."""
+    frame: FrameType | None = innermost or sys._getframe(1)
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -339,7 +317,7 @@ def in_recomputation() -> bool:
 
 def in_reentrant_checkpoint() -> bool:
     """Whether a reentrant checkpoint is running its forward, whose graph is made later, in the backward."""
-    return any(frame.f_code is REENTRANT_FORWARD for frame in _running_frames())
+    return any(frame.f_code is REENTRANT_FORWARD for frame in running_frames())
 
 
 def in_pipeline_inference() -> bool:
@@ -351,12 +329,12 @@ def in_pipeline_inference() -> bool:
     stage = sys.modules.get("torch.distributed.pipelining.stage")
     if stage is None:
         return False
-    codes = (frame.f_code for frame in _running_frames())
+    codes = (frame.f_code for frame in running_frames())
     return any(code.co_name in PIPELINE_INFERENCE and code.co_filename == stage.__file__ for code in codes)
 
 
 def num_running_calls(model: nn.Module) -> int:
     """How many calls of the model, one inside of another, the running code was called by."""
     # By name: what torch's method is wrapped in differs between versions.
-    calls = (frame for frame in _running_frames() if frame.f_code.co_name == "_call_impl")
+    calls = (frame for frame in running_frames() if frame.f_code.co_name == "_call_impl")
     return sum(frame.f_locals.get("self") is model for frame in calls)

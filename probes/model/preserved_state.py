@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.hooks import WatchedMethod
-from depthscope.probes.model.modules import all_modules, all_parameters
+from depthscope.probes.model.modules import all_parameters, module_paths
 from depthscope.probes.model.tensors import version
 
 # Where it is loaded, torch's compiler may be in use: its import takes a second, which `torch.compile` does and we must not.
@@ -69,7 +69,7 @@ WRAPPERS = ("torch.distributed.", "torch.nn.parallel.", "torch._dynamo.")
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
     """Run a model for ourselves, as it is written: random states, buffers, plain attributes and training flags come back."""
-    modules = all_modules(model)
+    modules = [module for _, module in module_paths(model)]
     # Frozen TorchScript has no such flag.
     training_flags = [(module, module.training) for module in modules if hasattr(module, "training")]
     # The devices of the model only: by default fork_rng takes every device, and warns where there are several.

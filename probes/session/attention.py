@@ -139,8 +139,9 @@ class AttentionWatch:
         batch, shape = self._batch_size, tuple(weights.shape)
         is_single = len(shape) == 3 and batch == 1
         if not is_single and (len(shape) not in (3, 4) or shape[0] != batch):
-            reason = f"weights of shape {shape} do not tell the {batch} sequences from heads or windows"
-            self.reasons[reason] += 1
+            self.reasons[
+                f"weights of shape {shape} do not tell the {batch} sequences from heads or windows"
+            ] += 1
             return
         w, s = (of.reshape(batch, -1, *shape[-2:])[self._chosen] for of in (weights, logits > MASKED))
         self.found.append((self._number(weights), row_numbers(w, s)))
@@ -151,10 +152,8 @@ class AttentionWatch:
         if query.shape[-2] < 2:
             return
         if query.ndim != 4 or query.shape[0] != self._batch_size:
-            reason = (
-                f"queries of shape {tuple(query.shape)} do not have the {self._batch_size} sequences first"
-            )
-            self.reasons[reason] += 1
+            shape = tuple(query.shape)
+            self.reasons[f"queries of shape {shape} do not have the {self._batch_size} sequences first"] += 1
             return
         q, k = query[self._chosen].float(), key[self._chosen].float()
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # several heads may share their keys
@@ -190,19 +189,18 @@ def placed_attention(forward: Forward, recorder: GraphRecorder, structure: Struc
         call = graph.calls[graph.values[value].call]
         of_call = places.calls.setdefault((call.path, call.number), [])
         of_call.append(None)  # before the first state, or in what is no chain
-        place = _first_state_after(graph.values[value], graph, structure)
-        if place is None:
+        key = _first_state_after(graph.values[value], graph, structure)
+        if key is None:
             continue
-        number, depth, state = place
-        shape = torch.empty(state.shape, device="meta")
+        state = torch.empty(structure.chains[key[0]].shapes[key[1]], device="meta")
         try:
-            tokens = structure.canonical(number, shape, forward.batch_size, depth).shape[1]
+            tokens = structure.canonical(key[0], state, forward.batch_size, key[1]).shape[1]
         except LayoutError:  # where attention cannot be placed, the states are read all the same
             tokens = None
         if rows.shape[-1] != tokens:
             places.reasons[OTHER_TOKENS] += 1
             continue
-        key = of_call[-1] = number, depth
+        of_call[-1] = key
         places.heads[key] = places.heads.get(key, 0) + rows.shape[2]
         places.modules[key] = call.path
         _add_rows(forward, key, rows)
@@ -210,22 +208,19 @@ def placed_attention(forward: Forward, recorder: GraphRecorder, structure: Struc
     return places
 
 
-def _first_state_after(
-    made: TracedValue, graph: Graph, structure: Structure
-) -> tuple[int, int, TracedValue] | None:
-    """Chain, depth and value of the first state that was computed from a value, after another one."""
+def _first_state_after(made: TracedValue, graph: Graph, structure: Structure) -> Key | None:
+    """Chain and depth of the first state that was computed from a value, after another one."""
     for number, chain in enumerate(structure.chains):
-        states = ((depth, graph.values[point.number]) for depth, point in enumerate(chain.points))
-        later = ((d, value) for d, value in states if value.number > made.number)
-        depth, value = next(later, (0, made))
-        if depth > 0 and graph.depends(value, made):
-            return number, depth, value
+        later = (depth for depth, point in enumerate(chain.points) if point.number > made.number)
+        depth = next(later, 0)
+        if depth > 0 and graph.depends(graph.values[chain.points[depth].number], made):
+            return number, depth
     return None
 
 
 def _add_rows(forward: Forward, key: Key, rows: torch.Tensor) -> None:
-    known = forward.attention.get(key)
-    forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
+    known = [forward.attention[key]] if key in forward.attention else []
+    forward.attention[key] = torch.cat([*known, rows], dim=2)
 
 
 def later_attention(places: AttentionPlaces, forward: Forward, path: str) -> MethodWatch | None:

@@ -95,7 +95,6 @@ class Sequence:
     parts: dict[tuple[int, int], Weights]
     branches: dict[tuple[int, int], torch.Tensor]
     row: torch.Tensor | None  # of the model's first tensor, for the digest of the data
-    decoding: bool = False
     attention: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # (3, H, T) before a state
 
 
@@ -108,7 +107,6 @@ class Forward:
     first_index: int  # of its sequences, over all forwards
     slots: dict[int, int]  # row of the batch to slot of the reservoir
     arguments: Mapping[str, Any]
-    decoding: bool
     rows: torch.Tensor  # the sampled sequences
     row_data: torch.Tensor | None  # the sampled sequences of that tensor
     masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
@@ -215,7 +213,6 @@ class Forward:
                     for key, rows in self.attention.items()
                     if position < rows.shape[1]
                 },
-                decoding=self.decoding,
                 row=None if self.row_data is None else self.row_data[position].cpu().clone(),
             )
             found.append((self.slots[row], sequence))
@@ -257,14 +254,14 @@ class Measured:
     """What forwards with the same weights add up to."""
 
     stamp: Stamp
-    batch_size: int
-    sums: list[TokenSums]
-    without_connections: str = ""  # as that of a forward
+    num_forwards: int = 0
+    batch_size: int = 0
+    sums: list[TokenSums] = field(default_factory=list)
 
     def add(self, forward: Forward) -> None:
         """Add one more forward."""
+        self.num_forwards += 1
         self.batch_size += forward.batch_size
-        self.without_connections = self.without_connections or forward.without_connections
         self.sums = merge_sums(self.sums, forward.sums)
 
 

@@ -23,7 +23,7 @@ from depthscope.probes.model.hooks import (
     in_recomputation,
     num_running_calls,
 )
-from depthscope.probes.model.modules import PresentModules, is_decoding, named_arguments
+from depthscope.probes.model.modules import PresentModules, named_arguments
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, readable
 from depthscope.probes.session.attention import add_attention_sums
@@ -247,7 +247,6 @@ class Session:
             **reservoir.drawn(lead, self.first.batch_axis, stamp),
             stamp=stamp,
             arguments=named,
-            decoding=is_decoding(named),
         )
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:

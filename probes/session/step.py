@@ -18,12 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from depthscope.diagnostics.schema import SUMS_OF_COEFFICIENTS
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import (
-    CompilerLog,
-    Hook,
-    Report,
-    in_reentrant_checkpoint,
-)
+from depthscope.probes.model.hooks import Hook, Report, in_reentrant_checkpoint, running_frames
 from depthscope.probes.model.loss_graph import compared_by_gradient, read_task, squares_by_gradient
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import COMPILER
@@ -48,13 +43,10 @@ class Step:
         self.last: Forward | None = None
         self.num_forwards = 0  # of all steps
         self.num_left_out = 0  # evaluations within steps of training
-        self.gradients_undefined = False  # of forwards since the last fold but one
-        # Whether a backward ran in the last fold's forwards, and no state had a graph.
-        self.without_gradients = False
-        # Whether a forward whose connections cannot be read counts without them, and why some of the last fold's did.
-        self.keeps_rest, self.without_connections = not scope.only_own, ""
+        self.keeps_rest = (
+            not scope.only_own
+        )  # whether a forward whose connections cannot be read counts without them
         self._measured: list[Measured] = []
-        self._num_measured = 0  # of the forwards that `_measured` adds up
         self.draw_anew()
         self.begin()
 
@@ -62,9 +54,11 @@ class Step:
         """Begin a step."""
         self.loss.clear()
         self.digest: torch.Tensor | None = None  # of the batches, where it is kept
+        self.gradients_undefined = False  # of a forward
+        self.without_gradients = False  # whether a backward ran, and no state had a graph
+        self.without_connections = ""  # why some forwards count without them
         self._kind = 0  # of the calls that count
         self._num_without_graph = 0  # calls that can have no gradient
-        self._compiler_met = CompilerLog.met  # how often torch's compiler had met our hooks by now
 
     def draw_anew(self) -> None:
         """Begin another sample."""
@@ -101,8 +95,8 @@ class Step:
             return False
         if kind > self._kind:
             self._kind = kind
-            if seen := len(self.forwards) + self._num_measured:  # which turn out to be evaluations
-                self.num_left_out += seen
+            if not self.is_empty:  # which turn out to be evaluations
+                self.num_left_out += len(self.forwards) + sum(of.num_forwards for of in self._measured)
                 self.drop()
                 self.reservoir.forget()
         return True
@@ -127,7 +121,7 @@ class Step:
         """Forget the forwards since the last fold."""
         for forward in self.forwards:
             forward.release()
-        self.forwards, self._measured, self._num_measured = [], [], 0
+        self.forwards, self._measured, self.without_connections = [], [], ""
 
     def fold(self) -> list[Measured]:
         """What the forwards since the last fold add up to; their sampled sequences go to the reservoir.
@@ -135,11 +129,8 @@ class Step:
         Returns: One for each change of the weights, mostly one.
         Raises CaptureError: Where no gradient arrived, or nothing was called; none of these forwards counts then.
         """
-        self.without_gradients = False
-        self.gradients_undefined = any(forward.gradients_undefined for forward in self.forwards)
         self._absorb()
-        done, self._measured, self._num_measured = self._measured, [], 0
-        self.without_connections = next(filter(None, (each.without_connections for each in done)), "")
+        done, self._measured = self._measured, []
         for chain in (of for each in done for of in each.sums) if self.without_connections else ():
             # Other forwards of it show connections: no mean over the step's tokens is known.
             chain.forget("gain_sum", "gain_max", *SUMS_OF_COEFFICIENTS)
@@ -158,18 +149,18 @@ class Step:
                 "gradients were asked for but none arrived: every forward of the step ran without a graph, as under "
                 "torch.no_grad(); such forwards count to no step that measures gradients"
             )
-        if self._compiler_met != CompilerLog.met:
-            return (
-                "the model was only called inside of code that was compiled, traced or exported as a whole; record the module "
-                "that torch.compile returned, or compile the model and not the function around it"
-            )
         if self.scope.only_own:
             return (
                 "no forward of the model was seen: the batch is empty, or the model is not called through Module.__call__, "
                 "which runs the hooks; nothing to measure"
             )
-        hint = ", or only inside of compiled code" if COMPILER in sys.modules else ""
-        return f"the model was not called between two steps, or with empty batches only{hint}; nothing to measure"
+        nothing = "the model was not called between two steps, or with empty batches only"
+        if COMPILER not in sys.modules:
+            return f"{nothing}; nothing to measure"
+        return (
+            f"{nothing}, or only inside of code that was compiled, traced or exported as a whole: record the module that "
+            "torch.compile returned, or compile the model and not the function around it"
+        )
 
     def _absorb(self) -> None:
         done, self.forwards = self.forwards, []
@@ -182,11 +173,12 @@ class Step:
                 forward.release()
         for forward in counted:
             self.num_forwards += 1
-            self._num_measured += 1
+            self.gradients_undefined |= forward.gradients_undefined
+            self.without_connections = self.without_connections or forward.without_connections
             if not forward.without_connections:
                 self.reservoir.store(forward.sequences(), forward.stamp)
             if not self._measured or self._measured[-1].stamp != forward.stamp:
-                self._measured.append(Measured(forward.stamp, 0, []))
+                self._measured.append(Measured(forward.stamp))
             self._measured[-1].add(forward)
 
     def _with_gradients(self, done: list[Forward]) -> list[Forward]:
@@ -201,21 +193,19 @@ class Step:
         return trained
 
     def _require_gradients(self, forward: Forward) -> None:
-        if not self.options.gradients:
+        if not self.options.gradients or forward.arrivals:
             return
-        if not forward.arrivals:
-            if not self.scope.only_own and not forward.expected_gradients and self.loss.backwards:
-                self.without_gradients = True
-                return
-            if self.scope.only_own:
-                raise CaptureError(
-                    "no gradient of the loss arrives at any state: the graph is cut between the last block and the loss; look "
-                    "for a detach, a no_grad or an argmax there"
-                )
+        if self.scope.only_own:
+            raise CaptureError(
+                "no gradient of the loss arrives at any state: the graph is cut between the last block and the loss; look "
+                "for a detach, a no_grad or an argmax there"
+            )
+        if forward.expected_gradients or not self.loss.backwards:
             raise CaptureError(
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"
             )
+        self.without_gradients = True
 
 
 # --- the sample ---
@@ -356,13 +346,9 @@ def _running_frame() -> FrameType | None:
     torch does not tell it, but the function that runs the engine waits for it with the roots among its variables: in this
     thread, or for tensors on another device in the one that called it.
     """
-    for frame in (sys._getframe(), *sys._current_frames().values()):
-        place: FrameType | None = frame
-        while place is not None:
-            if place.f_code is RUN_BACKWARD:
-                return place
-            place = place.f_back
-    return None
+    threads = sys._getframe(), *sys._current_frames().values()
+    frames = (frame for innermost in threads for frame in running_frames(innermost))
+    return next((frame for frame in frames if frame.f_code is RUN_BACKWARD), None)
 
 
 def living_scalers() -> list[torch.amp.GradScaler]:
