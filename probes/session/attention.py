@@ -2,8 +2,8 @@
 
 Weights are a softmax over keys whose result multiplies the values, or the inside of one of torch's fused operations: there
 they are computed once more from the queries and keys. Whether a softmax is one of attention is seen from what is done with it,
-never by a name. The first forward, whose operations are all recorded, shows which calls of which modules attend, and to which
-state that leads; later forwards look at the operations of these modules alone.
+never by a name. The first forward, whose operations are all recorded, shows to which states attention leads; later forwards
+attend in the same order.
 
 Shapes: S sampled sequences, H heads, Q queries, K keys.
 """
@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from depthscope.probes.model.hooks import MethodWatch, without_frames
 from depthscope.probes.model.layout import LayoutError
@@ -57,24 +56,17 @@ CLOSED = names("_native_multi_head_attention _transformer_encoder_layer_fwd")
 class AttentionPlaces:
     """Where a model attends, as its first forward showed.
 
-    ``calls``: by module path and index of the call: for each time that it attends, chain and depth of the state that this
-    leads to, or None where it leads to none that is known.
-    ``heads, modules``: number of heads, and the module, by chain and depth.
+    ``expected``: for each time that it attends, chain and depth of the state that this leads to, or None where it leads to
+    none that is known.
+    ``heads, modules, seen``: number of heads, the module, and in how many forwards it was seen, by chain and depth.
     ``reasons``: why attention was seen and is not measured, and how often.
     """
 
-    calls: dict[tuple[str, int], list[Key | None]] = field(default_factory=dict)
-    heads: dict[Key, int] = field(default_factory=dict)
+    expected: list[Key | None] = field(default_factory=list)
+    heads: Counter[Key] = field(default_factory=Counter)
     modules: dict[Key, str] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     seen: Counter[Key] = field(default_factory=Counter)
-
-    @property
-    def paths(self) -> set[str]:
-        """The modules that later forwards look at; all but the model itself."""
-        placed = {path for (path, _), keys in self.calls.items() if any(keys)}
-        # A module that contains another one of them would see its attention as well.
-        return {path for path in placed if path and not any(other.startswith(f"{path}.") for other in placed)}
 
 
 class AttentionWatch:
@@ -158,7 +150,7 @@ class AttentionWatch:
         q, k = query[self._chosen].float(), key[self._chosen].float()
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # several heads may share their keys
         scale = given.get("scale")
-        q = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
         mask = given.get("attn_mask", given.get("attn_bias"))
         if mask is not None and mask.ndim == 4:
             mask = mask.expand(query.shape[0], *mask.shape[-3:])[self._chosen]
@@ -186,13 +178,12 @@ def placed_attention(forward: Forward, recorder: GraphRecorder, structure: Struc
     assert isinstance(watch, AttentionWatch)
     places.reasons.update(watch.reasons)
     for value, rows in watch.found:
-        call = graph.calls[graph.values[value].call]
-        of_call = places.calls.setdefault((call.path, call.number), [])
-        of_call.append(None)  # before the first state, or in what is no chain
+        places.expected.append(None)  # before the first state, or in what is no chain
         key = _first_state_after(graph.values[value], graph, structure)
         if key is None:
             continue
-        state = torch.empty(structure.chains[key[0]].shapes[key[1]], device="meta")
+        shape = graph.values[structure.chains[key[0]].points[key[1]].number].shape
+        state = torch.empty(shape, device="meta")
         try:
             tokens = structure.canonical(key[0], state, forward.batch_size, key[1]).shape[1]
         except LayoutError:  # where attention cannot be placed, the states are read all the same
@@ -200,9 +191,9 @@ def placed_attention(forward: Forward, recorder: GraphRecorder, structure: Struc
         if rows.shape[-1] != tokens:
             places.reasons[OTHER_TOKENS] += 1
             continue
-        of_call[-1] = key
-        places.heads[key] = places.heads.get(key, 0) + rows.shape[2]
-        places.modules[key] = call.path
+        places.expected[-1] = key
+        places.heads[key] += rows.shape[2]
+        places.modules[key] = graph.path(graph.values[value])
         _add_rows(forward, key, rows)
     places.seen.update(places.heads.keys())
     return places
@@ -223,18 +214,17 @@ def _add_rows(forward: Forward, key: Key, rows: torch.Tensor) -> None:
     forward.attention[key] = torch.cat([*known, rows], dim=2)
 
 
-def later_attention(places: AttentionPlaces, forward: Forward, path: str) -> MethodWatch | None:
-    """What looks at one call of a module that attends; None where it is not looked at."""
-    expected = places.calls.get((path, forward.next_index("attention", path)))
-    if expected is None or not any(expected) or not len(forward.rows):
+def later_attention(places: AttentionPlaces, forward: Forward) -> MethodWatch | None:
+    """What looks at the operations of a later forward; None where none is looked at."""
+    if not len(forward.rows) or forward.nested:
         return None
     watch = AttentionWatch(forward.rows, forward.batch_size)
 
     def done(result: Any) -> None:
-        if len(watch.found) != len(expected):
+        if len(watch.found) != len(places.expected):
             places.reasons[next(iter(watch.reasons), CHANGED)] += 1
             return
-        for (_, found), key in zip(watch.found, expected, strict=True):
+        for (_, found), key in zip(watch.found, places.expected, strict=True):
             if key is not None:
                 _add_rows(forward, key, found)
                 places.seen[key] += 1
@@ -255,10 +245,8 @@ def add_attention_sums(forward: Forward, heads: int) -> None:
             "attention_entropy_sum": (entropy / keys.clamp_min(2).log()).where(chosen, 0.0),
             "sink_mass_sum": first.where(chosen, 0.0),
         }
-        missing = 0, heads - rows_3SHQ.shape[2]
-        padded = {
-            name: nn.functional.pad(of.sum((0, 2)), missing, value=math.nan) for name, of in sums.items()
-        }
+        missing = torch.full((heads - rows_3SHQ.shape[2],), math.nan)
+        padded = {name: torch.cat([of.sum((0, 2)), missing.to(of)]) for name, of in sums.items()}
         forward.chain_sums(number).add_values(depth, padded)
 
 
@@ -271,8 +259,7 @@ def fused_row_numbers(
     for begin in range(0, q.shape[2], size):
         logits = q[:, :, begin : begin + size] @ k.mT
         if is_causal:
-            position = torch.arange(begin, begin + logits.shape[2], device=logits.device)
-            later = torch.arange(k.shape[2], device=logits.device) > position[:, None]
+            later = torch.ones(logits.shape[2:], dtype=torch.bool, device=logits.device).triu(begin + 1)
             logits = logits.masked_fill(later, -math.inf)
         if mask is not None:
             part = mask[..., begin : begin + size, :] if mask.shape[-2] > 1 else mask
@@ -294,6 +281,5 @@ def row_numbers(weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     entropy = -torch.xlogy(weights, weights).sum(-1)
     first = weights.gather(-1, seen.int().argmax(-1, keepdim=True)).squeeze(-1)
     nothing = (keys == 0) | ~entropy.isfinite()
-    return torch.stack(
-        [entropy.masked_fill(nothing, math.nan), keys.float(), first.masked_fill(nothing, math.nan)]
-    )
+    entropy, first = (of.masked_fill(nothing, math.nan) for of in (entropy, first))
+    return torch.stack([entropy, keys.float(), first])

@@ -79,8 +79,8 @@ class Observer:
             shown[of.point.at].setdefault(of.point.path, []).append(of)
         for path, states in shown["input"].items():
             attachment.before(modules[path], partial(self._record_states, "input", path, states))
-        for path in sorted(self._attention.paths):
-            attachment.around(modules[path], "forward", partial(self._watch_attention, path))
+        if any(self._attention.expected):
+            attachment.around(self.model, "forward", self._watch_attention)
         branches = {c.branch_path for chain in self.structure.chains for c in chain.connections}
         for path in filter(None, branches):
             attachment.after(modules[path], partial(self._after_branch, path))
@@ -132,9 +132,9 @@ class Observer:
                 for forward in waiting:
                     self.hook_gradient(forward, state, tensors[item])
 
-    def _watch_attention(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
+    def _watch_attention(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
         forward = self._current.recorded
-        return None if forward is None else later_attention(self._attention, forward, path)
+        return None if forward is None else later_attention(self._attention, forward)
 
     def _after_branch(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         forward, tensor = self._current.recorded, next(iter(floats_in(output)), None)
