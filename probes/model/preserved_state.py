@@ -162,32 +162,23 @@ def _entries(content: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _put_back(container: Any, content: Any) -> None:
-    if isinstance(container, list | deque):
-        if len(container) != len(content) or not all(map(operator.is_, container, content)):
-            container.clear()
-            container.extend(content)
+    if isinstance(content, dict):
+        now = dict(container.items())
+        # A method that a probe observes comes and goes like a hook, in its own time.
+        watched = {n for each in (now, content) for n, of in each.items() if isinstance(of, WatchedMethod)}
+        for name in now.keys() - content.keys() - watched:
+            del container[name]
+        for name, value in content.items():
+            if name not in watched and (name not in now or now[name] is not value):
+                container[name] = value
     elif isinstance(container, set):
         if container != content:
             container.clear()
             container.update(content)
     elif not isinstance(container, tuple):
-        _put_back_entries(container, content)
-
-
-def _put_back_entries(container: Any, content: dict[Any, Any]) -> None:
-    now = dict(container.items())
-    # A method that a probe observes comes and goes like a hook, in its own time.
-    for name in [
-        name for each in (now, content) for name, value in each.items() if isinstance(value, WatchedMethod)
-    ]:
-        now.pop(name, None)
-        content.pop(name, None)
-    if now.keys() == content.keys() and all(map(operator.is_, now.values(), content.values())):
-        return
-    for name in now.keys() - content.keys():
-        del container[name]
-    for name, value in content.items():
-        container[name] = value
+        if len(container) != len(content) or not all(map(operator.is_, container, content)):
+            container.clear()
+            container.extend(content)
 
 
 def _copy(value: Any, shared: Mapping[int, torch.UntypedStorage]) -> Any:

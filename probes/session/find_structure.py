@@ -82,13 +82,8 @@ class StructureFinder:
         self.rereading = Rereading(graph)
         self.memories = self.rereading.memories
         self._read: ReadStructure | None = None
-        self._layouts: dict[tuple[int, int], tuple[Numbers, str]] = {}  # by memory and numbers
+        self.sequences = SequenceAxis(graph, batch_size, batch_axis)
         self._unread: list[LeftOut] = []  # further states that cannot be read
-
-    @cached_property
-    def sequences(self) -> SequenceAxis:
-        """Where the sequences of the batch are in each value."""
-        return SequenceAxis(self.graph, self.batch_size, self.batch_axis)
 
     def structure(self) -> Structure:
         """The structure.
@@ -370,14 +365,7 @@ class StructureFinder:
         numbers = memory.carried.get(value.number) if numbers is None else numbers
         if numbers is None and value.shape == root.shape:  # before a norm with which the first block begins
             numbers = memory.carried[root.number]
-        return "" if numbers is None else self._read_layout(memory, numbers)
-
-    def _read_layout(self, memory: MemoryReading, numbers: Numbers) -> str:
-        known = self._layouts.get((id(memory), id(numbers)))
-        if known is None:
-            known = numbers, read_layout(memory, numbers, self.sequences)
-            self._layouts[id(memory), id(numbers)] = known
-        return known[1]
+        return "" if numbers is None else read_layout(memory, numbers, self.sequences)
 
     def _refuse_mixed(self, root: TracedValue, memory: MemoryReading) -> None:
         """Say along which axis the sequences are, where the branches mix what was taken for them."""
@@ -445,7 +433,7 @@ class StructureFinder:
         """Into how many parts the features of each stream are split."""
         memories = chain.memories if chain.has_streams else ()
         numbers = [(m, m.carried[n]) for m in memories for state in m.states for n in state.values]
-        layouts = [(of, self._read_layout(memory, of)) for memory, of in numbers]
+        layouts = [(of, read_layout(memory, of, self.sequences)) for memory, of in numbers]
         fractions = {num_fractions(of, layout) for of, layout in layouts if "F" in layout}
         return fractions.pop() if len(fractions) == 1 else 1
 
