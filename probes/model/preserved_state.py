@@ -175,10 +175,13 @@ def _put_back(container: Any, content: Any) -> None:
         if container != content:
             container.clear()
             container.update(content)
-    elif not isinstance(container, tuple):
-        if len(container) != len(content) or not all(map(operator.is_, container, content)):
-            container.clear()
-            container.extend(content)
+    elif not isinstance(container, tuple) and not _are_same(container, content):
+        container.clear()
+        container.extend(content)
+
+
+def _are_same(first: list[Any] | deque[Any], other: list[Any]) -> bool:
+    return len(first) == len(other) and all(map(operator.is_, first, other))
 
 
 def _copy(value: Any, shared: Mapping[int, torch.UntypedStorage]) -> Any:
