@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from depthscope.probes.model.hooks import MethodWatch, without_frames
 from depthscope.probes.model.layout import LayoutError
@@ -25,7 +26,7 @@ from depthscope.probes.model.tensors import OperationsShown
 from depthscope.probes.reading.graph import Graph, TracedValue, names
 from depthscope.probes.reading.operations import operation_of
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.forward import Forward, Key
+from depthscope.probes.session.forward import CurrentForward, Forward, Key
 from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.structure.model_structure import Structure
 
@@ -44,10 +45,8 @@ PASSING = names(
     "view _unsafe_view reshape expand clone _to_copy native_dropout slice alias mul div where masked_fill nan_to_num "
     "unsqueeze squeeze detach"
 )
-KERNELS = (
-    "flash_attention flash_attention_for_cpu efficient_attention cudnn_attention fused_attention_overrideable"
-)
-FUSED = frozenset(f"_scaled_dot_product_{name}" for name in KERNELS.split())
+KERNELS = "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"
+FUSED = frozenset(f"_scaled_dot_product_{name}" for name in (*KERNELS, "fused_attention_overrideable"))
 # Whole layers in one operation, which torch uses where no gradient is wanted.
 CLOSED = names("_native_multi_head_attention _transformer_encoder_layer_fwd")
 
@@ -214,9 +213,12 @@ def _add_rows(forward: Forward, key: Key, rows: torch.Tensor) -> None:
     forward.attention[key] = torch.cat([*known, rows], dim=2)
 
 
-def later_attention(places: AttentionPlaces, forward: Forward) -> MethodWatch | None:
+def later_attention(
+    places: AttentionPlaces, current: CurrentForward, module: nn.Module, args: Any, kwargs: Any
+) -> MethodWatch | None:
     """What looks at the operations of a later forward; None where none is looked at."""
-    if not len(forward.rows) or forward.nested:
+    forward = current.recorded
+    if forward is None or forward.nested or not len(forward.rows):
         return None
     watch = AttentionWatch(forward.rows, forward.batch_size)
 

@@ -30,6 +30,7 @@ from depthscope.probes.model.hooks import (
     Report,
     in_recomputation,
 )
+from depthscope.probes.model.layout import are_several
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import COMPILER, preserved_state
 from depthscope.probes.model.tensors import tensors_in
@@ -262,16 +263,11 @@ class CompiledCalls:
                 "a compiled model was called by two threads at once; record one thread at a time, or do not compile it"
             )
         try:
-            own, alone = own_call(self._owner), _NoExchange() if _are_several() else nullcontext()
+            own, alone = own_call(self._owner), _NoExchange() if are_several() else nullcontext()
             with preserved_state(module), own, alone:
                 yield
         finally:
             self._lock.release()
-
-
-def _are_several() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class _NoExchange(TorchDispatchMode):
@@ -285,7 +281,7 @@ class _NoExchange(TorchDispatchMode):
 
 def _require_repeatable(module: nn.Module) -> None:
     """Refuse a model whose forward cannot run once more without any effect."""
-    for part in module.modules() if _are_several() else ():
+    for part in module.modules() if are_several() else ():
         name = type(part).__name__
         if (
             isinstance(part, nn.parallel.DistributedDataParallel)

@@ -174,9 +174,7 @@ class Forward:
         backward to the first state alone would then run nowhere.
         """
         ends: list[TensorKey] = []
-        earlier: dict[
-            int, tuple[int, set[Any]]
-        ] = {}  # of each chain its first depth, and what made its states
+        earlier: dict[int, tuple[int, set[Any]]] = {}  # first depth of each chain, and what made its states
         listeners = self.expected_gradients.items()
         for key, listener in sorted(listeners, key=lambda of: (of[0][0], of[0][1] < 0, of[0])):  # FINAL last
             assert listener.end is not None, "the forward was released"

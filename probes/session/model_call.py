@@ -43,22 +43,16 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
     An object is passed as a copy, as a model of graphs may put its states where it found their features.
     """
-    with _without_nested_tensors(model):
+    # Torch's encoders run on a padded batch as it is: their kernel would make a nested tensor of it.
+    was_on = torch.backends.mha.get_fastpath_enabled()
+    packs = any(isinstance(part, nn.TransformerEncoder) for part in model.modules())
+    torch.backends.mha.set_fastpath_enabled(was_on and not packs)
+    try:
         if isinstance(batch, Mapping):
             return model(**batch)
         if isinstance(batch, (tuple, list)):
             return model(*batch)
         return model(batch if isinstance(batch, torch.Tensor) else copy.copy(batch))
-
-
-@contextmanager
-def _without_nested_tensors(model: nn.Module) -> Iterator[None]:
-    """Let torch's encoders run on a padded batch as it is, of which their kernel would make a nested tensor."""
-    was_on = torch.backends.mha.get_fastpath_enabled()
-    packs = any(isinstance(part, nn.TransformerEncoder) for part in model.modules())
-    torch.backends.mha.set_fastpath_enabled(was_on and not packs)
-    try:
-        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was_on)
 

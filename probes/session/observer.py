@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from depthscope.probes.connections.proof import DepthWeights, Parts
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
+from depthscope.probes.model.hooks import Attachment, in_recomputation
 from depthscope.probes.model.modules import find_mask, fit_mask
 from depthscope.probes.model.tensors import floats_in
 from depthscope.probes.model.user_modes import compute_dtype
@@ -80,7 +80,8 @@ class Observer:
         for path, states in shown["input"].items():
             attachment.before(modules[path], partial(self._record_states, "input", path, states))
         if any(self._attention.expected):
-            attachment.around(self.model, "forward", self._watch_attention)
+            watch = partial(later_attention, self._attention, self._current)
+            attachment.around(self.model, "forward", watch)
         branches = {c.branch_path for chain in self.structure.chains for c in chain.connections}
         for path in filter(None, branches):
             attachment.after(modules[path], partial(self._after_branch, path))
@@ -131,10 +132,6 @@ class Observer:
                     )
                 for forward in waiting:
                     self.hook_gradient(forward, state, tensors[item])
-
-    def _watch_attention(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
-        forward = self._current.recorded
-        return None if forward is None else later_attention(self._attention, forward)
 
     def _after_branch(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         forward, tensor = self._current.recorded, next(iter(floats_in(output)), None)

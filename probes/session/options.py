@@ -95,9 +95,7 @@ class Options:
     first_sequence: int = 0
     blocks: tuple[str, ...] | None = field(init=False)  # `layers` as a tuple
     selection: SiteSelection = field(init=False)  # what `sites` means
-    is_packed: bool = field(
-        init=False
-    )  # whether the user says that all tokens of a batch are of one sequence
+    is_packed: bool = field(init=False)  # whether `layout` says that all tokens are of one sequence
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _block_names(self.layers))

@@ -243,11 +243,7 @@ class Session:
         if self.step.scope.digests:
             self.step.note_batch(lead)
         lead = lead.unsqueeze(0) if self.options.is_packed else lead
-        return Forward(
-            **reservoir.drawn(lead, self.first.batch_axis, stamp),
-            stamp=stamp,
-            arguments=named,
-        )
+        return reservoir.new_forward(lead, self.first.batch_axis, stamp, named)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         forward = self._current.recorded

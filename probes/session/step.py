@@ -6,7 +6,7 @@ import gc
 import hashlib
 import heapq
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
@@ -43,9 +43,8 @@ class Step:
         self.last: Forward | None = None
         self.num_forwards = 0  # of all steps
         self.num_left_out = 0  # evaluations within steps of training
-        self.keeps_rest = (
-            not scope.only_own
-        )  # whether a forward whose connections cannot be read counts without them
+        # Whether a forward whose connections cannot be read counts without them.
+        self.keeps_rest = not scope.only_own
         self._measured: list[Measured] = []
         self.draw_anew()
         self.begin()
@@ -234,9 +233,6 @@ class Reservoir:
     # A heap of (−rank, slot) of the chosen sequences: the one that is replaced next comes first.
     _chosen: list[tuple[int, int]] = field(init=False, default_factory=list)
 
-    def __post_init__(self) -> None:
-        assert self.size >= 1
-
     def choose(self, batch_size: int, stamp: Stamp) -> dict[int, int]:
         """Choose the rows of a batch that are stored.
 
@@ -260,18 +256,16 @@ class Reservoir:
         self.total += batch_size
         return chosen
 
-    def drawn(self, lead: torch.Tensor, batch_axis: int, stamp: Stamp) -> dict[str, Any]:
-        """What a forward knows of its batch, and of its sequences that are sampled."""
+    def new_forward(
+        self, lead: torch.Tensor, batch_axis: int, stamp: Stamp, arguments: Mapping[str, Any]
+    ) -> Forward:
+        """A forward that begins, with the sequences of its batch that are sampled."""
         batch_size = lead.shape[batch_axis]
         slots = self.choose(batch_size, stamp)
         rows = torch.tensor(sorted(slots), dtype=torch.long, device=lead.device)
-        return {
-            "batch_size": batch_size,
-            "first_index": self.first + self.total - batch_size,
-            "slots": slots,
-            "rows": rows,
-            "row_data": lead.detach().movedim(batch_axis, 0)[rows].clone(),
-        }
+        row_data = lead.detach().movedim(batch_axis, 0)[rows].clone()
+        first_index = self.first + self.total - batch_size
+        return Forward(batch_size, stamp, first_index, slots, arguments, rows, row_data)
 
     def forget(self) -> None:
         """Drop what was stored of the present weights, and draw anew: it was of forwards that do not count."""
