@@ -95,10 +95,7 @@ def _arrangement(
 
 
 def count_streams(shape: Sequence[int], layout: str, batch_size: int, asserted: int | None = None) -> int:
-    """Number of streams in a state of a given layout; of streams that are merged into features or tokens the asserted one.
-
-    Raises LayoutError: Where the state has another number of them than is asserted.
-    """
+    """Number of streams in a state of a given layout; of streams that are merged into features or tokens the asserted one."""
     counted, groups = 1, parse_layout(layout)
     for group, size in zip(groups, shape, strict=False):
         if "N" in group and sorted(group) not in (["N"], ["B", "N"]):

@@ -249,11 +249,7 @@ Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 
 
 def loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -> torch.Tensor | None:
-    """The scalar loss of an output: what the user's function gives, or the output's own.
-
-    ``output, batch``: what the model returned, and for what.
-    Raises CaptureError: Where there must be a loss and there is no scalar.
-    """
+    """The scalar loss of an output: what the user's function gives, or the output's own."""
     if loss is not None:
         value = loss(output, batch)
     else:

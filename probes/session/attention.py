@@ -218,7 +218,8 @@ def later_attention(
 ) -> MethodWatch | None:
     """What looks at the operations of a later forward; None where none is looked at."""
     forward = current.recorded
-    if forward is None or forward.nested or not len(forward.rows):
+    # The model may call itself.
+    if forward is None or not len(forward.rows) or forward.next_index("attention", ""):
         return None
     watch = AttentionWatch(forward.rows, forward.batch_size)
 

@@ -35,8 +35,8 @@ from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import COMPILER, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
-from depthscope.probes.session.forward import Forward, backward_to, own_call, own_calls
-from depthscope.probes.session.step import Edge, Step, edges_behind, running_backward
+from depthscope.probes.session.forward import Edge, Forward, backward_to, edges_behind, own_call, own_calls
+from depthscope.probes.session.step import Step, running_backward
 
 COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call
 COMPILED_FROM = "_torchdynamo_orig_callable"  # on functions that `torch.compile` made
@@ -297,10 +297,7 @@ def _require_repeatable(module: nn.Module) -> None:
 
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of a call's arguments, which a forward of ours may write into: into a batch, or into a cache of past tokens.
-
-    Returns: Without a graph of the user's, in which our backward has nothing to do.
-    """
+    """Copies of a call's arguments, without their graph: a forward of ours may write into a batch, or a cache of tokens."""
     memo: dict[int, Any] = {}
     # Tensors first: those with a history cannot be copied by `copy`, which takes what it finds in the memo.
     for tensor in tensors_in((args, kwargs)):

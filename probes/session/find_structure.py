@@ -86,11 +86,7 @@ class StructureFinder:
         self._unread: list[LeftOut] = []  # further states that cannot be read
 
     def structure(self) -> Structure:
-        """The structure.
-
-        Raises AxisError: Where the sequences should have been counted along the other axis.
-        Raises ChainError, LayoutError, SiteError: Where the model cannot be read, or lacks a requested site.
-        """
+        """The structure; AxisError where the sequences should have been counted along the other axis."""
         chains = tuple(self._chains_of_model())
         read = [memory for chain in chains for memory in chain.memories]
         is_plain = all(m.is_plain and not m.inner_streams for m in read)

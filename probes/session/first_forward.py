@@ -203,10 +203,7 @@ class FirstReading:
 
 
 def _replay(forward: Forward, recorder: GraphRecorder, observer: Observer) -> None:
-    """Hand what was recorded of the first forward to the observer, as the hooks of later forwards do.
-
-    Raises RewrittenError: Where the tensor of a state was not held.
-    """
+    """Hand what was recorded of the first forward to the observer, as the hooks of later forwards do."""
     structure, graph = observer.structure, recorder.graph
     for of in structure.shown:
         value = graph.values[of.point.number]

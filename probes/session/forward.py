@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -235,10 +235,21 @@ def token_masks(sequences: list[Sequence], number: int, depth: int = 0) -> list[
     return masks
 
 
+Edge: TypeAlias = tuple[Any, int]  # a node of a graph of autograd, and the number of its output
+
+
+def edges_behind(start: Iterable[Edge], until: Collection[Edge] = ()) -> Iterator[Edge]:
+    """The edges of a graph of autograd from some on; none behind those in ``until``."""
+
+    def behind(edges: Iterable[Edge]) -> list[Edge]:
+        return [edge for edge in edges if edge[0] is not None]
+
+    return walk(behind(start), lambda edge: [] if edge in until else behind(edge[0].next_functions))
+
+
 def leads_to(node: Any, wanted: set[Any]) -> bool:
     """Whether the graph below an operation has one of some others."""
-    nodes = walk([node], lambda of: (below for below, _ in of.next_functions if below is not None))
-    return any(of in wanted for of in nodes if of is not node)
+    return any(of in wanted for of, _ in edges_behind(node.next_functions))
 
 
 def _cloned_row(tensors: Mapping[Key, torch.Tensor], position: int) -> dict[Key, torch.Tensor]:

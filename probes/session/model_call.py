@@ -62,13 +62,11 @@ def with_gradients(batch: Any) -> Any:
     if isinstance(batch, torch.Tensor):
         # A copy, since the flag would stay on the user's tensor, and no leaf, which a model that writes into its input may not
         # write into; one with a history of its own carries a gradient already.
-        return (
-            batch.detach().requires_grad_().clone() if batch.is_floating_point() and batch.is_leaf else batch
-        )
+        is_copied = batch.is_floating_point() and batch.is_leaf
+        return batch.detach().requires_grad_().clone() if is_copied else batch
     if isinstance(batch, Mapping):
         # A mask that requires gradients would switch fused attention off.
-        masks = {name for name in batch if "mask" in str(name)}
-        return {name: value if name in masks else with_gradients(value) for name, value in batch.items()}
+        return {name: of if "mask" in str(name) else with_gradients(of) for name, of in batch.items()}
     return type(batch)(with_gradients(value) for value in batch) if type(batch) in (tuple, list) else batch
 
 

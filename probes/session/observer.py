@@ -182,10 +182,8 @@ class Observer:
     def record_state(
         self, forward: Forward, number: int, depth: int, tensor: torch.Tensor, own: tuple[torch.Tensor, ...]
     ) -> None:
-        """Store the sampled sequences of a state, and add all of it to the statistics.
+        """Store the sampled sequences of a state in the model's layout, and add all of it to the statistics.
 
-        ``number, depth``: chain and depth (`FINAL` after the last norm).
-        ``tensor``: the state in the model's own layout.
         ``own``: the model's tensors that hold it: itself, or one for each stream.
         """
         forward.fired.add(("state", number, depth))
@@ -223,12 +221,7 @@ class Observer:
         return forward.masks[number]
 
     def require_usual_calls(self, forward: Forward) -> None:
-        """Require that blocks ran as often, and in the order, that the structure was found from.
-
-        ``forward``: A forward in which every state showed.
-        Raises CaptureError: Where a block ran more often, or the states passed in another order: they would get the
-        wrong depths.
-        """
+        """Require that blocks ran as often, and in the order, that the structure was found from, or depths would be wrong."""
         for number, order in forward.order.items():
             times = [self._times[number, depth] for depth in order]
             if order != sorted(order) and times != sorted(times):

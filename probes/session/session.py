@@ -306,12 +306,7 @@ class Session:
             raise as_capture_error(errors[0])
 
     def fold(self) -> list[Measured]:
-        """What the forwards since the last fold add up to; their sampled sequences go to the reservoir.
-
-        Returns: One for each change of the weights, mostly one.
-        Raises CaptureError: Where a state or connection did not show, or no gradient arrived; none of these forwards
-        counts then.
-        """
+        """What the forwards since the last fold add up to, as `Step.fold` says it."""
         with self._lock:
             for forward in self.step.forwards:
                 for state in list(forward.stream_gradients):

@@ -6,11 +6,11 @@ import gc
 import hashlib
 import heapq
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +24,12 @@ from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import COMPILER
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_wants_graph
-from depthscope.probes.reading.graph import walk
-from depthscope.probes.session.forward import Forward, Measured, Sequence, Stamp, own_calls
+from depthscope.probes.session.forward import Edge, Forward, Measured, Sequence, Stamp, own_calls
 from depthscope.probes.session.options import Options, Scope
 
 DIGESTED = 2**20  # numbers of a batch that its digest is of
 TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
 RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
-Edge: TypeAlias = tuple[Any, int]  # a node of a graph of autograd, and the number of its output
 
 
 class Step:
@@ -285,10 +283,7 @@ class Reservoir:
 
 
 def rank_in_sample(seed: int, number: int) -> int:
-    """A 64-bit number that decides whether a sequence is in the sample: the lowest ones are.
-
-    Returns: Independent of the ranks of other numbers and seeds, as far as a hash is.
-    """
+    """A 64-bit number, independent of those of other sequences and seeds: the lowest ones are in the sample."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")
 
 
@@ -314,15 +309,6 @@ def _weight_stamp(parameter: nn.Parameter, sharded: bool) -> tuple[int, int, int
 
 
 # --- the loss ---
-
-
-def edges_behind(start: Iterable[Edge], until: Collection[Edge] = ()) -> Iterator[Edge]:
-    """The edges of a graph of autograd from some on, as (node, number of its output); none behind those in ``until``."""
-
-    def behind(edges: Iterable[Edge]) -> list[Edge]:
-        return [edge for edge in edges if edge[0] is not None]
-
-    return walk(behind(start), lambda edge: [] if edge in until else behind(edge[0].next_functions))
 
 
 def running_backward() -> list[Edge] | None:
