@@ -174,38 +174,37 @@ class Attachment:
         self, module: nn.Module, function: Callable[..., Any], *, first: bool = False, computes: bool = True
     ) -> None:
         """Call ``function(module, args, kwargs)`` before the module's forward; ``first``: before the user's own hooks."""
-        hook, key = self._hook(function, computes)
         table = module._forward_pre_hooks
-        self._place(table, module._forward_pre_hooks_with_kwargs, hook, key)
+        key = self._place(table, module._forward_pre_hooks_with_kwargs, function, computes)
         if first:
-            table.move_to_end(self._placed[-1][1], last=False)
+            table.move_to_end(key, last=False)
 
     def after(
         self, module: nn.Module, function: Callable[..., Any], *, always: bool = False, computes: bool = True
     ) -> None:
         """Call ``function(module, args, kwargs, output)`` after the module's forward; ``always``: also when it raised."""
-        hook, key = self._hook(function, computes)
-        self._place(module._forward_hooks, module._forward_hooks_with_kwargs, hook, key)
+        key = self._place(module._forward_hooks, module._forward_hooks_with_kwargs, function, computes)
         if always:
-            more, key = module._forward_hooks_always_called, self._placed[-1][1]
-            more[key] = True
-            self._placed.append((more, key))
+            module._forward_hooks_always_called[key] = True
+            self._placed.append((module._forward_hooks_always_called, key))
 
-    def _place(self, table: dict[int, Any], with_kwargs: dict[int, bool], hook: Hook, key: int) -> None:
-        # As torch's own methods do, without an object for each: a model has thousands of modules, and TorchScript's forbid the
-        # methods, but run such hooks.
+    def _place(
+        self,
+        table: dict[int, Any],
+        with_kwargs: dict[int, bool],
+        function: Callable[..., Any],
+        computes: bool,
+    ) -> int:
+        # As torch's own methods do, which TorchScript's modules forbid. One hook for all modules with the same function: every
+        # object of ours brings the next complete collection of garbage nearer, which takes longer than all hooks.
+        if function not in self._hooks:
+            self._hooks[function] = Hook(function, self._report, computes=computes), _new_key()
+        hook, key = self._hooks[function]
         if key in table:  # the same function once more on this module
             key = _new_key()
         table[key], with_kwargs[key] = hook, True
         self._placed += [(with_kwargs, key), (table, key)]
-
-    def _hook(self, function: Callable[..., Any], computes: bool) -> tuple[Hook, int]:
-        # One for all modules with the same function: every object of ours brings the next complete collection of garbage
-        # nearer, which takes longer than all hooks.
-        known = self._hooks.get(function)
-        if known is None:
-            known = self._hooks[function] = Hook(function, self._report, computes=computes), _new_key()
-        return known
+        return key
 
     def run_last(self) -> None:
         """Move the hooks behind those that the user put on since: what a hook of the user's returns is the state."""
@@ -222,9 +221,7 @@ class Attachment:
     def around(self, module: nn.Module, name: str, watcher: Watcher) -> None:
         """Observe every call of one method of a module; torch has hooks for the forward only.
 
-        ``module``: the module; `remove` restores its own entry for the method.
-        ``watcher``: ``watcher(module, args, kwargs)`` returns the context to run the method in, or None to only run the
-        method.
+        ``watcher(module, args, kwargs)`` returns the context to run the method in, or None to only run the method.
         """
         watched = WatchedMethod(module, name, watcher, self._report)
         vars(module)[name] = watched

@@ -157,9 +157,10 @@ class AttentionWatch:
         self.found.append((self._number(result), fused_row_numbers(q, k, mask, is_causal=causal)))
 
 
-def watch_attention(forward: Forward, recorder: GraphRecorder, options: Options, scope: Scope) -> None:
+def watch_attention(forward: Forward, options: Options, scope: Scope) -> None:
     """Look at the operations of a first forward, where attention is wanted."""
-    selection = options.selection
+    selection, recorder = options.selection, forward.recorder
+    assert isinstance(recorder, GraphRecorder)
     # A loop looks at attention where the site is named: it costs more than the rest of a measured step.
     if selection.includes("attention") and (scope.only_own or selection.requests):
         # Without sums only at where it is.
@@ -209,8 +210,8 @@ def _first_state_after(made: TracedValue, graph: Graph, structure: Structure) ->
 
 
 def _add_rows(forward: Forward, key: Key, rows: torch.Tensor) -> None:
-    known = [forward.attention[key]] if key in forward.attention else []
-    forward.attention[key] = torch.cat([*known, rows], dim=2)
+    known = forward.attention.get(key)
+    forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
 
 
 def later_attention(
@@ -262,7 +263,8 @@ def fused_row_numbers(
     for begin in range(0, q.shape[2], size):
         logits = q[:, :, begin : begin + size] @ k.mT
         if is_causal:
-            later = torch.ones(logits.shape[2:], dtype=torch.bool, device=logits.device).triu(begin + 1)
+            position = torch.arange(begin, begin + logits.shape[2], device=logits.device)
+            later = torch.arange(k.shape[2], device=logits.device) > position[:, None]
             logits = logits.masked_fill(later, -math.inf)
         if mask is not None:
             part = mask[..., begin : begin + size, :] if mask.shape[-2] > 1 else mask

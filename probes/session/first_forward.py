@@ -46,7 +46,8 @@ class FirstReading:
         self.model, self._step, self._current = model, step, current
         self.observer: Observer | None = None
         self.attention = AttentionPlaces()
-        self._places = KnownPlaces()
+        # Forwards of ours are changed on purpose, as in interventions: each is recorded in full.
+        self._places = None if step.scope.only_own else KnownPlaces()
         self._first_batch_axis = 0  # of the model's first tensor, as the first forward assumes it
         self._modules: frozenset[tuple[str, type]] = frozenset()  # of the model, when the observer was made
         self.is_searching = True  # for the structure, since the hooks were put on
@@ -100,10 +101,9 @@ class FirstReading:
             first = GraphRecorder(self.model, batch, hooks=1)
             if self._step.options.gradients:
                 first.on_taken = partial(self._note_end, forward)
-            watch_attention(forward, first, self._step.options, self._step.scope)
             return first
         # Where it is known where a later forward shows what is measured, no other operation of it is looked at.
-        placed = self._places.recorder(self.model, batch)
+        placed = self._places.recorder(self.model, batch) if self._places else None
         recorder = placed or GraphRecorder(self.model, batch, hooks=1)
         recorder.on_taken = partial(self.observer.meet, forward)
         if self.observer.made_by:
@@ -116,6 +116,8 @@ class FirstReading:
         if forward is None or forward.recorder is None or forward.has_begun:
             return None
         forward.has_begun = True
+        if self.is_searching:
+            watch_attention(forward, self._step.options, self._step.scope)
         return MethodWatch(forward.recorder, forward.recorder.end)
 
     def _note_end(self, forward: Forward, value: TracedValue, tensor: torch.Tensor) -> None:
@@ -167,7 +169,8 @@ class FirstReading:
             raise
 
     def _adopt(self, observer: Observer) -> None:
-        self._places.forget()
+        if self._places is not None:
+            self._places.forget()
         self.observer, self._modules = observer, module_types(self.model)
 
     def end_later(self, forward: Forward) -> None:
@@ -175,7 +178,7 @@ class FirstReading:
 
         Where they cannot be read, none of them is recorded, and the rest of the forward counts.
         """
-        observer, recorder = self.observer, forward.recorder
+        observer, recorder, places = self.observer, forward.recorder, self._places
         assert observer is not None
         assert recorder is not None
         read, graph = observer.structure.read, recorder.graph
@@ -187,13 +190,13 @@ class FirstReading:
                 with own_call(observer):
                     observer.record_read(forward, read.rereading.again(graph))
                 graph = read.rereading.graph
-            # Forwards of ours are changed on purpose, as in interventions: each is recorded in full.
-            if placed is None and not self._step.scope.only_own:
+            if placed is None and places is not None:
                 states = map(graph.at, observer.made_by)
                 needed = graph.read | {of.number for of in states if of is not None}
-                self._places.learn(self.model, graph, needed)
+                places.learn(self.model, graph, needed)
         except NOT_READ as error:
-            self._places.forget(for_good=placed is not None and placed.error is not None)
+            if places is not None:
+                places.forget(for_good=placed is not None and placed.error is not None)
             # The sample of a run has connections, which an earlier forward has to give then.
             if not self._step.keeps_rest or (self._step.is_empty and not self._step.reservoir.stored):
                 raise

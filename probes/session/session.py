@@ -78,9 +78,7 @@ class Session:
     def observer(self) -> Observer:
         """What records the forwards; it knows the structure, and the precision of the states."""
         if self.first.observer is None:
-            raise CaptureError(
-                "the structure of the model is unknown before its first forward; call the model"
-            )
+            raise CaptureError("the structure of the model is unknown before its first forward; call it")
         return self.first.observer
 
     @property
