@@ -149,7 +149,6 @@ TRACE_COORDS = _table(
     ("layer", "depth", "iu", "block number, -1 for the embedding"),
     ("site", "depth", "OTU", "embed, mid (in a block), post (after it), pre (changed before the next)"),
     ("module", "depth", "OTU", "module path that produced the state"),
-    ("phase", "sample", "OTU", "prefill, or decode where the cache was not empty"),
     ("connection_layer", "connection", "iu", "block number of the connection"),
     ("branch", "connection", "OTU", "attn, mlp or block"),
     ("connection_module", "connection", "OTU", "module path of the connection"),

@@ -27,22 +27,6 @@ PIPELINE_INFERENCE = ("_forward_metadata_inference", "_shape_inference")  # as r
 Report: TypeAlias = Callable[[Exception], None]
 
 
-class CompilerLog:
-    """How often torch's compiler, or an export, met a hook of ours while it traced the code around it."""
-
-    met = 0
-
-
-def _note_compiler() -> int:
-    CompilerLog.met += 1
-    return 0
-
-
-# The compiler calls such a function while it traces and keeps its result, so that nothing of it is in the compiled code; the
-# attribute is what `torch.compiler.assume_constant_result` sets, without its import, which takes a second.
-_note_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def call_safely(
     report: Report, function: Callable[..., Any], *args: Any, computes: bool = True, **kwargs: Any
 ) -> Any:
@@ -110,11 +94,8 @@ class Hook:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """Call the function and return None: any other value would replace the module's output."""
-        if torch.compiler.is_compiling():
-            # Nothing of ours may get into the user's compiled code: no operation, and no break of its graph.
-            _note_compiler()
-            return
-        if self.function is not None:
+        # Nothing of ours may get into the user's compiled code: no operation, and no break of its graph.
+        if not torch.compiler.is_compiling() and self.function is not None:
             call_safely(self.report, self.function, *args, computes=self.computes, **kwargs)
 
     def disable(self) -> None:
@@ -193,38 +174,37 @@ class Attachment:
         self, module: nn.Module, function: Callable[..., Any], *, first: bool = False, computes: bool = True
     ) -> None:
         """Call ``function(module, args, kwargs)`` before the module's forward; ``first``: before the user's own hooks."""
-        hook, key = self._hook(function, computes)
         table = module._forward_pre_hooks
-        self._place(table, module._forward_pre_hooks_with_kwargs, hook, key)
+        key = self._place(table, module._forward_pre_hooks_with_kwargs, function, computes)
         if first:
-            table.move_to_end(self._placed[-1][1], last=False)
+            table.move_to_end(key, last=False)
 
     def after(
         self, module: nn.Module, function: Callable[..., Any], *, always: bool = False, computes: bool = True
     ) -> None:
         """Call ``function(module, args, kwargs, output)`` after the module's forward; ``always``: also when it raised."""
-        hook, key = self._hook(function, computes)
-        self._place(module._forward_hooks, module._forward_hooks_with_kwargs, hook, key)
+        key = self._place(module._forward_hooks, module._forward_hooks_with_kwargs, function, computes)
         if always:
-            more, key = module._forward_hooks_always_called, self._placed[-1][1]
-            more[key] = True
-            self._placed.append((more, key))
+            module._forward_hooks_always_called[key] = True
+            self._placed.append((module._forward_hooks_always_called, key))
 
-    def _place(self, table: dict[int, Any], with_kwargs: dict[int, bool], hook: Hook, key: int) -> None:
-        # As torch's own methods do, without an object for each: a model has thousands of modules, and TorchScript's forbid the
-        # methods, but run such hooks.
+    def _place(
+        self,
+        table: dict[int, Any],
+        with_kwargs: dict[int, bool],
+        function: Callable[..., Any],
+        computes: bool,
+    ) -> int:
+        # As torch's own methods do, which TorchScript's modules forbid. One hook for all modules with the same function: every
+        # object of ours brings the next complete collection of garbage nearer, which takes longer than all hooks.
+        if function not in self._hooks:
+            self._hooks[function] = Hook(function, self._report, computes=computes), _new_key()
+        hook, key = self._hooks[function]
         if key in table:  # the same function once more on this module
             key = _new_key()
         table[key], with_kwargs[key] = hook, True
         self._placed += [(with_kwargs, key), (table, key)]
-
-    def _hook(self, function: Callable[..., Any], computes: bool) -> tuple[Hook, int]:
-        # One for all modules with the same function: every object of ours brings the next complete collection of garbage
-        # nearer, which takes longer than all hooks.
-        known = self._hooks.get(function)
-        if known is None:
-            known = self._hooks[function] = Hook(function, self._report, computes=computes), _new_key()
-        return known
+        return key
 
     def run_last(self) -> None:
         """Move the hooks behind those that the user put on since: what a hook of the user's returns is the state."""
@@ -241,9 +221,7 @@ class Attachment:
     def around(self, module: nn.Module, name: str, watcher: Watcher) -> None:
         """Observe every call of one method of a module; torch has hooks for the forward only.
 
-        ``module``: the module; `remove` restores its own entry for the method.
-        ``watcher``: ``watcher(module, args, kwargs)`` returns the context to run the method in, or None to only run the
-        method.
+        ``watcher(module, args, kwargs)`` returns the context to run the method in, or None to only run the method.
         """
         watched = WatchedMethod(module, name, watcher, self._report)
         vars(module)[name] = watched
@@ -274,12 +252,9 @@ class WatchedMethod:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the method unchanged, in the watcher's context, and return its result."""
-        if torch.compiler.is_compiling():  # as in `Hook`
-            _note_compiler()
-            return self._method(*args, **kwargs)
-        watcher, watch = self._watcher, None
-        if watcher is not None:
-            watch = call_safely(self._report, watcher, self._module, args, kwargs)
+        watch = None
+        if not torch.compiler.is_compiling() and self._watcher is not None:  # as in `Hook`
+            watch = call_safely(self._report, self._watcher, self._module, args, kwargs)
         if watch is None:
             return self._method(*args, **kwargs)
         with watch.mode:
@@ -323,9 +298,9 @@ class WatchedMethod:
         return getattr, (self._module, self._name)
 
 
-def _running_frames() -> Iterator[FrameType]:
-    """The frames of the running code, the innermost first."""
-    frame: FrameType | None = sys._getframe(1)
+def running_frames(innermost: FrameType | None = None) -> Iterator[FrameType]:
+    """The frames of the running code, or of that of another thread by its innermost frame, from there on."""
+    frame: FrameType | None = innermost or sys._getframe(1)
     while frame is not None:
         yield frame
         frame = frame.f_back
@@ -339,7 +314,7 @@ def in_recomputation() -> bool:
 
 def in_reentrant_checkpoint() -> bool:
     """Whether a reentrant checkpoint is running its forward, whose graph is made later, in the backward."""
-    return any(frame.f_code is REENTRANT_FORWARD for frame in _running_frames())
+    return any(frame.f_code is REENTRANT_FORWARD for frame in running_frames())
 
 
 def in_pipeline_inference() -> bool:
@@ -351,12 +326,12 @@ def in_pipeline_inference() -> bool:
     stage = sys.modules.get("torch.distributed.pipelining.stage")
     if stage is None:
         return False
-    codes = (frame.f_code for frame in _running_frames())
+    codes = (frame.f_code for frame in running_frames())
     return any(code.co_name in PIPELINE_INFERENCE and code.co_filename == stage.__file__ for code in codes)
 
 
 def num_running_calls(model: nn.Module) -> int:
     """How many calls of the model, one inside of another, the running code was called by."""
     # By name: what torch's method is wrapped in differs between versions.
-    calls = (frame for frame in _running_frames() if frame.f_code.co_name == "_call_impl")
+    calls = (frame for frame in running_frames() if frame.f_code.co_name == "_call_impl")
     return sum(frame.f_locals.get("self") is model for frame in calls)

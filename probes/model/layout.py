@@ -95,10 +95,7 @@ def _arrangement(
 
 
 def count_streams(shape: Sequence[int], layout: str, batch_size: int, asserted: int | None = None) -> int:
-    """Number of streams in a state of a given layout; of streams that are merged into features or tokens the asserted one.
-
-    Raises LayoutError: Where the state has another number of them than is asserted.
-    """
+    """Number of streams in a state of a given layout; of streams that are merged into features or tokens the asserted one."""
     counted, groups = 1, parse_layout(layout)
     for group, size in zip(groups, shape, strict=False):
         if "N" in group and sorted(group) not in (["N"], ["B", "N"]):
@@ -132,9 +129,8 @@ def _split(
     return fixed
 
 
-MAX_DEPTH = (
-    6  # of what a hook refers to: a lambda, its function, a partial, its style, the style's placements
-)
+# Of what a hook refers to: a lambda, its function, a partial, its style, the style's placements.
+MAX_DEPTH = 6
 TOKEN_AXES = (0, 1)  # of states (B, T, D), (T, B, D) and (tokens, D); features are the last axis
 REFUSED = (
     "{}: each process has a part of every sequence, whose norms, ranks and similarities are not those of the whole; measure a "
@@ -144,28 +140,30 @@ REFUSED = (
 
 def require_whole_sequences(model: nn.Module) -> None:
     """Require that the model's states have all tokens of their sequences."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if not are_several():
         return
-    if _is_of_context_parallelism(nn.functional.scaled_dot_product_attention):
-        raise CaptureError(REFUSED.format("the model runs under context parallelism"))
+    if kind := _parallelism(nn.functional.scaled_dot_product_attention):
+        raise CaptureError(REFUSED.format(f"the model runs under {kind} parallelism"))
     for path, module in module_paths(model):
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            for value in _referred_to(hook, 0, set()):
-                kind = "context" * _is_of_context_parallelism(value) or "sequence" * _is_token_shard(value)
-                if kind:
-                    raise CaptureError(REFUSED.format(f"{kind} parallelism at {path or 'the model'}"))
+            if kind := next(filter(None, map(_parallelism, _referred_to(hook, 0, set()))), ""):
+                raise CaptureError(REFUSED.format(f"{kind} parallelism at {path or 'the model'}"))
 
 
-def _is_token_shard(value: Any) -> bool:
-    # By attribute: importing DTensor takes a second, and some builds of torch lack it.
-    is_shard = getattr(type(value), "is_shard", None)
-    return is_shard is not None and bool(value.is_shard()) and getattr(value, "dim", -1) in TOKEN_AXES
+def are_several() -> bool:
+    """Whether this process is one of several that exchange tensors."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def _is_of_context_parallelism(value: Any) -> bool:
+def _parallelism(value: Any) -> str:
+    """The kind of parallelism over tokens that a value belongs to; empty for any other."""
     of = value if isinstance(value, FunctionType) else type(value)
-    return "_context_parallel" in (getattr(of, "__module__", None) or "")
+    if "_context_parallel" in (getattr(of, "__module__", None) or ""):
+        return "context"
+    # By attribute: importing DTensor takes a second, and some builds of torch lack it.
+    is_shard = hasattr(type(value), "is_shard") and bool(value.is_shard())
+    return "sequence" if is_shard and getattr(value, "dim", -1) in TOKEN_AXES else ""
 
 
 def _referred_to(value: Any, depth: int, seen: set[int]) -> Iterator[Any]:

@@ -34,13 +34,16 @@ def read_task(loss: torch.Tensor | None, batch: Any) -> dict[str, Any]:
         if not len(shape):
             return {}
         classes = int(shape[1 if len(shape) > 1 else 0])
+        sequences = next((len(tensor) for tensor in tensors_in(batch) if tensor.ndim > 1), 0)
+        targets = 0 if target is None else target.numel()
+        per_sequence = targets // sequences if sequences and targets % sequences == 0 else 0
         is_mean = node is start and getattr(node, "_saved_reduction", None) == 1
         return {
             "classes": classes,
             "guessing": math.log(max(classes, 1)),
             "predicts_next": _are_tokens(target, batch, ahead=1),
             "repeats_input": _are_tokens(target, batch, ahead=0),
-            **_targets_per_sequence(target, batch),
+            **({"targets_per_sequence": per_sequence} if per_sequence else {}),
             **(_compared_at_node(node, classes) if is_mean else {}),
         }
     return {}
@@ -166,12 +169,8 @@ def squares_by_gradient(
 ) -> dict[str, float]:
     """The same of a mean squared error, read off the gradient of the predictions; empty where it came about otherwise."""
     node = loss.grad_fn
-    if (
-        node is None
-        or node.name() != SQUARES
-        or node._saved_reduction != 1
-        or gradient.shape != predicted.shape
-    ):
+    is_mean = node is not None and node.name() == SQUARES and node._saved_reduction == 1
+    if not is_mean or gradient.shape != predicted.shape:
         return {}
     errors = 0.5 * gradient.numel() * gradient.detach().double()
     if not math.isclose(float(errors.square().mean()), float(loss.detach()), rel_tol=SAME_LOSS):
@@ -200,13 +199,6 @@ def _compared_rows(kind: str, target: torch.Tensor, predicted: torch.Tensor) -> 
     return _compared(*((each.mean(1)) for each in (losses, constant, entropy, losses)))
 
 
-def _targets_per_sequence(target: torch.Tensor | None, batch: Any) -> dict[str, int]:
-    sizes = [len(tensor) for tensor in tensors_in(batch) if tensor.ndim > 1]
-    if target is None or not sizes or target.numel() % sizes[0]:
-        return {}
-    return {"targets_per_sequence": target.numel() // sizes[0]}
-
-
 IGNORED = -100  # torch's own label of what does not count
 
 
@@ -232,17 +224,11 @@ def _are_tokens(target: torch.Tensor | None, batch: Any, *, ahead: int) -> bool:
 def mean_task(tasks: Sequence[dict[str, Any]], loss: float | None) -> dict[str, Any]:
     """The task of several batches with their mean loss; empty where it is not the same in all of them."""
     facts = [{name: value for name, value in task.items() if name not in MEASURED} for task in tasks]
-    if (
-        not tasks
-        or not tasks[0]
-        or any(each != facts[0] for each in facts)
-        or loss is None
-        or not math.isfinite(loss)
-    ):
+    is_same = bool(tasks) and bool(tasks[0]) and all(each == facts[0] for each in facts)
+    if not is_same or loss is None or not math.isfinite(loss):
         return {}
-    measured = {
-        name: [task[name] for task in tasks] for name in MEASURED if all(name in task for task in tasks)
-    }
+    common = [name for name in MEASURED if all(name in task for task in tasks)]
+    measured = {name: [task[name] for task in tasks] for name in common}
     means = {name: sum(values) / len(values) for name, values in measured.items()}
     for error in {"uncertainty", "expected_error"} & set(means):
         means[error] = math.hypot(*measured[error]) / len(tasks)
@@ -263,11 +249,7 @@ Loss: TypeAlias = Callable[[Any, Any], torch.Tensor]
 
 
 def loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) -> torch.Tensor | None:
-    """The scalar loss of an output: what the user's function gives, or the output's own.
-
-    ``output, batch``: what the model returned, and for what.
-    Raises CaptureError: Where there must be a loss and there is no scalar.
-    """
+    """The scalar loss of an output: what the user's function gives, or the output's own."""
     if loss is not None:
         value = loss(output, batch)
     else:
@@ -277,11 +259,8 @@ def loss_value(output: Any, batch: Any, loss: Loss | None, *, required: bool) ->
     if isinstance(value, torch.Tensor) and value.numel() == 1:
         return value
     if required or loss is not None:
-        came = (
-            "no loss"
-            if value is None
-            else f"a {type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
-        )
+        shape = tuple(getattr(value, "shape", ()))
+        came = "no loss" if value is None else f"a {type(value).__name__} of shape {shape}"
         raise CaptureError(
             f"gradients need a scalar loss, but got {came}: add labels to the batch, or pass "
             "loss=lambda output, batch: … (on the command line: --no-gradients)"

@@ -36,14 +36,11 @@ def module_paths(model: nn.Module, *, shared: bool = False) -> list[tuple[str, n
     return found
 
 
-def all_modules(model: nn.Module) -> list[nn.Module]:
-    """Every module of a model, once, parents before children."""
-    return [module for _, module in module_paths(model)]
-
-
 def all_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every parameter of a model, once, as `Module.parameters` gives them."""
-    found = {id(p): p for module in all_modules(model) for p in module._parameters.values() if p is not None}
+    found = {
+        id(p): p for _, module in module_paths(model) for p in module._parameters.values() if p is not None
+    }
     return list(found.values())
 
 
@@ -66,7 +63,7 @@ def require_module(model: object, *, later: bool = False) -> None:
     parameters = all_parameters(model)
     # Of an offloaded model hooks bring the values.
     offloaded = any(hasattr(module, "_hf_hook") for _, module in module_paths(model))
-    if not later and parameters and all(parameter.is_meta for parameter in parameters) and not offloaded:
+    if not later and not offloaded and parameters and all(parameter.is_meta for parameter in parameters):
         raise CaptureError("the model is on the meta device, which holds no values; build it with values")
 
 
@@ -95,7 +92,7 @@ def module_types(model: nn.Module) -> frozenset[tuple[str, type]]:
 Mask: TypeAlias = torch.Tensor | Callable[[Mapping[str, Any]], torch.Tensor] | None
 
 # The two conventions have opposite signs: transformers' masks are true on real tokens, torch's on padding.
-REAL_TOKEN_MASKS = ("attention_mask",)
+REAL_TOKEN_MASK = "attention_mask"
 PADDING_MASKS = ("src_key_padding_mask", "key_padding_mask")
 
 
@@ -115,13 +112,6 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     return named
 
 
-def is_decoding(arguments: Mapping[str, Any]) -> bool:
-    """Whether a call continues from a non-empty cache, as every step of a generation after the first does."""
-    # get_seq_length is the method that all cache classes of transformers share.
-    lengths = [getattr(value, "get_seq_length", None) for value in arguments.values()]
-    return any(callable(length) and int(length()) > 0 for length in lengths)
-
-
 def find_mask(arguments: Mapping[str, Any], given: Mask, prefix: str) -> torch.Tensor | None:
     """The mask (B, T), true on real tokens: the user's ``given`` one, or the one among the arguments.
 
@@ -129,16 +119,15 @@ def find_mask(arguments: Mapping[str, Any], given: Mask, prefix: str) -> torch.T
     """
     if given is not None:
         return (given(arguments) if callable(given) else given).bool()
-    # Masks with more axes are attention patterns (causal, per head), which do not show padding.
-    for name in REAL_TOKEN_MASKS:
+    for name in (REAL_TOKEN_MASK, *PADDING_MASKS):
         mask = arguments.get(prefix + name)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
+        # Masks with more axes are attention patterns (causal, per head), which do not show padding.
+        if not isinstance(mask, torch.Tensor) or mask.ndim != 2:
+            continue
+        if name == REAL_TOKEN_MASK:
             return mask > 0.5 if mask.is_floating_point() else mask.bool()
-    for name in PADDING_MASKS:
-        mask = arguments.get(prefix + name)
-        if isinstance(mask, torch.Tensor) and mask.ndim == 2:
-            # A float padding mask is added to the attention logits: 0 on real tokens, -inf on padding.
-            return ~mask if mask.dtype == torch.bool else mask == 0
+        # A float padding mask is added to the attention logits: 0 on real tokens, -inf on padding.
+        return ~mask if mask.dtype == torch.bool else mask == 0
     return None
 
 
@@ -148,9 +137,6 @@ def fit_mask(mask: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
     if mask.shape[0] == batch and mask.shape[1] >= tokens:
         # A decoding step's mask covers the cached tokens too; the state has only the last ones.
         return mask[:, mask.shape[1] - tokens :].to(state.device)
-    if mask.shape[0] == batch and mask.shape[1] ** 2 == tokens:
-        # A pair state (as in protein models) has one entry per ordered pair of tokens: real where both are.
-        return (mask[:, :, None] & mask[:, None, :]).flatten(1).to(state.device)
     raise CaptureError(
         f"the mask has shape {tuple(mask.shape)}, the states have {batch} sequences of {tokens} tokens; "
         "pass mask= with one entry per token of the residual state"

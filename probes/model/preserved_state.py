@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from depthscope.probes.model.hooks import WatchedMethod
-from depthscope.probes.model.modules import all_modules, all_parameters
+from depthscope.probes.model.modules import all_parameters, module_paths
 from depthscope.probes.model.tensors import version
 
 # Where it is loaded, torch's compiler may be in use: its import takes a second, which `torch.compile` does and we must not.
@@ -69,7 +69,7 @@ WRAPPERS = ("torch.distributed.", "torch.nn.parallel.", "torch._dynamo.")
 @contextmanager
 def preserved_state(model: nn.Module) -> Iterator[None]:
     """Run a model for ourselves, as it is written: random states, buffers, plain attributes and training flags come back."""
-    modules = all_modules(model)
+    modules = [module for _, module in module_paths(model)]
     # Frozen TorchScript has no such flag.
     training_flags = [(module, module.training) for module in modules if hasattr(module, "training")]
     # The devices of the model only: by default fork_rng takes every device, and warns where there are several.
@@ -162,32 +162,26 @@ def _entries(content: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _put_back(container: Any, content: Any) -> None:
-    if isinstance(container, list | deque):
-        if len(container) != len(content) or not all(map(operator.is_, container, content)):
-            container.clear()
-            container.extend(content)
+    if isinstance(content, dict):
+        now = dict(container.items())
+        # A method that a probe observes comes and goes like a hook, in its own time.
+        watched = {n for each in (now, content) for n, of in each.items() if isinstance(of, WatchedMethod)}
+        for name in now.keys() - content.keys() - watched:
+            del container[name]
+        for name, value in content.items():
+            if name not in watched and (name not in now or now[name] is not value):
+                container[name] = value
     elif isinstance(container, set):
         if container != content:
             container.clear()
             container.update(content)
-    elif not isinstance(container, tuple):
-        _put_back_entries(container, content)
+    elif not isinstance(container, tuple) and not _are_same(container, content):
+        container.clear()
+        container.extend(content)
 
 
-def _put_back_entries(container: Any, content: dict[Any, Any]) -> None:
-    now = dict(container.items())
-    # A method that a probe observes comes and goes like a hook, in its own time.
-    for name in [
-        name for each in (now, content) for name, value in each.items() if isinstance(value, WatchedMethod)
-    ]:
-        now.pop(name, None)
-        content.pop(name, None)
-    if now.keys() == content.keys() and all(map(operator.is_, now.values(), content.values())):
-        return
-    for name in now.keys() - content.keys():
-        del container[name]
-    for name, value in content.items():
-        container[name] = value
+def _are_same(first: list[Any] | deque[Any], other: list[Any]) -> bool:
+    return len(first) == len(other) and all(map(operator.is_, first, other))
 
 
 def _copy(value: Any, shared: Mapping[int, torch.UntypedStorage]) -> Any:

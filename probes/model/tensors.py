@@ -70,10 +70,7 @@ def version(tensor: torch.Tensor | None) -> int | None:
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The plain tensor of a replicated DTensor; a tensor that is no DTensor is returned as it is.
-
-    Raises CaptureError: For a sharded or partial DTensor: the norms and spectra of a shard are not those of the state.
-    """
+    """The plain tensor of a replicated DTensor, and any other tensor as it is; CaptureError for a shard of one."""
     if split := split_over(tensor):
         raise split_error(split)
     # By attribute: importing DTensor needs torch.distributed, which some builds of torch lack.

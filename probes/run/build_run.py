@@ -107,8 +107,10 @@ def _groups(
 ) -> Iterator[tuple[int, str, list[int], Variables, Variables, Variables]]:
     """Number of the chain, name and depths of each group; its numbers in a step, what has no step, and coordinates."""
     chains, joined = session.structure.chains, len(session.structure.connections)
-    parameters = session.observer.parameters
-    cells_of = {} if parameters is None else parameters.cells
+    cells_of = {
+        number: tuple([name for name, size in of.items() for _ in range(size)])
+        for number, of in session.observer.parameters.items()
+    }
     for number in range(len(chains)):
         groups = chain_groups(session, number)
         starts = [group.depths[0] for group in groups]

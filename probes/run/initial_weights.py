@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from depthscope.probes.model.modules import all_modules, all_parameters, module_paths
+from depthscope.probes.model.modules import all_parameters, module_paths
 from depthscope.probes.structure.chain import Chain
 
 SAMPLED = 4096  # numbers of a matrix by which two blocks are compared first
@@ -173,7 +173,7 @@ def weights_digest(model: nn.Module) -> str | None:
 
     None where a parameter cannot be read in this process: sharded, offloaded, not initialised.
     """
-    if any(type(module).__name__ == SHARDED for module in all_modules(model)):
+    if any(type(module).__name__ == SHARDED for _, module in module_paths(model)):
         return None
     parameters = dict(model.named_parameters())
     if not all(_is_readable(parameter) for parameter in parameters.values()):

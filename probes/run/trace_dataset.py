@@ -53,9 +53,6 @@ def trace_dataset(
     coords["sample"] = np.array([sequence.index for sequence in sequences])
     coords["token"] = np.arange(tokens)
     coords["stream"] = np.arange(residual.shape[3])
-    if any(sequence.decoding for sequence in sequences):
-        phases = ["decode" if sequence.decoding else "prefill" for sequence in sequences]
-        coords["phase"] = ("sample", np.array(phases, dtype=object))
     within = connections_within(chain, depths)
     if within and selection.stores_connections(chain):
         of_connections = connection_variables(session, number, sequences, evidence, tokens, within)

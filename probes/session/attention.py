@@ -2,8 +2,8 @@
 
 Weights are a softmax over keys whose result multiplies the values, or the inside of one of torch's fused operations: there
 they are computed once more from the queries and keys. Whether a softmax is one of attention is seen from what is done with it,
-never by a name. The first forward, whose operations are all recorded, shows which calls of which modules attend, and to which
-state that leads; later forwards look at the operations of these modules alone.
+never by a name. The first forward, whose operations are all recorded, shows to which states attention leads; later forwards
+attend in the same order.
 
 Shapes: S sampled sequences, H heads, Q queries, K keys.
 """
@@ -26,7 +26,8 @@ from depthscope.probes.model.tensors import OperationsShown
 from depthscope.probes.reading.graph import Graph, TracedValue, names
 from depthscope.probes.reading.operations import operation_of
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.forward import Forward, Key
+from depthscope.probes.session.forward import CurrentForward, Forward, Key
+from depthscope.probes.session.options import Options, Scope
 from depthscope.probes.structure.model_structure import Structure
 
 OTHER_TOKENS = "its queries are not the tokens of the state"
@@ -44,10 +45,8 @@ PASSING = names(
     "view _unsafe_view reshape expand clone _to_copy native_dropout slice alias mul div where masked_fill nan_to_num "
     "unsqueeze squeeze detach"
 )
-KERNELS = (
-    "flash_attention flash_attention_for_cpu efficient_attention cudnn_attention fused_attention_overrideable"
-)
-FUSED = frozenset(f"_scaled_dot_product_{name}" for name in KERNELS.split())
+KERNELS = "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"
+FUSED = frozenset(f"_scaled_dot_product_{name}" for name in (*KERNELS, "fused_attention_overrideable"))
 # Whole layers in one operation, which torch uses where no gradient is wanted.
 CLOSED = names("_native_multi_head_attention _transformer_encoder_layer_fwd")
 
@@ -56,24 +55,17 @@ CLOSED = names("_native_multi_head_attention _transformer_encoder_layer_fwd")
 class AttentionPlaces:
     """Where a model attends, as its first forward showed.
 
-    ``calls``: by module path and index of the call: for each time that it attends, chain and depth of the state that this
-    leads to, or None where it leads to none that is known.
-    ``heads, modules``: number of heads, and the module, by chain and depth.
+    ``expected``: for each time that it attends, chain and depth of the state that this leads to, or None where it leads to
+    none that is known.
+    ``heads, modules, seen``: number of heads, the module, and in how many forwards it was seen, by chain and depth.
     ``reasons``: why attention was seen and is not measured, and how often.
     """
 
-    calls: dict[tuple[str, int], list[Key | None]] = field(default_factory=dict)
-    heads: dict[Key, int] = field(default_factory=dict)
+    expected: list[Key | None] = field(default_factory=list)
+    heads: Counter[Key] = field(default_factory=Counter)
     modules: dict[Key, str] = field(default_factory=dict)
     reasons: Counter[str] = field(default_factory=Counter)
     seen: Counter[Key] = field(default_factory=Counter)
-
-    @property
-    def paths(self) -> set[str]:
-        """The modules that later forwards look at; all but the model itself."""
-        placed = {path for (path, _), keys in self.calls.items() if any(keys)}
-        # A module that contains another one of them would see its attention as well.
-        return {path for path in placed if path and not any(other.startswith(f"{path}.") for other in placed)}
 
 
 class AttentionWatch:
@@ -138,8 +130,9 @@ class AttentionWatch:
         batch, shape = self._batch_size, tuple(weights.shape)
         is_single = len(shape) == 3 and batch == 1
         if not is_single and (len(shape) not in (3, 4) or shape[0] != batch):
-            reason = f"weights of shape {shape} do not tell the {batch} sequences from heads or windows"
-            self.reasons[reason] += 1
+            self.reasons[
+                f"weights of shape {shape} do not tell the {batch} sequences from heads or windows"
+            ] += 1
             return
         w, s = (of.reshape(batch, -1, *shape[-2:])[self._chosen] for of in (weights, logits > MASKED))
         self.found.append((self._number(weights), row_numbers(w, s)))
@@ -150,15 +143,13 @@ class AttentionWatch:
         if query.shape[-2] < 2:
             return
         if query.ndim != 4 or query.shape[0] != self._batch_size:
-            reason = (
-                f"queries of shape {tuple(query.shape)} do not have the {self._batch_size} sequences first"
-            )
-            self.reasons[reason] += 1
+            shape = tuple(query.shape)
+            self.reasons[f"queries of shape {shape} do not have the {self._batch_size} sequences first"] += 1
             return
         q, k = query[self._chosen].float(), key[self._chosen].float()
         k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # several heads may share their keys
         scale = given.get("scale")
-        q = q * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+        q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
         mask = given.get("attn_mask", given.get("attn_bias"))
         if mask is not None and mask.ndim == 4:
             mask = mask.expand(query.shape[0], *mask.shape[-3:])[self._chosen]
@@ -166,48 +157,55 @@ class AttentionWatch:
         self.found.append((self._number(result), fused_row_numbers(q, k, mask, is_causal=causal)))
 
 
-def placed_attention(forward: Forward, structure: Structure) -> AttentionPlaces:
+def watch_attention(forward: Forward, options: Options, scope: Scope) -> None:
+    """Look at the operations of a first forward, where attention is wanted."""
+    selection, recorder = options.selection, forward.recorder
+    assert isinstance(recorder, GraphRecorder)
+    # A loop looks at attention where the site is named: it costs more than the rest of a measured step.
+    if selection.includes("attention") and (scope.only_own or selection.requests):
+        # Without sums only at where it is.
+        rows = forward.rows[: options.max_sequences if scope.sums else 0]
+        watch = AttentionWatch(rows, forward.batch_size, number=lambda tensor: recorder.known(tensor).number)
+        recorder.listeners.append(watch)
+
+
+def placed_attention(forward: Forward, recorder: GraphRecorder, structure: Structure) -> AttentionPlaces:
     """Tell between which states the attention of a recorded forward lies, and give the forward its numbers."""
-    watch, recorder, places = forward.attention_watch, forward.recorder, AttentionPlaces()
-    if watch is None or not isinstance(recorder, GraphRecorder):
+    graph, places = recorder.graph, AttentionPlaces()
+    if not recorder.listeners:
         return places
-    recorder.listeners.remove(watch)  # it has tensors of the forward
-    forward.attention_watch, graph = None, recorder.graph
+    watch = recorder.listeners.pop()  # it has tensors of the forward
+    assert isinstance(watch, AttentionWatch)
     places.reasons.update(watch.reasons)
     for value, rows in watch.found:
-        call = graph.calls[graph.values[value].call]
-        of_call = places.calls.setdefault((call.path, call.number), [])
-        of_call.append(None)  # before the first state, or in what is no chain
-        place = _first_state_after(graph.values[value], graph, structure)
-        if place is None:
+        places.expected.append(None)  # before the first state, or in what is no chain
+        key = _first_state_after(graph.values[value], graph, structure)
+        if key is None:
             continue
-        number, depth, state = place
-        shape = torch.empty(state.shape, device="meta")
+        shape = graph.values[structure.chains[key[0]].points[key[1]].number].shape
+        state = torch.empty(shape, device="meta")
         try:
-            tokens = structure.canonical(number, shape, forward.batch_size, depth).shape[1]
+            tokens = structure.canonical(key[0], state, forward.batch_size, key[1]).shape[1]
         except LayoutError:  # where attention cannot be placed, the states are read all the same
             tokens = None
         if rows.shape[-1] != tokens:
             places.reasons[OTHER_TOKENS] += 1
             continue
-        key = of_call[-1] = number, depth
-        places.heads[key] = places.heads.get(key, 0) + rows.shape[2]
-        places.modules[key] = call.path
+        places.expected[-1] = key
+        places.heads[key] += rows.shape[2]
+        places.modules[key] = graph.path(graph.values[value])
         _add_rows(forward, key, rows)
     places.seen.update(places.heads.keys())
     return places
 
 
-def _first_state_after(
-    made: TracedValue, graph: Graph, structure: Structure
-) -> tuple[int, int, TracedValue] | None:
-    """Chain, depth and value of the first state that was computed from a value, after another one."""
+def _first_state_after(made: TracedValue, graph: Graph, structure: Structure) -> Key | None:
+    """Chain and depth of the first state that was computed from a value, after another one."""
     for number, chain in enumerate(structure.chains):
-        states = ((depth, graph.values[point.number]) for depth, point in enumerate(chain.points))
-        later = ((d, value) for d, value in states if value.number > made.number)
-        depth, value = next(later, (0, made))
-        if depth > 0 and graph.depends(value, made):
-            return number, depth, value
+        later = (depth for depth, point in enumerate(chain.points) if point.number > made.number)
+        depth = next(later, 0)
+        if depth > 0 and graph.depends(graph.values[chain.points[depth].number], made):
+            return number, depth
     return None
 
 
@@ -216,18 +214,21 @@ def _add_rows(forward: Forward, key: Key, rows: torch.Tensor) -> None:
     forward.attention[key] = rows if known is None else torch.cat([known, rows], dim=2)
 
 
-def later_attention(places: AttentionPlaces, forward: Forward, path: str) -> MethodWatch | None:
-    """What looks at one call of a module that attends; None where it is not looked at."""
-    expected = places.calls.get((path, forward.next_index("attention", path)))
-    if expected is None or not any(expected) or not len(forward.rows):
+def later_attention(
+    places: AttentionPlaces, current: CurrentForward, module: nn.Module, args: Any, kwargs: Any
+) -> MethodWatch | None:
+    """What looks at the operations of a later forward; None where none is looked at."""
+    forward = current.recorded
+    # The model may call itself.
+    if forward is None or not len(forward.rows) or forward.next_index("attention", ""):
         return None
     watch = AttentionWatch(forward.rows, forward.batch_size)
 
     def done(result: Any) -> None:
-        if len(watch.found) != len(expected):
+        if len(watch.found) != len(places.expected):
             places.reasons[next(iter(watch.reasons), CHANGED)] += 1
             return
-        for (_, found), key in zip(watch.found, expected, strict=True):
+        for (_, found), key in zip(watch.found, places.expected, strict=True):
             if key is not None:
                 _add_rows(forward, key, found)
                 places.seen[key] += 1
@@ -248,10 +249,8 @@ def add_attention_sums(forward: Forward, heads: int) -> None:
             "attention_entropy_sum": (entropy / keys.clamp_min(2).log()).where(chosen, 0.0),
             "sink_mass_sum": first.where(chosen, 0.0),
         }
-        missing = 0, heads - rows_3SHQ.shape[2]
-        padded = {
-            name: nn.functional.pad(of.sum((0, 2)), missing, value=math.nan) for name, of in sums.items()
-        }
+        missing = torch.full((heads - rows_3SHQ.shape[2],), math.nan)
+        padded = {name: torch.cat([of.sum((0, 2)), missing.to(of)]) for name, of in sums.items()}
         forward.chain_sums(number).add_values(depth, padded)
 
 
@@ -287,6 +286,5 @@ def row_numbers(weights: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     entropy = -torch.xlogy(weights, weights).sum(-1)
     first = weights.gather(-1, seen.int().argmax(-1, keepdim=True)).squeeze(-1)
     nothing = (keys == 0) | ~entropy.isfinite()
-    return torch.stack(
-        [entropy.masked_fill(nothing, math.nan), keys.float(), first.masked_fill(nothing, math.nan)]
-    )
+    entropy, first = (of.masked_fill(nothing, math.nan) for of in (entropy, first))
+    return torch.stack([entropy, keys.float(), first])

@@ -31,10 +31,7 @@ class CoefficientOrigins:
 def find_origins(
     read: ReadStructure, memory: MemoryReading, forward: Forward, observer: Observer
 ) -> CoefficientOrigins | None:
-    """From what the coefficients were computed in a forward that has ended, whose tensors are held.
-
-    Returns: None where no sequence was sampled, or the operations cannot be followed.
-    """
+    """From what the coefficients were computed in a forward that has ended; None where that cannot be followed."""
     rows = sorted(forward.rows.tolist())
     order = torch.tensor([forward.rows.tolist().index(row) for row in rows])
     parts = [forward.parts[key] for key in sorted(forward.parts) if key[0] == 0]

@@ -30,12 +30,13 @@ from depthscope.probes.model.hooks import (
     Report,
     in_recomputation,
 )
+from depthscope.probes.model.layout import are_several
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import COMPILER, preserved_state
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_modes
-from depthscope.probes.session.forward import Forward, backward_to, own_call, own_calls
-from depthscope.probes.session.step import Edge, Step, edges_behind, running_backward
+from depthscope.probes.session.forward import Edge, Forward, backward_to, edges_behind, own_call, own_calls
+from depthscope.probes.session.step import Step, running_backward
 
 COMPILED_CALL = "_compiled_call_impl"  # where `Module.compile` keeps what runs in place of the module's call
 COMPILED_FROM = "_torchdynamo_orig_callable"  # on functions that `torch.compile` made
@@ -262,16 +263,11 @@ class CompiledCalls:
                 "a compiled model was called by two threads at once; record one thread at a time, or do not compile it"
             )
         try:
-            own, alone = own_call(self._owner), _NoExchange() if _are_several() else nullcontext()
+            own, alone = own_call(self._owner), _NoExchange() if are_several() else nullcontext()
             with preserved_state(module), own, alone:
                 yield
         finally:
             self._lock.release()
-
-
-def _are_several() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
 class _NoExchange(TorchDispatchMode):
@@ -285,7 +281,7 @@ class _NoExchange(TorchDispatchMode):
 
 def _require_repeatable(module: nn.Module) -> None:
     """Refuse a model whose forward cannot run once more without any effect."""
-    for part in module.modules() if _are_several() else ():
+    for part in module.modules() if are_several() else ():
         name = type(part).__name__
         if (
             isinstance(part, nn.parallel.DistributedDataParallel)
@@ -301,10 +297,7 @@ def _require_repeatable(module: nn.Module) -> None:
 
 
 def _copied(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Copies of a call's arguments, which a forward of ours may write into: into a batch, or into a cache of past tokens.
-
-    Returns: Without a graph of the user's, in which our backward has nothing to do.
-    """
+    """Copies of a call's arguments, without their graph: a forward of ours may write into a batch, or a cache of tokens."""
     memo: dict[int, Any] = {}
     # Tensors first: those with a history cannot be copied by `copy`, which takes what it finds in the memo.
     for tensor in tensors_in((args, kwargs)):

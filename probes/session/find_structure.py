@@ -82,20 +82,11 @@ class StructureFinder:
         self.rereading = Rereading(graph)
         self.memories = self.rereading.memories
         self._read: ReadStructure | None = None
-        self._layouts: dict[tuple[int, int], tuple[Numbers, str]] = {}  # by memory and numbers
+        self.sequences = SequenceAxis(graph, batch_size, batch_axis)
         self._unread: list[LeftOut] = []  # further states that cannot be read
 
-    @cached_property
-    def sequences(self) -> SequenceAxis:
-        """Where the sequences of the batch are in each value."""
-        return SequenceAxis(self.graph, self.batch_size, self.batch_axis)
-
     def structure(self) -> Structure:
-        """The structure.
-
-        Raises AxisError: Where the sequences should have been counted along the other axis.
-        Raises ChainError, LayoutError, SiteError: Where the model cannot be read, or lacks a requested site.
-        """
+        """The structure; AxisError where the sequences should have been counted along the other axis."""
         chains = tuple(self._chains_of_model())
         read = [memory for chain in chains for memory in chain.memories]
         is_plain = all(m.is_plain and not m.inner_streams for m in read)
@@ -186,9 +177,7 @@ class StructureFinder:
         if self.options.blocks is not None:
             return ""
         pattern = likely_blocks(self.graph, self.model)
-        return ", or name the modules whose states are wanted with layers=" + (
-            repr(pattern) if pattern else ""
-        )
+        return f", or name the modules whose states are wanted with layers={repr(pattern) if pattern else ''}"
 
     def _plain_chains(self, taken: Sequence[Sequence[MemoryReading]]) -> list[Chain]:
         """The chains of some plain memories, in order; further ones that cannot be read are named."""
@@ -200,14 +189,13 @@ class StructureFinder:
             )
         for stages in taken[1:]:
             try:
-                further = self._chains_of_stages(stages)
+                further, why = self._chains_of_stages(stages), "its states lie between no blocks"
             except LayoutError as error:
-                self._unread.append(self._further_state_left_out(stages, str(error)))
-                continue
+                further, why = [], str(error)
             if any(point.site == "post" for chain in further for point in chain.points):
                 found += further
             else:
-                self._unread.append(self._further_state_left_out(stages, "its states lie between no blocks"))
+                self._unread.append(self._further_state_left_out(stages, why))
         for chain in found:
             require_all_blocks(self.graph, chain)
         return sorted(found, key=lambda of: of.memories[0].root)
@@ -242,25 +230,17 @@ class StructureFinder:
         first = next((of for of in fitting if asserted or of.num_streams == streams), fitting[0])
         if not first.is_plain or first is not self.memories[0]:
             return [[first]]
-        plain = [memory for memory in self.memories if memory.is_plain]
-        trunks = trunks_of(self.graph, plain)
-        least = FURTHER_SHARE * sum(memory.share for memory in trunks[0])
-        kept = [of for of in trunks[1:] if all(m.is_proven for m in of)]
-        blocks = _units(trunks[0])
-        self._unread += [
-            self._further_state_left_out(of, next(m.proof for m in of if not m.is_proven))
-            for of in trunks[1:]
-            if of not in kept and set() < _units(of) <= blocks
-        ]
-        return [
-            trunks[0],
-            *(
-                of
-                for of in kept
-                # A further state of the same blocks is one of the model's, however small.
-                if sum(m.share for m in of) >= least or _units(of) <= blocks
-            ),
-        ]
+        trunks = trunks_of(self.graph, [memory for memory in self.memories if memory.is_plain])
+        least, blocks = FURTHER_SHARE * sum(memory.share for memory in trunks[0]), _units(trunks[0])
+        taken = [trunks[0]]
+        for stages in trunks[1:]:
+            units, unproven = _units(stages), [memory.proof for memory in stages if not memory.is_proven]
+            # A further state of the same blocks is one of the model's, however small.
+            if not unproven and (units <= blocks or sum(memory.share for memory in stages) >= least):
+                taken.append(stages)
+            elif unproven and set() < units <= blocks:
+                self._unread.append(self._further_state_left_out(stages, unproven[0]))
+        return taken
 
     def _has_axes(self, memory: MemoryReading) -> bool:
         """Whether the states of a memory have as many axes as layout= names, where it does."""
@@ -370,14 +350,7 @@ class StructureFinder:
         numbers = memory.carried.get(value.number) if numbers is None else numbers
         if numbers is None and value.shape == root.shape:  # before a norm with which the first block begins
             numbers = memory.carried[root.number]
-        return "" if numbers is None else self._read_layout(memory, numbers)
-
-    def _read_layout(self, memory: MemoryReading, numbers: Numbers) -> str:
-        known = self._layouts.get((id(memory), id(numbers)))
-        if known is None:
-            known = numbers, read_layout(memory, numbers, self.sequences)
-            self._layouts[id(memory), id(numbers)] = known
-        return known[1]
+        return "" if numbers is None else read_layout(memory, numbers, self.sequences)
 
     def _refuse_mixed(self, root: TracedValue, memory: MemoryReading) -> None:
         """Say along which axis the sequences are, where the branches mix what was taken for them."""
@@ -405,7 +378,6 @@ class StructureFinder:
         except (StreamConnectionError, LayoutError) as error:
             return self._without_weights(chain, error)
         is_sinkhorn = all(connection.is_sinkhorn for connection in chain.connections)
-        of_first = chain.connections[0].path
         numbers = [n for n in range(len(chain.connections)) if n not in read.left_out]
         weights = read.without_other_views(dict(zip(numbers, found, strict=True)))
         outside = {
@@ -418,18 +390,16 @@ class StructureFinder:
             replace(p, site="pre") if n in outside and p.layer != chain.points[n - 1].layer else p
             for n, p in enumerate(chain.points)
         )
-        chain = replace(
-            chain, points=points, connections=tuple(chain.connections[number] for number in weights)
-        )
         self._read = read
         if read.is_first_shared:
             why = (
                 f"one tensor is each of the {memory.num_streams} streams before it, so that only sums over them are known of "
                 "its weights, and of their gradients"
             )
-            self._unread.append(LeftOut(of_first, why=why))
+            self._unread.append(LeftOut(chain.connections[0].path, why=why))
         family = read.family(memory, list(weights.values()), is_sinkhorn=is_sinkhorn)
-        return replace(chain, family=family)
+        joined = tuple(chain.connections[number] for number in weights)
+        return replace(chain, points=points, connections=joined, family=family)
 
     def _without_weights(self, chain: Chain, error: Exception) -> Chain:
         """The chain, where a run has no place for the weights of its connections; over depth it is proven with them."""
@@ -445,7 +415,7 @@ class StructureFinder:
         """Into how many parts the features of each stream are split."""
         memories = chain.memories if chain.has_streams else ()
         numbers = [(m, m.carried[n]) for m in memories for state in m.states for n in state.values]
-        layouts = [(of, self._read_layout(memory, of)) for memory, of in numbers]
+        layouts = [(of, read_layout(memory, of, self.sequences)) for memory, of in numbers]
         fractions = {num_fractions(of, layout) for of, layout in layouts if "F" in layout}
         return fractions.pop() if len(fractions) == 1 else 1
 

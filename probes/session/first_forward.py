@@ -24,7 +24,7 @@ from depthscope.probes.model.user_modes import in_transformation
 from depthscope.probes.reading.graph import PARAMETER, Graph, ReadingError, TracedValue
 from depthscope.probes.reading.places import KnownPlaces, PlacedRecorder
 from depthscope.probes.reading.recorder import GraphRecorder
-from depthscope.probes.session.attention import AttentionPlaces, AttentionWatch, placed_attention
+from depthscope.probes.session.attention import AttentionPlaces, placed_attention, watch_attention
 from depthscope.probes.session.find_structure import AxisError, RewrittenError, StructureFinder
 from depthscope.probes.session.forward import CurrentForward, Forward, own_call
 from depthscope.probes.session.observer import Observer
@@ -55,7 +55,9 @@ class FirstReading:
 
     @property
     def batch_axis(self) -> int:
-        """The axis of the sequences in the model's first tensor, as far as it is known."""
+        """The axis of the sequences in the model's first tensor, as far as it is known; 0 where all tokens are of one."""
+        if self._step.options.is_packed:
+            return 0
         return self._first_batch_axis if self.observer is None else self.observer.structure.batch_axis
 
     # --- hooks on every module, and a mode around the model's forward ---
@@ -93,19 +95,19 @@ class FirstReading:
 
     def _new_recorder(self, forward: Forward, args: Any, kwargs: Any) -> GraphRecorder | PlacedRecorder:
         """What records the values of a forward that begins."""
-        batch = list(tensors_in((args, kwargs)))
-        observer = None if self.is_searching else self.observer
-        if observer is None:
+        batch = tensors_in((args, kwargs))
+        if self.is_searching or self.observer is None:
             require_whole_sequences(self.model)
+            first = GraphRecorder(self.model, batch, hooks=1)
+            if self._step.options.gradients:
+                first.on_taken = partial(self._note_end, forward)
+            return first
         # Where it is known where a later forward shows what is measured, no other operation of it is looked at.
-        placed = self._places.recorder(self.model, batch) if observer and self._places else None
+        placed = self._places.recorder(self.model, batch) if self._places else None
         recorder = placed or GraphRecorder(self.model, batch, hooks=1)
-        if observer is None and self._step.options.gradients:
-            recorder.on_taken = partial(self._note_end, forward)
-        elif observer is not None:
-            recorder.on_taken = partial(observer.meet, forward)
-            if observer.made_by:
-                recorder.on_value = partial(observer.record_made, forward)
+        recorder.on_taken = partial(self.observer.meet, forward)
+        if self.observer.made_by:
+            recorder.on_value = partial(self.observer.record_made, forward)
         return recorder
 
     def _around_forward(self, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
@@ -114,17 +116,8 @@ class FirstReading:
         if forward is None or forward.recorder is None or forward.has_begun:
             return None
         forward.has_begun = True
-        if self.is_searching and isinstance(forward.recorder, GraphRecorder):
-            selection, scope = self._step.options.selection, self._step.scope
-            # A loop looks at attention where the site is named: it costs more than the rest of a measured step.
-            if selection.includes("attention") and (scope.only_own or selection.requests):
-                # Without sums only at where it is.
-                rows = forward.rows[: self._step.options.max_sequences if scope.sums else 0]
-                known = forward.recorder.known
-                forward.attention_watch = AttentionWatch(
-                    rows, forward.batch_size, number=lambda tensor: known(tensor).number
-                )
-                forward.recorder.listeners.append(forward.attention_watch)
+        if self.is_searching:
+            watch_attention(forward, self._step.options, self._step.scope)
         return MethodWatch(forward.recorder, forward.recorder.end)
 
     def _note_end(self, forward: Forward, value: TracedValue, tensor: torch.Tensor) -> None:
@@ -145,14 +138,14 @@ class FirstReading:
     def end_first(self, forward: Forward) -> None:
         """Find the structure in a forward that has ended, and record what that forward showed of it."""
         try:
-            if forward.recorder is None:
+            recorder, options = forward.recorder, self._step.options
+            if not isinstance(recorder, GraphRecorder):
                 raise CaptureError("the model's own forward did not run")
-            graph, options = forward.recorder.graph, self._step.options
-            size, axis = forward.batch_size, forward.batch_axis
-            structure = StructureFinder(graph, self.model, options, size, axis).structure()
+            graph, size = recorder.graph, forward.batch_size
+            structure = StructureFinder(graph, self.model, options, size, self.batch_axis).structure()
             if self.observer is None:
                 # Before the states: where these have to be copied in one more forward, it is not looked for again.
-                places = self.attention = placed_attention(forward, structure)
+                places = self.attention = placed_attention(forward, recorder, structure)
                 if options.selection.requests:
                     options.selection.require_attention(structure.chains, places.heads, places.reasons)
             else:
@@ -160,7 +153,7 @@ class FirstReading:
             observer = Observer(self.model, structure, self._step, self._current, self.attention, graph)
             try:
                 with own_call(observer):  # what it runs once more is nobody's forward
-                    _replay(forward, forward.recorder, observer)
+                    _replay(forward, recorder, observer)
             except RewrittenError:
                 self._adopt(observer)  # the structure is right: later forwards copy states as they pass
                 if not self._step.num_forwards and self._step.is_empty:
@@ -188,21 +181,22 @@ class FirstReading:
         observer, recorder, places = self.observer, forward.recorder, self._places
         assert observer is not None
         assert recorder is not None
-        is_placed, read, graph = isinstance(recorder, PlacedRecorder), observer.structure.read, recorder.graph
+        read, graph = observer.structure.read, recorder.graph
+        placed = recorder if isinstance(recorder, PlacedRecorder) else None
         try:
-            if isinstance(recorder, PlacedRecorder):
-                recorder.hold()
+            if placed is not None:
+                placed.hold()
             if read is not None:
                 with own_call(observer):
                     observer.record_read(forward, read.rereading.again(graph))
                 graph = read.rereading.graph
-            if places is not None and not is_placed:
+            if placed is None and places is not None:
                 states = map(graph.at, observer.made_by)
                 needed = graph.read | {of.number for of in states if of is not None}
                 places.learn(self.model, graph, needed)
         except NOT_READ as error:
             if places is not None:
-                places.forget(for_good=isinstance(recorder, PlacedRecorder) and recorder.error is not None)
+                places.forget(for_good=placed is not None and placed.error is not None)
             # The sample of a run has connections, which an earlier forward has to give then.
             if not self._step.keeps_rest or (self._step.is_empty and not self._step.reservoir.stored):
                 raise
@@ -211,11 +205,8 @@ class FirstReading:
             recorder.graph.let_go()
 
 
-def _replay(forward: Forward, recorder: GraphRecorder | PlacedRecorder, observer: Observer) -> None:
-    """Hand what was recorded of the first forward to the observer, as the hooks of later forwards do.
-
-    Raises RewrittenError: Where the tensor of a state was not held.
-    """
+def _replay(forward: Forward, recorder: GraphRecorder, observer: Observer) -> None:
+    """Hand what was recorded of the first forward to the observer, as the hooks of later forwards do."""
     structure, graph = observer.structure, recorder.graph
     for of in structure.shown:
         value = graph.values[of.point.number]
@@ -223,8 +214,7 @@ def _replay(forward: Forward, recorder: GraphRecorder | PlacedRecorder, observer
         if value.number in forward.ends:
             observer.expect_gradient(forward, of, forward.ends[value.number])
         elif not graph.takers(value):  # as a stream that the head does not take
-            alive = recorder.living(value) if isinstance(recorder, GraphRecorder) else None
-            observer.hook_unread(forward, of, alive)
+            observer.hook_unread(forward, of, recorder.living(value))
         observer.record_shown(forward, of, state)
     if structure.read is not None:
         assert structure.read.first is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -95,7 +95,6 @@ class Sequence:
     parts: dict[tuple[int, int], Weights]
     branches: dict[tuple[int, int], torch.Tensor]
     row: torch.Tensor | None  # of the model's first tensor, for the digest of the data
-    decoding: bool = False
     attention: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)  # (3, H, T) before a state
 
 
@@ -104,12 +103,10 @@ class Forward:
     """What was recorded of one call of the model."""
 
     batch_size: int
-    batch_axis: int  # of the model's first tensor
     stamp: Stamp
     first_index: int  # of its sequences, over all forwards
     slots: dict[int, int]  # row of the batch to slot of the reservoir
     arguments: Mapping[str, Any]
-    decoding: bool
     rows: torch.Tensor  # the sampled sequences
     row_data: torch.Tensor | None  # the sampled sequences of that tensor
     masks: dict[int, torch.Tensor | None] = field(default_factory=dict)
@@ -133,7 +130,6 @@ class Forward:
     order: dict[int, list[int]] = field(default_factory=dict)  # of the depths of each chain, as they passed
     # Where its operations are recorded, from the beginning of the model's own call on.
     recorder: GraphRecorder | PlacedRecorder | None = None
-    attention_watch: Any = None  # listens to its operations
     has_begun: bool = False  # the model's own forward, around which the recorder is on
     met: set[int] = field(default_factory=set)  # numbers of the values that an operation took
     nested: int = 0  # calls of the model that are running inside of this one
@@ -178,9 +174,7 @@ class Forward:
         backward to the first state alone would then run nowhere.
         """
         ends: list[TensorKey] = []
-        earlier: dict[
-            int, tuple[int, set[Any]]
-        ] = {}  # of each chain its first depth, and what made its states
+        earlier: dict[int, tuple[int, set[Any]]] = {}  # first depth of each chain, and what made its states
         listeners = self.expected_gradients.items()
         for key, listener in sorted(listeners, key=lambda of: (of[0][0], of[0][1] < 0, of[0])):  # FINAL last
             assert listener.end is not None, "the forward was released"
@@ -217,7 +211,6 @@ class Forward:
                     for key, rows in self.attention.items()
                     if position < rows.shape[1]
                 },
-                decoding=self.decoding,
                 row=None if self.row_data is None else self.row_data[position].cpu().clone(),
             )
             found.append((self.slots[row], sequence))
@@ -242,10 +235,21 @@ def token_masks(sequences: list[Sequence], number: int, depth: int = 0) -> list[
     return masks
 
 
+Edge: TypeAlias = tuple[Any, int]  # a node of a graph of autograd, and the number of its output
+
+
+def edges_behind(start: Iterable[Edge], until: Collection[Edge] = ()) -> Iterator[Edge]:
+    """The edges of a graph of autograd from some on; none behind those in ``until``."""
+
+    def behind(edges: Iterable[Edge]) -> list[Edge]:
+        return [edge for edge in edges if edge[0] is not None]
+
+    return walk(behind(start), lambda edge: [] if edge in until else behind(edge[0].next_functions))
+
+
 def leads_to(node: Any, wanted: set[Any]) -> bool:
     """Whether the graph below an operation has one of some others."""
-    nodes = walk([node], lambda of: (below for below, _ in of.next_functions if below is not None))
-    return any(of in wanted for of in nodes if of is not node)
+    return any(of in wanted for of, _ in edges_behind(node.next_functions))
 
 
 def _cloned_row(tensors: Mapping[Key, torch.Tensor], position: int) -> dict[Key, torch.Tensor]:
@@ -259,14 +263,14 @@ class Measured:
     """What forwards with the same weights add up to."""
 
     stamp: Stamp
-    batch_size: int
-    sums: list[TokenSums]
-    without_connections: str = ""  # as that of a forward
+    num_forwards: int = 0
+    batch_size: int = 0
+    sums: list[TokenSums] = field(default_factory=list)
 
     def add(self, forward: Forward) -> None:
         """Add one more forward."""
+        self.num_forwards += 1
         self.batch_size += forward.batch_size
-        self.without_connections = self.without_connections or forward.without_connections
         self.sums = merge_sums(self.sums, forward.sums)
 
 

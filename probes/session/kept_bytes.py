@@ -41,8 +41,7 @@ class _Storages:
     """
 
     def __init__(self) -> None:
-        # Memory of weights, buffers and the batch, which is there without a backward.
-        self.known: set[int] = set()
+        self.known: set[int] = set()  # of weights, buffers and the batch, which are there without a backward
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def note(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:

@@ -43,22 +43,16 @@ def call_model(model: nn.Module, batch: Any) -> Any:
 
     An object is passed as a copy, as a model of graphs may put its states where it found their features.
     """
-    with _without_nested_tensors(model):
+    # Torch's encoders run on a padded batch as it is: their kernel would make a nested tensor of it.
+    was_on = torch.backends.mha.get_fastpath_enabled()
+    packs = any(isinstance(part, nn.TransformerEncoder) for part in model.modules())
+    torch.backends.mha.set_fastpath_enabled(was_on and not packs)
+    try:
         if isinstance(batch, Mapping):
             return model(**batch)
         if isinstance(batch, (tuple, list)):
             return model(*batch)
         return model(batch if isinstance(batch, torch.Tensor) else copy.copy(batch))
-
-
-@contextmanager
-def _without_nested_tensors(model: nn.Module) -> Iterator[None]:
-    """Let torch's encoders run on a padded batch as it is, of which their kernel would make a nested tensor."""
-    was_on = torch.backends.mha.get_fastpath_enabled()
-    packs = any(isinstance(part, nn.TransformerEncoder) for part in model.modules())
-    torch.backends.mha.set_fastpath_enabled(was_on and not packs)
-    try:
-        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(was_on)
 
@@ -68,13 +62,11 @@ def with_gradients(batch: Any) -> Any:
     if isinstance(batch, torch.Tensor):
         # A copy, since the flag would stay on the user's tensor, and no leaf, which a model that writes into its input may not
         # write into; one with a history of its own carries a gradient already.
-        return (
-            batch.detach().requires_grad_().clone() if batch.is_floating_point() and batch.is_leaf else batch
-        )
+        is_copied = batch.is_floating_point() and batch.is_leaf
+        return batch.detach().requires_grad_().clone() if is_copied else batch
     if isinstance(batch, Mapping):
         # A mask that requires gradients would switch fused attention off.
-        masks = {name for name in batch if "mask" in str(name)}
-        return {name: value if name in masks else with_gradients(value) for name, value in batch.items()}
+        return {name: of if "mask" in str(name) else with_gradients(of) for name, of in batch.items()}
     return type(batch)(with_gradients(value) for value in batch) if type(batch) in (tuple, list) else batch
 
 

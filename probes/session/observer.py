@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from depthscope.probes.connections.proof import DepthWeights, Parts
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import Attachment, MethodWatch, in_recomputation
+from depthscope.probes.model.hooks import Attachment, in_recomputation
 from depthscope.probes.model.modules import find_mask, fit_mask
 from depthscope.probes.model.tensors import floats_in
 from depthscope.probes.model.user_modes import compute_dtype
@@ -65,12 +65,9 @@ class Observer:
             self._times[of.key[:2]] = max(moment, self._times.get(of.key[:2], -math.inf))
             if of.point.at == "operation":
                 self.made_by.setdefault(of.point.place, []).append(of)
-        # The biases and gates of the connections, stored with the statistics.
-        self.parameters: ConnectionParameters | None = None
-        if (
-            step.scope.sums and not step.scope.only_own and structure.connections
-        ):  # of one set of weights no value moves
-            self.parameters = ConnectionParameters(model, structure)
+        # The biases and gates of the connections, stored with the statistics; of one set of weights no value moves.
+        has_steps = step.scope.sums and not step.scope.only_own and bool(structure.connections)
+        self.parameters = connection_parameters(model, structure) if has_steps else {}
 
     # --- hooks on the modules that show the structure ---
 
@@ -82,8 +79,9 @@ class Observer:
             shown[of.point.at].setdefault(of.point.path, []).append(of)
         for path, states in shown["input"].items():
             attachment.before(modules[path], partial(self._record_states, "input", path, states))
-        for path in sorted(self._attention.paths):
-            attachment.around(modules[path], "forward", partial(self._watch_attention, path))
+        if any(self._attention.expected):
+            watch = partial(later_attention, self._attention, self._current)
+            attachment.around(self.model, "forward", watch)
         branches = {c.branch_path for chain in self.structure.chains for c in chain.connections}
         for path in filter(None, branches):
             attachment.after(modules[path], partial(self._after_branch, path))
@@ -135,10 +133,6 @@ class Observer:
                 for forward in waiting:
                     self.hook_gradient(forward, state, tensors[item])
 
-    def _watch_attention(self, path: str, module: nn.Module, args: Any, kwargs: Any) -> MethodWatch | None:
-        forward = self._current.recorded
-        return None if forward is None else later_attention(self._attention, forward, path)
-
     def _after_branch(self, path: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         forward, tensor = self._current.recorded, next(iter(floats_in(output)), None)
         if forward is None or tensor is None:
@@ -188,10 +182,8 @@ class Observer:
     def record_state(
         self, forward: Forward, number: int, depth: int, tensor: torch.Tensor, own: tuple[torch.Tensor, ...]
     ) -> None:
-        """Store the sampled sequences of a state, and add all of it to the statistics.
+        """Store the sampled sequences of a state in the model's layout, and add all of it to the statistics.
 
-        ``number, depth``: chain and depth (`FINAL` after the last norm).
-        ``tensor``: the state in the model's own layout.
         ``own``: the model's tensors that hold it: itself, or one for each stream.
         """
         forward.fired.add(("state", number, depth))
@@ -229,12 +221,7 @@ class Observer:
         return forward.masks[number]
 
     def require_usual_calls(self, forward: Forward) -> None:
-        """Require that blocks ran as often, and in the order, that the structure was found from.
-
-        ``forward``: A forward in which every state showed.
-        Raises CaptureError: Where a block ran more often, or the states passed in another order: they would get the
-        wrong depths.
-        """
+        """Require that blocks ran as often, and in the order, that the structure was found from, or depths would be wrong."""
         for number, order in forward.order.items():
             times = [self._times[number, depth] for depth in order]
             if order != sorted(order) and times != sorted(times):
@@ -366,8 +353,11 @@ class Observer:
         if complete.mix is not None:
             sums.add_mixing(number, complete.mix, mask)
         sums.add_values(number, coefficient_sums(complete, mask))
-        values = None if self.parameters is None else self.parameters.values(number)
-        if values is not None:
+        sizes = self.parameters.get(number, {})
+        # By name, since an optimizer or a loader may have put others in their place.
+        parameters = [self.model.get_parameter(name).detach() for name in sizes]
+        if sizes and sum(each.numel() for each in parameters) == sum(sizes.values()):
+            values = torch.cat([each.flatten().float() for each in parameters])
             sums.latest.setdefault("connection_parameter", {})[number] = values
 
     def record_read(self, forward: Forward, memory: MemoryReading) -> None:
@@ -403,48 +393,22 @@ def _with_other_streams(waiting: dict[Key, dict[int, T]], of: ShownTensor, strea
     return [stream for _, stream in sorted(streams.items())]
 
 
-class ConnectionParameters:
-    """The biases and gates of the connections.
+def connection_parameters(model: nn.Module, structure: Structure) -> dict[int, dict[str, int]]:
+    """The biases and gates of each connection that has some, with their numbers of elements.
 
     These are the parameters that the coefficients are computed from, with no more elements than the n² + 2n coefficients and
     no axis as wide as a state: static logits and biases, and the scalars α that scale what depends on the token.
-
-    ``model``: the user's model; its parameters are only read.
-    ``structure``: what it was found to be.
-    ``cells``: for each connection that has some, the parameter that each element of `values` belongs to.
     """
-
-    def __init__(self, model: nn.Module, structure: Structure):
-        self._model, self._structure = model, structure
-        self._names: dict[int, tuple[str, ...]] = {}
-        self.cells: dict[int, tuple[str, ...]] = {}
-        own, listed = dict(model.named_parameters(remove_duplicate=False)), set[str]()
-        for number, connection in enumerate(structure.connections):
-            names = [name for name in connection.parameters if name in own and name not in listed]
-            chosen = {name: own[name] for name in names if self._is_small(own[name])}
-            listed.update(chosen)  # what several connections share is listed once
-            if chosen:
-                self._names[number] = tuple(chosen)
-                self.cells[number] = tuple([name for name, of in chosen.items() for _ in range(of.numel())])
-
-    def _is_small(self, parameter: nn.Parameter) -> bool:
-        n = self._structure.num_streams
-        width = self._structure.chains[0].shapes[0][-1]  # streams may be a part of it
-        widths = {width, width // n, width * n}
-        return (
-            not unreadable(parameter)
-            and parameter.numel() <= n * (n + 2)
-            and not widths & set(parameter.shape)
-        )
-
-    def values(self, number: int) -> torch.Tensor | None:
-        """The present values of a connection's biases and gates, one after another; None where it has none.
-
-        Returns: A copy in float32, as long as its `cells`.
-        """
-        names = self._names.get(number, ())
-        # By name, since an optimizer or a loader may have put others in their place.
-        parameters = [self._model.get_parameter(name) for name in names]
-        if not parameters or sum(each.numel() for each in parameters) != len(self.cells[number]):
-            return None
-        return torch.cat([each.detach().flatten().float() for each in parameters])
+    n, width = structure.num_streams, structure.chains[0].shapes[0][-1]
+    widths = {width, width // n, width * n}  # streams may be a part of it
+    small = {
+        name: of.numel()
+        for name, of in model.named_parameters(remove_duplicate=False)
+        if not unreadable(of) and of.numel() <= n * (n + 2) and not widths & set(of.shape)
+    }
+    # What several connections share is listed once.
+    chosen = [
+        {name: small.pop(name) for name in dict.fromkeys(connection.parameters) if name in small}
+        for connection in structure.connections
+    ]
+    return {number: of for number, of in enumerate(chosen) if of}

@@ -95,9 +95,7 @@ class Options:
     first_sequence: int = 0
     blocks: tuple[str, ...] | None = field(init=False)  # `layers` as a tuple
     selection: SiteSelection = field(init=False)  # what `sites` means
-    is_packed: bool = field(
-        init=False
-    )  # whether the user says that all tokens of a batch are of one sequence
+    is_packed: bool = field(init=False)  # whether `layout` says that all tokens are of one sequence
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", _block_names(self.layers))
@@ -150,20 +148,10 @@ def _block_names(layers: str | Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 def takes_options(declared: type) -> Callable[[Function], Function]:
-    """Decorate a function that passes its ``**options`` on to `Options`.
+    """Decorate a function that passes its ``**options`` on to `Options`; ``declared``: the TypedDict of those that it takes.
 
     The options appear one by one in its signature and in its docstring, in place of ``**options``, so that `help` and
     notebooks show them as if they were written there; a name that is none of them is refused.
-
-    Parameters
-    ----------
-    declared : TypedDict
-        Which options the function takes.
-
-    Returns
-    -------
-    callable
-        The decorator.
     """
     taken: frozenset[str] = declared.__optional_keys__  # type: ignore[attr-defined]
     names = [option.name for option in fields(Options) if option.name in taken]

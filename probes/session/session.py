@@ -23,7 +23,7 @@ from depthscope.probes.model.hooks import (
     in_recomputation,
     num_running_calls,
 )
-from depthscope.probes.model.modules import PresentModules, is_decoding, named_arguments
+from depthscope.probes.model.modules import PresentModules, named_arguments
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import in_transformation, readable
 from depthscope.probes.session.attention import add_attention_sums
@@ -78,9 +78,7 @@ class Session:
     def observer(self) -> Observer:
         """What records the forwards; it knows the structure, and the precision of the states."""
         if self.first.observer is None:
-            raise CaptureError(
-                "the structure of the model is unknown before its first forward; call the model"
-            )
+            raise CaptureError("the structure of the model is unknown before its first forward; call it")
         return self.first.observer
 
     @property
@@ -242,15 +240,8 @@ class Session:
             reservoir.stamp = None  # the sequences that were chosen so far came to nothing
         if self.step.scope.digests:
             self.step.note_batch(lead)
-        batch_axis = self.first.batch_axis
-        if self.options.is_packed:
-            lead, batch_axis = lead.unsqueeze(0), 0
-        return Forward(
-            **reservoir.drawn(lead, batch_axis, stamp),
-            stamp=stamp,
-            arguments=named,
-            decoding=is_decoding(named),
-        )
+        lead = lead.unsqueeze(0) if self.options.is_packed else lead
+        return reservoir.new_forward(lead, self.first.batch_axis, stamp, named)
 
     def _end(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         forward = self._current.recorded
@@ -313,12 +304,7 @@ class Session:
             raise as_capture_error(errors[0])
 
     def fold(self) -> list[Measured]:
-        """What the forwards since the last fold add up to; their sampled sequences go to the reservoir.
-
-        Returns: One for each change of the weights, mostly one.
-        Raises CaptureError: Where a state or connection did not show, or no gradient arrived; none of these forwards
-        counts then.
-        """
+        """What the forwards since the last fold add up to, as `Step.fold` says it."""
         with self._lock:
             for forward in self.step.forwards:
                 for state in list(forward.stream_gradients):

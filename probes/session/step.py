@@ -6,11 +6,11 @@ import gc
 import hashlib
 import heapq
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from types import FrameType
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,25 +18,18 @@ from torch.utils.hooks import RemovableHandle
 
 from depthscope.diagnostics.schema import SUMS_OF_COEFFICIENTS
 from depthscope.probes.model.errors import CaptureError
-from depthscope.probes.model.hooks import (
-    CompilerLog,
-    Hook,
-    Report,
-    in_reentrant_checkpoint,
-)
+from depthscope.probes.model.hooks import Hook, Report, in_reentrant_checkpoint, running_frames
 from depthscope.probes.model.loss_graph import compared_by_gradient, read_task, squares_by_gradient
 from depthscope.probes.model.modules import all_parameters
 from depthscope.probes.model.preserved_state import COMPILER
 from depthscope.probes.model.tensors import tensors_in
 from depthscope.probes.model.user_modes import user_wants_graph
-from depthscope.probes.reading.graph import walk
-from depthscope.probes.session.forward import Forward, Measured, Sequence, Stamp, own_calls
+from depthscope.probes.session.forward import Edge, Forward, Measured, Sequence, Stamp, own_calls
 from depthscope.probes.session.options import Options, Scope
 
 DIGESTED = 2**20  # numbers of a batch that its digest is of
 TRAINING = 2  # a call in training mode with a graph; 1 is one with a graph, 0 any other
 RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
-Edge: TypeAlias = tuple[Any, int]  # a node of a graph of autograd, and the number of its output
 
 
 class Step:
@@ -48,13 +41,9 @@ class Step:
         self.last: Forward | None = None
         self.num_forwards = 0  # of all steps
         self.num_left_out = 0  # evaluations within steps of training
-        self.gradients_undefined = False  # of forwards since the last fold but one
-        # Whether a backward ran in the last fold's forwards, and no state had a graph.
-        self.without_gradients = False
-        # Whether a forward whose connections cannot be read counts without them, and why some of the last fold's did.
-        self.keeps_rest, self.without_connections = not scope.only_own, ""
+        # Whether a forward whose connections cannot be read counts without them.
+        self.keeps_rest = not scope.only_own
         self._measured: list[Measured] = []
-        self._num_measured = 0  # of the forwards that `_measured` adds up
         self.draw_anew()
         self.begin()
 
@@ -62,9 +51,11 @@ class Step:
         """Begin a step."""
         self.loss.clear()
         self.digest: torch.Tensor | None = None  # of the batches, where it is kept
+        self.gradients_undefined = False  # of a forward
+        self.without_gradients = False  # whether a backward ran, and no state had a graph
+        self.without_connections = ""  # why some forwards count without them
         self._kind = 0  # of the calls that count
         self._num_without_graph = 0  # calls that can have no gradient
-        self._compiler_met = CompilerLog.met  # how often torch's compiler had met our hooks by now
 
     def draw_anew(self) -> None:
         """Begin another sample."""
@@ -101,8 +92,8 @@ class Step:
             return False
         if kind > self._kind:
             self._kind = kind
-            if seen := len(self.forwards) + self._num_measured:  # which turn out to be evaluations
-                self.num_left_out += seen
+            if not self.is_empty:  # which turn out to be evaluations
+                self.num_left_out += len(self.forwards) + sum(of.num_forwards for of in self._measured)
                 self.drop()
                 self.reservoir.forget()
         return True
@@ -127,7 +118,7 @@ class Step:
         """Forget the forwards since the last fold."""
         for forward in self.forwards:
             forward.release()
-        self.forwards, self._measured, self._num_measured = [], [], 0
+        self.forwards, self._measured, self.without_connections = [], [], ""
 
     def fold(self) -> list[Measured]:
         """What the forwards since the last fold add up to; their sampled sequences go to the reservoir.
@@ -135,11 +126,8 @@ class Step:
         Returns: One for each change of the weights, mostly one.
         Raises CaptureError: Where no gradient arrived, or nothing was called; none of these forwards counts then.
         """
-        self.without_gradients = False
-        self.gradients_undefined = any(forward.gradients_undefined for forward in self.forwards)
         self._absorb()
-        done, self._measured, self._num_measured = self._measured, [], 0
-        self.without_connections = next(filter(None, (each.without_connections for each in done)), "")
+        done, self._measured = self._measured, []
         for chain in (of for each in done for of in each.sums) if self.without_connections else ():
             # Other forwards of it show connections: no mean over the step's tokens is known.
             chain.forget("gain_sum", "gain_max", *SUMS_OF_COEFFICIENTS)
@@ -158,18 +146,18 @@ class Step:
                 "gradients were asked for but none arrived: every forward of the step ran without a graph, as under "
                 "torch.no_grad(); such forwards count to no step that measures gradients"
             )
-        if self._compiler_met != CompilerLog.met:
-            return (
-                "the model was only called inside of code that was compiled, traced or exported as a whole; record the module "
-                "that torch.compile returned, or compile the model and not the function around it"
-            )
         if self.scope.only_own:
             return (
                 "no forward of the model was seen: the batch is empty, or the model is not called through Module.__call__, "
                 "which runs the hooks; nothing to measure"
             )
-        hint = ", or only inside of compiled code" if COMPILER in sys.modules else ""
-        return f"the model was not called between two steps, or with empty batches only{hint}; nothing to measure"
+        nothing = "the model was not called between two steps, or with empty batches only"
+        if COMPILER not in sys.modules:
+            return f"{nothing}; nothing to measure"
+        return (
+            f"{nothing}, or only inside of code that was compiled, traced or exported as a whole: record the module that "
+            "torch.compile returned, or compile the model and not the function around it"
+        )
 
     def _absorb(self) -> None:
         done, self.forwards = self.forwards, []
@@ -182,11 +170,12 @@ class Step:
                 forward.release()
         for forward in counted:
             self.num_forwards += 1
-            self._num_measured += 1
+            self.gradients_undefined |= forward.gradients_undefined
+            self.without_connections = self.without_connections or forward.without_connections
             if not forward.without_connections:
                 self.reservoir.store(forward.sequences(), forward.stamp)
             if not self._measured or self._measured[-1].stamp != forward.stamp:
-                self._measured.append(Measured(forward.stamp, 0, []))
+                self._measured.append(Measured(forward.stamp))
             self._measured[-1].add(forward)
 
     def _with_gradients(self, done: list[Forward]) -> list[Forward]:
@@ -201,21 +190,19 @@ class Step:
         return trained
 
     def _require_gradients(self, forward: Forward) -> None:
-        if not self.options.gradients:
+        if not self.options.gradients or forward.arrivals:
             return
-        if not forward.arrivals:
-            if not self.scope.only_own and not forward.expected_gradients and self.loss.backwards:
-                self.without_gradients = True
-                return
-            if self.scope.only_own:
-                raise CaptureError(
-                    "no gradient of the loss arrives at any state: the graph is cut between the last block and the loss; look "
-                    "for a detach, a no_grad or an argmax there"
-                )
+        if self.scope.only_own:
+            raise CaptureError(
+                "no gradient of the loss arrives at any state: the graph is cut between the last block and the loss; look "
+                "for a detach, a no_grad or an argmax there"
+            )
+        if forward.expected_gradients or not self.loss.backwards:
             raise CaptureError(
                 "gradients were asked for but none arrived: call loss.backward() between the forward and step(), "
                 "with gradients enabled in the forward"
             )
+        self.without_gradients = True
 
 
 # --- the sample ---
@@ -244,9 +231,6 @@ class Reservoir:
     # A heap of (−rank, slot) of the chosen sequences: the one that is replaced next comes first.
     _chosen: list[tuple[int, int]] = field(init=False, default_factory=list)
 
-    def __post_init__(self) -> None:
-        assert self.size >= 1
-
     def choose(self, batch_size: int, stamp: Stamp) -> dict[int, int]:
         """Choose the rows of a batch that are stored.
 
@@ -270,19 +254,16 @@ class Reservoir:
         self.total += batch_size
         return chosen
 
-    def drawn(self, lead: torch.Tensor, batch_axis: int, stamp: Stamp) -> dict[str, Any]:
-        """What a forward knows of its batch, and of its sequences that are sampled."""
+    def new_forward(
+        self, lead: torch.Tensor, batch_axis: int, stamp: Stamp, arguments: Mapping[str, Any]
+    ) -> Forward:
+        """A forward that begins, with the sequences of its batch that are sampled."""
         batch_size = lead.shape[batch_axis]
         slots = self.choose(batch_size, stamp)
         rows = torch.tensor(sorted(slots), dtype=torch.long, device=lead.device)
-        return {
-            "batch_size": batch_size,
-            "batch_axis": batch_axis,
-            "first_index": self.first + self.total - batch_size,
-            "slots": slots,
-            "rows": rows,
-            "row_data": lead.detach().movedim(batch_axis, 0)[rows].clone(),
-        }
+        row_data = lead.detach().movedim(batch_axis, 0)[rows].clone()
+        first_index = self.first + self.total - batch_size
+        return Forward(batch_size, stamp, first_index, slots, arguments, rows, row_data)
 
     def forget(self) -> None:
         """Drop what was stored of the present weights, and draw anew: it was of forwards that do not count."""
@@ -302,10 +283,7 @@ class Reservoir:
 
 
 def rank_in_sample(seed: int, number: int) -> int:
-    """A 64-bit number that decides whether a sequence is in the sample: the lowest ones are.
-
-    Returns: Independent of the ranks of other numbers and seeds, as far as a hash is.
-    """
+    """A 64-bit number, independent of those of other sequences and seeds: the lowest ones are in the sample."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest(), "big")
 
 
@@ -333,15 +311,6 @@ def _weight_stamp(parameter: nn.Parameter, sharded: bool) -> tuple[int, int, int
 # --- the loss ---
 
 
-def edges_behind(start: Iterable[Edge], until: Collection[Edge] = ()) -> Iterator[Edge]:
-    """The edges of a graph of autograd from some on, as (node, number of its output); none behind those in ``until``."""
-
-    def behind(edges: Iterable[Edge]) -> list[Edge]:
-        return [edge for edge in edges if edge[0] is not None]
-
-    return walk(behind(start), lambda edge: [] if edge in until else behind(edge[0].next_functions))
-
-
 def running_backward() -> list[Edge] | None:
     """The roots of the backward that runs this hook, as edges; None where they cannot be found."""
     frame = _running_frame()
@@ -357,13 +326,9 @@ def _running_frame() -> FrameType | None:
     torch does not tell it, but the function that runs the engine waits for it with the roots among its variables: in this
     thread, or for tensors on another device in the one that called it.
     """
-    for frame in (sys._getframe(), *sys._current_frames().values()):
-        place: FrameType | None = frame
-        while place is not None:
-            if place.f_code is RUN_BACKWARD:
-                return place
-            place = place.f_back
-    return None
+    threads = sys._getframe(), *sys._current_frames().values()
+    frames = (frame for innermost in threads for frame in running_frames(innermost))
+    return next((frame for frame in frames if frame.f_code is RUN_BACKWARD), None)
 
 
 def living_scalers() -> list[torch.amp.GradScaler]:

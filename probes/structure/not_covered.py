@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from depthscope.probes.model.modules import all_modules, all_parameters, module_paths, named_parameters
+from depthscope.probes.model.modules import all_parameters, module_paths, named_parameters
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, container_of, walk
 from depthscope.probes.reading.operations import MATRICES, NORMS, only_moves, weights
@@ -206,7 +206,7 @@ class PartsLeftOut:
         """Whether a module may be a block: it gives what it takes in shape, and has parts with matrices, or in a residual."""
         if path not in self._modules or self._same_shape.isdisjoint(self._calls.get(path, ())):
             return False
-        modules = all_modules(self._modules[path])
+        modules = [module for _, module in module_paths(self._modules[path])]
         matrices = [
             p for module in modules for p in module._parameters.values() if p is not None and p.ndim > 1
         ]
