@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from depthscope.probes.model.layout import LayoutError, canonical, parse_layout
 from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import INPUT, SHAPE_ONLY, Graph, TracedValue, names, values_in
 from depthscope.probes.reading.numbers import Numbers
-from depthscope.probes.reading.operations import MATRICES, ROW_MAJOR, addends, only_moves
+from depthscope.probes.reading.operations import MATRICES, ROW_MAJOR, only_moves
 
 TURNS = names("permute transpose t mT movedim")
 REMOVES = names("select unbind sum mean amax amin max min prod any all argmax logsumexp linalg_vector_norm")
@@ -335,7 +335,7 @@ def _tokens(memory: MemoryReading, elements: np.ndarray) -> np.ndarray:
 
 
 def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
-    """Whether the first value is every stream of the first state: each next one is made of it once, or of it n times."""
+    """Whether the first value is every stream of the first state: each next one is made of it n times, by ways of its own."""
     if len(memory.states) < 2 or len(memory.states[0].values) > 1:
         return False
     (first,), following, n = memory.states[0].values, memory.states[1].values, memory.num_streams
@@ -351,16 +351,4 @@ def repeats_first(graph: Graph, memory: MemoryReading) -> bool:
     steps = [{first} if number == first else ways.get(number, set()) for number in following]
     times = {len(of) for of in steps}  # how often the first value comes into a stream
     are_distinct = len(steps) == n and len(set().union(*steps)) == sum(map(len, steps))
-    again = len(steps) == n and all(steps) and _only_branches_are_added(graph, memory, ways)
-    return again or (are_distinct and times == {n})
-
-
-def _only_branches_are_added(graph: Graph, memory: MemoryReading, numbers: Iterable[int]) -> bool:
-    """Whether the first step adds to the first state, as it is, nothing but what its branches give: no further stream."""
-    joined = memory.connections[0]
-    written = {number for of in joined.branches for number in of.branch.way}
-    sums = [graph.values[n] for n in numbers if n <= max(memory.states[1].values)]
-    added = {v.number for of in sums for v in addends(of)} - memory.carried.keys()
-    if memory.over_depth or joined.h_res.shape[-1] > 1:
-        return False
-    return added <= written and bool(torch.isclose(joined.h_res, torch.ones_like(joined.h_res)).all())
+    return are_distinct and times == {n}
