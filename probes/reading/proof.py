@@ -200,9 +200,10 @@ class WeightCoverage:
         self._elsewhere = self._used - self._in_branches - outside
         self.held = frozenset(number for number in carried if number <= end)
         # Of the parameters in branches that work on what the first state gave, and in no other tower
-        later, found = graph.later(memory.root), weights(graph).items()
-        working = {w for number, of in found if later[number] for w in of} & self._in_branches
-        self.parameters = frozenset(graph.parameter_names.get(w.number, "") for w in working)
+        later = graph.later(memory.root)
+        self.parameters = _names(
+            graph, (w for n, of in weights(graph).items() if later[n] for w in of if w in self._in_branches)
+        )
 
     def _between(self, carried: set[int]) -> set[TracedValue]:
         """The weights of branches, and of the coefficients with which the memory is mixed, read and written."""
@@ -229,32 +230,27 @@ class WeightCoverage:
         if self._elsewhere:
             names = sorted(self.graph.parameter_names.get(w.number, "") for w in self._elsewhere)
             return f"{self.share(self._elsewhere):.0%} of the weights lie in no branch (first: {names[0]})"
-        if (value := self._residual_sum(range(self.memory.root.number + 1), self._before)) is not None:
-            return (
-                f"{self.graph.path(value) or 'the model'} adds a branch before the first state that was found"
-            )
-        end = max(value.number for value in self.last) + 1
-        later = range(end, len(self._head))
-        if (value := self._residual_sum(later, self._head, after=self.last[-1])) is not None:
-            return (
-                f"{self.graph.path(value) or 'the model'} adds a branch after the last state that was found"
-            )
         return (
-            self._hidden_branches() or self._parts_put_next() or self._unread_writes() or self._unknown_sum()
+            self._residual_outside()
+            or self._hidden_branches()
+            or self._parts_put_next()
+            or self._unread_writes()
+            or self._unknown_sum()
         )
 
-    def _residual_sum(
-        self, numbers: Iterable[int], marks: bytearray, after: TracedValue | None = None
-    ) -> TracedValue | None:
-        """A marked sum of a value (computed from ``after``) and of what was computed from it, that may be a state."""
-        for number in numbers:
-            value = self.graph.values[number]
-            if not marks[number] or number in self.of_others:
+    def _residual_outside(self) -> str:
+        """A sum of a value and of what was computed from it, that may be a state before the first one or after the last."""
+        graph, end = self.graph, max(value.number for value in self.last)
+        for value in graph.values:
+            is_first = value.number <= self.memory.root.number
+            marks = self._before if is_first else self._head if value.number > end else ()
+            if not marks or not marks[value.number] or value.number in self.of_others:
                 continue
-            branch = residual_branch(self.graph, value, after)
+            branch = residual_branch(graph, value, None if is_first else self.last[-1])
             if branch and (value.numel == self.memory.count or self._is_next_to_blocks(branch)):
-                return value
-        return None
+                where = "before the first" if is_first else "after the last"
+                return f"{graph.path(value) or 'the model'} adds a branch {where} state that was found"
+        return ""
 
     def _is_next_to_blocks(self, numbers: Iterable[int]) -> bool:
         """Whether some values were made in a module that is held by what holds a block of the memory, by numbers."""
@@ -424,9 +420,7 @@ class FurtherResiduals:
     sums: int  # how many
     path: str  # the module in which the first one is added up
     names: frozenset[str]  # of the parameters that work in what they add
-    around: frozenset[
-        str
-    ]  # of those of the branches of states in which they lie; empty where they lie in none
+    around: frozenset[str]  # of those of the branches of states in which they lie, if in any
 
 
 def further_residuals(
@@ -440,14 +434,20 @@ def further_residuals(
     ends, carried = [graph.values[n] for n in sorted(sources | taken - held)], held - sources
     later = [graph.later(graph.values[memory.root]) for memory in read]
     behind = graph.earlier(ends, carried)
+    total = sum(graph.values[number].numel for number in graph.parameter_names)
     for group in _linked_sums(graph, held, blocks):
         inside = [n for n in group if behind[n] and any(of[n] for of in later)]
         around_ends = [next(end for end in ends if graph.depends(end, graph.values[n])) for n in inside]
         marks = graph.earlier(around_ends, carried)
         around = {n for n, marked in enumerate(marks) if marked and any(of[n] for of in later)}
-        own, others = (_parameters(graph, of) for of in (set().union(*group.values()), around))
-        if len(group) > 1 or _share(graph, own) > (INSIDE_SHARE if inside else OUTSIDE_SHARE):
-            yield FurtherResiduals(len(group), graph.path(graph.values[min(group)]), own, others)
+        own, others = (
+            {w for n in of for w in weights(graph).get(n, ())}
+            for of in (set().union(*group.values()), around)
+        )
+        least = (INSIDE_SHARE if inside else OUTSIDE_SHARE) * total
+        if len(group) > 1 or sum(w.numel for w in own) > least:
+            path = graph.path(graph.values[min(group)])
+            yield FurtherResiduals(len(group), path, _names(graph, own), _names(graph, others))
 
 
 def _linked_sums(graph: Graph, held: set[int], blocks: AbstractSet[str]) -> list[dict[int, set[int]]]:
@@ -470,14 +470,6 @@ def _linked_sums(graph: Graph, held: set[int], blocks: AbstractSet[str]) -> list
     return groups
 
 
-def _parameters(graph: Graph, numbers: set[int]) -> frozenset[str]:
-    """The names of the parameters that work in some values."""
-    found = weights(graph)
-    of = {weight.number for number in numbers & found.keys() for weight in found[number]}
-    return frozenset(graph.parameter_names.get(number, "") for number in of)
-
-
-def _share(graph: Graph, names: AbstractSet[str]) -> float:
-    """What some parameters are of all that the forward took."""
-    sizes = {name: graph.values[number].numel for number, name in graph.parameter_names.items()}
-    return sum(sizes.get(name, 0) for name in names) / max(sum(sizes.values()), 1)
+def _names(graph: Graph, parameters: Iterable[TracedValue]) -> frozenset[str]:
+    """What the model calls some parameters."""
+    return frozenset(graph.parameter_names.get(of.number, "") for of in parameters)
