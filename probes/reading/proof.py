@@ -240,14 +240,19 @@ class WeightCoverage:
 
     def _residual_outside(self) -> str:
         """A sum of a value and of what was computed from it, that may be a state before the first one or after the last."""
-        graph, end = self.graph, max(value.number for value in self.last)
-        for value in graph.values:
-            is_first = value.number <= self.memory.root.number
-            marks = self._before if is_first else self._head if value.number > end else ()
-            if not marks or not marks[value.number] or value.number in self.of_others:
+        graph, root, end = self.graph, self.memory.root.number, max(value.number for value in self.last)
+        outside = (
+            value.number
+            for value in graph.values
+            if value.name in PLAIN and value.number not in self.of_others
+            if (self._before if value.number <= root else self._head)[value.number]
+            if not root < value.number <= end
+        )
+        for value, branch in residuals(graph, outside, self.memory.carried.keys()):
+            is_first = value.number <= root
+            if not is_first and not graph.depends(graph.values[min(branch)], self.last[-1]):
                 continue
-            branch = residual_branch(graph, value, None if is_first else self.last[-1])
-            if branch and (value.numel == self.memory.count or self._is_next_to_blocks(branch)):
+            if value.numel == self.memory.count or self._is_next_to_blocks(branch):
                 where = "before the first" if is_first else "after the last"
                 return f"{graph.path(value) or 'the model'} adds a branch {where} state that was found"
         return ""
@@ -326,21 +331,23 @@ class WeightCoverage:
 # --- every residual of a forward, whatever memory it belongs to
 
 
-def residual_branch(
-    graph: Graph,
-    value: TracedValue,
-    after: TracedValue | None = None,
-    held: AbstractSet[int] | None = None,
-    known: AbstractSet[int] = frozenset(),
-) -> set[int]:
-    """What layers computed from a value, and is as large as it, where both are added or put next to each other; else nothing.
+def residuals(
+    graph: Graph, numbers: Iterable[int], held: AbstractSet[int]
+) -> Iterator[tuple[TracedValue, set[int]]]:
+    """Those of some values that add to, or put next to, a value what layers computed from it, and what is between both.
 
-    ``value``: the sum, or the history that grows. ``after``: what the value that is added to has to be computed from.
-    ``held``: the values of memories; what is added to is then followed back through mixtures too, as of streams, where none
-    of these lies between. ``known``: sums at which that ends.
+    That value is followed back through mixtures too, as of streams, up to those of memories (``held``) and to sums before.
     """
-    is_plain = value.name in PLAIN
-    if not is_plain and (held is None or not (value.name in ADDED or _grows(graph, value))):
+    until = set(held)
+    for number in numbers:
+        if branch := _residual_branch(graph, graph.values[number], held, until):
+            until.add(number)
+            yield graph.values[number], branch
+
+
+def _residual_branch(graph: Graph, value: TracedValue, held: AbstractSet[int], until: set[int]) -> set[int]:
+    """What layers computed from a value, as large as it, where both are added or put next to each other; else nothing."""
+    if not (value.name in ADDED or _grows(graph, value)):
         return set()
     added = addends(value)
     pairs = [*pairwise(added)]
@@ -348,15 +355,13 @@ def residual_branch(
         pairs.append((added[1], added[0]))
     found = set[int]()
     for begin, other in pairs:
-        if not other.shape or (after is not None and not graph.depends(begin, after)):
+        if not other.shape:
             continue
         if found and value.name not in JOINS:
             break
-        new = _branch_between(graph, walk([begin], _moved), other) if is_plain and not found else set()
-        if not new and held is not None:
-            ways = _carriers(begin, other, held | known)
-            new = _branch_between(graph, ways, other, held)
-        found |= new
+        is_plain = value.name in PLAIN and not found
+        new = _branch_between(graph, walk([begin], _moved), other) if is_plain else set()
+        found |= new or _branch_between(graph, _carriers(begin, other, until), other, held)
     return found
 
 
@@ -453,20 +458,18 @@ def further_residuals(
 def _linked_sums(graph: Graph, held: set[int], blocks: AbstractSet[str]) -> list[dict[int, set[int]]]:
     """The residuals outside of some values and blocks with their branches; together those computed from each other there."""
     groups: list[dict[int, set[int]]] = []
-    known = set[int]()
-    for value in graph.values:
-        if value.number in held or not graph.reaches_output(value):
-            continue
-        if not blocks.isdisjoint(graph.calls[call].path for call in graph.stack(value)):
-            continue
-        if branch := residual_branch(graph, value, held=held, known=known):
-            known.add(value.number)
-            marks = graph.earlier([graph.values[max(branch)]], held)
-            linked = [group for group in groups if any(marks[number] for number in group)]
-            groups = [group for group in groups if group not in linked]
-            groups.append(
-                {number: of for group in linked for number, of in group.items()} | {value.number: branch}
-            )
+    outside = (
+        value.number
+        for value in graph.values
+        if value.number not in held
+        and graph.reaches_output(value)
+        and blocks.isdisjoint(graph.calls[call].path for call in graph.stack(value))
+    )
+    for value, branch in residuals(graph, outside, held):
+        marks = graph.earlier([graph.values[max(branch)]], held)
+        linked = [group for group in groups if any(marks[number] for number in group)]
+        groups = [group for group in groups if group not in linked]
+        groups.append({n: of for group in linked for n, of in group.items()} | {value.number: branch})
     return groups
 
 
