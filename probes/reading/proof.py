@@ -200,9 +200,10 @@ class WeightCoverage:
         self._elsewhere = self._used - self._in_branches - outside
         self.held = frozenset(number for number in carried if number <= end)
         # Of the parameters in branches that work on what the first state gave, and in no other tower
-        later, found = graph.later(memory.root), weights(graph).items()
-        working = {w for number, of in found if later[number] for w in of} & self._in_branches
-        self.parameters = frozenset(graph.parameter_names.get(w.number, "") for w in working)
+        later = graph.later(memory.root)
+        self.parameters = _names(
+            graph, (w for n, of in weights(graph).items() if later[n] for w in of if w in self._in_branches)
+        )
 
     def _between(self, carried: set[int]) -> set[TracedValue]:
         """The weights of branches, and of the coefficients with which the memory is mixed, read and written."""
@@ -229,32 +230,32 @@ class WeightCoverage:
         if self._elsewhere:
             names = sorted(self.graph.parameter_names.get(w.number, "") for w in self._elsewhere)
             return f"{self.share(self._elsewhere):.0%} of the weights lie in no branch (first: {names[0]})"
-        if (value := self._residual_sum(range(self.memory.root.number + 1), self._before)) is not None:
-            return (
-                f"{self.graph.path(value) or 'the model'} adds a branch before the first state that was found"
-            )
-        end = max(value.number for value in self.last) + 1
-        later = range(end, len(self._head))
-        if (value := self._residual_sum(later, self._head, after=self.last[-1])) is not None:
-            return (
-                f"{self.graph.path(value) or 'the model'} adds a branch after the last state that was found"
-            )
         return (
-            self._hidden_branches() or self._parts_put_next() or self._unread_writes() or self._unknown_sum()
+            self._residual_outside()
+            or self._hidden_branches()
+            or self._parts_put_next()
+            or self._unread_writes()
+            or self._unknown_sum()
         )
 
-    def _residual_sum(
-        self, numbers: Iterable[int], marks: bytearray, after: TracedValue | None = None
-    ) -> TracedValue | None:
-        """A marked sum of a value (computed from ``after``) and of what was computed from it, that may be a state."""
-        for number in numbers:
-            value = self.graph.values[number]
-            if not marks[number] or number in self.of_others:
+    def _residual_outside(self) -> str:
+        """A sum of a value and of what was computed from it, that may be a state before the first one or after the last."""
+        graph, root, end = self.graph, self.memory.root.number, max(value.number for value in self.last)
+        outside = (
+            value.number
+            for value in graph.values
+            if value.name in PLAIN and value.number not in self.of_others
+            if (self._before if value.number <= root else self._head)[value.number]
+            if not root < value.number <= end
+        )
+        for value, branch in residuals(graph, outside, self.memory.carried.keys()):
+            is_first = value.number <= root
+            if not is_first and not graph.depends(graph.values[min(branch)], self.last[-1]):
                 continue
-            branch = residual_branch(self.graph, value, after)
-            if branch and (value.numel == self.memory.count or self._is_next_to_blocks(branch)):
-                return value
-        return None
+            if value.numel == self.memory.count or self._is_next_to_blocks(branch):
+                where = "before the first" if is_first else "after the last"
+                return f"{graph.path(value) or 'the model'} adds a branch {where} state that was found"
+        return ""
 
     def _is_next_to_blocks(self, numbers: Iterable[int]) -> bool:
         """Whether some values were made in a module that is held by what holds a block of the memory, by numbers."""
@@ -330,21 +331,23 @@ class WeightCoverage:
 # --- every residual of a forward, whatever memory it belongs to
 
 
-def residual_branch(
-    graph: Graph,
-    value: TracedValue,
-    after: TracedValue | None = None,
-    held: AbstractSet[int] | None = None,
-    known: AbstractSet[int] = frozenset(),
-) -> set[int]:
-    """What layers computed from a value, and is as large as it, where both are added or put next to each other; else nothing.
+def residuals(
+    graph: Graph, numbers: Iterable[int], held: AbstractSet[int]
+) -> Iterator[tuple[TracedValue, set[int]]]:
+    """Those of some values that add to, or put next to, a value what layers computed from it, and what is between both.
 
-    ``value``: the sum, or the history that grows. ``after``: what the value that is added to has to be computed from.
-    ``held``: the values of memories; what is added to is then followed back through mixtures too, as of streams, where none
-    of these lies between. ``known``: sums at which that ends.
+    That value is followed back through mixtures too, as of streams, up to those of memories (``held``) and to sums before.
     """
-    is_plain = value.name in PLAIN
-    if not is_plain and (held is None or not (value.name in ADDED or _grows(graph, value))):
+    until = set(held)
+    for number in numbers:
+        if branch := _residual_branch(graph, graph.values[number], held, until):
+            until.add(number)
+            yield graph.values[number], branch
+
+
+def _residual_branch(graph: Graph, value: TracedValue, held: AbstractSet[int], until: set[int]) -> set[int]:
+    """What layers computed from a value, as large as it, where both are added or put next to each other; else nothing."""
+    if not (value.name in ADDED or _grows(graph, value)):
         return set()
     added = addends(value)
     pairs = [*pairwise(added)]
@@ -352,15 +355,13 @@ def residual_branch(
         pairs.append((added[1], added[0]))
     found = set[int]()
     for begin, other in pairs:
-        if not other.shape or (after is not None and not graph.depends(begin, after)):
+        if not other.shape:
             continue
         if found and value.name not in JOINS:
             break
-        new = _branch_between(graph, walk([begin], _moved), other) if is_plain and not found else set()
-        if not new and held is not None:
-            ways = _carriers(begin, other, held | known)
-            new = _branch_between(graph, ways, other, held)
-        found |= new
+        is_plain = value.name in PLAIN and not found
+        new = _branch_between(graph, walk([begin], _moved), other) if is_plain else set()
+        found |= new or _branch_between(graph, _carriers(begin, other, until), other, held)
     return found
 
 
@@ -424,9 +425,7 @@ class FurtherResiduals:
     sums: int  # how many
     path: str  # the module in which the first one is added up
     names: frozenset[str]  # of the parameters that work in what they add
-    around: frozenset[
-        str
-    ]  # of those of the branches of states in which they lie; empty where they lie in none
+    around: frozenset[str]  # of those of the branches of states in which they lie, if in any
 
 
 def further_residuals(
@@ -440,44 +439,40 @@ def further_residuals(
     ends, carried = [graph.values[n] for n in sorted(sources | taken - held)], held - sources
     later = [graph.later(graph.values[memory.root]) for memory in read]
     behind = graph.earlier(ends, carried)
+    total = sum(graph.values[number].numel for number in graph.parameter_names)
     for group in _linked_sums(graph, held, blocks):
         inside = [n for n in group if behind[n] and any(of[n] for of in later)]
         around_ends = [next(end for end in ends if graph.depends(end, graph.values[n])) for n in inside]
         marks = graph.earlier(around_ends, carried)
         around = {n for n, marked in enumerate(marks) if marked and any(of[n] for of in later)}
-        own, others = (_parameters(graph, of) for of in (set().union(*group.values()), around))
-        if len(group) > 1 or _share(graph, own) > (INSIDE_SHARE if inside else OUTSIDE_SHARE):
-            yield FurtherResiduals(len(group), graph.path(graph.values[min(group)]), own, others)
+        own, others = (
+            {w for n in of for w in weights(graph).get(n, ())}
+            for of in (set().union(*group.values()), around)
+        )
+        least = (INSIDE_SHARE if inside else OUTSIDE_SHARE) * total
+        if len(group) > 1 or sum(w.numel for w in own) > least:
+            path = graph.path(graph.values[min(group)])
+            yield FurtherResiduals(len(group), path, _names(graph, own), _names(graph, others))
 
 
 def _linked_sums(graph: Graph, held: set[int], blocks: AbstractSet[str]) -> list[dict[int, set[int]]]:
     """The residuals outside of some values and blocks with their branches; together those computed from each other there."""
     groups: list[dict[int, set[int]]] = []
-    known = set[int]()
-    for value in graph.values:
-        if value.number in held or not graph.reaches_output(value):
-            continue
-        if not blocks.isdisjoint(graph.calls[call].path for call in graph.stack(value)):
-            continue
-        if branch := residual_branch(graph, value, held=held, known=known):
-            known.add(value.number)
-            marks = graph.earlier([graph.values[max(branch)]], held)
-            linked = [group for group in groups if any(marks[number] for number in group)]
-            groups = [group for group in groups if group not in linked]
-            groups.append(
-                {number: of for group in linked for number, of in group.items()} | {value.number: branch}
-            )
+    outside = (
+        value.number
+        for value in graph.values
+        if value.number not in held
+        and graph.reaches_output(value)
+        and blocks.isdisjoint(graph.calls[call].path for call in graph.stack(value))
+    )
+    for value, branch in residuals(graph, outside, held):
+        marks = graph.earlier([graph.values[max(branch)]], held)
+        linked = [group for group in groups if any(marks[number] for number in group)]
+        groups = [group for group in groups if group not in linked]
+        groups.append({n: of for group in linked for n, of in group.items()} | {value.number: branch})
     return groups
 
 
-def _parameters(graph: Graph, numbers: set[int]) -> frozenset[str]:
-    """The names of the parameters that work in some values."""
-    found = weights(graph)
-    of = {weight.number for number in numbers & found.keys() for weight in found[number]}
-    return frozenset(graph.parameter_names.get(number, "") for number in of)
-
-
-def _share(graph: Graph, names: AbstractSet[str]) -> float:
-    """What some parameters are of all that the forward took."""
-    sizes = {name: graph.values[number].numel for number, name in graph.parameter_names.items()}
-    return sum(sizes.get(name, 0) for name in names) / max(sum(sizes.values()), 1)
+def _names(graph: Graph, parameters: Iterable[TracedValue]) -> frozenset[str]:
+    """What the model calls some parameters."""
+    return frozenset(graph.parameter_names.get(of.number, "") for of in parameters)

@@ -20,7 +20,7 @@ from depthscope.probes.reading.description import MemoryReading
 from depthscope.probes.reading.graph import Graph, ModuleCall, TracedValue, container_of, walk
 from depthscope.probes.reading.operations import MATRICES, NORMS, only_moves, weights
 from depthscope.probes.reading.proof import further_residuals
-from depthscope.probes.structure.chain import Chain, ChainError, HookPoint, block_paths
+from depthscope.probes.structure.chain import Chain, ChainError, block_paths
 
 # A further chain, such as a decoder, needs this much of the largest one; smaller ones are parts of heads. A heuristic of ours.
 FURTHER_SHARE = 0.1
@@ -266,8 +266,12 @@ def _around(graph: Graph, memory: MemoryReading) -> set[str]:
 
 def missing_state(graph: Graph, chains: Sequence[Chain]) -> str:
     """A block next to those of plain chains and of their class that takes or gives none of their states; empty for none."""
-    if (twice := _named_twice(graph, chains)) is not None:
-        return f"{twice.module}, which is not a module, gives a second state after block {twice.layer}"
+    for chain in chains:
+        for before, point in pairwise(point for point in chain.points if point.site == "post"):
+            if point.layer == before.layer and point.module not in graph.modules:
+                return (
+                    f"{point.module}, which is not a module, gives a second state after block {point.layer}"
+                )
     memories = [memory for chain in chains for memory in chain.memories]
     known = {number for memory in memories for state in memory.states for number in state.values}
     known |= {point.number for chain in chains for point in chain.points}
@@ -312,16 +316,6 @@ def missing_state(graph: Graph, chains: Sequence[Chain]) -> str:
         if is_like and counts and not any(v.number in known for v in values):
             return f"{path} {'takes' if at == 'input' else 'gives'} no state of the chain"
     return ""
-
-
-def _named_twice(graph: Graph, chains: Sequence[Chain]) -> HookPoint | None:
-    """A state that no module gives, and that is called the state after a block which has one already."""
-    for chain in chains:
-        ends = [point for point in chain.points if point.site == "post"]
-        for before, point in pairwise(ends):
-            if point.layer == before.layer and point.module not in graph.modules:
-                return point
-    return None
 
 
 def _is_between_states(graph: Graph, read: TracedValue, states: set[int], carried: set[int]) -> bool:
