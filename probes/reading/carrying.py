@@ -92,6 +92,8 @@ class Rules:
         carriers = [v for v in dict.fromkeys(addends(value)) if v.number in self._carried]
         if len(carriers) < len(self._inside(value)):
             return None  # a condition, a weight or a factor comes from the memory itself
+        if any(self._is_filled(value, carrier) for carrier in carriers):
+            return None  # what is added lies where the memory holds nothing, as in channels that were padded: another begins
         means = centred(value, carriers)
         if means and not (self._functions and all(map(is_along_features, means))):
             return None  # the first half of a norm, or a mixing of tokens
@@ -100,6 +102,14 @@ class Rules:
         for other in numbers[1:]:
             found = None if found is None else found.agreed(other)
         return found
+
+    def _is_filled(self, value: TracedValue, carrier: TracedValue) -> bool:
+        """Whether something as large is added to what has places that hold nothing."""
+        holds = self._carried[carrier.number].count
+        others = (v for v in addends(value) if v.number not in self._carried)
+        return holds < carrier.numel == value.numel and any(
+            other.numel == value.numel and self._graph.has_origin(other) for other in others
+        )
 
     def _product(self, value: TracedValue) -> Numbers | None:
         carriers = [f for f in factors(value) if self._of(f) is not None]
