@@ -13,7 +13,7 @@ from benchmarks.analysis.comparison import Comparison, Step, Tool, on_all_pairs
 from benchmarks.analysis.inputs import OFFSETS, walk
 from depthscope.diagnostics.kernels import similarity
 
-LARGE = "13 × 2048"
+LARGE = "12 × 4096"
 
 
 def own(states: np.ndarray, *, convert: Callable[[np.ndarray], Any], unbiased: bool = True) -> Step:
@@ -80,10 +80,10 @@ TOOLS = {
 
 def comparisons(quick: bool) -> dict[str, Comparison]:
     """CKA of all pairs of layers."""
-    sizes = {"6 × 256": (6, 256)} if quick else {"13 × 512": (13, 512), LARGE: (13, 2048)}
+    sizes = {"6 × 256": (6, 256)} if quick else {"12 × 512": (12, 512), LARGE: (12, 4096)}
     checked = (3, 128) if quick else (4, 512)
     comparison = Comparison(
-        title="CKA of every layer with every other (layers × tokens, 768 features)",
+        title="CKA of every layer with every other (layers × tokens, 1024 features)",
         tools=TOOLS,
         baseline="depthscope, numpy",
         sizes={name: partial(walk, *size) for name, size in sizes.items()},

@@ -1,12 +1,10 @@
-"""On which data are tools compared? Walks over depth, spectra, massive tokens, states of SmolLM2."""
+"""On which data are tools compared? Walks over depth, spectra, massive tokens."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
-WIDTH = 768
+WIDTH = 1024
 OFFSETS = (0.0, 1.0, 100.0, 1e4)
 
 
@@ -37,27 +35,3 @@ def spectra(count: int) -> dict[str, np.ndarray]:
         "spike 1e5 + 1/i": np.concatenate([[1e5], 1.0 / place[:-1]]),
         "collapse, rest 1e-5": np.concatenate([[1.0], np.full(count - 1, 1e-5)]),
     }
-
-
-def smollm2(sequences: int, tokens: int) -> np.ndarray:
-    """Residual states (L, B, T, D) of SmolLM2-135M on Python's documentation, without the last one.
-
-    Raises
-    ------
-    ImportError
-        Where the package with its weights is not installed.
-    """
-    import torch
-
-    from depthscope.probes.checkpoints.load import load_checkpoint
-    from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
-    from depthscope.probes.checkpoints.weight_files import CheckpointError
-
-    try:
-        loaded = load_checkpoint("smollm2")
-    except CheckpointError as error:
-        raise ImportError(str(error)) from error
-    batch: Any = encode_text(loaded, sample_text(), sequences=sequences, length=tokens)
-    with torch.no_grad():
-        output = loaded.model(**batch, output_hidden_states=True)
-    return torch.stack(output.hidden_states[:-1]).numpy()  # the last one comes after the final norm

@@ -13,7 +13,6 @@ from benchmarks.shared.process import reason
 from benchmarks.shared.rounds import ratio
 
 PATIENCE = 6.0  # seconds for the rounds of one tool; a slower one is run once
-NO_DATA = "no data"  # start of a cell where the inputs are not available
 WARM = 0.05  # seconds: shorter steps are repeated in a round, for the process clock has steps of milliseconds
 
 
@@ -38,12 +37,7 @@ def rows(comparison: Comparison, names: list[str], rounds: int) -> dict[str, dic
 
 def errors(comparison: Comparison, names: list[str], make: Make) -> dict[str, float | str]:
     """The error of each tool on the same data."""
-    try:
-        data = make()
-    # SmolLM2 is a package of weights that few have installed.
-    except ImportError as missing:
-        return dict.fromkeys(names, f"{NO_DATA}: {missing}")
-    truths: dict[str, np.ndarray] = {}
+    data, truths = make(), dict[str, np.ndarray]()
     return {name: error(comparison, comparison.tools[name], data, truths) for name in names}
 
 

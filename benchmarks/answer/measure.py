@@ -31,6 +31,8 @@ VIEWS = {
 METRICS = (*(metric for metric, _ in VIEWS.values()), "angular_distance", "num_tokens")
 # Held-out sequences that are captured, and windows on which the loss without some blocks is compared with all of them.
 SEQUENCES, WINDOWS = 4, 16
+# Whitening needs many tokens for each feature.
+WHITENED_SEQUENCES = 32
 QUARTERS = 4
 
 
@@ -53,6 +55,7 @@ def measure(settings: Mapping[str, Any], states: Path, *, compiled: bool) -> dic
         "loss": held_out_loss(model, length=length),
         **{f"course_{part}": float(np.mean(each)) for part, each in zip("ab", _last_fifths(losses), strict=True)},
         **similarities(analysis, before, blocks),
+        "alike_whitened": whitened_cka(model, _held_out(length, WHITENED_SEQUENCES)),
         "other_seed": _other_seed(run, settings, states),
         "kept_bytes": run.attrs["memory"]["measured_kept_bytes"] / run.attrs["memory"]["measured_tokens"],
         **{f"skip_{quarter + 1}": cost(model, length, part) for quarter, part in enumerate(quarters(blocks))},
@@ -106,10 +109,7 @@ def similarities(analysis: xr.Dataset, before: xr.Dataset | None, blocks: int) -
 
 def analysed(model: nn.Module, length: int) -> tuple[xr.Dataset, xr.DataTree]:
     """The metrics of a network on evenly spread held-out sequences, the same ones for every network of a length; its run."""
-    held_out = corpus()[1]
-    starts = torch.linspace(0, len(held_out) - length - 1, SEQUENCES).long()[:, None]
-    ids = held_out[starts + torch.arange(length)]
-    batch = {"input_ids": ids, "labels": ids}
+    batch = _held_out(length, SEQUENCES)
     run = capture(model, batch, gradients=True, max_sequences=SEQUENCES)
     run = settle(run, model, batch, forwards=0)  # for the bytes that a forward keeps
     analysis = analyze(run, metrics=METRICS)
@@ -119,8 +119,7 @@ def analysed(model: nn.Module, length: int) -> tuple[xr.Dataset, xr.DataTree]:
 
 def _other_seed(run: xr.DataTree, settings: Mapping[str, Any], states: Path) -> float:
     """CKA of the last state with that of the design's first seed: what two networks that learnt the same task share."""
-    last = run["trace"]["residual"].isel(depth=-1).transpose("sample", "token", "stream", "feature").values
-    rows = last.reshape(last.shape[0] * last.shape[1], -1)
+    rows = _joined(run, -1)
     names = ("family", "depth", "steps", "branch_scale")
     file = states / ("_".join(str(settings[name]) for name in names) + ".npy")
     if settings["seed"] == 0:
@@ -129,6 +128,34 @@ def _other_seed(run: xr.DataTree, settings: Mapping[str, Any], states: Path) -> 
     if settings["seed"] == 0 or not file.exists():
         return float("nan")
     return float(linear_cka(np.load(file), rows, unbiased=True))
+
+
+def _held_out(length: int, sequences: int) -> dict[str, torch.Tensor]:
+    """Evenly spread held-out sequences."""
+    held_out = corpus()[1]
+    starts = torch.linspace(0, len(held_out) - length - 1, sequences).long()[:, None]
+    ids = held_out[starts + torch.arange(length)]
+    return {"input_ids": ids, "labels": ids}
+
+
+def _joined(run: xr.DataTree, depth: int) -> np.ndarray:
+    """The joined state of every token, (tokens, streams × features)."""
+    state = (
+        run["trace"]["residual"].isel(depth=depth).transpose("sample", "token", "stream", "feature").values
+    )
+    return state.reshape(state.shape[0] * state.shape[1], -1)
+
+
+def whitened_cka(model: nn.Module, batch: Mapping[str, torch.Tensor]) -> float:
+    """CKA of the first and the last state when every principal direction of a state counts the same."""
+    run = capture(model, batch, max_sequences=WHITENED_SEQUENCES)
+    return float(linear_cka(*(_whitened(_joined(run, depth)) for depth in (0, -1)), unbiased=True))
+
+
+def _whitened(rows: np.ndarray) -> np.ndarray:
+    """Rows in their principal directions, all of variance one; directions of rounding errors (float32) are left out."""
+    directions, sizes, _ = np.linalg.svd(rows - rows.mean(0), full_matrices=False)
+    return np.asarray(directions[:, sizes > 1e-5 * sizes[0]], dtype=float)
 
 
 def between_blocks(analysis: xr.Dataset, metric: str, blocks: int) -> np.ndarray:

@@ -14,7 +14,15 @@ import torch
 import xarray as xr
 from torch import nn
 
-from benchmarks.answer.measure import METRICS, SEQUENCES, WINDOWS, quarters, similarities
+from benchmarks.answer.measure import (
+    METRICS,
+    SEQUENCES,
+    WHITENED_SEQUENCES,
+    WINDOWS,
+    quarters,
+    similarities,
+    whitened_cka,
+)
 from depthscope import analyze, capture
 from depthscope.probes.checkpoints.load import load_checkpoint
 from depthscope.probes.checkpoints.text_batch import encode_text, sample_text
@@ -42,7 +50,10 @@ def _measure(name: str, spec: str, blocks_at: tuple[str, str]) -> dict[str, Any]
     blocks = getattr(loaded.model.get_submodule(blocks_at[0]), blocks_at[1])
     analysis = analyze(capture(loaded.model, batch), metrics=METRICS)
     assert isinstance(analysis, xr.Dataset)
-    windows = encode_text(loaded, sample_text(), sequences=WINDOWS, length=LENGTH)
+    windows, many = (
+        encode_text(loaded, sample_text(), sequences=number, length=LENGTH)
+        for number in (WINDOWS, WHITENED_SEQUENCES)
+    )
     losses = (
         _losses_without_quarters(loaded.model, blocks_at, windows) if "labels" in windows else [np.nan] * 5
     )
@@ -52,6 +63,7 @@ def _measure(name: str, spec: str, blocks_at: tuple[str, str]) -> dict[str, Any]
         "heads": loaded.model.config.num_attention_heads, "streams": 1, "batch": SEQUENCES, "length": LENGTH,
         "rate": np.nan, "loss": losses[0], "course_a": np.nan, "course_b": np.nan,
         **similarities(analysis, None, len(blocks)),
+        "alike_whitened": whitened_cka(loaded.model, many),
         "other_seed": np.nan, "kept_bytes": np.nan,
         **{f"skip_{quarter}": loss - losses[0] for quarter, loss in enumerate(losses[1:], 1)},
         "seconds": time.process_time() - started,

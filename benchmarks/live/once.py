@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.live.cases import Training
 from benchmarks.shared import memory
@@ -64,10 +66,11 @@ def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
 
 
 def peak_of(call: Callable[[], Any]) -> float:
-    """Peak of resident memory above what was resident before, in MiB."""
-    floor = memory.trimmed()
-    call()
-    return memory.status("VmHWM") - floor
+    """What torch allocates at most at one time, in MiB: unlike resident memory the same number each time."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        call()
+    events = found.profiler.kineto_results.events()
+    return max(accumulate(each.nbytes() for each in events if each.name() == "[memory]")) / 2**20
 
 
 def first_step(training: Training) -> None:

@@ -30,7 +30,7 @@ SHAPE_ONLY = names(
 FILLS = {"zeros": 0, "ones": 1, "empty": 0, "full": None}
 FILLS |= {name: fill for of, fill in FILLS.items() for name in (f"{of}_like", f"new_{of}")}
 OUTPUT = -1  # the place of what a call gives that is one operation
-MOST_MADE = 16  # tensors that were made again, from which the next ones are made
+MOST_MADE = 8  # tensors that were made again, from which the next ones are made
 
 
 class ReadingError(CaptureError):

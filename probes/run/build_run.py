@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -128,45 +129,41 @@ def sampled_joints(session: Session, sequences: list[Sequence]) -> list[Joint]:
 
     Returns: One for each connection, in order; tensors (K, T, …).
     """
-    return [_joint(session, number, sequences) for number in range(len(session.structure.connections))]
-
-
-def _joint(session: Session, number: int, sequences: list[Sequence]) -> Joint:
-    sampled = [parts for s in sequences if isinstance(parts := s.parts[0, number], Parts)]
     # Chain 0: only the first chain has stream connections.
-    link, mask = session.structure.connections[number], np.stack(token_masks(sequences, 0))
-    tokens = mask.shape[1]
+    if not (connections := session.structure.connections):
+        return []
+    mask = torch.from_numpy(np.stack(token_masks(sequences, 0)))
 
-    def stack(pick: Callable[[Parts], torch.Tensor | None]) -> torch.Tensor | None:
-        """One part of every sequence, (K, T, …); None where some sequence lacks it."""
-        found = [tensor for parts in sampled if (tensor := pick(parts)) is not None]
-        return (
-            torch.stack([padded(tensor, tokens) for tensor in found]) if len(found) == len(sampled) else None
-        )
-
+    @cache  # one connection's next state is the state before the next one
     def states(depth: int) -> torch.Tensor:
-        return torch.stack([padded(sequence.states[0, depth], tokens) for sequence in sequences])
+        return torch.stack([padded(sequence.states[0, depth], mask.shape[1]) for sequence in sequences])
 
-    write, branch_in, branch_out = (
-        stack(pick) for pick in (lambda p: p.write, lambda p: p.branch_in, lambda p: p.branch_out)
-    )
-    assert write is not None
-    assert branch_in is not None
-    assert branch_out is not None
-    constant = stack(lambda parts: parts.constant)
+    return [_joint(session, number, sequences, mask, states) for number in range(len(connections))]
+
+
+def _joint(
+    session: Session,
+    number: int,
+    sequences: list[Sequence],
+    mask: torch.Tensor,
+    states: Callable[[int], torch.Tensor],
+) -> Joint:
+    sampled = [parts for s in sequences if isinstance(parts := s.parts[0, number], Parts)]
+    link = session.structure.connections[number]
+
+    def stack(name: str) -> Any:
+        """One part of every sequence, (K, T, …); None where some sequence lacks it."""
+        found = [padded(part, mask.shape[1]) for of in sampled if (part := getattr(of, name)) is not None]
+        return torch.stack(found) if len(found) == len(sampled) else None
+
+    constant = stack("constant")
     after = states(link.depth_out)
     return Joint(
         path=link.path,
         x_in=states(link.depth_in),
         x_out=after if constant is None else after - constant,
-        parts=Parts(
-            stack(lambda p: p.mix),
-            stack(lambda p: p.read),
-            write,
-            branch_in,
-            branch_out,
-        ),
-        mask=torch.from_numpy(mask),
+        parts=Parts(*map(stack, ("mix", "read", "write", "branch_in", "branch_out"))),
+        mask=mask,
         # In which the model multiplies them, so that the tolerance is that of its rounding: autocast's, where it is on.
         dtype=session.observer.precision,
         casts=() if session.structure.read is None else session.structure.read.casts,

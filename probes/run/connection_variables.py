@@ -273,16 +273,18 @@ def changes_outside(session: Session, sequences: list[KeptSequence]) -> list[dic
     for depth in range(1, len(session.structure.chains[0].points)):
         number = numbers.get(depth)
         begin = depth - 1 if number is None else session.structure.connections[number].depth_in
+        parts = [] if number is None else [s.parts[0, number] for s in sequences]
+        constants = [
+            of.constant.flatten() for of in parts if isinstance(of, Parts) and of.constant is not None
+        ]
+        if number is not None and not constants:
+            continue
         before = torch.cat([s.states[0, begin].flatten() for s in sequences])
         if number is None:
-            added = torch.cat([s.states[0, depth].flatten() for s in sequences]).double() - before.double()
-        else:
-            parts = (s.parts[0, number] for s in sequences)
-            constants = (of.constant for of in parts if isinstance(of, Parts))
-            known = [constant.flatten() for constant in constants if constant is not None]
-            if not known:
-                continue
-            added = torch.cat(known)
+            constants = [
+                torch.cat([s.states[0, depth].flatten() for s in sequences]).double() - before.double()
+            ]
+        added = torch.cat(constants)
         module = session.structure.chains[0].points[depth].module
         change = relative_error(added, before)
         changes.append({"depth_in": begin, "depth_out": depth, "module": module, "change": change})

@@ -38,8 +38,8 @@ def trace_dataset(
     mask = np.stack(token_masks(sequences, number, depths[0]))
     tokens = mask.shape[1]
     # Sequences of several batches may differ in length: zeros, which the mask marks as padding.
-    states = [[padded(s.states[number, depth], tokens) for s in sequences] for depth in depths]
-    residual = torch.stack([torch.stack(row) for row in states]).numpy()
+    states = [padded(s.states[number, depth], tokens) for depth in depths for s in sequences]
+    residual = torch.stack(states).unflatten(0, (len(depths), len(sequences))).numpy()
     variables: dict[str, Any] = {
         "residual": (schema.STATE, residual),
         "mask": (("sample", "token"), mask),
