@@ -37,9 +37,8 @@ class DepthMeasure(NamedTuple):
     limits: tuple[float, float]  # the numbers at the ends of the colours, which are logarithmic
     ends: tuple[str, str]  # what these two numbers mean
     missing: str  # why a run has no such number
-    is_two_sided: bool = (
-        False  # whether 1, in the middle, is healthy and both ends are not; else the lower end is not
-    )
+    # Whether 1, in the middle, is healthy and both ends are not; else the lower end is not
+    is_two_sided: bool = False
 
 
 MEASURES = {

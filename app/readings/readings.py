@@ -271,8 +271,15 @@ def read_paths(
 
 
 def find_runs(paths: Sequence[str]) -> dict[str, Path]:
-    """The runs of a command line, and those in its folders, under names that are short and differ."""
-    return _short_names([run for path in map(Path, paths) for run in _runs_at(path)])
+    """The runs of a command line, and those in its folders, by the ends of their paths that make them differ."""
+    runs = [run for path in map(Path, paths) for run in _runs_at(path)]
+    # The same run by two paths is one. By realpath, since Path.resolve raises a RuntimeError for a link to itself.
+    unique = list(dict.fromkeys(Path(os.path.realpath(run)) for run in runs))
+    names, parts = list[str](), 0
+    while len(set(names)) < len(unique):  # whole paths differ
+        parts += 1
+        names = schema.short_names(["/".join(path.parts[-parts:]) for path in unique])
+    return dict(zip(names, unique, strict=True))
 
 
 def _runs_at(path: Path) -> list[Path]:
@@ -286,16 +293,3 @@ def _runs_at(path: Path) -> list[Path]:
             "make one with: depthscope probe CHECKPOINT --text FILE --out RUN.zarr"
         )
     return below
-
-
-def _short_names(paths: Sequence[Path]) -> dict[str, Path]:
-    """The name of the file, with as many folders before it as make the names unique."""
-    # Resolved: the same run by two paths, or in a folder that was also given, is one run.
-    # realpath and not resolve, which raises a RuntimeError for a link to itself.
-    unique = list(dict.fromkeys(Path(os.path.realpath(path)) for path in paths))
-    for parts in range(1, max((len(path.parts) for path in unique), default=1) + 1):
-        names = [schema.without_suffix("/".join(path.parts[-parts:])) for path in unique]
-        if len(set(names)) == len(unique):
-            return dict(zip(names, unique, strict=True))
-    # Reached only where endings alone differ, such as a.zarr and a.zarr.zip: the ending then stays.
-    return {path.name: path for path in unique}

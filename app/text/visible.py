@@ -25,9 +25,8 @@ _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp", "Zs
 _BLANKS = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u2800\u3164\uffa0")
 # Inside an emoji these two choose and join pictures: 👩 + joiner + 🔬 is one sign.
 _EMOJI_PARTS = frozenset({0x200D, 0xFE0F})
-_MOST_MARKS = (
-    4  # on one letter; no writing system that we know of needs more, and a tower of them covers other lines
-)
+# On one letter; no writing system that we know of needs more, and a tower of them covers other lines
+_MOST_MARKS = 4
 _EMOJI_CATEGORIES = frozenset({"So", "Sk", "Mn"})
 _RIGHT_TO_LEFT = frozenset({"R", "AL", "AN"})
 _ISOLATED, _END = "\u2068", "\u2069"

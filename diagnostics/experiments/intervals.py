@@ -50,9 +50,8 @@ def estimated(
     return {f"{name}{ending}": (dims, columns[..., at]) for at, ending in enumerate(ESTIMATES)}
 
 
-UNCLEAR = (
-    1e-4  # of two measures, relative to the larger one: what differs by less may be rounding. A heuristic
-)
+# Of two measures, relative to the larger one: what differs by less may be rounding. A heuristic
+UNCLEAR = 1e-4
 
 
 def share_of(part: np.ndarray, whole: np.ndarray, scale: np.ndarray) -> tuple[dict[str, np.ndarray], str]:

@@ -17,6 +17,7 @@ from depthscope.diagnostics.schema.saving import (
     SUFFIXES,
     require_replaceable,
     save_run,
+    short_names,
     without_suffix,
     write_zip,
 )

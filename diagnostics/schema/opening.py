@@ -26,7 +26,7 @@ from depthscope.diagnostics.schema.live_store import (
     live_log_of,
     newest_state,
 )
-from depthscope.diagnostics.schema.saving import LIVE, ORDER, SUFFIXES, suffix_of, without_suffix
+from depthscope.diagnostics.schema.saving import LIVE, ORDER, SUFFIXES, short_names, suffix_of, without_suffix
 from depthscope.diagnostics.schema.validation import SchemaError, validate
 from depthscope.diagnostics.schema.zarr_stores import check_zarr
 
@@ -301,7 +301,7 @@ def _require_present(source: Path) -> None:
 
 
 def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
-    """Saved runs below a folder, by their path without the ending; the path of a run gives that run.
+    """Saved runs below a folder, by their short names, see `short_names`; the path of a run gives that run.
 
     ``root``: a folder, or one run.
     Returns: In alphabetical order; links that leave the root are left out.
@@ -313,9 +313,8 @@ def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
         return {without_suffix(base.name): base}
     found: list[Path] = []
     num_entries = 0
-    for place, folders, files in os.walk(
-        base
-    ):  # links to folders are not followed: they may lead in a circle
+    # Links to folders are not followed: they may lead in a circle.
+    for place, folders, files in os.walk(base):
         num_entries += len(folders) + len(files)
         # The root of a disk would be read for minutes.
         if num_entries > MAX_ENTRIES:
@@ -328,7 +327,8 @@ def list_runs(root: str | os.PathLike[str]) -> dict[str, Path]:
         found += runs
         folders[:] = sorted({entry.name for entry in entries} - {run.name for run in runs} - {*files})
     # A dashboard may serve this folder to others: nothing outside it is offered.
-    return {without_suffix(str(of.relative_to(base))): of for of in sorted(found) if _is_below(base, of)}
+    below = [path for path in sorted(found) if _is_below(base, path)]
+    return dict(zip(short_names([str(path.relative_to(base)) for path in below]), below, strict=True))
 
 
 def _is_run(path: Path) -> bool:

@@ -8,6 +8,8 @@ import os
 import re
 import stat
 import zipfile
+from collections import Counter
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,6 +62,12 @@ def suffix_of(path: Path) -> str:
 def without_suffix(name: str) -> str:
     """The name of a run without the ending of its format; that of a live store has none."""
     return next((name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)), name)
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of runs without these endings; with them where two runs would have one name."""
+    count = Counter(map(without_suffix, names))
+    return [short if count[short := without_suffix(name)] == 1 else name for name in names]
 
 
 def save_run(run: xr.DataTree, path: str | os.PathLike[str], *, force: bool = False) -> Path:

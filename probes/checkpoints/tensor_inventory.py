@@ -71,9 +71,8 @@ def _gguf_inventory(path: Path) -> Inventory:
         for found in reader.tensors:
             shape = tuple(int(size) for size in found.shape[::-1])  # GGUF stores the last axis first
             tensors[found.name] = StoredTensor(found.name, shape, found.tensor_type.name, file)
-        settings = (
-            _settings(reader) | settings
-        )  # the first has the model's, the others of a series their number
+        # The first has the model's, the others of a series their number
+        settings = _settings(reader) | settings
     return Inventory(tensors, tuple(files), settings)
 
 

@@ -135,20 +135,17 @@ class Origin:
 
     # The largest gradients of the matrix's logits and of the write weights, where every entry of the matrix is 1/n.
     gradients: tuple[float, float] | None = None
-    is_cut: bool = (
-        False  # whether autograd knows the write weights, and not the matrix, though parameters lie behind it
-    )
+    # Whether autograd knows the write weights, and not the matrix, though parameters lie behind it.
+    is_cut: bool = False
     # By weights (H_res, H_pre, H_post): other connections from whose states they were computed; −1 for the model's input.
     other_states: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    other_tokens: float = (
-        0.0  # the share of the gradient of one token's coefficients that falls on other tokens' states
-    )
+    # The share of the gradient of one token's coefficients that falls on other tokens' states.
+    other_tokens: float = 0.0
     later: bool = False  # whether some of these tokens come later in the sequence
     # A matrix (K, T, n, n) that was computed from parameters for this connection, and that no output depends on.
     unused: torch.Tensor | None = None
-    sigmoids: Mapping[str, float] = field(
-        default_factory=dict
-    )  # by weights: the factor c where they are c · σ(·)
+    # By weights: the factor c where they are c · σ(·).
+    sigmoids: Mapping[str, float] = field(default_factory=dict)
     # Whether the matrix is applied as the transpose of what was computed first; None where that is symmetric.
     turned: bool | None = None
     # Whether reads and mixing of one matrix are applied along the same axis; None where no matrix has both.

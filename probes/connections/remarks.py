@@ -29,9 +29,8 @@ class Remark:
     sentence: str  # in plain words, with the numbers
     value: float  # the number that it rests on; that verdict states what it is compared with
     connections: tuple[int, ...]  # where
-    sure: bool = (
-        True  # whether it is an error in any design; otherwise it may be meant, and is only worth knowing
-    )
+    # Whether it is an error in any design; otherwise it may be meant, and is only worth knowing
+    sure: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values."""

@@ -74,9 +74,8 @@ class LiveSums:
         self.sums: dict[str, dict[int, torch.Tensor]] = {}
         self.values: dict[str, dict[int, torch.Tensor]] = {}  # of every token, the token first
         self._drawn: dict[tuple[int, int], Places] = {}
-        self._product: tuple[int, Product] | None = (
-            None  # over the connections so far, and the last one's number
-        )
+        # Over the connections so far, and the last one's number
+        self._product: tuple[int, Product] | None = None
 
     def _places(self, tensor_BT: torch.Tensor, mask_BT: torch.Tensor | None) -> Places:
         shape = (tensor_BT.shape[0], tensor_BT.shape[1])

@@ -112,9 +112,8 @@ def _draw_limits(axes: Axes, figure: Lines) -> None:
     """Thresholds with their names and the healthy band, as far as they are in view; they never move the axes."""
     low, high = axes.get_ylim()
     inches = inches_of(axes)
-    words = (
-        1.5 * mpl.rcParams["font.size"] / 72 / max(inches[1], 0.5)
-    )  # the share of the height that they take
+    # The share of the height that they take
+    words = 1.5 * mpl.rcParams["font.size"] / 72 / max(inches[1], 0.5)
     named: list[float] = []
     for line in figure.lines:
         if line.role != "threshold" or not low <= line.y[0] <= high:
