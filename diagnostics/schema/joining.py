@@ -104,8 +104,8 @@ def _joined_data(runs: Mapping[str, xr.DataTree]) -> xr.DataTree:
     statistics = {
         chain: [_of(run, "statistics", chain, part) for part, run in runs.items()] for chain in chains(first)
     }
-    told = {str(name): value for name, value in first.attrs.items()}
-    weights = _PartWeights(next(iter(statistics.values())), told, is_corpus=is_corpus)
+    attributes = {str(name): value for name, value in first.attrs.items()}
+    weights = _PartWeights(next(iter(statistics.values())), attributes, is_corpus=is_corpus)
     nodes: dict[str, xr.Dataset] = {}
     for chain, parts in statistics.items():
         nodes[group_path("statistics", chain)] = _added(parts, weights)
@@ -233,7 +233,7 @@ class _PartWeights:
         terms = np.where(np.isnan(given), tokens, given)
         terms = np.where(self.present & np.array(self.counted)[:, None], terms, 0.0)
         reduction = attrs.get(PART, {}).get("loss") or attrs.get("loss_reduction", "mean")
-        told = "" if "loss_reduction" in attrs else "; assumed, since loss_reduction was not given"
+        assumed = "" if "loss_reduction" in attrs else "; assumed, since loss_reduction was not given"
         with np.errstate(invalid="ignore", divide="ignore"):
             self.share = terms / terms.sum(0)
         self.of_loss = self.share
@@ -252,7 +252,7 @@ class _PartWeights:
                 "the loss of a part is R times its part of the mean over all tokens: its gradients count 1/R"
             )
         else:
-            self.how = f"the loss of a part is the mean over its own n_r of N tokens: its gradients count n_r/N{told}"
+            self.how = f"the loss of a part is the mean over its own n_r of N tokens: its gradients count n_r/N{assumed}"
 
     def at_steps(self, values: xr.DataArray) -> np.ndarray:
         """Numbers at every step, which is the first axis; NaN where the part has no row."""

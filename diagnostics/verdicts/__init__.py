@@ -82,9 +82,9 @@ def judge(analysis: xr.Dataset | xr.DataTree, *, passed: bool = False) -> Findin
     found = []
     for finding, of in chains.items():
         names = ", ".join(dict.fromkeys(of))
-        told = f" {'These are chains' if ', ' in names else 'This is chain'} {names}." if names else ""
+        which = f" {'These are chains' if ', ' in names else 'This is chain'} {names}." if names else ""
         if passed or finding.severity > Severity.PASS:
-            found.append(replace(finding, chain=of[0], sentence=f"{finding.sentence}{told}"))
+            found.append(replace(finding, chain=of[0], sentence=f"{finding.sentence}{which}"))
     return Findings(sorted(found, key=_severity_order))
 
 

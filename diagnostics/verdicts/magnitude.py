@@ -196,15 +196,15 @@ def gain_explosion(
     """
     amplifies = False
     for at, direction in enumerate(("forward", "backward")):
-        values, told, note = _of_tokens(composite_gain.sel(direction=direction, drop=True), at)
+        values, tokens, note = _of_tokens(composite_gain.sel(direction=direction, drop=True), at)
         amplifies |= bool((values > GAIN_LIMIT).any())
-        words = f"{direction} gain of the mixing from the embedding on ({told})"
+        words = f"{direction} gain of the mixing from the embedding on ({tokens})"
         yield Profile(values, words, note=note, metric="composite_gain")
     # Differences between streams may grow while all signed sums stay 1: the norm sees both.
     if composite_operator_gain is not None:
         two = composite_operator_gain["norm"].values.tolist().index("two")
-        values, told, note = _of_tokens(composite_operator_gain.isel(norm=two, drop=True), two)
-        words = f"spectral norm of the mixing from the embedding on, which also sees what signed sums cancel ({told})"
+        values, tokens, note = _of_tokens(composite_operator_gain.isel(norm=two, drop=True), two)
+        words = f"spectral norm of the mixing from the embedding on, which also sees what signed sums cancel ({tokens})"
         yield Profile(values.where(not amplifies), words, note=note, metric="composite_operator_gain")
 
 

@@ -299,7 +299,7 @@ class WeightCoverage:
         return ""
 
     def _parts_put_next(self) -> str:
-        """What a branch gives is added in all its parts: none is put next to the state, as further features of it."""
+        """What a branch gives is added in all its parts: none is concatenated with the state, as further features."""
         sources = {number for branch in self.branches for number in branch.way}
         for read, taker in self.memory.leaves:
             for piece in addends(taker) if taker.name in JOINS else ():
@@ -308,7 +308,7 @@ class WeightCoverage:
                     way = way.parents[0]
                 if piece is not read and way.number in sources:
                     path = self.graph.path(way) or "a branch"
-                    return f"a part of what {path} gives is added to the state, and another part is put next to it"
+                    return f"a part of what {path} gives is added to the state, and another part is concatenated with it"
         return ""
 
     def _unread_writes(self) -> str:
@@ -334,7 +334,7 @@ class WeightCoverage:
 def residuals(
     graph: Graph, numbers: Iterable[int], held: AbstractSet[int]
 ) -> Iterator[tuple[TracedValue, set[int]]]:
-    """Those of some values that add to, or put next to, a value what layers computed from it, and what is between both.
+    """Those of some values that add to, or concatenate with, a value what layers computed from it, and what is between both.
 
     That value is followed back through mixtures too, as of streams, up to those of memories (``held``) and to sums before.
     """
@@ -346,7 +346,7 @@ def residuals(
 
 
 def _residual_branch(graph: Graph, value: TracedValue, held: AbstractSet[int], until: set[int]) -> set[int]:
-    """What layers computed from a value, as large as it, where both are added or put next to each other; else nothing."""
+    """What layers computed from a value, as large as it, where both are added or concatenated; else nothing."""
     if not (value.name in ADDED or _grows(graph, value)):
         return set()
     added = addends(value)

@@ -71,7 +71,7 @@ class ChainReader:
             point if self._layout(point) == layout else self._with_layout(depth, point, layout)
             for depth, point in zip(depths, points, strict=True)
         ]
-        if self._num_tensors > 1:  # the streams of most states are tensors that are put next to each other
+        if self._num_tensors > 1:  # the streams of most states are tensors that are concatenated
             points = [
                 replace(p, layout=p.layout and f"N {p.layout}" if p.streams else p.layout or layout)
                 for p in points

@@ -225,8 +225,8 @@ def named_constraint(p: Array, *, tolerance: float = EXACT) -> Constraint:
     exact = min(tolerance, EXACT)
     name, error = _name(errors, tolerance=tolerance, exact=exact)
     trivial = name in POINTS or (errors["departure"] <= exact and name != "diagonal")
-    told = trivial or name == "diagonal"
-    also = () if told else _structure(errors, name, p.shape[-1], tolerance=tolerance, exact=exact)
+    is_plain = trivial or name == "diagonal"
+    also = () if is_plain else _structure(errors, name, p.shape[-1], tolerance=tolerance, exact=exact)
     return Constraint(name, error, tolerance, trivial, also, errors)
 
 
