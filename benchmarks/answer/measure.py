@@ -22,13 +22,13 @@ from depthscope.diagnostics.verdicts.same_representation import ALIKE
 
 # The joined state (streams × features) is the estimand: all that the next layer can read. The others are for robustness.
 VIEWS = {
-    "joined": ("joined_cka", "all streams joined"),
-    "mean": ("cka", "mean over streams"),
-    "stream": ("least_stream_cka", "least similar stream"),
-    "trimmed": ("trimmed_cka", "without large features"),
+    "joined": "joined_cka",
+    "mean": "cka",  # of each stream, and the mean
+    "stream": "least_stream_cka",
+    "trimmed": "trimmed_cka",  # without large features
 }
 # What the verdict same_representation judges by, besides these.
-METRICS = (*(metric for metric, _ in VIEWS.values()), "angular_distance", "num_tokens")
+METRICS = (*VIEWS.values(), "angular_distance", "num_tokens")
 # Held-out sequences that are captured, and windows on which the loss without some blocks is compared with all of them.
 SEQUENCES, WINDOWS = 4, 16
 # Whitening needs many tokens for each feature.
@@ -95,7 +95,7 @@ def _last_fifths(losses: Sequence[float]) -> list[np.ndarray]:
 
 def similarities(analysis: xr.Dataset, before: xr.Dataset | None, blocks: int) -> dict[str, Any]:
     """CKA of the first and the last state in every view, along depth of the joined one, fresh, and the verdict."""
-    views = {name: between_blocks(analysis, metric, blocks) for name, (metric, _) in VIEWS.items()}
+    views = {name: between_blocks(analysis, metric, blocks) for name, metric in VIEWS.items()}
     fresh = None if before is None else between_blocks(before, "joined_cka", blocks)
     return {
         **{f"alike_{name}": view[0, -1] for name, view in views.items()},

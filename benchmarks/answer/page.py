@@ -50,6 +50,11 @@ def trained(rows: pd.DataFrame, depth: int, scale: float = 1.0) -> dict[str, pd.
     return {family: chosen[chosen.family == family] for family in DESIGNS}
 
 
+def full_scale(rows: pd.DataFrame, counts: Sequence[int]) -> list[pd.DataFrame]:
+    """The networks of each design at each depth."""
+    return [each for depth in counts for each in trained(rows, depth).values()]
+
+
 def depths(rows: pd.DataFrame) -> list[int]:
     """The numbers of blocks that the designs were trained with."""
     ours = rows.family.isin(list(DESIGNS)) & (rows.branch_scale == 1.0)
@@ -119,6 +124,7 @@ def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str, again: str
     first, counts = rows.iloc[0], depths(rows)
     ours = rows[rows.family.isin(list(DESIGNS))]
     seeds = ", ".join(f"{len(trained(rows, depth)[BASE])} of {depth}" for depth in counts)
+    whitened = [each.alike_whitened.mean() for each in full_scale(rows, counts)]
     pictures = [f"![{figure.alt}](images/{figure.name}.png)\n\n*{figure.caption}*" for figure in drawn]
     parts = [
         "<!-- written by python -m benchmarks.answer --page docs --no-training -->",
@@ -138,11 +144,12 @@ def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str, again: str
         "the best of four learning rates for each design and depth (chosen on another seed, 300 steps). Seeds: "
         f"{seeds} blocks. HC and mHC are the hyper-connections package's; the others follow their equations.",
         "Other views of the states (mean over streams, least similar stream, without large features) change a design's mean "
-        f"CKA by at most {_largest_change(rows, counts):.2g}.",
+        f"CKA by at most {_largest_change(rows, counts):.2g}. Whitened, so that every principal direction counts the "
+        f"same, the means of the designs are {min(whitened):.2f} to {max(whitened):.2f}.",
         "## What this does not show",
         f"Width, data and longer training may change it. The loss was still falling: by "
         f"{(ours.course_a - ours.course_b).mean():.2f} nats on average from the last but one to the last fifth of the steps, "
-        f"while the rate fell to zero. Not measured: whitened similarity.{_not_learned(rows, counts)}{again}",
+        f"while the rate fell to zero.{_not_learned(rows, counts)}{again}",
         "## How it was made",
         f"{len(ours)} networks took {ours.seconds.sum() / 3600:.1f} processor hours of one core, without those for the rates. "
         "`python -m benchmarks.answer --compile --table answer.csv --page .` trains what the table lacks and writes the page; "
@@ -153,7 +160,7 @@ def page_text(rows: pd.DataFrame, drawn: Sequence[Lines], table: str, again: str
 
 def _answer(rows: pd.DataFrame, counts: Sequence[int]) -> str:
     """In how many networks the ends are the same representation; the range of the means by depth; the verdict."""
-    ours = [each for depth in counts for each in trained(rows, depth).values()]
+    ours = full_scale(rows, counts)
     total = sum(len(each) for each in ours)
     whole = sum(int((each.alike_joined >= ALIKE).sum()) for each in ours)
     parts = []
@@ -274,23 +281,22 @@ def _not_learned(rows: pd.DataFrame, counts: Sequence[int]) -> str:
 
 
 def _again(measured: pd.DataFrame) -> str:
-    """How many networks that were trained twice, of one seed, ended at the same loss, and at which the others did."""
+    """How many networks that were trained again, with the same seed, ended at the same loss, and how far the others."""
     ours = measured[measured.family.isin(list(DESIGNS))]
-    twice = ours.groupby(KEYS).loss.agg([len, "min", "max"]).query("len > 1")
-    other = twice[twice["min"] < twice["max"]]
-    said = "".join(
-        f"; {DESIGNS[key[0]]} of {key[1]} blocks at {a:.3f} and {b:.3f}"
-        for key, _, a, b in other.itertuples()
+    apart = ours.groupby(KEYS).loss.agg(["count", np.ptp]).query("count > 1")["ptp"]
+    if not len(apart):
+        return ""
+    family, depth, *_ = apart.index[apart.argmax()]
+    return (
+        f" Of {len(apart)} networks that were trained again with the same seed, {int((apart == 0).sum())} ended at the same "
+        f"loss and {int((apart > EQUIVALENT).sum())} more than {EQUIVALENT:g} nats from it (at most {apart.max():.2f}: "
+        f"{DESIGNS[family]} of {depth} blocks): on one machine a training repeats, another one rounds in another order."
     )
-    same = f"Trained a second time with the same seed, {len(twice) - len(other)} of {len(twice)} ended at the same loss"
-    return f" {same}{said}." if len(twice) else ""
 
 
 def _largest_change(rows: pd.DataFrame, counts: Sequence[int]) -> float:
     """Of any design at any depth, by how much another view of the same states changes the mean CKA of the ends."""
+    ours = full_scale(rows, counts)
     return max(
-        abs(float(each[f"alike_{view}"].mean() - each.alike_joined.mean()))
-        for depth in counts
-        for each in trained(rows, depth).values()
-        for view in VIEWS
+        abs(float(each[f"alike_{view}"].mean() - each.alike_joined.mean())) for each in ours for view in VIEWS
     )

@@ -32,9 +32,8 @@ def main() -> None:
         print(json.dumps(work(json.loads(arguments.worker))))
         return
     results = {"times": timings(arguments), "memory": memories(arguments) if arguments.memory else {}}
-    results |= tables.circumstances("benchmarks.capture", (*page.PACKAGES, *PEERS)) | {
-        "rounds": arguments.rounds
-    }
+    results |= tables.circumstances("benchmarks.capture", (*page.PACKAGES, *PEERS))
+    results["rounds"] = arguments.rounds
     text = page.markdown(results, small=arguments.small)
     print(text)
     if arguments.markdown:
@@ -70,13 +69,8 @@ def timings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Case to mode to rows; each group of tools in a process of its own."""
     found: dict[str, Any] = {}
     for names in wanted(arguments.only):
-        task = {
-            "cases": arguments.cases,
-            "sizes": sizes_of(arguments),
-            "rounds": arguments.rounds,
-            "names": names,
-        }
-        answer = ask(task)
+        task = {"cases": arguments.cases, "sizes": sizes_of(arguments), "rounds": arguments.rounds}
+        answer = ask(task | {"names": names})
         # The first group has the plain step, of which all others are ratios.
         if not found and "reason" in answer:
             raise SystemExit(answer["reason"])
