@@ -286,7 +286,7 @@ def _again(measured: pd.DataFrame) -> str:
     apart = ours.groupby(KEYS).loss.agg(["count", np.ptp]).query("count > 1")["ptp"]
     if not len(apart):
         return ""
-    family, depth, *_ = apart.index[apart.argmax()]
+    family, depth, *_ = apart.index[int(apart.argmax())]
     return (
         f" Of {len(apart)} networks that were trained again with the same seed, {int((apart == 0).sum())} ended at the same "
         f"loss and {int((apart > EQUIVALENT).sum())} more than {EQUIVALENT:g} nats from it (at most {apart.max():.2f}: "

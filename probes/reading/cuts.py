@@ -255,8 +255,8 @@ class _Life:
             handed = []  # what gave it is no block, where more is done to it before the first one
         names = [step.name for step in way[1:]]
         usual = max((_common_length(names, of) for of in patterns), default=0)
-        if last:  # what hands the last state on, contains the sum; the norm of the head does not
-            around, shown = self.memory.graph.stack(value), self.memory.graph.shown
+        if last:  # the block that hands the last state on contains the sum; the norm of the head does not
+            shown, around = self.memory.graph.shown, self._in_last_block(value)
             given = [n for n in handed if any(s.call in around for s in shown.get(way[n].number, ()))]
             handed = [n for n in handed if n <= usual] or given[:1]
         if handed and not widen:
@@ -271,6 +271,13 @@ class _Life:
             ):
                 way.pop()
         return way[-1], tuple(step.name for step in way[1:])
+
+    def _in_last_block(self, value: TracedValue) -> set[int]:
+        """The calls around a value that have no write of an earlier block."""
+        pairs = zip(self.branches, self.layers, strict=True)
+        earlier = [branch.writes[0] for branch, layer in pairs if layer != max(self.layers)]
+        stack = self.memory.graph.stack
+        return set(stack(value)).difference(*map(stack, earlier[:1]))
 
     def _is_passive(self, value: TracedValue, step: TracedValue, widen: bool) -> bool:
         memory = self.memory

@@ -281,10 +281,16 @@ def _note_write(memory: Memory, value: TracedValue, inside: list[TracedValue]) -
     if value.name in JOINS:
         _note_pieces(memory, value, inside)
         return
-    new = [v for v in addends(value) if not memory.holds(v) and memory.graph.depends(v, memory.root)]
+    others = [v for v in addends(value) if not memory.holds(v)]
+    new = [v for v in others if memory.graph.depends(_copied(v), memory.root)]
     if new and not memory.passes_function(value) and not _fills_empty_places(memory, value):
         memory.writes[value.number] = new
         memory.depth[value.number] += 1
+
+
+def _copied(value: TracedValue) -> TracedValue:
+    """What a value is a copy of: of what it was copied into nothing is left."""
+    return _copied(value.parents[-1]) if value.name == "copy" else value
 
 
 def _fills_empty_places(memory: Memory, value: TracedValue) -> bool:
@@ -359,6 +365,8 @@ class _Sums:
         operands = [p for p in value.parents if p.is_floating and p.kind != PARAMETER]
         if not operands or any(spreads(value, operand) for operand in operands):
             return None, False
+        if operands[0].of_parameter and value.parents == (operands[0],) and value.numel > operands[0].numel:
+            return None, False  # latents that are learned, once for each sequence
         if value.name in FUNCTIONS:  # a memory may begin with what one gives, where what it takes is gone
             return (operands[0] if Graph.is_kept(operands[0]) else None), False
         if only_moves(value) or value.name in TURNS:
@@ -406,9 +414,7 @@ class _Sums:
 
     def _is_added(self, a: TracedValue, b: TracedValue) -> bool:
         """Whether one addend was computed from the root of the other, and not carried from it."""
-        root = self._root[a.number]
-        while b.name == "copy":  # of what it was copied into nothing is left
-            b = b.parents[-1]
+        root, b = self._root[a.number], _copied(b)
         return a is not b and self._root[b.number] is not root and self._graph.depends(b, root)
 
 

@@ -50,8 +50,8 @@ def _stage_of(path: str) -> str | None:
 def with_opening(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
     """The chain with what its first blocks take, where these make the first state in another shape."""
     containers = {_stage_of(path) for path in chain.blocks} - {None}
-    kinds = set(chain.block_class.split("/"))
-    state, limit, is_first = graph.values[chain.points[0].number], len(graph.calls), True
+    kinds = {_content(graph, path) for path in chain.blocks}
+    state, limit = graph.values[chain.points[0].number], len(graph.calls)
     while True:
         given = [shown.call for shown in graph.shown.get(state.number, ()) if shown.at == "output"]
         # The call of a block, before the last one, in which the state was made, or which gives it.
@@ -62,7 +62,7 @@ def with_opening(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
         limit = call
         block = graph.calls[call]
         taken = graph.shown_at(block.path, block.number, "input", 0)
-        if taken is None or taken is state or not (is_first or block.kind in kinds):
+        if taken is None or taken is state or _content(graph, block.path) not in kinds:
             break
         if taken.shape == state.shape or not _has_layout(taken, chain.layout, sequences):
             break
@@ -82,8 +82,14 @@ def with_opening(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
             ),
             taken,
         )
-        is_first = False
     return chain
+
+
+def _content(graph: Graph, path: str) -> tuple[str, ...]:
+    """The class of a block, and of a Sequential, which any may be, those of its layers."""
+    kind = graph.modules.get(path, "")
+    layers = [of for name, of in graph.modules.items() if name.rpartition(".")[0] == path]
+    return (kind, *layers) if kind == "Sequential" else (kind,)
 
 
 def _moved(connection: Connection, depths: int, layers: int) -> Connection:

@@ -382,3 +382,79 @@ def test_states_are_compared_in_double_precision_whatever_the_default_is():
         assert int(spread(2**25, 64)[-1]) == 2**25 - 1
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class Latents(Trunk):
+    """Learned latents, once for each sequence, to which what they read of it is added."""
+
+    def __init__(self):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(6, WIDTH))
+
+    def forward(self, x):
+        context, x = self.embed(x), self.latents[None].repeat(len(x), 1, 1)
+        self.passed = [x]
+        for branch in self.branches:
+            read = functional.scaled_dot_product_attention(x, context, context)
+            self.passed.append(x := x + branch(read))
+        return self.head(x)
+
+
+class Interleaved(Trunk):
+    """Tokens of three kinds that are written into zeros one after the other."""
+
+    def forward(self, x):
+        tokens = torch.zeros(len(x), 2 * x.shape[1], WIDTH)
+        for kind, of in enumerate((self.embed(x)[:, ::3], self.embed(-x), self.embed(x.exp())[:, ::2])):
+            tokens[:, kind * 2 : kind * 2 + of.shape[1]] = of
+        self.passed = [tokens]
+        for branch in self.branches:
+            self.passed.append(self.passed[-1] + branch(self.passed[-1]))
+        return self.head(self.passed[-1])
+
+
+class ByHand(nn.Module):
+    """A norm in single operations."""
+
+    def forward(self, x):
+        return x / (x.norm(dim=-1, keepdim=True) * WIDTH**-0.5).clamp(min=1e-8)
+
+
+class Listed(nn.Module):
+    """A whole trunk is a numbered module, and ends with a norm in single operations: what it gives is no state."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunks = nn.ModuleList([Trunk(head=ByHand())])
+        self.head = nn.Linear(WIDTH, 3)
+
+    def forward(self, x):
+        y = self.trunks[0](x)
+        self.passed = self.trunks[0].passed
+        return self.head(y)
+
+
+@pytest.mark.parametrize(
+    "model", [Latents(), Interleaved(), Listed()], ids=lambda model: type(model).__name__
+)
+def test_the_states_of_a_trunk_are_neither_more_nor_fewer(model):
+    x = torch.randn(2, 6, 5)
+    run, passed = ds.capture(model.eval(), x), noted(model, x)
+    assert run.attrs["proof"] == "proven"
+    assert run["trace"].sizes["depth"] == len(passed)
+    assert max(map(difference, run["trace"].residual.values, passed)) < 1e-5
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.branch = mlp()
+
+    def forward(self, x):
+        return x + self.branch(x)
+
+
+def test_a_layer_that_makes_the_embedding_is_no_block_of_the_same_sequential():
+    layers = [nn.Linear(5, WIDTH), *(Residual() for _ in range(3)), nn.LayerNorm(WIDTH)]
+    run = ds.capture(nn.Sequential(*layers).eval(), torch.randn(2, 6, 5))
+    assert run["trace"].site.values.tolist() == ["embed", "post", "post", "post"]
