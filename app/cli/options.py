@@ -250,9 +250,8 @@ class ModelAndText:
         if self.text == "-":
             raw = sys.stdin.buffer.read(MAX_TEXT_BYTES + 1)
         else:
-            if os.path.exists(self.text) and not os.path.isfile(
-                self.text
-            ):  # reading a pipe may wait for ever
+            # Reading a pipe may wait for ever.
+            if os.path.exists(self.text) and not os.path.isfile(self.text):
                 raise InputError(f"--text {self.text} is no file; name one, or pipe the text into --text -")
             with open(self.text, "rb") as file:
                 raw = file.read(MAX_TEXT_BYTES + 1)

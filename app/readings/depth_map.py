@@ -118,9 +118,8 @@ class Summary:
 
 def _worst(values: np.ndarray, *, two_sided: bool) -> float | None:
     known = values[np.isfinite(values)]
-    if (
-        not known.size or known.size < values.size
-    ):  # a depth that is not finite is the worst of its neighbours
+    # A depth that is not finite is the worst of its neighbours.
+    if not known.size or known.size < values.size:
         return None
     with np.errstate(divide="ignore"):
         at = np.argmax(np.abs(np.log(known))) if two_sided else np.argmin(known)

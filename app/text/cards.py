@@ -27,9 +27,6 @@ ABOUT_THE_READING = "About the reading of the network"
 CARD_SCHEMA = "depthscope.finding/1"
 """Name and version of the form in ``--json``: a key that goes or changes its meaning makes a new version."""
 
-MOST_LINES = 12
-"""A card that is longer is not read."""
-
 WIDTH, LABELS = 100, 15
 """Columns of a card where their number is unknown, and those of its labels."""
 

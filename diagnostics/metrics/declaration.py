@@ -14,7 +14,9 @@ import xarray as xr
 
 from depthscope.diagnostics.errors import InputError
 from depthscope.diagnostics.metrics.labelled_input import bind_arrays, split_options, trace_of, with_mask
-from depthscope.diagnostics.quantities import (
+
+# Importing the modules of quantities declares these, so that a metric finds them whichever files are imported before it.
+from depthscope.diagnostics.quantities import (  # noqa: F401
     depth_paths,
     mixing_matrices,
     over_sequences,
@@ -24,12 +26,6 @@ from depthscope.diagnostics.quantities import (
     tokens,
 )
 from depthscope.diagnostics.quantities.registry import DIMS, Quantities
-
-# Importing these declares their quantities, so that a metric finds them whichever files are imported before it.
-QUANTITY_MODULES = (
-    *(states, tokens, token_spectra, mixing_matrices),
-    depth_paths,
-)
 
 Values = xr.Variable | xr.DataArray
 """What a formula gives: an array with named dims; the labels that it lacks are put on afterwards."""

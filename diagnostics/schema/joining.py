@@ -323,9 +323,8 @@ def _joined_values(
 
 def _pair_sum(parts: Sequence[xr.Dataset], weights: _PartWeights) -> Any:
     """‖Σ u‖² − count over the tokens of all parts: exactly where their unit sums are known, else by the pairs within parts."""
-    within = np.stack(
-        [weights.at_steps(part["unit_pair_sum"]) for part in parts]
-    )  # (part, step, depth, stream)
+    # (part, step, depth, stream)
+    within = np.stack([weights.at_steps(part["unit_pair_sum"]) for part in parts])
     count = np.stack([weights.at_steps(part["token_count"]) for part in parts])[..., None, None]
     total, known = np.nansum(count, axis=0), np.where(np.isnan(within), 0.0, count * (count - 1))
     with np.errstate(invalid="ignore", divide="ignore"):

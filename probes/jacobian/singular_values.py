@@ -264,9 +264,8 @@ class _Jacobian:
         """The largest singular values, falling, and ‖J v_i − σ_i u_i‖ of each, within which some σ lies."""
         count = min(values, self.rank)
         width = min(count + OVERSAMPLING, self.rank)  # more columns than the rank would be linearly dependent
-        generator = torch.Generator().manual_seed(
-            seed
-        )  # on the CPU, so that a seed means the same everywhere
+        # On the CPU, so that a seed means the same everywhere.
+        generator = torch.Generator().manual_seed(seed)
         start = torch.randn((width, *self._moved.shape), generator=generator, dtype=torch.float64)
         basis = _orthonormal(self._products(self.push, start.to(self._moved.device) * self._moved))
         # Orthonormal after every product: powers of J alone would lose the smaller σ to rounding.

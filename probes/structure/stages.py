@@ -73,15 +73,13 @@ def with_opening(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
         opening = HookPoint(
             block.path, block.number, "input", -1, "embed", "(input)", taken.number, taken.shape
         )
-        chain, state = (
-            replace(
-                chain,
-                points=(opening, begin, *chain.points[1:]),
-                connections=tuple(_moved(c, 1, 0) for c in chain.connections),
-                blocks=(opening.path, *chain.blocks),
-            ),
-            taken,
+        chain = replace(
+            chain,
+            points=(opening, begin, *chain.points[1:]),
+            connections=tuple(_moved(c, 1, 0) for c in chain.connections),
+            blocks=(opening.path, *chain.blocks),
         )
+        state = taken
     return chain
 
 

@@ -185,9 +185,8 @@ class Recorder:
             if self._store is not None:
                 try:
                     self._store.finish(self._measured.history, self._measured.state, self._measured.run)
-                except (
-                    Exception
-                ) as error:  # what follows the block, such as saving the model, must still be reached
+                # What follows the block, such as saving the model, must still be reached.
+                except Exception as error:
                     lost = "It is still in recorder.run: save it under another name with save_run"
                     self._say(f"the run was not saved: {error}. {lost}", error)
         self._notices.warn()

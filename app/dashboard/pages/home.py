@@ -43,9 +43,8 @@ class _Runs:
     listed: Mapping[str, Path]
     live: dict[str, LiveState]
     summaries: dict[str, Summary] = field(default_factory=dict)
-    listed_as: dict[str, str] = field(
-        default_factory=dict
-    )  # of each summary: a run of several chains has several
+    # Of each summary: a run of several chains has several.
+    listed_as: dict[str, str] = field(default_factory=dict)
     unreadable: list[UnreadableRun] = field(default_factory=list)
 
     @classmethod
