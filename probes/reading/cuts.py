@@ -45,7 +45,9 @@ def cuts_of(
     renewed = len(sizes) > 3 and sizes[0] < sizes[1] and len(set(everything)) == len(everything)
     renewed &= all(len(cut) > 1 for cut in cuts[1:])
     is_list |= renewed and all(not memory.begins.isdisjoint(memory.back([value])) for value in cuts[1])
-    return Cuts(cuts, len(set(sizes[is_list:])) > 1)
+    # A value that waits while two others are written is no stream, but an earlier state that is read again.
+    waits = any(set(a) & set(b) & set(c) for a, b, c in zip(cuts, cuts[1:], cuts[2:], strict=False))
+    return Cuts(cuts, waits or len(set(sizes[is_list:])) > 1)
 
 
 def size_of(memory: Memory, cut: Cut) -> int:

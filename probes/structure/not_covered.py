@@ -253,7 +253,7 @@ class PartsLeftOut:
         if self._used.share(self._own_of(blocks)) < FURTHER_SHARE * self._used.share(self._on_chains):
             return f"its blocks have less than {FURTHER_SHARE:.0%} of the parameters of the blocks that are read{way}"
         if way:
-            return f"its states have connections, which are read of one chain at a time{way}"
+            return f"it is another chain than the one that is read{way}"
         return "no chain of its states was found, or none that is proven"
 
 

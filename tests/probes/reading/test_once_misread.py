@@ -81,6 +81,19 @@ def test_what_a_block_gives_is_a_state_next_to_the_mixture_that_the_next_one_rea
         assert difference(run["trace"].residual.values[found.index(("post", number))], passed) < 1e-6
 
 
+class TakenOff(FirstAgain):
+    """The head reads the last state less an earlier one: two values are alive all the time, and are no two streams."""
+
+    def forward(self, x):
+        super().forward(x)
+        return self.head(self.passed[-1] - 0.2 * self.passed[2])
+
+
+def test_a_value_that_waits_is_no_stream():
+    run = ds.capture(TakenOff().eval(), torch.randn(2, 6, 5))
+    assert (run.attrs["family"], run.attrs["proof"]) == ("depth_history", "proven")
+
+
 class GatedReads(Trunk):
     """Each branch reads Σ sigmoid(q · norm(v)) v over the embedding and earlier outputs, and norms that."""
 
