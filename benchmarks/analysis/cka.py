@@ -72,7 +72,7 @@ def truth(states: np.ndarray, *, unbiased: bool) -> np.ndarray:
 TOOLS = {
     "depthscope, numpy": Tool(partial(own, convert=np.asarray), "unbiased"),
     "depthscope, torch": Tool(partial(own, convert=torch.from_numpy), "unbiased"),
-    "ckatorch cka_base": Tool(ckatorch_base, "unbiased", "ckatorch"),
+    "ckatorch cka_base": Tool(ckatorch_base, "unbiased", "ckatorch", (LARGE,)),
     "torchlens stats.cka": Tool(torchlens, "biased", "torchlens"),
     "repsim": Tool(repsim, "unbiased", "repsim", (LARGE,)),
 }
