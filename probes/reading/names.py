@@ -96,8 +96,9 @@ class BranchNames:
     def _unit(self, inside: Sequence[TracedValue]) -> int:
         """The outermost call inside of the common one in which a branch runs; -1 where it runs in none."""
         depth = len(self._around)
-        # The latest operations come first: before them may lie those of other branches, as of another track.
-        stacks = map(self.graph.stack, inside)
+        # The latest layers come first, without a norm after them: before may lie those of other branches, as of another track.
+        works = [value for value in inside if value.name in LAYERS]
+        stacks = map(self.graph.stack, works or inside)
         units = (stack[depth] for stack in stacks if len(stack) > depth and stack[:depth] == self._around)
         return next(units, -1)
 
