@@ -13,7 +13,7 @@ import numpy as np
 from depthscope.probes.reading.branches import Branch
 from depthscope.probes.reading.graph import TracedValue
 from depthscope.probes.reading.memory import Memory
-from depthscope.probes.reading.operations import JOINS, MATRICES, only_moves
+from depthscope.probes.reading.operations import JOINS, MATRICES, NORMS, only_moves
 
 Cut = list[TracedValue]
 
@@ -172,9 +172,7 @@ class _Life:
             sizes.append(size)
             moved = [self.advanced(value, last, patterns) for value in live]
             if time == max(self.memory.begins):
-                wider = list(
-                    dict.fromkeys(self.advanced(value, last, patterns, widen=True)[0] for value in live)
-                )
+                wider = list(dict.fromkeys(self.advanced(v, last, patterns, widen=True)[0] for v in live))
             found.append(list(dict.fromkeys(value for value, _ in moved)))
             if time != max(self.memory.begins):
                 patterns[max((names for _, names in moved), key=len, default=())] = None
@@ -251,10 +249,10 @@ class _Life:
                 break
             way.append(step)
         handed = [n for n, v in enumerate(way) if v.number in self.memory.graph.handed_on]
-        if value is self.memory.root and not any(
-            map(str.isdigit, self.memory.graph.path(way[-1]).split("."))
-        ):
+        made_in = self.memory.graph.path(way[-1]).split(".")
+        if value is self.memory.root and not any(map(str.isdigit, made_in)):
             handed = []  # what gave it is no block, where more is done to it before the first one
+        way = self._until_first_block(way) if value is self.memory.root else way
         names = [step.name for step in way[1:]]
         usual = max((_common_length(names, of) for of in patterns), default=0)
         if last:  # the block that hands the last state on contains the sum; the norm of the head does not
@@ -273,6 +271,12 @@ class _Life:
             ):
                 way.pop()
         return way[-1], tuple(step.name for step in way[1:])
+
+    def _until_first_block(self, way: Cut) -> Cut:
+        """The way of the first value as far as what the first block takes, where that begins with a norm."""
+        block, shown = self.branches[0].unit, self.memory.graph.shown
+        taken = [(block, "input") in [of[:2] for of in shown.get(value.number, ())] for value in way]
+        return way[: taken.index(True) + 1] if any(taken) and way[-1].name in NORMS else way
 
     def _in_last_block(self, value: TracedValue) -> set[int]:
         """The calls around a value that have no write of an earlier block."""

@@ -292,22 +292,13 @@ def missing_state(graph: Graph, chains: Sequence[Chain]) -> str:
         f"{path}." for b in branches for path in (b.path, graph.calls[b.unit].path if b.unit >= 0 else b.path)
     }
     # A layer before the first branch, or between stages, is no block.
-    blocks = {
-        path
-        for chain in chains
-        for path in chain.blocks
-        if path[-1:].isdigit() and any(work.startswith(f"{path}.") for work in works)
-    }
+    blocks = {path for chain in chains for path in chain.blocks if path[-1:].isdigit()}
+    blocks = {path for path in blocks if any(work.startswith(f"{path}.") for work in works)}
     like = {(path.rpartition(".")[0], graph.modules.get(path)) for path in blocks}
     sides = sorted(graph.sides.items())
     # Of several values that a block gives, those in whose place blocks that are read give a state or what is added to it.
-    items = {
-        n
-        for (call, _), of in sides
-        if graph.calls[call].path in blocks
-        for n, v in enumerate(of)
-        if v.number in known
-    }
+    of_blocks = [values for (call, _), values in sides if graph.calls[call].path in blocks]
+    items = {n for values in of_blocks for n, value in enumerate(values) if value.number in known}
     for (call, at), values in sides:
         path = graph.calls[call].path
         values = [value for n, value in enumerate(values) if n in items or len(values) == 1]

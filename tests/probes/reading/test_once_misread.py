@@ -447,8 +447,29 @@ class Listed(nn.Module):
         return self.head(y)
 
 
+class NormedFirst(Trunk):
+    """A block norms its state and adds to that: the first state is what the first block takes, before the norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(Normed() for _ in range(3))
+
+    def step(self, number, branch, x):
+        return branch(x)
+
+
+class Normed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.branch = nn.LayerNorm(WIDTH), mlp()
+
+    def forward(self, x):
+        x = self.norm(x)
+        return x + self.branch(x)
+
+
 @pytest.mark.parametrize(
-    "model", [Latents(), Interleaved(), Listed()], ids=lambda model: type(model).__name__
+    "model", [Latents(), Interleaved(), Listed(), NormedFirst()], ids=lambda model: type(model).__name__
 )
 def test_the_states_of_a_trunk_are_neither_more_nor_fewer(model):
     x = torch.randn(2, 6, 5)
