@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -123,18 +124,25 @@ def write_zip(tree: xr.DataTree, path: Path) -> None:
 
 
 def _write_folder(tree: xr.DataTree, folder: Path) -> None:
-    encodings = {
-        node.path: {
-            str(name): _encoding(variable)
-            for name, variable in node.to_dataset(inherit=False).variables.items()
-        }
-        for node in tree.subtree
-    }
+    groups = {node.path: node.to_dataset(inherit=False).variables for node in tree.subtree}
+    encodings = {path: {str(n): _encoding(v) for n, v in of.items()} for path, of in groups.items()}
     ordered = tree.copy()
     for node in ordered.subtree:
         if names := [*map(str, node.data_vars), *node.children]:
             node.attrs = {**node.attrs, ORDER: json.dumps(names)}
-    ordered.to_zarr(folder, consolidated=False, zarr_format=3, encoding=encodings)
+    try:
+        ordered.to_zarr(folder, consolidated=False, zarr_format=3, encoding=encodings)
+    except BaseException:
+        from zarr.core.sync import sync  # loaded by now
+
+        sync(_end_of_writes())
+        raise
+
+
+async def _end_of_writes() -> None:
+    """Wait for what zarr still writes: it raises the first error, and a file that comes later would stay in the folder."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _encoding(variable: xr.Variable) -> dict[str, Any]:

@@ -40,10 +40,7 @@ def trace_dataset(
     # Sequences of several batches may differ in length: zeros, which the mask marks as padding.
     states = [padded(s.states[number, depth], tokens) for depth in depths for s in sequences]
     residual = torch.stack(states).unflatten(0, (len(depths), len(sequences))).numpy()
-    variables: dict[str, Any] = {
-        "residual": (schema.STATE, residual),
-        "mask": (("sample", "token"), mask),
-    }
+    variables: dict[str, Any] = {"residual": (schema.STATE, residual), "mask": (("sample", "token"), mask)}
     if any(sequence.gradients for sequence in sequences):
         values = _gradients(number, depths, sequences, residual.shape)
         reached = {depth for sequence in sequences for owner, depth in sequence.gradients if owner == number}

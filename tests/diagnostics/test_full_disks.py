@@ -6,11 +6,13 @@ this process, so that a crash is an exit status.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import resource
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -19,10 +21,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from zarr.storage import _local
 
 from depthscope import probes
 from depthscope.app.cli.main import main
 from depthscope.diagnostics import schema
+from depthscope.diagnostics.schema import saving
 from depthscope.probes.training import notices
 from tests.diagnostics.small_disks import small_disk
 from tests.models.synthetic_run import synthetic_run
@@ -127,3 +131,18 @@ def test_where_there_is_no_room_nothing_else_is_lost(kind, limit, tmp_path, monk
         assert is_full or len(left) == names
         failed += is_full
     assert 0 < failed < 4
+
+
+def test_a_write_that_comes_after_an_error_leaves_no_file(tmp_path, monkeypatch):
+    def put(path, *rest, really=_local._put, **options):
+        if path.name == "0":
+            raise OSError(errno.ENOSPC, "full")
+        time.sleep(0.2 * (path.name == "1"))
+        return really(path, *rest, **options)
+
+    monkeypatch.setattr(_local, "_put", put)
+    monkeypatch.setattr(saving, "_chunk_shape", lambda variable: (1,) * variable.ndim)
+    with pytest.raises(OSError, match="No space"):
+        schema.save_run(synthetic_run("residual", layers=1, tokens=2, features=2), tmp_path / "run.zarr")
+    time.sleep(0.5)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -48,9 +48,9 @@ ROOMS = {
 SOURCE = ("probes", "diagnostics", "app", "depthscope")
 # What may not be exceeded from here on: (what, limit, goal of the next round).
 GATES = {
-    "lines of source": (57_469, 60_000),
+    "lines of source": (57_474, 60_000),
     "files of source": (307, 320),
-    "lines of tests": (35_981, 36_000),
+    "lines of tests": (35_996, 36_000),
     "lines of benchmarks": (3_500, 3_500),
     "pages of docs": (30, 30),
     "words of docs": (27_100, 40_000),

@@ -479,16 +479,12 @@ def test_the_states_of_a_trunk_are_neither_more_nor_fewer(model):
     assert max(map(difference, run["trace"].residual.values, passed)) < 1e-5
 
 
-class Residual(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.branch = mlp()
-
+class Residual(nn.Sequential):
     def forward(self, x):
-        return x + self.branch(x)
+        return x + super().forward(x)
 
 
 def test_a_layer_that_makes_the_embedding_is_no_block_of_the_same_sequential():
-    layers = [nn.Linear(5, WIDTH), *(Residual() for _ in range(3)), nn.LayerNorm(WIDTH)]
+    layers = [nn.Linear(5, WIDTH), *(Residual(*mlp()) for _ in range(3)), nn.LayerNorm(WIDTH)]
     run = ds.capture(nn.Sequential(*layers).eval(), torch.randn(2, 6, 5))
     assert run["trace"].site.values.tolist() == ["embed", "post", "post", "post"]
