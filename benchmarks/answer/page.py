@@ -174,8 +174,8 @@ def _answer(rows: pd.DataFrame, counts: Sequence[int]) -> str:
     severities = pd.concat([each.severity for each in ours]).dropna()
     return (
         f"**{begin} of {total} trained networks** are the first and the last state one representation (CKA ≥ {ALIKE:g}). "
-        f"Means of the designs, by depth: {'; '.join(parts)}. The verdict `same_representation` was asked of "
-        f"{len(severities)} of them and warns in {int((severities >= 2).sum()) or 'none'}."
+        f"Means of the designs, by depth: {'; '.join(parts)}. The verdict `same_representation` judged "
+        f"{len(severities)} of them, and warns in {int((severities >= 2).sum()) or 'none'}."
     )
 
 
