@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from itertools import accumulate
@@ -51,8 +52,8 @@ def first_costs(training: Training, rounds: int) -> dict[str, Any]:
         found[name] = ratio([of[number] for of in steps], times["step"])
     own = {name: peak_of(call) for name, call in plain.items()}
     for name, call in (*calls.items(), ("first measured step", lambda: first_step(training))):
-        with_backward = name in ("capture with gradients", "first measured step")
-        found[name]["peak"] = peak_of(call) / own["step" if with_backward else "forward"]
+        base = "step" if name in ("capture with gradients", "first measured step") else "forward"
+        found[name]["peak"] = peak_of(call) / own[base]
     return found
 
 
@@ -67,6 +68,7 @@ def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[
 
 def peak_of(call: Callable[[], Any]) -> float:
     """What torch allocates at most at one time, in MiB: unlike resident memory the same number each time."""
+    gc.collect()  # what an earlier call left would be freed in this one
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         call()
     events = found.profiler.kineto_results.events()

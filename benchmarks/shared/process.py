@@ -11,8 +11,6 @@ from typing import Any
 
 # More threads than cores of a busy machine make times depend on its other processes.
 ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-
-
 # The root of the repository: ``python -m`` finds the package in the working directory, wherever the benchmark started.
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,8 +30,7 @@ def reason(failure: Exception) -> str:
 def ask(module: str, task: dict[str, Any]) -> dict[str, Any]:
     """Run one task of a benchmark in a new process.
 
-    ``module``: run by ``python -m``; it takes ``--worker`` with the task as JSON, and prints the answer as its last
-    line.
+    ``module``: run by ``python -m``; it takes ``--worker`` with the task as JSON, and prints the answer last.
     ``task``: arguments of the benchmark's ``work``.
     Returns: The answer, or the ``reason`` why there is none.
     """
