@@ -39,8 +39,8 @@ def markdown(results: Mapping[str, Any], names: Mapping[str, str]) -> str:
         header = ["", "× plain", "peak, × plain"]
         parts.append(tables.as_markdown((title, header, cells)))
         if live := rows.get('metrics="live"'):
-            pays = (live["ratio"] - 1) / 100
-            parts.append(f"With `every=100` a training pays {pays:.2%}{', goal 0.5 %' * (pays > 0.005)}.\n")
+            pays = live["ratio"] - 1  # per cent of a step
+            parts.append(f"With `every=100` a training pays {pays:.2f} %{', goal 0.5 %' * (pays > 0.5)}.\n")
         if name in results.get("growth", {}):
             parts.append(f"{growth_sentence(results['growth'][name])}\n")
     return "\n".join([*parts, tables.named(results["versions"])])

@@ -51,7 +51,7 @@ GATES = {
     "lines of source": (57_474, 60_000),
     "files of source": (307, 320),
     "lines of tests": (35_996, 36_000),
-    "lines of benchmarks": (3_500, 3_500),
+    "lines of benchmarks": (3_499, 3_500),
     "pages of docs": (30, 30),
     "words of docs": (27_100, 40_000),
 }
