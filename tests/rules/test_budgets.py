@@ -53,7 +53,7 @@ GATES = {
     "lines of tests": (35_996, 36_000),
     "lines of benchmarks": (3_499, 3_500),
     "pages of docs": (30, 30),
-    "words of docs": (27_100, 40_000),
+    "words of docs": (27_300, 40_000),
 }
 
 
