@@ -268,23 +268,21 @@ def changes_outside(session: Session, sequences: list[KeptSequence]) -> list[dic
 
     One dict with ``depth_in, depth_out, module, change`` for each such place.
     """
+
+    def whole(depth: int) -> torch.Tensor:
+        return torch.cat([sequence.states[0, depth].flatten() for sequence in sequences])
+
     numbers = {of.depth_out: number for number, of in enumerate(session.structure.connections)}
     changes = []
     for depth in range(1, len(session.structure.chains[0].points)):
         number = numbers.get(depth)
         begin = depth - 1 if number is None else session.structure.connections[number].depth_in
         parts = [] if number is None else [s.parts[0, number] for s in sequences]
-        constants = [
-            of.constant.flatten() for of in parts if isinstance(of, Parts) and of.constant is not None
-        ]
-        if number is not None and not constants:
+        known = [of.constant.flatten() for of in parts if isinstance(of, Parts) and of.constant is not None]
+        if number is not None and not known:
             continue
-        before = torch.cat([s.states[0, begin].flatten() for s in sequences])
-        if number is None:
-            constants = [
-                torch.cat([s.states[0, depth].flatten() for s in sequences]).double() - before.double()
-            ]
-        added = torch.cat(constants)
+        before = whole(begin)
+        added = torch.cat(known) if known else whole(depth).double() - before.double()
         module = session.structure.chains[0].points[depth].module
         change = relative_error(added, before)
         changes.append({"depth_in": begin, "depth_out": depth, "module": module, "change": change})

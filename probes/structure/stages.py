@@ -86,8 +86,9 @@ def with_opening(graph: Graph, chain: Chain, sequences: SequenceAxis) -> Chain:
 def _content(graph: Graph, path: str) -> tuple[str, ...]:
     """The class of a block, and of a Sequential, which any may be, those of its layers."""
     kind = graph.modules.get(path, "")
-    layers = [of for name, of in graph.modules.items() if name.rpartition(".")[0] == path]
-    return (kind, *layers) if kind == "Sequential" else (kind,)
+    if kind != "Sequential":  # of any other, not all modules are gone through
+        return (kind,)
+    return kind, *(of for name, of in graph.modules.items() if name.rpartition(".")[0] == path)
 
 
 def _moved(connection: Connection, depths: int, layers: int) -> Connection:

@@ -48,7 +48,7 @@ ROOMS = {
 SOURCE = ("probes", "diagnostics", "app", "depthscope")
 # What may not be exceeded from here on: (what, limit, goal of the next round).
 GATES = {
-    "lines of source": (57_474, 60_000),
+    "lines of source": (57_473, 60_000),
     "files of source": (307, 320),
     "lines of tests": (35_996, 36_000),
     "lines of benchmarks": (3_499, 3_500),
